@@ -1,0 +1,88 @@
+"""ClusterSpec: kinds of devices, how many of them a node holds, and the links between them."""
+
+from __future__ import annotations
+
+from planner.codec import noun
+from planner.workload import Precision
+
+
+@noun
+class Device:
+    """An accelerator, or a process on a CPU.
+
+    Peaks are dense; `None` means unknown, and stays unknown. `usable_memory_bytes` is what a program
+    can allocate after the driver's context. Links are per device and one direction.
+    """
+
+    name: str
+    title: str
+    vendor: str
+    memory_bytes: int
+    usable_memory_bytes: int
+    memory_bandwidth_bytes_per_s: float | None
+    peak_fp32_flops: float | None
+    peak_bf16_flops: float | None
+    peak_fp16_flops: float | None
+    link_bytes_per_s: float | None
+    link: str = ""
+    sources: tuple[str, ...] = ()
+
+    def peak_flops(self, precision: Precision) -> float | None:
+        """Dense peak FLOP/s in `precision`, or None where unknown."""
+        return {
+            Precision.FP32: self.peak_fp32_flops,
+            Precision.BF16: self.peak_bf16_flops,
+            Precision.FP16: self.peak_fp16_flops,
+        }[precision]
+
+
+@noun
+class Link:
+    """A level of the network. `bytes_per_s` is per device, one direction; both None and 0 s: free."""
+
+    name: str
+    latency_s: float
+    bytes_per_s: float | None
+    sources: tuple[str, ...] = ()
+
+
+@noun
+class DeviceGroup:
+    """Equal nodes of equal devices.
+
+    `slots_per_node` is the number of devices of a node that can compute at once at full speed: processes
+    on a CPU share its cores. None means that every device has its own.
+    """
+
+    device: Device
+    nodes: int
+    devices_per_node: int
+    slots_per_node: int | None = None
+
+    @property
+    def devices(self) -> int:
+        return self.nodes * self.devices_per_node
+
+
+@noun
+class ClusterSpec:
+    """Device groups, the link inside a node and the link between nodes."""
+
+    name: str
+    groups: tuple[DeviceGroup, ...]
+    intra: Link
+    inter: Link
+
+    @property
+    def devices(self) -> int:
+        return sum(group.devices for group in self.groups)
+
+    @property
+    def devices_per_node(self) -> int:
+        """Devices that share the fast link: the smallest node of the cluster."""
+        return min(group.devices_per_node for group in self.groups)
+
+    @property
+    def local(self) -> bool:
+        """Whether this is the machine that the program runs on."""
+        return self.name.startswith("local")

@@ -1,0 +1,167 @@
+"""Files in and out: strict decoding with every fault at its path, atomic writing.
+
+Inside, all values are plain frozen dataclasses made by `noun`; pydantic is met only here, when a file
+is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import tempfile
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, dataclass_transform
+
+from planner.errors import InputError, Problem
+
+T = TypeVar("T")
+MAX_FILE_BYTES = 64 * 1024 * 1024
+"""Files larger than this are refused before they are read; the largest of ours are plans of a few MiB."""
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def noun(cls: type[T]) -> type[T]:
+    """A frozen, slotted, keyword-only dataclass that refuses unknown keys, NaN and infinity in files."""
+    cls.__pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # type: ignore[attr-defined]
+    return dataclasses.dataclass(frozen=True, slots=True, kw_only=True)(cls)
+
+
+@cache
+def _adapter(cls: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
+
+
+def decode(cls: type[T], data: object, *, source: str) -> T:
+    """`data` (parsed JSON or TOML) as a `cls`. Raises InputError with every fault and its path."""
+    try:
+        text = json.dumps(data, allow_nan=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(Problem(where=source, fault=f"cannot be read as plain data: {error}.")) from None
+    return decode_json(cls, text, source=source)
+
+
+def decode_json(cls: type[T], text: str | bytes, *, source: str) -> T:
+    """JSON text as a `cls`. Raises InputError with every fault and its path."""
+    from pydantic import ValidationError
+
+    try:
+        value: T = _adapter(cls).validate_json(text, strict=True)  # type: ignore[arg-type]
+    except ValidationError as error:
+        faults = error.errors(include_url=False)
+        raise InputError(*(_problem(fault, faults, source) for fault in faults)) from None
+    return value
+
+
+def _problem(fault: Any, faults: list[Any], source: str) -> Problem:
+    path = ".".join(str(part) for part in fault["loc"])
+    where = f"{source}: {path}" if path else source
+    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        missing = [
+            str(other["loc"][-1])
+            for other in faults
+            if other["type"] in ("missing", "missing_argument") and other["loc"][:-1] == fault["loc"][:-1]
+        ]
+        near = difflib.get_close_matches(str(fault["loc"][-1]), missing, n=1)
+        return Problem(where=where, fault="unknown key.", fix=f"did you mean '{near[0]}'" if near else "")
+    message = str(fault["msg"]).rstrip(".")
+    shown = repr(fault.get("input"))
+    return Problem(where=where, fault=f"{message} (found {shown[:60]}).")
+
+
+def read_text(path: Path) -> bytes:
+    """The bytes of a file of ours. Raises InputError if it is missing, a folder or far too large."""
+    try:
+        size = path.stat().st_size
+        if path.is_dir():
+            raise InputError(Problem(where=str(path), fault="is a folder, a file was expected."))
+        if size > MAX_FILE_BYTES:
+            raise InputError(
+                Problem(where=str(path), fault=f"has {size} bytes.", legal=f"at most {MAX_FILE_BYTES} bytes")
+            )
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(Problem(where=str(path), fault="no such file.", fix=_near_file(path))) from None
+    except OSError as error:
+        raise InputError(Problem(where=str(path), fault=f"cannot be read: {error.strerror}.")) from None
+
+
+def _near_file(path: Path) -> str:
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return f"the folder {path.parent} does not exist either"
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"did you mean {path.parent / near[0]}" if near else ""
+
+
+def load_json(path: Path, cls: type[T]) -> T:
+    """The JSON file at `path` as a `cls`."""
+    return decode_json(cls, read_text(path), source=str(path))
+
+
+def load_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, undecoded. For formats that are not ours, such as config.json."""
+    try:
+        value = json.loads(read_text(path))
+    except RecursionError:
+        raise InputError(Problem(where=str(path), fault="is nested too deeply.")) from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(Problem(where=str(path), fault=f"is not JSON: {error}.")) from None
+    if not isinstance(value, dict):
+        raise InputError(Problem(where=str(path), fault=f"holds a {type(value).__name__}, not an object."))
+    return value
+
+
+def load_toml(path: Path, cls: type[T]) -> T:
+    """The TOML file at `path` as a `cls`."""
+    try:
+        data = tomllib.loads(read_text(path).decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(Problem(where=str(path), fault=f"is not TOML: {error}.")) from None
+    return decode(cls, data, source=str(path))
+
+
+def encode(value: Any) -> Any:
+    """A noun as plain data (dicts, lists, numbers, text)."""
+    return dataclasses.asdict(value)
+
+
+def to_json(value: Any) -> str:
+    """A noun as JSON text, keys in the order of the fields; equal values give equal bytes."""
+    return json.dumps(encode(value), indent=1, allow_nan=False) + "\n"
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON of a noun, for `inputs.digests` of a plan."""
+    text = json.dumps(encode(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes `text` so that a reader sees the old file or the whole new one, never a part."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise InputError(Problem(where=str(path), fault=f"cannot be written: {error.strerror}.")) from None
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(Problem(where=str(path), fault=f"cannot be written: {error.strerror}.")) from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

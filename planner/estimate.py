@@ -1,0 +1,126 @@
+"""Estimate: what a strategy costs, in time by cause and in memory by tenant. Both add up."""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import StrEnum
+
+from planner.codec import noun
+
+
+@noun
+class TimeBreakdown:
+    """Seconds of a step by cause. The sum is the step time."""
+
+    compute_s: float = 0.0
+    recompute_s: float = 0.0
+    tp_comm_s: float = 0.0
+    cp_comm_s: float = 0.0
+    ep_comm_s: float = 0.0
+    dp_comm_s: float = 0.0
+    pp_comm_s: float = 0.0
+    bubble_s: float = 0.0
+    optimizer_s: float = 0.0
+    host_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        return float(sum(dataclasses.astuple(self)))
+
+    def __add__(self, other: TimeBreakdown) -> TimeBreakdown:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return TimeBreakdown(**dict(zip(TIME_CAUSES, (a + b for a, b in pairs), strict=True)))
+
+    def __mul__(self, factor: float) -> TimeBreakdown:
+        return TimeBreakdown(
+            **dict(zip(TIME_CAUSES, (a * factor for a in dataclasses.astuple(self)), strict=True))
+        )
+
+
+TIME_CAUSES = tuple(field.name for field in dataclasses.fields(TimeBreakdown))
+
+
+@noun
+class MemoryBreakdown:
+    """Bytes of one device by tenant, at the worst moment of a step. The sum is the peak.
+
+    `transient_bytes` is what lives for a moment (logits, gathered weights, communication buffers);
+    `runtime_bytes` is what the device's context and communicators take.
+    """
+
+    weights_bytes: int = 0
+    grads_bytes: int = 0
+    optimizer_bytes: int = 0
+    activations_bytes: int = 0
+    transient_bytes: int = 0
+    runtime_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        return int(sum(dataclasses.astuple(self)))
+
+    def __add__(self, other: MemoryBreakdown) -> MemoryBreakdown:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return MemoryBreakdown(**dict(zip(MEMORY_TENANTS, (a + b for a, b in pairs), strict=True)))
+
+
+MEMORY_TENANTS = tuple(field.name for field in dataclasses.fields(MemoryBreakdown))
+
+
+class Verdict(StrEnum):
+    """Whether a strategy fits: surely, within the error band, or not."""
+
+    SAFE = "SAFE"
+    RISKY = "RISKY"
+    NO = "NO"
+
+
+@noun
+class Coverage:
+    """Share of the compute and communication time by origin of its figures. Sums to 1."""
+
+    measured: float = 0.0
+    interpolated: float = 0.0
+    fitted: float = 0.0
+    datasheet: float = 0.0
+
+
+@noun
+class StageEstimate:
+    """One stage's memory on each of its devices, and its time for all micro-batches of a step."""
+
+    memory: MemoryBreakdown
+    time_s: float
+    forward_s: float
+    backward_s: float
+
+
+@noun
+class Estimate:
+    """The answer of the cost model for one strategy.
+
+    `peak_memory_bytes` is that of the fullest device. `days` and `cost_usd` are None where tokens or a
+    price are unknown; `mfu` is None where the device's peak is unknown.
+    """
+
+    step_time_s: float
+    step_time_interval_s: tuple[float, float]
+    tokens_per_s: float
+    mfu: float | None
+    days: float | None
+    cost_usd: float | None
+    breakdown: TimeBreakdown
+    peak_memory_bytes: int
+    memory_limit_bytes: int
+    verdict: Verdict
+    coverage: Coverage
+
+
+@noun
+class Rejected:
+    """A strategy that breaks a rule: which one, the numbers, the nearest legal values, the cure."""
+
+    rule: str
+    detail: str
+    legal: str = ""
+    fix: str = ""

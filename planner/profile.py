@@ -1,0 +1,121 @@
+"""Profile: what was measured on a device and software stack. Written by machine, read by the cost model."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+
+from planner.codec import load_json, noun
+from planner.strategy import Recompute
+from planner.workload import Precision
+
+PROFILE_SCHEMA = 1
+
+
+class LayerKind(StrEnum):
+    """The layer classes of a model: embedding, block, and head (final norm, projection, loss)."""
+
+    EMBEDDING = "embedding"
+    BLOCK = "block"
+    HEAD = "head"
+
+
+class Op(StrEnum):
+    """A communication pattern. `bytes` of a sample is the size of the full (gathered) message."""
+
+    ALL_REDUCE = "all_reduce"
+    ALL_GATHER = "all_gather"
+    REDUCE_SCATTER = "reduce_scatter"
+    ALL_TO_ALL = "all_to_all"
+    P2P = "p2p"
+
+
+@noun
+class LayerSample:
+    """One layer class at one shard width and one micro-batch, measured without communication time.
+
+    `shape_key` identifies the class (`Block.shape_key`; for embedding and head, `h{hidden}-v{vocab}` plus
+    `-tied` where tied does not change the cost is not written). `saved_bytes` is what the layer keeps
+    from forward to backward; `forward_transient_bytes` and `backward_transient_bytes` are the peaks above
+    what is kept. Times are medians of `samples` runs; `spread` is the interquartile range over the median.
+    """
+
+    kind: LayerKind
+    shape_key: str
+    precision: Precision
+    recompute: Recompute
+    tp: int
+    sequence_parallel: bool
+    micro_batch: int
+    seq: int
+    forward_s: float
+    backward_s: float
+    saved_bytes: int
+    forward_transient_bytes: int
+    backward_transient_bytes: int
+    spread: float
+    samples: int
+
+
+@noun
+class CommSample:
+    """One collective over `ranks` ranks while `groups` such groups ran at once, all on one node.
+
+    `bytes` is the full message: the tensor of an all-reduce, the gathered tensor of an all-gather, the
+    input of a reduce-scatter or all-to-all, the message of a send.
+    """
+
+    op: Op
+    ranks: int
+    groups: int
+    bytes: int
+    seconds: float
+    spread: float
+    samples: int
+
+
+@noun
+class ContentionSample:
+    """How much slower compute runs per device while `active` devices of a node compute at once."""
+
+    active: int
+    slowdown: float
+
+
+@noun
+class Constant:
+    """A fitted or measured constant: value in SI units, and how it came to be."""
+
+    name: str
+    value: float
+    origin: str
+
+
+@noun
+class Profile:
+    """All samples of a device and software stack, with versions and date."""
+
+    schema_version: int
+    name: str
+    device: str
+    backend: str
+    created: str
+    versions: dict[str, str]
+    devices_per_node: int
+    slots_per_node: int | None
+    layers: tuple[LayerSample, ...]
+    comms: tuple[CommSample, ...]
+    contention: tuple[ContentionSample, ...]
+    constants: tuple[Constant, ...]
+
+    def constant(self, name: str) -> float | None:
+        """The value of a constant, or None where the profile has none."""
+        for constant in self.constants:
+            if constant.name == name:
+                return constant.value
+        return None
+
+
+def load_profile(path: Path) -> Profile:
+    """The profile in a file that `plan profile` wrote."""
+    return load_json(path, Profile)
