@@ -1,0 +1,1 @@
+"""The cost model, by physical cause: compute, communication, memory, schedule, simulation."""

@@ -1,0 +1,1 @@
+"""The search: which strategies exist, bounds, stage recipes, the ILP, and the solver around them."""
