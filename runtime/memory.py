@@ -1,0 +1,229 @@
+"""Peak memory of a piece of work, by the real allocator, on a CPU and on CUDA.
+
+What is counted as `allocated`:
+
+- the bytes that tensors' storages asked of torch's allocator, each storage once however many tensors and
+  views share it (on CUDA: rounded up to the allocator's blocks of 512 bytes);
+- in every thread that works for the caller: autograd's, and the backend's threads that run collectives
+  with tensors of their own;
+- what was alive before (weights, gradients, optimizer state, anything that Python can reach), so that the
+  figure is the device's, not the increase.
+
+What is not: tensors that wrap memory from elsewhere (NumPy arrays, mapped files), scratch that libraries
+take for themselves (oneDNN, gloo's socket buffers; cuBLAS workspaces on CUDA are torch's and are counted),
+and Python objects. `rss_bytes` has all of these on a CPU.
+
+On a CPU the allocator keeps no statistics unless the profiler listens, so the work runs once under it and
+the allocation events are added up in the order of time. It is therefore slower than usual: never time it.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from planner.codec import noun
+
+_MARK = "shardwise.phase."
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+@noun
+class PeakMemory:
+    """The most memory that a piece of work held at once.
+
+    `allocated_bytes` is the peak of live tensor bytes on the device, `start_bytes` what was alive before.
+    `reserved_bytes` (what the caching allocator took from the device, peak) and `device_used_bytes` (what
+    the driver says is in use on the device, by anyone, after the work) are None on a CPU. `rss_bytes` is
+    the peak resident size of this process in host memory.
+    """
+
+    allocated_bytes: int
+    start_bytes: int
+    reserved_bytes: int | None
+    device_used_bytes: int | None
+    rss_bytes: int
+
+
+@noun
+class PhaseMemory:
+    """Live bytes in one phase of a trace, relative to the start of its first phase.
+
+    `peak_bytes` is the most during the phase (at least what was alive as it began), `end_bytes` what was
+    alive when it ended.
+    """
+
+    peak_bytes: int
+    end_bytes: int
+
+
+def measure_peak(work: Callable[[], object], device: torch.device) -> PeakMemory:
+    """Runs `work` once and returns the peak memory of this process on `device` meanwhile."""
+    gc.collect()
+    start_bytes = live_bytes(device)
+    _reset_peak_rss()
+    (phase,) = trace_phases([work], device)
+    on_cuda = device.type == "cuda"
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device) if on_cuda else (0, 0)
+    return PeakMemory(
+        allocated_bytes=start_bytes + phase.peak_bytes,
+        start_bytes=start_bytes,
+        reserved_bytes=torch.cuda.max_memory_reserved(device) if on_cuda else None,
+        device_used_bytes=total_bytes - free_bytes if on_cuda else None,
+        rss_bytes=peak_rss_bytes(),
+    )
+
+
+def live_bytes(device: torch.device) -> int:
+    """Bytes of all live tensor storages on `device`.
+
+    On CUDA from the allocator. On a CPU from the storages that Python's objects reach (tensors that only
+    an autograd graph holds are not seen: call it between steps).
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_allocated(device)
+    return sum(_live_storages().values())
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages under `tensors`, each once; a DTensor counts with its local shard."""
+    return sum(dict(_storages_under(tensors)).values())
+
+
+def trace_phases(phases: Sequence[Callable[[], object]], device: torch.device) -> list[PhaseMemory]:
+    """Runs the phases one after another and returns the live bytes of each.
+
+    Values that phases return are dropped; what shall stay alive must be held by the caller.
+    """
+    gc.collect()
+    return _trace_cuda(phases, device) if device.type == "cuda" else _trace_cpu(phases)
+
+
+def _trace_cuda(phases: Sequence[Callable[[], object]], device: torch.device) -> list[PhaseMemory]:
+    torch.cuda.synchronize(device)
+    start = torch.cuda.memory_allocated(device)
+    result = []
+    for work in phases:
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        result.append(
+            PhaseMemory(
+                peak_bytes=torch.cuda.max_memory_allocated(device) - start,
+                end_bytes=torch.cuda.memory_allocated(device) - start,
+            )
+        )
+    return result
+
+
+def _trace_cpu(phases: Sequence[Callable[[], object]]) -> list[PhaseMemory]:
+    live = _live_storages()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for index, work in enumerate(phases):
+            with record_function(f"{_MARK}{index}"):
+                work()
+    events = list(_walk(profiler.profiler.kineto_results.experimental_event_tree()))  # type: ignore[union-attr]
+    bounds = sorted(
+        (event.start_time_ns, event.end_time_ns) for event in events if event.name.startswith(_MARK)
+    )
+    changes = sorted(_changes(events, live))
+    return [_phase(changes, begin, end) for begin, end in bounds]
+
+
+def _walk(roots: Iterable[Any]) -> Iterator[Any]:
+    stack = list(roots)
+    while stack:
+        event = stack.pop()
+        yield event
+        stack.extend(event.children)
+
+
+def _changes(events: Iterable[Any], live: dict[int, int]) -> Iterator[tuple[int, int]]:
+    """(time, change of live bytes) of every allocation and release, in the order of time.
+
+    The profiler does not know the size of a block that was allocated before it began; `live` (address to
+    bytes) does. An address that is handed out twice without a release was freed unseen in between.
+    """
+    sizes = dict(live)
+    allocations = [event for event in events if event.name == "[memory]"]
+    for event in sorted(allocations, key=lambda event: event.start_time_ns):
+        fields = event.extra_fields
+        if fields.device.type != "cpu":
+            continue
+        change = -sizes.pop(fields.ptr, 0)
+        if fields.alloc_size > 0:
+            sizes[fields.ptr] = fields.alloc_size
+            change += fields.alloc_size
+        yield event.start_time_ns, change
+
+
+def _phase(changes: Sequence[tuple[int, int]], begin: int, end: int) -> PhaseMemory:
+    current = sum(change for time, change in changes if time < begin)
+    peak = current
+    for time, change in changes:
+        if begin <= time <= end:
+            current += change
+            peak = max(peak, current)
+    return PhaseMemory(peak_bytes=peak, end_bytes=current)
+
+
+def _live_storages() -> dict[int, int]:
+    """Address to bytes of every CPU storage of torch's allocator that Python can reach."""
+    # type(), not isinstance(): the latter asks proxies for their __class__, which may warn or import.
+    tensors = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
+    return dict(_storages_under(tensors))
+
+
+def _storages_under(tensors: Iterable[torch.Tensor]) -> Iterator[tuple[int, int]]:
+    for tensor in tensors:
+        for part in _plain_parts(tensor):
+            if part.layout is not torch.strided or part.is_meta:
+                continue
+            storage = part.untyped_storage()
+            # A storage over foreign memory (NumPy, a mapped file) cannot be resized.
+            if storage.nbytes() and storage.resizable():
+                yield storage.data_ptr(), storage.nbytes()
+
+
+def _plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The plain tensors that hold the data: of a DTensor its shard; and of its gradient as well."""
+    if tensor.is_leaf and tensor.grad is not None:
+        yield from _plain_parts(tensor.grad)
+    if hasattr(type(tensor), "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        for name in names:
+            yield from _plain_parts(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident bytes of this process since it began or since the last `measure_peak` began."""
+    return _status_bytes("VmHWM")
+
+
+def rss_bytes() -> int:
+    """Resident bytes of this process now."""
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(field: str) -> int:
+    match = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+    assert match is not None, f"{_STATUS} has no {field}"
+    return int(match.group(1)) * 1024
+
+
+def _reset_peak_rss() -> None:
+    """Lets VmHWM begin anew (proc(5): writing 5). Where that is not allowed the peak is of the process."""
+    try:
+        _CLEAR_REFS.write_text("5")
+    except OSError:
+        return
