@@ -1,0 +1,195 @@
+"""The options that estimate, solve, demo and others share, and the problem that they describe."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from planner.cluster import ClusterSpec
+    from planner.errors import Problem
+    from planner.model import ModelSpec
+    from planner.workload import Precision, Workload
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+CLUSTER_HELP = (
+    "NODESxGPUS:DEVICE[@NETWORK], COUNT*INSTANCE, several of these joined with +, "
+    "local, local:N, or a TOML file."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProblemOptions:
+    """The common options as typed; `load_problem` reads what they name."""
+
+    model: str
+    cluster: str
+    seq: int
+    batch: int
+    tokens: str | None
+    precision: str | None
+    optimizer: str
+    method: str
+    profile: Path | None
+    memory_limit: str | None
+
+
+class ProblemInputs(NamedTuple):
+    """What the common options name, read and checked."""
+
+    model: ModelSpec
+    workload: Workload
+    cluster: ClusterSpec
+    profile: Path | None
+    memory_limit_bytes: int | None
+
+
+def json_option(command: Command) -> Command:
+    """Adds `--json`, passed as `as_json`: one JSON document on stdout and nothing else there."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
+
+
+def _options() -> list[Callable[[Any], Any]]:
+    return [
+        click.option(
+            "--model",
+            required=True,
+            metavar="MODEL",
+            help="A catalog name, a config.json or its folder, or a TOML file.",
+        ),
+        click.option("--cluster", required=True, metavar="CLUSTER", help=CLUSTER_HELP),
+        click.option(
+            "--seq", required=True, type=click.IntRange(min=1), help="Tokens of one sequence.", metavar="N"
+        ),
+        click.option(
+            "--batch",
+            required=True,
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Sequences in a global step.",
+        ),
+        click.option("--tokens", metavar="COUNT", help="Tokens of the whole run, such as 300B."),
+        click.option(
+            "--precision",
+            type=click.Choice(["bf16", "fp16", "fp32"]),
+            help="Format of matrix products. Default: bf16; fp16 where the device has no bf16; "
+            "fp32 on a CPU.",
+        ),
+        click.option(
+            "--optimizer",
+            type=click.Choice(["adamw", "sgd"]),
+            default="adamw",
+            show_default=True,
+            help="The optimizer, whose state is kept in fp32.",
+        ),
+        click.option(
+            "--method",
+            type=click.Choice(["pretrain", "finetune"]),
+            default="pretrain",
+            show_default=True,
+            help="Train from scratch, or all weights of a given model.",
+        ),
+        click.option(
+            "--profile",
+            type=click.Path(path_type=Path),
+            help="A file that `plan profile` wrote. Default: the shipped profile that fits best.",
+        ),
+        click.option("--memory-limit", metavar="SIZE", help="Memory of a device to plan for, such as 72GiB."),
+    ]
+
+
+def problem_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the common options and `--json` to a command.
+
+    The command is called with `options` (ProblemOptions) and `as_json` (bool), then its own options.
+    """
+    names = [str(name) for name in ProblemOptions.__dataclass_fields__]
+
+    @functools.wraps(command)
+    def call(**values: Any) -> Any:
+        options = ProblemOptions(**{name: values.pop(name) for name in names})
+        return command(options=options, **values)
+
+    for option in reversed(_options()):
+        call = option(call)
+    return json_option(call)
+
+
+def load_problem(options: ProblemOptions) -> ProblemInputs:
+    """Reads the model, cluster and units that the options name. Raises InputError with every fault."""
+    from planner.catalog import load_model
+    from planner.cluster_grammar import parse_cluster
+    from planner.codec import read_text
+    from planner.errors import InputError, Problem
+    from planner.units import parse_bytes, parse_count
+    from planner.workload import Method, Optimizer, Workload
+
+    problems: list[Problem] = []
+
+    def read(function: Callable[[str], Any], text: str | None) -> Any:
+        try:
+            return None if text is None else function(text)
+        except InputError as error:
+            problems.extend(error.problems)
+            return None
+
+    model: ModelSpec | None = read(load_model, options.model)
+    cluster: ClusterSpec | None = read(parse_cluster, options.cluster)
+    tokens: int | None = read(parse_count, options.tokens)
+    limit: int | None = read(parse_bytes, options.memory_limit)
+    read(lambda path: read_text(Path(path)), options.profile and str(options.profile))
+    problems.extend(_faults(options, model, tokens, limit))
+    if problems or model is None or cluster is None:
+        raise InputError(*problems)
+    workload = Workload(
+        seq=options.seq,
+        batch=options.batch,
+        tokens=tokens,
+        precision=_precision(options.precision, cluster),
+        optimizer=Optimizer(options.optimizer),
+        method=Method(options.method),
+    )
+    return ProblemInputs(model, workload, cluster, options.profile, limit)
+
+
+def _faults(
+    options: ProblemOptions, model: ModelSpec | None, tokens: int | None, limit: int | None
+) -> list[Problem]:
+    """Problems of the options that only show once they are read."""
+    from planner.errors import Problem
+
+    found: list[Problem] = []
+    if model is not None and model.learned_positions and options.seq > model.learned_positions:
+        found.append(
+            Problem(
+                where="--seq",
+                fault=f"{options.seq} is longer than the {model.learned_positions} learned positions of "
+                f"{model.name}.",
+                legal=f"1 to {model.learned_positions}",
+            )
+        )
+    if tokens is not None and tokens < 1:
+        found.append(Problem(where="--tokens", fault=f"'{options.tokens}' is no token at all."))
+    if limit is not None and limit < 1:
+        found.append(Problem(where="--memory-limit", fault=f"'{options.memory_limit}' is no memory at all."))
+    return found
+
+
+def _precision(text: str | None, cluster: ClusterSpec) -> Precision:
+    """The precision asked for; by default the narrowest that every device of the cluster is made for."""
+    from planner.workload import Precision
+
+    if text is not None:
+        return Precision(text)
+    devices = [group.device for group in cluster.groups]
+    if any(device.name == "cpu" for device in devices):
+        return Precision.FP32
+    if any(device.peak_bf16_flops is None and device.peak_fp16_flops is not None for device in devices):
+        return Precision.FP16
+    return Precision.BF16
