@@ -11,14 +11,13 @@ enters, so a run can go on under any other plan.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
-import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from planner.codec import load_json, noun, to_json, write_atomic
 from planner.errors import InputError, Problem
@@ -131,22 +130,23 @@ def _train_tokenizer(files: tuple[Path, ...], kind: TokenizerKind, vocab: int) -
     return tokenizer
 
 
-def _encode_texts(tokenizer: Any, files: tuple[Path, ...], path: Path, token_bytes: int) -> tuple[int, str]:
+def _write_tokens(
+    tokenizer: Any, files: tuple[Path, ...], handle: BinaryIO, token_bytes: int
+) -> tuple[int, str]:
     """Writes the tokens of all files; returns their number and the SHA-256 of what was written."""
     import numpy as np
 
     end, count, digest = tokenizer.token_to_id(END_OF_TEXT), 0, hashlib.sha256()
     dtype = np.dtype(f"<u{token_bytes}")
-    with path.open("wb") as handle:
-        for file in files:
-            pieces = (tokenizer.encode(chunk).ids for chunk in _chunks(file))
-            for ids in (*pieces, [] if end is None else [end]):
-                block = np.asarray(ids, dtype=dtype).tobytes()
-                handle.write(block)
-                digest.update(block)
-                count += len(ids)
-        handle.flush()
-        os.fsync(handle.fileno())
+    for file in files:
+        pieces = (tokenizer.encode(chunk).ids for chunk in _chunks(file))
+        for ids in itertools.chain(pieces, [] if end is None else [[end]]):
+            block = np.asarray(ids, dtype=dtype).tobytes()
+            handle.write(block)
+            digest.update(block)
+            count += len(ids)
+    handle.flush()
+    os.fsync(handle.fileno())
     return count, digest.hexdigest()
 
 
@@ -203,14 +203,17 @@ def _build(
     token_bytes = 2 if vocab <= 1 << 16 else 4
     try:
         index_path.parent.mkdir(parents=True, exist_ok=True)
-        tokenizer = _train_tokenizer(files, kind, vocab)
-        count, sha256 = _encode_texts(tokenizer, files, temporary, token_bytes)
+        with temporary.open("wb") as handle:
+            tokenizer = _train_tokenizer(files, kind, vocab)
+            count, sha256 = _write_tokens(tokenizer, files, handle, token_bytes)
         temporary.replace(stem.with_suffix(".tokens"))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(
             Problem(where=str(index_path.parent), fault=f"cannot be written: {error.strerror}.")
         ) from None
+    finally:
+        if temporary.parent.is_dir():
+            temporary.unlink(missing_ok=True)
     write_atomic(stem.with_suffix(".tokenizer.json"), tokenizer.to_str())
     index = DataIndex(
         schema_version=DATA_SCHEMA,
@@ -254,7 +257,7 @@ def open_data(index_path: Path, *, verify: bool = True) -> TokenData:
         raise InputError(
             Problem(
                 where=str(path),
-                fault=f"has {found_bytes} bytes, its index says {expected_bytes}: it is cut short or altered.",
+                fault=f"has {found_bytes} bytes, its index {expected_bytes}: it is cut short or altered.",
                 fix=cure,
             )
         )
@@ -264,3 +267,82 @@ def open_data(index_path: Path, *, verify: bool = True) -> TokenData:
         raise InputError(Problem(where=str(path), fault="holds no tokens: the text is empty."))
     dtype = np.dtype(f"<u{index.token_bytes}")
     return TokenData(index=index, tokens=np.memmap(path, dtype=dtype, mode="r"))
+
+
+def _mix(value: int) -> int:
+    """The finaliser of SplitMix64: every input bit reaches every output bit.
+
+    Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+    """
+    value = (value + 0x9E3779B97F4A7C15) & MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
+    return value ^ (value >> 31)
+
+
+def permute(offset: int, size: int, key: int, rounds: int = 6) -> int:
+    """Where `offset` goes in the permutation of range(size) that `key` names.
+
+    A Feistel network over the next even number of bits, walked until it lands below `size` (Black and
+    Rogaway, "Ciphers with arbitrary finite domains", 2002): no table, so the size of the data does not
+    matter, and no library's random stream, which may change between its versions.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = offset >> half, offset & mask
+        for number in range(rounds):
+            left, right = right, left ^ (_mix(right ^ _mix(key + number)) & mask)
+        offset = left << half | right
+        if offset < size:
+            return offset
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchReader:
+    """The global batches of a run. Sample k of step s is global sample s * batch + k of the order."""
+
+    data: TokenData
+    seed: int
+    seq: int
+    batch: int
+
+    def __post_init__(self) -> None:
+        if self.data.samples(self.seq) == 0:
+            raise InputError(
+                Problem(
+                    where="--data",
+                    fault=f"holds {self.data.index.tokens} tokens; one sample needs {self.seq + 1}.",
+                    fix="give more text, or plan with a shorter --seq",
+                )
+            )
+
+    @property
+    def epoch_samples(self) -> int:
+        return self.data.samples(self.seq)
+
+    def sample(self, position: int) -> int:
+        """The sample of the data set at a global position: a new permutation in every epoch."""
+        epoch, offset = divmod(position, self.epoch_samples)
+        return permute(offset, self.epoch_samples, _mix(_mix(self.seed & MASK) ^ epoch))
+
+    def positions(self, step: int, *, data_rank: int, data_size: int) -> range:
+        """The global positions of one data rank's share of the batch of step `step` (0 is the first)."""
+        local = self.batch // data_size
+        first = step * self.batch + data_rank * local
+        return range(first, first + local)
+
+    def rows(self, step: int, *, data_rank: int, data_size: int) -> NDArray[np.int64]:
+        """Token ids [batch / data_size, seq + 1] of one data rank at step `step`."""
+        import numpy as np
+
+        positions = self.positions(step, data_rank=data_rank, data_size=data_size)
+        starts = (self.sample(position) * self.seq for position in positions)
+        return np.stack([self.data.tokens[s : s + self.seq + 1] for s in starts]).astype(np.int64)
+
+
+def data_summary(index: DataIndex) -> str:
+    """One line for people: `1 file, 669 KiB, 190,000 tokens (bpe, 4096)`."""
+    size = format_bytes(sum(source.bytes for source in index.sources))
+    files = f"{len(index.sources)} file" + ("s" if len(index.sources) != 1 else "")
+    return f"{files}, {size}, {index.tokens:,} tokens ({index.tokenizer}, vocabulary {index.vocab})"
