@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import gc
 import re
+import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,12 +92,13 @@ def live_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.memory_allocated(device)
-    return sum(_live_storages().values())
+    return sum(storage.nbytes() for storage in _live_storages().values())
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages under `tensors`, each once; a DTensor counts with its local shard."""
-    return sum(dict(_storages_under(tensors)).values())
+    storages = {storage.data_ptr(): storage.nbytes() for storage in _storages_under(tensors)}
+    return sum(storages.values())
 
 
 def trace_phases(phases: Sequence[Callable[[], object]], device: torch.device) -> list[PhaseMemory]:
@@ -126,16 +129,28 @@ def _trace_cuda(phases: Sequence[Callable[[], object]], device: torch.device) ->
 
 def _trace_cpu(phases: Sequence[Callable[[], object]]) -> list[PhaseMemory]:
     live = _live_storages()
+    released: list[tuple[int, int]] = []
+    watches = [_watch(storage, released) for storage in live.values()]
+    sizes = {address: storage.nbytes() for address, storage in live.items()}
+    del live
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for index, work in enumerate(phases):
             with record_function(f"{_MARK}{index}"):
                 work()
-    events = list(_walk(profiler.profiler.kineto_results.experimental_event_tree()))  # type: ignore[union-attr]
+    del watches
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = list(_walk(profiler.profiler.kineto_results.experimental_event_tree()))
     bounds = sorted(
         (event.start_time_ns, event.end_time_ns) for event in events if event.name.startswith(_MARK)
     )
-    changes = sorted(_changes(events, live))
+    changes = list(_changes(events, released, sizes))
     return [_phase(changes, begin, end) for begin, end in bounds]
+
+
+def _watch(storage: torch.UntypedStorage, released: list[tuple[int, int]]) -> weakref.ref[Any]:
+    """Notes (time, address) when `storage` is freed; Python's object of a storage lives as long as it."""
+    address = storage.data_ptr()
+    return weakref.ref(storage, lambda _: released.append((time.time_ns(), address)))
 
 
 def _walk(roots: Iterable[Any]) -> Iterator[Any]:
@@ -146,43 +161,48 @@ def _walk(roots: Iterable[Any]) -> Iterator[Any]:
         stack.extend(event.children)
 
 
-def _changes(events: Iterable[Any], live: dict[int, int]) -> Iterator[tuple[int, int]]:
+def _changes(
+    events: Iterable[Any], released: Iterable[tuple[int, int]], sizes: dict[int, int]
+) -> Iterator[tuple[int, int]]:
     """(time, change of live bytes) of every allocation and release, in the order of time.
 
-    The profiler does not know the size of a block that was allocated before it began; `live` (address to
-    bytes) does. An address that is handed out twice without a release was freed unseen in between.
+    The profiler is silent about the release of a block that was allocated before it began; `released`
+    has those, and `sizes` (address to bytes) what was alive at the start. An address that is handed out
+    twice without a release between was freed unseen.
     """
-    sizes = dict(live)
-    allocations = [event for event in events if event.name == "[memory]"]
-    for event in sorted(allocations, key=lambda event: event.start_time_ns):
-        fields = event.extra_fields
-        if fields.device.type != "cpu":
-            continue
-        change = -sizes.pop(fields.ptr, 0)
-        if fields.alloc_size > 0:
-            sizes[fields.ptr] = fields.alloc_size
-            change += fields.alloc_size
-        yield event.start_time_ns, change
+    moves = [(time_ns, address, 0) for time_ns, address in released]
+    for event in events:
+        if event.name == "[memory]" and event.extra_fields.device.type == "cpu":
+            fields = event.extra_fields
+            moves.append((event.start_time_ns, fields.ptr, max(fields.alloc_size, 0)))
+    sizes = dict(sizes)
+    for time_ns, address, new_bytes in sorted(moves, key=lambda move: move[0]):
+        change = new_bytes - sizes.pop(address, 0)
+        if new_bytes:
+            sizes[address] = new_bytes
+        yield time_ns, change
 
 
 def _phase(changes: Sequence[tuple[int, int]], begin: int, end: int) -> PhaseMemory:
-    current = sum(change for time, change in changes if time < begin)
+    current = sum(change for time_ns, change in changes if time_ns < begin)
     peak = current
-    for time, change in changes:
-        if begin <= time <= end:
+    for time_ns, change in changes:
+        if begin <= time_ns <= end:
             current += change
             peak = max(peak, current)
     return PhaseMemory(peak_bytes=peak, end_bytes=current)
 
 
-def _live_storages() -> dict[int, int]:
-    """Address to bytes of every CPU storage of torch's allocator that Python can reach."""
+def _live_storages() -> dict[int, torch.UntypedStorage]:
+    """By address, every CPU storage of torch's allocator that Python can reach."""
     # type(), not isinstance(): the latter asks proxies for their __class__, which may warn or import.
     tensors = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
-    return dict(_storages_under(tensors))
+    return {
+        storage.data_ptr(): storage for storage in _storages_under(tensors) if storage.device.type == "cpu"
+    }
 
 
-def _storages_under(tensors: Iterable[torch.Tensor]) -> Iterator[tuple[int, int]]:
+def _storages_under(tensors: Iterable[torch.Tensor]) -> Iterator[torch.UntypedStorage]:
     for tensor in tensors:
         for part in _plain_parts(tensor):
             if part.layout is not torch.strided or part.is_meta:
@@ -190,7 +210,7 @@ def _storages_under(tensors: Iterable[torch.Tensor]) -> Iterator[tuple[int, int]
             storage = part.untyped_storage()
             # A storage over foreign memory (NumPy, a mapped file) cannot be resized.
             if storage.nbytes() and storage.resizable():
-                yield storage.data_ptr(), storage.nbytes()
+                yield storage
 
 
 def _plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
