@@ -62,7 +62,7 @@ class PlanGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
-    def main(  # type: ignore[override]  # never returns, in every mode
+    def main(
         self,
         args: Sequence[str] | None = None,
         prog_name: str | None = None,

@@ -11,8 +11,10 @@ import difflib
 import hashlib
 import json
 import os
+import stat
 import tempfile
 import tomllib
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
@@ -75,28 +77,34 @@ def _problem(fault: Any, faults: list[Any], source: str) -> Problem:
     return Problem(where=where, fault=f"{message} (found {shown[:60]}).")
 
 
-def read_text(path: Path) -> bytes:
-    """The bytes of a file of ours. Raises InputError if it is missing, a folder or far too large."""
+def read_text(path: Path, limit_bytes: int = MAX_FILE_BYTES) -> bytes:
+    """The bytes of a file. Raises InputError if it is missing, not a plain file or larger than the limit."""
     try:
-        size = path.stat().st_size
-        if path.is_dir():
-            raise InputError(Problem(where=str(path), fault="is a folder, a file was expected."))
-        if size > MAX_FILE_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe or a device may never end
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a plain file"
+            raise InputError(Problem(where=str(path), fault=f"is {kind}, a file was expected."))
+        if status.st_size > limit_bytes:
             raise InputError(
-                Problem(where=str(path), fault=f"has {size} bytes.", legal=f"at most {MAX_FILE_BYTES} bytes")
+                Problem(
+                    where=str(path),
+                    fault=f"has {status.st_size} bytes.",
+                    legal=f"at most {limit_bytes} bytes",
+                )
             )
         return path.read_bytes()
     except FileNotFoundError:
         raise InputError(Problem(where=str(path), fault="no such file.", fix=_near_file(path))) from None
-    except OSError as error:
-        raise InputError(Problem(where=str(path), fault=f"cannot be read: {error.strerror}.")) from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        fault = getattr(error, "strerror", None) or str(error)
+        raise InputError(Problem(where=str(path), fault=f"cannot be read: {fault}.")) from None
 
 
 def _near_file(path: Path) -> str:
     try:
         names = [entry.name for entry in path.parent.iterdir()]
     except OSError:
-        return f"the folder {path.parent} does not exist either"
+        return "create it or correct the path: its folder cannot be read either"
     near = difflib.get_close_matches(path.name, names, n=1)
     return f"did you mean {path.parent / near[0]}" if near else ""
 
@@ -106,26 +114,47 @@ def load_json(path: Path, cls: type[T]) -> T:
     return decode_json(cls, read_text(path), source=str(path))
 
 
-def load_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, undecoded. For formats that are not ours, such as config.json."""
+def load_json_object(path: Path, limit_bytes: int = MAX_FILE_BYTES) -> dict[str, Any]:
+    """The JSON object in a file, undecoded. For formats that are not ours, such as config.json.
+
+    A key that is given twice is refused: which of the two is meant cannot be known.
+    """
+    repeated: list[str] = []
+
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        built = dict(pairs)
+        if len(built) < len(pairs):
+            repeated.extend(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        return built
+
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(read_text(path, limit_bytes), object_pairs_hook=build)
     except RecursionError:
         raise InputError(Problem(where=str(path), fault="is nested too deeply.")) from None
     except (ValueError, UnicodeDecodeError) as error:
         raise InputError(Problem(where=str(path), fault=f"is not JSON: {error}.")) from None
+    if repeated:
+        raise InputError(
+            *(Problem(where=f"{path}: {name[:60]}", fault="is given twice.") for name in repeated[:10])
+        )
     if not isinstance(value, dict):
         raise InputError(Problem(where=str(path), fault=f"holds a {type(value).__name__}, not an object."))
     return value
 
 
+def load_toml_object(path: Path, limit_bytes: int = MAX_FILE_BYTES) -> dict[str, Any]:
+    """The table in a TOML file, undecoded."""
+    try:
+        return tomllib.loads(read_text(path, limit_bytes).decode())
+    except RecursionError:
+        raise InputError(Problem(where=str(path), fault="is nested too deeply.")) from None
+    except ValueError as error:  # bad TOML, bad UTF-8, a number of thousands of digits
+        raise InputError(Problem(where=str(path), fault=f"is not TOML: {error}.")) from None
+
+
 def load_toml(path: Path, cls: type[T]) -> T:
     """The TOML file at `path` as a `cls`."""
-    try:
-        data = tomllib.loads(read_text(path).decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(Problem(where=str(path), fault=f"is not TOML: {error}.")) from None
-    return decode(cls, data, source=str(path))
+    return decode(cls, load_toml_object(path), source=str(path))
 
 
 def encode(value: Any) -> Any:

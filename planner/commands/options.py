@@ -126,7 +126,7 @@ def load_problem(options: ProblemOptions) -> ProblemInputs:
     from planner.catalog import load_model
     from planner.cluster_grammar import parse_cluster
     from planner.codec import read_text
-    from planner.errors import InputError, Problem
+    from planner.errors import InputError
     from planner.units import parse_bytes, parse_count
     from planner.workload import Method, Optimizer, Workload
 
@@ -143,7 +143,7 @@ def load_problem(options: ProblemOptions) -> ProblemInputs:
     cluster: ClusterSpec | None = read(parse_cluster, options.cluster)
     tokens: int | None = read(parse_count, options.tokens)
     limit: int | None = read(parse_bytes, options.memory_limit)
-    read(lambda path: read_text(Path(path)), options.profile and str(options.profile))
+    read(lambda path: read_text(Path(path)), None if options.profile is None else str(options.profile))
     problems.extend(_faults(options, model, tokens, limit))
     if problems or model is None or cluster is None:
         raise InputError(*problems)
