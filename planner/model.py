@@ -91,6 +91,13 @@ class Block:
             + 2 * self.norm.params(self.hidden)
         )
 
+    @property
+    def tensors(self) -> int:
+        """Parameter tensors of one block, with separate query, key, value, gate and up projections."""
+        norms = 2 if self.norm is Norm.RMSNORM else 4
+        attention = 4 + 3 * self.attention.qkv_bias + self.attention.out_bias
+        return norms + attention + (self.mlp.up_projections + 1) * (1 + self.mlp.bias)
+
     def matmul_flops_forward(self, tokens: int) -> float:
         """FLOPs of the projections for `tokens` tokens: 2 per weight per token."""
         attention = self.hidden * (2 * self.attention.query_width + 2 * self.attention.kv_width)

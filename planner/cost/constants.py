@@ -1,0 +1,39 @@
+"""Constants of the analytic model for devices without a profile, each with its meaning and source."""
+
+from __future__ import annotations
+
+GEMM_EFFICIENCY = 0.80
+"""Share of the dense peak that large matrix products reach. Measured maxima: A100 0.87, H100 0.80, B200
+0.78 (maximum achievable matmul, Stas Bekman's ML Engineering, 2026-08)."""
+
+GEMM_HALF_DIM = 96.0
+"""A dimension d of a product costs like d + 96: tiles and fill. On H100 at M = 4096 the median rate is 697
+TFLOP/s for min(N, K) in 513..1024 and 788 in 4097..8192 (aiconfigurator-core 0.12.0 GEMM tables)."""
+
+MEMORY_EFFICIENCY = 0.80
+"""Share of the datasheet memory bandwidth that element-wise kernels reach (aiconfigurator-core 0.12.0)."""
+
+HOST_BLOCK_FORWARD_S = 1.0e-3
+"""Host time to launch one block's forward in eager mode; its backward costs twice that. About 45 launches
+of 10 us through autograd plus module hooks; 1B-shape steps on an H100 sit at this floor."""
+
+HOST_TP_FORWARD_S = 3.0e-3
+"""Host time that DTensor's sharding hooks add to one block's forward in eager mode; a 20-layer stage of a
+70B model at tp 8 took 0.48 s with recompute on an H100, of which the device needed under half."""
+
+OVERLAP_SLOWDOWN = 0.19
+"""Mean slowdown of compute while communication overlaps it (arXiv 2507.03114)."""
+
+DEFAULT_LATENCY_S = 10e-6
+"""Latency of one hop where a link states none: launch and handshake of one NCCL step."""
+
+TIME_ERROR = {"measured": 0.10, "interpolated": 0.15, "fitted": 0.25, "datasheet": 0.40}
+"""Half width of the step-time interval by origin, as a share. Measured: what bench/results holds for the
+shipped CPU runs; the others widen until they are calibrated."""
+
+MEMORY_ERROR = {"measured": 0.05, "interpolated": 0.08, "fitted": 0.12, "datasheet": 0.15}
+"""Half width of the memory band by origin, as a share; the verdict is SAFE only beyond it."""
+
+COMMUNICATOR_BYTES = 392 * 1024 * 1024
+"""Buffers of a communicator of 4 to 8 devices (aiconfigurator-core 0.12.0). The context itself is already
+outside `usable_memory_bytes`."""

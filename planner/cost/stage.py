@@ -1,0 +1,368 @@
+"""What one pipeline stage costs: its passes for a micro-batch, its once-a-step work, its bytes.
+
+All figures are linear in the number of blocks of each recompute option, which is what lets the planner
+pick recipes exactly.
+"""
+
+from __future__ import annotations
+
+from planner.codec import noun
+from planner.cost import constants
+from planner.cost.comm import CommCost, CommModel, Group
+from planner.cost.compute import LayerCost, LayerModel, LayerShape
+from planner.problem import PlanningProblem
+from planner.profile import LayerKind, Op
+from planner.strategy import Degrees, Recompute, RecomputeCounts, Stage, Zero
+
+
+@noun
+class Pass:
+    """One direction of one micro-batch through some layers: seconds by cause. Adds up."""
+
+    compute_s: float = 0.0
+    recompute_s: float = 0.0
+    host_s: float = 0.0
+    tp_s: float = 0.0
+    dp_s: float = 0.0
+
+    @property
+    def work_s(self) -> float:
+        """Time that slows down where devices share cores."""
+        return self.compute_s + self.recompute_s + self.host_s
+
+    @property
+    def fixed_s(self) -> float:
+        """Communication time, measured with the other ranks at work."""
+        return self.tp_s + self.dp_s
+
+    @property
+    def total_s(self) -> float:
+        return self.work_s + self.fixed_s
+
+    def __add__(self, other: Pass) -> Pass:
+        return Pass(
+            compute_s=self.compute_s + other.compute_s,
+            recompute_s=self.recompute_s + other.recompute_s,
+            host_s=self.host_s + other.host_s,
+            tp_s=self.tp_s + other.tp_s,
+            dp_s=self.dp_s + other.dp_s,
+        )
+
+    def __mul__(self, factor: float) -> Pass:
+        return Pass(
+            compute_s=self.compute_s * factor,
+            recompute_s=self.recompute_s * factor,
+            host_s=self.host_s * factor,
+            tp_s=self.tp_s * factor,
+            dp_s=self.dp_s * factor,
+        )
+
+
+@noun
+class StageCost:
+    """One stage on each of its devices.
+
+    `unshard_s` comes before the first forward of a step, `reduce_s` after the last backward,
+    `optimizer_s` after the reduction of all stages. `params` are those of one device's shard by tensor
+    parallelism, before any sharding over data ranks. `saved_bytes` are kept for each micro-batch.
+    """
+
+    forward: Pass
+    backward: Pass
+    unshard_s: float
+    reduce_s: float
+    optimizer_s: float
+    params: float
+    largest_unit_params: float
+    saved_bytes: float
+    forward_transient_bytes: float
+    backward_transient_bytes: float
+
+
+@noun
+class Unit:
+    """A layer that data parallelism wraps as one: a block, or the root with the embedding and the head."""
+
+    params: float
+    tensors: int
+
+
+class ShapeModel:
+    """Costs of stages under given degrees."""
+
+    def __init__(
+        self, problem: PlanningProblem, degrees: Degrees, layers: LayerModel, comms: CommModel
+    ) -> None:
+        self.problem, self.degrees = problem, degrees
+        self.layer_model, self.comm_model = layers, comms
+        self.overlaps = problem.cluster.groups[0].slots_per_node is None
+        communicates = self.overlaps and degrees.world > 1
+        self.runtime_bytes = constants.COMMUNICATOR_BYTES if communicates else 0
+        model, tp = problem.model, degrees.tp
+        block = model.segments[0].block
+        self.block_unit = Unit(params=block.params / tp, tensors=block.tensors)
+        self.embedding_unit = Unit(
+            params=model.params_embedding / tp, tensors=1 + bool(model.learned_positions)
+        )
+        self.head_unit = Unit(
+            params=(model.norm.params(model.hidden) + model.vocab * model.hidden) / tp, tensors=2
+        )
+        self.block_passes = {option: self._block_passes(option) for option in Recompute}
+        self.embedding_passes = self._end_passes(LayerKind.EMBEDDING)
+        self.head_passes = self._end_passes(LayerKind.HEAD)
+
+    # Layers
+
+    def layer(self, kind: LayerKind, recompute: Recompute = Recompute.NONE) -> LayerCost:
+        """One layer on one device for one micro-batch."""
+        degrees, workload = self.degrees, self.problem.workload
+        return self.layer_model.cost(
+            LayerShape(
+                kind=kind,
+                tp=degrees.tp,
+                sequence_parallel=degrees.sequence_parallel,
+                micro_batch=degrees.micro_batch,
+                seq=workload.seq,
+                precision=workload.precision,
+                recompute=recompute,
+            )
+        )
+
+    def _block_passes(self, option: Recompute) -> tuple[Pass, Pass]:
+        cost, plain = self.layer(LayerKind.BLOCK, option), self.layer(LayerKind.BLOCK)
+        gather, scatter = self._tp_message(Op.ALL_GATHER), self._tp_message(Op.REDUCE_SCATTER)
+        reduce = self._tp_message(Op.ALL_REDUCE)
+        once = 2 * (gather + scatter) if self.degrees.sequence_parallel else 2 * reduce
+        again = {
+            Recompute.NONE: 0.0,
+            # The kept results of products spare the reductions behind them, not the gathers before them.
+            Recompute.SELECTIVE: 2 * gather if self.degrees.sequence_parallel else 2 * reduce,
+            Recompute.FULL: once,
+        }
+        extra_s = max(cost.backward_s - plain.backward_s, 0.0)
+        forward = Pass(compute_s=cost.forward_s, tp_s=once)
+        backward = Pass(compute_s=cost.backward_s - extra_s, recompute_s=extra_s, tp_s=once + again[option])
+        return self._with_data_parallel(forward, backward, self.block_unit)
+
+    def _end_passes(self, kind: LayerKind) -> tuple[Pass, Pass]:
+        cost = self.layer(kind)
+        gather, scatter = self._tp_message(Op.ALL_GATHER), self._tp_message(Op.REDUCE_SCATTER)
+        reduce = self._tp_message(Op.ALL_REDUCE)
+        sp = self.degrees.sequence_parallel
+        if kind is LayerKind.EMBEDDING:
+            forward_tp, backward_tp = (scatter, gather) if sp else (reduce, 0.0)
+            unit = self.embedding_unit
+        else:
+            row = 4.0 * self.degrees.micro_batch * self.problem.workload.seq
+            loss = 3 * self._seconds(Op.ALL_REDUCE, row, self._tp_group())
+            forward_tp, backward_tp = (gather + loss, scatter) if sp else (loss, reduce)
+            unit = self.head_unit
+        forward = Pass(compute_s=cost.forward_s, tp_s=forward_tp)
+        backward = Pass(compute_s=cost.backward_s, tp_s=backward_tp)
+        return self._with_data_parallel(forward, backward, unit)
+
+    def _with_data_parallel(self, forward: Pass, backward: Pass, unit: Unit) -> tuple[Pass, Pass]:
+        """Adds the wrapper's host time, and what ZeRO 2 and 3 communicate in every micro-batch."""
+        if self.degrees.dp == 1:
+            return forward, backward
+        forward += Pass(host_s=self._constant("fsdp_unit_forward_s"))
+        backward += Pass(host_s=self._constant("fsdp_unit_backward_s"))
+        zero = self.degrees.zero
+        if zero is Zero.PARAMETERS:
+            forward = self._exposed(forward, self.gather_s(unit))
+            backward = self._exposed(backward, self.gather_s(unit) + self.reduce_s(unit))
+        elif zero is Zero.GRADIENTS:
+            backward = self._exposed(backward, self.reduce_s(unit))
+        return forward, backward
+
+    def _exposed(self, passing: Pass, comm_s: float) -> Pass:
+        """The pass with communication beside it: hidden behind compute where the device overlaps.
+
+        Overlapped work slows compute by OVERLAP_SLOWDOWN for as long as both run.
+        """
+        if not self.overlaps:
+            return passing + Pass(dp_s=comm_s)
+        hidden_s = min(comm_s, passing.total_s)
+        return passing + Pass(dp_s=comm_s - hidden_s + constants.OVERLAP_SLOWDOWN * hidden_s)
+
+    # Messages
+
+    def _constant(self, name: str) -> float:
+        profile = self.problem.profile
+        return (profile.constant(name) or 0.0) if profile else 0.0
+
+    def _seconds(self, op: Op, size_bytes: float, group: Group) -> float:
+        return self.comm(op, size_bytes, group).seconds
+
+    def comm(self, op: Op, size_bytes: float, group: Group) -> CommCost:
+        """A communication under these degrees."""
+        return self.comm_model.cost(op, size_bytes, group)
+
+    def _group(self, ranks: int, block: int) -> Group:
+        """A group of `ranks` ranks within `block` neighbouring ranks."""
+        per_node = self.problem.cluster.devices_per_node
+        return Group(
+            ranks=ranks,
+            groups=max(1, min(per_node, self.degrees.world) // ranks),
+            spans_nodes=block > per_node,
+        )
+
+    def _tp_group(self) -> Group:
+        return self._group(self.degrees.tp, self.degrees.tp)
+
+    def _shard_group(self) -> Group:
+        return self._group(self.degrees.dp_shard, self.degrees.dp_shard * self.degrees.cp * self.degrees.tp)
+
+    def _replicate_group(self) -> Group:
+        return self._group(self.degrees.dp_replicate, self.degrees.world // self.degrees.pp)
+
+    def hidden_bytes(self) -> float:
+        """The residual stream of one micro-batch, whole."""
+        workload = self.problem.workload
+        tokens = self.degrees.micro_batch * workload.seq
+        return float(tokens * self.problem.model.hidden * workload.precision.compute_bytes)
+
+    def _tp_message(self, op: Op) -> float:
+        return self._seconds(op, self.hidden_bytes(), self._tp_group())
+
+    def p2p_s(self) -> float:
+        """One hop of the residual stream between neighbouring stages."""
+        if self.degrees.pp == 1:
+            return 0.0
+        shards = self.degrees.tp if self.degrees.sequence_parallel else 1
+        per_node = self.problem.cluster.devices_per_node
+        group = Group(
+            ranks=2,
+            groups=max(1, min(per_node, self.degrees.world) // 2),
+            spans_nodes=self.degrees.world > per_node,
+        )
+        return self._seconds(Op.P2P, self.hidden_bytes() / shards, group)
+
+    def gather_s(self, unit: Unit) -> float:
+        """All-gather of one unit's parameters in the compute precision, with copies in and out."""
+        size = unit.params * self.problem.workload.precision.compute_bytes
+        seconds = self._seconds(Op.ALL_GATHER, size, self._shard_group())
+        return seconds + self._constant("fsdp_copy_s_per_byte") * size if self.degrees.dp_shard > 1 else 0.0
+
+    def reduce_s(self, unit: Unit) -> float:
+        """Reduction of one unit's gradients in fp32: scatter over shards, all-reduce over replicas."""
+        size, degrees = 4.0 * unit.params, self.degrees
+        copies = self._constant("fsdp_copy_s_per_byte") * size if degrees.dp > 1 else 0.0
+        scatter = self._seconds(Op.REDUCE_SCATTER, size, self._shard_group())
+        reduce = self._seconds(Op.ALL_REDUCE, size / degrees.dp_shard, self._replicate_group())
+        return scatter + reduce + copies
+
+    # Stages
+
+    def units(self, stage: Stage, *, first: bool, last: bool) -> list[Unit]:
+        """The units of a stage: its blocks, and the embedding and the head where it holds them."""
+        units = [self.block_unit] * stage.layers
+        if first:
+            units.append(self.embedding_unit)
+        if last:
+            units.append(self.head_unit)
+        return units
+
+    def stage(self, counts: RecomputeCounts, *, first: bool, last: bool) -> StageCost:
+        """The cost of a stage with `counts` blocks of each option, and the ends that it holds."""
+        forward, backward = Pass(), Pass()
+        for option, count in self._options(counts):
+            one_forward, one_backward = self.block_passes[option]
+            forward, backward = forward + one_forward * count, backward + one_backward * count
+        ends = [self.embedding_passes] * first + [self.head_passes] * last
+        for end_forward, end_backward in ends:
+            forward, backward = forward + end_forward, backward + end_backward
+        stage = Stage(first=0, end=counts.layers, recompute=counts)
+        units = self.units(stage, first=first, last=last)
+        action = Pass(host_s=self._constant("pp_action_s") if self.degrees.pp > 1 else 0.0)
+        return StageCost(
+            forward=forward + action,
+            backward=backward + action,
+            unshard_s=self._unshard_s(units),
+            reduce_s=self._reduce_s(units, backward.total_s),
+            optimizer_s=self._optimizer_s(units),
+            params=sum(unit.params for unit in units) - self._tied_params(first, last),
+            largest_unit_params=max((unit.params for unit in units), default=0.0),
+            **self._memory(counts, first=first, last=last),
+        )
+
+    @staticmethod
+    def _options(counts: RecomputeCounts) -> list[tuple[Recompute, int]]:
+        each = (
+            (Recompute.NONE, counts.none),
+            (Recompute.SELECTIVE, counts.selective),
+            (Recompute.FULL, counts.full),
+        )
+        return [(option, count) for option, count in each if count]
+
+    def _tied_params(self, first: bool, last: bool) -> float:
+        """The output projection is the embedding itself where one stage holds both."""
+        model = self.problem.model
+        tied = model.tied_embeddings and first and last
+        return model.vocab * model.hidden / self.degrees.tp if tied else 0.0
+
+    def _unshard_s(self, units: list[Unit]) -> float:
+        """ZeRO 1 and 2 gather each unit once a step."""
+        if self.degrees.zero not in (Zero.OPTIMIZER, Zero.GRADIENTS):
+            return 0.0
+        total_s = sum(self.gather_s(unit) for unit in units)
+        return max((self.gather_s(unit) for unit in units), default=0.0) if self.overlaps else total_s
+
+    def _reduce_s(self, units: list[Unit], backward_s: float) -> float:
+        """ZeRO 0 and 1 reduce each unit once a step, behind the last backward where it overlaps."""
+        if self.degrees.dp == 1 or self.degrees.zero in (Zero.GRADIENTS, Zero.PARAMETERS):
+            return 0.0
+        each = [self.reduce_s(unit) for unit in units]
+        if not self.overlaps:
+            return sum(each)
+        return max(max(each, default=0.0), sum(each) - backward_s)
+
+    def _optimizer_s(self, units: list[Unit]) -> float:
+        """Clipping and the update of this device's shard: a cost a parameter and a cost a tensor."""
+        params = sum(unit.params for unit in units) / self.degrees.dp_shard
+        tensors = sum(unit.tensors for unit in units)
+        each = self._constant("optimizer_s_per_param") + self._constant("clip_s_per_param")
+        per_tensor = self._constant("optimizer_s_per_tensor") + self._constant("clip_s_per_tensor")
+        if each == 0.0 and self.layer_model.rates is not None:
+            # Reads parameter, gradient and two moments, writes three of them, all in fp32.
+            each = 28.0 / self.layer_model.rates.memory_bytes_per_s
+        return params * each + tensors * per_tensor
+
+    def _memory(self, counts: RecomputeCounts, *, first: bool, last: bool) -> dict[str, float]:
+        saved = forward = backward = 0.0
+        for option, count in self._options(counts):
+            cost = self.layer(LayerKind.BLOCK, option)
+            saved += count * cost.saved_bytes
+            forward = max(forward, cost.forward_transient_bytes)
+            backward = max(backward, cost.backward_transient_bytes)
+        for kind in [LayerKind.EMBEDDING] * first + [LayerKind.HEAD] * last:
+            cost = self.layer(kind)
+            saved += cost.saved_bytes
+            forward = max(forward, cost.forward_transient_bytes)
+            backward = max(backward, cost.backward_transient_bytes)
+        return {
+            "saved_bytes": saved,
+            "forward_transient_bytes": forward,
+            "backward_transient_bytes": backward,
+        }
+
+    def origins_s(self) -> dict[str, float]:
+        """Seconds of one micro-batch by origin: the layers of the model and their communication."""
+        seconds: dict[str, float] = {}
+        layers = self.problem.model.layers
+        counted = [(LayerKind.BLOCK, layers), (LayerKind.EMBEDDING, 1), (LayerKind.HEAD, 1)]
+        for kind, count in counted:
+            cost = self.layer(kind)
+            value = count * (cost.forward_s + cost.backward_s)
+            seconds[cost.origin] = seconds.get(cost.origin, 0.0) + value
+        messages: list[tuple[CommCost, float]] = []
+        if self.degrees.tp > 1:
+            op = Op.ALL_GATHER if self.degrees.sequence_parallel else Op.ALL_REDUCE
+            messages.append((self.comm(op, self.hidden_bytes(), self._tp_group()), 4 * layers))
+        if self.degrees.dp > 1:
+            group = self._shard_group() if self.degrees.dp_shard > 1 else self._replicate_group()
+            message = self.comm(Op.ALL_REDUCE, 4.0 * self.block_unit.params, group)
+            messages.append((message, layers / self.degrees.num_micro_batches))
+        for message, times in messages:
+            seconds[message.origin] = seconds.get(message.origin, 0.0) + times * message.seconds
+        return seconds
