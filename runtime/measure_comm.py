@@ -1,0 +1,199 @@
+"""Collectives and point-to-point messages over the real backend, at several sizes.
+
+All groups of one size are measured twice: one group alone (the other ranks wait, idle), and every group
+of the world at once, because groups on one machine share its cores, memory and links.
+
+Calls follow one another in bursts of a few milliseconds, and a sample is a burst's time over its calls, on
+the first rank: the collectives synchronise their ranks themselves, and where ranks share cores the slow
+calls are as much a part of a step as the quick ones. A message of p2p is half a round trip. Tensors are
+fp32.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from planner.codec import encode
+from planner.profile import CommSample, Op
+from runtime.children import Emit, run_children
+from runtime.timing import Effort, summarize, synchronize
+
+SIZES_BYTES = tuple(4096 * 4**step for step in range(7))
+"""4 KiB to 16 MiB."""
+QUICK_SIZES_BYTES = (4096, 1 << 20)
+_TIMEOUT = timedelta(seconds=60)
+_BURST_S = 4e-3
+_BURST_CALLS = 16
+
+
+class Layout(NamedTuple):
+    """`groups` groups of `ranks` consecutive ranks each, active at once."""
+
+    ranks: int
+    groups: int
+
+
+def layouts(world: int) -> list[Layout]:
+    """For every power of two of ranks that divides the world: one group alone, and all of them."""
+    found = []
+    ranks = 2
+    while ranks <= world:
+        if world % ranks == 0:
+            found.append(Layout(ranks, 1))
+            if world // ranks > 1:
+                found.append(Layout(ranks, world // ranks))
+        ranks *= 2
+    return found
+
+
+def ops(layout: Layout) -> list[Op]:
+    """What is measured over a layout; a message between two ranks needs groups of two."""
+    return [op for op in Op if op is not Op.P2P or layout.ranks == 2]
+
+
+def count_samples(world: int, sizes_bytes: tuple[int, ...]) -> int:
+    """How many samples `measure_comm` yields."""
+    return sum(len(ops(layout)) * len(sizes_bytes) for layout in layouts(world))
+
+
+def measure_comm(
+    world: int, device_type: str, sizes_bytes: tuple[int, ...], effort: Effort
+) -> Iterator[dict[str, Any]]:
+    """Yields every CommSample (encoded) of a world of processes on this machine."""
+    with tempfile.TemporaryDirectory(prefix="shardwise-") as folder:
+
+        def body(rank: int, emit: Emit) -> None:
+            _rank(rank, world, device_type, Path(folder) / "store", sizes_bytes, effort, emit)
+
+        yield from run_children(body, world)
+
+
+def _rank(
+    rank: int,
+    world: int,
+    device_type: str,
+    store_path: Path,
+    sizes_bytes: tuple[int, ...],
+    effort: Effort,
+    emit: Emit,
+) -> None:
+    torch.set_num_threads(1)
+    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store = dist.FileStore(str(store_path), world)  # type: ignore[attr-defined]  # public, not in __all__
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_TIMEOUT)
+    control = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    for layout in layouts(world):
+        groups = [
+            dist.new_group(list(range(first, first + layout.ranks)), timeout=_TIMEOUT)
+            for first in range(0, layout.ranks * layout.groups, layout.ranks)
+        ]
+        mine = groups[rank // layout.ranks] if rank < layout.ranks * layout.groups else None
+        for op in ops(layout):
+            for size_bytes in sizes_bytes:
+                sample = _sample(op, layout, size_bytes, mine, control, device, effort)
+                if rank == 0:
+                    emit(encode(sample))
+    dist.barrier(control)
+    dist.destroy_process_group()
+
+
+def _sample(
+    op: Op,
+    layout: Layout,
+    size_bytes: int,
+    group: dist.ProcessGroup | None,
+    control: dist.ProcessGroup,
+    device: torch.device,
+    effort: Effort,
+) -> CommSample:
+    """One sample; ranks outside the active groups only keep the step with the others."""
+    call = None if group is None else _call(op, size_bytes, group, device)
+    dist.barrier(control)
+    trial = _run(call, effort.warmup + 2, 1, device)
+    counts = torch.tensor(_counts(trial[-1] if trial else 0.0, effort))
+    dist.broadcast(counts, src=0, group=control)  # every rank must run as often as rank 0
+    seconds = _run(call, *(int(count) for count in counts), device)
+    dist.barrier(control)
+    halves = 2 if op is Op.P2P else 1
+    timing = summarize([taken / halves for taken in seconds] or [0.0])
+    return CommSample(
+        op=op,
+        ranks=layout.ranks,
+        groups=layout.groups,
+        bytes=size_bytes,
+        seconds=timing.median_s,
+        spread=timing.spread,
+        samples=timing.samples,
+    )
+
+
+def _counts(one_s: float, effort: Effort) -> tuple[int, int]:
+    """Bursts, and calls in each."""
+    calls = max(1, min(_BURST_CALLS, int(_BURST_S / max(one_s, 1e-9))))
+    bursts = int(effort.budget_s / max(one_s * calls, 1e-9))
+    return max(effort.least, min(effort.most, bursts)), calls
+
+
+def _run(call: Callable[[], object] | None, bursts: int, calls: int, device: torch.device) -> list[float]:
+    """Seconds of one call, for each burst."""
+    if call is None:
+        return []
+    seconds = []
+    before = time.perf_counter()
+    for _ in range(bursts):
+        for _ in range(calls):
+            call()
+        synchronize(device)
+        now = time.perf_counter()
+        seconds.append((now - before) / calls)
+        before = now
+    return seconds
+
+
+def _call(op: Op, size_bytes: int, group: dist.ProcessGroup, device: torch.device) -> Callable[[], object]:
+    """The operation over `group` with a full message of `size_bytes`."""
+    ranks = dist.get_world_size(group)
+    full = torch.zeros(size_bytes // 4, device=device)
+    shard = torch.zeros(size_bytes // 4 // ranks, device=device)
+    # torch 2.13 renamed these and warns about the old names, which alone exist in 2.11.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    match op:
+        case Op.ALL_REDUCE:
+            return lambda: dist.all_reduce(full, group=group)
+        case Op.ALL_GATHER:
+            return lambda: gather(full, shard, group=group)
+        case Op.REDUCE_SCATTER:
+            return lambda: scatter(shard, full, group=group)
+        case Op.ALL_TO_ALL:
+            received = torch.zeros_like(full)
+            return lambda: dist.all_to_all_single(received, full, group=group)
+        case Op.P2P:
+            return _ping_pong(full, group)
+
+
+def _ping_pong(message: torch.Tensor, group: dist.ProcessGroup) -> Callable[[], object]:
+    """Sends the message to the other rank of a pair and gets it back."""
+    first = dist.get_rank(group) == 0
+    peer = dist.get_global_rank(group, 1 if first else 0)
+
+    def call() -> None:
+        if first:
+            dist.send(message, peer, group=group)
+            dist.recv(message, peer, group=group)
+        else:
+            dist.recv(message, peer, group=group)
+            dist.send(message, peer, group=group)
+
+    return call

@@ -1,0 +1,73 @@
+"""Repeated timing: warm up, run until there is enough, report the median and the spread."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from planner.codec import noun
+
+
+@noun
+class Effort:
+    """How long to repeat: at least `least` runs, at most `most`, between them until `budget_s` is used."""
+
+    warmup: int
+    least: int
+    most: int
+    budget_s: float
+
+
+THOROUGH = Effort(warmup=2, least=5, most=40, budget_s=0.25)
+QUICK = Effort(warmup=1, least=3, most=5, budget_s=0.02)
+
+
+@noun
+class Timing:
+    """Median seconds of `samples` runs; `spread` is the interquartile range over the median."""
+
+    median_s: float
+    spread: float
+    samples: int
+
+
+def summarize(seconds: Sequence[float]) -> Timing:
+    """The median and relative interquartile range of some timings (at least one)."""
+    median = statistics.median(seconds)
+    if len(seconds) < 2 or median <= 0:
+        return Timing(median_s=median, spread=0.0, samples=len(seconds))
+    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Timing(median_s=median, spread=(high - low) / median, samples=len(seconds))
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device's queued work; a CPU has none."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_phases(phases: Sequence[Callable[[], object]], effort: Effort, device: torch.device) -> list[Timing]:
+    """Times phases that run one after another (forward, backward) as often as the effort says."""
+    for _ in range(effort.warmup):
+        for phase in phases:
+            phase()
+    seconds: list[list[float]] = [[] for _ in phases]
+    started = time.perf_counter()
+    while len(seconds[0]) < effort.least or (
+        len(seconds[0]) < effort.most and time.perf_counter() - started < effort.budget_s
+    ):
+        for phase, taken in zip(phases, seconds, strict=True):
+            synchronize(device)
+            begun = time.perf_counter()
+            phase()
+            synchronize(device)
+            taken.append(time.perf_counter() - begun)
+    return [summarize(taken) for taken in seconds]
+
+
+def time_call(call: Callable[[], object], effort: Effort, device: torch.device) -> Timing:
+    """Times one call as often as the effort says."""
+    return time_phases([call], effort, device)[0]
