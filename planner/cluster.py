@@ -66,12 +66,16 @@ class DeviceGroup:
 
 @noun
 class ClusterSpec:
-    """Device groups, the link inside a node and the link between nodes."""
+    """Device groups, the link inside a node and the link between nodes.
+
+    `price_usd_per_hour` is for the whole cluster; None means unknown.
+    """
 
     name: str
     groups: tuple[DeviceGroup, ...]
     intra: Link
     inter: Link
+    price_usd_per_hour: float | None = None
 
     @property
     def devices(self) -> int:

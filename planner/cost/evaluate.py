@@ -1,0 +1,199 @@
+"""evaluate(): the estimate of one strategy, from the inputs alone. Pure.
+
+The step time is the replay of the strategy's own action table; the memory is that of the fullest rank.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from planner.codec import noun
+from planner.cost import constants
+from planner.cost.comm import CommModel
+from planner.cost.compute import ORIGINS, LayerModel
+from planner.cost.memory import in_flight_vectors, rank_memory
+from planner.cost.schedule import ActionKind, Table, build_table
+from planner.cost.simulate import Replay, replay, sharing_of
+from planner.cost.stage import ShapeModel, StageCost
+from planner.estimate import (
+    Coverage,
+    Estimate,
+    MemoryBreakdown,
+    StageEstimate,
+    TimeBreakdown,
+    Verdict,
+)
+from planner.problem import PlanningProblem
+from planner.strategy import Degrees, Strategy
+from planner.units import DAY_S
+
+
+@noun
+class Evaluation:
+    """An estimate with what it was made of."""
+
+    strategy: Strategy
+    estimate: Estimate
+    stages: tuple[StageEstimate, ...]
+    table: Table
+    replay: Replay
+
+
+class CostModel:
+    """The cost model of one planning problem. It remembers layer and message costs between calls."""
+
+    def __init__(self, problem: PlanningProblem) -> None:
+        self.problem = problem
+        self.layers = LayerModel(problem)
+        self.comms = CommModel(problem)
+        self.sharing = sharing_of(problem)
+
+    def shape(self, degrees: Degrees) -> ShapeModel:
+        """The stage costs under `degrees`."""
+        return ShapeModel(self.problem, degrees, self.layers, self.comms)
+
+    def stage_costs(self, shape: ShapeModel, strategy: Strategy) -> tuple[StageCost, ...]:
+        """The cost of each stage of a strategy."""
+        last = len(strategy.stages) - 1
+        return tuple(
+            shape.stage(stage.recompute, first=index == 0, last=index == last)
+            for index, stage in enumerate(strategy.stages)
+        )
+
+    def replay(
+        self, shape: ShapeModel, table: Table, costs: tuple[StageCost, ...], *, messages: bool = True
+    ) -> Replay:
+        """The replay of a table under these costs; without `messages`, hops between stages are free."""
+        hop_s = shape.p2p_s() if messages else 0.0
+        return replay(table, costs, hop_s, self.sharing, shape.degrees.world // shape.degrees.pp)
+
+    def evaluate(self, strategy: Strategy) -> Evaluation:
+        """The estimate of a strategy that keeps the rules."""
+        degrees = strategy.degrees
+        shape = self.shape(degrees)
+        table = build_table(degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches)
+        costs = self.stage_costs(shape, strategy)
+        replayed = self.replay(shape, table, costs)
+        memory, peak_bytes = stage_memory(shape, table, costs)
+        free_s = self.replay(shape, table, costs, messages=False).step_time_s if degrees.pp > 1 else 0.0
+        hops_s = replayed.step_time_s - free_s if degrees.pp > 1 else 0.0
+        breakdown = time_breakdown(replayed, table, costs, hops_s)
+        return Evaluation(
+            strategy=strategy,
+            estimate=self._estimate(replayed, breakdown, peak_bytes, self._coverage(shape)),
+            stages=tuple(
+                StageEstimate(
+                    memory=memory[index],
+                    time_s=degrees.num_micro_batches * (cost.forward.total_s + cost.backward.total_s),
+                    forward_s=cost.forward.total_s,
+                    backward_s=cost.backward.total_s,
+                )
+                for index, cost in enumerate(costs)
+            ),
+            table=table,
+            replay=replayed,
+        )
+
+    def _coverage(self, shape: ShapeModel) -> Coverage:
+        seconds = shape.origins_s()
+        total = sum(seconds.values()) or 1.0
+        shares = {origin: seconds.get(origin, 0.0) / total for origin in ORIGINS}
+        return Coverage(**shares)
+
+    def _estimate(
+        self,
+        replayed: Replay,
+        breakdown: TimeBreakdown,
+        peak_bytes: int,
+        coverage: Coverage,
+    ) -> Estimate:
+        workload, cluster = self.problem.workload, self.problem.cluster
+        step_s = replayed.step_time_s
+        tokens_per_s = workload.tokens_per_step / step_s
+        error = band(constants.TIME_ERROR, coverage)
+        seconds = workload.tokens / tokens_per_s if workload.tokens else None
+        price = cluster.price_usd_per_hour
+        return Estimate(
+            step_time_s=step_s,
+            step_time_interval_s=(step_s * (1 - error), step_s * (1 + error)),
+            tokens_per_s=tokens_per_s,
+            mfu=self._mfu(tokens_per_s),
+            days=seconds / DAY_S if seconds is not None else None,
+            cost_usd=price * seconds / 3600 if price is not None and seconds is not None else None,
+            breakdown=breakdown,
+            peak_memory_bytes=peak_bytes,
+            memory_limit_bytes=self.problem.memory_limit_bytes,
+            verdict=verdict(peak_bytes, self.problem.memory_limit_bytes, coverage),
+            coverage=coverage,
+        )
+
+    def _mfu(self, tokens_per_s: float) -> float | None:
+        """Model FLOPs (three forwards) over the dense peak of all devices, where the peak is known."""
+        workload, cluster = self.problem.workload, self.problem.cluster
+        peaks = [group.device.peak_flops(workload.precision) for group in cluster.groups]
+        if any(peak is None for peak in peaks):
+            return None
+        total = sum((peak or 0.0) * g.devices for peak, g in zip(peaks, cluster.groups, strict=True))
+        flops: float = 3 * self.problem.model.flops_per_token_forward(workload.seq) * tokens_per_s
+        return flops / total
+
+
+def band(errors: dict[str, float], coverage: Coverage) -> float:
+    """The error of a mixture of origins: their errors weighted by share."""
+    return sum(errors[origin] * getattr(coverage, origin) for origin in ORIGINS)
+
+
+def verdict(peak_bytes: int, limit_bytes: int, coverage: Coverage) -> Verdict:
+    """SAFE where even the upper end of the error band fits, NO where even the lower end does not."""
+    error = band(constants.MEMORY_ERROR, coverage)
+    if peak_bytes * (1 + error) <= limit_bytes:
+        return Verdict.SAFE
+    return Verdict.RISKY if peak_bytes * (1 - error) <= limit_bytes else Verdict.NO
+
+
+def stage_memory(
+    shape: ShapeModel, table: Table, costs: tuple[StageCost, ...]
+) -> tuple[list[MemoryBreakdown], int]:
+    """Memory of every stage on each of its devices, and the peak of the fullest rank."""
+    memory: dict[int, MemoryBreakdown] = {}
+    peak_bytes = 0
+    for row in table:
+        held = {action.stage: costs[action.stage] for action in row}
+        parts = rank_memory(shape, in_flight_vectors(row), held)
+        memory.update(parts)
+        peak_bytes = max(peak_bytes, sum(part.total_bytes for part in parts.values()))
+    return [memory[index] for index in range(len(costs))], peak_bytes
+
+
+def time_breakdown(
+    replayed: Replay, table: Table, costs: tuple[StageCost, ...], pp_comm_s: float
+) -> TimeBreakdown:
+    """Seconds by cause on the busiest pipeline rank; what it waits is the bubble. Sums to the step time.
+
+    `pp_comm_s` is what the step would be shorter by if messages between stages took no time.
+    """
+    each = [_busy(rank, replayed, table, costs) for rank in range(len(table))]
+    busiest = max(each, key=lambda breakdown: breakdown.total_s)
+    idle_s = max(replayed.step_time_s - busiest.total_s, 0.0)
+    exposed_s = min(max(pp_comm_s, 0.0), idle_s)
+    return busiest + TimeBreakdown(pp_comm_s=exposed_s, bubble_s=idle_s - exposed_s)
+
+
+def _busy(rank: int, replayed: Replay, table: Table, costs: tuple[StageCost, ...]) -> TimeBreakdown:
+    total = TimeBreakdown()
+    stretch = replayed.stretch[rank]
+    for (stage, kind), times in Counter((action.stage, action.kind) for action in table[rank]).items():
+        passing = costs[stage].forward if kind is ActionKind.FORWARD else costs[stage].backward
+        total += TimeBreakdown(
+            compute_s=passing.compute_s * stretch * times,
+            recompute_s=passing.recompute_s * stretch * times,
+            host_s=passing.host_s * stretch * times,
+            tp_comm_s=passing.tp_s * times,
+            dp_comm_s=passing.dp_s * times,
+        )
+    for event in replayed.events:
+        if event.rank == rank and event.kind in ("unshard", "reduce"):
+            total += TimeBreakdown(dp_comm_s=event.duration_s)
+        if event.rank == rank and event.kind == "optimizer":
+            total += TimeBreakdown(optimizer_s=event.duration_s)
+    return total

@@ -1,0 +1,259 @@
+"""The rules that a strategy must keep, each a named predicate with its reason.
+
+A rule looks at a problem and degrees (or a whole strategy) and returns None, or Rejected with the numbers,
+the nearest legal values and the flag to change. Nothing here is an exception: infeasible is data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from planner.estimate import Rejected
+from planner.problem import PlanningProblem
+from planner.strategy import Degrees, Schedule, Strategy, Zero
+
+DegreesRule = Callable[[PlanningProblem, Degrees], Rejected | None]
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a positive number, ascending."""
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def _legal(values: Iterable[int], wanted: int, most: int = 8) -> str:
+    nearest = sorted(sorted(values, key=lambda v: abs(v - wanted))[:most])
+    return ", ".join(str(value) for value in nearest)
+
+
+def world_matches(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """Every device belongs to exactly one place of the grid."""
+    devices = problem.cluster.devices
+    if degrees.world == devices:
+        return None
+    return Rejected(
+        rule="world_size",
+        detail=f"tp={degrees.tp} x pp={degrees.pp} x dp={degrees.dp} x cp={degrees.cp} makes "
+        f"{degrees.world} devices, the cluster {problem.cluster.name} has {devices}: each device holds "
+        "one place of the grid.",
+        legal=f"degrees whose product is {devices}",
+        fix=f"--fix dp={devices // (degrees.tp * degrees.pp * degrees.cp)}"
+        if devices % (degrees.tp * degrees.pp * degrees.cp) == 0
+        else f"divisors of {devices}: {_legal(divisors(devices), degrees.tp * degrees.pp)}",
+    )
+
+
+def batch_divides(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """Every data rank runs as many equal micro-batches."""
+    batch = problem.workload.batch
+    if degrees.batch == batch:
+        return None
+    unit = degrees.dp * degrees.micro_batch
+    nearest = sorted({max(1, batch // unit) * unit, (batch // unit + 1) * unit})
+    return Rejected(
+        rule="batch_divides",
+        detail=f"dp={degrees.dp} x micro_batch={degrees.micro_batch} x "
+        f"{degrees.num_micro_batches} micro-batches makes {degrees.batch} sequences, the batch has "
+        f"{batch}: every data rank runs equal micro-batches.",
+        legal="--batch " + " or ".join(str(value) for value in nearest),
+        fix=f"--fix micro_batch= one of {_legal(divisors(batch // degrees.dp), degrees.micro_batch)}"
+        if batch % degrees.dp == 0
+        else f"--fix dp= one of {_legal(divisors(batch), degrees.dp)}",
+    )
+
+
+def heads_divide(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """A tensor-parallel rank holds whole query heads and whole key-value heads."""
+    for segment in problem.model.segments:
+        attention = segment.block.attention
+        for count, what in ((attention.heads, "attention heads"), (attention.kv_heads, "key-value heads")):
+            if count % degrees.tp:
+                return Rejected(
+                    rule="tp_divides_heads",
+                    detail=f"tp={degrees.tp} cannot split {count} {what}: each rank needs whole heads.",
+                    legal=_legal(divisors(count), degrees.tp),
+                    fix="--fix tp=",
+                )
+    return None
+
+
+def widths_divide(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """Shards of the MLP and of the vocabulary are equal."""
+    widths = [(s.block.mlp.width, "the MLP's width") for s in problem.model.segments]
+    widths.append((problem.model.vocab, "the vocabulary"))
+    for width, what in widths:
+        if width % degrees.tp:
+            return Rejected(
+                rule="tp_divides_widths",
+                detail=f"tp={degrees.tp} cannot split {what} of {width} into equal shards.",
+                legal=_legal((d for d in divisors(width) if d <= 64), degrees.tp),
+                fix="--fix tp=",
+            )
+    return None
+
+
+def tp_within_node(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """Tensor parallelism communicates in every layer: it stays on the fast link of a node."""
+    per_node = problem.cluster.devices_per_node
+    if degrees.tp == 1 or per_node % degrees.tp == 0:
+        return None
+    return Rejected(
+        rule="tp_within_node",
+        detail=f"tp={degrees.tp} does not fit into nodes of {per_node} devices; every layer "
+        "communicates over this group.",
+        legal=_legal(divisors(per_node), degrees.tp),
+        fix="--fix tp=",
+    )
+
+
+def sequence_parallel_needs_tp(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """Sequence parallelism splits the sequence over the tensor-parallel group."""
+    if not degrees.sequence_parallel:
+        return None
+    if degrees.tp == 1:
+        return Rejected(
+            rule="sequence_parallel_needs_tp",
+            detail="sequence_parallel=true splits the sequence over tensor-parallel ranks, and tp=1.",
+            legal="sequence_parallel=false, or tp above 1",
+        )
+    if problem.workload.seq % degrees.tp:
+        return Rejected(
+            rule="sequence_parallel_divides",
+            detail=f"a sequence of {problem.workload.seq} tokens does not divide by tp={degrees.tp}.",
+            legal=_legal(divisors(problem.workload.seq), degrees.tp),
+            fix="--seq",
+        )
+    return None
+
+
+def stages_fit(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """Every stage holds at least one block."""
+    layers = problem.model.layers
+    if degrees.stages <= layers:
+        return None
+    return Rejected(
+        rule="stages_within_layers",
+        detail=f"pp={degrees.pp} x chunks={degrees.chunks} makes {degrees.stages} stages of "
+        f"{layers} layers: each stage holds at least one.",
+        legal=f"pp x chunks up to {layers}",
+        fix="--fix pp=",
+    )
+
+
+def schedule_legal(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """Only interleaving holds several stages a rank, and it deals micro-batches in rounds of pp."""
+    if degrees.schedule is not Schedule.INTERLEAVED:
+        if degrees.chunks == 1:
+            return None
+        return Rejected(
+            rule="chunks_need_interleaving",
+            detail=f"{degrees.schedule} holds one stage a rank, chunks={degrees.chunks}.",
+            legal="chunks=1, or schedule=interleaved",
+        )
+    if degrees.pp == 1 or degrees.chunks == 1:
+        return Rejected(
+            rule="interleaving_needs_stages",
+            detail=f"interleaved needs pp and chunks above 1, not pp={degrees.pp}, chunks={degrees.chunks}.",
+            legal="pp >= 2 and chunks >= 2, or schedule=1f1b",
+        )
+    if degrees.num_micro_batches % degrees.pp:
+        return Rejected(
+            rule="interleaving_rounds",
+            detail=f"interleaved deals micro-batches in rounds of pp={degrees.pp}; "
+            f"{degrees.num_micro_batches} are not whole rounds.",
+            legal=f"multiples of {degrees.pp}",
+            fix="--fix micro_batch=",
+        )
+    return None
+
+
+def zero_matches_shards(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """ZeRO 1 to 3 share state over dp_shard ranks; ZeRO 0 replicates."""
+    if degrees.zero is Zero.NONE and degrees.dp_shard > 1:
+        return Rejected(
+            rule="zero_matches_shards",
+            detail=f"zero=0 shares nothing, and dp_shard={degrees.dp_shard}.",
+            legal="dp_shard=1, or zero 1, 2 or 3",
+        )
+    if degrees.zero is not Zero.NONE and degrees.dp_shard == 1:
+        return Rejected(
+            rule="zero_matches_shards",
+            detail=f"zero={int(degrees.zero)} shares state over data ranks, and there is one (dp_shard=1).",
+            legal="zero=0, or dp above 1",
+        )
+    return None
+
+
+def axes_supported(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """Context and expert parallelism are not planned yet."""
+    if degrees.cp == 1 and degrees.ep == 1:
+        return None
+    return Rejected(
+        rule="axes_supported",
+        detail=f"cp={degrees.cp}, ep={degrees.ep}: this version plans and executes tp, pp and dp.",
+        legal="cp=1 and ep=1",
+    )
+
+
+def positions_cover(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """A learned position table bounds the sequence."""
+    learned, seq = problem.model.learned_positions, problem.workload.seq
+    if not learned or seq <= learned:
+        return None
+    return Rejected(
+        rule="positions_cover_sequence",
+        detail=f"{problem.model.name} has a table of {learned} positions, the sequence {seq} tokens.",
+        legal=f"--seq up to {learned}",
+        fix="--seq",
+    )
+
+
+DEGREES_RULES: tuple[DegreesRule, ...] = (
+    axes_supported,
+    world_matches,
+    heads_divide,
+    widths_divide,
+    tp_within_node,
+    sequence_parallel_needs_tp,
+    positions_cover,
+    stages_fit,
+    zero_matches_shards,
+    batch_divides,
+    schedule_legal,
+)
+
+
+def broken_rule(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """The first rule that the degrees break, or None."""
+    for rule in DEGREES_RULES:
+        rejected = rule(problem, degrees)
+        if rejected is not None:
+            return rejected
+    return None
+
+
+def broken_rules(problem: PlanningProblem, strategy: Strategy) -> list[Rejected]:
+    """Every rule that a strategy breaks, its stages included."""
+    degrees = strategy.degrees
+    found = [rejected for rule in DEGREES_RULES if (rejected := rule(problem, degrees)) is not None]
+    stages = strategy.stages
+    bounds = [0, *(stage.end for stage in stages)]
+    covers = all(stage.first == bound for stage, bound in zip(stages, bounds, strict=False))
+    if not covers or bounds[-1] != problem.model.layers or len(stages) != degrees.stages:
+        found.append(
+            Rejected(
+                rule="stages_cover_layers",
+                detail=f"{len(stages)} stages end at {bounds[1:]}; {degrees.stages} stages must hold the "
+                f"{problem.model.layers} layers in order, each once.",
+            )
+        )
+    for index, stage in enumerate(stages):
+        if stage.recompute.layers != stage.layers or stage.layers < 1:
+            found.append(
+                Rejected(
+                    rule="recompute_counts",
+                    detail=f"stage {index} holds {stage.layers} layers and options for "
+                    f"{stage.recompute.layers}.",
+                )
+            )
+    return found
