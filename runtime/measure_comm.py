@@ -120,10 +120,11 @@ def _sample(
     """One sample; ranks outside the active groups only keep the step with the others."""
     call = None if group is None else _call(op, size_bytes, group, device)
     dist.barrier(control)
-    trial = _run(call, effort.warmup + 2, 1, device)
+    trial = _run(call, bursts=effort.warmup + 2, calls=1, device=device)
     counts = torch.tensor(_counts(trial[-1] if trial else 0.0, effort))
     dist.broadcast(counts, src=0, group=control)  # every rank must run as often as rank 0
-    seconds = _run(call, *(int(count) for count in counts), device)
+    bursts, calls = (int(count) for count in counts)
+    seconds = _run(call, bursts, calls, device)
     dist.barrier(control)
     halves = 2 if op is Op.P2P else 1
     timing = summarize([taken / halves for taken in seconds] or [0.0])
