@@ -1,0 +1,282 @@
+"""The charts of the page, drawn by Vega-Altair on this machine into SVG text: no script, no network.
+
+Colours are CSS variables, so that one drawing serves light and dark mode. Every mark carries its numbers as
+an `aria-label`, which the page also shows on hover and tap.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import altair as alt
+import vl_convert
+
+from planner.codec import noun
+from planner.report.palette import variable
+from planner.report.timeline import Slice
+from planner.units import GIB, MIB, format_bytes, format_seconds
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+WIDE_PX = 980
+NARROW_PX = 380
+MAX_POINTS = 600
+CHARACTER_PX = 6.6
+"""Width of a digit in the timeline's labels at 11 px."""
+
+Row = dict[str, Any]
+
+
+@noun
+class Bar:
+    """A piece of a stacked or waterfall bar: which row, which colour, from where to where, and its words."""
+
+    row: str
+    colour: str
+    start: float
+    end: float
+    tip: str
+
+
+@noun
+class Mark:
+    """A measured value beside a bar."""
+
+    row: str
+    value: float
+    tip: str
+
+
+@noun
+class Pair:
+    """A predicted and a measured value of one row."""
+
+    row: str
+    predicted: float
+    measured: float
+
+
+def time_unit(span_s: float) -> tuple[float, str]:
+    """The factor and the name of the unit in which seconds of this size are drawn."""
+    if span_s < 2e-3:
+        return 1e6, "µs"
+    return (1e3, "ms") if span_s < 2 else (1.0, "s")
+
+
+def memory_unit(span_bytes: float) -> tuple[float, str]:
+    """The divisor and the name of the unit in which bytes of this size are drawn."""
+    return (GIB, "GiB") if span_bytes >= GIB else (MIB, "MiB")
+
+
+def draw_timeline(slices: Sequence[Slice], row_titles: Sequence[str], end_s: float, label: str) -> str:
+    """One bar a slice, one row a rank, from 0 to `end_s`; micro-batch numbers where there is room."""
+    factor, unit = time_unit(end_s)
+    values = [_slice_row(s, row_titles, end_s, factor) for s in slices]
+    scale = alt.Scale(domain=[0, end_s * factor], nice=False)
+    chart = alt.Chart(alt.Data(values=values)).encode(
+        y=alt.Y("row:N", title=None, sort=list(row_titles), scale=alt.Scale(domain=list(row_titles)))
+    )
+    bars = chart.mark_bar(stroke=variable("card"), strokeWidth=0.6).encode(
+        x=alt.X("start:Q", title=f"time ({unit})", scale=scale),
+        x2="end:Q",
+        color=alt.Color("fill:N", scale=None),
+        description="tip:N",
+    )
+    texts = chart.mark_text(fontSize=11, aria=False).encode(
+        x=alt.X("middle:Q", scale=scale), text="text:N", color=alt.Color("ink:N", scale=None)
+    )
+    layers = alt.layer(bars, texts).properties(width=WIDE_PX, height=alt.Step(30))
+    return _render(layers, label, "wide")
+
+
+def _slice_row(s: Slice, row_titles: Sequence[str], end_s: float, factor: float) -> Row:
+    action = s.action
+    text = str(action[2]) if action else ""
+    room = s.duration_s / end_s * WIDE_PX if end_s > 0 else 0.0
+    return {
+        "row": row_titles[s.row],
+        "start": s.start_s * factor,
+        "end": s.end_s * factor,
+        "middle": (s.start_s + s.duration_s / 2) * factor,
+        "fill": variable(s.kind),
+        "ink": variable("on-light" if s.kind == "forward" else "on-dark"),
+        "text": text if room > CHARACTER_PX * len(text) + 2 else "",
+        "tip": f"{s.text}: {format_seconds(s.duration_s)}, from {format_seconds(s.start_s)}",
+    }
+
+
+def draw_bars(
+    bars: Sequence[Bar], rows: Sequence[str], unit: str, label: str, marks: Sequence[Mark] = (),
+    limit: float | None = None, limit_tip: str = "",
+) -> str:  # fmt: skip
+    """Bars in rows, with measured marks beside them and a dashed line at `limit` where it is given."""
+    y = alt.Y("row:N", title=None, sort=list(rows), scale=alt.Scale(domain=list(rows)))
+    x_axis = alt.Axis(title=unit, tickCount=6)
+    layers: list[alt.Chart] = [
+        alt.Chart(alt.Data(values=[_bar_row(bar) for bar in bars]))
+        .mark_bar(size=18, stroke=variable("card"), strokeWidth=0.6)
+        .encode(
+            y=y,
+            x=alt.X("start:Q", axis=x_axis),
+            x2="end:Q",
+            color=alt.Color("fill:N", scale=None),
+            description="tip:N",
+        )
+    ]
+    if marks:
+        layers.append(_draw_marks(marks, y))
+    if limit is not None:
+        rule = alt.Chart(alt.Data(values=[{"limit": limit, "tip": limit_tip}]))
+        layers.append(
+            rule.mark_rule(color=variable("bad"), strokeDash=[5, 4], strokeWidth=2).encode(
+                x="limit:Q", description="tip:N"
+            )
+        )
+    return _render(alt.layer(*layers).properties(width=NARROW_PX, height=alt.Step(30)), label, "narrow")
+
+
+def _bar_row(bar: Bar) -> Row:
+    return {
+        "row": bar.row,
+        "start": bar.start,
+        "end": bar.end,
+        "fill": variable(bar.colour),
+        "tip": bar.tip,
+    }
+
+
+def _draw_marks(marks: Sequence[Mark], y: alt.Y) -> alt.Chart:
+    rows = [{"row": mark.row, "value": mark.value, "tip": mark.tip} for mark in marks]
+    return (
+        alt.Chart(alt.Data(values=rows))
+        .mark_point(
+            shape="diamond", size=90, filled=True, opacity=1,
+            color=variable("measured"), stroke=variable("card"), strokeWidth=1.5,
+        )
+        .encode(y=y, x="value:Q", description="tip:N")
+    )  # fmt: skip
+
+
+def draw_loss(points: Sequence[tuple[int, float]], label: str) -> str:
+    """The loss of each step."""
+    values = [{"step": step, "loss": loss, "tip": f"step {step}: loss {loss:.4g}"} for step, loss in points]
+    chart = alt.Chart(alt.Data(values=values)).encode(
+        x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1), scale=alt.Scale(nice=False)),
+        y=alt.Y("loss:Q", title="loss", scale=alt.Scale(zero=False)),
+    )
+    return _render(_line_with_points(chart).properties(width=NARROW_PX, height=200), label, "narrow")
+
+
+def draw_step_times(
+    points: Sequence[tuple[int, float]], predicted_s: float, interval_s: tuple[float, float], top_s: float,
+    label: str,
+) -> str:  # fmt: skip
+    """Measured step times against the predicted one and its interval; times above `top_s` are cut off."""
+    factor, unit = time_unit(top_s)
+    values = [
+        {"step": step, "time": min(time_s, top_s) * factor, "tip": f"step {step}: {format_seconds(time_s)}"}
+        for step, time_s in points
+    ]
+    scale = alt.Scale(domain=[0, top_s * factor], nice=False)
+    y = alt.Y("time:Q", title=f"step time ({unit})", scale=scale)
+    chart = alt.Chart(alt.Data(values=values)).encode(
+        x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1), scale=alt.Scale(nice=False)), y=y
+    )
+    expected = alt.Chart(
+        alt.Data(
+            values=[
+                {
+                    "low": interval_s[0] * factor,
+                    "high": min(interval_s[1], top_s) * factor,
+                    "time": predicted_s * factor,
+                    "tip": f"predicted: {format_seconds(predicted_s)}",
+                }
+            ]
+        )
+    )
+    band = expected.mark_rect(color=variable("predicted"), opacity=0.16, aria=False).encode(
+        y=alt.Y("low:Q", scale=scale), y2="high:Q"
+    )
+    rule = expected.mark_rule(color=variable("predicted"), strokeDash=[5, 4], strokeWidth=2).encode(
+        y=y, description="tip:N"
+    )
+    layers = alt.layer(band, rule, _line_with_points(chart))
+    return _render(layers.properties(width=NARROW_PX, height=200), label, "narrow")
+
+
+def _line_with_points(chart: alt.Chart) -> alt.LayerChart:
+    line = chart.mark_line(color=variable("measured"), strokeWidth=2, aria=False)
+    points = chart.mark_point(color=variable("measured"), filled=True, size=22, opacity=1)
+    return alt.layer(line, points.encode(description="tip:N"))
+
+
+def draw_pairs(pairs: Sequence[Pair], unit: str, label: str) -> str:
+    """Predicted and measured values of each row as two points and the line between them."""
+    rows = [pair.row for pair in pairs]
+    y = alt.Y("row:N", title=None, sort=rows, axis=alt.Axis(labelLimit=260, grid=True, gridDash=[2, 3]))
+    values: list[Row] = [
+        {"row": p.row, "predicted": p.predicted, "measured": p.measured, "value": value, "kind": kind,
+         "tip": f"{p.row}: {kind} {value:.4g} {unit}"}
+        for p in pairs
+        for kind, value in (("predicted", p.predicted), ("measured", p.measured))
+    ]  # fmt: skip
+    chart = alt.Chart(alt.Data(values=values)).encode(y=y)
+    axis = alt.Axis(title=f"step time ({unit})", tickCount=6)
+    line = chart.mark_rule(color=variable("axis"), strokeWidth=2, aria=False).encode(
+        x=alt.X("predicted:Q", axis=axis), x2="measured:Q"
+    )
+    kinds = ["predicted", "measured"]
+    points = chart.mark_point(filled=True, size=110, opacity=1).encode(
+        x=alt.X("value:Q", axis=axis, scale=alt.Scale(zero=True)),
+        color=alt.Color(
+            "kind:N", scale=alt.Scale(domain=kinds, range=[variable(k) for k in kinds]), legend=None
+        ),
+        shape=alt.Shape("kind:N", scale=alt.Scale(domain=kinds, range=["circle", "diamond"]), legend=None),
+        description="tip:N",
+    )
+    layers = alt.layer(line, points).properties(width=WIDE_PX - 260, height=alt.Step(38))
+    return _render(layers, label, "wide")
+
+
+def thin_out(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """At most MAX_POINTS of the points, evenly spaced, the last one always kept."""
+    stride = -(-len(points) // MAX_POINTS)
+    kept = list(points[:: max(stride, 1)])
+    if points and kept[-1] != points[-1]:
+        kept.append(points[-1])
+    return kept
+
+
+def describe_bytes(title: str, value_bytes: float, whole_bytes: float) -> str:
+    """`weights: 1.2 GiB (34 %)`."""
+    share = f" ({value_bytes / whole_bytes:.0%})" if whole_bytes else ""
+    return f"{title}: {format_bytes(value_bytes)}{share}"
+
+
+def _render(chart: alt.LayerChart, label: str, size: str) -> str:
+    specification = _styled(chart).to_dict()
+    svg: str = vl_convert.vegalite_to_svg(specification)
+    root = re.match(r"<svg[^>]*viewBox=\"0 0 ([\d.]+) ([\d.]+)\"[^>]*>", svg)
+    assert root is not None, "vl_convert writes an svg element with a viewBox"
+    width, height = root[1], root[2]
+    opening = (
+        f'<svg class="chart {size}" role="img" aria-label="{escape(label)}" '
+        f'viewBox="0 0 {width} {height}" style="--natural: {width}px">'
+    )
+    return opening + svg[root.end() :]
+
+
+def _styled(chart: alt.LayerChart) -> alt.LayerChart:
+    muted, grid = variable("muted"), variable("grid")
+    return (
+        chart.configure(background="transparent", font=FONT, padding=4)
+        .configure_view(stroke=None)
+        .configure_axis(
+            labelColor=muted, titleColor=muted, gridColor=grid, domainColor=variable("axis"),
+            tickColor=variable("axis"), labelFontSize=12, titleFontSize=12, titleFontWeight="normal",
+            labelLimit=220, labelPadding=6,
+        )
+        .configure_axisY(ticks=False, domain=False)
+    )  # fmt: skip

@@ -1,0 +1,223 @@
+"""RunRecord: what a training run left in its folder, read back for the report.
+
+A run folder holds plan.json, and as the run got that far: metrics.jsonl, summary.json, timeline.json and
+comparison.json. A file that is absent is left out of the page; a file that is broken is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any, TypeVar
+
+from planner.codec import decode, decode_json, load_json_object, noun, read_text
+from planner.errors import InputError, Problem
+from planner.plan import Plan, load_plan
+from planner.report.comparison import ComparisonRow, load_comparison
+
+T = TypeVar("T")
+
+
+@noun
+class StepRecord:
+    """One line of metrics.jsonl. `loss` and `grad_norm` are None where they were not finite."""
+
+    step: int
+    loss: float | None = None
+    grad_norm: float | None = None
+    lr: float | None = None
+    step_time_s: float
+    tokens_per_s: float | None = None
+    mfu: float | None = None
+    peak_memory_bytes: tuple[int, ...] = ()
+
+
+@noun
+class RunSummary:
+    """What the report uses of summary.json."""
+
+    measured_step_time_s: float | None = None
+    measured_peak_memory_bytes: int | None = None
+    goodput: float | None = None
+    cost_usd: float | None = None
+
+
+@noun
+class MeasuredEvent:
+    """One entry of timeline.json: what global rank `rank` did, and when."""
+
+    rank: int
+    name: str
+    start_s: float
+    duration_s: float
+
+
+@noun
+class RunRecord:
+    """All that is known of a run. `notes` are remarks on what was left out, for the page."""
+
+    steps: tuple[StepRecord, ...] = ()
+    summary: RunSummary | None = None
+    timeline: tuple[MeasuredEvent, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def step_time_s(self) -> float | None:
+        """The measured step time: the summary's, else the median without the first, warming step."""
+        if self.summary is not None and self.summary.measured_step_time_s is not None:
+            return self.summary.measured_step_time_s
+        times = [step.step_time_s for step in self.steps]
+        return statistics.median(times[1:] or times) if times else None
+
+    @property
+    def peak_memory_by_rank(self) -> tuple[int, ...]:
+        """The highest peak that each rank reported."""
+        reports = [step.peak_memory_bytes for step in self.steps if step.peak_memory_bytes]
+        return tuple(max(peaks) for peaks in zip(*reports, strict=True)) if reports else ()
+
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        """The measured peak of the fullest rank."""
+        if self.summary is not None and self.summary.measured_peak_memory_bytes is not None:
+            return self.summary.measured_peak_memory_bytes
+        return max(self.peak_memory_by_rank, default=None)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        rates = [step.tokens_per_s for step in self.steps if step.tokens_per_s is not None]
+        return statistics.median(rates[1:] or rates) if rates else None
+
+    @property
+    def mfu(self) -> float | None:
+        shares = [step.mfu for step in self.steps if step.mfu is not None]
+        return statistics.median(shares[1:] or shares) if shares else None
+
+
+@noun
+class ReportInput:
+    """A plan, and the run and comparison that belong to it where there are some."""
+
+    plan: Plan
+    run: RunRecord | None = None
+    comparison: tuple[ComparisonRow, ...] = ()
+
+
+def load_report_input(path: Path) -> ReportInput:
+    """What is found at `path`: a plan.json, or a run folder. Raises InputError with every fault."""
+    if not path.is_dir():
+        return ReportInput(plan=load_plan(path))
+    if not (path / "plan.json").exists():
+        raise InputError(
+            Problem(
+                where=str(path),
+                fault="is not a run folder: it holds no plan.json.",
+                legal="a plan.json, or a folder that `plan train` wrote",
+            )
+        )
+    plan = load_plan(path / "plan.json")
+    comparison = path / "comparison.json"
+    return ReportInput(
+        plan=plan,
+        run=_load_run(path, plan.strategy.degrees.world),
+        comparison=load_comparison(comparison) if comparison.exists() else (),
+    )
+
+
+def _load_run(folder: Path, world: int) -> RunRecord | None:
+    metrics, summary, timeline = (folder / n for n in ("metrics.jsonl", "summary.json", "timeline.json"))
+    if not any(path.exists() for path in (metrics, summary, timeline)):
+        return None
+    steps, notes = load_metrics(metrics) if metrics.exists() else ((), ())
+    events = load_timeline(timeline) if timeline.exists() else ()
+    _check_ranks(steps, events, world, folder)
+    return RunRecord(
+        steps=steps,
+        summary=_decode_known(RunSummary, load_json_object(summary), str(summary))
+        if summary.exists()
+        else None,
+        timeline=events,
+        notes=notes,
+    )
+
+
+def load_metrics(path: Path) -> tuple[tuple[StepRecord, ...], tuple[str, ...]]:
+    """The steps of metrics.jsonl in order, and remarks.
+
+    A last line without its newline is one that a killed run did not finish: it is left out and remarked.
+    A step that a resumed run did again counts once, as it was last done.
+    """
+    lines = read_text(path).split(b"\n")
+    unfinished = lines.pop()
+    notes = ("The last line of metrics.jsonl is cut off; it was left out.",) if unfinished.strip() else ()
+    records = [
+        _load_step(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()
+    ]
+    by_step = {record.step: record for record in records}
+    return tuple(by_step[step] for step in sorted(by_step)), notes
+
+
+def _load_step(line: bytes, where: str) -> StepRecord:
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(Problem(where=where, fault=f"is not JSON: {error}.")) from None
+    if not isinstance(data, dict):
+        raise InputError(Problem(where=where, fault=f"holds a {type(data).__name__}, not an object."))
+    for key in ("loss", "grad_norm"):
+        if isinstance(data.get(key), float) and not math.isfinite(data[key]):
+            data[key] = None
+    step = _decode_known(StepRecord, data, where)
+    if step.step_time_s <= 0:
+        raise InputError(
+            Problem(where=f"{where}: step_time_s", fault=f"is {step.step_time_s}.", legal="above 0")
+        )
+    return step
+
+
+def load_timeline(path: Path) -> tuple[MeasuredEvent, ...]:
+    """The events of timeline.json, the earliest at 0 s."""
+    events: tuple[MeasuredEvent, ...] = decode_json(
+        tuple[MeasuredEvent, ...], read_text(path), source=str(path)
+    )
+    problems = [
+        Problem(where=f"{path}: {index}.duration_s", fault=f"is {event.duration_s}.", legal="0 or more")
+        for index, event in enumerate(events)
+        if event.duration_s < 0
+    ]
+    if problems:
+        raise InputError(*problems)
+    first_s = min((event.start_s for event in events), default=0.0)
+    return tuple(dataclasses.replace(event, start_s=event.start_s - first_s) for event in events)
+
+
+def _decode_known(cls: type[T], data: dict[str, Any], where: str) -> T:
+    # A run's files may say more than the report shows, so keys that it does not know are not faults.
+    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return decode(cls, {key: value for key, value in data.items() if key in known}, source=where)
+
+
+def _check_ranks(
+    steps: tuple[StepRecord, ...], events: tuple[MeasuredEvent, ...], world: int, folder: Path
+) -> None:
+    problems = [
+        Problem(
+            where=f"{folder / 'timeline.json'}: {index}.rank",
+            fault=f"is {event.rank}, but the plan has {world} ranks.",
+            legal=f"0 to {world - 1}",
+        )
+        for index, event in enumerate(events)
+        if not 0 <= event.rank < world
+    ]
+    problems += [
+        Problem(
+            where=f"{folder / 'metrics.jsonl'}: step {step.step}: peak_memory_bytes",
+            fault=f"has {len(step.peak_memory_bytes)} entries, but the plan has {world} ranks.",
+        )
+        for step in steps
+        if len(step.peak_memory_bytes) not in (0, world)
+    ]
+    if problems:
+        raise InputError(*problems)
