@@ -76,8 +76,10 @@ def _rebuild(state: Any, replace: Callable[[str, Any], Any], prefix: str = "") -
     return replace(prefix, state)
 
 
-def _shard(tensor: torch.Tensor) -> Shard:
+def _shard(tensor: torch.Tensor | Shard) -> Shard:
     """This rank's box of a tensor. A plain tensor is its own only box."""
+    if isinstance(tensor, Shard):
+        return tensor
     if not isinstance(tensor, DTensor):
         return Shard(tensor.detach(), (0,) * tensor.dim(), tuple(tensor.shape))
     local = tensor.to_local().detach()
@@ -90,7 +92,7 @@ def _split(state: State) -> tuple[dict[str, Shard], dict[str, Value]]:
     """The tensors and the plain values of nested state, by path."""
     shards, values = {}, {}
     for name, leaf in _leaves(state):
-        if isinstance(leaf, torch.Tensor):
+        if isinstance(leaf, (torch.Tensor, Shard)):
             shards[name] = _shard(leaf)
         else:
             assert leaf is None or isinstance(leaf, (bool, int, float, str)), (name, type(leaf))
@@ -248,7 +250,7 @@ def load_checkpoint(path: Path, index: CheckpointIndex, state: State) -> dict[st
         _fill(path, files, name, index.tensors.get(name), shard)
 
     def replace(name: str, old: Any) -> Any:
-        return old if isinstance(old, torch.Tensor) else index.values[name]
+        return old if isinstance(old, (torch.Tensor, Shard)) else index.values[name]
 
     result: dict[str, Any] = _rebuild(state, replace)
     return result

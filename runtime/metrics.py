@@ -1,0 +1,231 @@
+"""What a run measures and writes: metrics.jsonl, timeline.json, summary.json, and the steps it probes."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from planner.codec import encode, noun, to_json, write_atomic
+from planner.errors import InputError, Problem
+from planner.plan import Plan
+
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+TIMELINE = "timeline.json"
+SUMMARY_SCHEMA = 1
+
+
+@noun
+class StepMetrics:
+    """One line of metrics.jsonl. Steps count from 1.
+
+    `step_time_s` is that of the slowest rank. `timed` is false for steps that were slowed down on
+    purpose: the first ones, and those whose memory or timeline was recorded. `peak_memory_bytes` holds
+    the allocated peak of every rank, in rank order, as last recorded. `mfu` is None where the device's peak
+    is unknown.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    step_time_s: float
+    tokens_per_s: float
+    mfu: float | None
+    peak_memory_bytes: tuple[int, ...]
+    timed: bool
+
+
+@noun
+class TimelineEvent:
+    """What one rank did in the recorded step. Times of all ranks of a machine are of one clock."""
+
+    rank: int
+    name: str
+    start_s: float
+    duration_s: float
+
+
+@noun
+class TrainSummary:
+    """summary.json: predicted against measured, and how the run ended.
+
+    `measured_step_time_s` is the median over the timed steps of the slowest rank's time;
+    `measured_step_time_spread` its interquartile range over the median. Both are None without a timed
+    step. `goodput` is the share of this launch's wall time that went into steps. `cost_usd` is None where
+    no price is known. `executed_differences` lists where the running model differs from its plan.
+    """
+
+    schema_version: int
+    status: str
+    plan: str
+    world: int
+    device: str
+    first_step: int
+    last_step: int
+    first_loss: float | None
+    last_loss: float | None
+    predicted_step_time_s: float
+    predicted_step_time_interval_s: tuple[float, float]
+    measured_step_time_s: float | None
+    measured_step_time_spread: float | None
+    step_time_error: float | None
+    timed_steps: int
+    tokens_per_s: float | None
+    mfu: float | None
+    predicted_peak_memory_bytes: int
+    predicted_peak_memory_bytes_by_rank: tuple[int, ...]
+    measured_peak_memory_bytes: int | None
+    measured_peak_memory_bytes_by_rank: tuple[int, ...]
+    peak_memory_error: float | None
+    busy_s_by_rank: tuple[float, ...]
+    wait_s_by_rank: tuple[float, ...]
+    goodput: float
+    wall_s: float
+    cost_usd: float | None
+    executed: dict[str, Any]
+    executed_differences: tuple[str, ...]
+    checkpoint: str | None
+    data: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """Which steps of a launch are recorded, counted from 0 at its start; the rest are timed.
+
+    The first step pays for allocations and shape inference. Memory is recorded in the first and again in
+    the second, whose figure is that of every later step. The timeline is that of the third.
+    """
+
+    memory: frozenset[int]
+    timeline: int | None
+    timed_from: int
+
+    @classmethod
+    def over(cls, steps: int) -> Probes:
+        """Probes for a launch of `steps` steps; short ones record less so that something is timed."""
+        if steps >= 5:
+            return cls(frozenset({0, 1}), 2, 3)
+        if steps >= 3:
+            return cls(frozenset({0}), 1, 2)
+        return cls(frozenset({0}), None, 1)
+
+
+class MetricsLog:
+    """metrics.jsonl, open for appending. Lines after `last_step` are dropped: those steps come again."""
+
+    def __init__(self, run_dir: Path, *, last_step: int) -> None:
+        path = run_dir / METRICS
+        kept = [line for line in _lines(path) if _step_of(line) <= last_step] if last_step else []
+        write_atomic(path, "".join(line + "\n" for line in kept))
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, line: StepMetrics) -> None:
+        """Appends one line, at once."""
+        values = {name: _finite(value) for name, value in encode(line).items()}
+        self._file.write(json.dumps(values, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they are written as null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def _step_of(line: str) -> int:
+    """The step of a line; one that a killed run did not finish counts as later than any."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 1 << 62
+
+
+def peak_flops(plan: Plan) -> float | None:
+    """Dense peak FLOP/s of all devices that the plan uses together, or None where one is unknown."""
+    precision = plan.workload.precision
+    peaks = [
+        group.device.peak_flops(precision) for group in plan.cluster.groups for _ in range(group.devices)
+    ]
+    used = peaks[: plan.strategy.degrees.world]
+    return None if None in used else sum(peak for peak in used if peak is not None)
+
+
+def model_flops(plan: Plan) -> float:
+    """Model FLOPs of one step: forward once and backward twice; recomputation does not count."""
+    return 3 * plan.model.flops_per_token_forward(plan.workload.seq) * plan.workload.tokens_per_step
+
+
+def mfu(plan: Plan, step_time_s: float) -> float | None:
+    """Model FLOPs utilisation of a step: model FLOPs / (time x peak of all devices)."""
+    peak = peak_flops(plan)
+    return None if peak is None else model_flops(plan) / (step_time_s * peak)
+
+
+def cost_usd(plan: Plan, wall_s: float) -> float | None:
+    """Dollars of `wall_s` at the rate that the plan's own estimate of days and cost implies."""
+    estimate = plan.estimate
+    if estimate.cost_usd is None or not estimate.days:
+        return None
+    return estimate.cost_usd / estimate.days * wall_s / 86_400
+
+
+def predicted_memory_by_rank(plan: Plan) -> tuple[int, ...]:
+    """Predicted peak bytes of every rank: weights and activations of all stages that it holds."""
+    degrees = plan.strategy.degrees
+    peaks = [0] * degrees.world
+    for stage, estimate in enumerate(plan.stage_estimates):
+        for rank in degrees.ranks_of_pp_rank(degrees.pp_rank_of_stage(stage)):
+            peaks[rank] += estimate.memory.total_bytes
+    return tuple(peaks)
+
+
+def quartile_spread(values: Sequence[float]) -> float | None:
+    """Interquartile range over the median; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / middle
+
+
+def write_timeline(run_dir: Path, events: Sequence[TimelineEvent]) -> None:
+    """Writes timeline.json: a list of events in the order of rank and start."""
+    ordered = sorted(events, key=lambda event: (event.rank, event.start_s))
+    text = json.dumps([encode(event) for event in ordered], indent=0, allow_nan=False)
+    write_atomic(run_dir / TIMELINE, text + "\n")
+
+
+def write_summary(run_dir: Path, summary: TrainSummary) -> None:
+    """Writes summary.json whole or not at all."""
+    write_atomic(run_dir / SUMMARY, to_json(summary))
+
+
+def prepare_run_dir(run_dir: Path) -> None:
+    """Makes the run folder and tries that it can be written. Raises InputError if not."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".write-test"
+        probe.write_bytes(b"x" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            Problem(
+                where=f"--run-dir {run_dir}",
+                fault=f"cannot be written: {error.strerror}.",
+                fix="name a folder on a disk with room that you may write",
+            )
+        ) from None

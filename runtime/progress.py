@@ -1,0 +1,88 @@
+"""Progress of a run for people, on stderr: one live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from planner.units import format_bytes, format_count, format_seconds
+from runtime.metrics import StepMetrics
+
+PLAIN_INTERVAL_S = 2.0
+"""Off a terminal, a line at most this often (and always the first and last step)."""
+
+
+def describe(line: StepMetrics, steps: int) -> str:
+    """One step in words: `step 12/60  loss 3.214  ...`."""
+    parts = [
+        f"step {line.step}/{steps}",
+        f"loss {line.loss:.4f}",
+        f"grad {line.grad_norm:.3g}",
+        f"lr {line.lr:.2e}",
+        format_seconds(line.step_time_s),
+        f"{format_count(line.tokens_per_s)} tok/s",
+    ]
+    if line.mfu is not None:
+        parts.append(f"MFU {line.mfu:.1%}")
+    if line.peak_memory_bytes:
+        parts.append(f"peak {format_bytes(max(line.peak_memory_bytes))}")
+    return "  ".join(parts)
+
+
+class Progress:
+    """Shows the steps of a run as they come; silent where `shown` is false."""
+
+    def __init__(self, first_step: int, steps: int, *, shown: bool = True) -> None:
+        self._steps, self._shown, self._said_s = steps, shown, 0.0
+        self._bar: Any = None
+        if shown and sys.stderr.isatty():
+            self._bar, self._task = _bar(first_step, steps)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, line: StepMetrics) -> None:
+        """Shows one step."""
+        if not self._shown:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, completed=line.step, text=describe(line, self._steps))
+            return
+        now_s = time.monotonic()
+        if now_s - self._said_s >= PLAIN_INTERVAL_S or line.step in (1, self._steps):
+            self._said_s = now_s
+            print(describe(line, self._steps), file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A remark between the steps."""
+        if not self._shown:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _bar(first_step: int, steps: int) -> tuple[Any, Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    bar = RichProgress(
+        TextColumn("training"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[text]}", markup=False),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    return bar, bar.add_task("training", total=steps, completed=first_step, text="starting ...")
