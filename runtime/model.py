@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +131,8 @@ class Transformer(nn.Module):
     """A decoder-only language model, or the blocks [first, end) of it with the ends that belong to them.
 
     The input is tokens [B, S] where the embedding is held, else hidden states [B, S, H]; the output is
-    logits [B, S, V] where the head is held, else hidden states. Parts that are not held are None.
+    logits [B, S, V] where the head is held, else hidden states. Parts that are not held are None. Under
+    sequence parallelism, `sequence_rank` is the slice of the sequence that this rank's hidden states are.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class Transformer(nn.Module):
         hidden, vocab = spec.hidden, spec.vocab
         learned = spec.learned_positions if with_embedding else 0
         self.tied = spec.tied_embeddings and with_embedding and with_head
+        self.sequence_rank = 0
         self.tok_embeddings = nn.Embedding(vocab, hidden) if with_embedding else None
         self.positions = nn.Embedding(learned, hidden) if learned else None
         self.rotary = (
@@ -157,18 +160,34 @@ class Transformer(nn.Module):
         if self.tied and self.output is not None and self.tok_embeddings is not None:
             self.output.weight = self.tok_embeddings.weight
 
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """The named modules that make up the model, in order; every parameter is in exactly one."""
+        for name in ("tok_embeddings", "positions", "rotary"):
+            if getattr(self, name) is not None:
+                yield name, getattr(self, name)
+        for index, layer in list(self.layers.items()):
+            yield f"layers.{index}", layer
+        for name in ("norm", "output"):
+            if getattr(self, name) is not None:
+                yield name, getattr(self, name)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.tok_embeddings is not None:
-            index_1s = torch.arange(x.shape[1], device=x.device)[None]
             x = self.tok_embeddings(x)
             if self.positions is not None:
-                x = x + self.positions(index_1s)
+                x = x + self.positions(self._positions_of(x))
         cos, sin = (self.rotary.cos, self.rotary.sin) if self.rotary is not None else (None, None)
         for layer in self.layers.values():
             x = layer(x, cos, sin)
         if self.norm is not None and self.output is not None:
             x = self.output(self.norm(x))
         return x
+
+    def _positions_of(self, x_bsh: Tensor) -> Tensor:
+        """Positions [1, S] of the hidden states that this rank holds, the `sequence_rank`th slice."""
+        local_seq = x_bsh.shape[1]
+        first = self.sequence_rank * local_seq
+        return torch.arange(first, first + local_seq, device=x_bsh.device)[None]
 
 
 def cross_entropy(logits_bsv: Tensor, targets_bs: Tensor) -> Tensor:
@@ -226,6 +245,7 @@ def fill_parameter(parameter: Tensor, name: str, spec: ModelSpec, seed: int) -> 
 
     Projections into the residual stream are scaled by 1 / sqrt(2 * layers) (Radford et al. 2019).
     """
+    name = canonical_name(name, spec)
     if name.endswith(".bias"):
         parameter.zero_()
     elif "norm." in name:
@@ -235,3 +255,10 @@ def fill_parameter(parameter: Tensor, name: str, spec: ModelSpec, seed: int) -> 
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         scale = 1 / math.sqrt(2 * spec.layers) if name.endswith(RESIDUAL_OUTPUTS) else 1.0
         parameter.normal_(0.0, spec.initializer_range * scale, generator=generator)
+
+
+def canonical_name(name: str, spec: ModelSpec) -> str:
+    """The name of a parameter in the whole model. A tied output projection is the token embedding."""
+    if spec.tied_embeddings and name == "output.weight":
+        return "tok_embeddings.weight"
+    return name

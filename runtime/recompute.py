@@ -35,10 +35,6 @@ def _kept_operators() -> list[Any]:
     ]
 
 
-def _selective_contexts() -> Any:
-    return create_selective_checkpoint_contexts(_kept_operators())
-
-
 def wrap(block: nn.Module, option: Recompute) -> nn.Module:
     """The block with its recompute option; the block itself where nothing is recomputed."""
     match option:
@@ -50,7 +46,7 @@ def wrap(block: nn.Module, option: Recompute) -> nn.Module:
             return checkpoint_wrapper(
                 block,
                 CheckpointImpl.NO_REENTRANT,
-                context_fn=_selective_contexts,
+                context_fn=partial(create_selective_checkpoint_contexts, _kept_operators()),
                 preserve_rng_state=False,
             )
 

@@ -1,0 +1,267 @@
+"""Executor: trains exactly one plan on the ranks of the running process group."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from planner.errors import InputError, Problem
+from planner.plan import Plan
+from runtime.model import Transformer, canonical_name
+from runtime.optimizer import (
+    OptimizerOptions,
+    build_optimizer,
+    clip,
+    learning_rate,
+    set_learning_rate,
+    weighted_square_sum,
+)
+from runtime.parallelize import Meshes, build_meshes, build_stage, check_supported, whole_parameters
+from runtime.pipeline import Pipeline, Record, StageModule
+from runtime.recompute import WRAPPER_PREFIX
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The mean loss of the global batch, and the global gradient norm before clipping."""
+
+    loss: float
+    grad_norm: float
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """One parameter on this rank.
+
+    `shard` shares the memory of its local part and is what the optimizer updates. `share` is 1 over the
+    number of ranks of the world that hold the same element, 0 for a copy that another stage counts.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    shard: nn.Parameter
+    share: float
+
+
+class Executor:
+    """One rank of a plan: its stages, its shards of weights and optimizer, its row of the schedule.
+
+    Every rank of the process group makes one, then calls `step` in step. The constructor raises
+    InputError where the plan asks for something that this runtime cannot do.
+    """
+
+    def __init__(
+        self, plan: Plan, *, device: torch.device | str, seed: int, optimizer_options: OptimizerOptions
+    ) -> None:
+        device = torch.device(device)
+        check_supported(plan)
+        _check_world(plan)
+        self.plan, self.options = plan, optimizer_options
+        self.meshes = build_meshes(plan, device.type)
+        self.device = device
+        self.modules = _build_modules(plan, self.meshes, seed, device)
+        self.pipeline = Pipeline(plan, self.modules, self.meshes, device)
+        self.weights = self._collect_weights()
+        self.optimizer = build_optimizer(
+            plan.workload.optimizer, [weight.shard for weight in self.weights], optimizer_options
+        )
+        self._partial = self._partial_weights()
+        self._tied, self._tied_group = self._find_tied()
+        self.steps_done = 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which slice of the global batch this rank reads."""
+        return int(self.meshes.replicate.get_local_rank()) * self.plan.strategy.degrees.dp_shard + int(
+            self.meshes.world["dp_shard"].get_local_rank()
+        )
+
+    @property
+    def data_size(self) -> int:
+        """How many slices the global batch has."""
+        return self.plan.strategy.degrees.dp
+
+    def step(self, tokens: Tensor) -> StepResult:
+        """One optimizer step on this rank's slice [batch / data_size, seq + 1] of the global batch.
+
+        Position s predicts token s + 1. The result is the same on every rank.
+        """
+        tokens = tokens.to(self.device)
+        loss = self.pipeline.run(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        grads = self._take_gradients()
+        mean_loss, norm = self._reduce(loss, grads)
+        clip(grads, norm, self.options.clip_norm)
+        set_learning_rate(self.optimizer, learning_rate(self.options, self.steps_done))
+        self.optimizer.step()
+        for weight in self.weights:
+            weight.shard.grad = weight.parameter.grad = None
+        self.steps_done += 1
+        return StepResult(loss=mean_loss, grad_norm=norm)
+
+    def _take_gradients(self) -> list[Tensor]:
+        """Gives every shard its gradient, complete but for clipping."""
+        for weight in self.weights:
+            weight.shard.grad = _local_gradient(weight.parameter)
+        if self._partial:
+            _sum_together([weight.shard.grad for weight in self._partial], self.meshes.tp.get_group())
+        if self._tied is not None:
+            dist.all_reduce(self._tied.shard.grad, group=self._tied_group)
+        return [weight.shard.grad for weight in self.weights if weight.shard.grad is not None]
+
+    def _reduce(self, loss: Tensor, grads: list[Tensor]) -> tuple[float, float]:
+        """The mean loss and the gradient norm of the whole world, in one all-reduce.
+
+        Each rank with the last stage adds its loss over (dp * tp); each element of a gradient counts
+        once because every copy of it is weighted by its share.
+        """
+        degrees = self.plan.strategy.degrees
+        square_sum = weighted_square_sum(grads, [weight.share for weight in self.weights])
+        totals = torch.stack((loss.double() / (degrees.dp * degrees.tp), square_sum))
+        dist.all_reduce(totals)
+        mean_loss, total = totals.tolist()
+        return mean_loss, math.sqrt(total)
+
+    def _collect_weights(self) -> list[_Weight]:
+        weights = []
+        for module in self.modules:
+            for name, parameter in module.model.named_parameters():
+                clean = name.replace(WRAPPER_PREFIX, "")
+                canonical = canonical_name(clean, self.plan.model)
+                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                copy = canonical != clean and module.model.tok_embeddings is None
+                weights.append(
+                    _Weight(
+                        name=canonical,
+                        parameter=parameter,
+                        shard=nn.Parameter(local.detach()),
+                        share=0.0 if copy else self._share(parameter),
+                    )
+                )
+        return weights
+
+    def _share(self, parameter: nn.Parameter) -> float:
+        shards = 1
+        if isinstance(parameter, DTensor):
+            for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
+                shards *= 1 if placement.is_replicate() else size
+        degrees = self.plan.strategy.degrees
+        return shards * degrees.pp / degrees.world
+
+    def _partial_weights(self) -> list[_Weight]:
+        """Weights whose gradient is a partial sum over tp: whole ones that saw a slice of the sequence."""
+        if not self.plan.strategy.degrees.sequence_parallel or self.plan.strategy.degrees.tp == 1:
+            return []
+        whole = {id(p) for module in self.modules for p in whole_parameters(module.model)}
+        return [weight for weight in self.weights if id(weight.parameter) in whole]
+
+    def _find_tied(self) -> tuple[_Weight | None, dist.ProcessGroup | None]:
+        """The tied embedding if two stages hold it, and the group of the two ranks that do.
+
+        Collective: every rank makes every group.
+        """
+        degrees = self.plan.strategy.degrees
+        if not self.plan.model.tied_embeddings or degrees.pp == 1:
+            return None, None
+        ranks = self.meshes.world.mesh.flatten(1).tolist()
+        groups = {pair: dist.new_group(list(pair)) for pair in zip(ranks[0], ranks[-1], strict=True)}
+        tied = [weight for weight in self.weights if weight.name == "tok_embeddings.weight"]
+        own = [group for pair, group in groups.items() if dist.get_rank() in pair]
+        return (tied[0], own[0]) if tied else (None, None)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Weights, optimizer state and step count under flat global names, for distributed checkpoints.
+
+        Sharded tensors are DTensors over this rank's memory, so a checkpoint loads in place and into any
+        other layout. `load_state_dict` must follow, for the step count.
+        """
+        state: dict[str, Tensor] = {"step": torch.tensor(self.steps_done)}
+        for weight in self.weights:
+            state[f"model.{weight.name}"] = weight.parameter.detach()
+            for key, value in self.optimizer.state[weight.shard].items():
+                whole = value if value.dim() == 0 else _like(weight.parameter, value)
+                state[f"optimizer.{weight.name}.{key}"] = whole
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes over what `state_dict` gave, in this layout. Raises InputError for a missing tensor."""
+        own = self.state_dict()
+        missing = sorted(own.keys() - state.keys())
+        if missing:
+            fault = f"has no {', '.join(missing[:5])} ({len(missing)} missing)."
+            raise InputError(Problem(where="checkpoint", fault=fault, fix="resume with the model it is of"))
+        with torch.no_grad():
+            for name, value in own.items():
+                if name != "step":
+                    _local(value).copy_(_local(state[name]))
+        self.steps_done = int(state["step"])
+
+
+def _check_world(plan: Plan) -> None:
+    ranks, needed = dist.get_world_size(), plan.strategy.degrees.world
+    if ranks != needed:
+        raise InputError(
+            Problem(
+                where="ranks",
+                fault=f"{ranks} were started, but the plan is for {needed}.",
+                fix=f"start {needed}, such as torchrun --nproc-per-node {needed}",
+            )
+        )
+
+
+def _build_modules(plan: Plan, meshes: Meshes, seed: int, device: torch.device) -> list[StageModule]:
+    """The stages of this pipeline rank, in order, all writing to one record."""
+    degrees = plan.strategy.degrees
+    record = Record()
+    own = range(meshes.pp.get_local_rank(), degrees.stages, degrees.pp)
+    return [
+        StageModule(build_stage(plan, index, meshes, seed=seed, device=device), index, degrees.zero, record)
+        for index in own
+    ]
+
+
+def _local_gradient(parameter: nn.Parameter) -> Tensor:
+    """This rank's part of a gradient, laid out as the parameter is."""
+    grad: Any = parameter.grad
+    if grad is None:
+        return torch.zeros_like(_local(parameter.detach()))
+    if isinstance(parameter, DTensor) and grad.placements != parameter.placements:
+        grad = grad.redistribute(placements=parameter.placements)
+    return _local(grad)
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _like(parameter: nn.Parameter, local: Tensor) -> Tensor:
+    """A local tensor as a DTensor laid out as the parameter is; itself where that is a plain tensor."""
+    if not isinstance(parameter, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def _sum_together(tensors: list[Tensor | None], group: dist.ProcessGroup) -> None:
+    """Sums each tensor over the group in place, in one all-reduce for all of them."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    flat = torch.cat([tensor.flatten() for tensor in present])
+    dist.all_reduce(flat, group=group)
+    for tensor, part in zip(present, torch.split(flat, [t.numel() for t in present]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def models_of(executor: Executor) -> list[Transformer]:
+    """The models of this rank's stages, in order."""
+    return [module.model for module in executor.modules]

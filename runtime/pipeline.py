@@ -1,0 +1,256 @@
+"""Executes the plan's own schedule table: every action in its order, and nothing else.
+
+With pp > 1, torch.distributed.pipelining adds the sends and receives to the table and runs it. With
+pp = 1 the row is run directly. Both leave a record of what was really done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel
+
+from planner.cost.schedule import Action, ActionKind, parse_table
+from planner.plan import Plan
+from planner.strategy import Zero
+from planner.workload import Precision
+from runtime.model import Transformer, cross_entropy
+from runtime.parallelize import Meshes, reduces_gradients, set_gradient_sync
+
+
+@dataclass
+class Record:
+    """What a rank did in its last step: its actions, and whether each backward reduced gradients."""
+
+    actions: list[Action] = field(default_factory=list)
+    reduced: list[bool] = field(default_factory=list)
+
+    def clear(self) -> None:
+        self.actions.clear()
+        self.reduced.clear()
+
+
+class StageModule(nn.Module):
+    """A stage as pipelining sees it, with a record of what it did in the last step.
+
+    It hides the FSDP root inside it: pipelining's own handling of FSDP would gather whole stages and
+    reduce gradients once a step, whatever the ZeRO stage. Left alone, FSDP's hooks work as they do
+    without a pipeline, and `before_backward` sets the ZeRO stage's flags for each backward pass.
+    """
+
+    def __init__(self, model: Transformer, index: int, zero: Zero, record: Record) -> None:
+        super().__init__()
+        self.model, self.index, self.zero, self.record = model, index, zero, record
+        self.hidden_shape: tuple[int, ...] | None = None
+        for layer in list(model.layers.values())[:1]:
+            layer.register_forward_pre_hook(self._see_hidden)
+
+    def _see_hidden(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.hidden_shape = tuple(args[0].shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.model(x)
+        return out
+
+    def before_forward(self, micro_batch: int) -> None:
+        self.record.actions.append(Action(self.index, ActionKind.FORWARD, micro_batch))
+
+    def before_backward(self, micro_batch: int, *, last: bool) -> None:
+        set_gradient_sync(self.model, self.zero, last=last)
+        self.record.actions.append(Action(self.index, ActionKind.BACKWARD, micro_batch))
+        self.record.reduced.append(reduces_gradients(self.model))
+
+
+class PlanStage(PipelineStage):
+    """A pipeline stage that keeps a micro-batch's buffers only as long as the schedule needs them.
+
+    torch's own stage holds a receive buffer for every micro-batch and every sent tensor until the step's
+    end, which would undo 1F1B's bound on what is alive.
+    """
+
+    def __init__(
+        self, module: StageModule, plan: Plan, *, device: torch.device, group: dist.ProcessGroup
+    ) -> None:
+        stages = plan.strategy.degrees.stages
+        inputs, outputs = _boundary_examples(plan, module.index)
+        super().__init__(module, module.index, stages, device, inputs, outputs, group=group)
+        self.module = module
+        self._hidden_shape, self._hidden_dtype = hidden_shape(plan), hidden_dtype(plan)
+        self._sent_forward: dict[int, list[dist.Work]] = {}
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        self.module.before_forward(fwd_chunk_id)
+        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> Any:
+        # The gradient has come back, so the activation was received: this wait returns at once.
+        for work in self._sent_forward.pop(bwd_chunk_id, []):
+            work.wait()
+        self.module.before_backward(bwd_chunk_id, last=last_backward)
+        result = super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        self._drop(self.args_recv_info, bwd_chunk_id)
+        self._drop(self.grad_recv_info, bwd_chunk_id)
+        return result
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        self._allocate(self.args_recv_info, fwd_chunk_id)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        self._allocate(self.grad_recv_info, bwd_chunk_id)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """Sends here, so that the handle (which keeps the tensor) can go before the step ends."""
+        ops = super().get_fwd_send_ops(fwd_chunk_id)
+        if ops:
+            self._sent_forward[fwd_chunk_id] = dist.batch_isend_irecv(ops)
+        return []
+
+    def clear_runtime_states(self) -> None:
+        self.fwd_cache.clear()
+        self.output_chunks.clear()
+
+    def _prepare_forward_infra(self, num_microbatches: int, *args: Any, **kwargs: Any) -> Any:
+        result = super()._prepare_forward_infra(num_microbatches, *args, **kwargs)
+        for chunk in range(num_microbatches):
+            self._drop(self.args_recv_info, chunk)
+        return result
+
+    def _prepare_backward_infra(self, num_microbatches: int, *args: Any, **kwargs: Any) -> Any:
+        result = super()._prepare_backward_infra(num_microbatches, *args, **kwargs)
+        for chunk in range(num_microbatches):
+            self._drop(self.grad_recv_info, chunk)
+        return result
+
+    def _allocate(self, infos: dict[int, Any], chunk: int) -> None:
+        for info in _received(infos[chunk]):
+            info.buffer = torch.empty(self._hidden_shape, dtype=self._hidden_dtype, device=self.device)
+
+    def _drop(self, infos: dict[int, Any], chunk: int) -> None:
+        for info in _received(infos[chunk]):
+            info.buffer = None
+
+
+def _received(infos: Sequence[Any]) -> list[Any]:
+    """The descriptors of what comes from another stage; a model's own input has no source."""
+    return [info for info in infos if getattr(info, "source", None) is not None]
+
+
+def hidden_shape(plan: Plan) -> tuple[int, int, int]:
+    """The hidden states of one micro-batch that one rank holds between parts: [B, S or S/tp, H]."""
+    degrees = plan.strategy.degrees
+    seq = plan.workload.seq // (degrees.tp if degrees.sequence_parallel else 1)
+    return degrees.micro_batch, seq, plan.model.hidden
+
+
+def hidden_dtype(plan: Plan) -> torch.dtype:
+    """The number format of hidden states."""
+    return torch.float32 if plan.workload.precision is Precision.FP32 else torch.bfloat16
+
+
+def _boundary_examples(plan: Plan, index: int) -> tuple[Tensor, Tensor]:
+    """Input and output of a stage as meta tensors. Given, torch needs no extra pass to find them."""
+    degrees, workload = plan.strategy.degrees, plan.workload
+    dtype = hidden_dtype(plan)
+    tokens = torch.empty(degrees.micro_batch, workload.seq, dtype=torch.int64, device="meta")
+    hidden = torch.empty(hidden_shape(plan), dtype=dtype, device="meta", requires_grad=True)
+    last = index == degrees.stages - 1
+    logits = torch.empty(*tokens.shape, plan.model.vocab, dtype=dtype, device="meta", requires_grad=True)
+    return tokens if index == 0 else hidden, logits if last else hidden
+
+
+def _loss(num_micro_batches: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """A micro-batch's part of the step's mean loss, so that gradients add up to the mean's."""
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        value = cross_entropy(logits, targets) / num_micro_batches
+        return value.to_local() if isinstance(value, DTensor) else value
+
+    return loss
+
+
+class Pipeline:
+    """This rank's stages and its row of the schedule table."""
+
+    def __init__(self, plan: Plan, modules: Sequence[StageModule], meshes: Meshes, device: torch.device):
+        degrees = plan.strategy.degrees
+        self.modules = list(modules)
+        self.record = modules[0].record
+        self.holds_last = modules[-1].index == degrees.stages - 1
+        self._tensor_parallel = degrees.tp > 1
+        self._num_micro_batches = degrees.num_micro_batches
+        self._row = parse_table(plan.schedule_table)[meshes.pp.get_local_rank()]
+        self._loss = _loss(degrees.num_micro_batches)
+        self._schedule = _lower(plan, self.modules, meshes, device, self._loss) if degrees.pp > 1 else None
+
+    def run(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Forward and backward of every micro-batch; the mean loss here, 0 without the last stage."""
+        self.record.clear()
+        context: AbstractContextManager[None] = loss_parallel() if self._tensor_parallel else nullcontext()
+        with context:
+            if self._schedule is None:
+                return self._run_row(inputs, targets)
+            return self._run_schedule(self._schedule, inputs, targets)
+
+    def _run_schedule(self, schedule: _PipelineScheduleRuntime, inputs: Tensor, targets: Tensor) -> Tensor:
+        losses: list[Tensor] = []
+        args = (inputs,) if self.modules[0].index == 0 else ()
+        if self.holds_last:
+            schedule.step(*args, target=targets, losses=losses, return_outputs=False)
+        else:
+            schedule.step(*args, return_outputs=False)
+        return torch.stack([loss.detach() for loss in losses]).sum() if losses else _zero(inputs)
+
+    def _run_row(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        module = self.modules[0]
+        input_chunks = inputs.chunk(self._num_micro_batches)
+        target_chunks = targets.chunk(self._num_micro_batches)
+        alive: dict[int, Tensor] = {}
+        total = _zero(inputs)
+        for place, (_, kind, mb) in enumerate(self._row):
+            if kind is ActionKind.FORWARD:
+                module.before_forward(mb)
+                alive[mb] = self._loss(module(input_chunks[mb]), target_chunks[mb])
+            else:
+                module.before_backward(mb, last=place == len(self._row) - 1)
+                loss = alive.pop(mb)
+                torch.autograd.backward(loss)
+                total += loss.detach()
+        return total
+
+
+def _zero(like: Tensor) -> Tensor:
+    return torch.zeros((), dtype=torch.float32, device=like.device)
+
+
+def _lower(
+    plan: Plan,
+    modules: Sequence[StageModule],
+    meshes: Meshes,
+    device: torch.device,
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> _PipelineScheduleRuntime:
+    """torch's runtime loaded with the plan's table, lowered to sends and receives by torch."""
+    group = meshes.pp.get_group()
+    stages = [PlanStage(module, plan, device=device, group=group) for module in modules]
+    make: Callable[..., _PipelineScheduleRuntime] = _PipelineScheduleRuntime
+    schedule = make(stages, plan.strategy.degrees.num_micro_batches, loss_fn=loss, scale_grads=False)
+    table = {
+        rank: [_Action.from_str(str(action)) for action in row]
+        for rank, row in enumerate(parse_table(plan.schedule_table))
+    }
+    schedule.pipeline_order = table
+    schedule._prepare_schedule_with_comms(table)
+    return schedule

@@ -1,0 +1,135 @@
+"""Tiny models and plans for tests. The estimates in these plans are zeros: nothing here reads them."""
+
+from __future__ import annotations
+
+from planner.cluster import ClusterSpec, Device, DeviceGroup, Link
+from planner.cost.schedule import build_table, print_table
+from planner.estimate import Coverage, Estimate, MemoryBreakdown, StageEstimate, TimeBreakdown, Verdict
+from planner.model import Activation, Attention, Block, Mlp, ModelSpec, Norm, Segment
+from planner.plan import Plan
+from planner.strategy import AXES, Degrees, Recompute, RecomputeCounts, Stage, Strategy, even_stages
+from planner.workload import Optimizer, Precision, Workload
+
+
+def tiny_llama(*, layers: int = 4, hidden: int = 32, vocab: int = 64, tied: bool = False) -> ModelSpec:
+    """A llama of four layers with grouped key and value heads."""
+    block = Block(
+        hidden=hidden,
+        norm=Norm.RMSNORM,
+        attention=Attention(heads=8, kv_heads=4, head_dim=hidden // 8),
+        mlp=Mlp(width=2 * hidden, gated=True, activation=Activation.SILU),
+    )
+    return ModelSpec(
+        name="tiny-llama",
+        model_type="llama",
+        hidden=hidden,
+        vocab=vocab,
+        max_positions=64,
+        learned_positions=0,
+        rope_theta=10_000.0,
+        norm=Norm.RMSNORM,
+        norm_eps=1e-5,
+        initializer_range=0.1,
+        tied_embeddings=tied,
+        segments=(Segment(block=block, count=layers),),
+    )
+
+
+def tiny_gpt2(*, layers: int = 4, hidden: int = 32, vocab: int = 64) -> ModelSpec:
+    """A GPT-2 of four layers: LayerNorm, biases, learned positions, tied embeddings."""
+    block = Block(
+        hidden=hidden,
+        norm=Norm.LAYERNORM,
+        attention=Attention(heads=4, kv_heads=4, head_dim=hidden // 4, qkv_bias=True, out_bias=True),
+        mlp=Mlp(width=4 * hidden, gated=False, activation=Activation.GELU_TANH, bias=True),
+    )
+    return ModelSpec(
+        name="tiny-gpt2",
+        model_type="gpt2",
+        hidden=hidden,
+        vocab=vocab,
+        max_positions=64,
+        learned_positions=64,
+        rope_theta=10_000.0,
+        norm=Norm.LAYERNORM,
+        norm_eps=1e-5,
+        initializer_range=0.1,
+        tied_embeddings=True,
+        segments=(Segment(block=block, count=layers),),
+    )
+
+
+def split(*sizes: int, recompute: Recompute = Recompute.NONE) -> tuple[Stage, ...]:
+    """Stages of these many layers, all with one recompute option."""
+    stages, first = [], 0
+    for size in sizes:
+        counts = RecomputeCounts(**{"none": 0, str(recompute): size})
+        stages.append(Stage(first=first, end=first + size, recompute=counts))
+        first += size
+    return tuple(stages)
+
+
+def local_cluster(devices: int) -> ClusterSpec:
+    """Processes on this CPU."""
+    device = Device(
+        name="cpu",
+        title="a process on this CPU",
+        vendor="cpu",
+        memory_bytes=2**32,
+        usable_memory_bytes=2**32,
+        memory_bandwidth_bytes_per_s=None,
+        peak_fp32_flops=None,
+        peak_bf16_flops=None,
+        peak_fp16_flops=None,
+        link_bytes_per_s=None,
+    )
+    link = Link(name="loopback", latency_s=0.0, bytes_per_s=None)
+    group = DeviceGroup(device=device, nodes=1, devices_per_node=devices)
+    return ClusterSpec(name=f"local:{devices}", groups=(group,), intra=link, inter=link)
+
+
+def make_plan(
+    spec: ModelSpec,
+    degrees: Degrees,
+    stages: tuple[Stage, ...] | None = None,
+    *,
+    seq: int = 16,
+    precision: Precision = Precision.FP32,
+    optimizer: Optimizer = Optimizer.ADAMW,
+    recompute: Recompute = Recompute.NONE,
+) -> Plan:
+    """The plan that runs `spec` by these degrees; stages are even where none are given."""
+    stages = stages or even_stages(spec.layers, degrees.stages, recompute)
+    table = build_table(degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches)
+    zero = StageEstimate(memory=MemoryBreakdown(), time_s=0.0, forward_s=0.0, backward_s=0.0)
+    return Plan(
+        model=spec,
+        workload=Workload(seq=seq, batch=degrees.batch, precision=precision, optimizer=optimizer),
+        cluster=local_cluster(degrees.world),
+        strategy=Strategy(degrees=degrees, stages=stages),
+        stage_estimates=(zero,) * len(stages),
+        estimate=_no_estimate(),
+        rank_axes=AXES,
+        rank_grid_shape=degrees.grid_shape(),
+        schedule_table=print_table(table),
+        solver=None,
+        rejected={},
+        alternatives=(),
+        digests={},
+    )
+
+
+def _no_estimate() -> Estimate:
+    return Estimate(
+        step_time_s=0.0,
+        step_time_interval_s=(0.0, 0.0),
+        tokens_per_s=0.0,
+        mfu=None,
+        days=None,
+        cost_usd=None,
+        breakdown=TimeBreakdown(),
+        peak_memory_bytes=0,
+        memory_limit_bytes=0,
+        verdict=Verdict.SAFE,
+        coverage=Coverage(),
+    )
