@@ -76,7 +76,7 @@ def parse_network(text: str, file: NetworkFile, where: str) -> Network:
     match = _NETWORK.match(text.lower())
     kind = file.kinds.get(match.group(1)) if match else None
     if match is None or kind is None:
-        raise unknown(where, "network", text, file.common, fix=NETWORK_GRAMMAR)
+        raise unknown(where, "network", text, file.common, fix=f"write {NETWORK_GRAMMAR}")
     name, rate, ports, beyond = match.groups()
     if kind.free:
         return _free(text, match, kind, where)

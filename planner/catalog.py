@@ -1,0 +1,146 @@
+"""The catalog: models, devices, networks, instances and measured profiles by name.
+
+Data lives in the package `profiles`. Names are compared without regard to case, dashes and underscores; an
+unknown one is answered with the nearest. A model may also be a config.json, its folder, or a TOML file; a
+device may also be a TOML file.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+
+from planner.codec import decode, load_toml_object, noun
+from planner.device_file import DeviceFile, load_device_file
+from planner.errors import InputError, Problem
+from planner.hf import read_config_file, read_model_toml
+from planner.instance import Instance, find_instance, load_instances
+from planner.model import ModelSpec
+from planner.naming import squash, unknown
+from planner.network import Network, NetworkFile, load_networks, parse_network
+
+
+@noun
+class ModelEntry:
+    """A model of the catalog: the config of the same name is beside the index."""
+
+    title: str
+    sources: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
+
+
+def data_folder() -> Path:
+    """The folder of the package `profiles`, which is plain files wherever it is installed."""
+    return Path(str(resources.files("profiles")))
+
+
+def model_index() -> dict[str, ModelEntry]:
+    """Name and entry of every model."""
+    path = data_folder() / "models" / "index.toml"
+    return decode(dict[str, ModelEntry], load_toml_object(path), source=path.name)
+
+
+def load_model(text: str, where: str = "--model") -> ModelSpec:
+    """The model that `text` names: a catalog name, a config.json or its folder, or a TOML file."""
+    index = model_index()
+    name = _find(text, {name: entry.aliases for name, entry in index.items()})
+    if name is not None:
+        file = data_folder() / "models" / f"{name}.json"
+        return read_config_file(file, name=name, sources=index[name].sources)
+    path = Path(text)
+    if path.suffix == ".toml":
+        return read_model_toml(path)
+    if path.suffix == ".json" or "/" in text or _exists(path):
+        return read_config_file(path)
+    raise unknown(
+        where,
+        "model",
+        text,
+        index,
+        fix="see `plan list models`, or give a path to a config.json or TOML file",
+    )
+
+
+def device_names() -> list[str]:
+    """Names of all devices, sorted."""
+    return sorted(path.stem for path in (data_folder() / "devices").glob("*.toml"))
+
+
+def load_device(text: str, where: str = "--cluster") -> DeviceFile:
+    """The device that `text` names: a catalog name, one of its aliases, or a TOML file."""
+    if text.endswith(".toml"):
+        return load_device_file(Path(text))
+    folder = data_folder() / "devices"
+    known = device_names()
+    name = _find(text, dict.fromkeys(known, ()))
+    if name is None:
+        aliases = _device_aliases(known)
+        name = _find(text, aliases)
+        if name is None:
+            raise unknown(
+                where, "device", text, [*known, *(alias for own in aliases.values() for alias in own)]
+            )
+    return load_device_file(folder / f"{name}.toml")
+
+
+def device_reported_as(reported: str) -> DeviceFile | None:
+    """The device whose driver calls it `reported`, or None where the catalog has none."""
+    names = {
+        name: tuple(table.get("reported_names", ())) for name, table in _device_tables(device_names()).items()
+    }
+    name = _find(reported, names)
+    return None if name is None else load_device(name)
+
+
+def _device_tables(names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
+    folder = data_folder() / "devices"
+    return {name: tomllib.loads((folder / f"{name}.toml").read_text(encoding="utf-8")) for name in names}
+
+
+def _device_aliases(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    return {name: tuple(table.get("aliases", ())) for name, table in _device_tables(names).items()}
+
+
+def networks() -> NetworkFile:
+    """The kinds of network and their common names."""
+    return load_networks(data_folder() / "clusters" / "networks.toml")
+
+
+def load_network(text: str, where: str = "--cluster") -> Network:
+    """The network that `text` names."""
+    return parse_network(text, networks(), where)
+
+
+def instances() -> tuple[Instance, ...]:
+    """Every instance of the catalog."""
+    return load_instances(data_folder() / "instances.csv")
+
+
+def load_instance(text: str, where: str = "--cluster") -> Instance:
+    """The instance that `text` names, with or without its provider."""
+    return find_instance(text, instances(), where)
+
+
+def profile_files() -> list[Path]:
+    """The measured profiles that are shipped, sorted by name."""
+    return sorted((data_folder() / "measured").glob("*.json"))
+
+
+def _find(text: str, names: dict[str, tuple[str, ...]]) -> str | None:
+    """The name that is `text`, or has it among its aliases."""
+    wanted = squash(text)
+    for name, aliases in names.items():
+        if wanted in (squash(name), *map(squash, aliases)):
+            return name
+    return None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long for the file system, a null character
+        raise InputError(
+            Problem(where="--model", fault=f"'{str(path)[:60]}' is neither a name nor a path.")
+        ) from None

@@ -1,0 +1,192 @@
+"""The text of `--cluster`: `NODESxGPUS:DEVICE[@NETWORK]`, `COUNT*INSTANCE[@NETWORK]`, `+`, `local[:N]`, TOML.
+
+A mixed cluster's one link inside nodes, and one between them, is the slowest of its parts: a collective
+over all of them waits for that one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+from planner.catalog import load_device, load_instance, load_network
+from planner.cluster import ClusterSpec, DeviceGroup, Link
+from planner.device_file import DeviceFile
+from planner.errors import InputError, Problem
+from planner.network import Network
+
+GRAMMAR = (
+    "NODESxGPUS:DEVICE[@NETWORK] such as 4x8:h100-sxm-80gb@ndr400x8, COUNT*INSTANCE such as 16*p5.48xlarge, "
+    "several of these joined with +, local, local:N, or a TOML file"
+)
+MAX_NODES = 1_000_000
+MAX_DEVICES_PER_NODE = 1024
+MAX_DEVICES = 2**20
+MAX_TEXT = 1000
+_SHAPE = re.compile(r"^([0-9]{1,12})\s*x\s*([0-9]{1,12})\s*:\s*([^@\s]+)(?:@([^@\s]+))?$")
+_INSTANCES = re.compile(r"^([0-9]{1,12})\s*\*\s*([^@\s]+)(?:@([^@\s]+))?$")
+_LOCAL = re.compile(r"^local(?::([0-9]{1,12}))?$")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One part of a cluster text: equal nodes, their links, and their price where it is known."""
+
+    name: str
+    group: DeviceGroup
+    intra: Link
+    inter: Link
+    price_usd_per_hour: float | None
+
+
+def parse_cluster(text: str, where: str = "--cluster") -> ClusterSpec:
+    """The cluster that `text` names. Raises InputError with every fault and the grammar."""
+    text = text.strip()
+    if len(text) > MAX_TEXT:
+        raise _fault(where, f"has {len(text)} characters.")
+    local = _LOCAL.match(text)
+    if local:
+        from planner.machine import local_cluster
+
+        return local_cluster(None if local.group(1) is None else int(local.group(1)))
+    if text.endswith(".toml") and ":" not in text and "*" not in text:
+        from planner.cluster_file import read_cluster_file
+
+        return read_cluster_file(Path(text))
+    parts: list[Part] = []
+    problems: list[Problem] = []
+    for piece in text.split("+"):
+        try:
+            parts.append(_parse_part(piece.strip(), where))
+        except InputError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise InputError(*problems)
+    return join("+".join(part.name for part in parts), parts, where)
+
+
+def _parse_part(text: str, where: str) -> Part:
+    shape = _SHAPE.match(text)
+    if shape:
+        nodes, per_node, device, network = shape.groups()
+        return shaped_part(int(nodes), int(per_node), device, network, where)
+    instances = _INSTANCES.match(text)
+    if instances:
+        count, name, network = instances.groups()
+        return instance_part(int(count), name, network, where)
+    if _LOCAL.match(text):
+        raise _fault(where, "'local' cannot be part of a mixed cluster.")
+    raise _fault(where, f"'{text[:80]}' cannot be read.")
+
+
+def shaped_part(nodes: int, per_node: int, device: str, network: str | None, where: str) -> Part:
+    """`nodes` nodes of `per_node` devices each. Without a network: the device's usual one."""
+    _check_counts(nodes, per_node, where)
+    facts = load_device(device, where)
+    chosen = load_network(network or facts.network, where)
+    group, intra, inter = _links(facts, nodes, per_node, chosen, where)
+    if network is None and nodes > 1:
+        note = f"assumed: no network was named for {facts.name}"
+        inter = dataclasses.replace(inter, sources=(note, *inter.sources))
+    name = f"{nodes}x{per_node}:{facts.name}"
+    if network is not None or nodes > 1:
+        name += f"@{chosen.name}"
+    return Part(name=name, group=group, intra=intra, inter=inter, price_usd_per_hour=None)
+
+
+def instance_part(count: int, name: str, network: str | None, where: str) -> Part:
+    """`count` instances of the catalog, with their network and on-demand price."""
+    instance = load_instance(name, where)
+    _check_counts(count, instance.devices, where)
+    facts = load_device(instance.device, where)
+    text = network or instance.network
+    if text:
+        group, intra, inter = _links(facts, count, instance.devices, load_network(text, where), where)
+    elif count == 1:
+        group = DeviceGroup(device=facts.device(), nodes=1, devices_per_node=instance.devices)
+        intra = inter = facts.link_of(instance.devices)
+    else:
+        raise InputError(
+            Problem(
+                where=where,
+                fault=f"the network between instances of {instance.full_name} is not known.",
+                fix=f"name it, as in {count}*{instance.full_name}@eth25",
+            )
+        )
+    price = instance.ondemand_usd_per_hour
+    return Part(
+        name=f"{count}*{instance.full_name}" + (f"@{network.lower()}" if network else ""),
+        group=group,
+        intra=intra,
+        inter=inter,
+        price_usd_per_hour=None if price is None else count * price,
+    )
+
+
+def _links(
+    facts: DeviceFile, nodes: int, per_node: int, network: Network, where: str
+) -> tuple[DeviceGroup, Link, Link]:
+    """The group, the link inside its nodes and the link between them.
+
+    Where the devices' own link joins several nodes (NVL72, a TPU pod), all devices of such a domain count
+    as one node as soon as there are more of them than one domain holds.
+    """
+    device = facts.device()
+    if network.kind.free:
+        link = network.link(per_node)
+        return DeviceGroup(device=device, nodes=nodes, devices_per_node=per_node), link, link
+    if network.domain is None:
+        group = DeviceGroup(device=device, nodes=nodes, devices_per_node=per_node)
+        return group, facts.link_of(per_node), network.link(per_node)
+    if per_node > network.domain:
+        raise _fault(where, f"a node of {per_node} devices is larger than {network.name} joins.")
+    own = facts.link_of(2)
+    total = nodes * per_node
+    if total <= network.domain:
+        return DeviceGroup(device=device, nodes=nodes, devices_per_node=per_node), own, own
+    sizes = range(network.domain - network.domain % per_node, 0, -per_node)
+    size = next(size for size in sizes if total % size == 0)
+    group = DeviceGroup(device=device, nodes=total // size, devices_per_node=size)
+    return group, own, network.link(size)
+
+
+def join(name: str, parts: list[Part], where: str) -> ClusterSpec:
+    """One cluster of all parts."""
+    devices = sum(part.group.devices for part in parts)
+    if devices > MAX_DEVICES:
+        raise _fault(where, f"has {devices} devices.", f"at most {MAX_DEVICES}")
+    free = {part.inter.bytes_per_s is None for part in parts}
+    if len(free) > 1:
+        raise _fault(where, "one part has communication that takes no time (@none) and another has not.")
+    prices = [part.price_usd_per_hour for part in parts]
+    known = [price for price in prices if price is not None]
+    return ClusterSpec(
+        name=name,
+        groups=tuple(part.group for part in parts),
+        intra=_slowest([part.intra for part in parts if part.group.devices_per_node > 1] or [parts[0].intra]),
+        inter=_slowest([part.inter for part in parts]),
+        price_usd_per_hour=sum(known) if len(known) == len(prices) else None,
+    )
+
+
+def _slowest(links: list[Link]) -> Link:
+    slowest = min(links, key=lambda link: float("inf") if link.bytes_per_s is None else link.bytes_per_s)
+    return dataclasses.replace(slowest, latency_s=max(link.latency_s for link in links))
+
+
+def _check_counts(nodes: int, per_node: int, where: str) -> None:
+    problems = [
+        Problem(where=where, fault=f"{value} {what}.", legal=f"1 to {most}")
+        for value, what, most in (
+            (nodes, "nodes", MAX_NODES),
+            (per_node, "devices a node", MAX_DEVICES_PER_NODE),
+        )
+        if not 1 <= value <= most
+    ]
+    if problems:
+        raise InputError(*problems)
+
+
+def _fault(where: str, fault: str, legal: str = "") -> InputError:
+    return InputError(Problem(where=where, fault=fault, legal=legal or GRAMMAR))
