@@ -220,7 +220,9 @@ def _plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     if hasattr(type(tensor), "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         for name in names:
-            yield from _plain_parts(getattr(tensor, name))
+            part = getattr(tensor, name)
+            if issubclass(type(part), torch.Tensor):  # a DTensor also names its mesh
+                yield from _plain_parts(part)
     else:
         yield tensor
 
