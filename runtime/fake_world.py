@@ -1,0 +1,39 @@
+"""A world of ranks of which only this one exists: its hooks and copies are real, its messages are not.
+
+torch's `fake` backend answers every collective at once, with this rank's own data where it can, so what is
+timed is a rank's own work: DTensor and FSDP2 at full host cost, and no communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from planner.strategy import AXES, Degrees
+from runtime.parallelize import Meshes
+
+
+@contextmanager
+def fake_world(degrees: Degrees, device_type: str) -> Iterator[Meshes]:
+    """Rank 0 of a world of these degrees, as meshes. One at a time in a process."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    # Where a torch version leaves received buffers as they are, their garbage may be denormal: slow.
+    torch.set_flush_denormal(True)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=degrees.world)
+    try:
+        world = init_device_mesh(device_type, degrees.grid_shape(), mesh_dim_names=AXES)
+        hybrid = degrees.dp_replicate > 1
+        yield Meshes(
+            world=world,
+            tp=world["tp"],
+            pp=world["pp"],
+            replicate=world["dp_replicate"],
+            data=world["dp_replicate", "dp_shard"] if hybrid else world["dp_shard"],
+        )
+    finally:
+        dist.destroy_process_group()
