@@ -134,10 +134,10 @@ def build_stage(plan: Plan, index: int, meshes: Meshes, *, seed: int, device: to
         part = apply_recompute(model, name, part, options.get(name, Recompute.NONE))
         if isinstance(part, nn.Embedding | nn.Linear) and model.tied:
             continue  # a tied weight belongs to two parts, so the root shards it
-        apply_data_parallel(part, plan, meshes)
+        apply_data_parallel(part, degrees, plan.workload.precision, meshes)
     model.tie()
     model.sequence_rank = meshes.tp.get_local_rank() if degrees.sequence_parallel else 0
-    apply_data_parallel(model, plan, meshes)
+    apply_data_parallel(model, degrees, plan.workload.precision, meshes)
     return model
 
 
@@ -196,13 +196,12 @@ def apply_recompute(model: Transformer, name: str, part: nn.Module, option: Reco
     return wrapped
 
 
-def apply_data_parallel(module: nn.Module, plan: Plan, meshes: Meshes) -> None:
+def apply_data_parallel(module: nn.Module, degrees: Degrees, precision: Precision, meshes: Meshes) -> None:
     """Makes the module a unit of data parallelism: replicated (ZeRO 0) or sharded (ZeRO 1 to 3).
 
     In bf16 even a single rank has such a unit, since it keeps the fp32 masters. ZeRO 1 and 2 keep the
     gathered parameters until the step's last backward pass; ZeRO 3 frees them after each use.
     """
-    degrees, precision = plan.strategy.degrees, plan.workload.precision
     if not any(True for _ in module.parameters()):
         return
     policy = MixedPrecisionPolicy()
