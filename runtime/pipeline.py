@@ -6,6 +6,7 @@ pp = 1 the row is run directly. Both leave a record of what was really done.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -199,7 +200,9 @@ class Pipeline:
         """Forward and backward of every micro-batch; the mean loss here, 0 without the last stage."""
         self.record.clear()
         context: AbstractContextManager[None] = loss_parallel() if self._tensor_parallel else nullcontext()
-        with context:
+        with context, warnings.catch_warnings():
+            # The embedding's output is a view of a DTensor; nothing in the model writes to it in place.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
             if self._schedule is None:
                 return self._run_row(inputs, targets)
             return self._run_schedule(self._schedule, inputs, targets)

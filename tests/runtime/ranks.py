@@ -1,0 +1,98 @@
+"""Runs a function on real ranks and collects what each returns; and the run that every layout must equal."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional
+
+from planner.model import ModelSpec
+from planner.plan import Plan
+from runtime.executor import Executor
+from runtime.local_ranks import join_group, run_local
+from runtime.model import build_transformer, materialize
+from runtime.optimizer import OptimizerOptions
+
+SEED = 7
+OPTIONS = OptimizerOptions(
+    learning_rate=1e-2, eps=1e-3, warmup_steps=2, total_steps=8, weight_decay=0.1, clip_norm=0.5
+)
+"""eps is large, so that AdamW does not blow up gradient differences of rounding size."""
+
+Trajectory = list[tuple[float, float]]
+"""(loss, gradient norm) of each step."""
+
+
+def on_ranks(body: Callable[[int], Any], world: int) -> list[Any]:
+    """What `body(rank)` returned on each rank of a gloo group, in rank order."""
+    results: dict[int, Any] = {}
+
+    def run(rank: int, send: Callable[[dict[str, Any]], None]) -> None:
+        torch.set_num_threads(1)
+        join_group("gloo", timeout_s=60)
+        send({"result": body(rank)})
+        dist.barrier()
+
+    with tempfile.TemporaryDirectory() as folder:
+        run_local(run, world, log_dir=Path(folder), on_message=lambda r, m: results.update({r: m["result"]}))
+    return [results[rank] for rank in range(world)]
+
+
+def batch_of(plan: Plan, step: int) -> torch.Tensor:
+    """The tokens of a step, [batch, seq + 1]; the same on every rank."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    return torch.randint(plan.model.vocab, (plan.workload.batch, plan.workload.seq + 1), generator=generator)
+
+
+def slice_of(executor: Executor, tokens: torch.Tensor) -> torch.Tensor:
+    """The part of a global batch that this rank reads."""
+    return tokens.chunk(executor.data_size)[executor.data_rank]
+
+
+def make_executor(plan: Plan) -> Executor:
+    return Executor(plan, device="cpu", seed=SEED, optimizer_options=OPTIONS)
+
+
+def train(executor: Executor, first: int, steps: int) -> Trajectory:
+    """Steps [first, first + steps) of the sharded run."""
+    results = [
+        executor.step(slice_of(executor, batch_of(executor.plan, step)))
+        for step in range(first, first + steps)
+    ]
+    return [(result.loss, result.grad_norm) for result in results]
+
+
+def single_process(plan: Plan, steps: int) -> Trajectory:
+    """The same training in one process: whole model, whole batch, torch's own loss, clipping and AdamW."""
+    spec: ModelSpec = plan.model
+    model = build_transformer(spec, 0, spec.layers, True, True, seq=plan.workload.seq)
+    materialize(model, spec, prefix="", seed=SEED, device="cpu")
+    model.tie()
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        eps=1e-3,
+        foreach=False,
+    )
+    # The warm-up of 2 steps to 0.01, then a cosine over 6 steps to a tenth of it, written out.
+    rates = (0.005, 0.01, 0.01, 0.0093971143, 0.00775, 0.0055)
+    trajectory: Trajectory = []
+    for step in range(steps):
+        tokens = batch_of(plan, step)
+        logits = model(tokens[:, :-1])
+        loss = functional.cross_entropy(logits.reshape(-1, spec.vocab), tokens[:, 1:].reshape(-1))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = rates[step]
+        optimizer.step()
+        trajectory.append((loss.item(), norm.item()))
+    return trajectory

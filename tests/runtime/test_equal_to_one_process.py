@@ -1,0 +1,83 @@
+"""Sharded equals unsharded: in every layout, losses and gradient norms are those of one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from planner.plan import Plan
+from planner.strategy import Degrees, Recompute, RecomputeCounts, Schedule, Stage, Zero
+from tests.plans import make_plan, split, tiny_gpt2, tiny_llama
+from tests.runtime.ranks import make_executor, on_ranks, single_process, train
+
+STEPS = 5
+GPIPE, ONE_F_ONE_B, INTERLEAVED = Schedule.GPIPE, Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED
+LLAMA, GPT2 = tiny_llama(), tiny_gpt2()
+MIXED = RecomputeCounts(none=1, selective=1, full=2)
+
+
+def batch8(**degrees: object) -> Degrees:
+    """Degrees with as many micro-batches as make a batch of 8 sequences."""
+    found = Degrees(**degrees)  # type: ignore[arg-type]
+    return replace(found, num_micro_batches=8 // (found.micro_batch * found.dp))
+
+
+CASES: dict[str, Plan] = {
+    "tp2": make_plan(LLAMA, batch8(tp=2, micro_batch=4)),
+    "tp2-sp": make_plan(LLAMA, batch8(tp=2, micro_batch=4, sequence_parallel=True)),
+    "tp4": make_plan(LLAMA, batch8(tp=4, micro_batch=4)),
+    "tp4-sp": make_plan(LLAMA, batch8(tp=4, micro_batch=4, sequence_parallel=True)),
+    "pp2-1f1b": make_plan(LLAMA, batch8(pp=2, micro_batch=2, schedule=ONE_F_ONE_B)),
+    "pp2-gpipe": make_plan(LLAMA, batch8(pp=2, micro_batch=2, schedule=GPIPE)),
+    "pp2-interleaved": make_plan(LLAMA, batch8(pp=2, chunks=2, micro_batch=2, schedule=INTERLEAVED)),
+    "pp4": make_plan(LLAMA, batch8(pp=4, micro_batch=1)),
+    "pp2-uneven": make_plan(LLAMA, batch8(pp=2, micro_batch=2), split(3, 1)),
+    "dp2-zero0": make_plan(LLAMA, batch8(dp_replicate=2, micro_batch=2)),
+    "dp2-zero1": make_plan(LLAMA, batch8(dp_shard=2, micro_batch=2, zero=Zero(1))),
+    "dp2-zero2": make_plan(LLAMA, batch8(dp_shard=2, micro_batch=2, zero=Zero(2))),
+    "dp2-zero3": make_plan(LLAMA, batch8(dp_shard=2, micro_batch=2, zero=Zero(3))),
+    "hsdp": make_plan(LLAMA, batch8(dp_replicate=2, dp_shard=2, micro_batch=1, zero=Zero(3))),
+    "tp2-pp2": make_plan(LLAMA, batch8(tp=2, pp=2, micro_batch=2)),
+    "tp2-sp-pp2": make_plan(LLAMA, batch8(tp=2, pp=2, micro_batch=2, sequence_parallel=True)),
+    "tp2-dp2-zero0": make_plan(LLAMA, batch8(tp=2, dp_replicate=2, micro_batch=2)),
+    "tp2-sp-dp2-zero0": make_plan(LLAMA, batch8(tp=2, dp_replicate=2, micro_batch=2, sequence_parallel=True)),
+    "tp2-dp2-zero3": make_plan(LLAMA, batch8(tp=2, dp_shard=2, micro_batch=2, zero=Zero(3))),
+    "tp2-sp-dp2-zero2": make_plan(
+        LLAMA, batch8(tp=2, dp_shard=2, micro_batch=2, zero=Zero(2), sequence_parallel=True)
+    ),
+    "pp2-dp2-zero0": make_plan(LLAMA, batch8(pp=2, dp_replicate=2, micro_batch=1)),
+    "pp2-dp2-zero1": make_plan(LLAMA, batch8(pp=2, dp_shard=2, micro_batch=1, zero=Zero(1))),
+    "pp2-dp2-zero2": make_plan(LLAMA, batch8(pp=2, dp_shard=2, micro_batch=1, zero=Zero(2))),
+    "pp2-dp2-zero3": make_plan(LLAMA, batch8(pp=2, dp_shard=2, micro_batch=1, zero=Zero(3))),
+    "interleaved-dp2-zero3": make_plan(
+        LLAMA, batch8(pp=2, chunks=2, schedule=INTERLEAVED, dp_shard=2, micro_batch=1, zero=Zero(3))
+    ),
+    "recompute-mixed": make_plan(
+        LLAMA, batch8(dp_shard=2, micro_batch=2, zero=Zero(3)), (Stage(first=0, end=4, recompute=MIXED),)
+    ),
+    "recompute-tp2-sp": make_plan(
+        LLAMA,
+        batch8(tp=2, micro_batch=4, sequence_parallel=True),
+        (Stage(first=0, end=4, recompute=MIXED),),
+    ),
+    "recompute-pp2": make_plan(
+        LLAMA, batch8(pp=2, micro_batch=2), split(3, 1, recompute=Recompute.SELECTIVE)
+    ),
+    "gpt2-tp2": make_plan(GPT2, batch8(tp=2, micro_batch=4)),
+    "gpt2-tp2-sp": make_plan(GPT2, batch8(tp=2, micro_batch=4, sequence_parallel=True)),
+    "gpt2-pp2": make_plan(GPT2, batch8(pp=2, micro_batch=2)),
+    "gpt2-tp2-sp-pp2": make_plan(GPT2, batch8(tp=2, pp=2, micro_batch=2, sequence_parallel=True)),
+    "gpt2-dp2-zero3": make_plan(GPT2, batch8(dp_shard=2, micro_batch=2, zero=Zero(3))),
+    "gpt2-pp2-dp2-zero2": make_plan(GPT2, batch8(pp=2, dp_shard=2, micro_batch=1, zero=Zero(2))),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_gradient_norms_are_those_of_one_process(name: str) -> None:
+    plan = CASES[name]
+    expected = [value for pair in single_process(plan, STEPS) for value in pair]
+    for trajectory in on_ranks(
+        lambda rank: train(make_executor(plan), 0, STEPS), plan.strategy.degrees.world
+    ):
+        assert [value for pair in trajectory for value in pair] == pytest.approx(expected, rel=1e-4)
