@@ -24,8 +24,8 @@ DEBUG_VARIABLE = "SHARDWISE_DEBUG"
 
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
-        "list": ("planner.commands.catalog:list_group", "List the catalog: models, devices, instances, ..."),
-        "show": ("planner.commands.catalog:show_group", "Show one entry of the catalog with its sources."),
+        "list": ("planner.commands.catalog:list_command", "List the catalog: models, devices, instances, ..."),
+        "show": ("planner.commands.catalog:show_command", "Show one entry of the catalog with its sources."),
         "check": ("planner.commands.check:check", "Check a plan as far as it can be without devices."),
         "doctor": ("planner.commands.doctor:doctor", "Report versions, devices, and what is missing."),
     }

@@ -1,0 +1,185 @@
+"""`plan doctor`: versions, devices, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib import import_module, metadata
+from typing import Any
+
+import click
+
+from planner.commands.options import json_option
+from planner.commands.text import pairs, print_json, table
+
+PROBE_TIMEOUT_S = 120.0
+TORCH_OLDEST, TORCH_BEYOND = (2, 11), (2, 15)
+PLANNING = ("click", "pydantic", "pulp", "highspy", "rich", "jinja2")
+RUNNING = ("torch", "tokenizers", "safetensors", "numpy")
+GET_RUNTIME = "pip install 'shardwise[runtime]'"
+GET_PLANNING = "pip install shardwise"
+
+_PROBE = """
+import json, torch, torch.distributed as d
+print(json.dumps({
+    "available": d.is_available(),
+    "gloo": d.is_available() and d.is_gloo_available(),
+    "nccl": d.is_available() and d.is_nccl_available(),
+    "cuda": torch.cuda.is_available(),
+    "cuda_devices": torch.cuda.device_count(),
+    "cuda_version": torch.version.cuda,
+}))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at: `ok`, `note` (works without it) or `missing`."""
+
+    what: str
+    state: str
+    detail: str
+    fix: str = ""
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Report versions, devices, and what is missing and how to get it.
+
+    Planning needs no torch; without it only profile, train and demo cannot run.
+    """
+    machine = _machine()
+    torch = _torch_facts()
+    findings = [*_packages(PLANNING, "missing", GET_PLANNING), *_packages(RUNNING, "note", GET_RUNTIME)]
+    findings += _solver() + _torch_findings(torch) + _machine_findings(machine)
+    if as_json:
+        print_json(
+            {
+                "ok": all(finding.state != "missing" for finding in findings),
+                "can_plan": not any(f.state == "missing" for f in findings),
+                "can_train": bool(torch and torch.get("gloo")),
+                "machine": machine,
+                "torch": torch,
+                "findings": [asdict(finding) for finding in findings],
+            }
+        )
+        return
+    click.echo(pairs((key, _text(value)) for key, value in machine.items()))
+    click.echo()
+    click.echo(table(("what", "state", "detail"), [(f.what, f.state, f.detail) for f in findings]))
+    for finding in findings:
+        if finding.fix:
+            click.echo(f"{finding.what}: {finding.fix}")
+
+
+def _machine() -> dict[str, Any]:
+    from planner.machine import accelerators, cpu_title, physical_memory_bytes, usable_cores
+
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "cpu": cpu_title(),
+        "usable_cores": usable_cores(),
+        "memory_bytes": physical_memory_bytes(),
+        "accelerators": [f"{name} ({memory} MiB)" for name, memory in accelerators()],
+        "file_limit": _file_limit(),
+    }
+
+
+def _file_limit() -> int | None:
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def _packages(names: tuple[str, ...], absent: str, fix: str) -> list[Finding]:
+    findings = []
+    for name in names:
+        try:
+            findings.append(Finding(name, "ok", metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            findings.append(Finding(name, absent, "not installed", fix))
+    return findings
+
+
+def _solver() -> list[Finding]:
+    """Whether HiGHS answers; imported here only, since it takes a moment."""
+    try:
+        module = import_module("highspy")
+        version = str(module.Highs().version())
+    except ImportError as error:
+        return [Finding("HiGHS", "missing", str(error), GET_PLANNING)]
+    return [Finding("HiGHS", "ok", version)]
+
+
+def _torch_facts() -> dict[str, Any] | None:
+    """What torch says of itself, asked in a process of its own; None where there is no torch."""
+    try:
+        version = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return None
+    facts: dict[str, Any] = {"version": version}
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-c", _PROBE],
+            capture_output=True,
+            text=True,
+            timeout=PROBE_TIMEOUT_S,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        )
+        facts |= json.loads(answer.stdout) if answer.returncode == 0 else {"error": _last_line(answer.stderr)}
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        facts["error"] = f"{type(error).__name__}: {error}"
+    return facts
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1][:300] if lines else "no message"
+
+
+def _torch_findings(torch: dict[str, Any] | None) -> list[Finding]:
+    if torch is None:
+        return [Finding("train, profile, demo", "note", "need torch", GET_RUNTIME)]
+    if "error" in torch:
+        return [Finding("torch import", "missing", str(torch["error"]), f"reinstall: {GET_RUNTIME}")]
+    findings = []
+    numbers = tuple(int(part) for part in torch["version"].split("+")[0].split(".")[:2])
+    if not TORCH_OLDEST <= numbers < TORCH_BEYOND:
+        findings.append(Finding("torch version", "note", f"{torch['version']} is not tested", GET_RUNTIME))
+    gloo = Finding("gloo", "ok", "CPU ranks can talk")
+    if not torch["gloo"]:
+        gloo = Finding("gloo", "note", "torch was built without it", GET_RUNTIME)
+    findings.append(gloo)
+    if torch["cuda"]:
+        state = "ok" if torch["nccl"] else "missing"
+        findings.append(
+            Finding("nccl", state, f"CUDA {torch['cuda_version']}, {torch['cuda_devices']} devices")
+        )
+    return findings
+
+
+def _machine_findings(machine: dict[str, Any]) -> list[Finding]:
+    from planner.units import GIB
+
+    findings = []
+    if machine["memory_bytes"] < 4 * GIB:
+        findings.append(Finding("memory", "note", "under 4 GiB: the demo may not fit"))
+    if machine["file_limit"] is not None and machine["file_limit"] < 1024:
+        fix = "ulimit -n 4096"
+        findings.append(Finding("open files", "note", f"at most {machine['file_limit']}", fix))
+    return findings
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    return str(value)

@@ -1,0 +1,136 @@
+"""What can be checked of a plan without devices: each check is named, and says what does not hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from planner.codec import digest, noun
+from planner.cost.schedule import parse_table, table_faults
+from planner.errors import InputError
+from planner.estimate import Verdict
+from planner.plan import Plan
+from planner.problem import PlanningProblem
+from planner.rules import broken_rules
+from planner.strategy import AXES
+
+RELATIVE_TOLERANCE = 1e-6
+
+
+@noun
+class PlanCheck:
+    """One check and what it found wrong; nothing where it holds."""
+
+    name: str
+    faults: tuple[str, ...]
+
+    @property
+    def holds(self) -> bool:
+        return not self.faults
+
+
+def check_plan(plan: Plan) -> tuple[PlanCheck, ...]:
+    """Every check of a plan, in a fixed order."""
+    return tuple(PlanCheck(name=name, faults=tuple(check(plan))) for name, check in _CHECKS)
+
+
+def _rules(plan: Plan) -> list[str]:
+    """The strategy keeps every rule: world size, divisors, stages that cover the layers."""
+    problem = PlanningProblem(
+        model=plan.model,
+        workload=plan.workload,
+        cluster=plan.cluster,
+        profile=None,
+        memory_limit_bytes=plan.estimate.memory_limit_bytes,
+    )
+    return [f"{rejected.rule}: {rejected.detail}" for rejected in broken_rules(problem, plan.strategy)]
+
+
+def _grid(plan: Plan) -> list[str]:
+    """The rank grid has the strategy's axes and sizes, and holds every device once."""
+    expected = plan.strategy.degrees.grid_shape()
+    faults = []
+    if plan.rank_axes != AXES:
+        faults.append(f"axes are {', '.join(plan.rank_axes)}, not {', '.join(AXES)}")
+    if plan.rank_grid_shape != expected:
+        faults.append(f"the grid is {plan.rank_grid_shape}, the degrees make {expected}")
+    if math.prod(plan.rank_grid_shape) != plan.cluster.devices:
+        devices = plan.cluster.devices
+        faults.append(
+            f"the grid holds {math.prod(plan.rank_grid_shape)} ranks, the cluster {devices} devices"
+        )
+    return faults
+
+
+def _schedule(plan: Plan) -> list[str]:
+    """The schedule table runs every stage and micro-batch forward, then backward, on the right rank."""
+    degrees = plan.strategy.degrees
+    if len(plan.schedule_table) != degrees.pp:
+        return [f"has {len(plan.schedule_table)} rows for {degrees.pp} pipeline ranks"]
+    actions = sum(len(row) for row in plan.schedule_table)
+    expected = 2 * len(plan.strategy.stages) * degrees.num_micro_batches
+    if actions != expected:
+        return [f"has {actions} actions; forward and backward of each stage and micro-batch make {expected}"]
+    try:
+        table = parse_table(plan.schedule_table)
+    except InputError as error:
+        return [str(problem) for problem in error.problems]
+    return table_faults(table, len(plan.strategy.stages), degrees.num_micro_batches)
+
+
+def _estimate(plan: Plan) -> list[str]:
+    """The estimate adds up: causes to the step time, stages within the peak, the verdict within the limit."""
+    estimate = plan.estimate
+    faults = []
+    if not math.isclose(estimate.breakdown.total_s, estimate.step_time_s, rel_tol=RELATIVE_TOLERANCE):
+        faults.append(f"causes add up to {estimate.breakdown.total_s} s, not {estimate.step_time_s} s")
+    low_s, high_s = estimate.step_time_interval_s
+    if not low_s <= estimate.step_time_s <= high_s:
+        faults.append(f"the step time {estimate.step_time_s} s lies outside {low_s} to {high_s} s")
+    tokens_per_s = plan.workload.tokens_per_step / estimate.step_time_s if estimate.step_time_s > 0 else 0.0
+    if not math.isclose(tokens_per_s, estimate.tokens_per_s, rel_tol=RELATIVE_TOLERANCE):
+        faults.append(f"tokens_per_s is {estimate.tokens_per_s}; batch and step time make {tokens_per_s}")
+    fullest = max((stage.memory.total_bytes for stage in plan.stage_estimates), default=0)
+    if fullest > estimate.peak_memory_bytes:
+        faults.append(f"a stage holds {fullest} B, more than the peak of {estimate.peak_memory_bytes} B")
+    if estimate.verdict is Verdict.SAFE and estimate.peak_memory_bytes > estimate.memory_limit_bytes:
+        faults.append(f"SAFE, but the peak exceeds the limit of {estimate.memory_limit_bytes} B")
+    return faults
+
+
+def _certificate(plan: Plan) -> list[str]:
+    """The certificate is about this plan, and its bound lies below it."""
+    solver = plan.solver
+    if solver is None:
+        return []
+    faults = []
+    if not math.isclose(solver.objective_s, plan.estimate.step_time_s, rel_tol=RELATIVE_TOLERANCE):
+        faults.append(f"objective {solver.objective_s} s is not the step time {plan.estimate.step_time_s} s")
+    if solver.lower_bound_s > solver.objective_s * (1 + RELATIVE_TOLERANCE):
+        faults.append(f"bound {solver.lower_bound_s} s lies above the objective {solver.objective_s} s")
+    if not solver.verified:
+        faults.append("the answer was not verified")
+    return faults
+
+
+def _digests(plan: Plan) -> list[str]:
+    """The model, workload and cluster in the plan are those that it was made from."""
+    inputs = {"model": plan.model, "workload": plan.workload, "cluster": plan.cluster}
+    faults = []
+    for name, value in inputs.items():
+        written = plan.digests.get(name)
+        if written is None:
+            faults.append(f"no digest of the {name}")
+        elif written != digest(value):
+            faults.append(f"the {name} was changed after the plan was made")
+    return faults
+
+
+_CHECKS: tuple[tuple[str, Callable[[Plan], list[str]]], ...] = (
+    ("rules", _rules),
+    ("rank grid", _grid),
+    ("schedule table", _schedule),
+    ("estimate", _estimate),
+    ("certificate", _certificate),
+    ("digests", _digests),
+)
