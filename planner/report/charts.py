@@ -21,7 +21,7 @@ from planner.units import GIB, MIB, format_bytes, format_seconds
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 WIDE_PX = 980
-NARROW_PX = 380
+NARROW_PX = 310
 MAX_POINTS = 600
 CHARACTER_PX = 6.6
 """Width of a digit in the timeline's labels at 11 px."""
@@ -75,7 +75,7 @@ def draw_timeline(slices: Sequence[Slice], row_titles: Sequence[str], end_s: flo
     factor, unit = time_unit(end_s)
     values = [_slice_row(s, row_titles, end_s, factor) for s in slices]
     scale = alt.Scale(domain=[0, end_s * factor], nice=False)
-    chart = alt.Chart(alt.Data(values=values)).encode(
+    chart = _chart(values).encode(
         y=alt.Y("row:N", title=None, sort=list(row_titles), scale=alt.Scale(domain=list(row_titles)))
     )
     bars = chart.mark_bar(stroke=variable("card"), strokeWidth=0.6).encode(
@@ -87,7 +87,7 @@ def draw_timeline(slices: Sequence[Slice], row_titles: Sequence[str], end_s: flo
     texts = chart.mark_text(fontSize=11, aria=False).encode(
         x=alt.X("middle:Q", scale=scale), text="text:N", color=alt.Color("ink:N", scale=None)
     )
-    layers = alt.layer(bars, texts).properties(width=WIDE_PX, height=alt.Step(30))
+    layers = _layered(bars, texts).properties(width=WIDE_PX, height=alt.Step(30))
     return _render(layers, label, "wide")
 
 
@@ -115,7 +115,7 @@ def draw_bars(
     y = alt.Y("row:N", title=None, sort=list(rows), scale=alt.Scale(domain=list(rows)))
     x_axis = alt.Axis(title=unit, tickCount=6)
     layers: list[alt.Chart] = [
-        alt.Chart(alt.Data(values=[_bar_row(bar) for bar in bars]))
+        _chart([_bar_row(bar) for bar in bars])
         .mark_bar(size=18, stroke=variable("card"), strokeWidth=0.6)
         .encode(
             y=y,
@@ -128,13 +128,13 @@ def draw_bars(
     if marks:
         layers.append(_draw_marks(marks, y))
     if limit is not None:
-        rule = alt.Chart(alt.Data(values=[{"limit": limit, "tip": limit_tip}]))
+        rule = _chart([{"limit": limit, "tip": limit_tip}])
         layers.append(
             rule.mark_rule(color=variable("bad"), strokeDash=[5, 4], strokeWidth=2).encode(
                 x="limit:Q", description="tip:N"
             )
         )
-    return _render(alt.layer(*layers).properties(width=NARROW_PX, height=alt.Step(30)), label, "narrow")
+    return _render(_layered(*layers).properties(width=NARROW_PX, height=alt.Step(30)), label, "narrow")
 
 
 def _bar_row(bar: Bar) -> Row:
@@ -149,20 +149,21 @@ def _bar_row(bar: Bar) -> Row:
 
 def _draw_marks(marks: Sequence[Mark], y: alt.Y) -> alt.Chart:
     rows = [{"row": mark.row, "value": mark.value, "tip": mark.tip} for mark in marks]
-    return (
-        alt.Chart(alt.Data(values=rows))
+    marked: alt.Chart = (
+        _chart(rows)
         .mark_point(
             shape="diamond", size=90, filled=True, opacity=1,
             color=variable("measured"), stroke=variable("card"), strokeWidth=1.5,
         )
         .encode(y=y, x="value:Q", description="tip:N")
     )  # fmt: skip
+    return marked
 
 
 def draw_loss(points: Sequence[tuple[int, float]], label: str) -> str:
     """The loss of each step."""
     values = [{"step": step, "loss": loss, "tip": f"step {step}: loss {loss:.4g}"} for step, loss in points]
-    chart = alt.Chart(alt.Data(values=values)).encode(
+    chart = _chart(values).encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1), scale=alt.Scale(nice=False)),
         y=alt.Y("loss:Q", title="loss", scale=alt.Scale(zero=False)),
     )
@@ -181,20 +182,18 @@ def draw_step_times(
     ]
     scale = alt.Scale(domain=[0, top_s * factor], nice=False)
     y = alt.Y("time:Q", title=f"step time ({unit})", scale=scale)
-    chart = alt.Chart(alt.Data(values=values)).encode(
+    chart = _chart(values).encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1), scale=alt.Scale(nice=False)), y=y
     )
-    expected = alt.Chart(
-        alt.Data(
-            values=[
-                {
-                    "low": interval_s[0] * factor,
-                    "high": min(interval_s[1], top_s) * factor,
-                    "time": predicted_s * factor,
-                    "tip": f"predicted: {format_seconds(predicted_s)}",
-                }
-            ]
-        )
+    expected = _chart(
+        [
+            {
+                "low": interval_s[0] * factor,
+                "high": min(interval_s[1], top_s) * factor,
+                "time": predicted_s * factor,
+                "tip": f"predicted: {format_seconds(predicted_s)}",
+            }
+        ]
     )
     band = expected.mark_rect(color=variable("predicted"), opacity=0.16, aria=False).encode(
         y=alt.Y("low:Q", scale=scale), y2="high:Q"
@@ -202,14 +201,14 @@ def draw_step_times(
     rule = expected.mark_rule(color=variable("predicted"), strokeDash=[5, 4], strokeWidth=2).encode(
         y=y, description="tip:N"
     )
-    layers = alt.layer(band, rule, _line_with_points(chart))
+    layers = _layered(band, rule, _line_with_points(chart))
     return _render(layers.properties(width=NARROW_PX, height=200), label, "narrow")
 
 
 def _line_with_points(chart: alt.Chart) -> alt.LayerChart:
     line = chart.mark_line(color=variable("measured"), strokeWidth=2, aria=False)
     points = chart.mark_point(color=variable("measured"), filled=True, size=22, opacity=1)
-    return alt.layer(line, points.encode(description="tip:N"))
+    return _layered(line, points.encode(description="tip:N"))
 
 
 def draw_pairs(pairs: Sequence[Pair], unit: str, label: str) -> str:
@@ -222,7 +221,7 @@ def draw_pairs(pairs: Sequence[Pair], unit: str, label: str) -> str:
         for p in pairs
         for kind, value in (("predicted", p.predicted), ("measured", p.measured))
     ]  # fmt: skip
-    chart = alt.Chart(alt.Data(values=values)).encode(y=y)
+    chart = _chart(values).encode(y=y)
     axis = alt.Axis(title=f"step time ({unit})", tickCount=6)
     line = chart.mark_rule(color=variable("axis"), strokeWidth=2, aria=False).encode(
         x=alt.X("predicted:Q", axis=axis), x2="measured:Q"
@@ -236,7 +235,7 @@ def draw_pairs(pairs: Sequence[Pair], unit: str, label: str) -> str:
         shape=alt.Shape("kind:N", scale=alt.Scale(domain=kinds, range=["circle", "diamond"]), legend=None),
         description="tip:N",
     )
-    layers = alt.layer(line, points).properties(width=WIDE_PX - 260, height=alt.Step(38))
+    layers = _layered(line, points).properties(width=WIDE_PX - 260, height=alt.Step(38))
     return _render(layers, label, "wide")
 
 
@@ -255,9 +254,18 @@ def describe_bytes(title: str, value_bytes: float, whole_bytes: float) -> str:
     return f"{title}: {format_bytes(value_bytes)}{share}"
 
 
+def _chart(rows: list[Row]) -> alt.Chart:
+    return alt.Chart(alt.InlineData(values=rows))
+
+
+def _layered(*charts: alt.Chart | alt.LayerChart) -> alt.LayerChart:
+    layers = alt.layer(*charts)
+    assert isinstance(layers, alt.LayerChart), "layers without facets make a layered chart"
+    return layers
+
+
 def _render(chart: alt.LayerChart, label: str, size: str) -> str:
-    specification = _styled(chart).to_dict()
-    svg: str = vl_convert.vegalite_to_svg(specification)
+    svg: str = vl_convert.vegalite_to_svg(_styled(chart))
     root = re.match(r"<svg[^>]*viewBox=\"0 0 ([\d.]+) ([\d.]+)\"[^>]*>", svg)
     assert root is not None, "vl_convert writes an svg element with a viewBox"
     width, height = root[1], root[2]
@@ -268,15 +276,16 @@ def _render(chart: alt.LayerChart, label: str, size: str) -> str:
     return opening + svg[root.end() :]
 
 
-def _styled(chart: alt.LayerChart) -> alt.LayerChart:
-    muted, grid = variable("muted"), variable("grid")
-    return (
+def _styled(chart: alt.LayerChart) -> dict[str, Any]:
+    muted, axis = variable("muted"), variable("axis")
+    styled: dict[str, Any] = (
         chart.configure(background="transparent", font=FONT, padding=4)
         .configure_view(stroke=None)
         .configure_axis(
-            labelColor=muted, titleColor=muted, gridColor=grid, domainColor=variable("axis"),
-            tickColor=variable("axis"), labelFontSize=12, titleFontSize=12, titleFontWeight="normal",
-            labelLimit=220, labelPadding=6,
+            labelColor=muted, titleColor=muted, gridColor=variable("grid"), domainColor=axis, tickColor=axis,
+            labelFontSize=12, titleFontSize=12, titleFontWeight="normal", labelLimit=220, labelPadding=6,
         )
         .configure_axisY(ticks=False, domain=False)
+        .to_dict()
     )  # fmt: skip
+    return styled

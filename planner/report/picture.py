@@ -104,7 +104,7 @@ def groups_along(shape: tuple[int, ...], axis: int) -> list[tuple[int, ...]]:
 def print_ranks(ranks: tuple[int, ...]) -> str:
     """Ranks as text, runs shortened: `0-3`, `0, 4, 8`, `0, 8, ... 56`."""
     if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
-        return f"{ranks[0]}–{ranks[-1]}"
+        return f"{ranks[0]}-{ranks[-1]}"
     if len(ranks) > 6:
         return f"{ranks[0]}, {ranks[1]}, … {ranks[-1]}"
     return ", ".join(str(rank) for rank in ranks)
@@ -177,7 +177,8 @@ def _draw_stage(plan: Plan, index: int) -> StageStrip:
         cells.insert(0, LayerCell(text="E", mark="end", tip="embedding"))
     if index == len(plan.strategy.stages) - 1:
         cells.append(LayerCell(text="H", mark="end", tip="head: final norm, output projection, loss"))
-    return StageStrip(title=_stage_title(plan, index), cells=tuple(cells), recompute=_recompute_text(plan, index))
+    title, recompute = _stage_title(plan, index), _recompute_text(plan, index)
+    return StageStrip(title=title, cells=tuple(cells), recompute=recompute)
 
 
 _RECOMPUTE_TIPS = {
@@ -193,7 +194,7 @@ def _stage_title(plan: Plan, index: int) -> str:
         return f"Stage {index}: no layers"
     if stage.layers == 1:
         return f"Stage {index}: layer {stage.first}"
-    return f"Stage {index}: layers {stage.first}–{stage.end - 1}"
+    return f"Stage {index}: layers {stage.first}-{stage.end - 1}"
 
 
 def _recompute_text(plan: Plan, index: int) -> str:

@@ -23,7 +23,10 @@ T = TypeVar("T")
 
 @noun
 class StepRecord:
-    """One line of metrics.jsonl. `loss` and `grad_norm` are None where they were not finite."""
+    """One line of metrics.jsonl. `loss` and `grad_norm` are None where they were not finite.
+
+    `timed` is false for steps that were slowed down on purpose, by warming up or by recording.
+    """
 
     step: int
     loss: float | None = None
@@ -33,16 +36,25 @@ class StepRecord:
     tokens_per_s: float | None = None
     mfu: float | None = None
     peak_memory_bytes: tuple[int, ...] = ()
+    timed: bool = True
 
 
 @noun
 class RunSummary:
-    """What the report uses of summary.json."""
+    """What the report uses of summary.json. Everything in it is optional."""
 
+    status: str | None = None
     measured_step_time_s: float | None = None
+    measured_step_time_spread: float | None = None
+    timed_steps: int | None = None
+    tokens_per_s: float | None = None
+    mfu: float | None = None
     measured_peak_memory_bytes: int | None = None
+    measured_peak_memory_bytes_by_rank: tuple[int, ...] = ()
     goodput: float | None = None
     cost_usd: float | None = None
+    executed_differences: tuple[str, ...] = ()
+    versions: dict[str, str] | None = None
 
 
 @noun
@@ -65,16 +77,34 @@ class RunRecord:
     notes: tuple[str, ...] = ()
 
     @property
+    def timed_steps(self) -> tuple[StepRecord, ...]:
+        """The steps that count for the step time: the timed ones; where none is marked, all."""
+        return tuple(step for step in self.steps if step.timed) or self.steps
+
+    @property
     def step_time_s(self) -> float | None:
-        """The measured step time: the summary's, else the median without the first, warming step."""
+        """The measured step time: the summary's, else the median of the timed steps."""
         if self.summary is not None and self.summary.measured_step_time_s is not None:
             return self.summary.measured_step_time_s
-        times = [step.step_time_s for step in self.steps]
-        return statistics.median(times[1:] or times) if times else None
+        return _median([step.step_time_s for step in self.timed_steps])
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        if self.summary is not None and self.summary.tokens_per_s is not None:
+            return self.summary.tokens_per_s
+        return _median([step.tokens_per_s for step in self.timed_steps])
+
+    @property
+    def mfu(self) -> float | None:
+        if self.summary is not None and self.summary.mfu is not None:
+            return self.summary.mfu
+        return _median([step.mfu for step in self.timed_steps])
 
     @property
     def peak_memory_by_rank(self) -> tuple[int, ...]:
         """The highest peak that each rank reported."""
+        if self.summary is not None and self.summary.measured_peak_memory_bytes_by_rank:
+            return self.summary.measured_peak_memory_bytes_by_rank
         reports = [step.peak_memory_bytes for step in self.steps if step.peak_memory_bytes]
         return tuple(max(peaks) for peaks in zip(*reports, strict=True)) if reports else ()
 
@@ -85,15 +115,10 @@ class RunRecord:
             return self.summary.measured_peak_memory_bytes
         return max(self.peak_memory_by_rank, default=None)
 
-    @property
-    def tokens_per_s(self) -> float | None:
-        rates = [step.tokens_per_s for step in self.steps if step.tokens_per_s is not None]
-        return statistics.median(rates[1:] or rates) if rates else None
 
-    @property
-    def mfu(self) -> float | None:
-        shares = [step.mfu for step in self.steps if step.mfu is not None]
-        return statistics.median(shares[1:] or shares) if shares else None
+def _median(values: list[float | None] | list[float]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 @noun
@@ -132,15 +157,19 @@ def _load_run(folder: Path, world: int) -> RunRecord | None:
         return None
     steps, notes = load_metrics(metrics) if metrics.exists() else ((), ())
     events = load_timeline(timeline) if timeline.exists() else ()
-    _check_ranks(steps, events, world, folder)
-    return RunRecord(
+    run = RunRecord(
         steps=steps,
-        summary=_decode_known(RunSummary, load_json_object(summary), str(summary))
-        if summary.exists()
-        else None,
+        summary=load_summary(summary) if summary.exists() else None,
         timeline=events,
         notes=notes,
     )
+    _check_ranks(run, world, folder)
+    return run
+
+
+def load_summary(path: Path) -> RunSummary:
+    """summary.json, of which the report knows a part."""
+    return _decode_known(RunSummary, load_json_object(path), str(path))
 
 
 def load_metrics(path: Path) -> tuple[tuple[StepRecord, ...], tuple[str, ...]]:
@@ -199,25 +228,23 @@ def _decode_known(cls: type[T], data: dict[str, Any], where: str) -> T:
     return decode(cls, {key: value for key, value in data.items() if key in known}, source=where)
 
 
-def _check_ranks(
-    steps: tuple[StepRecord, ...], events: tuple[MeasuredEvent, ...], world: int, folder: Path
-) -> None:
+def _check_ranks(run: RunRecord, world: int, folder: Path) -> None:
     problems = [
         Problem(
             where=f"{folder / 'timeline.json'}: {index}.rank",
             fault=f"is {event.rank}, but the plan has {world} ranks.",
             legal=f"0 to {world - 1}",
         )
-        for index, event in enumerate(events)
+        for index, event in enumerate(run.timeline)
         if not 0 <= event.rank < world
     ]
+    peaks = [(f"metrics.jsonl: step {step.step}", step.peak_memory_bytes) for step in run.steps]
+    if run.summary is not None:
+        peaks.append(("summary.json", run.summary.measured_peak_memory_bytes_by_rank))
     problems += [
-        Problem(
-            where=f"{folder / 'metrics.jsonl'}: step {step.step}: peak_memory_bytes",
-            fault=f"has {len(step.peak_memory_bytes)} entries, but the plan has {world} ranks.",
-        )
-        for step in steps
-        if len(step.peak_memory_bytes) not in (0, world)
+        Problem(where=f"{folder / place}", fault=f"has peaks of {len(each)} ranks, but the plan has {world}.")
+        for place, each in peaks
+        if len(each) not in (0, world)
     ]
     if problems:
         raise InputError(*problems)

@@ -26,18 +26,18 @@ class SliceKind(StrEnum):
     OTHER = "host"
 
     @property
-    def title(self) -> str:
-        return _TITLES[self]
+    def words(self) -> str:
+        return _WORDS_OF[self]
 
 
-_TITLES = {
+_WORDS_OF = {
     SliceKind.FORWARD: "forward",
     SliceKind.BACKWARD: "backward",
     SliceKind.WEIGHT_GRAD: "weight gradients",
     SliceKind.RECOMPUTE: "recompute",
     SliceKind.TP_COMM: "tensor-parallel communication",
     SliceKind.PP_COMM: "pipeline transfer",
-    SliceKind.DP_COMM: "gradient reduction",
+    SliceKind.DP_COMM: "data-parallel communication",
     SliceKind.OPTIMIZER: "optimizer",
     SliceKind.OTHER: "other",
 }
@@ -48,15 +48,16 @@ _ACTION_KINDS = {
     "I": SliceKind.BACKWARD,
     "W": SliceKind.WEIGHT_GRAD,
 }
-_WORDS = (
+_NAME_PARTS = (
     ("optim", SliceKind.OPTIMIZER),
     ("recompute", SliceKind.RECOMPUTE),
-    ("tp", SliceKind.TP_COMM),
+    ("tp_", SliceKind.TP_COMM),
     ("send", SliceKind.PP_COMM),
     ("recv", SliceKind.PP_COMM),
-    ("pp", SliceKind.PP_COMM),
+    ("pp_", SliceKind.PP_COMM),
     ("p2p", SliceKind.PP_COMM),
-    ("dp", SliceKind.DP_COMM),
+    ("dp_", SliceKind.DP_COMM),
+    ("unshard", SliceKind.DP_COMM),
     ("reduce", SliceKind.DP_COMM),
     ("gather", SliceKind.DP_COMM),
     ("grad", SliceKind.DP_COMM),
@@ -103,7 +104,7 @@ class Slice:
         action = self.action
         if action is None:
             return self.name
-        return f"{self.kind.title} of micro-batch {action[2]} on stage {action[0]}"
+        return f"{self.kind.words} of micro-batch {action[2]} on stage {action[0]}"
 
 
 def classify(name: str) -> SliceKind:
@@ -111,7 +112,7 @@ def classify(name: str) -> SliceKind:
     match = _ACTION.match(name)
     if match:
         return _ACTION_KINDS[match[2]]
-    return next((kind for word, kind in _WORDS if word in name.lower()), SliceKind.OTHER)
+    return next((kind for word, kind in _NAME_PARTS if word in name.lower()), SliceKind.OTHER)
 
 
 def slices_of(events: Iterable[PredictedEvent | MeasuredEvent]) -> tuple[Slice, ...]:

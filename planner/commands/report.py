@@ -1,0 +1,66 @@
+"""`plan report`: the page of a plan or a run, and its Perfetto trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from planner.commands.options import json_option
+
+if TYPE_CHECKING:
+    from planner.report.record import ReportInput
+
+
+@click.command()
+@click.argument("source", metavar="RUN_OR_PLAN", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The page. Default: report.html in the run folder, or beside the plan.",
+)
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The trace for ui.perfetto.dev. Default for a run: trace.json beside the page.",
+)
+@json_option
+def report(source: Path, output: Path | None, trace: Path | None, as_json: bool) -> None:
+    """Write one offline HTML page about a plan or a run, and a Perfetto trace.
+
+    RUN_OR_PLAN is a plan.json or a folder that `plan train` or `plan demo` wrote.
+    """
+    from planner.commands.text import print_json
+    from planner.report.record import load_report_input
+
+    document = load_report_input(source)
+    folder = source if source.is_dir() else source.parent
+    page_path = output or folder / "report.html"
+    if trace is None and source.is_dir():
+        trace = page_path.parent / "trace.json"
+    write_report(document, page_path, trace)
+    if as_json:
+        print_json({"page": str(page_path), "trace": str(trace) if trace else None})
+        return
+    click.echo(f"page   {page_path}")
+    if trace is not None:
+        click.echo(f"trace  {trace} (open it at ui.perfetto.dev or chrome://tracing)")
+
+
+def write_report(document: ReportInput, page_path: Path, trace_path: Path | None) -> None:
+    """Writes the page, and the trace where a path is given."""
+    from planner.codec import write_atomic
+    from planner.cost.simulate import predicted_timeline
+    from planner.report.page import render_page
+    from planner.report.timeline import slices_of
+    from planner.report.trace import build_trace, print_trace
+
+    predicted = predicted_timeline(document.plan)
+    write_atomic(page_path, render_page(document, predicted))
+    if trace_path is None:
+        return
+    measured = slices_of(document.run.timeline) if document.run else ()
+    trace = build_trace(slices_of(predicted), measured, document.plan.model.name)
+    write_atomic(trace_path, print_trace(trace))

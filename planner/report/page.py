@@ -1,0 +1,163 @@
+"""The page: one HTML document that needs nothing but itself.
+
+Its content security policy forbids every fetch, all text is escaped by the template, and the only markup
+that is passed through are the charts that this program drew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from planner.codec import noun
+from planner.plan import Plan
+from planner.report import sections, words
+from planner.report.palette import COLOURS, Colour
+from planner.report.picture import Picture, draw_plan
+from planner.report.record import ReportInput, RunRecord
+from planner.report.timeline import PredictedEvent, Slice, first_rank_of_each, slices_of
+from planner.units import format_seconds
+
+
+@noun
+class Share:
+    """A part of a whole, drawn as a piece of one bar."""
+
+    name: str
+    title: str
+    share: float
+    text: str
+
+
+@noun
+class RuleCount:
+    """How many candidates a rule took out; `share` is of the rule that took most."""
+
+    rule: str
+    count: int
+    share: float
+
+
+@noun
+class Page:
+    """All that the template shows. An empty tuple or None leaves its section out."""
+
+    title: str
+    cluster: str
+    verdict: str
+    headline: str
+    warnings: tuple[str, ...]
+    tiles: tuple[words.Tile, ...]
+    sentences: tuple[str, ...]
+    facts: tuple[words.Fact, ...]
+    strategy: str
+    picture: Picture
+    timelines: tuple[sections.Figure, ...]
+    memory: sections.Figure
+    time: sections.Figure
+    run_facts: tuple[words.Fact, ...]
+    training: tuple[sections.Figure, ...]
+    comparison: sections.Figure | None
+    certificate: tuple[str, ...]
+    certificate_facts: tuple[words.Fact, ...]
+    rules: tuple[RuleCount, ...]
+    alternatives: words.Table | None
+    coverage: tuple[Share, ...]
+    not_modelled: tuple[str, ...]
+    digests: tuple[words.Fact, ...]
+    versions: tuple[words.Fact, ...]
+    colours: tuple[Colour, ...]
+
+
+COVERAGE_WORDS = (
+    ("measured", "measured on this device"),
+    ("interpolated", "interpolated between measurements"),
+    ("fitted", "from fitted constants"),
+    ("datasheet", "from datasheets"),
+)
+
+
+def render_page(source: ReportInput, predicted: Iterable[PredictedEvent] = ()) -> str:
+    """The report as HTML. `predicted` are the simulator's events of one step, by pipeline rank."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("planner.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2").render(page=build_page(source, slices_of(predicted)))
+
+
+def build_page(source: ReportInput, predicted: tuple[Slice, ...]) -> Page:
+    """Everything that the page says, in order."""
+    plan, run = source.plan, source.run
+    solver = plan.solver
+    return Page(
+        title=plan.model.name,
+        cluster=plan.cluster.name,
+        verdict=str(plan.estimate.verdict),
+        headline=words.headline(plan, run),
+        warnings=words.run_warnings(run),
+        tiles=words.headline_tiles(plan, run),
+        sentences=words.plan_sentences(plan),
+        facts=words.model_facts(plan),
+        strategy=plan.strategy.degrees.label(),
+        picture=draw_plan(plan),
+        timelines=sections.timeline_figures(plan, predicted, _measured_slices(plan, run)),
+        memory=sections.memory_figure(plan, run),
+        time=sections.time_figure(plan, run),
+        run_facts=words.run_facts(run) if run else (),
+        training=sections.training_figures(plan, run) if run else (),
+        comparison=sections.comparison_figure(source.comparison) if source.comparison else None,
+        certificate=words.certificate_sentences(solver) if solver else (),
+        certificate_facts=_certificate_facts(plan),
+        rules=_rule_counts(plan),
+        alternatives=sections.alternatives_table(plan) if plan.alternatives else None,
+        coverage=_coverage(plan),
+        not_modelled=plan.not_modelled,
+        digests=tuple(words.Fact(name=name, value=value) for name, value in sorted(plan.digests.items())),
+        versions=words.version_facts(run),
+        colours=COLOURS,
+    )
+
+
+def _measured_slices(plan: Plan, run: RunRecord | None) -> tuple[Slice, ...]:
+    return first_rank_of_each(slices_of(run.timeline), plan.strategy.degrees) if run else ()
+
+
+def _certificate_facts(plan: Plan) -> tuple[words.Fact, ...]:
+    solver = plan.solver
+    if solver is None:
+        return ()
+    facts = (
+        ("Status", solver.status),
+        ("Objective", format_seconds(solver.objective_s)),
+        ("Lower bound", format_seconds(solver.lower_bound_s)),
+        ("Gap", words.percent(solver.gap, 2)),
+        ("Shapes", f"{solver.shapes:,}"),
+        ("Pruned", f"{solver.pruned:,}"),
+        ("MILPs solved", f"{solver.milps:,}"),
+        ("Solver time", format_seconds(solver.wall_s)),
+        ("Verified", "yes" if solver.verified else "no"),
+    )
+    return tuple(words.Fact(name=name, value=value) for name, value in facts)
+
+
+def _rule_counts(plan: Plan) -> tuple[RuleCount, ...]:
+    most = max(plan.rejected.values(), default=0)
+    ordered = sorted(plan.rejected.items(), key=lambda item: (-item[1], item[0]))
+    return tuple(
+        RuleCount(rule=rule.replace("_", " "), count=count, share=count / most if most else 0.0)
+        for rule, count in ordered
+    )
+
+
+def _coverage(plan: Plan) -> tuple[Share, ...]:
+    coverage = plan.estimate.coverage
+    return tuple(
+        Share(name=name, title=title, share=share, text=words.percent(share, 0))
+        for name, title in COVERAGE_WORDS
+        if (share := getattr(coverage, name)) > 0
+    )
