@@ -35,6 +35,7 @@ Body = Callable[[int, Send], None]
 GRACE_S = 2.0
 """How long ranks may go on after one has failed, to say why themselves."""
 TAIL_LINES = 12
+PORT_DIGITS = 6
 _PR_SET_PDEATHSIG = 1
 """prctl(2): the signal that a process gets when its parent dies."""
 
@@ -80,33 +81,38 @@ def run_local(body: Body, world: int, *, log_dir: Path, on_message: Callable[[in
     first, how, and the end of its log. No process is left in any case.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    gate, opener = os.pipe()
     ranks: list[_Rank] = []
+    store = None
     try:
         with _forward_signals(ranks):
             for rank in range(world):
-                ranks.append(_fork(body, rank, world, store.port, log_dir / f"rank-{rank}.log", ranks))
+                ranks.append(_fork(body, rank, world, (gate, opener), log_dir / f"rank-{rank}.log", ranks))
+            # Only now: the store has a thread, and a fork while it works could copy a lock that it holds.
+            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            os.write(opener, f"{store.port:<{PORT_DIGITS}}".encode() * world)
             _watch(ranks, on_message)
         _raise_fault(ranks)
     finally:
+        os.close(gate)
+        os.close(opener)
         _end_all(ranks)
         del store
 
 
-def _fork(body: Body, rank: int, world: int, port: int, log: Path, others: list[_Rank]) -> _Rank:
+def _fork(body: Body, rank: int, world: int, gate: tuple[int, int], log: Path, others: list[_Rank]) -> _Rank:
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
     with warnings.catch_warnings():
-        # Python 3.12 warns when other threads exist: here the store's and idle ones of libraries, none of
-        # which holds a lock that a child needs.
+        # Python 3.12 warns when other threads exist: here idle ones of libraries, which hold no lock.
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if pid == 0:
-        for descriptor in (reader, *(other.pipe for other in others)):
+        for descriptor in (reader, gate[1], *(other.pipe for other in others)):
             os.close(descriptor)
-        _child(body, rank, world, port, log, writer, parent, others[0].pid if others else 0)
+        _child(body, rank, world, gate[0], log, writer, parent, others[0].pid if others else 0)
     os.close(writer)
     group = others[0].pid if others else pid
     with contextlib.suppress(OSError):  # the child did it itself already, or has ended
@@ -115,7 +121,7 @@ def _fork(body: Body, rank: int, world: int, port: int, log: Path, others: list[
 
 
 def _child(
-    body: Body, rank: int, world: int, port: int, log: Path, writer: int, parent: int, group: int
+    body: Body, rank: int, world: int, gate: int, log: Path, writer: int, parent: int, group: int
 ) -> NoReturn:
     """Runs the body and ends this process; nothing of the parent's clean-up may run here."""
     code = 1
@@ -126,6 +132,7 @@ def _child(
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         _redirect(log)
+        port = int(os.read(gate, PORT_DIGITS) or os._exit(1))  # nothing to read: the parent gave up
         os.environ.update(_environment(rank, world, port))
         with os.fdopen(writer, "w", encoding="utf-8", buffering=1) as pipe:
             code = _guard(body, rank, lambda message: print(json.dumps(message), file=pipe, flush=True))
