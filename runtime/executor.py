@@ -94,11 +94,14 @@ class Executor:
         """
         tokens = tokens.to(self.device)
         loss = self.pipeline.run(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-        grads = self._take_gradients()
-        mean_loss, norm = self._reduce(loss, grads)
-        clip(grads, norm, self.options.clip_norm)
-        set_learning_rate(self.optimizer, learning_rate(self.options, self.steps_done))
-        self.optimizer.step()
+        record = self.pipeline.record
+        with record.span("gradient sums"):
+            grads = self._take_gradients()
+            mean_loss, norm = self._reduce(loss, grads)
+        with record.span("optimizer"):
+            clip(grads, norm, self.options.clip_norm)
+            set_learning_rate(self.optimizer, learning_rate(self.options, self.steps_done))
+            self.optimizer.step()
         for weight in self.weights:
             weight.shard.grad = weight.parameter.grad = None
         self.steps_done += 1

@@ -7,8 +7,8 @@ pp = 1 the row is run directly. Both leave a record of what was really done.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,14 +30,31 @@ from runtime.parallelize import Meshes, reduces_gradients, set_gradient_sync
 
 @dataclass
 class Record:
-    """What a rank did in its last step: its actions, and whether each backward reduced gradients."""
+    """What a rank did in its last step: its actions, and whether each backward reduced gradients.
+
+    `spans` has the name, begin and end of each action and part of the step, if `clock` is set. It is set
+    for one step of a run; on CUDA it waits for the device, so that step is slower than others.
+    """
 
     actions: list[Action] = field(default_factory=list)
     reduced: list[bool] = field(default_factory=list)
+    clock: Callable[[], float] | None = None
+    spans: list[tuple[str, float, float]] = field(default_factory=list)
+
+    @contextmanager
+    def span(self, name: str | None = None) -> Iterator[None]:
+        """Notes how long the body takes, under `name` or as the last action."""
+        if self.clock is None:
+            yield
+            return
+        begin = self.clock()
+        yield
+        self.spans.append((name or str(self.actions[-1]), begin, self.clock()))
 
     def clear(self) -> None:
         self.actions.clear()
         self.reduced.clear()
+        self.spans.clear()
 
 
 class StageModule(nn.Module):
@@ -90,7 +107,8 @@ class PlanStage(PipelineStage):
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         self.module.before_forward(fwd_chunk_id)
-        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        with self.module.record.span():
+            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
@@ -99,7 +117,8 @@ class PlanStage(PipelineStage):
         for work in self._sent_forward.pop(bwd_chunk_id, []):
             work.wait()
         self.module.before_backward(bwd_chunk_id, last=last_backward)
-        result = super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        with self.module.record.span():
+            result = super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         self._drop(self.args_recv_info, bwd_chunk_id)
         self._drop(self.grad_recv_info, bwd_chunk_id)
         return result
@@ -172,7 +191,7 @@ def _boundary_examples(plan: Plan, index: int) -> tuple[Tensor, Tensor]:
     return tokens if index == 0 else hidden, logits if last else hidden
 
 
-def _loss(num_micro_batches: int) -> Callable[[Tensor, Tensor], Tensor]:
+def micro_batch_loss(num_micro_batches: int) -> Callable[[Tensor, Tensor], Tensor]:
     """A micro-batch's part of the step's mean loss, so that gradients add up to the mean's."""
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -193,8 +212,10 @@ class Pipeline:
         self._tensor_parallel = degrees.tp > 1
         self._num_micro_batches = degrees.num_micro_batches
         self._row = parse_table(plan.schedule_table)[meshes.pp.get_local_rank()]
-        self._loss = _loss(degrees.num_micro_batches)
-        self._schedule = _lower(plan, self.modules, meshes, device, self._loss) if degrees.pp > 1 else None
+        self._loss = micro_batch_loss(degrees.num_micro_batches)
+        self._schedule = (
+            lower_schedule(plan, self.modules, meshes, device, self._loss) if degrees.pp > 1 else None
+        )
 
     def run(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Forward and backward of every micro-batch; the mean loss here, 0 without the last stage."""
@@ -225,11 +246,13 @@ class Pipeline:
         for place, (_, kind, mb) in enumerate(self._row):
             if kind is ActionKind.FORWARD:
                 module.before_forward(mb)
-                alive[mb] = self._loss(module(input_chunks[mb]), target_chunks[mb])
+                with self.record.span():
+                    alive[mb] = self._loss(module(input_chunks[mb]), target_chunks[mb])
             else:
                 module.before_backward(mb, last=place == len(self._row) - 1)
                 loss = alive.pop(mb)
-                torch.autograd.backward(loss)
+                with self.record.span():
+                    torch.autograd.backward(loss)
                 total += loss.detach()
         return total
 
@@ -238,7 +261,7 @@ def _zero(like: Tensor) -> Tensor:
     return torch.zeros((), dtype=torch.float32, device=like.device)
 
 
-def _lower(
+def lower_schedule(
     plan: Plan,
     modules: Sequence[StageModule],
     meshes: Meshes,
