@@ -39,7 +39,7 @@ from runtime.model import Transformer, build_transformer, cross_entropy, materia
 from runtime.parallelize import Meshes, apply_recompute, apply_tensor_parallel
 from runtime.timing import Effort, time_phases
 
-_DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
+DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
 @noun
@@ -184,7 +184,7 @@ def build_layer(
 def to_precision(module: nn.Module, precision: Precision) -> None:
     """Parameters in the compute precision. Buffers stay: the rotary tables are fp32 in every precision."""
     for parameter in module.parameters():
-        parameter.data = parameter.data.to(_DTYPES[precision])
+        parameter.data = parameter.data.to(DTYPES[precision])
 
 
 class LayerBench:
@@ -203,7 +203,7 @@ class LayerBench:
         shape = (case.micro_batch, seq)
         local_seq = seq // case.tp if case.sequence_parallel else seq
         hidden = (case.micro_batch, local_seq, model.hidden)
-        dtype = _DTYPES[precision]
+        dtype = DTYPES[precision]
         self.source = (
             torch.randint(0, model.vocab, shape, device=device)
             if case.kind is LayerKind.EMBEDDING

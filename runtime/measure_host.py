@@ -1,0 +1,404 @@
+"""Constants of a device and its host: rates, wrappers of data parallelism, pipeline actions, optimizer.
+
+Each constant is in SI units and says how it came to be. Wrappers and actions are measured on a fake world,
+so they hold the host's work and the copies of a rank, not its messages. Costs that have a part per unit
+and a part per byte are the line through a small and a large case.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from planner.codec import encode
+from planner.model import Activation, Attention, Block, Mlp, ModelSpec, Norm, Segment
+from planner.profile import Constant
+from planner.strategy import Degrees, Schedule, Zero
+from planner.workload import Optimizer, Precision
+from runtime.bench_plan import bench_plan
+from runtime.children import Emit, run_children
+from runtime.fake_world import fake_world
+from runtime.measure_layers import DTYPES, to_precision
+from runtime.memory import rss_bytes
+from runtime.model import Transformer, build_transformer, materialize
+from runtime.optimizer import OptimizerOptions, build_optimizer, clip, weighted_square_sum
+from runtime.parallelize import Meshes, apply_data_parallel, set_gradient_sync
+from runtime.pipeline import Record, StageModule, lower_schedule, micro_batch_loss
+from runtime.timing import Effort, Timing, time_call, time_phases
+
+_UNITS = 3
+_SEQ = 8
+_SMALL_HIDDEN, _LARGE_HIDDEN = 64, 512
+_MICRO_BATCHES = 8
+
+
+def measure_host(device_type: str, precision: Precision, effort: Effort) -> Iterator[dict[str, Any]]:
+    """Yields constants (encoded), one family after another."""
+
+    def body(rank: int, emit: Emit) -> None:
+        torch.set_num_threads(1)
+        device = torch.device(device_type)
+        for family in (_rates, _wrappers, _pipeline_action, _optimizer):
+            for constant in family(device, precision, effort):
+                emit(encode(constant))
+
+    yield from run_children(body)
+
+
+# Rates
+
+
+def _rates(device: torch.device, precision: Precision, effort: Effort) -> Iterator[Constant]:
+    resident_bytes = rss_bytes()
+    size = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(size, size, device=device, dtype=DTYPES[precision])
+    product = time_call(lambda: a @ a, effort, device)
+    yield _constant("gemm_flops", 2.0 * size**3 / product.median_s, f"{size}^3 product in {precision}")
+    source = torch.ones((64 if device.type == "cpu" else 1024) * 2**18, device=device)
+    target = torch.empty_like(source)
+    copy = time_call(lambda: target.copy_(source), effort, device)
+    moved = 2.0 * source.numel() * source.element_size()
+    yield _constant("memory_bytes_per_s", moved / copy.median_s, "copy, reads and writes counted")
+    if device.type == "cuda":
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        context = total_bytes - free_bytes - torch.cuda.memory_reserved(device)
+        yield _constant("context_bytes", context, "in use on the device beyond the allocator's memory")
+    yield _constant("runtime_bytes", resident_bytes, "resident bytes of a process that imported torch")
+
+
+def _constant(name: str, value: float, how: str) -> Constant:
+    return Constant(name=name, value=float(value), origin=f"measured: {how}")
+
+
+# Wrappers of data parallelism
+
+
+def _model(hidden: int, layers: int) -> ModelSpec:
+    """A llama of `layers` blocks, for costs that depend on the number and size of tensors only."""
+    block = Block(
+        hidden=hidden,
+        norm=Norm.RMSNORM,
+        attention=Attention(heads=4, kv_heads=4, head_dim=hidden // 4),
+        mlp=Mlp(width=8 * hidden // 3 // 8 * 8, gated=True, activation=Activation.SILU),
+    )
+    return ModelSpec(
+        name=f"bench-{hidden}",
+        model_type="llama",
+        hidden=hidden,
+        vocab=64,
+        max_positions=_SEQ,
+        learned_positions=0,
+        rope_theta=10_000.0,
+        norm=Norm.RMSNORM,
+        norm_eps=1e-5,
+        initializer_range=0.02,
+        tied_embeddings=False,
+        segments=(Segment(block=block, count=layers),),
+    )
+
+
+def _blocks(
+    hidden: int, degrees: Degrees | None, precision: Precision, device: torch.device, meshes: Meshes
+) -> Transformer:
+    """A stage of blocks only; wrapped as the runtime does under `degrees`, or bare in compute precision."""
+    model = _model(hidden, _UNITS)
+    stage = build_transformer(model, 0, _UNITS, False, False, seq=_SEQ)
+    for name, part in stage.parts():
+        materialize(part, model, prefix=f"{name}.", seed=0, device=device)
+        if degrees is None:
+            to_precision(part, precision)
+        else:
+            apply_data_parallel(part, degrees, precision, meshes)
+    if degrees is not None:
+        apply_data_parallel(stage, degrees, precision, meshes)
+    return stage
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Seconds of one unit's forward and backward pass."""
+
+    forward_s: float
+    backward_s: float
+
+    def __sub__(self, other: _Unit) -> _Unit:
+        return _Unit(self.forward_s - other.forward_s, self.backward_s - other.backward_s)
+
+
+def _time_unit(
+    stage: Transformer,
+    hidden: int,
+    precision: Precision,
+    device: torch.device,
+    effort: Effort,
+    *,
+    accumulate: bool,
+) -> _Unit:
+    """Times the stage; without `accumulate`, parameters have no gradient when the backward pass begins."""
+    x = torch.randn(1, _SEQ, hidden, device=device, dtype=DTYPES[precision]).requires_grad_()
+    grad = torch.randn_like(x)
+    held: dict[str, torch.Tensor] = {}
+
+    def prepare() -> None:
+        x.grad = None
+        if not accumulate:
+            stage.zero_grad()
+
+    def forward() -> None:
+        held["out"] = stage(x)
+
+    def backward() -> None:
+        torch.autograd.backward(held.pop("out"), grad)
+
+    _, ahead, back = time_phases([prepare, forward, backward], effort, device)
+    return _Unit(ahead.median_s / _UNITS, back.median_s / _UNITS)
+
+
+@dataclass(frozen=True)
+class _WrapperCosts:
+    """What wrapping adds to one unit of `params` parameters, and what synchronising adds to that."""
+
+    params: int
+    accumulate_s: float
+    hooks: _Unit
+    sync: _Unit
+
+
+def _wrapper_costs(
+    hidden: int,
+    degrees: Degrees,
+    precision: Precision,
+    device: torch.device,
+    meshes: Meshes,
+    effort: Effort,
+) -> _WrapperCosts:
+    """Bare against wrapped, with and without gathering parameters and reducing gradients."""
+    times = {}
+    for accumulate in (False, True):
+        bare = _blocks(hidden, None, precision, device, meshes)
+        times[accumulate] = _time_unit(bare, hidden, precision, device, effort, accumulate=accumulate)
+    wrapped = _blocks(hidden, degrees, precision, device, meshes)
+    set_gradient_sync(wrapped, degrees.zero, last=False)
+    hooks = _time_unit(wrapped, hidden, precision, device, effort, accumulate=True) - times[True]
+    wrapped = _blocks(hidden, degrees, precision, device, meshes)
+    set_gradient_sync(wrapped, degrees.zero, last=True)
+    synced = _time_unit(wrapped, hidden, precision, device, effort, accumulate=False) - times[False]
+    block = _model(hidden, 1).segments[0].block
+    return _WrapperCosts(
+        params=block.params,
+        accumulate_s=times[True].backward_s - times[False].backward_s,
+        hooks=hooks,
+        sync=synced - hooks,
+    )
+
+
+def _wrappers(device: torch.device, precision: Precision, effort: Effort) -> Iterator[Constant]:
+    sharded = Degrees(dp_shard=2, zero=Zero.OPTIMIZER)
+    replicated = Degrees(dp_replicate=2, zero=Zero.NONE)
+    for name, degrees in (("fsdp", sharded), ("replicate", replicated)):
+        with fake_world(degrees, device.type) as meshes:
+            small, large = (
+                _wrapper_costs(hidden, degrees, precision, device, meshes, effort)
+                for hidden in (_SMALL_HIDDEN, _LARGE_HIDDEN)
+            )
+            messages = [_fake_message_s(costs.params, degrees, precision, device) for costs in (small, large)]
+        yield from _wrapper_constants(name, small, large, messages, precision)
+    yield _constant(
+        "grad_accumulate_s_per_param",
+        max(large.accumulate_s, 0.0) / large.params,
+        "backward pass into gradients that exist, against none",
+    )
+
+
+def _fake_message_s(
+    params: int, degrees: Degrees, precision: Precision, device: torch.device
+) -> tuple[float, float]:
+    """Seconds that the fake backend itself takes to gather and to reduce one unit: not a rank's work."""
+    few = Effort(warmup=2, least=5, most=20, budget_s=0.05)
+    if degrees.dp_shard == 1:
+        whole = torch.zeros(params, device=device)
+        return 0.0, time_call(lambda: dist.all_reduce(whole), few, device).median_s
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    even = params // degrees.dp_shard * degrees.dp_shard
+    weights = torch.zeros(even, device=device, dtype=DTYPES[precision])
+    grads = torch.zeros(even, device=device)
+    shard = weights[: even // degrees.dp_shard].clone()
+    reduced = grads[: even // degrees.dp_shard].clone()
+    gathered = time_call(lambda: gather(weights, shard), few, device)
+    scattered = time_call(lambda: scatter(reduced, grads), few, device)
+    return gathered.median_s, scattered.median_s
+
+
+def _wrapper_constants(
+    name: str,
+    small: _WrapperCosts,
+    large: _WrapperCosts,
+    messages: list[tuple[float, float]],
+    precision: Precision,
+) -> Iterator[Constant]:
+    yield _constant(
+        f"{name}_unit_forward_s", max(small.hooks.forward_s, 0.0), "hooks of a wrapped block, no messages"
+    )
+    yield _constant(
+        f"{name}_unit_backward_s", max(small.hooks.backward_s, 0.0), "hooks of a wrapped block, no messages"
+    )
+    (small_gather_s, small_reduce_s), (large_gather_s, large_reduce_s) = messages
+    # Bytes of the whole unit: gathered in the compute precision, reduced in fp32.
+    reduce_unit_s, reduce_s_per_byte = _line(
+        (4.0 * small.params, small.sync.backward_s - small_reduce_s),
+        (4.0 * large.params, large.sync.backward_s - large_reduce_s),
+    )
+    yield _constant(f"{name}_reduce_unit_s", reduce_unit_s, "reducing a block's gradients, per block")
+    yield _constant(f"{name}_reduce_copy_s_per_byte", reduce_s_per_byte, "the same, per byte in fp32")
+    if name == "fsdp":
+        size = precision.compute_bytes
+        gather_unit_s, gather_s_per_byte = _line(
+            (float(size * small.params), small.sync.forward_s - small_gather_s),
+            (float(size * large.params), large.sync.forward_s - large_gather_s),
+        )
+        yield _constant("fsdp_gather_unit_s", gather_unit_s, "gathering a block's parameters, per block")
+        yield _constant("fsdp_gather_copy_s_per_byte", gather_s_per_byte, "the same, per gathered byte")
+        mean = (gather_s_per_byte + reduce_s_per_byte) / 2
+        yield _constant("fsdp_copy_s_per_byte", mean, "mean of gathering and reducing")
+
+
+def _line(small: tuple[float, float], large: tuple[float, float]) -> tuple[float, float]:
+    """Intercept and slope of the line through two points (size, seconds), neither below zero."""
+    slope = max((large[1] - small[1]) / (large[0] - small[0]), 0.0)
+    return max(small[1] - slope * small[0], 0.0), slope
+
+
+# Pipeline actions
+
+
+def _pipeline_action(device: torch.device, precision: Precision, effort: Effort) -> Iterator[Constant]:
+    """Two stages on one rank, so without messages: through the schedule against called directly."""
+    degrees = Degrees(chunks=2, schedule=Schedule.INTERLEAVED, num_micro_batches=_MICRO_BATCHES)
+    model = _model(_SMALL_HIDDEN, 2)
+    plan = bench_plan(model, degrees, _SEQ, precision)
+    loss = micro_batch_loss(_MICRO_BATCHES)
+    tokens = torch.zeros(degrees.batch, _SEQ, dtype=torch.int64, device=device)
+    with fake_world(degrees, device.type) as meshes:
+        stages = [_end_stage(model, index, precision, device) for index in range(2)]
+        modules = [StageModule(stage, index, Zero.NONE, Record()) for index, stage in enumerate(stages)]
+        schedule = lower_schedule(plan, modules, meshes, device, loss)
+
+        def through() -> None:
+            schedule.step(tokens, target=tokens, losses=[], return_outputs=False)
+
+        def direct() -> None:
+            for chunk in tokens.chunk(_MICRO_BATCHES):
+                hidden = stages[0](chunk)
+                received = hidden.detach().requires_grad_()
+                torch.autograd.backward(loss(stages[1](received), chunk))
+                torch.autograd.backward(hidden, received.grad)
+
+        scheduled, called = time_phases([through, direct], effort, device)
+    seconds = (scheduled.median_s - called.median_s) / (2 * 2 * _MICRO_BATCHES)
+    yield _constant("pp_action_s", max(seconds, 0.0), "a pass through the schedule against calling it")
+
+
+def _end_stage(model: ModelSpec, index: int, precision: Precision, device: torch.device) -> Transformer:
+    """One of two stages with a block each: the embedding is with the first, the head with the last."""
+    stage = build_transformer(model, index, index + 1, index == 0, index == 1, seq=_SEQ)
+    for name, part in stage.parts():
+        materialize(part, model, prefix=f"{name}.", seed=0, device=device)
+        to_precision(part, precision)
+    return stage
+
+
+# Optimizer
+
+
+def _optimizer(device: torch.device, precision: Precision, effort: Effort) -> Iterator[Constant]:
+    """AdamW, norm and clipping over many small tensors and over few large ones; masters are fp32."""
+    del precision
+    sizes = ((256, 256), (8, 2**20 if device.type == "cpu" else 2**24))
+    points = [_optimizer_times(count, size, device, effort) for count, size in sizes]
+    for index, name in enumerate(("optimizer", "clip")):
+        few, many = sizes[1], sizes[0]
+        a = (many[0], many[0] * many[1], points[0][index].median_s)
+        b = (few[0], few[0] * few[1], points[1][index].median_s)
+        per_tensor, per_param = _two_unknowns(a, b)
+        how = "fused AdamW step" if name == "optimizer" else "gradient norm and scaling"
+        yield _constant(f"{name}_s_per_tensor", per_tensor, how)
+        yield _constant(f"{name}_s_per_param", per_param, how)
+
+
+def _optimizer_times(count: int, size: int, device: torch.device, effort: Effort) -> tuple[Timing, Timing]:
+    shards = [nn.Parameter(torch.randn(1, size, device=device)) for _ in range(count)]
+    grads = [torch.randn_like(shard) for shard in shards]
+    for shard, grad in zip(shards, grads, strict=True):
+        shard.grad = grad
+    optimizer = build_optimizer(Optimizer.ADAMW, shards, OptimizerOptions())
+
+    def norm_and_clip() -> None:
+        norm = float(weighted_square_sum(grads, [1.0] * count).sqrt())
+        clip(grads, norm, norm / 1.0001)
+
+    step, clipping = time_phases([optimizer.step, norm_and_clip], effort, device)
+    return step, clipping
+
+
+def _two_unknowns(a: tuple[int, int, float], b: tuple[int, int, float]) -> tuple[float, float]:
+    """Seconds per tensor and per parameter from two (tensors, parameters, seconds), none below zero."""
+    per_param = max((b[2] - a[2] * b[0] / a[0]) / (b[1] - a[1] * b[0] / a[0]), 0.0)
+    return max((a[2] - per_param * a[1]) / a[0], 0.0), per_param
+
+
+# Contention
+
+
+def measure_contention(
+    ranks: int, device_type: str, precision: Precision, window_s: float
+) -> Iterator[dict[str, Any]]:
+    """Yields `{"active", "rank", "seconds"}`: mean time of a block's passes with `active` ranks at work.
+
+    In window k the first k processes compute and the others sleep, by one clock.
+    """
+    begin = time.monotonic() + 1.0 + 0.1 * ranks
+
+    def body(rank: int, emit: Emit) -> None:
+        torch.set_num_threads(1)
+        run = _busy_block(torch.device(device_type), precision)
+        run()
+        if time.monotonic() > begin:
+            raise RuntimeError("this machine is too busy to start the ranks within the time given")
+        for active in range(1, ranks + 1):
+            opens = begin + (active - 1) * window_s
+            time.sleep(max(0.0, opens - time.monotonic()))
+            if rank < active:
+                emit({"active": active, "rank": rank, "seconds": _until(run, opens + window_s * 0.95)})
+
+    yield from run_children(body, ranks)
+
+
+def _until(run: Callable[[], object], deadline: float) -> float:
+    began, count = time.monotonic(), 0
+    while time.monotonic() < deadline or count == 0:
+        run()
+        count += 1
+    return (time.monotonic() - began) / count
+
+
+def _busy_block(device: torch.device, precision: Precision) -> Callable[[], None]:
+    hidden, seq = 256, 128
+    model = _model(hidden, 1)
+    stage = build_transformer(model, 0, 1, False, False, seq=seq)
+    for name, part in stage.parts():
+        materialize(part, model, prefix=f"{name}.", seed=0, device=device)
+        to_precision(part, precision)
+    x = torch.randn(1, seq, hidden, device=device, dtype=DTYPES[precision])
+    grad = torch.randn_like(x)
+
+    def run() -> None:
+        torch.autograd.backward(stage(x), grad)
+
+    return run
