@@ -85,6 +85,9 @@ def _networks() -> list[dict[str, Any]]:
     rows = []
     for name in file.common:
         network = parse_network(name, file, "networks.toml")
+        title = network.kind.title
+        if network.domain:
+            title = f"{network.domain} devices joined by their own link; each device beyond: {title}"
         rows.append(
             {
                 "name": name,
@@ -92,7 +95,7 @@ def _networks() -> list[dict[str, Any]]:
                 "ports_per_node": None if network.domain or network.kind.free else network.ports,
                 "domain": network.domain,
                 "latency_us": network.kind.latency_us,
-                "title": network.kind.title,
+                "title": title,
             }
         )
     return rows
