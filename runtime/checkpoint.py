@@ -38,7 +38,7 @@ from runtime.committed import (
     remove_step,
     step_folder,
 )
-from runtime.exchange import gather_json
+from runtime.exchange import agree, gather_json, own_rank
 
 State = Mapping[str, Any]
 
@@ -109,11 +109,11 @@ def save_checkpoint(folder: Path, state: State, *, step: int, run: dict[str, Val
     assert keep >= 2, keep
     final = step_folder(folder, step)
     temporary = final.with_name(final.name + ".tmp")
-    _agree(lambda: _fresh(temporary), first_only=True)
+    agree(lambda: _fresh(temporary), first_only=True)
     shards, values = _split(state)
     mine, tensors = _divide(shards)
-    rank = _rank()
-    report = _agree(lambda: _write_shard(temporary, _shard_file(rank), mine))
+    rank = own_rank()
+    report = agree(lambda: _write_shard(temporary, _shard_file(rank), mine))
     files = {_shard_file(r): FileDigest(**found) for r, found in enumerate(report) if found}
     index = CheckpointIndex(
         schema_version=CHECKPOINT_SCHEMA,
@@ -123,35 +123,12 @@ def save_checkpoint(folder: Path, state: State, *, step: int, run: dict[str, Val
         values=_merge(gather_json(values)),
         tensors=tensors,
     )
-    _agree(lambda: _commit(temporary, final, index, files, keep), first_only=True)
+    agree(lambda: _commit(temporary, final, index, files, keep), first_only=True)
     return final
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def _shard_file(rank: int) -> str:
     return f"shard-{rank:05d}.safetensors"
-
-
-def _agree(work: Callable[[], Any], *, first_only: bool = False) -> list[Any]:
-    """Does `work` on every rank (or the first) and tells all; if one failed, all raise InputError."""
-    fault, result = "", None
-    if _rank() == 0 or not first_only:
-        try:
-            result = work()
-        except OSError as error:
-            fault = f"{error.filename or 'checkpoint'}: cannot be written: {error.strerror}."
-        except SafetensorError as error:
-            fault = f"checkpoint: cannot be written: {error}."
-        except InputError as error:
-            fault = str(error)
-    answers = gather_json({"fault": fault, "result": result})
-    faults = [(rank, answer["fault"]) for rank, answer in enumerate(answers) if answer["fault"]]
-    if faults:
-        raise InputError(*(Problem(where=f"rank {rank}", fault=text) for rank, text in faults))
-    return [answer["result"] for answer in answers]
 
 
 def _fresh(temporary: Path) -> None:
@@ -183,7 +160,7 @@ def _divide(shards: dict[str, Shard]) -> tuple[dict[str, torch.Tensor], dict[str
             owner = ranks[next(turn) % len(ranks)]
             chunk = Chunk(file=_shard_file(owner), offset=offset, shape=size)
             chunks.append(chunk)
-            if owner == _rank():
+            if owner == own_rank():
                 mine[f"{name}@{chunk.key}"] = shards[name].local.cpu().contiguous()
         tensors[name] = StoredTensor(dtype=about[name][0], shape=about[name][1], chunks=tuple(chunks))
     return mine, tensors
@@ -201,7 +178,10 @@ def _merge(parts: list[dict[str, Value]]) -> dict[str, Value]:
 def _write_shard(temporary: Path, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any] | None:
     if not tensors:
         return None
-    save_file(tensors, temporary / name)
+    try:
+        save_file(tensors, temporary / name)
+    except SafetensorError as error:  # it wraps the operating system's error in words
+        raise InputError(Problem(where=str(temporary / name), fault=f"cannot be written: {error}.")) from None
     _sync(temporary / name)
     found = digest_file(temporary / name)
     return {"bytes": found.bytes, "sha256": found.sha256}

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from planner.codec import encode
+from planner.errors import InputError, Problem
 
 
 def gather_json(value: Any) -> list[Any]:
@@ -31,8 +35,31 @@ def gather_json(value: Any) -> list[Any]:
 
 def from_first(value: Any) -> Any:
     """What rank 0 passes, on every rank."""
-    return gather_json(value if _rank() == 0 else None)[0]
+    return gather_json(value if own_rank() == 0 else None)[0]
 
 
-def _rank() -> int:
+def own_rank() -> int:
+    """The global rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def agree(work: Callable[[], Any], *, first_only: bool = False) -> list[Any]:
+    """Does `work` on every rank (or the first alone) and gives all of them every rank's result.
+
+    Where it cannot write a file or raises InputError on one rank, all raise InputError: none is left
+    waiting for one that gave up.
+    """
+    faults: list[Problem] = []
+    result = None
+    if own_rank() == 0 or not first_only:
+        try:
+            result = work()
+        except OSError as error:
+            faults = [Problem(where=str(error.filename), fault=f"cannot be written: {error.strerror}.")]
+        except InputError as error:
+            faults = list(error.problems)
+    answers = gather_json({"faults": [encode(fault) for fault in faults], "result": result})
+    told = [Problem(**fault) for answer in answers for fault in answer["faults"]]
+    if told:
+        raise InputError(*told)
+    return [answer["result"] for answer in answers]

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
+from planner.codec import encode
 from planner.errors import PlannerError, Problem
 
 Message = dict[str, Any]
@@ -80,6 +81,8 @@ def run_local(body: Body, world: int, *, log_dir: Path, on_message: Callable[[in
     Raises what a rank raised if that was a PlannerError; else RunFailedError with the rank that failed
     first, how, and the end of its log. No process is left in any case.
     """
+    import torch._dynamo  # noqa: F401  # every rank would import its 300 modules, each for itself
+
     log_dir.mkdir(parents=True, exist_ok=True)
     gate, opener = os.pipe()
     ranks: list[_Rank] = []
@@ -150,7 +153,7 @@ def _guard(body: Body, rank: int, send: Send) -> int:
         body(rank, send)
         return 0
     except PlannerError as error:
-        problems = [encode_problem(p) for p in getattr(error, "problems", ())]
+        problems = [encode(p) for p in getattr(error, "problems", ())]
         send({"fault": "planner", "type": type(error).__name__, "text": str(error), "problems": problems})
         return error.exit_code
     except BaseException as error:
@@ -158,16 +161,6 @@ def _guard(body: Body, rank: int, send: Send) -> int:
         text = " ".join(str(error).split())[:500]
         send({"fault": "error", "type": type(error).__name__, "text": text})
         return 1
-
-
-def encode_problem(problem: Problem) -> dict[str, str]:
-    """A problem as plain data."""
-    return {
-        "where": problem.where,
-        "fault": problem.fault,
-        "legal": problem.legal,
-        "fix": problem.fix,
-    }
 
 
 def _environment(rank: int, world: int, port: int) -> dict[str, str]:
