@@ -26,6 +26,7 @@ MAX_POINTS = 600
 CHARACTER_PX = 6.6
 """Width of a digit in the timeline's labels at 11 px."""
 
+LABEL_LIMIT_PX = 260
 Row = dict[str, Any]
 
 
@@ -62,7 +63,7 @@ def time_unit(span_s: float) -> tuple[float, str]:
     """The factor and the name of the unit in which seconds of this size are drawn."""
     if span_s < 2e-3:
         return 1e6, "µs"
-    return (1e3, "ms") if span_s < 2 else (1.0, "s")
+    return (1e3, "ms") if span_s < 1 else (1.0, "s")
 
 
 def memory_unit(span_bytes: float) -> tuple[float, str]:
@@ -75,9 +76,7 @@ def draw_timeline(slices: Sequence[Slice], row_titles: Sequence[str], end_s: flo
     factor, unit = time_unit(end_s)
     values = [_slice_row(s, row_titles, end_s, factor) for s in slices]
     scale = alt.Scale(domain=[0, end_s * factor], nice=False)
-    chart = _chart(values).encode(
-        y=alt.Y("row:N", title=None, sort=list(row_titles), scale=alt.Scale(domain=list(row_titles)))
-    )
+    chart = _chart(values).encode(y=_row_axis(row_titles))
     bars = chart.mark_bar(stroke=variable("card"), strokeWidth=0.6).encode(
         x=alt.X("start:Q", title=f"time ({unit})", scale=scale),
         x2="end:Q",
@@ -112,11 +111,12 @@ def draw_bars(
     limit: float | None = None, limit_tip: str = "",
 ) -> str:  # fmt: skip
     """Bars in rows, with measured marks beside them and a dashed line at `limit` where it is given."""
-    y = alt.Y("row:N", title=None, sort=list(rows), scale=alt.Scale(domain=list(rows)))
-    x_axis = alt.Axis(title=unit, tickCount=6)
+    y = _row_axis(rows)
+    x_axis = alt.Axis(title=unit, tickCount=5)
+    step_px = 44 if len(rows) <= 4 else 30
     layers: list[alt.Chart] = [
         _chart([_bar_row(bar) for bar in bars])
-        .mark_bar(size=18, stroke=variable("card"), strokeWidth=0.6)
+        .mark_bar(size=step_px * 0.6, stroke=variable("card"), strokeWidth=0.6)
         .encode(
             y=y,
             x=alt.X("start:Q", axis=x_axis),
@@ -134,7 +134,7 @@ def draw_bars(
                 x="limit:Q", description="tip:N"
             )
         )
-    return _render(_layered(*layers).properties(width=NARROW_PX, height=alt.Step(30)), label, "narrow")
+    return _render(_layered(*layers).properties(width=NARROW_PX, height=alt.Step(step_px)), label, "narrow")
 
 
 def _bar_row(bar: Bar) -> Row:
@@ -214,7 +214,7 @@ def _line_with_points(chart: alt.Chart) -> alt.LayerChart:
 def draw_pairs(pairs: Sequence[Pair], unit: str, label: str) -> str:
     """Predicted and measured values of each row as two points and the line between them."""
     rows = [pair.row for pair in pairs]
-    y = alt.Y("row:N", title=None, sort=rows, axis=alt.Axis(labelLimit=260, grid=True, gridDash=[2, 3]))
+    y = _row_axis(rows)
     values: list[Row] = [
         {"row": p.row, "predicted": p.predicted, "measured": p.measured, "value": value, "kind": kind,
          "tip": f"{p.row}: {kind} {value:.4g} {unit}"}
@@ -222,7 +222,7 @@ def draw_pairs(pairs: Sequence[Pair], unit: str, label: str) -> str:
         for kind, value in (("predicted", p.predicted), ("measured", p.measured))
     ]  # fmt: skip
     chart = _chart(values).encode(y=y)
-    axis = alt.Axis(title=f"step time ({unit})", tickCount=6)
+    axis = alt.Axis(title=unit, tickCount=5)
     line = chart.mark_rule(color=variable("axis"), strokeWidth=2, aria=False).encode(
         x=alt.X("predicted:Q", axis=axis), x2="measured:Q"
     )
@@ -235,8 +235,8 @@ def draw_pairs(pairs: Sequence[Pair], unit: str, label: str) -> str:
         shape=alt.Shape("kind:N", scale=alt.Scale(domain=kinds, range=["circle", "diamond"]), legend=None),
         description="tip:N",
     )
-    layers = _layered(line, points).properties(width=WIDE_PX - 260, height=alt.Step(38))
-    return _render(layers, label, "wide")
+    layers = _layered(line, points).properties(width=NARROW_PX, height=alt.Step(36))
+    return _render(layers, label, "narrow")
 
 
 def thin_out(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -250,8 +250,15 @@ def thin_out(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 
 def describe_bytes(title: str, value_bytes: float, whole_bytes: float) -> str:
     """`weights: 1.2 GiB (34 %)`."""
-    share = f" ({value_bytes / whole_bytes:.0%})" if whole_bytes else ""
+    share = f" ({100 * value_bytes / whole_bytes:.0f} %)" if whole_bytes else ""
     return f"{title}: {format_bytes(value_bytes)}{share}"
+
+
+def _row_axis(titles: Sequence[str]) -> alt.Y:
+    # Readers' fonts differ in width from the one that the drawing is measured with, so labels get room.
+    room_px = min(LABEL_LIMIT_PX, CHARACTER_PX * 1.15 * max((len(title) for title in titles), default=0))
+    axis = alt.Axis(minExtent=room_px, labelLimit=LABEL_LIMIT_PX, grid=False)
+    return alt.Y("row:N", title=None, sort=list(titles), scale=alt.Scale(domain=list(titles)), axis=axis)
 
 
 def _chart(rows: list[Row]) -> alt.Chart:
@@ -283,7 +290,8 @@ def _styled(chart: alt.LayerChart) -> dict[str, Any]:
         .configure_view(stroke=None)
         .configure_axis(
             labelColor=muted, titleColor=muted, gridColor=variable("grid"), domainColor=axis, tickColor=axis,
-            labelFontSize=12, titleFontSize=12, titleFontWeight="normal", labelLimit=220, labelPadding=6,
+            labelFontSize=12, titleFontSize=12, titleFontWeight="normal", labelPadding=6,
+            labelFlush=False,
         )
         .configure_axisY(ticks=False, domain=False)
         .to_dict()

@@ -56,7 +56,7 @@ class Page:
     time: sections.Figure
     run_facts: tuple[words.Fact, ...]
     training: tuple[sections.Figure, ...]
-    comparison: sections.Figure | None
+    comparison: sections.Verification | None
     certificate: tuple[str, ...]
     certificate_facts: tuple[words.Fact, ...]
     rules: tuple[RuleCount, ...]
@@ -110,7 +110,7 @@ def build_page(source: ReportInput, predicted: tuple[Slice, ...]) -> Page:
         time=sections.time_figure(plan, run),
         run_facts=words.run_facts(run) if run else (),
         training=sections.training_figures(plan, run) if run else (),
-        comparison=sections.comparison_figure(source.comparison) if source.comparison else None,
+        comparison=sections.verify(source.comparison) if source.comparison else None,
         certificate=words.certificate_sentences(solver) if solver else (),
         certificate_facts=_certificate_facts(plan),
         rules=_rule_counts(plan),

@@ -8,9 +8,10 @@ from planner.codec import noun
 from planner.plan import Plan
 from planner.strategy import AXES, Recompute
 
+MAX_ROWS = 32
+MAX_CHIPS = 384
+"""Ranks drawn in the whole picture, about; the rest are counted. More would not be looked at."""
 MAX_BOXES = 32
-"""Data-parallel positions drawn for a pipeline rank; the rest are counted. More would not be looked at."""
-MAX_ROWS = 64
 AXIS_TITLES = {
     "pp": "pipeline",
     "dp_replicate": "replicated data",
@@ -77,8 +78,9 @@ class AxisGroups:
 
 @noun
 class Picture:
-    """All of it. `hidden_rows` counts the pipeline ranks that are not drawn."""
+    """All of it. `frame` says what a frame of ranks is; `hidden_rows` are pipeline ranks not drawn."""
 
+    frame: str
     rows: tuple[PipelineRow, ...]
     hidden_rows: int
     axes: tuple[AxisGroups, ...]
@@ -114,7 +116,9 @@ def draw_plan(plan: Plan) -> Picture:
     """The picture of a plan."""
     degrees = plan.strategy.degrees
     shown = min(degrees.pp, MAX_ROWS)
+    frame = "Each frame of ranks is a tensor-parallel group."
     return Picture(
+        frame=frame if degrees.tp > 1 else "Each frame is one rank: layers are not split.",
         rows=tuple(_draw_row(plan, pp_rank) for pp_rank in range(shown)),
         hidden_rows=degrees.pp - shown,
         axes=tuple(_describe_axis(degrees.grid_shape(), index) for index in _used_axes(plan)),
@@ -138,11 +142,12 @@ def _draw_row(plan: Plan, pp_rank: int) -> PipelineRow:
     held = [index for index in range(degrees.stages) if degrees.pp_rank_of_stage(index) == pp_rank]
     places = list(itertools.product(*(range(size) for size in degrees.grid_shape()[1:-1])))
     ranks = degrees.ranks_of_pp_rank(pp_rank)
+    shown = min(MAX_BOXES, max(2, MAX_CHIPS // (min(degrees.pp, MAX_ROWS) * degrees.tp)))
     return PipelineRow(
         title=f"Pipeline rank {pp_rank}" if degrees.pp > 1 else f"Rank{'s' * (len(ranks) > 1)}",
         stages=tuple(_draw_stage(plan, index) for index in held),
-        boxes=tuple(_draw_box(plan, pp_rank, place) for place in places[:MAX_BOXES]),
-        hidden_boxes=max(0, len(places) - MAX_BOXES),
+        boxes=tuple(_draw_box(plan, pp_rank, place) for place in places[:shown]),
+        hidden_boxes=max(0, len(places) - shown),
     )
 
 

@@ -66,9 +66,10 @@ def timeline_figures(
 
 
 def _cut(slices: Sequence[Slice]) -> float:
-    """The time up to which at most MAX_SLICES have ended."""
-    ends = sorted(s.end_s for s in slices)
-    return ends[min(len(ends), MAX_SLICES) - 1] if ends else 0.0
+    """The time up to which MAX_SLICES have ended; infinity where there are no more than that."""
+    if len(slices) <= MAX_SLICES:
+        return float("inf")
+    return sorted(s.end_s for s in slices)[MAX_SLICES - 1]
 
 
 def _timeline_figure(
@@ -292,25 +293,44 @@ def _step_time_figure(plan: Plan, run: RunRecord) -> Figure:
     return Figure(title="Step time", svg=svg, caption=caption, legend=legend)
 
 
-def comparison_figure(rows: tuple[ComparisonRow, ...]) -> Figure:
-    """Several plans, predicted and measured, and whether their order was right."""
-    factor, unit = charts.time_unit(max(row.measured_step_time_s for row in rows))
+@noun
+class Verification:
+    """Several plans, predicted and measured: whether their order was right, two charts and all numbers."""
+
+    sentence: str
+    figures: tuple[Figure, ...]
+    table: Table
+
+
+def verify(rows: tuple[ComparisonRow, ...]) -> Verification:
+    """The comparison of the plans that were run."""
     titles = _distinct_titles(rows)
-    pairs = [
-        charts.Pair(
-            row=title,
-            predicted=row.predicted_step_time_s * factor,
-            measured=row.measured_step_time_s * factor,
-        )
-        for title, row in zip(titles, rows, strict=True)
-    ]
     order = judge_order(rows)
-    return Figure(
-        title="Step time of every plan that ran",
-        svg=charts.draw_pairs(pairs, unit, "Predicted and measured step time of each plan that was run."),
-        caption=_order_words(order.pairs, order.right, order.regret),
-        legend=(LegendItem(colour="predicted", title="predicted", shape="dot"), MEASURED),
+    times = [(row.predicted_step_time_s, row.measured_step_time_s) for row in rows]
+    peaks = [(row.predicted_peak_memory_bytes, row.measured_peak_memory_bytes) for row in rows]
+    factor, time_unit = charts.time_unit(max(measured for _, measured in times))
+    divisor, memory_unit = charts.memory_unit(max(measured for _, measured in peaks))
+    return Verification(
+        sentence=_order_words(order.pairs, order.right, order.regret),
+        figures=(
+            _pairs_figure("Step time", titles, times, factor, time_unit),
+            _pairs_figure("Peak memory of the fullest device", titles, peaks, 1 / divisor, memory_unit),
+        ),
         table=_comparison_table(titles, rows),
+    )
+
+
+def _pairs_figure(
+    title: str, rows: list[str], values: Sequence[tuple[float, float]], factor: float, unit: str
+) -> Figure:
+    pairs = [
+        charts.Pair(row=row, predicted=predicted * factor, measured=measured * factor)
+        for row, (predicted, measured) in zip(rows, values, strict=True)
+    ]
+    return Figure(
+        title=title,
+        svg=charts.draw_pairs(pairs, unit, f"{title} of each plan that ran, predicted and measured."),
+        legend=(LegendItem(colour="predicted", title="predicted", shape="dot"), MEASURED),
     )
 
 
@@ -325,10 +345,15 @@ def _distinct_titles(rows: tuple[ComparisonRow, ...]) -> list[str]:
 
 def _order_words(pairs: int, right: int, regret: float) -> str:
     if pairs == 0:
-        order = f"No two plans differ by more than {DISTINCT:.0%} as measured: their order decides nothing."
+        order = (
+            f"No two plans differ by more than {percent(DISTINCT, 0)} as measured: their order says nothing."
+        )
     else:
-        verdict = "The predicted order is right" if right == pairs else "The predicted order is partly wrong"
-        order = f"{verdict}: so for {right} of {pairs} pairs that differ by more than {DISTINCT:.0%}."
+        count = "all" if right == pairs else str(right)
+        order = (
+            f"Of {pairs} pair{'s' if pairs > 1 else ''} of plans that differ by more than "
+            f"{percent(DISTINCT, 0)} as measured, {count} were predicted in the right order."
+        )
     chosen = "The chosen plan is the fastest measured."
     if regret > 0:
         chosen = f"The chosen plan is {percent(regret)} slower than the fastest measured."
@@ -360,7 +385,7 @@ def _comparison_table(titles: list[str], rows: tuple[ComparisonRow, ...]) -> Tab
             )
             for title, row in zip(titles, rows, strict=True)
         ),
-        numbers_from=2,
+        numbers=(2, 8),
         strong_rows=tuple(index for index, row in enumerate(rows) if row.chosen),
     )
 
@@ -390,4 +415,4 @@ def alternatives_table(plan: Plan) -> Table:
         for other in plan.alternatives
     ]
     header = ("strategy", "step time", "against chosen", "peak memory", "verdict", "why it lost")
-    return Table(header=header, rows=tuple(rows), strong_rows=(0,))
+    return Table(header=header, rows=tuple(rows), numbers=(1, 4), strong_rows=(0,))

@@ -31,11 +31,11 @@ class Tile:
 
 @noun
 class Table:
-    """A table of texts. Columns from `numbers_from` on are numbers and stand to the right."""
+    """A table of texts. Columns from the first to before the second of `numbers` stand to the right."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    numbers_from: int = 1
+    numbers: tuple[int, int] = (1, 99)
     strong_rows: tuple[int, ...] = ()
 
 
