@@ -160,16 +160,18 @@ class Transformer(nn.Module):
         if self.tied and self.output is not None and self.tok_embeddings is not None:
             self.output.weight = self.tok_embeddings.weight
 
+    def units(self) -> Iterator[list[tuple[str, nn.Module]]]:
+        """The embedding, each block, the head: lists of named modules, every parameter in exactly one."""
+        blocks = [(f"layers.{index}",) for index in self.layers]
+        for names in (("tok_embeddings", "positions", "rotary"), *blocks, ("norm", "output")):
+            held = [name for name in names if name in self._modules or name.startswith("layers.")]
+            if held:
+                yield [(name, self.get_submodule(name)) for name in held]
+
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
-        """The named modules that make up the model, in order; every parameter is in exactly one."""
-        for name in ("tok_embeddings", "positions", "rotary"):
-            if getattr(self, name) is not None:
-                yield name, getattr(self, name)
-        for index, layer in list(self.layers.items()):
-            yield f"layers.{index}", layer
-        for name in ("norm", "output"):
-            if getattr(self, name) is not None:
-                yield name, getattr(self, name)
+        """The named modules that make up the model, in order."""
+        for unit in self.units():
+            yield from unit
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tok_embeddings is not None:

@@ -128,17 +128,23 @@ def build_stage(plan: Plan, index: int, meshes: Meshes, *, seed: int, device: to
         plan.model, stage.first, stage.end, index == 0, index == degrees.stages - 1, seq=plan.workload.seq
     )
     options = _options_by_name(stage)
-    for name, part in model.parts():
-        materialize(part, plan.model, prefix=f"{name}.", seed=seed, device=device)
-        apply_tensor_parallel(name, part, degrees, meshes)
-        part = apply_recompute(model, name, part, options.get(name, Recompute.NONE))
-        if isinstance(part, nn.Embedding | nn.Linear) and model.tied:
-            continue  # a tied weight belongs to two parts, so the root shards it
-        apply_data_parallel(part, degrees, plan.workload.precision, meshes)
+    for unit in model.units():
+        modules = []
+        for name, part in unit:
+            materialize(part, plan.model, prefix=f"{name}.", seed=seed, device=device)
+            apply_tensor_parallel(name, part, degrees, meshes)
+            modules.append(apply_recompute(model, name, part, options.get(name, Recompute.NONE)))
+        if not (model.tied and _holds_tied_weight(modules)):
+            apply_data_parallel(modules, degrees, plan.workload.precision, meshes)
     model.tie()
     model.sequence_rank = meshes.tp.get_local_rank() if degrees.sequence_parallel else 0
     apply_data_parallel(model, degrees, plan.workload.precision, meshes)
     return model
+
+
+def _holds_tied_weight(modules: list[nn.Module]) -> bool:
+    """Whether a weight of these modules belongs to another unit too, so that only the root can shard it."""
+    return any(isinstance(module, nn.Embedding | nn.Linear) for module in modules)
 
 
 def _options_by_name(stage: Stage) -> dict[str, Recompute]:
@@ -196,13 +202,16 @@ def apply_recompute(model: Transformer, name: str, part: nn.Module, option: Reco
     return wrapped
 
 
-def apply_data_parallel(module: nn.Module, degrees: Degrees, precision: Precision, meshes: Meshes) -> None:
-    """Makes the module a unit of data parallelism: replicated (ZeRO 0) or sharded (ZeRO 1 to 3).
+def apply_data_parallel(
+    unit: nn.Module | list[nn.Module], degrees: Degrees, precision: Precision, meshes: Meshes
+) -> None:
+    """Makes modules a unit of data parallelism: replicated (ZeRO 0) or sharded (ZeRO 1 to 3).
 
     In bf16 even a single rank has such a unit, since it keeps the fp32 masters. ZeRO 1 and 2 keep the
     gathered parameters until the step's last backward pass; ZeRO 3 frees them after each use.
     """
-    if not any(True for _ in module.parameters()):
+    modules = [m for m in (unit if isinstance(unit, list) else [unit]) if any(True for _ in m.parameters())]
+    if not modules:
         return
     policy = MixedPrecisionPolicy()
     if precision is Precision.BF16:
@@ -211,13 +220,13 @@ def apply_data_parallel(module: nn.Module, degrees: Degrees, precision: Precisio
         )
     if degrees.zero is not Zero.NONE:
         fully_shard(
-            module,
+            modules,
             mesh=meshes.data,
             reshard_after_forward=degrees.zero is Zero.PARAMETERS,
             mp_policy=policy,
         )
     elif degrees.dp > 1 or precision is not Precision.FP32:
-        replicate(module, mesh=meshes.replicate, mp_policy=policy)
+        replicate(modules, mesh=meshes.replicate, mp_policy=policy)
 
 
 def set_gradient_sync(model: nn.Module, zero: Zero, *, last: bool) -> None:
@@ -244,7 +253,7 @@ def unit_groups(model: nn.Module) -> list[Any]:
             state = module._get_fsdp_state()
             # One group a unit up to torch 2.12, a list since.
             groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-            found += [group for group in groups if group is not None]
+            found += [group for group in groups if group is not None and group not in found]
     return found
 
 
