@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from planner.errors import InputError, Problem
 from planner.plan import Plan
-from runtime.model import Transformer, canonical_name
+from runtime.model import canonical_name
 from runtime.optimizer import (
     OptimizerOptions,
     build_optimizer,
@@ -24,6 +24,7 @@ from runtime.optimizer import (
 )
 from runtime.parallelize import Meshes, build_meshes, build_stage, check_supported, whole_parameters
 from runtime.pipeline import Pipeline, Record, StageModule
+from runtime.readback import Executed, read_executed
 from runtime.recompute import WRAPPER_PREFIX
 
 
@@ -177,6 +178,10 @@ class Executor:
         own = [group for pair, group in groups.items() if dist.get_rank() in pair]
         return (tied[0], own[0]) if tied else (None, None)
 
+    def executed(self) -> Executed:
+        """What the ranks executed in the last step, read from the running model. Collective."""
+        return read_executed(self.pipeline, self.plan)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Weights, optimizer state and step count under flat global names, for distributed checkpoints.
 
@@ -263,8 +268,3 @@ def _sum_together(tensors: list[Tensor | None], group: dist.ProcessGroup) -> Non
     dist.all_reduce(flat, group=group)
     for tensor, part in zip(present, torch.split(flat, [t.numel() for t in present]), strict=True):
         tensor.copy_(part.view_as(tensor))
-
-
-def models_of(executor: Executor) -> list[Transformer]:
-    """The models of this rank's stages, in order."""
-    return [module.model for module in executor.modules]

@@ -1,0 +1,181 @@
+"""What a running model really executes, read from its modules, shards and records, not from the plan.
+
+Each figure has its witness: degrees from the meshes that parameters live on and from what passed through
+the first block; the ZeRO stage from FSDP's units and from which backward passes reduced gradients;
+recomputation from the wrappers; stages from the blocks that each rank holds; the schedule table from the
+record of the last step.
+"""
+
+from __future__ import annotations
+
+from torch.distributed._composable.replicate_with_fsdp import ReplicateModule
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from planner.codec import decode, encode, noun
+from planner.cost.schedule import Table, build_table, parse_table, print_table
+from planner.plan import Plan
+from planner.strategy import (
+    Degrees,
+    Recompute,
+    RecomputeCounts,
+    Schedule,
+    Stage,
+    Strategy,
+    Zero,
+)
+from runtime import recompute
+from runtime.exchange import gather_json
+from runtime.model import Transformer
+from runtime.parallelize import mesh_axes, unit_groups
+from runtime.pipeline import Pipeline, StageModule
+
+
+@noun
+class Executed:
+    """The strategy and schedule table that the ranks of a run executed in their last step."""
+
+    strategy: Strategy
+    schedule_table: tuple[tuple[str, ...], ...]
+
+    def differences(self, plan: Plan) -> tuple[str, ...]:
+        """What is not as the plan says, one line each."""
+        found = [
+            f"{name} is {mine}, the plan says {theirs}"
+            for name, mine in encode(self.strategy.degrees).items()
+            if mine != (theirs := encode(plan.strategy.degrees)[name])
+        ]
+        if self.strategy.stages != plan.strategy.stages:
+            found.append(f"stages are {self.strategy.stages}, the plan says {plan.strategy.stages}")
+        if self.schedule_table != plan.schedule_table:
+            found.append(f"schedule is {self.schedule_table}, the plan says {plan.schedule_table}")
+        return tuple(found)
+
+
+@noun
+class _RankReport:
+    """What one rank reads from its own modules and record."""
+
+    stages: dict[str, Stage]
+    row: tuple[str, ...]
+    axes: dict[str, int]
+    zero: int
+    micro_batch: int
+    local_seq: int
+
+
+def read_executed(pipeline: Pipeline, plan: Plan) -> Executed:
+    """What all ranks executed in their last step. Collective. The plan gives only the world's shape:
+    the sequence length that slices are compared with, and a name for tables that several schedules share.
+    """
+    report = _report(pipeline)
+    reports = [
+        decode(_RankReport, value, source=f"rank {rank}")
+        for rank, value in enumerate(gather_json(encode(report)))
+    ]
+    rows = {min(int(index) for index in report.stages): report.row for report in reports}
+    table = tuple(rows[first] for first in sorted(rows))
+    stages = {int(index): stage for report in reports for index, stage in report.stages.items()}
+    return Executed(
+        strategy=Strategy(
+            degrees=_degrees(reports, table, plan),
+            stages=tuple(stages[index] for index in sorted(stages)),
+        ),
+        schedule_table=table,
+    )
+
+
+def _report(pipeline: Pipeline) -> _RankReport:
+    modules, record = pipeline.modules, pipeline.record
+    shape = next(module.hidden_shape for module in modules if module.hidden_shape is not None)
+    return _RankReport(
+        stages={str(module.index): read_stage(module.model) for module in modules},
+        row=tuple(str(action) for action in record.actions),
+        axes=_axes(modules),
+        zero=int(read_zero([module.model for module in modules], record.reduced)),
+        micro_batch=shape[0],
+        local_seq=shape[1],
+    )
+
+
+def read_stage(model: Transformer) -> Stage:
+    """The blocks that a model holds, and what each recomputes."""
+    layers = [int(index) for index in model.layers]
+    options = [recompute.read(layer) for layer in model.layers.values()]
+    counts = {str(option): options.count(option) for option in Recompute}
+    stage = Stage(first=layers[0], end=layers[-1] + 1, recompute=RecomputeCounts(**counts))
+    assert layers == list(range(stage.first, stage.end)), layers
+    assert tuple(options) == stage.recompute.options(), options
+    return stage
+
+
+def read_zero(models: list[Transformer], reduced: list[bool]) -> Zero:
+    """The ZeRO stage, from FSDP's units and from which backward passes reduced gradients.
+
+    With one micro-batch, stages 1 and 2 do the same: both reduce in the only pass, and read as 1.
+    """
+    units = [module for model in models for module in model.modules() if isinstance(module, FSDPModule)]
+    if not units or all(isinstance(unit, ReplicateModule) for unit in units):
+        return Zero.NONE
+    groups = [group for model in models for group in unit_groups(model)]
+    if all(group.post_forward_mesh_info is not None for group in groups):
+        return Zero.PARAMETERS
+    several = len(reduced) > len(models)
+    return Zero.GRADIENTS if several and all(reduced) else Zero.OPTIMIZER
+
+
+def _axes(modules: list[StageModule]) -> dict[str, int]:
+    """Sizes of the axes that some parameter or unit of this rank is spread over."""
+    sizes: dict[str, int] = {}
+    for parameter in (p for module in modules for p in module.parameters()):
+        if isinstance(parameter, DTensor):
+            sizes |= dict(zip(mesh_axes(parameter), parameter.device_mesh.shape, strict=True))
+    for group in (group for module in modules for group in unit_groups(module)):
+        mesh = group.mesh_info.mesh
+        sizes |= dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
+    return sizes
+
+
+def _degrees(reports: list[_RankReport], table: tuple[tuple[str, ...], ...], plan: Plan) -> Degrees:
+    """One set of degrees from all ranks' reports, which must agree."""
+    first = reports[0]
+    for report in reports:
+        facts = (report.axes, report.zero, report.micro_batch, report.local_seq)
+        assert facts == (first.axes, first.zero, first.micro_batch, first.local_seq), (first, report)
+    actions = parse_table(table)
+    micro_batches = {action.micro_batch for row in actions for action in row}
+    chunks = {len({action.stage for action in row}) for row in actions}
+    assert len(chunks) == 1, chunks
+    return Degrees(
+        tp=first.axes.get("tp", 1),
+        pp=len(table),
+        chunks=chunks.pop(),
+        schedule=_schedule(actions, len(micro_batches), plan.strategy.degrees.schedule),
+        dp_replicate=first.axes.get("dp_replicate", 1),
+        dp_shard=first.axes.get("dp_shard", 1),
+        zero=_zero_of(first.zero, len(micro_batches), plan.strategy.degrees.zero),
+        micro_batch=first.micro_batch,
+        num_micro_batches=len(micro_batches),
+        sequence_parallel=first.local_seq < plan.workload.seq,
+    )
+
+
+def _zero_of(zero: int, micro_batches: int, expected: Zero) -> Zero:
+    """The stage read; where 1 and 2 cannot be told apart (one micro-batch), the expected one of them."""
+    if zero == Zero.OPTIMIZER and micro_batches == 1 and expected is Zero.GRADIENTS:
+        return expected
+    return Zero(zero)
+
+
+def _schedule(table: Table, micro_batches: int, expected: Schedule) -> Schedule:
+    """The schedule that has this table; the expected one first, as small tables can be of several."""
+    pp, chunks = len(table), len({action.stage for action in table[0]})
+    candidates: tuple[Schedule, ...] = (expected, *Schedule)
+    for schedule in candidates:
+        if chunks > 1 and schedule is not Schedule.INTERLEAVED:
+            continue
+        if schedule is Schedule.INTERLEAVED and micro_batches % pp:
+            continue
+        if build_table(schedule, pp, chunks, micro_batches) == table:
+            return schedule
+    raise AssertionError(f"no schedule has the table {print_table(table)}")
