@@ -6,6 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from planner.codec import load_json, noun
+from planner.errors import InputError, Problem
 from planner.strategy import Recompute
 from planner.workload import Precision
 
@@ -34,10 +35,19 @@ class Op(StrEnum):
 class LayerSample:
     """One layer class at one shard width and one micro-batch, measured without communication time.
 
-    `shape_key` identifies the class (`Block.shape_key`; for embedding and head, `h{hidden}-v{vocab}` plus
-    `-tied` where tied does not change the cost is not written). `saved_bytes` is what the layer keeps
-    from forward to backward; `forward_transient_bytes` and `backward_transient_bytes` are the peaks above
-    what is kept. Times are medians of `samples` runs; `spread` is the interquartile range over the median.
+    `shape_key` identifies the class: `Block.shape_key`; for embedding and head `h{hidden}-v{vocab}`, tied
+    or not (an own copy of the tied weight costs the same time). Times are medians of `samples` runs and
+    the backward pass adds to gradients that exist; `spread` is the larger interquartile range over its
+    median.
+
+    Bytes are of tensors, by the allocator, parameters and accumulated gradients not counted:
+
+    - `saved_bytes` is what the layer keeps from forward to backward: its input once, where it needs it,
+      and never its output, which is the next layer's input. A stage whose output leaves for another
+      stage holds that output besides.
+    - `forward_transient_bytes` is the peak of the forward pass above `saved_bytes`, the output included.
+    - `backward_transient_bytes` is the peak of the backward pass above `saved_bytes`: gradients of output
+      and input, what is recomputed, a parameter's gradient on its way to being added.
     """
 
     kind: LayerKind
@@ -62,7 +72,8 @@ class CommSample:
     """One collective over `ranks` ranks while `groups` such groups ran at once, all on one node.
 
     `bytes` is the full message: the tensor of an all-reduce, the gathered tensor of an all-gather, the
-    input of a reduce-scatter or all-to-all, the message of a send.
+    input of a reduce-scatter or all-to-all, the message of a send. `seconds` is the median over bursts of
+    calls, of a burst's time over its calls.
     """
 
     op: Op
@@ -93,7 +104,11 @@ class Constant:
 
 @noun
 class Profile:
-    """All samples of a device and software stack, with versions and date."""
+    """All samples of a device and software stack, with versions and date.
+
+    `cores` is the number of CPU cores that the ranks share. `skipped` names what could not be measured,
+    and why.
+    """
 
     schema_version: int
     name: str
@@ -107,6 +122,8 @@ class Profile:
     comms: tuple[CommSample, ...]
     contention: tuple[ContentionSample, ...]
     constants: tuple[Constant, ...]
+    cores: int | None = None
+    skipped: tuple[str, ...] = ()
 
     def constant(self, name: str) -> float | None:
         """The value of a constant, or None where the profile has none."""
@@ -117,5 +134,14 @@ class Profile:
 
 
 def load_profile(path: Path) -> Profile:
-    """The profile in a file that `plan profile` wrote."""
-    return load_json(path, Profile)
+    """The profile in a file that `plan profile` wrote. Raises InputError for another schema."""
+    profile = load_json(path, Profile)
+    if profile.schema_version != PROFILE_SCHEMA:
+        raise InputError(
+            Problem(
+                where=f"{path}: schema_version",
+                fault=f"is {profile.schema_version}; this version reads {PROFILE_SCHEMA}.",
+                fix="measure again with `plan profile`",
+            )
+        )
+    return profile

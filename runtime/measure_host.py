@@ -7,6 +7,7 @@ and a part per byte are the line through a small and a large case.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from runtime.measure_layers import DTYPES, to_precision
 from runtime.memory import rss_bytes
 from runtime.model import Transformer, build_transformer, materialize
 from runtime.optimizer import OptimizerOptions, build_optimizer, clip, weighted_square_sum
-from runtime.parallelize import Meshes, apply_data_parallel, set_gradient_sync
+from runtime.parallelize import Meshes, apply_data_parallel, apply_tensor_parallel, set_gradient_sync
 from runtime.pipeline import Record, StageModule, lower_schedule, micro_batch_loss
 from runtime.timing import Effort, Timing, time_call, time_phases
 
@@ -38,13 +39,17 @@ _SMALL_HIDDEN, _LARGE_HIDDEN = 64, 512
 _MICRO_BATCHES = 8
 
 
+HOST_CONSTANTS = 22
+"""About how many constants `measure_host` yields, for a progress bar."""
+
+
 def measure_host(device_type: str, precision: Precision, effort: Effort) -> Iterator[dict[str, Any]]:
     """Yields constants (encoded), one family after another."""
 
     def body(rank: int, emit: Emit) -> None:
         torch.set_num_threads(1)
         device = torch.device(device_type)
-        for family in (_rates, _wrappers, _pipeline_action, _optimizer):
+        for family in (_rates, _launches, _wrappers, _pipeline_action, _optimizer):
             for constant in family(device, precision, effort):
                 emit(encode(constant))
 
@@ -74,6 +79,26 @@ def _rates(device: torch.device, precision: Precision, effort: Effort) -> Iterat
 
 def _constant(name: str, value: float, how: str) -> Constant:
     return Constant(name=name, value=float(value), origin=f"measured: {how}")
+
+
+# Host floor of a block
+
+
+def _launches(device: torch.device, precision: Precision, effort: Effort) -> Iterator[Constant]:
+    """The forward pass of a block so small that the host is all of it; and what tp's hooks add to it."""
+    seconds = {}
+    for tp in (1, 2):
+        degrees = Degrees(tp=tp)
+        with fake_world(degrees, device.type) as meshes:
+            stage = _blocks(_SMALL_HIDDEN, None, precision, device, meshes)
+            for name, part in stage.parts():
+                apply_tensor_parallel(name, part, degrees, meshes)
+            unit = _time_unit(stage, _SMALL_HIDDEN, precision, device, effort, accumulate=True)
+            seconds[tp] = unit.forward_s
+    yield _constant("host_block_forward_s", seconds[1], "a block of hidden size 64 on 8 tokens")
+    yield _constant(
+        "host_tp_forward_s", max(seconds[2] - seconds[1], 0.0), "the same with tensor-parallel hooks"
+    )
 
 
 # Wrappers of data parallelism
@@ -356,12 +381,16 @@ def _two_unknowns(a: tuple[int, int, float], b: tuple[int, int, float]) -> tuple
 # Contention
 
 
+CONTENTION_ROUNDS = 3
+
+
 def measure_contention(
     ranks: int, device_type: str, precision: Precision, window_s: float
 ) -> Iterator[dict[str, Any]]:
     """Yields `{"active", "rank", "seconds"}`: mean time of a block's passes with `active` ranks at work.
 
-    In window k the first k processes compute and the others sleep, by one clock.
+    In a window for k ranks the first k processes compute and the others sleep, all by one clock. The
+    windows come round CONTENTION_ROUNDS times; the mean of the least disturbed round is given.
     """
     begin = time.monotonic() + 1.0 + 0.1 * ranks
 
@@ -371,11 +400,15 @@ def measure_contention(
         run()
         if time.monotonic() > begin:
             raise RuntimeError("this machine is too busy to start the ranks within the time given")
-        for active in range(1, ranks + 1):
-            opens = begin + (active - 1) * window_s
+        best = dict.fromkeys(range(1, ranks + 1), math.inf)
+        for turn in range(CONTENTION_ROUNDS * ranks):
+            opens = begin + turn * window_s
             time.sleep(max(0.0, opens - time.monotonic()))
+            active = turn % ranks + 1
             if rank < active:
-                emit({"active": active, "rank": rank, "seconds": _until(run, opens + window_s * 0.95)})
+                best[active] = min(best[active], _until(run, opens + window_s * 0.95))
+        for active in range(rank + 1, ranks + 1):
+            emit({"active": active, "rank": rank, "seconds": best[active]})
 
     yield from run_children(body, ranks)
 

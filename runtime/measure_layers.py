@@ -62,7 +62,12 @@ class LayerCase:
 def layer_cases(
     model: ModelSpec, seq: int, widths: Sequence[int], micro_batches: Sequence[int]
 ) -> list[LayerCase]:
-    """All cases of a model whose sizes the widths divide, those of one width together."""
+    """All cases of a model whose sizes the widths divide, those of one width together.
+
+    Recomputing blocks are measured at the first and the last but one micro-batch only: between and beyond
+    these their time and bytes are lines, like those of blocks that keep everything.
+    """
+    fewer = sorted({micro_batches[0], micro_batches[max(len(micro_batches) - 2, 0)]})
     return [
         LayerCase(kind=kind, recompute=recompute, tp=tp, sequence_parallel=parallel, micro_batch=micro_batch)
         for tp in widths
@@ -71,7 +76,7 @@ def layer_cases(
         if not parallel or (tp > 1 and seq % tp == 0)
         for kind in LayerKind
         for recompute in (Recompute if kind is LayerKind.BLOCK else [Recompute.NONE])
-        for micro_batch in micro_batches
+        for micro_batch in (micro_batches if recompute is Recompute.NONE else fewer)
     ]
 
 

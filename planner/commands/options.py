@@ -151,7 +151,7 @@ def load_problem(options: ProblemOptions) -> ProblemInputs:
         seq=options.seq,
         batch=options.batch,
         tokens=tokens,
-        precision=_precision(options.precision, cluster),
+        precision=chosen_precision(options.precision, cluster),
         optimizer=Optimizer(options.optimizer),
         method=Method(options.method),
     )
@@ -181,7 +181,7 @@ def _faults(
     return found
 
 
-def _precision(text: str | None, cluster: ClusterSpec) -> Precision:
+def chosen_precision(text: str | None, cluster: ClusterSpec) -> Precision:
     """The precision asked for; by default the narrowest that every device of the cluster is made for."""
     from planner.workload import Precision
 
