@@ -8,7 +8,6 @@ modelled are refused; keys that are not part of the description are named in the
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -172,7 +171,7 @@ def _checked(key: Key, name: str, value: Any, source: str, problems: list[Proble
             problems.append(Problem(where=where, fault=f"is {_show(value)}.", legal=legal, fix=fix))
             return None
         return key.choices[value]
-    if key.kind in (int, float) and not (math.isfinite(value) and key.low <= value <= key.high):
+    if key.kind in (int, float) and not key.low <= value <= key.high:  # nan is in no range
         legal = f"{key.low:g} to {key.high:g}" if key.kind is float else f"{key.low:.0f} to {key.high:.0f}"
         problems.append(Problem(where=where, fault=f"is {_show(value)}.", legal=legal))
         return None

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 from planner.errors import InputError, Problem
 
 
 def squash(name: str) -> str:
-    """A name without case, dashes, underscores and spaces: `GPT3-175B` and `gpt-3-175b` are the same."""
-    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
+    """A name without case and separators: `GPT3-175B` and `gpt-3-175b` are the same.
+
+    A separator between two digits stays, as a dash: `llama-27b` is not `llama-2-7b`.
+    """
+    dashed = re.sub(r"[-_ ]+", "-", name.lower())
+    return re.sub(r"(?<![0-9])-|-(?![0-9])", "", dashed)
 
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:

@@ -10,6 +10,8 @@ KIB = 1024
 MIB = 1024**2
 GIB = 1024**3
 DAY_S = 86_400.0
+LARGEST = 1e30
+"""Larger numbers in a quantity are taken for a typing error; they would overflow further on."""
 
 _BYTE_UNITS = {
     "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -23,11 +25,11 @@ _NUMBER = re.compile(r"^\s*([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]
 def _parse(text: str, units: dict[str, int] | dict[str, float], flag: str, example: str) -> float:
     match = _NUMBER.match(text)
     unit = match.group(2).upper() if match else ""
-    if match is None or unit not in units:
+    if match is None or unit not in units or float(match.group(1)) > LARGEST:
         raise InputError(
             Problem(
                 where=flag,
-                fault=f"'{text}' is not a quantity in known units, such as {example}.",
+                fault=f"'{text[:40]}' is not a quantity in known units, such as {example}.",
                 legal=", ".join(u or "(none)" for u in units),
             )
         )
