@@ -1,6 +1,6 @@
 """Sample plans and runs for the tests of the report.
 
-`python tests/report_samples.py DIR` writes them as files, to look at.
+`python -m tests.report_samples DIR` writes them as files, to look at.
 """
 
 from __future__ import annotations

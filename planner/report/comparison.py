@@ -80,6 +80,8 @@ def load_comparison(path: Path) -> tuple[ComparisonRow, ...]:
         for field in fields
         if getattr(row, field) <= 0
     ]
+    if not rows:
+        problems.append(Problem(where=str(path), fault="holds no plan."))
     if problems:
         raise InputError(*problems)
     return rows

@@ -128,8 +128,7 @@ def memory_figure(plan: Plan, run: RunRecord | None) -> Figure:
     largest = max([*(m.total_bytes for m in memories), *(max(p, default=0) for p in peaks)])
     near = 0 < limit <= FAR_LIMIT * largest
     divisor, unit = charts.memory_unit(limit if near else largest)
-    caption = f"Limit {format_bytes(limit)} a device"
-    caption += " (dashed line)." if near else f", far beyond: the fullest takes {percent(largest / limit)}."
+    caption = _limit_words(limit, largest, near)
     stacks = [_stack(title, memory, divisor) for title, memory in zip(titles, memories, strict=True)]
     svg = charts.draw_bars(
         [bar for stack in stacks for bar in stack],
@@ -150,6 +149,14 @@ def memory_figure(plan: Plan, run: RunRecord | None) -> Figure:
         legend.append(MEASURED)
     table = _memory_table(plan, titles, memories, peaks)
     return Figure(title="Memory of a device", svg=svg, caption=caption, legend=tuple(legend), table=table)
+
+
+def _limit_words(limit: int, largest: int, near: bool) -> str:
+    if limit <= 0:
+        return "No limit is given."
+    if near:
+        return f"Limit {format_bytes(limit)} a device (dashed line)."
+    return f"Limit {format_bytes(limit)} a device, far beyond: the fullest takes {percent(largest / limit)}."
 
 
 def _memory_by_pp_rank(plan: Plan) -> list[MemoryBreakdown]:
@@ -407,7 +414,7 @@ def alternatives_table(plan: Plan) -> Table:
         (
             other.strategy.degrees.label(),
             format_seconds(other.step_time_s),
-            signed_percent(other.step_time_s / own.step_time_s - 1),
+            signed_percent(other.step_time_s / own.step_time_s - 1) if own.step_time_s > 0 else "",
             format_bytes(other.peak_memory_bytes),
             str(other.verdict),
             other.reason,

@@ -282,9 +282,12 @@ def run_warnings(run: RunRecord | None) -> tuple[str, ...]:
     warnings = list(run.notes)
     if run.summary is not None:
         warnings += [f"What ran differs from the plan: {each}" for each in run.summary.executed_differences]
-    diverged = next((step.step for step in run.steps if step.loss is None), None)
-    if diverged is not None:
-        warnings.append(f"The loss was not a finite number from step {diverged} on, or not recorded.")
+    lost = [step.step for step in run.steps if step.loss is None]
+    if lost:
+        warnings.append(
+            f"The loss was not a finite number in {len(lost)} of {len(run.steps)} steps, "
+            f"first in step {lost[0]}."
+        )
     return tuple(warnings)
 
 
