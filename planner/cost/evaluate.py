@@ -80,7 +80,7 @@ class CostModel:
         breakdown = time_breakdown(replayed, table, costs, hops_s)
         return Evaluation(
             strategy=strategy,
-            estimate=self._estimate(replayed, breakdown, peak_bytes, self._coverage(shape)),
+            estimate=self._estimate(replayed, breakdown, peak_bytes, self.coverage(shape)),
             stages=tuple(
                 StageEstimate(
                     memory=memory[index],
@@ -94,7 +94,8 @@ class CostModel:
             replay=replayed,
         )
 
-    def _coverage(self, shape: ShapeModel) -> Coverage:
+    def coverage(self, shape: ShapeModel) -> Coverage:
+        """How much of a shape's time rests on which origin."""
         seconds = shape.origins_s()
         total = sum(seconds.values()) or 1.0
         shares = {origin: seconds.get(origin, 0.0) / total for origin in ORIGINS}
@@ -134,13 +135,13 @@ class CostModel:
         if any(peak is None for peak in peaks):
             return None
         total = sum((peak or 0.0) * g.devices for peak, g in zip(peaks, cluster.groups, strict=True))
-        flops: float = 3 * self.problem.model.flops_per_token_forward(workload.seq) * tokens_per_s
-        return flops / total
+        flops = 3 * self.problem.model.flops_per_token_forward(workload.seq) * tokens_per_s
+        return float(flops / total)
 
 
 def band(errors: dict[str, float], coverage: Coverage) -> float:
     """The error of a mixture of origins: their errors weighted by share."""
-    return sum(errors[origin] * getattr(coverage, origin) for origin in ORIGINS)
+    return float(sum(errors[origin] * getattr(coverage, origin) for origin in ORIGINS))
 
 
 def verdict(peak_bytes: int, limit_bytes: int, coverage: Coverage) -> Verdict:

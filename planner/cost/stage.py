@@ -12,7 +12,7 @@ from planner.cost.comm import CommCost, CommModel, Group
 from planner.cost.compute import LayerCost, LayerModel, LayerShape
 from planner.problem import PlanningProblem
 from planner.profile import LayerKind, Op
-from planner.strategy import Degrees, Recompute, RecomputeCounts, Stage, Zero
+from planner.strategy import Degrees, Recompute, RecomputeCounts, Zero
 
 
 @noun
@@ -107,9 +107,15 @@ class ShapeModel:
         self.head_unit = Unit(
             params=(model.norm.params(model.hidden) + model.vocab * model.hidden) / tp, tensors=2
         )
+        self.gathers_s = {unit: self.gather_s(unit) for unit in self._all_units()}
+        self.reduces_s = {unit: self.reduce_s(unit) for unit in self._all_units()}
+        self._stages: dict[tuple[RecomputeCounts, bool, bool], StageCost] = {}
         self.block_passes = {option: self._block_passes(option) for option in Recompute}
         self.embedding_passes = self._end_passes(LayerKind.EMBEDDING)
         self.head_passes = self._end_passes(LayerKind.HEAD)
+
+    def _all_units(self) -> tuple[Unit, ...]:
+        return (self.block_unit, self.embedding_unit, self.head_unit)
 
     # Layers
 
@@ -169,10 +175,10 @@ class ShapeModel:
         backward += Pass(host_s=self._constant("fsdp_unit_backward_s"))
         zero = self.degrees.zero
         if zero is Zero.PARAMETERS:
-            forward = self._exposed(forward, self.gather_s(unit))
-            backward = self._exposed(backward, self.gather_s(unit) + self.reduce_s(unit))
+            forward = self._exposed(forward, self.gathers_s[unit])
+            backward = self._exposed(backward, self.gathers_s[unit] + self.reduces_s[unit])
         elif zero is Zero.GRADIENTS:
-            backward = self._exposed(backward, self.reduce_s(unit))
+            backward = self._exposed(backward, self.reduces_s[unit])
         return forward, backward
 
     def _exposed(self, passing: Pass, comm_s: float) -> Pass:
@@ -254,37 +260,38 @@ class ShapeModel:
 
     # Stages
 
-    def units(self, stage: Stage, *, first: bool, last: bool) -> list[Unit]:
-        """The units of a stage: its blocks, and the embedding and the head where it holds them."""
-        units = [self.block_unit] * stage.layers
-        if first:
-            units.append(self.embedding_unit)
-        if last:
-            units.append(self.head_unit)
-        return units
-
     def stage(self, counts: RecomputeCounts, *, first: bool, last: bool) -> StageCost:
         """The cost of a stage with `counts` blocks of each option, and the ends that it holds."""
-        forward, backward = Pass(), Pass()
+        key = (counts, first, last)
+        if key not in self._stages:
+            self._stages[key] = self._stage(counts, first=first, last=last)
+        return self._stages[key]
+
+    def _stage(self, counts: RecomputeCounts, *, first: bool, last: bool) -> StageCost:
+        action = Pass(host_s=self._constant("pp_action_s") if self.degrees.pp > 1 else 0.0)
+        forward, backward = action, action
         for option, count in self._options(counts):
             one_forward, one_backward = self.block_passes[option]
             forward, backward = forward + one_forward * count, backward + one_backward * count
         ends = [self.embedding_passes] * first + [self.head_passes] * last
         for end_forward, end_backward in ends:
             forward, backward = forward + end_forward, backward + end_backward
-        stage = Stage(first=0, end=counts.layers, recompute=counts)
-        units = self.units(stage, first=first, last=last)
-        action = Pass(host_s=self._constant("pp_action_s") if self.degrees.pp > 1 else 0.0)
+        units = self.units(counts.layers, first=first, last=last)
         return StageCost(
-            forward=forward + action,
-            backward=backward + action,
+            forward=forward,
+            backward=backward,
             unshard_s=self._unshard_s(units),
             reduce_s=self._reduce_s(units, backward.total_s),
-            optimizer_s=self._optimizer_s(units),
-            params=sum(unit.params for unit in units) - self._tied_params(first, last),
-            largest_unit_params=max((unit.params for unit in units), default=0.0),
+            optimizer_s=self.optimizer_s(units),
+            params=sum(unit.params * count for unit, count in units) - self._tied_params(first, last),
+            largest_unit_params=max(unit.params for unit, _ in units),
             **self._memory(counts, first=first, last=last),
         )
+
+    def units(self, layers: int, *, first: bool, last: bool) -> list[tuple[Unit, int]]:
+        """The units of a stage with their counts: blocks, and the ends that it holds."""
+        units = [(self.block_unit, layers)]
+        return units + [(self.embedding_unit, 1)] * first + [(self.head_unit, 1)] * last
 
     @staticmethod
     def _options(counts: RecomputeCounts) -> list[tuple[Recompute, int]]:
@@ -301,26 +308,27 @@ class ShapeModel:
         tied = model.tied_embeddings and first and last
         return model.vocab * model.hidden / self.degrees.tp if tied else 0.0
 
-    def _unshard_s(self, units: list[Unit]) -> float:
-        """ZeRO 1 and 2 gather each unit once a step."""
+    def _unshard_s(self, units: list[tuple[Unit, int]]) -> float:
+        """ZeRO 1 and 2 gather each unit once a step; where that overlaps, only the first one shows."""
         if self.degrees.zero not in (Zero.OPTIMIZER, Zero.GRADIENTS):
             return 0.0
-        total_s = sum(self.gather_s(unit) for unit in units)
-        return max((self.gather_s(unit) for unit in units), default=0.0) if self.overlaps else total_s
+        if self.overlaps:
+            return max(self.gathers_s[unit] for unit, _ in units)
+        return sum(self.gathers_s[unit] * count for unit, count in units)
 
-    def _reduce_s(self, units: list[Unit], backward_s: float) -> float:
+    def _reduce_s(self, units: list[tuple[Unit, int]], backward_s: float) -> float:
         """ZeRO 0 and 1 reduce each unit once a step, behind the last backward where it overlaps."""
         if self.degrees.dp == 1 or self.degrees.zero in (Zero.GRADIENTS, Zero.PARAMETERS):
             return 0.0
-        each = [self.reduce_s(unit) for unit in units]
+        total_s = sum(self.reduces_s[unit] * count for unit, count in units)
         if not self.overlaps:
-            return sum(each)
-        return max(max(each, default=0.0), sum(each) - backward_s)
+            return total_s
+        return max(max(self.reduces_s[unit] for unit, _ in units), total_s - backward_s)
 
-    def _optimizer_s(self, units: list[Unit]) -> float:
+    def optimizer_s(self, units: list[tuple[Unit, int]]) -> float:
         """Clipping and the update of this device's shard: a cost a parameter and a cost a tensor."""
-        params = sum(unit.params for unit in units) / self.degrees.dp_shard
-        tensors = sum(unit.tensors for unit in units)
+        params = sum(unit.params * count for unit, count in units) / self.degrees.dp_shard
+        tensors = sum(unit.tensors * count for unit, count in units)
         each = self._constant("optimizer_s_per_param") + self._constant("clip_s_per_param")
         per_tensor = self._constant("optimizer_s_per_tensor") + self._constant("clip_s_per_tensor")
         if each == 0.0 and self.layer_model.rates is not None:

@@ -1,0 +1,75 @@
+"""A cheap lower bound on the step time of a shape, before any stage is cut.
+
+With the cheapest option for every block, the whole model's passes F, B (W = F + B) and p ranks:
+
+    no pipeline     exact
+    GPipe           W (1 + (m - 1) / p)
+    1F1B            W (m + p - 1) / p                       if m > p (see below)
+                    W (1 + (m - 1) / 2p)                    else
+    interleaved     m W / p
+    shared cores    m W devices / throughput
+
+The second line for 1F1B averages, over stages i, the two paths with m forwards then one descent, and one
+descent then m backwards. The first weighs the paths that descend twice, C_i = sum_{j<i} t_j +
+(m - w_i) t_i + 2 S_i, by a_i >= 0 with a_{i+1} = a_i (m - p - 1 + i) / (m - p + 1 + i), which makes the
+weight of every t_j equal; since even stages make every C_i equal to (m + p - 1) t, that weight is
+(m + p - 1) / p, and no split of W can do better.
+"""
+
+from __future__ import annotations
+
+from planner.cost.evaluate import CostModel
+from planner.cost.memory import grads_bytes, optimizer_bytes, weights_bytes
+from planner.cost.stage import Pass, ShapeModel
+from planner.strategy import Recompute, Schedule
+
+
+def whole_passes(shape: ShapeModel, options: tuple[Recompute, ...]) -> tuple[Pass, Pass]:
+    """Forward and backward of the whole model for one micro-batch, every block at its cheapest option."""
+    layers = shape.problem.model.layers
+    block_forward, block_backward = min(
+        (shape.block_passes[option] for option in options), key=lambda passes: passes[1].total_s
+    )
+    forward = block_forward * layers + shape.embedding_passes[0] + shape.head_passes[0]
+    backward = block_backward * layers + shape.embedding_passes[1] + shape.head_passes[1]
+    return forward, backward
+
+
+def step_bound_s(model: CostModel, shape: ShapeModel, options: tuple[Recompute, ...]) -> float:
+    """No strategy of this shape has a shorter replay."""
+    degrees = shape.degrees
+    per_rank = degrees.world // degrees.pp
+    slow = model.sharing.slowdown(per_rank) if model.sharing else 1.0
+    forward, backward = whole_passes(shape, options)
+    whole_s = (forward.work_s + backward.work_s) * slow + forward.fixed_s + backward.fixed_s
+    span_s = whole_s * _schedule_factor(degrees.schedule, degrees.pp, degrees.num_micro_batches)
+    if model.sharing:
+        throughput = model.sharing.best_throughput(degrees.world)
+        work_s = (forward.work_s + backward.work_s) * degrees.num_micro_batches * per_rank
+        span_s = max(span_s, work_s / throughput)
+    return span_s + _optimizer_bound_s(model, shape)
+
+
+def _schedule_factor(schedule: Schedule, p: int, m: int) -> float:
+    if p == 1:
+        return float(m)
+    match schedule:
+        case Schedule.GPIPE:
+            return 1 + (m - 1) / p
+        case Schedule.ONE_F_ONE_B:
+            return (m + p - 1) / p if m > p else 1 + (m - 1) / (2 * p)
+        case Schedule.INTERLEAVED:
+            return max(m / p, 1.0)
+
+
+def _optimizer_bound_s(model: CostModel, shape: ShapeModel) -> float:
+    """The slowest rank's optimizer step is no faster than the mean over ranks."""
+    slow = model.sharing.slowdown(shape.degrees.world) if model.sharing else 1.0
+    units = shape.units(shape.problem.model.layers, first=True, last=True)
+    return shape.optimizer_s(units) * slow / shape.degrees.pp
+
+
+def memory_bound_bytes(shape: ShapeModel) -> float:
+    """No strategy of this shape keeps less on its fullest rank: the mean of weights, gradients, state."""
+    params = shape.problem.model.params_total / shape.degrees.tp / shape.degrees.pp
+    return weights_bytes(shape, params) + grads_bytes(shape, params) + optimizer_bytes(shape, params)

@@ -1,0 +1,273 @@
+"""solve(): the best plan of the whole space, with a certificate.
+
+1. Every legal shape gets a lower bound of its step time; those whose weights alone overflow are pruned.
+2. Shapes are searched in order of their bound.
+3. The search stops when the next bound is no better than the incumbent: nothing left can win.
+
+The certificate's lower bound is the least of the bounds of all shapes, searched and unsearched; the gap is
+what lies between it and the plan.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import NamedTuple
+
+from planner.codec import digest, noun
+from planner.cost import constants
+from planner.cost.evaluate import CostModel, Evaluation, band
+from planner.cost.schedule import print_table
+from planner.errors import InfeasibleError
+from planner.estimate import Rejected
+from planner.plan import Alternative, Certificate, Plan
+from planner.problem import PlanningProblem
+from planner.search.bounds import memory_bound_bytes, step_bound_s
+from planner.search.shape_search import Budget, Found, ShapeSearch
+from planner.search.space import Pins, shapes
+from planner.search.verify import verify
+from planner.strategy import AXES, Degrees, Strategy
+from planner.units import format_bytes
+
+OPTIMAL_GAP = 1e-6
+GREEDY_SHAPES = 32
+"""Shapes, in order of their bound, that get an even split first: a good incumbent prunes the rest."""
+NOT_MODELLED = (
+    "data loading, evaluation and checkpoint stalls",
+    "failures and stragglers",
+    "context and expert parallelism",
+)
+
+
+@noun
+class SolveOptions:
+    """What limits the search.
+
+    It stops when nothing left can be faster by more than `gap_tolerance`, a share of the step time.
+    `rounds` ILPs at most are solved for one shape. `reproducible` uses no clock and writes no wall time.
+    """
+
+    pins: Pins
+    time_limit_s: float | None = None
+    top: int = 5
+    gap_tolerance: float = 1e-3
+    rounds: int = 3
+    reproducible: bool = False
+
+
+class _Candidate(NamedTuple):
+    bound_s: float
+    order: int
+    search: ShapeSearch
+
+
+class Solver:
+    """One search over a problem."""
+
+    def __init__(self, problem: PlanningProblem, options: SolveOptions) -> None:
+        self.problem, self.options = problem, options
+        self.model = CostModel(problem)
+        self.started_s = time.monotonic()
+        self.rejected: Counter[str] = Counter()
+        self.nearest: dict[str, Rejected] = {}
+        self.shapes = self.milps = 0
+        self.found: list[Found] = []
+        self.bounds_s: list[float] = []
+
+    def solve(self) -> Plan:
+        """The best plan. Raises InfeasibleError where no strategy keeps the rules and fits."""
+        candidates = self._candidates()
+        out_of_time = self._search(candidates)
+        if not self.found:
+            raise InfeasibleError(self._why_infeasible())
+        best = min(self.found, key=lambda f: f.step_time_s)
+        evaluation = self.model.evaluate(best.strategy)
+        lower_s = min([*self.bounds_s, best.step_time_s])
+        gap = max(0.0, 1 - lower_s / best.step_time_s)
+        proven = gap <= self.options.gap_tolerance * (1 + OPTIMAL_GAP) + OPTIMAL_GAP and not out_of_time
+        verify(self.problem, evaluation, lower_s)
+        certificate = Certificate(
+            status="optimal" if proven else "gap",
+            objective_s=best.step_time_s,
+            lower_bound_s=lower_s,
+            gap=gap if gap > OPTIMAL_GAP else 0.0,
+            wall_s=0.0 if self.options.reproducible else time.monotonic() - self.started_s,
+            shapes=self.shapes,
+            pruned=sum(self.rejected.values()),
+            milps=self.milps,
+            verified=True,
+        )
+        others = self._alternatives(candidates, best)
+        return make_plan(self.problem, evaluation, certificate, dict(sorted(self.rejected.items())), others)
+
+    def _candidates(self) -> list[_Candidate]:
+        """Every legal shape that may fit, in order of its bound."""
+        result = []
+        for order, shape in enumerate(shapes(self.problem, self.options.pins)):
+            self.shapes += 1
+            if isinstance(shape, Rejected):
+                self._reject(shape)
+                continue
+            search = ShapeSearch(self.model, shape, 0.0, self.options.pins.recomputes)
+            search.limit_bytes = self._safe_bytes(search)
+            least = memory_bound_bytes(search.shape)
+            if least > search.limit_bytes:
+                self._reject(self._too_large(shape, least, search.limit_bytes))
+                continue
+            bound_s = step_bound_s(self.model, search.shape, self.options.pins.recomputes)
+            result.append(_Candidate(bound_s, order, search))
+        return sorted(result, key=lambda c: (c.bound_s, c.order))
+
+    def _safe_bytes(self, search: ShapeSearch) -> float:
+        """The largest predicted peak that is still judged SAFE."""
+        coverage = self.model.coverage(search.shape)
+        return self.problem.memory_limit_bytes / (1 + band(constants.MEMORY_ERROR, coverage))
+
+    def _reject(self, rejected: Rejected) -> None:
+        self.rejected[rejected.rule] += 1
+        self.nearest.setdefault(rejected.rule, rejected)
+
+    def _too_large(self, degrees: Degrees, least: float, limit: float) -> Rejected:
+        return Rejected(
+            rule="memory",
+            detail=f"{degrees.label()} needs at least {format_bytes(least)} a device for weights, gradients "
+            f"and optimizer state; {format_bytes(limit)} is safe.",
+        )
+
+    def _seconds_left(self) -> float | None:
+        limit = None if self.options.reproducible else self.options.time_limit_s
+        return None if limit is None else limit - (time.monotonic() - self.started_s)
+
+    def _search(self, candidates: list[_Candidate]) -> bool:
+        """Searches shapes until none left can win. Returns whether time ran out first."""
+        incumbent_s = float("inf")
+        for candidate in candidates[:GREEDY_SHAPES]:
+            greedy = candidate.search.greedy()
+            if greedy is not None:
+                self.found.append(greedy)
+                incumbent_s = min(incumbent_s, greedy.step_time_s)
+        for index, candidate in enumerate(candidates):
+            left = self._seconds_left()
+            to_beat_s = incumbent_s * (1 - self.options.gap_tolerance)
+            if candidate.bound_s >= to_beat_s or (left is not None and left <= 0):
+                self.bounds_s += [other.bound_s for other in candidates[index:]]
+                return candidate.bound_s < to_beat_s
+            result = candidate.search.run(Budget(left, to_beat_s, self.options.rounds))
+            self.milps += result.milps
+            self.bounds_s.append(max(result.bound_s, candidate.bound_s))
+            if result.found is None:
+                if incumbent_s == float("inf"):
+                    self._reject(self._no_recipe(candidate.search))
+                continue
+            self.found.append(result.found)
+            incumbent_s = min(incumbent_s, result.found.step_time_s)
+        return False
+
+    def _no_recipe(self, search: ShapeSearch) -> Rejected:
+        return Rejected(
+            rule="memory",
+            detail=f"{search.degrees.label()}: no mix of recomputation fits into "
+            f"{format_bytes(search.limit_bytes)} a device.",
+        )
+
+    def _alternatives(self, candidates: list[_Candidate], best: Found) -> tuple[Alternative, ...]:
+        """The next best shapes, each with its own best strategy found, and why it lost."""
+        found = {f.strategy.degrees: f for f in sorted(self.found, key=lambda f: -f.step_time_s)}
+        for candidate in candidates:
+            if len(found) > 4 * self.options.top:
+                break
+            if candidate.search.degrees not in found:
+                greedy = candidate.search.greedy()
+                if greedy is not None:
+                    found[greedy.strategy.degrees] = greedy
+        found.pop(best.strategy.degrees, None)
+        nearest = sorted(found.values(), key=lambda f: (f.step_time_s, f.strategy.degrees.label()))
+        return tuple(self._alternative(f.strategy, best) for f in _distinct(nearest)[: self.options.top])
+
+    def _alternative(self, strategy: Strategy, best: Found) -> Alternative:
+        evaluation = self.model.evaluate(strategy)
+        estimate = evaluation.estimate
+        return Alternative(
+            strategy=strategy,
+            step_time_s=estimate.step_time_s,
+            peak_memory_bytes=estimate.peak_memory_bytes,
+            verdict=estimate.verdict,
+            reason=why_slower(self.model.evaluate(best.strategy), evaluation),
+        )
+
+    def _why_infeasible(self) -> str:
+        lines = [
+            f"no feasible plan among {self.shapes} shapes for {self.problem.model.name} on "
+            f"{self.problem.cluster.name}."
+        ]
+        for rule, count in self.rejected.most_common():
+            lines.append(f"  {rule} ({count}): {self.nearest[rule].detail}")
+            legal = self.nearest[rule].legal
+            if legal:
+                lines.append(f"    legal here: {legal}")
+        if self.rejected["memory"]:
+            lines.append(
+                "What would help: more devices, a larger --memory-limit, a shorter --seq, or an optimizer "
+                "with less state."
+            )
+        return "\n".join(lines)
+
+
+def _distinct(found: list[Found]) -> list[Found]:
+    """One strategy for each choice of tp, pp, dp, ZeRO and schedule, so that runners-up differ."""
+    seen = set()
+    result = []
+    for item in found:
+        degrees = item.strategy.degrees
+        key = (degrees.tp, degrees.pp, degrees.dp, degrees.zero, degrees.schedule)
+        if key not in seen:
+            seen.add(key)
+            result.append(item)
+    return result
+
+
+def why_slower(best: Evaluation, other: Evaluation) -> str:
+    """The cause in which the other strategy loses most, in words and numbers."""
+    ours, theirs = best.estimate.breakdown, other.estimate.breakdown
+    extra = {
+        name.removesuffix("_s").replace("_", " "): getattr(theirs, name) - getattr(ours, name)
+        for name in type(ours).__dataclass_fields__
+    }
+    cause, seconds = max(extra.items(), key=lambda item: item[1])
+    total = other.estimate.step_time_s - best.estimate.step_time_s
+    return f"{total / best.estimate.step_time_s:+.1%} step time, mostly {cause} ({seconds * 1e3:+.3g} ms)"
+
+
+def make_plan(
+    problem: PlanningProblem,
+    evaluation: Evaluation,
+    certificate: Certificate | None,
+    rejected: dict[str, int],
+    alternatives: tuple[Alternative, ...],
+) -> Plan:
+    """The plan of an evaluated strategy."""
+    inputs = {"model": problem.model, "workload": problem.workload, "cluster": problem.cluster}
+    digests = {name: digest(value) for name, value in inputs.items()}
+    if problem.profile is not None:
+        digests["profile"] = digest(problem.profile)
+    return Plan(
+        model=problem.model,
+        workload=problem.workload,
+        cluster=problem.cluster,
+        strategy=evaluation.strategy,
+        stage_estimates=evaluation.stages,
+        estimate=evaluation.estimate,
+        rank_axes=AXES,
+        rank_grid_shape=evaluation.strategy.degrees.grid_shape(),
+        schedule_table=print_table(evaluation.table),
+        solver=certificate,
+        rejected=rejected,
+        alternatives=alternatives,
+        digests=digests,
+        not_modelled=NOT_MODELLED,
+    )
+
+
+def solve(problem: PlanningProblem, options: SolveOptions) -> Plan:
+    """The best plan for a problem. Raises InfeasibleError with the rules that stand in the way."""
+    return Solver(problem, options).solve()

@@ -1,0 +1,56 @@
+"""Checks an answer with code that shares nothing with the search: counts, rules, timeline, bound."""
+
+from __future__ import annotations
+
+from planner.cost.evaluate import Evaluation
+from planner.cost.schedule import ActionKind, table_faults
+from planner.errors import CheckError
+from planner.problem import PlanningProblem
+from planner.rules import broken_rules
+
+TOLERANCE = 1e-9
+
+
+def verify(problem: PlanningProblem, evaluation: Evaluation, lower_bound_s: float) -> None:
+    """Raises CheckError with every fault of an evaluated strategy."""
+    degrees = evaluation.strategy.degrees
+    faults = [rejected.detail for rejected in broken_rules(problem, evaluation.strategy)]
+    faults += table_faults(evaluation.table, degrees.stages, degrees.num_micro_batches)
+    faults += timeline_faults(evaluation)
+    estimate = evaluation.estimate
+    if estimate.peak_memory_bytes > problem.memory_limit_bytes:
+        faults.append(f"peak {estimate.peak_memory_bytes} B exceeds {problem.memory_limit_bytes} B")
+    if lower_bound_s > estimate.step_time_s * (1 + TOLERANCE):
+        faults.append(f"bound {lower_bound_s} s lies above the step time {estimate.step_time_s} s")
+    total_s = estimate.breakdown.total_s
+    if abs(total_s - estimate.step_time_s) > 1e-6 * estimate.step_time_s:
+        faults.append(f"causes add up to {total_s} s, the step takes {estimate.step_time_s} s")
+    if faults:
+        raise CheckError("the plan fails its own verification:\n  " + "\n  ".join(faults))
+
+
+def timeline_faults(evaluation: Evaluation) -> list[str]:
+    """Whether the replay's events keep the order of rows and of stages, one at a time on each rank."""
+    faults: list[str] = []
+    ends: dict[tuple[int, str, int], float] = {}
+    starts: dict[tuple[int, str, int], float] = {}
+    for rank, row in enumerate(evaluation.table):
+        events = [e for e in evaluation.replay.events if e.rank == rank]
+        passes = [e for e in events if e.kind in ("forward", "backward")]
+        if [e.name for e in passes] != [str(action) for action in row]:
+            faults.append(f"rank {rank} replays another order than its row")
+            continue
+        clock_s = 0.0
+        for event, action in zip(passes, row, strict=True):
+            if event.start_s < clock_s * (1 - TOLERANCE):
+                faults.append(f"{event.name} starts before the action before it has ended")
+            clock_s = event.start_s + event.duration_s
+            key = (action.stage, str(action.kind), action.micro_batch)
+            starts[key], ends[key] = event.start_s, clock_s
+    last = len(evaluation.strategy.stages) - 1
+    for (stage, kind, micro_batch), start_s in starts.items():
+        forward = kind == str(ActionKind.FORWARD)
+        before = stage - 1 if forward else stage + 1
+        if 0 <= before <= last and start_s < ends[(before, kind, micro_batch)] * (1 - TOLERANCE):
+            faults.append(f"{stage}{kind}{micro_batch} starts before stage {before} has sent it")
+    return faults
