@@ -8,6 +8,7 @@ torch is imported before the fork: a child starts in milliseconds.
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import selectors
@@ -71,6 +72,7 @@ def _child(body: Body, rank: int, writer: int) -> None:
     code = 1
     try:
         _die_with_parent()
+        gc.freeze()  # nothing that was imported is garbage: collections and walks skip it from here
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent, which gets it too, ends us
         with os.fdopen(writer, "w", encoding="utf-8", buffering=1) as pipe:
             try:

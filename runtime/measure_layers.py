@@ -37,9 +37,13 @@ from runtime.fake_world import fake_world
 from runtime.memory import storage_bytes, trace_phases
 from runtime.model import Transformer, build_transformer, cross_entropy, materialize
 from runtime.parallelize import Meshes, apply_recompute, apply_tensor_parallel
-from runtime.timing import Effort, time_phases
+from runtime.timing import Effort, Timing, time_phases
 
 DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
+
+STEADY_SPREAD = 0.25
+ATTEMPTS = 3
+"""A sample whose interquartile range is more than this share of its median is taken again."""
 
 
 @noun
@@ -135,9 +139,8 @@ def _sample(
     layer = build_layer(case.kind, case.recompute, model, seq, precision, _degrees(case), meshes)
     with loss_parallel() if case.tp > 1 else nullcontext():
         bench = LayerBench(case, layer, model, seq, precision, device)
-        timings = time_phases([bench.prepare, bench.forward, bench.backward], effort, device)
+        forward, backward = bench.times(effort)
         saved, forward_peak, backward_peak = bench.memory()
-    _, forward, backward = timings
     return LayerSample(
         kind=case.kind,
         shape_key=shape_key(case.kind, model),
@@ -236,6 +239,18 @@ class LayerBench:
         assert self.output is not None
         torch.autograd.backward(self.output, self.output_grad)
         self.input = self.output = None
+
+    def times(self, effort: Effort) -> tuple[Timing, Timing]:
+        """Forward and backward; what was disturbed is taken again, and the steadiest is kept."""
+        attempts = []
+        for _ in range(ATTEMPTS):
+            _, forward, backward = time_phases(
+                [self.prepare, self.forward, self.backward], effort, self.device
+            )
+            attempts.append((forward, backward))
+            if max(forward.spread, backward.spread) <= STEADY_SPREAD:
+                break
+        return min(attempts, key=lambda pair: max(pair[0].spread, pair[1].spread))
 
     def memory(self) -> tuple[int, int, int]:
         """Saved bytes, and the peaks of forward and backward, as the module's docstring defines them."""
