@@ -26,6 +26,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "list": ("planner.commands.catalog:list_command", "List the catalog: models, devices, instances, ..."),
         "show": ("planner.commands.catalog:show_command", "Show one entry of the catalog with its sources."),
+        "profile": ("planner.commands.profile:profile", "Measure layers, collectives, memory: a profile."),
+        "train": ("planner.commands.train:train", "Execute a plan on real ranks; checkpoint, log, resume."),
         "check": ("planner.commands.check:check", "Check a plan as far as it can be without devices."),
         "doctor": ("planner.commands.doctor:doctor", "Report versions, devices, and what is missing."),
     }

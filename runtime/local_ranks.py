@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
 from planner.codec import encode
-from planner.errors import PlannerError, Problem
+from planner.errors import InputError, PlannerError, Problem
 
 Message = dict[str, Any]
 Send = Callable[[Message], None]
@@ -319,5 +319,18 @@ def _tail(log: Path) -> list[str]:
 
 
 def join_group(backend: str, timeout_s: float) -> None:
-    """Joins the process group that the environment of `run_local` or torchrun describes."""
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    """Joins the process group that the environment of `run_local` or torchrun describes.
+
+    Raises InputError where it cannot be formed: a port that is taken, a host that is not there.
+    """
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    except (RuntimeError, ValueError, OSError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise InputError(
+            Problem(
+                where="MASTER_ADDR, MASTER_PORT",
+                fault=f"no process group at {address}: {' '.join(str(error).split())[:300]}.",
+                fix="choose a free port, and check that all nodes reach that host",
+            )
+        ) from None

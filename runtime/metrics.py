@@ -1,23 +1,20 @@
-"""What a run measures and writes: metrics.jsonl, timeline.json, summary.json, and the steps it probes."""
+"""What a run measures while it goes: metrics.jsonl, timeline.json, and the steps that are probed."""
 
 from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from planner.codec import encode, noun, to_json, write_atomic
+from planner.codec import encode, noun, write_atomic
 from planner.errors import InputError, Problem
 from planner.plan import Plan
 
 METRICS = "metrics.jsonl"
-SUMMARY = "summary.json"
 TIMELINE = "timeline.json"
-SUMMARY_SCHEMA = 1
 
 
 @noun
@@ -49,50 +46,6 @@ class TimelineEvent:
     name: str
     start_s: float
     duration_s: float
-
-
-@noun
-class TrainSummary:
-    """summary.json: predicted against measured, and how the run ended.
-
-    `measured_step_time_s` is the median over the timed steps of the slowest rank's time;
-    `measured_step_time_spread` its interquartile range over the median. Both are None without a timed
-    step. `goodput` is the share of this launch's wall time that went into steps. `cost_usd` is None where
-    no price is known. `executed_differences` lists where the running model differs from its plan.
-    """
-
-    schema_version: int
-    status: str
-    plan: str
-    world: int
-    device: str
-    first_step: int
-    last_step: int
-    first_loss: float | None
-    last_loss: float | None
-    predicted_step_time_s: float
-    predicted_step_time_interval_s: tuple[float, float]
-    measured_step_time_s: float | None
-    measured_step_time_spread: float | None
-    step_time_error: float | None
-    timed_steps: int
-    tokens_per_s: float | None
-    mfu: float | None
-    predicted_peak_memory_bytes: int
-    predicted_peak_memory_bytes_by_rank: tuple[int, ...]
-    measured_peak_memory_bytes: int | None
-    measured_peak_memory_bytes_by_rank: tuple[int, ...]
-    peak_memory_error: float | None
-    busy_s_by_rank: tuple[float, ...]
-    wait_s_by_rank: tuple[float, ...]
-    goodput: float
-    wall_s: float
-    cost_usd: float | None
-    executed: dict[str, Any]
-    executed_differences: tuple[str, ...]
-    checkpoint: str | None
-    data: str
-    versions: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,42 +129,11 @@ def mfu(plan: Plan, step_time_s: float) -> float | None:
     return None if peak is None else model_flops(plan) / (step_time_s * peak)
 
 
-def cost_usd(plan: Plan, wall_s: float) -> float | None:
-    """Dollars of `wall_s` at the rate that the plan's own estimate of days and cost implies."""
-    estimate = plan.estimate
-    if estimate.cost_usd is None or not estimate.days:
-        return None
-    return estimate.cost_usd / estimate.days * wall_s / 86_400
-
-
-def predicted_memory_by_rank(plan: Plan) -> tuple[int, ...]:
-    """Predicted peak bytes of every rank: weights and activations of all stages that it holds."""
-    degrees = plan.strategy.degrees
-    peaks = [0] * degrees.world
-    for stage, estimate in enumerate(plan.stage_estimates):
-        for rank in degrees.ranks_of_pp_rank(degrees.pp_rank_of_stage(stage)):
-            peaks[rank] += estimate.memory.total_bytes
-    return tuple(peaks)
-
-
-def quartile_spread(values: Sequence[float]) -> float | None:
-    """Interquartile range over the median; None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return (high - low) / middle
-
-
 def write_timeline(run_dir: Path, events: Sequence[TimelineEvent]) -> None:
     """Writes timeline.json: a list of events in the order of rank and start."""
     ordered = sorted(events, key=lambda event: (event.rank, event.start_s))
     text = json.dumps([encode(event) for event in ordered], indent=0, allow_nan=False)
     write_atomic(run_dir / TIMELINE, text + "\n")
-
-
-def write_summary(run_dir: Path, summary: TrainSummary) -> None:
-    """Writes summary.json whole or not at all."""
-    write_atomic(run_dir / SUMMARY, to_json(summary))
 
 
 def prepare_run_dir(run_dir: Path) -> None:

@@ -1,0 +1,154 @@
+"""`plan train`: executes a plan on real ranks, checkpoints, logs, resumes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from planner.commands.options import json_option
+
+if TYPE_CHECKING:
+    from planner.plan import Plan
+    from runtime.summary import TrainSummary
+
+
+@click.command()
+@click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Steps from the beginning of training. Default: the workload's tokens.",
+)
+@click.option(
+    "--data",
+    metavar="PATH",
+    help="A text file, or a folder of .txt. Default: the public-domain novel that ships with this program.",
+)
+@click.option(
+    "--run-dir",
+    default="run",
+    show_default=True,
+    metavar="DIR",
+    help="Where checkpoints, metrics.jsonl, summary.json and timeline.json go.",
+)
+@click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint in the run folder.")
+@click.option(
+    "--seed", default=0, show_default=True, metavar="N", help="Of the weights and the data's order."
+)
+@click.option(
+    "--tokenizer",
+    type=click.Choice(["bpe", "byte"]),
+    default="bpe",
+    show_default=True,
+    help="Byte pairs merged up to the model's vocabulary, or plain bytes.",
+)
+@click.option(
+    "--checkpoint-every",
+    default=0,
+    metavar="N",
+    help="Save every N steps, besides at the end. 0: at the end only.",
+    show_default=True,
+)
+@click.option("--keep", default=2, show_default=True, metavar="N", help="Checkpoints that stay, at least 2.")
+@click.option("--lr", type=float, metavar="RATE", help="Peak learning rate. Default: by model size.")
+@click.option("--min-lr-ratio", type=float, metavar="R", help="The decay ends at R x lr. Default: 0.1.")
+@click.option("--warmup", type=int, metavar="N", help="Steps of linear warm-up. Default: 1 % of the decay.")
+@click.option(
+    "--decay-steps",
+    type=int,
+    metavar="N",
+    help="Step at which the cosine ends. Default: the workload's tokens, else --steps but at least 1000.",
+)
+@click.option("--weight-decay", type=float, metavar="W", help="Of matrices. Default: 0.1.")
+@click.option("--clip", type=float, metavar="NORM", help="Limit of the gradient norm. Default: 1.0.")
+@json_option
+def train(plan_file: Path, steps: int | None, as_json: bool, **given: Any) -> int:
+    """Execute a plan on real ranks: train, checkpoint, log, resume.
+
+    On one machine the ranks are started here. Under torchrun (on several nodes, say) this process is one
+    of them. SIGTERM and Ctrl-C finish the step, save, and end with exit code 0. Exit code 4 where a rank
+    died, the loss was not finite, or something else was executed than planned.
+    """
+    from planner.commands.text import print_json
+    from planner.commands.with_torch import require_torch
+    from planner.plan import load_plan
+
+    require_torch("train")
+    plan = load_plan(plan_file)
+
+    from planner.codec import encode
+    from runtime.data import TokenizerKind
+    from runtime.options import TrainOptions
+    from runtime.train import run_training
+
+    given["tokenizer"] = TokenizerKind(given["tokenizer"])
+    options = TrainOptions(steps=steps if steps is not None else _all_steps(plan), **given)
+    summary = run_training(plan, options)
+    if summary is None:  # another rank than 0 under torchrun
+        return 0
+    if as_json:
+        print_json(encode(summary))
+    else:
+        click.echo(_report(summary, options.run_dir))
+    return 4 if summary.executed_differences else 0
+
+
+def _all_steps(plan: Plan) -> int:
+    """The steps that the workload's tokens take. Raises InputError where it names none."""
+    from planner.errors import InputError, Problem
+
+    tokens = plan.workload.tokens
+    if tokens is None:
+        raise InputError(
+            Problem(
+                where="--steps",
+                fault="is not given, and the plan's workload names no tokens.",
+                fix="add --steps N, or solve with --tokens",
+            )
+        )
+    return -(-tokens // plan.workload.tokens_per_step)
+
+
+def _report(summary: TrainSummary, run_dir: str) -> str:
+    """The end of a run in words: losses, predicted against measured, and where everything is."""
+    from planner.commands.text import pairs, table
+    from planner.units import format_bytes, format_seconds
+
+    def error(value: float | None) -> str:
+        return "-" if value is None else f"{value:+.1%}"
+
+    measured_s, measured_bytes = summary.measured_step_time_s, summary.measured_peak_memory_bytes
+    rows = [
+        (
+            "step time",
+            format_seconds(summary.predicted_step_time_s),
+            "-" if measured_s is None else format_seconds(measured_s),
+            error(summary.step_time_error),
+        ),
+        (
+            "peak memory",
+            format_bytes(summary.predicted_peak_memory_bytes),
+            "-" if measured_bytes is None else format_bytes(measured_bytes),
+            error(summary.peak_memory_error),
+        ),
+    ]
+    differences = "; ".join(summary.executed_differences)
+    facts = [
+        ("plan", f"{summary.plan} on {summary.world} ranks ({summary.device})"),
+        ("executed", f"NOT as planned: {differences}" if differences else "as planned (read back)"),
+        ("steps", f"{summary.first_step} to {summary.last_step} ({summary.status})"),
+        ("loss", f"{_loss(summary.first_loss)} -> {_loss(summary.last_loss)}"),
+        ("goodput", f"{summary.goodput:.1%} of {format_seconds(summary.wall_s)}"),
+        ("cost", None if summary.cost_usd is None else f"${summary.cost_usd:,.2f}"),
+        ("data", summary.data),
+        ("checkpoint", summary.checkpoint),
+        ("run folder", run_dir),
+    ]
+    return pairs(facts) + "\n\n" + table(("", "predicted", "measured", "error"), rows)
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"

@@ -1,0 +1,291 @@
+"""The training loop of one rank.
+
+Of a step only what belongs to it is timed: from the tokens in hand to the end of the update, with every
+rank starting together. The slowest rank's time counts.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from planner.codec import encode
+from planner.errors import InputError, Problem
+from planner.plan import Plan
+from runtime.checkpoint import save_checkpoint
+from runtime.data import BatchReader, data_summary
+from runtime.exchange import gather_json
+from runtime.executor import Executor, StepResult
+from runtime.local_ranks import RunFailedError, Send, join_group
+from runtime.memory import measure_peak
+from runtime.metrics import MetricsLog, Probes, StepMetrics, TimelineEvent, mfu, write_timeline
+from runtime.optimizer import OptimizerOptions, learning_rate
+from runtime.options import TrainOptions, resolve
+from runtime.session import (
+    CHECKPOINTS,
+    Setup,
+    check_identity,
+    load_resumed,
+    open_run_data,
+    plan_facts,
+    restore,
+    run_identity,
+    saved_options,
+    training_state,
+)
+from runtime.summary import Seen, TrainSummary, summarize, write_summary
+
+GROUP_TIMEOUT_S = 600.0
+"""How long a rank waits for one that does not answer. One that died is noticed at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every rank of a launch is told."""
+
+    plan: Plan
+    options: TrainOptions
+    setup: Setup
+    launched_s: float
+
+
+def enter_group(device: str) -> torch.device:
+    if device == "cuda":
+        local = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(local)
+        join_group("nccl", GROUP_TIMEOUT_S)
+        return local
+    # One thread a rank, as `plan profile` measured.
+    torch.set_num_threads(1)
+    join_group("gloo", GROUP_TIMEOUT_S)
+    return torch.device("cpu")
+
+
+def train_rank(job: Job, device: str, rank: int, send: Send, *, joined: bool = False) -> None:
+    """One rank of a run, from its first to its last step. Every rank of the plan's world calls it."""
+    stop = _catch_sigterm()
+    if joined:
+        place = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+    else:
+        place = enter_group(device)
+    _Loop(job, place, rank, send, stop).run()
+
+
+def _catch_sigterm() -> Callable[[], bool]:
+    """From now on SIGTERM only asks for an end; says whether it came."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+
+    signal.signal(signal.SIGTERM, note)
+    return lambda: bool(seen)
+
+
+class _Loop:
+    """The state of one rank's loop. Rank 0 also writes the run's files and speaks to the parent."""
+
+    def __init__(
+        self, job: Job, device: torch.device, rank: int, send: Send, stop: Callable[[], bool]
+    ) -> None:
+        self.job, self.device, self.stop = job, device, stop
+        self.first = rank == 0
+        self.send: Send = send if self.first else lambda _: None
+        self.run_dir = Path(job.options.run_dir)
+        plan, options = job.plan, job.options
+        data = open_run_data(job.setup, verify=self.first)
+        self.data_text = data_summary(data.index)
+        self.reader = BatchReader(
+            data=data, seed=options.seed, seq=plan.workload.seq, batch=plan.workload.batch
+        )
+        self.identity = run_identity(plan, options, data.index)
+        self.optimizer = self._start()
+        self.seen = Seen(first_step=self.executor.steps_done)
+        count = max(0, options.steps - self.executor.steps_done)
+        self.probes = Probes.over(count)
+        self.peak_bytes = 0
+
+    def _start(self) -> OptimizerOptions:
+        """Builds the executor, and fills it where the run goes on."""
+        plan, options = self.job.plan, self.job.options
+        resumed = load_resumed(self.job.setup)
+        saved = None
+        if resumed is not None:
+            check_identity(resumed[0], resumed[1].run, {**self.identity})
+            saved = saved_options(resumed[1])
+        chosen = resolve(options, plan, saved)
+        self.executor = Executor(plan, device=self.device, seed=options.seed, optimizer_options=chosen)
+        if resumed is not None:
+            restore(*resumed, self.executor, chosen)
+            self._say_resumed(resumed[1].step, resumed[1].run, saved, chosen)
+        return chosen
+
+    def _say_resumed(
+        self, step: int, run: Mapping[str, Any], saved: OptimizerOptions | None, chosen: OptimizerOptions
+    ) -> None:
+        for remark in self.job.setup.remarks:
+            self.send({"say": remark})
+        self.send({"say": f"resumed from step {step}"})
+        now = plan_facts(self.job.plan)
+        if run.get("plan.digest") != now["plan.digest"]:
+            self.send({"say": f"the checkpoint's plan was {run.get('plan.label')}, now {now['plan.label']}"})
+        if saved is not None and saved != chosen:
+            before, after = encode(saved), encode(chosen)
+            changes = [
+                f"{name} {before[name]} -> {after[name]}" for name in after if before[name] != after[name]
+            ]
+            self.send({"say": "settings changed: " + ", ".join(changes)})
+        if self.job.options.steps <= step:
+            raise InputError(
+                Problem(
+                    where="--steps",
+                    fault=f"is {self.job.options.steps}, and the checkpoint is already at step {step}.",
+                    legal=f"more than {step}: steps count from the beginning of training",
+                )
+            )
+
+    def run(self) -> None:
+        """All steps, the checkpoints between and at the end, and the summary."""
+        log = MetricsLog(self.run_dir, last_step=self.executor.steps_done) if self.first else None
+        try:
+            self._steps(log)
+        finally:
+            if log is not None:
+                log.close()
+        self._finish()
+
+    def _steps(self, log: MetricsLog | None) -> None:
+        options, executor = self.job.options, self.executor
+        saved_at = -1
+        for offset in range(options.steps - executor.steps_done):
+            step = executor.steps_done
+            tokens = torch.from_numpy(
+                self.reader.rows(step, data_rank=executor.data_rank, data_size=executor.data_size)
+            )
+            result, own_s = self._one_step(offset, tokens)
+            stopping = self._record(offset, step, result, own_s, log)
+            if not math.isfinite(result.loss):
+                self._diverged(step + 1, result.loss)
+            done = executor.steps_done
+            every = options.checkpoint_every
+            if stopping or done == options.steps or (every and done % every == 0):
+                self._save()
+                saved_at = done
+            if stopping:
+                self.seen.status = "stopped" if done < options.steps else "finished"
+                self.send({"say": f"stopped by SIGTERM after step {done}; checkpoint saved"})
+                break
+        assert saved_at == executor.steps_done
+
+    def _one_step(self, offset: int, tokens: torch.Tensor) -> tuple[StepResult, float]:
+        """One step and its seconds on this rank, with what the probes record of it."""
+        results: list[StepResult] = []
+        record = self.executor.pipeline.record
+        record.clock = self._clock if offset == self.probes.timeline else None
+        begin_s = self._clock()
+        if offset in self.probes.memory:
+            peak = measure_peak(lambda: results.append(self.executor.step(tokens)), self.device)
+            self.peak_bytes = peak.allocated_bytes
+        else:
+            results.append(self.executor.step(tokens))
+        own_s = self._clock() - begin_s
+        if self.device.type == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
+        if record.clock is not None:
+            self._keep_timeline(list(record.spans), begin_s, own_s)
+        return results[0], own_s
+
+    def _clock(self) -> float:
+        """Seconds of the machine's monotonic clock, which all its processes share."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.monotonic()
+
+    def _keep_timeline(self, spans: list[tuple[str, float, float]], begin_s: float, own_s: float) -> None:
+        """Gathers the recorded step of all ranks. Gradient sums wait for others, so they are not busy."""
+        busy_s = sum(end - begin for name, begin, end in spans if name != "gradient sums")
+        parts = gather_json({"spans": spans, "begin_s": begin_s, "busy_s": busy_s, "own_s": own_s})
+        if not self.first:
+            return
+        start_s = min(part["begin_s"] for part in parts)
+        events = [
+            TimelineEvent(rank=rank, name=name, start_s=begin - start_s, duration_s=end - begin)
+            for rank, part in enumerate(parts)
+            for name, begin, end in part["spans"]
+        ]
+        write_timeline(self.run_dir, events)
+        self.seen.busy_s = tuple(part["busy_s"] for part in parts)
+        self.seen.wait_s = tuple(max(0.0, part["own_s"] - part["busy_s"]) for part in parts)
+
+    def _record(
+        self, offset: int, step: int, result: StepResult, own_s: float, log: MetricsLog | None
+    ) -> bool:
+        """Writes the step's line; whether any rank was asked to stop."""
+        own = torch.tensor([own_s, float(self.peak_bytes), float(self.stop())], dtype=torch.float64)
+        own = own.to(self.device)
+        rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, own)
+        facts = [row.tolist() for row in rows]
+        step_time_s = max(fact[0] for fact in facts)
+        line = StepMetrics(
+            step=step + 1,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=learning_rate(self.optimizer, step),
+            step_time_s=step_time_s,
+            tokens_per_s=self.job.plan.workload.tokens_per_step / step_time_s,
+            mfu=mfu(self.job.plan, step_time_s),
+            peak_memory_bytes=tuple(int(fact[1]) for fact in facts),
+            timed=offset >= self.probes.timed_from,
+        )
+        if log is not None:
+            log.write(line)
+            self.send({"step": encode(line)})
+        self.seen.note(line)
+        return any(fact[2] for fact in facts)
+
+    def _save(self) -> None:
+        path = save_checkpoint(
+            self.run_dir / CHECKPOINTS,
+            training_state(self.executor, self.optimizer),
+            step=self.executor.steps_done,
+            run={**self.identity, **plan_facts(self.job.plan)},
+            keep=self.job.options.keep,
+        )
+        self.seen.checkpoint = str(path)
+
+    def _diverged(self, step: int, loss: float) -> None:
+        """Ends a run whose loss is no number: what was saved before stays, nothing is saved now."""
+        self.seen.status = "diverged"
+        if self.first:
+            write_summary(self.run_dir, self._summary())
+        kept = self.seen.checkpoint or self.job.setup.checkpoint
+        raise RunFailedError(
+            f"the loss is {loss} at step {step}. "
+            + (f"The checkpoint {kept} is kept. " if kept else "No checkpoint was saved yet. ")
+            + f"The learning rate was {learning_rate(self.optimizer, step - 1):.3g}: try a lower --lr or a "
+            "longer --warmup."
+        )
+
+    def _finish(self) -> None:
+        executed = self.executor.executed()
+        self.seen.executed = encode(executed)
+        self.seen.executed_differences = executed.differences(self.job.plan)
+        if self.first:
+            summary = self._summary()
+            write_summary(self.run_dir, summary)
+            self.send({"summary": encode(summary)})
+        dist.barrier()
+
+    def _summary(self) -> TrainSummary:
+        return summarize(self.job.plan, self.seen, launched_s=self.job.launched_s, data=self.data_text)

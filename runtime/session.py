@@ -1,0 +1,202 @@
+"""The set-up of a run: its folder, its data, whose run it is, and where it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from planner.codec import digest, encode
+from planner.errors import InputError, Problem
+from planner.plan import Plan, load_plan, save_plan
+from runtime.checkpoint import load_checkpoint
+from runtime.committed import (
+    CheckpointIndex,
+    Value,
+    committed_folders,
+    find_checkpoint,
+    load_index,
+    sweep,
+)
+from runtime.data import DataIndex, open_data, prepare_data
+from runtime.exchange import own_rank
+from runtime.executor import Executor
+from runtime.metrics import prepare_run_dir
+from runtime.optimizer import OptimizerOptions
+from runtime.options import TrainOptions, check_options
+
+CHECKPOINTS = "checkpoints"
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What one process prepares and all ranks use. `checkpoint` is the step to go on from, if any."""
+
+    index: str
+    checkpoint: str | None
+    remarks: tuple[str, ...]
+
+
+def lock_run_dir(run_dir: Path) -> int:
+    """Makes the run folder and holds its lock until this process ends; returns the lock's descriptor."""
+    prepare_run_dir(run_dir)
+    handle = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise InputError(
+            Problem(
+                where=f"--run-dir {run_dir}",
+                fault="another run is writing there.",
+                fix="wait for its end, or name another folder",
+            )
+        ) from None
+    return handle
+
+
+def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
+    """Checks the options, sweeps the folder, tokenizes the data, and finds the step to go on from.
+
+    Raises InputError where the folder holds a run already and `resume` is not given, or holds none and
+    it is.
+    """
+    check_options(options)
+    run_dir = Path(options.run_dir)
+    folder = run_dir / CHECKPOINTS
+    sweep(folder)
+    remarks: list[str] = []
+    checkpoint = None
+    if options.resume:
+        found = find_checkpoint(folder)
+        remarks += [f"passed over: {text}" for text in found.refused]
+        if found.path is None:
+            raise InputError(
+                Problem(
+                    where=str(folder),
+                    fault="holds no checkpoint to resume from." + "".join(f" {t}" for t in found.refused),
+                    fix="train without --resume",
+                )
+            )
+        checkpoint = str(found.path)
+    elif steps := committed_folders(folder):
+        raise InputError(
+            Problem(
+                where=f"--run-dir {run_dir}",
+                fault=f"holds a run already ({steps[0].name}).",
+                fix="go on with --resume, or name another folder",
+            )
+        )
+    data = None if options.data is None else Path(options.data)
+    index = prepare_data(data, vocab=plan.model.vocab, cache=run_dir / "data", kind=options.tokenizer)
+    _keep_plan(plan, run_dir)
+    return Setup(str(index), checkpoint, tuple(remarks))
+
+
+def _keep_plan(plan: Plan, run_dir: Path) -> None:
+    path = run_dir / PLAN
+    if not (path.exists() and load_plan(path) == plan):
+        save_plan(plan, path)
+
+
+def run_identity(plan: Plan, options: TrainOptions, data: DataIndex) -> dict[str, Value]:
+    """What must not change when a run goes on, as flat values: model, workload, data and its order."""
+    model = dataclasses.replace(plan.model, name="", sources=())
+    workload = dataclasses.replace(plan.workload, tokens=None)
+    facts = {"model": encode(model), "workload": encode(workload)}
+    return {
+        **dict(_flat(facts, "")),
+        "data.digest": data.digest,
+        "seed": options.seed,
+    }
+
+
+def _flat(value: Any, prefix: str) -> list[tuple[str, Value]]:
+    if isinstance(value, dict):
+        return [pair for key, item in value.items() for pair in _flat(item, f"{prefix}.{key}".strip("."))]
+    if isinstance(value, (list, tuple)):
+        return [pair for place, item in enumerate(value) for pair in _flat(item, f"{prefix}.{place}")]
+    return [(prefix, str(value) if isinstance(value, str) else value)]
+
+
+def check_identity(path: Path, saved: dict[str, Value], own: dict[str, Value]) -> None:
+    """Raises InputError with every fact in which a checkpoint and this run differ, both values named."""
+    names = [name for name in (*own, *(n for n in saved if n not in own)) if not name.startswith("plan.")]
+    problems = [
+        Problem(
+            where=f"{path}: {name}",
+            fault=f"is {saved.get(name, 'absent')!r} in the checkpoint, {own.get(name, 'absent')!r} now.",
+            fix="resume with the model, workload, data and seed of the run, or start a new one",
+        )
+        for name in names
+        if saved.get(name, "absent") != own.get(name, "absent")
+    ]
+    if problems:
+        raise InputError(*problems)
+
+
+def plan_facts(plan: Plan) -> dict[str, Value]:
+    """By which plan a checkpoint was made; a run may go on under another one."""
+    return {"plan.label": plan.strategy.degrees.label(), "plan.digest": digest(plan.strategy)}
+
+
+def saved_options(index: CheckpointIndex) -> OptimizerOptions:
+    """The optimizer's settings that a checkpoint keeps."""
+    fields = dataclasses.fields(OptimizerOptions)
+    values: dict[str, Any] = {field.name: index.values[f"options/{field.name}"] for field in fields}
+    return OptimizerOptions(**values)
+
+
+def training_state(executor: Executor, options: OptimizerOptions) -> dict[str, Any]:
+    """All that a run needs to go on exactly: weights, optimizer, step, random state and settings.
+
+    The data's position and the learning rate are functions of the step, the seed and the settings.
+    """
+    state: dict[str, Any] = {
+        "executor": executor.state_dict(),
+        "random": {f"rank-{own_rank()}": torch.get_rng_state()},
+        "options": encode(options),
+    }
+    if executor.device.type == "cuda":
+        state["random-cuda"] = {f"rank-{own_rank()}": torch.cuda.get_rng_state(executor.device)}
+    return state
+
+
+def restore(path: Path, index: CheckpointIndex, executor: Executor, options: OptimizerOptions) -> None:
+    """Loads a checkpoint of any layout of the same model into the executor.
+
+    Random states belong to ranks, so they are taken over only where the number of ranks is the same.
+    """
+    state = training_state(executor, options)
+    del state["options"]
+    if (
+        index.world != executor.plan.strategy.degrees.world
+        or f"random/rank-{own_rank()}" not in index.tensors
+    ):
+        state.pop("random")
+        state.pop("random-cuda", None)
+    state = load_checkpoint(path, index, state)
+    executor.load_state_dict(state["executor"])
+    for rng in state.get("random", {}).values():
+        torch.set_rng_state(rng)
+    for rng in state.get("random-cuda", {}).values():
+        torch.cuda.set_rng_state(rng, executor.device)
+
+
+def open_run_data(setup: Setup, *, verify: bool) -> Any:
+    """The run's tokens; one process of a run verifies their checksum."""
+    return open_data(Path(setup.index), verify=verify)
+
+
+def load_resumed(setup: Setup) -> tuple[Path, CheckpointIndex] | None:
+    """The checkpoint to go on from, already verified by the process that set the run up."""
+    if setup.checkpoint is None:
+        return None
+    path = Path(setup.checkpoint)
+    return path, load_index(path)

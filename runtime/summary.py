@@ -1,0 +1,173 @@
+"""TrainSummary: summary.json, how a run ended and how far the prediction was from it."""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from planner.codec import noun, to_json, write_atomic
+from planner.plan import Plan
+from runtime.metrics import StepMetrics, mfu
+
+SUMMARY = "summary.json"
+SUMMARY_SCHEMA = 1
+
+
+@noun
+class TrainSummary:
+    """summary.json: predicted against measured, and how the run ended.
+
+    `measured_step_time_s` is the median over the timed steps of the slowest rank's time;
+    `measured_step_time_spread` its interquartile range over the median. Both are None without a timed
+    step. `goodput` is the share of this launch's wall time that went into steps. `cost_usd` is None where
+    no price is known. `executed_differences` lists where the running model differs from its plan.
+    """
+
+    schema_version: int
+    status: str
+    plan: str
+    world: int
+    device: str
+    first_step: int
+    last_step: int
+    first_loss: float | None
+    last_loss: float | None
+    predicted_step_time_s: float
+    predicted_step_time_interval_s: tuple[float, float]
+    measured_step_time_s: float | None
+    measured_step_time_spread: float | None
+    step_time_error: float | None
+    timed_steps: int
+    tokens_per_s: float | None
+    mfu: float | None
+    predicted_peak_memory_bytes: int
+    predicted_peak_memory_bytes_by_rank: tuple[int, ...]
+    measured_peak_memory_bytes: int | None
+    measured_peak_memory_bytes_by_rank: tuple[int, ...]
+    peak_memory_error: float | None
+    busy_s_by_rank: tuple[float, ...]
+    wait_s_by_rank: tuple[float, ...]
+    goodput: float
+    wall_s: float
+    cost_usd: float | None
+    executed: dict[str, Any]
+    executed_differences: tuple[str, ...]
+    checkpoint: str | None
+    data: str
+    versions: dict[str, str]
+
+
+@dataclass(slots=True)
+class Seen:
+    """What rank 0 has seen of a launch so far."""
+
+    first_step: int
+    losses: list[float] = field(default_factory=list)
+    times_s: list[float] = field(default_factory=list)
+    timed_s: list[float] = field(default_factory=list)
+    peaks: tuple[int, ...] = ()
+    busy_s: tuple[float, ...] = ()
+    wait_s: tuple[float, ...] = ()
+    status: str = "finished"
+    checkpoint: str | None = None
+    executed: dict[str, Any] = field(default_factory=dict)
+    executed_differences: tuple[str, ...] = ()
+
+    def note(self, line: StepMetrics) -> None:
+        """Takes in one step."""
+        self.losses.append(line.loss)
+        self.times_s.append(line.step_time_s)
+        self.peaks = line.peak_memory_bytes
+        if line.timed:
+            self.timed_s.append(line.step_time_s)
+
+
+def summarize(plan: Plan, seen: Seen, *, launched_s: float, data: str) -> TrainSummary:
+    """The summary of a launch up to now. `launched_s` is its start on the monotonic clock."""
+    wall_s = time.monotonic() - launched_s
+    step_time_s = statistics.median(seen.timed_s) if seen.timed_s else None
+    predicted_s = plan.estimate.step_time_s
+    predicted = predicted_memory_by_rank(plan)
+    peak = max(seen.peaks) if seen.peaks else None
+    return TrainSummary(
+        schema_version=SUMMARY_SCHEMA,
+        status=seen.status,
+        plan=plan.strategy.degrees.label(),
+        world=plan.strategy.degrees.world,
+        device=plan.cluster.groups[0].device.name,
+        first_step=seen.first_step + 1,
+        last_step=seen.first_step + len(seen.losses),
+        first_loss=_finite(seen.losses[0]) if seen.losses else None,
+        last_loss=_finite(seen.losses[-1]) if seen.losses else None,
+        predicted_step_time_s=predicted_s,
+        predicted_step_time_interval_s=plan.estimate.step_time_interval_s,
+        measured_step_time_s=step_time_s,
+        measured_step_time_spread=quartile_spread(seen.timed_s),
+        step_time_error=_error(predicted_s, step_time_s),
+        timed_steps=len(seen.timed_s),
+        tokens_per_s=plan.workload.tokens_per_step / step_time_s if step_time_s else None,
+        mfu=mfu(plan, step_time_s) if step_time_s else None,
+        predicted_peak_memory_bytes=plan.estimate.peak_memory_bytes,
+        predicted_peak_memory_bytes_by_rank=predicted,
+        measured_peak_memory_bytes=peak,
+        measured_peak_memory_bytes_by_rank=seen.peaks,
+        peak_memory_error=_error(plan.estimate.peak_memory_bytes, peak),
+        busy_s_by_rank=seen.busy_s,
+        wait_s_by_rank=seen.wait_s,
+        goodput=min(1.0, sum(seen.times_s) / wall_s),
+        wall_s=wall_s,
+        cost_usd=cost_usd(plan, wall_s),
+        executed=seen.executed,
+        executed_differences=seen.executed_differences,
+        checkpoint=seen.checkpoint,
+        data=data,
+        versions={"python": platform.python_version(), "torch": torch.__version__},
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _error(predicted: float, measured: float | None) -> float | None:
+    """(predicted - measured) / measured; None where either is unknown."""
+    return (predicted - measured) / measured if measured and predicted else None
+
+
+def cost_usd(plan: Plan, wall_s: float) -> float | None:
+    """Dollars of `wall_s` at the rate that the plan's own estimate of days and cost implies."""
+    estimate = plan.estimate
+    if estimate.cost_usd is None or not estimate.days:
+        return None
+    return estimate.cost_usd / estimate.days * wall_s / 86_400
+
+
+def predicted_memory_by_rank(plan: Plan) -> tuple[int, ...]:
+    """Predicted peak bytes of every rank: weights and activations of all stages that it holds."""
+    degrees = plan.strategy.degrees
+    peaks = [0] * degrees.world
+    for stage, estimate in enumerate(plan.stage_estimates):
+        for rank in degrees.ranks_of_pp_rank(degrees.pp_rank_of_stage(stage)):
+            peaks[rank] += estimate.memory.total_bytes
+    return tuple(peaks)
+
+
+def quartile_spread(values: Sequence[float]) -> float | None:
+    """Interquartile range over the median; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / middle
+
+
+def write_summary(run_dir: Path, summary: TrainSummary) -> None:
+    """Writes summary.json whole or not at all."""
+    write_atomic(run_dir / SUMMARY, to_json(summary))

@@ -1,0 +1,155 @@
+"""Training: the launch of all ranks of a plan.
+
+`run_training` forks the ranks on this machine, or is itself a rank where torchrun started it (RANK and
+WORLD_SIZE are in the environment). `python -m runtime.train PLAN ...` takes the arguments of `plan train`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from planner.codec import decode
+from planner.errors import InputError, Problem
+from planner.plan import Plan
+from runtime.exchange import agree
+from runtime.local_ranks import Send, run_local
+from runtime.loop import Job, enter_group, train_rank
+from runtime.metrics import StepMetrics
+from runtime.options import TrainOptions
+from runtime.progress import Progress
+from runtime.session import Setup, lock_run_dir, prepare_run
+from runtime.summary import TrainSummary
+
+
+def run_training(plan: Plan, options: TrainOptions, *, shown: bool = True) -> TrainSummary | None:
+    """Trains `plan` on real ranks and returns the summary, which is also in the run's folder.
+
+    Under torchrun this process is one rank, and only rank 0 returns a summary. Otherwise it forks all
+    ranks here; no process is left when it returns or raises. Raises InputError for wrong input,
+    RunFailedError where a rank died or the loss was not finite.
+    """
+    started_s = time.monotonic()
+    device = pick_device(plan)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return _run_as_rank(plan, options, device, started_s, shown=shown)
+    _check_fits_here(plan, device)
+    lock = lock_run_dir(Path(options.run_dir))
+    try:
+        job = Job(plan, options, prepare_run(plan, options), started_s)
+        return _run_forked(job, device, shown=shown)
+    finally:
+        os.close(lock)
+
+
+def _run_forked(job: Job, device: str, *, shown: bool) -> TrainSummary:
+    options = job.options
+    answers: list[TrainSummary] = []
+
+    def body(rank: int, send: Send) -> None:
+        train_rank(job, device, rank, send)
+
+    with Progress(0, options.steps, shown=shown) as progress:
+        run_local(
+            body,
+            job.plan.strategy.degrees.world,
+            log_dir=Path(options.run_dir) / "logs",
+            on_message=lambda _, message: _receive(message, progress, answers),
+        )
+    return answers[0]
+
+
+def _receive(message: Mapping[str, Any], progress: Progress, answers: list[TrainSummary]) -> None:
+    if "step" in message:
+        progress.step(decode_step(message["step"]))
+    elif "say" in message:
+        progress.say(message["say"])
+    elif "summary" in message:
+        answers.append(decode(TrainSummary, message["summary"], source="summary"))
+
+
+def decode_step(values: Mapping[str, Any]) -> StepMetrics:
+    """A step that came through a pipe; its loss may be NaN there."""
+    return StepMetrics(**{**values, "peak_memory_bytes": tuple(values["peak_memory_bytes"])})
+
+
+def _run_as_rank(
+    plan: Plan, options: TrainOptions, device: str, started_s: float, *, shown: bool
+) -> TrainSummary | None:
+    """This process as one rank under torchrun; rank 0 sets the run up and shows its progress."""
+    check_world(plan, int(os.environ["WORLD_SIZE"]))
+    rank = int(os.environ["RANK"])
+    enter_group(device)
+    locks: list[int] = []
+    answers: list[TrainSummary] = []
+
+    def set_up() -> dict[str, Any]:
+        locks.append(lock_run_dir(Path(options.run_dir)))
+        return dataclasses.asdict(prepare_run(plan, options))
+
+    facts = agree(set_up, first_only=True)[0]
+    job = Job(plan, options, Setup(**{**facts, "remarks": tuple(facts["remarks"])}), started_s)
+    with Progress(0, options.steps, shown=shown and rank == 0) as progress:
+        train_rank(job, device, rank, lambda m: _receive(m, progress, answers), joined=True)
+    dist.destroy_process_group()
+    return answers[0] if answers else None
+
+
+def pick_device(plan: Plan) -> str:
+    """`cpu` or `cuda`, as the plan's devices are. Raises InputError where this machine has none."""
+    names = {group.device.name for group in plan.cluster.groups}
+    if names == {"cpu"}:
+        return "cpu"
+    # The count comes from the driver's library and leaves CUDA alone, so forking stays possible.
+    if torch.cuda.device_count() == 0:
+        raise InputError(
+            Problem(
+                where="cluster",
+                fault=f"the plan is for {', '.join(sorted(names))}; this machine has no CUDA device.",
+                fix="run it there, or solve again with --cluster local:4 for processes on this CPU",
+            )
+        )
+    return "cuda"
+
+
+def check_world(plan: Plan, world: int) -> None:
+    """Raises InputError where torchrun started another number of ranks than the plan needs."""
+    needed = plan.strategy.degrees.world
+    if world != needed:
+        raise InputError(
+            Problem(
+                where="WORLD_SIZE",
+                fault=f"torchrun started {world} ranks, but the plan ({plan.strategy.degrees.label()}) "
+                f"needs {needed}.",
+                legal=str(needed),
+                fix=f"start {needed} ranks, or solve again for {world} devices",
+            )
+        )
+
+
+def _check_fits_here(plan: Plan, device: str) -> None:
+    needed = plan.strategy.degrees.world
+    here = torch.cuda.device_count() if device == "cuda" else needed
+    if here < needed:
+        raise InputError(
+            Problem(
+                where="cluster",
+                fault=f"the plan needs {needed} devices; this machine has {here}.",
+                fix="start it on every node: torchrun --nnodes N --nproc-per-node "
+                f"{plan.cluster.devices_per_node} --rdzv-endpoint HOST:PORT -m runtime.train PLAN ...",
+            )
+        )
+
+
+if __name__ == "__main__":
+    from planner.cli import cli
+
+    cli.main(["train", *sys.argv[1:]])
