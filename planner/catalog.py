@@ -52,7 +52,7 @@ def load_model(text: str, where: str = "--model") -> ModelSpec:
     path = Path(text)
     if path.suffix == ".toml":
         return read_model_toml(path)
-    if path.suffix == ".json" or "/" in text or _exists(path):
+    if path.suffix == ".json" or "/" in text or _exists(path, where):
         return read_config_file(path)
     raise unknown(
         where,
@@ -137,10 +137,10 @@ def _find(text: str, names: dict[str, tuple[str, ...]]) -> str | None:
     return None
 
 
-def _exists(path: Path) -> bool:
+def _exists(path: Path, where: str) -> bool:
     try:
         return path.exists()
     except (OSError, ValueError):  # a name too long for the file system, a null character
         raise InputError(
-            Problem(where="--model", fault=f"'{str(path)[:60]}' is neither a name nor a path.")
+            Problem(where=where, fault=f"'{str(path)[:60]}' is neither a name nor a path.")
         ) from None

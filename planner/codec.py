@@ -72,6 +72,8 @@ def _problem(fault: Any, faults: list[Any], source: str) -> Problem:
         ]
         near = difflib.get_close_matches(str(fault["loc"][-1]), missing, n=1)
         return Problem(where=where, fault="unknown key.", fix=f"did you mean '{near[0]}'" if near else "")
+    if fault["type"] in ("missing", "missing_argument"):
+        return Problem(where=where, fault="is missing.")
     message = str(fault["msg"]).rstrip(".")
     shown = repr(fault.get("input"))
     return Problem(where=where, fault=f"{message} (found {shown[:60]}).")

@@ -178,7 +178,8 @@ def test_every_common_network_reads_back() -> None:
     "text",
     [
         "", "hdr", "hdr200x0", "hdr0x8", "hdr400x8", "hdr200x8x2", "none8", "nvl72x2", "nvl72-none",
-        "nvl72-nvl8", "nvl1", "foo100", "hdr200x8-ndr400", "eth999999", "200x8", "hdr 200", "nvl72-", "x" * 500,
+        "nvl72-nvl8", "nvl1", "foo100", "hdr200x8-ndr400", "eth999999", "200x8", "hdr 200", "nvl72-",
+        "x" * 500,
     ],
 )  # fmt: skip
 def test_a_wrong_network_says_how_it_is_written(text: str) -> None:

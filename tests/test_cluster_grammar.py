@@ -280,11 +280,11 @@ INSTANCE = "[[groups]]\nnodes = 1\ninstance = 'p5.48xlarge'\n"
         ("price_usd_per_hour = -1.0\n" + INSTANCE, "price_usd_per_hour"),
         ("price_usd_per_hour = nan\n" + INSTANCE, "price_usd_per_hour"),
         (
-            "[intra]\ngb_per_s = 0\nlatency_us = 1",
+            INSTANCE + "[intra]\ngb_per_s = 0\nlatency_us = 1",
             "intra.gb_per_s",
         ),
         (
-            "[intra]\ngb_per_s = 1\nlatency_us = -1",
+            INSTANCE + "[intra]\ngb_per_s = 1\nlatency_us = -1",
             "latency_us",
         ),
         ("when = 2026-01-01", "plain data"),
