@@ -68,10 +68,10 @@ def layer_cases(
 ) -> list[LayerCase]:
     """All cases of a model whose sizes the widths divide, those of one width together.
 
-    Recomputing blocks are measured at the first and the last but one micro-batch only: between and beyond
-    these their time and bytes are lines, like those of blocks that keep everything.
+    Recomputing blocks are measured at two micro-batches only, the first and (of more than two) the last
+    but one: their time and bytes are lines, like those of blocks that keep everything.
     """
-    fewer = sorted({micro_batches[0], micro_batches[max(len(micro_batches) - 2, 0)]})
+    fewer = [micro_batches[0], *micro_batches[1:][-2:][:1]]
     return [
         LayerCase(kind=kind, recompute=recompute, tp=tp, sequence_parallel=parallel, micro_batch=micro_batch)
         for tp in widths
