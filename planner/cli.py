@@ -27,7 +27,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "list": ("planner.commands.catalog:list_command", "List the catalog: models, devices, instances, ..."),
         "show": ("planner.commands.catalog:show_command", "Show one entry of the catalog with its sources."),
         "profile": ("planner.commands.profile:profile", "Measure layers, collectives, memory: a profile."),
+        "estimate": ("planner.commands.estimate:estimate", "Time, memory and verdict of a given strategy."),
+        "solve": ("planner.commands.solve:solve", "The best plan, with a certificate; writes plan.json."),
         "train": ("planner.commands.train:train", "Execute a plan on real ranks; checkpoint, log, resume."),
+        "report": ("planner.commands.report:report", "One offline HTML page and a Perfetto trace."),
         "check": ("planner.commands.check:check", "Check a plan as far as it can be without devices."),
         "doctor": ("planner.commands.doctor:doctor", "Report versions, devices, and what is missing."),
     }

@@ -117,6 +117,17 @@ class Estimate:
 
 
 @noun
+class TimelineEvent:
+    """One piece of work of a pipeline rank. `kind`: forward, backward, unshard, reduce or optimizer."""
+
+    rank: int
+    name: str
+    kind: str
+    start_s: float
+    duration_s: float
+
+
+@noun
 class Rejected:
     """A strategy that breaks a rule: which one, the numbers, the nearest legal values, the cure."""
 

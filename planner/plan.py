@@ -1,4 +1,7 @@
-"""Plan: the self-contained answer of the planner, and plan.json."""
+"""Plan: the self-contained answer of the planner, and plan.json.
+
+`timeline` is the replay that the step time comes from; plans with very many actions leave it out.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 from planner.cluster import ClusterSpec
 from planner.codec import decode, encode, load_json_object, noun, write_atomic
 from planner.errors import InputError, Problem
-from planner.estimate import MEMORY_TENANTS, Estimate, MemoryBreakdown, StageEstimate, Verdict
+from planner.estimate import MEMORY_TENANTS, Estimate, MemoryBreakdown, StageEstimate, TimelineEvent, Verdict
 from planner.model import ModelSpec
 from planner.strategy import Degrees, RecomputeCounts, Stage, Strategy
 from planner.workload import Workload
@@ -65,6 +68,7 @@ class Plan:
     alternatives: tuple[Alternative, ...]
     digests: dict[str, str]
     not_modelled: tuple[str, ...] = ()
+    timeline: tuple[TimelineEvent, ...] = ()
 
 
 @noun
@@ -150,6 +154,7 @@ class _PlanDocument:
     schedule_table: tuple[tuple[str, ...], ...]
     inputs: _InputsDocument
     not_modelled: tuple[str, ...] = ()
+    timeline: tuple[TimelineEvent, ...] = ()
     solver: Certificate | None = None
     rejected: dict[str, int] | None = None
     alternatives: tuple[_AlternativeDocument, ...] | None = None
@@ -208,6 +213,7 @@ def encode_plan(plan: Plan) -> dict[str, Any]:
         "schedule_table": [list(row) for row in plan.schedule_table],
         "inputs": {"digests": plan.digests},
         "not_modelled": list(plan.not_modelled),
+        "timeline": [encode(event) for event in plan.timeline],
     }
     if plan.solver is not None:
         document["solver"] = encode(plan.solver)
@@ -276,6 +282,7 @@ def decode_plan(data: object, *, source: str) -> Plan:
         ),
         digests=document.inputs.digests,
         not_modelled=document.not_modelled,
+        timeline=document.timeline,
     )
 
 

@@ -32,6 +32,8 @@ from planner.units import format_bytes
 OPTIMAL_GAP = 1e-6
 GREEDY_SHAPES = 32
 """Shapes, in order of their bound, that get an even split first: a good incumbent prunes the rest."""
+MAX_TIMELINE = 4096
+"""Events of a replay that a plan carries; a picture of more cannot be read."""
 NOT_MODELLED = (
     "data loading, evaluation and checkpoint stalls",
     "failures and stragglers",
@@ -265,6 +267,7 @@ def make_plan(
         alternatives=alternatives,
         digests=digests,
         not_modelled=NOT_MODELLED,
+        timeline=evaluation.replay.events if len(evaluation.replay.events) <= MAX_TIMELINE else (),
     )
 
 

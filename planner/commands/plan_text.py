@@ -1,0 +1,134 @@
+"""A plan as text for a terminal: the choice, the stages, the figures, the certificate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from planner.commands.text import pairs, table
+
+if TYPE_CHECKING:
+    from planner.plan import Plan
+
+
+def plan_text(plan: Plan, basis: str) -> str:
+    """The whole answer, in sections."""
+    sections = [_headline(plan), _stages(plan), _time(plan), _figures(plan, basis)]
+    if plan.solver is not None:
+        sections += [_certificate(plan), _alternatives(plan)]
+    sections.append("Not modelled: " + "; ".join(plan.not_modelled) + ".")
+    return "\n\n".join(section for section in sections if section)
+
+
+def _headline(plan: Plan) -> str:
+    from planner.units import format_count
+
+    degrees, workload = plan.strategy.degrees, plan.workload
+    return (
+        f"{plan.model.name} ({format_count(plan.model.params_total)} parameters) on {plan.cluster.name}, "
+        f"{workload.batch} x {workload.seq} tokens a step, {workload.precision}\n"
+        f"  {degrees.label()}   {plan.estimate.verdict}"
+    )
+
+
+def _stages(plan: Plan) -> str:
+    from planner.units import format_bytes, format_seconds
+
+    degrees = plan.strategy.degrees
+    rows = []
+    for index, (stage, cost) in enumerate(zip(plan.strategy.stages, plan.stage_estimates, strict=True)):
+        ranks = degrees.ranks_of_pp_rank(degrees.pp_rank_of_stage(index))
+        counts = stage.recompute
+        rows.append(
+            (
+                index,
+                f"{stage.first}..{stage.end - 1}",
+                f"{ranks[0]}..{ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}",
+                f"{counts.none}/{counts.selective}/{counts.full}",
+                format_seconds(cost.forward_s),
+                format_seconds(cost.backward_s),
+                format_bytes(cost.memory.total_bytes),
+            )
+        )
+    header = ("stage", "layers", "ranks", "recompute none/sel/full", "forward", "backward", "memory")
+    return table(header, rows)
+
+
+def _time(plan: Plan) -> str:
+    from planner.estimate import TIME_CAUSES
+    from planner.units import format_seconds
+
+    breakdown, step_s = plan.estimate.breakdown, plan.estimate.step_time_s
+    rows = [
+        (name.removesuffix("_s").replace("_", " "), format_seconds(value), f"{value / step_s:.1%}")
+        for name in TIME_CAUSES
+        if (value := getattr(breakdown, name)) > 0
+    ]
+    return table(("step time by cause", "", "share"), rows)
+
+
+def _figures(plan: Plan, basis: str) -> str:
+    from planner.units import format_bytes, format_seconds
+
+    e = plan.estimate
+    low, high = e.step_time_interval_s
+    share = {name: getattr(e.coverage, name) for name in type(e.coverage).__dataclass_fields__}
+    return pairs(
+        [
+            (
+                "step time",
+                f"{format_seconds(e.step_time_s)}  ({format_seconds(low)} to {format_seconds(high)})",
+            ),
+            ("tokens/s", f"{e.tokens_per_s:,.0f}"),
+            ("MFU", "unknown: the device's peak is not known" if e.mfu is None else f"{e.mfu:.1%}"),
+            ("days", None if e.days is None else f"{e.days:.4g}"),
+            ("cost", None if e.cost_usd is None else f"${e.cost_usd:,.0f}"),
+            (
+                "memory",
+                f"{format_bytes(e.peak_memory_bytes)} of {format_bytes(e.memory_limit_bytes)}: {e.verdict}",
+            ),
+            ("figures", ", ".join(f"{value:.0%} {name}" for name, value in share.items() if value > 0.004)),
+            ("basis", basis),
+        ]
+    )
+
+
+def _certificate(plan: Plan) -> str:
+    from planner.units import format_seconds
+
+    s = plan.solver
+    assert s is not None
+    words = (
+        "no other plan of this space is faster by more than the gap"
+        if s.status == "optimal"
+        else "the search ended before the bound met the plan"
+    )
+    return pairs(
+        [
+            ("certificate", f"{s.status}, gap {s.gap:.2%}: {words}"),
+            ("bound", f"{format_seconds(s.lower_bound_s)} <= {format_seconds(s.objective_s)}"),
+            (
+                "search",
+                f"{s.shapes} shapes, {s.pruned} pruned, {s.milps} ILPs, {s.wall_s:.2f} s, "
+                f"{'verified' if s.verified else 'not verified'}",
+            ),
+            ("pruned by", ", ".join(f"{rule} {count}" for rule, count in plan.rejected.items())),
+        ]
+    )
+
+
+def _alternatives(plan: Plan) -> str:
+    from planner.units import format_bytes, format_seconds
+
+    if not plan.alternatives:
+        return ""
+    rows = [
+        (
+            other.strategy.degrees.label(),
+            format_seconds(other.step_time_s),
+            format_bytes(other.peak_memory_bytes),
+            str(other.verdict),
+            other.reason,
+        )
+        for other in plan.alternatives
+    ]
+    return table(("runners-up", "step", "memory", "", "why they lost"), rows)

@@ -1,0 +1,71 @@
+"""From the common options to a PlanningProblem: which profile counts, and which memory limit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from planner.commands.options import ProblemInputs, ProblemOptions, load_problem
+
+if TYPE_CHECKING:
+    from planner.problem import PlanningProblem
+    from planner.profile import Profile
+
+
+class Asked(NamedTuple):
+    """A problem, and in words what its figures rest on."""
+
+    problem: PlanningProblem
+    basis: str
+
+
+def read_problem(options: ProblemOptions) -> Asked:
+    """Reads everything that the options name. Raises InputError with every fault."""
+    from planner.problem import PlanningProblem
+
+    inputs = load_problem(options)
+    profile, basis = _profile(inputs)
+    usable = min(group.device.usable_memory_bytes for group in inputs.cluster.groups)
+    problem = PlanningProblem(
+        model=inputs.model,
+        workload=inputs.workload,
+        cluster=inputs.cluster,
+        profile=profile,
+        memory_limit_bytes=inputs.memory_limit_bytes or usable,
+    )
+    return Asked(problem, basis)
+
+
+def _profile(inputs: ProblemInputs) -> tuple[Profile | None, str]:
+    from planner.profile import load_profile
+
+    device = inputs.cluster.groups[0].device
+    if inputs.profile is not None:
+        profile = load_profile(inputs.profile)
+        _check_device(profile, device.name, inputs)
+        return profile, f"profile {inputs.profile} of {profile.device}, {profile.created}"
+    shipped = _shipped(device.name)
+    if shipped is not None:
+        return shipped, f"shipped profile {shipped.name} of a {shipped.device}, {shipped.created}"
+    return None, f"datasheet of {device.title}: nothing was measured on it"
+
+
+def _check_device(profile: Profile, device: str, inputs: ProblemInputs) -> None:
+    from planner.errors import InputError, Problem
+
+    if profile.device != device:
+        raise InputError(
+            Problem(
+                where=f"--profile {inputs.profile}",
+                fault=f"was measured on {profile.device}, the cluster is made of {device}.",
+                legal=f"a profile of {device}",
+                fix="plan profile on that device, or leave --profile out",
+            )
+        )
+
+
+def _shipped(device: str) -> Profile | None:
+    from planner.catalog import profile_files
+    from planner.profile import load_profile
+
+    fitting = [profile for profile in map(load_profile, profile_files()) if profile.device == device]
+    return max(fitting, key=lambda profile: profile.created, default=None)
