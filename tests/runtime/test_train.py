@@ -28,7 +28,7 @@ from runtime.summary import TrainSummary
 from runtime.train import check_world, pick_device, run_training
 from tests.plans import make_plan, tiny_llama
 
-MODEL = tiny_llama(vocab=257)
+MODEL = tiny_llama(vocab=258)
 TP2 = make_plan(MODEL, Degrees(tp=2, micro_batch=2, num_micro_batches=2))
 PP2 = make_plan(MODEL, Degrees(pp=2, micro_batch=1, num_micro_batches=4))
 DP2 = make_plan(MODEL, Degrees(dp_shard=2, zero=Zero.PARAMETERS, micro_batch=1, num_micro_batches=2))
@@ -315,7 +315,7 @@ def test_the_command_trains_and_torchrun_goes_on(text: str, tmp_path: Path) -> N
     save_plan(PP2, tmp_path / "pp2.json")
     save_plan(TP2, tmp_path / "tp2.json")
     run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", "planner.cli", "train"]
+    command = [sys.executable, "-c", "from planner.cli import main; main()", "train"]
     first = _call(command, tmp_path / "pp2.json", text, run_dir, 2, "--json")
     assert first.returncode == 0, first.stderr
     assert json.loads(first.stdout)["last_step"] == 2
