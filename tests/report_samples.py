@@ -8,11 +8,18 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 from planner.cluster import ClusterSpec, Device, DeviceGroup, Link
-from planner.cost.schedule import build_table, parse_table, print_table
-from planner.estimate import Coverage, Estimate, MemoryBreakdown, StageEstimate, TimeBreakdown, Verdict
+from planner.cost.schedule import Table, build_table, print_table
+from planner.estimate import (
+    Coverage,
+    Estimate,
+    MemoryBreakdown,
+    StageEstimate,
+    TimeBreakdown,
+    TimelineEvent,
+    Verdict,
+)
 from planner.model import Activation, Attention, Block, Mlp, ModelSpec, Norm, Segment
 from planner.plan import Alternative, Certificate, Plan, save_plan
 from planner.report.comparison import ComparisonRow, save_comparison
@@ -29,15 +36,6 @@ from planner.strategy import (
 )
 from planner.units import GIB, MIB
 from planner.workload import Precision, Workload
-
-
-class Event(NamedTuple):
-    """An event of a pipeline rank, as a simulator yields it."""
-
-    rank: int
-    name: str
-    start_s: float
-    duration_s: float
 
 
 def model(name: str = "llama-demo-30m", layers: int = 12, hidden: int = 384, vocab: int = 4096) -> ModelSpec:
@@ -189,6 +187,7 @@ def plan(
         rank_axes=AXES,
         rank_grid_shape=degrees.grid_shape(),
         schedule_table=print_table(table),
+        timeline=replayed(table, degrees.stages - 1) if solved else (),
         solver=certificate if solved else None,
         rejected={"heads_divide": 12, "batch_divides": 31, "bound_above_incumbent": 28} if solved else {},
         alternatives=alternatives(layers) if solved else (),
@@ -208,10 +207,10 @@ def stages_of(layers: int, count: int) -> tuple[Stage, ...]:
     return tuple(result)
 
 
-def predicted(sample: Plan, forward_s: float = 0.02, backward_s: float = 0.042) -> tuple[Event, ...]:
-    """A replay of the plan's table with equal stages: enough of a simulator to draw."""
-    table = parse_table(sample.schedule_table)
-    last_stage = sample.strategy.degrees.stages - 1
+def replayed(
+    table: Table, last_stage: int, forward_s: float = 0.02, backward_s: float = 0.042
+) -> tuple[TimelineEvent, ...]:
+    """A replay of a table with equal stages: enough of a simulator to draw."""
     done: dict[tuple[int, str, int], float] = {}
     cursor, clock_s = [0] * len(table), [0.0] * len(table)
     events = []
@@ -226,11 +225,15 @@ def predicted(sample: Plan, forward_s: float = 0.02, backward_s: float = 0.042) 
                     break
                 start_s = max(clock_s[rank], done.get(before, 0.0))
                 duration_s = forward_s if kind == "F" else backward_s
-                events.append(Event(rank, str(row[cursor[rank]]), start_s, duration_s))
+                events.append(_event(rank, str(row[cursor[rank]]), start_s, duration_s))
                 clock_s[rank] = done[(stage, str(kind), mb)] = start_s + duration_s
                 cursor[rank] += 1
     end_s = max(clock_s)
-    return (*events, *(Event(rank, "optimizer", end_s, 0.03) for rank in range(len(table))))
+    return (*events, *(_event(rank, "optimizer", end_s, 0.03) for rank in range(len(table))))
+
+
+def _event(rank: int, name: str, start_s: float, duration_s: float) -> TimelineEvent:
+    return TimelineEvent(rank=rank, name=name, kind="", start_s=start_s, duration_s=duration_s)
 
 
 def measured(sample: Plan) -> list[dict[str, object]]:
@@ -243,7 +246,7 @@ def measured(sample: Plan) -> list[dict[str, object]]:
             "start_s": event.start_s * 1.05 + 0.001 * (rank % 3) + 12.5,
             "duration_s": event.duration_s * (1.01 + 0.02 * (rank % 2)),
         }
-        for event in predicted(sample)
+        for event in sample.timeline
         for rank in degrees.ranks_of_pp_rank(event.rank)
     ]
 

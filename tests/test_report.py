@@ -86,11 +86,11 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run_page(run_folder: Path) -> str:
     source = load_report_input(run_folder)
-    return render_page(source, samples.predicted(source.plan))
+    return render_page(source)
 
 
 def plan_page(plan: Plan) -> str:
-    return render_page(ReportInput(plan=plan), samples.predicted(plan))
+    return render_page(ReportInput(plan=plan))
 
 
 # The page as a document
@@ -157,7 +157,7 @@ def test_a_plan_of_1024_ranks_stays_small() -> None:
 
 def test_the_same_input_gives_the_same_bytes(run_page: str, run_folder: Path) -> None:
     source = load_report_input(run_folder)
-    assert render_page(source, samples.predicted(source.plan)) == run_page
+    assert render_page(source) == run_page
 
 
 def test_hostile_text_stays_text() -> None:
@@ -172,8 +172,9 @@ def test_hostile_text_stays_text() -> None:
         not_modelled=(HOSTILE,),
     )
     row = dataclasses.replace(samples.COMPARISON[0], label=HOSTILE, strategy=HOSTILE)
-    events = (*samples.predicted(plan), samples.Event(0, HOSTILE, 0.0, 0.5))
-    page = Reader(render_page(ReportInput(plan=plan, comparison=(row, row)), events))
+    event = dataclasses.replace(plan.timeline[0], name=HOSTILE)
+    plan = dataclasses.replace(plan, timeline=(*plan.timeline, event))
+    page = Reader(render_page(ReportInput(plan=plan, comparison=(row, row))))
     assert page.tags.count("script") == 1 and page.tags.count("style") == 1
     assert "img" not in page.tags
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
@@ -308,7 +309,7 @@ def test_the_picture_names_the_groups_of_a_rank() -> None:
 def test_both_timelines_have_the_same_scale(run_folder: Path) -> None:
     source = load_report_input(run_folder)
     plan = source.plan
-    predicted = slices_of(samples.predicted(plan))
+    predicted = slices_of(plan.timeline)
     slower = tuple(
         dataclasses.replace(s, start_s=2 * s.start_s, duration_s=2 * s.duration_s) for s in predicted
     )
@@ -385,7 +386,7 @@ def test_one_rank_of_each_pipeline_rank_is_drawn(run_folder: Path) -> None:
 def test_the_trace_has_two_processes_with_named_threads(run_folder: Path) -> None:
     source = load_report_input(run_folder)
     assert source.run is not None
-    predicted = slices_of(samples.predicted(source.plan))
+    predicted = slices_of(source.plan.timeline)
     measured = slices_of(source.run.timeline)
     trace = json.loads(print_trace(build_trace(predicted, measured, HOSTILE)))
     events = trace["traceEvents"]
@@ -407,7 +408,7 @@ def test_the_trace_has_two_processes_with_named_threads(run_folder: Path) -> Non
 
 def test_flows_lead_from_a_pass_to_the_same_micro_batch_on_the_next_stage() -> None:
     plan = samples.plan(Degrees(pp=4, num_micro_batches=4))
-    slices = slices_of(samples.predicted(plan))
+    slices = slices_of(plan.timeline)
     events = build_trace(slices, (), "x")["traceEvents"]
     starts = {e["id"]: e for e in events if e["ph"] == "s"}
     ends = {e["id"]: e for e in events if e["ph"] == "f"}
@@ -524,6 +525,31 @@ def test_files_that_are_broken_are_refused(tmp_path: Path, file: str, text: str,
     assert file in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (("strategy", "pp"), 3, "stages"),
+        (("strategy", "tp"), 0, "degree below 1"),
+        (("stages", 0, "recompute", "none"), 5, "6 layers"),
+        (("timeline", 3, "rank"), 2, "timeline.3"),
+        (("timeline", 0, "duration_s"), -1.0, "timeline.0"),
+    ],
+)
+def test_a_plan_that_does_not_fit_together_is_refused(
+    tmp_path: Path, key: tuple[str | int, ...], value: float, message: str
+) -> None:
+    path = tmp_path / "plan.json"
+    save_plan(samples.plan(), path)
+    document = json.loads(path.read_text())
+    inner = document
+    for part in key[:-1]:
+        inner = inner[part]
+    inner[key[-1]] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match=message):
+        load_report_input(path)
+
+
 def test_a_timeline_starts_at_zero(tmp_path: Path) -> None:
     path = tmp_path / "timeline.json"
     path.write_text(json.dumps(samples.measured(samples.plan())))
@@ -540,7 +566,7 @@ def test_the_command_writes_page_and_trace(run_folder: Path, tmp_path: Path) -> 
     assert json.loads(result.stdout) == {"page": str(page), "trace": str(trace)}
     assert "llama-demo-30m" in page.read_text()
     processes = {event["pid"] for event in json.loads(trace.read_text())["traceEvents"]}
-    assert 2 in processes
+    assert processes == {1, 2}
 
 
 def test_the_command_defaults_beside_its_input(tmp_path: Path) -> None:

@@ -52,15 +52,13 @@ def report(source: Path, output: Path | None, trace: Path | None, as_json: bool)
 def write_report(document: ReportInput, page_path: Path, trace_path: Path | None) -> None:
     """Writes the page, and the trace where a path is given."""
     from planner.codec import write_atomic
-    from planner.cost.simulate import predicted_timeline
     from planner.report.page import render_page
     from planner.report.timeline import slices_of
     from planner.report.trace import build_trace, print_trace
 
-    predicted = predicted_timeline(document.plan)
-    write_atomic(page_path, render_page(document, predicted))
+    write_atomic(page_path, render_page(document))
     if trace_path is None:
         return
     measured = slices_of(document.run.timeline) if document.run else ()
-    trace = build_trace(slices_of(predicted), measured, document.plan.model.name)
+    trace = build_trace(slices_of(document.plan.timeline), measured, document.plan.model.name)
     write_atomic(trace_path, print_trace(trace))

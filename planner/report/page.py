@@ -6,15 +6,13 @@ that is passed through are the charts that this program drew.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from planner.codec import noun
 from planner.plan import Plan
 from planner.report import sections, words
 from planner.report.palette import COLOURS, Colour
 from planner.report.picture import Picture, draw_plan
 from planner.report.record import ReportInput, RunRecord
-from planner.report.timeline import PredictedEvent, Slice, first_rank_of_each, slices_of
+from planner.report.timeline import Slice, first_rank_of_each, slices_of
 from planner.units import format_seconds
 
 
@@ -76,8 +74,8 @@ COVERAGE_WORDS = (
 )
 
 
-def render_page(source: ReportInput, predicted: Iterable[PredictedEvent] = ()) -> str:
-    """The report as HTML. `predicted` are the simulator's events of one step, by pipeline rank."""
+def render_page(source: ReportInput) -> str:
+    """The report as HTML."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -87,10 +85,10 @@ def render_page(source: ReportInput, predicted: Iterable[PredictedEvent] = ()) -
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.j2").render(page=build_page(source, slices_of(predicted)))
+    return environment.get_template("page.html.j2").render(page=build_page(source))
 
 
-def build_page(source: ReportInput, predicted: tuple[Slice, ...]) -> Page:
+def build_page(source: ReportInput) -> Page:
     """Everything that the page says, in order."""
     plan, run = source.plan, source.run
     solver = plan.solver
@@ -105,7 +103,7 @@ def build_page(source: ReportInput, predicted: tuple[Slice, ...]) -> Page:
         facts=words.model_facts(plan),
         strategy=plan.strategy.degrees.label(),
         picture=draw_plan(plan),
-        timelines=sections.timeline_figures(plan, predicted, _measured_slices(plan, run)),
+        timelines=sections.timeline_figures(plan, slices_of(plan.timeline), _measured_slices(plan, run)),
         memory=sections.memory_figure(plan, run),
         time=sections.time_figure(plan, run),
         run_facts=words.run_facts(run) if run else (),

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -133,7 +134,7 @@ class ReportInput:
 def load_report_input(path: Path) -> ReportInput:
     """What is found at `path`: a plan.json, or a run folder. Raises InputError with every fault."""
     if not path.is_dir():
-        return ReportInput(plan=load_plan(path))
+        return ReportInput(plan=_load_sound_plan(path))
     if not (path / "plan.json").exists():
         raise InputError(
             Problem(
@@ -142,13 +143,40 @@ def load_report_input(path: Path) -> ReportInput:
                 legal="a plan.json, or a folder that `plan train` wrote",
             )
         )
-    plan = load_plan(path / "plan.json")
+    plan = _load_sound_plan(path / "plan.json")
     comparison = path / "comparison.json"
     return ReportInput(
         plan=plan,
         run=_load_run(path, plan.strategy.degrees.world),
         comparison=load_comparison(comparison) if comparison.exists() else (),
     )
+
+
+def _load_sound_plan(path: Path) -> Plan:
+    """The plan in a file, whose stages and timeline fit its degrees: a drawing of others would lie."""
+    plan = load_plan(path)
+    faults = list(_structural_faults(plan))
+    if faults:
+        fix = "solve again, or see `plan check`"
+        raise InputError(*(Problem(where=f"{path}: {at}", fault=fault, fix=fix) for at, fault in faults))
+    return plan
+
+
+def _structural_faults(plan: Plan) -> Iterator[tuple[str, str]]:
+    degrees, stages = plan.strategy.degrees, plan.strategy.stages
+    sizes = (*degrees.grid_shape(), degrees.chunks, degrees.num_micro_batches)
+    if min(sizes) < 1:
+        yield "strategy", "has a degree below 1."
+        return
+    if len(stages) != degrees.stages:
+        yield "stages", f"are {len(stages)}, but pp x chunks is {degrees.stages}."
+    for index, stage in enumerate(stages):
+        counts = (stage.recompute.none, stage.recompute.selective, stage.recompute.full)
+        if min(counts) < 0 or sum(counts) != stage.layers:
+            yield f"stages.{index}.recompute", f"counts {counts} for {stage.layers} layers."
+    for index, event in enumerate(plan.timeline):
+        if not 0 <= event.rank < degrees.pp or event.start_s < 0 or event.duration_s < 0:
+            yield f"timeline.{index}", "is on a rank or at a time that the plan does not have."
 
 
 def _load_run(folder: Path, world: int) -> RunRecord | None:

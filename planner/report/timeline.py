@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from enum import StrEnum
-from typing import Protocol
 
 from planner.codec import noun
+from planner.estimate import TimelineEvent
 from planner.report.record import MeasuredEvent
 from planner.strategy import Degrees
 
@@ -65,19 +65,6 @@ _NAME_PARTS = (
 )
 
 
-class PredictedEvent(Protocol):
-    """What the simulator yields: an event of a pipeline rank."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def start_s(self) -> float: ...
-    @property
-    def duration_s(self) -> float: ...
-
-
 @noun
 class Slice:
     """One thing that one row of a timeline does. `row` is a pipeline rank or a global rank."""
@@ -115,7 +102,7 @@ def classify(name: str) -> SliceKind:
     return next((kind for word, kind in _NAME_PARTS if word in name.lower()), SliceKind.OTHER)
 
 
-def slices_of(events: Iterable[PredictedEvent | MeasuredEvent]) -> tuple[Slice, ...]:
+def slices_of(events: Iterable[TimelineEvent | MeasuredEvent]) -> tuple[Slice, ...]:
     """Events as slices, in order of row and start."""
     slices = (
         Slice(
