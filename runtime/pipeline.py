@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
+from torch.distributed.pipelining.schedules import _Action, _batch_p2p, _PipelineScheduleRuntime
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
@@ -104,8 +104,14 @@ class PlanStage(PipelineStage):
         self.module = module
         self._hidden_shape, self._hidden_dtype = hidden_shape(plan), hidden_dtype(plan)
         self._sent_forward: dict[int, list[dist.Work]] = {}
+        self._sent_backward: dict[int, list[dist.Work]] = {}
+        self._received_before = _backwards_before(plan, module.index - 1) if module.index else {}
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        # The stage before has sent this activation, so it has received the gradients that its row asks
+        # for earlier: these waits return at once.
+        for micro_batch in self._received_before.get(fwd_chunk_id, ()):
+            _wait(self._sent_backward.pop(micro_batch, []))
         self.module.before_forward(fwd_chunk_id)
         with self.module.record.span():
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
@@ -114,8 +120,7 @@ class PlanStage(PipelineStage):
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> Any:
         # The gradient has come back, so the activation was received: this wait returns at once.
-        for work in self._sent_forward.pop(bwd_chunk_id, []):
-            work.wait()
+        _wait(self._sent_forward.pop(bwd_chunk_id, []))
         self.module.before_backward(bwd_chunk_id, last=last_backward)
         with self.module.record.span():
             result = super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
@@ -133,10 +138,20 @@ class PlanStage(PipelineStage):
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """Sends here, so that the handle (which keeps the tensor) can go before the step ends."""
-        ops = super().get_fwd_send_ops(fwd_chunk_id)
-        if ops:
-            self._sent_forward[fwd_chunk_id] = dist.batch_isend_irecv(ops)
+        self._sent_forward[fwd_chunk_id] = _batch_p2p(super().get_fwd_send_ops(fwd_chunk_id))
         return []
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """As `get_fwd_send_ops`."""
+        self._sent_backward[bwd_chunk_id] = _batch_p2p(super().get_bwd_send_ops(bwd_chunk_id))
+        return []
+
+    def finish(self) -> None:
+        """Waits for what is still being sent at the step's end."""
+        for sent in (self._sent_forward, self._sent_backward):
+            for works in sent.values():
+                _wait(works)
+            sent.clear()
 
     def clear_runtime_states(self) -> None:
         self.fwd_cache.clear()
@@ -161,6 +176,23 @@ class PlanStage(PipelineStage):
     def _drop(self, infos: dict[int, Any], chunk: int) -> None:
         for info in _received(infos[chunk]):
             info.buffer = None
+
+
+def _wait(works: list[dist.Work]) -> None:
+    for work in works:
+        work.wait()
+
+
+def _backwards_before(plan: Plan, stage: int) -> dict[int, list[int]]:
+    """For each forward of a stage, the micro-batches whose backward is between it and the last one."""
+    between: list[int] = []
+    found: dict[int, list[int]] = {}
+    for action in parse_table(plan.schedule_table)[plan.strategy.degrees.pp_rank_of_stage(stage)]:
+        if action.stage == stage and action.kind is ActionKind.BACKWARD:
+            between.append(action.micro_batch)
+        elif action.stage == stage:
+            found[action.micro_batch], between = between, []
+    return found
 
 
 def _received(infos: Sequence[Any]) -> list[Any]:
@@ -235,6 +267,9 @@ class Pipeline:
             schedule.step(*args, target=targets, losses=losses, return_outputs=False)
         else:
             schedule.step(*args, return_outputs=False)
+        for stage in schedule._stages:
+            if isinstance(stage, PlanStage):
+                stage.finish()
         return torch.stack([loss.detach() for loss in losses]).sum() if losses else _zero(inputs)
 
     def _run_row(self, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -1,0 +1,63 @@
+"""The same code on an accelerator. Skipped where there is none."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from planner.strategy import Degrees, Recompute
+from planner.workload import Precision
+from runtime.executor import Executor
+from runtime.launch import init_from_env
+from tests.plans import make_plan, tiny_gpt2, tiny_llama
+from tests.runtime.ranks import OPTIONS, SEED, single_process, train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """The first accelerator, in a group of one rank over NCCL."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", port)
+    yield init_from_env(timeout_s=60)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("spec", [tiny_llama(), tiny_gpt2()], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("recompute", list(Recompute))
+def test_fp32_equals_one_process_on_the_cpu(device: torch.device, spec, recompute: Recompute) -> None:  # type: ignore[no-untyped-def]
+    plan = make_plan(spec, Degrees(micro_batch=2, num_micro_batches=2), recompute=recompute)
+    executor = Executor(plan, device=device, seed=SEED, optimizer_options=OPTIONS)
+    expected = [value for pair in single_process(plan, 5) for value in pair]
+    assert [v for pair in train(executor, 0, 5) for v in pair] == pytest.approx(expected, rel=1e-4)
+    assert executor.executed().differences(plan) == ()
+
+
+def test_bf16_recompute_saves_memory_and_gives_the_same_loss(device: torch.device) -> None:
+    """Peak memory falls from none to selective to full; the losses agree to bf16's precision."""
+    spec = replace(tiny_llama(hidden=512, vocab=1024), max_positions=1024, initializer_range=0.02)
+    losses, peaks = [], []
+    for recompute in Recompute:
+        plan = make_plan(
+            spec, Degrees(micro_batch=8), recompute=recompute, seq=1024, precision=Precision.BF16
+        )
+        executor = Executor(plan, device=device, seed=SEED, optimizer_options=OPTIONS)
+        train(executor, 0, 1)
+        torch.cuda.reset_peak_memory_stats()
+        losses.append(train(executor, 1, 1)[0][0])
+        peaks.append(torch.cuda.max_memory_allocated())
+        del executor
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-3)
+    assert peaks == sorted(peaks, reverse=True)
+    assert len(set(peaks)) == 3
