@@ -98,7 +98,19 @@ def accelerators() -> list[tuple[str, int]]:
         name, _, memory = line.rpartition(",")
         if name.strip() and memory.strip().isdigit():
             found.append((name.strip(), int(memory)))
-    return found if visible is None else found[: len(visible.split(","))]
+    return found if visible is None else _visible(found, visible.split(","))
+
+
+def _visible(found: list[tuple[str, int]], chosen: list[str]) -> list[tuple[str, int]]:
+    """Those that CUDA_VISIBLE_DEVICES chooses: by number up to the first wrong one, or as many as named."""
+    if not all(name.strip().isdigit() for name in chosen):
+        return found[: len(chosen)]
+    picked = []
+    for number in (int(name) for name in chosen):
+        if number >= len(found):
+            break
+        picked.append(found[number])
+    return picked
 
 
 def local_cluster(count: int | None) -> ClusterSpec:

@@ -213,11 +213,21 @@ def fake_driver(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_driver_is_asked_and_hidden_devices_stay_hidden(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_driver(tmp_path, "printf 'NVIDIA L4, 23034\\nNVIDIA L4, 23034\\n'", monkeypatch)
-    assert machine.accelerators() == [("NVIDIA L4", 23034)] * 2
-    for visible, count in (("0", 1), ("", 0), ("-1", 0), ("0,1", 2)):
+    fake_driver(tmp_path, "printf 'NVIDIA L4, 23034\\nTesla T4, 15360\\n'", monkeypatch)
+    both = [("NVIDIA L4", 23034), ("Tesla T4", 15360)]
+    assert machine.accelerators() == both
+    cases = {
+        "0": both[:1],
+        "1": both[1:],
+        "": [],
+        "-1": [],
+        "0,1": both,
+        "0,7,1": both[:1],
+        "GPU-1": both[:1],
+    }
+    for visible, seen in cases.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert len(machine.accelerators()) == count
+        assert machine.accelerators() == seen, visible
 
 
 @pytest.mark.parametrize("script", ["exit 9", "echo nonsense", "echo 'Failed to initialize NVML'; exit 1"])

@@ -233,9 +233,28 @@ def _show_cluster(name: str, seq: int | None) -> tuple[dict[str, Any], list[tupl
     for key, link in (("inside a node", cluster.intra), ("between nodes", cluster.inter)):
         rate = "takes no time" if link.bytes_per_s is None else f"{link.bytes_per_s / 1e9:g} GB/s a device"
         shown.append((key, f"{link.name}, {rate}, {link.latency_s * 1e6:g} us"))
-    shown.append(("dollars an hour", cluster.price_usd_per_hour or "unknown"))
+    price = cluster.price_usd_per_hour
+    shown.append(("dollars an hour", "unknown" if price is None else f"{price:.2f}"))
+    shown += [("price", text) for text in _price_dates(cluster.name)]
     shown.append(("sources", list(dict.fromkeys((*cluster.intra.sources, *cluster.inter.sources)))))
     return document, shown
+
+
+def _price_dates(name: str) -> list[str]:
+    """For each instance in a cluster's name: its price, how it was read, and when."""
+    from planner.catalog import load_instance
+
+    found = []
+    for part in name.split("+"):
+        if "*" in part:
+            instance = load_instance(part.split("*")[1].split("@")[0])
+            if instance.ondemand_usd_per_hour is not None:
+                read = "read" if "READ" in instance.price_mark else "from memory"
+                when = instance.as_of or "without a date"
+                found.append(
+                    f"{instance.full_name} {instance.ondemand_usd_per_hour:g} on demand, {read}, {when}"
+                )
+    return found
 
 
 def _flatten(tables: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
