@@ -80,4 +80,5 @@ def solve(
     else:
         click.echo(plan_text(plan, asked.basis))
     assert plan.solver is not None
-    return TIME_LIMIT_EXIT if plan.solver.status == "gap" and time_limit_s is not None else 0
+    out_of_time = time_limit_s is not None and plan.solver.wall_s >= time_limit_s
+    return TIME_LIMIT_EXIT if plan.solver.status == "gap" and out_of_time else 0

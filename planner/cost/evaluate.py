@@ -50,7 +50,8 @@ class CostModel:
 
     def shape(self, degrees: Degrees) -> ShapeModel:
         """The stage costs under `degrees`."""
-        return ShapeModel(self.problem, degrees, self.layers, self.comms)
+        slow = self.sharing.slowdown(degrees.world) if self.sharing else 1.0
+        return ShapeModel(self.problem, degrees, self.layers, self.comms, slow)
 
     def stage_costs(self, shape: ShapeModel, strategy: Strategy) -> tuple[StageCost, ...]:
         """The cost of each stage of a strategy."""

@@ -88,12 +88,17 @@ class Unit:
 
 
 class ShapeModel:
-    """Costs of stages under given degrees."""
+    """Costs of stages under given degrees. `slow` is the slowdown of work while every device works."""
 
     def __init__(
-        self, problem: PlanningProblem, degrees: Degrees, layers: LayerModel, comms: CommModel
+        self,
+        problem: PlanningProblem,
+        degrees: Degrees,
+        layers: LayerModel,
+        comms: CommModel,
+        slow: float,
     ) -> None:
-        self.problem, self.degrees = problem, degrees
+        self.problem, self.degrees, self.slow = problem, degrees, slow
         self.layer_model, self.comm_model = layers, comms
         self.overlaps = problem.cluster.groups[0].slots_per_node is None
         communicates = self.overlaps and degrees.world > 1
@@ -107,8 +112,9 @@ class ShapeModel:
         self.head_unit = Unit(
             params=(model.norm.params(model.hidden) + model.vocab * model.hidden) / tp, tensors=2
         )
-        self.gathers_s = {unit: self.gather_s(unit) for unit in self._all_units()}
-        self.reduces_s = {unit: self.reduce_s(unit) for unit in self._all_units()}
+        self.wrapper = "replicate" if degrees.zero is Zero.NONE else "fsdp"
+        self.gathers = {unit: self.gather(unit) for unit in self._all_units()}
+        self.reduces = {unit: self.reduce(unit) for unit in self._all_units()}
         self._stages: dict[tuple[RecomputeCounts, bool, bool], StageCost] = {}
         self.block_passes = {option: self._block_passes(option) for option in Recompute}
         self.embedding_passes = self._end_passes(LayerKind.EMBEDDING)
@@ -168,28 +174,36 @@ class ShapeModel:
         return self._with_data_parallel(forward, backward, unit)
 
     def _with_data_parallel(self, forward: Pass, backward: Pass, unit: Unit) -> tuple[Pass, Pass]:
-        """Adds the wrapper's host time, and what ZeRO 2 and 3 communicate in every micro-batch."""
+        """Adds the wrapper's host time, gradient accumulation, and what ZeRO 2 and 3 send each micro-batch."""
+        backward += Pass(host_s=self._accumulate_s(unit))
         if self.degrees.dp == 1:
             return forward, backward
-        forward += Pass(host_s=self._constant("fsdp_unit_forward_s"))
-        backward += Pass(host_s=self._constant("fsdp_unit_backward_s"))
+        forward += Pass(host_s=self._constant(f"{self.wrapper}_unit_forward_s"))
+        backward += Pass(host_s=self._constant(f"{self.wrapper}_unit_backward_s"))
         zero = self.degrees.zero
         if zero is Zero.PARAMETERS:
-            forward = self._exposed(forward, self.gathers_s[unit])
-            backward = self._exposed(backward, self.gathers_s[unit] + self.reduces_s[unit])
+            forward = self._exposed(forward, self.gathers[unit])
+            backward = self._exposed(backward, self.gathers[unit] + self.reduces[unit])
         elif zero is Zero.GRADIENTS:
-            backward = self._exposed(backward, self.reduces_s[unit])
+            backward = self._exposed(backward, self.reduces[unit])
         return forward, backward
 
-    def _exposed(self, passing: Pass, comm_s: float) -> Pass:
-        """The pass with communication beside it: hidden behind compute where the device overlaps.
+    def _accumulate_s(self, unit: Unit) -> float:
+        """Adding a micro-batch's gradients to earlier ones; the first micro-batch of a step adds nothing."""
+        more = 1 - 1 / self.degrees.num_micro_batches
+        kept = unit.params / (self.degrees.dp_shard if self.degrees.zero >= Zero.GRADIENTS else 1)
+        return self._constant("grad_accumulate_s_per_param") * kept * more
+
+    def _exposed(self, passing: Pass, message: Pass) -> Pass:
+        """The pass with a message beside it: hidden behind compute where the device overlaps.
 
         Overlapped work slows compute by OVERLAP_SLOWDOWN for as long as both run.
         """
         if not self.overlaps:
-            return passing + Pass(dp_s=comm_s)
-        hidden_s = min(comm_s, passing.total_s)
-        return passing + Pass(dp_s=comm_s - hidden_s + constants.OVERLAP_SLOWDOWN * hidden_s)
+            return passing + message
+        hidden_s = min(message.total_s, passing.total_s)
+        shown_s = message.total_s - hidden_s + constants.OVERLAP_SLOWDOWN * hidden_s
+        return passing + Pass(dp_s=shown_s)
 
     # Messages
 
@@ -244,19 +258,28 @@ class ShapeModel:
         )
         return self._seconds(Op.P2P, self.hidden_bytes() / shards, group)
 
-    def gather_s(self, unit: Unit) -> float:
+    def gather(self, unit: Unit) -> Pass:
         """All-gather of one unit's parameters in the compute precision, with copies in and out."""
+        if self.degrees.dp_shard == 1:
+            return Pass()
         size = unit.params * self.problem.workload.precision.compute_bytes
-        seconds = self._seconds(Op.ALL_GATHER, size, self._shard_group())
-        return seconds + self._constant("fsdp_copy_s_per_byte") * size if self.degrees.dp_shard > 1 else 0.0
+        copies_s = self._constant("fsdp_gather_unit_s") + size * self._constant("fsdp_gather_copy_s_per_byte")
+        return Pass(host_s=copies_s, dp_s=self._seconds(Op.ALL_GATHER, size, self._shard_group()))
 
-    def reduce_s(self, unit: Unit) -> float:
+    def reduce(self, unit: Unit) -> Pass:
         """Reduction of one unit's gradients in fp32: scatter over shards, all-reduce over replicas."""
         size, degrees = 4.0 * unit.params, self.degrees
-        copies = self._constant("fsdp_copy_s_per_byte") * size if degrees.dp > 1 else 0.0
-        scatter = self._seconds(Op.REDUCE_SCATTER, size, self._shard_group())
-        reduce = self._seconds(Op.ALL_REDUCE, size / degrees.dp_shard, self._replicate_group())
-        return scatter + reduce + copies
+        if degrees.dp == 1:
+            return Pass()
+        per_byte = self._constant(f"{self.wrapper}_reduce_copy_s_per_byte")
+        copies_s = self._constant(f"{self.wrapper}_reduce_unit_s") + size * per_byte
+        scatter_s = self._seconds(Op.REDUCE_SCATTER, size, self._shard_group())
+        reduce_s = self._seconds(Op.ALL_REDUCE, size / degrees.dp_shard, self._replicate_group())
+        return Pass(host_s=copies_s, dp_s=scatter_s + reduce_s)
+
+    def once_s(self, message: Pass) -> float:
+        """Seconds of a message that all ranks send at the same time, once a step."""
+        return message.work_s * self.slow + message.fixed_s
 
     # Stages
 
@@ -312,18 +335,20 @@ class ShapeModel:
         """ZeRO 1 and 2 gather each unit once a step; where that overlaps, only the first one shows."""
         if self.degrees.zero not in (Zero.OPTIMIZER, Zero.GRADIENTS):
             return 0.0
+        each = [(self.once_s(self.gathers[unit]), count) for unit, count in units]
         if self.overlaps:
-            return max(self.gathers_s[unit] for unit, _ in units)
-        return sum(self.gathers_s[unit] * count for unit, count in units)
+            return max(seconds for seconds, _ in each)
+        return sum(seconds * count for seconds, count in each)
 
     def _reduce_s(self, units: list[tuple[Unit, int]], backward_s: float) -> float:
         """ZeRO 0 and 1 reduce each unit once a step, behind the last backward where it overlaps."""
         if self.degrees.dp == 1 or self.degrees.zero in (Zero.GRADIENTS, Zero.PARAMETERS):
             return 0.0
-        total_s = sum(self.reduces_s[unit] * count for unit, count in units)
+        each = [(self.once_s(self.reduces[unit]), count) for unit, count in units]
+        total_s = sum(seconds * count for seconds, count in each)
         if not self.overlaps:
             return total_s
-        return max(max(self.reduces_s[unit] for unit, _ in units), total_s - backward_s)
+        return max(max(seconds for seconds, _ in each), total_s - backward_s)
 
     def optimizer_s(self, units: list[tuple[Unit, int]]) -> float:
         """Clipping and the update of this device's shard: a cost a parameter and a cost a tensor."""
