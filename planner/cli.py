@@ -24,7 +24,7 @@ DEBUG_VARIABLE = "SHARDWISE_DEBUG"
 
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
-        "list": ("planner.commands.catalog:list_command", "List the catalog: models, devices, instances, ..."),
+        "list": ("planner.commands.catalog:list_command", "List the catalog: models, devices, instances."),
         "show": ("planner.commands.catalog:show_command", "Show one entry of the catalog with its sources."),
         "profile": ("planner.commands.profile:profile", "Measure layers, collectives, memory: a profile."),
         "estimate": ("planner.commands.estimate:estimate", "Time, memory and verdict of a given strategy."),
