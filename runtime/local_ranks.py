@@ -88,14 +88,14 @@ def run_local(body: Body, world: int, *, log_dir: Path, on_message: Callable[[in
     ranks: list[_Rank] = []
     store = None
     try:
-        with _forward_signals(ranks):
+        with _forward_signals(ranks) as signals:
             for rank in range(world):
                 ranks.append(_fork(body, rank, world, (gate, opener), log_dir / f"rank-{rank}.log", ranks))
             # Only now: the store has a thread, and a fork while it works could copy a lock that it holds.
             store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             os.write(opener, f"{store.port:<{PORT_DIGITS}}".encode() * world)
             _watch(ranks, on_message)
-        _raise_fault(ranks)
+        _raise_fault(ranks, signals)
     finally:
         os.close(gate)
         os.close(opener)
@@ -193,8 +193,11 @@ def _die_with_parent(parent: int) -> None:
 
 
 @contextlib.contextmanager
-def _forward_signals(ranks: list[_Rank]) -> Iterator[None]:
-    """Passes SIGTERM, and SIGINT as SIGTERM, on to the ranks; the second time as SIGKILL."""
+def _forward_signals(ranks: list[_Rank]) -> Iterator[list[int]]:
+    """Passes SIGTERM, and SIGINT as SIGTERM, on to the ranks; the second time as SIGKILL.
+
+    Gives the list of the signals that came.
+    """
     seen: list[int] = []
 
     def forward(number: int, frame: object) -> None:
@@ -207,10 +210,10 @@ def _forward_signals(ranks: list[_Rank]) -> Iterator[None]:
     try:
         before = {name: signal.signal(name, forward) for name in names}
     except ValueError:  # not the main thread: signals are the caller's affair
-        yield
+        yield seen
         return
     try:
-        yield
+        yield seen
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
@@ -267,7 +270,7 @@ def _end_all(ranks: list[_Rank]) -> None:
         os.close(rank.pipe)
 
 
-def _raise_fault(ranks: list[_Rank]) -> None:
+def _raise_fault(ranks: list[_Rank], signals: list[int]) -> None:
     """Raises for the rank that failed on its own account; its peers only lost their connection to it."""
     failed = [rank for rank in ranks if rank.failed]
     if not failed:
@@ -276,6 +279,9 @@ def _raise_fault(ranks: list[_Rank]) -> None:
         if rank.fault is not None and rank.fault["fault"] == "planner":
             raise decode_fault(rank.fault)
     first = min(failed, key=lambda rank: (rank.killed_by is None, _lost_peer(rank), rank.ended_s))
+    if signals and first.killed_by in ("SIGTERM", "SIGKILL"):
+        name = signal.Signals(signals[0]).name
+        raise RunFailedError(f"the run was ended by {name} before its ranks could save.")
     raise RunFailedError(_describe(first))
 
 

@@ -71,17 +71,7 @@ def enter_group(device: str) -> torch.device:
     return torch.device("cpu")
 
 
-def train_rank(job: Job, device: str, rank: int, send: Send, *, joined: bool = False) -> None:
-    """One rank of a run, from its first to its last step. Every rank of the plan's world calls it."""
-    stop = _catch_sigterm()
-    if joined:
-        place = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
-    else:
-        place = enter_group(device)
-    _Loop(job, place, rank, send, stop).run()
-
-
-def _catch_sigterm() -> Callable[[], bool]:
+def catch_sigterm() -> Callable[[], bool]:
     """From now on SIGTERM only asks for an end; says whether it came."""
     seen: list[int] = []
 
@@ -92,14 +82,20 @@ def _catch_sigterm() -> Callable[[], bool]:
     return lambda: bool(seen)
 
 
+def train_rank(job: Job, device: torch.device, send: Send, stop: Callable[[], bool]) -> None:
+    """One rank of a run, from its first to its last step. Every rank of the plan's world calls it.
+
+    `stop` is asked once a step whether to save and end.
+    """
+    _Loop(job, device, send, stop).run()
+
+
 class _Loop:
     """The state of one rank's loop. Rank 0 also writes the run's files and speaks to the parent."""
 
-    def __init__(
-        self, job: Job, device: torch.device, rank: int, send: Send, stop: Callable[[], bool]
-    ) -> None:
+    def __init__(self, job: Job, device: torch.device, send: Send, stop: Callable[[], bool]) -> None:
         self.job, self.device, self.stop = job, device, stop
-        self.first = rank == 0
+        self.first = dist.get_rank() == 0
         self.send: Send = send if self.first else lambda _: None
         self.run_dir = Path(job.options.run_dir)
         plan, options = job.plan, job.options
@@ -121,7 +117,8 @@ class _Loop:
         resumed = load_resumed(self.job.setup)
         saved = None
         if resumed is not None:
-            check_identity(resumed[0], resumed[1].run, {**self.identity})
+            check_identity(resumed[0], resumed[1].run, self.identity)
+            _check_steps_left(options.steps, resumed[1].step)
             saved = saved_options(resumed[1])
         chosen = resolve(options, plan, saved)
         self.executor = Executor(plan, device=self.device, seed=options.seed, optimizer_options=chosen)
@@ -145,18 +142,12 @@ class _Loop:
                 f"{name} {before[name]} -> {after[name]}" for name in after if before[name] != after[name]
             ]
             self.send({"say": "settings changed: " + ", ".join(changes)})
-        if self.job.options.steps <= step:
-            raise InputError(
-                Problem(
-                    where="--steps",
-                    fault=f"is {self.job.options.steps}, and the checkpoint is already at step {step}.",
-                    legal=f"more than {step}: steps count from the beginning of training",
-                )
-            )
 
     def run(self) -> None:
         """All steps, the checkpoints between and at the end, and the summary."""
         log = MetricsLog(self.run_dir, last_step=self.executor.steps_done) if self.first else None
+        if log is not None:
+            self.seen.steps_s, self.seen.earlier_wall_s = log.earlier_steps_s, log.earlier_wall_s
         try:
             self._steps(log)
         finally:
@@ -247,6 +238,7 @@ class _Loop:
             mfu=mfu(self.job.plan, step_time_s),
             peak_memory_bytes=tuple(int(fact[1]) for fact in facts),
             timed=offset >= self.probes.timed_from,
+            wall_s=self._wall_s(),
         )
         if log is not None:
             log.write(line)
@@ -288,4 +280,19 @@ class _Loop:
         dist.barrier()
 
     def _summary(self) -> TrainSummary:
-        return summarize(self.job.plan, self.seen, launched_s=self.job.launched_s, data=self.data_text)
+        return summarize(self.job.plan, self.seen, wall_s=self._wall_s(), data=self.data_text)
+
+    def _wall_s(self) -> float:
+        """Seconds of the run so far, all launches together."""
+        return self.seen.earlier_wall_s + time.monotonic() - self.job.launched_s
+
+
+def _check_steps_left(steps: int, done: int) -> None:
+    if steps <= done:
+        raise InputError(
+            Problem(
+                where="--steps",
+                fault=f"is {steps}, and the checkpoint is already at step {done}.",
+                legal=f"more than {done}: steps count from the beginning of training",
+            )
+        )

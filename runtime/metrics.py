@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ class StepMetrics:
     `step_time_s` is that of the slowest rank. `timed` is false for steps that were slowed down on
     purpose: the first ones, and those whose memory or timeline was recorded. `peak_memory_bytes` holds
     the allocated peak of every rank, in rank order, as last recorded. `mfu` is None where the device's peak
-    is unknown.
+    is unknown. `wall_s` is the time that the run has taken so far, all its launches together.
     """
 
     step: int
@@ -36,6 +37,7 @@ class StepMetrics:
     mfu: float | None
     peak_memory_bytes: tuple[int, ...]
     timed: bool
+    wall_s: float
 
 
 @noun
@@ -71,22 +73,35 @@ class Probes:
 
 
 class MetricsLog:
-    """metrics.jsonl, open for appending. Lines after `last_step` are dropped: those steps come again."""
+    """metrics.jsonl, open for appending. Lines after `last_step` are dropped: those steps come again.
+
+    `earlier_wall_s` is the time that earlier launches took, lost steps included; `earlier_steps_s` the
+    part of it that went into the steps that are kept.
+    """
 
     def __init__(self, run_dir: Path, *, last_step: int) -> None:
-        path = run_dir / METRICS
-        kept = [line for line in _lines(path) if _step_of(line) <= last_step] if last_step else []
-        write_atomic(path, "".join(line + "\n" for line in kept))
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._path = run_dir / METRICS
+        lines = [line for line in map(_parse, _lines(self._path)) if line is not None] if last_step else []
+        kept = [line for line in lines if line["step"] <= last_step]
+        self.earlier_wall_s: float = max((line.get("wall_s", 0.0) for line in lines), default=0.0)
+        self.earlier_steps_s: float = sum(line["step_time_s"] for line in kept)
+        write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file: TextIO = self._path.open("a", encoding="utf-8")
 
     def write(self, line: StepMetrics) -> None:
-        """Appends one line, at once."""
+        """Appends one line, at once. Raises InputError where the disk is full."""
         values = {name: _finite(value) for name, value in encode(line).items()}
-        self._file.write(json.dumps(values, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(values, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise InputError(
+                Problem(where=str(self._path), fault=f"cannot be written: {error.strerror}.")
+            ) from None
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written was reported by `write`
+            self._file.close()
 
 
 def _finite(value: Any) -> Any:
@@ -100,12 +115,13 @@ def _lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def _step_of(line: str) -> int:
-    """The step of a line; one that a killed run did not finish counts as later than any."""
+def _parse(line: str) -> dict[str, Any] | None:
+    """A line's values; None for one that a killed run did not finish."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 1 << 62
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and {"step", "step_time_s"} <= values.keys() else None
 
 
 def peak_flops(plan: Plan) -> float | None:

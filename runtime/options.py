@@ -23,12 +23,15 @@ class TrainOptions:
     """The options of `plan train`. None: chosen by `resolve`, or taken from the resumed checkpoint.
 
     `steps` counts from the beginning of training, not from the resumed step. `data` None is the shipped
-    corpus. `checkpoint_every` 0 saves at the end only.
+    corpus. `data_cache` is where
+    tokenized data goes, for runs to share; None: the run's own folder. `checkpoint_every` 0 saves at the
+    end only.
     """
 
     steps: int
     run_dir: str
     data: str | None = None
+    data_cache: str | None = None
     resume: bool = False
     seed: int = 0
     tokenizer: TokenizerKind = TokenizerKind.BPE

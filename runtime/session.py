@@ -94,7 +94,8 @@ def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
             )
         )
     data = None if options.data is None else Path(options.data)
-    index = prepare_data(data, vocab=plan.model.vocab, cache=run_dir / "data", kind=options.tokenizer)
+    cache = run_dir / "data" if options.data_cache is None else Path(options.data_cache)
+    index = prepare_data(data, vocab=plan.model.vocab, cache=cache, kind=options.tokenizer)
     _keep_plan(plan, run_dir)
     return Setup(str(index), checkpoint, tuple(remarks))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import platform
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,8 @@ class TrainSummary:
 
     `measured_step_time_s` is the median over the timed steps of the slowest rank's time;
     `measured_step_time_spread` its interquartile range over the median. Both are None without a timed
-    step. `goodput` is the share of this launch's wall time that went into steps. `cost_usd` is None where
+    step. `goodput` is the share of the run's wall time (`wall_s`, all
+    launches) that went into steps that were kept. `cost_usd` is for that time, and None where
     no price is known. `executed_differences` lists where the running model differs from its plan.
     """
 
@@ -67,11 +67,12 @@ class TrainSummary:
 
 @dataclass(slots=True)
 class Seen:
-    """What rank 0 has seen of a launch so far."""
+    """What rank 0 has seen of a launch so far; `steps_s` and `earlier_wall_s` include earlier launches."""
 
     first_step: int
     losses: list[float] = field(default_factory=list)
-    times_s: list[float] = field(default_factory=list)
+    steps_s: float = 0.0
+    earlier_wall_s: float = 0.0
     timed_s: list[float] = field(default_factory=list)
     peaks: tuple[int, ...] = ()
     busy_s: tuple[float, ...] = ()
@@ -84,15 +85,14 @@ class Seen:
     def note(self, line: StepMetrics) -> None:
         """Takes in one step."""
         self.losses.append(line.loss)
-        self.times_s.append(line.step_time_s)
+        self.steps_s += line.step_time_s
         self.peaks = line.peak_memory_bytes
         if line.timed:
             self.timed_s.append(line.step_time_s)
 
 
-def summarize(plan: Plan, seen: Seen, *, launched_s: float, data: str) -> TrainSummary:
-    """The summary of a launch up to now. `launched_s` is its start on the monotonic clock."""
-    wall_s = time.monotonic() - launched_s
+def summarize(plan: Plan, seen: Seen, *, wall_s: float, data: str) -> TrainSummary:
+    """The summary of a launch up to now. `wall_s` is the time of the run so far, all its launches."""
     step_time_s = statistics.median(seen.timed_s) if seen.timed_s else None
     predicted_s = plan.estimate.step_time_s
     predicted = predicted_memory_by_rank(plan)
@@ -122,7 +122,7 @@ def summarize(plan: Plan, seen: Seen, *, launched_s: float, data: str) -> TrainS
         peak_memory_error=_error(plan.estimate.peak_memory_bytes, peak),
         busy_s_by_rank=seen.busy_s,
         wait_s_by_rank=seen.wait_s,
-        goodput=min(1.0, sum(seen.times_s) / wall_s),
+        goodput=min(1.0, seen.steps_s / wall_s),
         wall_s=wall_s,
         cost_usd=cost_usd(plan, wall_s),
         executed=seen.executed,

@@ -22,7 +22,7 @@ from planner.errors import InputError, Problem
 from planner.plan import Plan
 from runtime.exchange import agree
 from runtime.local_ranks import Send, run_local
-from runtime.loop import Job, enter_group, train_rank
+from runtime.loop import Job, catch_sigterm, enter_group, train_rank
 from runtime.metrics import StepMetrics
 from runtime.options import TrainOptions
 from runtime.progress import Progress
@@ -55,7 +55,8 @@ def _run_forked(job: Job, device: str, *, shown: bool) -> TrainSummary:
     answers: list[TrainSummary] = []
 
     def body(rank: int, send: Send) -> None:
-        train_rank(job, device, rank, send)
+        stop = catch_sigterm()
+        train_rank(job, enter_group(device), send, stop)
 
     with Progress(0, options.steps, shown=shown) as progress:
         run_local(
@@ -86,8 +87,9 @@ def _run_as_rank(
 ) -> TrainSummary | None:
     """This process as one rank under torchrun; rank 0 sets the run up and shows its progress."""
     check_world(plan, int(os.environ["WORLD_SIZE"]))
-    rank = int(os.environ["RANK"])
-    enter_group(device)
+    stop = catch_sigterm()
+    place = enter_group(device)
+    first = dist.get_rank() == 0
     locks: list[int] = []
     answers: list[TrainSummary] = []
 
@@ -97,8 +99,8 @@ def _run_as_rank(
 
     facts = agree(set_up, first_only=True)[0]
     job = Job(plan, options, Setup(**{**facts, "remarks": tuple(facts["remarks"])}), started_s)
-    with Progress(0, options.steps, shown=shown and rank == 0) as progress:
-        train_rank(job, device, rank, lambda m: _receive(m, progress, answers), joined=True)
+    with Progress(0, options.steps, shown=shown and first) as progress:
+        train_rank(job, place, lambda message: _receive(message, progress, answers), stop)
     dist.destroy_process_group()
     return answers[0] if answers else None
 

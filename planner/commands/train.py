@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     help="A text file, or a folder of .txt. Default: the public-domain novel that ships with this program.",
 )
 @click.option(
+    "--data-cache",
+    metavar="DIR",
+    help="Where tokenized data goes, for runs to share. Default: the run folder.",
+)
+@click.option(
     "--run-dir",
     default="run",
     show_default=True,
