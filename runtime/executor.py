@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from planner.errors import InputError, Problem
+from planner.errors import CheckError, InputError, Problem
 from planner.plan import Plan
 from runtime.model import canonical_name
 from runtime.optimizer import (
@@ -66,6 +66,7 @@ class Executor:
         self.plan, self.options = plan, optimizer_options
         self.meshes = build_meshes(plan, device.type)
         self.device = device
+        _check_averages(self.meshes, device)
         self.modules = _build_modules(plan, self.meshes, seed, device)
         self.pipeline = Pipeline(plan, self.modules, self.meshes, device)
         self.weights = self._collect_weights()
@@ -93,6 +94,8 @@ class Executor:
 
         Position s predicts token s + 1. The result is the same on every rank.
         """
+        workload = self.plan.workload
+        assert tokens.shape == (workload.batch // self.data_size, workload.seq + 1), tokens.shape
         tokens = tokens.to(self.device)
         loss = self.pipeline.run(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
         record = self.pipeline.record
@@ -220,6 +223,26 @@ def _check_world(plan: Plan) -> None:
                 fix=f"start {needed}, such as torchrun --nproc-per-node {needed}",
             )
         )
+
+
+def _check_averages(meshes: Meshes, device: torch.device) -> None:
+    """Raises CheckError if this build's collectives sum where FSDP asks for the mean.
+
+    Gloo of some builds did (pytorch#162338); gradients would be dp times too large without any error.
+    """
+    for mesh in (meshes.replicate, meshes.world["dp_shard"]):
+        ranks = mesh.size()
+        whole, part = torch.full((ranks,), 3.0, device=device), torch.zeros(1, device=device)
+        if ranks > 1:
+            dist.all_reduce(whole, op=dist.ReduceOp.AVG, group=mesh.get_group())
+            # The old name is deprecated since 2.13, the new one missing before.
+            scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+            scatter(part, whole, op=dist.ReduceOp.AVG, group=mesh.get_group())
+            if part.item() != 3.0:
+                raise CheckError(
+                    f"torch {torch.__version__}: the mean of 3.0 over {ranks} data-parallel ranks came out "
+                    f"as {part.item()}; gradients would be wrong. Use another torch build."
+                )
 
 
 def _build_modules(plan: Plan, meshes: Meshes, seed: int, device: torch.device) -> list[StageModule]:
