@@ -42,7 +42,7 @@ from runtime.timing import Effort, Timing, time_phases
 DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 STEADY_SPREAD = 0.25
-ATTEMPTS = 3
+ATTEMPTS = 2
 """A sample whose interquartile range is more than this share of its median is taken again."""
 
 

@@ -167,9 +167,14 @@ def test_saved_bytes_are_those_that_autograd_packs(kind: LayerKind) -> None:
         layer = build_layer(kind, Recompute.NONE, model, SEQ, Precision.FP32, Degrees(), meshes)
         bench = LayerBench(case, layer, model, SEQ, Precision.FP32, CPU)
         saved, _, _ = bench.memory()
-        packed: list[torch.Tensor] = []
+        packed: list[Any] = []
         bench.prepare()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+
+        def pack(tensor: Any) -> Any:
+            packed.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             bench.forward()
     own = [*layer.parameters(), *layer.buffers(), bench.targets]
     addresses = {tensor.untyped_storage().data_ptr() for tensor in own}
