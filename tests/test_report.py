@@ -501,6 +501,24 @@ def test_metrics_of_a_killed_and_resumed_run(tmp_path: Path) -> None:
     assert run is not None and run.step_time_s == pytest.approx(1.2)
 
 
+def test_steps_of_an_earlier_plan_are_shown_but_not_timed(tmp_path: Path) -> None:
+    save_plan(samples.plan(), tmp_path / "plan.json")
+    line = '{"step": %d, "loss": 2.0, "step_time_s": %s, "peak_memory_bytes": %s}\n'
+    (tmp_path / "metrics.jsonl").write_text(line % (1, 9.0, [50, 60]) + line % (2, 1.5, [1, 2, 3, 4]))
+    source = load_report_input(tmp_path)
+    assert source.run is not None
+    assert source.run.step_time_s == 1.5 and source.run.peak_memory_by_rank == (1, 2, 3, 4)
+    assert "1 step ran on another number of ranks" in Reader(render_page(source)).text
+
+
+def test_a_run_without_a_timed_step_says_so(tmp_path: Path) -> None:
+    save_plan(samples.plan(), tmp_path / "plan.json")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "step_time_s": 3.0, "timed": false}\n')
+    source = load_report_input(tmp_path)
+    assert source.run is not None and source.run.step_time_s is None
+    assert "No step was timed." in Reader(render_page(source)).text
+
+
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
@@ -508,7 +526,7 @@ def test_metrics_of_a_killed_and_resumed_run(tmp_path: Path) -> None:
         ("metrics.jsonl", "[1]\n", "line 1: holds a list"),
         ("metrics.jsonl", '{"step": 1}\n', "step_time_s"),
         ("metrics.jsonl", '{"step": 1, "step_time_s": -1.0}\n', "above 0"),
-        ("metrics.jsonl", '{"step": 1, "step_time_s": 1.0, "peak_memory_bytes": [1]}\n', "has 4"),
+        ("summary.json", '{"measured_peak_memory_bytes_by_rank": [1]}', "has 4 ranks"),
         ("summary.json", "{", "is not JSON"),
         ("summary.json", '{"measured_step_time_s": "fast"}', "measured_step_time_s"),
         ("timeline.json", '[{"rank": 7, "name": "0F0", "start_s": 0.0, "duration_s": 1.0}]', "has 4 ranks"),

@@ -79,8 +79,8 @@ class RunRecord:
 
     @property
     def timed_steps(self) -> tuple[StepRecord, ...]:
-        """The steps that count for the step time: the timed ones; where none is marked, all."""
-        return tuple(step for step in self.steps if step.timed) or self.steps
+        """The steps that count for the step time."""
+        return tuple(step for step in self.steps if step.timed)
 
     @property
     def step_time_s(self) -> float | None:
@@ -184,6 +184,10 @@ def _load_run(folder: Path, world: int) -> RunRecord | None:
     if not any(path.exists() for path in (metrics, summary, timeline)):
         return None
     steps, notes = load_metrics(metrics) if metrics.exists() else ((), ())
+    steps, foreign = _set_apart_other_worlds(steps, world)
+    if foreign:
+        count = f"{foreign} step{'s' if foreign > 1 else ''}"
+        notes += (f"{count} ran on another number of ranks, by an earlier plan: not timed.",)
     events = load_timeline(timeline) if timeline.exists() else ()
     run = RunRecord(
         steps=steps,
@@ -193,6 +197,19 @@ def _load_run(folder: Path, world: int) -> RunRecord | None:
     )
     _check_ranks(run, world, folder)
     return run
+
+
+def _set_apart_other_worlds(steps: tuple[StepRecord, ...], world: int) -> tuple[tuple[StepRecord, ...], int]:
+    """The steps, those of an earlier plan without time and peaks; and how many these are.
+
+    A run that was resumed by another plan keeps its log, whose first steps say nothing about this plan.
+    """
+    own = [len(step.peak_memory_bytes) in (0, world) for step in steps]
+    kept = (
+        step if mine else dataclasses.replace(step, timed=False, peak_memory_bytes=())
+        for step, mine in zip(steps, own, strict=True)
+    )
+    return tuple(kept), own.count(False)
 
 
 def load_summary(path: Path) -> RunSummary:
@@ -266,13 +283,13 @@ def _check_ranks(run: RunRecord, world: int, folder: Path) -> None:
         for index, event in enumerate(run.timeline)
         if not 0 <= event.rank < world
     ]
-    peaks = [(f"metrics.jsonl: step {step.step}", step.peak_memory_bytes) for step in run.steps]
-    if run.summary is not None:
-        peaks.append(("summary.json", run.summary.measured_peak_memory_bytes_by_rank))
-    problems += [
-        Problem(where=f"{folder / place}", fault=f"has peaks of {len(each)} ranks, but the plan has {world}.")
-        for place, each in peaks
-        if len(each) not in (0, world)
-    ]
+    peaks = run.summary.measured_peak_memory_bytes_by_rank if run.summary is not None else ()
+    if len(peaks) not in (0, world):
+        problems.append(
+            Problem(
+                where=f"{folder / 'summary.json'}: measured_peak_memory_bytes_by_rank",
+                fault=f"has {len(peaks)} entries, but the plan has {world} ranks.",
+            )
+        )
     if problems:
         raise InputError(*problems)

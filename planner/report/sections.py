@@ -279,10 +279,12 @@ def training_figures(plan: Plan, run: RunRecord) -> tuple[Figure, ...]:
 
 
 def _step_time_figure(plan: Plan, run: RunRecord) -> Figure:
-    estimate, median_s = plan.estimate, run.step_time_s or 0.0
-    top_s = 1.6 * max(median_s, estimate.step_time_interval_s[1])
+    estimate, typical_s = plan.estimate, run.step_time_s
+    top_s = 1.6 * max(typical_s or 0.0, estimate.step_time_interval_s[1])
+    top_s = top_s or max(step.step_time_s for step in run.steps)
     above = [step.step for step in run.steps if step.step_time_s > top_s]
-    caption = f"Typical step: {format_seconds(median_s)}. Dashed: predicted, with its interval."
+    typical = f"Typical step: {format_seconds(typical_s)}." if typical_s else "No step was timed."
+    caption = f"{typical} Dashed: predicted, with its interval."
     if above:
         count = f"{len(above)} slower step{'s are' if len(above) > 1 else ' is'}"
         caption += f" {count} cut off at the top; the first steps warm up and record."
