@@ -109,6 +109,18 @@ def save_checkpoint(folder: Path, state: State, *, step: int, run: dict[str, Val
     assert keep >= 2, keep
     final = step_folder(folder, step)
     temporary = final.with_name(final.name + ".tmp")
+    try:
+        _save_aside_and_commit(temporary, final, state, step=step, run=run, keep=keep)
+    except InputError:
+        if own_rank() == 0:  # a full disk gets its room back
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def _save_aside_and_commit(
+    temporary: Path, final: Path, state: State, *, step: int, run: dict[str, Value], keep: int
+) -> None:
     agree(lambda: _fresh(temporary), first_only=True)
     shards, values = _split(state)
     mine, tensors = _divide(shards)
@@ -124,7 +136,6 @@ def save_checkpoint(folder: Path, state: State, *, step: int, run: dict[str, Val
         tensors=tensors,
     )
     agree(lambda: _commit(temporary, final, index, files, keep), first_only=True)
-    return final
 
 
 def _shard_file(rank: int) -> str:

@@ -12,22 +12,25 @@ from runtime.metrics import StepMetrics
 
 PLAIN_INTERVAL_S = 2.0
 """Off a terminal, a line at most this often (and always the first and last step)."""
+BAR_COLUMNS = 24
+"""What the bar, the time that remains and the gaps take of a terminal's line."""
 
 
-def describe(line: StepMetrics, steps: int) -> str:
-    """One step in words: `step 12/60  loss 3.214  ...`."""
+def describe(line: StepMetrics, steps: int, width: int | None = None) -> str:
+    """One step in words, the most wanted first: `step 12/60  loss 3.214  ...`; what `width` has room for."""
     parts = [
         f"step {line.step}/{steps}",
         f"loss {line.loss:.4f}",
-        f"grad {line.grad_norm:.3g}",
-        f"lr {line.lr:.2e}",
         format_seconds(line.step_time_s),
         f"{format_count(line.tokens_per_s)} tok/s",
+        f"peak {format_bytes(max(line.peak_memory_bytes, default=0))}",
+        f"grad {line.grad_norm:.3g}",
+        f"lr {line.lr:.2e}",
     ]
     if line.mfu is not None:
-        parts.append(f"MFU {line.mfu:.1%}")
-    if line.peak_memory_bytes:
-        parts.append(f"peak {format_bytes(max(line.peak_memory_bytes))}")
+        parts.insert(4, f"MFU {line.mfu:.1%}")
+    while width is not None and len(parts) > 1 and len("  ".join(parts)) > width:
+        parts.pop()
     return "  ".join(parts)
 
 
@@ -56,7 +59,8 @@ class Progress:
         if not self._shown:
             return
         if self._bar is not None:
-            self._bar.update(self._task, completed=line.step, text=describe(line, self._steps))
+            room = self._bar.console.width - BAR_COLUMNS
+            self._bar.update(self._task, completed=line.step, text=describe(line, self._steps, room))
             return
         now_s = time.monotonic()
         if now_s - self._said_s >= PLAIN_INTERVAL_S or line.step in (1, self._steps):
@@ -79,8 +83,7 @@ def _bar(first_step: int, steps: int) -> tuple[Any, Any]:
     from rich.progress import Progress as RichProgress
 
     bar = RichProgress(
-        TextColumn("training"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=12),
         TextColumn("{task.fields[text]}", markup=False),
         TimeRemainingColumn(),
         console=Console(stderr=True),

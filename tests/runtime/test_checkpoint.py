@@ -205,6 +205,7 @@ def test_a_full_disk_is_named_and_leaves_the_old_step(
     with pytest.raises(InputError, match="shard: cannot be written: No space left on device"):
         _save(tmp_path, 2)
     assert find_checkpoint(tmp_path).path == step_folder(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"], "the room is given back"
 
 
 def test_nothing_is_pickled(tmp_path: Path) -> None:
