@@ -217,7 +217,8 @@ def time_figure(plan: Plan, run: RunRecord | None) -> Figure:
     """Where the step time goes: each cause starts where the one before ended."""
     breakdown = plan.estimate.breakdown
     total_s = breakdown.total_s
-    factor, unit = charts.time_unit(total_s)
+    measured_s = run.step_time_s if run else None
+    factor, unit = charts.time_unit(max(total_s, measured_s or 0.0))
     bars, rows, start_s = [], [], 0.0
     for cause in TIME_CAUSES:
         seconds, colour = getattr(breakdown, cause), CAUSE_COLOURS[cause]
@@ -236,7 +237,6 @@ def time_figure(plan: Plan, run: RunRecord | None) -> Figure:
         row="whole step", colour="ink-soft", start=0.0, end=total_s * factor,
         tip=f"whole step: {format_seconds(total_s)}",
     )  # fmt: skip
-    measured_s = run.step_time_s if run else None
     marks = []
     if measured_s is not None:
         tip = f"measured step: {format_seconds(measured_s)}"

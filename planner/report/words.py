@@ -154,9 +154,9 @@ def _rate_tile(plan: Plan, run: RunRecord) -> Tile:
     error, tone = describe_error(plan.estimate.tokens_per_s, run.tokens_per_s)
     return Tile(
         title="Throughput",
-        value=f"{format_count(plan.estimate.tokens_per_s)} tokens/s",
+        value=f"{format_count(plan.estimate.tokens_per_s)} tok/s",
         detail=f"{plan.workload.tokens_per_step:,} tokens a step",
-        measured=f"{format_count(run.tokens_per_s)} tokens/s" if run.tokens_per_s else "",
+        measured=f"{format_count(run.tokens_per_s)} tok/s" if run.tokens_per_s else "",
         error=error,
         tone=tone,
     )
