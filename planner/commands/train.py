@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--run-dir",
-    default="run",
+    default="runs/train",
     show_default=True,
     metavar="DIR",
     help="Where checkpoints, metrics.jsonl, summary.json and timeline.json go.",
