@@ -176,7 +176,9 @@ def time_breakdown(
     """
     each = [_busy(rank, replayed, table, costs) for rank in range(len(table))]
     busiest = max(each, key=lambda breakdown: breakdown.total_s)
-    idle_s = max(replayed.step_time_s - busiest.total_s, 0.0)
+    idle_s = replayed.step_time_s - busiest.total_s
+    if idle_s < 1e-12 * replayed.step_time_s:  # the dust of adding floats in another order
+        idle_s = 0.0
     exposed_s = min(max(pp_comm_s, 0.0), idle_s)
     return busiest + TimeBreakdown(pp_comm_s=exposed_s, bubble_s=idle_s - exposed_s)
 

@@ -3,13 +3,13 @@
 For a stage with P parameters on this device (after tensor parallelism), n shards, c compute bytes:
 
     tenant     ZeRO 0        ZeRO 1            ZeRO 2            ZeRO 3
-    weights    4P            4P/n + cP         4P/n + cP         4P/n
-    grads      4P            4P*               4P/n              4P/n
+    weights    4P + cP*      4P/n + cP         4P/n + cP         4P/n
+    grads      4P            4P**              4P/n              4P/n
     optimizer  sP            sP/n              sP/n              sP/n
 
-s is the optimizer's state per parameter (8 for AdamW); masters, gradients and state are fp32. In bf16 or
-fp16, ZeRO 0 also holds a compute copy (cP). (*) With one micro-batch, gradients of ZeRO 1 are reduced unit
-by unit and 4P/n stays. Source: ZeRO (arXiv 1910.02054), adapted to what FSDP2 keeps.
+s is the optimizer's state per parameter (8 for AdamW); masters, gradients and state are fp32. (*) The copy
+that replication keeps; one device in fp32 needs none. (**) With one micro-batch, gradients of ZeRO 1 are
+reduced unit by unit and 4P/n stays. Source: ZeRO (arXiv 1910.02054), adapted to what FSDP2 keeps.
 
 Activations: the worst weighted count of micro-batches in flight, over the row of the schedule.
 Transient: the largest pass in flight, and one unit's gathered weights and gradient buffers.
@@ -30,7 +30,7 @@ def weights_bytes(shape: ShapeModel, params: float) -> float:
     degrees, size = shape.degrees, shape.problem.workload.precision.compute_bytes
     match degrees.zero:
         case Zero.NONE:
-            return (4 + (size if size < 4 else 0)) * params
+            return (4 + (size if size < 4 or degrees.dp > 1 else 0)) * params
         case Zero.OPTIMIZER | Zero.GRADIENTS:
             return 4 * params / degrees.dp_shard + size * params
         case Zero.PARAMETERS:

@@ -145,12 +145,9 @@ class ShapeModel:
         gather, scatter = self._tp_message(Op.ALL_GATHER), self._tp_message(Op.REDUCE_SCATTER)
         reduce = self._tp_message(Op.ALL_REDUCE)
         once = 2 * (gather + scatter) if self.degrees.sequence_parallel else 2 * reduce
-        again = {
-            Recompute.NONE: 0.0,
-            # The kept results of products spare the reductions behind them, not the gathers before them.
-            Recompute.SELECTIVE: 2 * gather if self.degrees.sequence_parallel else 2 * reduce,
-            Recompute.FULL: once,
-        }
+        # Recomputing stops at the last result that is needed, so the reduction behind the MLP is spared.
+        inner = 2 * gather + scatter if self.degrees.sequence_parallel else reduce
+        again = {Recompute.NONE: 0.0, Recompute.SELECTIVE: inner, Recompute.FULL: inner}
         extra_s = max(cost.backward_s - plain.backward_s, 0.0)
         forward = Pass(compute_s=cost.forward_s, tp_s=once)
         backward = Pass(compute_s=cost.backward_s - extra_s, recompute_s=extra_s, tp_s=once + again[option])
@@ -174,7 +171,7 @@ class ShapeModel:
         return self._with_data_parallel(forward, backward, unit)
 
     def _with_data_parallel(self, forward: Pass, backward: Pass, unit: Unit) -> tuple[Pass, Pass]:
-        """Adds the wrapper's host time, gradient accumulation, and what ZeRO 2 and 3 send each micro-batch."""
+        """Adds the wrapper, gradient accumulation, and what ZeRO 2 and 3 send in every micro-batch."""
         backward += Pass(host_s=self._accumulate_s(unit))
         if self.degrees.dp == 1:
             return forward, backward

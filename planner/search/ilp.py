@@ -54,8 +54,8 @@ MS = 1e3
 class StageProgramme:
     """The data of the programme for one shape.
 
-    `work_scale` stretches work where ranks share cores. Only assignments that may beat `to_beat_s` are
-    looked for.
+    `limit_bytes` is what a rank's stages may use. `work_scale` stretches work where ranks share cores.
+    Only assignments that may beat `to_beat_s` are looked for.
     """
 
     degrees: Degrees

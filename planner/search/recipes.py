@@ -40,7 +40,7 @@ def column(shape: ShapeModel, stage: int, counts: RecomputeCounts) -> Column:
         stage=stage,
         counts=counts,
         cost=cost,
-        resident_bytes=resident + shape.runtime_bytes,
+        resident_bytes=resident,
         transient_bytes=transient_bytes(shape, cost),
     )
 
@@ -69,7 +69,7 @@ def recipe(
     """The fastest column of `layers` blocks within `limit_bytes`, or None where none fits."""
     for counts in mixes(shape, layers, options):
         candidate = column(shape, stage, counts)
-        used = candidate.resident_bytes + candidate.transient_bytes
+        used = shape.runtime_bytes + candidate.resident_bytes + candidate.transient_bytes
         if used + in_flight * candidate.cost.saved_bytes <= limit_bytes:
             return candidate
     return None

@@ -109,7 +109,8 @@ class ShapeSearch:
 
     def _share_bytes(self) -> float:
         """What one of a rank's stages may use in the greedy plan: an equal part."""
-        return self.limit_bytes / self.degrees.chunks
+        shared = self.shape.runtime_bytes
+        return (self.limit_bytes - shared) / self.degrees.chunks + shared
 
     def _recipe(self, stage: int, layers: int, limit_bytes: float) -> Column | None:
         row = self.table[self.degrees.pp_rank_of_stage(stage)]
@@ -126,7 +127,7 @@ class ShapeSearch:
             columns=tuple(tuple(self._columns(s, to_beat_s)) for s in range(degrees.stages)),
             in_flight=tuple(tuple(in_flight_vectors(row)) for row in self.table),
             hop_s=self.shape.p2p_s(),
-            limit_bytes=self.limit_bytes,
+            limit_bytes=self.limit_bytes - self.shape.runtime_bytes,
             to_beat_s=to_beat_s,
             work_scale=sharing.slowdown(per_rank) if sharing else 1.0,
             optimizer_scale=sharing.slowdown(degrees.world) if sharing else 1.0,

@@ -80,6 +80,7 @@ class Solver:
         """The best plan. Raises InfeasibleError where no strategy keeps the rules and fits."""
         candidates = self._candidates()
         out_of_time = self._search(candidates)
+        self._add_runners_up(candidates)
         if not self.found:
             raise InfeasibleError(self._why_infeasible())
         best = min(self.found, key=lambda f: f.step_time_s)
@@ -99,7 +100,7 @@ class Solver:
             milps=self.milps,
             verified=True,
         )
-        others = self._alternatives(candidates, best)
+        others = self._alternatives(best)
         return make_plan(self.problem, evaluation, certificate, dict(sorted(self.rejected.items())), others)
 
     def _candidates(self) -> list[_Candidate]:
@@ -172,18 +173,23 @@ class Solver:
             f"{format_bytes(search.limit_bytes)} a device.",
         )
 
-    def _alternatives(self, candidates: list[_Candidate], best: Found) -> tuple[Alternative, ...]:
-        """The next best shapes, each with its own best strategy found, and why it lost."""
-        found = {f.strategy.degrees: f for f in sorted(self.found, key=lambda f: -f.step_time_s)}
+    def _add_runners_up(self, candidates: list[_Candidate]) -> None:
+        """An even split of the next shapes that were not searched, so that there is something to compare."""
+        known = {found.strategy.degrees for found in self.found}
         for candidate in candidates:
-            if len(found) > 4 * self.options.top:
+            if len(known) > 4 * self.options.top:
                 break
-            if candidate.search.degrees not in found:
+            if candidate.search.degrees not in known:
                 greedy = candidate.search.greedy()
                 if greedy is not None:
-                    found[greedy.strategy.degrees] = greedy
-        found.pop(best.strategy.degrees, None)
-        nearest = sorted(found.values(), key=lambda f: (f.step_time_s, f.strategy.degrees.label()))
+                    known.add(greedy.strategy.degrees)
+                    self.found.append(greedy)
+
+    def _alternatives(self, best: Found) -> tuple[Alternative, ...]:
+        """The best strategies found of other shapes, and why each lost."""
+        others = {f.strategy.degrees: f for f in sorted(self.found, key=lambda f: -f.step_time_s)}
+        others.pop(best.strategy.degrees, None)
+        nearest = sorted(others.values(), key=lambda f: (f.step_time_s, f.strategy.degrees.label()))
         return tuple(self._alternative(f.strategy, best) for f in _distinct(nearest)[: self.options.top])
 
     def _alternative(self, strategy: Strategy, best: Found) -> Alternative:

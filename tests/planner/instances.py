@@ -1,0 +1,116 @@
+"""Random small planning problems, seeded, for laws and for brute force."""
+
+from __future__ import annotations
+
+import random
+
+from planner.cluster import ClusterSpec, Device, DeviceGroup, Link
+from planner.cost import constants
+from planner.model import Activation, Attention, Block, Mlp, ModelSpec, Norm, Segment
+from planner.problem import PlanningProblem
+from planner.workload import Precision, Workload
+
+
+def model(*, layers: int = 4, hidden: int = 64, heads: int = 4, vocab: int = 256) -> ModelSpec:
+    """A llama-like model."""
+    block = Block(
+        hidden=hidden,
+        norm=Norm.RMSNORM,
+        attention=Attention(heads=heads, kv_heads=heads, head_dim=hidden // heads),
+        mlp=Mlp(width=3 * hidden, gated=True, activation=Activation.SILU),
+    )
+    return ModelSpec(
+        name="random",
+        model_type="llama",
+        hidden=hidden,
+        vocab=vocab,
+        max_positions=4096,
+        learned_positions=0,
+        rope_theta=10_000.0,
+        norm=Norm.RMSNORM,
+        norm_eps=1e-5,
+        initializer_range=0.02,
+        tied_embeddings=False,
+        segments=(Segment(block=block, count=layers),),
+    )
+
+
+def device(
+    *, flops: float = 1e12, memory_bytes: int = 1 << 34, bandwidth: float = 1e11, name: str = "device"
+) -> Device:
+    """A device with these rates."""
+    return Device(
+        name=name,
+        title=name,
+        vendor="none",
+        memory_bytes=memory_bytes,
+        usable_memory_bytes=memory_bytes,
+        memory_bandwidth_bytes_per_s=bandwidth,
+        peak_fp32_flops=flops,
+        peak_bf16_flops=flops,
+        peak_fp16_flops=flops,
+        link_bytes_per_s=None,
+    )
+
+
+def cluster(
+    *,
+    nodes: int = 1,
+    per_node: int = 4,
+    of: Device | None = None,
+    link_bytes_per_s: float | None = 1e10,
+    latency_s: float = 1e-5,
+    inter_bytes_per_s: float | None = 1e9,
+    slots: int | None = None,
+) -> ClusterSpec:
+    """Equal nodes of equal devices."""
+    group = DeviceGroup(device=of or device(), nodes=nodes, devices_per_node=per_node, slots_per_node=slots)
+    return ClusterSpec(
+        name="random",
+        groups=(group,),
+        intra=Link(name="intra", latency_s=latency_s, bytes_per_s=link_bytes_per_s),
+        inter=Link(name="inter", latency_s=2 * latency_s, bytes_per_s=inter_bytes_per_s),
+    )
+
+
+def problem(
+    *,
+    of: ModelSpec | None = None,
+    on: ClusterSpec | None = None,
+    seq: int = 128,
+    batch: int = 8,
+    limit_bytes: int = 1 << 34,
+    precision: Precision = Precision.BF16,
+) -> PlanningProblem:
+    """A planning problem without a profile."""
+    return PlanningProblem(
+        model=of or model(),
+        workload=Workload(seq=seq, batch=batch, precision=precision),
+        cluster=on or cluster(),
+        profile=None,
+        memory_limit_bytes=limit_bytes,
+    )
+
+
+def random_problem(seed: int, *, layers: int = 4) -> PlanningProblem:
+    """A small problem whose memory limit lies around what its strategies need."""
+    draw = random.Random(seed)
+    hidden = draw.choice([32, 64, 128])
+    spec = model(layers=draw.randint(2, layers), hidden=hidden, vocab=draw.choice([64, 512, 4096]))
+    nodes, per_node = draw.choice([(1, 2), (1, 3), (1, 4), (2, 2), (2, 1)])
+    batch = draw.choice([2, 3, 4, 6])
+    seq = draw.choice([64, 512])
+    on = cluster(
+        nodes=nodes,
+        per_node=per_node,
+        of=device(flops=10 ** draw.uniform(10, 13), bandwidth=10 ** draw.uniform(9.5, 12)),
+        link_bytes_per_s=10 ** draw.uniform(8, 11),
+        inter_bytes_per_s=10 ** draw.uniform(7.5, 10),
+        latency_s=10 ** draw.uniform(-6, -4),
+    )
+    weights = 16 * spec.params_total
+    activations = 40 * seq * batch * hidden * spec.layers
+    need = (weights + activations) * 10 ** draw.uniform(-0.7, 0.5)
+    each = need / (nodes * per_node) ** 0.5 + constants.COMMUNICATOR_BYTES
+    limit = int(each * (1 + constants.MEMORY_ERROR["datasheet"]))
+    return problem(of=spec, on=on, seq=seq, batch=batch, limit_bytes=limit)
