@@ -15,6 +15,9 @@ and Python objects. `rss_bytes` has all of these on a CPU.
 
 On a CPU the allocator keeps no statistics unless the profiler listens, so the work runs once under it and
 the allocation events are added up in the order of time. It is therefore slower than usual: never time it.
+A few releases are not seen: those by a thread of gloo that is the last to let go of a collective's copy.
+Such a copy (one whose address is handed out again, or that nothing holds at the end) counts for the moment
+of its allocation only; its like, released in sight, show how long they live.
 """
 
 from __future__ import annotations
@@ -67,11 +70,14 @@ class PhaseMemory:
 
 
 def measure_peak(work: Callable[[], object], device: torch.device) -> PeakMemory:
-    """Runs `work` once and returns the peak memory of this process on `device` meanwhile."""
+    """Runs `work` once and returns the peak memory of this process on `device` meanwhile.
+
+    Before and after it, what is alive must be in reach of Python: call it for whole steps.
+    """
     gc.collect()
     start_bytes = live_bytes(device)
     _reset_peak_rss()
-    (phase,) = trace_phases([work], device)
+    (phase,) = trace_phases([work], device, whole=True)
     on_cuda = device.type == "cuda"
     free_bytes, total_bytes = torch.cuda.mem_get_info(device) if on_cuda else (0, 0)
     return PeakMemory(
@@ -101,13 +107,16 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(storages.values())
 
 
-def trace_phases(phases: Sequence[Callable[[], object]], device: torch.device) -> list[PhaseMemory]:
+def trace_phases(
+    phases: Sequence[Callable[[], object]], device: torch.device, *, whole: bool = False
+) -> list[PhaseMemory]:
     """Runs the phases one after another and returns the live bytes of each.
 
-    Values that phases return are dropped; what shall stay alive must be held by the caller.
+    Values that phases return are dropped; what shall stay alive must be held by the caller. `whole` says
+    that after the last phase nothing is alive that Python cannot reach, such as a graph's saved tensors.
     """
     gc.collect()
-    return _trace_cuda(phases, device) if device.type == "cuda" else _trace_cpu(phases)
+    return _trace_cuda(phases, device) if device.type == "cuda" else _trace_cpu(phases, whole)
 
 
 def _trace_cuda(phases: Sequence[Callable[[], object]], device: torch.device) -> list[PhaseMemory]:
@@ -127,7 +136,7 @@ def _trace_cuda(phases: Sequence[Callable[[], object]], device: torch.device) ->
     return result
 
 
-def _trace_cpu(phases: Sequence[Callable[[], object]]) -> list[PhaseMemory]:
+def _trace_cpu(phases: Sequence[Callable[[], object]], whole: bool) -> list[PhaseMemory]:
     live = _live_storages()
     released: list[tuple[int, int]] = []
     watches = [_watch(storage, released) for storage in live.values()]
@@ -143,7 +152,8 @@ def _trace_cpu(phases: Sequence[Callable[[], object]]) -> list[PhaseMemory]:
     bounds = sorted(
         (event.start_time_ns, event.end_time_ns) for event in events if event.name.startswith(_MARK)
     )
-    changes = list(_changes(events, released, sizes))
+    left = set(_live_storages()) if whole else None
+    changes = _changes(events, released, sizes, left)
     return [_phase(changes, begin, end) for begin, end in bounds]
 
 
@@ -162,25 +172,35 @@ def _walk(roots: Iterable[Any]) -> Iterator[Any]:
 
 
 def _changes(
-    events: Iterable[Any], released: Iterable[tuple[int, int]], sizes: dict[int, int]
-) -> Iterator[tuple[int, int]]:
+    events: Iterable[Any], released: Iterable[tuple[int, int]], sizes: dict[int, int], left: set[int] | None
+) -> list[tuple[int, int]]:
     """(time, change of live bytes) of every allocation and release, in the order of time.
 
     The profiler is silent about the release of a block that was allocated before it began; `released`
-    has those, and `sizes` (address to bytes) what was alive at the start. An address that is handed out
-    twice without a release between was freed unseen.
+    has those, and `sizes` (address to bytes) what was alive at the start. `left` are the addresses that
+    are alive at the end, where that is known.
     """
     moves = [(time_ns, address, 0) for time_ns, address in released]
     for event in events:
         if event.name == "[memory]" and event.extra_fields.device.type == "cpu":
             fields = event.extra_fields
             moves.append((event.start_time_ns, fields.ptr, max(fields.alloc_size, 0)))
-    sizes = dict(sizes)
+    # Address to (since, bytes); 0 stands for before the trace.
+    alive = {address: (0, size) for address, size in sizes.items()}
+    changes: list[tuple[int, int]] = []
     for time_ns, address, new_bytes in sorted(moves, key=lambda move: move[0]):
-        change = new_bytes - sizes.pop(address, 0)
+        since, old_bytes = alive.pop(address, (time_ns, 0))
         if new_bytes:
-            sizes[address] = new_bytes
-        yield time_ns, change
+            # An address in use is handed out again: what was there was freed unseen.
+            changes += [(since or time_ns, -old_bytes), (time_ns, new_bytes)]
+            alive[address] = (time_ns, new_bytes)
+        else:
+            changes.append((time_ns, -old_bytes))
+    if left is not None:
+        changes += [
+            (since, -size) for address, (since, size) in alive.items() if since and address not in left
+        ]
+    return sorted(changes, key=lambda change: (change[0], change[1] < 0))
 
 
 def _phase(changes: Sequence[tuple[int, int]], begin: int, end: int) -> PhaseMemory:

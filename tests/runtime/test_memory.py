@@ -9,7 +9,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from planner.strategy import Degrees, Zero  # noqa: E402
 from runtime.memory import live_bytes, measure_peak, storage_bytes, trace_phases  # noqa: E402
+from tests.plans import make_plan, tiny_llama  # noqa: E402
+from tests.runtime.ranks import batch_of, make_executor, on_ranks, slice_of  # noqa: E402
 
 CPU = torch.device("cpu")
 MIB = 1024**2
@@ -114,3 +117,26 @@ def test_what_other_threads_release_is_seen() -> None:
 
     (phase,) = trace_phases([work], CPU)
     assert phase.end_bytes == 0 and phase.peak_bytes == 0
+
+
+def test_a_sharded_step_on_real_ranks() -> None:
+    """ZeRO 3 over gloo: shards of weights and moments before, and all that a step takes is given back."""
+    model = tiny_llama(hidden=128, vocab=256)
+    degrees = Degrees(dp_shard=2, zero=Zero.PARAMETERS, micro_batch=2, num_micro_batches=2)
+    plan = make_plan(model, degrees, seq=64)
+
+    def body(rank: int) -> list[int]:
+        executor = make_executor(plan)
+        tokens = slice_of(executor, batch_of(plan, 0))
+        executor.step(tokens)
+        peak = measure_peak(lambda: executor.step(tokens), CPU)
+        return [peak.start_bytes, peak.allocated_bytes, live_bytes(CPU)]
+
+    first, second = on_ranks(body, 2)
+    shards_bytes = 12 * model.params_total // 2  # weights and two moments in fp32, halved
+    logits_bytes = 4 * 2 * 64 * model.vocab
+    for start, peak, after in (first, second):
+        assert start == pytest.approx(shards_bytes, rel=0.02)
+        assert after == start
+        assert peak > start + 4 * model.params_total // 2 + logits_bytes  # and gradients, and activations
+    assert first[1] == pytest.approx(second[1], rel=0.02)
