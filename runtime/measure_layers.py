@@ -75,7 +75,7 @@ def layer_cases(
     return [
         LayerCase(kind=kind, recompute=recompute, tp=tp, sequence_parallel=parallel, micro_batch=micro_batch)
         for tp in widths
-        if _divides(model, tp)
+        if divides(model, tp)
         for parallel in (False, True)
         if not parallel or (tp > 1 and seq % tp == 0)
         for kind in LayerKind
@@ -84,7 +84,8 @@ def layer_cases(
     ]
 
 
-def _divides(model: ModelSpec, tp: int) -> bool:
+def divides(model: ModelSpec, tp: int) -> bool:
+    """Whether every size that tensor parallelism splits is a multiple of `tp`."""
     sizes = [model.vocab]
     for segment in model.segments:
         attention = segment.block.attention

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 from planner.cluster import ClusterSpec
 from planner.codec import decode, noun
+from planner.errors import InputError, Problem
 from planner.machine import usable_cores
 from planner.model import ModelSpec
 from planner.profile import (
@@ -30,7 +31,7 @@ from planner.workload import Precision
 from runtime.children import ChildFailed
 from runtime.measure_comm import QUICK_SIZES_BYTES, SIZES_BYTES, count_samples, measure_comm
 from runtime.measure_host import HOST_CONSTANTS, measure_contention, measure_host
-from runtime.measure_layers import LayerCase, layer_cases, measure_layers
+from runtime.measure_layers import LayerCase, divides, layer_cases, measure_layers
 from runtime.timing import Effort
 
 Sample = TypeVar("Sample")
@@ -91,7 +92,10 @@ def take_profile(
     scope: Scope,
     progress: Progress,
 ) -> Profile:
-    """Measures this machine, which `cluster` describes. A sample that fails is skipped and named."""
+    """Measures this machine, which `cluster` describes. A sample that fails is skipped and named.
+
+    Widths that do not divide the model are left out.
+    """
     run = _Run(model, cluster, seq, precision, scope, progress)
     progress.begin(run.total())
     layers = run.layers()
@@ -115,6 +119,18 @@ def take_profile(
         cores=usable_cores(),
         skipped=tuple(run.skipped),
     )
+
+
+def check_widths(model: ModelSpec, widths: Sequence[int]) -> None:
+    """Raises InputError with every width asked for that the model's sizes cannot be split by."""
+    legal = ", ".join(str(tp) for tp in range(1, 65) if divides(model, tp))
+    problems = [
+        Problem(where="--tp", fault=f"{tp} does not divide {model.name} into equal shards.", legal=legal)
+        for tp in widths
+        if not divides(model, tp)
+    ]
+    if problems:
+        raise InputError(*problems)
 
 
 def _versions() -> dict[str, str]:

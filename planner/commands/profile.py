@@ -92,8 +92,9 @@ def profile(
     model, cluster = load_model(model_text), parse_cluster(cluster_text)
     _check(model, cluster, cluster_text, seq, output)
     require_torch("profile")
-    from runtime.profiler import default_scope, take_profile
+    from runtime.profiler import check_widths, default_scope, take_profile
 
+    check_widths(model, widths)
     begun_s = time.monotonic()
     scope = default_scope(
         cluster.devices,

@@ -299,3 +299,10 @@ def test_bad_input_is_told_before_measuring(arguments: list[str], tmp_path: Path
     result = CliRunner().invoke(profile_command, [*arguments, "--cluster", "1x8:h100-sxm-80gb"])
     assert isinstance(result.exception, InputError)
     assert [problem.where for problem in result.exception.problems] == ["--cluster", "-o"]
+
+
+def test_a_width_that_does_not_divide_is_refused(arguments: list[str]) -> None:
+    result = CliRunner().invoke(profile_command, [*arguments, "--tp", "2", "--tp", "3"])
+    assert isinstance(result.exception, InputError)
+    (problem,) = result.exception.problems
+    assert (problem.where, problem.legal) == ("--tp", "1, 2, 4")
