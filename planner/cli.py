@@ -24,6 +24,7 @@ DEBUG_VARIABLE = "SHARDWISE_DEBUG"
 
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
+        "demo": ("planner.commands.demo:demo", "The main job on this machine: profile, solve, train."),
         "list": ("planner.commands.catalog:list_command", "List the catalog: models, devices, instances."),
         "show": ("planner.commands.catalog:show_command", "Show one entry of the catalog with its sources."),
         "profile": ("planner.commands.profile:profile", "Measure layers, collectives, memory: a profile."),

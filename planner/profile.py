@@ -113,6 +113,7 @@ class Profile:
     schema_version: int
     name: str
     device: str
+    device_title: str
     backend: str
     created: str
     versions: dict[str, str]

@@ -106,7 +106,8 @@ def take_profile(
     return Profile(
         schema_version=PROFILE_SCHEMA,
         name=f"{cluster.name} {model.name} seq {seq} {precision}",
-        device=group.device.name if run.on_cuda else group.device.title,
+        device=group.device.name,
+        device_title=group.device.title,
         backend="nccl" if run.on_cuda else "gloo",
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions=_versions(),

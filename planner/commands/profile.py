@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from planner.cluster import ClusterSpec
     from planner.model import ModelSpec
     from planner.profile import Profile
+    from planner.workload import Precision
 
 PLAIN_INTERVAL_S = 2.0
 """Off a terminal, a line of progress at most this often."""
@@ -92,10 +93,34 @@ def profile(
     model, cluster = load_model(model_text), parse_cluster(cluster_text)
     _check(model, cluster, cluster_text, seq, output)
     require_torch("profile")
+    begun_s = time.monotonic()
+    result = measure(
+        model,
+        cluster,
+        seq,
+        chosen_precision(precision, cluster),
+        quick=quick,
+        widths=widths,
+        micro_batches=micro_batches,
+    )
+    write_atomic(output, to_json(result))
+    click.echo(to_json(result) if as_json else describe(result, output, time.monotonic() - begun_s), nl=False)
+
+
+def measure(
+    model: ModelSpec,
+    cluster: ClusterSpec,
+    seq: int,
+    precision: Precision,
+    *,
+    quick: bool = False,
+    widths: tuple[int, ...] = (),
+    micro_batches: tuple[int, ...] = (),
+) -> Profile:
+    """Takes a profile with progress on stderr. Empty widths and micro-batches: the default ones."""
     from runtime.profiler import check_widths, default_scope, take_profile
 
     check_widths(model, widths)
-    begun_s = time.monotonic()
     scope = default_scope(
         cluster.devices,
         quick=quick,
@@ -103,9 +128,7 @@ def profile(
         micro_batches=sorted(set(micro_batches)),
     )
     with _Progress() as progress:
-        result = take_profile(model, cluster, seq, chosen_precision(precision, cluster), scope, progress)
-    write_atomic(output, to_json(result))
-    click.echo(to_json(result) if as_json else describe(result, output, time.monotonic() - begun_s), nl=False)
+        return take_profile(model, cluster, seq, precision, scope, progress)
 
 
 def _check(model: ModelSpec, cluster: ClusterSpec, cluster_text: str, seq: int, output: Path) -> None:
