@@ -120,3 +120,7 @@ def cli() -> None:
 def main() -> NoReturn:
     """The entry point of the command `plan`."""
     cli.main()
+
+
+if __name__ == "__main__":
+    main()

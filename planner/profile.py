@@ -48,6 +48,7 @@ class LayerSample:
     - `forward_transient_bytes` is the peak of the forward pass above `saved_bytes`, the output included.
     - `backward_transient_bytes` is the peak of the backward pass above `saved_bytes`: gradients of output
       and input, what is recomputed, a parameter's gradient on its way to being added.
+    `reference_s` is what a fixed piece of work took beside this sample, where speeds drift (a CPU).
     """
 
     kind: LayerKind
@@ -65,6 +66,7 @@ class LayerSample:
     backward_transient_bytes: int
     spread: float
     samples: int
+    reference_s: float | None = None
 
 
 @noun

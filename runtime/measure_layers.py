@@ -19,9 +19,10 @@ The backward pass adds to gradients that exist, as all micro-batches of a step b
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ from runtime.fake_world import fake_world
 from runtime.memory import storage_bytes, trace_phases
 from runtime.model import Transformer, build_transformer, cross_entropy, materialize
 from runtime.parallelize import Meshes, apply_recompute, apply_tensor_parallel
-from runtime.timing import Effort, Timing, time_phases
+from runtime.timing import Effort, Reference, Timing, run_phases, summarize, time_phases
 
 DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
@@ -140,7 +141,7 @@ def _sample(
     layer = build_layer(case.kind, case.recompute, model, seq, precision, _degrees(case), meshes)
     with loss_parallel() if case.tp > 1 else nullcontext():
         bench = LayerBench(case, layer, model, seq, precision, device)
-        forward, backward = bench.times(effort)
+        times = bench.times(effort)
         saved, forward_peak, backward_peak = bench.memory()
     return LayerSample(
         kind=case.kind,
@@ -151,13 +152,14 @@ def _sample(
         sequence_parallel=case.sequence_parallel,
         micro_batch=case.micro_batch,
         seq=seq,
-        forward_s=forward.median_s,
-        backward_s=backward.median_s,
+        forward_s=times.forward.median_s,
+        backward_s=times.backward.median_s,
         saved_bytes=saved,
         forward_transient_bytes=max(forward_peak - saved, 0),
         backward_transient_bytes=max(backward_peak - saved, 0),
-        spread=max(forward.spread, backward.spread),
-        samples=forward.samples,
+        spread=times.spread,
+        samples=times.forward.samples,
+        reference_s=times.reference_s,
     )
 
 
@@ -196,6 +198,18 @@ def to_precision(module: nn.Module, precision: Precision) -> None:
         parameter.data = parameter.data.to(DTYPES[precision])
 
 
+class Times(NamedTuple):
+    """Passes of a layer, and the seconds of the reference beside them (None on an accelerator)."""
+
+    forward: Timing
+    backward: Timing
+    reference_s: float | None
+
+    @property
+    def spread(self) -> float:
+        return max(self.forward.spread, self.backward.spread)
+
+
 class LayerBench:
     """One micro-batch of one layer, pass by pass; holds what a pipeline stage would hold."""
 
@@ -209,6 +223,7 @@ class LayerBench:
         device: torch.device,
     ) -> None:
         self.case, self.layer, self.device = case, layer, device
+        self.reference = Reference()
         shape = (case.micro_batch, seq)
         local_seq = seq // case.tp if case.sequence_parallel else seq
         hidden = (case.micro_batch, local_seq, model.hidden)
@@ -241,17 +256,33 @@ class LayerBench:
         torch.autograd.backward(self.output, self.output_grad)
         self.input = self.output = None
 
-    def times(self, effort: Effort) -> tuple[Timing, Timing]:
-        """Forward and backward; what was disturbed is taken again, and the steadiest is kept."""
+    def times(self, effort: Effort) -> Times:
+        """Forward and backward; what was disturbed is taken again, and the steadiest is kept.
+
+        On a CPU the reference runs before each forward pass, and each run is expressed at the median
+        speed of the sample's runs.
+        """
         attempts = []
         for _ in range(ATTEMPTS):
-            _, forward, backward = time_phases(
-                [self.prepare, self.forward, self.backward], effort, self.device
-            )
-            attempts.append((forward, backward))
-            if max(forward.spread, backward.spread) <= STEADY_SPREAD:
+            attempt = self._times(effort)
+            attempts.append(attempt)
+            if attempt.spread <= STEADY_SPREAD:
                 break
-        return min(attempts, key=lambda pair: max(pair[0].spread, pair[1].spread))
+        return min(attempts, key=lambda attempt: attempt.spread)
+
+    def _times(self, effort: Effort) -> Times:
+        if self.device.type != "cpu":
+            _, *passes = time_phases([self.prepare, self.forward, self.backward], effort, self.device)
+            return Times(passes[0], passes[1], None)
+        _, beside, forward, backward = run_phases(
+            [self.prepare, self.reference, self.forward, self.backward], effort, self.device
+        )
+        usual_s = statistics.median(beside)
+        return Times(
+            summarize([taken * usual_s / now for taken, now in zip(forward, beside, strict=True)]),
+            summarize([taken * usual_s / now for taken, now in zip(backward, beside, strict=True)]),
+            usual_s,
+        )
 
     def memory(self) -> tuple[int, int, int]:
         """Saved bytes, and the peaks of forward and backward, as the module's docstring defines them."""

@@ -51,6 +51,13 @@ def synchronize(device: torch.device) -> None:
 
 def time_phases(phases: Sequence[Callable[[], object]], effort: Effort, device: torch.device) -> list[Timing]:
     """Times phases that run one after another (forward, backward) as often as the effort says."""
+    return [summarize(taken) for taken in run_phases(phases, effort, device)]
+
+
+def run_phases(
+    phases: Sequence[Callable[[], object]], effort: Effort, device: torch.device
+) -> list[list[float]]:
+    """The seconds of each phase in every run."""
     for _ in range(effort.warmup):
         for phase in phases:
             phase()
@@ -65,7 +72,32 @@ def time_phases(phases: Sequence[Callable[[], object]], effort: Effort, device: 
             phase()
             synchronize(device)
             taken.append(time.perf_counter() - begun)
-    return [summarize(taken) for taken in seconds]
+    return seconds
+
+
+class Reference:
+    """A fixed piece of work, products and memory traffic, that tells how fast the machine is just now.
+
+    A shared machine changes its speed by tens of percent within seconds. Timed beside each sample, the
+    reference lets samples taken at different times be compared.
+    """
+
+    def __init__(self) -> None:
+        self._factor = torch.randn(384, 384)
+        self._long = torch.randn(1 << 20)
+
+    def __call__(self) -> None:
+        self._factor @ self._factor
+        self._factor @ self._factor
+        torch.nn.functional.silu(self._long)
+
+
+def reference_s(times: int = 30) -> float:
+    """Median seconds of the reference, now."""
+    return time_call(Reference(), Effort(warmup=2, least=times, most=times, budget_s=0.0), CPU).median_s
+
+
+CPU = torch.device("cpu")
 
 
 def time_call(call: Callable[[], object], effort: Effort, device: torch.device) -> Timing:

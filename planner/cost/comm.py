@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import statistics
 
 from planner.codec import noun
 from planner.cost import constants
@@ -37,6 +38,7 @@ class CommCost:
     origin: str
 
 
+NOISY_SPREAD = 0.25
 FREE = CommCost(seconds=0.0, origin="measured")
 
 
@@ -57,7 +59,7 @@ class CommModel:
             return FREE
         curve = self._curve(op, group)
         if curve and not group.spans_nodes:
-            return _along(curve, size_bytes)
+            return _fitted(curve, size_bytes) if _noisy(curve) else _along(curve, size_bytes)
         return CommCost(seconds=self._analytic_s(op, size_bytes, group), origin="datasheet")
 
     def _curve(self, op: Op, group: Group) -> list[CommSample] | None:
@@ -80,6 +82,32 @@ class CommModel:
                 return 2 * (n - 1) * latency_s + 2 * (n - 1) / n * size_bytes / link.bytes_per_s
             case Op.ALL_GATHER | Op.REDUCE_SCATTER | Op.ALL_TO_ALL:
                 return (n - 1) * latency_s + (n - 1) / n * size_bytes / link.bytes_per_s
+
+
+def _noisy(curve: list[CommSample]) -> bool:
+    """Whether the samples scatter more than a quarter: then their trend says more than each of them."""
+    return len(curve) > 2 and statistics.median(sample.spread for sample in curve) > NOISY_SPREAD
+
+
+def _fitted(curve: list[CommSample], size_bytes: float) -> CommCost:
+    """Latency and seconds a byte, both at least 0, with the least squared relative error over the curve.
+
+    Minimises sum ((a + b S_i) / t_i - 1)^2: two normal equations, or one where the other figure is 0.
+    """
+    u = [1 / s.seconds for s in curve if s.seconds > 0]
+    v = [s.bytes / s.seconds for s in curve if s.seconds > 0]
+    if not u:
+        return FREE
+    uu, uv, vv = (sum(a * b for a, b in zip(x, y, strict=True)) for x, y in ((u, u), (u, v), (v, v)))
+    determinant = uu * vv - uv * uv
+    latency_s = (sum(u) * vv - sum(v) * uv) / determinant if determinant > 0 else -1.0
+    byte_s = (sum(v) * uu - sum(u) * uv) / determinant if determinant > 0 else -1.0
+    if latency_s < 0:
+        latency_s, byte_s = 0.0, sum(v) / vv
+    elif byte_s < 0:
+        latency_s, byte_s = sum(u) / uu, 0.0
+    inside = curve[0].bytes <= size_bytes <= curve[-1].bytes
+    return CommCost(seconds=latency_s + byte_s * size_bytes, origin="measured" if inside else "interpolated")
 
 
 def _along(curve: list[CommSample], size_bytes: float) -> CommCost:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
+from collections.abc import Sequence
 
 from planner.codec import noun
 from planner.cost import constants
@@ -20,6 +22,7 @@ from planner.profile import LayerKind, LayerSample
 from planner.strategy import Recompute
 from planner.workload import Precision
 
+STRAIGHT = 0.25
 ORIGINS = ("measured", "interpolated", "fitted", "datasheet")
 
 
@@ -67,7 +70,7 @@ class LayerModel:
 
     def __init__(self, problem: PlanningProblem) -> None:
         self.problem = problem
-        self.samples = problem.profile.layers if problem.profile else ()
+        self.samples = at_usual_speed(problem.profile.layers) if problem.profile else []
         self.rates = device_rates(problem)
         self._known: dict[LayerShape, LayerCost] = {}
 
@@ -89,6 +92,24 @@ class LayerModel:
             return analytic
         reference = analytic_cost(self.problem.model, _shape_of(near), self.rates)
         return _scaled(analytic, near, reference)
+
+
+def at_usual_speed(samples: Sequence[LayerSample]) -> list[LayerSample]:
+    """The samples as if the machine had kept its median speed, by the reference timed beside each."""
+    references = [s.reference_s for s in samples if s.reference_s]
+    if not references:
+        return list(samples)
+    usual_s = statistics.median(references)
+    return [
+        s
+        if not s.reference_s
+        else dataclasses.replace(
+            s,
+            forward_s=s.forward_s * usual_s / s.reference_s,
+            backward_s=s.backward_s * usual_s / s.reference_s,
+        )
+        for s in samples
+    ]
 
 
 def _same_width(sample: LayerSample, shape: LayerShape) -> bool:
@@ -123,7 +144,34 @@ _FIGURES = ("forward_s", "backward_s", "saved_bytes", "forward_transient_bytes",
 
 
 def _along_micro_batches(samples: list[LayerSample], shape: LayerShape) -> LayerCost:
-    """Linear in the micro-batch between the two samples around it, or the two nearest outside."""
+    """Linear in the micro-batch between the two samples around it, or the two nearest outside.
+
+    Three or more samples whose times lie on one line within STRAIGHT are noise around it: then the line
+    is the answer for times, at measured micro-batches too.
+    """
+    cost = _between(samples, shape)
+    lines = {name: _line(samples, name) for name in ("forward_s", "backward_s")}
+    if any(line is None for line in lines.values()):
+        return cost
+    times = {name: line[0] + line[1] * shape.micro_batch for name, line in lines.items() if line}
+    return dataclasses.replace(cost, forward_s=times["forward_s"], backward_s=times["backward_s"])
+
+
+def _line(samples: list[LayerSample], name: str) -> tuple[float, float] | None:
+    """Offset and slope of a figure over the micro-batch, by least squared relative error."""
+    if len(samples) < 3:
+        return None
+    u = [1 / getattr(s, name) for s in samples]
+    v = [s.micro_batch / getattr(s, name) for s in samples]
+    uu, uv, vv = (sum(a * b for a, b in zip(x, y, strict=True)) for x, y in ((u, u), (u, v), (v, v)))
+    determinant = uu * vv - uv * uv
+    offset, slope = (sum(u) * vv - sum(v) * uv) / determinant, (sum(v) * uu - sum(u) * uv) / determinant
+    worst = max(abs(offset * a + slope * b - 1) for a, b in zip(u, v, strict=True))
+    smallest = offset + slope * min(s.micro_batch for s in samples)
+    return (offset, slope) if worst <= STRAIGHT and slope > 0 and smallest > 0 else None
+
+
+def _between(samples: list[LayerSample], shape: LayerShape) -> LayerCost:
     exact = [s for s in samples if s.micro_batch == shape.micro_batch]
     if exact:
         return LayerCost(**{name: getattr(exact[0], name) for name in _FIGURES}, origin="measured")

@@ -1,0 +1,21 @@
+"""`make bench`: search speed, then predicted against measured on this machine, into bench/results/."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from bench import local_plans, search_speed
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    """Runs every benchmark that needs nothing but this machine."""
+    today = datetime.now(UTC).date().isoformat()
+    search_speed.main(["--out", str(RESULTS / f"{today}-search-speed.json")], standalone_mode=False)
+    local_plans.main(["--out", str(RESULTS / f"{today}-local-plans.json")], standalone_mode=False)
+
+
+if __name__ == "__main__":
+    main()
