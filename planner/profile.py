@@ -7,6 +7,7 @@ from pathlib import Path
 
 from planner.codec import load_json, noun
 from planner.errors import InputError, Problem
+from planner.model import ModelSpec
 from planner.strategy import Recompute
 from planner.workload import Precision
 
@@ -19,6 +20,13 @@ class LayerKind(StrEnum):
     EMBEDDING = "embedding"
     BLOCK = "block"
     HEAD = "head"
+
+
+def shape_key(model: ModelSpec, kind: LayerKind) -> str:
+    """The key under which samples of a layer of `model` are found."""
+    if kind is LayerKind.BLOCK:
+        return model.segments[0].block.shape_key
+    return f"h{model.hidden}-v{model.vocab}"
 
 
 class Op(StrEnum):

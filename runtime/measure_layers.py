@@ -30,7 +30,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from planner.codec import encode, noun
 from planner.model import ModelSpec
-from planner.profile import LayerKind, LayerSample
+from planner.profile import LayerKind, LayerSample, shape_key
 from planner.strategy import Degrees, Recompute
 from planner.workload import Precision
 from runtime.children import Emit, run_children
@@ -145,7 +145,7 @@ def _sample(
         saved, forward_peak, backward_peak = bench.memory()
     return LayerSample(
         kind=case.kind,
-        shape_key=shape_key(case.kind, model),
+        shape_key=shape_key(model, case.kind),
         precision=precision,
         recompute=case.recompute,
         tp=case.tp,
@@ -161,13 +161,6 @@ def _sample(
         samples=times.forward.samples,
         reference_s=times.reference_s,
     )
-
-
-def shape_key(kind: LayerKind, model: ModelSpec) -> str:
-    """The key of a layer class in a profile."""
-    if kind is LayerKind.BLOCK:
-        return model.segments[0].block.shape_key
-    return f"h{model.hidden}-v{model.vocab}"
 
 
 def build_layer(

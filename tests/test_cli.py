@@ -64,7 +64,7 @@ def test_help_and_no_arguments() -> None:
     ("arguments", "said"),
     [
         (["lst"], "Did you mean 'list'"),
-        (["frobnicate"], "Legal here: list"),
+        (["frobnicate"], "Legal here: demo, list"),
         (["--frobnicate"], "No such option"),
         (["list"], "models"),
         (["list", "model"], "models"),

@@ -18,7 +18,7 @@ from planner.cost import constants
 from planner.errors import InputError, Problem
 from planner.model import Block, ModelSpec
 from planner.problem import PlanningProblem
-from planner.profile import LayerKind, LayerSample
+from planner.profile import LayerKind, LayerSample, shape_key
 from planner.strategy import Recompute
 from planner.workload import Precision
 
@@ -56,13 +56,6 @@ class LayerCost:
     forward_transient_bytes: float
     backward_transient_bytes: float
     origin: str
-
-
-def shape_key(model: ModelSpec, kind: LayerKind) -> str:
-    """The key under which samples of a layer of `model` are found."""
-    if kind is LayerKind.BLOCK:
-        return model.segments[0].block.shape_key
-    return f"h{model.hidden}-v{model.vocab}"
 
 
 class LayerModel:

@@ -17,7 +17,6 @@ from planner.codec import noun
 from planner.cost.schedule import Action, ActionKind, Table
 from planner.cost.stage import Pass, StageCost
 from planner.estimate import TimelineEvent
-from planner.plan import Plan
 from planner.problem import PlanningProblem
 
 
@@ -263,8 +262,3 @@ def _finish(
 
 def _event(rank: int, name: str, kind: str, start_s: float, duration_s: float) -> TimelineEvent:
     return TimelineEvent(rank=rank, name=name, kind=kind, start_s=start_s, duration_s=duration_s)
-
-
-def predicted_timeline(plan: Plan) -> tuple[TimelineEvent, ...]:
-    """The replay that a plan carries."""
-    return plan.timeline

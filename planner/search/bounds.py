@@ -9,6 +9,8 @@ With the cheapest option for every block, the whole model's passes F, B (W = F +
     interleaved     m W / p
     shared cores    m W devices / throughput
 
+Where the model does not fit without it, W includes the least recomputation (recompute_bound_s).
+
 The second line for 1F1B averages, over stages i, the two paths with m forwards then one descent, and one
 descent then m backwards. The first weighs the paths that descend twice, C_i = sum_{j<i} t_j +
 (m - w_i) t_i + 2 S_i, by a_i >= 0 with a_{i+1} = a_i (m - p - 1 + i) / (m - p + 1 + i), which makes the
@@ -21,6 +23,7 @@ from __future__ import annotations
 from planner.cost.evaluate import CostModel
 from planner.cost.memory import grads_bytes, optimizer_bytes, weights_bytes
 from planner.cost.stage import Pass, ShapeModel
+from planner.profile import LayerKind
 from planner.strategy import Recompute, Schedule
 
 
@@ -35,13 +38,44 @@ def whole_passes(shape: ShapeModel, options: tuple[Recompute, ...]) -> tuple[Pas
     return forward, backward
 
 
-def step_bound_s(model: CostModel, shape: ShapeModel, options: tuple[Recompute, ...]) -> float:
-    """No strategy of this shape has a shorter replay."""
+def recompute_bound_s(shape: ShapeModel, options: tuple[Recompute, ...], limit_bytes: float) -> float:
+    """Seconds a micro-batch must at least recompute for the shape to fit; infinite where it cannot fit.
+
+    All ranks together hold the resident bytes and, at one moment, at least one micro-batch of every layer
+    (all of them under GPipe). What exceeds p limits must be recomputed away, at best by the option that
+    saves most bytes a second.
+    """
+    degrees, model = shape.degrees, shape.problem.model
+    alive = degrees.num_micro_batches if degrees.schedule is Schedule.GPIPE and degrees.pp > 1 else 1
+    costs = {option: shape.layer(LayerKind.BLOCK, option) for option in options}
+    least_s = min(shape.block_passes[option][1].total_s for option in options)
+    most_bytes = max(cost.saved_bytes for cost in costs.values())
+    held = degrees.pp * (memory_bound_bytes(shape) + shape.runtime_bytes)
+    excess = held + alive * model.layers * most_bytes - degrees.pp * limit_bytes
+    if excess <= 0:
+        return 0.0
+    savings = {o: alive * (most_bytes - cost.saved_bytes) for o, cost in costs.items()}
+    if excess > model.layers * max(savings.values()):
+        return float("inf")
+    return min(
+        excess * (shape.block_passes[option][1].total_s - least_s) / saving
+        for option, saving in savings.items()
+        if saving > 0
+    )
+
+
+def step_bound_s(
+    model: CostModel, shape: ShapeModel, options: tuple[Recompute, ...], limit_bytes: float = float("inf")
+) -> float:
+    """No strategy of this shape that fits into `limit_bytes` has a shorter replay."""
     degrees = shape.degrees
+    again_s = recompute_bound_s(shape, options, limit_bytes)
+    if again_s == float("inf"):
+        return again_s
     per_rank = degrees.world // degrees.pp
     slow = model.sharing.slowdown(per_rank) if model.sharing else 1.0
     forward, backward = whole_passes(shape, options)
-    whole_s = (forward.work_s + backward.work_s) * slow + forward.fixed_s + backward.fixed_s
+    whole_s = (forward.work_s + backward.work_s) * slow + forward.fixed_s + backward.fixed_s + again_s
     span_s = whole_s * _schedule_factor(degrees.schedule, degrees.pp, degrees.num_micro_batches)
     if model.sharing:
         throughput = model.sharing.best_throughput(degrees.world)

@@ -117,7 +117,10 @@ class Solver:
             if least > search.limit_bytes:
                 self._reject(self._too_large(shape, least, search.limit_bytes))
                 continue
-            bound_s = step_bound_s(self.model, search.shape, self.options.pins.recomputes)
+            bound_s = step_bound_s(self.model, search.shape, self.options.pins.recomputes, search.limit_bytes)
+            if bound_s == float("inf"):
+                self._reject(self._no_recipe(search))
+                continue
             result.append(_Candidate(bound_s, order, search))
         return sorted(result, key=lambda c: (c.bound_s, c.order))
 

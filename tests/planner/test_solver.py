@@ -90,7 +90,7 @@ def brute_force(problem: PlanningProblem) -> float | None:
         shape = model.shape(degrees)
         table = build_table(degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches)
         limit = problem.memory_limit_bytes / (1 + band(constants.MEMORY_ERROR, model.coverage(shape)))
-        bound_s = step_bound_s(model, shape, tuple(Pins().recomputes))
+        bound_s = step_bound_s(model, shape, tuple(Pins().recomputes), limit)
         for stages in all_stages(problem.model.layers, degrees.stages):
             costs = model.stage_costs(shape, Strategy(degrees=degrees, stages=stages))
             peak_bytes = stage_memory(shape, table, costs)[1]
