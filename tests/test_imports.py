@@ -204,7 +204,7 @@ PLANNING = [
 ]
 PLANNED = {
     "estimate": ["estimate", *PROBLEM, "--fix", "tp=8"],
-    "solve": ["solve", *PROBLEM, "--time-limit", "30", "-o", "PLAN"],
+    "solve": ["solve", *PROBLEM, "--fix", "pp=1", "-o", "PLAN"],
     "explain": ["explain", "PLAN"],
     "check": ["check", "PLAN"],
     "report": ["report", "PLAN"],

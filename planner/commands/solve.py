@@ -10,6 +10,7 @@ import click
 from planner.commands.options import ProblemOptions, problem_options
 
 TIME_LIMIT_EXIT = 5
+DEFAULT_TIME_LIMIT_S = 60.0
 
 
 @click.command()
@@ -20,7 +21,8 @@ TIME_LIMIT_EXIT = 5
     "time_limit_s",
     type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
-    help="Stop the search then and return the best plan so far with its gap (exit code 5).",
+    help="Stop the search then and return the best plan so far with its gap (exit code 5). "
+    "Default: 60, or none with --reproducible.",
 )
 @click.option(
     "--top",
@@ -68,6 +70,8 @@ def solve(
             )
         )
     asked = read_problem(options)
+    if time_limit_s is None and not reproducible:
+        time_limit_s = DEFAULT_TIME_LIMIT_S
     chosen = SolveOptions(
         pins=parse_pins(fixed), time_limit_s=time_limit_s, top=top, reproducible=reproducible
     )

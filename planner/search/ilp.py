@@ -263,12 +263,16 @@ class IlpBuilder:
         taken = [self.x[s][self.programme.columns[s].index(column)] for s, column in enumerate(assignment)]
         self._add(self.pulp.lpSum(taken) <= len(taken) - 1, f"cut_{index}")
 
-    def solve(self, time_limit_s: float | None) -> IlpAnswer:
+    def solve(self, time_limit_s: float | None, nodes: int | None) -> IlpAnswer:
         """Runs HiGHS on one thread and reads status, objective and bound from its own model."""
         limit = None if time_limit_s is None else max(time_limit_s, 0.05)
-        solver = self.pulp.HiGHS(msg=False, threads=1, gapRel=1e-5, timeLimit=limit, random_seed=0)
+        work = {} if nodes is None else {"mip_max_nodes": nodes}
+        solver = self.pulp.HiGHS(msg=False, threads=1, gapRel=1e-5, timeLimit=limit, random_seed=0, **work)
         with _quiet_stdout():
-            self.problem.solve(solver)
+            # PuLP's own `solve` fails on some of HiGHS's limits, and calls others optimal.
+            solver.createAndConfigureSolver(self.problem)
+            solver.buildSolverModel(self.problem)
+            solver.callSolver(self.problem)
         highs = self.problem.solverModel
         status = highs.modelStatusToString(highs.getModelStatus())
         info = highs.getInfo()
@@ -293,8 +297,9 @@ def solve_stages(
     programme: StageProgramme,
     seen: Sequence[tuple[Column, ...]] = (),
     time_limit_s: float | None = None,
+    nodes: int | None = None,
 ) -> IlpAnswer:
-    """The best assignment of columns to stages that is not among `seen`."""
+    """The best assignment of columns to stages that is not among `seen`, within the limits given."""
     if any(not columns for columns in programme.columns):
         return IlpAnswer(status="infeasible", columns=(), objective_s=0.0, bound_s=0.0)
-    return IlpBuilder(programme, seen).solve(time_limit_s)
+    return IlpBuilder(programme, seen).solve(time_limit_s, nodes)

@@ -12,6 +12,9 @@ from planner.cost.stage import ShapeModel, StageCost
 from planner.profile import LayerKind
 from planner.strategy import Recompute, RecomputeCounts
 
+MAX_MIXES = 16
+"""Recomputation mixes of one stage and size that the ILP chooses from where a rank holds several stages."""
+
 
 @noun
 class Column:
@@ -76,11 +79,15 @@ def recipe(
 
 
 def pareto(shape: ShapeModel, stage: int, layers: int, options: tuple[Recompute, ...]) -> list[Column]:
-    """Columns of `layers` blocks none of which is both slower and larger than another."""
+    """Columns of `layers` blocks none of which is both slower and larger than another.
+
+    Of more than MAX_MIXES, evenly many are kept from the fastest to the smallest: this narrows the space
+    that the certificate speaks of to strategies with these mixes.
+    """
     saved = {option: shape.layer(LayerKind.BLOCK, option).saved_bytes for option in Recompute}
     widest = {option: shape.layer(LayerKind.BLOCK, option).backward_transient_bytes for option in Recompute}
     kept: list[tuple[float, float]] = []
-    columns = []
+    chosen = []
     for counts in mixes(shape, layers, options):
         used = dict(zip(Recompute, (counts.none, counts.selective, counts.full), strict=True))
         size = sum(saved[option] * count for option, count in used.items())
@@ -88,5 +95,8 @@ def pareto(shape: ShapeModel, stage: int, layers: int, options: tuple[Recompute,
         if any(other <= size and wide <= transient for other, wide in kept):
             continue
         kept.append((size, transient))
-        columns.append(column(shape, stage, counts))
-    return columns
+        chosen.append(counts)
+    if len(chosen) > MAX_MIXES:
+        step = (len(chosen) - 1) / (MAX_MIXES - 1)
+        chosen = [chosen[round(index * step)] for index in range(MAX_MIXES)]
+    return [column(shape, stage, counts) for counts in chosen]

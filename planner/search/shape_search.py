@@ -6,6 +6,7 @@ replayed and cut off, and the ILP solved again, until its bound is no better tha
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from planner.cost.evaluate import CostModel
@@ -35,12 +36,13 @@ class ShapeResult(NamedTuple):
 class Budget(NamedTuple):
     """What the search of a shape may use: seconds (None: no clock), and ILPs before its gap stays open.
 
-    `to_beat_s` is the step time that is worth beating.
+    `to_beat_s` is the step time that is worth beating, `nodes` the branch-and-bound nodes of one ILP.
     """
 
     seconds: float | None
     to_beat_s: float
     rounds: int
+    nodes: int | None
 
 
 class ShapeSearch:
@@ -64,7 +66,7 @@ class ShapeSearch:
         seen: list[tuple[Column, ...]] = []
         to_beat_s, bound_s, milps = budget.to_beat_s, 0.0, 0
         while milps < budget.rounds:
-            answer = solve_stages(self.programme(to_beat_s), seen, budget.seconds)
+            answer = solve_stages(self.programme(to_beat_s), seen, budget.seconds, budget.nodes)
             milps += 1
             if answer.status == "infeasible":
                 bound_s = to_beat_s
@@ -140,7 +142,8 @@ class ShapeSearch:
         most = self.model.problem.model.layers - (self.degrees.stages - 1)
         others_s = (self.degrees.chunks - 1) * self._least_s()
         columns: list[Column] = []
-        for layers in range(1, most + 1):
+        least, most = self._sizes(most)
+        for layers in range(least, most + 1):
             if self.degrees.chunks > 1 and not self._roomy(stage, layers):
                 found = pareto(self.shape, stage, layers, self.options)
             else:
@@ -151,6 +154,13 @@ class ShapeSearch:
                 break
             columns += found
         return columns
+
+    def _sizes(self, most: int) -> tuple[int, int]:
+        """Sizes of a stage: any; with several stages a rank, from half to twice the even share."""
+        if self.degrees.chunks == 1:
+            return 1, most
+        even = self.model.problem.model.layers / self.degrees.stages
+        return max(1, int(even / 2)), min(most, math.ceil(2 * even))
 
     def _roomy(self, stage: int, layers: int) -> bool:
         """Whether the fastest recipe of this size fits in an equal part of the rank's memory."""

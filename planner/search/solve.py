@@ -46,7 +46,9 @@ class SolveOptions:
     """What limits the search.
 
     It stops when nothing left can be faster by more than `gap_tolerance`, a share of the step time.
-    `rounds` ILPs at most are solved for one shape. `reproducible` uses no clock and writes no wall time.
+    `rounds` ILPs at most are solved for one shape, of `nodes` branch-and-bound nodes each (None: no limit):
+    limits of work, not of time, so that the answer is the same on every machine. `reproducible` uses no
+    clock and writes no wall time.
     """
 
     pins: Pins
@@ -54,6 +56,7 @@ class SolveOptions:
     top: int = 5
     gap_tolerance: float = 1e-3
     rounds: int = 3
+    nodes: int | None = 20
     reproducible: bool = False
 
 
@@ -158,7 +161,7 @@ class Solver:
             if candidate.bound_s >= to_beat_s or (left is not None and left <= 0):
                 self.bounds_s += [other.bound_s for other in candidates[index:]]
                 return candidate.bound_s < to_beat_s
-            result = candidate.search.run(Budget(left, to_beat_s, self.options.rounds))
+            result = candidate.search.run(Budget(left, to_beat_s, self.options.rounds, self.options.nodes))
             self.milps += result.milps
             self.bounds_s.append(max(result.bound_s, candidate.bound_s))
             if result.found is None:

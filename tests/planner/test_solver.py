@@ -23,7 +23,7 @@ from planner.strategy import Degrees, RecomputeCounts, Schedule, Stage, Strategy
 
 from . import instances
 
-EXACT = SolveOptions(pins=Pins(), gap_tolerance=0.0, rounds=10_000)
+EXACT = SolveOptions(pins=Pins(), gap_tolerance=0.0, rounds=10_000, nodes=None)
 
 
 def all_degrees(problem: PlanningProblem) -> Iterator[Degrees]:
