@@ -77,8 +77,8 @@ def default_scope(
         widths=tuple(widths or powers),
         micro_batches=tuple(micro_batches or ((1, 2) if quick else (1, 2, 4, 8))),
         sizes_bytes=QUICK_SIZES_BYTES if quick else SIZES_BYTES,
-        layer_effort=once if quick else Effort(warmup=1, least=4, most=30, budget_s=0.12),
-        comm_effort=once if quick else Effort(warmup=2, least=4, most=40, budget_s=0.08),
+        layer_effort=once if quick else Effort(warmup=1, least=3, most=30, budget_s=0.10),
+        comm_effort=once if quick else Effort(warmup=2, least=3, most=40, budget_s=0.08),
         host_effort=once if quick else Effort(warmup=2, least=7, most=40, budget_s=0.15),
         contention_window_s=0.1 if quick else 0.5,
     )
