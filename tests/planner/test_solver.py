@@ -22,6 +22,7 @@ from planner.search.space import Pins, parse_pins
 from planner.strategy import Degrees, RecomputeCounts, Schedule, Stage, Strategy, Zero
 
 from . import instances
+from .test_schedule import cost
 
 EXACT = SolveOptions(pins=Pins(), gap_tolerance=0.0, rounds=10_000, nodes=None)
 
@@ -133,7 +134,6 @@ def test_paths_never_exceed_the_replay(schedule: Schedule) -> None:
     import random
 
     from planner.cost.simulate import replay
-    from planner.cost.stage import Pass, StageCost
 
     draw = random.Random(1)
     for _ in range(200):
@@ -144,21 +144,7 @@ def test_paths_never_exceed_the_replay(schedule: Schedule) -> None:
         forward = [draw.uniform(0.1, 2) for _ in range(degrees.stages)]
         backward = [draw.uniform(0.1, 4) for _ in range(degrees.stages)]
         hop_s = draw.choice([0.0, 0.2])
-        costs = [
-            StageCost(
-                forward=Pass(compute_s=f),
-                backward=Pass(compute_s=b),
-                unshard_s=0.0,
-                reduce_s=0.0,
-                optimizer_s=0.0,
-                params=0.0,
-                largest_unit_params=0.0,
-                saved_bytes=0.0,
-                forward_transient_bytes=0.0,
-                backward_transient_bytes=0.0,
-            )
-            for f, b in zip(forward, backward, strict=True)
-        ]
+        costs = [cost(f, b) for f, b in zip(forward, backward, strict=True)]
         table = build_table(schedule, pp, chunks, micro_batches)
         step_s = replay(table, costs, hop_s, None, 1).step_time_s
         assert makespan_bound(degrees, forward, backward, hop_s) <= step_s * (1 + 1e-12)
