@@ -38,12 +38,18 @@ class Device:
 
 @noun
 class Link:
-    """A level of the network. `bytes_per_s` is per device, one direction; both None and 0 s: free."""
+    """A level of the network. `bytes_per_s` is nominal, per device, one direction; both None and 0 s: free.
+
+    `share` is the part of it that collectives of large messages reach; None: unknown, and the nominal rate
+    is taken. `share_origin` is "fitted" where the share was measured on some host, else "datasheet".
+    """
 
     name: str
     latency_s: float
     bytes_per_s: float | None
     sources: tuple[str, ...] = ()
+    share: float | None = None
+    share_origin: str = "datasheet"
 
 
 @noun

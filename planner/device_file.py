@@ -7,7 +7,12 @@ from pathlib import Path
 from planner.cluster import Device, Link
 from planner.codec import load_toml, noun
 from planner.errors import InputError, Problem
+from planner.network import share_origin
 from planner.units import GIB, MIB
+
+PCIE_SHARE = 0.39
+PCIE_SHARE_SOURCE = "share: AIC: all-reduce of 512 MiB over 8 RTX PRO 6000 Server on PCIe5, 24.7 of 63 GB/s; taken for all PCIe"
+"""Part of the nominal PCIe rate that large collectives of a whole host reach, and where that was read."""
 
 
 @noun
@@ -47,13 +52,18 @@ class MeasuredFacts:
 
 @noun
 class LinkFacts:
-    """The link between devices of a node. `domain` devices are joined by it; None: all of the host."""
+    """The link between devices of a node. `domain` devices are joined by it; None: all of the host.
+
+    `share` is the part of the nominal rate that collectives of large messages reach, where no curve of this
+    kind of device is shipped.
+    """
 
     name: str
     gb_per_s: float
     latency_us: float
     sources: tuple[str, ...]
     domain: int | None = None
+    share: float | None = None
     unverified: tuple[str, ...] = ()
 
 
@@ -134,13 +144,21 @@ class DeviceFile:
                 name=f"PCIe{self.pcie.generation}",
                 latency_s=self.link.latency_us / 1e6,
                 bytes_per_s=self.pcie.gb_per_s * 1e9,
-                sources=(*self.pcie.sources, f"{self.link.name} joins only {self.link.domain} devices"),
+                sources=(
+                    *self.pcie.sources,
+                    f"{self.link.name} joins only {self.link.domain} devices",
+                    PCIE_SHARE_SOURCE,
+                ),
+                share=PCIE_SHARE,
+                share_origin="fitted",
             )
         return Link(
             name=self.link.name,
             latency_s=self.link.latency_us / 1e6,
             bytes_per_s=self.link.gb_per_s * 1e9,
             sources=self.link.sources,
+            share=self.link.share,
+            share_origin=share_origin(self.link.share, self.link.unverified),
         )
 
 
@@ -159,6 +177,13 @@ def load_device_file(path: Path) -> DeviceFile:
         "link.gb_per_s": facts.link.gb_per_s,
         "link.latency_us": facts.link.latency_us,
         "link.domain": facts.link.domain,
+        "link.share": facts.link.share,
+        "power.tdp_w": facts.power and facts.power.tdp_w,
+        "pcie.gb_per_s": facts.pcie and facts.pcie.gb_per_s,
+        **{
+            f"price.{name}": facts.price and getattr(facts.price, name)
+            for name in ("low_usd", "typical_usd", "high_usd")
+        },
         **{
             f"peak_tflops.{name}": getattr(facts.peak_tflops, name)
             for name in ("fp32", "tf32", "bf16", "fp16", "fp8", "fp4")
@@ -169,6 +194,10 @@ def load_device_file(path: Path) -> DeviceFile:
         for key, value in numbers.items()
         if value is not None and not 0 < value < 1e9
     ]
+    if facts.link.share is not None and facts.link.share > 1:
+        problems.append(
+            Problem(where=f"{path}: link.share", fault=f"is {facts.link.share}.", legal="above 0, at most 1")
+        )
     if facts.memory.usable_gib * GIB > facts.memory.reported_mib * MIB:
         problems.append(
             Problem(

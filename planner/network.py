@@ -13,6 +13,7 @@ from planner.naming import nearest, unknown
 
 MAX_GBIT = 100_000
 MAX_PORTS = 1024
+MAX_LATENCY_US = 1_000_000
 GBIT_BYTES_PER_S = 1e9 / 8
 NETWORK_GRAMMAR = "KIND, Gbit/s of a port, and x with the ports of a node: hdr200x8"
 _NETWORK = re.compile(r"^([a-z]+)(?:([0-9]{1,6})(?:x([0-9]{1,4}))?)?(?:-([a-z]+[0-9]{1,6}))?$")
@@ -20,11 +21,17 @@ _NETWORK = re.compile(r"^([a-z]+)(?:([0-9]{1,6})(?:x([0-9]{1,4}))?)?(?:-([a-z]+[
 
 @noun
 class NetworkKind:
-    """A network technology. `rates_gbit` are the port rates that exist; where empty, any is read."""
+    """A network technology. `rates_gbit` are the port rates that exist; where empty, any is read.
+
+    `share` is the part of the nominal rate that collectives of large messages reach; None: unknown.
+    `unverified` names keys that no source was read for.
+    """
 
     title: str
     latency_us: float
     sources: tuple[str, ...]
+    share: float | None = None
+    unverified: tuple[str, ...] = ()
     rates_gbit: tuple[int, ...] = ()
     free: bool = False
     scale_up: bool = False
@@ -63,12 +70,31 @@ class Network:
             latency_s=self.kind.latency_us / 1e6,
             bytes_per_s=node_bytes_per_s if self.domain else node_bytes_per_s / devices_per_node,
             sources=self.kind.sources,
+            share=self.kind.share,
+            share_origin=share_origin(self.kind.share, self.kind.unverified),
         )
 
 
+def share_origin(share: float | None, unverified: tuple[str, ...]) -> str:
+    """Where a link's share comes from: measured on some host, or recalled and so no better than a datasheet."""
+    return "datasheet" if share is None or "share" in unverified else "fitted"
+
+
 def load_networks(path: Path) -> NetworkFile:
-    """The kinds of network in networks.toml."""
-    return decode(NetworkFile, load_toml_object(path), source=path.name)
+    """The kinds of network in networks.toml. Raises InputError with every fault, also of the numbers."""
+    file = decode(NetworkFile, load_toml_object(path), source=path.name)
+    problems = [
+        Problem(where=f"{path.name}: kinds.{name}.{key}", fault=f"is {value}.", legal=legal)
+        for name, kind in file.kinds.items()
+        for key, value, good, legal in (
+            ("latency_us", kind.latency_us, 0 <= kind.latency_us <= MAX_LATENCY_US, f"0 to {MAX_LATENCY_US}"),
+            ("share", kind.share, kind.share is None or 0 < kind.share <= 1, "above 0, at most 1"),
+        )
+        if not good
+    ]
+    if problems:
+        raise InputError(*problems)
+    return file
 
 
 def parse_network(text: str, file: NetworkFile, where: str) -> Network:
