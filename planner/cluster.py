@@ -74,7 +74,8 @@ class DeviceGroup:
 class ClusterSpec:
     """Device groups, the link inside a node and the link between nodes.
 
-    `price_usd_per_hour` is for the whole cluster; None means unknown.
+    `price_usd_per_hour` is for the whole cluster; None means unknown. `price_sources` say for each of its
+    parts with a price which one it is, as of when and from where.
     """
 
     name: str
@@ -82,6 +83,7 @@ class ClusterSpec:
     intra: Link
     inter: Link
     price_usd_per_hour: float | None = None
+    price_sources: tuple[str, ...] = ()
 
     @property
     def devices(self) -> int:

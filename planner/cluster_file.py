@@ -9,6 +9,7 @@ from planner.cluster import ClusterSpec, Link
 from planner.cluster_grammar import Part, instance_part, join, shaped_part
 from planner.codec import load_toml, noun
 from planner.errors import InputError, Problem
+from planner.market import Market, shipped_market
 
 MAX_GB_PER_S = 1e6
 MAX_LATENCY_US = 1e6
@@ -46,14 +47,18 @@ class ClusterFile:
     price_usd_per_hour: float | None = None
 
 
-def read_cluster_file(path: Path) -> ClusterSpec:
-    """The cluster that a TOML file describes. Raises InputError with every fault and its path."""
+def read_cluster_file(path: Path, market: Market | None = None) -> ClusterSpec:
+    """The cluster that a TOML file describes. Raises InputError with every fault and its path.
+
+    A price in the file is that of the whole cluster and wins over those of `market`.
+    """
+    market = market or shipped_market()
     table = load_toml(path, ClusterFile)
     problems = _faults(table, str(path))
     parts: list[Part] = []
     for index, group in enumerate(table.groups):
         try:
-            parts.append(_part(group, path, f"{path}: groups.{index}"))
+            parts.append(_part(group, path, f"{path}: groups.{index}", market))
         except InputError as error:
             problems.extend(error.problems)
     if problems:
@@ -65,13 +70,14 @@ def read_cluster_file(path: Path) -> ClusterSpec:
             ("intra", _link(table.intra)),
             ("inter", _link(table.inter)),
             ("price_usd_per_hour", table.price_usd_per_hour),
+            ("price_sources", None if table.price_usd_per_hour is None else (f"of the whole, {path}",)),
         )
         if value is not None
     }
     return dataclasses.replace(cluster, **changes)  # type: ignore[arg-type]  # keys and types are those above
 
 
-def _part(group: GroupTable, path: Path, where: str) -> Part:
+def _part(group: GroupTable, path: Path, where: str, market: Market) -> Part:
     if (group.device is None) == (group.instance is None):
         raise InputError(Problem(where=where, fault="needs either `device` or `instance`."))
     if group.instance is not None:
@@ -81,13 +87,13 @@ def _part(group: GroupTable, path: Path, where: str) -> Part:
                     where=f"{where}.devices_per_node", fault="is known from the instance.", fix="remove it"
                 )
             )
-        return instance_part(group.nodes, group.instance, group.network, where)
+        return instance_part(group.nodes, group.instance, group.network, where, market)
     if group.devices_per_node is None:
         raise InputError(Problem(where=f"{where}.devices_per_node", fault="is missing."))
     device = str(group.device)
     if device.endswith(".toml"):
         device = str(path.parent / device)
-    return shaped_part(group.nodes, group.devices_per_node, device, group.network, where)
+    return shaped_part(group.nodes, group.devices_per_node, device, group.network, where, market)
 
 
 def _link(table: LinkTable | None) -> Link | None:

@@ -10,10 +10,12 @@ import dataclasses
 import re
 from pathlib import Path
 
-from planner.catalog import load_device, load_instance, load_network
+from planner.catalog import load_device, load_network
 from planner.cluster import ClusterSpec, DeviceGroup, Link
 from planner.device_file import DeviceFile
 from planner.errors import InputError, Problem
+from planner.instance import instance_price_text
+from planner.market import Market, shipped_market
 from planner.network import Network
 
 GRAMMAR = (
@@ -31,17 +33,21 @@ _LOCAL = re.compile(r"^local(?::([0-9]{1,12}))?$")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One part of a cluster text: equal nodes, their links, and their price where it is known."""
+    """One part of a cluster text: equal nodes, their links, and their price and its source where known."""
 
     name: str
     group: DeviceGroup
     intra: Link
     inter: Link
     price_usd_per_hour: float | None
+    price_source: str = ""
 
 
-def parse_cluster(text: str, where: str = "--cluster") -> ClusterSpec:
-    """The cluster that `text` names. Raises InputError with every fault and the grammar."""
+def parse_cluster(text: str, where: str = "--cluster", market: Market | None = None) -> ClusterSpec:
+    """The cluster that `text` names. Raises InputError with every fault and the grammar.
+
+    `market` has the instances and prices; without it the shipped catalog does.
+    """
     text = text.strip()
     if len(text) > MAX_TEXT:
         raise _fault(where, f"has {len(text)} characters.")
@@ -53,12 +59,13 @@ def parse_cluster(text: str, where: str = "--cluster") -> ClusterSpec:
     if text.endswith(".toml") and ":" not in text and "*" not in text:
         from planner.cluster_file import read_cluster_file
 
-        return read_cluster_file(Path(text))
+        return read_cluster_file(Path(text), market)
+    market = market or shipped_market()
     parts: list[Part] = []
     problems: list[Problem] = []
     for piece in text.split("+"):
         try:
-            parts.append(_parse_part(piece.strip(), where))
+            parts.append(_parse_part(piece.strip(), where, market))
         except InputError as error:
             problems.extend(error.problems)
     if problems:
@@ -66,21 +73,23 @@ def parse_cluster(text: str, where: str = "--cluster") -> ClusterSpec:
     return join("+".join(part.name for part in parts), parts, where)
 
 
-def _parse_part(text: str, where: str) -> Part:
+def _parse_part(text: str, where: str, market: Market) -> Part:
     shape = _SHAPE.match(text)
     if shape:
         nodes, per_node, device, network = shape.groups()
-        return shaped_part(int(nodes), int(per_node), device, network, where)
+        return shaped_part(int(nodes), int(per_node), device, network, where, market)
     instances = _INSTANCES.match(text)
     if instances:
         count, name, network = instances.groups()
-        return instance_part(int(count), name, network, where)
+        return instance_part(int(count), name, network, where, market)
     if _LOCAL.match(text):
         raise _fault(where, "'local' cannot be part of a mixed cluster.")
     raise _fault(where, f"'{text[:80]}' cannot be read.")
 
 
-def shaped_part(nodes: int, per_node: int, device: str, network: str | None, where: str) -> Part:
+def shaped_part(
+    nodes: int, per_node: int, device: str, network: str | None, where: str, market: Market
+) -> Part:
     """`nodes` nodes of `per_node` devices each. Without a network: the device's usual one."""
     _check_counts(nodes, per_node, where)
     facts = load_device(device, where)
@@ -92,12 +101,20 @@ def shaped_part(nodes: int, per_node: int, device: str, network: str | None, whe
     name = f"{nodes}x{per_node}:{facts.name}"
     if network is not None or nodes > 1:
         name += f"@{chosen.name}"
-    return Part(name=name, group=group, intra=intra, inter=inter, price_usd_per_hour=None)
+    price = market.device_price(facts)
+    return Part(
+        name=name,
+        group=group,
+        intra=intra,
+        inter=inter,
+        price_usd_per_hour=None if price is None else nodes * per_node * price.usd_per_hour,
+        price_source=market.lacking(facts) if price is None else price.text(),
+    )
 
 
-def instance_part(count: int, name: str, network: str | None, where: str) -> Part:
+def instance_part(count: int, name: str, network: str | None, where: str, market: Market) -> Part:
     """`count` instances of the catalog, with their network and on-demand price."""
-    instance = load_instance(name, where)
+    instance = market.instance(name, where)
     _check_counts(count, instance.devices, where)
     facts = load_device(instance.device, where)
     text = network or instance.network
@@ -121,6 +138,7 @@ def instance_part(count: int, name: str, network: str | None, where: str) -> Par
         intra=intra,
         inter=inter,
         price_usd_per_hour=None if price is None else count * price,
+        price_source=instance_price_text(instance),
     )
 
 
@@ -167,6 +185,7 @@ def join(name: str, parts: list[Part], where: str) -> ClusterSpec:
         intra=_slowest([part.intra for part in parts if part.group.devices_per_node > 1] or [parts[0].intra]),
         inter=_slowest([part.inter for part in parts]),
         price_usd_per_hour=sum(known) if len(known) == len(prices) else None,
+        price_sources=tuple(dict.fromkeys(part.price_source for part in parts if part.price_source)),
     )
 
 

@@ -1,10 +1,14 @@
-"""Cloud instances: the rows of instances.csv, and `COUNT*INSTANCE` names with or without a provider."""
+"""Cloud instances: the rows of instances.csv, what is sane among them, and finding one by its name."""
 
 from __future__ import annotations
 
 import csv
 import io
+import statistics
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from planner.codec import decode, noun, read_text
 from planner.errors import InputError, Problem
@@ -42,6 +46,35 @@ class Instance:
     def full_name(self) -> str:
         return f"{self.provider}/{self.name}"
 
+    @property
+    def usd_per_device_hour(self) -> float | None:
+        """The on-demand price of one of its devices, or None where unknown."""
+        price = self.ondemand_usd_per_hour
+        return None if price is None else price / self.devices
+
+
+@noun
+class RejectedInstance:
+    """An instance that is left out of the catalog, and why."""
+
+    name: str
+    reason: str
+    source: str
+
+
+class Sane(NamedTuple):
+    """Instances that pass every check, and those that do not."""
+
+    instances: tuple[Instance, ...]
+    rejected: tuple[RejectedInstance, ...]
+
+
+DEVICE_COUNTS = (1, 2, 4, 8, 16)
+"""Whole devices that an instance is sold with. 12 of them, as one catalog has it, is a typing error."""
+
+MEDIAN_FACTOR = 5.0
+"""A price of a device-hour this many times above or below the median over all clouds is a wrong row:
+another unit, another currency, or a listing that was never for sale."""
 
 _NUMBERS = {
     "devices": int,
@@ -67,6 +100,66 @@ def _instance(row: dict[str, str], source: str) -> Instance:
         except ValueError:
             raise InputError(Problem(where=f"{source}: {column}", fault=f"'{text}' is no number.")) from None
     return decode(Instance, values, source=source)
+
+
+def median_prices(instances: Iterable[Instance]) -> dict[str, float]:
+    """For each device: the median over all clouds of its on-demand price in dollars a device-hour."""
+    prices: defaultdict[str, list[float]] = defaultdict(list)
+    for instance in instances:
+        price = instance.usd_per_device_hour
+        if price is not None and price > 0:
+            prices[instance.device].append(price)
+    return {device: statistics.median(found) for device, found in prices.items()}
+
+
+def sane_instances(instances: tuple[Instance, ...], devices: Collection[str]) -> Sane:
+    """Splits instances by the checks of `fault_of`. `devices` are the names of the device catalog."""
+    medians = median_prices(instances)
+    kept: list[Instance] = []
+    rejected: list[RejectedInstance] = []
+    for instance in instances:
+        fault = fault_of(instance, devices, medians)
+        if fault:
+            rejected.append(RejectedInstance(name=instance.full_name, reason=fault, source=instance.source))
+        else:
+            kept.append(instance)
+    return Sane(tuple(kept), tuple(rejected))
+
+
+def fault_of(instance: Instance, devices: Collection[str], medians: Mapping[str, float]) -> str:
+    """What is wrong with an instance, in words; empty where nothing is.
+
+    Its device is in the catalog, in a number that is sold; prices are above 0, spot is at most on demand,
+    and a device-hour costs between the median over all clouds / 5 and 5 times that median.
+    """
+    price, spot = instance.ondemand_usd_per_hour, instance.spot_usd_per_hour
+    if instance.device not in devices:
+        return f"its device '{instance.device}' is not in the catalog"
+    if instance.devices not in DEVICE_COUNTS:
+        return f"has {instance.devices} devices, which is no size that is sold"
+    if any(value is not None and not value > 0 for value in (price, spot)):
+        return "has a price that is not above 0"
+    if price is not None and spot is not None and spot > price:
+        return f"costs more as spot ({spot:g}) than on demand ({price:g})"
+    unit, median = instance.usd_per_device_hour, medians.get(instance.device)
+    if (
+        unit is not None
+        and median is not None
+        and not median / MEDIAN_FACTOR <= unit <= median * MEDIAN_FACTOR
+    ):
+        return f"costs {unit:.3g} dollars a device-hour, the median of all clouds is {median:.3g}"
+    return ""
+
+
+def instance_price_text(instance: Instance) -> str:
+    """The on-demand price of an instance for people, its date and source; empty where it is unknown."""
+    if instance.ondemand_usd_per_hour is None:
+        return ""
+    read = {"yours": "your price", "memory": "from memory"}.get(instance.price_mark, instance.price_mark)
+    return (
+        f"{instance.full_name} {instance.ondemand_usd_per_hour:g} on demand, "
+        f"{read.lower() if read else 'unmarked'}, {instance.as_of or 'without a date'} ({instance.source})"
+    )
 
 
 def find_instance(text: str, instances: tuple[Instance, ...], where: str) -> Instance:

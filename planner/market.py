@@ -1,0 +1,159 @@
+"""What instances and devices cost: our catalog, SkyPilot's newer rows, and the user's prices above both.
+
+Of two prices of the same instance the user's wins; then SkyPilot's, unless our row has a later date or
+SkyPilot's has no price on demand where ours has one. A device that no instance brings has the user's price,
+else, where it is asked for, its cost on premises, else none.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from pathlib import Path
+
+from planner.catalog import data_folder, device_names, load_device
+from planner.codec import noun
+from planner.device_file import DeviceFile
+from planner.errors import InputError, Problem
+from planner.instance import Instance, RejectedInstance, find_instance, load_instances, sane_instances
+from planner.naming import squash
+from planner.on_premises import OnPremises, cost_per_device_hour, load_on_premises, missing, with_own
+from planner.prices import (
+    PRICES_VARIABLE,
+    Price,
+    PriceFile,
+    PriceTerm,
+    load_price_terms,
+    load_prices,
+    with_own_prices,
+)
+from planner.skypilot import LiveCatalog, Warned, catalog_folder, load_names, read_live
+
+_DATE = re.compile(r"^[0-9]{4}-[0-9]{2}(-[0-9]{2})?$")
+
+
+@noun
+class Market:
+    """Instances with their prices, and how devices are priced. `on_premises` is None unless asked for."""
+
+    instances: tuple[Instance, ...]
+    rejected: tuple[RejectedInstance, ...] = ()
+    warnings: tuple[Warned, ...] = ()
+    prices: PriceFile | None = None
+    on_premises: OnPremises | None = None
+
+    def instance(self, text: str, where: str = "--cluster") -> Instance:
+        """The instance that `text` names. Raises InputError; one that is left out is named with its fault."""
+        try:
+            return find_instance(text, self.instances, where)
+        except InputError:
+            for known in self.rejected:
+                if squash(text) in (squash(known.name), squash(known.name.partition("/")[2])):
+                    fault = f"'{known.name}' is left out of the catalog: it {known.reason}."
+                    fix = "name devices, NODESxGPUS:DEVICE, and their price in a prices file"
+                    raise InputError(Problem(where=where, fault=fault, fix=fix)) from None
+            raise
+
+    def device_price(self, facts: DeviceFile) -> Price | None:
+        """Dollars for an hour of one device that no instance brings, or None where unknown."""
+        own = None if self.prices is None else self.prices.device_price(facts.name)
+        if own is not None or self.on_premises is None:
+            return own
+        cost = cost_per_device_hour(facts, self.on_premises)
+        if cost is None:
+            return None
+        source = f"on premises, {self.on_premises.utilisation.value:.0%} in use: {'; '.join(cost.sources)}"
+        return Price(what=facts.name, usd_per_hour=cost.total_usd, as_of=cost.as_of, source=source)
+
+    def lacking(self, facts: DeviceFile) -> str:
+        """Why a device has no price, in words; empty where it has one, or where none was asked for."""
+        if self.on_premises is None or self.device_price(facts) is not None:
+            return ""
+        return (
+            f"{facts.name} has no cost on premises: no {' and no '.join(missing(facts, self.on_premises))} "
+            f"is known; give it in the table [on_premises.devices.{facts.name!r}] of a prices file"
+        )
+
+
+def shipped_market() -> Market:
+    """Our own catalog alone, on-demand prices as listed."""
+    found = sane_instances(load_instances(data_folder() / "instances.csv"), device_names())
+    return Market(instances=found.instances, rejected=found.rejected)
+
+
+def read_market(prices: Path | None = None, on_premises: bool = False, live: bool = True) -> Market:
+    """The market as the user sees it. Raises InputError with every fault of the prices file.
+
+    `prices` names a prices file; without it the variable SHARDWISE_PRICES may. `live` reads SkyPilot's
+    catalogs where there are any; a caller that names no instance can spare the time. A prices file may
+    name one of theirs, so with one they are read anyway.
+    """
+    path = prices or _prices_of_environment()
+    shipped = shipped_market()
+    folder = catalog_folder() if live or path is not None else None
+    found = LiveCatalog(instances=(), warnings=())
+    if folder is not None:
+        names = load_names(data_folder() / "skypilot.toml")
+        found = read_live(folder, names, device_memory_mib(), shipped.instances)
+    instances = joined(shipped.instances, found.instances)
+    file = None
+    if path is not None:
+        file = load_prices(path, lambda text, where: load_device(text, where).name)
+        instances = with_own_prices(instances, file, str(path))
+    return Market(
+        instances=instances,
+        rejected=shipped.rejected,
+        warnings=found.warnings,
+        prices=file,
+        on_premises=_on_premises(file, path, on_premises),
+    )
+
+
+def _prices_of_environment() -> Path | None:
+    text = os.environ.get(PRICES_VARIABLE)
+    return Path(text) if text else None
+
+
+def _on_premises(file: PriceFile | None, path: Path | None, asked: bool) -> OnPremises | None:
+    table = None if file is None else file.on_premises
+    if table is None and not asked:
+        return None
+    inputs = load_on_premises(data_folder() / "on_premises.toml")
+    return inputs if table is None else with_own(inputs, table, f"your own, {path}")
+
+
+def on_premises_inputs() -> OnPremises:
+    """The inputs of the cost on premises as shipped, each with its source."""
+    return load_on_premises(data_folder() / "on_premises.toml")
+
+
+def price_terms(provider: str) -> tuple[PriceTerm, ...]:
+    """What a provider takes off for a commitment, in general."""
+    terms = load_price_terms(data_folder() / "price_terms.toml")
+    return tuple(term for term in terms if term.provider == provider)
+
+
+def device_memory_mib() -> dict[str, int]:
+    """The memory that the driver reports for each device of the catalog."""
+    folder = data_folder() / "devices"
+    tables = {name: tomllib.loads((folder / f"{name}.toml").read_text("utf-8")) for name in device_names()}
+    return {name: int(table["memory"]["reported_mib"]) for name, table in tables.items()}
+
+
+def joined(shipped: tuple[Instance, ...], live: tuple[Instance, ...]) -> tuple[Instance, ...]:
+    """Our rows, replaced by SkyPilot's of the same name where those are newer, and then SkyPilot's others."""
+    newer = {instance.full_name: instance for instance in live}
+    rows = []
+    for own in shipped:
+        other = newer.pop(own.full_name, None)
+        rows.append(own if other is None or _stays(own, other) else other)
+    return (*rows, *newer.values())
+
+
+def _stays(own: Instance, other: Instance) -> bool:
+    """Whether our row of an instance stays: it is of a later date, or alone has a price on demand."""
+    if own.ondemand_usd_per_hour is not None and other.ondemand_usd_per_hour is None:
+        return True
+    dated = _DATE.match(own.as_of)
+    return dated is not None and own.as_of > other.as_of[: len(own.as_of)]
