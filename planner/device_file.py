@@ -11,7 +11,9 @@ from planner.network import share_origin
 from planner.units import GIB, MIB
 
 PCIE_SHARE = 0.39
-PCIE_SHARE_SOURCE = "share: AIC: all-reduce of 512 MiB over 8 RTX PRO 6000 Server on PCIe5, 24.7 of 63 GB/s; taken for all PCIe"
+PCIE_SHARE_SOURCE = (
+    "share: AIC: all-reduce of 512 MiB over 8 RTX PRO 6000 Server on PCIe5, 24.7 of 63 GB/s; for all PCIe"
+)
 """Part of the nominal PCIe rate that large collectives of a whole host reach, and where that was read."""
 
 

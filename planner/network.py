@@ -76,7 +76,7 @@ class Network:
 
 
 def share_origin(share: float | None, unverified: tuple[str, ...]) -> str:
-    """Where a link's share comes from: measured on some host, or recalled and so no better than a datasheet."""
+    """Where a share comes from: measured on some host, or recalled and so no better than a datasheet."""
     return "datasheet" if share is None or "share" in unverified else "fitted"
 
 

@@ -61,7 +61,7 @@ class CommCost:
 NOISY_SPREAD = 0.25
 SATURATION, SATURATION_KNEE = 2.0, 0.5
 """Latencies that a large message takes more than a small one, and the transfer time, in latencies, at which
-half of them are felt. Fitted to the 88 shipped curves inside nodes (mean error 8 %; 17 % without) and the four
+half of them are felt. Fitted to the shipped curves inside nodes (mean error 8 %; 17 % without) and the four
 between nodes (16 %), aiconfigurator-core 0.12.0 and published NCCL tests."""
 FREE = CommCost(seconds=0.0, origin="measured")
 
