@@ -13,6 +13,7 @@ import click
 if TYPE_CHECKING:
     from planner.cluster import ClusterSpec
     from planner.errors import Problem
+    from planner.market import Market
     from planner.model import ModelSpec
     from planner.workload import Precision, Workload
 
@@ -38,6 +39,8 @@ class ProblemOptions:
     method: str
     profile: Path | None
     memory_limit: str | None
+    prices: Path | None = None
+    on_premises: bool = False
 
 
 class ProblemInputs(NamedTuple):
@@ -53,6 +56,41 @@ class ProblemInputs(NamedTuple):
 def json_option(command: Command) -> Command:
     """Adds `--json`, passed as `as_json`: one JSON document on stdout and nothing else there."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
+
+
+def prices_option(command: Command) -> Command:
+    """Adds `--prices`, passed as `prices`."""
+    return click.option(
+        "--prices",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="A TOML file with prices of your own, which win over all others. "
+        "Default: the file that SHARDWISE_PRICES names, if any.",
+    )(command)
+
+
+def on_premises_option(command: Command) -> Command:
+    """Adds `--on-premises`, passed as `on_premises`."""
+    return click.option(
+        "--on-premises",
+        is_flag=True,
+        help="Price devices that are named without an instance by what they cost on one's own premises.",
+    )(command)
+
+
+def open_market(prices: Path | None, on_premises: bool, cluster: str | None = None) -> Market:
+    """The market for a cluster text, or for every instance where there is no text."""
+    from planner.market import read_market
+
+    live = cluster is None or "*" in cluster or cluster.endswith(".toml")
+    return read_market(prices, on_premises, live)
+
+
+def warn_of(market: Market, names: str | None = None) -> None:
+    """Writes to stderr what was left out of SkyPilot's catalogs, for the providers in `names` or for all."""
+    for warning in market.warnings:
+        if names is None or f"{warning.provider}/" in names:
+            click.echo(f"warning: {warning.text}", err=True)
 
 
 def _options() -> list[Callable[[Any], Any]]:
@@ -116,6 +154,7 @@ def problem_options(command: Callable[..., Any]) -> Callable[..., Any]:
         options = ProblemOptions(**{name: values.pop(name) for name in names})
         return command(options=options, **values)
 
+    call = prices_option(on_premises_option(call))
     for option in reversed(_options()):
         call = option(call)
     return json_option(call)
@@ -140,7 +179,12 @@ def load_problem(options: ProblemOptions) -> ProblemInputs:
             return None
 
     model: ModelSpec | None = read(load_model, options.model)
-    cluster: ClusterSpec | None = read(parse_cluster, options.cluster)
+    market: Market | None = read(
+        lambda text: open_market(options.prices, options.on_premises, text), options.cluster
+    )
+    cluster: ClusterSpec | None = read(lambda text: parse_cluster(text, market=market), options.cluster)
+    if market is not None and cluster is not None:
+        warn_of(market, cluster.name)
     tokens: int | None = read(parse_count, options.tokens)
     limit: int | None = read(parse_bytes, options.memory_limit)
     read(lambda path: read_text(Path(path)), None if options.profile is None else str(options.profile))

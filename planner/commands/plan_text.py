@@ -82,6 +82,7 @@ def _figures(plan: Plan, basis: str) -> str:
             ("MFU", "unknown: the device's peak is not known" if e.mfu is None else f"{e.mfu:.1%}"),
             ("days", None if e.days is None else f"{e.days:.4g}"),
             ("cost", None if e.cost_usd is None else f"${e.cost_usd:,.0f}"),
+            ("price an hour", "; ".join(plan.cluster.price_sources) or None),
             (
                 "memory",
                 f"{format_bytes(e.peak_memory_bytes)} of {format_bytes(e.memory_limit_bytes)}: {e.verdict}",
