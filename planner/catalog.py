@@ -11,15 +11,17 @@ import tomllib
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from planner.codec import decode, load_toml_object, noun
 from planner.device_file import DeviceFile, load_device_file
 from planner.errors import InputError, Problem
-from planner.hf import read_config_file, read_model_toml
 from planner.instance import Instance, find_instance, load_instances
-from planner.model import ModelSpec
 from planner.naming import squash, unknown
 from planner.network import Network, NetworkFile, load_networks, parse_network
+
+if TYPE_CHECKING:
+    from planner.model import ModelSpec
 
 
 @noun
@@ -44,6 +46,8 @@ def model_index() -> dict[str, ModelEntry]:
 
 def load_model(text: str, where: str = "--model") -> ModelSpec:
     """The model that `text` names: a catalog name, a config.json or its folder, or a TOML file."""
+    from planner.hf import read_config_file, read_model_toml  # `plan list devices` needs no models
+
     index = model_index()
     name = _find(text, {name: entry.aliases for name, entry in index.items()})
     if name is not None:

@@ -10,30 +10,31 @@ from __future__ import annotations
 import os
 import re
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from planner.catalog import data_folder, device_names, load_device
-from planner.codec import noun
-from planner.device_file import DeviceFile
 from planner.errors import InputError, Problem
 from planner.instance import Instance, RejectedInstance, find_instance, load_instances, sane_instances
 from planner.naming import squash
-from planner.on_premises import OnPremises, cost_per_device_hour, load_on_premises, missing, with_own
-from planner.prices import (
-    PRICES_VARIABLE,
-    Price,
-    PriceFile,
-    PriceTerm,
-    load_price_terms,
-    load_prices,
-    with_own_prices,
-)
-from planner.skypilot import LiveCatalog, Warned, catalog_folder, load_names, read_live
+
+if TYPE_CHECKING:  # read only where a price asks for them: `plan list` answers at once
+    from planner.device_file import DeviceFile
+    from planner.on_premises import OnPremises
+    from planner.prices import Price, PriceFile, PriceTerm
+    from planner.skypilot import LiveCatalog, Warned
+
+PRICES_VARIABLE = "SHARDWISE_PRICES"
+"""Environment variable that names a prices file where `--prices` does not."""
+
+SKYPILOT_VARIABLE = "SHARDWISE_SKYPILOT"
+"""Environment variable: the folder of the catalogs in place of SkyPilot's own; empty: read none."""
 
 _DATE = re.compile(r"^[0-9]{4}-[0-9]{2}(-[0-9]{2})?$")
 
 
-@noun
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Market:
     """Instances with their prices, and how devices are priced. `on_premises` is None unless asked for."""
 
@@ -60,6 +61,9 @@ class Market:
         own = None if self.prices is None else self.prices.device_price(facts.name)
         if own is not None or self.on_premises is None:
             return own
+        from planner.on_premises import cost_per_device_hour
+        from planner.prices import Price
+
         cost = cost_per_device_hour(facts, self.on_premises)
         if cost is None:
             return None
@@ -70,6 +74,8 @@ class Market:
         """Why a device has no price, in words; empty where it has one, or where none was asked for."""
         if self.on_premises is None or self.device_price(facts) is not None:
             return ""
+        from planner.on_premises import missing
+
         return (
             f"{facts.name} has no cost on premises: no {' and no '.join(missing(facts, self.on_premises))} "
             f"is known; give it in the table [on_premises.devices.{facts.name!r}] of a prices file"
@@ -91,23 +97,48 @@ def read_market(prices: Path | None = None, on_premises: bool = False, live: boo
     """
     path = prices or _prices_of_environment()
     shipped = shipped_market()
-    folder = catalog_folder() if live or path is not None else None
-    found = LiveCatalog(instances=(), warnings=())
-    if folder is not None:
-        names = load_names(data_folder() / "skypilot.toml")
-        found = read_live(folder, names, device_memory_mib(), shipped.instances)
-    instances = joined(shipped.instances, found.instances)
+    found = _live(shipped) if live or path is not None else None
+    instances = shipped.instances if found is None else joined(shipped.instances, found.instances)
     file = None
     if path is not None:
+        from planner.prices import load_prices, with_own_prices
+
         file = load_prices(path, lambda text, where: load_device(text, where).name)
         instances = with_own_prices(instances, file, str(path))
     return Market(
         instances=instances,
         rejected=shipped.rejected,
-        warnings=found.warnings,
+        warnings=() if found is None else found.warnings,
         prices=file,
         on_premises=_on_premises(file, path, on_premises),
     )
+
+
+def _live(shipped: Market) -> LiveCatalog | None:
+    """What SkyPilot's catalogs hold, or None where there are none."""
+    folder = skypilot_folder()
+    if folder is None:
+        return None
+    from planner.skypilot import load_names, read_live
+
+    names = load_names(data_folder() / "skypilot.toml")
+    return read_live(folder, names, device_memory_mib(), shipped.instances)
+
+
+def skypilot_folder() -> Path | None:
+    """The folder of SkyPilot's catalogs, or None where there is none.
+
+    `~/.sky/catalogs`, where SKY_RUNTIME_DIR stands for `~` if it is set; SHARDWISE_SKYPILOT names another.
+    """
+    given = os.environ.get(SKYPILOT_VARIABLE)
+    if given is not None:
+        return Path(given) if given else None
+    home = Path(os.environ.get("SKY_RUNTIME_DIR") or "~")
+    try:
+        folder = home.expanduser() / ".sky" / "catalogs"
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # no home, no right to look, a null character
+        return None
 
 
 def _prices_of_environment() -> Path | None:
@@ -119,17 +150,23 @@ def _on_premises(file: PriceFile | None, path: Path | None, asked: bool) -> OnPr
     table = None if file is None else file.on_premises
     if table is None and not asked:
         return None
-    inputs = load_on_premises(data_folder() / "on_premises.toml")
+    from planner.on_premises import with_own
+
+    inputs = on_premises_inputs()
     return inputs if table is None else with_own(inputs, table, f"your own, {path}")
 
 
 def on_premises_inputs() -> OnPremises:
     """The inputs of the cost on premises as shipped, each with its source."""
+    from planner.on_premises import load_on_premises
+
     return load_on_premises(data_folder() / "on_premises.toml")
 
 
 def price_terms(provider: str) -> tuple[PriceTerm, ...]:
     """What a provider takes off for a commitment, in general."""
+    from planner.prices import load_price_terms
+
     terms = load_price_terms(data_folder() / "price_terms.toml")
     return tuple(term for term in terms if term.provider == provider)
 

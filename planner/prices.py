@@ -35,9 +35,6 @@ from planner.errors import InputError, Problem
 from planner.instance import Instance, find_instance
 from planner.on_premises import OnPremisesTable, table_faults
 
-PRICES_VARIABLE = "SHARDWISE_PRICES"
-"""Environment variable that names a prices file where `--prices` does not."""
-
 MAX_USD_PER_HOUR = 1e6
 """No instance costs more an hour; a larger number is a typing error."""
 

@@ -1,7 +1,6 @@
 """The price catalogs that SkyPilot keeps on the user's disk, read where they are present and never shipped.
 
-They lie in `~/.sky/catalogs/vN/CLOUD/vms.csv`; SKY_RUNTIME_DIR stands for `~` where it is set. What is
-known to be wrong in them is left out with a warning: numbers of devices that are not sold (Azure's
+They lie in `~/.sky/catalogs/vN/CLOUD/vms.csv` (`planner.market.skypilot_folder`). What is known to be wrong in them is left out with a warning: numbers of devices that are not sold (Azure's
 ND96isr_H100_v5 with 12), prices of 0 and placeholders of 700 dollars, spot prices of 0 or equal to the
 price on demand, Google's regional prices that belong to another offer, and memory sizes that fit no device
 of that name.
@@ -12,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,9 +19,6 @@ from planner.codec import load_toml, noun
 from planner.instance import Instance, fault_of, median_prices
 from planner.naming import squash
 from planner.skypilot_rows import Left, Offer, SkyPilotNames, UnusableError, read_offers
-
-FOLDER_VARIABLE = "SHARDWISE_SKYPILOT"
-"""Environment variable: the folder of the catalogs in place of SkyPilot's own; empty: read none."""
 
 
 @noun
@@ -40,19 +35,6 @@ class LiveCatalog:
 
     instances: tuple[Instance, ...]
     warnings: tuple[Warned, ...]
-
-
-def catalog_folder() -> Path | None:
-    """The folder of SkyPilot's catalogs, or None where there is none."""
-    given = os.environ.get(FOLDER_VARIABLE)
-    if given is not None:
-        return Path(given) if given else None
-    home = Path(os.environ.get("SKY_RUNTIME_DIR") or "~")
-    try:
-        folder = home.expanduser() / ".sky" / "catalogs"
-        return folder if folder.is_dir() else None
-    except (OSError, RuntimeError, ValueError):  # no home, no right to look, a null character
-        return None
 
 
 def load_names(path: Path) -> SkyPilotNames:
