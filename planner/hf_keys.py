@@ -12,7 +12,9 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Any
 
-from planner.model import Activation, Attention, Block, Mlp, ModelSpec, Norm, Segment
+from planner.feed_forward import Activation, Mlp
+from planner.mixers import Attention
+from planner.model import Block, ModelSpec, Norm, Segment
 
 MAX_LAYERS = 10_000
 MAX_WIDTH = 2**20
@@ -192,7 +194,7 @@ def _llama(v: Mapping[str, Any], name: str, model_type: str, sources: tuple[str,
         out_bias=v["attention_bias"],
     )
     mlp = Mlp(width=v["ffn"], gated=True, activation=v["activation"], bias=v["mlp_bias"])
-    block = Block(hidden=v["hidden"], norm=Norm.RMSNORM, attention=attention, mlp=mlp)
+    block = Block(hidden=v["hidden"], norm=Norm.RMSNORM, mixer=attention, mlp=mlp)
     return _spec(v, name, model_type, sources, block, learned_positions=0)
 
 
@@ -209,7 +211,7 @@ def _gpt2(v: Mapping[str, Any], name: str, model_type: str, sources: tuple[str, 
         out_bias=True,
     )
     mlp = Mlp(width=v["ffn"] or 4 * v["hidden"], gated=False, activation=v["activation"], bias=True)
-    block = Block(hidden=v["hidden"], norm=Norm.LAYERNORM, attention=attention, mlp=mlp)
+    block = Block(hidden=v["hidden"], norm=Norm.LAYERNORM, mixer=attention, mlp=mlp)
     return _spec(v, name, model_type, sources, block, learned_positions=v["max_positions"])
 
 

@@ -1,139 +1,197 @@
 """ModelSpec: a language model as a chain of layer classes, with the sizes that costs are made of.
 
 A model is an embedding, then segments of equal blocks, then a head (final norm, output projection and
-loss). Parameter counts are exact; tied embeddings count once.
+loss). An encoder-decoder is the chain of its encoder's blocks, then its decoder's. Parameter counts are
+exact; tied embeddings count once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
+from itertools import chain
 
 from planner.codec import noun
+from planner.feed_forward import FeedForward
+from planner.matrix import Matrix
+from planner.mixers import Attention, AttentionKernel, Kept, LatentAttention, Mixer
+from planner.strategy import Recompute
+from planner.traced import TracedLayer
 
 
 class Norm(StrEnum):
-    """The normalisation of a block: RMSNorm holds a weight, LayerNorm a weight and a bias."""
+    """The normalisation of a block: what of weight and bias it holds."""
 
     RMSNORM = "rmsnorm"
     LAYERNORM = "layernorm"
+    LAYERNORM_WITHOUT_BIAS = "layernorm_without_bias"
+    LAYERNORM_WITHOUT_PARAMETERS = "layernorm_without_parameters"
+
+    @property
+    def tensors(self) -> int:
+        """Parameter tensors of one norm."""
+        match self:
+            case Norm.LAYERNORM:
+                return 2
+            case Norm.RMSNORM | Norm.LAYERNORM_WITHOUT_BIAS:
+                return 1
+            case Norm.LAYERNORM_WITHOUT_PARAMETERS:
+                return 0
 
     def params(self, width: int) -> int:
-        return width if self is Norm.RMSNORM else 2 * width
-
-
-class Activation(StrEnum):
-    """The non-linearity of an MLP."""
-
-    SILU = "silu"
-    GELU = "gelu"
-    GELU_TANH = "gelu_tanh"
-    RELU = "relu"
-
-
-@noun
-class Attention:
-    """Multi-head attention with grouped key and value heads (`kv_heads` < `heads` is GQA)."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    qkv_bias: bool = False
-    out_bias: bool = False
-
-    @property
-    def query_width(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def kv_width(self) -> int:
-        return self.kv_heads * self.head_dim
-
-    def params(self, hidden: int) -> int:
-        qkv_width = self.query_width + 2 * self.kv_width
-        biases = qkv_width * self.qkv_bias + hidden * self.out_bias
-        return hidden * qkv_width + self.query_width * hidden + biases
-
-
-@noun
-class Mlp:
-    """A feed-forward layer: up and down projections, and a gate beside the up when `gated`."""
-
-    width: int
-    gated: bool
-    activation: Activation
-    bias: bool = False
-
-    @property
-    def up_projections(self) -> int:
-        return 2 if self.gated else 1
-
-    def params(self, hidden: int) -> int:
-        biases = (self.up_projections * self.width + hidden) * self.bias
-        return (self.up_projections + 1) * hidden * self.width + biases
+        return self.tensors * width
 
 
 @noun
 class Block:
-    """One transformer block, a layer class: norm, attention, norm, MLP, with two residual additions."""
+    """One transformer block, a layer class: a mixer, an MLP or experts, and norms over the hidden size.
+
+    Either sublayer may be absent (layers of a hybrid model hold one). `norms` counts the block's norms:
+    2 before (or after) both sublayers, 1 where both read the same (`parallel`), 4 where results are
+    normed too. `cross` is attention to an encoder's output.
+    """
 
     hidden: int
     norm: Norm
-    attention: Attention
-    mlp: Mlp
+    mixer: Mixer | None
+    mlp: FeedForward | None
+    norms: int = 2
+    parallel: bool = False
+    cross: Attention | None = None
+
+    @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        """The mixers that the block has."""
+        return tuple(mixer for mixer in (self.mixer, self.cross) if mixer is not None)
+
+    @property
+    def sublayers(self) -> int:
+        """Sublayers that add to the residual stream, one after the other."""
+        return 1 if self.parallel else len(self.mixers) + (self.mlp is not None)
+
+    @property
+    def stream_width(self) -> int:
+        """Values a token of the message to the next layer: the residual stream."""
+        return self.hidden
+
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Every weight of the block that tokens are multiplied with."""
+        mixing = chain.from_iterable(mixer.matrices(self.hidden) for mixer in self.mixers)
+        return (*mixing, *(self.mlp.matrices(self.hidden) if self.mlp else ()))
+
+    @property
+    def _vector_params(self) -> int:
+        return sum(m.vector_params for m in self.mixers) + self.norms * self.norm.params(self.hidden)
 
     @property
     def params(self) -> int:
         """Parameters of one block."""
-        return (
-            self.attention.params(self.hidden)
-            + self.mlp.params(self.hidden)
-            + 2 * self.norm.params(self.hidden)
-        )
+        return sum(matrix.params for matrix in self.matrices()) + self._vector_params
+
+    @property
+    def params_active(self) -> int:
+        """Parameters that one token meets: of experts, the chosen ones."""
+        return sum(matrix.params_active for matrix in self.matrices()) + self._vector_params
+
+    def params_shard(self, tp: int) -> float:
+        """Parameters on one of `tp` tensor-parallel ranks: shards of matrices, whole norms."""
+        return sum(matrix.params_shard(tp) for matrix in self.matrices()) + self._vector_params
 
     @property
     def tensors(self) -> int:
         """Parameter tensors of one block, with separate query, key, value, gate and up projections."""
-        norms = 2 if self.norm is Norm.RMSNORM else 4
-        attention = 4 + 3 * self.attention.qkv_bias + self.attention.out_bias
-        return norms + attention + (self.mlp.up_projections + 1) * (1 + self.mlp.bias)
+        mixing = sum(matrix.tensors for matrix in self.matrices()) + sum(m.vectors for m in self.mixers)
+        return mixing + self.norms * self.norm.tensors
 
     def matmul_flops_forward(self, tokens: int) -> float:
-        """FLOPs of the projections for `tokens` tokens: 2 per weight per token."""
-        attention = self.hidden * (2 * self.attention.query_width + 2 * self.attention.kv_width)
-        mlp = (self.mlp.up_projections + 1) * self.hidden * self.mlp.width
-        return 2.0 * tokens * (attention + mlp)
+        """FLOPs of the projections for `tokens` tokens: 2 per weight per token that meets it."""
+        return tokens * sum(matrix.flops_per_token for matrix in self.matrices())
 
     def attention_flops_forward(self, tokens: int, seq: int) -> float:
-        """FLOPs of scores and values, causal: each token meets (seq + 1) / 2 keys on average."""
-        return 2.0 * 2.0 * tokens * self.attention.query_width * (seq + 1) / 2
+        """FLOPs between the projections: scores and values of the keys met, or states."""
+        return tokens * sum(mixer.core_flops(seq) for mixer in self.mixers)
+
+    def kept(self, seq: int, kernel: AttentionKernel) -> Kept:
+        """Values a token that both sublayers keep for the backward pass, without the residual stream."""
+        each = [mixer.kept(seq, kernel) for mixer in self.mixers]
+        each += [self.mlp.kept(self.hidden)] if self.mlp else []
+        return Kept(
+            products=sum(kept.products for kept in each),
+            elementwise=sum(kept.elementwise for kept in each),
+            statistics=sum(kept.statistics for kept in each) + self.norms,
+            whole=sum(kept.whole for kept in each),
+        )
+
+    def saved_bytes(
+        self,
+        tokens: int,
+        seq: int,
+        *,
+        size: int = 2,
+        tp: int = 1,
+        sequence_parallel: bool = False,
+        recompute: Recompute = Recompute.NONE,
+        kernel: AttentionKernel = AttentionKernel.FLASH,
+    ) -> float:
+        """Bytes kept from forward to backward for `tokens` tokens in values of `size` bytes.
+
+        With h the hidden size (a shard of it under sequence parallelism) and s sublayers:
+
+            none        (2 s h + products + elementwise) size + 4 statistics
+            selective   ((s + 1) h + products) size + 4 statistics
+            full        h size
+
+        2 s h are the input and the output of each sublayer's norm; norms after a sublayer keep its
+        result besides. Products, elementwise and statistics are each sublayer's (`Kept`).
+        """
+        stream = self.hidden / (tp if sequence_parallel else 1)
+        if recompute is Recompute.FULL:
+            return size * tokens * stream
+        kept = self.kept(seq, kernel)
+        statistics = 4.0 * tokens * ((kept.statistics - self.norms) / tp + self.norms)
+        after = max(0, self.norms - self.sublayers)
+        if recompute is Recompute.SELECTIVE:
+            values = (self.sublayers + 1 + after) * stream + kept.products / tp + kept.whole
+        else:
+            values = (2 * self.sublayers + after) * stream
+            values += (kept.products + kept.elementwise) / tp + kept.whole
+        return size * tokens * values + statistics
 
     @property
     def shape_key(self) -> str:
         """A text that two blocks share exactly when they cost the same."""
-        a, m = self.attention, self.mlp
-        bias = f"{int(a.qkv_bias)}{int(a.out_bias)}{int(m.bias)}"
-        gate = "g" if m.gated else "u"
-        return (
-            f"h{self.hidden}-a{a.heads}x{a.head_dim}-kv{a.kv_heads}-{gate}{m.width}-"
-            f"{m.activation}-{self.norm}-b{bias}"
-        )
+        parts = [part for part in (self.mixer, self.mlp) if part is not None]
+        keys = "-".join(part.key for part in parts)
+        biases = "".join(part.bias_key for part in parts)
+        extras = [
+            f"-n{self.norms}" if self.norms != 2 else "",
+            "-parallel" if self.parallel else "",
+            f"-x{self.cross.key}-b{self.cross.bias_key}" if self.cross else "",
+        ]
+        return f"h{self.hidden}-{keys}-{self.norm}-b{biases}" + "".join(extras)
+
+
+Layer = Block | TracedLayer
 
 
 @noun
 class Segment:
-    """`count` equal blocks in a row."""
+    """`count` equal layers in a row."""
 
-    block: Block
+    block: Layer
     count: int
 
 
 @noun
 class ModelSpec:
-    """A decoder-only language model.
+    """A language model: decoder-only, encoder-only, or an encoder followed by its decoder.
 
     `learned_positions` is the length of a learned position table (0: rotary positions with base
-    `rope_theta`). `sources` says where the description came from.
+    `rope_theta`, or others without parameters). `encoder_layers` are the leading layers whose result the
+    later ones attend to (0: there is one stack). `embedding_width` differs from `hidden` where the
+    embedding is projected. `final_norms` counts norms behind stacks of layers, `head_bias` is that of the
+    output projection, `pooler` a dense layer over the first token beside it.
+    `vocab` 0 means that there is neither embedding nor head. `sources` says where it came from.
     """
 
     name: str
@@ -149,18 +207,25 @@ class ModelSpec:
     tied_embeddings: bool
     segments: tuple[Segment, ...]
     sources: tuple[str, ...] = ()
+    embedding_width: int | None = None
+    embedding_norm: bool = False
+    token_types: int = 0
+    head_bias: bool = False
+    pooler: bool = False
+    final_norms: int = 1
+    encoder_layers: int = 0
 
     @property
     def layers(self) -> int:
         return sum(segment.count for segment in self.segments)
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[Layer]:
         """The blocks in order, one for each layer."""
         for segment in self.segments:
             for _ in range(segment.count):
                 yield segment.block
 
-    def block(self, layer: int) -> Block:
+    def block(self, layer: int) -> Layer:
         """The block of layer `layer`."""
         for segment in self.segments:
             if layer < segment.count:
@@ -168,15 +233,57 @@ class ModelSpec:
             layer -= segment.count
         raise IndexError(layer)
 
+    def classes(self) -> dict[str, Layer]:
+        """The distinct layer classes by their key, in order of first use."""
+        return {segment.block.shape_key: segment.block for segment in self.segments}
+
+    def transformer_blocks(self) -> Iterator[Block]:
+        """The distinct classes that are transformer blocks."""
+        return (block for block in self.classes().values() if isinstance(block, Block))
+
+    @property
+    def heads_split(self) -> tuple[tuple[int, str], ...]:
+        """Counts of heads, and what they are, that tensor parallelism must divide."""
+        mixers = (mixer for block in self.transformer_blocks() for mixer in block.mixers)
+        return tuple(dict.fromkeys(split for mixer in mixers for split in mixer.heads_split))
+
+    @property
+    def widths_split(self) -> tuple[tuple[int, str], ...]:
+        """Widths, and of what they are, that tensor parallelism must divide."""
+        mlps = (block.mlp for block in self.transformer_blocks() if block.mlp)
+        widths = dict.fromkeys(split for mlp in mlps for split in mlp.widths_split)
+        return (*widths, (self.vocab, "the vocabulary"))
+
+    @property
+    def attention(self) -> Attention | LatentAttention | None:
+        """The attention of the first layer that has one, or None."""
+        mixers = (mixer for block in self.transformer_blocks() for mixer in block.mixers)
+        return next((mixer for mixer in mixers if isinstance(mixer, (Attention, LatentAttention))), None)
+
+    @property
+    def token_width(self) -> int:
+        """Width of the token embedding."""
+        return self.embedding_width or self.hidden
+
     @property
     def params_embedding(self) -> int:
-        """Parameters of the token and position tables (the output projection not counted)."""
-        return (self.vocab + self.learned_positions) * self.hidden
+        """Parameters of the token, position and type tables, their norm and projection."""
+        tables = self.vocab * self.token_width + (self.learned_positions + self.token_types) * self.hidden
+        projection = self.token_width * self.hidden if self.embedding_width else 0
+        return tables + projection + self.embedding_norm * self.norm.params(self.hidden)
 
     @property
     def params_head(self) -> int:
-        """Parameters that the head owns: final norm, and the output projection unless it is tied."""
-        return self.norm.params(self.hidden) + (0 if self.tied_embeddings else self.vocab * self.hidden)
+        """Parameters that the head owns: final norms, and the output projection unless it is tied."""
+        projection = self.token_width * self.hidden if self.embedding_width else 0
+        pooler = self.hidden * (self.hidden + 1) if self.pooler else 0
+        return (
+            self.final_norms * self.norm.params(self.hidden)
+            + projection
+            + pooler
+            + (0 if self.tied_embeddings else self.vocab * self.token_width)
+            + self.head_bias * self.vocab
+        )
 
     @property
     def params_blocks(self) -> int:
@@ -188,17 +295,31 @@ class ModelSpec:
 
     @property
     def params_active(self) -> int:
-        """Parameters that one token meets; equal to the total in a dense model."""
-        return self.params_total
+        """Parameters that one token meets: routed experts by top-k, embeddings and head included."""
+        blocks = sum(segment.block.params_active * segment.count for segment in self.segments)
+        return self.params_embedding + blocks + self.params_head
 
     def head_flops_forward(self, tokens: int) -> float:
         """FLOPs of the output projection."""
-        return 2.0 * tokens * self.hidden * self.vocab
+        return 2.0 * tokens * self.token_width * self.vocab
 
     def flops_per_token_forward(self, seq: int) -> float:
-        """Model FLOPs of one token's forward pass at sequence length `seq`, causal attention as done."""
+        """Model FLOPs of one token's forward pass at sequence length `seq`, causal attention as done.
+
+        Of an encoder-decoder: of a source token through the encoder and a target token through the
+        decoder.
+        """
         per_block = sum(
             s.count * (s.block.matmul_flops_forward(1) + s.block.attention_flops_forward(1, seq))
             for s in self.segments
         )
         return per_block + self.head_flops_forward(1)
+
+    @property
+    def stream_width(self) -> int:
+        """Values a token of the widest message between neighbouring layers.
+
+        Behind an encoder its result travels along with the decoder's own stream.
+        """
+        own = max((s.block.stream_width for s in self.segments), default=self.hidden)
+        return 2 * own if self.encoder_layers else own

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from planner.codec import load_json, noun
 from planner.errors import InputError, Problem
-from planner.model import ModelSpec
+from planner.model import Layer, ModelSpec
 from planner.strategy import Recompute
 from planner.workload import Precision
 
@@ -22,10 +22,10 @@ class LayerKind(StrEnum):
     HEAD = "head"
 
 
-def shape_key(model: ModelSpec, kind: LayerKind) -> str:
-    """The key under which samples of a layer of `model` are found."""
+def shape_key(model: ModelSpec, kind: LayerKind, block: Layer | None = None) -> str:
+    """The key under which samples of a layer of `model` are found; of blocks, the first class or `block`."""
     if kind is LayerKind.BLOCK:
-        return model.segments[0].block.shape_key
+        return (block or model.segments[0].block).shape_key
     return f"h{model.hidden}-v{model.vocab}"
 
 

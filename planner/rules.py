@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from planner.estimate import Rejected
 from planner.problem import PlanningProblem
 from planner.strategy import Degrees, Schedule, Strategy, Zero
+from planner.traced import TracedLayer
 
 DegreesRule = Callable[[PlanningProblem, Degrees], Rejected | None]
 
@@ -64,24 +65,41 @@ def batch_divides(problem: PlanningProblem, degrees: Degrees) -> Rejected | None
 
 def heads_divide(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
     """A tensor-parallel rank holds whole query heads and whole key-value heads."""
-    for segment in problem.model.segments:
-        attention = segment.block.attention
-        for count, what in ((attention.heads, "attention heads"), (attention.kv_heads, "key-value heads")):
-            if count % degrees.tp:
-                return Rejected(
-                    rule="tp_divides_heads",
-                    detail=f"tp={degrees.tp} cannot split {count} {what}: each rank needs whole heads.",
-                    legal=_legal(divisors(count), degrees.tp),
-                    fix="--fix tp=",
-                )
+    for count, what in problem.model.heads_split:
+        if count % degrees.tp:
+            return Rejected(
+                rule="tp_divides_heads",
+                detail=f"tp={degrees.tp} cannot split {count} {what}: each rank needs whole heads.",
+                legal=_legal(divisors(count), degrees.tp),
+                fix="--fix tp=",
+            )
+    return None
+
+
+def traced_layers_whole(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """Tracing finds no way to split a layer: it runs whole, on samples of the length it was traced with."""
+    for layer in problem.model.classes().values():
+        if isinstance(layer, TracedLayer) and degrees.tp > 1:
+            return Rejected(
+                rule="traced_layers_whole",
+                detail=f"tp={degrees.tp} cannot split the traced layers of {problem.model.name}.",
+                legal="tp=1",
+                fix="--fix tp=1",
+            )
+        if isinstance(layer, TracedLayer) and problem.workload.seq != layer.tokens:
+            return Rejected(
+                rule="traced_length",
+                detail=f"{problem.model.name} was traced with samples of {layer.tokens} tokens, the "
+                f"workload has {problem.workload.seq}.",
+                legal=f"--seq {layer.tokens}",
+                fix="--seq",
+            )
     return None
 
 
 def widths_divide(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
     """Shards of the MLP and of the vocabulary are equal."""
-    widths = [(s.block.mlp.width, "the MLP's width") for s in problem.model.segments]
-    widths.append((problem.model.vocab, "the vocabulary"))
-    for width, what in widths:
+    for width, what in problem.model.widths_split:
         if width % degrees.tp:
             return Rejected(
                 rule="tp_divides_widths",
@@ -211,6 +229,7 @@ def positions_cover(problem: PlanningProblem, degrees: Degrees) -> Rejected | No
 DEGREES_RULES: tuple[DegreesRule, ...] = (
     axes_supported,
     world_matches,
+    traced_layers_whole,
     heads_divide,
     widths_divide,
     tp_within_node,

@@ -18,7 +18,9 @@ import torch.distributed as dist
 from torch import nn
 
 from planner.codec import encode
-from planner.model import Activation, Attention, Block, Mlp, ModelSpec, Norm, Segment
+from planner.feed_forward import Activation, Mlp
+from planner.mixers import Attention
+from planner.model import Block, ModelSpec, Norm, Segment
 from planner.profile import Constant
 from planner.strategy import Degrees, Schedule, Zero
 from planner.workload import Optimizer, Precision
@@ -109,7 +111,7 @@ def _model(hidden: int, layers: int) -> ModelSpec:
     block = Block(
         hidden=hidden,
         norm=Norm.RMSNORM,
-        attention=Attention(heads=4, kv_heads=4, head_dim=hidden // 4),
+        mixer=Attention(heads=4, kv_heads=4, head_dim=hidden // 4),
         mlp=Mlp(width=8 * hidden // 3 // 8 * 8, gated=True, activation=Activation.SILU),
     )
     return ModelSpec(

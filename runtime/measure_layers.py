@@ -87,11 +87,7 @@ def layer_cases(
 
 def divides(model: ModelSpec, tp: int) -> bool:
     """Whether every size that tensor parallelism splits is a multiple of `tp`."""
-    sizes = [model.vocab]
-    for segment in model.segments:
-        attention = segment.block.attention
-        sizes += [attention.heads, attention.kv_heads, segment.block.mlp.width]
-    return all(size % tp == 0 for size in sizes)
+    return all(size % tp == 0 for size, _ in (*model.heads_split, *model.widths_split))
 
 
 def measure_layers(

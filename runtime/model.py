@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from planner import feed_forward, mixers
 from planner import model as spec_types
-from planner.model import Activation, ModelSpec, Norm
+from planner.execution import plain_parts
+from planner.feed_forward import Activation
+from planner.model import ModelSpec, Norm
 
 RESIDUAL_OUTPUTS = ("attention.wo.weight", "mlp.down.weight")
 """Projections that write into the residual stream; their initial scale shrinks with depth (GPT-2 paper)."""
@@ -53,7 +56,7 @@ def rotate(x_bsnd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention; key and value heads may be fewer than query heads (GQA)."""
 
-    def __init__(self, hidden: int, spec: spec_types.Attention) -> None:
+    def __init__(self, hidden: int, spec: mixers.Attention) -> None:
         super().__init__()
         self.head_dim = spec.head_dim
         self.wq = nn.Linear(hidden, spec.query_width, bias=spec.qkv_bias)
@@ -79,7 +82,7 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """The feed-forward layer: down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
 
-    def __init__(self, hidden: int, spec: spec_types.Mlp) -> None:
+    def __init__(self, hidden: int, spec: feed_forward.Mlp) -> None:
         super().__init__()
         self.activation = spec.activation
         self.gate = nn.Linear(hidden, spec.width, bias=spec.bias) if spec.gated else None
@@ -105,6 +108,8 @@ def _activate(x: Tensor, activation: Activation) -> Tensor:
             return functional.gelu(x, approximate="tanh")
         case Activation.RELU:
             return functional.relu(x)
+        case Activation.RELU2:
+            return functional.relu(x).square()
 
 
 def _norm(kind: Norm, width: int, eps: float) -> nn.Module:
@@ -114,12 +119,13 @@ def _norm(kind: Norm, width: int, eps: float) -> nn.Module:
 class Block(nn.Module):
     """One pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, spec: spec_types.Block, norm_eps: float) -> None:
+    def __init__(self, spec: spec_types.Layer, norm_eps: float) -> None:
         super().__init__()
-        self.attention_norm = _norm(spec.norm, spec.hidden, norm_eps)
-        self.attention = Attention(spec.hidden, spec.attention)
-        self.mlp_norm = _norm(spec.norm, spec.hidden, norm_eps)
-        self.mlp = Mlp(spec.hidden, spec.mlp)
+        block, attention, mlp = plain_parts(spec)
+        self.attention_norm = _norm(block.norm, block.hidden, norm_eps)
+        self.attention = Attention(block.hidden, attention)
+        self.mlp_norm = _norm(block.norm, block.hidden, norm_eps)
+        self.mlp = Mlp(block.hidden, mlp)
 
     def forward(self, x_bsh: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         middle: Tensor = x_bsh + self.attention(self.attention_norm(x_bsh), cos, sin)
@@ -148,7 +154,7 @@ class Transformer(nn.Module):
         self.rotary = (
             None
             if spec.learned_positions
-            else Rotary(seq, spec.segments[0].block.attention.head_dim, spec.rope_theta)
+            else Rotary(seq, plain_parts(spec.block(0))[1].head_dim, spec.rope_theta)
         )
         self.layers = nn.ModuleDict({str(i): Block(spec.block(i), spec.norm_eps) for i in range(first, end)})
         self.norm = _norm(spec.norm, hidden, spec.norm_eps) if with_head else None
@@ -216,12 +222,6 @@ def build_transformer(
             with_head=with_head,
             seq=seq or spec.max_positions,
         )
-
-
-def build_block(block: spec_types.Block, spec: ModelSpec) -> Block:
-    """One block of a layer class without storage (device meta)."""
-    with torch.device("meta"):
-        return Block(block, spec.norm_eps)
 
 
 def materialize(

@@ -104,16 +104,13 @@ def _degree_problems(plan: Plan, degrees: Degrees) -> list[Problem]:
 
 def _tensor_problems(model: ModelSpec, seq: int, degrees: Degrees) -> list[Problem]:
     """What tensor parallelism must divide: whole heads, columns, vocabulary rows, and the sequence."""
-    sizes = {"vocab": model.vocab}
-    for segment in model.segments:
-        attention = segment.block.attention
-        sizes |= {"heads": attention.heads, "kv_heads": attention.kv_heads, "ffn": segment.block.mlp.width}
+    sizes = {what: size for size, what in (*model.heads_split, *model.widths_split)}
     if degrees.sequence_parallel:
-        sizes["seq"] = seq
+        sizes["the sequence"] = seq
     return [
         Problem(
             where=f"strategy.tp={degrees.tp}",
-            fault=f"cannot split {name}={size}: each rank needs an equal part.",
+            fault=f"cannot split {name} of {size}: each rank needs an equal part.",
             legal=f"tp of {', '.join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)}",
         )
         for name, size in sizes.items()

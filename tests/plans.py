@@ -5,7 +5,9 @@ from __future__ import annotations
 from planner.cluster import ClusterSpec, Device, DeviceGroup, Link
 from planner.cost.schedule import build_table, print_table
 from planner.estimate import Coverage, Estimate, MemoryBreakdown, StageEstimate, TimeBreakdown, Verdict
-from planner.model import Activation, Attention, Block, Mlp, ModelSpec, Norm, Segment
+from planner.feed_forward import Activation, Mlp
+from planner.mixers import Attention
+from planner.model import Block, ModelSpec, Norm, Segment
 from planner.plan import Plan
 from planner.strategy import AXES, Degrees, Recompute, RecomputeCounts, Stage, Strategy, even_stages
 from planner.workload import Optimizer, Precision, Workload
@@ -16,7 +18,7 @@ def tiny_llama(*, layers: int = 4, hidden: int = 32, vocab: int = 64, tied: bool
     block = Block(
         hidden=hidden,
         norm=Norm.RMSNORM,
-        attention=Attention(heads=8, kv_heads=4, head_dim=hidden // 8),
+        mixer=Attention(heads=8, kv_heads=4, head_dim=hidden // 8),
         mlp=Mlp(width=2 * hidden, gated=True, activation=Activation.SILU),
     )
     return ModelSpec(
@@ -40,7 +42,7 @@ def tiny_gpt2(*, layers: int = 4, hidden: int = 32, vocab: int = 64) -> ModelSpe
     block = Block(
         hidden=hidden,
         norm=Norm.LAYERNORM,
-        attention=Attention(heads=4, kv_heads=4, head_dim=hidden // 4, qkv_bias=True, out_bias=True),
+        mixer=Attention(heads=4, kv_heads=4, head_dim=hidden // 4, qkv_bias=True, out_bias=True),
         mlp=Mlp(width=4 * hidden, gated=False, activation=Activation.GELU_TANH, bias=True),
     )
     return ModelSpec(

@@ -20,7 +20,9 @@ from planner.estimate import (
     TimelineEvent,
     Verdict,
 )
-from planner.model import Activation, Attention, Block, Mlp, ModelSpec, Norm, Segment
+from planner.feed_forward import Activation, Mlp
+from planner.mixers import Attention
+from planner.model import Block, ModelSpec, Norm, Segment
 from planner.plan import Alternative, Certificate, Plan, save_plan
 from planner.report.comparison import ComparisonRow, save_comparison
 from planner.strategy import (
@@ -42,7 +44,7 @@ def model(name: str = "llama-demo-30m", layers: int = 12, hidden: int = 384, voc
     block = Block(
         hidden=hidden,
         norm=Norm.RMSNORM,
-        attention=Attention(heads=hidden // 64, kv_heads=hidden // 128, head_dim=64),
+        mixer=Attention(heads=hidden // 64, kv_heads=hidden // 128, head_dim=64),
         mlp=Mlp(width=4 * hidden, gated=True, activation=Activation.SILU),
     )
     return ModelSpec(

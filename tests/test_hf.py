@@ -14,7 +14,8 @@ from planner.catalog import data_folder
 from planner.errors import InputError
 from planner.hf import MAX_CONFIG_BYTES, read_config, read_config_file, read_model_toml
 from planner.hf_keys import FAMILIES
-from planner.model import Activation, Norm
+from planner.feed_forward import Activation
+from planner.model import Norm
 
 COUNTS = list(csv.DictReader((Path(__file__).parent / "data" / "model_params.csv").read_text().splitlines()))
 
@@ -62,8 +63,8 @@ def test_a_llama_config_becomes_its_spec() -> None:
     model = read_config({**LLAMA, "rope_theta": 5e5, "attention_bias": True}, source="c", name="x")
     block = model.block(0)
     assert (model.name, model.model_type, model.layers, model.vocab) == ("x", "llama", 8, 512)
-    assert (block.attention.heads, block.attention.kv_heads, block.attention.head_dim) == (8, 4, 32)
-    assert block.attention.qkv_bias and block.attention.out_bias and not block.mlp.bias
+    assert (block.mixer.heads, block.mixer.kv_heads, block.mixer.head_dim) == (8, 4, 32)
+    assert block.mixer.qkv_bias and block.mixer.out_bias and not block.mlp.bias
     assert block.mlp.gated and block.mlp.activation is Activation.SILU
     assert model.norm is Norm.RMSNORM and model.rope_theta == 5e5
     assert model.learned_positions == 0 and not model.tied_embeddings
@@ -80,7 +81,7 @@ def test_a_gpt2_config_becomes_its_spec() -> None:
 
 def test_defaults_are_those_of_the_family() -> None:
     short = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
-    assert read_config(short, source="c", name="x").block(0).attention.kv_heads == 8
+    assert read_config(short, source="c", name="x").block(0).mixer.kv_heads == 8
     explicit = read_config({**GPT2, "n_inner": 100, "tie_word_embeddings": False}, source="c", name="x")
     assert explicit.block(0).mlp.width == 100 and not explicit.tied_embeddings
 
@@ -143,7 +144,7 @@ def test_heads_that_do_not_fit_are_refused_with_what_would() -> None:
     assert "does not divide" in faults({**GPT2, "n_head": 5})[0]
     assert "even" in faults({**LLAMA, "head_dim": 33})[0]
     assert (
-        read_config({**LLAMA, "head_dim": 128}, source="c", name="x").block(0).attention.query_width == 1024
+        read_config({**LLAMA, "head_dim": 128}, source="c", name="x").block(0).mixer.query_width == 1024
     )
 
 

@@ -175,8 +175,7 @@ def _other_plans(problem: PlanningProblem, chosen: Plan) -> list[Plan]:
     widest = max(
         d
         for d in range(1, problem.cluster.devices + 1)
-        if problem.cluster.devices % d == 0
-        and all(s.block.attention.kv_heads % d == 0 for s in problem.model.segments)
+        if problem.cluster.devices % d == 0 and all(count % d == 0 for count, _ in problem.model.heads_split)
     )
     plans: list[Plan] = []
     for pins in OTHERS:

@@ -85,12 +85,14 @@ def profile(
     Writes FILE whole at the end, or not at all.
     """
     from planner.catalog import load_model
+    from planner.execution import check_executed
     from planner.cluster_grammar import parse_cluster
     from planner.codec import to_json, write_atomic
     from planner.commands.options import chosen_precision
     from planner.commands.with_torch import require_torch
 
     model, cluster = load_model(model_text), parse_cluster(cluster_text)
+    check_executed(model, "measure")
     _check(model, cluster, cluster_text, seq, output)
     require_torch("profile")
     begun_s = time.monotonic()

@@ -13,49 +13,13 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from planner.codec import noun
-from planner.cost import constants
-from planner.errors import InputError, Problem
-from planner.model import Block, ModelSpec
+from planner.cost.analytic import analytic_cost, device_rates
+from planner.cost.layer import LayerCost, LayerShape
 from planner.problem import PlanningProblem
-from planner.profile import LayerKind, LayerSample, shape_key
-from planner.strategy import Recompute
-from planner.workload import Precision
+from planner.profile import LayerSample, shape_key
 
 STRAIGHT = 0.25
 ORIGINS = ("measured", "interpolated", "fitted", "datasheet")
-
-
-@noun
-class LayerShape:
-    """Which layer, on how many tokens, in how many shards."""
-
-    kind: LayerKind
-    tp: int
-    sequence_parallel: bool
-    micro_batch: int
-    seq: int
-    precision: Precision
-    recompute: Recompute = Recompute.NONE
-
-    @property
-    def tokens(self) -> int:
-        return self.micro_batch * self.seq
-
-
-@noun
-class LayerCost:
-    """Seconds and bytes of one layer for one micro-batch on one device, communication not included.
-
-    `saved_bytes` stays from forward to backward and includes the layer's input, not its output.
-    """
-
-    forward_s: float
-    backward_s: float
-    saved_bytes: float
-    forward_transient_bytes: float
-    backward_transient_bytes: float
-    origin: str
 
 
 class LayerModel:
@@ -74,7 +38,7 @@ class LayerModel:
         return self._known[shape]
 
     def _cost(self, shape: LayerShape) -> LayerCost:
-        key = shape_key(self.problem.model, shape.kind)
+        key = shape.block or shape_key(self.problem.model, shape.kind)
         like = [s for s in self.samples if s.kind is shape.kind and s.precision is shape.precision]
         same = [s for s in like if s.shape_key == key and _same_width(s, shape) and s.seq == shape.seq]
         if same:
@@ -83,7 +47,7 @@ class LayerModel:
         near = min((s for s in like if s.shape_key == key), key=lambda s: _distance(s, shape), default=None)
         if near is None:
             return analytic
-        reference = analytic_cost(self.problem.model, _shape_of(near), self.rates)
+        reference = analytic_cost(self.problem.model, _shape_of(near, shape.block), self.rates)
         return _scaled(analytic, near, reference)
 
 
@@ -113,7 +77,7 @@ def _same_width(sample: LayerSample, shape: LayerShape) -> bool:
     )
 
 
-def _shape_of(sample: LayerSample) -> LayerShape:
+def _shape_of(sample: LayerSample, block: str) -> LayerShape:
     return LayerShape(
         kind=sample.kind,
         tp=sample.tp,
@@ -122,6 +86,7 @@ def _shape_of(sample: LayerSample) -> LayerShape:
         seq=sample.seq,
         precision=sample.precision,
         recompute=sample.recompute,
+        block=block,
     )
 
 
@@ -192,151 +157,3 @@ def _scaled(analytic: LayerCost, sample: LayerSample, reference: LayerCost) -> L
         for name in _FIGURES
     }
     return LayerCost(**figures, origin="fitted")
-
-
-@noun
-class DeviceRates:
-    """What the analytic model needs of a device: product rate, bandwidth, host floor of a block."""
-
-    flops: float
-    memory_bytes_per_s: float
-    host_block_s: float
-    host_tp_s: float
-
-
-def device_rates(problem: PlanningProblem) -> DeviceRates | None:
-    """Rates of the cluster's device from the profile or the datasheet; None where neither knows them."""
-    device = problem.cluster.groups[0].device
-    peak = device.peak_flops(problem.workload.precision)
-    flops = peak * constants.GEMM_EFFICIENCY if peak else None
-    bandwidth = device.memory_bandwidth_bytes_per_s
-    memory = bandwidth * constants.MEMORY_EFFICIENCY if bandwidth else None
-    host, host_tp = constants.HOST_BLOCK_FORWARD_S, constants.HOST_TP_FORWARD_S
-    if problem.profile:
-        flops = problem.profile.constant("gemm_flops") or flops
-        memory = problem.profile.constant("memory_bytes_per_s") or memory
-        host = problem.profile.constant("host_block_forward_s") or host
-        host_tp = problem.profile.constant("host_tp_forward_s") or host_tp
-    if flops is None or memory is None:
-        return None
-    return DeviceRates(flops=flops, memory_bytes_per_s=memory, host_block_s=host, host_tp_s=host_tp)
-
-
-def analytic_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates | None) -> LayerCost:
-    """Products at their rate, element-wise work at memory bandwidth, not faster than the host launches."""
-    if rates is None:
-        raise InputError(
-            Problem(
-                where="--profile",
-                fault=f"holds no sample for the {shape.kind} of {model.name}, and the device's peak is "
-                "unknown.",
-                fix=f"measure it: plan profile --model {model.name} --cluster local -o profile.json, "
-                "then pass --profile profile.json",
-            )
-        )
-    match shape.kind:
-        case LayerKind.BLOCK:
-            return _block_cost(model.segments[0].block, shape, rates)
-        case LayerKind.HEAD:
-            return _head_cost(model, shape, rates)
-        case LayerKind.EMBEDDING:
-            return _embedding_cost(model, shape, rates)
-
-
-def _product_s(m: float, n: float, k: float, rates: DeviceRates) -> float:
-    """Seconds of an (m, k) x (k, n) product: 2 m n k over the rate, small dimensions padded."""
-    half = constants.GEMM_HALF_DIM
-    return 2.0 * m * n * k * (1 + half / n) * (1 + half / k) / rates.flops
-
-
-def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates) -> LayerCost:
-    tokens, tp, size = shape.tokens, shape.tp, shape.precision.compute_bytes
-    query, kv, width = block.attention.query_width / tp, block.attention.kv_width / tp, block.mlp.width / tp
-    hidden = block.hidden
-    products_s = (
-        _product_s(tokens, query + 2 * kv, hidden, rates)
-        + _product_s(tokens, hidden, query, rates)
-        + _product_s(tokens, block.mlp.up_projections * width, hidden, rates)
-        + _product_s(tokens, hidden, width, rates)
-    )
-    attention_s = block.attention_flops_forward(tokens, shape.seq) / tp / (0.6 * rates.flops)
-    stream = hidden / (tp if shape.sequence_parallel else 1)
-    # Reads and writes of norms and residual additions, rotary or bias, activation and product.
-    elementwise_bytes = size * tokens * (10 * stream + 4 * (query + kv) + 5 * width)
-    elementwise_s = elementwise_bytes / rates.memory_bytes_per_s
-    host_s = rates.host_block_s + (rates.host_tp_s if tp > 1 else 0.0)
-    forward_s = max(products_s + attention_s + elementwise_s, host_s)
-    backward_s = max(2 * products_s + 2.5 * attention_s + 2 * elementwise_s, 2 * host_s)
-    again_s = {
-        Recompute.NONE: 0.0,
-        Recompute.SELECTIVE: max(elementwise_s, 0.5 * host_s),
-        Recompute.FULL: forward_s,
-    }
-    saved = _block_saved_bytes(block, shape)
-    working = size * tokens * (2 * stream + 3 * width)
-    full_again = _block_saved_bytes(block, _without_recompute(shape))
-    return LayerCost(
-        forward_s=forward_s,
-        backward_s=backward_s + again_s[shape.recompute],
-        saved_bytes=saved,
-        forward_transient_bytes=working if shape.recompute is Recompute.NONE else full_again,
-        backward_transient_bytes=working + (full_again - saved),
-        origin="datasheet",
-    )
-
-
-def _without_recompute(shape: LayerShape) -> LayerShape:
-    return dataclasses.replace(shape, recompute=Recompute.NONE)
-
-
-def _block_saved_bytes(block: Block, shape: LayerShape) -> float:
-    """Bytes kept by a block between forward and backward.
-
-    None: input and output of both norms on the residual stream (4 h), q, k, v and the attention's result
-    (2 q + 2 kv), its log-sum-exp, and the MLP's gate, up, activation and product (4 f; 2 f ungated).
-    Selective: input, matrix products and attention's results. Full: the input.
-    """
-    tokens, tp, size = shape.tokens, shape.tp, shape.precision.compute_bytes
-    a, width = block.attention, block.mlp.width / tp
-    stream = block.hidden / (tp if shape.sequence_parallel else 1)
-    attention = (2 * a.query_width + 2 * a.kv_width) / tp
-    statistics = 4.0 * tokens * (a.heads / tp + 2)
-    match shape.recompute:
-        case Recompute.FULL:
-            return size * tokens * stream
-        case Recompute.SELECTIVE:
-            return size * tokens * (3 * stream + attention + block.mlp.up_projections * width) + statistics
-        case Recompute.NONE:
-            mlp = 2 * block.mlp.up_projections * width
-            return size * tokens * (4 * stream + attention + mlp) + statistics
-
-
-def _head_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates) -> LayerCost:
-    """Final norm, projection, and cross-entropy in fp32 over the whole logits of this shard."""
-    tokens, vocab, size = shape.tokens, model.vocab / shape.tp, shape.precision.compute_bytes
-    product_s = _product_s(tokens, vocab, model.hidden, rates)
-    logits_s = 4.0 * tokens * vocab * 4 / rates.memory_bytes_per_s
-    stream = model.hidden / (shape.tp if shape.sequence_parallel else 1)
-    logits_bytes = tokens * vocab * (4.0 + (size if size < 4 else 0))
-    return LayerCost(
-        forward_s=product_s + logits_s,
-        backward_s=2 * product_s + logits_s,
-        saved_bytes=size * tokens * 2 * stream + logits_bytes,
-        forward_transient_bytes=4.0 * tokens * vocab,
-        backward_transient_bytes=tokens * vocab * (4.0 + size),
-        origin="datasheet",
-    )
-
-
-def _embedding_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates) -> LayerCost:
-    """A gather, and in the backward pass a scatter into a gradient of the table's size."""
-    moved = shape.precision.compute_bytes * shape.tokens * model.hidden
-    table = 4.0 * model.vocab * model.hidden / shape.tp
-    return LayerCost(
-        forward_s=2 * moved / rates.memory_bytes_per_s,
-        backward_s=(2 * moved + table) / rates.memory_bytes_per_s,
-        saved_bytes=8.0 * shape.tokens,
-        forward_transient_bytes=float(moved),
-        backward_transient_bytes=0.0,
-        origin="datasheet",
-    )

@@ -55,11 +55,7 @@ class CostModel:
 
     def stage_costs(self, shape: ShapeModel, strategy: Strategy) -> tuple[StageCost, ...]:
         """The cost of each stage of a strategy."""
-        last = len(strategy.stages) - 1
-        return tuple(
-            shape.stage(stage.recompute, first=index == 0, last=index == last)
-            for index, stage in enumerate(strategy.stages)
-        )
+        return tuple(shape.stage(stage) for stage in strategy.stages)
 
     def replay(
         self, shape: ShapeModel, table: Table, costs: tuple[StageCost, ...], *, messages: bool = True

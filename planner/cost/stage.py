@@ -1,18 +1,24 @@
 """What one pipeline stage costs: its passes for a micro-batch, its once-a-step work, its bytes.
 
-All figures are linear in the number of blocks of each recompute option, which is what lets the planner
-pick recipes exactly.
+All figures are linear in the number of blocks of each class and recompute option, which is what lets the
+planner pick recipes exactly.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import accumulate
+
 from planner.codec import noun
 from planner.cost import constants
 from planner.cost.comm import CommCost, CommModel, Group
-from planner.cost.compute import LayerCost, LayerModel, LayerShape
+from planner.cost.compute import LayerModel
+from planner.cost.layer import LayerCost, LayerShape
+from planner.model import Layer
 from planner.problem import PlanningProblem
 from planner.profile import LayerKind, Op
-from planner.strategy import Degrees, Recompute, RecomputeCounts, Zero
+from planner.strategy import Degrees, Recompute, Stage, Zero
+from planner.traced import TracedLayer
 
 
 @noun
@@ -87,6 +93,10 @@ class Unit:
     tensors: int
 
 
+Chosen = tuple[tuple[str, Recompute], int]
+"""Blocks of one class with one option, and how many there are."""
+
+
 class ShapeModel:
     """Costs of stages under given degrees. `slow` is the slowdown of work while every device works."""
 
@@ -104,28 +114,43 @@ class ShapeModel:
         communicates = self.overlaps and degrees.world > 1
         self.runtime_bytes = constants.COMMUNICATOR_BYTES if communicates else 0
         model, tp = problem.model, degrees.tp
-        block = model.segments[0].block
-        self.block_unit = Unit(params=block.params / tp, tensors=block.tensors)
+        self.classes = model.classes()
+        self._before = {
+            key: [0, *accumulate(block.shape_key == key for block in model.blocks())] for key in self.classes
+        }
+        self.block_units = {
+            key: Unit(params=block.params_shard(tp), tensors=block.tensors)
+            for key, block in self.classes.items()
+        }
         self.embedding_unit = Unit(
             params=model.params_embedding / tp, tensors=1 + bool(model.learned_positions)
         )
-        self.head_unit = Unit(
-            params=(model.norm.params(model.hidden) + model.vocab * model.hidden) / tp, tensors=2
-        )
+        projection = model.vocab * model.token_width if model.tied_embeddings else 0
+        self.head_unit = Unit(params=(model.params_head + projection) / tp, tensors=2)
         self.wrapper = "replicate" if degrees.zero is Zero.NONE else "fsdp"
         self.gathers = {unit: self.gather(unit) for unit in self._all_units()}
         self.reduces = {unit: self.reduce(unit) for unit in self._all_units()}
-        self._stages: dict[tuple[RecomputeCounts, bool, bool], StageCost] = {}
-        self.block_passes = {option: self._block_passes(option) for option in Recompute}
+        self._stages: dict[tuple[tuple[Chosen, ...], bool, bool], StageCost] = {}
+        self.block_passes = {
+            (key, option): self._block_passes(key, option) for key in self.classes for option in Recompute
+        }
         self.embedding_passes = self._end_passes(LayerKind.EMBEDDING)
         self.head_passes = self._end_passes(LayerKind.HEAD)
 
     def _all_units(self) -> tuple[Unit, ...]:
-        return (self.block_unit, self.embedding_unit, self.head_unit)
+        return (*self.block_units.values(), self.embedding_unit, self.head_unit)
 
     # Layers
 
-    def layer(self, kind: LayerKind, recompute: Recompute = Recompute.NONE) -> LayerCost:
+    def count(self, key: str, first: int, end: int) -> int:
+        """Blocks of a class among the layers [first, end)."""
+        return self._before[key][end] - self._before[key][first]
+
+    def block(self, key: str, recompute: Recompute = Recompute.NONE) -> LayerCost:
+        """One block of a class on one device for one micro-batch."""
+        return self.layer(LayerKind.BLOCK, recompute, key)
+
+    def layer(self, kind: LayerKind, recompute: Recompute = Recompute.NONE, block: str = "") -> LayerCost:
         """One layer on one device for one micro-batch."""
         degrees, workload = self.degrees, self.problem.workload
         return self.layer_model.cost(
@@ -137,21 +162,24 @@ class ShapeModel:
                 seq=workload.seq,
                 precision=workload.precision,
                 recompute=recompute,
+                block=block,
             )
         )
 
-    def _block_passes(self, option: Recompute) -> tuple[Pass, Pass]:
-        cost, plain = self.layer(LayerKind.BLOCK, option), self.layer(LayerKind.BLOCK)
+    def _block_passes(self, key: str, option: Recompute) -> tuple[Pass, Pass]:
+        cost, plain = self.block(key, option), self.block(key)
         gather, scatter = self._tp_message(Op.ALL_GATHER), self._tp_message(Op.REDUCE_SCATTER)
         reduce = self._tp_message(Op.ALL_REDUCE)
-        once = 2 * (gather + scatter) if self.degrees.sequence_parallel else 2 * reduce
-        # Recomputing stops at the last result that is needed, so the reduction behind the MLP is spared.
-        inner = 2 * gather + scatter if self.degrees.sequence_parallel else reduce
+        times = _sublayers(self.classes[key])
+        sp = self.degrees.sequence_parallel
+        once = times * (gather + scatter if sp else reduce)
+        # Recomputing stops at the last result that is needed, so the last reduction is spared.
+        inner = times * gather + (times - 1) * scatter if sp else (times - 1) * reduce
         again = {Recompute.NONE: 0.0, Recompute.SELECTIVE: inner, Recompute.FULL: inner}
         extra_s = max(cost.backward_s - plain.backward_s, 0.0)
         forward = Pass(compute_s=cost.forward_s, tp_s=once)
         backward = Pass(compute_s=cost.backward_s - extra_s, recompute_s=extra_s, tp_s=once + again[option])
-        return self._with_data_parallel(forward, backward, self.block_unit)
+        return self._with_data_parallel(forward, backward, self.block_units[key])
 
     def _end_passes(self, kind: LayerKind) -> tuple[Pass, Pass]:
         cost = self.layer(kind)
@@ -239,6 +267,10 @@ class ShapeModel:
         tokens = self.degrees.micro_batch * workload.seq
         return float(tokens * self.problem.model.hidden * workload.precision.compute_bytes)
 
+    def message_bytes(self) -> float:
+        """What one stage sends to the next for one micro-batch, at the widest boundary of the model."""
+        return self.hidden_bytes() / self.problem.model.hidden * self.problem.model.stream_width
+
     def _tp_message(self, op: Op) -> float:
         return self._seconds(op, self.hidden_bytes(), self._tp_group())
 
@@ -253,7 +285,7 @@ class ShapeModel:
             groups=max(1, min(per_node, self.degrees.world) // 2),
             spans_nodes=self.degrees.world > per_node,
         )
-        return self._seconds(Op.P2P, self.hidden_bytes() / shards, group)
+        return self._seconds(Op.P2P, self.message_bytes() / shards, group)
 
     def gather(self, unit: Unit) -> Pass:
         """All-gather of one unit's parameters in the compute precision, with copies in and out."""
@@ -280,23 +312,44 @@ class ShapeModel:
 
     # Stages
 
-    def stage(self, counts: RecomputeCounts, *, first: bool, last: bool) -> StageCost:
-        """The cost of a stage with `counts` blocks of each option, and the ends that it holds."""
-        key = (counts, first, last)
+    def stage(self, stage: Stage) -> StageCost:
+        """The cost of a stage: its blocks with their options, and the ends that it holds."""
+        first, last = stage.first == 0, stage.end == self.problem.model.layers
+        chosen = self.chosen(stage)
+        key = (chosen, first, last)
         if key not in self._stages:
-            self._stages[key] = self._stage(counts, first=first, last=last)
+            self._stages[key] = self._stage(chosen, first=first, last=last)
         return self._stages[key]
 
-    def _stage(self, counts: RecomputeCounts, *, first: bool, last: bool) -> StageCost:
+    def chosen(self, stage: Stage) -> tuple[Chosen, ...]:
+        """How many blocks of each class have each option; options are dealt in layer order."""
+        full = stage.first + stage.recompute.full
+        selective = full + stage.recompute.selective
+        ranges = (
+            (Recompute.NONE, selective, stage.end),
+            (Recompute.SELECTIVE, full, selective),
+            (Recompute.FULL, stage.first, full),
+        )
+        counts = [((key, option), self.count(key, a, b)) for option, a, b in ranges for key in self.classes]
+        return tuple((choice, count) for choice, count in counts if count)
+
+    def backward_s(self, stage: Stage) -> float:
+        """Seconds of the blocks' backward passes of one micro-batch, which recomputation lengthens."""
+        return sum(self.block_passes[choice][1].total_s * count for choice, count in self.chosen(stage))
+
+    def _stage(self, chosen: tuple[Chosen, ...], *, first: bool, last: bool) -> StageCost:
         action = Pass(host_s=self._constant("pp_action_s") if self.degrees.pp > 1 else 0.0)
         forward, backward = action, action
-        for option, count in self._options(counts):
-            one_forward, one_backward = self.block_passes[option]
+        for choice, count in chosen:
+            one_forward, one_backward = self.block_passes[choice]
             forward, backward = forward + one_forward * count, backward + one_backward * count
         ends = [self.embedding_passes] * first + [self.head_passes] * last
         for end_forward, end_backward in ends:
             forward, backward = forward + end_forward, backward + end_backward
-        units = self.units(counts.layers, first=first, last=last)
+        blocks: Counter[str] = Counter()
+        for (key, _), count in chosen:
+            blocks[key] += count
+        units = self.units(blocks, first=first, last=last)
         return StageCost(
             forward=forward,
             backward=backward,
@@ -305,28 +358,25 @@ class ShapeModel:
             optimizer_s=self.optimizer_s(units),
             params=sum(unit.params * count for unit, count in units) - self._tied_params(first, last),
             largest_unit_params=max(unit.params for unit, _ in units),
-            **self._memory(counts, first=first, last=last),
+            **self._memory(chosen, first=first, last=last),
         )
 
-    def units(self, layers: int, *, first: bool, last: bool) -> list[tuple[Unit, int]]:
-        """The units of a stage with their counts: blocks, and the ends that it holds."""
-        units = [(self.block_unit, layers)]
+    def units(self, blocks: Counter[str], *, first: bool, last: bool) -> list[tuple[Unit, int]]:
+        """The units of a stage with their counts: blocks by class, and the ends that it holds."""
+        units = [(self.block_units[key], count) for key, count in blocks.items()]
         return units + [(self.embedding_unit, 1)] * first + [(self.head_unit, 1)] * last
 
-    @staticmethod
-    def _options(counts: RecomputeCounts) -> list[tuple[Recompute, int]]:
-        each = (
-            (Recompute.NONE, counts.none),
-            (Recompute.SELECTIVE, counts.selective),
-            (Recompute.FULL, counts.full),
-        )
-        return [(option, count) for option, count in each if count]
+    def all_units(self) -> list[tuple[Unit, int]]:
+        """The units of the whole model."""
+        layers = self.problem.model.layers
+        blocks = Counter({key: self.count(key, 0, layers) for key in self.classes})
+        return self.units(blocks, first=True, last=True)
 
     def _tied_params(self, first: bool, last: bool) -> float:
         """The output projection is the embedding itself where one stage holds both."""
         model = self.problem.model
         tied = model.tied_embeddings and first and last
-        return model.vocab * model.hidden / self.degrees.tp if tied else 0.0
+        return model.vocab * model.token_width / self.degrees.tp if tied else 0.0
 
     def _unshard_s(self, units: list[tuple[Unit, int]]) -> float:
         """ZeRO 1 and 2 gather each unit once a step; where that overlaps, only the first one shows."""
@@ -358,10 +408,10 @@ class ShapeModel:
             each = 28.0 / self.layer_model.rates.memory_bytes_per_s
         return params * each + tensors * per_tensor
 
-    def _memory(self, counts: RecomputeCounts, *, first: bool, last: bool) -> dict[str, float]:
+    def _memory(self, chosen: tuple[Chosen, ...], *, first: bool, last: bool) -> dict[str, float]:
         saved = forward = backward = 0.0
-        for option, count in self._options(counts):
-            cost = self.layer(LayerKind.BLOCK, option)
+        for (key, option), count in chosen:
+            cost = self.block(key, option)
             saved += count * cost.saved_bytes
             forward = max(forward, cost.forward_transient_bytes)
             backward = max(backward, cost.backward_transient_bytes)
@@ -380,19 +430,27 @@ class ShapeModel:
         """Seconds of one micro-batch by origin: the layers of the model and their communication."""
         seconds: dict[str, float] = {}
         layers = self.problem.model.layers
-        counted = [(LayerKind.BLOCK, layers), (LayerKind.EMBEDDING, 1), (LayerKind.HEAD, 1)]
-        for kind, count in counted:
-            cost = self.layer(kind)
+        blocks = {key: self.count(key, 0, layers) for key in self.classes}
+        counted = [(self.block(key), count) for key, count in blocks.items()]
+        counted += [(self.layer(LayerKind.EMBEDDING), 1), (self.layer(LayerKind.HEAD), 1)]
+        for cost, count in counted:
             value = count * (cost.forward_s + cost.backward_s)
             seconds[cost.origin] = seconds.get(cost.origin, 0.0) + value
         messages: list[tuple[CommCost, float]] = []
         if self.degrees.tp > 1:
             op = Op.ALL_GATHER if self.degrees.sequence_parallel else Op.ALL_REDUCE
-            messages.append((self.comm(op, self.hidden_bytes(), self._tp_group()), 4 * layers))
+            sums = sum(2 * _sublayers(self.classes[key]) * count for key, count in blocks.items())
+            messages.append((self.comm(op, self.hidden_bytes(), self._tp_group()), float(sums)))
         if self.degrees.dp > 1:
             group = self._shard_group() if self.degrees.dp_shard > 1 else self._replicate_group()
-            message = self.comm(Op.ALL_REDUCE, 4.0 * self.block_unit.params, group)
-            messages.append((message, layers / self.degrees.num_micro_batches))
+            for key, count in blocks.items():
+                message = self.comm(Op.ALL_REDUCE, 4.0 * self.block_units[key].params, group)
+                messages.append((message, count / self.degrees.num_micro_batches))
         for message, times in messages:
             seconds[message.origin] = seconds.get(message.origin, 0.0) + times * message.seconds
         return seconds
+
+
+def _sublayers(layer: Layer) -> int:
+    """Sublayers of a block whose results tensor parallelism sums over its ranks."""
+    return 0 if isinstance(layer, TracedLayer) else layer.sublayers

@@ -23,18 +23,20 @@ from __future__ import annotations
 from planner.cost.evaluate import CostModel
 from planner.cost.memory import grads_bytes, optimizer_bytes, weights_bytes
 from planner.cost.stage import Pass, ShapeModel
-from planner.profile import LayerKind
 from planner.strategy import Recompute, Schedule
 
 
 def whole_passes(shape: ShapeModel, options: tuple[Recompute, ...]) -> tuple[Pass, Pass]:
     """Forward and backward of the whole model for one micro-batch, every block at its cheapest option."""
     layers = shape.problem.model.layers
-    block_forward, block_backward = min(
-        (shape.block_passes[option] for option in options), key=lambda passes: passes[1].total_s
-    )
-    forward = block_forward * layers + shape.embedding_passes[0] + shape.head_passes[0]
-    backward = block_backward * layers + shape.embedding_passes[1] + shape.head_passes[1]
+    forward = shape.embedding_passes[0] + shape.head_passes[0]
+    backward = shape.embedding_passes[1] + shape.head_passes[1]
+    for key in shape.classes:
+        count = shape.count(key, 0, layers)
+        block_forward, block_backward = min(
+            (shape.block_passes[key, option] for option in options), key=lambda passes: passes[1].total_s
+        )
+        forward, backward = forward + block_forward * count, backward + block_backward * count
     return forward, backward
 
 
@@ -42,26 +44,30 @@ def recompute_bound_s(shape: ShapeModel, options: tuple[Recompute, ...], limit_b
     """Seconds a micro-batch must at least recompute for the shape to fit; infinite where it cannot fit.
 
     All ranks together hold the resident bytes and, at one moment, at least one micro-batch of every layer
-    (all of them under GPipe). What exceeds p limits must be recomputed away, at best by the option that
-    saves most bytes a second.
+    (all of them under GPipe). What exceeds p limits must be recomputed away, at best by the class and
+    option that save most bytes a second.
     """
     degrees, model = shape.degrees, shape.problem.model
     alive = degrees.num_micro_batches if degrees.schedule is Schedule.GPIPE and degrees.pp > 1 else 1
-    costs = {option: shape.layer(LayerKind.BLOCK, option) for option in options}
-    least_s = min(shape.block_passes[option][1].total_s for option in options)
-    most_bytes = max(cost.saved_bytes for cost in costs.values())
+    kept_bytes = most_saving = 0.0
+    rates = []
+    for key in shape.classes:
+        count = shape.count(key, 0, model.layers)
+        saved = {option: shape.block(key, option).saved_bytes for option in options}
+        times_s = {option: shape.block_passes[key, option][1].total_s for option in options}
+        most = max(saved.values())
+        kept_bytes += count * most
+        most_saving += count * alive * (most - min(saved.values()))
+        rates += [
+            (times_s[option] - min(times_s.values())) / (alive * (most - saved[option]))
+            for option in options
+            if saved[option] < most
+        ]
     held = degrees.pp * (memory_bound_bytes(shape) + shape.runtime_bytes)
-    excess = held + alive * model.layers * most_bytes - degrees.pp * limit_bytes
+    excess = held + alive * kept_bytes - degrees.pp * limit_bytes
     if excess <= 0:
         return 0.0
-    savings = {o: alive * (most_bytes - cost.saved_bytes) for o, cost in costs.items()}
-    if excess > model.layers * max(savings.values()):
-        return float("inf")
-    return min(
-        excess * (shape.block_passes[option][1].total_s - least_s) / saving
-        for option, saving in savings.items()
-        if saving > 0
-    )
+    return excess * min(rates) if excess <= most_saving else float("inf")
 
 
 def step_bound_s(
@@ -99,8 +105,7 @@ def _schedule_factor(schedule: Schedule, p: int, m: int) -> float:
 def _optimizer_bound_s(model: CostModel, shape: ShapeModel) -> float:
     """The slowest rank's optimizer step is no faster than the mean over ranks."""
     slow = model.sharing.slowdown(shape.degrees.world) if model.sharing else 1.0
-    units = shape.units(shape.problem.model.layers, first=True, last=True)
-    return shape.optimizer_s(units) * slow / shape.degrees.pp
+    return shape.optimizer_s(shape.all_units()) * slow / shape.degrees.pp
 
 
 def memory_bound_bytes(shape: ShapeModel) -> float:

@@ -2,8 +2,9 @@
 
 Sets
     s in S          stages, in layer order; r(s) = s mod p the pipeline rank that holds s
-    c in C_s        columns (recipes) of stage s: n_c layers, passes f_c and b_c, unshard u_c, reduce g_c,
-                    optimizer o_c, resident bytes, saved bytes per micro-batch, transient bytes
+    c in C_s        columns (recipes) of stage s: n_c layers from i_c to e_c, passes f_c and b_c,
+                    unshard u_c, reduce g_c, optimizer o_c, resident bytes, saved bytes per micro-batch,
+                    transient bytes
     q in Q          bounding paths of the schedule (planner.search.paths), weights a_qs on f and d_qs on b
     v in V_r        in-flight vectors of rank r: live micro-batches by stage
 
@@ -18,7 +19,8 @@ Variables
 
 subject to
     one_s     sum_{c in C_s} x_c = 1                                               for all s
-    cover     sum_c n_c x_c = L
+    cover     sum_c n_c x_c = L                                        where layers are of one class
+    meet_sl   sum_{c in C_s: e_c = l} x_c = sum_{c in C_s+1: i_c = l} x_c              else, for all s, l
     path_q    T >= u(0) + sum_s a_qs f(s) + d_qs b(s) + hops_q h + g(0)             for all q
     own_r     T >= u(r) + m (f + b)(r) + g(r)                                      for all ranks r
     gpipe     T >= u(0) + sum f + (m-1) F + sum b + (m-1) B + 2 (p-1) h + g(0),  F >= f(s), B >= b(s)
@@ -39,6 +41,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 from planner.codec import noun
@@ -60,6 +63,7 @@ class StageProgramme:
 
     degrees: Degrees
     layers: int
+    one_class: bool
     columns: tuple[tuple[Column, ...], ...]
     in_flight: tuple[tuple[dict[int, int], ...], ...]
     hop_s: float
@@ -130,7 +134,10 @@ class IlpBuilder:
         if programme.to_beat_s < float("inf"):
             self._add(self.t + self.o <= MS * programme.to_beat_s, "beat")
         self._one()
-        self._cover()
+        if programme.one_class:
+            self._cover()
+        else:
+            self._meet()
         if programme.degrees.schedule is Schedule.GPIPE:
             self._gpipe()
         else:
@@ -171,6 +178,15 @@ class IlpBuilder:
         for stage, variables in enumerate(self.x):
             self._add(self.pulp.lpSum(variables) == 1, f"one_{stage}")
 
+    def _meet(self) -> None:
+        """meet_sl: each stage begins at the layer where the stage before it ends."""
+        for s, (before, after) in enumerate(pairwise(self.programme.columns)):
+            ends = {c.stage.end for c in before} | {c.stage.first for c in after}
+            for layer in sorted(ends):
+                left = [x for c, x in zip(before, self.x[s], strict=True) if c.stage.end == layer]
+                right = [x for c, x in zip(after, self.x[s + 1], strict=True) if c.stage.first == layer]
+                self._add(self.pulp.lpSum(left) == self.pulp.lpSum(right), f"meet_{s}_{layer}")
+
     def _cover(self) -> None:
         """cover: the stages hold all layers."""
         total = self._sums(range(len(self.x)), lambda c: c.layers)
@@ -185,7 +201,7 @@ class IlpBuilder:
         programme = self.programme
 
         def passes_ms(column: Column) -> float:
-            on_f, on_b = path.forward[column.stage], path.backward[column.stage]
+            on_f, on_b = path.forward[column.index], path.backward[column.index]
             return MS * (on_f * programme.forward_s(column) + on_b * programme.backward_s(column))
 
         through = self._sums(range(len(self.x)), passes_ms)
@@ -253,7 +269,7 @@ class IlpBuilder:
                 used = self._rank(
                     rank,
                     lambda c, alive=vector: (  # type: ignore[misc]
-                        (c.resident_bytes + alive.get(c.stage, 0) * c.cost.saved_bytes) / GIB
+                        (c.resident_bytes + alive.get(c.index, 0) * c.cost.saved_bytes) / GIB
                     ),
                 )
                 self._add(used + transient <= programme.limit_bytes / GIB, f"mem_{rank}_{index}")

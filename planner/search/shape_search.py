@@ -6,7 +6,9 @@ replayed and cut off, and the ILP solved again, until its bound is no better tha
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from planner.cost.evaluate import CostModel
@@ -15,7 +17,11 @@ from planner.cost.schedule import Table, build_table, peak_in_flight
 from planner.cost.stage import ShapeModel
 from planner.search.ilp import StageProgramme, solve_stages
 from planner.search.recipes import Column, pareto, recipe
-from planner.strategy import Degrees, Recompute, Stage, Strategy
+from planner.strategy import Degrees, Recompute, Strategy
+
+MAX_REACH = 4
+"""Layers that a boundary of stages may lie from the even split, in a model of several layer classes: this
+narrows the space that the certificate speaks of."""
 
 
 class Found(NamedTuple):
@@ -57,6 +63,8 @@ class ShapeSearch:
         self.table: Table = build_table(
             degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches
         )
+        self.one_class = len(self.shape.classes) == 1
+        self.even = self._even()
 
     def run(self, budget: Budget) -> ShapeResult:
         """The best strategy of the shape that can beat the incumbent, or proof that none does."""
@@ -85,9 +93,8 @@ class ShapeSearch:
 
     def greedy(self) -> Found | None:
         """An even split, each stage with its own recipe. None where one of them does not fit."""
-        layers, stages = self.model.problem.model.layers, self.degrees.stages
-        sizes = [layers // stages + (s < layers % stages) for s in range(stages)]
-        columns = [self._recipe(s, size, self._share_bytes()) for s, size in enumerate(sizes)]
+        ranges = pairwise(self.even)
+        columns = [self._recipe(s, a, b, self._share_bytes()) for s, (a, b) in enumerate(ranges)]
         if any(column is None for column in columns):
             return None
         return self.replayed(tuple(column for column in columns if column is not None))
@@ -96,14 +103,14 @@ class ShapeSearch:
         """The strategy of an assignment and its replayed step time."""
         stages, first = [], 0
         for column in columns:
-            stages.append(Stage(first=first, end=first + column.layers, recompute=column.counts))
+            stages.append(dataclasses.replace(column.stage, first=first, end=first + column.layers))
             first += column.layers
         costs = tuple(column.cost for column in columns)
         step_s = self.model.replay(self.shape, self.table, costs).step_time_s
         return Found(Strategy(degrees=self.degrees, stages=tuple(stages)), step_s)
 
     def _without_pipeline(self) -> ShapeResult:
-        column = self._recipe(0, self.model.problem.model.layers, self.limit_bytes)
+        column = self._recipe(0, 0, self.model.problem.model.layers, self.limit_bytes)
         if column is None:
             return ShapeResult(None, float("inf"), 0)
         found = self.replayed((column,))
@@ -114,10 +121,10 @@ class ShapeSearch:
         shared = self.shape.runtime_bytes
         return (self.limit_bytes - shared) / self.degrees.chunks + shared
 
-    def _recipe(self, stage: int, layers: int, limit_bytes: float) -> Column | None:
-        row = self.table[self.degrees.pp_rank_of_stage(stage)]
-        in_flight = peak_in_flight(row)[stage]
-        return recipe(self.shape, stage, layers, in_flight, limit_bytes, self.options)
+    def _recipe(self, index: int, first: int, end: int, limit_bytes: float) -> Column | None:
+        row = self.table[self.degrees.pp_rank_of_stage(index)]
+        in_flight = peak_in_flight(row)[index]
+        return recipe(self.shape, index, first, end, in_flight, limit_bytes, self.options)
 
     def programme(self, to_beat_s: float = float("inf")) -> StageProgramme:
         """The data of the ILP: columns of every size that can still beat a step time."""
@@ -126,6 +133,7 @@ class ShapeSearch:
         return StageProgramme(
             degrees=degrees,
             layers=self.model.problem.model.layers,
+            one_class=self.one_class,
             columns=tuple(tuple(self._columns(s, to_beat_s)) for s in range(degrees.stages)),
             in_flight=tuple(tuple(in_flight_vectors(row)) for row in self.table),
             hop_s=self.shape.p2p_s(),
@@ -137,23 +145,65 @@ class ShapeSearch:
             devices_per_rank=per_rank,
         )
 
-    def _columns(self, stage: int, to_beat_s: float) -> list[Column]:
-        """Recipes of a stage by size; sizes whose rank's work alone takes too long are left out."""
-        most = self.model.problem.model.layers - (self.degrees.stages - 1)
+    def _even(self) -> list[int]:
+        """Where stages begin, and the end: equal numbers of blocks, or of their time where classes differ."""
+        layers, stages = self.model.problem.model.layers, self.degrees.stages
+        if self.one_class:
+            return [0, *accumulate(layers // stages + (s < layers % stages) for s in range(stages))]
+        each = {key: self._least_block_s(key) for key in self.shape.classes}
+        done = [0.0, *accumulate(each[block.shape_key] for block in self.model.problem.model.blocks())]
+        bounds = [0]
+        for stage in range(1, stages):
+            wanted = done[-1] * stage / stages
+            nearest = min(range(layers + 1), key=lambda layer: abs(done[layer] - wanted))
+            bounds.append(min(max(nearest, bounds[-1] + 1), layers - (stages - stage)))
+        return [*bounds, layers]
+
+    def _least_block_s(self, key: str) -> float:
+        """A micro-batch's passes of a block of a class with its cheapest option."""
+        passes = (self.shape.block_passes[key, option] for option in self.options)
+        return min(forward.total_s + backward.total_s for forward, backward in passes)
+
+    def _columns(self, index: int, to_beat_s: float) -> list[Column]:
+        """Recipes of a stage by its blocks; those whose rank's work alone takes too long are left out."""
         others_s = (self.degrees.chunks - 1) * self._least_s()
         columns: list[Column] = []
-        least, most = self._sizes(most)
-        for layers in range(least, most + 1):
-            if self.degrees.chunks > 1 and not self._roomy(stage, layers):
-                found = pareto(self.shape, stage, layers, self.options)
-            else:
-                single = self._recipe(stage, layers, self.limit_bytes)
-                found = [] if single is None else [single]
-            found = [column for column in found if self._own_s(column) + others_s < to_beat_s]
-            if not found:
-                break
-            columns += found
+        for ranges in self._ranges(index):
+            for first, end in ranges:
+                if self.degrees.chunks > 1 and not self._roomy(index, first, end):
+                    found = pareto(self.shape, index, first, end, self.options)
+                else:
+                    single = self._recipe(index, first, end, self.limit_bytes)
+                    found = [] if single is None else [single]
+                found = [column for column in found if self._own_s(column) + others_s < to_beat_s]
+                if not found:
+                    break  # longer ranges from the same layer take more time and memory
+                columns += found
         return columns
+
+    def _ranges(self, index: int) -> list[list[tuple[int, int]]]:
+        """The blocks [first, end) that a stage may hold: for each first layer, ends in ascending order.
+
+        Of one class, blocks between the same ends cost the same: only their number matters.
+        """
+        layers, last = self.model.problem.model.layers, self.degrees.stages - 1
+        if not self.one_class:
+            firsts = [0] if index == 0 else self._near(index)
+            ends = [layers] if index == last else self._near(index + 1)
+            return [[(first, end) for end in ends if end > first] for first in firsts]
+        least, most = self._sizes(layers - last)
+        sizes = range(least, most + 1)
+        if index == 0:
+            return [[(0, size) for size in sizes]]
+        return [[(layers - size, layers) if index == last else (1, 1 + size) for size in sizes]]
+
+    def _near(self, boundary: int) -> list[int]:
+        """Layers near an even boundary where a stage may begin instead: an even stage to either side."""
+        layers, stages = self.model.problem.model.layers, self.degrees.stages
+        reach = min(MAX_REACH, math.ceil(layers / stages))
+        middle = self.even[boundary]
+        low, high = max(boundary, middle - reach), min(layers - (stages - boundary), middle + reach)
+        return list(range(low, high + 1))
 
     def _sizes(self, most: int) -> tuple[int, int]:
         """Sizes of a stage: any; with several stages a rank, from half to twice the even share."""
@@ -162,14 +212,14 @@ class ShapeSearch:
         even = self.model.problem.model.layers / self.degrees.stages
         return max(1, int(even / 2)), min(most, math.ceil(2 * even))
 
-    def _roomy(self, stage: int, layers: int) -> bool:
-        """Whether the fastest recipe of this size fits in an equal part of the rank's memory."""
-        return self._recipe(stage, layers, self._share_bytes()) == self._recipe(stage, layers, float("inf"))
+    def _roomy(self, index: int, first: int, end: int) -> bool:
+        """Whether the fastest recipe of these blocks fits in an equal part of the rank's memory."""
+        share = self._recipe(index, first, end, self._share_bytes())
+        return share == self._recipe(index, first, end, float("inf"))
 
     def _least_s(self) -> float:
-        """All micro-batches of the smallest stage there can be: one block, cheapest option."""
-        passes = (self.shape.block_passes[option] for option in self.options)
-        return self.degrees.num_micro_batches * min(f.total_s + b.total_s for f, b in passes)
+        """All micro-batches of the smallest stage there can be: one block, cheapest class and option."""
+        return self.degrees.num_micro_batches * min(self._least_block_s(key) for key in self.shape.classes)
 
     def _own_s(self, column: Column) -> float:
         """All micro-batches of a column's stage."""

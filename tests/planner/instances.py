@@ -6,7 +6,9 @@ import random
 
 from planner.cluster import ClusterSpec, Device, DeviceGroup, Link
 from planner.cost import constants
-from planner.model import Activation, Attention, Block, Mlp, ModelSpec, Norm, Segment
+from planner.feed_forward import Activation, Mlp
+from planner.mixers import Attention
+from planner.model import Block, ModelSpec, Norm, Segment
 from planner.problem import PlanningProblem
 from planner.workload import Precision, Workload
 
@@ -16,7 +18,7 @@ def model(*, layers: int = 4, hidden: int = 64, heads: int = 4, vocab: int = 256
     block = Block(
         hidden=hidden,
         norm=Norm.RMSNORM,
-        attention=Attention(heads=heads, kv_heads=heads, head_dim=hidden // heads),
+        mixer=Attention(heads=heads, kv_heads=heads, head_dim=hidden // heads),
         mlp=Mlp(width=3 * hidden, gated=True, activation=Activation.SILU),
     )
     return ModelSpec(

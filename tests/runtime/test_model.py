@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from planner.model import Activation, ModelSpec
+from planner.feed_forward import Activation
+from planner.model import ModelSpec
 from runtime.model import Transformer, build_transformer, cross_entropy, materialize
 from tests.plans import tiny_gpt2, tiny_llama
 
@@ -48,7 +49,7 @@ def rotate_by_complex_numbers(x: Tensor, theta: float) -> Tensor:
 
 def attention_by_hand(part: dict[str, Tensor], x: Tensor, spec: ModelSpec) -> Tensor:
     """Causal attention of one sequence [S, H], head by head."""
-    a = spec.segments[0].block.attention
+    a = spec.segments[0].block.mixer
     bias = {name: part.get(f"attention.{name}.bias", torch.zeros(())) for name in ("wq", "wk", "wv", "wo")}
     q, k, v = (x @ part[f"attention.{name}.weight"].T + bias[name] for name in ("wq", "wk", "wv"))
     heads = []

@@ -1,0 +1,219 @@
+"""Time and bytes of one layer on one device from first principles: products, bandwidth, host floor.
+
+A layer's products run at a rate, its element-wise work at memory bandwidth, and neither faster than the
+host launches kernels. Backward is twice the products (2.5 times attention, whose scores are recomputed).
+"""
+
+from __future__ import annotations
+
+from planner.codec import noun
+from planner.cost import constants
+from planner.cost.layer import NOTHING, LayerCost, LayerShape
+from planner.errors import InputError, Problem
+from planner.mixers import AttentionKernel, Kept
+from planner.model import Block, Layer, ModelSpec
+from planner.problem import PlanningProblem
+from planner.profile import LayerKind
+from planner.strategy import Recompute
+from planner.traced import TracedLayer
+
+
+@noun
+class DeviceRates:
+    """What the analytic model needs of a device: product rate, bandwidth, host floor of a block."""
+
+    flops: float
+    memory_bytes_per_s: float
+    host_block_s: float
+    host_tp_s: float
+
+
+def device_rates(problem: PlanningProblem) -> DeviceRates | None:
+    """Rates of the cluster's device from the profile or the datasheet; None where neither knows them."""
+    device = problem.cluster.groups[0].device
+    peak = device.peak_flops(problem.workload.precision)
+    flops = peak * constants.GEMM_EFFICIENCY if peak else None
+    bandwidth = device.memory_bandwidth_bytes_per_s
+    memory = bandwidth * constants.MEMORY_EFFICIENCY if bandwidth else None
+    host, host_tp = constants.HOST_BLOCK_FORWARD_S, constants.HOST_TP_FORWARD_S
+    if problem.profile:
+        flops = problem.profile.constant("gemm_flops") or flops
+        memory = problem.profile.constant("memory_bytes_per_s") or memory
+        host = problem.profile.constant("host_block_forward_s") or host
+        host_tp = problem.profile.constant("host_tp_forward_s") or host_tp
+    if flops is None or memory is None:
+        return None
+    return DeviceRates(flops=flops, memory_bytes_per_s=memory, host_block_s=host, host_tp_s=host_tp)
+
+
+def analytic_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates | None) -> LayerCost:
+    """Products at their rate, element-wise work at memory bandwidth, not faster than the host launches."""
+    if rates is None:
+        raise InputError(
+            Problem(
+                where="--profile",
+                fault=f"holds no sample for the {shape.kind} of {model.name}, and the device's peak is "
+                "unknown.",
+                fix=f"measure it: plan profile --model {model.name} --cluster local -o profile.json, "
+                "then pass --profile profile.json",
+            )
+        )
+    match shape.kind:
+        case LayerKind.BLOCK:
+            return _layer_cost(_class_of(model, shape), shape, rates)
+        case LayerKind.HEAD:
+            return _head_cost(model, shape, rates)
+        case LayerKind.EMBEDDING:
+            return _embedding_cost(model, shape, rates)
+
+
+def _product_s(m: float, n: float, k: float, rates: DeviceRates) -> float:
+    """Seconds of an (m, k) x (k, n) product: 2 m n k over the rate, small dimensions padded."""
+    half = constants.GEMM_HALF_DIM
+    return 2.0 * m * n * k * (1 + half / n) * (1 + half / k) / rates.flops
+
+
+def _class_of(model: ModelSpec, shape: LayerShape) -> Layer:
+    return model.classes()[shape.block] if shape.block else model.segments[0].block
+
+
+def _layer_cost(layer: Layer, shape: LayerShape, rates: DeviceRates) -> LayerCost:
+    if isinstance(layer, TracedLayer):
+        return _traced_cost(layer, shape, rates)
+    return _block_cost(layer, shape, rates)
+
+
+def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates) -> LayerCost:
+    tokens, tp, size = shape.tokens, shape.tp, shape.precision.compute_bytes
+    products_s = _matrices_s(block, shape, rates)
+    attention_s = block.attention_flops_forward(tokens, shape.seq) / tp / (0.6 * rates.flops)
+    stream = block.hidden / (tp if shape.sequence_parallel else 1)
+    elementwise_s = size * tokens * _moved_values(block, shape, stream) / rates.memory_bytes_per_s
+    host_s = (rates.host_block_s + (rates.host_tp_s if tp > 1 else 0.0)) * block.sublayers / 2
+    forward_s = max(products_s + attention_s + elementwise_s, host_s)
+    backward_s = max(2 * products_s + 2.5 * attention_s + 2 * elementwise_s, 2 * host_s)
+    again_s = {
+        Recompute.NONE: 0.0,
+        Recompute.SELECTIVE: max(elementwise_s, 0.5 * host_s),
+        Recompute.FULL: forward_s,
+    }
+    saved = _block_saved_bytes(block, shape, shape.recompute)
+    working = size * tokens * (2 * stream + _widest_values(block, shape) / tp)
+    full_again = _block_saved_bytes(block, shape, Recompute.NONE)
+    return LayerCost(
+        forward_s=forward_s,
+        backward_s=backward_s + again_s[shape.recompute],
+        saved_bytes=saved,
+        forward_transient_bytes=working if shape.recompute is Recompute.NONE else full_again,
+        backward_transient_bytes=working + (full_again - saved),
+        origin="datasheet",
+    )
+
+
+def _matrices_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
+    """Seconds of a block's forward products; each copy of an expert meets its even share of the tokens."""
+    total_s = 0.0
+    for matrix in block.matrices():
+        inputs, outputs = matrix.shard(shape.tp)
+        tokens = shape.tokens * matrix.used / matrix.copies
+        total_s += matrix.copies * _product_s(tokens, outputs, inputs, rates)
+    return total_s
+
+
+def _sublayers_kept(block: Block, shape: LayerShape) -> tuple[list[Kept], list[Kept]]:
+    """What the mixers keep, and what the MLP keeps."""
+    mixing = [mixer.kept(shape.seq, AttentionKernel.FLASH) for mixer in block.mixers]
+    return mixing, [block.mlp.kept(block.hidden)] if block.mlp else []
+
+
+def _moved_values(block: Block, shape: LayerShape, stream: float) -> float:
+    """Values a token that element-wise kernels read and write.
+
+    A norm and a residual addition move five streams a sublayer, norms behind a sublayer two more each.
+    Around attention each product is read and written once; an activation and the product with its gate
+    move five values for the two that they keep.
+    """
+    mixing, feeding = _sublayers_kept(block, shape)
+    after = max(0, block.norms - block.sublayers)
+    values = (5 * block.sublayers + 2 * after) * stream
+    values += sum(2 * k.products + 2.5 * k.elementwise for k in mixing) / shape.tp
+    values += sum(2.5 * k.elementwise for k in feeding) / shape.tp
+    return values + 2 * sum(k.whole for k in mixing + feeding)
+
+
+def _widest_values(block: Block, shape: LayerShape) -> float:
+    """Values a token that live for a moment at the widest place: one and a half times its products."""
+    mixing, feeding = _sublayers_kept(block, shape)
+    return 1.5 * max(k.products + k.whole for k in mixing + feeding)
+
+
+def _block_saved_bytes(block: Block, shape: LayerShape, recompute: Recompute) -> float:
+    return block.saved_bytes(
+        shape.tokens,
+        shape.seq,
+        size=shape.precision.compute_bytes,
+        tp=shape.tp,
+        sequence_parallel=shape.sequence_parallel,
+        recompute=recompute,
+    )
+
+
+def _traced_cost(layer: TracedLayer, shape: LayerShape, rates: DeviceRates) -> LayerCost:
+    """Products at their rate and the rest at memory bandwidth, for `micro_batch` samples.
+
+    What selective recomputation would keep is not traced: it is costed like none.
+    """
+    samples, size = shape.tokens / layer.tokens, shape.precision.compute_bytes
+    products_s = sum(
+        product.count * _product_s(samples * product.m, product.n, product.k, rates)
+        for product in layer.products
+    )
+    products_s += samples * layer.core_flops / (0.6 * rates.flops)
+    moved_s = samples * size * layer.moved_values / rates.memory_bytes_per_s
+    forward_s = max(products_s + moved_s, rates.host_block_s)
+    whole = samples * size * layer.saved_values
+    full = shape.recompute is Recompute.FULL
+    saved = samples * size * layer.input_values if full else whole
+    return LayerCost(
+        forward_s=forward_s,
+        backward_s=max(2 * (products_s + moved_s), 2 * rates.host_block_s) + (forward_s if full else 0.0),
+        saved_bytes=saved,
+        forward_transient_bytes=samples * size * layer.message_values + (whole if full else 0.0),
+        backward_transient_bytes=samples * size * layer.message_values + whole - saved,
+        origin="datasheet",
+    )
+
+
+def _head_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates) -> LayerCost:
+    """Final norm, projection, and cross-entropy in fp32 over the whole logits of this shard."""
+    if model.vocab == 0:
+        return NOTHING
+    tokens, vocab, size = shape.tokens, model.vocab / shape.tp, shape.precision.compute_bytes
+    product_s = _product_s(tokens, vocab, model.token_width, rates)
+    logits_s = 4.0 * tokens * vocab * 4 / rates.memory_bytes_per_s
+    stream = model.hidden / (shape.tp if shape.sequence_parallel else 1)
+    logits_bytes = tokens * vocab * (4.0 + (size if size < 4 else 0))
+    return LayerCost(
+        forward_s=product_s + logits_s,
+        backward_s=2 * product_s + logits_s,
+        saved_bytes=size * tokens * 2 * stream + logits_bytes,
+        forward_transient_bytes=4.0 * tokens * vocab,
+        backward_transient_bytes=tokens * vocab * (4.0 + size),
+        origin="datasheet",
+    )
+
+
+def _embedding_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates) -> LayerCost:
+    """A gather, and in the backward pass a scatter into a gradient of the table's size."""
+    if model.vocab == 0:
+        return NOTHING
+    moved = shape.precision.compute_bytes * shape.tokens * model.hidden
+    table = 4.0 * model.vocab * model.hidden / shape.tp
+    return LayerCost(
+        forward_s=2 * moved / rates.memory_bytes_per_s,
+        backward_s=(2 * moved + table) / rates.memory_bytes_per_s,
+        saved_bytes=8.0 * shape.tokens,
+        forward_transient_bytes=float(moved),
+        backward_transient_bytes=0.0,
+        origin="datasheet",
+    )

@@ -1,0 +1,89 @@
+"""What the runtime of this version executes of a model, and what it does not yet."""
+
+from __future__ import annotations
+
+from planner.errors import InputError, Problem
+from planner.feed_forward import Mlp
+from planner.mixers import CAUSAL, Attention, QkNorm
+from planner.model import Block, Layer, ModelSpec, Norm
+
+EXECUTED_TYPES = ("llama", "mistral", "qwen2", "gpt2")
+"""Families whose arithmetic the runtime's blocks repeat: others scale, rotate or bias in their own ways,
+which does not change what they cost and is not in a ModelSpec."""
+
+EXECUTED_NORMS = (Norm.RMSNORM, Norm.LAYERNORM)
+
+
+def plain_parts(layer: Layer) -> tuple[Block, Attention, Mlp]:
+    """A layer as the block that the runtime builds, its attention and its MLP. Raises InputError if not."""
+    faults = _layer_faults(layer)
+    if faults:
+        raise InputError(*(Problem(where="--model", fault=f"{fault}.") for fault in faults))
+    assert isinstance(layer, Block) and isinstance(layer.mixer, Attention) and isinstance(layer.mlp, Mlp)
+    return layer, layer.mixer, layer.mlp
+
+
+def not_executed(model: ModelSpec) -> list[str]:
+    """What of a model the runtime cannot build; empty where it can build all."""
+    each = (fault for layer in model.classes().values() for fault in _layer_faults(layer))
+    faults = dict.fromkeys(each)
+    ends = {
+        f"its family is {model.model_type}": model.model_type not in EXECUTED_TYPES,
+        "the embedding is projected to the hidden size": model.embedding_width is not None,
+        "the embedding is normed": model.embedding_norm,
+        "it has a table of token types": model.token_types > 0,
+        "the output projection has a bias": model.head_bias,
+        "it has a pooler": model.pooler,
+        f"it has {model.final_norms} final norms": model.final_norms != 1,
+        "an encoder precedes its decoder": model.encoder_layers > 0,
+        f"its norm is {model.norm}": model.norm not in EXECUTED_NORMS,
+        "its blocks are of several classes": len(model.segments) > 1,
+    }
+    return [*faults, *(fault for fault, found in ends.items() if found)]
+
+
+def check_executed(model: ModelSpec, what: str) -> None:
+    """Raises InputError with everything that keeps the runtime from building `model`."""
+    faults = not_executed(model)
+    if faults:
+        listed = "; ".join(faults)
+        raise InputError(
+            Problem(
+                where="--model",
+                fault=f"{model.name} can be planned, but this version cannot {what} it: {listed}.",
+                legal=f"pre-norm decoders of the families {', '.join(EXECUTED_TYPES)}",
+            )
+        )
+
+
+def _layer_faults(layer: Layer) -> list[str]:
+    if not isinstance(layer, Block):
+        return ["its layers were traced from a module"]
+    faults = {
+        f"its norm is {layer.norm}": layer.norm not in EXECUTED_NORMS,
+        f"a block has {layer.norms} norms": layer.norms != 2,
+        "attention and MLP are parallel": layer.parallel,
+        "a block attends to an encoder": layer.cross is not None,
+    }
+    return [fault for fault, found in faults.items() if found] + _mixer_faults(layer) + _mlp_faults(layer)
+
+
+def _mixer_faults(block: Block) -> list[str]:
+    mixer = block.mixer
+    if not isinstance(mixer, Attention):
+        return [f"a block mixes tokens by {type(mixer).__name__}" if mixer else "a block has no attention"]
+    faults = {
+        f"queries and keys are normed ({mixer.qk_norm})": mixer.qk_norm is not QkNorm.NONE,
+        f"attention reaches a {mixer.span.reach} of {mixer.span.size} keys": mixer.span != CAUSAL,
+        "attention is gated": mixer.gated,
+        "attention has sinks": mixer.sinks,
+        "attention has a table of relative positions": mixer.position_buckets > 0,
+        "values are of another width than keys": mixer.value_dim is not None,
+    }
+    return [fault for fault, found in faults.items() if found]
+
+
+def _mlp_faults(block: Block) -> list[str]:
+    if not isinstance(block.mlp, Mlp):
+        return ["a block holds experts" if block.mlp else "a block has no MLP"]
+    return []
