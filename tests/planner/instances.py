@@ -3,24 +3,51 @@
 from __future__ import annotations
 
 import random
+from itertools import groupby
 
 from planner.cluster import ClusterSpec, Device, DeviceGroup, Link
 from planner.cost import constants
-from planner.feed_forward import Activation, Mlp
-from planner.mixers import Attention
+from planner.feed_forward import Activation, Experts, Mlp
+from planner.mixers import Attention, DeltaNet, LatentAttention, Mixer, Reach, Span, StateSpace
 from planner.model import Block, ModelSpec, Norm, Segment
 from planner.problem import PlanningProblem
 from planner.workload import Precision, Workload
 
 
-def model(*, layers: int = 4, hidden: int = 64, heads: int = 4, vocab: int = 256) -> ModelSpec:
-    """A llama-like model."""
-    block = Block(
+def dense_block(hidden: int, heads: int = 4) -> Block:
+    """A llama-like block."""
+    return Block(
         hidden=hidden,
         norm=Norm.RMSNORM,
         mixer=Attention(heads=heads, kv_heads=heads, head_dim=hidden // heads),
         mlp=Mlp(width=3 * hidden, gated=True, activation=Activation.SILU),
     )
+
+
+def random_block(draw: random.Random, hidden: int) -> Block:
+    """A block of any kind: its mixer, its MLP or experts, its norms."""
+    dim = hidden // 4
+    mixers: list[Mixer | None] = [
+        Attention(heads=4, kv_heads=2, head_dim=dim),
+        Attention(heads=4, kv_heads=4, head_dim=dim, span=Span(reach=Reach.WINDOW, size=32)),
+        LatentAttention(heads=4, query_rank=None, kv_rank=16, nope_dim=dim, rope_dim=8, value_dim=dim),
+        StateSpace(state_heads=8, head_dim=16, state=16, groups=4, kernel=4, chunk=32),
+        DeltaNet(key_heads=4, key_dim=16, value_heads=8, value_head_dim=16, kernel=4),
+        None,
+    ]
+    mlp = Mlp(width=draw.choice([1, 3]) * hidden, gated=True, activation=Activation.SILU)
+    mixer = draw.choice(mixers)
+    feeds = [mlp, Experts(count=8, topk=2, expert=mlp)] + ([None] if mixer else [])
+    return Block(
+        hidden=hidden, norm=Norm.RMSNORM, mixer=mixer, mlp=draw.choice(feeds), norms=draw.choice([1, 2, 4])
+    )
+
+
+def model(
+    *, layers: int = 4, hidden: int = 64, heads: int = 4, vocab: int = 256, blocks: list[Block] | None = None
+) -> ModelSpec:
+    """A llama-like model, or one of these blocks in their order."""
+    each = blocks or [dense_block(hidden, heads)] * layers
     return ModelSpec(
         name="random",
         model_type="llama",
@@ -33,7 +60,7 @@ def model(*, layers: int = 4, hidden: int = 64, heads: int = 4, vocab: int = 256
         norm_eps=1e-5,
         initializer_range=0.02,
         tied_embeddings=False,
-        segments=(Segment(block=block, count=layers),),
+        segments=tuple(Segment(block=block, count=len(list(run))) for block, run in groupby(each)),
     )
 
 
@@ -94,11 +121,14 @@ def problem(
     )
 
 
-def random_problem(seed: int, *, layers: int = 4) -> PlanningProblem:
-    """A small problem whose memory limit lies around what its strategies need."""
+def random_problem(seed: int, *, layers: int = 4, mixed: bool = False) -> PlanningProblem:
+    """A small problem whose memory limit lies around its needs; `mixed`: of several layer classes."""
     draw = random.Random(seed)
     hidden = draw.choice([32, 64, 128])
-    spec = model(layers=draw.randint(2, layers), hidden=hidden, vocab=draw.choice([64, 512, 4096]))
+    count, vocab = draw.randint(2, layers), draw.choice([64, 512, 4096])
+    kinds = [random_block(draw, hidden) for _ in range(2)] if mixed else []
+    blocks = [draw.choice(kinds) for _ in range(count)] if mixed else None
+    spec = model(layers=count, hidden=hidden, vocab=vocab, blocks=blocks)
     nodes, per_node = draw.choice([(1, 2), (1, 3), (1, 4), (2, 2), (2, 1)])
     batch = draw.choice([2, 3, 4, 6])
     seq = draw.choice([64, 512])

@@ -105,9 +105,9 @@ def brute_force(problem: PlanningProblem) -> float | None:
     return best
 
 
-def check_seed(seed: int) -> bool:
+def check_seed(seed: int, *, mixed: bool = False) -> bool:
     """The solver's plan is as fast as the best of all, or both find none. Whether there is one."""
-    problem = instances.random_problem(seed)
+    problem = instances.random_problem(seed, mixed=mixed)
     best = brute_force(problem)
     if best is None:
         with pytest.raises(InfeasibleError):
@@ -125,6 +125,13 @@ def check_seed(seed: int) -> bool:
 def test_solver_equals_brute_force(block: int) -> None:
     """200 random instances, ten blocks of twenty, in each of which several are feasible."""
     feasible = [check_seed(seed) for seed in range(20 * block, 20 * block + 20)]
+    assert sum(feasible) >= 5
+
+
+@pytest.mark.parametrize("block", range(5))
+def test_solver_equals_brute_force_over_several_layer_classes(block: int) -> None:
+    """100 random models of two classes of layers in any order: experts, latents, states, windows."""
+    feasible = [check_seed(seed, mixed=True) for seed in range(1000 + 20 * block, 1020 + 20 * block)]
     assert sum(feasible) >= 5
 
 
