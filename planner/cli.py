@@ -27,6 +27,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "demo": ("planner.commands.demo:demo", "The main job on this machine: profile, solve, train."),
         "list": ("planner.commands.catalog:list_command", "List the catalog: models, devices, instances."),
         "show": ("planner.commands.catalog:show_command", "Show one entry of the catalog with its sources."),
+        "napkin": ("planner.commands.napkin:napkin", "First principles: bytes, 6ND, days, with formulas."),
+        "scaling": ("planner.commands.scaling:scaling", "Compute-optimal size and tokens for a budget."),
         "profile": ("planner.commands.profile:profile", "Measure layers, collectives, memory: a profile."),
         "estimate": ("planner.commands.estimate:estimate", "Time, memory and verdict of a given strategy."),
         "solve": ("planner.commands.solve:solve", "The best plan, with a certificate; writes plan.json."),

@@ -1,0 +1,115 @@
+"""Numbers of the command line that have a range: a clear refusal of zero, negative, NaN and endless ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from planner.device_rate import DeviceRate
+    from planner.errors import Problem
+
+T = TypeVar("T")
+
+RATE_OPTIONS = ("device", "precision", "mfu", "usd_per_gpu_hour", "prices", "on_premises")
+"""Options of `napkin` and `scaling` that say what a device-hour computes and costs."""
+
+
+def read_number(text: str, flag: str, least: float, most: float, example: str) -> float:
+    """A plain number from `least` (not reached) to `most`. Raises InputError."""
+    from planner.errors import InputError, Problem
+
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not least < value <= most:
+        legal = f"numbers above {least:g} up to {most:g}, such as {example}"
+        raise InputError(
+            Problem(where=flag, fault=f"'{text[:40]}' is out of range or no number.", legal=legal)
+        )
+    return value
+
+
+def read_count(text: str, flag: str, least: float, most: float) -> int:
+    """A count with a unit, such as 2T or 1.5e9, from `least` to `most`. Raises InputError."""
+    from planner.errors import InputError, Problem
+    from planner.units import format_count, parse_count
+
+    value = parse_count(text, flag)
+    if not least <= value <= most:
+        raise InputError(
+            Problem(
+                where=flag,
+                fault=f"'{text[:40]}' is out of range.",
+                legal=f"{_plain(least, format_count)} to {_plain(most, format_count)}",
+            )
+        )
+    return value
+
+
+def _plain(value: float, words: Callable[[float], str]) -> str:
+    return words(value) if value < 1e15 else f"{value:g}"
+
+
+class Reading:
+    """Reads several options and keeps every problem, so that all are told at once."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+
+    def read(self, function: Callable[[], T]) -> T | None:
+        """The value, or None where reading it failed; the problems are kept."""
+        from planner.errors import InputError
+
+        try:
+            return function()
+        except InputError as error:
+            self.problems.extend(error.problems)
+            return None
+
+    def add(self, where: str, fault: str, legal: str = "", fix: str = "") -> None:
+        """Keeps a problem that shows only when options are seen together."""
+        from planner.errors import Problem
+
+        self.problems.append(Problem(where=where, fault=fault, legal=legal, fix=fix))
+
+    def finish(self) -> None:
+        """Raises InputError if there was a problem."""
+        from planner.errors import InputError
+
+        if self.problems:
+            raise InputError(*self.problems)
+
+
+def read_rate(
+    reading: Reading,
+    *,
+    device: str,
+    precision: str | None,
+    mfu: str | None,
+    usd_per_gpu_hour: str | None,
+    prices: Path | None,
+    on_premises: bool,
+) -> DeviceRate | None:
+    """What an hour of a device computes and costs; None where a fault was kept in `reading`."""
+    from planner.catalog import load_device
+    from planner.commands.options import open_market
+    from planner.device_rate import Price, device_rate, price_of
+
+    facts = reading.read(lambda: load_device(device, "--device"))
+    share = optional_number(reading, mfu, "--mfu", 1.0, "0.4")
+    usd = optional_number(reading, usd_per_gpu_hour, "--usd-per-gpu-hour", 1e6, "2.5")
+    market = reading.read(lambda: open_market(prices, on_premises))
+    if facts is None or market is None:
+        return None
+    given = None if usd is None else Price(usd_per_device_hour=usd, source="as given")
+    return device_rate(facts, precision, share, given or price_of(facts, market))
+
+
+def optional_number(reading: Reading, text: str | None, flag: str, most: float, example: str) -> float | None:
+    """A number above 0 up to `most`, or None where the option was left out or its fault was kept."""
+    return None if text is None else reading.read(lambda: read_number(text, flag, 0.0, most, example))

@@ -1,0 +1,175 @@
+"""The cost model's own answer beside the napkin: the least devices that hold the training, and their speed.
+
+Only sharded data parallelism and tensor parallelism inside a node are tried, with every recompute option:
+what a first run uses. `plan solve` searches the whole space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from planner.cluster import ClusterSpec
+from planner.cluster_grammar import join, shaped_part
+from planner.codec import noun
+from planner.cost.evaluate import CostModel, Evaluation
+from planner.estimate import MemoryBreakdown, Verdict
+from planner.market import Market
+from planner.model import ModelSpec
+from planner.problem import PlanningProblem
+from planner.rules import broken_rules
+from planner.strategy import Degrees, Recompute, Strategy, Zero, even_stages
+from planner.workload import Precision, Workload
+
+STEP_TOKENS = 2**22
+"""Tokens of a global step: 4 Mi, as GPT-3 (3.2M) and Llama 2 (4M) took. It sets how often weights are
+gathered and gradients reduced, and does not change memory."""
+
+DEVICES_PER_NODE = 8
+MOST_DEVICES = 2**17
+TP_DEGREES = (1, 2, 4, 8)
+RANK = {Verdict.SAFE: 0, Verdict.RISKY: 1, Verdict.NO: 2}
+
+
+@noun
+class OwnEstimate:
+    """The fastest safe strategy on `devices`, or the best of what does not fit, with its verdict.
+
+    `work_bytes` is what a device holds beside weights, gradients and optimizer state (activations of one
+    sequence, logits, buffers), by recompute option, under the same degrees.
+    """
+
+    devices: int
+    cluster: str
+    label: str
+    recompute: str
+    precision: str
+    seq: int
+    batch: int
+    verdict: str
+    peak_memory_bytes: int
+    memory_limit_bytes: int
+    memory: MemoryBreakdown
+    work_bytes: dict[str, int]
+    step_time_s: float
+    step_time_interval_s: tuple[float, float]
+    tokens_per_s: float
+    mfu: float | None
+
+
+def node_shape(devices: int) -> tuple[int, int]:
+    """Nodes and devices a node: the largest node of at most 8 that divides the count."""
+    per_node = max(size for size in range(1, DEVICES_PER_NODE + 1) if devices % size == 0)
+    return devices // per_node, per_node
+
+
+def own_estimate(
+    model: ModelSpec, device: str, precision: Precision, seq: int, devices: int | None
+) -> OwnEstimate | None:
+    """The estimate on `devices`, or on the least power of two that is safe; None where none up to 2^17 is.
+
+    Raises InputError where the cost model cannot cost the model or the device's peak is unknown.
+    """
+    if devices is not None:
+        found = _best(model, _cluster(devices, device), precision, seq)
+        return None if found is None else found[1]
+    usable = _cluster(1, device).groups[0].device.usable_memory_bytes
+    count = 1
+    while count * usable < 16 * model.params_total:  # weights, gradients and state alone, at 16 bytes
+        count *= 2
+    while count <= MOST_DEVICES:
+        found = _best(model, _cluster(count, device), precision, seq)
+        if found is not None and found[1].verdict == Verdict.SAFE:
+            return found[1]
+        count *= 2
+    return None
+
+
+def activations_bytes(model: ModelSpec, device: str, precision: Precision, seq: int) -> dict[str, int]:
+    """Activations of one sequence on one device that are kept for the backward pass, by recompute option."""
+    options = _options(model, _cluster(1, device), precision, seq, tp=1)
+    return {str(each.recompute): each.evaluation.stages[0].memory.activations_bytes for each in options}
+
+
+def _cluster(devices: int, device: str) -> ClusterSpec:
+    nodes, per_node = node_shape(devices)
+    part = shaped_part(nodes, per_node, device, None, "--device", Market(instances=()))
+    return join(part.name, [part], "--device")
+
+
+def _best(
+    model: ModelSpec, cluster: ClusterSpec, precision: Precision, seq: int
+) -> tuple[tuple[float, float], OwnEstimate] | None:
+    """The best strategy on a cluster: by verdict, then by time (memory where nothing fits)."""
+    found = []
+    for tp in TP_DEGREES:
+        if cluster.devices_per_node % tp == 0:
+            options = list(_options(model, cluster, precision, seq, tp))
+            found += [(_order(each), _answer(each, options)) for each in options]
+    return min(found, key=lambda item: item[0], default=None)
+
+
+class _Option(NamedTuple):
+    """One evaluated strategy of a problem."""
+
+    problem: PlanningProblem
+    recompute: Recompute
+    evaluation: Evaluation
+
+
+def _options(
+    model: ModelSpec, cluster: ClusterSpec, precision: Precision, seq: int, tp: int
+) -> Iterator[_Option]:
+    dp = cluster.devices // tp
+    accumulated = max(1, STEP_TOKENS // (seq * dp))
+    problem = PlanningProblem(
+        model=model,
+        workload=Workload(seq=seq, batch=dp * accumulated, precision=precision),
+        cluster=cluster,
+        profile=None,
+        memory_limit_bytes=cluster.groups[0].device.usable_memory_bytes,
+    )
+    costs = CostModel(problem)
+    degrees = Degrees(
+        tp=tp,
+        dp_shard=dp,
+        zero=Zero.PARAMETERS if dp > 1 else Zero.NONE,
+        num_micro_batches=accumulated,
+        sequence_parallel=tp > 1,
+    )
+    for recompute in Recompute:
+        strategy = Strategy(degrees=degrees, stages=even_stages(model.layers, 1, recompute))
+        if not broken_rules(problem, strategy):
+            yield _Option(problem, recompute, costs.evaluate(strategy))
+
+
+def _order(option: _Option) -> tuple[float, float]:
+    estimate = option.evaluation.estimate
+    rank = RANK[estimate.verdict]
+    return rank, estimate.peak_memory_bytes if rank == 2 else estimate.step_time_s
+
+
+def _answer(option: _Option, options: list[_Option]) -> OwnEstimate:
+    estimate, workload = option.evaluation.estimate, option.problem.workload
+    memories = {str(each.recompute): each.evaluation.stages[0].memory for each in options}
+    return OwnEstimate(
+        devices=option.problem.cluster.devices,
+        cluster=option.problem.cluster.name,
+        label=option.evaluation.strategy.degrees.label(),
+        recompute=str(option.recompute),
+        precision=str(workload.precision),
+        seq=workload.seq,
+        batch=workload.batch,
+        verdict=str(estimate.verdict),
+        peak_memory_bytes=estimate.peak_memory_bytes,
+        memory_limit_bytes=estimate.memory_limit_bytes,
+        memory=option.evaluation.stages[0].memory,
+        work_bytes={
+            name: memory.activations_bytes + memory.transient_bytes + memory.runtime_bytes
+            for name, memory in memories.items()
+        },
+        step_time_s=estimate.step_time_s,
+        step_time_interval_s=estimate.step_time_interval_s,
+        tokens_per_s=estimate.tokens_per_s,
+        mfu=estimate.mfu,
+    )
