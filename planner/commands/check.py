@@ -20,14 +20,17 @@ def check(plan_file: Path, as_json: bool) -> None:
     one of them does not hold.
     """
     from planner.errors import CheckError
+    from planner.execution import not_executed
     from planner.plan import load_plan
     from planner.plan_check import check_plan
 
-    checks = check_plan(load_plan(plan_file))
+    plan = load_plan(plan_file)
+    checks, missing = check_plan(plan), not_executed(plan.model)
     if as_json:
         print_json(
             {
                 "ok": all(item.holds for item in checks),
+                "not_executed": missing,
                 "checks": [
                     {"name": item.name, "ok": item.holds, "faults": list(item.faults)} for item in checks
                 ],
@@ -39,6 +42,8 @@ def check(plan_file: Path, as_json: bool) -> None:
                 ("check", "result"), [(c.name, "holds" if c.holds else "; ".join(c.faults)) for c in checks]
             )
         )
+        if missing:
+            click.echo(f"\n`plan train` of this version cannot execute the model: {'; '.join(missing)}.")
     failed = [item.name for item in checks if not item.holds]
     if failed:
         raise CheckError(f"{plan_file}: {len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")

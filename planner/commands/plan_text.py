@@ -67,9 +67,10 @@ def _time(plan: Plan) -> str:
 
 
 def _figures(plan: Plan, basis: str) -> str:
+    from planner.execution import not_executed
     from planner.units import format_bytes, format_seconds
 
-    e = plan.estimate
+    e, missing = plan.estimate, not_executed(plan.model)
     low, high = e.step_time_interval_s
     share = {name: getattr(e.coverage, name) for name in type(e.coverage).__dataclass_fields__}
     return pairs(
@@ -89,6 +90,7 @@ def _figures(plan: Plan, basis: str) -> str:
             ),
             ("figures", ", ".join(f"{value:.0%} {name}" for name, value in share.items() if value > 0.004)),
             ("basis", basis),
+            ("not yet trained", "; ".join(missing) or None),
         ]
     )
 
