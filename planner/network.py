@@ -24,7 +24,7 @@ class NetworkKind:
     """A network technology. `rates_gbit` are the port rates that exist; where empty, any is read.
 
     `share` is the part of the nominal rate that collectives of large messages reach; None: unknown.
-    `unverified` names keys that no source was read for.
+    `unverified` names keys that no source was read for. `links` begins the names of its figures in links.csv.
     """
 
     title: str
@@ -32,6 +32,7 @@ class NetworkKind:
     sources: tuple[str, ...]
     share: float | None = None
     unverified: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
     rates_gbit: tuple[int, ...] = ()
     free: bool = False
     scale_up: bool = False

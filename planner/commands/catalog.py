@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.commands.options import json_option
+from planner.commands.options import json_option, on_premises_option, open_market, prices_option, warn_of
 from planner.commands.text import pairs, print_json, table
 
-DEFAULT_SEQ = 4096
-"""Sequence length of the FLOPs in `show model`, unless the model is shorter or --seq says otherwise."""
+if TYPE_CHECKING:
+    from planner.market import Market
 
 
 def _models() -> list[dict[str, Any]]:
@@ -37,31 +39,17 @@ def _models() -> list[dict[str, Any]]:
 
 
 def _devices() -> list[dict[str, Any]]:
-    from planner.catalog import device_names, load_device
+    from planner.commands.show_device import device_rows
 
-    rows = []
-    for name in device_names():
-        facts = load_device(name)
-        rows.append(
-            {
-                "name": name,
-                "title": facts.title,
-                "vendor": facts.vendor,
-                "usable_gib": facts.memory.usable_gib,
-                "bandwidth_gb_per_s": facts.memory.bandwidth_gb_per_s,
-                "bf16_tflops": facts.peak_tflops.bf16,
-                "fp32_tflops": facts.peak_tflops.fp32,
-                "link": facts.link.name,
-                "link_gb_per_s": facts.link.gb_per_s,
-                "aliases": list(facts.aliases),
-            }
-        )
-    return rows
+    return device_rows()
 
 
-def _instances() -> list[dict[str, Any]]:
-    from planner.catalog import instances
-
+def _instances(prices: Path | None = None) -> list[dict[str, Any]]:
+    """Every instance that is sane; what is left out is named on stderr."""
+    market = open_market(prices, on_premises=False)
+    for rejected in market.rejected:
+        click.echo(f"warning: {rejected.name} is left out: {rejected.reason} ({rejected.source})", err=True)
+    warn_of(market)
     return [
         {
             "name": instance.full_name,
@@ -70,35 +58,25 @@ def _instances() -> list[dict[str, Any]]:
             "network": instance.network,
             "ondemand_usd_per_hour": instance.ondemand_usd_per_hour,
             "spot_usd_per_hour": instance.spot_usd_per_hour,
+            "region": instance.region,
             "as_of": instance.as_of,
             "price_mark": instance.price_mark,
+            "source": instance.source,
         }
-        for instance in instances()
+        for instance in market.instances
     ]
 
 
 def _networks() -> list[dict[str, Any]]:
-    from planner.catalog import networks
-    from planner.network import parse_network
+    from planner.commands.show_network import network_rows
 
-    file = networks()
-    rows = []
-    for name in file.common:
-        network = parse_network(name, file, "networks.toml")
-        title = network.kind.title
-        if network.domain:
-            title = f"{network.domain} devices joined by their own link; each device beyond: {title}"
-        rows.append(
-            {
-                "name": name,
-                "gbit_per_port": network.gbit_per_port or None,
-                "ports_per_node": None if network.domain or network.kind.free else network.ports,
-                "domain": network.domain,
-                "latency_us": network.kind.latency_us,
-                "title": title,
-            }
-        )
-    return rows
+    return network_rows()
+
+
+def _links() -> list[dict[str, Any]]:
+    from planner.commands.show_network import link_rows
+
+    return link_rows()
 
 
 _SCHEDULES = {
@@ -139,6 +117,7 @@ _LISTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "devices": _devices,
     "instances": _instances,
     "networks": _networks,
+    "links": _links,
     "schedules": _schedules,
     "profiles": _profiles,
 }
@@ -146,17 +125,37 @@ _LISTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
 
 @click.command("list")
 @click.argument("what", type=click.Choice(list(_LISTS)))
+@prices_option
 @json_option
-def list_command(what: str, as_json: bool) -> None:
-    """List the catalog: models, devices, instances, networks, schedules or profiles."""
-    rows = _LISTS[what]()
+def list_command(what: str, prices: Path | None, as_json: bool) -> None:
+    """List the catalog: models, devices, instances, networks, links, schedules or profiles."""
+    if prices is not None and what != "instances":
+        raise click.UsageError(f"--prices belongs to `list instances`, not to `list {what}`.")
+    rows = (_LISTS | {"instances": partial(_instances, prices)})[what]()
     if as_json:
         print_json({what: rows})
     elif rows:
-        columns = [key for key in rows[0] if key != "aliases"]
-        click.echo(table(columns, [[_shown(key, row[key]) for key in columns] for row in rows]))
+        click.echo(_list_text(what, rows))
     else:
         click.echo(f"no {what} are shipped with this version")
+
+
+def _list_text(what: str, rows: list[dict[str, Any]]) -> str:
+    """The table that people read: of devices, instances, networks and links one of their own."""
+    from planner.commands.show_device import device_list
+    from planner.commands.show_instance_list import instance_list
+    from planner.commands.show_network import link_list, network_list
+
+    own = {
+        "devices": device_list,
+        "instances": instance_list,
+        "networks": network_list,
+        "links": link_list,
+    }
+    if what in own:
+        return own[what](rows)
+    columns = [key for key in rows[0] if key not in ("aliases", "source")]
+    return table(columns, [[_shown(key, row[key]) for key in columns] for row in rows])
 
 
 def _shown(key: str, value: Any) -> Any:
@@ -165,66 +164,52 @@ def _shown(key: str, value: Any) -> Any:
     return format_count(value) if key == "params_total" else value
 
 
-def _show_model(name: str, seq: int | None) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+def _show_model(name: str, seq: int | None) -> tuple[dict[str, Any], str]:
     from planner.catalog import load_model
-    from planner.units import format_count
+    from planner.commands.show_model import show_model
 
-    model = load_model(name, "NAME")
-    length = seq or min(DEFAULT_SEQ, model.max_positions)
-    attention = model.segments[0].block.attention
-    document: dict[str, Any] = {
-        "name": model.name,
-        "model_type": model.model_type,
-        "params_total": model.params_total,
-        "params_active": model.params_active,
-        "params_embedding": model.params_embedding,
-        "layers": model.layers,
-        "hidden": model.hidden,
-        "heads": attention.heads,
-        "kv_heads": attention.kv_heads,
-        "head_dim": attention.head_dim,
-        "ffn": model.segments[0].block.mlp.width,
-        "vocab": model.vocab,
-        "max_positions": model.max_positions,
-        "tied_embeddings": model.tied_embeddings,
-        "flops_per_token_forward": model.flops_per_token_forward(length),
-        "flops_seq": length,
-        "sources": list(model.sources),
-    }
-    shown = {
-        **document,
-        "params_total": f"{format_count(model.params_total)} ({model.params_total:,})",
-        "params_active": format_count(model.params_active),
-        "params_embedding": format_count(model.params_embedding),
-        "flops_per_token_forward": f"{document['flops_per_token_forward']:.4g} at sequence length {length}",
-        "flops_seq": None,
-    }
-    return document, list(shown.items())
+    return show_model(load_model(name, "NAME"), seq)
 
 
-def _show_device(name: str, seq: int | None) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+def _show_device(name: str, seq: int | None) -> tuple[dict[str, Any], str]:
     from planner.catalog import load_device
     from planner.codec import encode
+    from planner.commands.show_device import show_device
+    from planner.market import on_premises_inputs
+    from planner.on_premises import cost_per_device_hour, on_premises_rows
 
-    facts = load_device(name, "NAME")
-    document = {**encode(facts.device()), "facts": encode(facts)}
-    return document, _flatten(encode(facts))
+    document, text = show_device(name)
+    facts, inputs = load_device(name, "NAME"), on_premises_inputs()
+    cost = cost_per_device_hour(facts, inputs)
+    document["on_premises"] = None if cost is None else {**encode(cost), "total_usd": cost.total_usd}
+    return document, f"{text}\n\n{pairs(on_premises_rows(facts, inputs))}".rstrip()
 
 
-def _show_instance(name: str, seq: int | None) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
-    from planner.catalog import load_instance
+def _show_network(name: str, seq: int | None) -> tuple[dict[str, Any], str]:
+    from planner.commands.show_network import show_network
+
+    return show_network(name)
+
+
+def _show_instance(name: str, market: Market) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
     from planner.codec import encode
+    from planner.market import price_terms
 
-    document = encode(load_instance(name, "NAME"))
+    instance = market.instance(name, "NAME")
+    document = encode(instance)
+    unit = instance.usd_per_device_hour
+    terms = [term.text() for term in price_terms(instance.provider)]
+    document |= {"usd_per_device_hour": None if unit is None else round(unit, 6), "commitments": terms}
     return document, list(document.items())
 
 
-def _show_cluster(name: str, seq: int | None) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+def _show_cluster(name: str, market: Market) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
     from planner.cluster_grammar import parse_cluster
     from planner.codec import digest, encode
+    from planner.measured import table_of
     from planner.units import format_bytes
 
-    cluster = parse_cluster(name, "NAME")
+    cluster = parse_cluster(name, "NAME", market)
     document = {**encode(cluster), "devices": cluster.devices, "digest": digest(cluster)}
     shown: list[tuple[str, Any]] = [("name", cluster.name), ("devices", cluster.devices)]
     for group in cluster.groups:
@@ -232,62 +217,62 @@ def _show_cluster(name: str, seq: int | None) -> tuple[dict[str, Any], list[tupl
         shown.append(("memory a device", format_bytes(group.device.usable_memory_bytes) + " usable"))
     for key, link in (("inside a node", cluster.intra), ("between nodes", cluster.inter)):
         rate = "takes no time" if link.bytes_per_s is None else f"{link.bytes_per_s / 1e9:g} GB/s a device"
-        shown.append((key, f"{link.name}, {rate}, {link.latency_s * 1e6:g} us"))
+        reached = "" if link.share is None else f", large collectives reach {link.share:.0%}"
+        shown.append((key, f"{link.name}, {rate}{reached}, {link.latency_s * 1e6:g} us"))
+    curves = [table_of(group.device.name, "collectives") for group in cluster.groups]
+    if cluster.devices_per_node > 1 and all(curves):
+        shown.append(
+            ("", f"collectives inside a node follow measured curves (AIC, {', '.join(map(str, curves))})")
+        )
     price = cluster.price_usd_per_hour
     shown.append(("dollars an hour", "unknown" if price is None else f"{price:.2f}"))
-    shown += [("price", text) for text in _price_dates(cluster.name)]
+    shown += [("price", text) for text in cluster.price_sources]
     shown.append(("sources", list(dict.fromkeys((*cluster.intra.sources, *cluster.inter.sources)))))
     return document, shown
 
 
-def _price_dates(name: str) -> list[str]:
-    """For each instance in a cluster's name: its price, how it was read, and when."""
-    from planner.catalog import load_instance
+Shown = tuple[dict[str, Any], str | list[tuple[str, Any]]]
+"""What `show` prints: the document for programs, and for people a text or its pairs."""
 
-    found = []
-    for part in name.split("+"):
-        if "*" in part:
-            instance = load_instance(part.split("*")[1].split("@")[0])
-            if instance.ondemand_usd_per_hour is not None:
-                read = "read" if "READ" in instance.price_mark else "from memory"
-                when = instance.as_of or "without a date"
-                found.append(
-                    f"{instance.full_name} {instance.ondemand_usd_per_hour:g} on demand, {read}, {when}"
-                )
-    return found
-
-
-def _flatten(tables: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested tables as dotted names."""
-    rows: list[tuple[str, Any]] = []
-    for key, value in tables.items():
-        if isinstance(value, dict):
-            rows += _flatten(value, f"{prefix}{key}.")
-        else:
-            rows.append((prefix + key, value))
-    return rows
-
-
-_SHOWS: dict[str, Callable[[str, int | None], tuple[dict[str, Any], list[tuple[str, Any]]]]] = {
+_SHOWS: dict[str, Callable[[str, int | None], Shown]] = {
     "model": _show_model,
     "device": _show_device,
+    "network": _show_network,
+}
+
+_PRICED_SHOWS: dict[str, Callable[[str, Market], Shown]] = {
     "instance": _show_instance,
     "cluster": _show_cluster,
 }
 
 
 @click.command("show")
-@click.argument("kind", type=click.Choice(list(_SHOWS)))
+@click.argument("kind", type=click.Choice([*_SHOWS, *_PRICED_SHOWS]))
 @click.argument("name")
 @click.option("--seq", type=click.IntRange(min=1), help="Sequence length of a model's FLOPs a token.")
+@prices_option
+@on_premises_option
 @json_option
-def show_command(kind: str, name: str, seq: int | None, as_json: bool) -> None:
+def show_command(
+    kind: str, name: str, seq: int | None, prices: Path | None, on_premises: bool, as_json: bool
+) -> None:
     """Show one entry of the catalog with its sources."""
     if seq is not None and kind != "model":
         raise click.UsageError(f"--seq belongs to `show model`, not to `show {kind}`.")
-    document, shown = _SHOWS[kind](name, seq)
+    if (prices or on_premises) and kind not in _PRICED_SHOWS:
+        raise click.UsageError(f"--prices and --on-premises belong to {' and '.join(_PRICED_SHOWS)}.")
+    document: dict[str, Any]
+    shown: str | list[tuple[str, Any]]
+    if kind in _PRICED_SHOWS:
+        market = open_market(prices, on_premises, name if kind == "cluster" else None)
+        document, shown = _PRICED_SHOWS[kind](name, market)
+        warn_of(market, str(document.get("provider", document["name"])) + "/")
+    else:
+        document, shown = _SHOWS[kind](name, seq)
     if as_json:
         print_json(document)
+    elif isinstance(shown, str):
+        click.echo(shown)
     else:
         click.echo(pairs((key, _joined(value)) for key, value in shown))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import click
@@ -14,10 +15,14 @@ def print_json(document: Any) -> None:
     click.echo(json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False))
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Rows under a header, columns aligned: numbers to the right, text to the left."""
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Collection[int] | None = None
+) -> str:
+    """Rows under a header, columns aligned: numbers (found, or named by column) right, text left."""
     body = [[_cell(value) for value in row] for row in rows]
-    numeric = [_numeric(body, column) for column in range(len(header))]
+    numeric = [
+        _numeric(body, column) if numbers is None else column in numbers for column in range(len(header))
+    ]
     lines = [list(header), *body]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
@@ -27,6 +32,19 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def wrapped_table(header: Sequence[str], rows: Sequence[Sequence[Any]], width: int = 118) -> str:
+    """Rows under a header, the last column wrapped so that lines stay within `width`."""
+    body = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(line[column]) for line in [list(header), *body]) for column in range(len(header) - 1)]
+    indent = sum(widths) + 2 * len(widths)
+    lines = []
+    for *cells, last in [list(header), *body]:
+        pieces = textwrap.wrap(last, max(30, width - indent), break_long_words=False) or [""]
+        left = "".join(cell.ljust(size + 2) for cell, size in zip(cells, widths, strict=True))
+        lines += [(left + pieces[0]).rstrip(), *(" " * indent + piece for piece in pieces[1:])]
+    return "\n".join(lines)
 
 
 def pairs(items: Iterable[tuple[str, Any]]) -> str:
