@@ -18,7 +18,7 @@ from pathlib import Path
 from planner.codec import load_toml, noun
 from planner.instance import Instance, fault_of, median_prices
 from planner.naming import squash
-from planner.skypilot_rows import Left, Offer, SkyPilotNames, UnusableError, read_offers
+from planner.skypilot_rows import Known, Left, Offer, SkyPilotNames, UnusableError, read_offers
 
 
 @noun
@@ -51,8 +51,8 @@ def catalog_files(folder: Path) -> dict[str, Path]:
         return {}
     for file in files:
         version = file.parent.parent.name.removeprefix("v")
-        if version.isascii() and version.isdigit() and len(version) < 9:
-            cloud = file.parent.name
+        cloud = file.parent.name
+        if version.isascii() and version.isdigit() and len(version) < 9 and cloud.isalnum():
             found[cloud] = max(found.get(cloud, (-1, file)), (int(version), file))
     return {cloud: file for cloud, (_, file) in sorted(found.items())}
 
@@ -72,21 +72,27 @@ def read_live(
     for cloud, file in catalog_files(folder).items():
         left[cloud] = Left()
         try:
-            offers = read_offers(cloud, file, names, memory_mib, known, left[cloud])
-            rows += [_instance(cloud, file, offer, known) for offer in offers]
+            offers = read_offers(
+                cloud, file, Known(names=names, memory_mib=memory_mib, instances=known), left[cloud]
+            )
+            date = datetime.date.fromtimestamp(file.stat().st_mtime).isoformat()
+            source = f"SkyPilot catalog {file.parent.parent.name} {cloud}/vms.csv, file of that date"
+            rows += [_instance(cloud, offer, known, date, source) for offer in offers]
         except UnusableError as error:
             warnings.append(Warned(provider=cloud, text=f"SkyPilot's {cloud}/vms.csv {error}"))
     instances = _chosen(rows, known, memory_mib, left)
     for cloud, found in left.items():
-        source = f"SkyPilot's {cloud}/vms.csv: "
-        warnings += [Warned(provider=cloud, text=source + text) for text in found.texts()]
+        warnings += [
+            Warned(provider=cloud, text=f"SkyPilot's {cloud}/vms.csv: {text}") for text in found.texts()
+        ]
     return LiveCatalog(instances=instances, warnings=tuple(warnings))
 
 
-def _instance(cloud: str, file: Path, offer: Offer, known: Mapping[tuple[str, str], Instance]) -> Instance:
+def _instance(
+    cloud: str, offer: Offer, known: Mapping[tuple[str, str], Instance], date: str, source: str
+) -> Instance:
     """An offer as an instance of the catalog, with the network of our own row of that name."""
     own = known.get((cloud, squash(offer.name)))
-    version = file.parent.parent.name
     return Instance(
         provider=cloud,
         name=own.name if own else offer.name,
@@ -100,11 +106,11 @@ def _instance(cloud: str, file: Path, offer: Offer, known: Mapping[tuple[str, st
         intra_node=own.intra_node if own else "",
         inter_node=own.inter_node if own else "",
         region=offer.region,
-        as_of=datetime.date.fromtimestamp(file.stat().st_mtime).isoformat(),
+        as_of=date,
         price_mark="READ",
         network_mark=own.network_mark if own else "",
         reserved_note=own.reserved_note if own else "",
-        source=f"SkyPilot catalog {version} {cloud}/vms.csv, file of that date",
+        source=source,
         note="",
     )
 

@@ -12,7 +12,8 @@ import math
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,39 +114,62 @@ def _listing(names: Sequence[str], total: int) -> str:
     return "; ".join(names) + more
 
 
-def read_offers(
-    cloud: str,
-    file: Path,
-    names: SkyPilotNames,
-    memory_mib: Mapping[str, int],
-    known: Mapping[tuple[str, str], Instance],
-    left: Left,
-) -> list[Offer]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What rows are read against: SkyPilot's names, the memory of our devices, and our own instances."""
+
+    names: SkyPilotNames
+    memory_mib: Mapping[str, int]
+    instances: Mapping[tuple[str, str], Instance]
+
+
+def read_offers(cloud: str, file: Path, known: Known, left: Left) -> list[Offer]:
     """The offers of one file. Raises UnusableError where the file as a whole cannot be read."""
-    hosts = names.hosts.get(cloud, {})
+    hosts, whole = known.names.hosts.get(cloud, {}), known.names.whole.get(cloud, {})
     host_names = {host for sizes in hosts.values() for host in sizes.values()}
     host_rows: dict[tuple[str, str], Host] = {}
     offers: list[Offer] = []
-    for row in _rows(file):
+    devices: dict[tuple[str, ...], str] = {}
+    for row in _rows(file, host_names, left):
         if not row["AcceleratorName"]:
-            if row["InstanceType"] in host_names:
-                _keep_host(row, host_rows)
+            _keep_host(row, host_rows)
             continue
         name = row["InstanceType"] or row["AcceleratorName"]
         try:
-            offer = _offer(cloud, row, names, memory_mib, known, left)
+            offer = _offer(cloud, row, known, left, devices)
         except UnusableError as error:
-            left.out(name if _NAME.match(name) else "(a name that cannot be used)", str(error))
+            left.out(_shown(name), str(error))
             continue
         if offer is not None:
             offers.append(offer)
     alone = [offer for offer in offers if not offer.name]
-    whole = [offer for offer in offers if offer.name]
-    return whole + list(_with_hosts(alone, hosts, names.whole.get(cloud, {}), host_rows, left))
+    joined = _with_hosts(alone, hosts, whole, host_rows, left)
+    return _by_region([*(offer for offer in offers if offer.name), *joined])
 
 
-def _rows(file: Path) -> Iterator[dict[str, str]]:
-    """Rows of a CSV by column. Raises UnusableError for what is no such file."""
+def _by_region(offers: Iterable[Offer]) -> list[Offer]:
+    """One offer a name and region: the lowest prices of its zones."""
+    found: dict[tuple[str, str, str], Offer] = {}
+    for offer in offers:
+        key = (offer.name, offer.device, offer.region)
+        other = found.setdefault(key, offer)
+        if other is not offer:
+            price, spot = _lower(other.price, offer.price), _lower(other.spot, offer.spot)
+            found[key] = other._replace(price=price, spot=spot)
+    return list(found.values())
+
+
+def _lower(one: float | None, other: float | None) -> float | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return min(one, other)
+
+
+def _rows(file: Path, host_names: Collection[str], left: Left) -> Iterator[dict[str, str]]:
+    """Rows of accelerators and of the hosts that are asked for, by column.
+
+    Raises UnusableError for what is no such file.
+    """
     try:
         text = read_text(file).decode()
     except InputError as error:
@@ -160,10 +184,18 @@ def _rows(file: Path) -> Iterator[dict[str, str]]:
             raise UnusableError(f"lacks the columns {', '.join(lacking)}" if header else "is empty")
         accelerator, instance = header.index("AcceleratorName"), header.index("InstanceType")
         for line in lines:
-            if len(line) == len(header) and (line[accelerator] or line[instance]):
-                yield dict(zip(header, line, strict=True))
+            if len(line) == len(header):
+                if line[accelerator] or line[instance] in host_names:
+                    yield dict(zip(header, line, strict=True))
+            elif line:
+                left.out(_shown(line[0]), f"has {len(line)} cells where the header has {len(header)}")
     except csv.Error as error:
         raise UnusableError(f"is not CSV: {error}") from None
+
+
+def _shown(name: str) -> str:
+    """A name as it may be printed."""
+    return name if _NAME.match(name) else "(a name that cannot be used)"
 
 
 def _keep_host(row: Mapping[str, str], hosts: dict[tuple[str, str], Host]) -> None:
@@ -178,29 +210,29 @@ def _keep_host(row: Mapping[str, str], hosts: dict[tuple[str, str], Host]) -> No
 
 
 def _offer(
-    cloud: str,
-    row: Mapping[str, str],
-    names: SkyPilotNames,
-    memory_mib: Mapping[str, int],
-    known: Mapping[tuple[str, str], Instance],
-    left: Left,
+    cloud: str, row: Mapping[str, str], known: Known, left: Left, devices_of: dict[tuple[str, ...], str]
 ) -> Offer | None:
-    """A row as an offer, or None for accelerators that are not in this catalog. Raises UnusableError."""
+    """A row as an offer, or None for accelerators that are not in this catalog. Raises UnusableError.
+
+    `devices_of` remembers which device a row means: thousands of rows differ in their region only.
+    """
     name, accelerator = row["InstanceType"], row["AcceleratorName"]
-    tpu = _tpu(accelerator, names)
+    tpu = _tpu(accelerator, known.names)
     if tpu is not None:
         name, device, devices = accelerator, *tpu
         if devices > 8:  # a slice of several hosts is a cluster, not an instance
             return None
     else:
-        candidates = [device for device in names.accelerators.get(accelerator, ()) if device in memory_mib]
+        candidates = known.names.accelerators.get(accelerator, ())
         count = _number(row["AcceleratorCount"])
         if not candidates or count is None or 0 < count < 1:  # a part of a device trains nothing here
             return None
         if count != round(count) or not 1 <= count <= 1000:
             raise UnusableError(f"has {count:g} devices")
         devices = round(count)
-        device = _device(cloud, row, candidates, devices, memory_mib, known)
+        key = (name, accelerator, row["AcceleratorCount"], row.get("GpuInfo", ""))
+        device = devices_of.get(key) or _device(cloud, row, candidates, devices, known)
+        devices_of[key] = device
     if name and not _NAME.match(name):
         raise UnusableError("is not named in letters and digits")
     price, spot = _price(row["Price"]), _price(row["SpotPrice"])
@@ -223,30 +255,21 @@ def _tpu(accelerator: str, names: SkyPilotNames) -> tuple[str, int] | None:
     return tpu.device, max(1, int(size) // tpu.cores_per_chip)
 
 
-def _device(
-    cloud: str,
-    row: Mapping[str, str],
-    candidates: Sequence[str],
-    devices: int,
-    memory_mib: Mapping[str, int],
-    known: Mapping[tuple[str, str], Instance],
-) -> str:
+def _device(cloud: str, row: Mapping[str, str], candidates: Sequence[str], devices: int, known: Known) -> str:
     """Which device a row means: that of our own row of the same name, else what form and memory tell.
 
     Raises UnusableError where the memory that is stated fits none.
     """
-    own = known.get((cloud, squash(row["InstanceType"])))
+    own = known.instances.get((cloud, squash(row["InstanceType"])))
     if own is not None and own.device in candidates:
         return own.device
     info = row.get("GpuInfo", "")
-    fitting = list(candidates)
     sizes = _memory_readings(info, devices)
-    if sizes:
-        fitting = [
-            device
-            for device in candidates
-            if any(abs(size - memory_mib[device]) <= MEMORY_TOLERANCE * memory_mib[device] for size in sizes)
-        ]
+    fitting = [
+        device
+        for device in candidates
+        if not sizes or any(_close(size, known.memory_mib[device]) for size in sizes)
+    ]
     if not fitting:
         raise UnusableError(f"has {sizes[0]:g} MiB a device, which no {row['AcceleratorName']} has")
     gpu = _GPU_NAME.search(info)
@@ -258,6 +281,10 @@ def _device(
     if text.startswith("standard_nc"):  # Azure's NC sizes have cards, its ND sizes modules
         return next((device for device in fitting if "sxm" not in device.split("-")), fitting[0])
     return fitting[0]
+
+
+def _close(size_mib: float, memory_mib: float) -> bool:
+    return abs(size_mib - memory_mib) <= MEMORY_TOLERANCE * memory_mib
 
 
 def _memory_readings(info: str, devices: int) -> list[float]:

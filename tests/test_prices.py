@@ -215,7 +215,16 @@ def test_the_flags_are_refused_where_they_mean_nothing(tmp_path: Path) -> None:
     wrong.write_text("[devices.h101]\nusd_per_device_hour = 1\n")
     result = CliRunner().invoke(
         cli,
-        [*"estimate --model nosuch --cluster 1x8:b101 --seq 8 --batch 1 --prices".split(), str(wrong)],
+        [
+            "estimate",
+            "--model",
+            "nosuch",
+            "--cluster",
+            "1x8:b101",
+            "--seq=8",
+            "--batch=1",
+            f"--prices={wrong}",
+        ],
         prog_name="plan",
     )
     assert result.exit_code == 2
