@@ -26,7 +26,8 @@ class TracedLayer:
     A sample is one row of the batch and stands for `tokens` tokens of the workload's sequence, so that a
     workload of `seq` = `tokens` counts samples. Widths are values a token. `products` are the forward
     pass's, `moved_values` what its element-wise operators read and write, `saved_values` what autograd
-    keeps, `message_values` what leaves for the next layer.
+    keeps, `message_values` what leaves for the next layer. `shared_params` are tied parameters that this
+    layer uses and an earlier one counts.
     """
 
     key: str
@@ -39,6 +40,7 @@ class TracedLayer:
     saved_values: float
     input_values: float
     message_values: float
+    shared_params: int = 0
 
     @property
     def shape_key(self) -> str:
