@@ -14,7 +14,6 @@ from planner.catalog import load_device, load_network
 from planner.cluster import ClusterSpec, DeviceGroup, Link
 from planner.device_file import DeviceFile
 from planner.errors import InputError, Problem
-from planner.instance import instance_price_text
 from planner.market import Market, shipped_market
 from planner.network import Network
 
@@ -138,7 +137,7 @@ def instance_part(count: int, name: str, network: str | None, where: str, market
         intra=intra,
         inter=inter,
         price_usd_per_hour=None if price is None else count * price,
-        price_source=instance_price_text(instance),
+        price_source=market.price_text(instance),
     )
 
 

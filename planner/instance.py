@@ -54,8 +54,8 @@ class Instance:
 
 
 @noun
-class RejectedInstance:
-    """An instance that is left out of the catalog, and why."""
+class InstanceFault:
+    """What is wrong with an instance, or doubtful about its price."""
 
     name: str
     reason: str
@@ -63,18 +63,19 @@ class RejectedInstance:
 
 
 class Sane(NamedTuple):
-    """Instances that pass every check, and those that do not."""
+    """Instances that pass every check, those that do not, and those whose price is doubtful."""
 
     instances: tuple[Instance, ...]
-    rejected: tuple[RejectedInstance, ...]
+    rejected: tuple[InstanceFault, ...]
+    doubtful: tuple[InstanceFault, ...]
 
 
 DEVICE_COUNTS = (1, 2, 4, 8, 16)
 """Whole devices that an instance is sold with. 12 of them, as one catalog has it, is a typing error."""
 
 MEDIAN_FACTOR = 5.0
-"""A price of a device-hour this many times above or below the median over all clouds is a wrong row:
-another unit, another currency, or a listing that was never for sale."""
+"""A price of a device-hour this many times above or below the median over all clouds is doubtful: another
+unit, another offer, or a market of its own. In a list that nobody has read through, it is a wrong row."""
 
 _NUMBERS = {
     "devices": int,
@@ -113,24 +114,29 @@ def median_prices(instances: Iterable[Instance]) -> dict[str, float]:
 
 
 def sane_instances(instances: tuple[Instance, ...], devices: Collection[str]) -> Sane:
-    """Splits instances by the checks of `fault_of`. `devices` are the names of the device catalog."""
+    """Splits instances by `fault_of`, and names those that `doubt_of` doubts. `devices` are the catalog's."""
     medians = median_prices(instances)
     kept: list[Instance] = []
-    rejected: list[RejectedInstance] = []
+    rejected: list[InstanceFault] = []
+    doubtful: list[InstanceFault] = []
     for instance in instances:
-        fault = fault_of(instance, devices, medians)
+        fault, doubt = fault_of(instance, devices), doubt_of(instance, medians)
         if fault:
-            rejected.append(RejectedInstance(name=instance.full_name, reason=fault, source=instance.source))
+            rejected.append(_fault(instance, fault))
         else:
             kept.append(instance)
-    return Sane(tuple(kept), tuple(rejected))
+            doubtful += [_fault(instance, doubt)] if doubt else []
+    return Sane(tuple(kept), tuple(rejected), tuple(doubtful))
 
 
-def fault_of(instance: Instance, devices: Collection[str], medians: Mapping[str, float]) -> str:
-    """What is wrong with an instance, in words; empty where nothing is.
+def _fault(instance: Instance, reason: str) -> InstanceFault:
+    return InstanceFault(name=instance.full_name, reason=reason, source=instance.source)
 
-    Its device is in the catalog, in a number that is sold; prices are above 0, spot is at most on demand,
-    and a device-hour costs between the median over all clouds / 5 and 5 times that median.
+
+def fault_of(instance: Instance, devices: Collection[str]) -> str:
+    """Why an instance cannot be used, in words; empty where it can.
+
+    Its device is in the catalog, in a number that is sold; prices are above 0, spot is at most on demand.
     """
     price, spot = instance.ondemand_usd_per_hour, instance.spot_usd_per_hour
     if instance.device not in devices:
@@ -141,14 +147,15 @@ def fault_of(instance: Instance, devices: Collection[str], medians: Mapping[str,
         return "has a price that is not above 0"
     if price is not None and spot is not None and spot > price:
         return f"costs more as spot ({spot:g}) than on demand ({price:g})"
-    unit, median = instance.usd_per_device_hour, medians.get(instance.device)
-    if (
-        unit is not None
-        and median is not None
-        and not median / MEDIAN_FACTOR <= unit <= median * MEDIAN_FACTOR
-    ):
-        return f"costs {unit:.3g} dollars a device-hour, the median of all clouds is {median:.3g}"
     return ""
+
+
+def doubt_of(instance: Instance, medians: Mapping[str, float]) -> str:
+    """Why a price is doubtful: it is not within a factor of 5 of the median of its device over all clouds."""
+    unit, median = instance.usd_per_device_hour, medians.get(instance.device)
+    if unit is None or median is None or median / MEDIAN_FACTOR <= unit <= median * MEDIAN_FACTOR:
+        return ""
+    return f"costs {unit:.3g} dollars a device-hour, the median of all clouds is {median:.3g}"
 
 
 def instance_price_text(instance: Instance) -> str:

@@ -15,9 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from planner.catalog import data_folder, device_names, load_device
-from planner.errors import InputError, Problem
-from planner.instance import Instance, RejectedInstance, find_instance, load_instances, sane_instances
-from planner.naming import squash
+from planner.instance import (
+    Instance,
+    InstanceFault,
+    find_instance,
+    instance_price_text,
+    load_instances,
+    sane_instances,
+)
 
 if TYPE_CHECKING:  # read only where a price asks for them: `plan list` answers at once
     from planner.device_file import DeviceFile
@@ -39,22 +44,21 @@ class Market:
     """Instances with their prices, and how devices are priced. `on_premises` is None unless asked for."""
 
     instances: tuple[Instance, ...]
-    rejected: tuple[RejectedInstance, ...] = ()
+    rejected: tuple[InstanceFault, ...] = ()
+    doubtful: tuple[InstanceFault, ...] = ()
     warnings: tuple[Warned, ...] = ()
     prices: PriceFile | None = None
     on_premises: OnPremises | None = None
 
     def instance(self, text: str, where: str = "--cluster") -> Instance:
-        """The instance that `text` names. Raises InputError; one that is left out is named with its fault."""
-        try:
-            return find_instance(text, self.instances, where)
-        except InputError:
-            for known in self.rejected:
-                if squash(text) in (squash(known.name), squash(known.name.partition("/")[2])):
-                    fault = f"'{known.name}' is left out of the catalog: it {known.reason}."
-                    fix = "name devices, NODESxGPUS:DEVICE, and their price in a prices file"
-                    raise InputError(Problem(where=where, fault=fault, fix=fix)) from None
-            raise
+        """The instance that `text` names, with or without its provider. Raises InputError."""
+        return find_instance(text, self.instances, where)
+
+    def price_text(self, instance: Instance) -> str:
+        """The price of an instance for people, with date, source and doubts; empty where it is unknown."""
+        doubts = [doubt.reason for doubt in self.doubtful if doubt.name == instance.full_name]
+        text = instance_price_text(instance)
+        return f"{text}: doubtful, {doubts[0]}" if text and doubts else text
 
     def device_price(self, facts: DeviceFile) -> Price | None:
         """Dollars for an hour of one device that no instance brings, or None where unknown."""
@@ -85,7 +89,7 @@ class Market:
 def shipped_market() -> Market:
     """Our own catalog alone, on-demand prices as listed."""
     found = sane_instances(load_instances(data_folder() / "instances.csv"), device_names())
-    return Market(instances=found.instances, rejected=found.rejected)
+    return Market(instances=found.instances, rejected=found.rejected, doubtful=found.doubtful)
 
 
 def read_market(prices: Path | None = None, on_premises: bool = False, live: bool = True) -> Market:
@@ -108,10 +112,16 @@ def read_market(prices: Path | None = None, on_premises: bool = False, live: boo
     return Market(
         instances=instances,
         rejected=shipped.rejected,
+        doubtful=tuple(doubt for doubt in shipped.doubtful if _still(doubt, instances)),
         warnings=() if found is None else found.warnings,
         prices=file,
         on_premises=_on_premises(file, path, on_premises),
     )
+
+
+def _still(doubt: InstanceFault, instances: tuple[Instance, ...]) -> bool:
+    """Whether a price that was doubted is still the one that is listed."""
+    return any(row.full_name == doubt.name and row.source == doubt.source for row in instances)
 
 
 def _live(shipped: Market) -> LiveCatalog | None:

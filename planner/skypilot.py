@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from planner.codec import load_toml, noun
-from planner.instance import Instance, fault_of, median_prices
+from planner.instance import Instance, doubt_of, fault_of, median_prices
 from planner.naming import squash
 from planner.skypilot_rows import Known, Left, Offer, SkyPilotNames, UnusableError, read_offers
 
@@ -125,7 +125,7 @@ def _chosen(
     medians = median_prices([*known.values(), *_cheapest_rows(rows)])
     groups: defaultdict[str, list[Instance]] = defaultdict(list)
     for row in rows:
-        fault = fault_of(row, memory_mib, medians)
+        fault = fault_of(row, memory_mib) or doubt_of(row, medians)
         if fault:
             left[row.provider].out(row.name, fault)
         else:

@@ -182,11 +182,12 @@ def test_a_folder_or_binary_file_is_refused(tmp_path: Path) -> None:
         read_market(tmp_path / "binary")
 
 
-def test_an_instance_that_is_left_out_is_named_with_its_fault() -> None:
-    with pytest.raises(InputError, match=r"verda/1V100.*left out.*median"):
-        parse_cluster("1*verda/1V100")
-    with pytest.raises(InputError, match=r"left out"):
-        parse_cluster("1*1V100")
+def test_a_doubtful_price_is_named_until_the_user_gives_one(tmp_path: Path) -> None:
+    (text,) = parse_cluster("1*verda/1V100").price_sources
+    assert re.search(r"verda/1V100 0\.138 on demand, read.*doubtful", text)
+    file = write(tmp_path, "[instances.'verda/1V100']\nusd_per_hour = 0.2\n")
+    (own,) = parse_cluster("1*verda/1V100", market=read_market(file)).price_sources
+    assert "0.2 on demand, your price" in own and ": doubtful," not in own
 
 
 def test_the_commands_take_the_file(tmp_path: Path) -> None:
@@ -231,10 +232,10 @@ def test_the_flags_are_refused_where_they_mean_nothing(tmp_path: Path) -> None:
     assert all(name in result.stderr for name in ("nosuch", "b101", "h101")), "all faults at once"
 
 
-def test_list_names_what_is_left_out_on_stderr() -> None:
+def test_list_names_doubtful_prices_on_stderr() -> None:
     result = CliRunner().invoke(cli, ["list", "instances"], prog_name="plan")
-    assert "warning: verda/1V100 is left out" in result.stderr
-    assert "verda/1V100 " not in result.stdout
+    assert "warning: verda/1V100 is doubtful: costs 0.138 dollars a device-hour" in result.stderr
+    assert "verda/1V100" in result.stdout and "warning" not in result.stdout
 
 
 def test_show_device_has_its_cost_on_premises() -> None:

@@ -45,10 +45,12 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _instances(prices: Path | None = None) -> list[dict[str, Any]]:
-    """Every instance that is sane; what is left out is named on stderr."""
+    """Every instance that is sane; what is left out or doubtful is named on stderr."""
     market = open_market(prices, on_premises=False)
     for rejected in market.rejected:
         click.echo(f"warning: {rejected.name} is left out: {rejected.reason} ({rejected.source})", err=True)
+    for doubt in market.doubtful:
+        click.echo(f"warning: {doubt.name} is doubtful: {doubt.reason} ({doubt.source})", err=True)
     warn_of(market)
     return [
         {
