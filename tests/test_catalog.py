@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import tomllib
 from pathlib import Path
@@ -13,8 +14,9 @@ from planner.codec import decode, encode
 from planner.device_file import DeviceFile, load_device_file
 from planner.errors import InputError
 from planner.instance import load_instances
+from planner.measured import table_of
 from planner.naming import nearest, squash
-from planner.network import parse_network
+from planner.network import NetworkFile, load_networks, parse_network
 from planner.units import GIB
 
 DEVICES = catalog.device_names()
@@ -49,6 +51,75 @@ def test_what_is_unverified_names_keys_of_its_group(name: str) -> None:
     for group in groups:
         for key in group.get("unverified", []):
             assert key in group, (name, key)
+
+
+def figures_of(name: str) -> dict[str, str]:
+    with (Path(__file__).parent / "data" / "device_figures.csv").open(encoding="utf-8", newline="") as file:
+        return next(row for row in csv.DictReader(file) if row["device"] == name)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_device_file_states_the_gathered_figures(name: str) -> None:
+    """Every number against the table that the files were written from; empty there is unknown here.
+
+    Links and PCIe are given both ways there. Two figures were found later: PCIe6 of three Blackwell parts.
+    """
+    facts, row = catalog.load_device(name), figures_of(name)
+    peaks = facts.peak_tflops
+    stated: dict[str, float | None] = {
+        "nominal_gb": facts.memory.nominal_gb,
+        "reported_mib": facts.memory.reported_mib,
+        "usable_gib": facts.memory.usable_gib,
+        "bandwidth_gb_per_s": facts.memory.bandwidth_gb_per_s,
+        **{key: getattr(peaks, key) for key in ("fp32", "tf32", "bf16", "fp16", "fp8", "fp4")},
+        "measured_bf16": facts.measured.bf16_gemm_tflops if facts.measured else None,
+        "link_both_ways_gb_per_s": 2 * facts.link.gb_per_s,
+        "pcie_generation": facts.pcie.generation if facts.pcie else None,
+        "tdp_w": facts.power.tdp_w if facts.power else None,
+        **{key: getattr(facts.price, key, None) for key in ("low_usd", "typical_usd", "high_usd")},
+        "year": facts.year,
+    }
+    if row["pcie_both_ways_gb_per_s"]:
+        assert facts.pcie is not None
+        stated["pcie_both_ways_gb_per_s"] = 2 * facts.pcie.gb_per_s
+    for key, value in stated.items():
+        assert value == (float(row[key]) if row[key] else None), key
+
+
+NAMES_OF_MEMORY = {
+    "total_mib": "reported_mib", "mem_bw": "bandwidth_gb_per_s", "tdp": "tdp_w", "ici": "gb_per_s",
+    "link": "gb_per_s", "link_bridge": "name", "price_low": "low_usd", "price_typ": "typical_usd",
+    "price_high": "high_usd",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_what_was_recalled_is_marked(name: str) -> None:
+    """Every figure that the table says is from memory is `unverified` in the file; fp16 goes with bf16."""
+    facts, row = catalog.load_device(name), figures_of(name)
+    groups = (facts, facts.memory, facts.peak_tflops, facts.link, facts.power, facts.price)
+    marked = {key for group in groups if group is not None for key in group.unverified}
+    prices = {key for key in ("low_usd", "typical_usd", "high_usd") if getattr(facts.price, key, None)}
+    expected: set[str] = set()
+    for word in filter(None, row["unverified"].split(";")):
+        expected |= prices if word == "price" else {NAMES_OF_MEMORY.get(word, word)}
+    if "bf16" in expected and facts.peak_tflops.fp16 is not None:
+        expected.add("fp16")
+    assert marked == expected
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_device_has_a_curve_or_a_share_or_is_known_to_have_neither(name: str) -> None:
+    """What collectives reach of the link: measured, taken from a like link, or unknown and so nominal."""
+    facts = catalog.load_device(name)
+    unknown = {"mi250x", "gaudi2", "gaudi3", "tpu-v4", "tpu-v5e", "tpu-v5p", "tpu-v6e-trillium"}
+    unknown.add("tpu-v7x-ironwood")
+    curve, share = table_of(name, "collectives"), facts.link.share
+    assert (curve is not None) + (share is not None) + (name in unknown) == 1
+    if share is not None:
+        assert any(source.startswith("share: ") for source in facts.link.sources)
+        assert facts.link_of(1).share == share
+        assert facts.link_of(1).share_origin == "fitted"
 
 
 def test_published_figures_of_known_devices() -> None:
@@ -144,6 +215,10 @@ def test_a_device_is_known_by_what_its_driver_calls_it() -> None:
         (("usable_gib = 79.25", "usable_gib = 90"), "memory.usable_gib"),
         (("usable_gib = 79.25", "usable_gb = 79.25"), "usable_gb"),
         (("reported_mib = 81920", "reported_mib = 0"), "memory.reported_mib"),
+        (("domain = 8", "domain = 8\nshare = 1.2"), "link.share"),
+        (("domain = 8", "domain = 8\nshare = 0"), "link.share"),
+        (("tdp_w = 400", "tdp_w = -400"), "power.tdp_w"),
+        (("typical_usd = 12000", "typical_usd = inf"), "price.typical_usd"),
     ],
 )
 def test_a_wrong_device_file_names_the_key(tmp_path: Path, change: tuple[str, str], fault: str) -> None:
@@ -164,6 +239,35 @@ def test_networks_give_each_device_its_share() -> None:
     assert free.bytes_per_s is None and free.latency_s == 0
     beyond = catalog.load_network("nvl72-xdr800")
     assert beyond.domain == 72 and beyond.link(72).bytes_per_s == 100e9
+
+
+def test_the_file_of_networks_comes_back_from_plain_data() -> None:
+    file = catalog.networks()
+    assert decode(NetworkFile, encode(file), source="networks.toml") == file
+    for name, kind in file.kinds.items():
+        assert set(kind.unverified) <= {"latency_us", "share"}, name
+        assert kind.share is None or any("share" in source for source in kind.sources), name
+
+
+@pytest.mark.parametrize(("old", "new", "fault"), [
+    ("share = 0.81", "share = 1.81", r"kinds\.hdr\.share"),
+    ("latency_us = 50", "latency_us = -1", r"kinds\.efa\.latency_us"),
+    ("share = 0.86", 'share = "most"', r"kinds\.ndr\.share"),
+    ("links = ", "linked = ", "linked"),
+])  # fmt: skip
+def test_a_wrong_file_of_networks_names_the_key(tmp_path: Path, old: str, new: str, fault: str) -> None:
+    text = (catalog.data_folder() / "clusters" / "networks.toml").read_text()
+    assert old in text
+    (tmp_path / "networks.toml").write_text(text.replace(old, new))
+    with pytest.raises(InputError, match=fault):
+        load_networks(tmp_path / "networks.toml")
+
+
+def test_a_network_says_what_of_it_is_reached() -> None:
+    link = catalog.load_network("hdr200x8").link(8)
+    assert (link.share, link.share_origin) == (0.81, "fitted")
+    assert catalog.load_network("eth100").link(8).share_origin == "datasheet", "from memory"
+    assert catalog.load_network("none").link(8).share is None
 
 
 def test_every_common_network_reads_back() -> None:
