@@ -12,6 +12,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
+from itertools import accumulate
 
 from planner.cost.analytic import analytic_cost, device_rates
 from planner.cost.layer import LayerCost, LayerShape
@@ -23,13 +24,25 @@ ORIGINS = ("measured", "interpolated", "fitted", "datasheet")
 
 
 class LayerModel:
-    """Layer costs of one planning problem, remembered by shape."""
+    """Layer costs of one planning problem, remembered by shape.
+
+    `classes` are the model's layer classes by key, `keys` the class of each layer.
+    """
 
     def __init__(self, problem: PlanningProblem) -> None:
         self.problem = problem
         self.samples = at_usual_speed(problem.profile.layers) if problem.profile else []
         self.rates = device_rates(problem)
+        model = problem.model
+        self.classes, self.params_total = model.classes(), model.params_total
+        self.stream_width = model.stream_width
+        self.keys = tuple(s.block.shape_key for s in model.segments for _ in range(s.count))
+        self._before = {key: [0, *accumulate(k == key for k in self.keys)] for key in self.classes}
         self._known: dict[LayerShape, LayerCost] = {}
+
+    def count(self, key: str, first: int, end: int) -> int:
+        """Blocks of a class among the layers [first, end)."""
+        return self._before[key][end] - self._before[key][first]
 
     def cost(self, shape: LayerShape) -> LayerCost:
         """The cost of a layer of the problem's model."""

@@ -7,7 +7,6 @@ planner pick recipes exactly.
 from __future__ import annotations
 
 from collections import Counter
-from itertools import accumulate
 
 from planner.codec import noun
 from planner.cost import constants
@@ -114,10 +113,7 @@ class ShapeModel:
         communicates = self.overlaps and degrees.world > 1
         self.runtime_bytes = constants.COMMUNICATOR_BYTES if communicates else 0
         model, tp = problem.model, degrees.tp
-        self.classes = model.classes()
-        self._before = {
-            key: [0, *accumulate(block.shape_key == key for block in model.blocks())] for key in self.classes
-        }
+        self.classes = layers.classes
         self.block_units = {
             key: Unit(params=block.params_shard(tp), tensors=block.tensors)
             for key, block in self.classes.items()
@@ -144,7 +140,7 @@ class ShapeModel:
 
     def count(self, key: str, first: int, end: int) -> int:
         """Blocks of a class among the layers [first, end)."""
-        return self._before[key][end] - self._before[key][first]
+        return self.layer_model.count(key, first, end)
 
     def block(self, key: str, recompute: Recompute = Recompute.NONE) -> LayerCost:
         """One block of a class on one device for one micro-batch."""
@@ -269,7 +265,7 @@ class ShapeModel:
 
     def message_bytes(self) -> float:
         """What one stage sends to the next for one micro-batch, at the widest boundary of the model."""
-        return self.hidden_bytes() / self.problem.model.hidden * self.problem.model.stream_width
+        return self.hidden_bytes() / self.problem.model.hidden * self.layer_model.stream_width
 
     def _tp_message(self, op: Op) -> float:
         return self._seconds(op, self.hidden_bytes(), self._tp_group())

@@ -110,5 +110,5 @@ def _optimizer_bound_s(model: CostModel, shape: ShapeModel) -> float:
 
 def memory_bound_bytes(shape: ShapeModel) -> float:
     """No strategy of this shape keeps less on its fullest rank: the mean of weights, gradients, state."""
-    params = shape.problem.model.params_total / shape.degrees.tp / shape.degrees.pp
+    params = shape.layer_model.params_total / shape.degrees.tp / shape.degrees.pp
     return weights_bytes(shape, params) + grads_bytes(shape, params) + optimizer_bytes(shape, params)

@@ -151,7 +151,7 @@ class ShapeSearch:
         if self.one_class:
             return [0, *accumulate(layers // stages + (s < layers % stages) for s in range(stages))]
         each = {key: self._least_block_s(key) for key in self.shape.classes}
-        done = [0.0, *accumulate(each[block.shape_key] for block in self.model.problem.model.blocks())]
+        done = [0.0, *accumulate(each[key] for key in self.shape.layer_model.keys)]
         bounds = [0]
         for stage in range(1, stages):
             wanted = done[-1] * stage / stages

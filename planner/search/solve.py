@@ -32,6 +32,8 @@ from planner.units import format_bytes
 OPTIMAL_GAP = 1e-6
 GREEDY_SHAPES = 32
 """Shapes, in order of their bound, that get an even split first: a good incumbent prunes the rest."""
+MAX_RUNNERS_UP = 64
+"""Shapes, in order of their bound, that are tried for runners-up; more only where no plan was found."""
 MAX_TIMELINE = 4096
 """Events of a replay that a plan carries; a picture of more cannot be read."""
 NOT_MODELLED = (
@@ -182,8 +184,8 @@ class Solver:
     def _add_runners_up(self, candidates: list[_Candidate]) -> None:
         """An even split of the next shapes that were not searched, so that there is something to compare."""
         known = {found.strategy.degrees for found in self.found}
-        for candidate in candidates:
-            if len(known) > 4 * self.options.top:
+        for tried, candidate in enumerate(candidates):
+            if len(known) > 4 * self.options.top or (self.found and tried >= MAX_RUNNERS_UP):
                 break
             if candidate.search.degrees not in known:
                 greedy = candidate.search.greedy()
