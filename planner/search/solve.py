@@ -32,6 +32,8 @@ from planner.units import format_bytes
 OPTIMAL_GAP = 1e-6
 GREEDY_SHAPES = 32
 """Shapes, in order of their bound, that get an even split first: a good incumbent prunes the rest."""
+FLAT_SHAPES = 16
+"""Shapes without a pipeline that get theirs as well: their bound is exact, so it stands behind loose ones."""
 MAX_RUNNERS_UP = 64
 """Shapes, in order of their bound, that are tried for runners-up; more only where no plan was found."""
 MAX_TIMELINE = 4096
@@ -152,7 +154,8 @@ class Solver:
     def _search(self, candidates: list[_Candidate]) -> bool:
         """Searches shapes until none left can win. Returns whether time ran out first."""
         incumbent_s = float("inf")
-        for candidate in candidates[:GREEDY_SHAPES]:
+        flat = [candidate for candidate in candidates[GREEDY_SHAPES:] if candidate.search.degrees.pp == 1]
+        for candidate in (*candidates[:GREEDY_SHAPES], *flat[:FLAT_SHAPES]):
             greedy = candidate.search.greedy()
             if greedy is not None:
                 self.found.append(greedy)
