@@ -119,9 +119,10 @@ class LanguageModel(nn.Module):
         return logits
 
 
-def mixture(layers: int = 4, *, data_dependent: bool = False) -> LanguageModel:
+def mixture(layers: int = 4, *, width: int = 32, data_dependent: bool = False) -> LanguageModel:
     kind = DataDependentExperts if data_dependent else Experts
-    return LanguageModel([EncoderBlock(32, 4, kind(32, 4, 2)) for _ in range(layers)])
+    blocks = [EncoderBlock(width, 4, kind(width, 4, 2)) for _ in range(layers)]
+    return LanguageModel(blocks, width=width)
 
 
 class DecoderBlock(nn.Module):
