@@ -44,20 +44,23 @@ def model_index() -> dict[str, ModelEntry]:
     return decode(dict[str, ModelEntry], load_toml_object(path), source=path.name)
 
 
-def load_model(text: str, where: str = "--model") -> ModelSpec:
-    """The model that `text` names: a catalog name, a config.json or its folder, or a TOML file."""
+def load_model(text: str, where: str = "--model", arch: str | None = None) -> ModelSpec:
+    """The model that `text` names: a catalog name, a config.json or its folder, or a TOML file.
+
+    `arch` reads a file as the architecture of that name, whatever its model_type says.
+    """
     from planner.hf import read_config_file, read_model_toml  # `plan list devices` needs no models
 
     index = model_index()
     name = _find(text, {name: entry.aliases for name, entry in index.items()})
     if name is not None:
         file = data_folder() / "models" / f"{name}.json"
-        return read_config_file(file, name=name, sources=index[name].sources)
+        return read_config_file(file, name=name, sources=index[name].sources, arch=arch)
     path = Path(text)
     if path.suffix == ".toml":
-        return read_model_toml(path)
+        return read_model_toml(path, arch)
     if path.suffix == ".json" or "/" in text or _exists(path, where):
-        return read_config_file(path)
+        return read_config_file(path, arch=arch)
     raise unknown(
         where,
         "model",

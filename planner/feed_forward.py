@@ -74,6 +74,7 @@ class Experts:
     shared: Mlp | None = None
     shared_gate: bool = False
     latent: int | None = None
+    latent_bias: bool = False
 
     @property
     def widths_split(self) -> tuple[tuple[int, str], ...]:
@@ -85,8 +86,9 @@ class Experts:
         whole = Split.NONE
         matrices = [Matrix(inputs=hidden, outputs=self.count, split=whole, bias=self.router_bias)]
         if self.latent is not None:
-            matrices.append(Matrix(inputs=hidden, outputs=self.latent, split=whole))
-            matrices.append(Matrix(inputs=self.latent, outputs=hidden, split=whole))
+            bias = self.latent_bias
+            matrices.append(Matrix(inputs=hidden, outputs=self.latent, split=whole, bias=bias))
+            matrices.append(Matrix(inputs=self.latent, outputs=hidden, split=whole, bias=bias))
         matrices += self.expert.matrices(self.latent or hidden, self.count, self.topk)
         if self.shared is not None:
             matrices += self.shared.matrices(hidden)
@@ -117,7 +119,8 @@ class Experts:
     @property
     def bias_key(self) -> str:
         shared = self.shared.bias_key if self.shared else ""
-        return self.expert.bias_key + str(int(self.router_bias)) + shared
+        latent = "1" if self.latent_bias else ""
+        return self.expert.bias_key + str(int(self.router_bias)) + shared + latent
 
 
 FeedForward = Mlp | Experts

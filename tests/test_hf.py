@@ -12,9 +12,8 @@ import pytest
 
 from planner.catalog import data_folder
 from planner.errors import InputError
-from planner.hf import MAX_CONFIG_BYTES, read_config, read_config_file, read_model_toml
-from planner.hf_keys import FAMILIES
 from planner.feed_forward import Activation
+from planner.hf import FAMILIES, MAX_CONFIG_BYTES, read_config, read_config_file, read_model_toml
 from planner.model import Norm
 
 COUNTS = list(csv.DictReader((Path(__file__).parent / "data" / "model_params.csv").read_text().splitlines()))
@@ -143,9 +142,7 @@ def test_heads_that_do_not_fit_are_refused_with_what_would() -> None:
     assert "does not divide" in faults({**LLAMA, "num_attention_heads": 7, "num_key_value_heads": 7})[0]
     assert "does not divide" in faults({**GPT2, "n_head": 5})[0]
     assert "even" in faults({**LLAMA, "head_dim": 33})[0]
-    assert (
-        read_config({**LLAMA, "head_dim": 128}, source="c", name="x").block(0).mixer.query_width == 1024
-    )
+    assert read_config({**LLAMA, "head_dim": 128}, source="c", name="x").block(0).mixer.query_width == 1024
 
 
 @pytest.mark.parametrize("key", ["auto_map", "trust_remote_code"])
@@ -157,7 +154,6 @@ def test_a_config_that_points_at_code_is_refused(key: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("quantization_config", {"bits": 4}),
         ("num_local_experts", 8),
         ("sliding_window", 4096),
         ("is_encoder_decoder", True),
@@ -171,10 +167,10 @@ def test_what_changes_the_cost_and_is_not_modelled_is_refused(key: str, value: o
     assert faults({**LLAMA, key: value})[0].startswith(f"config.json: {key}: ")
 
 
-@pytest.mark.parametrize("value", ["llamma", "qwen3", "", 5, None, ["llama"], {"a": 1}, "x" * 10**6])
+@pytest.mark.parametrize("value", ["llamma", "qwen9", "", 5, None, ["llama"], {"a": 1}, "x" * 10**6])
 def test_an_unknown_architecture_names_the_known(value: object) -> None:
     (fault,) = faults({**LLAMA, "model_type": value})
-    assert "model_type" in fault and "llama, gpt2" in fault and len(fault) < 300
+    assert "model_type" in fault and f"{len(FAMILIES)} in all" in fault and len(fault) < 1000
     assert "did you mean 'llama'" in faults({**LLAMA, "model_type": "llamma"})[0]
 
 
@@ -244,7 +240,7 @@ def test_random_damage_never_escapes_as_another_error() -> None:
     read = refused = 0
     for _ in range(2000):
         config = dict(random_.choice((LLAMA, GPT2)))
-        keys = [name for family in FAMILIES.values() for key in family.keys.values() for name in key.names]
+        keys = [name for kind in ("llama", "gpt2") for name in FAMILIES[kind].all_names]
         keys += ["auto_map", "layer_types", "rope_parameters", "rope_scaling", "model_type", "text_config"]
         for _ in range(random_.randint(1, 4)):
             config[random_.choice(keys)] = random_.choice(values)
