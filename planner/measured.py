@@ -143,16 +143,26 @@ def load_links(path: Path) -> tuple[LinkFigure, ...]:
 
 @cache
 def collectives() -> Mapping[str, tuple[Collective, ...]]:
-    """The shipped collectives by table, rejected tables left out."""
+    """The collectives by table, rejected tables left out: an installed package's, else the shipped ones."""
+    from planner.aiconfigurator import installed_collectives
+
     rejected = {name for name, table in tables().items() if table.rejected}
     rows = load_collectives(folder() / "collectives.csv")
-    return _grouped([row for row in rows if row.table not in rejected])
+    shipped = _grouped([row for row in rows if row.table not in rejected])
+    return {**shipped, **installed_collectives(shipped)}
 
 
 @cache
 def products() -> Mapping[str, tuple[Product, ...]]:
-    """The shipped matrix products by table."""
-    return _grouped(load_products(folder() / "gemm.csv"))
+    """The matrix products by table: an installed package's where we ship that table and format, else ours."""
+    from planner.aiconfigurator import installed_products
+
+    shipped = _grouped(load_products(folder() / "gemm.csv"))
+    for name, rows in installed_products(shipped).items():
+        formats = {row.precision for row in shipped[name]} & {row.precision for row in rows}
+        kept = [row for row in shipped[name] if row.precision not in formats]
+        shipped[name] = (*kept, *(row for row in rows if row.precision in formats))
+    return shipped
 
 
 @cache
