@@ -22,6 +22,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
+from functools import cache
 
 from planner import measured
 from planner.measured import Collective
@@ -118,6 +119,7 @@ def wire_factor(op: Op, ranks: int) -> float:
             return (ranks - 1) / ranks
 
 
+@cache
 def curves_of(device: str) -> CollectiveCurves | None:
     """The shipped curves that speak for a device of the catalog, or None."""
     table = measured.table_of(device, "collectives")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from planner.commands.options import json_option, on_premises_option, open_market, prices_option, warn_of
-from planner.commands.text import pairs, print_json, table
+from planner.commands.text import WIDTH, pairs, print_json, table
 
 if TYPE_CHECKING:
     from planner.market import Market
@@ -184,7 +184,7 @@ def _show_device(name: str, seq: int | None) -> tuple[dict[str, Any], str]:
     facts, inputs = load_device(name, "NAME"), on_premises_inputs()
     cost = cost_per_device_hour(facts, inputs)
     document["on_premises"] = None if cost is None else {**encode(cost), "total_usd": cost.total_usd}
-    return document, f"{text}\n\n{pairs(on_premises_rows(facts, inputs))}".rstrip()
+    return document, f"{text}\n\n{pairs(on_premises_rows(facts, inputs), WIDTH)}".rstrip()
 
 
 def _show_network(name: str, seq: int | None) -> tuple[dict[str, Any], str]:
@@ -276,7 +276,7 @@ def show_command(
     elif isinstance(shown, str):
         click.echo(shown)
     else:
-        click.echo(pairs((key, _joined(value)) for key, value in shown))
+        click.echo(pairs(((key, _joined(value)) for key, value in shown), WIDTH))
 
 
 def _joined(value: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from planner.commands.text import pairs, table
+from planner.commands.text import WIDTH, pairs, table
 
 if TYPE_CHECKING:
     from planner.network import Network
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SHOWN_DEVICES = 8
 """Devices of a node in `show network`, whose share of the ports is printed."""
 
-WIDTHS: Mapping[str, int] = MappingProxyType({"link": 22, "system": 18, "op": 14})
+WIDTHS: Mapping[str, int] = MappingProxyType({"link": 22, "system": 15, "op": 14})
 
 
 def network_rows() -> list[dict[str, Any]]:
@@ -126,7 +126,7 @@ def show_network(name: str) -> tuple[dict[str, Any], str]:
         "link_figures": [encode(row) for row in figures],
         "measured_collectives": [encode(row) for row in curves],
     }
-    parts = [pairs(_facts(network))]
+    parts = [pairs(_facts(network), WIDTH)]
     if figures:
         parts.append("What was published of such links:\n" + link_list([encode(row) for row in figures]))
     if curves:

@@ -9,6 +9,9 @@ from typing import Any
 
 import click
 
+WIDTH = 118
+"""Columns that text for people keeps to where it can."""
+
 
 def print_json(document: Any) -> None:
     """Writes one JSON document to stdout."""
@@ -34,24 +37,33 @@ def table(
     )
 
 
-def wrapped_table(header: Sequence[str], rows: Sequence[Sequence[Any]], width: int = 118) -> str:
+def wrapped_table(header: Sequence[str], rows: Sequence[Sequence[Any]], width: int = WIDTH) -> str:
     """Rows under a header, the last column wrapped so that lines stay within `width`."""
     body = [[_cell(value) for value in row] for row in rows]
     widths = [max(len(line[column]) for line in [list(header), *body]) for column in range(len(header) - 1)]
     indent = sum(widths) + 2 * len(widths)
     lines = []
     for *cells, last in [list(header), *body]:
-        pieces = textwrap.wrap(last, max(30, width - indent), break_long_words=False) or [""]
+        pieces = _wrapped(last, width - indent)
         left = "".join(cell.ljust(size + 2) for cell, size in zip(cells, widths, strict=True))
         lines += [(left + pieces[0]).rstrip(), *(" " * indent + piece for piece in pieces[1:])]
     return "\n".join(lines)
 
 
-def pairs(items: Iterable[tuple[str, Any]]) -> str:
-    """One `name  value` line for each item that has a value."""
+def pairs(items: Iterable[tuple[str, Any]], width: int | None = None) -> str:
+    """One `name  value` line for each item that has a value; with `width`, long values go on below."""
     shown = [(name, _cell(value)) for name, value in items if value is not None and value != ""]
-    width = max((len(name) for name, _ in shown), default=0)
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in shown)
+    indent = max((len(name) for name, _ in shown), default=0) + 2
+    lines = []
+    for name, value in shown:
+        pieces = [value] if width is None else _wrapped(value, width - indent)
+        lines += [name.ljust(indent) + pieces[0], *(" " * indent + piece for piece in pieces[1:])]
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most `width`, or 30 where that is too little; words stay whole."""
+    return textwrap.wrap(text, max(30, width), break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def _cell(value: Any) -> str:
