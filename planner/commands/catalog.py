@@ -181,7 +181,7 @@ def _show_device(name: str, seq: int | None) -> tuple[dict[str, Any], str]:
     from planner.on_premises import cost_per_device_hour, on_premises_rows
 
     document, text = show_device(name)
-    facts, inputs = load_device(name, "NAME"), on_premises_inputs()
+    facts, inputs = load_device(str(document["name"])), on_premises_inputs()
     cost = cost_per_device_hour(facts, inputs)
     document["on_premises"] = None if cost is None else {**encode(cost), "total_usd": cost.total_usd}
     return document, f"{text}\n\n{pairs(on_premises_rows(facts, inputs), WIDTH)}".rstrip()
