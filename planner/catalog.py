@@ -45,11 +45,13 @@ def model_index() -> dict[str, ModelEntry]:
 
 
 def load_model(text: str, where: str = "--model", arch: str | None = None) -> ModelSpec:
-    """The model that `text` names: a catalog name, a config.json or its folder, or a TOML file.
+    """The model that `text` names: a catalog name, a config.json or its folder, a TOML file, or a file of
+    `plan trace`.
 
     `arch` reads a file as the architecture of that name, whatever its model_type says.
     """
     from planner.hf import read_config_file, read_model_toml  # `plan list devices` needs no models
+    from planner.traced_file import read_traced_model
 
     index = model_index()
     name = _find(text, {name: entry.aliases for name, entry in index.items()})
@@ -59,6 +61,8 @@ def load_model(text: str, where: str = "--model", arch: str | None = None) -> Mo
     path = Path(text)
     if path.suffix == ".toml":
         return read_model_toml(path, arch)
+    if path.suffix == ".json" and path.name != "config.json" and (traced := read_traced_model(path)):
+        return traced
     if path.suffix == ".json" or "/" in text or _exists(path, where):
         return read_config_file(path, arch=arch)
     raise unknown(

@@ -30,6 +30,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "napkin": ("planner.commands.napkin:napkin", "First principles: bytes, 6ND, days, with formulas."),
         "scaling": ("planner.commands.scaling:scaling", "Compute-optimal size and tokens for a budget."),
         "profile": ("planner.commands.profile:profile", "Measure layers, collectives, memory: a profile."),
+        "trace": ("planner.commands.trace:trace", "A torch module of one's own as a model, to plan it."),
         "estimate": ("planner.commands.estimate:estimate", "Time, memory and verdict of a given strategy."),
         "solve": ("planner.commands.solve:solve", "The best plan, with a certificate; writes plan.json."),
         "train": ("planner.commands.train:train", "Execute a plan on real ranks; checkpoint, log, resume."),

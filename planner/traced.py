@@ -27,7 +27,7 @@ class TracedLayer:
     workload of `seq` = `tokens` counts samples. Widths are values a token. `products` are the forward
     pass's, `moved_values` what its element-wise operators read and write, `saved_values` what autograd
     keeps, `message_values` what leaves for the next layer. `shared_params` are tied parameters that this
-    layer uses and an earlier one counts.
+    layer uses and an earlier one counts. `operators` are the kernels that the forward pass launches.
     """
 
     key: str
@@ -41,6 +41,7 @@ class TracedLayer:
     input_values: float
     message_values: float
     shared_params: int = 0
+    operators: int = 0
 
     @property
     def shape_key(self) -> str:

@@ -96,6 +96,7 @@ def _layer(
         input_values=max(chain.crossing_values(layers[i].first) for i in same),
         message_values=max(chain.crossing_values(layers[i].end) for i in same),
         shared_params=shared,
+        operators=len(operators),
     )
 
 
