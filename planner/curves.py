@@ -26,23 +26,25 @@ from functools import cache
 
 from planner import measured
 from planner.measured import Collective
-from planner.profile import Op
 
 
 class CollectiveCurves:
-    """The curves of one kind of device inside a node. Origins: interpolated, or fitted where extrapolated."""
+    """The curves of one kind of device inside a node. Origins: interpolated, or fitted where extrapolated.
+
+    An `op` is a value of `profile.Op`.
+    """
 
     def __init__(self, rows: Sequence[Collective]) -> None:
-        samples: dict[tuple[Op, int], list[tuple[int, float]]] = {}
+        samples: dict[tuple[str, int], list[tuple[int, float]]] = {}
         for row in rows:
-            samples.setdefault((Op(row.op), row.ranks), []).append((row.bytes, row.latency_us / 1e6))
+            samples.setdefault((row.op, row.ranks), []).append((row.bytes, row.latency_us / 1e6))
         self._curves = {key: _Curve(sorted(points)) for key, points in samples.items()}
-        self._ranks = {op: sorted(ranks for o, ranks in self._curves if o is op) for op, _ in self._curves}
+        self._ranks = {op: sorted(ranks for o, ranks in self._curves if o == op) for op, _ in self._curves}
 
-    def seconds(self, op: Op, ranks: int, size_bytes: float) -> tuple[float, str]:
+    def seconds(self, op: str, ranks: int, size_bytes: float) -> tuple[float, str]:
         """Seconds of a collective over `ranks` >= 2 devices, and the origin of the figure."""
-        if op is Op.P2P:
-            return self.seconds(Op.ALL_TO_ALL, 2, 2 * size_bytes)
+        if op == "p2p":
+            return self.seconds("all_to_all", 2, 2 * size_bytes)
         sizes = self._ranks[op]
         if ranks in sizes:
             return self._curves[(op, ranks)].seconds(size_bytes)
@@ -57,20 +59,20 @@ class CollectiveCurves:
         )
         return wire_factor(op, ranks) * math.exp(log_s), origin_a
 
-    def _beyond(self, op: Op, ranks: int, size_bytes: float) -> float:
+    def _beyond(self, op: str, ranks: int, size_bytes: float) -> float:
         largest = self._ranks[op][-1]
         curve, half = self._curves[(op, largest)], self._curves.get((op, largest // 2))
         step_s = max(0.0, curve.first_s - half.first_s) if half else curve.first_s
         whole_s = curve.seconds(size_bytes)[0] * wire_factor(op, ranks) / wire_factor(op, largest)
         return whole_s + math.log2(ranks / largest) * step_s
 
-    def bus_bytes_per_s(self, op: Op) -> float:
+    def bus_bytes_per_s(self, op: str) -> float:
         """Bus bandwidth of the largest message over the largest measured group."""
         ranks = self._ranks[op][-1]
         size_bytes = self._curves[(op, ranks)].last_bytes
         return wire_factor(op, ranks) * size_bytes / self.seconds(op, ranks, size_bytes)[0]
 
-    def ranks(self, op: Op) -> list[int]:
+    def ranks(self, op: str) -> list[int]:
         """The group sizes that were measured."""
         return list(self._ranks[op])
 
@@ -108,19 +110,23 @@ def _rising(values: Sequence[float]) -> list[float]:
     return [total / count for total, count in pools for _ in range(count)]
 
 
-def wire_factor(op: Op, ranks: int) -> float:
-    """Bytes over a device's link for each byte of the full message, by the best algorithm on a ring."""
-    match op:
-        case Op.P2P:
+def wire_factor(op: str, ranks: int) -> float:
+    """Bytes over a device's link for each byte of the full message, by the best algorithm on a ring.
+
+    `op` is a value of `profile.Op`; any other raises, so that no unknown communication is free.
+    """
+    match str(op):
+        case "p2p":
             return 1.0
-        case Op.ALL_REDUCE:
+        case "all_reduce":
             return 2 * (ranks - 1) / ranks
-        case Op.ALL_GATHER | Op.REDUCE_SCATTER | Op.ALL_TO_ALL:
+        case "all_gather" | "reduce_scatter" | "all_to_all":
             return (ranks - 1) / ranks
+    raise ValueError(f"no communication is called '{op}'")
 
 
 @cache
 def curves_of(device: str) -> CollectiveCurves | None:
     """The shipped curves that speak for a device of the catalog, or None."""
     table = measured.table_of(device, "collectives")
-    return None if table is None else CollectiveCurves(measured.collectives()[table])
+    return None if table is None else CollectiveCurves(measured.collectives(table))

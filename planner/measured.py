@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -142,27 +142,17 @@ def load_links(path: Path) -> tuple[LinkFigure, ...]:
 
 
 @cache
-def collectives() -> Mapping[str, tuple[Collective, ...]]:
-    """The collectives by table, rejected tables left out: an installed package's, else the shipped ones."""
-    from planner.aiconfigurator import installed_collectives
-
-    rejected = {name for name, table in tables().items() if table.rejected}
-    rows = load_collectives(folder() / "collectives.csv")
-    shipped = _grouped([row for row in rows if row.table not in rejected])
-    return {**shipped, **installed_collectives(shipped)}
+def collectives(table: str) -> tuple[Collective, ...]:
+    """The shipped collectives of a table; none of one that is rejected."""
+    if tables()[table].rejected:
+        return ()
+    return _load(folder() / "collectives.csv", Collective, COLLECTIVE_COLUMNS, only=table)
 
 
 @cache
-def products() -> Mapping[str, tuple[Product, ...]]:
-    """The matrix products by table: an installed package's where we ship that table and format, else ours."""
-    from planner.aiconfigurator import installed_products
-
-    shipped = _grouped(load_products(folder() / "gemm.csv"))
-    for name, rows in installed_products(shipped).items():
-        formats = {row.precision for row in shipped[name]} & {row.precision for row in rows}
-        kept = [row for row in shipped[name] if row.precision not in formats]
-        shipped[name] = (*kept, *(row for row in rows if row.precision in formats))
-    return shipped
+def products(table: str) -> tuple[Product, ...]:
+    """The shipped matrix products of a table."""
+    return _load(folder() / "gemm.csv", Product, PRODUCT_COLUMNS, only=table)
 
 
 @cache
@@ -177,16 +167,6 @@ def table_of(device: str, use: str) -> str | None:
         if device in getattr(table, use):
             return name
     return None
-
-
-R = TypeVar("R", Collective, Product)
-
-
-def _grouped(rows: Sequence[R]) -> dict[str, tuple[R, ...]]:
-    groups: dict[str, list[R]] = {}
-    for row in rows:
-        groups.setdefault(row.table, []).append(row)
-    return {name: tuple(group) for name, group in groups.items()}
 
 
 # Strict reading
@@ -289,8 +269,13 @@ LINK_COLUMNS: Mapping[str, Callable[[str], Any]] = {
 }
 
 
-def _load(path: Path, kind: type[T], columns: Mapping[str, Callable[[str], Any]]) -> tuple[T, ...]:
-    """All rows as `kind`. Raises InputError with the line and column of every fault."""
+def _load(
+    path: Path, kind: type[T], columns: Mapping[str, Callable[[str], Any]], only: str | None = None
+) -> tuple[T, ...]:
+    """The rows as `kind`; with `only`, those whose first cell it is, and no other is read.
+
+    Raises InputError with the line and column of every fault.
+    """
     try:
         lines = list(csv.reader(io.StringIO(read_text(path).decode()), strict=True))
     except (csv.Error, UnicodeDecodeError) as error:
@@ -303,6 +288,8 @@ def _load(path: Path, kind: type[T], columns: Mapping[str, Callable[[str], Any]]
     problems: list[Problem] = []
     rows = []
     for number, cells in enumerate(lines[1:], start=2):
+        if only is not None and cells[:1] != [only]:
+            continue
         values = _values(cells, columns, f"{path.name} line {number}", problems)
         if values is not None:
             rows.append(kind(**values))

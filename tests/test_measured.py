@@ -53,8 +53,10 @@ def test_tables_speak_for_devices_of_the_catalog_each_once() -> None:
 def test_each_table_is_in_the_files_and_only_those() -> None:
     tables = set(measured.tables())
     assert {row.table for row in measured.load_collectives(FOLDER / "collectives.csv")} == tables
-    assert set(measured.products()) == tables
-    assert set(measured.collectives()) == tables - {"l40s"}
+    assert {row.table for row in measured.load_products(FOLDER / "gemm.csv")} == tables
+    assert {name for name in tables if measured.collectives(name)} == tables - {"l40s"}
+    assert all(row.table == name for name in tables for row in measured.products(name))
+    assert sum(len(measured.products(name)) for name in tables) == 1324
 
 
 def test_the_broken_host_is_kept_with_its_reason_and_never_used() -> None:
@@ -139,9 +141,9 @@ def test_networks_find_their_figures() -> None:
 
 
 def test_products_stay_under_the_peak_of_their_device() -> None:
-    for name, rows in measured.products().items():
+    for name in measured.tables():
         facts = catalog.load_device(measured.tables()[name].products[0])
-        for row in rows:
+        for row in measured.products(name):
             peak = facts.peak_tflops.bf16 if row.precision == "bf16" else facts.peak_tflops.fp8
             assert peak is not None
             assert row.median_tflops <= row.max_tflops <= peak

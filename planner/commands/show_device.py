@@ -172,12 +172,11 @@ def _quantity(value: float | None, unit: str) -> str:
 def collective_summary(device: str) -> list[dict[str, Any]]:
     """Latency and bus bandwidth over the shipped curves, by op and measured group size."""
     from planner.curves import curves_of, wire_factor
-    from planner.profile import Op
     from planner.units import MIB
 
     curves = curves_of(device)
     rows = []
-    for op in (Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.ALL_TO_ALL) if curves else ():
+    for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all") if curves else ():
         assert curves is not None
         for ranks in (n for n in SHOWN_RANKS if n in curves.ranks(op)):
             rates = {
@@ -187,7 +186,7 @@ def collective_summary(device: str) -> list[dict[str, Any]]:
                 for size in SHOWN_SIZES_MIB
             }
             latency_us = round(curves.seconds(op, ranks, 1)[0] * 1e6, 2)
-            rows.append({"op": str(op), "ranks": ranks, "latency_us": latency_us, **rates})
+            rows.append({"op": op, "ranks": ranks, "latency_us": latency_us, **rates})
     return rows
 
 
@@ -214,7 +213,7 @@ def product_summary(device: str) -> dict[str, Any] | None:
     name = measured.table_of(device, use)
     if name is None:
         return None
-    rows = measured.products()[name]
+    rows = measured.products(name)
     return {
         "table": name,
         "host": measured.tables()[name].host,

@@ -132,7 +132,7 @@ def table_shares(table: str, precision: str) -> ShareGrid | None:
     """A table's grid in a format, over the peak of the device that it was taken on; None: not measured."""
     facts = load_device(measured.tables()[table].products[0])
     peak = facts.peak_tflops.fp8 if precision == "fp8" else facts.peak_tflops.bf16
-    rows = [row for row in measured.products()[table] if row.precision == precision]
+    rows = [row for row in measured.products(table) if row.precision == precision]
     if peak is None or not rows:
         return None
     kept = [row for row in rows if row.samples >= MIN_SAMPLES]
@@ -142,7 +142,7 @@ def table_shares(table: str, precision: str) -> ShareGrid | None:
 @cache
 def usual_shares(precision: str) -> ShareGrid:
     """The geometric mean of all tables at the knots that all of them have."""
-    grids = [table_shares(table, precision) for table in measured.products()]
+    grids = [table_shares(table, precision) for table in measured.tables()]
     knots = [grid.knots() for grid in grids if grid is not None]
     common = set.intersection(*(set(grid) for grid in knots))
     return ShareGrid(

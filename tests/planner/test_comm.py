@@ -70,7 +70,7 @@ def test_a_curve_gives_back_what_was_measured() -> None:
     """At samples that rise, exactly; the bus bandwidth of the table follows from the time."""
     curves = curves_of("h100-sxm-80gb")
     assert curves is not None
-    rows = [r for r in measured.collectives()["h100_sxm"] if r.bytes >= MIB]
+    rows = [r for r in measured.collectives("h100_sxm") if r.bytes >= MIB]
     assert len(rows) == 60
     for row in rows:
         seconds, origin = curves.seconds(Op(row.op), row.ranks, row.bytes)
@@ -273,3 +273,16 @@ def test_published_all_reduces_over_nodes_are_met(system: str, mean_error: float
     assert statistics.mean(errors) < mean_error
     large = [e for e, row in zip(errors, rows, strict=True) if row.bytes >= 512 * MIB]
     assert max(large) < 0.15
+
+
+def test_an_unknown_communication_raises() -> None:
+    """It never costs nothing."""
+    curves = curves_of("h100-sxm-80gb")
+    assert curves is not None
+    with pytest.raises(ValueError, match="broadcast"):
+        wire_factor("broadcast", 8)
+    with pytest.raises(KeyError):
+        curves.seconds("broadcast", 8, 1e6)
+    for group in (inside(8), between(16, 2)):
+        with pytest.raises((ValueError, KeyError)):
+            model_of("2x8:mi300x@hdr200x8").cost("broadcast", 1e6, group)  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ def test_the_grid_gives_back_the_measured_medians(name: str) -> None:
     model = gemm(name)
     assert model.origin == "interpolated", "another host's measurement is never called measured"
     exact = 0
-    for row in measured.products()[table]:
+    for row in measured.products(table):
         if row.precision != "bf16" or row.samples < MIN_SAMPLES:
             continue
         value = rate(model, row.m, centre(row), 4 * centre(row)) / 1e12
@@ -107,7 +107,7 @@ def test_an_unknown_device_takes_the_mean_of_all() -> None:
     unknown = instances.device(flops=1e14)
     model = GemmModel(unknown, Precision.BF16)
     assert model.origin == "datasheet"
-    shares = [table_shares(name, "bf16") for name in measured.products()]
+    shares = [table_shares(name, "bf16") for name in measured.tables()]
     values = [grid.at(4096, 1449) for grid in shares if grid is not None]
     assert len(values) == 9
     assert min(values) < rate(model, 4096, 1449, 1449) / 1e14 < max(values)
