@@ -133,7 +133,11 @@ def load_prices(path: Path, device_name: Callable[[str, str], str]) -> PriceFile
 
     `device_name(text, where)` gives the catalog's name of a device, or raises InputError.
     """
-    file = decode(PriceFile, _dates_as_text(load_toml_object(path)), source=str(path))
+    try:
+        data = _dates_as_text(load_toml_object(path))
+    except RecursionError:  # dotted keys nest deeper than the reader of TOML itself goes
+        raise InputError(Problem(where=str(path), fault="is nested too deeply.")) from None
+    file = decode(PriceFile, data, source=str(path))
     problems = _faults(file, str(path))
     file, unknown = _named(file, str(path), device_name)
     problems += unknown

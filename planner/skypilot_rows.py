@@ -100,13 +100,17 @@ class Left:
     def texts(self) -> Iterator[str]:
         if self.rows:
             names = [f"{name} {self.reasons[name]}" for name, _ in self.rows.most_common(NAMES_SHOWN)]
-            yield f"{self.rows.total()} rows left out: {_listing(names, len(self.rows))}"
+            yield f"{_counted(self.rows.total(), 'row')} left out: {_listing(names, len(self.rows))}"
         if self.spots:
             names = [name for name, _ in self.spots.most_common(NAMES_SHOWN)]
             yield (
-                f"{self.spots.total()} spot prices left out, 0 or equal to the price on demand: "
+                f"{_counted(self.spots.total(), 'spot price')} left out, 0 or equal to the price on demand: "
                 f"{_listing(names, len(self.spots))}"
             )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _listing(names: Sequence[str], total: int) -> str:

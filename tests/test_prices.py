@@ -156,6 +156,9 @@ def test_the_environment_names_a_file_and_the_flag_another(
         ("instances = 3", "instances"),
         ("= broken", "is not TOML"),
         ("\x00\x01\x02", "is not TOML"),
+        (".".join(["a"] * 20_000) + " = 1", "prices.toml"),
+        ("a = " + "[" * 20_000, "prices.toml"),
+        (f"[devices.h100]\nusd_per_device_hour = {'9' * 5000}", "prices.toml"),
     ],
 )
 def test_wrong_files_are_refused_at_the_path_of_the_fault(tmp_path: Path, text: str, path: str) -> None:

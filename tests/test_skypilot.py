@@ -400,7 +400,7 @@ def test_the_commands_use_them_and_warn() -> None:
     assert "SkyPilot catalog v8" in rows["aws/p5.48xlarge"]["source"]
     assert rows["aws/p9.48xlarge"]["device"] == "b200-sxm"
     assert len(rows) == len(SHIPPED) + 1
-    assert "warning: SkyPilot's azure/vms.csv: 1 rows left out: Standard_X has 12 devices" in listed.stderr
+    assert "warning: SkyPilot's azure/vms.csv: 1 row left out: Standard_X has 12 devices" in listed.stderr
     shown = run("show", "cluster", "4*p5.48xlarge")
     assert "44 on demand, read, 2026-10-26 (SkyPilot catalog v8 aws/vms.csv" in shown.stdout
     assert "azure" not in shown.stderr, "only the providers that are named"
