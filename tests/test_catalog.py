@@ -44,6 +44,26 @@ def test_a_device_file_is_whole_and_sane(name: str) -> None:
     assert catalog.load_network(facts.network).link(8).latency_s > 0
 
 
+def same(written: object, decoded: object) -> bool:
+    """Whether every value of a file is in what was decoded, and nothing else that says anything."""
+    if isinstance(written, dict) and isinstance(decoded, dict):
+        silent = (None, (), "", False)
+        return all(same(written[key], decoded[key]) for key in written) and all(
+            decoded[key] in silent for key in set(decoded) - set(written)
+        )
+    if isinstance(written, list) and isinstance(decoded, tuple | list):
+        return len(written) == len(decoded) and all(map(same, written, decoded))
+    return written == decoded
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_device_file_is_what_its_decoded_form_says(name: str) -> None:
+    table = tomllib.loads((catalog.data_folder() / "devices" / f"{name}.toml").read_text())
+    assert same(table, encode(catalog.load_device(name)))
+    assert not same(table, {**encode(catalog.load_device(name)), "title": "another"})
+    assert not same({**table, "aliases": ["other"]}, encode(catalog.load_device(name)))
+
+
 @pytest.mark.parametrize("name", DEVICES)
 def test_what_is_unverified_names_keys_of_its_group(name: str) -> None:
     table = tomllib.loads((catalog.data_folder() / "devices" / f"{name}.toml").read_text())
@@ -244,6 +264,8 @@ def test_networks_give_each_device_its_share() -> None:
 def test_the_file_of_networks_comes_back_from_plain_data() -> None:
     file = catalog.networks()
     assert decode(NetworkFile, encode(file), source="networks.toml") == file
+    text = (catalog.data_folder() / "clusters" / "networks.toml").read_text()
+    assert same(tomllib.loads(text), encode(file))
     for name, kind in file.kinds.items():
         assert set(kind.unverified) <= {"latency_us", "share"}, name
         assert kind.share is None or any("share" in source for source in kind.sources), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -36,6 +37,27 @@ def test_a_table_has_its_rows_and_comes_back_from_plain_data(name: str, count: i
     kind = type(rows[0])
     for row in rows:
         assert decode(kind, encode(row), source=name) == row
+
+
+def _written(value: object) -> str | float:
+    """A cell as it is compared: numbers by value, so that 150 and 150.0 are the same."""
+    text = "" if value is None else str(value)
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_table_written_again_has_the_same_cells(name: str) -> None:
+    """Nothing is lost or changed between the file and what was read from it."""
+    with (FOLDER / name).open(encoding="utf-8", newline="") as file:
+        header, *lines = csv.reader(file)
+    rows = LOADERS[name](FOLDER / name)
+    for line, row in zip(lines, rows, strict=True):
+        values = encode(row)
+        assert list(values) == header
+        assert [_written(value) for value in values.values()] == [_written(cell) for cell in line]
 
 
 def test_tables_speak_for_devices_of_the_catalog_each_once() -> None:
