@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import stat
 import tempfile
 import tomllib
@@ -24,6 +25,9 @@ from planner.errors import InputError, Problem
 T = TypeVar("T")
 MAX_FILE_BYTES = 64 * 1024 * 1024
 """Files larger than this are refused before they are read; the largest of ours are plans of a few MiB."""
+
+MAX_KEY_PARTS = 100
+"""Parts of one dotted key in a TOML file; ours have five at most."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -147,11 +151,21 @@ def load_json_object(path: Path, limit_bytes: int = MAX_FILE_BYTES) -> dict[str,
 def load_toml_object(path: Path, limit_bytes: int = MAX_FILE_BYTES) -> dict[str, Any]:
     """The table in a TOML file, undecoded."""
     try:
-        return tomllib.loads(read_text(path, limit_bytes).decode())
+        text = read_text(path, limit_bytes).decode()
+        if _has_deep_key(text):
+            raise RecursionError
+        return tomllib.loads(text)
     except RecursionError:
         raise InputError(Problem(where=str(path), fault="is nested too deeply.")) from None
     except ValueError as error:  # bad TOML, bad UTF-8, a number of thousands of digits
         raise InputError(Problem(where=str(path), fault=f"is not TOML: {error}.")) from None
+
+
+def _has_deep_key(text: str) -> bool:
+    """Whether a TOML text has a dotted key of very many parts: reading one takes time by their square."""
+    bare = re.sub(r"\"[^\"\n]*\"|'[^'\n]*'", "", text)
+    runs = re.findall(r"[\w.\- \t]+", re.sub(r"#[^\n]*", "", bare))
+    return any(run.count(".") > MAX_KEY_PARTS for run in runs)
 
 
 def load_toml(path: Path, cls: type[T]) -> T:

@@ -156,7 +156,9 @@ def test_the_environment_names_a_file_and_the_flag_another(
         ("instances = 3", "instances"),
         ("= broken", "is not TOML"),
         ("\x00\x01\x02", "is not TOML"),
-        (".".join(["a"] * 20_000) + " = 1", "prices.toml"),
+        (".".join(["a"] * 200_000) + " = 1", "prices.toml.*nested too deeply"),
+        ("[" + ".".join(["'a'"] * 200_000) + "]", "prices.toml.*nested too deeply"),
+        ("x = {" + ".".join(["a"] * 200_000) + " = 1}", "prices.toml.*nested too deeply"),
         ("a = " + "[" * 20_000, "prices.toml"),
         (f"[devices.h100]\nusd_per_device_hour = {'9' * 5000}", "prices.toml"),
     ],
@@ -173,8 +175,9 @@ def test_all_faults_come_at_once(tmp_path: Path) -> None:
     assert len(caught.value.problems) == 3
 
 
-def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
-    assert read_market(write(tmp_path, "")).instances == read_market().instances
+@pytest.mark.parametrize("text", ["", "# " + "." * 300, f'source = "{"x." * 300}"\n', "as_of = '2026-11-01'"])
+def test_files_that_say_little_change_nothing(tmp_path: Path, text: str) -> None:
+    assert read_market(write(tmp_path, text)).instances == read_market().instances
 
 
 def test_a_folder_or_binary_file_is_refused(tmp_path: Path) -> None:
