@@ -300,8 +300,13 @@ class ModelSpec:
         return self.params_embedding + blocks + self.params_head
 
     def head_flops_forward(self, tokens: int) -> float:
-        """FLOPs of the output projection."""
-        return 2.0 * tokens * self.token_width * self.vocab
+        """FLOPs of the output projection, behind one to the embedding's width where that differs."""
+        narrowing = self.token_width * self.hidden if self.embedding_width else 0
+        return 2.0 * tokens * (narrowing + self.token_width * self.vocab)
+
+    def embedding_flops_forward(self, tokens: int) -> float:
+        """FLOPs of projecting the token embedding to the hidden size, where its width differs."""
+        return 2.0 * tokens * self.token_width * self.hidden if self.embedding_width else 0.0
 
     def flops_per_token_forward(self, seq: int) -> float:
         """Model FLOPs of one token's forward pass at sequence length `seq`, causal attention as done.
@@ -313,7 +318,7 @@ class ModelSpec:
             s.count * (s.block.matmul_flops_forward(1) + s.block.attention_flops_forward(1, seq))
             for s in self.segments
         )
-        return per_block + self.head_flops_forward(1)
+        return per_block + self.embedding_flops_forward(1) + self.head_flops_forward(1)
 
     @property
     def stream_width(self) -> int:
