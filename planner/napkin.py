@@ -125,7 +125,7 @@ def reference_shape(params: int, seq: int) -> ModelSpec:
 
 
 def _layers_and_hidden(params: int) -> tuple[int, int]:
-    """Layers and width: hidden = 128 x layers; beyond 48 layers a multiple of 1024, so that tp = 8 divides."""
+    """Layers and width: hidden = 128 x layers; above 48 layers a multiple of 1024, for tp = 8."""
     about = max(1, round((params / (12 * ASPECT**2)) ** (1 / 3)))
     shapes = [(layers, ASPECT * layers) for layers in range(max(1, about - 8), about + 3)]
     if about > MOST_FREE_LAYERS:
@@ -312,7 +312,11 @@ def _utilisation(q: Question) -> tuple[Figure, ...]:
 
 @noun
 class Method:
-    """One way to a model that does the task, and what it costs; `cost_model_days` where the model knows."""
+    """One way to a model that does the task, and what it costs.
+
+    `verdict` says whether it fits on `devices_used`: SAFE, RISKY, NO, or empty where that is unknown.
+    `cost_model_days` is the cost model's own answer, where it has one.
+    """
 
     name: str
     title: str
@@ -320,6 +324,7 @@ class Method:
     memory_bytes: Figure
     devices_min: Figure
     devices_used: int | None
+    verdict: str
     tokens: Figure
     flops: Figure
     seconds: Figure
@@ -359,6 +364,7 @@ def _prompting(q: Question) -> Method:
             unit="devices",
         ),
         devices_used=None,
+        verdict="",
         tokens=Figure(name="tokens", formula=nothing, value=0, unit="tokens"),
         flops=Figure(name="flops", formula=nothing, value=0, unit="FLOPs"),
         seconds=Figure(name="seconds", formula=nothing, value=0, unit="s"),
@@ -430,7 +436,17 @@ def _lora(q: Question, own: OwnEstimate | None, why_not: str) -> Method:
             unit="days",
             note="the cost model knows full training only",
         ),
+        ""
+        if work is None
+        else _verdict(states / (q.devices or devices or 1) + work, q.rate.usable_memory_bytes),
     )
+
+
+def _verdict(need_bytes: float, usable_bytes: float) -> str:
+    """SAFE with the margin free, RISKY without it, else NO."""
+    if need_bytes * (1 + MEMORY_MARGIN) <= usable_bytes:
+        return "SAFE"
+    return "RISKY" if need_bytes <= usable_bytes else "NO"
 
 
 def _devices_that_hold(states: float, work: float, usable: float) -> int | None:
@@ -476,6 +492,7 @@ def _full(
         (FLOPS_PER_PARAM_TOKEN * q.size.params_flops * tokens, "6 N x tokens"),
         q,
         _own_days(tokens, q, own, why_not),
+        "" if own is None else own.verdict,
     )
 
 
@@ -502,6 +519,7 @@ def _method(
     flops: tuple[float, str],
     q: Question,
     own_days: Figure,
+    verdict: str,
 ) -> Method:
     """A method that trains: its time at the assumed utilisation, and its dollars."""
     least = devices_min.value
@@ -516,6 +534,7 @@ def _method(
         memory_bytes=memory,
         devices_min=devices_min,
         devices_used=used,
+        verdict=verdict if used is not None else "",
         tokens=Figure(name="tokens", formula=tokens[1], value=tokens[0], unit="tokens"),
         flops=Figure(name="flops", formula=flops[1], value=flops[0], unit="FLOPs"),
         seconds=Figure(

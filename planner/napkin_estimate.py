@@ -25,6 +25,9 @@ STEP_TOKENS = 2**22
 """Tokens of a global step: 4 Mi, as GPT-3 (3.2M) and Llama 2 (4M) took. It sets how often weights are
 gathered and gradients reduced, and does not change memory."""
 
+MOST_MICRO_BATCHES = 256
+"""Micro-batches of a step at most: more change no memory and hardly the speed, and take long to replay."""
+
 DEVICES_PER_NODE = 8
 MOST_DEVICES = 2**17
 TP_DEGREES = (1, 2, 4, 8)
@@ -121,7 +124,7 @@ def _options(
     model: ModelSpec, cluster: ClusterSpec, precision: Precision, seq: int, tp: int
 ) -> Iterator[_Option]:
     dp = cluster.devices // tp
-    accumulated = max(1, STEP_TOKENS // (seq * dp))
+    accumulated = min(max(1, STEP_TOKENS // (seq * dp)), MOST_MICRO_BATCHES)
     problem = PlanningProblem(
         model=model,
         workload=Workload(seq=seq, batch=dp * accumulated, precision=precision),

@@ -108,6 +108,11 @@ def read_question(asked: dict[str, Any]) -> tuple[Question, str]:
     rate = read_rate(reading, **{name: asked[name] for name in RATE_OPTIONS})
     finetune = reading.read(lambda: read_count(asked["finetune_tokens"], "--finetune-tokens", 1, MOST_TOKENS))
     tokens = _tokens(reading, asked, size)
+    if size is not None and asked["lora_rank"] > size.shape.hidden:
+        fault = (
+            f"{asked['lora_rank']} is no low rank beside the width {size.shape.hidden} of {size.shape.name}."
+        )
+        reading.add("--lora-rank", fault, f"1 to {size.shape.hidden}")
     reading.finish()
     assert size is not None and rate is not None and tokens is not None and finetune is not None
     default = asked["finetune_tokens"] == "100M"
@@ -131,7 +136,7 @@ def read_size(text: str, seq: int | None) -> Size:
     from planner.errors import InputError, Problem
     from planner.napkin import bare_size, model_size
 
-    if SIZE.match(text.strip()):
+    if SIZE.match(text.strip()) or not text.strip():
         return bare_size(read_count(text.strip(), "--model", SMALLEST_SIZE, LARGEST_SIZE), seq or DEFAULT_SEQ)
     model = load_model(text)
     if model.learned_positions and seq is not None and seq > model.learned_positions:

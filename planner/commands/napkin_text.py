@@ -126,6 +126,13 @@ def wrapped(rows: Sequence[tuple[str, str | None]]) -> str:
     )
 
 
+def span(seconds: float) -> str:
+    """Seconds for people, long ones in whole days."""
+    from planner.units import DAY_S, format_seconds
+
+    return f"{seconds / DAY_S:,.0f} days" if seconds >= 1000 * DAY_S else format_seconds(seconds)
+
+
 def _fits(q: Question, rule: Sequence[Figure]) -> str:
     from planner.units import format_bytes
 
@@ -174,8 +181,8 @@ def _own(q: Question, own: OwnEstimate | None, why_not: str) -> str:
         ("MFU", f"{own.mfu:.1%}" if known and own.mfu is not None else None),
         (
             "pretraining",
-            f"{days:.3g} days on {own.devices} devices ({days * spread[0]:.3g} to {days * spread[1]:.3g}), "
-            f"{days * own.devices:.4g} device-days"
+            f"{span(days * DAY_S)} on {own.devices:,} devices ({span(days * spread[0] * DAY_S)} to "
+            f"{span(days * spread[1] * DAY_S)}), {days * own.devices:,.4g} device-days"
             if known
             else "time unknown, as the peak is",
         ),
@@ -185,7 +192,7 @@ def _own(q: Question, own: OwnEstimate | None, why_not: str) -> str:
 
 
 def _methods(q: Question, methods: Sequence[Method]) -> str:
-    from planner.units import format_bytes, format_count, format_seconds
+    from planner.units import format_bytes, format_count
 
     rows = []
     for method in methods:
@@ -197,14 +204,14 @@ def _methods(q: Question, methods: Sequence[Method]) -> str:
                 method.title,
                 "nothing" if free else format_count(method.trained_params.value or 0),
                 format_bytes(method.memory_bytes.value or 0),
-                used,
+                f"{used}: {method.verdict}" if method.verdict in ("NO", "RISKY") else used,
                 "-" if free else format_count(method.tokens.value or 0),
                 "-" if free else shown(method.flops),
-                "nothing" if free else ("unknown" if seconds is None else format_seconds(seconds)),
+                "nothing" if free else ("unknown" if seconds is None else span(seconds)),
                 "nothing"
                 if free
                 else ("unknown" if usd is None else f"${usd:,.0f}" if usd >= 10 else f"${usd:.2f}"),
-                "-" if free or own is None else format_seconds(own * 86400),
+                "-" if free or own is None else span(own * 86400),
             )
         )
     header = (
@@ -241,7 +248,7 @@ def _which_n(q: Question) -> str | None:
     if q.size.bare:
         return None
     return (
-        f"{format_count(q.size.params)} in memory; {format_count(q.size.params_flops)} in 6 N D: those that a "
+        f"{format_count(q.size.params)} in memory; {format_count(q.size.params_flops)} in 6 N D: what a "
         "token meets, without the input embedding, which is a look-up"
     )
 
@@ -315,5 +322,6 @@ def _method_document(method: Method) -> dict[str, Any]:
         "name": method.name,
         "title": method.title,
         "devices_used": method.devices_used,
+        "verdict": method.verdict or None,
         **_by_name(figures),
     }

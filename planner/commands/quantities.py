@@ -37,22 +37,23 @@ def read_number(text: str, flag: str, least: float, most: float, example: str) -
 def read_count(text: str, flag: str, least: float, most: float) -> int:
     """A count with a unit, such as 2T or 1.5e9, from `least` to `most`. Raises InputError."""
     from planner.errors import InputError, Problem
-    from planner.units import format_count, parse_count
+    from planner.units import parse_count
 
-    value = parse_count(text, flag)
+    try:
+        value = parse_count(text, flag)
+    except InputError:
+        value = -1
     if not least <= value <= most:
-        raise InputError(
-            Problem(
-                where=flag,
-                fault=f"'{text[:40]}' is out of range.",
-                legal=f"{_plain(least, format_count)} to {_plain(most, format_count)}",
-            )
-        )
+        fault = "is out of range." if value >= 0 else "is no count in known units."
+        legal = f"{_plain(least)} to {_plain(most)}, in units K, M, B, T, P or as in 1.5e12"
+        raise InputError(Problem(where=flag, fault=f"'{text[:40]}' {fault}", legal=legal))
     return value
 
 
-def _plain(value: float, words: Callable[[float], str]) -> str:
-    return words(value) if value < 1e15 else f"{value:g}"
+def _plain(value: float) -> str:
+    from planner.units import format_count
+
+    return format_count(value) if value < 1e15 else f"{value:g}".replace("e+", "e")
 
 
 class Reading:

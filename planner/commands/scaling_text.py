@@ -110,7 +110,7 @@ def _hyper(optima: Sequence[Optimum], seq: int) -> str:
             continue
         h = each.hyper
         flops_per_token = FLOPS_PER_PARAM_TOKEN * each.params
-        size = nonembedding_params(flops_per_token, seq, ASPECT)
+        size = format_count(nonembedding_params(flops_per_token, seq, ASPECT))
         lines.append(
             f"{each.law.title}: batch {format_count(h.batch_tokens)} tokens, peak learning rate "
             f"{h.learning_rate:.2e}, {beyond_words(h.beyond_fit)} "
@@ -118,7 +118,7 @@ def _hyper(optima: Sequence[Optimum], seq: int) -> str:
         )
         lines.append(
             f"  M = {short(flops_per_token)} non-embedding FLOPs a token, attention included: at sequence\n"
-            f"  length {seq} a model of hidden = {ASPECT} x layers has {format_count(size)} parameters in its blocks"
+            f"  length {seq}, a model of hidden = {ASPECT} x layers has {size} parameters in blocks"
         )
         if h.beyond_fit > 1:
             lines.append("  do not take the batch blindly this far out: check it against the critical batch")
@@ -171,7 +171,7 @@ def _notes(optima: Sequence[Optimum], points: Sequence[TrainingPoint]) -> str:
         rows.append(
             (
                 "over-training",
-                "extra FLOPs: over those of the compute-optimal model of equal loss; its size: how many times "
+                "extra FLOPs: over those of the compute-optimal model of equal loss; its size: how much "
                 "larger that model is, which the smaller one saves in every use",
             )
         )
