@@ -107,6 +107,7 @@ class MeasuredTable:
     products: tuple[str, ...] = ()
     shares: tuple[str, ...] = ()
     rejected: str = ""
+    bf16_floor: float | None = None
 
 
 def folder() -> Path:

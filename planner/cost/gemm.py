@@ -9,7 +9,8 @@ table's device they are shares, at knots m and at the buckets' geometric centres
 Below the first knot the share falls with m or d: reading the operands takes as long for fewer rows, and
 tiles are padded. Above the last it stays. Cells of fewer than MIN_SAMPLES shapes are no knots, and where a
 wider product would take less time than a narrower one (the narrowest bucket is mostly products far below its
-centre), the share of the narrower is raised to the same time.
+centre), the share of the narrower is raised to the same time. A table whose host was held back at large
+products has a floor (`bf16_floor`): a share of the best rate among products no larger in m and d.
 
 - The device's own table: "interpolated".
 - A device without one takes the share of the nearest architecture (`tables.toml`, `shares`), and one of
@@ -135,8 +136,17 @@ def table_shares(table: str, precision: str) -> ShareGrid | None:
     rows = [row for row in measured.products(table) if row.precision == precision]
     if peak is None or not rows:
         return None
-    kept = [row for row in rows if row.samples >= MIN_SAMPLES]
-    return ShareGrid({(row.m, centre(row)): row.median_tflops / peak for row in kept})
+    kept = {(row.m, centre(row)): row.median_tflops / peak for row in rows if row.samples >= MIN_SAMPLES}
+    floor = measured.tables()[table].bf16_floor
+    return ShareGrid(_raised(kept, floor) if floor and precision == "bf16" else kept)
+
+
+def _raised(shares: Mapping[tuple[int, int], float], floor: float) -> dict[tuple[int, int], float]:
+    """Each share, or `floor` of the best one of a product no larger where that is more."""
+    return {
+        (m, d): max(share, floor * max(s for (a, b), s in shares.items() if a <= m and b <= d))
+        for (m, d), share in shares.items()
+    }
 
 
 @cache
