@@ -222,6 +222,7 @@ def product_summary(device: str) -> dict[str, Any] | None:
             {k: v for k, v in encode(row).items() if k not in ("table", "framework", "version")}
             for row in rows
         ],
+        "bf16_floor": measured.tables()[name].bf16_floor,
         "source": f"AIC: GEMM table of {rows[0].framework} {rows[0].version}",
     }
 
@@ -243,7 +244,13 @@ def _products_text(device: str, summary: Mapping[str, Any] | None) -> str:
     title = (
         f"Matrix products (m, k) x (k, n) in bf16, median TFLOP/s by m and min(n, k); {summary['source']}:"
     )
-    return f"{title}\n{table(header, body)}"
+    note = ""
+    if summary["bf16_floor"]:
+        note = (
+            "\nIts host was held back at large products: the cost model takes at least "
+            f"{summary['bf16_floor']:.0%} of the best smaller one."
+        )
+    return f"{title}\n{table(header, body)}{note}"
 
 
 def _whole(value: float | None) -> str | None:
