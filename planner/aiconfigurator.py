@@ -22,10 +22,10 @@ import importlib.util
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from planner.codec import noun
 from planner.errors import InputError, Problem
@@ -93,27 +93,24 @@ def find_package() -> MeasuredPackage | None:
     return None
 
 
-def installed_collectives(tables: Collection[str]) -> dict[str, tuple[Collective, ...]]:
-    """The collectives of those of `tables` that the installed package has; none where it is not installed."""
-    return _installed(tables, read_collectives)
+def installed_collectives(table: str) -> tuple[Collective, ...]:
+    """The collectives of a table in the installed package; none where it is not installed or lacks them."""
+    folder = _installed(table)
+    return () if folder is None else read_collectives(folder, table)
 
 
-def installed_products(tables: Collection[str]) -> dict[str, tuple[Product, ...]]:
-    """The products of those of `tables` that the installed package has; none where it is not installed."""
-    return _installed(tables, read_products)
+def installed_products(table: str) -> tuple[Product, ...]:
+    """The products of a table in the installed package; none where it is not installed or lacks them."""
+    folder = _installed(table)
+    return () if folder is None else read_products(folder, table)
 
 
-R = TypeVar("R", Collective, Product)
-
-
-def _installed(
-    tables: Collection[str], read: Callable[[Path, str], tuple[R, ...]]
-) -> dict[str, tuple[R, ...]]:
+def _installed(table: str) -> Path | None:
+    """The package's folder of systems if it has `table` and can be read."""
     package = find_package()
-    if package is None or not can_read():
-        return {}
-    found = {name: read(Path(package.folder), name) for name in package.systems if name in tables}
-    return {name: rows for name, rows in found.items() if rows}
+    if package is None or table not in package.systems or not can_read():
+        return None
+    return Path(package.folder)
 
 
 def can_read() -> bool:

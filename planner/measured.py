@@ -144,16 +144,26 @@ def load_links(path: Path) -> tuple[LinkFigure, ...]:
 
 @cache
 def collectives(table: str) -> tuple[Collective, ...]:
-    """The shipped collectives of a table; none of one that is rejected."""
+    """The collectives of a table, an installed package's or else ours; none of one that is rejected."""
+    from planner.aiconfigurator import installed_collectives
+
     if tables()[table].rejected:
         return ()
-    return _load(folder() / "collectives.csv", Collective, COLLECTIVE_COLUMNS, only=table)
+    return installed_collectives(table) or _load(
+        folder() / "collectives.csv", Collective, COLLECTIVE_COLUMNS, only=table
+    )
 
 
 @cache
 def products(table: str) -> tuple[Product, ...]:
-    """The shipped matrix products of a table."""
-    return _load(folder() / "gemm.csv", Product, PRODUCT_COLUMNS, only=table)
+    """The matrix products of a table, in each of our formats an installed package's or else ours."""
+    from planner.aiconfigurator import installed_products
+
+    shipped = _load(folder() / "gemm.csv", Product, PRODUCT_COLUMNS, only=table)
+    ours = {row.precision for row in shipped}
+    installed = tuple(row for row in installed_products(table) if row.precision in ours)
+    theirs = {row.precision for row in installed}
+    return (*(row for row in shipped if row.precision not in theirs), *installed)
 
 
 @cache

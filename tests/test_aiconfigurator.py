@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from planner import aiconfigurator, measured
 from planner.aiconfigurator import (
@@ -26,6 +27,8 @@ from planner.aiconfigurator import (
     read_collectives,
     read_products,
 )
+from planner.cli import cli
+from planner.commands import doctor
 from planner.curves import CollectiveCurves
 from planner.errors import InputError
 from planner.profile import Op
@@ -198,12 +201,29 @@ def fake_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_it_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec(MODULE) is None:
         assert find_package() is None
-        assert installed_collectives(["h100_sxm"]) == {}
+        assert installed_collectives("h100_sxm") == ()
     folder = fake_package(tmp_path, monkeypatch)
     found = find_package()
     assert found is not None
     assert (found.version, found.folder, found.systems) == ("0.99.0", str(folder), ("h100_sxm",))
     assert MODULE not in sys.modules
+
+
+def test_doctor_says_whether_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def finding() -> dict[str, str]:
+        answer = CliRunner().invoke(cli, ["doctor", "--json"], prog_name="plan")
+        found = {item["what"]: item for item in json.loads(answer.stdout)["findings"]}
+        return dict(found["aiconfigurator-core"])
+
+    monkeypatch.setattr(doctor, "_torch_facts", lambda: None)
+    monkeypatch.setattr(aiconfigurator, "find_package", lambda: None)
+    assert finding()["state"] == "note" and "not installed" in finding()["detail"]
+    monkeypatch.setattr(aiconfigurator, "find_package", find_package)
+    fake_package(tmp_path, monkeypatch)
+    monkeypatch.setattr(aiconfigurator, "can_read", lambda: False)
+    assert "0.99.0 is not read without pyarrow" in finding()["detail"]
+    monkeypatch.setattr(aiconfigurator, "can_read", lambda: True)
+    assert finding()["state"] == "ok" and "0.99.0: tables of 1 systems" in finding()["detail"]
 
 
 def test_without_data_or_with_another_module_it_is_absent(
@@ -219,7 +239,7 @@ def test_installed_tables_stand_in_for_the_shipped_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = fake_package(tmp_path, monkeypatch)
-    for system in ("h100_sxm", "l40s", "unheard_of"):
+    for system in ("h100_sxm", "l40s"):
         path = f"{system}/comm/nccl/9.9/nccl_perf.parquet"
         put(folder, path, columns(NCCL, collective_rows()))
     rows = [("bfloat16", 2**power, n, n, 1.0) for power in range(8, 16) for n in (512, 1024, 2048)]
@@ -227,11 +247,11 @@ def test_installed_tables_stand_in_for_the_shipped_ones(
     monkeypatch.setattr(aiconfigurator, "can_read", lambda: True)
     for read in (read_collectives, read_products):
         monkeypatch.setattr(read, "__defaults__", (read_json,))
-    collectives, products = measured.collectives.__wrapped__(), measured.products.__wrapped__()
-    assert {row.nccl for row in collectives["h100_sxm"]} == {"9.9"}
-    assert {row.nccl for row in collectives["h200_sxm"]} == {"2.29.2"}
-    assert "l40s" not in collectives and "unheard_of" not in collectives, "rejected, and not of a device"
-    versions = {(row.precision, row.version) for row in products["h100_sxm"]}
+    collectives, products = measured.collectives.__wrapped__, measured.products.__wrapped__
+    assert {row.nccl for row in collectives("h100_sxm")} == {"9.9"}
+    assert {row.nccl for row in collectives("h200_sxm")} == {"2.29.2"}
+    assert collectives("l40s") == (), "rejected, whoever measured it"
+    versions = {(row.precision, row.version) for row in products("h100_sxm")}
     assert versions == {("bf16", "9.9"), ("fp8", "0.24.0"), ("fp8_block", "0.24.0")}
 
 
@@ -239,7 +259,7 @@ def test_without_pyarrow_it_is_not_read(tmp_path: Path, monkeypatch: pytest.Monk
     folder = fake_package(tmp_path, monkeypatch)
     put(folder, "h100_sxm/comm/nccl/9.9/nccl_perf.parquet", {})
     monkeypatch.setattr(aiconfigurator, "can_read", lambda: False)
-    assert installed_collectives(["h100_sxm"]) == {}
+    assert installed_collectives("h100_sxm") == ()
 
 
 @pytest.mark.skipif(

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from planner.cli import cli
 from planner.cluster_grammar import parse_cluster
+from planner.commands import doctor
 from planner.errors import InputError
 from planner.market import PRICES_VARIABLE, read_market
 
@@ -211,6 +212,19 @@ def test_the_commands_take_the_file(tmp_path: Path) -> None:
     assert priced["estimate"]["cost_usd"] == pytest.approx(8 * 1.9 * hours)
     result = CliRunner().invoke(cli, arguments, prog_name="plan")
     assert "h100-sxm-80gb 1.9, 2026-11-01 (our contract)" in result.stdout
+
+
+def test_doctor_reads_the_file_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def state() -> str:
+        found = {finding["what"]: finding for finding in run_json("doctor")["findings"]}
+        return str(found["prices of your own"]["state"])
+
+    monkeypatch.setattr(doctor, "_torch_facts", lambda: None)  # asks torch in a process of its own: seconds
+    assert state() == "note"
+    monkeypatch.setenv(PRICES_VARIABLE, str(write(tmp_path, FILE)))
+    assert state() == "ok"
+    write(tmp_path, "[devices.h101]\nusd_per_device_hour = 1\n")
+    assert state() == "missing"
 
 
 def test_the_flags_are_refused_where_they_mean_nothing(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from planner import catalog
 from planner.cli import cli
 from planner.cluster_grammar import parse_cluster
+from planner.commands import doctor
 from planner.instance import Instance
 from planner.market import (
     SKYPILOT_VARIABLE,
@@ -408,6 +409,20 @@ def test_the_commands_use_them_and_warn() -> None:
     assert unnetworked.exit_code == 2 and "name it, as in" in unnetworked.stderr
     named = json.loads(run("show", "cluster", "4*p9.48xlarge@efa3200", "--json").stdout)
     assert named["price_usd_per_hour"] == 400.0
+
+
+def findings(name: str) -> dict[str, str]:
+    report = json.loads(run("doctor", "--json").stdout)
+    (found,) = (finding for finding in report["findings"] if finding["what"] == name)
+    return dict(found)
+
+
+def test_doctor_says_which_catalogs_are_there(live_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_torch_facts", lambda: None)
+    found = findings("SkyPilot's catalogs")
+    assert found["state"] == "ok" and "aws, azure" in found["detail"] and "2026-10-26" in found["detail"]
+    monkeypatch.setenv(SKYPILOT_VARIABLE, str(live_folder / "absent"))
+    assert findings("SkyPilot's catalogs")["state"] == "note"
 
 
 def test_the_users_own_price_wins_over_them(live_folder: Path) -> None:

@@ -57,6 +57,7 @@ def doctor(as_json: bool) -> None:
     torch = _torch_facts()
     findings = [*_packages(PLANNING, "missing", GET_PLANNING), *_packages(RUNNING, "note", GET_RUNTIME)]
     findings += _solver() + _torch_findings(torch) + _machine_findings(machine)
+    findings += [_measured_tables(), _live_catalogs(), _own_prices()]
     if as_json:
         print_json(
             {
@@ -176,6 +177,52 @@ def _machine_findings(machine: dict[str, Any]) -> list[Finding]:
         fix = "ulimit -n 4096"
         findings.append(Finding("open files", "note", f"at most {machine['file_limit']}", fix))
     return findings
+
+
+def _measured_tables() -> Finding:
+    """Whether the optional package of measured tables stands in for the shipped ones."""
+    from planner.aiconfigurator import DISTRIBUTION, GET, can_read, find_package
+
+    package = find_package()
+    if package is None:
+        return Finding(DISTRIBUTION, "note", "not installed: the shipped tables of its 0.12.0 are used", GET)
+    if not can_read():
+        fix = "pip install pyarrow"
+        return Finding(DISTRIBUTION, "note", f"{package.version} is not read without pyarrow", fix)
+    detail = f"{package.version}: tables of {len(package.systems)} systems are read in place of the shipped"
+    return Finding(DISTRIBUTION, "ok", detail)
+
+
+def _live_catalogs() -> Finding:
+    """Which catalogs of SkyPilot's are there, and how old the oldest is."""
+    import datetime
+
+    from planner.market import SKYPILOT_VARIABLE, skypilot_folder
+    from planner.skypilot import catalog_files
+
+    folder = skypilot_folder()
+    files = {} if folder is None else catalog_files(folder)
+    if not files:
+        fix = f"`sky show-gpus` fetches them; {SKYPILOT_VARIABLE} names another folder"
+        return Finding("SkyPilot's catalogs", "note", "none: shipped prices only", fix)
+    oldest = datetime.date.fromtimestamp(min(file.stat().st_mtime for file in files.values()))
+    detail = f"{', '.join(files)} in {folder}, the oldest of {oldest.isoformat()}"
+    return Finding("SkyPilot's catalogs", "ok", detail)
+
+
+def _own_prices() -> Finding:
+    """Whether the environment names a prices file, and whether it can be read."""
+    from planner.errors import InputError
+    from planner.market import PRICES_VARIABLE, read_market
+
+    name = os.environ.get(PRICES_VARIABLE)
+    if not name:
+        return Finding("prices of your own", "note", f"none: --prices FILE or {PRICES_VARIABLE} names them")
+    try:
+        read_market(live=True)
+    except InputError as error:
+        return Finding("prices of your own", "missing", str(error.problems[0]), "correct the file")
+    return Finding("prices of your own", "ok", f"{name}, by {PRICES_VARIABLE}")
 
 
 def _text(value: Any) -> str:
