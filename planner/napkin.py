@@ -168,15 +168,17 @@ def bare_size(params: int, seq: int) -> Size:
 
 
 def model_size(model: ModelSpec) -> Size:
-    """A model by its architecture. The input embedding is a look-up and takes no FLOPs, unless it is tied
-    and so is the output projection as well."""
-    look_up = 0 if model.tied_embeddings else model.vocab * model.hidden
+    """A model by its architecture.
+
+    Tables of tokens and positions are looked up and take no FLOPs; a tied table is the output projection too.
+    """
+    product = model.vocab * model.token_width if model.tied_embeddings else 0
     return Size(
         name=model.name,
         bare=False,
         params=model.params_total,
         params_active=model.params_active,
-        params_flops=model.params_active - look_up,
+        params_flops=model.params_active - model.params_embedding + product,
         shape=model,
         shape_note=f"{model.name}: {model.layers} layers of {model.hidden}, vocabulary {model.vocab:,}",
     )
@@ -377,7 +379,7 @@ def adapter_params(adapters: Adapters, size: Size) -> Figure:
     """Parameters of the adapters: r (in + out) for each adapted weight of each block.
 
     With P weights in a block of 7 matrices, each with the hidden size d on one side, the sum of in + out is
-    P / d + 7 d, whatever the heads and the width of the MLP. Norms: two vectors a block, one at the end.
+    P / d + 7 d, whatever the heads and the width of the MLP. Norms are two vectors a block.
     """
     rank, shape = adapters.rank, size.shape
     d, layers = shape.hidden, shape.layers
@@ -388,8 +390,7 @@ def adapter_params(adapters: Adapters, size: Size) -> Figure:
         if adapters.modules == "all":
             note += "; all of attention, the experts are left as they are"
     else:
-        tables = shape.vocab * d * (1 if shape.tied_embeddings else 2)
-        weights = (shape.params_total - tables - d) // layers - 2 * d
+        weights = shape.params_blocks // layers - 2 * d
         sides, formula = weights // d + 7 * d, f"r x layers x (P / d + 7 d), P = {short(weights)} a block"
         note = "in + out of 7 matrices with d on one side; exact without biases"
     return Figure(

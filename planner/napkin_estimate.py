@@ -74,14 +74,14 @@ def own_estimate(
     Raises InputError where the cost model cannot cost the model or the device's peak is unknown.
     """
     if devices is not None:
-        found = _best(model, _cluster(devices, device), precision, seq)
+        found = _best(model, cluster_of(devices, device), precision, seq)
         return None if found is None else found[1]
-    usable = _cluster(1, device).groups[0].device.usable_memory_bytes
+    usable = cluster_of(1, device).groups[0].device.usable_memory_bytes
     count = 1
     while count * usable < 16 * model.params_total:  # weights, gradients and state alone, at 16 bytes
         count *= 2
     while count <= MOST_DEVICES:
-        found = _best(model, _cluster(count, device), precision, seq)
+        found = _best(model, cluster_of(count, device), precision, seq)
         if found is not None and found[1].verdict == Verdict.SAFE:
             return found[1]
         count *= 2
@@ -90,11 +90,11 @@ def own_estimate(
 
 def activations_bytes(model: ModelSpec, device: str, precision: Precision, seq: int) -> dict[str, int]:
     """Activations of one sequence on one device that are kept for the backward pass, by recompute option."""
-    options = _options(model, _cluster(1, device), precision, seq, tp=1)
+    options = evaluated(model, cluster_of(1, device), precision, seq, tp=1)
     return {str(each.recompute): each.evaluation.stages[0].memory.activations_bytes for each in options}
 
 
-def _cluster(devices: int, device: str) -> ClusterSpec:
+def cluster_of(devices: int, device: str) -> ClusterSpec:
     nodes, per_node = node_shape(devices)
     part = shaped_part(nodes, per_node, device, None, "--device", Market(instances=()))
     return join(part.name, [part], "--device")
@@ -107,12 +107,12 @@ def _best(
     found = []
     for tp in TP_DEGREES:
         if cluster.devices_per_node % tp == 0:
-            options = list(_options(model, cluster, precision, seq, tp))
+            options = list(evaluated(model, cluster, precision, seq, tp))
             found += [(_order(each), _answer(each, options)) for each in options]
     return min(found, key=lambda item: item[0], default=None)
 
 
-class _Option(NamedTuple):
+class Option(NamedTuple):
     """One evaluated strategy of a problem."""
 
     problem: PlanningProblem
@@ -120,9 +120,9 @@ class _Option(NamedTuple):
     evaluation: Evaluation
 
 
-def _options(
+def evaluated(
     model: ModelSpec, cluster: ClusterSpec, precision: Precision, seq: int, tp: int
-) -> Iterator[_Option]:
+) -> Iterator[Option]:
     dp = cluster.devices // tp
     accumulated = min(max(1, STEP_TOKENS // (seq * dp)), MOST_MICRO_BATCHES)
     problem = PlanningProblem(
@@ -143,16 +143,17 @@ def _options(
     for recompute in Recompute:
         strategy = Strategy(degrees=degrees, stages=even_stages(model.layers, 1, recompute))
         if not broken_rules(problem, strategy):
-            yield _Option(problem, recompute, costs.evaluate(strategy))
+            yield Option(problem, recompute, costs.evaluate(strategy))
 
 
-def _order(option: _Option) -> tuple[float, float]:
+def _order(option: Option) -> tuple[float, float]:
+    """By verdict, then the fastest: by tokens, since steps of different splits differ in size."""
     estimate = option.evaluation.estimate
     rank = RANK[estimate.verdict]
-    return rank, estimate.peak_memory_bytes if rank == 2 else estimate.step_time_s
+    return rank, estimate.peak_memory_bytes if rank == 2 else 1 / estimate.tokens_per_s
 
 
-def _answer(option: _Option, options: list[_Option]) -> OwnEstimate:
+def _answer(option: Option, options: list[Option]) -> OwnEstimate:
     estimate, workload = option.evaluation.estimate, option.problem.workload
     memories = {str(each.recompute): each.evaluation.stages[0].memory for each in options}
     return OwnEstimate(

@@ -143,7 +143,7 @@ def _over_training(inputs: Inputs, points: Sequence[TrainingPoint]) -> str:
                 None if usd is None else f"${usd:,.0f}",
                 f"{point.loss:.4f}",
                 f"{format_count(point.equal_params)} on {format_count(point.equal_tokens)}",
-                f"{point.overhead - 1:+.1%}",
+                f"{max(0.0, point.overhead - 1):+.1%}",
                 f"{point.size_ratio:.2f} x",
             )
         )
