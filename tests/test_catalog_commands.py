@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -113,3 +115,17 @@ def test_show_cluster_says_what_collectives_reach() -> None:
     text = text_of("show", "cluster", "2x8:a100-sxm-80gb@hdr200x8")
     assert "reach 81%" in text and "measured curves (AIC, a100_sxm)" in text
     assert "measured curves" not in text_of("show", "cluster", "2x8:mi300x@hdr200x8")
+
+
+@pytest.mark.parametrize("what", ["devices", "links"])
+def test_a_list_answers_without_what_it_does_not_need(what: str) -> None:
+    """What keeps `plan list` quick: no validation library, no numbers library."""
+    code = (
+        "import sys\nfrom planner.cli import cli\n"
+        f"try:\n    cli.main(['list', '{what}'])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & "
+        "{'pydantic', 'numpy', 'pandas', 'rich', 'torch', 'networkx', 'pulp', 'scipy'}))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.splitlines()[-1] == "[]"

@@ -145,15 +145,17 @@ class CommModel:
 
 
 def _shipped_curves(cluster: ClusterSpec) -> tuple[CollectiveCurves, ...]:
-    """Curves of every kind of device in the cluster; none unless all have some and use their own link."""
-    found = []
-    for device in {group.device.name: group.device for group in cluster.groups}.values():
-        own = (cluster.intra.name, cluster.intra.bytes_per_s) == (device.link, device.link_bytes_per_s)
-        curves = curves_of(device.name) if own or len(cluster.groups) > 1 else None
-        if curves is None:
-            return ()
-        found.append(curves)
-    return tuple(found) if cluster.intra.bytes_per_s is not None else ()
+    """Curves of every kind of device that has neighbours in its node; none unless all have some.
+
+    They hold for a device's own link: where the nodes' link is another (PCIe beyond the domain, one that the
+    user stated, none), there are none.
+    """
+    devices = {g.device.name: g.device for g in cluster.groups if g.devices_per_node > 1}
+    own = {(device.link, device.link_bytes_per_s) for device in devices.values()}
+    if cluster.intra.bytes_per_s is None or (cluster.intra.name, cluster.intra.bytes_per_s) not in own:
+        return ()
+    curves = [curves_of(name) for name in devices]
+    return tuple(found for found in curves if found) if all(curves) else ()
 
 
 def _rounds(op: Op) -> int:

@@ -11,7 +11,7 @@ import pytest
 
 from planner import measured
 from planner.catalog import device_names
-from planner.cluster import ClusterSpec
+from planner.cluster import ClusterSpec, Link
 from planner.cluster_grammar import parse_cluster
 from planner.cost.comm import CommModel, Group
 from planner.curves import CollectiveCurves, curves_of, wire_factor
@@ -149,6 +149,17 @@ def test_a_mixed_cluster_runs_at_its_slower_devices_curve() -> None:
     assert costs[2] == max(costs[:2])
     mixed = model_of("1x8:a100-sxm-80gb@hdr200x8+1x8:mi300x@ndr400x8")
     assert mixed.cost(Op.ALL_GATHER, size, inside(8)).origin != "interpolated", "one kind has no curve"
+    alone = model_of("1x1:l4@eth100+1x8:h100-sxm-80gb@ndr400x8")
+    assert alone.cost(Op.ALL_GATHER, size, inside(8)).seconds == costs[1], "it has no neighbours"
+
+
+def test_a_link_that_the_user_states_is_taken_as_stated() -> None:
+    """No curve and no share: latency and bandwidth, as the cluster file says."""
+    on = parse_cluster("2x8:h100-sxm-80gb@ndr400x8", "test")
+    stated = Link(name="ours", latency_s=2e-6, bytes_per_s=1e11)
+    cost = model_of(dataclasses.replace(on, intra=stated)).cost(Op.ALL_GATHER, 8e8, inside(8))
+    assert cost.seconds == pytest.approx(7 * 2e-6 + 7 / 8 * 8e8 / 1e11)
+    assert cost.origin == "datasheet"
 
 
 def test_origins_say_how_good_a_figure_is() -> None:
