@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from planner.codec import noun
 from planner.cost import constants
+from planner.cost.gemm import GemmModel
 from planner.cost.layer import NOTHING, LayerCost, LayerShape
 from planner.errors import InputError, Problem
 from planner.mixers import AttentionKernel, Kept
@@ -20,9 +21,14 @@ from planner.traced import TracedLayer
 
 @noun
 class DeviceRates:
-    """What the analytic model needs of a device: product rate, bandwidth, host floor of a block."""
+    """What the analytic model needs of a device: product rate, bandwidth, host floor of a block.
+
+    `flops` is what large products reach. `by_shape` is the rate of products by their shape; None where a
+    profile measured the rate of large ones.
+    """
 
     flops: float
+    by_shape: GemmModel | None
     memory_bytes_per_s: float
     host_block_s: float
     host_tp_s: float
@@ -36,14 +42,21 @@ def device_rates(problem: PlanningProblem) -> DeviceRates | None:
     bandwidth = device.memory_bandwidth_bytes_per_s
     memory = bandwidth * constants.MEMORY_EFFICIENCY if bandwidth else None
     host, host_tp = constants.HOST_BLOCK_FORWARD_S, constants.HOST_TP_FORWARD_S
+    measured = problem.profile.constant("gemm_flops") if problem.profile else None
     if problem.profile:
-        flops = problem.profile.constant("gemm_flops") or flops
+        flops = measured or flops
         memory = problem.profile.constant("memory_bytes_per_s") or memory
         host = problem.profile.constant("host_block_forward_s") or host
         host_tp = problem.profile.constant("host_tp_forward_s") or host_tp
     if flops is None or memory is None:
         return None
-    return DeviceRates(flops=flops, memory_bytes_per_s=memory, host_block_s=host, host_tp_s=host_tp)
+    return DeviceRates(
+        flops=flops,
+        by_shape=None if measured else GemmModel(device, problem.workload.precision),
+        memory_bytes_per_s=memory,
+        host_block_s=host,
+        host_tp_s=host_tp,
+    )
 
 
 def analytic_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates | None) -> LayerCost:
@@ -68,7 +81,13 @@ def analytic_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates | None
 
 
 def _product_s(m: float, n: float, k: float, rates: DeviceRates) -> float:
-    """Seconds of an (m, k) x (k, n) product: 2 m n k over the rate, small dimensions padded."""
+    """Seconds of an (m, k) x (k, n) product: 2 m n k over the rate of its shape.
+
+    Where only the rate of large products is known, small dimensions are padded.
+    """
+    rate = rates.by_shape.rate_flops(m, n, k) if rates.by_shape else None
+    if rate is not None:
+        return 2.0 * m * n * k / rate[0]
     half = constants.GEMM_HALF_DIM
     return 2.0 * m * n * k * (1 + half / n) * (1 + half / k) / rates.flops
 
