@@ -49,7 +49,7 @@ def test_parameter_counts_equal_those_of_the_built_models(row: dict[str, str]) -
     model = read_config_file(data_folder() / "models" / f"{row['name']}.json")
     assert model.params_total == int(row["params_total"])
     assert model.params_active == int(row["params_active"])
-    assert model.params_embedding == int(row["params_embedding"])
+    assert row["params_embedding"] in ("", str(model.params_embedding))
     assert model.layers == int(row["layers"])
 
 

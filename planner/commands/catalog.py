@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.commands.options import json_option, on_premises_option, open_market, prices_option, warn_of
+from planner.commands.options import (
+    arch_option,
+    json_option,
+    on_premises_option,
+    open_market,
+    prices_option,
+    warn_of,
+)
 from planner.commands.text import WIDTH, pairs, print_json, table
 
 if TYPE_CHECKING:
@@ -17,25 +24,23 @@ if TYPE_CHECKING:
 
 
 def _models() -> list[dict[str, Any]]:
-    from planner.catalog import load_model, model_index
+    from planner.catalog import model_index
 
-    rows = []
-    for name, entry in model_index().items():
-        model = load_model(name)
-        rows.append(
-            {
-                "name": name,
-                "title": entry.title,
-                "model_type": model.model_type,
-                "params_total": model.params_total,
-                "layers": model.layers,
-                "hidden": model.hidden,
-                "vocab": model.vocab,
-                "max_positions": model.max_positions,
-                "aliases": list(entry.aliases),
-            }
-        )
-    return rows
+    return [
+        {
+            "name": name,
+            "title": entry.title,
+            "model_type": entry.model_type,
+            "params_total": entry.params_total,
+            "params_active": entry.params_active,
+            "layers": entry.layers,
+            "hidden": entry.hidden,
+            "vocab": entry.vocab,
+            "max_positions": entry.max_positions,
+            "aliases": list(entry.aliases),
+        }
+        for name, entry in model_index().items()
+    ]
 
 
 def _devices() -> list[dict[str, Any]]:
@@ -163,17 +168,17 @@ def _list_text(what: str, rows: list[dict[str, Any]]) -> str:
 def _shown(key: str, value: Any) -> Any:
     from planner.units import format_count
 
-    return format_count(value) if key == "params_total" else value
+    return format_count(value) if key in ("params_total", "params_active") else value
 
 
-def _show_model(name: str, seq: int | None) -> tuple[dict[str, Any], str]:
+def _show_model(name: str, seq: int | None, arch: str | None) -> tuple[dict[str, Any], str]:
     from planner.catalog import load_model
     from planner.commands.show_model import show_model
 
-    return show_model(load_model(name, "NAME"), seq)
+    return show_model(load_model(name, "NAME", arch), seq)
 
 
-def _show_device(name: str, seq: int | None) -> tuple[dict[str, Any], str]:
+def _show_device(name: str) -> tuple[dict[str, Any], str]:
     from planner.catalog import load_device
     from planner.codec import encode
     from planner.commands.show_device import show_device
@@ -187,7 +192,7 @@ def _show_device(name: str, seq: int | None) -> tuple[dict[str, Any], str]:
     return document, f"{text}\n\n{pairs(on_premises_rows(facts, inputs), WIDTH)}".rstrip()
 
 
-def _show_network(name: str, seq: int | None) -> tuple[dict[str, Any], str]:
+def _show_network(name: str) -> tuple[dict[str, Any], str]:
     from planner.commands.show_network import show_network
 
     return show_network(name)
@@ -236,8 +241,7 @@ def _show_cluster(name: str, market: Market) -> tuple[dict[str, Any], list[tuple
 Shown = tuple[dict[str, Any], str | list[tuple[str, Any]]]
 """What `show` prints: the document for programs, and for people a text or its pairs."""
 
-_SHOWS: dict[str, Callable[[str, int | None], Shown]] = {
-    "model": _show_model,
+_SHOWS: dict[str, Callable[[str], Shown]] = {
     "device": _show_device,
     "network": _show_network,
 }
@@ -249,18 +253,25 @@ _PRICED_SHOWS: dict[str, Callable[[str, Market], Shown]] = {
 
 
 @click.command("show")
-@click.argument("kind", type=click.Choice([*_SHOWS, *_PRICED_SHOWS]))
+@click.argument("kind", type=click.Choice(["model", *_SHOWS, *_PRICED_SHOWS]))
 @click.argument("name")
 @click.option("--seq", type=click.IntRange(min=1), help="Sequence length of a model's FLOPs a token.")
+@arch_option
 @prices_option
 @on_premises_option
 @json_option
 def show_command(
-    kind: str, name: str, seq: int | None, prices: Path | None, on_premises: bool, as_json: bool
+    kind: str,
+    name: str,
+    seq: int | None,
+    arch: str | None,
+    prices: Path | None,
+    on_premises: bool,
+    as_json: bool,
 ) -> None:
     """Show one entry of the catalog with its sources."""
-    if seq is not None and kind != "model":
-        raise click.UsageError(f"--seq belongs to `show model`, not to `show {kind}`.")
+    if (seq is not None or arch is not None) and kind != "model":
+        raise click.UsageError(f"--seq and --arch belong to `show model`, not to `show {kind}`.")
     if (prices or on_premises) and kind not in _PRICED_SHOWS:
         raise click.UsageError(f"--prices and --on-premises belong to {' and '.join(_PRICED_SHOWS)}.")
     document: dict[str, Any]
@@ -269,8 +280,10 @@ def show_command(
         market = open_market(prices, on_premises, name if kind == "cluster" else None)
         document, shown = _PRICED_SHOWS[kind](name, market)
         warn_of(market, str(document.get("provider", document["name"])) + "/")
+    elif kind == "model":
+        document, shown = _show_model(name, seq, arch)
     else:
-        document, shown = _SHOWS[kind](name, seq)
+        document, shown = _SHOWS[kind](name)
     if as_json:
         print_json(document)
     elif isinstance(shown, str):

@@ -41,6 +41,7 @@ class ProblemOptions:
     memory_limit: str | None
     prices: Path | None = None
     on_premises: bool = False
+    arch: str | None = None
 
 
 class ProblemInputs(NamedTuple):
@@ -56,6 +57,15 @@ class ProblemInputs(NamedTuple):
 def json_option(command: Command) -> Command:
     """Adds `--json`, passed as `as_json`: one JSON document on stdout and nothing else there."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
+
+
+def arch_option(command: Command) -> Command:
+    """Adds `--arch`, passed as `arch`."""
+    return click.option(
+        "--arch",
+        metavar="NAME",
+        help="Read the model's config as this architecture, whatever it says of itself. Its code is not run.",
+    )(command)
 
 
 def prices_option(command: Command) -> Command:
@@ -154,7 +164,7 @@ def problem_options(command: Callable[..., Any]) -> Callable[..., Any]:
         options = ProblemOptions(**{name: values.pop(name) for name in names})
         return command(options=options, **values)
 
-    call = prices_option(on_premises_option(call))
+    call = arch_option(prices_option(on_premises_option(call)))
     for option in reversed(_options()):
         call = option(call)
     return json_option(call)
@@ -178,7 +188,7 @@ def load_problem(options: ProblemOptions) -> ProblemInputs:
             problems.extend(error.problems)
             return None
 
-    model: ModelSpec | None = read(load_model, options.model)
+    model: ModelSpec | None = read(lambda text: load_model(text, arch=options.arch), options.model)
     market: Market | None = read(
         lambda text: open_market(options.prices, options.on_premises, text), options.cluster
     )
@@ -209,15 +219,10 @@ def _faults(
     from planner.errors import Problem
 
     found: list[Problem] = []
-    if model is not None and model.learned_positions and options.seq > model.learned_positions:
-        found.append(
-            Problem(
-                where="--seq",
-                fault=f"{options.seq} is longer than the {model.learned_positions} learned positions of "
-                f"{model.name}.",
-                legal=f"1 to {model.learned_positions}",
-            )
-        )
+    longest = min(model.learned_positions, model.max_positions) if model is not None else 0
+    if model is not None and longest and options.seq > longest:
+        fault = f"{options.seq} is longer than the {longest} learned positions of {model.name}."
+        found.append(Problem(where="--seq", fault=fault, legal=f"1 to {longest}"))
     if tokens is not None and tokens < 1:
         found.append(Problem(where="--tokens", fault=f"'{options.tokens}' is no token at all."))
     if limit is not None and limit < 1:

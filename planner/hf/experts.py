@@ -213,7 +213,9 @@ EXPERT_FAMILIES: Mapping[str, Family] = MappingProxyType(
             fixed={"qk_norm": QkNorm.HEAD},
             kinds=all_windowed,
             sparse=every_step,
-            inert=frozenset({"max_window_layers"}),
+            inert=frozenset(
+                {"max_window_layers", "use_qk_norm", "qkv_bias", "shared_expert_intermediate_size"}
+            ),
         ),
         "qwen3_vl_moe_text": Family(
             build=decoder,

@@ -94,6 +94,7 @@ class Description:
     index_dim: int = 0
     index_topk: int = 0
     indexer_types: tuple[str, ...] | None = None
+    index_pattern: str | None = None
     index_every: int = 1
     index_offset: int = 2
     delta_key_heads: int = 0

@@ -76,9 +76,12 @@ def _lists(d: Description, family: Family) -> Iterator[Fault]:
         listed = getattr(d, fact)
         if listed is not None and len(listed) != d.layers and (listed or fact != "rotary_layers"):
             yield fact, f"has {len(listed)} items for {d.layers} layers.", str(d.layers)
-    pattern = d.hybrid_pattern
-    if pattern is not None and d.layer_types is None and len(pattern) != d.layers:
-        yield "hybrid_pattern", f"has {len(pattern)} letters for {d.layers} layers.", str(d.layers)
+    for fact, pattern, unless in (
+        ("hybrid_pattern", d.hybrid_pattern, d.layer_types),
+        ("index_pattern", d.index_pattern, d.indexer_types),
+    ):
+        if pattern is not None and unless is None and len(pattern) != d.layers:
+            yield fact, f"has {len(pattern)} letters for {d.layers} layers.", str(d.layers)
 
 
 def _layer_kinds(d: Description, family: Family) -> Iterator[Fault]:

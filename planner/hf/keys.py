@@ -196,6 +196,7 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "index_dim": _whole("index_head_dim", high=MAX_HEADS),
         "index_topk": _whole("index_topk", high=MAX_POSITIONS),
         "indexer_types": _texts("indexer_types", choices=_INDEXER_TYPES),
+        "index_pattern": Key(names=("index_topk_pattern",), kind=Kind.TEXT, nullable=True),
         "index_every": _whole("index_topk_freq", low=0, high=MAX_LAYERS),
         "index_offset": _whole("index_skip_topk_offset", low=0, high=MAX_LAYERS),
         # linear attention and state spaces

@@ -226,6 +226,7 @@ MIXED_FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "value_dim": 256,
                 "index_heads": 32,
                 "indexer_types": None,
+                "index_pattern": None,
                 "index_every": 1,
                 "index_offset": 2,
             },

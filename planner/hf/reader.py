@@ -197,7 +197,12 @@ def _unread(part: TextPart) -> list[str]:
     family = part.family
     known = _tops(family.all_names) | family.inert | family.noted.keys() | INERT | _tops(NOTED)
     known |= {*CHANGES_COST, *CODE_KEYS, "layer_types"}
-    return [str(key) for key in part.config if key not in known]
+    return [str(key) for key, value in part.config.items() if key not in known and _says(value)]
+
+
+def _says(value: Any) -> bool:
+    """Whether a value says anything: null, false, nothing and empty do not."""
+    return value is not None and value is not False and value not in ("", [], {})
 
 
 def _notes(part: TextPart) -> tuple[str, ...]:

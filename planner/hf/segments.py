@@ -92,6 +92,8 @@ def _has_indexer(d: Description, layer: int) -> bool:
     """Whether a layer scores keys itself, or uses the choice of one before it (glm_moe_dsa)."""
     if d.indexer_types is not None:
         return d.indexer_types[layer] == "full"
+    if d.index_pattern is not None:
+        return d.index_pattern[layer] == "F"
     return max(layer - d.index_offset + 1, 0) % max(d.index_every, 1) == 0
 
 
