@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 
+from planner.adapters import Adapters, adapted_weights, adapter_params
 from planner.codec import noun
 from planner.device_rate import DeviceRate
 from planner.hf import read_config
@@ -81,14 +82,6 @@ class Size:
     @property
     def sparse(self) -> bool:
         return self.params_active != self.params
-
-
-@noun
-class Adapters:
-    """LoRA on the modules of every block: matrices of rank r beside each weight (arXiv 2106.09685)."""
-
-    rank: int
-    modules: str
 
 
 @noun
@@ -375,35 +368,20 @@ def _prompting(q: Question) -> Method:
     )
 
 
-def adapter_params(adapters: Adapters, size: Size) -> Figure:
-    """Parameters of the adapters: r (in + out) for each adapted weight of each block.
-
-    With P weights in a block of 7 matrices, each with the hidden size d on one side, the sum of in + out is
-    P / d + 7 d, whatever the heads and the width of the MLP. Norms are two vectors a block.
-    """
-    rank, shape = adapters.rank, size.shape
-    d, layers = shape.hidden, shape.layers
-    if adapters.modules != "all" or size.sparse:
-        count = 2 if adapters.modules == "qv" else 4
-        sides, formula = count * 2 * d, f"r x layers x {count} x 2 d"
-        note = "each of these weights taken as d x d"
-        if adapters.modules == "all":
-            note += "; all of attention, the experts are left as they are"
-    else:
-        weights = shape.params_blocks // layers - 2 * d
-        sides, formula = weights // d + 7 * d, f"r x layers x (P / d + 7 d), P = {short(weights)} a block"
-        note = "in + out of 7 matrices with d on one side; exact without biases"
+def trained_adapters(adapters: Adapters, size: Size) -> Figure:
+    """Parameters of the adapters of a model."""
+    count = adapted_weights(adapters, size.shape)
     return Figure(
         name="trained_params",
-        formula=f"{formula}, r = {rank}, d = {d}, layers = {layers}",
-        value=rank * layers * sides,
+        formula=f"r x (in + out) of {count} weights, r = {adapters.rank}",
+        value=adapter_params(adapters, size.shape),
         unit="params",
-        note=note,
+        note="routers and experts are left as they are" if size.sparse else "",
     )
 
 
 def _lora(q: Question, own: OwnEstimate | None, why_not: str) -> Method:
-    adapters = adapter_params(q.adapters, q.size)
+    adapters = trained_adapters(q.adapters, q.size)
     trained = int(adapters.value or 0)
     frozen_bytes = RULE_BYTES[q.rate.precision][0]
     states = frozen_bytes * q.size.params + 16 * trained

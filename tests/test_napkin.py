@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from planner.adapters import Adapters, adapted, adapter_params
 from planner.catalog import load_device, load_model
 from planner.cli import cli
 from planner.device_rate import Price, device_rate, price_of, published_mfu
 from planner.estimate import Verdict
+from planner.hf import read_config
 from planner.instance import Instance
 from planner.market import Market
 from planner.napkin import (
-    Adapters,
     Method,
     Question,
-    adapter_params,
     bare_size,
     left_out,
     methods,
@@ -248,17 +248,38 @@ def test_the_flops_and_dollars_of_each_way() -> None:
         ("llama-3-8b", "all", 41_943_040),
         ("llama-2-7b", "qv", 8_388_608),
         ("llama-2-7b", "attention", 16_777_216),
+        ("llama-3-8b", "qv", 6_815_744),
+        ("gpt-3-175b", "qv", 75_497_472),
     ],
 )
 def test_adapters_of_rank_16(model: str, modules: str, params: int) -> None:
-    """Counts of trainable parameters that peft prints for these models at rank 16."""
-    assert adapter_params(Adapters(rank=16, modules=modules), model_size(load_model(model))).value == params
+    """Counts of trainable parameters that peft prints; GPT-3: 4.7M at rank 1 (LoRA, arXiv 2106.09685)."""
+    assert adapter_params(Adapters(rank=16, modules=modules), load_model(model)) == params
 
 
-def test_adapters_grow_with_their_rank() -> None:
-    size = model_size(load_model("llama-2-7b"))
-    one, two = (adapter_params(Adapters(rank=rank, modules="all"), size).value or 0 for rank in (8, 16))
-    assert two == 2 * one
+def test_adapters_grow_with_their_rank_and_their_modules() -> None:
+    model = load_model("llama-3-8b")
+    counts = [
+        adapter_params(Adapters(rank=rank, modules=modules), model)
+        for modules in ("qv", "attention", "all")
+        for rank in (8, 16)
+    ]
+    assert counts == sorted(counts)
+    assert counts[1] == 2 * counts[0]
+
+
+def test_experts_and_routers_get_no_adapters() -> None:
+    config = {
+        "model_type": "mixtral", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 100, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "max_position_embeddings": 128,
+    }  # fmt: skip
+    model = read_config(config, source="sample", name="sample")
+    layer = model.segments[0].block
+    assert len(adapted(layer, "all")) == len(adapted(layer, "attention")) == 4
+    size = model_size(model)
+    assert size.sparse
+    assert size.params_flops == model.params_active - 100 * 64
 
 
 def test_more_devices_are_faster_and_cost_the_same() -> None:

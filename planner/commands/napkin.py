@@ -57,7 +57,7 @@ FINETUNE_NOTE = "assumed: 100,000 examples of 1,000 tokens; say yours with --fin
     type=click.Choice(["qv", "attention", "all"]),
     default="all",
     show_default=True,
-    help="Weights that get adapters: query and value, all of attention, or all linear layers of a block.",
+    help="Weights that get adapters: query and value, attention, or all but routers and experts.",
 )
 @click.option(
     "--devices",
@@ -101,7 +101,8 @@ def napkin(as_json: bool, **asked: Any) -> None:
 
 def read_question(asked: dict[str, Any]) -> tuple[Question, str]:
     """The question that the options ask, and the device as named. Raises InputError with every fault."""
-    from planner.napkin import Adapters, Question
+    from planner.adapters import Adapters
+    from planner.napkin import Question
 
     reading = Reading()
     size = reading.read(lambda: read_size(asked["model"], asked["seq"]))

@@ -234,7 +234,12 @@ def _assumptions(q: Question, methods: Sequence[Method]) -> str:
         ),
         ("devices", "as given" if q.devices else "the least whose memory holds it, safe by our memory model"),
         ("fine-tuning", f"{q.finetune_tokens:,} tokens, {q.finetune_note}"),
-        ("LoRA", f"{lora.trained_params.formula}; {lora.flops.formula}"),
+        (
+            "LoRA",
+            "; ".join(
+                filter(None, (lora.trained_params.formula, lora.trained_params.note, lora.flops.formula))
+            ),
+        ),
         ("MFU", f"{rate.mfu:.0%}; published {rate.mfu_low:.1%} to {rate.mfu_high:.1%}: {rate.mfu_source}"),
         ("price", price),
         ("N", _which_n(q)),
