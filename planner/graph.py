@@ -28,6 +28,9 @@ SMALL_SHARE = 1 / 16
 MOST_CARRIED = 2
 """Values that may travel along with the stream: an encoder's result, a table of relative positions."""
 
+MOST_LIVE = 256
+"""Where more values are live, there is no cut: as within a loop over time steps whose results are joined."""
+
 
 # Layers of a ModelSpec
 
@@ -92,20 +95,33 @@ class Chain:
         self.graph = graph
         self.network = operator_network(graph)
         self.order: list[int] = list(networkx.lexicographical_topological_sort(self.network))
-        self.live = _live_values(graph, self.order)
+        self.lives = _lives(graph, self.order)
+        self.live = _live_values(self.lives, len(self.order))
         self.has_product = [bool(graph.operators[index].products) for index in self.order]
 
     def crossing(self, cut: int) -> frozenset[int]:
-        """The values that operators before place `cut` made and later ones read."""
-        return self.live[cut]
+        """The values that operators before place `cut` made and later ones read; only for real cuts."""
+        live = self.live[cut]
+        assert live is not None
+        return live
 
     def crossing_values(self, cut: int) -> float:
         """Their size, of one sample."""
-        return sum((self.graph.values[value].size for value in self.live[cut]), 0.0)
+        return sum((self.graph.values[value].size for value in self.crossing(cut)), 0.0)
+
+    def input_values(self, piece: Piece) -> float:
+        """Size of what a piece begins with: what crosses into it, and inputs of the model that it reads."""
+        places = self.order[piece.first : piece.end]
+        reads = {v for index in places for v in self.graph.operators[index].reads}
+        own = (self.graph.values[v] for v in reads)
+        return self.crossing_values(piece.first) + sum(value.size for value in own if value.is_input)
 
     def is_cut(self, cut: int, carried: frozenset[int] = frozenset()) -> bool:
         """Whether one value at most crosses here, besides those that are carried and small ones."""
-        sizes = sorted(self.graph.values[value].size for value in self.live[cut] - carried)
+        live = self.live[cut]
+        if live is None:
+            return False
+        sizes = sorted(self.graph.values[value].size for value in live - carried)
         hindering = [s for s in sizes if s > SMALL_VALUES or s > SMALL_SHARE * sizes[-1]]
         return len(hindering) <= 1
 
@@ -155,22 +171,31 @@ def operator_network(graph: OperatorGraph) -> Any:
     return network
 
 
-def _live_values(graph: OperatorGraph, order: list[int]) -> list[frozenset[int]]:
-    """For every place in the order, the differentiable values made before it and read at or behind it."""
-    last: dict[int, int] = {}
+def _lives(graph: OperatorGraph, order: list[int]) -> dict[int, tuple[int, int]]:
+    """Of every differentiable value that is read, the places where it is made and where it is last read."""
+    made: dict[int, int] = {}
+    lives: dict[int, tuple[int, int]] = {}
     for place, index in enumerate(order):
-        last |= dict.fromkeys(graph.operators[index].reads, place)
+        operator = graph.operators[index]
+        lives |= {value: (made[value], place) for value in operator.reads if value in made}
+        made |= {value: place for value in operator.writes if graph.values[value].differentiable}
+    return lives
+
+
+def _live_values(lives: dict[int, tuple[int, int]], places: int) -> list[frozenset[int] | None]:
+    """For every place, the values made before it and read at or behind it; None for more than MOST_LIVE."""
+    born: dict[int, list[int]] = {}
     dying: dict[int, list[int]] = {}
-    for value, place in last.items():
-        dying.setdefault(place, []).append(value)
+    for value, (first, last) in lives.items():
+        born.setdefault(first, []).append(value)
+        dying.setdefault(last, []).append(value)
     live: set[int] = set()
-    before = []
-    for place, index in enumerate(order):
-        before.append(frozenset(live))
-        made = (v for v in graph.operators[index].writes if graph.values[v].differentiable)
-        live.update(v for v in made if last.get(v, -1) > place)
+    before: list[frozenset[int] | None] = []
+    for place in range(places + 1):
+        before.append(frozenset(live) if len(live) <= MOST_LIVE else None)
+        live.update(born.get(place, ()))
         live.difference_update(dying.get(place, ()))
-    return [*before, frozenset()]
+    return before
 
 
 def pieces(chain: Chain) -> list[Piece]:
@@ -202,11 +227,15 @@ def _between_cuts(chain: Chain, whole: Piece, carried: frozenset[int]) -> list[P
 
 def _carrying(chain: Chain, piece: Piece, carried: frozenset[int]) -> frozenset[int] | None:
     """What must be carried through a piece for a repetition to show, or None. Longest-lived values first."""
-    spans: dict[int, int] = {}
-    for cut in range(piece.first + 1, piece.end):
-        for value in chain.crossing(cut) - carried:
-            spans[value] = spans.get(value, 0) + 1
-    for value in sorted(spans, key=lambda v: (-spans[v], v))[: MOST_CARRIED - len(carried)]:
+    if sum(chain.has_product[piece.first : piece.end]) < 2:
+        return None
+    spans = {
+        value: min(last, piece.end - 1) - max(first, piece.first)
+        for value, (first, last) in chain.lives.items()
+        if value not in carried
+    }
+    longest = sorted(spans, key=lambda value: (-spans[value], value))[: MOST_CARRIED - len(carried)]
+    for value in longest:
         carried |= {value}
         found = _between_cuts(chain, piece, carried)
         repeated = (run for run in runs([chain.key(part) for part in found]) if run.count > 1)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+MOST_PERIOD = 512
+"""Longest period that is looked for, so that a sequence of tens of thousands of keys takes seconds."""
+
 Usable = Callable[[int, int], bool]
 Misfit = Callable[[int, int], float]
 
@@ -45,7 +48,7 @@ def longest_run(
     """
     best: tuple[int, int, float, int] | None = None
     found: Run | None = None
-    for period in range(1, (end - first) // 2 + 1):
+    for period in range(1, min((end - first) // 2, MOST_PERIOD) + 1):
         for start, length in _stretches(keys, first, end, period):
             count = 1 + length // period
             for phase in range(start, start + length % period + 1):

@@ -93,7 +93,7 @@ def _layer(
         core_flops=sum((operator.core_flops for operator in operators), 0.0),
         moved_values=sum((operator.moved_values for operator in operators), 0.0),
         saved_values=sum(saved[index] for index in same) / len(same),
-        input_values=max(chain.crossing_values(layers[i].first) for i in same),
+        input_values=max(chain.input_values(layers[i]) for i in same),
         message_values=max(chain.crossing_values(layers[i].end) for i in same),
         shared_params=shared,
         operators=len(operators),

@@ -48,7 +48,8 @@ def trace_module(
 
     The batch is the first dimension of the first input. A sample stands for `tokens` tokens of a workload;
     default: the length of a row of token indices, 1 for other inputs, so that a workload's `seq` is that.
-    The module may be on meta and is left as it is. Raises InputError where tracing cannot follow it.
+    The module may be on meta and is left as it is. What is outside of its forward pass is not counted: let
+    it return the loss to have that counted too. Raises InputError where tracing cannot follow it.
     """
     graph = trace_operators(module, example_inputs, example_kwargs, tokens=tokens)
     shapes = ", ".join(str(list(t.shape)) for t in _tensors((example_inputs, dict(example_kwargs or {}))))
@@ -64,14 +65,16 @@ def trace_operators(
     tokens: int | None = None,
 ) -> OperatorGraph:
     """The operators of one forward pass of a module, with what autograd keeps of it."""
+    _check_initialised(module)
     kwargs = dict(example_kwargs or {})
     batch, row = _batch_and_row(_tensors((example_inputs, kwargs)))
     recorder = _Recorder(_compute_dtype(module), batch)
-    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True), _Scopes(module, recorder):
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    with _torch_aside(), fakes, _Scopes(module, recorder), _faults_of(recorder):
         tensors = _fake_tensors(module, recorder)
         args, kwargs = tree_map_only(Tensor, _fake, (tuple(example_inputs), kwargs))
         recorder.take_inputs(_tensors((args, kwargs)))
-        with _faults_of(recorder), recorder.recording():
+        with recorder.recording():
             torch.func.functional_call(module, tensors, args, kwargs, tie_weights=False)
     if not recorder.operators:
         raise InputError(Problem(where=type(module).__qualname__, fault="computes nothing: no operator ran."))
@@ -79,14 +82,20 @@ def trace_operators(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's own log of what fails on fake tensors: the error that is raised says it."""
+def _torch_aside() -> Iterator[None]:
+    """Without torch's log of what fails on fake tensors, which is raised anyway, and without mkldnn.
+
+    With mkldnn a recurrent layer is one opaque operator; without, it is the products that it is made of.
+    """
     logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
+    disabled, mkldnn = logger.disabled, torch._C._get_mkldnn_enabled()
+    logger.disabled = True
+    torch._C._set_mkldnn_enabled(False)
     try:
         yield
     finally:
-        logger.disabled = before
+        logger.disabled = disabled
+        torch._C._set_mkldnn_enabled(mkldnn)
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -105,6 +114,18 @@ def _batch_and_row(inputs: list[Tensor]) -> tuple[int, int]:
         )
     first = inputs[0]
     return first.shape[0], 1 if first.is_floating_point() or first.dim() < 2 else first.shape[1]
+
+
+def _check_initialised(module: nn.Module) -> None:
+    lazy = [n for n, p in module.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise InputError(
+            Problem(
+                where=f"parameter {lazy[0]}",
+                fault=f"has no shape yet, as {len(lazy)} of a lazy module.",
+                fix="run the module once before it is traced",
+            )
+        )
 
 
 def _compute_dtype(module: nn.Module) -> torch.dtype:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import flop_counter
 
+from planner.errors import InputError, Problem
 from planner.traced import Product
 
 aten = torch.ops.aten
@@ -37,6 +38,9 @@ CONVOLUTIONS = (
     aten.convolution_overrideable,
 )
 
+TORCH_NAMESPACES = ("aten", "prims", "prim")
+"""Operators of these without a formula only move bytes; of others nothing is known."""
+
 CPU_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 """Fused attention on a CPU, which torch's registry has no formula for."""
 
@@ -58,8 +62,20 @@ def work_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any)
         return Work((), _attention_flops(*args[:3]) * _share_met(func, args, kwargs))
     formula = flop_counter.flop_registry.get(packet)
     if formula is None:
+        if func.namespace not in TORCH_NAMESPACES:
+            raise _unknown(packet)
         return NO_WORK
     return Work((), float(formula(*args, **kwargs, out_val=out)) * _share_met(func, args, kwargs))
+
+
+def _unknown(packet: Any) -> InputError:
+    return InputError(
+        Problem(
+            where=str(packet),
+            fault="is no operator of torch's own, and no formula says how many FLOPs it takes.",
+            fix="register one before tracing: torch.utils.flop_counter.register_flop_formula",
+        )
+    )
 
 
 def _attention_flops(q: Tensor, k: Tensor, v: Tensor) -> float:

@@ -161,6 +161,25 @@ def test_values_that_several_layers_keep_count_once() -> None:
     assert found == 1000.0 * len(kept)
 
 
+def test_inputs_that_a_layer_reads_count_to_what_it_begins_with() -> None:
+    draft = residual(2)
+    extra = draft.call("late", len(draft.values) - 1, 0, weight=4)
+    assert extra == len(draft.values) - 1
+    spec = traced_model(draft.graph(), name="late")
+    first, *_, last = [block for block in spec.blocks() if isinstance(block, TracedLayer)]
+    assert first.input_values == 1000.0
+    assert last.input_values == 2000.0
+
+
+def test_a_loop_over_many_steps_is_not_cut() -> None:
+    draft = Draft()
+    x = draft.call("enter", 0, weight=2)
+    steps = [draft.call("step", x) for _ in range(400)]
+    draft.call("leave", *steps, weight=2)
+    chain = Chain(draft.graph())
+    assert [piece.first for piece in layer_pieces(chain)] == [0, 1]
+
+
 def test_a_graph_that_never_narrows_is_one_layer() -> None:
     draft = Draft()
     a, b = draft.call("left", 0, weight=2), draft.call("right", 0, weight=2)

@@ -160,6 +160,37 @@ def test_cuts_are_articulation_points() -> None:
         assert maker in points
 
 
+def test_what_conditions_every_block_travels_along() -> None:
+    """A diffusion transformer: the embedded time scales the stream before each block."""
+
+    class Conditioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.time, self.enter, self.leave = nn.Linear(1, 32), nn.Linear(4, 32), nn.Linear(32, 4)
+            self.blocks = nn.ModuleList(EncoderBlock(32, 4) for _ in range(6))
+            self.scales = nn.ModuleList(nn.Linear(32, 32) for _ in range(6))
+
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            condition, x = self.time(time).tanh(), self.enter(x)
+            for block, scale in zip(self.blocks, self.scales, strict=True):
+                x = block(x * scale(condition)[:, None])
+            out: Tensor = self.leave(x)
+            return out
+
+    spec = trace_module(Conditioned(), (torch.zeros(2, 16, 4), torch.zeros(2, 1)), name="conditioned")
+    assert counts(spec)[-2:] == [6, 1]
+    block = spec.segments[-2].block
+    assert isinstance(block, TracedLayer)
+    assert block.message_values == 16 * 32 + 32
+
+
+def test_recurrent_layers_are_their_products() -> None:
+    module = nn.LSTM(16, 16, num_layers=3, batch_first=True)
+    spec = trace_module(module, (torch.zeros(2, 10, 16),), name="lstm")
+    assert spec.params_total == sum(p.numel() for p in module.parameters())
+    assert forward_flops(spec) == 3 * 10 * 2 * (2 * 16 * 4 * 16)
+
+
 def test_tied_parameters_are_named_where_they_are_used_again() -> None:
     *_, last = layers(trace_module(tied(), (IDS,), name="tied"))
     assert last.shared_params == 128 * 32
@@ -237,13 +268,27 @@ class Failing(nn.Linear):
         (nn.Linear(4, 4), (), "batch"),
         (nn.Linear(4, 4), (torch.zeros(()),), "batch"),
         (nn.Identity(), (torch.zeros(1, 4),), "computes nothing"),
+        (nn.LazyLinear(4), (torch.zeros(1, 4),), "no shape yet"),
     ],
-    ids=["branch", "fails", "no input", "no batch", "nothing"],
+    ids=["branch", "fails", "no input", "no batch", "nothing", "lazy"],
 )
 def test_what_cannot_be_traced_is_refused(module: nn.Module, inputs: tuple[Tensor, ...], words: str) -> None:
     with pytest.raises(InputError, match=words):
         trace_module(module, inputs, name="refused")
     assert not module._forward_hooks
+
+
+def test_an_operator_that_nothing_is_known_of_is_refused() -> None:
+    class Custom(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(torch.ops.shardwise_test.twice(x))
+
+    with torch.library._scoped_library("shardwise_test", "FRAGMENT") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: 2 * x, "CPU")
+        library.impl("twice", lambda x: torch.empty_like(x), "Meta")
+        with pytest.raises(InputError, match="FLOPs"):
+            trace_module(Custom(4, 4), (torch.zeros(1, 4),), name="custom")
 
 
 # Planned
