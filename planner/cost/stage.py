@@ -6,6 +6,7 @@ planner pick recipes exactly.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 from planner.codec import noun
@@ -246,6 +247,7 @@ class ShapeModel:
             ranks=ranks,
             groups=max(1, min(per_node, self.degrees.world) // ranks),
             spans_nodes=block > per_node,
+            nodes=min(ranks, math.ceil(block / per_node)) if block > per_node else None,
         )
 
     def _tp_group(self) -> Group:
