@@ -16,18 +16,10 @@ from planner.estimate import Verdict
 from planner.hf import read_config
 from planner.instance import Instance
 from planner.market import Market
-from planner.napkin import (
-    Method,
-    Question,
-    bare_size,
-    left_out,
-    methods,
-    model_size,
-    reference_shape,
-    rule_of_thumb,
-    short,
-)
+from planner.napkin import Question, left_out, rule_of_thumb, short
 from planner.napkin_estimate import activations_bytes, cluster_of, evaluated, node_shape, own_estimate
+from planner.napkin_methods import Method, methods
+from planner.napkin_size import bare_size, model_size, reference_shape
 from planner.units import GIB
 from planner.workload import Precision
 

@@ -11,8 +11,9 @@ from planner.commands.options import json_option, on_premises_option, prices_opt
 from planner.commands.quantities import RATE_OPTIONS, Reading, optional_number, read_count, read_rate
 
 if TYPE_CHECKING:
-    from planner.napkin import Question, Size
+    from planner.napkin import Question
     from planner.napkin_estimate import OwnEstimate
+    from planner.napkin_size import Size
 
 SIZE = re.compile(r"^[+-]?[0-9.]+(e[+-]?[0-9]+)?\s*[a-z]{0,2}$|^[+-]?(nan|inf|infinity)$", re.IGNORECASE)
 """Texts that are meant as a size: a number with at most a short unit. Everything else is a model's name."""
@@ -87,7 +88,8 @@ def napkin(as_json: bool, **asked: Any) -> None:
     """First principles: bytes a parameter, 6 N D, days and dollars, with the formulas."""
     from planner.commands.napkin_text import napkin_document, napkin_text
     from planner.commands.text import print_json
-    from planner.napkin import left_out, methods, rule_of_thumb
+    from planner.napkin import left_out, rule_of_thumb
+    from planner.napkin_methods import methods
 
     question, device = read_question(asked)
     own, activations, why_not = _estimate(question, device)
@@ -135,7 +137,7 @@ def read_size(text: str, seq: int | None) -> Size:
     """The size or model that `text` names. Raises InputError."""
     from planner.catalog import load_model
     from planner.errors import InputError, Problem
-    from planner.napkin import bare_size, model_size
+    from planner.napkin_size import bare_size, model_size
 
     if SIZE.match(text.strip()) or not text.strip():
         return bare_size(read_count(text.strip(), "--model", SMALLEST_SIZE, LARGEST_SIZE), seq or DEFAULT_SEQ)

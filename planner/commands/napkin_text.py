@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from planner.commands.text import table
 
 if TYPE_CHECKING:
-    from planner.napkin import Figure, Method, Question
+    from planner.napkin import Figure, Question
     from planner.napkin_estimate import OwnEstimate
+    from planner.napkin_methods import Method
 
 LINE_WIDTH = 110
 
@@ -252,9 +253,10 @@ def _which_n(q: Question) -> str | None:
 
     if q.size.bare:
         return None
+    sparse = "; 20 tokens a parameter were found for dense models" if q.size.sparse else ""
     return (
         f"{format_count(q.size.params)} in memory; {format_count(q.size.params_flops)} in 6 N D: what a "
-        "token meets, without the input embedding, which is a look-up"
+        f"token meets, without the input embedding, which is a look-up{sparse}"
     )
 
 
