@@ -29,7 +29,6 @@ class ParameterTensor:
     """One parameter tensor; a tied one has several names and is still one tensor."""
 
     name: str
-    shape: tuple[int, ...]
     count: int
 
 
@@ -67,9 +66,3 @@ class OperatorGraph:
     values: tuple[Value, ...]
     parameters: tuple[ParameterTensor, ...]
     unused: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def flops(self) -> float:
-        """FLOPs of one sample's forward pass: matrix products and fused attention."""
-        products = sum(product.flops for op in self.operators for product in op.products)
-        return products + sum(op.core_flops for op in self.operators)

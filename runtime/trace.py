@@ -262,7 +262,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def take_parameter(self, name: str, tensor: Tensor) -> None:
         """A parameter tensor; tied ones are met once."""
         self._parameter_of[self._storage(tensor)] = len(self.parameters)
-        self.parameters.append(ParameterTensor(name=name, shape=tuple(tensor.shape), count=tensor.numel()))
+        self.parameters.append(ParameterTensor(name=name, count=tensor.numel()))
 
     def take_constant(self, tensor: Tensor) -> None:
         """A buffer: neither a parameter nor a value."""

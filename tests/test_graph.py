@@ -73,7 +73,7 @@ class Draft:
         held: tuple[int, ...] = ()
         if weight:
             held = (len(self.parameters),)
-            self.parameters.append(ParameterTensor(name=name, shape=(weight,), count=weight))
+            self.parameters.append(ParameterTensor(name=name, count=weight))
         products = (Product(m=10.0, n=10.0, k=float(weight)),) if weight else ()
         self.operators.append(
             Operator(
@@ -151,6 +151,24 @@ def test_what_many_layers_read_is_carried() -> None:
     assert isinstance(decoder, TracedLayer)
     assert (decoder.input_values, decoder.message_values) == (2000.0, 2000.0)
     assert decoder.stream_width == 200
+
+
+def test_relative_positions_and_an_encoders_result_are_both_carried() -> None:
+    """As in T5: the first layer of a stack makes the table that all layers of it read."""
+    draft = Draft()
+    memory = draft.call("embedding", 0, weight=50)
+    bias = draft.call("encoder-bias", weight=3, size=500.0)
+    for _ in range(4):
+        memory = draft.sublayer(draft.sublayer(memory, "mix", bias), "mlp")
+    memory, x = draft.call("norm", memory), draft.call("embedding", 0, weight=50)
+    bias = draft.call("decoder-bias", weight=3, size=500.0)
+    for _ in range(5):
+        x = draft.sublayer(draft.sublayer(draft.sublayer(x, "mix", bias), "cross", memory), "mlp")
+    draft.call("head", x, weight=70)
+    spec = traced_model(draft.graph(), name="t5")
+    repeated = [segment for segment in spec.segments if segment.count > 1]
+    assert [(segment.count, segment.block.params) for segment in repeated] == [(4, 20), (5, 30)]
+    assert [segment.block.stream_width for segment in repeated] == [150, 250]
 
 
 def test_values_that_several_layers_keep_count_once() -> None:
