@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 import statistics
 from collections import defaultdict
@@ -30,6 +31,9 @@ from typing import Any
 from planner.codec import noun
 from planner.errors import InputError, Problem
 from planner.measured import Collective, Product
+
+TABLES_VARIABLE = "SHARDWISE_AICONFIGURATOR"
+"""Environment variable: empty, the package is left unread though it is installed."""
 
 DISTRIBUTION = "aiconfigurator-core"
 MODULE = "aiconfigurator_core"
@@ -107,10 +111,15 @@ def installed_products(table: str) -> tuple[Product, ...]:
 
 def _installed(table: str) -> Path | None:
     """The package's folder of systems if it has `table` and can be read."""
-    package = find_package()
+    package = find_package() if is_wanted() else None
     if package is None or table not in package.systems or not can_read():
         return None
     return Path(package.folder)
+
+
+def is_wanted() -> bool:
+    """Whether the package is to be read where it is installed: unless the user says no."""
+    return os.environ.get(TABLES_VARIABLE) != ""
 
 
 def can_read() -> bool:

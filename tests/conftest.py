@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from planner import aiconfigurator
+from planner.aiconfigurator import TABLES_VARIABLE
 from planner.market import PRICES_VARIABLE, SKYPILOT_VARIABLE
 
 
+def pytest_configure() -> None:
+    """Hides SkyPilot's catalogs, a prices file and measured tables of this machine: answers would change."""
+    os.environ[SKYPILOT_VARIABLE] = ""
+    os.environ[TABLES_VARIABLE] = ""
+    os.environ.pop(PRICES_VARIABLE, None)
+
+
 @pytest.fixture(autouse=True)
-def no_prices_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hides SkyPilot's catalogs and a prices file that this machine may have: answers would change."""
+def hidden_prices_stay_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undoes what a test sets of these."""
     monkeypatch.setenv(SKYPILOT_VARIABLE, "")
+    monkeypatch.setenv(TABLES_VARIABLE, "")
     monkeypatch.delenv(PRICES_VARIABLE, raising=False)
-
-
-@pytest.fixture(autouse=True)
-def no_installed_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves an installed aiconfigurator-core unread: its tables would stand in for the shipped ones."""
-    monkeypatch.setattr(aiconfigurator, "can_read", lambda: False)

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from planner import aiconfigurator, measured
 from planner.aiconfigurator import (
     MODULE,
+    TABLES_VARIABLE,
     can_read,
     find_package,
     installed_collectives,
@@ -186,6 +187,7 @@ def test_hostile_products_are_refused_with_the_cure(tmp_path: Path, row: tuple[A
 
 def fake_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package of that name on the path, which must not be imported."""
+    monkeypatch.delenv(TABLES_VARIABLE)
     home = folder / MODULE
     (home / "systems" / "data" / "h100_sxm" / "comm").mkdir(parents=True)
     (home / "systems" / "data" / "notes").mkdir()
@@ -222,6 +224,9 @@ def test_doctor_says_whether_it_is_read(tmp_path: Path, monkeypatch: pytest.Monk
     fake_package(tmp_path, monkeypatch)
     monkeypatch.setattr(aiconfigurator, "can_read", lambda: False)
     assert "0.99.0 is not read without pyarrow" in finding()["detail"]
+    monkeypatch.setenv(TABLES_VARIABLE, "")
+    assert "left unread" in finding()["detail"]
+    monkeypatch.delenv(TABLES_VARIABLE)
     monkeypatch.setattr(aiconfigurator, "can_read", lambda: True)
     assert finding()["state"] == "ok" and "0.99.0: tables of 1 systems" in finding()["detail"]
 
@@ -250,6 +255,9 @@ def test_installed_tables_stand_in_for_the_shipped_ones(
     collectives, products = measured.collectives.__wrapped__, measured.products.__wrapped__
     assert {row.nccl for row in collectives("h100_sxm")} == {"9.9"}
     assert {row.nccl for row in collectives("h200_sxm")} == {"2.29.2"}
+    monkeypatch.setenv(TABLES_VARIABLE, "")
+    assert {row.nccl for row in collectives("h100_sxm")} == {"2.29.2"}, "unless the user says no"
+    monkeypatch.delenv(TABLES_VARIABLE)
     assert collectives("l40s") == (), "rejected, whoever measured it"
     versions = {(row.precision, row.version) for row in products("h100_sxm")}
     assert versions == {("bf16", "9.9"), ("fp8", "0.24.0"), ("fp8_block", "0.24.0")}

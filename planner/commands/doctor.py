@@ -181,11 +181,13 @@ def _machine_findings(machine: dict[str, Any]) -> list[Finding]:
 
 def _measured_tables() -> Finding:
     """Whether the optional package of measured tables stands in for the shipped ones."""
-    from planner.aiconfigurator import DISTRIBUTION, GET, can_read, find_package
+    from planner.aiconfigurator import DISTRIBUTION, GET, TABLES_VARIABLE, can_read, find_package, is_wanted
 
     package = find_package()
     if package is None:
         return Finding(DISTRIBUTION, "note", "not installed: the shipped tables of its 0.12.0 are used", GET)
+    if not is_wanted():
+        return Finding(DISTRIBUTION, "note", f"{package.version} is left unread: {TABLES_VARIABLE} is empty")
     if not can_read():
         fix = "pip install pyarrow"
         return Finding(DISTRIBUTION, "note", f"{package.version} is not read without pyarrow", fix)
