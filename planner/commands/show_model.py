@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from planner.commands.text import pairs, table
+from planner.commands.text import pairs, wrapped_table
 
 if TYPE_CHECKING:
     from planner.feed_forward import FeedForward
@@ -158,9 +158,9 @@ def _text(document: dict[str, Any]) -> str:
             f"forward {forward:.4g} at sequence length {seq} (between tokens {mixing / forward:.1%}), "
             f"backward {document['flops_per_token_backward']:.4g}",
         ),
-        ("sources", "; ".join(document["sources"])),
     ]
-    return f"{pairs(shown)}\n\n{_class_table(document)}"
+    sources = wrapped_table(("sources",), [[source] for source in document["sources"]])
+    return f"{pairs(shown)}\n\n{_class_table(document)}\n\n{sources}"
 
 
 def _class_table(document: dict[str, Any]) -> str:
@@ -179,4 +179,4 @@ def _class_table(document: dict[str, Any]) -> str:
         "selective and full\nrecomputation; eager: nothing recomputed, attention's probabilities kept, "
         f"at sequence length {document['flops_seq']}."
     )
-    return f"{table(header, rows)}\n{note}"
+    return f"{wrapped_table(header, rows)}\n{note}"
