@@ -48,7 +48,7 @@ def trace(
 
     MODULE:FACTORY is a class or function that is called without arguments and makes an nn.Module. MODULE is
     imported from the current folder or the installed packages: its code runs. Its forward pass runs once on
-    tensors without memory.
+    tensors without memory. A loss is counted where forward returns it.
     """
     from planner.codec import to_json
     from planner.commands.with_torch import require_torch
