@@ -11,6 +11,8 @@ import pytest
 
 from planner.hf import FAMILIES, read_config
 from planner.hf.keys import KEYS
+from planner.mixers import Reach
+from planner.model import ModelSpec
 from tests.model_configs import MAKERS
 
 transformers = pytest.importorskip("transformers")
@@ -87,3 +89,62 @@ def differences(model_type: str, seed: int) -> list[str]:
 @pytest.mark.parametrize("model_type", MAKERS)
 def test_counts_equal_those_of_the_built_models(model_type: str) -> None:
     assert [text for seed in range(CONFIGS_EACH) for text in differences(model_type, seed)] == []
+
+
+def layer_types(spec: ModelSpec) -> list[str]:
+    """The kind of every layer, in the library's words."""
+    names = {
+        Reach.CAUSAL: "full_attention",
+        Reach.WINDOW: "sliding_attention",
+        Reach.CHUNK: "chunked_attention",
+        Reach.CHOSEN: "indexed_attention",
+    }
+    kinds = []
+    for block in spec.blocks():
+        if block.mixer is None:
+            kinds.append("mlp" if block.mlp.key[0] in "gu" else "moe")
+        else:
+            kinds.append(
+                names[block.mixer.span.reach] if hasattr(block.mixer, "span") else "linear_attention"
+            )
+    return kinds
+
+
+LISTING = [
+    name
+    for name in MAKERS
+    if "layer_types" in FAMILIES[name].defaults and name not in ("qwen2_moe", "minimax", "ministral")
+]
+"""Architectures whose class lists the kind of every layer. In the excluded ones a list says nothing of the
+window: it is null where layers are called sliding, or all other layers have one too."""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", LISTING)
+def test_each_layer_is_of_the_kind_that_the_library_lists(model_type: str) -> None:
+    for seed in range(2 * CONFIGS_EACH):
+        values = MAKERS[model_type](random.Random(seed))
+        config = transformers.CONFIG_MAPPING[model_type](**values)
+        spec = read_config({"model_type": model_type, **values}, source="c", name="x")
+        assert layer_types(spec) == list(config.layer_types), values
+
+
+UNBUILDABLE = {"ministral": {"head_dim": 128}, "nemotron": {"num_key_value_heads": 48}}
+"""Classes whose own defaults make no model, with what they lack."""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", [name for name in MAKERS if name not in ("glm4_moe", "dbrx")])
+def test_class_defaults_are_those_of_the_library(model_type: str) -> None:
+    """An empty config, as the text part of a wrapper, is the class's default model."""
+    lacking = {"num_experts_per_tok": 6} if model_type == "deepseek_v2" else {}
+    lacking |= UNBUILDABLE.get(model_type, {})
+    model = built(model_type, {"pad_token_id": 0, **lacking})
+    text = {"model_type": model_type, **lacking}
+    nested = read_config({"model_type": "wrapper", "text_config": text}, source="c", name="x")
+    serialised = json.loads(model.config.to_json_string(use_diff=False))
+    spelt = read_config(serialised, source="c", name="x")
+    assert (nested.params_total, nested.params_active) == counts(model, share_of(model))
+    assert nested.segments == spelt.segments
+    for fact in ("max_positions", "norm_eps", "rope_theta", "initializer_range", "tied_embeddings"):
+        assert getattr(nested, fact) == getattr(spelt, fact)

@@ -51,22 +51,22 @@ def linear_at_odd(d: Description) -> Sequence[str]:
     return tuple(FULL if (layer + 1) % 2 else LINEAR for layer in range(d.layers))
 
 
-def rotary_at(d: Description) -> Sequence[bool]:
-    """Which layers have rotary positions: all but every `rotary_every`-th, unless listed."""
+def is_rotary(d: Description, layer: int) -> bool:
+    """Whether a layer has rotary positions: all but every `rotary_every`-th, unless listed."""
     if d.rotary_layers:
-        return tuple(bool(value) for value in d.rotary_layers)
-    return tuple(bool((layer + 1) % d.rotary_every) for layer in range(d.layers))
+        return bool(d.rotary_layers[layer])
+    return bool((layer + 1) % d.rotary_every)
 
 
 def chunked_where_rotary(d: Description) -> Sequence[str]:
     """Layers with rotary positions see a chunk, the others everything (llama4)."""
-    return tuple(CHUNKED if rotary else FULL for rotary in rotary_at(d))
+    return tuple(CHUNKED if is_rotary(d, layer) else FULL for layer in range(d.layers))
 
 
 def windowed_where_not_rotary(d: Description) -> Sequence[str]:
     """Layers without rotary positions have the window, if it is used (smollm3)."""
     windowed = d.use_window and d.window is not None
-    return tuple(SLIDING if windowed and not rotary else FULL for rotary in rotary_at(d))
+    return tuple(SLIDING if windowed and not is_rotary(d, layer) else FULL for layer in range(d.layers))
 
 
 def all_indexed(d: Description) -> Sequence[str]:

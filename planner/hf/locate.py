@@ -49,8 +49,8 @@ def locate(config: Mapping[str, Any], source: str, arch: str | None) -> TextPart
     name, table = inner
     where = f"{source}: {name}."
     text_type = table.get("model_type") or (WRAPPERS[str(own)] if wrapper else None)
-    if text_type in WRAPPERS:
-        text_type = WRAPPERS[str(text_type)]
+    if isinstance(text_type, str):
+        text_type = WRAPPERS.get(text_type, text_type)
     model_type = _chosen(arch, text_type, where)
     problems = () if arch else _code(config, source)
     return _part(

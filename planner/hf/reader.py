@@ -86,14 +86,21 @@ def read_config(
     problems += [*values.problems, *_misspelt(part)]
     if not problems:
         description = Description(**{**family.fixed, **described, **_derived(described)})
-        problems = [
-            Problem(where=values.at(family.names_of(fact)[0]), fault=fault, legal=legal)
-            for fact, fault, legal in contradictions(description, family)
-        ]
+        problems = [_contradiction(part, *fault) for fault in contradictions(description, family)]
     if problems:
         raise InputError(*problems)
     notes = (*sources, *part.notes, *_notes(part))
     return _spec(description, family, name[:100], part.model_type, notes)
+
+
+def _contradiction(part: TextPart, fact: str, fault: str, legal: str) -> Problem:
+    """At the key that the config has, or else at the usual one, whose default it is."""
+    names = part.family.names_of(fact)
+    own = next((name for name in names if lookup(part.config, name) is not None), None)
+    if own is None:
+        derived = part.family.defaults.get(fact) is None
+        fault += " The key is absent: this is " + ("derived." if derived else "the class's default.")
+    return Problem(where=f"{part.where}{own or names[0]}", fault=fault, legal=legal)
 
 
 def _described(part: TextPart, values: Values) -> dict[str, Any]:

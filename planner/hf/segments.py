@@ -9,7 +9,7 @@ from itertools import groupby
 from planner.feed_forward import Experts, FeedForward, Mlp
 from planner.hf.family import Description, Family
 from planner.hf.keys import CHUNKED, DENSE, FULL, INDEXED, LINEAR, SLIDING, SPARSE
-from planner.hf.layers import all_full, nowhere, rotary_at
+from planner.hf.layers import all_full, is_rotary, nowhere
 from planner.mixers import (
     CAUSAL,
     Attention,
@@ -32,8 +32,8 @@ MixerOf = Callable[[Description, str, int], Mixer]
 
 
 def span(d: Description, kind: str) -> Span:
-    """The keys that a layer of `kind` meets; a window or chunk of 0 or null means all before."""
-    if kind == SLIDING and d.window:
+    """The keys that a layer of `kind` meets; a window that is 0, null or not used means all before."""
+    if kind == SLIDING and d.window and d.use_window:
         return Span(reach=Reach.WINDOW, size=d.window)
     if kind == CHUNKED and d.chunk_span:
         return Span(reach=Reach.CHUNK, size=d.chunk_span)
@@ -42,7 +42,7 @@ def span(d: Description, kind: str) -> Span:
 
 def attention(d: Description, kind: str, layer: int) -> Attention:
     """Attention with heads of its own; llama4's weightless norm belongs to layers with rotary positions."""
-    normed = d.qk_normed and (d.qk_norm is not QkNorm.WEIGHTLESS or rotary_at(d)[layer])
+    normed = d.qk_normed and (d.qk_norm is not QkNorm.WEIGHTLESS or is_rotary(d, layer))
     return Attention(
         heads=d.heads,
         kv_heads=d.key_heads,
