@@ -181,5 +181,6 @@ def test_the_command_line_reads_a_config_as_the_architecture_that_is_named(tmp_p
     asked = ["--cluster", "1x8:h100", "--seq", "128", "--batch", "8", "--fix", "dp=8"]
     estimate = ["estimate", "--model", str(file), *asked]
     assert CliRunner().invoke(cli, estimate).exit_code == 2
-    assert "our_own" not in CliRunner().invoke(cli, [*estimate, "--arch", "mixtral"]).output
+    assert CliRunner().invoke(cli, [*estimate, "--arch", "mixtral"]).exit_code == 0
+    assert CliRunner().invoke(cli, ["napkin", "--model", str(file), "--arch", "mixtral"]).exit_code == 0
     assert CliRunner().invoke(cli, ["show", "device", "h100", "--arch", "llama"]).exit_code == 2

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.commands.options import json_option, on_premises_option, prices_option
+from planner.commands.options import arch_option, json_option, on_premises_option, prices_option
 from planner.commands.quantities import RATE_OPTIONS, Reading, optional_number, read_count, read_rate
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ FINETUNE_NOTE = "assumed: 100,000 examples of 1,000 tokens; say yours with --fin
 @click.option(
     "--usd-per-gpu-hour", metavar="USD", help="Price of a device-hour. Default: cheapest of the catalog."
 )
+@arch_option
 @prices_option
 @on_premises_option
 @json_option
@@ -107,7 +108,7 @@ def read_question(asked: dict[str, Any]) -> tuple[Question, str]:
     from planner.napkin import Question
 
     reading = Reading()
-    size = reading.read(lambda: read_size(asked["model"], asked["seq"]))
+    size = reading.read(lambda: read_size(asked["model"], asked["seq"], asked["arch"]))
     rate = read_rate(reading, **{name: asked[name] for name in RATE_OPTIONS})
     finetune = reading.read(lambda: read_count(asked["finetune_tokens"], "--finetune-tokens", 1, MOST_TOKENS))
     tokens = _tokens(reading, asked, size)
@@ -133,7 +134,7 @@ def read_question(asked: dict[str, Any]) -> tuple[Question, str]:
     return question, asked["device"]
 
 
-def read_size(text: str, seq: int | None) -> Size:
+def read_size(text: str, seq: int | None, arch: str | None) -> Size:
     """The size or model that `text` names. Raises InputError."""
     from planner.catalog import load_model
     from planner.errors import InputError, Problem
@@ -141,7 +142,7 @@ def read_size(text: str, seq: int | None) -> Size:
 
     if SIZE.match(text.strip()) or not text.strip():
         return bare_size(read_count(text.strip(), "--model", SMALLEST_SIZE, LARGEST_SIZE), seq or DEFAULT_SEQ)
-    model = load_model(text)
+    model = load_model(text, arch=arch)
     if model.learned_positions and seq is not None and seq > model.learned_positions:
         raise InputError(
             Problem(

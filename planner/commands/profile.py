@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.commands.options import json_option
+from planner.commands.options import arch_option, json_option
 
 if TYPE_CHECKING:
     from planner.cluster import ClusterSpec
@@ -68,6 +68,7 @@ PLAIN_INTERVAL_S = 2.0
     metavar="FILE",
     help="Where to write the profile.",
 )
+@arch_option
 @json_option
 def profile(
     model_text: str,
@@ -78,6 +79,7 @@ def profile(
     micro_batches: tuple[int, ...],
     quick: bool,
     output: Path,
+    arch: str | None,
     as_json: bool,
 ) -> None:
     """Measure layers, collectives, memory and host overhead on this machine.
@@ -85,13 +87,13 @@ def profile(
     Writes FILE whole at the end, or not at all.
     """
     from planner.catalog import load_model
-    from planner.execution import check_executed
     from planner.cluster_grammar import parse_cluster
     from planner.codec import to_json, write_atomic
     from planner.commands.options import chosen_precision
     from planner.commands.with_torch import require_torch
+    from planner.execution import check_executed
 
-    model, cluster = load_model(model_text), parse_cluster(cluster_text)
+    model, cluster = load_model(model_text, arch=arch), parse_cluster(cluster_text)
     check_executed(model, "measure")
     _check(model, cluster, cluster_text, seq, output)
     require_torch("profile")
