@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from planner.errors import InputError, Problem
 from planner.feed_forward import Mlp
-from planner.mixers import CAUSAL, Attention, QkNorm
+from planner.mixers import CAUSAL, Attention, QkNorm, Reach, Span
 from planner.model import Block, Layer, ModelSpec, Norm
 
 EXECUTED_TYPES = ("llama", "mistral", "qwen2", "gpt2")
@@ -74,13 +74,19 @@ def _mixer_faults(block: Block) -> list[str]:
         return [f"a block mixes tokens by {type(mixer).__name__}" if mixer else "a block has no attention"]
     faults = {
         f"queries and keys are normed ({mixer.qk_norm})": mixer.qk_norm is not QkNorm.NONE,
-        f"attention reaches a {mixer.span.reach} of {mixer.span.size} keys": mixer.span != CAUSAL,
+        _reach(mixer.span): mixer.span != CAUSAL,
         "attention is gated": mixer.gated,
         "attention has sinks": mixer.sinks,
         "attention has a table of relative positions": mixer.position_buckets > 0,
         "values are of another width than keys": mixer.value_dim is not None,
     }
     return [fault for fault, found in faults.items() if found]
+
+
+def _reach(span: Span) -> str:
+    if span.reach is Reach.ALL:
+        return "attention is not causal"
+    return f"attention reaches a {span.reach} of {span.size} keys"
 
 
 def _mlp_faults(block: Block) -> list[str]:

@@ -70,6 +70,11 @@ class Block:
         return 1 if self.parallel else len(self.mixers) + (self.mlp is not None)
 
     @property
+    def shared_params(self) -> int:
+        """Blocks share no weights with other layers."""
+        return 0
+
+    @property
     def stream_width(self) -> int:
         """Values a token of the message to the next layer: the residual stream."""
         return self.hidden

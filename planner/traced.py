@@ -57,8 +57,8 @@ class TracedLayer:
         return -(-round(self.message_values) // self.tokens)
 
     def params_shard(self, tp: int) -> float:
-        """Traced layers are not split: a shard is the whole."""
-        return float(self.params)
+        """Traced layers are not split: a shard is the whole, with what it shares with another layer."""
+        return float(self.params + self.shared_params)
 
     def matmul_flops_forward(self, tokens: int) -> float:
         """FLOPs of all matrix products."""

@@ -189,13 +189,14 @@ def _traced_cost(layer: TracedLayer, shape: LayerShape, rates: DeviceRates) -> L
     )
     products_s += samples * layer.core_flops / (0.6 * rates.flops)
     moved_s = samples * size * layer.moved_values / rates.memory_bytes_per_s
-    forward_s = max(products_s + moved_s, rates.host_block_s)
+    host_s = rates.host_block_s * layer.operators / constants.BLOCK_LAUNCHES
+    forward_s = max(products_s + moved_s, host_s)
     whole = samples * size * layer.saved_values
     full = shape.recompute is Recompute.FULL
     saved = samples * size * layer.input_values if full else whole
     return LayerCost(
         forward_s=forward_s,
-        backward_s=max(2 * (products_s + moved_s), 2 * rates.host_block_s) + (forward_s if full else 0.0),
+        backward_s=max(2 * (products_s + moved_s), 2 * host_s) + (forward_s if full else 0.0),
         saved_bytes=saved,
         forward_transient_bytes=samples * size * layer.message_values + (whole if full else 0.0),
         backward_transient_bytes=samples * size * layer.message_values + whole - saved,

@@ -17,6 +17,9 @@ HOST_BLOCK_FORWARD_S = 1.0e-3
 """Host time to launch one block's forward in eager mode; its backward costs twice that. About 45 launches
 of 10 us through autograd plus module hooks; 1B-shape steps on an H100 sit at this floor."""
 
+BLOCK_LAUNCHES = 45
+"""Operators of a block's forward that HOST_BLOCK_FORWARD_S stands for; a traced layer counts its own."""
+
 HOST_TP_FORWARD_S = 3.0e-3
 """Host time that DTensor's sharding hooks add to one block's forward in eager mode; a 20-layer stage of a
 70B model at tp 8 took 0.48 s with recompute on an H100, of which the device needed under half."""

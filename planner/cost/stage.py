@@ -371,8 +371,11 @@ class ShapeModel:
         return self.units(blocks, first=True, last=True)
 
     def _tied_params(self, first: bool, last: bool) -> float:
-        """The output projection is the embedding itself where one stage holds both."""
+        """Weights that two layers share count once where one stage holds both."""
         model = self.problem.model
+        if not model.vocab:
+            shared = sum(s.count * s.block.shared_params for s in model.segments)
+            return float(shared) if first and last else 0.0
         tied = model.tied_embeddings and first and last
         return model.vocab * model.token_width / self.degrees.tp if tied else 0.0
 
