@@ -359,6 +359,32 @@ def nemotron_h(r: random.Random) -> Config:
     )  # fmt: skip
 
 
+def granitemoe(r: random.Random) -> Config:
+    return tied(r) | moe(r)
+
+
+def gpt_bigcode(r: random.Random) -> Config:
+    return gpt2(r) | some(r, multi_query=FLAG)
+
+
+def seed_oss(r: random.Random) -> Config:
+    return llama(r) | some(r, attention_out_bias=FLAG)
+
+
+def ernie(r: random.Random) -> Config:
+    return dims(r) | some(r, use_bias=FLAG, head_dim=[8, 24], tie_word_embeddings=FLAG)
+
+
+def mamba2(r: random.Random) -> Config:
+    return {
+        "hidden_size": 32, "num_heads": 8, "head_dim": 8, "vocab_size": 97, "expand": 2,
+        "num_hidden_layers": r.randint(1, 5), "n_groups": r.choice([1, 2, 4]),
+    } | some(
+        r, state_size=[8, 16], conv_kernel=[2, 4], use_bias=FLAG, use_conv_bias=FLAG, chunk_size=[16, 64],
+        tie_word_embeddings=FLAG,
+    )  # fmt: skip
+
+
 MAKERS: dict[str, Make] = {
     "llama": llama, "granite": llama, "smollm3": smollm3, "mistral": mistral, "ministral": ministral,
     "ministral3": mistral, "qwen2": qwen2, "qwen3": qwen3, "qwen3_5_text": delta, "gemma": gemma,
@@ -370,6 +396,10 @@ MAKERS: dict[str, Make] = {
     "qwen3_5_moe_text": delta_moe, "glm4_moe": glm4_moe, "dbrx": dbrx, "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek, "deepseek_v32": indexed, "glm_moe_dsa": glm_dsa, "nemotron_h": nemotron_h,
     "gpt2": gpt2, "gptj": gptj, "gpt_neo": gpt_neo, "gpt_neox": gpt_neox, "opt": opt, "bloom": bloom,
-    "falcon": falcon, "mpt": mpt, "bert": bert, "roberta": bert, "t5": t5,
+    "falcon": falcon, "mpt": mpt, "bert": bert, "roberta": bert, "t5": t5, "glm4": glm, "seed_oss": seed_oss, "arcee": llama, "ernie4_5": ernie,
+    "granitemoe": granitemoe, "gpt_bigcode": gpt_bigcode, "codegen": gptj, "mamba2": mamba2,
 }  # fmt: skip
 """The maker of every architecture that transformers builds alone."""
+
+TWINS: dict[str, Make] = {"xlm-roberta": bert, "mt5": t5}
+"""Architectures that another one's code builds."""

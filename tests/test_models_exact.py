@@ -13,12 +13,13 @@ from planner.hf import FAMILIES, read_config
 from planner.hf.keys import KEYS
 from planner.mixers import Reach
 from planner.model import ModelSpec
-from tests.model_configs import MAKERS
+from tests.model_configs import MAKERS, TWINS
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
 
 CONFIGS_EACH = 6
+EVERY = {**MAKERS, **TWINS}
 NEEDED = {name for key in KEYS.values() if key.needed for name in key.names}
 
 
@@ -28,7 +29,9 @@ def built(model_type: str, values: dict[str, Any]) -> Any:
     of_class = {
         "bert": transformers.BertModel,
         "roberta": transformers.RobertaModel,
+        "xlm-roberta": transformers.XLMRobertaModel,
         "t5": transformers.T5ForConditionalGeneration,
+        "mt5": transformers.MT5ForConditionalGeneration,
     }
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -74,7 +77,7 @@ def share_of(model: Any) -> float:
 
 def differences(model_type: str, seed: int) -> list[str]:
     """For one random config: every way to write it whose counts differ from the built model's."""
-    values = MAKERS[model_type](random.Random(seed))
+    values = EVERY[model_type](random.Random(seed))
     model = built(model_type, values)
     expected = counts(model, share_of(model))
     found = []
@@ -86,7 +89,7 @@ def differences(model_type: str, seed: int) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("model_type", MAKERS)
+@pytest.mark.parametrize("model_type", EVERY)
 def test_counts_equal_those_of_the_built_models(model_type: str) -> None:
     assert [text for seed in range(CONFIGS_EACH) for text in differences(model_type, seed)] == []
 
@@ -134,7 +137,7 @@ UNBUILDABLE = {"ministral": {"head_dim": 128}, "nemotron": {"num_key_value_heads
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("model_type", [name for name in MAKERS if name not in ("glm4_moe", "dbrx")])
+@pytest.mark.parametrize("model_type", [name for name in EVERY if name not in ("glm4_moe", "dbrx")])
 def test_class_defaults_are_those_of_the_library(model_type: str) -> None:
     """An empty config, as the text part of a wrapper, is the class's default model."""
     lacking = {"num_experts_per_tok": 6} if model_type == "deepseek_v2" else {}

@@ -61,50 +61,117 @@ _BERT_ONLY: Mapping[str, tuple[Any, str]] = MappingProxyType(
     }
 )
 
+_GPTJ_FIXED: Mapping[str, Any] = MappingProxyType(
+    {**_BIASED, "norms": 1, "parallel": True, "qkv_bias": False, "out_bias": False, "head_bias": True}
+)
+_GPTJ: Mapping[str, Any] = MappingProxyType(
+    {
+        "hidden": 4096,
+        "layers": 28,
+        "heads": 16,
+        "optional_ffn": None,
+        "vocab": 50400,
+        "max_positions": 2048,
+        "activation": "gelu_new",
+        "norm_eps": 1e-5,
+        "initializer_range": 0.02,
+        "tied": False,
+    }
+)
+_GPTJ_FAMILY = Family(
+    build=decoder,
+    defaults=_GPTJ,
+    names=_GPT2_NAMES,
+    fixed=_GPTJ_FIXED,
+    inert=frozenset({"rotary_dim", "rotary"}),
+)
+_GPT2: Mapping[str, Any] = MappingProxyType(
+    {**_GPTJ, "hidden": 768, "layers": 12, "heads": 12, "vocab": 50257, "max_positions": 1024, "tied": True}
+)
+_T5: Mapping[str, Any] = MappingProxyType(
+    {
+        "hidden": 512,
+        "layers": 6,
+        "heads": 8,
+        "head_dim": 64,
+        "ffn": 2048,
+        "vocab": 32128,
+        "max_positions": 512,
+        "norm_eps": 1e-6,
+        "decoder_layers": None,
+        "buckets": 32,
+        "gated_activation": "relu",
+    }
+)
+
+
+def bert_family(defaults: Mapping[str, Any], reserved_positions: int = 0) -> Family:
+    """BERT and its kin; some keep the first positions of their table for padding."""
+    return Family(
+        build=encoder,
+        defaults=defaults,
+        names={"norm_eps": ("layer_norm_eps",)},
+        fixed={**_BERT_FIXED, "reserved_positions": reserved_positions},
+        only=_BERT_ONLY,
+        inert=frozenset({"tie_word_embeddings"}),
+        remark="counted with its pooler and without a masked-language head",
+    )
+
+
+def t5_family(defaults: Mapping[str, Any]) -> Family:
+    """T5 and its kin, which differ in their defaults."""
+    return Family(
+        build=encoder_decoder,
+        defaults=defaults,
+        names={
+            "hidden": ("d_model", "hidden_size"),
+            "layers": ("num_layers", "num_hidden_layers"),
+            "heads": ("num_heads", "num_attention_heads"),
+            "head_dim": ("d_kv",),
+            "ffn": ("d_ff",),
+            "max_positions": ("n_positions",),
+            "norm_eps": ("layer_norm_epsilon",),
+        },
+        fixed={"tied": True, "rotary": False},
+        noted={
+            "tie_word_embeddings": (
+                True,
+                "tie_word_embeddings is false; counted tied, as transformers 5 builds this family",
+            )
+        },
+        inert=frozenset(
+            {
+                "relative_attention_max_distance",
+                "initializer_factor",
+                "dense_act_fn",
+                "is_gated_act",
+                "scale_decoder_outputs",
+                "is_encoder_decoder",
+                "head_dim",
+            }
+        ),
+    )
+
+
 CLASSIC_FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "gpt2": Family(
             build=decoder,
-            defaults={
-                "hidden": 768,
-                "layers": 12,
-                "heads": 12,
-                "optional_ffn": None,
-                "vocab": 50257,
-                "max_positions": 1024,
-                "activation": "gelu_new",
-                "norm_eps": 1e-5,
-                "initializer_range": 0.02,
-                "tied": True,
-            },
+            defaults=_GPT2,
             names=_GPT2_NAMES,
             fixed={**_BIASED, "learned_positions": True},
         ),
-        "gptj": Family(
+        "gpt_bigcode": Family(
             build=decoder,
-            defaults={
-                "hidden": 4096,
-                "layers": 28,
-                "heads": 16,
-                "optional_ffn": None,
-                "vocab": 50400,
-                "max_positions": 2048,
-                "activation": "gelu_new",
-                "norm_eps": 1e-5,
-                "initializer_range": 0.02,
-                "tied": False,
-            },
+            defaults={**_GPT2, "activation": "gelu_pytorch_tanh", "multi_query": True},
             names=_GPT2_NAMES,
-            fixed={
-                **_BIASED,
-                "norms": 1,
-                "parallel": True,
-                "qkv_bias": False,
-                "out_bias": False,
-                "head_bias": True,
-            },
-            inert=frozenset({"rotary_dim", "rotary"}),
+            fixed={**_BIASED, "learned_positions": True, "new_architecture": False},
+            inert=frozenset(
+                {"num_key_value_heads", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"}
+            ),
         ),
+        "gptj": _GPTJ_FAMILY,
+        "codegen": _GPTJ_FAMILY,
         "gpt_neo": Family(
             build=decoder,
             defaults={
@@ -324,64 +391,12 @@ CLASSIC_FAMILIES: Mapping[str, Family] = MappingProxyType(
                 }
             ),
         ),
-        "bert": Family(
-            build=encoder,
-            defaults=_BERT,
-            names={"norm_eps": ("layer_norm_eps",)},
-            fixed=_BERT_FIXED,
-            only=_BERT_ONLY,
-            inert=frozenset({"tie_word_embeddings"}),
-        ),
-        "roberta": Family(
-            build=encoder,
-            defaults={**_BERT, "vocab": 50265},
-            names={"norm_eps": ("layer_norm_eps",)},
-            fixed={**_BERT_FIXED, "reserved_positions": 2},
-            only=_BERT_ONLY,
-            inert=frozenset({"tie_word_embeddings"}),
-        ),
-        "t5": Family(
-            build=encoder_decoder,
-            defaults={
-                "hidden": 512,
-                "layers": 6,
-                "heads": 8,
-                "head_dim": 64,
-                "ffn": 2048,
-                "vocab": 32128,
-                "max_positions": 512,
-                "norm_eps": 1e-6,
-                "decoder_layers": None,
-                "buckets": 32,
-                "gated_activation": "relu",
-            },
-            names={
-                "hidden": ("d_model", "hidden_size"),
-                "layers": ("num_layers", "num_hidden_layers"),
-                "heads": ("num_heads", "num_attention_heads"),
-                "head_dim": ("d_kv",),
-                "ffn": ("d_ff",),
-                "max_positions": ("n_positions",),
-                "norm_eps": ("layer_norm_epsilon",),
-            },
-            fixed={"tied": True, "rotary": False},
-            noted={
-                "tie_word_embeddings": (
-                    True,
-                    "tie_word_embeddings is false; counted tied, as transformers 5 builds this family",
-                )
-            },
-            inert=frozenset(
-                {
-                    "relative_attention_max_distance",
-                    "initializer_factor",
-                    "dense_act_fn",
-                    "is_gated_act",
-                    "scale_decoder_outputs",
-                    "is_encoder_decoder",
-                    "head_dim",
-                }
-            ),
+        "bert": bert_family(_BERT),
+        "roberta": bert_family({**_BERT, "vocab": 50265}, reserved_positions=2),
+        "xlm-roberta": bert_family(_BERT, reserved_positions=2),
+        "t5": t5_family(_T5),
+        "mt5": t5_family(
+            {**_T5, "layers": 8, "heads": 6, "ffn": 1024, "vocab": 250_112, "gated_activation": "gated-gelu"}
         ),
     }
 )

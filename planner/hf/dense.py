@@ -95,6 +95,10 @@ DELTA_FIXED: Mapping[str, Any] = MappingProxyType(
     {"gated_attention": True, "qk_norm": QkNorm.HEAD, "rotary": False}
 )
 
+GRANITE_SCALARS = frozenset(
+    {"embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier"}
+)
+
 LLAMA = Family(
     build=decoder,
     defaults={**LLAMA_KEYS, **BIASES, "mlp_bias": False},
@@ -135,9 +139,52 @@ DENSE_FAMILIES: Mapping[str, Family] = MappingProxyType(
         "granite": Family(
             build=decoder,
             defaults=LLAMA.defaults,
-            inert=frozenset(
-                {"embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier"}
-            ),
+            inert=GRANITE_SCALARS,
+        ),
+        "arcee": Family(
+            build=decoder,
+            defaults={
+                **LLAMA.defaults,
+                "hidden": 2560,
+                "ffn": 18432,
+                "max_positions": 4096,
+                "activation": "relu2",
+                "norm_eps": 1e-5,
+            },
+            fixed={"gated": False},
+        ),
+        "seed_oss": Family(
+            build=decoder,
+            defaults={
+                **LLAMA.defaults,
+                "qkv_bias": True,
+                "layers": 64,
+                "heads": 80,
+                "kv_heads": 8,
+                "head_dim": 128,
+                "ffn": 27648,
+                "vocab": 155_136,
+                "max_positions": 524_288,
+            },
+            names={"out_bias": ("attention_out_bias",)},
+        ),
+        "ernie4_5": Family(
+            build=decoder,
+            defaults={
+                **LLAMA.defaults,
+                "hidden": 1024,
+                "layers": 18,
+                "heads": 16,
+                "kv_heads": 2,
+                "head_dim": 128,
+                "ffn": 3072,
+                "vocab": 103_424,
+                "max_positions": 131_072,
+                "norm_eps": 1e-5,
+                "rope_theta": 500_000.0,
+                "tied": True,
+            },
+            names=dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), ("use_bias",)),
         ),
         "smollm3": Family(
             build=decoder,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from planner.hf.dense import BIASES, LLAMA_KEYS
+from planner.hf.dense import BIASES, GRANITE_SCALARS, LLAMA_KEYS
 from planner.hf.family import Family
 from planner.hf.keys import SLIDING
 from planner.hf.layers import (
@@ -66,6 +66,12 @@ EXPERT_FAMILIES: Mapping[str, Family] = MappingProxyType(
             defaults={**MIXTRAL, "window": None},
             kinds=all_windowed,
             sparse=everywhere,
+        ),
+        "granitemoe": Family(
+            build=decoder,
+            defaults={**LLAMA_KEYS, **BIASES, "experts": 8, "topk": 2},
+            sparse=everywhere,
+            inert=GRANITE_SCALARS,
         ),
         "minimax_m2": Family(
             build=decoder,

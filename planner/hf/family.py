@@ -108,6 +108,7 @@ class Description:
     state: int = 0
     groups: int = 1
     state_chunk: int = 0
+    expand: int = 0
     conv_bias: bool = True
     state_bias: bool = False
     hybrid_pattern: str | None = None
@@ -147,7 +148,7 @@ class Family:
     the one value that is described, and why another is refused. `kinds` gives the kind of every layer and
     `sparse` says which hold experts, where files do not list them. `inert` are keys of the family that
     say nothing about cost, `noted` are as in `planner.hf.inert`; `needless` are needed keys that published
-    configs leave to the class.
+    configs leave to the class; `remark` goes into the model's sources.
     """
 
     build: Build
@@ -160,6 +161,7 @@ class Family:
     noted: Mapping[str, tuple[Any, str]] = field(default_factory=lambda: NOTHING)
     inert: frozenset[str] = frozenset()
     needless: frozenset[str] = frozenset()
+    remark: str = ""
 
     def names_of(self, fact: str) -> tuple[str, ...]:
         """The keys that hold `fact`, the usual one first."""

@@ -66,6 +66,9 @@ def _linear_heads(d: Description, family: Family) -> Iterator[Fault]:
     if family.build is hybrid_decoder and d.state_heads % d.groups:
         text = f"is {d.groups}, which does not divide the {d.state_heads} state-space heads."
         yield "groups", text, _divisors(d.state_heads)
+    inner = d.state_heads * d.state_head_dim
+    if d.expand and d.expand * d.hidden != inner:
+        yield "expand", f"is {d.expand} of {d.hidden}, but heads and their width make {inner}.", ""
 
 
 def _lists(d: Description, family: Family) -> Iterator[Fault]:

@@ -211,6 +211,7 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "state": _whole("ssm_state_size", high=MAX_WIDTH),
         "groups": _whole("n_groups", "mamba_n_groups", high=MAX_HEADS),
         "state_chunk": _whole("chunk_size", "mamba_chunk_size", high=MAX_POSITIONS),
+        "expand": _whole("expand", high=MAX_HEADS),
         "conv_bias": _flag("use_conv_bias", "mamba_conv_bias"),
         "state_bias": _flag("use_bias"),
         "hybrid_pattern": Key(names=("hybrid_override_pattern",), kind=Kind.TEXT, nullable=True),

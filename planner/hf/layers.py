@@ -69,6 +69,10 @@ def windowed_where_not_rotary(d: Description) -> Sequence[str]:
     return tuple(SLIDING if windowed and not is_rotary(d, layer) else FULL for layer in range(d.layers))
 
 
+def all_linear(d: Description) -> Sequence[str]:
+    return (LINEAR,) * d.layers
+
+
 def all_indexed(d: Description) -> Sequence[str]:
     return (INDEXED,) * d.layers
 

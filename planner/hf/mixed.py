@@ -16,6 +16,7 @@ from planner.hf.keys import LINEAR
 from planner.hf.layers import (
     after_first_dense,
     all_indexed,
+    all_linear,
     by_hybrid_pattern,
     every_step,
     everywhere,
@@ -244,6 +245,37 @@ MIXED_FAMILIES: Mapping[str, Family] = MappingProxyType(
             kinds=by_hybrid_pattern,
             inert=frozenset({"attention_bias", "tie_word_embeddings", "n_shared_experts", "expand"}),
             needless=frozenset({"ffn", "layers"}),
+        ),
+        "mamba2": Family(
+            build=hybrid_decoder,
+            defaults={
+                "hidden": 4096,
+                "layers": 64,
+                "vocab": 32768,
+                "norm_eps": 1e-5,
+                "initializer_range": 0.1,
+                "tied": False,
+                "state": 128,
+                "state_heads": 128,
+                "state_head_dim": 64,
+                "groups": 8,
+                "kernel": 4,
+                "state_chunk": 256,
+                "expand": 2,
+                "conv_bias": True,
+                "state_bias": False,
+            },
+            names={
+                "norm_eps": ("layer_norm_epsilon",),
+                "state": ("state_size",),
+                "state_heads": ("num_heads",),
+                "state_head_dim": ("head_dim",),
+                "kernel": ("conv_kernel",),
+            },
+            # A recurrence takes any length; the bound is ours.
+            fixed={"heads": 1, "max_positions": 2**20, "rotary": False},
+            kinds=all_linear,
+            inert=frozenset({"hidden_act", "rms_norm", "norm_before_gate"}),
         ),
     }
 )

@@ -214,7 +214,7 @@ def _says(value: Any) -> bool:
 
 def _notes(part: TextPart) -> tuple[str, ...]:
     """What the config says that the ModelSpec does not: it does not change the cost, and is not hidden."""
-    notes = []
+    notes = [part.family.remark] if part.family.remark else []
     for key, (harmless, note) in {**NOTED, **part.family.noted}.items():
         value = lookup(part.config, key)
         if value is not None and value != harmless:

@@ -8,7 +8,7 @@ from itertools import groupby
 
 from planner.feed_forward import Experts, FeedForward, Mlp
 from planner.hf.family import Description, Family
-from planner.hf.keys import CHUNKED, DENSE, FULL, INDEXED, LINEAR, SLIDING, SPARSE
+from planner.hf.keys import CHUNKED, DENSE, FULL, INDEXED, LINEAR, SLIDING
 from planner.hf.layers import all_full, is_rotary, nowhere
 from planner.mixers import (
     CAUSAL,
@@ -190,17 +190,24 @@ lightning_decoder = partial(_decoder, partial(_full_or, _lightning))
 
 
 def hybrid_decoder(d: Description, family: Family) -> tuple[Segment, ...]:
-    """A stack of layers with one sublayer each: state space, attention, MLP or experts (nemotron_h)."""
-    blocks: dict[str, tuple[Mixer | None, FeedForward | None]] = {
-        LINEAR: (state_space(d), None),
-        FULL: (attention(d, FULL, 0), None),
-        DENSE: (None, mlp(d, dense_width(d))),
-        SPARSE: (None, experts(d)),
-    }
-    return joined(
-        Block(hidden=d.hidden, norm=d.norm, mixer=blocks[kind][0], mlp=blocks[kind][1], norms=1)
-        for kind in layer_kinds(d, family)
-    )
+    """A stack of layers with one sublayer each: state space, attention, MLP or experts."""
+    kinds = layer_kinds(d, family)
+    made = {kind: _one_sublayer(d, kind) for kind in set(kinds)}
+    return joined(made[kind] for kind in kinds)
+
+
+def _one_sublayer(d: Description, kind: str) -> Block:
+    mixer: Mixer | None = None
+    feed: FeedForward | None = None
+    if kind == LINEAR:
+        mixer = state_space(d)
+    elif kind == FULL:
+        mixer = attention(d, FULL, 0)
+    elif kind == DENSE:
+        feed = mlp(d, dense_width(d))
+    else:
+        feed = experts(d)
+    return Block(hidden=d.hidden, norm=d.norm, mixer=mixer, mlp=feed, norms=1)
 
 
 def encoder(d: Description, family: Family) -> tuple[Segment, ...]:

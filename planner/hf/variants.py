@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from planner.hf.dense import BIASES, LAYER_NORM_EPS, LLAMA_KEYS
 from planner.hf.family import Family
@@ -40,6 +41,20 @@ COHERE = Family(
         "qk_norm": QkNorm.WIDTH,
     },
     inert=frozenset({"logit_scale"}),
+)
+
+_GLM: Mapping[str, Any] = MappingProxyType(
+    {
+        **LLAMA_KEYS,
+        "layers": 40,
+        "kv_heads": 2,
+        "head_dim": 128,
+        "ffn": 13696,
+        "vocab": 151_552,
+        "max_positions": 131_072,
+        "norm_eps": 1.5625e-7,
+        "qkv_bias": True,
+    }
 )
 
 VARIANT_FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -192,20 +207,7 @@ VARIANT_FAMILIES: Mapping[str, Family] = MappingProxyType(
             names={**LAYER_NORM_EPS, "qkv_bias": ("use_qkv_bias",), "qk_normed": ("qk_layernorm",)},
             fixed={"norm": Norm.LAYERNORM, "qk_norm": QkNorm.WIDTH, "parallel_norms": 1, "rotary": False},
         ),
-        "glm": Family(
-            build=decoder,
-            defaults={
-                **LLAMA_KEYS,
-                "layers": 40,
-                "kv_heads": 2,
-                "head_dim": 128,
-                "ffn": 13696,
-                "vocab": 151_552,
-                "max_positions": 131_072,
-                "norm_eps": 1.5625e-7,
-                "qkv_bias": True,
-            },
-            fixed={"rotary": False},
-        ),
+        "glm": Family(build=decoder, defaults=_GLM, fixed={"rotary": False}),
+        "glm4": Family(build=decoder, defaults=_GLM, fixed={"rotary": False, "norms": 4}),
     }
 )
