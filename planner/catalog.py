@@ -66,7 +66,7 @@ def load_model(text: str, where: str = "--model", arch: str | None = None) -> Mo
     `arch` reads a file as the architecture of that name, whatever its model_type says.
     """
     from planner.hf import read_config_file, read_model_toml  # `plan list devices` needs no models
-    from planner.traced_file import read_traced_model
+    from planner.tracing.traced_file import read_traced_model
 
     index = model_index()
     name = _find(text, {name: entry.aliases for name, entry in index.items()})

@@ -9,7 +9,7 @@ from planner.cluster import ClusterSpec, Link
 from planner.cluster_grammar import Part, instance_part, join, shaped_part
 from planner.codec import load_toml, noun
 from planner.errors import InputError, Problem
-from planner.market import Market, shipped_market
+from planner.market.market import Market, shipped_market
 
 MAX_GB_PER_S = 1e6
 MAX_LATENCY_US = 1e6

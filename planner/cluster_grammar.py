@@ -14,7 +14,7 @@ from planner.catalog import load_device, load_network
 from planner.cluster import ClusterSpec, DeviceGroup, Link
 from planner.device_file import DeviceFile
 from planner.errors import InputError, Problem
-from planner.market import Market, shipped_market
+from planner.market.market import Market, shipped_market
 from planner.network import Network
 
 GRAMMAR = (

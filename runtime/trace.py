@@ -2,8 +2,8 @@
 
 The forward pass runs once in training form under FakeTensorMode. Below autograd, every operator that
 makes a new tensor is recorded with its shapes, FLOPs and bytes; beside it, autograd tells which tensors it
-keeps for the backward pass. The recorded graph is linearised by the planner (planner.graph), equal pieces
-become layer classes.
+keeps for the backward pass. The recorded graph is linearised by the planner (planner.tracing.graph), equal
+pieces become layer classes.
 
 Tracing happens as on a CPU: kernels are those that torch picks there (fused attention, norms in parts).
 What a module computes must not depend on the data: a shape or a branch that does is named in an error.
@@ -31,8 +31,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from planner.errors import InputError, Problem
 from planner.model import ModelSpec
-from planner.operator_graph import Operator, OperatorGraph, ParameterTensor, Value
-from planner.traced_model import traced_model
+from planner.tracing.operator_graph import Operator, OperatorGraph, ParameterTensor, Value
+from planner.tracing.traced_model import traced_model
 from runtime.trace_costs import in_values, of_a_sample, values_of, work_of
 
 

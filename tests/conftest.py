@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from planner.aiconfigurator import TABLES_VARIABLE
-from planner.market import PRICES_VARIABLE, SKYPILOT_VARIABLE
+from planner.market.market import PRICES_VARIABLE, SKYPILOT_VARIABLE
+from planner.tables.aiconfigurator import TABLES_VARIABLE
 
 
 def pytest_configure() -> None:

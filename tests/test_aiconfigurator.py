@@ -17,8 +17,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from planner import aiconfigurator, measured
-from planner.aiconfigurator import (
+from planner.cli import cli
+from planner.commands import doctor
+from planner.errors import InputError
+from planner.profile import Op
+from planner.tables import aiconfigurator, measured
+from planner.tables.aiconfigurator import (
     MODULE,
     TABLES_VARIABLE,
     can_read,
@@ -28,11 +32,7 @@ from planner.aiconfigurator import (
     read_collectives,
     read_products,
 )
-from planner.cli import cli
-from planner.commands import doctor
-from planner.curves import CollectiveCurves
-from planner.errors import InputError
-from planner.profile import Op
+from planner.tables.curves import CollectiveCurves
 
 NCCL = ("nccl_dtype", "num_gpus", "message_size", "op_name", "latency")
 GEMM = ("gemm_dtype", "m", "n", "k", "latency")

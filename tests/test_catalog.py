@@ -14,9 +14,9 @@ from planner.codec import decode, encode
 from planner.device_file import DeviceFile, load_device_file
 from planner.errors import InputError
 from planner.instance import load_instances
-from planner.measured import table_of
 from planner.naming import nearest, squash
 from planner.network import NetworkFile, load_networks, parse_network
+from planner.tables.measured import table_of
 from planner.units import GIB
 
 DEVICES = catalog.device_names()

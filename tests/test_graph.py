@@ -7,13 +7,13 @@ import random
 import pytest
 
 from planner.feed_forward import Activation, Mlp
-from planner.graph import Chain, Piece, boundary_values, layer_network, pieces
 from planner.mixers import CAUSAL, Attention, Reach, Span
 from planner.model import Block, ModelSpec, Norm, Segment
-from planner.operator_graph import Operator, OperatorGraph, ParameterTensor, Value
-from planner.repetition import Run, runs
 from planner.traced import Product, TracedLayer
-from planner.traced_model import layer_pieces, traced_model
+from planner.tracing.graph import Chain, Piece, boundary_values, layer_network, pieces
+from planner.tracing.operator_graph import Operator, OperatorGraph, ParameterTensor, Value
+from planner.tracing.repetition import Run, runs
+from planner.tracing.traced_model import layer_pieces, traced_model
 
 # Repetition
 

@@ -16,7 +16,7 @@ from planner.instance import (
     median_prices,
     sane_instances,
 )
-from planner.market import price_terms, shipped_market
+from planner.market.market import price_terms, shipped_market
 
 ALL = load_instances(catalog.data_folder() / "instances.csv")
 DEVICES = catalog.device_names()

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from planner import catalog, measured
+from planner import catalog
 from planner.codec import decode, encode
-from planner.curves import wire_factor
 from planner.errors import InputError
-from planner.measured import MAX_PROBLEMS, Collective, LinkFigure, MeasuredTable, Product
 from planner.profile import Op
+from planner.tables import measured
+from planner.tables.curves import wire_factor
+from planner.tables.measured import MAX_PROBLEMS, Collective, LinkFigure, MeasuredTable, Product
 
 FOLDER = measured.folder()
 LOADERS: dict[str, Callable[[Path], tuple[Any, ...]]] = {

@@ -10,8 +10,8 @@ import pytest
 from planner import catalog
 from planner.codec import encode
 from planner.errors import InputError
-from planner.market import on_premises_inputs
-from planner.on_premises import (
+from planner.market.market import on_premises_inputs
+from planner.market.on_premises import (
     BOUNDS,
     OnPremises,
     OnPremisesTable,

@@ -14,7 +14,7 @@ from planner.cli import cli
 from planner.cluster_grammar import parse_cluster
 from planner.commands import doctor
 from planner.errors import InputError
-from planner.market import PRICES_VARIABLE, read_market
+from planner.market.market import PRICES_VARIABLE, read_market
 
 FILE = """
 as_of = 2026-11-01

@@ -15,7 +15,7 @@ from planner.cli import cli
 from planner.cluster_grammar import parse_cluster
 from planner.commands import doctor
 from planner.instance import Instance
-from planner.market import (
+from planner.market.market import (
     SKYPILOT_VARIABLE,
     Market,
     device_memory_mib,
@@ -24,7 +24,7 @@ from planner.market import (
     shipped_market,
     skypilot_folder,
 )
-from planner.skypilot import LiveCatalog, catalog_files, load_names, read_live
+from planner.market.skypilot import LiveCatalog, catalog_files, load_names, read_live
 
 AWS = (
     "InstanceType,AcceleratorName,AcceleratorCount,vCPUs,MemoryGiB,GpuInfo,Price,SpotPrice,Region,"

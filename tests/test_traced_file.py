@@ -14,7 +14,7 @@ from planner.codec import encode
 from planner.errors import InputError
 from planner.model import ModelSpec, Norm, Segment
 from planner.traced import Product, TracedLayer
-from planner.traced_file import TracedFile, read_traced_model, write_traced_model
+from planner.tracing.traced_file import TracedFile, read_traced_model, write_traced_model
 
 LAYER = TracedLayer(
     key="traced-1",

@@ -20,7 +20,7 @@ from planner.commands.options import (
 from planner.commands.text import WIDTH, pairs, print_json, table
 
 if TYPE_CHECKING:
-    from planner.market import Market
+    from planner.market.market import Market
 
 
 def _models() -> list[dict[str, Any]]:
@@ -182,8 +182,8 @@ def _show_device(name: str) -> tuple[dict[str, Any], str]:
     from planner.catalog import load_device
     from planner.codec import encode
     from planner.commands.show_device import show_device
-    from planner.market import on_premises_inputs
-    from planner.on_premises import cost_per_device_hour, on_premises_rows
+    from planner.market.market import on_premises_inputs
+    from planner.market.on_premises import cost_per_device_hour, on_premises_rows
 
     document, text = show_device(name)
     facts, inputs = load_device(str(document["name"])), on_premises_inputs()
@@ -200,7 +200,7 @@ def _show_network(name: str) -> tuple[dict[str, Any], str]:
 
 def _show_instance(name: str, market: Market) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
     from planner.codec import encode
-    from planner.market import price_terms
+    from planner.market.market import price_terms
 
     instance = market.instance(name, "NAME")
     document = encode(instance)
@@ -213,7 +213,7 @@ def _show_instance(name: str, market: Market) -> tuple[dict[str, Any], list[tupl
 def _show_cluster(name: str, market: Market) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
     from planner.cluster_grammar import parse_cluster
     from planner.codec import digest, encode
-    from planner.measured import table_of
+    from planner.tables.measured import table_of
     from planner.units import format_bytes
 
     cluster = parse_cluster(name, "NAME", market)

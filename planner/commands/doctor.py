@@ -181,7 +181,14 @@ def _machine_findings(machine: dict[str, Any]) -> list[Finding]:
 
 def _measured_tables() -> Finding:
     """Whether the optional package of measured tables stands in for the shipped ones."""
-    from planner.aiconfigurator import DISTRIBUTION, GET, TABLES_VARIABLE, can_read, find_package, is_wanted
+    from planner.tables.aiconfigurator import (
+        DISTRIBUTION,
+        GET,
+        TABLES_VARIABLE,
+        can_read,
+        find_package,
+        is_wanted,
+    )
 
     package = find_package()
     if package is None:
@@ -199,8 +206,8 @@ def _live_catalogs() -> Finding:
     """Which catalogs of SkyPilot's are there, and how old the oldest is."""
     import datetime
 
-    from planner.market import SKYPILOT_VARIABLE, skypilot_folder
-    from planner.skypilot import catalog_files
+    from planner.market.market import SKYPILOT_VARIABLE, skypilot_folder
+    from planner.market.skypilot import catalog_files
 
     folder = skypilot_folder()
     files = {} if folder is None else catalog_files(folder)
@@ -215,7 +222,7 @@ def _live_catalogs() -> Finding:
 def _own_prices() -> Finding:
     """Whether the environment names a prices file, and whether it can be read."""
     from planner.errors import InputError
-    from planner.market import PRICES_VARIABLE, read_market
+    from planner.market.market import PRICES_VARIABLE, read_market
 
     name = os.environ.get(PRICES_VARIABLE)
     if not name:

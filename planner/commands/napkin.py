@@ -11,9 +11,9 @@ from planner.commands.options import arch_option, json_option, on_premises_optio
 from planner.commands.quantities import RATE_OPTIONS, Reading, optional_number, read_count, read_rate
 
 if TYPE_CHECKING:
-    from planner.napkin import Question
-    from planner.napkin_estimate import OwnEstimate
-    from planner.napkin_size import Size
+    from planner.principles.napkin import Question
+    from planner.principles.napkin_estimate import OwnEstimate
+    from planner.principles.napkin_size import Size
 
 SIZE = re.compile(r"^[+-]?[0-9.]+(e[+-]?[0-9]+)?\s*[a-z]{0,2}$|^[+-]?(nan|inf|infinity)$", re.IGNORECASE)
 """Texts that are meant as a size: a number with at most a short unit. Everything else is a model's name."""
@@ -89,8 +89,8 @@ def napkin(as_json: bool, **asked: Any) -> None:
     """First principles: bytes a parameter, 6 N D, days and dollars, with the formulas."""
     from planner.commands.napkin_text import napkin_document, napkin_text
     from planner.commands.text import print_json
-    from planner.napkin import left_out, rule_of_thumb
-    from planner.napkin_methods import methods
+    from planner.principles.napkin import left_out, rule_of_thumb
+    from planner.principles.napkin_methods import methods
 
     question, device = read_question(asked)
     own, activations, why_not = _estimate(question, device)
@@ -104,8 +104,8 @@ def napkin(as_json: bool, **asked: Any) -> None:
 
 def read_question(asked: dict[str, Any]) -> tuple[Question, str]:
     """The question that the options ask, and the device as named. Raises InputError with every fault."""
-    from planner.adapters import Adapters
-    from planner.napkin import Question
+    from planner.principles.adapters import Adapters
+    from planner.principles.napkin import Question
 
     reading = Reading()
     size = reading.read(lambda: read_size(asked["model"], asked["seq"], asked["arch"]))
@@ -138,7 +138,7 @@ def read_size(text: str, seq: int | None, arch: str | None) -> Size:
     """The size or model that `text` names. Raises InputError."""
     from planner.catalog import load_model
     from planner.errors import InputError, Problem
-    from planner.napkin_size import bare_size, model_size
+    from planner.principles.napkin_size import bare_size, model_size
 
     if SIZE.match(text.strip()) or not text.strip():
         return bare_size(read_count(text.strip(), "--model", SMALLEST_SIZE, LARGEST_SIZE), seq or DEFAULT_SEQ)
@@ -156,7 +156,7 @@ def read_size(text: str, seq: int | None, arch: str | None) -> Size:
 
 def _tokens(reading: Reading, asked: dict[str, Any], size: Size | None) -> tuple[int, str] | None:
     """Tokens of pretraining and their formula."""
-    from planner.napkin import TOKENS_PER_PARAM, short
+    from planner.principles.napkin import TOKENS_PER_PARAM, short
 
     text, ratio_text = asked["tokens"], asked["tokens_per_param"]
     if text is not None and ratio_text is not None:
@@ -181,7 +181,7 @@ def _estimate(question: Question, device: str) -> tuple[OwnEstimate | None, dict
     its time is not shown.
     """
     from planner.errors import InputError
-    from planner.napkin_estimate import MOST_DEVICES, activations_bytes, own_estimate
+    from planner.principles.napkin_estimate import MOST_DEVICES, activations_bytes, own_estimate
     from planner.workload import Precision
 
     shape, seq, rate = question.size.shape, question.seq, question.rate

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from planner.commands.text import table
 
 if TYPE_CHECKING:
-    from planner.napkin import Figure, Question
-    from planner.napkin_estimate import OwnEstimate
-    from planner.napkin_methods import Method
+    from planner.principles.napkin import Figure, Question
+    from planner.principles.napkin_estimate import OwnEstimate
+    from planner.principles.napkin_methods import Method
 
 LINE_WIDTH = 110
 
@@ -85,7 +85,7 @@ def _figures(figures: Sequence[Figure], notes: bool) -> str:
 
 def shown(figure: Figure) -> str:
     """A figure's value with its unit, or that it is unknown."""
-    from planner.napkin import short
+    from planner.principles.napkin import short
     from planner.units import GIB, format_count
 
     value = figure.value

@@ -13,7 +13,7 @@ import click
 if TYPE_CHECKING:
     from planner.cluster import ClusterSpec
     from planner.errors import Problem
-    from planner.market import Market
+    from planner.market.market import Market
     from planner.model import ModelSpec
     from planner.workload import Precision, Workload
 
@@ -90,7 +90,7 @@ def on_premises_option(command: Command) -> Command:
 
 def open_market(prices: Path | None, on_premises: bool, cluster: str | None = None) -> Market:
     """The market for a cluster text, or for every instance where there is no text."""
-    from planner.market import read_market
+    from planner.market.market import read_market
 
     live = cluster is None or "*" in cluster or cluster.endswith(".toml")
     return read_market(prices, on_premises, live)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from planner.device_rate import DeviceRate
     from planner.errors import Problem
+    from planner.principles.device_rate import DeviceRate
 
 T = TypeVar("T")
 
@@ -99,7 +99,7 @@ def read_rate(
     """What an hour of a device computes and costs; None where a fault was kept in `reading`."""
     from planner.catalog import load_device
     from planner.commands.options import open_market
-    from planner.device_rate import Price, device_rate, price_of
+    from planner.principles.device_rate import Price, device_rate, price_of
 
     facts = reading.read(lambda: load_device(device, "--device"))
     share = optional_number(reading, mfu, "--mfu", 1.0, "0.4")

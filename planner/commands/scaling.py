@@ -11,9 +11,9 @@ from planner.commands.options import json_option, on_premises_option, prices_opt
 from planner.commands.quantities import RATE_OPTIONS, Reading, read_count, read_rate
 
 if TYPE_CHECKING:
-    from planner.device_rate import DeviceRate
-    from planner.scaling import Law, TrainingPoint
-    from planner.scaling_budget import Budget
+    from planner.principles.device_rate import DeviceRate
+    from planner.principles.scaling import Law, TrainingPoint
+    from planner.principles.scaling_budget import Budget
 
 MOST_GPU_HOURS = 1e13
 MOST_USD = 1e15
@@ -71,7 +71,7 @@ def scaling(as_json: bool, plot: Path | None, **asked: Any) -> None:
     from planner.codec import write_atomic
     from planner.commands.scaling_text import scaling_document, scaling_text
     from planner.commands.text import print_json
-    from planner.scaling import load_laws, optimum
+    from planner.principles.scaling import load_laws, optimum
 
     laws = load_laws()
     inputs = read_inputs(laws, plot, asked)
@@ -142,7 +142,7 @@ def _rate(reading: Reading, asked: dict[str, Any]) -> DeviceRate | None:
 
 def _budget(reading: Reading, asked: dict[str, Any], rate: DeviceRate | None) -> Budget | None:
     """The budget in FLOPs, from exactly one of three options."""
-    from planner.scaling_budget import budget_of_flops, budget_of_hours, budget_of_usd
+    from planner.principles.scaling_budget import budget_of_flops, budget_of_hours, budget_of_usd
 
     given = [key for key in ("budget_flops", "budget_gpu_hours", "budget_usd") if asked[key] is not None]
     flags = "--budget-flops, --budget-gpu-hours, --budget-usd"
@@ -172,7 +172,7 @@ MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
 def over_training_table(inputs: Inputs) -> list[TrainingPoint]:
     """Multiples of the compute-optimal tokens for --params, and the budget's own point; by tokens."""
-    from planner.scaling import FLOPS_PER_PARAM_TOKEN, over_training, training_point
+    from planner.principles.scaling import FLOPS_PER_PARAM_TOKEN, over_training, training_point
 
     form = inputs.law.loss
     if inputs.params is None or form is None:

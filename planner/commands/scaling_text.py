@@ -10,7 +10,7 @@ from planner.commands.text import table
 
 if TYPE_CHECKING:
     from planner.commands.scaling import Inputs
-    from planner.scaling import Optimum, TrainingPoint
+    from planner.principles.scaling import Optimum, TrainingPoint
 
 BAR = 40
 CHART_POINTS = 13
@@ -37,7 +37,7 @@ def scaling_text(inputs: Inputs, optima: Sequence[Optimum], points: Sequence[Tra
 
 
 def _budget(inputs: Inputs) -> str:
-    from planner.napkin import short
+    from planner.principles.napkin import short
 
     budget, rate = inputs.budget, inputs.rate
     lines = [f"Budget: {short(budget.flops)} FLOPs" + (f" = {budget.formula}" if rate is not None else "")]
@@ -81,8 +81,8 @@ def beyond_words(factor: float) -> str:
 
 def _iso_flop(inputs: Inputs) -> str:
     """Loss against size at the budget: one bar a size, as long as its loss is above the least."""
-    from planner.napkin import short
-    from planner.scaling import iso_flop
+    from planner.principles.napkin import short
+    from planner.principles.scaling import iso_flop
     from planner.units import format_count
 
     form = inputs.law.loss
@@ -100,8 +100,8 @@ def _iso_flop(inputs: Inputs) -> str:
 
 
 def _hyper(optima: Sequence[Optimum], seq: int) -> str:
-    from planner.napkin import short
-    from planner.scaling import FLOPS_PER_PARAM_TOKEN, nonembedding_params
+    from planner.principles.napkin import short
+    from planner.principles.scaling import FLOPS_PER_PARAM_TOKEN, nonembedding_params
     from planner.units import format_count
 
     lines = []
@@ -155,7 +155,7 @@ def _over_training(inputs: Inputs, points: Sequence[TrainingPoint]) -> str:
 
 
 def _point_name(inputs: Inputs, point: TrainingPoint) -> str:
-    from planner.scaling import FLOPS_PER_PARAM_TOKEN
+    from planner.principles.scaling import FLOPS_PER_PARAM_TOKEN
 
     assert inputs.params is not None and inputs.law.loss is not None
     if abs(point.flops / inputs.budget.flops - 1) < 1e-9:
@@ -187,7 +187,7 @@ def scaling_document(
 ) -> dict[str, Any]:
     """Every law's answer, with its range, sources and losses."""
     from planner.codec import encode
-    from planner.scaling import iso_flop
+    from planner.principles.scaling import iso_flop
 
     budget, form = inputs.budget, inputs.law.loss
     assert form is not None, "the law of the plot has a loss"
@@ -219,7 +219,7 @@ def scaling_document(
 
 def _law_document(each: Optimum, seq: int) -> dict[str, Any]:
     from planner.codec import encode
-    from planner.scaling import FLOPS_PER_PARAM_TOKEN, nonembedding_params
+    from planner.principles.scaling import FLOPS_PER_PARAM_TOKEN, nonembedding_params
 
     law = encode(each.law)
     document = {

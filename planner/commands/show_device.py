@@ -171,7 +171,7 @@ def _quantity(value: float | None, unit: str) -> str:
 
 def collective_summary(device: str) -> list[dict[str, Any]]:
     """Latency and bus bandwidth over the shipped curves, by op and measured group size."""
-    from planner.curves import curves_of, wire_factor
+    from planner.tables.curves import curves_of, wire_factor
     from planner.units import MIB
 
     curves = curves_of(device)
@@ -191,7 +191,7 @@ def collective_summary(device: str) -> list[dict[str, Any]]:
 
 
 def _collectives_text(device: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    from planner import measured
+    from planner.tables import measured
 
     if not rows:
         refused = [t for t in measured.tables().values() if t.rejected and device in t.products]
@@ -206,8 +206,8 @@ def _collectives_text(device: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 def product_summary(device: str) -> dict[str, Any] | None:
     """The measured table of matrix products that speaks for a device: medians by m and min(n, k)."""
-    from planner import measured
     from planner.codec import encode
+    from planner.tables import measured
 
     use = "products" if measured.table_of(device, "products") else "shares"
     name = measured.table_of(device, use)

@@ -72,8 +72,8 @@ def _marked(row: Mapping[str, Any], key: str, text: str) -> str:
 
 def link_rows() -> list[dict[str, Any]]:
     """Every figure of links.csv: nominal, measured, or the threshold that a healthy node passes."""
-    from planner import measured
     from planner.codec import encode
+    from planner.tables import measured
 
     return [encode(row) for row in measured.load_links(measured.folder() / "links.csv")]
 
@@ -106,9 +106,9 @@ def _short(value: Any, width: int) -> Any:
 
 def show_network(name: str) -> tuple[dict[str, Any], str]:
     """One network: the document for programs, and the text for people."""
-    from planner import measured
     from planner.catalog import load_network
     from planner.codec import encode
+    from planner.tables import measured
 
     network = load_network(name, "NAME")
     link = network.link(SHOWN_DEVICES)

@@ -53,7 +53,7 @@ def trace(
     from planner.codec import to_json
     from planner.commands.with_torch import require_torch
     from planner.errors import InputError, Problem
-    from planner.traced_file import write_traced_model
+    from planner.tracing.traced_file import write_traced_model
 
     if output.suffix != ".json":
         raise InputError(

@@ -1,7 +1,7 @@
 """Time of a collective: measured curves where there are some, else latency and bandwidth.
 
 In this order: the profile's curve for this op and group inside a node; the curves shipped for this kind of
-device (`planner.curves`, taken on other hosts, so "interpolated" at best); the form below.
+device (`planner.tables.curves`, taken on other hosts, so "interpolated" at best); the form below.
 
 For n ranks and a full message of S bytes over a link with latency a and bandwidth B, in ring form:
 
@@ -32,9 +32,9 @@ import statistics
 from planner.cluster import ClusterSpec, Link
 from planner.codec import noun
 from planner.cost import constants
-from planner.curves import CollectiveCurves, curves_of, wire_factor
 from planner.problem import PlanningProblem
 from planner.profile import CommSample, Op
+from planner.tables.curves import CollectiveCurves, curves_of, wire_factor
 
 
 @noun

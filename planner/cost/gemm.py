@@ -1,8 +1,8 @@
 """The rate that matrix products reach, by shape: the dense peak times a share that was measured.
 
-The shipped tables (`planner.measured.products`, taken in inference engines on other hosts of the same kinds)
-give the median rate of products (m, k) x (k, n) for each m and bucket of min(n, k). Over the peak of the
-table's device they are shares, at knots m and at the buckets' geometric centres d:
+The shipped tables (`planner.tables.measured.products`, taken in inference engines on other hosts of the
+same kinds) give the median rate of products (m, k) x (k, n) for each m and bucket of min(n, k). Over the
+peak of the table's device they are shares, at knots m and at the buckets' geometric centres d:
 
     rate(m, n, k) = peak * share(m, min(n, k)),    log share bilinear in log m and log d between knots
 
@@ -27,11 +27,11 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 
-from planner import measured
 from planner.catalog import device_names, load_device
 from planner.cluster import Device
 from planner.device_file import DeviceFile
-from planner.measured import Product
+from planner.tables import measured
+from planner.tables.measured import Product
 from planner.workload import Precision
 
 MIN_SAMPLES = 5

@@ -12,7 +12,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from planner.scaling import FLOPS_PER_PARAM_TOKEN, Law, Optimum, ParametricLoss, training_point
+from planner.principles.scaling import FLOPS_PER_PARAM_TOKEN, Law, Optimum, ParametricLoss, training_point
 from planner.units import format_count
 
 BUDGETS = (0.01, 0.1, 1.0, 10.0)

@@ -9,14 +9,14 @@ import statistics
 
 import pytest
 
-from planner import measured
 from planner.catalog import device_names
 from planner.cluster import ClusterSpec, Link
 from planner.cluster_grammar import parse_cluster
 from planner.cost.comm import CommModel, Group
-from planner.curves import CollectiveCurves, curves_of, wire_factor
-from planner.measured import Collective
 from planner.profile import Op
+from planner.tables import measured
+from planner.tables.curves import CollectiveCurves, curves_of, wire_factor
+from planner.tables.measured import Collective
 
 from . import instances
 

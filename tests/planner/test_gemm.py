@@ -7,9 +7,9 @@ import itertools
 
 import pytest
 
-from planner import measured
 from planner.catalog import device_names, load_device
 from planner.cost.gemm import MIN_SAMPLES, GemmModel, centre, table_shares
+from planner.tables import measured
 from planner.workload import Precision
 
 from . import instances

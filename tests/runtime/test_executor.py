@@ -155,7 +155,7 @@ def test_what_cannot_be_executed_is_refused_with_all_reasons(degrees: Degrees, w
     with pytest.raises(InputError) as caught:
         check_supported(make_plan(LLAMA, degrees))
     assert len(caught.value.problems) == sum(
-        " of " in word and "tp" not in word or "strategy" in word for word in words
+        (" of " in word and "tp" not in word) or "strategy" in word for word in words
     )
     for word in words:
         assert word in str(caught.value)

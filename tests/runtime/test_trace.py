@@ -13,14 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from planner.cluster_grammar import parse_cluster
 from planner.codec import load_json, to_json
 from planner.errors import InputError
-from planner.graph import Chain, boundary_values
 from planner.model import ModelSpec
 from planner.plan import decode_plan, encode_plan
 from planner.problem import PlanningProblem
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import parse_pins
 from planner.traced import TracedLayer
-from planner.traced_model import layer_pieces
+from planner.tracing.graph import Chain, boundary_values
+from planner.tracing.traced_model import layer_pieces
 from planner.workload import Precision, Workload
 from runtime.model import build_transformer
 from runtime.trace import trace_module, trace_operators

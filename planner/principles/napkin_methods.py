@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from planner.adapters import Adapters, adapted_weights, adapter_params
 from planner.codec import noun
-from planner.napkin import RULE_BYTES, Figure, Question, short
-from planner.napkin_estimate import OwnEstimate
-from planner.napkin_size import Size
-from planner.scaling import FLOPS_PER_PARAM_TOKEN
+from planner.principles.adapters import Adapters, adapted_weights, adapter_params
+from planner.principles.napkin import RULE_BYTES, Figure, Question, short
+from planner.principles.napkin_estimate import OwnEstimate
+from planner.principles.napkin_size import Size
+from planner.principles.scaling import FLOPS_PER_PARAM_TOKEN
 from planner.units import DAY_S, format_bytes
 
 LORA_FLOPS_PER_PARAM_TOKEN = 4

@@ -13,11 +13,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from planner.model import Block
-from planner.repetition import runs
+from planner.tracing.repetition import runs
 
 if TYPE_CHECKING:
     from planner.model import ModelSpec
-    from planner.operator_graph import OperatorGraph
+    from planner.tracing.operator_graph import OperatorGraph
 
 SMALL_VALUES = 256
 """A value of at most so many values, and below a SMALL_SHARE of what it crosses a cut with, does not hinder

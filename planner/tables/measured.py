@@ -145,7 +145,7 @@ def load_links(path: Path) -> tuple[LinkFigure, ...]:
 @cache
 def collectives(table: str) -> tuple[Collective, ...]:
     """The collectives of a table, an installed package's or else ours; none of one that is rejected."""
-    from planner.aiconfigurator import installed_collectives
+    from planner.tables.aiconfigurator import installed_collectives
 
     if tables()[table].rejected:
         return ()
@@ -157,7 +157,7 @@ def collectives(table: str) -> tuple[Collective, ...]:
 @cache
 def products(table: str) -> tuple[Product, ...]:
     """The matrix products of a table, in each of our formats an installed package's or else ours."""
-    from planner.aiconfigurator import installed_products
+    from planner.tables.aiconfigurator import installed_products
 
     shipped = _load(folder() / "gemm.csv", Product, PRODUCT_COLUMNS, only=table)
     ours = {row.precision for row in shipped}

@@ -8,10 +8,10 @@ are read, with the pyarrow that it requires. As version 0.12.0 has them, below t
     systems/data/SYSTEM/gemm/FRAMEWORK/VERSION/gemm_perf.parquet
         gemm_dtype, m, n, k, latency (ms)
 
-They become the rows of `planner.measured`: all message sizes, of which the shipped tables have every other,
-and the same m and buckets as the shipped products. Of several versions the newest is read, of several
-engines vLLM's first, and of several measurements of one point the median is taken. Checked against the
-wheel of 0.12.0, whose files give the shipped rows to their last digit; another version may be laid out
+They become the rows of `planner.tables.measured`: all message sizes, of which the shipped tables have every
+other, and the same m and buckets as the shipped products. Of several versions the newest is read, of
+several engines vLLM's first, and of several measurements of one point the median is taken. Checked against
+the wheel of 0.12.0, whose files give the shipped rows to their last digit; another version may be laid out
 otherwise, which is answered with an InputError, not with other numbers.
 """
 
@@ -30,7 +30,7 @@ from typing import Any
 
 from planner.codec import noun
 from planner.errors import InputError, Problem
-from planner.measured import Collective, Product
+from planner.tables.measured import Collective, Product
 
 TABLES_VARIABLE = "SHARDWISE_AICONFIGURATOR"
 """Environment variable: empty, the package is left unread though it is installed."""

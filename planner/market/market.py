@@ -26,9 +26,9 @@ from planner.instance import (
 
 if TYPE_CHECKING:  # read only where a price asks for them: `plan list` answers at once
     from planner.device_file import DeviceFile
-    from planner.on_premises import OnPremises
-    from planner.prices import Price, PriceFile, PriceTerm
-    from planner.skypilot import LiveCatalog, Warned
+    from planner.market.on_premises import OnPremises
+    from planner.market.prices import Price, PriceFile, PriceTerm
+    from planner.market.skypilot import LiveCatalog, Warned
 
 PRICES_VARIABLE = "SHARDWISE_PRICES"
 """Environment variable that names a prices file where `--prices` does not."""
@@ -65,8 +65,8 @@ class Market:
         own = None if self.prices is None else self.prices.device_price(facts.name)
         if own is not None or self.on_premises is None:
             return own
-        from planner.on_premises import cost_per_device_hour
-        from planner.prices import Price
+        from planner.market.on_premises import cost_per_device_hour
+        from planner.market.prices import Price
 
         cost = cost_per_device_hour(facts, self.on_premises)
         if cost is None:
@@ -78,7 +78,7 @@ class Market:
         """Why a device has no price, in words; empty where it has one, or where none was asked for."""
         if self.on_premises is None or self.device_price(facts) is not None:
             return ""
-        from planner.on_premises import missing
+        from planner.market.on_premises import missing
 
         return (
             f"{facts.name} has no cost on premises: no {' and no '.join(missing(facts, self.on_premises))} "
@@ -105,7 +105,7 @@ def read_market(prices: Path | None = None, on_premises: bool = False, live: boo
     instances = shipped.instances if found is None else joined(shipped.instances, found.instances)
     file = None
     if path is not None:
-        from planner.prices import load_prices, with_own_prices
+        from planner.market.prices import load_prices, with_own_prices
 
         file = load_prices(path, lambda text, where: load_device(text, where).name)
         instances = with_own_prices(instances, file, str(path))
@@ -129,7 +129,7 @@ def _live(shipped: Market) -> LiveCatalog | None:
     folder = skypilot_folder()
     if folder is None:
         return None
-    from planner.skypilot import load_names, read_live
+    from planner.market.skypilot import load_names, read_live
 
     names = load_names(data_folder() / "skypilot.toml")
     return read_live(folder, names, device_memory_mib(), shipped.instances)
@@ -160,7 +160,7 @@ def _on_premises(file: PriceFile | None, path: Path | None, asked: bool) -> OnPr
     table = None if file is None else file.on_premises
     if table is None and not asked:
         return None
-    from planner.on_premises import with_own
+    from planner.market.on_premises import with_own
 
     inputs = on_premises_inputs()
     return inputs if table is None else with_own(inputs, table, f"your own, {path}")
@@ -168,14 +168,14 @@ def _on_premises(file: PriceFile | None, path: Path | None, asked: bool) -> OnPr
 
 def on_premises_inputs() -> OnPremises:
     """The inputs of the cost on premises as shipped, each with its source."""
-    from planner.on_premises import load_on_premises
+    from planner.market.on_premises import load_on_premises
 
     return load_on_premises(data_folder() / "on_premises.toml")
 
 
 def price_terms(provider: str) -> tuple[PriceTerm, ...]:
     """What a provider takes off for a commitment, in general."""
-    from planner.prices import load_price_terms
+    from planner.market.prices import load_price_terms
 
     terms = load_price_terms(data_folder() / "price_terms.toml")
     return tuple(term for term in terms if term.provider == provider)

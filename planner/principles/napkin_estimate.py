@@ -14,7 +14,7 @@ from planner.cluster_grammar import join, shaped_part
 from planner.codec import noun
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.estimate import MemoryBreakdown, Verdict
-from planner.market import Market
+from planner.market.market import Market
 from planner.model import ModelSpec
 from planner.problem import PlanningProblem
 from planner.rules import broken_rules

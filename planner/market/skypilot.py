@@ -1,10 +1,9 @@
 """The price catalogs that SkyPilot keeps on the user's disk, read where they are present and never shipped.
 
-They lie in `~/.sky/catalogs/vN/CLOUD/vms.csv` (`planner.market.skypilot_folder`). What is known to be wrong
-in them is left out with a warning: numbers of devices that are not sold (Azure's ND96isr_H100_v5 with 12),
-prices of 0 and placeholders of 700 dollars, spot prices of 0 or equal to the price on demand, Google's
-regional prices that belong to another offer, and memory sizes that fit no device of that name.
-"""
+They lie in `~/.sky/catalogs/vN/CLOUD/vms.csv` (`planner.market.market.skypilot_folder`). What is known to
+be wrong in them is left out with a warning: numbers of devices that are not sold (Azure's ND96isr_H100_v5
+with 12), prices of 0 and placeholders of 700 dollars, spot prices of 0 or equal to the price on demand,
+Google's regional prices that belong to another offer, and memory sizes that fit no device of that name."""
 
 from __future__ import annotations
 
@@ -17,8 +16,8 @@ from pathlib import Path
 
 from planner.codec import load_toml, noun
 from planner.instance import Instance, doubt_of, fault_of, median_prices
+from planner.market.skypilot_rows import Known, Left, Offer, SkyPilotNames, UnusableError, read_offers
 from planner.naming import squash
-from planner.skypilot_rows import Known, Left, Offer, SkyPilotNames, UnusableError, read_offers
 
 
 @noun

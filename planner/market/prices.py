@@ -33,7 +33,7 @@ from typing import Any
 from planner.codec import decode, load_toml, load_toml_object, noun
 from planner.errors import InputError, Problem
 from planner.instance import Instance, find_instance
-from planner.on_premises import OnPremisesTable, table_faults
+from planner.market.on_premises import OnPremisesTable, table_faults
 
 MAX_USD_PER_HOUR = 1e6
 """No instance costs more an hour; a larger number is a typing error."""

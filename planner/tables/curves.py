@@ -24,8 +24,8 @@ import math
 from collections.abc import Sequence
 from functools import cache
 
-from planner import measured
-from planner.measured import Collective
+from planner.tables import measured
+from planner.tables.measured import Collective
 
 
 class CollectiveCurves:

@@ -6,11 +6,11 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 
-from planner.graph import Chain, Piece, pieces
 from planner.model import ModelSpec, Norm, Segment
-from planner.operator_graph import OperatorGraph
-from planner.repetition import Run, runs
 from planner.traced import Product, TracedLayer
+from planner.tracing.graph import Chain, Piece, pieces
+from planner.tracing.operator_graph import OperatorGraph
+from planner.tracing.repetition import Run, runs
 
 
 def traced_model(graph: OperatorGraph, *, name: str, sources: tuple[str, ...] = ()) -> ModelSpec:

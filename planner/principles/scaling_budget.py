@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from planner.codec import noun
-from planner.device_rate import DeviceRate
 from planner.errors import InputError, Problem
-from planner.scaling import LEAST_BUDGET_FLOPS, MOST_BUDGET_FLOPS
+from planner.principles.device_rate import DeviceRate
+from planner.principles.scaling import LEAST_BUDGET_FLOPS, MOST_BUDGET_FLOPS
 
 
 @noun

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 
-from planner.adapters import Adapters
 from planner.codec import noun
-from planner.device_rate import DeviceRate
-from planner.napkin_size import Size, model_size
-from planner.scaling import FLOPS_PER_PARAM_TOKEN
+from planner.principles.adapters import Adapters
+from planner.principles.device_rate import DeviceRate
+from planner.principles.napkin_size import Size, model_size
+from planner.principles.scaling import FLOPS_PER_PARAM_TOKEN
 from planner.units import DAY_S
 
 TOKENS_PER_PARAM = 20.0

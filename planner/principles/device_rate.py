@@ -6,7 +6,7 @@ from planner.catalog import data_folder
 from planner.codec import load_toml, noun
 from planner.device_file import DeviceFile
 from planner.instance import Instance
-from planner.market import Market
+from planner.market.market import Market
 from planner.units import GIB, MIB
 
 PRECISIONS = ("bf16", "fp16", "fp32", "fp8")

@@ -1,0 +1,1 @@
+"""Prices: instances, catalogs of clouds, the user's own, cost on premises."""

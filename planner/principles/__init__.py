@@ -1,0 +1,1 @@
+"""First principles and scaling laws: `plan napkin` and `plan scaling`."""

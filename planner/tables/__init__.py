@@ -1,0 +1,1 @@
+"""Measured tables: collectives and matrix products by device and size."""

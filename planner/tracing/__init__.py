@@ -1,0 +1,1 @@
+"""Arbitrary modules as graphs of operators, cut into a chain of layer classes."""
