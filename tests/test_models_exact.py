@@ -151,3 +151,36 @@ def test_class_defaults_are_those_of_the_library(model_type: str) -> None:
     assert nested.segments == spelt.segments
     for fact in ("max_positions", "norm_eps", "rope_theta", "initializer_range", "tied_embeddings"):
         assert getattr(nested, fact) == getattr(spelt, fact)
+
+
+WRAPPED = {
+    "gemma3": "gemma3_text",
+    "llama4": "llama4_text",
+    "mistral3": "mistral",
+    "qwen2_vl": "qwen2",
+    "qwen2_5_vl": "qwen2",
+    "qwen3_vl": "qwen3",
+    "qwen3_vl_moe": "qwen3_moe",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
+"""Multimodal architectures, and whose keys their text model has."""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_the_text_model_of_a_wrapper_is_counted_alone(wrapper: str) -> None:
+    """Nested as its author typed it, and as its class serialises it with the vision tower beside."""
+    for seed in range(CONFIGS_EACH):
+        values = MAKERS[WRAPPED[wrapper]](random.Random(seed))
+        if wrapper == "qwen3_vl":  # has no windows, and one that is set would be refused
+            values = {key: value for key, value in values.items() if "window" not in key}
+        config = transformers.CONFIG_MAPPING[wrapper](text_config=values)
+        with torch.device("meta"):
+            text = transformers.AutoModel.from_config(config.get_text_config())
+        total = sum(p.numel() for p in text.parameters())
+        typed = {"model_type": wrapper, "text_config": values}
+        for written in (typed, json.loads(config.to_json_string(use_diff=False))):
+            spec = read_config(written, source="c", name="x")
+            head = 0 if spec.tied_embeddings else spec.vocab * spec.hidden
+            assert spec.params_total == total + head, (seed, values)

@@ -225,8 +225,13 @@ EXPERT_FAMILIES: Mapping[str, Family] = MappingProxyType(
         ),
         "qwen3_vl_moe_text": Family(
             build=decoder,
-            defaults={**_QWEN_MOE, **BIASES, "head_dim": 128, "max_positions": 128_000, "rope_theta": 5e5}
-            | {"tied": True},
+            defaults={
+                **_QWEN_MOE,
+                **BIASES,
+                "max_positions": 128_000,
+                "rope_theta": 500_000.0,
+                "tied": True,
+            },
             names=QWEN_NAMES,
             fixed={"qk_norm": QkNorm.HEAD},
             sparse=every_step,

@@ -7,10 +7,10 @@ from types import MappingProxyType
 from typing import Any
 
 _INERT = """
-    _name_or_path architectures dtype torch_dtype transformers_version use_cache bos_token_id eos_token_id
-    pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id model_type
-    pretraining_tp output_attentions output_hidden_states return_dict return_dict_in_generate id2label
-    label2id task_specific_params tokenizer_class prefix finetuning_task problem_type max_length
+    _name_or_path architectures dtype torch_dtype transformers_version use_cache output_past bos_token_id
+    eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id
+    model_type pretraining_tp output_attentions output_hidden_states return_dict return_dict_in_generate
+    id2label label2id task_specific_params tokenizer_class prefix finetuning_task problem_type max_length
     min_length do_sample temperature top_k top_p typical_p num_beams num_beam_groups num_return_sequences
     length_penalty repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     early_stopping diversity_penalty exponential_decay_length_penalty suppress_tokens
