@@ -363,6 +363,17 @@ def granitemoe(r: random.Random) -> Config:
     return tied(r) | moe(r)
 
 
+def mimo(r: random.Random) -> Config:
+    config = glm4_moe(r) | {"num_key_value_heads": 1} | some(r, v_head_dim=[8, 12], sliding_window=[4, 64])
+    for key in ("n_shared_experts", "first_k_dense_replace", "use_qk_norm"):
+        config.pop(key, None)
+    if r.random() < 0.3:
+        config["mlp_layer_types"] = [
+            r.choice(["dense", "sparse"]) for _ in range(config["num_hidden_layers"])
+        ]
+    return layered(r, WINDOWS, config)
+
+
 def gpt_bigcode(r: random.Random) -> Config:
     return gpt2(r) | some(r, multi_query=FLAG)
 
@@ -421,6 +432,7 @@ MAKERS: dict[str, Make] = {
     "qwen3_next": qwen3_next,
     "qwen3_5_moe_text": delta_moe,
     "glm4_moe": glm4_moe,
+    "mimo_v2_flash": mimo,
     "dbrx": dbrx,
     "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek,

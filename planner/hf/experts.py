@@ -19,10 +19,11 @@ from planner.hf.layers import (
     every_step,
     everywhere,
     full_every_nth,
+    full_first_and_every_sixth,
     listed_or_every_step,
     windowed_before,
 )
-from planner.hf.segments import decoder
+from planner.hf.segments import decoder, sink_decoder
 from planner.mixers import QkNorm
 from planner.model import Norm
 
@@ -258,6 +259,49 @@ EXPERT_FAMILIES: Mapping[str, Family] = MappingProxyType(
             names=FIRST_DENSE_NAMES,
             fixed={"qk_norm": QkNorm.HEAD, "rotary": False},
             sparse=after_first_dense,
+        ),
+        "mimo_v2_flash": Family(
+            build=sink_decoder,
+            defaults={
+                **LLAMA_KEYS,
+                "qkv_bias": False,
+                "layers": 48,
+                "heads": 64,
+                "kv_heads": 4,
+                "head_dim": 192,
+                "value_dim": 128,
+                "ffn": 16384,
+                "vocab": 152_576,
+                "max_positions": 131_072,
+                "norm_eps": 1e-5,
+                "rope_theta": 5e6,
+                "expert_ffn": 2048,
+                "experts": 256,
+                "topk": 8,
+                "window": 129,
+                "layer_types": None,
+                "windowed_layers": None,
+                "mlp_types": None,
+                "sparse_flags": None,
+            },
+            names=FIRST_DENSE_NAMES,
+            fixed={"rotary": False, "first_dense": 1},
+            kinds=full_first_and_every_sixth,
+            sparse=after_first_dense,
+            inert=frozenset(
+                {
+                    "attention_value_scale",
+                    "n_shared_experts",
+                    "attention_chunk_size",
+                    "sliding_window_size",
+                    "hybrid_block_size",
+                    "add_swa_attention_sink_bias",
+                    "add_full_attention_sink_bias",
+                    "layernorm_epsilon",
+                    *(f"swa_{key}" for key in ("rope_theta", "num_attention_heads", "num_key_value_heads")),
+                    *(f"swa_{key}" for key in ("head_dim", "v_head_dim")),
+                }
+            ),
         ),
         "dbrx": Family(
             build=decoder,

@@ -67,6 +67,7 @@ class Description:
     full_every: int = 1
     chunk_span: int | None = None
     layer_types: tuple[str, ...] | None = None
+    windowed_layers: tuple[int, ...] | None = None
     attention_types: tuple[str, ...] | None = None
     rotary_layers: tuple[int, ...] | None = None
     rotary_every: int = 1
@@ -84,6 +85,7 @@ class Description:
     sparse_every: int = 1
     dense_layers: tuple[int, ...] | None = None
     sparse_layers: tuple[int, ...] | None = None
+    sparse_flags: tuple[int, ...] | None = None
     mlp_types: tuple[str, ...] | None = None
     query_rank: int | None = None
     kv_rank: int = 0

@@ -14,6 +14,7 @@ from planner.hf.segments import (
     latent_decoder,
     layer_kinds,
     lightning_decoder,
+    sink_decoder,
 )
 
 Fault = tuple[str, str, str]
@@ -21,12 +22,18 @@ Fault = tuple[str, str, str]
 
 _KINDS_OF: tuple[tuple[object, tuple[str, ...]], ...] = (
     (decoder, (FULL, SLIDING, CHUNKED)),
+    (sink_decoder, (FULL, SLIDING)),
     (latent_decoder, (FULL, INDEXED)),
     (delta_decoder, (FULL, LINEAR)),
     (lightning_decoder, (FULL, LINEAR)),
     (hybrid_decoder, (FULL, LINEAR, DENSE, SPARSE)),
 )
 """The kinds of layer that each builder makes."""
+
+
+_MAY_BE_EMPTY = ("rotary_layers", "windowed_layers", "sparse_flags")
+_PER_LAYER = ("layer_types", "mlp_types", "indexer_types", "attention_types", *_MAY_BE_EMPTY)
+"""Lists with one item a layer; those that may be empty mean the family's rule then."""
 
 
 def contradictions(d: Description, family: Family) -> list[Fault]:
@@ -75,9 +82,9 @@ def _lists(d: Description, family: Family) -> Iterator[Fault]:
     """Lists with one item a layer."""
     if d.layers == 0:
         return
-    for fact in ("layer_types", "mlp_types", "indexer_types", "attention_types", "rotary_layers"):
+    for fact in _PER_LAYER:
         listed = getattr(d, fact)
-        if listed is not None and len(listed) != d.layers and (listed or fact != "rotary_layers"):
+        if listed is not None and len(listed) != d.layers and (listed or fact not in _MAY_BE_EMPTY):
             yield fact, f"has {len(listed)} items for {d.layers} layers.", str(d.layers)
     for fact, pattern, unless in (
         ("hybrid_pattern", d.hybrid_pattern, d.layer_types),

@@ -170,6 +170,7 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "full_every": _whole("sliding_window_pattern", "_sliding_window_pattern", high=MAX_LAYERS),
         "chunk_span": _whole("attention_chunk_size", low=0, high=MAX_POSITIONS, nullable=True),
         "layer_types": _texts("layer_types", choices=LAYER_TYPES),
+        "windowed_layers": _wholes("hybrid_layer_pattern", high=1),
         "attention_types": Key(names=("attention_types",), kind=Kind.TYPES, nullable=True),
         "rotary_layers": _wholes("no_rope_layers", high=1),
         "rotary_every": _whole("no_rope_layer_interval", high=MAX_LAYERS),
@@ -185,6 +186,7 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "sparse_every": _whole("moe_layer_freq", high=MAX_LAYERS),
         "dense_layers": _wholes("mlp_only_layers", high=MAX_LAYERS),
         "sparse_layers": _wholes("moe_layers", high=MAX_LAYERS),
+        "sparse_flags": _wholes("moe_layer_freq", high=1),
         "mlp_types": _texts("mlp_layer_types", choices=_MLP_TYPES),
         # latent attention
         "query_rank": _whole("q_lora_rank", high=MAX_WIDTH, nullable=True),

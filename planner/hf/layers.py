@@ -32,6 +32,13 @@ def full_every_nth(other: str) -> Callable[[Description], Sequence[str]]:
     return kinds
 
 
+def full_first_and_every_sixth(d: Description) -> Sequence[str]:
+    """The first layer and every sixth is full attention, the rest have the window, unless flagged (mimo)."""
+    if d.windowed_layers:
+        return tuple(SLIDING if windowed else FULL for windowed in d.windowed_layers)
+    return tuple(SLIDING if layer and (layer + 1) % 6 else FULL for layer in range(d.layers))
+
+
 def windowed_from(d: Description) -> Sequence[str]:
     """Layers from `first_window` on have the window (qwen2, qwen3)."""
     windowed = d.use_window and d.window is not None
@@ -100,6 +107,8 @@ def after_first_dense(d: Description) -> Sequence[bool]:
     """The first layers are dense, the rest sparse (deepseek, glm); `mlp_types` lists them in newer files."""
     if d.mlp_types is not None:
         return tuple(kind == SPARSE for kind in d.mlp_types)
+    if d.sparse_flags:
+        return tuple(map(bool, d.sparse_flags))
     return tuple(layer >= d.first_dense and layer % d.sparse_every == 0 for layer in range(d.layers))
 
 

@@ -56,6 +56,20 @@ def attention(d: Description, kind: str, layer: int) -> Attention:
     )
 
 
+def _sink_attention(d: Description, kind: str, layer: int) -> Attention:
+    """Values of their own width; windowed layers have twice the key and value heads, and sinks (MiMo-V2)."""
+    windowed = kind == SLIDING
+    return Attention(
+        heads=d.heads,
+        kv_heads=d.key_heads * (2 if windowed else 1),
+        head_dim=d.width_of_head,
+        qkv_bias=d.qkv_bias,
+        span=span(d, kind),
+        sinks=windowed,
+        value_dim=d.value_dim,
+    )
+
+
 def _full_or(other: Callable[[Description], Mixer], d: Description, kind: str, layer: int) -> Mixer:
     return other(d) if kind == LINEAR else attention(d, kind, layer)
 
@@ -178,6 +192,9 @@ def _decoder(mixer_of: MixerOf, d: Description, family: Family) -> tuple[Segment
 
 decoder = partial(_decoder, attention)
 """A stack of attention blocks with MLPs or experts."""
+
+sink_decoder = partial(_decoder, _sink_attention)
+"""A stack in which windowed layers have sinks and more key and value heads."""
 
 latent_decoder = partial(_decoder, latent_attention)
 """A stack of latent-attention blocks with MLPs or experts."""
