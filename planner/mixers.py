@@ -19,9 +19,13 @@ from planner.matrix import Matrix, Split
 
 
 class AttentionKernel(StrEnum):
-    """How attention is computed: flash keeps a number a row, eager the whole matrix of probabilities."""
+    """How attention is computed: flash keeps a number a row, the others the whole matrix of probabilities.
+
+    Fused scales, masks and normalises the scores in one kernel, eager in one each.
+    """
 
     FLASH = "flash"
+    FUSED = "fused"
     EAGER = "eager"
 
 
@@ -171,7 +175,7 @@ class Attention:
         """q, k, v and the result; copies before a q-k norm; eager keeps every probability."""
         normed = 0 if self.qk_norm is QkNorm.NONE else self.query_width + self.kv_width
         gate = 2 * self.out_width if self.gated else 0
-        probabilities = self.heads * seq if kernel is AttentionKernel.EAGER else 0
+        probabilities = 0 if kernel is AttentionKernel.FLASH else self.heads * seq
         return Kept(
             products=self.query_width + self.kv_width + self.value_width + self.out_width + probabilities,
             elementwise=normed + gate,
@@ -294,7 +298,7 @@ class LatentAttention:
     def kept(self, seq: int, kernel: AttentionKernel) -> Kept:
         """Both latents before and after their norms, q, assembled k, v, and the result."""
         latents = 2 * (self.query_rank or 0) + 2 * self.kv_rank + self.rope_dim
-        probabilities = self.heads * seq if kernel is AttentionKernel.EAGER else 0
+        probabilities = 0 if kernel is AttentionKernel.FLASH else self.heads * seq
         return Kept(
             products=2 * self.query_width + 2 * self.heads * self.value_dim + probabilities,
             elementwise=self.heads * self.nope_dim,

@@ -6,15 +6,17 @@ from planner.cluster import ClusterSpec
 from planner.codec import noun
 from planner.model import ModelSpec
 from planner.profile import Profile
+from planner.stack import NATIVE, Stack
 from planner.workload import Workload
 
 
 @noun
 class PlanningProblem:
-    """A model, a workload, a cluster, what is known of the device, and the memory a device may use."""
+    """A model, a workload, a cluster, what is known of the device, its memory, and the software."""
 
     model: ModelSpec
     workload: Workload
     cluster: ClusterSpec
     profile: Profile | None
     memory_limit_bytes: int
+    stack: Stack = NATIVE

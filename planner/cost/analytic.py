@@ -11,7 +11,7 @@ from planner.cost import constants
 from planner.cost.gemm import GemmModel
 from planner.cost.layer import NOTHING, LayerCost, LayerShape
 from planner.errors import InputError, Problem
-from planner.mixers import AttentionKernel, Kept
+from planner.mixers import Kept
 from planner.model import Block, Layer, ModelSpec
 from planner.problem import PlanningProblem
 from planner.profile import LayerKind
@@ -141,7 +141,7 @@ def _matrices_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
 
 def _sublayers_kept(block: Block, shape: LayerShape) -> tuple[list[Kept], list[Kept]]:
     """What the mixers keep, and what the MLP keeps."""
-    mixing = [mixer.kept(shape.seq, AttentionKernel.FLASH) for mixer in block.mixers]
+    mixing = [mixer.kept(shape.seq, shape.kernel) for mixer in block.mixers]
     return mixing, [block.mlp.kept(block.hidden)] if block.mlp else []
 
 
@@ -174,6 +174,7 @@ def _block_saved_bytes(block: Block, shape: LayerShape, recompute: Recompute) ->
         tp=shape.tp,
         sequence_parallel=shape.sequence_parallel,
         recompute=recompute,
+        kernel=shape.kernel,
     )
 
 

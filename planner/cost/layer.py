@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from planner.codec import noun
+from planner.mixers import AttentionKernel
 from planner.profile import LayerKind
 from planner.strategy import Recompute
 from planner.workload import Precision
@@ -20,6 +21,7 @@ class LayerShape:
     precision: Precision
     recompute: Recompute = Recompute.NONE
     block: str = ""
+    kernel: AttentionKernel = AttentionKernel.FLASH
 
     @property
     def tokens(self) -> int:

@@ -160,6 +160,7 @@ class ShapeModel:
                 precision=workload.precision,
                 recompute=recompute,
                 block=block,
+                kernel=self.problem.stack.attention,
             )
         )
 
