@@ -323,6 +323,7 @@ def test_the_text_model_of_a_wrapper_is_read_with_class_defaults() -> None:
     model = read_config(config, source="c", name="x")
     assert model.params_total == 3_880_263_168  # the text model of the published 4,300,079,472
     assert any("not counted" in note for note in model.sources)
+    assert any("num_attention_heads = 8, vocab_size = 262208" in note for note in model.sources)
     assert model.model_type == "gemma3_text" and model.tied_embeddings
 
 

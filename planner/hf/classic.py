@@ -127,7 +127,7 @@ def t5_family(defaults: Mapping[str, Any]) -> Family:
             "hidden": ("d_model", "hidden_size"),
             "layers": ("num_layers", "num_hidden_layers"),
             "heads": ("num_heads", "num_attention_heads"),
-            "head_dim": ("d_kv",),
+            "head_dim": ("d_kv", "head_dim"),
             "ffn": ("d_ff",),
             "max_positions": ("n_positions",),
             "norm_eps": ("layer_norm_epsilon",),
@@ -147,7 +147,6 @@ def t5_family(defaults: Mapping[str, Any]) -> Family:
                 "is_gated_act",
                 "scale_decoder_outputs",
                 "is_encoder_decoder",
-                "head_dim",
             }
         ),
     )

@@ -133,9 +133,6 @@ class Description:
         return self.kv_heads or self.heads
 
 
-Fault = tuple[str, str, str]
-"""What contradicts itself: the field, the text, and what is legal."""
-
 Kinds = Callable[[Description], Sequence[str]]
 Sparse = Callable[[Description], Sequence[bool]]
 Build = Callable[[Description, "Family"], tuple[Segment, ...]]

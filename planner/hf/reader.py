@@ -219,11 +219,25 @@ def _notes(part: TextPart) -> tuple[str, ...]:
         value = lookup(part.config, key)
         if value is not None and value != harmless:
             notes.append(note.format(value=show(value)))
+    left = _left_to_the_class(part)
+    if left:
+        notes.append("not in the config, as the class has it: " + ", ".join(left))
     unread = [] if part.wrapped and not part.nested else _unread(part)
     if unread:
         more = f" and {len(unread) - 10} more" if len(unread) > 10 else ""
         notes.append("keys not read: " + ", ".join(key[:40] for key in unread[:10]) + more)
     return tuple(notes)
+
+
+def _left_to_the_class(part: TextPart) -> list[str]:
+    """Needed keys that the config does not have, with the class's value."""
+    defaults = part.family.defaults
+    absent = [
+        (part.family.names_of(fact)[0], value)
+        for fact, value in defaults.items()
+        if KEYS[fact].needed and all(lookup(part.config, name) is None for name in part.family.names_of(fact))
+    ]
+    return [f"{name} = {value}" for name, value in absent if value]
 
 
 def _spec(d: Description, family: Family, name: str, model_type: str, sources: tuple[str, ...]) -> ModelSpec:
