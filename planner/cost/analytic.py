@@ -10,8 +10,9 @@ from planner.codec import noun
 from planner.cost import constants
 from planner.cost.gemm import GemmModel
 from planner.cost.layer import NOTHING, LayerCost, LayerShape
+from planner.cost.physics import Physics, physics_of
 from planner.errors import InputError, Problem
-from planner.mixers import Kept
+from planner.mixers import Attention, AttentionKernel, Kept, LatentAttention
 from planner.model import Block, Layer, ModelSpec
 from planner.problem import PlanningProblem
 from planner.profile import LayerKind
@@ -30,8 +31,8 @@ class DeviceRates:
     flops: float
     by_shape: GemmModel | None
     memory_bytes_per_s: float
-    host_block_s: float
-    host_tp_s: float
+    attention_flops: float
+    physics: Physics
 
 
 def device_rates(problem: PlanningProblem) -> DeviceRates | None:
@@ -41,21 +42,20 @@ def device_rates(problem: PlanningProblem) -> DeviceRates | None:
     flops = peak * constants.GEMM_EFFICIENCY if peak else None
     bandwidth = device.memory_bandwidth_bytes_per_s
     memory = bandwidth * constants.MEMORY_EFFICIENCY if bandwidth else None
-    host, host_tp = constants.HOST_BLOCK_FORWARD_S, constants.HOST_TP_FORWARD_S
     measured = problem.profile.constant("gemm_flops") if problem.profile else None
     if problem.profile:
         flops = measured or flops
         memory = problem.profile.constant("memory_bytes_per_s") or memory
-        host = problem.profile.constant("host_block_forward_s") or host
-        host_tp = problem.profile.constant("host_tp_forward_s") or host_tp
     if flops is None or memory is None:
         return None
+    physics = physics_of(problem.profile, problem.stack)
+    whole = peak if peak and not measured else flops / constants.GEMM_EFFICIENCY
     return DeviceRates(
         flops=flops,
         by_shape=None if measured else GemmModel(device, problem.workload.precision),
         memory_bytes_per_s=memory,
-        host_block_s=host,
-        host_tp_s=host_tp,
+        attention_flops=physics.attention_share * whole,
+        physics=physics,
     )
 
 
@@ -87,7 +87,7 @@ def _product_s(m: float, n: float, k: float, rates: DeviceRates) -> float:
     """
     rate = rates.by_shape.rate_flops(m, n, k) if rates.by_shape else None
     if rate is not None:
-        return 2.0 * m * n * k / rate[0]
+        return 2.0 * m * n * k / (rate[0] * rates.physics.gemm_scale)
     half = constants.GEMM_HALF_DIM
     return 2.0 * m * n * k * (1 + half / n) * (1 + half / k) / rates.flops
 
@@ -105,12 +105,13 @@ def _layer_cost(layer: Layer, shape: LayerShape, rates: DeviceRates) -> LayerCos
 def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates) -> LayerCost:
     tokens, tp, size = shape.tokens, shape.tp, shape.precision.compute_bytes
     products_s = _matrices_s(block, shape, rates)
-    attention_s = block.attention_flops_forward(tokens, shape.seq) / tp / (0.6 * rates.flops)
+    attention_s, attention_backward_s = _attention_s(block, shape, rates)
     stream = block.hidden / (tp if shape.sequence_parallel else 1)
     elementwise_s = size * tokens * _moved_values(block, shape, stream) / rates.memory_bytes_per_s
-    host_s = (rates.host_block_s + (rates.host_tp_s if tp > 1 else 0.0)) * block.sublayers / 2
+    elementwise_s *= rates.physics.elementwise_scale
+    host_s = _host_s(block, tp, rates)
     forward_s = max(products_s + attention_s + elementwise_s, host_s)
-    backward_s = max(2 * products_s + 2.5 * attention_s + 2 * elementwise_s, 2 * host_s)
+    backward_s = max(2 * products_s + attention_backward_s + 2 * elementwise_s, 2 * host_s)
     again_s = {
         Recompute.NONE: 0.0,
         Recompute.SELECTIVE: max(elementwise_s, 0.5 * host_s),
@@ -127,6 +128,33 @@ def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates) -> LayerCos
         backward_transient_bytes=working + (full_again - saved),
         origin="datasheet",
     )
+
+
+def _host_s(block: Block, tp: int, rates: DeviceRates) -> float:
+    """Least seconds in which the host launches a block's forward, by the sublayers that it has."""
+    physics = rates.physics
+    return (
+        (physics.host_block_forward_s + (physics.host_tp_forward_s if tp > 1 else 0.0)) * block.sublayers / 2
+    )
+
+
+def _attention_s(block: Block, shape: LayerShape, rates: DeviceRates) -> tuple[float, float]:
+    """Seconds between the projections, forward and backward.
+
+    A flash kernel skips what is masked and computes scores again going back: 2.5 times. The others compute
+    the whole square as batched products, twice going back, and read and write every probability.
+    """
+    flops = block.attention_flops_forward(shape.tokens, shape.seq) / shape.tp
+    attentions = [mixer for mixer in block.mixers if isinstance(mixer, (Attention, LatentAttention))]
+    if shape.kernel is AttentionKernel.FLASH or not attentions:
+        forward_s = flops / rates.attention_flops
+        return forward_s, 2.5 * forward_s
+    square = sum(mixer.core_flops(shape.seq) / mixer.span.mean_keys(shape.seq) for mixer in attentions)
+    products_s = square * shape.seq * shape.tokens / shape.tp / (rates.flops * rates.physics.gemm_scale)
+    heads = sum(mixer.heads for mixer in attentions) / shape.tp
+    pass_s = shape.precision.compute_bytes * heads * shape.seq * shape.tokens / rates.memory_bytes_per_s
+    passes_s = rates.physics.probability_passes * pass_s
+    return products_s + passes_s, 2 * (products_s + passes_s)
 
 
 def _matrices_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
@@ -188,9 +216,9 @@ def _traced_cost(layer: TracedLayer, shape: LayerShape, rates: DeviceRates) -> L
         product.count * _product_s(samples * product.m, product.n, product.k, rates)
         for product in layer.products
     )
-    products_s += samples * layer.core_flops / (0.6 * rates.flops)
+    products_s += samples * layer.core_flops / rates.attention_flops
     moved_s = samples * size * layer.moved_values / rates.memory_bytes_per_s
-    host_s = rates.host_block_s * layer.operators / constants.BLOCK_LAUNCHES
+    host_s = rates.physics.host_block_forward_s * layer.operators / constants.BLOCK_LAUNCHES
     forward_s = max(products_s + moved_s, host_s)
     whole = samples * size * layer.saved_values
     full = shape.recompute is Recompute.FULL
@@ -211,7 +239,7 @@ def _head_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates) -> Layer
         return NOTHING
     tokens, vocab, size = shape.tokens, model.vocab / shape.tp, shape.precision.compute_bytes
     product_s = _product_s(tokens, vocab, model.token_width, rates)
-    logits_s = 4.0 * tokens * vocab * 4 / rates.memory_bytes_per_s
+    logits_s = rates.physics.head_scale * 4.0 * tokens * vocab * 4 / rates.memory_bytes_per_s
     stream = model.hidden / (shape.tp if shape.sequence_parallel else 1)
     logits_bytes = tokens * vocab * (4.0 + (size if size < 4 else 0))
     return LayerCost(

@@ -16,6 +16,7 @@ from itertools import accumulate
 
 from planner.cost.analytic import analytic_cost, device_rates
 from planner.cost.layer import LayerCost, LayerShape
+from planner.cost.physics import physics_of
 from planner.problem import PlanningProblem
 from planner.profile import LayerSample, shape_key
 
@@ -33,6 +34,7 @@ class LayerModel:
         self.problem = problem
         self.samples = at_usual_speed(problem.profile.layers) if problem.profile else []
         self.rates = device_rates(problem)
+        self.physics = physics_of(problem.profile, problem.stack)
         model = problem.model
         self.classes, self.params_total = model.classes(), model.params_total
         self.stream_width = model.stream_width

@@ -110,6 +110,7 @@ class ShapeModel:
     ) -> None:
         self.problem, self.degrees, self.slow = problem, degrees, slow
         self.layer_model, self.comm_model = layers, comms
+        self.physics = layers.physics
         self.overlaps = problem.cluster.groups[0].slots_per_node is None
         communicates = self.overlaps and degrees.world > 1
         self.runtime_bytes = constants.COMMUNICATOR_BYTES if communicates else 0
@@ -271,7 +272,8 @@ class ShapeModel:
         return self.hidden_bytes() / self.problem.model.hidden * self.layer_model.stream_width
 
     def _tp_message(self, op: Op) -> float:
-        return self._seconds(op, self.hidden_bytes(), self._tp_group())
+        """Seconds of a message of the residual stream over the tensor-parallel group."""
+        return self.physics.tp_scale * self._seconds(op, self.hidden_bytes(), self._tp_group())
 
     def p2p_s(self) -> float:
         """One hop of the residual stream between neighbouring stages."""
@@ -284,7 +286,7 @@ class ShapeModel:
             groups=max(1, min(per_node, self.degrees.world) // 2),
             spans_nodes=self.degrees.world > per_node,
         )
-        return self._seconds(Op.P2P, self.message_bytes() / shards, group)
+        return self.physics.pp_scale * self._seconds(Op.P2P, self.message_bytes() / shards, group)
 
     def gather(self, unit: Unit) -> Pass:
         """All-gather of one unit's parameters in the compute precision, with copies in and out."""
@@ -292,7 +294,8 @@ class ShapeModel:
             return Pass()
         size = unit.params * self.problem.workload.precision.compute_bytes
         copies_s = self._constant("fsdp_gather_unit_s") + size * self._constant("fsdp_gather_copy_s_per_byte")
-        return Pass(host_s=copies_s, dp_s=self._seconds(Op.ALL_GATHER, size, self._shard_group()))
+        seconds = self._seconds(Op.ALL_GATHER, size, self._shard_group())
+        return Pass(host_s=copies_s, dp_s=self.physics.dp_scale * seconds)
 
     def reduce(self, unit: Unit) -> Pass:
         """Reduction of one unit's gradients in fp32: scatter over shards, all-reduce over replicas."""
@@ -303,7 +306,7 @@ class ShapeModel:
         copies_s = self._constant(f"{self.wrapper}_reduce_unit_s") + size * per_byte
         scatter_s = self._seconds(Op.REDUCE_SCATTER, size, self._shard_group())
         reduce_s = self._seconds(Op.ALL_REDUCE, size / degrees.dp_shard, self._replicate_group())
-        return Pass(host_s=copies_s, dp_s=scatter_s + reduce_s)
+        return Pass(host_s=copies_s, dp_s=self.physics.dp_scale * (scatter_s + reduce_s))
 
     def once_s(self, message: Pass) -> float:
         """Seconds of a message that all ranks send at the same time, once a step."""
@@ -337,7 +340,8 @@ class ShapeModel:
         return sum(self.block_passes[choice][1].total_s * count for choice, count in self.chosen(stage))
 
     def _stage(self, chosen: tuple[Chosen, ...], *, first: bool, last: bool) -> StageCost:
-        action = Pass(host_s=self._constant("pp_action_s") if self.degrees.pp > 1 else 0.0)
+        pp_action_s = self._constant("pp_action_s") if self.degrees.pp > 1 else 0.0
+        action = Pass(host_s=pp_action_s + self.physics.action_s)
         forward, backward = action, action
         for choice, count in chosen:
             one_forward, one_backward = self.block_passes[choice]
@@ -397,7 +401,8 @@ class ShapeModel:
         total_s = sum(seconds * count for seconds, count in each)
         if not self.overlaps:
             return total_s
-        return max(max(seconds for seconds, _ in each), total_s - backward_s)
+        behind_s = max(max(seconds for seconds, _ in each), total_s - backward_s)
+        return behind_s + self.physics.dp_exposed * (total_s - behind_s)
 
     def optimizer_s(self, units: list[tuple[Unit, int]]) -> float:
         """Clipping and the update of this device's shard: a cost a parameter and a cost a tensor."""
@@ -407,8 +412,9 @@ class ShapeModel:
         per_tensor = self._constant("optimizer_s_per_tensor") + self._constant("clip_s_per_tensor")
         if each == 0.0 and self.layer_model.rates is not None:
             # Reads parameter, gradient and two moments, writes three of them, all in fp32.
-            each = 28.0 / self.layer_model.rates.memory_bytes_per_s
-        return params * each + tensors * per_tensor
+            each = self.physics.optimizer_scale * 28.0 / self.layer_model.rates.memory_bytes_per_s
+        # A rank sums over its stages, and each step has this once.
+        return params * each + tensors * per_tensor + self.physics.step_s / self.degrees.chunks
 
     def _memory(self, chosen: tuple[Chosen, ...], *, first: bool, last: bool) -> dict[str, float]:
         saved = forward = backward = 0.0

@@ -1,0 +1,131 @@
+"""Physics: the few constants of the analytic time model that measured runs can determine.
+
+A profile may hold any of them by name, or by `name:kernels` for one named set of fused kernels; the others
+stay at their prior. `PRIORS` says what each means, where its prior comes from and how far a fit may move it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from planner.codec import noun
+from planner.cost import constants
+from planner.mixers import AttentionKernel
+from planner.profile import Profile
+from planner.stack import Engine, Stack
+
+
+@noun
+class Prior:
+    """A constant before any fit: its value, the bounds of a fit, its meaning and source."""
+
+    value: float
+    low: float
+    high: float
+    meaning: str
+
+
+PRIORS: Mapping[str, Prior] = MappingProxyType(
+    {
+        "gemm_scale": Prior(
+            value=1.0, low=0.4, high=1.3,
+            meaning="rate of matrix products over the rate of their shape in the tables",
+        ),
+        "attention_share": Prior(
+            value=0.48, low=0.05, high=0.9,
+            meaning="share of the dense peak that a flash kernel reaches between the projections "
+            "(FlashAttention-2, arXiv 2307.08691: 0.5 to 0.7 on A100; less on H100)",
+        ),
+        "probability_passes": Prior(
+            value=6.0, low=1.0, high=60.0,
+            meaning="times that an unfused kernel reads or writes every probability in the forward pass",
+        ),
+        "elementwise_scale": Prior(
+            value=1.0, low=0.1, high=6.0,
+            meaning="bytes that element-wise kernels move over those of a fused kernel a step",
+        ),
+        "host_block_forward_s": Prior(
+            value=constants.HOST_BLOCK_FORWARD_S, low=1e-5, high=2e-2,
+            meaning="least time that the host takes to launch a block's forward",
+        ),
+        "host_tp_forward_s": Prior(
+            value=constants.HOST_TP_FORWARD_S, low=0.0, high=2e-2,
+            meaning="what tensor parallelism adds to it",
+        ),
+        "tp_scale": Prior(
+            value=1.0, low=0.2, high=6.0,
+            meaning="time of tensor-parallel messages over that of the same collective alone",
+        ),
+        "dp_scale": Prior(
+            value=1.0, low=0.2, high=10.0,
+            meaning="time of data-parallel messages over that of the same collective alone",
+        ),
+        "dp_exposed": Prior(
+            value=0.0, low=0.0, high=1.0,
+            meaning="share of the gradient reduction that no backward pass hides",
+        ),
+        "pp_scale": Prior(
+            value=1.0, low=0.2, high=20.0,
+            meaning="time of a hop between stages over that of the same message alone",
+        ),
+        "head_scale": Prior(
+            value=1.0, low=0.1, high=6.0,
+            meaning="bytes that the loss moves over the vocabulary, over those of a fused kernel",
+        ),
+        "optimizer_scale": Prior(
+            value=1.0, low=0.2, high=10.0,
+            meaning="time of clipping and update over reading and writing their state once",
+        ),
+        "action_s": Prior(
+            value=0.0, low=0.0, high=0.1,
+            meaning="what every pass of a micro-batch through a stage takes besides its layers",
+        ),
+        "step_s": Prior(
+            value=0.0, low=0.0, high=10.0,
+            meaning="what every step takes besides: data, logging, synchronisation",
+        ),
+    }
+)  # fmt: skip
+
+
+@noun
+class Physics:
+    """The constants of one stack on one device: fitted where a profile has them, else their priors."""
+
+    gemm_scale: float
+    attention_share: float
+    probability_passes: float
+    elementwise_scale: float
+    host_block_forward_s: float
+    host_tp_forward_s: float
+    tp_scale: float
+    dp_scale: float
+    dp_exposed: float
+    pp_scale: float
+    head_scale: float
+    optimizer_scale: float
+    action_s: float
+    step_s: float
+
+
+def physics_of(profile: Profile | None, stack: Stack) -> Physics:
+    """The constants that hold for a stack."""
+    fitted = {c.name: c.value for c in profile.constants} if profile else {}
+    values = {name: _value(name, fitted, stack) for name in PRIORS}
+    return Physics(**values)
+
+
+def _value(name: str, fitted: Mapping[str, float], stack: Stack) -> float:
+    if stack.kernels and f"{name}:{stack.kernels}" in fitted:
+        return fitted[f"{name}:{stack.kernels}"]
+    return fitted.get(name, prior_of(name, stack))
+
+
+def prior_of(name: str, stack: Stack) -> float:
+    """The prior of a constant for a stack."""
+    if name == "dp_exposed" and stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
+        return 1.0  # both reduce after the last backward unless told to overlap
+    if name == "probability_passes" and stack.attention is AttentionKernel.EAGER:
+        return 2 * PRIORS[name].value  # scale, mask, softmax and dropout each on their own
+    return PRIORS[name].value
