@@ -32,7 +32,8 @@ MEETS_RUNTIME = {"profile", "train", "demo", "rehearse", "trace"}
 LAYERS = (
     {"errors"},
     {"units", "codec", "naming"},
-    {"workload", "matrix", "mixers", "feed_forward", "traced", "strategy", "model", "cluster", "estimate", "stack"},
+    {"workload", "matrix", "mixers", "feed_forward", "traced", "strategy", "model", "cluster", "estimate"}
+    | {"stack"},
     {"profile", "plan", "problem", "rules", "device_file", "network", "instance", "execution"},
     {"hf", "tables"},
     {"tracing"},
