@@ -26,6 +26,7 @@ class Device:
     link_bytes_per_s: float | None
     link: str = ""
     sources: tuple[str, ...] = ()
+    peak_fp8_flops: float | None = None
 
     def peak_flops(self, precision: Precision) -> float | None:
         """Dense peak FLOP/s in `precision`, or None where unknown."""
@@ -33,6 +34,7 @@ class Device:
             Precision.FP32: self.peak_fp32_flops,
             Precision.BF16: self.peak_bf16_flops,
             Precision.FP16: self.peak_fp16_flops,
+            Precision.FP8: self.peak_fp8_flops,
         }[precision]
 
 

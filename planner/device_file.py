@@ -134,6 +134,7 @@ class DeviceFile:
             peak_fp32_flops=_flops(self.peak_tflops.fp32),
             peak_bf16_flops=_flops(self.peak_tflops.bf16),
             peak_fp16_flops=_flops(self.peak_tflops.fp16),
+            peak_fp8_flops=_flops(self.peak_tflops.fp8),
             link_bytes_per_s=self.link.gb_per_s * 1e9,
             link=self.link.name,
             sources=tuple(dict.fromkeys((*self.memory.sources, *self.peak_tflops.sources))),

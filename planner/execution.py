@@ -6,10 +6,16 @@ from planner.errors import InputError, Problem
 from planner.feed_forward import Mlp
 from planner.mixers import CAUSAL, Attention, QkNorm, Reach, Span
 from planner.model import Block, Layer, ModelSpec, Norm
+from planner.workload import Method, Optimizer, Precision, Workload
 
 EXECUTED_TYPES = ("llama", "mistral", "qwen2", "gpt2")
 """Families whose arithmetic the runtime's blocks repeat: others scale, rotate or bias in their own ways,
 which does not change what they cost and is not in a ModelSpec."""
+
+EXECUTED_PRECISIONS = (Precision.BF16, Precision.FP32)
+"""fp16 needs loss scaling and fp8 scaled products, which the runtime does not have."""
+
+EXECUTED_OPTIMIZERS = (Optimizer.ADAMW, Optimizer.SGD)
 
 EXECUTED_NORMS = (Norm.RMSNORM, Norm.LAYERNORM)
 
@@ -52,6 +58,30 @@ def check_executed(model: ModelSpec, what: str) -> None:
                 where="--model",
                 fault=f"{model.name} can be planned, but this version cannot {what} it: {listed}.",
                 legal=f"pre-norm decoders of the families {', '.join(EXECUTED_TYPES)}",
+            )
+        )
+
+
+def not_executed_workload(workload: Workload) -> list[str]:
+    """What of a workload the runtime cannot train with; empty where it can all."""
+    faults = {
+        f"its precision is {workload.precision}": workload.precision not in EXECUTED_PRECISIONS,
+        f"its optimizer is {workload.optimizer}": workload.optimizer not in EXECUTED_OPTIMIZERS,
+        f"its method is {workload.method}": workload.method is Method.LORA,
+    }
+    return [fault for fault, found in faults.items() if found]
+
+
+def check_executed_workload(workload: Workload) -> None:
+    """Raises InputError with everything that keeps the runtime from training as `workload` says."""
+    faults = not_executed_workload(workload)
+    if faults:
+        raise InputError(
+            Problem(
+                where="workload",
+                fault=f"can be planned, but this version cannot train it: {'; '.join(faults)}.",
+                legal=f"--precision {' or '.join(EXECUTED_PRECISIONS)}, --optimizer "
+                f"{' or '.join(EXECUTED_OPTIMIZERS)}, --method pretrain or finetune",
             )
         )
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from planner.adapters import adapted, adapter_params
 from planner.catalog import load_device, load_model
 from planner.cli import cli
 from planner.estimate import Verdict
 from planner.hf import read_config
 from planner.instance import Instance
 from planner.market.market import Market
-from planner.principles.adapters import Adapters, adapted, adapter_params
 from planner.principles.device_rate import Price, device_rate, price_of, published_mfu
 from planner.principles.napkin import Question, left_out, rule_of_thumb, short
 from planner.principles.napkin_estimate import (
@@ -27,7 +27,7 @@ from planner.principles.napkin_estimate import (
 from planner.principles.napkin_methods import Method, methods
 from planner.principles.napkin_size import bare_size, model_size, reference_shape
 from planner.units import GIB
-from planner.workload import Precision
+from planner.workload import Adapters, Precision
 
 
 def run(*arguments: str) -> Result:

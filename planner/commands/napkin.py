@@ -104,8 +104,8 @@ def napkin(as_json: bool, **asked: Any) -> None:
 
 def read_question(asked: dict[str, Any]) -> tuple[Question, str]:
     """The question that the options ask, and the device as named. Raises InputError with every fault."""
-    from planner.principles.adapters import Adapters
     from planner.principles.napkin import Question
+    from planner.workload import Adapters
 
     reading = Reading()
     size = reading.read(lambda: read_size(asked["model"], asked["seq"], asked["arch"]))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from planner.errors import Problem
     from planner.market.market import Market
     from planner.model import ModelSpec
-    from planner.workload import Precision, Workload
+    from planner.workload import Adapters, Precision, Workload
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -23,6 +23,10 @@ CLUSTER_HELP = (
     "NODESxGPUS:DEVICE[@NETWORK], COUNT*INSTANCE, several of these joined with +, "
     "local, local:N, or a TOML file."
 )
+
+LORA_ONLY = "With --method lora only; default: "
+LORA_RANK = 16
+"""Rank of adapters where none is asked for, as in the published LoRA and QLoRA fine-tunings of 7B to 70B."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +46,8 @@ class ProblemOptions:
     prices: Path | None = None
     on_premises: bool = False
     arch: str | None = None
+    lora_rank: int | None = None
+    lora_modules: str | None = None
 
 
 class ProblemInputs(NamedTuple):
@@ -125,23 +131,32 @@ def _options() -> list[Callable[[Any], Any]]:
         click.option("--tokens", metavar="COUNT", help="Tokens of the whole run, such as 300B."),
         click.option(
             "--precision",
-            type=click.Choice(["bf16", "fp16", "fp32"]),
+            type=click.Choice(["bf16", "fp16", "fp32", "fp8"]),
             help="Format of matrix products. Default: bf16; fp16 where the device has no bf16; "
             "fp32 on a CPU.",
         ),
         click.option(
             "--optimizer",
-            type=click.Choice(["adamw", "sgd"]),
+            type=click.Choice(["adamw", "sgd", "adafactor", "muon"]),
             default="adamw",
             show_default=True,
             help="The optimizer, whose state is kept in fp32.",
         ),
         click.option(
             "--method",
-            type=click.Choice(["pretrain", "finetune"]),
+            type=click.Choice(["pretrain", "finetune", "lora"]),
             default="pretrain",
             show_default=True,
-            help="Train from scratch, or all weights of a given model.",
+            help="Train from scratch, all weights of a given model, or adapters beside them.",
+        ),
+        click.option(
+            "--lora-rank", type=click.IntRange(min=1), metavar="R", help=f"Rank of adapters. {LORA_ONLY}16."
+        ),
+        click.option(
+            "--lora-modules",
+            type=click.Choice(["qv", "attention", "all"]),
+            help="Weights that get adapters: query and value, attention, or all linear layers. "
+            f"{LORA_ONLY}all.",
         ),
         click.option(
             "--profile",
@@ -199,6 +214,7 @@ def load_problem(options: ProblemOptions) -> ProblemInputs:
     limit: int | None = read(parse_bytes, options.memory_limit)
     read(lambda path: read_text(Path(path)), None if options.profile is None else str(options.profile))
     problems.extend(_faults(options, model, tokens, limit))
+    problems.extend(_unsupported(options.precision, cluster))
     if problems or model is None or cluster is None:
         raise InputError(*problems)
     workload = Workload(
@@ -208,8 +224,17 @@ def load_problem(options: ProblemOptions) -> ProblemInputs:
         precision=chosen_precision(options.precision, cluster),
         optimizer=Optimizer(options.optimizer),
         method=Method(options.method),
+        adapters=_adapters(options),
     )
     return ProblemInputs(model, workload, cluster, options.profile, limit)
+
+
+def _adapters(options: ProblemOptions) -> Adapters | None:
+    from planner.workload import Adapters
+
+    if options.method != "lora":
+        return None
+    return Adapters(rank=options.lora_rank or LORA_RANK, modules=options.lora_modules or "all")
 
 
 def _faults(
@@ -219,6 +244,10 @@ def _faults(
     from planner.errors import Problem
 
     found: list[Problem] = []
+    for flag, value in (("--lora-rank", options.lora_rank), ("--lora-modules", options.lora_modules)):
+        if value is not None and options.method != "lora":
+            fault = f"is given, but --method is {options.method}, which trains no adapters."
+            found.append(Problem(where=flag, fault=fault, fix="add --method lora"))
     longest = min(model.learned_positions, model.max_positions) if model is not None else 0
     if model is not None and longest and options.seq > longest:
         fault = f"{options.seq} is longer than the {longest} learned positions of {model.name}."
@@ -228,6 +257,22 @@ def _faults(
     if limit is not None and limit < 1:
         found.append(Problem(where="--memory-limit", fault=f"'{options.memory_limit}' is no memory at all."))
     return found
+
+
+def _unsupported(precision: str | None, cluster: ClusterSpec | None) -> list[Problem]:
+    """fp8 needs a device that multiplies it: no other format has its rate."""
+    from planner.errors import Problem
+
+    if precision != "fp8" or cluster is None:
+        return []
+    return [
+        Problem(
+            where="--precision",
+            fault=f"is fp8, and no fp8 peak of {title} is known.",
+            legal="bf16, fp16, fp32",
+        )
+        for title in dict.fromkeys(g.device.title for g in cluster.groups if g.device.peak_fp8_flops is None)
+    ]
 
 
 def chosen_precision(text: str | None, cluster: ClusterSpec) -> Precision:

@@ -67,10 +67,11 @@ def _time(plan: Plan) -> str:
 
 
 def _figures(plan: Plan, basis: str) -> str:
-    from planner.execution import not_executed
+    from planner.execution import not_executed, not_executed_workload
     from planner.units import format_bytes, format_seconds
 
-    e, missing = plan.estimate, not_executed(plan.model)
+    e = plan.estimate
+    missing = not_executed(plan.model) + not_executed_workload(plan.workload)
     low, high = e.step_time_interval_s
     share = {name: getattr(e.coverage, name) for name in type(e.coverage).__dataclass_fields__}
     return pairs(

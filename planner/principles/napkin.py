@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 
 from planner.codec import noun
-from planner.principles.adapters import Adapters
 from planner.principles.device_rate import DeviceRate
 from planner.principles.napkin_size import Size, model_size
 from planner.principles.scaling import FLOPS_PER_PARAM_TOKEN
 from planner.units import DAY_S
+from planner.workload import Adapters
 
 TOKENS_PER_PARAM = 20.0
 """Compute-optimal tokens a parameter (Hoffmann et al., arXiv 2203.15556: 70B on 1.4T)."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+from planner.adapters import adapted_weights, adapter_params
 from planner.codec import noun
-from planner.principles.adapters import Adapters, adapted_weights, adapter_params
 from planner.principles.napkin import RULE_BYTES, Figure, Question, short
 from planner.principles.napkin_estimate import OwnEstimate
 from planner.principles.napkin_size import Size
 from planner.principles.scaling import FLOPS_PER_PARAM_TOKEN
 from planner.units import DAY_S, format_bytes
+from planner.workload import Adapters
 
 LORA_FLOPS_PER_PARAM_TOKEN = 4
 """Forward 2 and backward 2 for each frozen parameter and token: gradients of activations pass through frozen

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from planner.codec import noun
 from planner.feed_forward import Mlp
 from planner.matrix import Matrix
 from planner.mixers import Attention
 from planner.model import Block, Layer, ModelSpec
-
-
-@noun
-class Adapters:
-    """Adapters of one rank on `modules`: qv (query and value), attention, or all (and the dense MLP).
-
-    Source: LoRA, arXiv 2106.09685, which adapts query and value; all linear layers: QLoRA, arXiv 2305.14314.
-    """
-
-    rank: int
-    modules: str
+from planner.workload import Adapters
 
 
 def adapted(layer: Layer, modules: str) -> tuple[Matrix, ...]:
@@ -49,3 +38,25 @@ def adapter_params(adapters: Adapters, model: ModelSpec) -> int:
 def adapted_weights(adapters: Adapters, model: ModelSpec) -> int:
     """How many weights of the model get adapters."""
     return sum(segment.count * len(adapted(segment.block, adapters.modules)) for segment in model.segments)
+
+
+def layer_adapter_params(adapters: Adapters, layer: Layer, tp: int = 1) -> float:
+    """Adapter parameters on one of `tp` tensor-parallel ranks: r (in + out) of each weight's shard.
+
+    The half beside the split dimension is sharded with it; the other half is whole on every rank.
+    """
+    shards = [matrix.shard(tp) for matrix in adapted(layer, adapters.modules)]
+    return adapters.rank * sum(inputs + outputs for inputs, outputs in shards)
+
+
+def frozen_product_share(adapters: Adapters | None, layer: Layer) -> float:
+    """Share of a layer's weight-gradient products that a frozen base spares, adapters' own work taken off.
+
+    A full backward pass has, for each forward product, one product for the input's gradient and one for
+    the weight's. A frozen weight spares the second; its adapter adds three passes of r (in + out) instead
+    of in x out: 1 - 3 sum r (in + out) / sum in out. 0 where everything is trained.
+    """
+    if adapters is None or not isinstance(layer, Block):
+        return 0.0
+    whole = sum(matrix.used * matrix.inputs * matrix.outputs for matrix in layer.matrices())
+    return max(0.0, 1.0 - 3.0 * layer_adapter_params(adapters, layer) / whole) if whole else 0.0
