@@ -110,8 +110,9 @@ def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates) -> LayerCos
     elementwise_s = size * tokens * _moved_values(block, shape, stream) / rates.memory_bytes_per_s
     elementwise_s *= rates.physics.elementwise_scale
     host_s = _host_s(block, tp, rates)
-    forward_s = max(products_s + attention_s + elementwise_s, host_s)
-    backward_s = max(2 * products_s + attention_backward_s + 2 * elementwise_s, 2 * host_s)
+    layer_s = rates.physics.layer_s * block.sublayers / 2
+    forward_s = layer_s + max(products_s + attention_s + elementwise_s, host_s)
+    backward_s = 2 * layer_s + max(2 * products_s + attention_backward_s + 2 * elementwise_s, 2 * host_s)
     again_s = {
         Recompute.NONE: 0.0,
         Recompute.SELECTIVE: max(elementwise_s, 0.5 * host_s),

@@ -38,7 +38,8 @@ class LayerModel:
         model = problem.model
         self.classes, self.params_total = model.classes(), model.params_total
         self.stream_width = model.stream_width
-        self.keys = tuple(s.block.shape_key for s in model.segments for _ in range(s.count))
+        each = [(segment.block.shape_key, segment.count) for segment in model.segments]
+        self.keys = tuple(key for key, count in each for _ in range(count))
         self._before = {key: [0, *accumulate(k == key for k in self.keys)] for key in self.classes}
         self._known: dict[LayerShape, LayerCost] = {}
 

@@ -45,6 +45,11 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
             value=1.0, low=0.1, high=6.0,
             meaning="bytes that element-wise kernels move over those of a fused kernel a step",
         ),
+        "layer_s": Prior(
+            value=0.0, low=0.0, high=1e-2,
+            meaning="what a block's forward takes however small it is, device busy or not: launches, tails "
+            "of kernels, synchronisation; its backward twice that",
+        ),
         "host_block_forward_s": Prior(
             value=constants.HOST_BLOCK_FORWARD_S, low=1e-5, high=2e-2,
             meaning="least time that the host takes to launch a block's forward",
@@ -58,12 +63,12 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
             meaning="time of tensor-parallel messages over that of the same collective alone",
         ),
         "dp_scale": Prior(
-            value=1.0, low=0.2, high=10.0,
+            value=1.0, low=0.2, high=40.0,
             meaning="time of data-parallel messages over that of the same collective alone",
         ),
         "dp_exposed": Prior(
             value=0.0, low=0.0, high=1.0,
-            meaning="share of the gradient reduction that no backward pass hides",
+            meaning="share of the gradient reduction, and of gathering weights once a step, that nothing hides",
         ),
         "pp_scale": Prior(
             value=1.0, low=0.2, high=20.0,
@@ -97,6 +102,7 @@ class Physics:
     attention_share: float
     probability_passes: float
     elementwise_scale: float
+    layer_s: float
     host_block_forward_s: float
     host_tp_forward_s: float
     tp_scale: float

@@ -129,9 +129,7 @@ class ShapeModel:
         self.gathers = {unit: self.gather(unit) for unit in self._all_units()}
         self.reduces = {unit: self.reduce(unit) for unit in self._all_units()}
         self._stages: dict[tuple[tuple[Chosen, ...], bool, bool], StageCost] = {}
-        self.block_passes = {
-            (key, option): self._block_passes(key, option) for key in self.classes for option in Recompute
-        }
+        self._passes: dict[tuple[str, Recompute], tuple[Pass, Pass]] = {}
         self.embedding_passes = self._end_passes(LayerKind.EMBEDDING)
         self.head_passes = self._end_passes(LayerKind.HEAD)
 
@@ -164,6 +162,12 @@ class ShapeModel:
                 kernel=self.problem.stack.attention,
             )
         )
+
+    def passes(self, key: str, option: Recompute) -> tuple[Pass, Pass]:
+        """Forward and backward of one block of a class with an option, with all that is sent meanwhile."""
+        if (key, option) not in self._passes:
+            self._passes[key, option] = self._block_passes(key, option)
+        return self._passes[key, option]
 
     def _block_passes(self, key: str, option: Recompute) -> tuple[Pass, Pass]:
         cost, plain = self.block(key, option), self.block(key)
@@ -337,14 +341,14 @@ class ShapeModel:
 
     def backward_s(self, stage: Stage) -> float:
         """Seconds of the blocks' backward passes of one micro-batch, which recomputation lengthens."""
-        return sum(self.block_passes[choice][1].total_s * count for choice, count in self.chosen(stage))
+        return sum(self.passes(*choice)[1].total_s * count for choice, count in self.chosen(stage))
 
     def _stage(self, chosen: tuple[Chosen, ...], *, first: bool, last: bool) -> StageCost:
         pp_action_s = self._constant("pp_action_s") if self.degrees.pp > 1 else 0.0
         action = Pass(host_s=pp_action_s + self.physics.action_s)
         forward, backward = action, action
         for choice, count in chosen:
-            one_forward, one_backward = self.block_passes[choice]
+            one_forward, one_backward = self.passes(*choice)
             forward, backward = forward + one_forward * count, backward + one_backward * count
         ends = [self.embedding_passes] * first + [self.head_passes] * last
         for end_forward, end_backward in ends:
@@ -389,9 +393,11 @@ class ShapeModel:
         if self.degrees.zero not in (Zero.OPTIMIZER, Zero.GRADIENTS):
             return 0.0
         each = [(self.once_s(self.gathers[unit]), count) for unit, count in units]
-        if self.overlaps:
-            return max(seconds for seconds, _ in each)
-        return sum(seconds * count for seconds, count in each)
+        total_s = sum(seconds * count for seconds, count in each)
+        if not self.overlaps:
+            return total_s
+        first_s = max(seconds for seconds, _ in each)
+        return first_s + self.physics.dp_exposed * (total_s - first_s)
 
     def _reduce_s(self, units: list[tuple[Unit, int]], backward_s: float) -> float:
         """ZeRO 0 and 1 reduce each unit once a step, behind the last backward where it overlaps."""

@@ -34,7 +34,7 @@ def whole_passes(shape: ShapeModel, options: tuple[Recompute, ...]) -> tuple[Pas
     for key in shape.classes:
         count = shape.count(key, 0, layers)
         block_forward, block_backward = min(
-            (shape.block_passes[key, option] for option in options), key=lambda passes: passes[1].total_s
+            (shape.passes(key, option) for option in options), key=lambda passes: passes[1].total_s
         )
         forward, backward = forward + block_forward * count, backward + block_backward * count
     return forward, backward
@@ -54,7 +54,7 @@ def recompute_bound_s(shape: ShapeModel, options: tuple[Recompute, ...], limit_b
     for key in shape.classes:
         count = shape.count(key, 0, model.layers)
         saved = {option: shape.block(key, option).saved_bytes for option in options}
-        times_s = {option: shape.block_passes[key, option][1].total_s for option in options}
+        times_s = {option: shape.passes(key, option)[1].total_s for option in options}
         most = max(saved.values())
         kept_bytes += count * most
         most_saving += count * alive * (most - min(saved.values()))

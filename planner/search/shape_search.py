@@ -161,7 +161,7 @@ class ShapeSearch:
 
     def _least_block_s(self, key: str) -> float:
         """A micro-batch's passes of a block of a class with its cheapest option."""
-        passes = (self.shape.block_passes[key, option] for option in self.options)
+        passes = (self.shape.passes(key, option) for option in self.options)
         return min(forward.total_s + backward.total_s for forward, backward in passes)
 
     def _columns(self, index: int, to_beat_s: float) -> list[Column]:
