@@ -1,0 +1,194 @@
+"""The model of a run: from its dimensions, or from the catalog where it names one that agrees with them.
+
+Dimensions make one of two kinds of decoder. Gated MLPs: RMSNorm, no biases, rotary positions (Llama).
+Others: LayerNorm, biases, a table of positions (GPT), unless a text of the row says otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from planner.catalog import load_model, model_index
+from planner.estimate import Rejected
+from planner.feed_forward import Activation, Experts, FeedForward, Mlp
+from planner.mixers import Attention
+from planner.model import Block, ModelSpec, Norm, Segment
+from planner.naming import squash
+from planner.runs.run import Run
+
+MEGATRON_VOCAB = 51200
+"""GPT-2's 50257 tokens as Megatron-LM pads them to shards of 128; what its papers count (Narayanan 2021)."""
+
+LLAMA_VOCAB = 32000
+"""Vocabulary of Llama 1 and 2, for gated models whose row states none."""
+
+USUAL_HEAD = 128
+WITHOUT_TABLE = r"no position embed|alibi|rotary|\brope\b"
+GATED_NAMES = r"llama|mistral|mixtral|qwen|gemma|deepseek|yi-|olmo|smollm|phi-3"
+DECORATIONS = r"\(.*?\)|truncated to \d+ layers|\bproxy\b|\bsft\b|\bfull\b"
+"""What tables write behind a model's name."""
+
+
+class NamedModels:
+    """Models of the catalog by the names that tables give them, each read once. A path is never read."""
+
+    def __init__(self) -> None:
+        index = model_index()
+        self._names = {squash(text): name for name in index for text in (name, *index[name].aliases)}
+        self._known: dict[str, ModelSpec] = {}
+
+    def find(self, text: str) -> ModelSpec | None:
+        """The catalog's model of that name, or None."""
+        name = self._names.get(squash(re.sub(DECORATIONS, "", text.lower()).strip()))
+        if name is None:
+            return None
+        if name not in self._known:
+            self._known[name] = load_model(name)
+        return self._known[name]
+
+
+def run_model(run: Run, named_models: NamedModels, assumed: list[str]) -> ModelSpec | Rejected:
+    """The model of a row, or why it cannot be known. What was taken for granted is added to `assumed`."""
+    named = named_models.find(run.model)
+    if named is not None and _agrees(run, named):
+        return _ends(run, _as_run(run, named), assumed)
+    unknown = [name for name in ("layers", "hidden") if getattr(run, name) is None]
+    if unknown:
+        model = f"'{run.model}' is not in the catalog and " if run.model else ""
+        return Rejected(rule="model_known", detail=f"{model}{' and '.join(unknown)} are unknown.")
+    built = _from_dims(run, assumed)
+    return built if isinstance(built, Rejected) else _ends(run, built, assumed)
+
+
+def _agrees(run: Run, model: ModelSpec) -> bool:
+    """Whether no dimension that the row states contradicts the model; it may hold fewer layers."""
+    attention = model.attention
+    stated = [(run.hidden, model.hidden), (run.vocab, model.vocab)]
+    if attention is not None:
+        stated.append((run.heads, attention.heads))
+    if isinstance(attention, Attention):
+        stated.append((run.kv_heads, attention.kv_heads))
+    mlps = [block.mlp for block in model.transformer_blocks() if block.mlp is not None]
+    experts = next((mlp for mlp in mlps if isinstance(mlp, Experts)), None)
+    if experts is not None:
+        stated += [(run.experts, experts.count), (run.expert_ffn, experts.expert.width)]
+    elif mlps and isinstance(mlps[0], Mlp):
+        stated += [(run.ffn, mlps[0].width)]
+        if run.experts:
+            return False
+    fits = run.layers is None or run.layers <= model.layers
+    return fits and all(own is None or own == other for own, other in stated)
+
+
+def _as_run(run: Run, model: ModelSpec) -> ModelSpec:
+    """The model with the row's number of layers, tied weights and positions."""
+    segments, left = [], run.layers or model.layers
+    for segment in model.segments:
+        count = min(segment.count, left)
+        left -= count
+        if count:
+            segments.append(dataclasses.replace(segment, count=count))
+    tied = model.tied_embeddings if run.tied_embeddings is None else run.tied_embeddings
+    positions = model.learned_positions and max(model.learned_positions, run.seq_len or 0)
+    return dataclasses.replace(
+        model, segments=tuple(segments), tied_embeddings=tied, learned_positions=positions
+    )
+
+
+def _from_dims(run: Run, assumed: list[str]) -> ModelSpec | Rejected:
+    assert run.hidden is not None and run.layers is not None, "checked before"
+    gated = _is_gated(run, assumed)
+    heads = run.heads
+    if heads is None:
+        heads = max(1, run.hidden // USUAL_HEAD)
+        assumed.append(f"heads {heads}")
+    if run.hidden % heads:
+        return Rejected(rule="model_known", detail=f"hidden {run.hidden} does not divide into {heads} heads.")
+    mlp = _mlp(run, gated, assumed)
+    if isinstance(mlp, Rejected):
+        return mlp
+    bias = not gated
+    norm = Norm.RMSNORM if gated else Norm.LAYERNORM
+    attention = Attention(
+        heads=heads,
+        kv_heads=run.kv_heads or heads,
+        head_dim=run.hidden // heads,
+        qkv_bias=bias,
+        out_bias=bias,
+    )
+    block = Block(hidden=run.hidden, norm=norm, mixer=attention, mlp=mlp)
+    table = not gated and not re.search(WITHOUT_TABLE, run.words)
+    seq = run.seq_len or 0
+    return ModelSpec(
+        name=run.model or run.id,
+        model_type="llama" if gated else "gpt2",
+        hidden=run.hidden,
+        vocab=_vocab(run, gated, assumed),
+        max_positions=seq,
+        learned_positions=seq if table else 0,
+        rope_theta=10_000.0,
+        norm=norm,
+        norm_eps=1e-5,
+        initializer_range=0.02,
+        tied_embeddings=bool(run.tied_embeddings),
+        segments=(Segment(block=block, count=run.layers),),
+        sources=(run.where,),
+    )
+
+
+def _is_gated(run: Run, assumed: list[str]) -> bool:
+    if run.gated_mlp is not None:
+        return run.gated_mlp
+    gated = bool(re.search(GATED_NAMES, run.model.lower()))
+    assumed.append("gated MLP" if gated else "MLP without a gate")
+    return gated
+
+
+def _mlp(run: Run, gated: bool, assumed: list[str]) -> FeedForward | Rejected:
+    activation = Activation.SILU if gated else Activation.GELU_TANH
+    if run.experts is not None:
+        return _experts(run, gated, activation)
+    width = run.ffn
+    if width is None:
+        if gated:
+            return Rejected(rule="model_known", detail="ffn is unknown: a gated MLP has no usual width.")
+        assert run.hidden is not None, "checked before"
+        width = 4 * run.hidden
+        assumed.append(f"ffn {width}")
+    return Mlp(width=width, gated=gated, activation=activation, bias=not gated)
+
+
+def _experts(run: Run, gated: bool, activation: Activation) -> FeedForward | Rejected:
+    """Routed experts without shared ones. A table that counts experts names their width, or the model."""
+    unknown = [name for name in ("topk", "expert_ffn") if getattr(run, name) is None]
+    if unknown or run.experts is None or run.topk is None or run.expert_ffn is None:
+        return Rejected(
+            rule="model_known",
+            detail=f"{run.experts} experts, and {' and '.join(unknown)} unknown.",
+            legal="a model of the catalog, or topk and expert_ffn",
+        )
+    expert = Mlp(width=run.expert_ffn, gated=gated, activation=activation)
+    return Experts(count=run.experts, topk=min(run.topk, run.experts), expert=expert)
+
+
+def _vocab(run: Run, gated: bool, assumed: list[str]) -> int:
+    if run.vocab is not None:
+        return run.vocab
+    usual = LLAMA_VOCAB if gated else MEGATRON_VOCAB
+    if run.embedding is not False or run.head is not False:
+        assumed.append(f"vocab {usual}")
+    return usual
+
+
+def _ends(run: Run, model: ModelSpec, assumed: list[str]) -> ModelSpec | Rejected:
+    """The model without the ends that a lone pipeline stage was run without."""
+    embedding, head = run.embedding is not False, run.head is not False
+    if embedding and head:
+        return model
+    if not embedding and not head:
+        return dataclasses.replace(model, vocab=0, learned_positions=0, tied_embeddings=False)
+    if head:
+        assumed.append("the head's weight stands for an embedding that was not there")
+        return dataclasses.replace(model, tied_embeddings=True, learned_positions=0)
+    return Rejected(rule="ends", detail="a stage with the embedding and without the head is not modelled.")

@@ -1,0 +1,262 @@
+"""From a run to what the cost model takes: a planning problem and a strategy, or why there is none.
+
+Rows of tables are partial, and some cannot be predicted. That is data, never an exception: every row gives
+a RunSetup or a Rejected. What a row leaves open and has a usual value is filled in and listed in `assumed`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from math import prod
+
+from planner.cluster import ClusterSpec
+from planner.cluster_grammar import parse_cluster
+from planner.codec import noun
+from planner.errors import InputError
+from planner.estimate import Rejected
+from planner.model import ModelSpec
+from planner.problem import PlanningProblem
+from planner.profile import Profile
+from planner.rules import broken_rules
+from planner.runs.model import NamedModels, run_model
+from planner.runs.run import Run, RunRecompute, Status
+from planner.runs.software import (
+    run_precision,
+    run_schedule,
+    run_sequence_parallel,
+    run_stack,
+    run_zero,
+    unmodelled,
+)
+from planner.strategy import Degrees, Recompute, Schedule, Strategy, Zero, even_stages
+from planner.workload import Method, Precision, Workload
+
+MAX_ACTIONS = 2_000_000
+"""Passes of a step that are replayed at most; tables of real runs stay under a tenth of it."""
+
+VOCAB_SHARD = 128
+"""Megatron-LM pads the vocabulary to a multiple of this for each tensor-parallel rank."""
+
+WAIVED = ("tp_within_node", "tp_divides_heads", "positions_cover_sequence")
+"""Rules of good plans that a run which really ran may have broken: its cost is still defined."""
+
+ProfileOf = Callable[[str], Profile | None]
+"""The profile that counts for a device of a name."""
+
+
+@noun
+class RunSetup:
+    """What the cost model takes to predict a run, and what was taken for granted."""
+
+    problem: PlanningProblem
+    strategy: Strategy
+    assumed: tuple[str, ...] = ()
+
+
+@noun
+class _Shape:
+    """The degrees of a row whose product is its number of devices."""
+
+    tp: int
+    pp: int
+    cp: int
+    dp: int
+
+
+def run_problem(run: Run, profile: Profile | None) -> RunSetup | Rejected:
+    """The problem and strategy of one run, or the reason why it cannot be predicted."""
+    return Setups(lambda device: profile).setup(run)
+
+
+class Setups:
+    """Setups of many runs: clusters are read once, and a profile is chosen by device."""
+
+    def __init__(self, profile_of: ProfileOf) -> None:
+        self.profile_of = profile_of
+        self._clusters: dict[str, ClusterSpec | Rejected] = {}
+        self._profiles: dict[str, Profile | None] = {}
+        self._models = NamedModels()
+
+    def setup(self, run: Run) -> RunSetup | Rejected:
+        """The problem and strategy of one run, or the reason why it cannot be predicted."""
+        assumed: list[str] = []
+        refused = _unpredictable(run) or unmodelled(run)
+        if refused is not None:
+            return refused
+        cluster = self._cluster(run)
+        if isinstance(cluster, Rejected):
+            return cluster
+        shape = _shape(run, assumed)
+        if isinstance(shape, Rejected):
+            return shape
+        model = run_model(run, self._models, assumed)
+        if isinstance(model, Rejected):
+            return model
+        precision = run_precision(run, cluster.groups[0].device, assumed)
+        if isinstance(precision, Rejected):
+            return precision
+        degrees = _degrees(run, shape, assumed)
+        if isinstance(degrees, Rejected):
+            return degrees
+        model = _padded(model, degrees, assumed)
+        problem = self._problem(run, model, precision, cluster, degrees, assumed)
+        strategy = _strategy(run, model, degrees, assumed)
+        broken = [rule for rule in broken_rules(problem, strategy) if rule.rule not in WAIVED]
+        if broken:
+            return broken[0]
+        return RunSetup(problem=problem, strategy=strategy, assumed=tuple(assumed))
+
+    def _cluster(self, run: Run) -> ClusterSpec | Rejected:
+        text = f"{run.nodes}x{run.gpus_per_node}:{run.device}" + (f"@{run.network}" if run.network else "")
+        if text not in self._clusters:
+            try:
+                self._clusters[text] = parse_cluster(text, "cluster")
+            except InputError as error:
+                self._clusters[text] = Rejected(rule="cluster_known", detail=str(error.problems[0]))
+        return self._clusters[text]
+
+    def _problem(
+        self,
+        run: Run,
+        model: ModelSpec,
+        precision: Precision,
+        cluster: ClusterSpec,
+        degrees: Degrees,
+        assumed: list[str],
+    ) -> PlanningProblem:
+        assert run.seq_len is not None, "checked before"
+        device = cluster.groups[0].device
+        if device.name not in self._profiles:
+            self._profiles[device.name] = self.profile_of(device.name)
+        finetuned = "sft" in run.words or "finetun" in run.words
+        return PlanningProblem(
+            model=model,
+            workload=Workload(
+                seq=run.seq_len,
+                batch=degrees.batch,
+                precision=precision,
+                method=Method.FINETUNE if finetuned else Method.PRETRAIN,
+            ),
+            cluster=cluster,
+            profile=self._profiles[device.name],
+            memory_limit_bytes=min(group.device.usable_memory_bytes for group in cluster.groups),
+            stack=run_stack(run, assumed),
+        )
+
+
+def _unpredictable(run: Run) -> Rejected | None:
+    """Why a row cannot be predicted whatever the model, or None."""
+    if run.status is Status.ERROR:
+        return Rejected(rule="status", detail="the run ended in an error, which says nothing of its plan.")
+    unknown = [name for name in ("device", "nodes", "gpus_per_node", "seq_len") if not getattr(run, name)]
+    if unknown:
+        return Rejected(rule="row_complete", detail=f"{', '.join(unknown)} unknown.")
+    return None
+
+
+def _shape(run: Run, assumed: list[str]) -> _Shape | Rejected:
+    """The degrees of a row. Where dp is not stated it fills the devices, else one other may; cp is 1."""
+    devices = run.devices
+    assert devices is not None, "checked before"
+    stated = {"tp": run.tp, "pp": run.pp, "cp": run.cp or 1, "dp": run.dp}
+    known = prod(value for value in stated.values() if value is not None)
+    absent = [name for name, value in stated.items() if value is None]
+    left, rest = divmod(devices, known)
+    filling = "dp" if "dp" in absent else absent[0] if len(absent) == 1 else None
+    if rest or (left > 1 and filling is None):
+        unknown = f", {' and '.join(absent)} unknown" if absent else ""
+        return Rejected(rule="world_size", detail=f"its degrees make {known} devices of {devices}{unknown}.")
+    for name in absent:
+        stated[name] = left if name == filling else 1
+        assumed.append(f"{name} {stated[name]}")
+    return _Shape(**{name: value or 1 for name, value in stated.items()})
+
+
+def _degrees(run: Run, shape: _Shape, assumed: list[str]) -> Degrees | Rejected:
+    batches = _micro_batches(run, shape.dp, assumed)
+    if isinstance(batches, Rejected):
+        return batches
+    micro_batch, count = batches
+    chunks = run.chunks or 1
+    schedule = run_schedule(run, shape.pp, chunks)
+    if isinstance(schedule, Rejected):
+        return schedule
+    if schedule is Schedule.INTERLEAVED and run.chunks is None:
+        return Rejected(rule="row_complete", detail="interleaved, and chunks unknown.")
+    zero = run_zero(run, shape.dp, assumed)
+    replicate = shape.dp if zero is Zero.NONE else run.dp_replicate or 1
+    if shape.dp % replicate:
+        return Rejected(rule="row_complete", detail=f"dp {shape.dp} is not whole shards x {replicate}.")
+    chunks = chunks if shape.pp > 1 else 1
+    if count * shape.pp * chunks > MAX_ACTIONS:
+        return Rejected(rule="row_complete", detail=f"{count} micro-batches are too many to replay.")
+    return Degrees(
+        tp=shape.tp,
+        pp=shape.pp,
+        chunks=chunks,
+        schedule=schedule,
+        dp_replicate=replicate,
+        dp_shard=shape.dp // replicate,
+        cp=shape.cp,
+        ep=run.ep or 1,
+        zero=zero,
+        micro_batch=micro_batch,
+        num_micro_batches=count,
+        sequence_parallel=run_sequence_parallel(run, shape.tp, assumed),
+    )
+
+
+def _micro_batches(run: Run, dp: int, assumed: list[str]) -> tuple[int, int] | Rejected:
+    """Sequences of a micro-batch, and how many of them a data rank runs in a step.
+
+    A rank's share that does not divide (some frameworks run a smaller last one) is spread evenly over as
+    many micro-batches. Memory alone needs no global batch.
+    """
+    micro, batch = run.micro_batch, run.global_batch
+    if batch is None and micro is not None and run.step_time_s is None:
+        assumed.append(f"global_batch {micro * dp}")
+        return micro, 1
+    if batch is None:
+        return Rejected(rule="row_complete", detail="global_batch unknown.")
+    share, rest = divmod(batch, dp)
+    if rest:
+        return Rejected(rule="batch_divides", detail=f"{batch} sequences do not divide by dp {dp}.")
+    if micro is None:
+        if share > 1:
+            return Rejected(rule="row_complete", detail="micro_batch unknown.")
+        assumed.append("micro_batch 1")
+        micro = 1
+    count = -(-share // micro)
+    if share % micro:
+        count = next(n for n in range(count, share + 1) if share % n == 0)
+        assumed.append(f"{count} equal micro-batches of {share // count}")
+    return share // count, count
+
+
+def _padded(model: ModelSpec, degrees: Degrees, assumed: list[str]) -> ModelSpec:
+    """The model with its vocabulary padded where tensor parallelism could not split it."""
+    if model.vocab % degrees.tp == 0:
+        return model
+    unit = VOCAB_SHARD * degrees.tp
+    vocab = -(-model.vocab // unit) * unit
+    assumed.append(f"vocab padded to {vocab}")
+    return dataclasses.replace(model, vocab=vocab)
+
+
+def _strategy(run: Run, model: ModelSpec, degrees: Degrees, assumed: list[str]) -> Strategy:
+    stages = even_stages(model.layers, min(degrees.stages, model.layers), _recompute(run, assumed))
+    return Strategy(degrees=degrees, stages=stages)
+
+
+def _recompute(run: Run, assumed: list[str]) -> Recompute:
+    """The nearest option of a block; without a word in the row, none."""
+    match run.recompute:
+        case None:
+            assumed.append("recompute none")
+            return Recompute.NONE
+        case RunRecompute.MLP:
+            assumed.append("recompute mlp taken as selective")
+            return Recompute.SELECTIVE
+        case stated:
+            return Recompute(str(stated))
