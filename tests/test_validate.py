@@ -6,17 +6,20 @@ import dataclasses
 import json
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from scipy import stats
 
+from bench import accuracy
 from planner.cli import cli
 from planner.commands.validate import profile_choice
 from planner.estimate import Verdict
 from planner.report.scatter import scatter_page
 from planner.runs.run import MemoryKind, Status
+from planner.runs.setup import RunSetup, run_problem
 from planner.runs.table import read_runs
 from planner.validation import ValidatedRow, choose, judge, judge_group, kendall_tau, validate
 
@@ -237,3 +240,28 @@ def test_a_profile_with_layers_counts_for_its_own_device_alone() -> None:
     choice = profile_choice(file)
     assert choice(device) is not None and choice("h100-sxm-80gb") is None
     assert profile_choice(None)("h100-sxm-80gb") is None or device != "h100-sxm-80gb"
+
+
+# The bench
+
+
+@pytest.mark.parametrize("chosen", accuracy.SETS, ids=lambda chosen: chosen.name)
+def test_what_is_fitted_on_never_holds_a_key_of_what_is_predicted(chosen: accuracy.RunSet) -> None:
+    runs, also = accuracy.load_set(chosen)
+    predicted = Counter(run.id for _, held in accuracy.splits(runs, chosen) for run in held)
+    times = len(accuracy.parts_of(runs, chosen)) - 1 if chosen.narrow else 1
+    wanted = {run.id for run in runs if chosen.keep(run) not in chosen.fit_only}
+    assert predicted == dict.fromkeys(wanted, times) and wanted
+    for fit, held in accuracy.splits(runs, chosen):
+        assert not {chosen.keep(run) for run in (*fit, *also)} & {chosen.keep(run) for run in held}
+        assert fit and held
+
+
+def test_the_naive_rule_is_its_formula() -> None:
+    (first, *_) = read_runs([DATA / "small_gpt.csv"]).runs
+    setup = run_problem(dataclasses.replace(first, pp=2, dp=32, micro_batch=4), None)
+    assert isinstance(setup, RunSetup)
+    model, tokens = setup.problem.model, 512 * 2048
+    attention = 30 * 2 * 2 * 3072 * (2048 + 1) / 2
+    flops = tokens * (6 * model.params_total + 3 * attention) * 4 / 3
+    assert accuracy.naive_time_s(setup) == pytest.approx(flops / (0.5 * 312e12 * 64) * (4 + 1) / 4)
