@@ -105,11 +105,16 @@ class ContentionSample:
 
 @noun
 class Constant:
-    """A fitted or measured constant: value in SI units, and how it came to be."""
+    """A fitted or measured constant: value in SI units, and how it came to be.
+
+    It holds for any software unless `framework` or `kernels` (a named set of fused kernels) say for which.
+    """
 
     name: str
     value: float
     origin: str
+    framework: str = ""
+    kernels: str = ""
 
 
 @noun
@@ -137,11 +142,20 @@ class Profile:
     skipped: tuple[str, ...] = ()
 
     def constant(self, name: str) -> float | None:
-        """The value of a constant, or None where the profile has none."""
-        for constant in self.constants:
-            if constant.name == name:
-                return constant.value
-        return None
+        """The value of a constant that holds for any software, or None where the profile has none."""
+        return self.constant_of(name, "", "")
+
+    def constant_of(self, name: str, framework: str, kernels: str) -> float | None:
+        """The constant that speaks most narrowly of a framework and its kernels, or None."""
+        fitting = [
+            constant
+            for constant in self.constants
+            if constant.name == name
+            and constant.framework in ("", framework)
+            and constant.kernels in ("", kernels)
+        ]
+        narrowest = max(fitting, key=lambda c: (bool(c.kernels), bool(c.framework)), default=None)
+        return None if narrowest is None else narrowest.value
 
 
 def load_profile(path: Path) -> Profile:

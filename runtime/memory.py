@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from planner.codec import noun
@@ -225,7 +226,7 @@ def _live_storages() -> dict[int, torch.UntypedStorage]:
 def _storages_under(tensors: Iterable[torch.Tensor]) -> Iterator[torch.UntypedStorage]:
     for tensor in tensors:
         for part in _plain_parts(tensor):
-            if part.layout is not torch.strided or part.is_meta:
+            if is_lazy(part) or part.layout is not torch.strided or part.is_meta:
                 continue
             storage = part.untyped_storage()
             # A storage over foreign memory (NumPy, a mapped file) cannot be resized.

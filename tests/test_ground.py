@@ -36,7 +36,7 @@ def test_every_requirement_is_pinned_exactly() -> None:
 def test_planning_does_not_require_torch() -> None:
     names = [re.split(r"[<>=!~ ]", requirement)[0] for requirement in PYPROJECT["project"]["dependencies"]]
     assert not {"torch", "tokenizers", "safetensors"} & set(names)
-    assert len(names) < 10
+    assert len(names) <= 12
 
 
 def readme_lines() -> list[str]:

@@ -1,7 +1,8 @@
 """Physics: the few constants of the analytic time model that measured runs can determine.
 
-A profile may hold any of them by name, or by `name:kernels` for one named set of fused kernels; the others
-stay at their prior. `PRIORS` says what each means, where its prior comes from and how far a fit may move it.
+A profile may hold any of them, for all software, for one framework, or for one named set of its fused kernels;
+the others stay at their prior. `PRIORS` says what each means, where its prior comes from and how far a fit may
+move it.
 """
 
 from __future__ import annotations
@@ -18,76 +19,84 @@ from planner.stack import Engine, Stack
 
 @noun
 class Prior:
-    """A constant before any fit: its value, the bounds of a fit, its meaning and source."""
+    """A constant before any fit: its value, how far from it one expects to be, bounds, meaning and source.
+
+    `spread` is a standard deviation: of the logarithm, or of the value itself where that may be 0.
+    """
 
     value: float
+    spread: float = 0.5
     low: float
     high: float
     meaning: str
+
+    @property
+    def logarithmic(self) -> bool:
+        return self.low > 0
 
 
 PRIORS: Mapping[str, Prior] = MappingProxyType(
     {
         "gemm_scale": Prior(
-            value=1.0, low=0.4, high=1.3,
+            value=1.0, spread=0.25, low=0.4, high=1.3,
             meaning="rate of matrix products over the rate of their shape in the tables",
         ),
         "attention_share": Prior(
-            value=0.48, low=0.05, high=0.9,
+            value=0.48, spread=0.4, low=0.05, high=0.9,
             meaning="share of the dense peak that a flash kernel reaches between the projections "
             "(FlashAttention-2, arXiv 2307.08691: 0.5 to 0.7 on A100; less on H100)",
         ),
         "probability_passes": Prior(
-            value=6.0, low=1.0, high=60.0,
+            value=6.0, spread=1.0, low=1.0, high=60.0,
             meaning="times that an unfused kernel reads or writes every probability in the forward pass",
         ),
         "elementwise_scale": Prior(
-            value=1.0, low=0.1, high=6.0,
+            value=1.0, spread=0.7, low=0.1, high=6.0,
             meaning="bytes that element-wise kernels move over those of a fused kernel a step",
         ),
         "layer_s": Prior(
-            value=0.0, low=0.0, high=1e-2,
+            value=0.0, spread=0.001, low=0.0, high=1e-2,
             meaning="what a block's forward takes however small it is, device busy or not: launches, tails "
             "of kernels, synchronisation; its backward twice that",
         ),
         "host_block_forward_s": Prior(
-            value=constants.HOST_BLOCK_FORWARD_S, low=1e-5, high=2e-2,
+            value=constants.HOST_BLOCK_FORWARD_S, spread=0.7, low=1e-5, high=2e-2,
             meaning="least time that the host takes to launch a block's forward",
         ),
         "host_tp_forward_s": Prior(
-            value=constants.HOST_TP_FORWARD_S, low=0.0, high=2e-2,
+            value=constants.HOST_TP_FORWARD_S, spread=0.003, low=0.0, high=2e-2,
             meaning="what tensor parallelism adds to it",
         ),
         "tp_scale": Prior(
-            value=1.0, low=0.2, high=6.0,
+            value=1.0, spread=0.5, low=0.2, high=6.0,
             meaning="time of tensor-parallel messages over that of the same collective alone",
         ),
         "dp_scale": Prior(
-            value=1.0, low=0.2, high=40.0,
+            value=1.0, spread=1.0, low=0.2, high=40.0,
             meaning="time of data-parallel messages over that of the same collective alone",
         ),
         "dp_exposed": Prior(
-            value=0.0, low=0.0, high=1.0,
+            value=0.0, spread=0.5, low=0.0, high=1.0,
             meaning="share of the gradient reduction, and of gathering weights once a step, that nothing hides",
         ),
         "pp_scale": Prior(
-            value=1.0, low=0.2, high=20.0,
+            value=1.0, spread=0.7, low=0.2, high=20.0,
             meaning="time of a hop between stages over that of the same message alone",
         ),
         "head_scale": Prior(
-            value=1.0, low=0.1, high=6.0,
+            value=1.0, spread=0.7, low=0.1, high=6.0,
             meaning="bytes that the loss moves over the vocabulary, over those of a fused kernel",
         ),
         "optimizer_scale": Prior(
-            value=1.0, low=0.2, high=10.0,
+            value=1.0, spread=0.7, low=0.2, high=10.0,
             meaning="time of clipping and update over reading and writing their state once",
         ),
         "action_s": Prior(
-            value=0.0, low=0.0, high=0.1,
+            value=0.0, spread=0.005, low=0.0, high=0.1,
             meaning="what every pass of a micro-batch through a stage takes besides its layers",
         ),
         "step_s": Prior(
-            value=0.0, low=0.0, high=10.0,
+            value=0.0, spread=0.3, low=0.0, high=10.0,
             meaning="what every step takes besides: data, logging, synchronisation",
         ),
     }
@@ -117,15 +126,13 @@ class Physics:
 
 def physics_of(profile: Profile | None, stack: Stack) -> Physics:
     """The constants that hold for a stack."""
-    fitted = {c.name: c.value for c in profile.constants} if profile else {}
-    values = {name: _value(name, fitted, stack) for name in PRIORS}
+    fitted = {name: _fitted(profile, name, stack) for name in PRIORS}
+    values = {name: prior_of(name, stack) if value is None else value for name, value in fitted.items()}
     return Physics(**values)
 
 
-def _value(name: str, fitted: Mapping[str, float], stack: Stack) -> float:
-    if stack.kernels and f"{name}:{stack.kernels}" in fitted:
-        return fitted[f"{name}:{stack.kernels}"]
-    return fitted.get(name, prior_of(name, stack))
+def _fitted(profile: Profile | None, name: str, stack: Stack) -> float | None:
+    return profile.constant_of(name, stack.framework, stack.kernels) if profile else None
 
 
 def prior_of(name: str, stack: Stack) -> float:

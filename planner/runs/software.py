@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from planner.cluster import Device
 from planner.estimate import Rejected
 from planner.mixers import AttentionKernel
-from planner.runs.run import Run
-from planner.stack import Engine, Stack
+from planner.runs.run import Run, RunRecompute
+from planner.stack import Engine, Selective, Stack
 from planner.strategy import Schedule, Zero
 from planner.workload import Precision
 
@@ -21,9 +21,9 @@ ENGINES: tuple[tuple[str, Engine], ...] = (
     (r"deepspeed.*megatron|megatron-?deepspeed", Engine.MEGATRON),
     (r"megatron|nemo|mbridge|nanotron|megascale|fast-llm|ptd-p|neox|aleph|aa-scaling", Engine.MEGATRON),
     (r"deepspeed|colossal", Engine.DEEPSPEED),
-    (r"torchtitan", Engine.TORCHTITAN),
+    (r"torchtitan|torch-reference|fsdp2?\b", Engine.TORCHTITAN),
 )
-"""Engine by the first pattern found in `framework`; others are plain PyTorch."""
+"""Engine by the first pattern found in `framework`; others are plain PyTorch. FSDP2 is torchtitan's way."""
 
 MODERN = r"flash|torchtitan|fsdp|nemo|bridge|megatron-core|mcore|litgpt|maxtext|torchtune|nanotron|torch"
 """Frameworks whose attention is a flash kernel where a table does not state it."""
@@ -84,9 +84,11 @@ def run_stack(run: Run, assumed: list[str]) -> Stack:
         compiled = "compile" in words and "no torch.compile" not in words
     return Stack(
         engine=run_engine(run.framework),
+        framework=run.framework,
         attention=attention,
         kernels=run.fused_kernels,
         compiled=compiled,
+        selective=Selective.MLP if run.recompute is RunRecompute.MLP else None,
     )
 
 

@@ -22,6 +22,12 @@ def floats(mib: float) -> torch.Tensor:
     return torch.ones(int(mib * MIB) // 4)
 
 
+def test_parameters_without_storage_are_passed_over() -> None:
+    lazy = torch.nn.LazyLinear(4)
+    assert measure_peak(lambda: floats(2), CPU).allocated_bytes >= 2 * MIB
+    assert lazy.has_uninitialized_params()
+
+
 def test_peak_of_known_tensors_above_what_was_alive() -> None:
     held = [floats(3)]
 

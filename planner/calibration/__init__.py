@@ -1,0 +1,1 @@
+"""Calibration: the constants of the time model, fitted to measured runs."""

@@ -1,0 +1,239 @@
+"""fit(): the constants that make predicted step times agree best with measured ones.
+
+For runs i with measured time t_i and constants c = prior . exp(spread x) (prior + spread x where a constant
+may be 0), the fit minimises
+
+    sum_i rho(r_i^2) + sum_j x_j^2,      r_i = ln(p_i(c) / t_i) / ERROR
+
+with rho = 2 (sqrt(1 + z) - 1), which bends down outliers, and each c_j within its bounds: the most probable
+constants, given their priors, where runs scatter by ERROR. A constant whose uncertainty the runs do not
+reduce below KNOWN of its prior's is not determined by them: it stays at its prior and is named.
+
+What the fit would have predicted for a group of runs without having seen it follows from one Gauss-Newton
+step away from the optimum, with the Jacobian at hand: no further model is evaluated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from planner.calibration.predict import Measured, step_time_s, with_constants
+from planner.cost.physics import PRIORS, prior_of
+from planner.profile import Constant, Profile
+
+ERROR = 0.05
+"""Scatter of measured runs around a right model, as a share: what repeated runs of one layout differ by."""
+
+KNOWN = 0.9
+"""A constant is determined where its uncertainty shrinks below this share of its prior's."""
+
+MAX_STEPS = 12
+MAX_RUNS = 400
+"""Runs that one fit evaluates; of more, evenly many of every group: constants are few."""
+
+BY_KERNELS = ("elementwise_scale",)
+"""Constants that are fitted for every named set of fused kernels apart."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Unknown:
+    """One constant of a fit: for which kernels, and the value that it starts from."""
+
+    name: str
+    kernels: str
+    start: float
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} ({self.kernels})" if self.kernels else self.name
+
+    def value(self, x: float) -> float:
+        """The constant at `x` prior spreads from its start, within its bounds."""
+        prior = PRIORS[self.name]
+        raw = self.start * math.exp(prior.spread * x) if prior.logarithmic else self.start + prior.spread * x
+        return min(max(raw, prior.low), prior.high)
+
+    def bounds(self) -> tuple[float, float]:
+        """The range of x that its bounds leave."""
+        prior = PRIORS[self.name]
+        if prior.logarithmic:
+            low, high = (math.log(end / self.start) / prior.spread for end in (prior.low, prior.high))
+        else:
+            low, high = ((end - self.start) / prior.spread for end in (prior.low, prior.high))
+        return min(low, -1e-6), max(high, 1e-6)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fit:
+    """The outcome: constants with the share of their prior's uncertainty that is left, and errors.
+
+    Errors are predicted over measured minus 1. `left_out` are those of each run predicted from the runs of
+    the other groups.
+    """
+
+    framework: str
+    runs: tuple[Measured, ...]
+    unknowns: tuple[Unknown, ...]
+    values: tuple[float, ...]
+    uncertainty: tuple[float, ...]
+    errors: tuple[float, ...]
+    left_out: tuple[float, ...]
+
+    def determined(self, index: int) -> bool:
+        """Whether the runs say more of a constant than its prior does."""
+        return self.uncertainty[index] < KNOWN
+
+    def constants(self) -> tuple[Constant, ...]:
+        """The constants that the runs determine, for a profile."""
+        origin = f"fitted to {len(self.runs)} runs"
+        return tuple(
+            Constant(name=u.name, value=value, origin=origin, framework=self.framework, kernels=u.kernels)
+            for index, (u, value) in enumerate(zip(self.unknowns, self.values, strict=True))
+            if self.determined(index)
+        )
+
+
+def fit(runs: Sequence[Measured], framework: str, base: Profile, progress: Callable[[str], None]) -> Fit:
+    """The most probable constants of one framework on one device, starting from those of `base`."""
+    import numpy as np
+
+    unknowns, sample = unknowns_of(runs, framework, base), evenly(runs, MAX_RUNS)
+    problem = _Problem(sample, unknowns, framework, base)
+    x, jacobian, residuals = problem.solve(progress)
+    weights = 1 / np.sqrt(1 + residuals**2)
+    information = jacobian.T @ (weights[:, None] * jacobian) + np.eye(len(x))
+    uncertainty = np.sqrt(np.diag(np.linalg.inv(information)))
+    left_out = _left_out(sample, x, jacobian, residuals, weights)
+    return Fit(
+        framework=framework,
+        runs=tuple(sample),
+        unknowns=tuple(unknowns),
+        values=tuple(u.value(float(v)) for u, v in zip(unknowns, x, strict=True)),
+        uncertainty=tuple(float(u) for u in uncertainty),
+        errors=tuple(math.expm1(ERROR * float(r)) for r in residuals),
+        left_out=tuple(math.expm1(ERROR * float(r)) for r in left_out),
+    )
+
+
+def unknowns_of(runs: Sequence[Measured], framework: str, base: Profile) -> list[Unknown]:
+    """Every constant, and one for each named set of kernels where its time depends on them."""
+    stack = dataclasses.replace(runs[0].setup.problem.stack, framework=framework, kernels="")
+    kernels = sorted({run.kernels for run in runs})
+    found = []
+    for name in PRIORS:
+        names = kernels if name in BY_KERNELS else [""]
+        for kernel in names:
+            start = base.constant_of(name, framework, kernel)
+            found.append(Unknown(name, kernel, prior_of(name, stack) if start is None else start))
+    return found
+
+
+def evenly(runs: Sequence[Measured], most: int) -> list[Measured]:
+    """At most so many runs, taken in turn from every group, each group in steps over its whole."""
+    if len(runs) <= most:
+        return list(runs)
+    step = len(runs) / most
+    ordered = sorted(runs, key=lambda run: (run.group, run.step_time_s, run.run.id))
+    return [ordered[int(index * step)] for index in range(most)]
+
+
+class _Problem:
+    """The residuals of one fit and their derivatives by finite differences."""
+
+    def __init__(
+        self, runs: Sequence[Measured], unknowns: Sequence[Unknown], framework: str, base: Profile
+    ) -> None:
+        self.runs, self.unknowns = runs, unknowns
+        self.framework, self.base = framework, base
+
+    def residuals(self, x: Any) -> Any:
+        """ln(predicted / measured) / ERROR of every run."""
+        import numpy as np
+
+        profile = with_constants(
+            self.base,
+            [
+                Constant(
+                    name=u.name,
+                    value=u.value(float(v)),
+                    origin="",
+                    framework=self.framework,
+                    kernels=u.kernels,
+                )
+                for u, v in zip(self.unknowns, x, strict=True)
+            ],
+        )
+        ratios = [step_time_s(run.setup, profile) / run.step_time_s for run in self.runs]
+        return np.log(np.array(ratios)) / ERROR
+
+    def jacobian(self, x: Any, at: Any) -> Any:
+        """Derivatives of the residuals by each x, one-sided towards the inside of its bounds."""
+        import numpy as np
+
+        columns = []
+        for index, unknown in enumerate(self.unknowns):
+            low, high = unknown.bounds()
+            step = 0.02 if x[index] + 0.02 <= high else -0.02
+            moved = np.array(x)
+            moved[index] += max(step, low - x[index])
+            columns.append((self.residuals(moved) - at) / (moved[index] - x[index]))
+        return np.stack(columns, axis=1)
+
+    def solve(self, progress: Callable[[str], None]) -> tuple[Any, Any, Any]:
+        """Levenberg-Marquardt on the robust sum, x kept within bounds. Returns x, Jacobian, residuals."""
+        import numpy as np
+        from scipy.optimize import lsq_linear
+
+        low, high = (np.array(ends) for ends in zip(*(u.bounds() for u in self.unknowns), strict=True))
+        x = np.zeros(len(self.unknowns))
+        at = self.residuals(x)
+        for step in range(MAX_STEPS):
+            jacobian = self.jacobian(x, at)
+            before, improved = _cost(at, x), False
+            for damping in (1e-3, 0.3, 3.0, 30.0):
+                root = np.sqrt(1 / np.sqrt(1 + at**2))
+                rows = np.concatenate(
+                    [root[:, None] * jacobian, np.eye(len(x)), np.sqrt(damping) * np.eye(len(x))]
+                )
+                sides = np.concatenate([-root * at, -x, np.zeros(len(x))])
+                moved = x + lsq_linear(rows, sides, bounds=(low - x - 1e-9, high - x + 1e-9)).x
+                there = self.residuals(moved)
+                if _cost(there, moved) < before:
+                    improved, x, at = True, moved, there
+                    break
+            progress(f"{self.framework or 'all'}: step {step + 1}, mean error {_mean_error(at):.2%}")
+            if not improved or before - _cost(at, x) < 1e-3 * before:
+                break
+        return x, self.jacobian(x, at), at
+
+
+def _cost(residuals: Any, x: Any) -> float:
+    import numpy as np
+
+    return float(np.sum(2 * (np.sqrt(1 + residuals**2) - 1)) + np.sum(x**2))
+
+
+def _mean_error(residuals: Any) -> float:
+    import numpy as np
+
+    return float(np.mean(np.abs(np.expm1(ERROR * residuals))))
+
+
+def _left_out(runs: Sequence[Measured], x: Any, jacobian: Any, residuals: Any, weights: Any) -> Any:
+    """Residuals of each group as predicted from the others: one step of Gauss-Newton without its rows."""
+    import numpy as np
+
+    weighted = weights[:, None] * jacobian
+    information = jacobian.T @ weighted + np.eye(len(x))
+    gradient = weighted.T @ residuals + x
+    groups = np.array([run.group for run in runs])
+    found = np.array(residuals)
+    for group in dict.fromkeys(groups):
+        held = groups == group
+        rest = information - jacobian[held].T @ weighted[held]
+        moved = -np.linalg.solve(rest, gradient - weighted[held].T @ residuals[held])
+        found[held] = residuals[held] + jacobian[held] @ moved
+    return found
