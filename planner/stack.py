@@ -17,17 +17,35 @@ class Engine(StrEnum):
     TORCHTITAN = "torchtitan"
 
 
+class Selective(StrEnum):
+    """What selective recomputation does not keep: element-wise results, the attention's core, the MLP."""
+
+    ELEMENTWISE = "elementwise"
+    ATTENTION = "attention"
+    MLP = "mlp"
+
+
 @noun
 class Stack:
     """An engine, its attention kernel, the named set of its fused kernels, and whether blocks are compiled.
 
+    `framework` is its full name where constants were fitted for that very one.
+    `selective` is what selective recomputation means; None: what it does in that engine.
     `kernels` is empty for the engine's usual ones; otherwise constants that were fitted for that name apply.
     """
 
     engine: Engine = Engine.NATIVE
+    framework: str = ""
     attention: AttentionKernel = AttentionKernel.FLASH
     kernels: str = ""
     compiled: bool = False
+    selective: Selective | None = None
+
+    @property
+    def recomputes(self) -> Selective:
+        """What selective recomputation does not keep: Megatron's is of the attention's core."""
+        usual = Selective.ATTENTION if self.engine is Engine.MEGATRON else Selective.ELEMENTWISE
+        return self.selective or usual
 
 
 NATIVE = Stack()
