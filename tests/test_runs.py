@@ -17,9 +17,9 @@ from planner.model import Block, Norm
 from planner.runs.run import MemoryKind, Run, RunRecompute, Status
 from planner.runs.setup import RunSetup, Setups, run_problem
 from planner.runs.table import READERS, read_runs
-from planner.stack import Engine
+from planner.stack import Engine, Selective
 from planner.strategy import Recompute, Schedule, Zero
-from planner.workload import Precision
+from planner.workload import Method, Precision
 
 DATA = Path(__file__).parents[1] / "bench" / "data"
 
@@ -328,10 +328,28 @@ def test_a_model_cell_is_never_opened_as_a_path(tmp_path: Path) -> None:
     assert "not in the catalog" in refused.detail
 
 
-def test_recompute_of_the_mlp_is_taken_as_the_nearest_option_and_said() -> None:
+def test_recompute_of_the_mlp_is_selective_of_that_part() -> None:
     made = setup(dataclasses.replace(GPT, recompute=RunRecompute.MLP))
     assert made.strategy.stages[0].recompute.options()[0] is Recompute.SELECTIVE
-    assert any("mlp" in text for text in made.assumed)
+    assert made.problem.stack.recomputes is Selective.MLP
+    other = setup(dataclasses.replace(GPT, recompute=RunRecompute.SELECTIVE))
+    assert other.problem.stack.recomputes is Selective.ATTENTION
+
+
+def test_words_of_a_row_say_how_it_was_trained() -> None:
+    assert setup(GPT).problem.workload.method is Method.PRETRAIN
+    assert setup(dataclasses.replace(GPT, model="GPT SFT")).problem.workload.method is Method.FINETUNE
+    made = setup(dataclasses.replace(GPT, framework="NeMo", model="GPT LoRA"))
+    assert made.problem.workload.method is Method.LORA
+    assert made.problem.workload.adapters and any("LoRA of rank" in text for text in made.assumed)
+    assert reason(GPT, notes="QLoRA").rule == "not_modelled"
+
+
+def test_one_rank_keeps_the_wrapper_that_shards_parameters_and_no_other() -> None:
+    alone = {"nodes": 1, "gpus_per_node": 1, "tp": 1, "pp": 1, "dp": 1}
+    for zero, kept in ((0, Zero.NONE), (1, Zero.NONE), (2, Zero.NONE), (3, Zero.PARAMETERS)):
+        run = dataclasses.replace(GPT, zero=zero, **alone)  # type: ignore[arg-type]
+        assert setup(run).strategy.degrees.zero is kept
 
 
 def test_every_row_gives_a_setup_or_a_reason_whatever_it_leaves_out() -> None:

@@ -22,6 +22,7 @@ from planner.rules import broken_rules
 from planner.runs.model import NamedModels, run_model
 from planner.runs.run import Run, RunRecompute, Status
 from planner.runs.software import (
+    run_method,
     run_precision,
     run_schedule,
     run_sequence_parallel,
@@ -30,7 +31,7 @@ from planner.runs.software import (
     unmodelled,
 )
 from planner.strategy import Degrees, Recompute, Schedule, Strategy, Zero, even_stages
-from planner.workload import Method, Precision, Workload
+from planner.workload import Precision, Workload
 
 MAX_ACTIONS = 2_000_000
 """Passes of a step that are replayed at most; tables of real runs stay under a tenth of it."""
@@ -38,7 +39,7 @@ MAX_ACTIONS = 2_000_000
 VOCAB_SHARD = 128
 """Megatron-LM pads the vocabulary to a multiple of this for each tensor-parallel rank."""
 
-WAIVED = ("tp_within_node", "tp_divides_heads", "positions_cover_sequence")
+WAIVED = ("tp_within_node", "tp_divides_heads", "positions_cover_sequence", "zero_matches_shards")
 """Rules of good plans that a run which really ran may have broken: its cost is still defined."""
 
 ProfileOf = Callable[[str], Profile | None]
@@ -129,14 +130,15 @@ class Setups:
         device = cluster.groups[0].device
         if device.name not in self._profiles:
             self._profiles[device.name] = self.profile_of(device.name)
-        finetuned = "sft" in run.words or "finetun" in run.words
+        method, adapters = run_method(run, assumed)
         return PlanningProblem(
             model=model,
             workload=Workload(
                 seq=run.seq_len,
                 batch=degrees.batch,
                 precision=precision,
-                method=Method.FINETUNE if finetuned else Method.PRETRAIN,
+                method=method,
+                adapters=adapters,
             ),
             cluster=cluster,
             profile=self._profiles[device.name],
@@ -256,7 +258,6 @@ def _recompute(run: Run, assumed: list[str]) -> Recompute:
             assumed.append("recompute none")
             return Recompute.NONE
         case RunRecompute.MLP:
-            assumed.append("recompute mlp taken as selective")
             return Recompute.SELECTIVE
         case stated:
             return Recompute(str(stated))

@@ -15,7 +15,7 @@ from planner.mixers import AttentionKernel
 from planner.runs.run import Run, RunRecompute
 from planner.stack import Engine, Selective, Stack
 from planner.strategy import Schedule, Zero
-from planner.workload import Precision
+from planner.workload import Adapters, Method, Precision
 
 ENGINES: tuple[tuple[str, Engine], ...] = (
     (r"deepspeed.*megatron|megatron-?deepspeed", Engine.MEGATRON),
@@ -52,11 +52,31 @@ SCHEDULES: tuple[tuple[str, str], ...] = (
 """Schedules as frameworks and papers write them. Zero Bubble's ZB-1p keeps 1F1B's memory: ZB-H1."""
 
 NOT_MODELLED: tuple[tuple[str, str], ...] = (
-    (r"\bq?lora\b|adapter", "fine-tuning with adapters"),
+    (r"\bqlora\b", "fine-tuning of quantised weights"),
+    (r"\badapter\b", "fine-tuning with adapters other than LoRA"),
     (r"offload(?! false)|optimizer state on cpu", "offloading"),
     (r"\bjax\b|paxml|maxtext", "a compiler that is not PyTorch's"),
 )
 """Words that name what the cost model does not know: rows with them are not predicted."""
+
+
+LORA = Adapters(rank=16, modules="all")
+"""Adapters of runs that say LoRA and no more; NeMo and torchtune adapt all linear layers. The rank hardly
+changes what a step costs."""
+
+LITGPT_LORA = Adapters(rank=8, modules="qv")
+"""LitGPT's default: query and value (its finetune/lora.py)."""
+
+
+def run_method(run: Run, assumed: list[str]) -> tuple[Method, Adapters | None]:
+    """What the run trained, by its words: adapters, all weights of a given model, or all from scratch."""
+    words = run.words
+    if re.search(r"\blora\b", words):
+        adapters = LITGPT_LORA if "litgpt" in words else LORA
+        assumed.append(f"LoRA of rank {adapters.rank} on {adapters.modules}")
+        return Method.LORA, adapters
+    finetuned = re.search(r"\bsft\b|fine-?tun", words)
+    return (Method.FINETUNE if finetuned else Method.PRETRAIN), None
 
 
 def unmodelled(run: Run) -> Rejected | None:
@@ -131,9 +151,9 @@ def run_schedule(run: Run, pp: int, chunks: int) -> Schedule | Rejected:
 
 
 def run_zero(run: Run, dp: int, assumed: list[str]) -> Zero:
-    """What data ranks share out; nothing where there is one rank."""
+    """What data ranks share out. One rank shares nothing, but ZeRO 3 wraps and casts its weights as ever."""
     if dp == 1:
-        return Zero.NONE
+        return Zero.PARAMETERS if run.zero == Zero.PARAMETERS else Zero.NONE
     if run.zero is not None:
         return Zero(run.zero)
     usual = Zero.NONE
