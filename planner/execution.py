@@ -6,6 +6,7 @@ from planner.errors import InputError, Problem
 from planner.feed_forward import Mlp
 from planner.mixers import CAUSAL, Attention, QkNorm, Reach, Span
 from planner.model import Block, Layer, ModelSpec, Norm
+from planner.strategy import Degrees, Schedule
 from planner.workload import Method, Optimizer, Precision, Workload
 
 EXECUTED_TYPES = ("llama", "mistral", "qwen2", "gpt2")
@@ -16,6 +17,9 @@ EXECUTED_PRECISIONS = (Precision.BF16, Precision.FP32)
 """fp16 needs loss scaling and fp8 scaled products, which the runtime does not have."""
 
 EXECUTED_OPTIMIZERS = (Optimizer.ADAMW, Optimizer.SGD)
+
+EXECUTED_SCHEDULES = (Schedule.GPIPE, Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED)
+"""Schedules whose tables the runtime runs; it does not split backward passes or place stages as a V."""
 
 EXECUTED_NORMS = (Norm.RMSNORM, Norm.LAYERNORM)
 
@@ -46,6 +50,11 @@ def not_executed(model: ModelSpec) -> list[str]:
         "its blocks are of several classes": len(model.segments) > 1,
     }
     return [*faults, *(fault for fault, found in ends.items() if found)]
+
+
+def schedule_not_executed(degrees: Degrees) -> list[str]:
+    """What of a pipeline's schedule the runtime cannot run; empty where it can run all."""
+    return [] if degrees.schedule in EXECUTED_SCHEDULES else [f"its schedule is {degrees.schedule}"]
 
 
 def check_executed(model: ModelSpec, what: str) -> None:

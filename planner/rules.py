@@ -159,7 +159,9 @@ def stages_fit(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
 
 
 def schedule_legal(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
-    """Only interleaving holds several stages a rank, and it deals micro-batches in rounds of pp."""
+    """Stages a rank: one, two as a V, several when interleaved, which deals micro-batches in rounds of pp."""
+    if degrees.schedule.v_shaped:
+        return _v_legal(degrees)
     if degrees.schedule is not Schedule.INTERLEAVED:
         if degrees.chunks == 1:
             return None
@@ -181,6 +183,26 @@ def schedule_legal(problem: PlanningProblem, degrees: Degrees) -> Rejected | Non
             f"{degrees.num_micro_batches} are not whole rounds.",
             legal=f"multiples of {degrees.pp}",
             fix="--fix micro_batch=",
+        )
+    return None
+
+
+def _v_legal(degrees: Degrees) -> Rejected | None:
+    if degrees.pp == 1 or degrees.chunks != 2:
+        return Rejected(
+            rule="v_needs_two_stages",
+            detail=f"{degrees.schedule} places two stages on each of several ranks, not pp={degrees.pp}, "
+            f"chunks={degrees.chunks}.",
+            legal="pp >= 2 and chunks=2",
+            fix="--fix chunks=2",
+        )
+    if degrees.schedule is Schedule.DUALPIPEV and degrees.num_micro_batches < degrees.stages:
+        return Rejected(
+            rule="dualpipev_micro_batches",
+            detail=f"dualpipev fills its {degrees.stages} stages with a micro-batch each before it turns; "
+            f"there are {degrees.num_micro_batches}.",
+            legal=f"{degrees.stages} micro-batches or more",
+            fix="--fix micro_batch= (smaller) or pp= (smaller)",
         )
     return None
 

@@ -14,6 +14,24 @@ class Schedule(StrEnum):
     GPIPE = "gpipe"
     ONE_F_ONE_B = "1f1b"
     INTERLEAVED = "interleaved"
+    ZB_H1 = "zb-h1"
+    ZBV = "zbv"
+    DUALPIPEV = "dualpipev"
+
+    @property
+    def v_shaped(self) -> bool:
+        """Whether rank r holds stages r and 2 pp - 1 - r, down and up a V, instead of stages dealt round."""
+        return self in (Schedule.ZBV, Schedule.DUALPIPEV)
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether weight gradients may be apart from the gradients of a stage's input."""
+        return self in (Schedule.ZB_H1, Schedule.ZBV, Schedule.DUALPIPEV)
+
+    @property
+    def least_chunks(self) -> int:
+        """The fewest stages that a rank holds; only interleaved may hold more."""
+        return 2 if self.v_shaped or self is Schedule.INTERLEAVED else 1
 
 
 class Zero(IntEnum):
@@ -80,7 +98,7 @@ class Degrees:
     """The global shape of a strategy: every degree, the schedule and the micro-batch.
 
     dp = dp_replicate x dp_shard is the whole data-parallel degree. `chunks` is the number of stages that
-    each pipeline rank holds (more than one only when interleaved).
+    each pipeline rank holds (one, two under V placement, any number when interleaved).
     """
 
     tp: int = 1
@@ -118,7 +136,9 @@ class Degrees:
         return (self.pp, self.dp_replicate, self.dp_shard, self.cp, 1, self.tp)
 
     def pp_rank_of_stage(self, stage: int) -> int:
-        """The pipeline rank that holds stage `stage`; stages are dealt round."""
+        """The pipeline rank that holds stage `stage`: dealt round, or down and up a V."""
+        if self.schedule.v_shaped and stage >= self.pp:
+            return 2 * self.pp - 1 - stage
         return stage % self.pp
 
     def ranks_of_pp_rank(self, pp_rank: int) -> tuple[int, ...]:

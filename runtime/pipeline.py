@@ -278,8 +278,9 @@ class Pipeline:
         target_chunks = targets.chunk(self._num_micro_batches)
         alive: dict[int, Tensor] = {}
         total = _zero(inputs)
-        for place, (_, kind, mb) in enumerate(self._row):
-            if kind is ActionKind.FORWARD:
+        for place, action in enumerate(self._row):
+            mb = action.micro_batch
+            if action.kind is ActionKind.FORWARD:
                 module.before_forward(mb)
                 with self.record.span():
                     alive[mb] = self._loss(module(input_chunks[mb]), target_chunks[mb])

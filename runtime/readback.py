@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from planner.codec import decode, encode, noun
 from planner.cost.schedule import Table, build_table, parse_table, print_table
+from planner.execution import EXECUTED_SCHEDULES
 from planner.plan import Plan
 from planner.strategy import (
     Degrees,
@@ -170,7 +171,7 @@ def _zero_of(zero: int, micro_batches: int, expected: Zero) -> Zero:
 def _schedule(table: Table, micro_batches: int, expected: Schedule) -> Schedule:
     """The schedule that has this table; the expected one first, as small tables can be of several."""
     pp, chunks = len(table), len({action.stage for action in table[0]})
-    candidates: tuple[Schedule, ...] = (expected, *Schedule)
+    candidates: tuple[Schedule, ...] = (expected, *EXECUTED_SCHEDULES)
     for schedule in candidates:
         if chunks > 1 and schedule is not Schedule.INTERLEAVED:
             continue

@@ -90,6 +90,9 @@ _SCHEDULES = {
     "gpipe": "all forwards, then all backwards; keeps every micro-batch's activations",
     "1f1b": "one forward, one backward in turn; stage i of p keeps p - i micro-batches",
     "interleaved": "1f1b with several chunks of layers a rank; a smaller bubble for more messages",
+    "zb-h1": "1f1b with weight gradients later, in the bubble; every rank keeps p micro-batches",
+    "zbv": "zero bubble over two stages a rank, down and up a V; no bubble where F, I and W take as long",
+    "dualpipev": "DualPipe as a V: a forward and a backward of a rank's two stages in one slot",
 }
 
 

@@ -74,11 +74,12 @@ def strategy_of(problem: PlanningProblem, pins: Pins) -> Strategy:
     dp = pins.dp or max(1, problem.cluster.devices // (tp * pp * cp))
     zero = Zero(pins.zero if pins.zero is not None else 0)
     micro_batch = pins.micro_batch or 1
+    schedule = pins.schedule or Schedule.ONE_F_ONE_B
     degrees = Degrees(
         tp=tp,
         pp=pp,
-        chunks=pins.chunks or 1,
-        schedule=pins.schedule or Schedule.ONE_F_ONE_B,
+        chunks=pins.chunks or (2 if schedule.v_shaped else 1),
+        schedule=schedule,
         dp_replicate=dp if zero is Zero.NONE else 1,
         dp_shard=1 if zero is Zero.NONE else dp,
         cp=cp,

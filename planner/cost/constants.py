@@ -20,6 +20,11 @@ of 10 us through autograd plus module hooks; 1B-shape steps on an H100 sit at th
 BLOCK_LAUNCHES = 45
 """Operators of a block's forward that HOST_BLOCK_FORWARD_S stands for; a traced layer counts its own."""
 
+RECOMPUTE_HOST = 2.0
+"""Host time of a block's forward when it runs again in the backward pass, over its first run: every saved
+tensor goes through the hooks of checkpointing. A 20-layer stage of a 70B model at tp 8 on an H100 took 9 ms a
+layer for it, its first forward 4 ms."""
+
 HOST_TP_FORWARD_S = 3.0e-3
 """Host time that DTensor's sharding hooks add to one block's forward in eager mode; a 20-layer stage of a
 70B model at tp 8 took 0.48 s with recompute on an H100, of which the device needed under half."""
@@ -40,3 +45,9 @@ MEMORY_ERROR = {"measured": 0.05, "interpolated": 0.08, "fitted": 0.12, "datashe
 COMMUNICATOR_BYTES = 392 * 1024 * 1024
 """Buffers of a communicator of 4 to 8 devices (aiconfigurator-core 0.12.0). The context itself is already
 outside `usable_memory_bytes`."""
+
+SPLIT_RECOMPUTES = 8
+"""Times that a block is recomputed where its backward is split into input and weight gradients: each group
+of weights walks the graph by itself. Measured with torch 2.13 on gloo (2 ranks, Llama blocks): 6.6 to 11
+forwards of each layer and micro-batch under zbv and the interleaved zero bubble, 2.08 under 1f1b
+(github.com/pytorch/pytorch/issues/136766)."""

@@ -1,156 +1,157 @@
-"""Pipeline schedules as tables of actions, one row a pipeline rank.
+"""Pipeline schedules: for each, the row of actions that every pipeline rank runs.
 
-An action is printed as stage, kind, micro-batch: `2F0` is the forward of micro-batch 0 on stage 2, `2B0`
-its whole backward. The same table is simulated, written into plan.json and executed.
+The same table is simulated, written into plan.json and executed. With p ranks, m micro-batches and even
+stages that take f, b = i + w (i input gradients, w weight gradients) for a micro-batch:
+
+    schedule      stages a rank   step time                        alive on rank r
+    gpipe         1               (m + p - 1)(f + b)               m
+    1f1b          1               (m + p - 1)(f + b)               min(m, p - r)
+    interleaved   v               (m v + p - 1)(f + b)             see planner.cost.table.Table.in_flight
+    zb-h1         1               m (f + b) + (p - 1)(f + i - w)   min(m, p)          where f = i = w
+    zbv           2, as a V       2 m (f + b) + p - 1 slots        min(2 p - 1, m) + ...
+    dualpipev     2, as a V       see planner.cost.zero_bubble
 
 Sources: GPipe (arXiv 1811.06965); 1F1B (PipeDream-flush, arXiv 2006.09503); interleaved 1F1B (Megatron-LM,
-arXiv 2104.04473).
+arXiv 2104.04473); zero bubble (arXiv 2401.10241); DualPipe (arXiv 2412.19437).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from enum import StrEnum
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
-from planner.errors import InputError, Problem
+from planner.cost.action import Action, ActionKind, Row, parse_action
+from planner.cost.table import Table, cell, parse_table, print_table
+from planner.cost.zero_bubble import dualpipev_row, zb_h1_row, zbv_row
 from planner.strategy import Schedule
 
-
-class ActionKind(StrEnum):
-    """What an action does with its micro-batch."""
-
-    FORWARD = "F"
-    BACKWARD = "B"
-
-
-class Action(NamedTuple):
-    """One pass of one micro-batch through one stage."""
-
-    stage: int
-    kind: ActionKind
-    micro_batch: int
-
-    def __str__(self) -> str:
-        return f"{self.stage}{self.kind}{self.micro_batch}"
-
-
-Row = tuple[Action, ...]
-Table = tuple[Row, ...]
-
-_ACTION = re.compile(r"^(\d{1,6})([FB])(\d{1,6})$")
-
-
-def parse_action(text: str) -> Action:
-    """The action that prints as `text`. Raises InputError on any other text."""
-    match = _ACTION.match(text)
-    if match is None:
-        raise InputError(
-            Problem(
-                where=f"schedule action '{text[:40]}'",
-                fault="cannot be read.",
-                legal="stage, F or B, micro-batch, such as 2F0",
-            )
-        )
-    return Action(int(match.group(1)), ActionKind(match.group(2)), int(match.group(3)))
-
-
-def parse_table(rows: tuple[tuple[str, ...], ...]) -> Table:
-    """The table whose actions print as `rows`."""
-    return tuple(tuple(parse_action(text) for text in row) for row in rows)
-
-
-def print_table(table: Table) -> tuple[tuple[str, ...], ...]:
-    """The table as text, one tuple a pipeline rank."""
-    return tuple(tuple(str(action) for action in row) for row in table)
+__all__ = [
+    "Action",
+    "ActionKind",
+    "Row",
+    "Table",
+    "build_table",
+    "parse_action",
+    "parse_table",
+    "peak_in_flight",
+    "print_table",
+    "table_faults",
+]
 
 
 def build_table(schedule: Schedule, pp: int, chunks: int, num_micro_batches: int) -> Table:
     """The table of `schedule` for `pp` pipeline ranks with `chunks` stages each.
 
-    Stage s lives on pipeline rank s mod pp. Interleaved needs num_micro_batches to be a multiple of pp.
+    Stage s lives on pipeline rank s mod pp, or under V placement on s and 2 pp - 1 - s. Interleaved needs
+    num_micro_batches to be a multiple of pp, dualpipev at least 2 pp of them.
     """
     if pp < 1 or chunks < 1 or num_micro_batches < 1:
         raise ValueError(f"pp={pp}, chunks={chunks} and micro-batches={num_micro_batches} must be positive")
-    if chunks > 1 and schedule is not Schedule.INTERLEAVED:
-        raise ValueError(f"{schedule} holds one stage a rank, not {chunks}")
+    if schedule is not Schedule.INTERLEAVED and chunks != schedule.least_chunks:
+        raise ValueError(f"{schedule} holds {schedule.least_chunks} stages a rank, not {chunks}")
     if schedule is Schedule.INTERLEAVED and num_micro_batches % pp:
         raise ValueError(f"interleaved needs a multiple of {pp} micro-batches, not {num_micro_batches}")
+    if schedule is Schedule.DUALPIPEV and num_micro_batches < 2 * pp:
+        raise ValueError(f"dualpipev needs {2 * pp} micro-batches or more, not {num_micro_batches}")
     row = _ROWS[schedule]
-    return tuple(row(rank, pp, chunks, num_micro_batches) for rank in range(pp))
+    return Table([row(rank, pp, chunks, num_micro_batches) for rank in range(pp)], num_micro_batches)
 
 
-def _gpipe_row(rank: int, pp: int, chunks: int, num_micro_batches: int) -> Row:
-    forwards = [Action(rank, ActionKind.FORWARD, mb) for mb in range(num_micro_batches)]
-    backwards = [Action(rank, ActionKind.BACKWARD, mb) for mb in range(num_micro_batches)]
-    return tuple(forwards + backwards)
+def _run(stage: int, kind: ActionKind, num_micro_batches: int) -> range:
+    """A stage's actions of one kind, as codes in order of micro-batch."""
+    first = cell(stage, kind) * num_micro_batches
+    return range(first, first + num_micro_batches)
 
 
-def _one_f_one_b_row(rank: int, pp: int, chunks: int, num_micro_batches: int) -> Row:
+def _gpipe_row(rank: int, pp: int, chunks: int, num_micro_batches: int) -> list[int]:
+    forwards = _run(rank, ActionKind.FORWARD, num_micro_batches)
+    return [*forwards, *_run(rank, ActionKind.BACKWARD, num_micro_batches)]
+
+
+def _one_f_one_b_row(rank: int, pp: int, chunks: int, num_micro_batches: int) -> list[int]:
     """Rank i of p runs p - 1 - i forwards ahead, then alternates, so it keeps min(m, p - i) alive."""
-    forwards = [Action(rank, ActionKind.FORWARD, mb) for mb in range(num_micro_batches)]
-    backwards = [Action(rank, ActionKind.BACKWARD, mb) for mb in range(num_micro_batches)]
+    forwards = _run(rank, ActionKind.FORWARD, num_micro_batches)
+    backwards = _run(rank, ActionKind.BACKWARD, num_micro_batches)
     return _alternate(forwards, backwards, warmup=pp - 1 - rank)
 
 
-def _interleaved_row(rank: int, pp: int, chunks: int, num_micro_batches: int) -> Row:
+def _interleaved_row(rank: int, pp: int, chunks: int, num_micro_batches: int) -> list[int]:
     """Micro-batches go through the chunks in rounds of p; (p - 1 - i) * 2 + (v - 1) * p run ahead."""
-    total = num_micro_batches * chunks
-    forwards, backwards = [], []
-    for step in range(total):
-        within, micro_batch = step % (pp * chunks), step // (pp * chunks) * pp + step % pp
-        chunk = within // pp
-        forwards.append(Action(chunk * pp + rank, ActionKind.FORWARD, micro_batch))
-        backwards.append(Action((chunks - 1 - chunk) * pp + rank, ActionKind.BACKWARD, micro_batch))
+    forwards: list[int] = []
+    backwards: list[int] = []
+    for first in range(0, num_micro_batches, pp):
+        for chunk in range(chunks):
+            down = _run(chunk * pp + rank, ActionKind.FORWARD, num_micro_batches)
+            up = _run((chunks - 1 - chunk) * pp + rank, ActionKind.BACKWARD, num_micro_batches)
+            forwards += down[first : first + pp]
+            backwards += up[first : first + pp]
     return _alternate(forwards, backwards, warmup=(pp - 1 - rank) * 2 + (chunks - 1) * pp)
 
 
-def _alternate(forwards: list[Action], backwards: list[Action], *, warmup: int) -> Row:
-    warmup = min(warmup, len(forwards))
-    row = forwards[:warmup]
-    for forward, backward in zip(forwards[warmup:], backwards, strict=False):
-        row += [forward, backward]
-    return tuple(row + backwards[len(forwards) - warmup :])
+def _alternate(forwards: Sequence[int], backwards: Sequence[int], *, warmup: int) -> list[int]:
+    ahead = min(warmup, len(forwards))
+    steady = [0] * (2 * (len(forwards) - ahead))
+    steady[0::2] = forwards[ahead:]
+    steady[1::2] = backwards[: len(forwards) - ahead]
+    return [*forwards[:ahead], *steady, *backwards[len(forwards) - ahead :]]
 
 
-_ROWS: dict[Schedule, Callable[[int, int, int, int], Row]] = {
+_ROWS: dict[Schedule, Callable[[int, int, int, int], list[int]]] = {
     Schedule.GPIPE: _gpipe_row,
     Schedule.ONE_F_ONE_B: _one_f_one_b_row,
     Schedule.INTERLEAVED: _interleaved_row,
+    Schedule.ZB_H1: zb_h1_row,
+    Schedule.ZBV: zbv_row,
+    Schedule.DUALPIPEV: dualpipev_row,
 }
 
 
 def peak_in_flight(row: Row) -> dict[int, int]:
-    """For every stage of a row, the most micro-batches that are forwarded and not yet backwarded."""
+    """For every stage of a row, the most micro-batches that it keeps: from F to B, or to W where split."""
     alive: dict[int, int] = {}
     peak: dict[int, int] = {}
     for action in row:
-        change = 1 if action.kind is ActionKind.FORWARD else -1
-        alive[action.stage] = alive.get(action.stage, 0) + change
+        alive[action.stage] = alive.get(action.stage, 0) + action.kind.alive_change
         peak[action.stage] = max(peak.get(action.stage, 0), alive[action.stage])
     return peak
 
 
-def table_faults(table: Table, stages: int, num_micro_batches: int) -> list[str]:
-    """What is wrong with a table: every (stage, micro-batch) needs one forward, then one backward."""
+_NEXT = {
+    "": (ActionKind.FORWARD,),
+    "F": (ActionKind.BACKWARD, ActionKind.INPUT_GRAD),
+    "FI": (ActionKind.WEIGHT_GRAD,),
+}
+"""What may follow on a (stage, micro-batch) after the actions given."""
+
+
+def table_faults(
+    table: Table, stages: int, num_micro_batches: int, rank_of: Callable[[int], int] | None = None
+) -> list[str]:
+    """What is wrong with a table: every (stage, micro-batch) needs F then B, or F then I then W.
+
+    `rank_of` is the row that holds a stage; without it any row may, but only one.
+    """
     faults: list[str] = []
-    seen: dict[tuple[int, int], int] = {}
+    seen: dict[tuple[int, int], str] = {}
+    homes: dict[int, int] = {}
     for rank, row in enumerate(table):
-        for action in row:
-            if action.stage % len(table) != rank or action.stage >= stages:
+        for index, action in enumerate(row):
+            home = homes.setdefault(action.stage, rank) if rank_of is None else rank_of(action.stage)
+            if home != rank or action.stage >= stages:
                 faults.append(f"{action} stands in row {rank}, which does not hold that stage")
             key = (action.stage, action.micro_batch)
-            expected = 0 if action.kind is ActionKind.FORWARD else 1
-            if seen.get(key, 0) != expected:
+            before = seen.get(key, "")
+            if action.kind not in _NEXT.get(before, ()):
                 faults.append(f"{action} in row {rank} is out of order or repeated")
-            seen[key] = seen.get(key, 0) + 1
-    missing = [
-        f"{stage}/{mb}"
-        for stage in range(stages)
-        for mb in range(num_micro_batches)
-        if seen.get((stage, mb), 0) != 2
-    ]
+            seen[key] = before + action.kind
+            if action.paired and not _pairs(row, index):
+                faults.append(f"{action} in row {rank} is paired with no backward")
+    wanted = [(stage, mb) for stage in range(stages) for mb in range(num_micro_batches)]
+    missing = [f"{stage}/{mb}" for stage, mb in wanted if seen.get((stage, mb)) not in ("FB", "FIW")]
     if missing:
         faults.append(f"stage/micro-batch without forward and backward: {', '.join(missing[:5])}")
     return faults
+
+
+def _pairs(row: Row, index: int) -> bool:
+    """Whether a backward follows the forward at `index`, as a pair needs."""
+    return index + 1 < len(row) and row[index + 1].kind is ActionKind.BACKWARD

@@ -1,9 +1,10 @@
 """Replay of an action table with real durations: when every pass starts and ends.
 
-A forward waits for the same micro-batch's forward on the stage before (and its message), a backward for
-the backward on the stage after; a pipeline rank does one action at a time, in the order of its row. Where
-devices have cores of their own this is the longest path of that graph. Where they share cores, the work of
-all active ranks slows down by the measured contention, and is replayed event by event.
+A forward waits for the same micro-batch's forward on the stage before (and its message), a backward or an
+input gradient for that of the stage after; a weight gradient waits for nothing but its turn. A pipeline
+rank does one action at a time, in the order of its row. Where devices have cores of their own this is the
+longest path of that graph. Where they share cores, the work of all active ranks slows down by the measured
+contention, and is replayed event by event.
 
 The step ends with each rank's gradient reduction, then, all together, clipping and the optimizer.
 """
@@ -11,25 +12,111 @@ The step ends with each rank's gradient reduction, then, all together, clipping 
 from __future__ import annotations
 
 import bisect
+import dataclasses
 from collections.abc import Sequence
 
 from planner.codec import noun
-from planner.cost.schedule import Action, ActionKind, Table
+from planner.cost import constants
+from planner.cost.action import Action, ActionKind
 from planner.cost.stage import Pass, StageCost
+from planner.cost.table import KINDS, Table
 from planner.estimate import TimelineEvent
 from planner.problem import PlanningProblem
+
+Span = tuple[float, float]
+"""When an action started and ended."""
+
+
+@noun
+class PathTimes:
+    """When the actions of a longest path ran: the end of each place of the table's order."""
+
+    table: Table
+    ends_s: list[float]
+    cell_s: list[float]
+
+    def end_s(self, rank: int) -> float:
+        """When the last action of a rank ended."""
+        return self.ends_s[self.table.order.rows[rank][-1]]
+
+    def spans(self, rank: int) -> list[Span]:
+        """The span of each action of a rank."""
+        ends = [self.ends_s[place] for place in self.table.order.rows[rank]]
+        m = self.table.num_micro_batches
+        return [
+            (end - self.cell_s[code // m], end)
+            for code, end in zip(self.table.codes[rank], ends, strict=True)
+        ]
+
+
+@noun
+class RecordedTimes:
+    """When actions ran, as they were recorded."""
+
+    rows: tuple[list[Span], ...]
+
+    def end_s(self, rank: int) -> float:
+        """When the last action of a rank ended."""
+        return self.rows[rank][-1][1]
+
+    def spans(self, rank: int) -> list[Span]:
+        """The span of each action of a rank."""
+        return self.rows[rank]
 
 
 @noun
 class Replay:
-    """The outcome: the step time, every event, and by rank how long it worked and communicated.
+    """The outcome: the step time, and by rank when its actions ran and what came before and after them.
 
-    `stretch` is wall time over nominal work time, by rank; 1 where cores are not shared.
+    `stretch` is wall time over nominal work time, by rank; 1 where cores are not shared. Events are made
+    when they are asked for: a large table has a hundred thousand.
     """
 
-    step_time_s: float
-    events: tuple[TimelineEvent, ...]
+    table: Table
+    times: PathTimes | RecordedTimes
     stretch: tuple[float, ...]
+    unshard_s: tuple[float, ...]
+    reduce_s: tuple[float, ...]
+    optimizer_s: tuple[float, ...]
+
+    @property
+    def reduced_s(self) -> float:
+        """When the last rank has reduced its gradients."""
+        return max(self.times.end_s(rank) + more for rank, more in enumerate(self.reduce_s))
+
+    @property
+    def step_time_s(self) -> float:
+        return self.reduced_s + max(self.optimizer_s)
+
+    @property
+    def event_count(self) -> int:
+        """How many events there are."""
+        each = (*self.unshard_s, *self.reduce_s)
+        return self.table.actions + len(self.optimizer_s) + sum(seconds > 0 for seconds in each)
+
+    @property
+    def events(self) -> tuple[TimelineEvent, ...]:
+        """Every piece of work, rank by rank, then the optimizer steps."""
+        events = [event for rank in range(len(self.table)) for event in self.rank_events(rank)]
+        for rank, seconds in enumerate(self.optimizer_s):
+            events.append(_event(rank, "optimizer", "optimizer", self.reduced_s, seconds))
+        return tuple(events)
+
+    def rank_events(self, rank: int) -> list[TimelineEvent]:
+        """What a rank does before the optimizer, in order."""
+        events: list[TimelineEvent] = []
+        if self.unshard_s[rank]:
+            events.append(_event(rank, "unshard", "unshard", 0.0, self.unshard_s[rank]))
+        for action, (start, end) in zip(self.table[rank], self.times.spans(rank), strict=True):
+            kind = "forward" if action.kind is ActionKind.FORWARD else "backward"
+            events.append(_event(rank, str(action), kind, start, end - start))
+        if self.reduce_s[rank]:
+            events.append(_event(rank, "reduce", "reduce", self.times.end_s(rank), self.reduce_s[rank]))
+        return events
+
+
+def _event(rank: int, name: str, kind: str, start_s: float, duration_s: float) -> TimelineEvent:
+    return TimelineEvent(rank=rank, name=name, kind=kind, start_s=start_s, duration_s=duration_s)
 
 
 class Sharing:
@@ -73,69 +160,73 @@ def replay(
     table: Table, stages: Sequence[StageCost], p2p_s: float, sharing: Sharing | None, devices_per_rank: int
 ) -> Replay:
     """Runs `table` with the passes of `stages`. Raises ValueError if its order cannot be executed."""
+    held = [table.stages_of(rank) for rank in range(len(table))]
+    unshard_s = tuple(sum(stages[s].unshard_s for s in each) for each in held)
+    passes = [kind_passes(stage) for stage in stages]
+    stretch, slow = (1.0,) * len(table), 1.0
+    times: PathTimes | RecordedTimes
     if sharing is None:
-        spans, stretch = _longest_path(table, stages, p2p_s), (1.0,) * len(table)
-        slow = 1.0
+        cell_s = [each[kind].total_s for each in passes for kind in KINDS]
+        ends_s = table.order.ends_s(unshard_s, cell_s, p2p_s)
+        times = PathTimes(table=table, ends_s=ends_s, cell_s=cell_s)
     else:
-        spans, stretch = _Shared(table, stages, p2p_s, sharing, devices_per_rank).run()
+        times, stretch = _Shared(table, passes, p2p_s, sharing, devices_per_rank, unshard_s).run()
         slow = sharing.slowdown(devices_per_rank * len(table))
-    return _finish(table, stages, spans, stretch, slow)
+    return Replay(
+        table=table,
+        times=times,
+        stretch=stretch,
+        unshard_s=unshard_s,
+        reduce_s=tuple(sum(stages[s].reduce_s for s in each) for each in held),
+        optimizer_s=tuple(sum(stages[s].optimizer_s for s in each) * slow for each in held),
+    )
 
 
-Spans = list[list[tuple[float, float]]]
-"""For every row, the (start, end) of each of its actions."""
+def split_backward(stage: StageCost) -> tuple[Pass, Pass]:
+    """The backward pass in two: gradients of the stage's input, and of its weights.
+
+    Weight gradients are the products that the forward did, once more: no messages, half of the kernels.
+    Without recomputation the two add up to the backward. With it, each of the passes over the graph that
+    split autograd makes recomputes the blocks: SPLIT_RECOMPUTES times in all, once for the inputs.
+    """
+    backward = stage.backward
+    products_s = min(backward.compute_s / 2, stage.forward.compute_s)
+    inputs = dataclasses.replace(
+        backward, compute_s=backward.compute_s - products_s, host_s=backward.host_s / 2
+    )
+    again_s = backward.recompute_s * (constants.SPLIT_RECOMPUTES - 1)
+    return inputs, Pass(compute_s=products_s, recompute_s=again_s, host_s=backward.host_s / 2)
 
 
-def action_pass(stages: Sequence[StageCost], action: Action) -> Pass:
-    """The pass that an action runs."""
-    stage = stages[action.stage]
-    return stage.forward if action.kind is ActionKind.FORWARD else stage.backward
-
-
-def unshards(table: Table, stages: Sequence[StageCost]) -> list[float]:
-    """By rank, the seconds before its first action."""
-    return [sum(stages[s].unshard_s for s in {action.stage for action in row}) for row in table]
-
-
-def _needs(action: Action, stages: int) -> tuple[int, ActionKind, int] | None:
-    """The action on another stage that must have ended before, or None."""
-    if action.kind is ActionKind.FORWARD:
-        return (action.stage - 1, action.kind, action.micro_batch) if action.stage else None
-    last = action.stage == stages - 1
-    return None if last else (action.stage + 1, action.kind, action.micro_batch)
-
-
-def _longest_path(table: Table, stages: Sequence[StageCost], p2p_s: float) -> Spans:
-    ends: dict[tuple[int, ActionKind, int], float] = {}
-    clocks, positions = unshards(table, stages), [0] * len(table)
-    spans: Spans = [[] for _ in table]
-    seconds = {
-        (s, kind): action_pass(stages, Action(s, kind, 0)).total_s
-        for s in range(len(stages))
-        for kind in ActionKind
+def kind_passes(stage: StageCost) -> dict[ActionKind, Pass]:
+    """The pass that an action of each kind runs on a stage."""
+    inputs, weights = split_backward(stage)
+    return {
+        ActionKind.FORWARD: stage.forward,
+        ActionKind.BACKWARD: stage.backward,
+        ActionKind.INPUT_GRAD: inputs,
+        ActionKind.WEIGHT_GRAD: weights,
     }
-    hop_s = p2p_s if len(table) > 1 else 0.0
-    remaining = sum(len(row) for row in table)
-    while remaining:
-        before = remaining
-        for rank, row in enumerate(table):
-            position, clock = positions[rank], clocks[rank]
-            while position < len(row):
-                action = row[position]
-                need = _needs(action, len(stages))
-                if need is not None:
-                    arrived = ends.get(need)
-                    if arrived is None:
-                        break
-                    clock = max(clock, arrived + hop_s)
-                end = clock + seconds[(action.stage, action.kind)]
-                spans[rank].append((clock, end))
-                ends[tuple(action)] = end  # type: ignore[index]
-                clock, position, remaining = end, position + 1, remaining - 1
-            positions[rank], clocks[rank] = position, clock
-        if remaining == before:
-            raise ValueError("the schedule table waits for itself")
-    return spans
+
+
+Signal = tuple[int, bool, int]
+"""What a stage sends of a micro-batch: (stage, activations or gradients, micro-batch)."""
+
+
+def _signal(action: Action) -> Signal | None:
+    """What an action sends to the next stage or the one before."""
+    if action.kind is ActionKind.WEIGHT_GRAD:
+        return None
+    return action.stage, action.kind is ActionKind.FORWARD, action.micro_batch
+
+
+def _needs(action: Action, stages: int) -> Signal | None:
+    """What must have been sent before an action can start, or None."""
+    if action.kind is ActionKind.FORWARD:
+        return (action.stage - 1, True, action.micro_batch) if action.stage else None
+    if action.kind is ActionKind.WEIGHT_GRAD or action.stage == stages - 1:
+        return None
+    return action.stage + 1, False, action.micro_batch
 
 
 class _Shared:
@@ -144,38 +235,40 @@ class _Shared:
     def __init__(
         self,
         table: Table,
-        stages: Sequence[StageCost],
+        passes: Sequence[dict[ActionKind, Pass]],
         p2p_s: float,
         sharing: Sharing,
         devices_per_rank: int,
+        begin_s: Sequence[float],
     ) -> None:
-        self.table, self.stages, self.sharing = table, stages, sharing
-        self.hop_s = p2p_s if len(table) > 1 else 0.0
+        self.rows, self.passes, self.sharing = tuple(table), passes, sharing
+        self.rank_of = {stage: rank for rank in range(len(table)) for stage in table.stages_of(rank)}
+        self.hop_s = p2p_s
         self.devices_per_rank = devices_per_rank
         self.now_s = 0.0
-        self.ends: dict[tuple[int, ActionKind, int], float] = {}
+        self.sent_s: dict[Signal, float] = {}
         self.positions = [0] * len(table)
-        self.free_s = unshards(table, stages)
+        self.free_s = list(begin_s)
         self.work_s = [0.0] * len(table)
         self.fixed_s = [0.0] * len(table)
         self.started_s: list[float | None] = [None] * len(table)
         self.wall_work_s, self.nominal_s = [0.0] * len(table), [0.0] * len(table)
-        self.spans: Spans = [[] for _ in table]
+        self.spans: tuple[list[Span], ...] = tuple([] for _ in self.rows)
 
-    def run(self) -> tuple[Spans, tuple[float, ...]]:
-        while any(position < len(row) for position, row in zip(self.positions, self.table, strict=True)):
+    def run(self) -> tuple[RecordedTimes, tuple[float, ...]]:
+        while any(position < len(row) for position, row in zip(self.positions, self.rows, strict=True)):
             wake_s = self._start_ready()
             self._advance(wake_s)
         stretch = tuple(
             wall / nominal if nominal > 0 else 1.0
             for wall, nominal in zip(self.wall_work_s, self.nominal_s, strict=True)
         )
-        return self.spans, stretch
+        return RecordedTimes(rows=self.spans), stretch
 
     def _start_ready(self) -> float:
         """Starts what can start now; returns when the next waiting action may start."""
         wake_s = float("inf")
-        for rank, row in enumerate(self.table):
+        for rank, row in enumerate(self.rows):
             if self.started_s[rank] is not None or self.positions[rank] == len(row):
                 continue
             action = row[self.positions[rank]]
@@ -185,18 +278,19 @@ class _Shared:
             if ready_s > self.now_s + 1e-12:
                 wake_s = min(wake_s, ready_s)
                 continue
-            passing = action_pass(self.stages, action)
+            passing = self.passes[action.stage][action.kind]
             self.work_s[rank], self.fixed_s[rank] = passing.work_s, passing.fixed_s
             self.started_s[rank] = self.now_s
             self.nominal_s[rank] += passing.work_s
         return wake_s
 
     def _ready_s(self, rank: int, action: Action) -> float | None:
-        need = _needs(action, len(self.stages))
+        need = _needs(action, len(self.passes))
         if need is None:
             return self.free_s[rank]
-        arrived = self.ends.get(need)
-        return None if arrived is None else max(self.free_s[rank], arrived + self.hop_s)
+        sent_s = self.sent_s.get(need)
+        hop_s = 0.0 if self.rank_of.get(need[0]) == rank else self.hop_s
+        return None if sent_s is None else max(self.free_s[rank], sent_s + hop_s)
 
     def _advance(self, wake_s: float) -> None:
         """Moves to the next moment at which an action changes phase, ends or may start."""
@@ -221,9 +315,12 @@ class _Shared:
                 self._end(rank)
 
     def _end(self, rank: int) -> None:
-        action, start = self.table[rank][self.positions[rank]], self.started_s[rank]
+        position, start = self.positions[rank], self.started_s[rank]
         assert start is not None
-        self.ends[tuple(action)] = self.now_s  # type: ignore[index]
+        row = self.rows[rank]
+        senders = [row[position - 1]] if position and row[position - 1].paired else []
+        senders += [] if row[position].paired else [row[position]]
+        self.sent_s |= {signal: self.now_s for signal in map(_signal, senders) if signal is not None}
         self.spans[rank].append((start, self.now_s))
         self.positions[rank] += 1
         self.free_s[rank], self.started_s[rank] = self.now_s, None
@@ -232,33 +329,3 @@ class _Shared:
 def _left(seconds: float) -> float:
     """Remaining seconds, without the dust of floating point."""
     return seconds if seconds > 1e-12 else 0.0
-
-
-def _finish(
-    table: Table, stages: Sequence[StageCost], spans: Spans, stretch: tuple[float, ...], slow: float
-) -> Replay:
-    """Adds what comes before the first and after the last action of each rank."""
-    events: list[TimelineEvent] = []
-    reduced_s = 0.0
-    optimizers = []
-    for rank, row in enumerate(table):
-        held = sorted({action.stage for action in row})
-        unshard_s = sum(stages[s].unshard_s for s in held)
-        reduce_s = sum(stages[s].reduce_s for s in held)
-        optimizers.append(sum(stages[s].optimizer_s for s in held) * slow)
-        if unshard_s:
-            events.append(_event(rank, "unshard", "unshard", 0.0, unshard_s))
-        for action, (start, end) in zip(row, spans[rank], strict=True):
-            kind = "forward" if action.kind is ActionKind.FORWARD else "backward"
-            events.append(_event(rank, str(action), kind, start, end - start))
-        last = spans[rank][-1][1]
-        if reduce_s:
-            events.append(_event(rank, "reduce", "reduce", last, reduce_s))
-        reduced_s = max(reduced_s, last + reduce_s)
-    for rank, seconds in enumerate(optimizers):
-        events.append(_event(rank, "optimizer", "optimizer", reduced_s, seconds))
-    return Replay(step_time_s=reduced_s + max(optimizers), events=tuple(events), stretch=stretch)
-
-
-def _event(rank: int, name: str, kind: str, start_s: float, duration_s: float) -> TimelineEvent:
-    return TimelineEvent(rank=rank, name=name, kind=kind, start_s=start_s, duration_s=duration_s)

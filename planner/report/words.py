@@ -62,6 +62,9 @@ SCHEDULE_WORDS = {
     Schedule.GPIPE: "GPipe: all forwards, then all backwards",
     Schedule.ONE_F_ONE_B: "1F1B: one forward, one backward in turn",
     Schedule.INTERLEAVED: "interleaved 1F1B: several stages on each rank",
+    Schedule.ZB_H1: "ZB-H1: 1F1B with weight gradients later, in the bubble",
+    Schedule.ZBV: "ZB-V: zero bubble, two stages on each rank as a V",
+    Schedule.DUALPIPEV: "DualPipeV: forward and backward of two stages in one slot, as a V",
 }
 STATUS_WORDS = {
     "optimal": "Proven: no plan of the searched space is predicted to be faster.",

@@ -6,7 +6,8 @@ With the cheapest option for every block, the whole model's passes F, B (W = F +
     GPipe           W (1 + (m - 1) / p)
     1F1B            W (m + p - 1) / p                       if m > p (see below)
                     W (1 + (m - 1) / 2p)                    else
-    interleaved     m W / p
+    interleaved     W max(m / p, 1)
+    split backward  W max(m / p, 1/2)                       a forward and its I are half of both passes
     shared cores    m W devices / throughput
 
 Where the model does not fit without it, W includes the least recomputation (recompute_bound_s).
@@ -21,7 +22,6 @@ weight of every t_j equal; since even stages make every C_i equal to (m + p - 1)
 from __future__ import annotations
 
 from planner.cost.evaluate import CostModel
-from planner.cost.memory import grads_bytes, optimizer_bytes, weights_bytes
 from planner.cost.stage import Pass, ShapeModel
 from planner.strategy import Recompute, Schedule
 
@@ -100,6 +100,8 @@ def _schedule_factor(schedule: Schedule, p: int, m: int) -> float:
             return (m + p - 1) / p if m > p else 1 + (m - 1) / (2 * p)
         case Schedule.INTERLEAVED:
             return max(m / p, 1.0)
+        case Schedule.ZB_H1 | Schedule.ZBV | Schedule.DUALPIPEV:
+            return max(m / p, 0.5)
 
 
 def _optimizer_bound_s(model: CostModel, shape: ShapeModel) -> float:
@@ -110,5 +112,6 @@ def _optimizer_bound_s(model: CostModel, shape: ShapeModel) -> float:
 
 def memory_bound_bytes(shape: ShapeModel) -> float:
     """No strategy of this shape keeps less on its fullest rank: the mean of weights, gradients, state."""
-    params = shape.layer_model.params_total / shape.degrees.tp / shape.degrees.pp
-    return weights_bytes(shape, params) + grads_bytes(shape, params) + optimizer_bytes(shape, params)
+    model, shards = shape.problem.model, shape.degrees.tp * shape.degrees.pp
+    ends = (model.params_embedding + model.params_head) / shards
+    return shape.states.of(shape.layer_model.params_total / shards, ends).total

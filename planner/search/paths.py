@@ -7,19 +7,22 @@ m - 1) forwards ahead, and S_i = sum of t_j over stages after i:
     GPipe        sum f + (m - 1) max f + sum b + (m - 1) max b                              (exact)
     1F1B, all i  sum_{j<i} t_j + (m - w_i) t_i + start + end                                 (exact if even)
                  start one of w_i f_i, S_i; end one of w_i b_i, S_i; both S_i only if m >= w_i + 2
-    interleaved  sum_{j<s} f_j + row of rank r from the first forward of its stage s to the last backward
-                 of its stage s' + sum_{j<s'} b_j, all s, s' on r                            (exact if even)
+    others       sum_{j<s} f_j + row of rank r from the first forward of its stage s to the last backward
+                 of its stage s' + sum_{j<s'} b_j, all s, s' on r        (interleaved: exact if even)
 
-A hop between ranks adds its message time. A path is written as weights on f and b of every stage plus a
-constant number of hops; the ILP takes each as a constraint.
+Where the backward is split, I and W together take at least b and I at least b / 2, so of each I whose W is
+not on the path half of b counts; a split backward in the last sum counts as b / 2 too. A hop between ranks
+adds its message time. A path is written as weights on f and b of every stage plus a constant number of hops;
+the ILP takes each as a constraint.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import NamedTuple
 
-from planner.cost.schedule import Action, ActionKind, build_table
+from planner.cost.schedule import ActionKind, Row, build_table
 from planner.strategy import Degrees, Schedule
 
 
@@ -34,8 +37,8 @@ class Path(NamedTuple):
 
 def paths(degrees: Degrees) -> list[Path]:
     """The bounding paths of a schedule other than GPipe, whose two maxima are modelled as such."""
-    if degrees.schedule is Schedule.INTERLEAVED:
-        return _interleaved(degrees)
+    if degrees.schedule is not Schedule.ONE_F_ONE_B:
+        return _along_rows(degrees)
     stages, m = degrees.stages, degrees.num_micro_batches
     result = []
     for i in range(stages):
@@ -62,25 +65,52 @@ def _one_f_one_b(stages: int, m: int, i: int, ahead: int, *, down: bool, up: boo
     )
 
 
-def _interleaved(degrees: Degrees) -> list[Path]:
+def _along_rows(degrees: Degrees) -> list[Path]:
     """Paths that run along one row, entered through the stages before and left through them again."""
-    last = degrees.num_micro_batches - 1
     table = build_table(degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches)
+    rows = list(table)
+    returns = [_return_weight(rows[degrees.pp_rank_of_stage(s)], s) for s in range(degrees.stages)]
     result = []
-    for rank, row in enumerate(table):
-        held = range(rank, degrees.stages, degrees.pp)
-        starts = {s: row.index(Action(s, ActionKind.FORWARD, 0)) for s in held}
-        ends = {s: row.index(Action(s, ActionKind.BACKWARD, last)) for s in held}
+    for rank, row in enumerate(rows):
+        held = table.stages_of(rank)
+        starts = {s: _places(row, s, (ActionKind.FORWARD,))[0] for s in held}
+        ends = {s: _places(row, s, (ActionKind.BACKWARD, ActionKind.INPUT_GRAD))[-1] for s in held}
         for first in held:
             for final in held:
-                along = Counter((a.stage, a.kind) for a in row[starts[first] : ends[final] + 1])
-                forward = [float(along[(s, ActionKind.FORWARD)] + (s < first)) for s in range(degrees.stages)]
-                backward = [
-                    float(along[(s, ActionKind.BACKWARD)] + (s < final)) for s in range(degrees.stages)
-                ]
-                name = f"rank{rank}_{first}_{final}"
-                result.append(Path(name, tuple(forward), tuple(backward), first + final))
+                along = row[starts[first] : ends[final] + 1]
+                forward, backward = _weights(along, degrees.stages)
+                forward = [weight + (s < first) for s, weight in enumerate(forward)]
+                backward = [weight + returns[s] * (s < final) for s, weight in enumerate(backward)]
+                hops = _hops(degrees, first) + _hops(degrees, final)
+                result.append(Path(f"rank{rank}_{first}_{final}", tuple(forward), tuple(backward), hops))
     return result
+
+
+def _places(row: Row, stage: int, kinds: tuple[ActionKind, ...]) -> list[int]:
+    return [place for place, action in enumerate(row) if action.stage == stage and action.kind in kinds]
+
+
+def _return_weight(row: Row, stage: int) -> float:
+    """What the last micro-batch's gradients take at least through a stage, as a share of its backward."""
+    last = row[_places(row, stage, (ActionKind.BACKWARD, ActionKind.INPUT_GRAD))[-1]]
+    return 1.0 if last.kind is ActionKind.BACKWARD else 0.5
+
+
+def _weights(actions: Row, stages: int) -> tuple[list[float], list[float]]:
+    """How often the forward and the backward of each stage are done at least in these actions."""
+    counts = Counter((action.stage, action.kind) for action in actions)
+    forward = [float(counts[s, ActionKind.FORWARD]) for s in range(stages)]
+    backward = []
+    for s in range(stages):
+        inputs, weights = counts[s, ActionKind.INPUT_GRAD], counts[s, ActionKind.WEIGHT_GRAD]
+        backward.append(counts[s, ActionKind.BACKWARD] + (inputs + min(inputs, weights)) / 2)
+    return forward, backward
+
+
+def _hops(degrees: Degrees, stage: int) -> int:
+    """Messages between stage 0 and a stage: neighbours on one rank need none."""
+    ranks = [degrees.pp_rank_of_stage(s) for s in range(stage + 1)]
+    return sum(a != b for a, b in pairwise(ranks))
 
 
 def length(path: Path, forward_s: list[float], backward_s: list[float], hop_s: float) -> float:

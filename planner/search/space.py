@@ -1,7 +1,8 @@
 """Which global shapes exist for a problem: every legal combination of degrees, and why others are not.
 
 Candidates come from divisors; each is then asked to every rule, and the first rule that it breaks is
-counted. Pins narrow the candidates before they are made.
+counted. Pins narrow the candidates before they are made. Schedules that the runtime does not execute are
+candidates only where they are pinned (`--fix schedule=zb-h1`), so that a plan can be trained by default.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from planner.codec import noun
 from planner.errors import InputError, Problem
 from planner.estimate import Rejected
+from planner.execution import EXECUTED_SCHEDULES
 from planner.problem import PlanningProblem
 from planner.rules import broken_rule, divisors
 from planner.strategy import Degrees, Recompute, Schedule, Zero
@@ -153,9 +155,11 @@ def _schedules(pins: Pins, pp: int) -> list[tuple[Schedule, int]]:
     if pp == 1 and pins.schedule is None:
         return [(Schedule.ONE_F_ONE_B, pins.chunks or 1)]
     result = []
-    for schedule in list(Schedule) if pins.schedule is None else [pins.schedule]:
+    for schedule in EXECUTED_SCHEDULES if pins.schedule is None else [pins.schedule]:
         if schedule is Schedule.INTERLEAVED:
             counts = _candidates(pins.chunks, list(range(2, MAX_CHUNKS + 1)))
+        elif schedule.v_shaped:
+            counts = [pins.chunks or 2]
         else:
             counts = [1] if pins.schedule is None and pins.chunks in (None, 1) else [pins.chunks or 1]
         result += [(schedule, count) for count in counts]

@@ -15,7 +15,9 @@ def verify(problem: PlanningProblem, evaluation: Evaluation, lower_bound_s: floa
     """Raises CheckError with every fault of an evaluated strategy."""
     degrees = evaluation.strategy.degrees
     faults = [rejected.detail for rejected in broken_rules(problem, evaluation.strategy)]
-    faults += table_faults(evaluation.table, degrees.stages, degrees.num_micro_batches)
+    faults += table_faults(
+        evaluation.table, degrees.stages, degrees.num_micro_batches, degrees.pp_rank_of_stage
+    )
     faults += timeline_faults(evaluation)
     estimate = evaluation.estimate
     if estimate.peak_memory_bytes > problem.memory_limit_bytes:
@@ -32,10 +34,10 @@ def verify(problem: PlanningProblem, evaluation: Evaluation, lower_bound_s: floa
 def timeline_faults(evaluation: Evaluation) -> list[str]:
     """Whether the replay's events keep the order of rows and of stages, one at a time on each rank."""
     faults: list[str] = []
-    ends: dict[tuple[int, str, int], float] = {}
-    starts: dict[tuple[int, str, int], float] = {}
+    ends: dict[tuple[int, bool, int], float] = {}
+    starts: dict[tuple[int, bool, int], float] = {}
     for rank, row in enumerate(evaluation.table):
-        events = [e for e in evaluation.replay.events if e.rank == rank]
+        events = evaluation.replay.rank_events(rank)
         passes = [e for e in events if e.kind in ("forward", "backward")]
         if [e.name for e in passes] != [str(action) for action in row]:
             faults.append(f"rank {rank} replays another order than its row")
@@ -45,12 +47,13 @@ def timeline_faults(evaluation: Evaluation) -> list[str]:
             if event.start_s < clock_s * (1 - TOLERANCE):
                 faults.append(f"{event.name} starts before the action before it has ended")
             clock_s = event.start_s + event.duration_s
-            key = (action.stage, str(action.kind), action.micro_batch)
-            starts[key], ends[key] = event.start_s, clock_s
+            if action.kind is not ActionKind.WEIGHT_GRAD:
+                key = (action.stage, action.kind is ActionKind.FORWARD, action.micro_batch)
+                starts[key], ends[key] = event.start_s, clock_s
     last = len(evaluation.strategy.stages) - 1
-    for (stage, kind, micro_batch), start_s in starts.items():
-        forward = kind == str(ActionKind.FORWARD)
+    for (stage, forward, micro_batch), start_s in starts.items():
         before = stage - 1 if forward else stage + 1
-        if 0 <= before <= last and start_s < ends[(before, kind, micro_batch)] * (1 - TOLERANCE):
-            faults.append(f"{stage}{kind}{micro_batch} starts before stage {before} has sent it")
+        if 0 <= before <= last and start_s < ends[(before, forward, micro_batch)] * (1 - TOLERANCE):
+            what = "forward" if forward else "backward"
+            faults.append(f"{what} {micro_batch} of stage {stage} starts before stage {before} has sent it")
     return faults

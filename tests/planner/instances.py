@@ -7,11 +7,28 @@ from itertools import groupby
 
 from planner.cluster import ClusterSpec, Device, DeviceGroup, Link
 from planner.cost import constants
+from planner.cost.stage import Pass, StageCost
 from planner.feed_forward import Activation, Experts, Mlp
 from planner.mixers import Attention, DeltaNet, LatentAttention, Mixer, Reach, Span, StateSpace
 from planner.model import Block, ModelSpec, Norm, Segment
 from planner.problem import PlanningProblem
 from planner.workload import Precision, Workload
+
+
+def cost(forward_s: float, backward_s: float, fixed_s: float = 0.0) -> StageCost:
+    """A stage that only takes time."""
+    return StageCost(
+        forward=Pass(compute_s=forward_s, tp_s=fixed_s),
+        backward=Pass(compute_s=backward_s, tp_s=fixed_s),
+        unshard_s=0.0,
+        reduce_s=0.0,
+        optimizer_s=0.0,
+        params=0.0,
+        largest_unit_params=0.0,
+        saved_bytes=0.0,
+        forward_transient_bytes=0.0,
+        backward_transient_bytes=0.0,
+    )
 
 
 def dense_block(hidden: int, heads: int = 4) -> Block:
@@ -78,6 +95,7 @@ def device(
         peak_fp32_flops=flops,
         peak_bf16_flops=flops,
         peak_fp16_flops=flops,
+        peak_fp8_flops=2 * flops,
         link_bytes_per_s=None,
     )
 
@@ -143,6 +161,7 @@ def random_problem(seed: int, *, layers: int = 4, mixed: bool = False) -> Planni
     weights = 16 * spec.params_total
     activations = 40 * seq * batch * hidden * spec.layers
     need = (weights + activations) * 10 ** draw.uniform(-0.7, 0.5)
-    each = need / (nodes * per_node) ** 0.5 + constants.COMMUNICATOR_BYTES
+    groups = 2 if nodes * per_node == 4 else 1  # axes over which a device talks, of the tightest shapes
+    each = need / (nodes * per_node) ** 0.5 + groups * constants.COMMUNICATOR_BYTES
     limit = int(each * (1 + constants.MEMORY_ERROR["datasheet"]))
     return problem(of=spec, on=on, seq=seq, batch=batch, limit_bytes=limit)

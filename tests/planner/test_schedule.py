@@ -1,15 +1,15 @@
-"""Schedules: every pass once, in order; known in-flight counts and bubbles; text round trips."""
+"""Schedules: every pass once, in order; known in-flight counts; text round trips; what is refused."""
 
 from __future__ import annotations
 
 import itertools
 
-import networkx
 import pytest
 
 from planner.cost.schedule import (
     Action,
     ActionKind,
+    Table,
     build_table,
     parse_action,
     parse_table,
@@ -17,142 +17,136 @@ from planner.cost.schedule import (
     print_table,
     table_faults,
 )
-from planner.cost.simulate import Sharing, replay
-from planner.cost.stage import Pass, StageCost
 from planner.errors import InputError
-from planner.strategy import Schedule
+from planner.strategy import Degrees, Schedule
+
+F, B, INPUT, W = ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.INPUT_GRAD, ActionKind.WEIGHT_GRAD
 
 SHAPES = [
     (schedule, pp, chunks, micro_batches)
     for schedule, pp, chunks, micro_batches in itertools.product(
         Schedule, (1, 2, 3, 4, 8), (1, 2, 3), (1, 2, 4, 6, 8, 16)
     )
-    if (chunks > 1) == (schedule is Schedule.INTERLEAVED)
-    and (schedule is not Schedule.INTERLEAVED or (pp > 1 and micro_batches % pp == 0))
+    if (chunks == schedule.least_chunks or (schedule is Schedule.INTERLEAVED and chunks > 1))
+    and (pp > 1 or chunks == 1)
+    and (schedule is not Schedule.INTERLEAVED or micro_batches % pp == 0)
+    and (schedule is not Schedule.DUALPIPEV or micro_batches >= 2 * pp)
 ]
-
-
-def cost(forward_s: float, backward_s: float, fixed_s: float = 0.0) -> StageCost:
-    """A stage that only takes time."""
-    return StageCost(
-        forward=Pass(compute_s=forward_s, tp_s=fixed_s),
-        backward=Pass(compute_s=backward_s, tp_s=fixed_s),
-        unshard_s=0.0,
-        reduce_s=0.0,
-        optimizer_s=0.0,
-        params=0.0,
-        largest_unit_params=0.0,
-        saved_bytes=0.0,
-        forward_transient_bytes=0.0,
-        backward_transient_bytes=0.0,
-    )
 
 
 @pytest.mark.parametrize(("schedule", "pp", "chunks", "micro_batches"), SHAPES)
 def test_every_pass_once_and_in_order(schedule: Schedule, pp: int, chunks: int, micro_batches: int) -> None:
-    """Each (stage, micro-batch) has one forward, then one backward; the table prints and parses back."""
+    """Each (stage, micro-batch) has F then B, or F, I, W; on its rank; the table prints and parses back."""
     table = build_table(schedule, pp, chunks, micro_batches)
-    assert table_faults(table, pp * chunks, micro_batches) == []
+    degrees = Degrees(pp=pp, chunks=chunks, schedule=schedule)
+    assert table_faults(table, pp * chunks, micro_batches, degrees.pp_rank_of_stage) == []
     assert parse_table(print_table(table)) == table
+    assert table.actions == sum(len(row) for row in table)
+    kinds = {action.kind for row in table for action in row}
+    assert schedule.splits_backward or kinds == {F, B}
+
+
+def test_a_v_holds_both_ends_on_rank_0() -> None:
+    """Under V placement rank r holds stages r and 2 pp - 1 - r; dealt round it holds r and r + pp."""
+    v = Degrees(pp=4, chunks=2, schedule=Schedule.ZBV)
+    assert [v.pp_rank_of_stage(s) for s in range(8)] == [0, 1, 2, 3, 3, 2, 1, 0]
+    dealt = Degrees(pp=4, chunks=2, schedule=Schedule.INTERLEAVED)
+    assert [dealt.pp_rank_of_stage(s) for s in range(8)] == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("pp", "micro_batches"), [(2, 4), (4, 4), (4, 8), (8, 3)])
 def test_in_flight_counts(pp: int, micro_batches: int) -> None:
-    """1F1B keeps min(m, p - i) micro-batches on stage i; GPipe keeps all."""
+    """1F1B keeps min(m, p - i) micro-batches on stage i; GPipe all; ZB-H1 min(m, p) on every stage."""
     one = build_table(Schedule.ONE_F_ONE_B, pp, 1, micro_batches)
     assert [peak_in_flight(row)[i] for i, row in enumerate(one)] == [
         min(micro_batches, pp - i) for i in range(pp)
     ]
     gpipe = build_table(Schedule.GPIPE, pp, 1, micro_batches)
     assert [peak_in_flight(row)[i] for i, row in enumerate(gpipe)] == [micro_batches] * pp
+    late = build_table(Schedule.ZB_H1, pp, 1, micro_batches)
+    assert [peak_in_flight(row)[i] for i, row in enumerate(late)] == [min(micro_batches, pp)] * pp
+
+
+@pytest.mark.parametrize("pp", [2, 3, 4, 8])
+@pytest.mark.parametrize(("schedule", "more"), [(Schedule.ZBV, 0), (Schedule.DUALPIPEV, 1)])
+def test_in_flight_counts_of_a_v(schedule: Schedule, more: int, pp: int) -> None:
+    """Both keep 2 p - r and r + 1 on a rank's stages, together 2 p (zbv) or 2 p + 1 (DualPipe's PP + 1)."""
+    table = build_table(schedule, pp, 2, 2 * pp + 2)
+    for rank, row in enumerate(table):
+        assert peak_in_flight(row) == {rank: 2 * pp - rank, 2 * pp - 1 - rank: rank + 1}
+        assert max(sum(alive.values()) for alive in table.in_flight(rank)) == 2 * pp + more
 
 
 @pytest.mark.parametrize(("schedule", "pp", "chunks", "micro_batches"), SHAPES)
-def test_even_stages_give_the_closed_form(
+def test_fullest_moments_hold_every_peak(
     schedule: Schedule, pp: int, chunks: int, micro_batches: int
 ) -> None:
-    """Even stages take m + p - 1 slots (GPipe, 1F1B), or m v + p - 1 slots of a chunk (interleaved)."""
+    """The in-flight vectors have each stage's peak, and no moment of a row exceeds all of them."""
     table = build_table(schedule, pp, chunks, micro_batches)
-    step_s = replay(table, [cost(1.0, 2.0)] * (pp * chunks), 0.0, None, 1).step_time_s
-    assert step_s == pytest.approx(3.0 * (micro_batches * chunks + pp - 1))
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_replay_is_the_longest_path(seed: int) -> None:
-    """The replay equals the longest path of the graph of actions, built and solved by networkx."""
-    import random
-
-    draw = random.Random(seed)
-    schedule = draw.choice(list(Schedule))
-    pp = draw.randint(2, 5)
-    chunks = draw.randint(2, 3) if schedule is Schedule.INTERLEAVED else 1
-    micro_batches = pp * draw.randint(1, 3)
-    costs = [cost(draw.uniform(0.1, 2), draw.uniform(0.1, 4)) for _ in range(pp * chunks)]
-    hop_s = draw.choice([0.0, 0.3])
-    table = build_table(schedule, pp, chunks, micro_batches)
-    graph = networkx.DiGraph()
-
-    def seconds(action: Action) -> float:
-        stage = costs[action.stage]
-        return (stage.forward if action.kind is ActionKind.FORWARD else stage.backward).total_s
-
-    for row in table:
+    for rank, row in enumerate(table):
+        vectors = table.in_flight(rank)
+        peaks = {stage: max(v[stage] for v in vectors) for stage in table.stages_of(rank)}
+        assert peaks == peak_in_flight(row)
+        alive = dict.fromkeys(peaks, 0)
         for action in row:
-            graph.add_edge(("start", action), ("end", action), weight=seconds(action))
-        for before, after in itertools.pairwise(row):
-            graph.add_edge(("end", before), ("start", after), weight=0.0)
-    for stage in range(pp * chunks - 1):
-        for mb in range(micro_batches):
-            down = [Action(s, ActionKind.FORWARD, mb) for s in (stage, stage + 1)]
-            up = [Action(s, ActionKind.BACKWARD, mb) for s in (stage + 1, stage)]
-            for sender, receiver in (down, up):
-                graph.add_edge(("end", sender), ("start", receiver), weight=hop_s)
-    longest = networkx.dag_longest_path_length(graph)
-    assert replay(table, costs, hop_s, None, 1).step_time_s == pytest.approx(longest)
+            alive[action.stage] += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
+            assert any(all(v[stage] >= count for stage, count in alive.items()) for v in vectors)
 
 
-def test_shared_cores_conserve_work() -> None:
-    """On shared cores the step takes at least the work over the cores, at most the work one by one."""
-    table = build_table(Schedule.ONE_F_ONE_B, 4, 1, 4)
-    costs = [cost(1.0, 2.0)] * 4
-    work_s = 4 * 4 * 3.0
-    alone = replay(table, costs, 0.0, None, 1).step_time_s
-    shared = replay(table, costs, 0.0, Sharing([], 2), 1).step_time_s
-    assert max(alone, work_s / 2) <= shared * (1 + 1e-12)
-    assert shared <= work_s
-    plenty = replay(table, costs, 0.0, Sharing([], 4), 1).step_time_s
-    assert plenty == pytest.approx(alone)
+def test_pairs_print_as_one_and_parse_back() -> None:
+    """An overlapped forward and backward are two actions and one text, as torch writes it."""
+    rows = (("0F0", "0F1", "(0F2;0B0)OVERLAP_F_B", "0B1", "0I2", "0W2"),)
+    table = parse_table(rows)
+    assert [str(action) for action in table[0]] == ["0F0", "0F1", "0F2", "0B0", "0B1", "0I2", "0W2"]
+    assert [action.paired for action in table[0]] == [False, False, True] + [False] * 4
+    assert print_table(table) == rows
+    assert table != parse_table((("0F0", "0F1", "0F2", "0B0", "0B1", "0I2", "0W2"),))
+    assert table_faults(table, 1, 3) == []
 
 
-def test_shared_cores_slow_work_not_messages() -> None:
-    """Two ranks on one core take twice the work and once the messages."""
-    table = build_table(Schedule.ONE_F_ONE_B, 1, 1, 3)
-    step_s = replay(table, [cost(1.0, 2.0, 0.5)], 0.0, Sharing([], 1), 2).step_time_s
-    assert step_s == pytest.approx(3 * (2 * 3.0 + 2 * 0.5))
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ([(0, F, 0), (0, W, 0), (0, INPUT, 0)], "out of order"),
+        ([(0, F, 0), (0, B, 0), (0, W, 0)], "out of order"),
+        ([(0, F, 0), (0, INPUT, 0)], "without forward and backward: 0/0"),
+        ([(0, INPUT, 0), (0, F, 0), (0, W, 0)], "out of order"),
+        ([(0, F, 0), (0, F, 0), (0, B, 0)], "repeated"),
+        ([(0, F, 0, True), (0, INPUT, 0), (0, W, 0)], "paired with no backward"),
+        ([(0, F, 0), (0, B, 0), (1, F, 0), (1, B, 0)], "does not hold that stage"),
+    ],
+)
+def test_faults_of_custom_tables(row: list[tuple[int, ActionKind, int]], fault: str) -> None:
+    """Split backwards need their I before their W, pairs their backward, stages their place."""
+    table = Table.of([tuple(Action(*action) for action in row)])
+    assert any(fault in found for found in table_faults(table, 1, 1))
 
 
-def test_slowdown_is_interpolated_and_extended() -> None:
-    """Measured points hold exactly; between them it is linear, beyond them proportional."""
-    sharing = Sharing([(1, 1.0), (2, 1.1), (4, 2.3)], 2)
-    assert [sharing.slowdown(n) for n in (1, 2, 4)] == [1.0, 1.1, 2.3]
-    assert sharing.slowdown(3) == pytest.approx(1.7)
-    assert sharing.slowdown(8) == pytest.approx(4.6)
-    assert sharing.best_throughput(4) == pytest.approx(2 / 1.1)
+def test_a_stage_may_be_on_any_rank_but_on_one() -> None:
+    """Custom tables place stages freely; without a given placement only a stage in two rows is at fault."""
+    turned = parse_table((("1F0", "1B0"), ("0F0", "0B0")))
+    assert table_faults(turned, 2, 1) == []
+    assert table_faults(turned, 2, 1, Degrees(pp=2).pp_rank_of_stage)
+    torn = parse_table((("0F0",), ("0B0",)))
+    assert any("does not hold" in fault for fault in table_faults(torn, 1, 1))
 
 
-def test_a_table_that_waits_for_itself_is_refused() -> None:
-    """A backward before its forward on the next stage never becomes ready."""
-    table = (
-        (Action(0, ActionKind.FORWARD, 0), Action(0, ActionKind.BACKWARD, 0)),
-        (Action(1, ActionKind.BACKWARD, 0), Action(1, ActionKind.FORWARD, 0)),
-    )
-    assert table_faults(table, 2, 1)
-    broken = ((Action(0, ActionKind.BACKWARD, 0), Action(0, ActionKind.FORWARD, 0)), table[1][::-1])
-    with pytest.raises(ValueError, match="waits for itself"):
-        replay(broken, [cost(1, 1)] * 2, 0.0, None, 1)
+@pytest.mark.parametrize(
+    ("schedule", "chunks", "micro_batches"),
+    [
+        (Schedule.ONE_F_ONE_B, 2, 4),
+        (Schedule.ZBV, 1, 4),
+        (Schedule.DUALPIPEV, 2, 7),
+        (Schedule.INTERLEAVED, 2, 6),
+        (Schedule.GPIPE, 1, 0),
+    ],
+)
+def test_shapes_that_a_schedule_does_not_have(schedule: Schedule, chunks: int, micro_batches: int) -> None:
+    with pytest.raises(ValueError, match=r"chunks|stages|micro-batches"):
+        build_table(schedule, 4, chunks, micro_batches)
 
 
-@pytest.mark.parametrize("text", ["", "F0", "1X2", "1F", "-1F0", "1F0 ", "9999999F0"])
+@pytest.mark.parametrize("text", ["", "F0", "1X2", "1F", "-1F0", "1F0 ", "9999999F0", "(0F0;0B0)", "1W"])
 def test_wrong_actions_are_refused(text: str) -> None:
     """Anything but stage, kind, micro-batch is refused with an example."""
     with pytest.raises(InputError, match="2F0"):

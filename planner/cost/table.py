@@ -1,0 +1,163 @@
+"""A schedule's table: for every pipeline rank, its actions in order.
+
+A step of 64 stages and 512 micro-batches has 65,536 actions, so a table keeps each as one number,
+
+    code = ((5 stage + kind) micro_batches + micro_batch),   kinds F B I W and a paired F,
+
+and makes Actions of a row only when the row is asked for. `code // micro_batches` is the action's cell:
+what it costs depends on nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from planner.cost.action import Action, ActionKind, Row, parse_row
+
+if TYPE_CHECKING:
+    from planner.cost.longest_path import ActionOrder
+
+KINDS = (
+    ActionKind.FORWARD,
+    ActionKind.BACKWARD,
+    ActionKind.INPUT_GRAD,
+    ActionKind.WEIGHT_GRAD,
+    ActionKind.FORWARD,
+)
+"""The kinds by number; the last is a forward that is paired with the backward after it."""
+PAIRED = len(KINDS) - 1
+_CHANGES = tuple(kind.alive_change for kind in KINDS)
+
+
+def cell(stage: int, kind: ActionKind, *, paired: bool = False) -> int:
+    """The number of a stage's actions of one kind."""
+    return len(KINDS) * stage + (PAIRED if paired else KINDS.index(kind))
+
+
+class Table:
+    """Rows of actions, one a pipeline rank. Equal where all actions are; never changed once made.
+
+    `order` is found when it is first asked for.
+    """
+
+    __slots__ = ("_order", "codes", "num_micro_batches", "stages")
+
+    def __init__(self, codes: Iterable[Sequence[int]], num_micro_batches: int) -> None:
+        self.codes = tuple(codes)
+        self.num_micro_batches = num_micro_batches
+        last = max((max(row) for row in self.codes if row), default=-1)
+        self.stages = last // (num_micro_batches * len(KINDS)) + 1
+        self._order: ActionOrder | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Table:
+        """The table of given rows."""
+        m = 1 + max((action.micro_batch for row in rows for action in row), default=0)
+        return cls(
+            [[cell(a.stage, a.kind, paired=a.paired) * m + a.micro_batch for a in row] for row in rows], m
+        )
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, rank: int) -> Row:
+        m, kinds = self.num_micro_batches, len(KINDS)
+        return tuple(
+            Action(code // m // kinds, KINDS[code // m % kinds], code % m, code // m % kinds == PAIRED)
+            for code in self.codes[rank]
+        )
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[rank] for rank in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Table) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash((len(self), self.stages, self.num_micro_batches))
+
+    @property
+    def order(self) -> ActionOrder:
+        """The order in which its actions can run. Raises ValueError where the table waits for itself."""
+        if self._order is None:
+            from planner.cost.longest_path import order_actions
+
+            self._order = order_actions(self)
+        return self._order
+
+    @property
+    def actions(self) -> int:
+        """How many actions there are."""
+        return sum(len(row) for row in self.codes)
+
+    def counts(self, rank: int) -> dict[tuple[int, ActionKind], int]:
+        """How many actions of each stage and kind a rank runs, in the order in which they first come."""
+        m, kinds = self.num_micro_batches, len(KINDS)
+        found: Counter[tuple[int, ActionKind]] = Counter()
+        for number, times in Counter([code // m for code in self.codes[rank]]).items():
+            found[number // kinds, KINDS[number % kinds]] += times
+        return found
+
+    def stages_of(self, rank: int) -> list[int]:
+        """The stages that a rank holds, in layer order."""
+        return sorted({stage for stage, _ in self.counts(rank)})
+
+    def in_flight(self, rank: int) -> list[dict[int, int]]:
+        """Counts of live micro-batches by stage at each local maximum of a row, dominated ones left out.
+
+        A micro-batch is alive from its forward to its backward, or to its weight gradients where the
+        backward is split: W needs the inputs that the forward kept.
+        """
+        m, kinds = self.num_micro_batches, len(KINDS)
+        cells = [code // m for code in self.codes[rank]]
+        stages = sorted({number // kinds for number in set(cells)})
+        if len(stages) == 1:
+            return [{stages[0]: max(accumulate([_CHANGES[number % kinds] for number in cells]))}]
+        places = {number: (stages.index(number // kinds), _CHANGES[number % kinds]) for number in set(cells)}
+        maxima = _maxima([places[number] for number in cells], len(stages))
+        return [dict(zip(stages, counts, strict=True)) for counts in maxima]
+
+
+def _maxima(changes: list[tuple[int, int]], stages: int) -> list[tuple[int, ...]]:
+    """The counts of `stages` stages wherever one falls that had risen, dominated ones left out."""
+    alive = [0] * stages
+    peaks: set[tuple[int, ...]] = set()
+    rising = False
+    for place, change in changes:
+        if change < 0 and rising:
+            peaks.add(tuple(alive))
+        rising = change > 0 or (rising and change == 0)
+        alive[place] += change
+    return [p for p in sorted(peaks) if not any(q != p and _dominates(q, p) for q in peaks)]
+
+
+def _dominates(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    return all(x >= y for x, y in zip(a, b, strict=True))
+
+
+def parse_table(rows: tuple[tuple[str, ...], ...]) -> Table:
+    """The table whose actions print as `rows`. Raises InputError on text that is no action."""
+    return Table.of([parse_row(row) for row in rows])
+
+
+def print_table(table: Table) -> tuple[tuple[str, ...], ...]:
+    """The table as text, one tuple a pipeline rank."""
+    return tuple(_print_row(row, table.num_micro_batches) for row in table.codes)
+
+
+def _print_row(codes: Sequence[int], num_micro_batches: int) -> tuple[str, ...]:
+    texts: list[str] = []
+    first = ""
+    for code in codes:
+        number, micro_batch = divmod(code, num_micro_batches)
+        stage, kind = divmod(number, len(KINDS))
+        text = f"{stage}{KINDS[kind].value}{micro_batch}"
+        if kind == PAIRED:
+            first = text
+            continue
+        texts.append(f"({first};{text})OVERLAP_F_B" if first else text)
+        first = ""
+    return tuple(texts)
