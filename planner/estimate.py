@@ -45,7 +45,8 @@ class MemoryBreakdown:
     """Bytes of one device by tenant, at the worst moment of a step. The sum is the peak.
 
     `transient_bytes` is what lives for a moment (logits, gathered weights, communication buffers);
-    `runtime_bytes` is what the device's context and communicators take.
+    `runtime_bytes` is what the device's context and communicators take; `allocator_bytes` what a caching
+    allocator holds without a tensor in it.
     """
 
     weights_bytes: int = 0
@@ -54,6 +55,12 @@ class MemoryBreakdown:
     activations_bytes: int = 0
     transient_bytes: int = 0
     runtime_bytes: int = 0
+    allocator_bytes: int = 0
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What tensors take."""
+        return self.total_bytes - self.runtime_bytes - self.allocator_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -96,11 +103,39 @@ class StageEstimate:
 
 
 @noun
+class MomentMemory:
+    """What one device holds at a moment of a run, and what its node holds in host memory."""
+
+    moment: str
+    device_bytes: int
+    host_bytes: int
+
+
+@noun
+class MemoryFigures:
+    """The peak of the fullest device as three observers see it, and the moments it is made of.
+
+    `allocated_bytes` are tensors, `reserved_bytes` what the allocator took for them, `device_bytes` what the
+    driver shows: context and communicators besides. `worst` names the moment of the largest, and
+    `host_bytes` is the most that a node needs in host memory.
+    """
+
+    allocated_bytes: int
+    reserved_bytes: int
+    device_bytes: int
+    host_bytes: int
+    worst: str
+    moments: tuple[MomentMemory, ...]
+
+
+@noun
 class Estimate:
     """The answer of the cost model for one strategy.
 
-    `peak_memory_bytes` is that of the fullest device. `days` and `cost_usd` are None where tokens or a
-    price are unknown; `mfu` is None where the device's peak is unknown.
+    `peak_memory_bytes` is that of the fullest device, as compared with the limit: what the allocator
+    reserves, and communicators; the driver's context lies outside the limit. `memory` says more of it.
+    `days` and `cost_usd` are None where tokens or a price are unknown; `mfu` is None where the device's
+    peak is unknown.
     """
 
     step_time_s: float
@@ -114,6 +149,7 @@ class Estimate:
     memory_limit_bytes: int
     verdict: Verdict
     coverage: Coverage
+    memory: MemoryFigures | None = None
 
 
 @noun

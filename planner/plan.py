@@ -105,6 +105,7 @@ class _MemoryDocument:
     transient_bytes: int
     runtime_bytes: int
     total_bytes: int
+    allocator_bytes: int = 0
 
 
 @noun

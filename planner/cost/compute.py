@@ -14,8 +14,10 @@ import statistics
 from collections.abc import Sequence
 from itertools import accumulate
 
+from planner.cost.activations import engine_bytes
 from planner.cost.analytic import analytic_cost, device_rates
 from planner.cost.layer import LayerCost, LayerShape
+from planner.cost.memory_constants import memory_constants
 from planner.cost.physics import physics_of
 from planner.problem import PlanningProblem
 from planner.profile import LayerSample, shape_key
@@ -34,7 +36,8 @@ class LayerModel:
         self.problem = problem
         self.samples = at_usual_speed(problem.profile.layers) if problem.profile else []
         self.rates = device_rates(problem)
-        self.physics = physics_of(problem.profile, problem.stack)
+        self.physics = physics_of(problem.profile, problem.stack, problem.cluster.groups[0].device.name)
+        self.memory = memory_constants(problem)
         model = problem.model
         self.classes, self.params_total = model.classes(), model.params_total
         self.stream_width = model.stream_width
@@ -62,7 +65,7 @@ class LayerModel:
         analytic = analytic_cost(self.problem.model, shape, self.rates)
         near = min((s for s in like if s.shape_key == key), key=lambda s: _distance(s, shape), default=None)
         if near is None:
-            return analytic
+            return engine_bytes(analytic, self.problem.model, shape, self.problem.stack, self.memory)
         reference = analytic_cost(self.problem.model, _shape_of(near, shape.block), self.rates)
         return _scaled(analytic, near, reference)
 

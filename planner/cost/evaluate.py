@@ -5,23 +5,25 @@ The step time is the replay of the strategy's own action table; the memory is th
 
 from __future__ import annotations
 
-from collections import Counter
+from typing import NamedTuple
 
 from planner.codec import noun
 from planner.cost import constants
 from planner.cost.comm import CommModel
 from planner.cost.compute import ORIGINS, LayerModel
-from planner.cost.memory import in_flight_vectors, rank_memory
-from planner.cost.schedule import ActionKind, Table, build_table
-from planner.cost.simulate import Replay, replay, sharing_of
+from planner.cost.lifecycle import memory_figures
+from planner.cost.memory import rank_memory
+from planner.cost.schedule import Table, build_table
+from planner.cost.simulate import Replay, kind_passes, replay, sharing_of
 from planner.cost.stage import ShapeModel, StageCost
+from planner.cost.verdict import band, memory_band, verdict
 from planner.estimate import (
     Coverage,
     Estimate,
     MemoryBreakdown,
+    MemoryFigures,
     StageEstimate,
     TimeBreakdown,
-    Verdict,
 )
 from planner.problem import PlanningProblem
 from planner.strategy import Degrees, Strategy
@@ -71,13 +73,15 @@ class CostModel:
         table = build_table(degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches)
         costs = self.stage_costs(shape, strategy)
         replayed = self.replay(shape, table, costs)
-        memory, peak_bytes = stage_memory(shape, table, costs)
+        ranks = memory_of_ranks(shape, table, costs)
+        memory, fullest = _by_stage(ranks), max(ranks, key=lambda rank: rank.peak_bytes)
+        figures = memory_figures(shape, fullest.held, fullest.parts)
         free_s = self.replay(shape, table, costs, messages=False).step_time_s if degrees.pp > 1 else 0.0
         hops_s = replayed.step_time_s - free_s if degrees.pp > 1 else 0.0
         breakdown = time_breakdown(replayed, table, costs, hops_s)
         return Evaluation(
             strategy=strategy,
-            estimate=self._estimate(replayed, breakdown, peak_bytes, self.coverage(shape)),
+            estimate=self._estimate(replayed, breakdown, fullest.peak_bytes, figures, self.coverage(shape)),
             stages=tuple(
                 StageEstimate(
                     memory=memory[index],
@@ -103,6 +107,7 @@ class CostModel:
         replayed: Replay,
         breakdown: TimeBreakdown,
         peak_bytes: int,
+        memory: MemoryFigures,
         coverage: Coverage,
     ) -> Estimate:
         workload, cluster = self.problem.workload, self.problem.cluster
@@ -121,8 +126,9 @@ class CostModel:
             breakdown=breakdown,
             peak_memory_bytes=peak_bytes,
             memory_limit_bytes=self.problem.memory_limit_bytes,
-            verdict=verdict(peak_bytes, self.problem.memory_limit_bytes, coverage),
+            verdict=verdict(peak_bytes, self.problem.memory_limit_bytes, memory_band(self.problem, coverage)),
             coverage=coverage,
+            memory=memory,
         )
 
     def _mfu(self, tokens_per_s: float) -> float | None:
@@ -136,31 +142,49 @@ class CostModel:
         return float(flops / total)
 
 
-def band(errors: dict[str, float], coverage: Coverage) -> float:
-    """The error of a mixture of origins: their errors weighted by share."""
-    return float(sum(errors[origin] * getattr(coverage, origin) for origin in ORIGINS))
+class RankMemory(NamedTuple):
+    """The stages that a pipeline rank holds, and their tenants."""
+
+    held: dict[int, StageCost]
+    parts: dict[int, MemoryBreakdown]
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(part.total_bytes for part in self.parts.values())
 
 
-def verdict(peak_bytes: int, limit_bytes: int, coverage: Coverage) -> Verdict:
-    """SAFE where even the upper end of the error band fits, NO where even the lower end does not."""
-    error = band(constants.MEMORY_ERROR, coverage)
-    if peak_bytes * (1 + error) <= limit_bytes:
-        return Verdict.SAFE
-    return Verdict.RISKY if peak_bytes * (1 - error) <= limit_bytes else Verdict.NO
+def memory_of_ranks(shape: ShapeModel, table: Table, costs: tuple[StageCost, ...]) -> list[RankMemory]:
+    """Memory of every pipeline rank."""
+    ranks = []
+    for rank in range(len(table)):
+        held = {stage: costs[stage] for stage in table.stages_of(rank)}
+        ranks.append(RankMemory(held, rank_memory(shape, table.in_flight(rank), held)))
+    return ranks
 
 
 def stage_memory(
     shape: ShapeModel, table: Table, costs: tuple[StageCost, ...]
 ) -> tuple[list[MemoryBreakdown], int]:
     """Memory of every stage on each of its devices, and the peak of the fullest rank."""
-    memory: dict[int, MemoryBreakdown] = {}
-    peak_bytes = 0
-    for row in table:
-        held = {action.stage: costs[action.stage] for action in row}
-        parts = rank_memory(shape, in_flight_vectors(row), held)
-        memory.update(parts)
-        peak_bytes = max(peak_bytes, sum(part.total_bytes for part in parts.values()))
-    return [memory[index] for index in range(len(costs))], peak_bytes
+    ranks = memory_of_ranks(shape, table, costs)
+    return _by_stage(ranks), max(rank.peak_bytes for rank in ranks)
+
+
+def _by_stage(ranks: list[RankMemory]) -> list[MemoryBreakdown]:
+    memory = {index: part for rank in ranks for index, part in rank.parts.items()}
+    return [memory[index] for index in range(len(memory))]
+
+
+def predicted_memory_bytes(evaluation: Evaluation, kind: str) -> int:
+    """The predicted peak of a kind: allocated, reserved, or device, which is the driver's."""
+    figures = evaluation.estimate.memory
+    assert figures is not None, "every evaluation has them"
+    known = {
+        "allocated": figures.allocated_bytes,
+        "reserved": figures.reserved_bytes,
+        "device": figures.device_bytes,
+    }
+    return known[kind]
 
 
 def time_breakdown(
@@ -182,8 +206,8 @@ def time_breakdown(
 def _busy(rank: int, replayed: Replay, table: Table, costs: tuple[StageCost, ...]) -> TimeBreakdown:
     total = TimeBreakdown()
     stretch = replayed.stretch[rank]
-    for (stage, kind), times in Counter((action.stage, action.kind) for action in table[rank]).items():
-        passing = costs[stage].forward if kind is ActionKind.FORWARD else costs[stage].backward
+    for (stage, kind), times in table.counts(rank).items():
+        passing = kind_passes(costs[stage])[kind]
         total += TimeBreakdown(
             compute_s=passing.compute_s * stretch * times,
             recompute_s=passing.recompute_s * stretch * times,
@@ -191,9 +215,5 @@ def _busy(rank: int, replayed: Replay, table: Table, costs: tuple[StageCost, ...
             tp_comm_s=passing.tp_s * times,
             dp_comm_s=passing.dp_s * times,
         )
-    for event in replayed.events:
-        if event.rank == rank and event.kind in ("unshard", "reduce"):
-            total += TimeBreakdown(dp_comm_s=event.duration_s)
-        if event.rank == rank and event.kind == "optimizer":
-            total += TimeBreakdown(optimizer_s=event.duration_s)
-    return total
+    messages_s = replayed.unshard_s[rank] + replayed.reduce_s[rank]
+    return total + TimeBreakdown(dp_comm_s=messages_s, optimizer_s=replayed.optimizer_s[rank])

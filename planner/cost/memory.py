@@ -1,68 +1,49 @@
 """Bytes of one device at its worst moment of a step, by tenant.
 
-For a stage with P parameters on this device (after tensor parallelism), n shards, c compute bytes:
-
-    tenant     ZeRO 0        ZeRO 1            ZeRO 2            ZeRO 3
-    weights    4P + cP*      4P/n + cP         4P/n + cP         4P/n
-    grads      4P            4P**              4P/n              4P/n
-    optimizer  sP            sP/n              sP/n              sP/n
-
-s is the optimizer's state per parameter (8 for AdamW); masters, gradients and state are fp32. (*) The copy
-that replication keeps; one device in fp32 needs none. (**) With one micro-batch, gradients of ZeRO 1 are
-reduced unit by unit and 4P/n stays. Source: ZeRO (arXiv 1910.02054), adapted to what FSDP2 keeps.
-
-Activations: the worst weighted count of micro-batches in flight, over the row of the schedule.
-Transient: the largest pass in flight, and one unit's gathered weights and gradient buffers.
+States (weights, gradients, optimizer) are planner.cost.states', moments planner.cost.moments'. Activations:
+the worst weighted count of micro-batches in flight, over the row of the schedule. Transient: what the worst
+moment holds besides. Allocator: what it reserves beyond tensors, pools and a slack (reserved_bytes).
+Runtime: communicators. The driver's own context lies outside the memory that a program can allocate.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
+from planner.cost.moments import peak_bytes, reserved_bytes, resident
 from planner.cost.schedule import ActionKind, Row
 from planner.cost.stage import ShapeModel, StageCost
 from planner.estimate import MemoryBreakdown
-from planner.strategy import Zero
 
 
-def weights_bytes(shape: ShapeModel, params: float) -> float:
+def weights_bytes(shape: ShapeModel, params: float, end_params: float = 0.0) -> float:
     """Bytes that parameters take all through forward and backward."""
-    degrees, size = shape.degrees, shape.problem.workload.precision.compute_bytes
-    match degrees.zero:
-        case Zero.NONE:
-            return (4 + (size if size < 4 or degrees.dp > 1 else 0)) * params
-        case Zero.OPTIMIZER | Zero.GRADIENTS:
-            return 4 * params / degrees.dp_shard + size * params
-        case Zero.PARAMETERS:
-            return 4 * params / degrees.dp_shard
+    return shape.states.of(params, end_params).weights
 
 
-def grads_bytes(shape: ShapeModel, params: float) -> float:
+def grads_bytes(shape: ShapeModel, params: float, end_params: float = 0.0) -> float:
     """Bytes that gradients take at the end of the backward pass."""
-    degrees = shape.degrees
-    whole = degrees.zero is Zero.NONE or (degrees.zero is Zero.OPTIMIZER and degrees.num_micro_batches > 1)
-    return 4 * params if whole else 4 * params / degrees.dp_shard
+    return shape.states.of(params, end_params).grads
 
 
-def optimizer_bytes(shape: ShapeModel, params: float) -> float:
-    """Bytes of the optimizer's state."""
-    return shape.problem.workload.optimizer.state_bytes * params / shape.degrees.dp_shard
+def optimizer_bytes(shape: ShapeModel, params: float, end_params: float = 0.0) -> float:
+    """Bytes of the optimizer's state, and of masters that are not the weights themselves."""
+    return shape.states.of(params, end_params).optimizer
 
 
-def unit_buffer_bytes(shape: ShapeModel, stage: StageCost) -> float:
-    """One unit's gathered weights (ZeRO 3) and the two ends of its gradient reduction."""
-    degrees, size = shape.degrees, shape.problem.workload.precision.compute_bytes
-    if degrees.dp == 1:
-        return 0.0
-    reduce = 4 * stage.largest_unit_params * (1 + 1 / degrees.dp_shard)
-    gathered = 2 * size * stage.largest_unit_params if degrees.zero is Zero.PARAMETERS else 0.0
-    return reduce + gathered
+def resident_bytes(shape: ShapeModel, stage: StageCost) -> float:
+    """Weights, gradients and optimizer state of a stage."""
+    return resident(shape, stage).total
 
 
-def transient_bytes(shape: ShapeModel, stage: StageCost) -> float:
-    """What lives for a moment while the stage runs a pass."""
-    passing = max(stage.forward_transient_bytes, stage.backward_transient_bytes)
-    return passing + unit_buffer_bytes(shape, stage)
+def transient_bytes(shape: ShapeModel, stage: StageCost, alive: float) -> float:
+    """What is reserved at worst beyond states and `alive` micro-batches' activations, before the slack.
+
+    Below 0 where not all of them exist at that moment.
+    """
+    kept = resident_bytes(shape, stage) + alive * stage.saved_bytes
+    return reserved_bytes(shape, stage, alive) - kept
 
 
 def in_flight_vectors(row: Row) -> list[dict[int, int]]:
@@ -94,15 +75,32 @@ def rank_memory(
     counted once, with the stage that has the larger transient.
     """
     worst = max(vectors, key=lambda v: sum(count * held[s].saved_bytes for s, count in v.items()))
-    widest = max(held, key=lambda s: transient_bytes(shape, held[s]))
-    return {
+    return _divided(shape, worst, held)
+
+
+def _divided(
+    shape: ShapeModel, alive: dict[int, int], held: dict[int, StageCost]
+) -> dict[int, MemoryBreakdown]:
+    """The rank's tenants by stage, `alive` micro-batches of each being in flight."""
+    kept = {index: resident(shape, stage) for index, stage in held.items()}
+    beyond = {index: transient_bytes(shape, stage, alive.get(index, 0)) for index, stage in held.items()}
+    widest = max(held, key=lambda index: beyond[index])
+    reserved = beyond[widest] + sum(
+        kept[index].total + alive.get(index, 0) * stage.saved_bytes for index, stage in held.items()
+    )
+    live = alive.get(widest, 0)
+    pools = reserved_bytes(shape, held[widest], live) - peak_bytes(shape, held[widest], live)
+    transient = beyond[widest] - pools  # below 0: gradients that do not exist yet at the worst moment
+    parts = {
         index: MemoryBreakdown(
-            weights_bytes=round(weights_bytes(shape, stage.params)),
-            grads_bytes=round(grads_bytes(shape, stage.params)),
-            optimizer_bytes=round(optimizer_bytes(shape, stage.params)),
-            activations_bytes=round(worst.get(index, 0) * stage.saved_bytes),
-            transient_bytes=round(transient_bytes(shape, stage)) if index == widest else 0,
-            runtime_bytes=shape.runtime_bytes if index == widest else 0,
+            weights_bytes=round(kept[index].weights),
+            grads_bytes=round(kept[index].grads + (min(transient, 0.0) if index == widest else 0.0)),
+            optimizer_bytes=round(kept[index].optimizer),
+            activations_bytes=round(alive.get(index, 0) * stage.saved_bytes),
+            transient_bytes=round(max(transient, 0.0)) if index == widest else 0,
         )
         for index, stage in held.items()
     }
+    allocator = round(pools + (shape.memory.allocator_slack - 1) * reserved)
+    runtime = dataclasses.replace(parts[widest], allocator_bytes=allocator, runtime_bytes=shape.runtime_bytes)
+    return {**parts, widest: runtime}

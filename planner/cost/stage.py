@@ -14,9 +14,12 @@ from planner.cost import constants
 from planner.cost.comm import CommCost, CommModel, Group
 from planner.cost.compute import LayerModel
 from planner.cost.layer import LayerCost, LayerShape
+from planner.cost.memory_constants import process_groups
+from planner.cost.states import states_of
 from planner.model import Layer
 from planner.problem import PlanningProblem
 from planner.profile import LayerKind, Op
+from planner.stack import Engine
 from planner.strategy import Degrees, Recompute, Stage, Zero
 from planner.traced import TracedLayer
 
@@ -70,7 +73,8 @@ class StageCost:
 
     `unshard_s` comes before the first forward of a step, `reduce_s` after the last backward,
     `optimizer_s` after the reduction of all stages. `params` are those of one device's shard by tensor
-    parallelism, before any sharding over data ranks. `saved_bytes` are kept for each micro-batch.
+    parallelism, before any sharding over data ranks; `end_params` those of embedding and head among them.
+    `saved_bytes` are kept for each micro-batch; `block_saved_bytes` of them by blocks.
     """
 
     forward: Pass
@@ -83,6 +87,12 @@ class StageCost:
     saved_bytes: float
     forward_transient_bytes: float
     backward_transient_bytes: float
+    blocks: int = 0
+    end_params: float = 0.0
+    largest_block_params: float = 0.0
+    block_saved_bytes: float = 0.0
+    block_transient_bytes: float = 0.0
+    holds_head: bool = False
 
 
 @noun
@@ -92,6 +102,10 @@ class Unit:
     params: float
     tensors: int
 
+
+STOPS_EARLY = (Engine.NATIVE, Engine.TORCHTITAN)
+"""Engines that recompute by torch.utils.checkpoint. Megatron-LM runs a block's whole forward again, or of its
+selective kind only the core of attention, which sends nothing (arXiv 2205.05198)."""
 
 Chosen = tuple[tuple[str, Recompute], int]
 """Blocks of one class with one option, and how many there are."""
@@ -110,10 +124,11 @@ class ShapeModel:
     ) -> None:
         self.problem, self.degrees, self.slow = problem, degrees, slow
         self.layer_model, self.comm_model = layers, comms
-        self.physics = layers.physics
+        self.physics, self.memory = layers.physics, layers.memory
+        self.states = states_of(problem, degrees)
         self.overlaps = problem.cluster.groups[0].slots_per_node is None
         communicates = self.overlaps and degrees.world > 1
-        self.runtime_bytes = constants.COMMUNICATOR_BYTES if communicates else 0
+        self.runtime_bytes = round(self.memory.communicator_bytes * process_groups(degrees) * communicates)
         model, tp = problem.model, degrees.tp
         self.classes = layers.classes
         self.block_units = {
@@ -176,9 +191,14 @@ class ShapeModel:
         times = _sublayers(self.classes[key])
         sp = self.degrees.sequence_parallel
         once = times * (gather + scatter if sp else reduce)
-        # Recomputing stops at the last result that is needed, so the last reduction is spared.
+        # PyTorch's recomputing stops at the last result that is needed, which spares the last reduction.
         inner = times * gather + (times - 1) * scatter if sp else (times - 1) * reduce
-        again = {Recompute.NONE: 0.0, Recompute.SELECTIVE: inner, Recompute.FULL: inner}
+        early = self.problem.stack.engine in STOPS_EARLY
+        again = {
+            Recompute.NONE: 0.0,
+            Recompute.SELECTIVE: inner if early else 0.0,
+            Recompute.FULL: inner if early else once,
+        }
         extra_s = max(cost.backward_s - plain.backward_s, 0.0)
         forward = Pass(compute_s=cost.forward_s, tp_s=once)
         backward = Pass(compute_s=cost.backward_s - extra_s, recompute_s=extra_s, tp_s=once + again[option])
@@ -204,6 +224,11 @@ class ShapeModel:
     def _with_data_parallel(self, forward: Pass, backward: Pass, unit: Unit) -> tuple[Pass, Pass]:
         """Adds the wrapper, gradient accumulation, and what ZeRO 2 and 3 send in every micro-batch."""
         backward += Pass(host_s=self._accumulate_s(unit))
+        gather_s, reduce_s = self._copies_s(unit)
+        if self.degrees.zero is Zero.PARAMETERS:
+            forward, backward = forward + Pass(compute_s=gather_s), backward + Pass(compute_s=gather_s)
+        if self.degrees.zero in (Zero.GRADIENTS, Zero.PARAMETERS):
+            backward += Pass(compute_s=reduce_s)
         if self.degrees.dp == 1:
             return forward, backward
         forward += Pass(host_s=self._constant(f"{self.wrapper}_unit_forward_s"))
@@ -215,6 +240,22 @@ class ShapeModel:
         elif zero is Zero.GRADIENTS:
             backward = self._exposed(backward, self.reduces[unit])
         return forward, backward
+
+    def _copies_s(self, unit: Unit) -> tuple[float, float]:
+        """Seconds of FSDP's copies of a unit on the device, at gathering and at reducing.
+
+        Gathering casts the own fp32 shard, and copies the gathered unit out of its buffer; reducing casts
+        gradients to fp32 into another. Where a profile measured them, they are in its constants.
+        """
+        rates, profile = self.layer_model.rates, self.problem.profile
+        sharded = self.problem.stack.engine in (Engine.NATIVE, Engine.TORCHTITAN)
+        if rates is None or not sharded or (profile is not None and profile.layers):
+            return 0.0, 0.0
+        size, shards = self.problem.workload.precision.compute_bytes, self.degrees.dp_shard
+        cast = (4 + size) / shards if size < 4 else 0.0
+        copied = 2 * size if shards > 1 else 0.0
+        per_param_s = unit.params / rates.memory_bytes_per_s
+        return (cast + copied) * per_param_s, (size + 4) * per_param_s
 
     def _accumulate_s(self, unit: Unit) -> float:
         """Adding a micro-batch's gradients to earlier ones; the first micro-batch of a step adds nothing."""
@@ -365,6 +406,8 @@ class ShapeModel:
             optimizer_s=self.optimizer_s(units),
             params=sum(unit.params * count for unit, count in units) - self._tied_params(first, last),
             largest_unit_params=max(unit.params for unit, _ in units),
+            blocks=sum(blocks.values()),
+            holds_head=last and self.problem.model.vocab > 0,
             **self._memory(chosen, first=first, last=last),
         )
 
@@ -423,21 +466,19 @@ class ShapeModel:
         return params * each + tensors * per_tensor + self.physics.step_s / self.degrees.chunks
 
     def _memory(self, chosen: tuple[Chosen, ...], *, first: bool, last: bool) -> dict[str, float]:
-        saved = forward = backward = 0.0
-        for (key, option), count in chosen:
-            cost = self.block(key, option)
-            saved += count * cost.saved_bytes
-            forward = max(forward, cost.forward_transient_bytes)
-            backward = max(backward, cost.backward_transient_bytes)
-        for kind in [LayerKind.EMBEDDING] * first + [LayerKind.HEAD] * last:
-            cost = self.layer(kind)
-            saved += cost.saved_bytes
-            forward = max(forward, cost.forward_transient_bytes)
-            backward = max(backward, cost.backward_transient_bytes)
+        blocks = [(self.block(*choice), count) for choice, count in chosen]
+        kinds = [LayerKind.EMBEDDING] * first + [LayerKind.HEAD] * last
+        layers = [cost for cost, _ in blocks] + [self.layer(kind) for kind in kinds]
+        saved = sum(count * cost.saved_bytes for cost, count in blocks)
+        ends = [self.embedding_unit.params] * first + [self.head_unit.params] * last
         return {
-            "saved_bytes": saved,
-            "forward_transient_bytes": forward,
-            "backward_transient_bytes": backward,
+            "saved_bytes": saved + sum(cost.saved_bytes for cost in layers[len(blocks) :]),
+            "forward_transient_bytes": max((cost.forward_transient_bytes for cost in layers), default=0.0),
+            "backward_transient_bytes": max((cost.backward_transient_bytes for cost in layers), default=0.0),
+            "end_params": sum(ends) - self._tied_params(first, last) * bool(ends),
+            "largest_block_params": max(self.block_units[key].params for (key, _), _ in chosen),
+            "block_saved_bytes": saved,
+            "block_transient_bytes": max(cost.backward_transient_bytes for cost, _ in blocks),
         }
 
     def origins_s(self) -> dict[str, float]:

@@ -36,6 +36,7 @@ COLOURS = (
     Colour(name="activations", light="#5b67c7", dark="#8b97f0", title="activations"),
     Colour(name="transient", light="#dba32a", dark="#e8bb55", title="transient"),
     Colour(name="runtime", light="#77808f", dark="#929cac", title="runtime"),
+    Colour(name="allocator", light="#b9bfc9", dark="#6f7887", title="allocator"),
     Colour(name="forward", light="#86aef0", dark="#8fb7fb", title="forward"),
     Colour(name="backward", light="#2f5fc4", dark="#4477dd", title="backward"),
     Colour(name="weight_grad", light="#1d3f8f", dark="#2c56b0", title="weight gradients"),

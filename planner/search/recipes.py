@@ -8,7 +8,7 @@ layer order, so counts say everything; where all blocks are of one class, so doe
 from __future__ import annotations
 
 from planner.codec import noun
-from planner.cost.memory import grads_bytes, optimizer_bytes, transient_bytes, weights_bytes
+from planner.cost.memory import resident_bytes, transient_bytes
 from planner.cost.stage import ShapeModel, StageCost
 from planner.strategy import Recompute, RecomputeCounts, Stage
 
@@ -34,20 +34,15 @@ class Column:
         return self.stage.layers
 
 
-def column(shape: ShapeModel, index: int, stage: Stage) -> Column:
-    """The column of a stage."""
+def column(shape: ShapeModel, index: int, stage: Stage, in_flight: int) -> Column:
+    """The column of a stage, of which at most `in_flight` micro-batches are alive."""
     cost = shape.stage(stage)
-    resident = (
-        weights_bytes(shape, cost.params)
-        + grads_bytes(shape, cost.params)
-        + optimizer_bytes(shape, cost.params)
-    )
     return Column(
         index=index,
         stage=stage,
         cost=cost,
-        resident_bytes=resident,
-        transient_bytes=transient_bytes(shape, cost),
+        resident_bytes=resident_bytes(shape, cost),
+        transient_bytes=transient_bytes(shape, cost, in_flight),
     )
 
 
@@ -76,7 +71,7 @@ def recipe(
 ) -> Column | None:
     """The fastest column of the blocks [first, end) within `limit_bytes`, or None where none fits."""
     for stage in mixes(shape, first, end, options):
-        candidate = column(shape, index, stage)
+        candidate = column(shape, index, stage, in_flight)
         used = shape.runtime_bytes + candidate.resident_bytes + candidate.transient_bytes
         if used + in_flight * candidate.cost.saved_bytes <= limit_bytes:
             return candidate
@@ -84,7 +79,7 @@ def recipe(
 
 
 def pareto(
-    shape: ShapeModel, index: int, first: int, end: int, options: tuple[Recompute, ...]
+    shape: ShapeModel, index: int, first: int, end: int, in_flight: int, options: tuple[Recompute, ...]
 ) -> list[Column]:
     """Columns of the blocks [first, end) none of which is both slower and larger than another.
 
@@ -104,4 +99,4 @@ def pareto(
     if len(chosen) > MAX_MIXES:
         step = (len(chosen) - 1) / (MAX_MIXES - 1)
         chosen = [chosen[round(number * step)] for number in range(MAX_MIXES)]
-    return [column(shape, index, stage) for stage in chosen]
+    return [column(shape, index, stage, in_flight) for stage in chosen]

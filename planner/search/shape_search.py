@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from planner.cost.evaluate import CostModel
-from planner.cost.memory import in_flight_vectors
-from planner.cost.schedule import Table, build_table, peak_in_flight
+from planner.cost.schedule import Table, build_table
 from planner.cost.stage import ShapeModel
 from planner.search.ilp import StageProgramme, solve_stages
 from planner.search.recipes import Column, pareto, recipe
@@ -60,11 +60,19 @@ class ShapeSearch:
         self.model, self.degrees = model, degrees
         self.limit_bytes, self.options = limit_bytes, options
         self.shape: ShapeModel = model.shape(degrees)
-        self.table: Table = build_table(
-            degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches
-        )
         self.one_class = len(self.shape.classes) == 1
         self.even = self._even()
+
+    @cached_property
+    def table(self) -> Table:
+        """The shape's table, made when it is first asked for: most shapes are never searched."""
+        degrees = self.degrees
+        return build_table(degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches)
+
+    @cached_property
+    def in_flight(self) -> tuple[tuple[dict[int, int], ...], ...]:
+        """For every rank, the counts of live micro-batches by stage at its fullest moments."""
+        return tuple(tuple(self.table.in_flight(rank)) for rank in range(self.degrees.pp))
 
     def run(self, budget: Budget) -> ShapeResult:
         """The best strategy of the shape that can beat the incumbent, or proof that none does."""
@@ -122,9 +130,13 @@ class ShapeSearch:
         return (self.limit_bytes - shared) / self.degrees.chunks + shared
 
     def _recipe(self, index: int, first: int, end: int, limit_bytes: float) -> Column | None:
-        row = self.table[self.degrees.pp_rank_of_stage(index)]
-        in_flight = peak_in_flight(row)[index]
-        return recipe(self.shape, index, first, end, in_flight, limit_bytes, self.options)
+        alive = self._in_flight(index)
+        return recipe(self.shape, index, first, end, alive, limit_bytes, self.options)
+
+    def _in_flight(self, index: int) -> int:
+        """The most micro-batches that are alive on a stage."""
+        rank = self.degrees.pp_rank_of_stage(index)
+        return max(alive.get(index, 0) for alive in self.in_flight[rank])
 
     def programme(self, to_beat_s: float = float("inf")) -> StageProgramme:
         """The data of the ILP: columns of every size that can still beat a step time."""
@@ -135,7 +147,7 @@ class ShapeSearch:
             layers=self.model.problem.model.layers,
             one_class=self.one_class,
             columns=tuple(tuple(self._columns(s, to_beat_s)) for s in range(degrees.stages)),
-            in_flight=tuple(tuple(in_flight_vectors(row)) for row in self.table),
+            in_flight=self.in_flight,
             hop_s=self.shape.p2p_s(),
             limit_bytes=self.limit_bytes - self.shape.runtime_bytes,
             to_beat_s=to_beat_s,
@@ -171,7 +183,7 @@ class ShapeSearch:
         for ranges in self._ranges(index):
             for first, end in ranges:
                 if self.degrees.chunks > 1 and not self._roomy(index, first, end):
-                    found = pareto(self.shape, index, first, end, self.options)
+                    found = pareto(self.shape, index, first, end, self._in_flight(index), self.options)
                 else:
                     single = self._recipe(index, first, end, self.limit_bytes)
                     found = [] if single is None else [single]

@@ -15,9 +15,9 @@ from collections import Counter
 from typing import NamedTuple
 
 from planner.codec import digest, noun
-from planner.cost import constants
-from planner.cost.evaluate import CostModel, Evaluation, band
+from planner.cost.evaluate import CostModel, Evaluation
 from planner.cost.schedule import print_table
+from planner.cost.verdict import safe_tensor_bytes
 from planner.errors import InfeasibleError
 from planner.estimate import Rejected
 from planner.plan import Alternative, Certificate, Plan
@@ -132,9 +132,9 @@ class Solver:
         return sorted(result, key=lambda c: (c.bound_s, c.order))
 
     def _safe_bytes(self, search: ShapeSearch) -> float:
-        """The largest predicted peak that is still judged SAFE."""
-        coverage = self.model.coverage(search.shape)
-        return self.problem.memory_limit_bytes / (1 + band(constants.MEMORY_ERROR, coverage))
+        """The most that a rank's tensors and runtime may take for a peak that is still SAFE."""
+        shape = search.shape
+        return safe_tensor_bytes(self.problem, self.model.coverage(shape), shape.runtime_bytes)
 
     def _reject(self, rejected: Rejected) -> None:
         self.rejected[rejected.rule] += 1
@@ -284,7 +284,7 @@ def make_plan(
         alternatives=alternatives,
         digests=digests,
         not_modelled=NOT_MODELLED,
-        timeline=evaluation.replay.events if len(evaluation.replay.events) <= MAX_TIMELINE else (),
+        timeline=evaluation.replay.events if evaluation.replay.event_count <= MAX_TIMELINE else (),
     )
 
 

@@ -9,25 +9,37 @@ from collections.abc import Iterator
 import pytest
 
 from planner.cost import constants
-from planner.cost.evaluate import CostModel, band, stage_memory
+from planner.cost.evaluate import CostModel, stage_memory
 from planner.cost.schedule import build_table
+from planner.cost.verdict import band
 from planner.errors import InfeasibleError
+from planner.execution import EXECUTED_SCHEDULES
 from planner.plan import decode_plan, encode_plan
 from planner.problem import PlanningProblem
 from planner.rules import broken_rules
 from planner.search.bounds import memory_bound_bytes, step_bound_s
 from planner.search.paths import makespan_bound
 from planner.search.solve import SolveOptions, solve
-from planner.search.space import Pins, parse_pins
-from planner.strategy import Degrees, RecomputeCounts, Schedule, Stage, Strategy, Zero
+from planner.search.space import Pins, parse_pins, shapes
+from planner.strategy import Degrees, Recompute, RecomputeCounts, Schedule, Stage, Strategy, Zero
 
 from . import instances
-from .test_schedule import cost
+from .instances import cost
 
 EXACT = SolveOptions(pins=Pins(), gap_tolerance=0.0, rounds=10_000, nodes=None)
 
 
-def all_degrees(problem: PlanningProblem) -> Iterator[Degrees]:
+BY_DEFAULT = (
+    (Schedule.GPIPE, 1),
+    (Schedule.ONE_F_ONE_B, 1),
+    *((Schedule.INTERLEAVED, chunks) for chunks in (2, 3, 4)),
+)
+"""Schedules, with their stages a rank, that a search without pins looks at."""
+
+
+def all_degrees(
+    problem: PlanningProblem, schedules: tuple[tuple[Schedule, int], ...] = BY_DEFAULT
+) -> Iterator[Degrees]:
     """Every combination of small degrees, legal or not, made without the planner's own generator."""
     devices, batch = problem.cluster.devices, problem.workload.batch
     upto = range(1, devices + 1)
@@ -43,11 +55,7 @@ def all_degrees(problem: PlanningProblem) -> Iterator[Degrees]:
         ):
             if batch % (replicate * shard * micro_batch):
                 continue
-            for schedule, chunks in [
-                (Schedule.GPIPE, 1),
-                (Schedule.ONE_F_ONE_B, 1),
-                *((Schedule.INTERLEAVED, chunks) for chunks in (2, 3, 4)),
-            ]:
+            for schedule, chunks in schedules:
                 if pp == 1 and schedule is not Schedule.ONE_F_ONE_B:
                     continue
                 yield Degrees(
@@ -79,20 +87,27 @@ def all_stages(layers: int, stages: int) -> Iterator[tuple[Stage, ...]]:
         yield from itertools.product(*options)
 
 
-def brute_force(problem: PlanningProblem) -> float | None:
+def brute_force(
+    problem: PlanningProblem,
+    schedules: tuple[tuple[Schedule, int], ...] = BY_DEFAULT,
+    options: tuple[Recompute, ...] = tuple(Recompute),
+    pp: int | None = None,
+) -> float | None:
     """The least replayed step time of all strategies that keep the rules and are judged SAFE."""
     model = CostModel(problem)
     best: float | None = None
-    for degrees in all_degrees(problem):
+    for degrees in all_degrees(problem, schedules):
         cuts = all_stages(problem.model.layers, degrees.stages)
         first = next(iter(cuts), None)
-        if first is None or broken_rules(problem, Strategy(degrees=degrees, stages=first)):
+        if first is None or pp not in (None, degrees.pp) or broken_rules(problem, Strategy(degrees=degrees, stages=first)):
             continue
         shape = model.shape(degrees)
         table = build_table(degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches)
         limit = problem.memory_limit_bytes / (1 + band(constants.MEMORY_ERROR, model.coverage(shape)))
-        bound_s = step_bound_s(model, shape, tuple(Pins().recomputes), limit)
+        bound_s = step_bound_s(model, shape, options, limit)
         for stages in all_stages(problem.model.layers, degrees.stages):
+            if any(set(stage.recompute.options()) - set(options) for stage in stages):
+                continue
             costs = model.stage_costs(shape, Strategy(degrees=degrees, stages=stages))
             peak_bytes = stage_memory(shape, table, costs)[1]
             assert memory_bound_bytes(shape) <= peak_bytes + 16
@@ -135,6 +150,36 @@ def test_solver_equals_brute_force_over_several_layer_classes(block: int) -> Non
     assert sum(feasible) >= 5
 
 
+@pytest.mark.parametrize("pinned", [Schedule.ZB_H1, Schedule.ZBV, Schedule.DUALPIPEV])
+def test_solver_equals_brute_force_where_a_schedule_is_pinned(pinned: Schedule) -> None:
+    """Schedules that no search chooses by itself, without recomputation; feasible in several instances."""
+    options = dataclasses.replace(EXACT, pins=parse_pins((f"schedule={pinned}", "recompute=none", "pp=2")))
+    feasible = 0
+    for seed in range(30):
+        drawn = instances.random_problem(seed, layers=6)
+        problem = dataclasses.replace(drawn, workload=dataclasses.replace(drawn.workload, batch=8))
+        if problem.cluster.devices % 2:
+            continue
+        best = brute_force(problem, ((pinned, pinned.least_chunks),), (Recompute.NONE,), pp=2)
+        if best is None:
+            with pytest.raises(InfeasibleError):
+                solve(problem, options)
+            continue
+        plan = solve(problem, options)
+        assert plan.solver is not None and plan.strategy.degrees.schedule is pinned
+        assert plan.estimate.step_time_s == pytest.approx(best, rel=1e-6)
+        assert plan.solver.lower_bound_s <= best * (1 + 1e-9)
+        feasible += 1
+    assert feasible >= 5
+
+
+def test_a_schedule_that_cannot_be_trained_is_never_chosen_unasked() -> None:
+    """Without a pin the search is over the schedules that the runtime executes."""
+    problem = instances.random_problem(9)
+    found = {degrees.schedule for degrees in shapes(problem, Pins()) if isinstance(degrees, Degrees)}
+    assert found == set(EXECUTED_SCHEDULES)
+
+
 @pytest.mark.parametrize("schedule", list(Schedule))
 def test_paths_never_exceed_the_replay(schedule: Schedule) -> None:
     """Any bounding path is at most the makespan of the replay, for uneven stages too."""
@@ -145,8 +190,9 @@ def test_paths_never_exceed_the_replay(schedule: Schedule) -> None:
     draw = random.Random(1)
     for _ in range(200):
         pp = draw.randint(2, 5)
-        chunks = draw.randint(2, 3) if schedule is Schedule.INTERLEAVED else 1
-        micro_batches = pp * draw.randint(1, 3) if chunks > 1 else draw.randint(1, 9)
+        chunks = draw.randint(2, 3) if schedule is Schedule.INTERLEAVED else schedule.least_chunks
+        rounds = draw.randint(2 if schedule is Schedule.DUALPIPEV else 1, 3)
+        micro_batches = pp * rounds if chunks > 1 else draw.randint(1, 9)
         degrees = Degrees(pp=pp, chunks=chunks, schedule=schedule, num_micro_batches=micro_batches)
         forward = [draw.uniform(0.1, 2) for _ in range(degrees.stages)]
         backward = [draw.uniform(0.1, 4) for _ in range(degrees.stages)]

@@ -1,0 +1,164 @@
+"""Bytes of one stage on one device at the moments of a step, by what lives at each.
+
+With W, G and O the bytes of weights, gradients and optimizer, a micro-batches alive of s bytes each, T what
+a pass needs for a moment, and U the parameters of the largest unit:
+
+    native       W + G + O + a s + T + 4 U (1 + 1/n) (+ 2 c U under ZeRO 3)
+    megatron,    W + G + O + a s + T; gradients lie in buffers of their own from the start. Under ZeRO 3 with
+    deepspeed    gathered units as native
+    torchtitan   the largest of
+      loss       W + O + G' + a s + T_head                                G' = G from the 2nd micro-batch on
+      block j    W + O + G' + (a - 1) s + s_j + T_block + gathered and reduced units (see _block_bytes)
+      root       W + O + G + (a - 1) s + (c + 4) R + 4 R/n (if m > 1)     R: embedding and head, one unit
+    all          W + G + O + the optimizer's temporaries, at its step; W + 4 U while weights are loaded
+
+Torchtitan's is FSDP2 per block and root with resharding after forward, as measured on an H100: at the loss
+the root's weights are resharded and no gradient exists yet in a step's only micro-batch; a block's backward
+has its gathered weights and the next's, its gradients in the compute precision, and the reduction of the
+block before, in fp32, in flight.
+"""
+
+from __future__ import annotations
+
+from planner.cost.stage import ShapeModel, StageCost
+from planner.cost.states import ParamBytes
+from planner.stack import Engine
+from planner.strategy import Zero
+from planner.workload import Optimizer
+
+HOLE_SHARE = 0.6
+"""Part of the freed half-width logits' place that nothing else fits into: fitted to reserved less allocated
+of 16 runs on an H100 with torch 2.11 and expandable segments (0.5 to 0.95 each)."""
+
+
+def resident(shape: ShapeModel, stage: StageCost) -> ParamBytes:
+    """Weights, gradients and optimizer state of a stage."""
+    return shape.states.of(stage.params, stage.end_params)
+
+
+def peak_bytes(shape: ShapeModel, stage: StageCost, alive: float) -> float:
+    """The most that tensors of a stage take at once, `alive` micro-batches being in flight."""
+    kept = resident(shape, stage)
+    loading = kept.weights + 4 * stage.largest_unit_params
+    step = max(kept.total + step_temporaries_bytes(shape, stage), loading)
+    if shape.problem.stack.engine is Engine.TORCHTITAN:
+        return max(step, *_unit_moments(shape, stage, alive, kept)) + shape.memory.workspace_bytes
+    return max(step, kept.total + alive * stage.saved_bytes + _pass_bytes(shape, stage))
+
+
+def step_temporaries_bytes(shape: ShapeModel, stage: StageCost) -> float:
+    """What the optimizer's step needs for a moment, by the largest unit's shard u or the stage's P/n.
+
+    Fused AdamW and SGD work in place. Adafactor forms an update (4 u), muon orthogonalises matrices in bf16
+    with two products beside (6 U). DeepSpeed unscales into an fp32 copy of its gradients (4 P/n).
+    """
+    degrees, workload = shape.degrees, shape.problem.workload
+    unit = stage.largest_unit_params
+    extra = {Optimizer.ADAFACTOR: 4 * unit / degrees.dp_shard, Optimizer.MUON: 6 * unit}
+    bytes_ = extra.get(workload.optimizer, 0.0)
+    if shape.problem.stack.engine is Engine.DEEPSPEED and workload.precision.compute_bytes < 4:
+        bytes_ += 4 * stage.params / degrees.dp_shard
+    return bytes_
+
+
+def _pass_bytes(shape: ShapeModel, stage: StageCost) -> float:
+    """The larger pass, and what data parallelism holds for one unit."""
+    passing = max(stage.forward_transient_bytes, stage.backward_transient_bytes)
+    return passing + _unit_buffer_bytes(shape, stage)
+
+
+def _unit_buffer_bytes(shape: ShapeModel, stage: StageCost) -> float:
+    """One unit's gathered weights (ZeRO 3) and the two ends of its gradient reduction."""
+    degrees, size = shape.degrees, shape.problem.workload.precision.compute_bytes
+    if degrees.dp == 1:
+        return 0.0
+    buffered = shape.problem.stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED)
+    reduce = 4 * stage.largest_unit_params * (1 + 1 / degrees.dp_shard)
+    if buffered and degrees.zero < Zero.GRADIENTS:
+        reduce = 0.0
+    gathered = 2 * size * stage.largest_unit_params if degrees.zero is Zero.PARAMETERS else 0.0
+    return reduce + gathered
+
+
+def _unit_moments(shape: ShapeModel, stage: StageCost, alive: float, kept: ParamBytes) -> list[float]:
+    """The loss, the backward passes of blocks, the root's reduction."""
+    degrees, size = shape.degrees, shape.problem.workload.precision.compute_bytes
+    accumulates = degrees.num_micro_batches > 1
+    base = kept.weights + kept.optimizer + (alive - 1) * stage.saved_bytes
+    extra = 4 / degrees.dp_shard if accumulates else 0.0
+    root = base + kept.grads + (size + 4 + extra) * stage.end_params
+    loss = base + _loss_bytes(stage) + (kept.grads if accumulates else 0.0)
+    blocks = [
+        base + _block_bytes(shape, stage, index) + _reduced_bytes(shape, stage, kept, index)
+        for index in _blocks_to_try(stage.blocks)
+    ]
+    return [loss, root, *blocks]
+
+
+def _loss_bytes(stage: StageCost) -> float:
+    """One micro-batch's activations and the larger pass."""
+    return stage.saved_bytes + max(stage.forward_transient_bytes, stage.backward_transient_bytes)
+
+
+def _blocks_to_try(blocks: int) -> tuple[int, ...]:
+    """What a block holds is linear in its place, with steps at the ends: the last and first two tell."""
+    return tuple(sorted({index for index in (0, 1, blocks - 2, blocks - 1) if 0 <= index < blocks}))
+
+
+def _block_bytes(shape: ShapeModel, stage: StageCost, index: int) -> float:
+    """What the backward pass of block `index` holds besides weights, state and other micro-batches.
+
+    Its own and earlier blocks' activations; its weights and the next's, gathered; its gradients in the
+    compute precision.
+    """
+    size, unit = shape.problem.workload.precision.compute_bytes, stage.largest_block_params
+    gathered = size * unit * (2 if index else 1) if _reshards(shape) else 0.0
+    activations = stage.block_saved_bytes * (index + 1) / stage.blocks
+    return activations + stage.block_transient_bytes + gathered + size * unit
+
+
+def _reduced_bytes(shape: ShapeModel, stage: StageCost, kept: ParamBytes, index: int) -> float:
+    """Gradients of the blocks behind `index` (of all, where accumulated), and the reduction before it."""
+    behind = stage.blocks - 1 - index
+    share = (stage.params - stage.end_params) / max(stage.params, 1.0) / stage.blocks
+    grads = kept.grads * (1.0 if shape.degrees.num_micro_batches > 1 else behind * share)
+    return grads + (4 * stage.largest_block_params if behind else 0.0)
+
+
+def _reshards(shape: ShapeModel) -> bool:
+    """Whether a unit's gathered weights are freed after use; one device gathers by units as well."""
+    return shape.degrees.zero in (Zero.NONE, Zero.PARAMETERS)
+
+
+def reserved_bytes(shape: ShapeModel, stage: StageCost, alive: float) -> float:
+    """The most that the caching allocator takes for a stage's tensors, before its slack.
+
+    Memory of one stream is not given to another, so FSDP2's streams add up, each at its own worst moment:
+
+        compute     the moments above without gradients
+        reduction   gradients, and the fp32 input of the largest unit's reduction (where gradients are
+                    accumulated, two of its outputs besides)
+        gathering   weights of the root, or of two blocks, on their way
+
+    and the logits in the compute precision, freed before the loss, leave a hole of which HOLE_SHARE is not
+    used again. Elsewhere: the tensors, and that hole.
+    """
+    problem, degrees = shape.problem, shape.degrees
+    tensors = peak_bytes(shape, stage, alive)
+    size = problem.workload.precision.compute_bytes
+    if not shape.overlaps or problem.stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
+        return tensors
+    tokens = degrees.micro_batch * problem.workload.seq
+    logits = size * tokens * problem.model.vocab / degrees.tp if stage.holds_head and size < 4 else 0.0
+    if problem.stack.engine is Engine.NATIVE:
+        return tensors + HOLE_SHARE * logits
+    kept = resident(shape, stage)
+    base = kept.weights + kept.optimizer + (alive - 1) * stage.saved_bytes
+    blocks = [_block_bytes(shape, stage, index) for index in _blocks_to_try(stage.blocks)]
+    compute = base + max(_loss_bytes(stage), *blocks) + shape.memory.workspace_bytes
+    unit = max(stage.end_params, stage.largest_block_params)
+    outputs = 2 / degrees.dp_shard if degrees.num_micro_batches > 1 else 0.0
+    reduction = kept.grads + 4 * unit * (1 + outputs)
+    gathers = degrees.dp_shard > 1 and _reshards(shape)
+    gathering = size * max(stage.end_params, 2 * stage.largest_block_params) if gathers else 0.0
+    return max(tensors, compute + reduction + gathering + HOLE_SHARE * logits)

@@ -1,0 +1,140 @@
+"""Bytes that a device keeps for each parameter, by engine: weights, gradients, optimizer.
+
+With c bytes of the compute precision, s of the optimizer's state and n shards over data ranks, for each
+parameter of this device's tensor-parallel shard:
+
+                        weights              gradients           optimizer
+    native    ZeRO 0    4 + c (*)            4                   s
+              ZeRO 1    4/n + c              4 (4/n: **)         s/n
+              ZeRO 2    4/n + c              4/n                 s/n
+              ZeRO 3    4/n                  4/n                 s/n
+    torchtitan          as native; on one device as ZeRO 3 with n = 1
+    megatron  ZeRO 0    c                    4                   4 + s
+              ZeRO 1    c                    4                   (4 + s)/n
+              ZeRO 2    c                    4/n                 (4 + s)/n
+              ZeRO 3    c/n                  4/n                 (4 + s)/n
+    deepspeed ZeRO 0    c                    c                   4 + s
+              ZeRO 1    c                    c                   (4 + s)/n
+              ZeRO 2    c                    c/n                 (4 + s)/n
+              ZeRO 3    c/n                  c/n                 (4 + s)/n
+
+(*) The copy that replication keeps; one device in fp32 needs none. (**) With one micro-batch, gradients are
+reduced unit by unit. In fp32 there is no separate master: its 4 bytes fall away. A frozen weight (LoRA) has
+c bytes, or c/n under ZeRO 3, and nothing else; its adapters are trained as above.
+
+Sources: native and torchtitan, what FSDP2 keeps (fp32 shards, units gathered in the compute precision, fp32
+reduction). Megatron-LM: 18 bytes a parameter, 6 + 12/d with its distributed optimizer (docs, Distributed
+Optimizer). DeepSpeed: 2 + 2 + 12 (ZeRO, arXiv 1910.02054). States by optimizer: planner/workload.py.
+"""
+
+from __future__ import annotations
+
+from planner.adapters import layer_adapter_params
+from planner.codec import noun
+from planner.model import Block, Layer, ModelSpec
+from planner.problem import PlanningProblem
+from planner.stack import Engine
+from planner.strategy import Degrees, Zero
+from planner.workload import Optimizer
+
+
+@noun
+class ParamBytes:
+    """Bytes for one parameter on a device. Adds up; times a number of parameters."""
+
+    weights: float
+    grads: float
+    optimizer: float
+
+    def __add__(self, other: ParamBytes) -> ParamBytes:
+        return ParamBytes(
+            weights=self.weights + other.weights,
+            grads=self.grads + other.grads,
+            optimizer=self.optimizer + other.optimizer,
+        )
+
+    def __mul__(self, factor: float) -> ParamBytes:
+        return ParamBytes(
+            weights=self.weights * factor, grads=self.grads * factor, optimizer=self.optimizer * factor
+        )
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.grads + self.optimizer
+
+
+@noun
+class States:
+    """Bytes a parameter of blocks, and of the ends (embedding and head) where they differ."""
+
+    block: ParamBytes
+    end: ParamBytes
+
+    def of(self, params: float, end_params: float) -> ParamBytes:
+        """The bytes of `params` parameters of which `end_params` belong to the ends."""
+        if self.block == self.end:
+            return self.block * params
+        return self.block * (params - end_params) + self.end * end_params
+
+
+def states_of(problem: PlanningProblem, degrees: Degrees) -> States:
+    """Bytes a parameter under a problem's engine, precision, optimizer and method."""
+    model, optimizer = problem.model, problem.workload.optimizer
+    block, end = state_rates(optimizer, model)
+    trained_block, trained_end = (_trained(problem, degrees, state) for state in (block, end))
+    adapters = problem.workload.adapters
+    if adapters is None:
+        return States(block=trained_block, end=trained_end)
+    whole = sum(s.count * s.block.params_shard(degrees.tp) for s in model.segments)
+    beside = sum(s.count * layer_adapter_params(adapters, s.block, degrees.tp) for s in model.segments)
+    frozen = _frozen(problem, degrees)
+    return States(block=frozen + trained_block * (beside / whole), end=frozen)
+
+
+def state_rates(optimizer: Optimizer, model: ModelSpec) -> tuple[float, float]:
+    """Bytes of state a parameter: the mean over blocks, and over embedding and head."""
+    blocks = sum(s.count * _layer_state_bytes(optimizer, s.block) for s in model.segments)
+    table = optimizer.matrix_state_bytes(model.token_width, model.vocab, ends=True)
+    end = table / (model.vocab * model.token_width) if model.vocab else 0.0
+    return blocks / model.params_blocks, end
+
+
+def _layer_state_bytes(optimizer: Optimizer, layer: Layer) -> float:
+    """State of one layer; a traced layer's parameters are taken for matrices."""
+    if not isinstance(layer, Block):
+        return float(optimizer.state_bytes * layer.params)
+    matrices = layer.matrices()
+    each = (m.copies * optimizer.matrix_state_bytes(m.inputs, m.outputs) for m in matrices)
+    vectors = layer.params - sum(m.copies * m.inputs * m.outputs for m in matrices)
+    return sum(each) + optimizer.vector_state_bytes * vectors
+
+
+def _frozen(problem: PlanningProblem, degrees: Degrees) -> ParamBytes:
+    """A weight that is not trained: the compute precision's copy."""
+    shards = degrees.dp_shard if degrees.zero is Zero.PARAMETERS else 1
+    size = problem.workload.precision.compute_bytes
+    return ParamBytes(weights=size / shards, grads=0.0, optimizer=0.0)
+
+
+def _trained(problem: PlanningProblem, degrees: Degrees, state: float) -> ParamBytes:
+    """A weight that is trained; `state` bytes are the optimizer's."""
+    if problem.stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
+        return _with_master(problem, degrees, state)
+    zero, n, size = degrees.zero, degrees.dp_shard, problem.workload.precision.compute_bytes
+    copied = size if zero in (Zero.OPTIMIZER, Zero.GRADIENTS) else 0
+    if zero is Zero.NONE and (degrees.dp > 1 or (size < 4 and problem.stack.engine is Engine.NATIVE)):
+        copied = size
+    whole = zero is Zero.NONE or (zero is Zero.OPTIMIZER and degrees.num_micro_batches > 1)
+    return ParamBytes(weights=4 / n + copied, grads=4.0 if whole else 4 / n, optimizer=state / n)
+
+
+def _with_master(problem: PlanningProblem, degrees: Degrees, state: float) -> ParamBytes:
+    """Weights in the compute precision, a master in fp32 beside the optimizer's state."""
+    zero, n, size = degrees.zero, degrees.dp_shard, problem.workload.precision.compute_bytes
+    grads = 4 if problem.stack.engine is Engine.MEGATRON else size
+    master = 4 if size < 4 else 0
+    return ParamBytes(
+        weights=size / (n if zero is Zero.PARAMETERS else 1),
+        grads=grads / (n if zero >= Zero.GRADIENTS else 1),
+        optimizer=(master + state) / (n if zero >= Zero.OPTIMIZER else 1),
+    )

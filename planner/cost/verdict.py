@@ -1,0 +1,62 @@
+"""Whether a predicted peak fits: SAFE, RISKY or NO, by a band of errors.
+
+The band is of measured over predicted, less 1: from -lower to +upper. Where a calibration left quantiles of
+its residuals in the profile (memory_error_lower, memory_error_upper), they are the band; else the priors by
+origin, weighted by how much of an estimate rests on each.
+
+    SAFE    peak (1 + upper) <= limit
+    NO      peak (1 - lower) > limit
+    RISKY   between
+"""
+
+from __future__ import annotations
+
+from planner.codec import noun
+from planner.cost import constants
+from planner.cost.memory_constants import fitted_constant, memory_constants
+from planner.estimate import Coverage, Verdict
+from planner.problem import PlanningProblem
+
+ORIGINS = ("measured", "interpolated", "fitted", "datasheet")
+
+
+@noun
+class ErrorBand:
+    """How far a measured peak may lie below and above its prediction, as shares of the prediction."""
+
+    lower: float
+    upper: float
+
+
+def band(errors: dict[str, float], coverage: Coverage) -> float:
+    """The error of a mixture of origins: their errors weighted by share."""
+    return float(sum(errors[origin] * getattr(coverage, origin) for origin in ORIGINS))
+
+
+def memory_band(problem: PlanningProblem, coverage: Coverage) -> ErrorBand:
+    """The band of a problem's memory predictions."""
+    prior = band(constants.MEMORY_ERROR, coverage)
+    fitted = {name: fitted_constant(problem, f"memory_error_{name}") for name in ("lower", "upper")}
+    return ErrorBand(**{name: prior if value is None else value for name, value in fitted.items()})
+
+
+def verdict(peak_bytes: float, limit_bytes: float, error: ErrorBand) -> Verdict:
+    """SAFE where even the upper end of the band fits, NO where even the lower end does not."""
+    if peak_bytes * (1 + error.upper) <= limit_bytes:
+        return Verdict.SAFE
+    return Verdict.RISKY if peak_bytes * (1 - error.lower) <= limit_bytes else Verdict.NO
+
+
+def safe_peak_bytes(limit_bytes: float, error: ErrorBand) -> float:
+    """The largest predicted peak that is still judged SAFE."""
+    return limit_bytes / (1 + error.upper)
+
+
+def safe_tensor_bytes(problem: PlanningProblem, coverage: Coverage, runtime_bytes: float) -> float:
+    """What tensors and pools may take for a peak that is still SAFE, `runtime_bytes` of it included.
+
+    The allocator's slack multiplies all but the runtime: peak = slack x tensors + runtime.
+    """
+    peak = safe_peak_bytes(problem.memory_limit_bytes, memory_band(problem, coverage))
+    slack = memory_constants(problem).allocator_slack
+    return (peak - runtime_bytes) / slack + runtime_bytes
