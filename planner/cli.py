@@ -35,6 +35,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "solve": ("planner.commands.solve:solve", "The best plan, with a certificate; writes plan.json."),
         "train": ("planner.commands.train:train", "Execute a plan on real ranks; checkpoint, log, resume."),
         "report": ("planner.commands.report:report", "One offline HTML page and a Perfetto trace."),
+        "calibrate": (
+            "planner.commands.calibrate:calibrate",
+            "Fit the cost model to measured runs; a profile.",
+        ),
         "validate": ("planner.commands.validate:validate", "Predicted against measured over runs.csv."),
         "check": ("planner.commands.check:check", "Check a plan as far as it can be without devices."),
         "doctor": ("planner.commands.doctor:doctor", "Report versions, devices, and what is missing."),

@@ -107,12 +107,14 @@ class ContentionSample:
 class Constant:
     """A fitted or measured constant: value in SI units, and how it came to be.
 
-    It holds for any software unless `framework` or `kernels` (a named set of fused kernels) say for which.
+    It holds on any device and for any software unless `device`, `framework` or `kernels` (a named set of
+    fused kernels) say for which.
     """
 
     name: str
     value: float
     origin: str
+    device: str = ""
     framework: str = ""
     kernels: str = ""
 
@@ -143,18 +145,23 @@ class Profile:
 
     def constant(self, name: str) -> float | None:
         """The value of a constant that holds for any software, or None where the profile has none."""
-        return self.constant_of(name, "", "")
+        return self.constant_of(name)
 
-    def constant_of(self, name: str, framework: str, kernels: str) -> float | None:
-        """The constant that speaks most narrowly of a framework and its kernels, or None."""
+    def constant_of(
+        self, name: str, framework: str = "", kernels: str = "", device: str = ""
+    ) -> float | None:
+        """The constant that speaks most narrowly of a device, a framework and its kernels, or None."""
         fitting = [
             constant
             for constant in self.constants
             if constant.name == name
+            and constant.device in ("", device)
             and constant.framework in ("", framework)
             and constant.kernels in ("", kernels)
         ]
-        narrowest = max(fitting, key=lambda c: (bool(c.kernels), bool(c.framework)), default=None)
+        narrowest = max(
+            fitting, key=lambda c: (bool(c.kernels), bool(c.framework), bool(c.device)), default=None
+        )
         return None if narrowest is None else narrowest.value
 
 

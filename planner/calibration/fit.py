@@ -67,14 +67,38 @@ class Unknown:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Scope:
+    """What a fit speaks of: a device and a framework, each empty for any."""
+
+    device: str = ""
+    framework: str = ""
+
+    @property
+    def label(self) -> str:
+        return " on ".join(part for part in (self.framework, self.device) if part) or "all runs"
+
+    def constant(self, unknown: Unknown, value: float, origin: str) -> Constant:
+        """A constant of this scope."""
+        return Constant(
+            name=unknown.name,
+            value=value,
+            origin=origin,
+            device=self.device,
+            framework=self.framework,
+            kernels=unknown.kernels,
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Fit:
     """The outcome: constants with the share of their prior's uncertainty that is left, and errors.
 
+    The constants hold for `scope`: a device and a framework, each empty for any.
     Errors are predicted over measured minus 1. `left_out` are those of each run predicted from the runs of
     the other groups.
     """
 
-    framework: str
+    scope: Scope
     runs: tuple[Measured, ...]
     unknowns: tuple[Unknown, ...]
     values: tuple[float, ...]
@@ -90,25 +114,25 @@ class Fit:
         """The constants that the runs determine, for a profile."""
         origin = f"fitted to {len(self.runs)} runs"
         return tuple(
-            Constant(name=u.name, value=value, origin=origin, framework=self.framework, kernels=u.kernels)
+            self.scope.constant(u, value, origin)
             for index, (u, value) in enumerate(zip(self.unknowns, self.values, strict=True))
             if self.determined(index)
         )
 
 
-def fit(runs: Sequence[Measured], framework: str, base: Profile, progress: Callable[[str], None]) -> Fit:
-    """The most probable constants of one framework on one device, starting from those of `base`."""
+def fit(runs: Sequence[Measured], scope: Scope, base: Profile, progress: Callable[[str], None]) -> Fit:
+    """The most probable constants of a scope, starting from those that `base` has for it."""
     import numpy as np
 
-    unknowns, sample = unknowns_of(runs, framework, base), evenly(runs, MAX_RUNS)
-    problem = _Problem(sample, unknowns, framework, base)
+    unknowns, sample = unknowns_of(runs, scope, base), evenly(runs, MAX_RUNS)
+    problem = _Problem(sample, unknowns, scope, base)
     x, jacobian, residuals = problem.solve(progress)
     weights = 1 / np.sqrt(1 + residuals**2)
     information = jacobian.T @ (weights[:, None] * jacobian) + np.eye(len(x))
     uncertainty = np.sqrt(np.diag(np.linalg.inv(information)))
     left_out = _left_out(sample, x, jacobian, residuals, weights)
     return Fit(
-        framework=framework,
+        scope=scope,
         runs=tuple(sample),
         unknowns=tuple(unknowns),
         values=tuple(u.value(float(v)) for u, v in zip(unknowns, x, strict=True)),
@@ -118,15 +142,15 @@ def fit(runs: Sequence[Measured], framework: str, base: Profile, progress: Calla
     )
 
 
-def unknowns_of(runs: Sequence[Measured], framework: str, base: Profile) -> list[Unknown]:
+def unknowns_of(runs: Sequence[Measured], scope: Scope, base: Profile) -> list[Unknown]:
     """Every constant, and one for each named set of kernels where its time depends on them."""
-    stack = dataclasses.replace(runs[0].setup.problem.stack, framework=framework, kernels="")
+    stack = dataclasses.replace(runs[0].setup.problem.stack, framework=scope.framework, kernels="")
     kernels = sorted({run.kernels for run in runs})
     found = []
     for name in PRIORS:
         names = kernels if name in BY_KERNELS else [""]
         for kernel in names:
-            start = base.constant_of(name, framework, kernel)
+            start = base.constant_of(name, device=scope.device, framework=scope.framework, kernels=kernel)
             found.append(Unknown(name, kernel, prior_of(name, stack) if start is None else start))
     return found
 
@@ -144,28 +168,16 @@ class _Problem:
     """The residuals of one fit and their derivatives by finite differences."""
 
     def __init__(
-        self, runs: Sequence[Measured], unknowns: Sequence[Unknown], framework: str, base: Profile
+        self, runs: Sequence[Measured], unknowns: Sequence[Unknown], scope: Scope, base: Profile
     ) -> None:
-        self.runs, self.unknowns = runs, unknowns
-        self.framework, self.base = framework, base
+        self.runs, self.unknowns, self.scope, self.base = runs, unknowns, scope, base
 
     def residuals(self, x: Any) -> Any:
         """ln(predicted / measured) / ERROR of every run."""
         import numpy as np
 
-        profile = with_constants(
-            self.base,
-            [
-                Constant(
-                    name=u.name,
-                    value=u.value(float(v)),
-                    origin="",
-                    framework=self.framework,
-                    kernels=u.kernels,
-                )
-                for u, v in zip(self.unknowns, x, strict=True)
-            ],
-        )
+        pairs = zip(self.unknowns, x, strict=True)
+        profile = with_constants(self.base, [self.scope.constant(u, u.value(float(v)), "") for u, v in pairs])
         ratios = [step_time_s(run.setup, profile) / run.step_time_s for run in self.runs]
         return np.log(np.array(ratios)) / ERROR
 
@@ -204,7 +216,7 @@ class _Problem:
                 if _cost(there, moved) < before:
                     improved, x, at = True, moved, there
                     break
-            progress(f"{self.framework or 'all'}: step {step + 1}, mean error {_mean_error(at):.2%}")
+            progress(f"{self.scope.label}: step {step + 1}, mean error {_mean_error(at):.2%}")
             if not improved or before - _cost(at, x) < 1e-3 * before:
                 break
         return x, self.jacobian(x, at), at

@@ -52,5 +52,5 @@ def step_time_s(setup: RunSetup, profile: Profile) -> float:
 
 def with_constants(base: Profile, constants: Sequence[Constant]) -> Profile:
     """The profile with these constants in place of its own of the same name and scope."""
-    own = {(c.name, c.framework, c.kernels): c for c in (*base.constants, *constants)}
+    own = {(c.name, c.device, c.framework, c.kernels): c for c in (*base.constants, *constants)}
     return dataclasses.replace(base, constants=tuple(own.values()))

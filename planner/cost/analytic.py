@@ -33,6 +33,7 @@ class DeviceRates:
     memory_bytes_per_s: float
     attention_flops: float
     physics: Physics
+    compiled: bool = False
 
 
 def device_rates(problem: PlanningProblem) -> DeviceRates | None:
@@ -48,7 +49,7 @@ def device_rates(problem: PlanningProblem) -> DeviceRates | None:
         memory = problem.profile.constant("memory_bytes_per_s") or memory
     if flops is None or memory is None:
         return None
-    physics = physics_of(problem.profile, problem.stack)
+    physics = physics_of(problem.profile, problem.stack, device.name)
     whole = peak if peak and not measured else flops / constants.GEMM_EFFICIENCY
     return DeviceRates(
         flops=flops,
@@ -56,6 +57,7 @@ def device_rates(problem: PlanningProblem) -> DeviceRates | None:
         memory_bytes_per_s=memory,
         attention_flops=physics.attention_share * whole,
         physics=physics,
+        compiled=problem.stack.compiled,
     )
 
 
@@ -109,14 +111,17 @@ def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates) -> LayerCos
     stream = block.hidden / (tp if shape.sequence_parallel else 1)
     elementwise_s = size * tokens * _moved_values(block, shape, stream) / rates.memory_bytes_per_s
     elementwise_s *= rates.physics.elementwise_scale
+    if rates.compiled:
+        elementwise_s *= rates.physics.compiled_elementwise_share
     host_s = _host_s(block, tp, rates)
+    again_host_s = constants.RECOMPUTE_HOST * host_s
     layer_s = rates.physics.layer_s * block.sublayers / 2
     forward_s = layer_s + max(products_s + attention_s + elementwise_s, host_s)
     backward_s = 2 * layer_s + max(2 * products_s + attention_backward_s + 2 * elementwise_s, 2 * host_s)
     again_s = {
         Recompute.NONE: 0.0,
         Recompute.SELECTIVE: max(elementwise_s, 0.5 * host_s),
-        Recompute.FULL: forward_s,
+        Recompute.FULL: max(forward_s, again_host_s),
     }
     saved = _block_saved_bytes(block, shape, shape.recompute)
     working = size * tokens * (2 * stream + _widest_values(block, shape) / tp)
@@ -134,9 +139,8 @@ def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates) -> LayerCos
 def _host_s(block: Block, tp: int, rates: DeviceRates) -> float:
     """Least seconds in which the host launches a block's forward, by the sublayers that it has."""
     physics = rates.physics
-    return (
-        (physics.host_block_forward_s + (physics.host_tp_forward_s if tp > 1 else 0.0)) * block.sublayers / 2
-    )
+    eager_s = physics.host_block_forward_s + (physics.host_tp_forward_s if tp > 1 else 0.0)
+    return eager_s * (physics.compiled_host_share if rates.compiled else 1.0) * block.sublayers / 2
 
 
 def _attention_s(block: Block, shape: LayerShape, rates: DeviceRates) -> tuple[float, float]:

@@ -1,8 +1,8 @@
 """Physics: the few constants of the analytic time model that measured runs can determine.
 
-A profile may hold any of them, for all software, for one framework, or for one named set of its fused kernels;
-the others stay at their prior. `PRIORS` says what each means, where its prior comes from and how far a fit may
-move it.
+A profile may hold any of them, for all software, for one framework, or for one named set of its fused
+kernels; the others stay at their prior. `PRIORS` says what each means, where its prior comes from and how
+far a fit may move it.
 """
 
 from __future__ import annotations
@@ -63,6 +63,14 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
             value=constants.HOST_BLOCK_FORWARD_S, spread=0.7, low=1e-5, high=2e-2,
             meaning="least time that the host takes to launch a block's forward",
         ),
+        "compiled_host_share": Prior(
+            value=0.3, spread=0.5, low=0.02, high=1.0,
+            meaning="host time of a compiled block over that of an eager one",
+        ),
+        "compiled_elementwise_share": Prior(
+            value=0.5, spread=0.4, low=0.1, high=1.0,
+            meaning="bytes that element-wise kernels move once they are compiled, over those of eager ones",
+        ),
         "host_tp_forward_s": Prior(
             value=constants.HOST_TP_FORWARD_S, spread=0.003, low=0.0, high=2e-2,
             meaning="what tensor parallelism adds to it",
@@ -77,7 +85,7 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
         ),
         "dp_exposed": Prior(
             value=0.0, spread=0.5, low=0.0, high=1.0,
-            meaning="share of the gradient reduction, and of gathering weights once a step, that nothing hides",
+            meaning="share of reducing gradients, and of gathering weights once a step, that nothing hides",
         ),
         "pp_scale": Prior(
             value=1.0, spread=0.7, low=0.2, high=20.0,
@@ -113,6 +121,8 @@ class Physics:
     elementwise_scale: float
     layer_s: float
     host_block_forward_s: float
+    compiled_host_share: float
+    compiled_elementwise_share: float
     host_tp_forward_s: float
     tp_scale: float
     dp_scale: float
@@ -124,15 +134,17 @@ class Physics:
     step_s: float
 
 
-def physics_of(profile: Profile | None, stack: Stack) -> Physics:
-    """The constants that hold for a stack."""
-    fitted = {name: _fitted(profile, name, stack) for name in PRIORS}
+def physics_of(profile: Profile | None, stack: Stack, device: str = "") -> Physics:
+    """The constants that hold for a stack on a device."""
+    fitted = {name: _fitted(profile, name, stack, device) for name in PRIORS}
     values = {name: prior_of(name, stack) if value is None else value for name, value in fitted.items()}
     return Physics(**values)
 
 
-def _fitted(profile: Profile | None, name: str, stack: Stack) -> float | None:
-    return profile.constant_of(name, stack.framework, stack.kernels) if profile else None
+def _fitted(profile: Profile | None, name: str, stack: Stack, device: str) -> float | None:
+    if profile is None:
+        return None
+    return profile.constant_of(name, device=device, framework=stack.framework, kernels=stack.kernels)
 
 
 def prior_of(name: str, stack: Stack) -> float:

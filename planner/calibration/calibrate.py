@@ -1,0 +1,126 @@
+"""calibrate(): a profile of constants fitted to measured runs, from the general to the particular.
+
+All runs together are fitted first, then those of every framework, then those of a framework on every device;
+each starts from the one before and is held to it as to a prior, so that few runs move little, and a device or
+framework without runs is predicted by the constants of the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from statistics import fmean
+
+from planner.calibration.fit import Fit, Scope, fit
+from planner.calibration.predict import Measured, with_constants
+from planner.errors import InputError, Problem
+from planner.profile import PROFILE_SCHEMA, Constant, Profile
+from planner.runs.run import Run, Status
+from planner.runs.setup import RunSetup, Setups
+
+MIN_RUNS = 3
+"""Fewer runs than this are not fitted apart from the others."""
+
+TIME_ERROR = "time_error"
+QUANTILE = 0.9
+"""The share of left-out runs whose error is within the interval that the profile's estimates carry."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Calibration:
+    """The profile, the fits that it is made of, and the runs that could not be used, by reason."""
+
+    profile: Profile
+    fits: tuple[Fit, ...]
+    unused: dict[str, int]
+
+
+def calibrate(
+    runs: Sequence[Run], *, name: str, base: Profile | None = None, progress: Callable[[str], None] = print
+) -> Calibration:
+    """The profile of constants that explains the runs best. Raises InputError where none can be used."""
+    measured, unused = usable(runs, base)
+    if len(measured) < MIN_RUNS:
+        listed = ", ".join(f"{rule} ({count})" for rule, count in unused.items())
+        raise InputError(
+            Problem(
+                where="RUNS",
+                fault=f"{len(measured)} of {len(runs)} rows can be used: {listed or 'none has a step time'}.",
+                legal=f"at least {MIN_RUNS} rows with a step time, model sizes, device and degrees",
+            )
+        )
+    profile = base or _empty(name, measured)
+    fits = []
+    for scope, chosen in scopes(measured):
+        found = fit(chosen, scope, profile, progress)
+        fits.append(found)
+        error = Constant(
+            name=TIME_ERROR,
+            value=_quantile([abs(error) for error in found.left_out]),
+            origin=f"{QUANTILE:.0%} of {len(found.runs)} runs, each predicted from the other groups",
+            device=scope.device,
+            framework=scope.framework,
+        )
+        profile = with_constants(profile, [*found.constants(), error])
+    return Calibration(profile=profile, fits=tuple(fits), unused=unused)
+
+
+def usable(runs: Sequence[Run], base: Profile | None) -> tuple[list[Measured], dict[str, int]]:
+    """The runs with a step time that the cost model can predict, and the others by reason."""
+    setups, measured, unused = Setups(lambda device: base), [], dict[str, int]()
+    for run in runs:
+        if run.status is Status.OOM or run.step_time_s is None:
+            continue
+        setup = setups.setup(run)
+        if isinstance(setup, RunSetup):
+            measured.append(Measured(run, setup, run.step_time_s))
+        else:
+            unused[setup.rule] = unused.get(setup.rule, 0) + 1
+    return measured, unused
+
+
+def scopes(measured: Sequence[Measured]) -> list[tuple[Scope, list[Measured]]]:
+    """All runs, those of each framework, those of each framework and device; none twice."""
+    found: list[tuple[Scope, list[Measured]]] = [(Scope(), list(measured))]
+    frameworks = sorted({run.run.framework for run in measured})
+    for framework in frameworks:
+        own = [run for run in measured if run.run.framework == framework]
+        if len(frameworks) > 1 and len(own) >= MIN_RUNS:
+            found.append((Scope(framework=framework), own))
+        devices = sorted({_device(run) for run in own})
+        for device in devices:
+            there = [run for run in own if _device(run) == device]
+            if len(devices) > 1 and len(there) >= MIN_RUNS:
+                found.append((Scope(device=device, framework=framework), there))
+    return found
+
+
+def _device(run: Measured) -> str:
+    return run.setup.problem.cluster.groups[0].device.name
+
+
+def _quantile(values: Sequence[float]) -> float:
+    """The QUANTILE of some values; never below their mean."""
+    ordered = sorted(values)
+    return max(ordered[min(len(ordered) - 1, int(QUANTILE * len(ordered)))], fmean(ordered))
+
+
+def _empty(name: str, measured: Sequence[Measured]) -> Profile:
+    """A profile without samples: it speaks for every device by constants alone."""
+    devices = sorted({_device(run) for run in measured})
+    return Profile(
+        schema_version=PROFILE_SCHEMA,
+        name=name,
+        device=devices[0] if len(devices) == 1 else "",
+        device_title=", ".join(devices),
+        backend="",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions={},
+        devices_per_node=max(run.setup.problem.cluster.devices_per_node for run in measured),
+        slots_per_node=None,
+        layers=(),
+        comms=(),
+        contention=(),
+        constants=(),
+    )
