@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from planner.codec import noun
-from planner.cost.evaluate import CostModel, Evaluation
+from planner.cost.evaluate import CostModel, Evaluation, predicted_memory_bytes
 from planner.errors import InputError
 from planner.estimate import Rejected, Verdict
 from planner.problem import PlanningProblem
@@ -33,7 +33,8 @@ Progress = Callable[[int, int], None]
 class ValidatedRow:
     """One run with its prediction. Without one, `reason` says why; `assumed` is what the row left open.
 
-    Errors are predicted over measured, minus 1. The predicted peak is of `memory_kind`.
+    Errors are predicted over measured, minus 1. The predicted peak is of `memory_kind`; a row may hold the
+    allocator's reserved blocks and the driver's figure besides.
     """
 
     id: str
@@ -50,6 +51,12 @@ class ValidatedRow:
     memory_kind: MemoryKind | None
     verdict: Verdict | None
     status: Status | None
+    predicted_reserved_gib: float | None = None
+    peak_reserved_gib: float | None = None
+    reserved_error: float | None = None
+    predicted_device_gib: float | None = None
+    device_used_gib: float | None = None
+    device_error: float | None = None
     reason: str = ""
     assumed: tuple[str, ...] = ()
 
@@ -66,6 +73,10 @@ class Summary:
     n_time: int
     n_memory: int
     rows: int
+    reserved_mape: float | None = None
+    reserved_bias: float | None = None
+    device_mape: float | None = None
+    device_bias: float | None = None
 
 
 @noun
@@ -143,7 +154,8 @@ class Predictor:
 
 def _row(run: Run, setup: RunSetup | None, done: Evaluation | None, reason: str = "") -> ValidatedRow:
     step_s = done.estimate.step_time_s if done else None
-    peak_gib = peak_bytes(done, run.memory_kind) / GIB if done else None
+    peaks = {kind: peak_gib(done, kind) if done else None for kind in MemoryKind}
+    peak = peaks[run.memory_kind or MemoryKind.ALLOCATED]
     return ValidatedRow(
         id=run.id,
         group=run.group_name,
@@ -153,21 +165,26 @@ def _row(run: Run, setup: RunSetup | None, done: Evaluation | None, reason: str 
         predicted_step_time_s=step_s,
         step_time_s=run.step_time_s,
         error=_error(step_s, run.step_time_s),
-        predicted_peak_memory_gib=peak_gib,
+        predicted_peak_memory_gib=peak,
         peak_memory_gib=run.peak_memory_gib,
-        memory_error=_error(peak_gib, run.peak_memory_gib),
+        memory_error=_error(peak, run.peak_memory_gib),
         memory_kind=run.memory_kind,
         verdict=done.estimate.verdict if done else None,
         status=run.status or (Status.OK if run.step_time_s or run.peak_memory_gib else None),
+        predicted_reserved_gib=peaks[MemoryKind.RESERVED],
+        peak_reserved_gib=run.peak_reserved_gib,
+        reserved_error=_error(peaks[MemoryKind.RESERVED], run.peak_reserved_gib),
+        predicted_device_gib=peaks[MemoryKind.DEVICE],
+        device_used_gib=run.device_used_gib,
+        device_error=_error(peaks[MemoryKind.DEVICE], run.device_used_gib),
         reason=reason,
         assumed=setup.assumed if setup else (),
     )
 
 
-def peak_bytes(done: Evaluation, kind: MemoryKind | None) -> int:
-    """The predicted peak as the row's memory was measured: of tensors alone, or with the runtime's own."""
-    runtime = max(stage.memory.runtime_bytes for stage in done.stages)
-    return done.estimate.peak_memory_bytes - (runtime if kind is MemoryKind.ALLOCATED else 0)
+def peak_gib(done: Evaluation, kind: MemoryKind) -> float:
+    """The predicted peak as this observer sees it."""
+    return predicted_memory_bytes(done, kind) / GIB
 
 
 def _error(predicted: float | None, measured: float | None) -> float | None:
@@ -178,21 +195,32 @@ def summarise(rows: Sequence[ValidatedRow]) -> Summary:
     """Mean errors of the rows that have them."""
     time = [row.error for row in rows if row.error is not None]
     memory = [row.memory_error for row in rows if row.memory_error is not None]
+    reserved = [row.reserved_error for row in rows if row.reserved_error is not None]
+    device = [row.device_error for row in rows if row.device_error is not None]
     return Summary(
         n=sum(row.predicted_step_time_s is not None for row in rows),
         time_mape=mape(time),
-        time_bias=fmean(time) if time else None,
+        time_bias=bias(time),
         memory_mape=mape(memory),
-        memory_bias=fmean(memory) if memory else None,
+        memory_bias=bias(memory),
         n_time=len(time),
         n_memory=len(memory),
         rows=len(rows),
+        reserved_mape=mape(reserved),
+        reserved_bias=bias(reserved),
+        device_mape=mape(device),
+        device_bias=bias(device),
     )
 
 
 def mape(errors: Sequence[float]) -> float | None:
     """The mean of absolute errors, or None without any."""
     return fmean(abs(error) for error in errors) if errors else None
+
+
+def bias(errors: Sequence[float]) -> float | None:
+    """The mean error, or None without any."""
+    return fmean(errors) if errors else None
 
 
 def judge_group(name: str, rows: Sequence[ValidatedRow]) -> GroupResult:

@@ -151,6 +151,9 @@ def test_every_reference_run_is_predicted_in_time_and_memory() -> None:
     for each in result.rows:
         assert each.predicted_step_time_s and each.predicted_peak_memory_gib and each.verdict
         assert each.memory_kind is MemoryKind.ALLOCATED
+        assert each.predicted_reserved_gib and each.reserved_error is not None
+        assert each.predicted_device_gib and each.device_error is not None
+        assert each.predicted_peak_memory_gib <= each.predicted_reserved_gib < each.predicted_device_gib
 
 
 def test_a_run_is_predicted_alike_alone_and_among_others() -> None:

@@ -107,6 +107,8 @@ def _summary_text(result: Validation) -> str:
         ("runs", f"{summary.n} predicted of {summary.rows}"),
         ("step time", _errors(summary.time_mape, summary.time_bias, summary.n_time)),
         ("peak memory", _errors(summary.memory_mape, summary.memory_bias, summary.n_memory)),
+        ("reserved", _errors(summary.reserved_mape, summary.reserved_bias)),
+        ("driver's figure", _errors(summary.device_mape, summary.device_bias)),
     ]
     matrix = table(
         ("verdict", "ran", "out of memory"),
@@ -115,10 +117,10 @@ def _summary_text(result: Validation) -> str:
     return pairs(lines) + "\n\n" + matrix
 
 
-def _errors(mape: float | None, bias: float | None, count: int) -> str | None:
+def _errors(mape: float | None, bias: float | None, count: int | None = None) -> str | None:
     if mape is None or bias is None:
         return None
-    return f"mean error {mape:.1%}, bias {bias:+.1%}, over {count} runs"
+    return f"mean error {mape:.1%}, bias {bias:+.1%}" + (f", over {count} runs" if count else "")
 
 
 def _frameworks_text(rows: Sequence[ValidatedRow]) -> str:
