@@ -57,6 +57,20 @@ def schedule_not_executed(degrees: Degrees) -> list[str]:
     return [] if degrees.schedule in EXECUTED_SCHEDULES else [f"its schedule is {degrees.schedule}"]
 
 
+def check_executed_schedule(degrees: Degrees) -> None:
+    """Raises InputError where the runtime cannot run the schedule of these degrees."""
+    if schedule_not_executed(degrees):
+        raise InputError(
+            Problem(
+                where="strategy.schedule",
+                fault=f"is {degrees.schedule}, which can be planned; this runtime neither splits backward "
+                "passes nor places stages as a V.",
+                legal=", ".join(EXECUTED_SCHEDULES),
+                fix="solve without --fix schedule",
+            )
+        )
+
+
 def check_executed(model: ModelSpec, what: str) -> None:
     """Raises InputError with everything that keeps the runtime from building `model`."""
     faults = not_executed(model)

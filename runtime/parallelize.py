@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from planner.errors import InputError, Problem
-from planner.execution import EXECUTED_SCHEDULES, schedule_not_executed
+from planner.execution import check_executed_schedule
 from planner.model import ModelSpec
 from planner.plan import Plan
 from planner.strategy import AXES, Degrees, Recompute, Stage, Zero
@@ -62,6 +62,7 @@ def build_meshes(plan: Plan, device_type: str) -> Meshes:
 def check_supported(plan: Plan) -> None:
     """Raises InputError with every part of the plan that this runtime cannot execute."""
     degrees = plan.strategy.degrees
+    check_executed_schedule(degrees)
     problems = [*_degree_problems(plan, degrees), *_tensor_problems(plan.model, plan.workload.seq, degrees)]
     if problems:
         raise InputError(*problems)
@@ -73,16 +74,6 @@ def _degree_problems(plan: Plan, degrees: Degrees) -> list[Problem]:
         for axis, size in (("cp", degrees.cp), ("ep", degrees.ep))
         if size != 1
     ]
-    if schedule_not_executed(degrees):
-        found.append(
-            Problem(
-                where="strategy.schedule",
-                fault=f"is {degrees.schedule}; this runtime neither splits backward passes nor places stages "
-                "as a V.",
-                legal=", ".join(EXECUTED_SCHEDULES),
-                fix="solve without --fix schedule",
-            )
-        )
     if plan.workload.precision is Precision.FP16:
         fault = "is fp16, which needs loss scaling; this runtime has none."
         found.append(Problem(where="workload.precision", fault=fault, legal="bf16, fp32"))
