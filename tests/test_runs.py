@@ -239,7 +239,9 @@ def test_what_is_assumed_is_listed() -> None:
         ({"hidden": None}, "model_known", "hidden"),
         ({"gated_mlp": True, "ffn": None}, "model_known", "ffn"),
         ({"heads": 7}, "model_known", "7 heads"),
-        ({"experts": 8, "topk": 2}, "model_known", "expert_ffn"),
+        ({"experts": 64, "topk": 2}, "model_known", "expert_ffn"),
+        ({"experts": 8}, "model_known", "topk"),
+        ({"notes": "precision bf16-true"}, "not_modelled", "bf16"),
         ({"micro_batch": None}, "row_complete", "micro_batch"),
         ({"global_batch": None}, "row_complete", "global_batch"),
         ({"global_batch": 31}, "batch_divides", "31"),
@@ -315,6 +317,25 @@ def test_a_name_of_the_catalog_gives_what_the_row_leaves_open() -> None:
     experts = setup(dataclasses.replace(bare, model="Mixtral 8x7B", experts=8, topk=2, tp=1, dp=8))
     block = experts.problem.model.segments[0].block
     assert isinstance(block, Block) and isinstance(block.mlp, Experts)
+
+
+def test_few_experts_are_whole_mlps() -> None:
+    made = setup(dataclasses.replace(GPT, experts=8, topk=2, notes="LoRA, bf16-true"))
+    block = made.problem.model.segments[0].block
+    assert isinstance(block, Block) and isinstance(block.mlp, Experts)
+    assert (block.mlp.expert.width, block.mlp.count) == (8192, 8)
+    assert "expert_ffn 8192" in made.assumed
+
+
+def test_jax_compiles_and_words_that_deny_it_count() -> None:
+    for framework, notes, compiled in (
+        ("MaxText (JAX)", "", True),
+        ("PyTorch FSDP", "torch.compile", True),
+        ("PyTorch FSDP", "no torch.compile", False),
+        ("Megatron-LM", "", False),
+    ):
+        run = dataclasses.replace(GPT, framework=framework, notes=notes, zero=1)
+        assert setup(run).problem.stack.compiled is compiled
 
 
 def test_dimensions_win_over_a_name_that_contradicts_them() -> None:

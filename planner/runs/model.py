@@ -23,10 +23,13 @@ MEGATRON_VOCAB = 51200
 LLAMA_VOCAB = 32000
 """Vocabulary of Llama 1 and 2, for gated models whose row states none."""
 
+WHOLE_EXPERTS = 16
+"""Up to so many experts each is a whole MLP (Mixtral, Grok-1, DBRX); more are finer (DeepSeek, Qwen3)."""
+
 USUAL_HEAD = 128
 WITHOUT_TABLE = r"no position embed|alibi|rotary|\brope\b"
 GATED_NAMES = r"llama|mistral|mixtral|qwen|gemma|deepseek|yi-|olmo|smollm|phi-3"
-DECORATIONS = r"\(.*?\)|truncated to \d+ layers|\bproxy\b|\bsft\b|\bfull\b"
+DECORATIONS = r"\(.*?\)|truncated to \d+ layers|\bproxy\b|\bsft\b|\bfull\b|\bfinetuning with.*|\bq?lora\b"
 """What tables write behind a model's name."""
 
 
@@ -148,7 +151,7 @@ def _is_gated(run: Run, assumed: list[str]) -> bool:
 def _mlp(run: Run, gated: bool, assumed: list[str]) -> FeedForward | Rejected:
     activation = Activation.SILU if gated else Activation.GELU_TANH
     if run.experts is not None:
-        return _experts(run, gated, activation)
+        return _experts(run, gated, activation, assumed)
     width = run.ffn
     if width is None:
         if gated:
@@ -159,16 +162,21 @@ def _mlp(run: Run, gated: bool, assumed: list[str]) -> FeedForward | Rejected:
     return Mlp(width=width, gated=gated, activation=activation, bias=not gated)
 
 
-def _experts(run: Run, gated: bool, activation: Activation) -> FeedForward | Rejected:
-    """Routed experts without shared ones. A table that counts experts names their width, or the model."""
-    unknown = [name for name in ("topk", "expert_ffn") if getattr(run, name) is None]
-    if unknown or run.experts is None or run.topk is None or run.expert_ffn is None:
+def _experts(run: Run, gated: bool, activation: Activation, assumed: list[str]) -> FeedForward | Rejected:
+    """Routed experts without shared ones. Of few experts, each is as wide as the row's MLP."""
+    assert run.experts is not None, "checked before"
+    width = run.expert_ffn
+    if width is None and run.ffn is not None and run.experts <= WHOLE_EXPERTS:
+        width = run.ffn
+        assumed.append(f"expert_ffn {width}")
+    if width is None or run.topk is None:
+        absent = [name for name, value in (("topk", run.topk), ("expert_ffn", width)) if value is None]
         return Rejected(
             rule="model_known",
-            detail=f"{run.experts} experts, and {' and '.join(unknown)} unknown.",
+            detail=f"{run.experts} experts, and {' and '.join(absent)} unknown.",
             legal="a model of the catalog, or topk and expert_ffn",
         )
-    expert = Mlp(width=run.expert_ffn, gated=gated, activation=activation)
+    expert = Mlp(width=width, gated=gated, activation=activation)
     return Experts(count=run.experts, topk=min(run.topk, run.experts), expert=expert)
 
 

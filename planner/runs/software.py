@@ -19,8 +19,8 @@ from planner.workload import Adapters, Method, Precision
 
 ENGINES: tuple[tuple[str, Engine], ...] = (
     (r"deepspeed.*megatron|megatron-?deepspeed", Engine.MEGATRON),
-    (r"megatron|nemo|mbridge|nanotron|megascale|fast-llm|ptd-p|neox|aleph|aa-scaling", Engine.MEGATRON),
-    (r"deepspeed|colossal", Engine.DEEPSPEED),
+    (r"megatron|nemo|mbridge|nanotron|megascale|fast-llm|ptd-p|neox", Engine.MEGATRON),
+    (r"deepspeed|colossal|aleph|aa-scaling", Engine.DEEPSPEED),
     (r"torchtitan|torch-reference|fsdp2?\b", Engine.TORCHTITAN),
 )
 """Engine by the first pattern found in `framework`; others are plain PyTorch. FSDP2 is torchtitan's way."""
@@ -30,6 +30,9 @@ MODERN = r"flash|torchtitan|fsdp|nemo|bridge|megatron-core|mcore|litgpt|maxtext|
 
 OLD_DEVICES = ("v100", "a100", "p100", "t4")
 """On these, Megatron-LM and DeepSpeed ran their own fused softmax until FlashAttention came (2022-23)."""
+
+COMPILED = r"compile|\bjax\b|paxml|maxtext"
+"""Words of runs whose blocks are compiled; JAX always compiles."""
 
 SHARDS_SEQUENCE = r"nemo|bridge|megatron-core|mcore|torchtitan"
 """Frameworks that turn sequence parallelism on with tensor parallelism unless told otherwise."""
@@ -55,7 +58,7 @@ NOT_MODELLED: tuple[tuple[str, str], ...] = (
     (r"\bqlora\b", "fine-tuning of quantised weights"),
     (r"\badapter\b", "fine-tuning with adapters other than LoRA"),
     (r"offload(?! false)|optimizer state on cpu", "offloading"),
-    (r"\bjax\b|paxml|maxtext", "a compiler that is not PyTorch's"),
+    (r"^(?!.*\blora\b).*bf16-true", "training with weights and optimizer state in bf16"),
 )
 """Words that name what the cost model does not know: rows with them are not predicted."""
 
@@ -101,7 +104,7 @@ def run_stack(run: Run, assumed: list[str]) -> Stack:
     compiled = run.compile
     if compiled is None:
         words = run.words
-        compiled = "compile" in words and "no torch.compile" not in words
+        compiled = bool(re.search(COMPILED, words)) and "no torch.compile" not in words
     return Stack(
         engine=run_engine(run.framework),
         framework=run.framework,
