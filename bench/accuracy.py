@@ -281,6 +281,7 @@ class Figures:
     mape: float | None
     bias: float | None
     worst: float | None
+    within_interval: float | None
     memory_mape: float | None
     memory_bias: float | None
     reserved_mape: float | None
@@ -301,6 +302,7 @@ def figures(parts: Sequence[Validation]) -> Figures:
         mape=whole.summary.time_mape,
         bias=whole.summary.time_bias,
         worst=max(time_errors, key=abs, default=None),
+        within_interval=whole.summary.within_interval,
         memory_mape=whole.summary.memory_mape,
         memory_bias=whole.summary.memory_bias,
         reserved_mape=whole.summary.reserved_mape,
@@ -343,6 +345,7 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
             _share(found["mape"]),
             _share(found["bias"], "+"),
             _share(found["worst"], "+"),
+            _share(found["within_interval"]) if method != "naive" else "-",
             _share(found["regret"]),
             _share(found["worst_regret"]),
             found["groups_without_regret"],
@@ -361,6 +364,7 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
         "error",
         "bias",
         "worst",
+        "inside",
         "regret",
         "worst",
         "zero",
@@ -369,7 +373,7 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
         "SAFE ran/oom RISKY NO",
         "target",
     )
-    print(table(header, rows, numbers=range(2, 11)))
+    print(table(header, rows, numbers=range(2, 12)))
 
 
 def _methods(result: dict[str, Any]) -> Iterator[tuple[bool, str, dict[str, Any]]]:

@@ -51,6 +51,7 @@ class ValidatedRow:
     memory_kind: MemoryKind | None
     verdict: Verdict | None
     status: Status | None
+    predicted_interval_s: tuple[float, float] | None = None
     predicted_reserved_gib: float | None = None
     peak_reserved_gib: float | None = None
     reserved_error: float | None = None
@@ -63,7 +64,10 @@ class ValidatedRow:
 
 @noun
 class Summary:
-    """Errors over rows, as shares. `n` counts rows with a prediction, of `rows` in all."""
+    """Errors over rows, as shares. `n` counts rows with a prediction, of `rows` in all.
+
+    `within_interval` is the share of measured step times that lie in the interval of their prediction.
+    """
 
     n: int
     time_mape: float | None
@@ -73,6 +77,7 @@ class Summary:
     n_time: int
     n_memory: int
     rows: int
+    within_interval: float | None = None
     reserved_mape: float | None = None
     reserved_bias: float | None = None
     device_mape: float | None = None
@@ -171,6 +176,7 @@ def _row(run: Run, setup: RunSetup | None, done: Evaluation | None, reason: str 
         memory_kind=run.memory_kind,
         verdict=done.estimate.verdict if done else None,
         status=run.status or (Status.OK if run.step_time_s or run.peak_memory_gib else None),
+        predicted_interval_s=done.estimate.step_time_interval_s if done else None,
         predicted_reserved_gib=peaks[MemoryKind.RESERVED],
         peak_reserved_gib=run.peak_reserved_gib,
         reserved_error=_error(peaks[MemoryKind.RESERVED], run.peak_reserved_gib),
@@ -206,11 +212,18 @@ def summarise(rows: Sequence[ValidatedRow]) -> Summary:
         n_time=len(time),
         n_memory=len(memory),
         rows=len(rows),
+        within_interval=mape([float(_within(row)) for row in rows if row.error is not None]),
         reserved_mape=mape(reserved),
         reserved_bias=bias(reserved),
         device_mape=mape(device),
         device_bias=bias(device),
     )
+
+
+def _within(row: ValidatedRow) -> bool:
+    """Whether the measured step time lies in the interval of its prediction."""
+    low, high = row.predicted_interval_s or (0.0, 0.0)
+    return row.step_time_s is not None and low <= row.step_time_s <= high
 
 
 def mape(errors: Sequence[float]) -> float | None:

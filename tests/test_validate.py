@@ -84,6 +84,13 @@ def test_errors_are_shares_of_the_measured() -> None:
     assert (summary.n, summary.n_time, summary.rows, summary.memory_mape) == (2, 2, 3, None)
 
 
+def test_the_share_inside_the_interval_counts_timed_rows() -> None:
+    wide = dataclasses.replace(row("a", 1.2, 1.0), predicted_interval_s=(0.9, 1.5))
+    narrow = dataclasses.replace(row("b", 1.2, 1.0), predicted_interval_s=(1.1, 1.3))
+    assert judge([wide, narrow, row("c", None, 1.0)]).summary.within_interval == 0.5
+    assert judge([row("c", None, 1.0)]).summary.within_interval is None
+
+
 def test_tau_is_scipys_on_random_orders_with_ties() -> None:
     rng = random.Random(3)
     for _ in range(200):

@@ -106,6 +106,7 @@ def _summary_text(result: Validation) -> str:
     lines = [
         ("runs", f"{summary.n} predicted of {summary.rows}"),
         ("step time", _errors(summary.time_mape, summary.time_bias, summary.n_time)),
+        ("in the interval", _share(summary.within_interval) if summary.n_time else None),
         ("peak memory", _errors(summary.memory_mape, summary.memory_bias, summary.n_memory)),
         ("reserved", _errors(summary.reserved_mape, summary.reserved_bias)),
         ("driver's figure", _errors(summary.device_mape, summary.device_bias)),
