@@ -25,16 +25,13 @@ class TimeBreakdown:
 
     @property
     def total_s(self) -> float:
-        return float(sum(dataclasses.astuple(self)))
+        return float(sum(getattr(self, cause) for cause in TIME_CAUSES))
 
     def __add__(self, other: TimeBreakdown) -> TimeBreakdown:
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return TimeBreakdown(**dict(zip(TIME_CAUSES, (a + b for a, b in pairs), strict=True)))
+        return TimeBreakdown(**{name: getattr(self, name) + getattr(other, name) for name in TIME_CAUSES})
 
     def __mul__(self, factor: float) -> TimeBreakdown:
-        return TimeBreakdown(
-            **dict(zip(TIME_CAUSES, (a * factor for a in dataclasses.astuple(self)), strict=True))
-        )
+        return TimeBreakdown(**{name: getattr(self, name) * factor for name in TIME_CAUSES})
 
 
 TIME_CAUSES = tuple(field.name for field in dataclasses.fields(TimeBreakdown))

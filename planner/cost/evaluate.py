@@ -5,6 +5,7 @@ The step time is the replay of the strategy's own action table; the memory is th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from planner.codec import noun
@@ -13,9 +14,9 @@ from planner.cost.comm import CommModel
 from planner.cost.compute import ORIGINS, LayerModel
 from planner.cost.lifecycle import memory_figures
 from planner.cost.memory import rank_memory
-from planner.cost.schedule import Table, build_table
+from planner.cost.schedule import ActionKind, Table, build_table
 from planner.cost.simulate import Replay, kind_passes, replay, sharing_of
-from planner.cost.stage import ShapeModel, StageCost
+from planner.cost.stage import Pass, ShapeModel, StageCost
 from planner.cost.verdict import band, memory_band, verdict
 from planner.estimate import (
     Coverage,
@@ -194,8 +195,10 @@ def time_breakdown(
 
     `pp_comm_s` is what the step would be shorter by if messages between stages took no time.
     """
-    each = [_busy(rank, replayed, table, costs) for rank in range(len(table))]
-    busiest = max(each, key=lambda breakdown: breakdown.total_s)
+    each = {id(cost): kind_passes(cost) for cost in costs}  # few stages differ
+    passes = [each[id(cost)] for cost in costs]
+    busy = [_busy(rank, replayed, table, passes) for rank in range(len(table))]
+    busiest = max(busy, key=lambda breakdown: breakdown.total_s)
     idle_s = replayed.step_time_s - busiest.total_s
     if idle_s < 1e-12 * replayed.step_time_s:  # the dust of adding floats in another order
         idle_s = 0.0
@@ -203,11 +206,13 @@ def time_breakdown(
     return busiest + TimeBreakdown(pp_comm_s=exposed_s, bubble_s=idle_s - exposed_s)
 
 
-def _busy(rank: int, replayed: Replay, table: Table, costs: tuple[StageCost, ...]) -> TimeBreakdown:
+def _busy(
+    rank: int, replayed: Replay, table: Table, passes: Sequence[dict[ActionKind, Pass]]
+) -> TimeBreakdown:
     total = TimeBreakdown()
     stretch = replayed.stretch[rank]
     for (stage, kind), times in table.counts(rank).items():
-        passing = kind_passes(costs[stage])[kind]
+        passing = passes[stage][kind]
         total += TimeBreakdown(
             compute_s=passing.compute_s * stretch * times,
             recompute_s=passing.recompute_s * stretch * times,

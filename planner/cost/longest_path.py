@@ -55,27 +55,27 @@ def order_actions(table: Table) -> ActionOrder:
     """The order of a table. Raises ValueError where it waits for itself."""
     import numpy as np
 
-    m = table.num_micro_batches
     lengths = [len(row) for row in table.codes]
-    flat = np.concatenate([np.asarray(row, dtype=np.int64) for row in table.codes])
+    codes = np.concatenate([table.array(rank) for rank in range(len(table))])
+    cells, micro_batches = np.divmod(codes, table.num_micro_batches)
     begins = np.concatenate([[0], np.cumsum(lengths)])
-    needs = _needs(flat, np.repeat(np.arange(len(lengths)), lengths), m, table.stages)
+    needs = _needs(cells, micro_batches, np.repeat(np.arange(len(lengths)), lengths), table)
     order = _waves(needs, begins) if len(lengths) >= WIDE else _loop(needs, begins)
-    places = np.empty(len(flat) + 1, dtype=np.int64)
-    places[order] = 1 + len(lengths) + np.arange(len(flat))
+    places = np.empty(len(cells) + 1, dtype=np.int64)
+    places[order] = 1 + len(lengths) + np.arange(len(cells))
     places[-1] = 0
-    before = places[np.arange(len(flat)) - 1]
+    before = places[np.arange(len(cells)) - 1]
     filled = [rank for rank, length in enumerate(lengths) if length]
     before[begins[filled]] = 1 + np.asarray(filled)
     return ActionOrder(
         before=before[order].tolist(),
         needed=places[needs[order]].tolist(),
-        cells=(flat[order] // m).tolist(),
+        cells=cells[order].tolist(),
         rows=tuple(places[a:b].tolist() for a, b in pairwise(begins.tolist())),
     )
 
 
-def _needs(flat: Ints, ranks: Ints, m: int, stages: int) -> Ints:
+def _needs(cells: Ints, micro_batch: Ints, ranks: Ints, table: Table) -> Ints:
     """For each action the one, on another rank, whose message it needs; the number of actions if none.
 
     Where both are on one rank their order in the row is enough. A need that nothing meets, or that comes
@@ -83,17 +83,16 @@ def _needs(flat: Ints, ranks: Ints, m: int, stages: int) -> Ints:
     """
     import numpy as np
 
-    none, own = len(flat), np.arange(len(flat))
-    cells, micro_batch = np.divmod(flat, m)
+    none, own = len(cells), np.arange(len(cells))
     stage, kind = np.divmod(cells, len(KINDS))
     needs = np.full(none, none)
     forwards = np.asarray([k is ActionKind.FORWARD for k in KINDS])
     for step, wanted in ((-1, forwards), (1, np.asarray([k.sends_gradients for k in KINDS]))):
         sends = np.flatnonzero(wanted[kind])
-        sender = np.full((stages + 2, m), -1)
+        sender = np.full((table.stages + 2, table.num_micro_batches), -1)
         sender[stage[sends] + 1, micro_batch[sends]] = sends + (kind[sends] == PAIRED)
         peer = stage[sends] + step
-        waits = sends[(peer >= 0) & (peer < stages)]
+        waits = sends[(peer >= 0) & (peer < table.stages)]
         needs[waits] = sender[stage[waits] + step + 1, micro_batch[waits]]
     needs = np.where(needs < 0, own, needs)
     local = (needs < own) & (ranks[np.minimum(needs, none - 1)] == ranks)

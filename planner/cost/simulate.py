@@ -162,11 +162,13 @@ def replay(
     """Runs `table` with the passes of `stages`. Raises ValueError if its order cannot be executed."""
     held = [table.stages_of(rank) for rank in range(len(table))]
     unshard_s = tuple(sum(stages[s].unshard_s for s in each) for each in held)
-    passes = [kind_passes(stage) for stage in stages]
+    each = {id(stage): kind_passes(stage) for stage in stages}  # few stages differ
+    passes = [each[id(stage)] for stage in stages]
     stretch, slow = (1.0,) * len(table), 1.0
     times: PathTimes | RecordedTimes
     if sharing is None:
-        cell_s = [each[kind].total_s for each in passes for kind in KINDS]
+        totals = {key: [by_kind[kind].total_s for kind in KINDS] for key, by_kind in each.items()}
+        cell_s = [seconds for stage in stages for seconds in totals[id(stage)]]
         ends_s = table.order.ends_s(unshard_s, cell_s, p2p_s)
         times = PathTimes(table=table, ends_s=ends_s, cell_s=cell_s)
     else:

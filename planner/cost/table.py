@@ -12,13 +12,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from planner.cost.action import Action, ActionKind, Row, parse_row
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from planner.cost.longest_path import ActionOrder
+
+    Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 KINDS = (
     ActionKind.FORWARD,
@@ -29,7 +32,6 @@ KINDS = (
 )
 """The kinds by number; the last is a forward that is paired with the backward after it."""
 PAIRED = len(KINDS) - 1
-_CHANGES = tuple(kind.alive_change for kind in KINDS)
 
 
 def cell(stage: int, kind: ActionKind, *, paired: bool = False) -> int:
@@ -40,10 +42,10 @@ def cell(stage: int, kind: ActionKind, *, paired: bool = False) -> int:
 class Table:
     """Rows of actions, one a pipeline rank. Equal where all actions are; never changed once made.
 
-    `order` is found when it is first asked for.
+    The order and arrays are made when they are first asked for.
     """
 
-    __slots__ = ("_order", "codes", "num_micro_batches", "stages")
+    __slots__ = ("_arrays", "_order", "codes", "num_micro_batches", "stages")
 
     def __init__(self, codes: Iterable[Sequence[int]], num_micro_batches: int) -> None:
         self.codes = tuple(codes)
@@ -51,6 +53,7 @@ class Table:
         last = max((max(row) for row in self.codes if row), default=-1)
         self.stages = last // (num_micro_batches * len(KINDS)) + 1
         self._order: ActionOrder | None = None
+        self._arrays: dict[int, Ints] = {}
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Table:
@@ -93,12 +96,22 @@ class Table:
         """How many actions there are."""
         return sum(len(row) for row in self.codes)
 
+    def array(self, rank: int) -> Ints:
+        """The codes of a rank as an array."""
+        import numpy as np
+
+        if rank not in self._arrays:
+            self._arrays[rank] = np.asarray(self.codes[rank], dtype=np.int64)
+        return self._arrays[rank]
+
     def counts(self, rank: int) -> dict[tuple[int, ActionKind], int]:
-        """How many actions of each stage and kind a rank runs, in the order in which they first come."""
-        m, kinds = self.num_micro_batches, len(KINDS)
+        """How many actions of each stage and kind a rank runs."""
+        import numpy as np
+
         found: Counter[tuple[int, ActionKind]] = Counter()
-        for number, times in Counter([code // m for code in self.codes[rank]]).items():
-            found[number // kinds, KINDS[number % kinds]] += times
+        counts = np.bincount(self.array(rank) // self.num_micro_batches)
+        for number in np.flatnonzero(counts).tolist():
+            found[number // len(KINDS), KINDS[number % len(KINDS)]] += int(counts[number])
         return found
 
     def stages_of(self, rank: int) -> list[int]:
@@ -111,27 +124,20 @@ class Table:
         A micro-batch is alive from its forward to its backward, or to its weight gradients where the
         backward is split: W needs the inputs that the forward kept.
         """
-        m, kinds = self.num_micro_batches, len(KINDS)
-        cells = [code // m for code in self.codes[rank]]
-        stages = sorted({number // kinds for number in set(cells)})
+        import numpy as np
+
+        stage, kind = np.divmod(self.array(rank) // self.num_micro_batches, len(KINDS))
+        changes = np.asarray([each.alive_change for each in KINDS])[kind]
+        counted = np.flatnonzero(changes)
+        stage, changes = stage[counted], changes[counted]
+        stages = sorted(set(stage.tolist()))
+        alive = np.stack([np.cumsum(np.where(stage == s, changes, 0)) for s in stages], axis=1)
+        tops = alive[(changes > 0) & (np.append(changes[1:], -1) < 0)]
         if len(stages) == 1:
-            return [{stages[0]: max(accumulate([_CHANGES[number % kinds] for number in cells]))}]
-        places = {number: (stages.index(number // kinds), _CHANGES[number % kinds]) for number in set(cells)}
-        maxima = _maxima([places[number] for number in cells], len(stages))
-        return [dict(zip(stages, counts, strict=True)) for counts in maxima]
-
-
-def _maxima(changes: list[tuple[int, int]], stages: int) -> list[tuple[int, ...]]:
-    """The counts of `stages` stages wherever one falls that had risen, dominated ones left out."""
-    alive = [0] * stages
-    peaks: set[tuple[int, ...]] = set()
-    rising = False
-    for place, change in changes:
-        if change < 0 and rising:
-            peaks.add(tuple(alive))
-        rising = change > 0 or (rising and change == 0)
-        alive[place] += change
-    return [p for p in sorted(peaks) if not any(q != p and _dominates(q, p) for q in peaks)]
+            return [{stages[0]: int(tops.max())}]
+        peaks = sorted({tuple(peak) for peak in tops.tolist()})
+        kept = [p for p in peaks if not any(q != p and _dominates(q, p) for q in peaks)]
+        return [dict(zip(stages, counts, strict=True)) for counts in kept]
 
 
 def _dominates(a: tuple[int, ...], b: tuple[int, ...]) -> bool:

@@ -61,6 +61,20 @@ class _RowWriter:
         self.add(forward, F, paired=True)
         self.add(backward, B)
 
+    def rounds(self, count: int, *actions: tuple[int, ActionKind, bool]) -> None:
+        """`count` times the actions given as (stage, kind, paired), none of which is left out.
+
+        A W among them is that of the I before it: no weight gradient waits.
+        """
+        block = [0] * (len(actions) * count)
+        for place, (stage, kind, paired) in enumerate(actions):
+            done = self.next(stage, IN if kind is W else kind) - (count if kind is W else 0)
+            first = cell(stage, kind, paired=paired) * self._num_micro_batches + done
+            block[place :: len(actions)] = range(first, first + count)
+            if kind is not W:
+                self.done[stage, IN if kind is B else kind] = done + count
+        self.codes += block
+
     def _write(self, stage: int, kind: ActionKind, micro_batch: int, *, paired: bool = False) -> None:
         if micro_batch < self._num_micro_batches:
             number = cell(stage, kind, paired=paired)
@@ -95,6 +109,9 @@ def zbv_row(rank: int, pp: int, chunks: int, num_micro_batches: int) -> list[int
         row.add(first, F)
     for _ in range(pp - rank):
         row.add(second, F, IN, W)
+    if least == num_micro_batches:
+        split = [(stage, kind, False) for stage in (first, second) for kind in (F, IN, W)]
+        row.rounds(least - row.next(first, F), *split)
     while row.next(second, F) < row.next(first, F) or row.next(first, F) < least:
         if row.next(first, F) < least:
             row.add(first, F)
@@ -120,13 +137,13 @@ def dualpipev_row(rank: int, pp: int, chunks: int, num_micro_batches: int) -> li
         row.add(second, F)
     for _ in range(after):
         row.add(second, IN, W, F)
-    for step in range(num_micro_batches - 2 * pp + rank + 1):
-        if step == 0 and rank == pp - 1:  # the turn of the V: apart, the last rank begins earlier
-            row.add(first, F)
-            row.add(second, B)
-        else:
-            row.overlap(first, second)
+    steady = num_micro_batches - 2 * pp + rank + 1
+    if steady and rank == pp - 1:  # the turn of the V: apart, the last rank begins earlier
+        row.add(first, F)
+        row.add(second, B)
         row.overlap(second, first)
+        steady -= 1
+    row.rounds(steady, (first, F, True), (second, B, False), (second, F, True), (first, B, False))
     for _ in range(after):
         row.add(second, B)
         row.overlap(second, first)
