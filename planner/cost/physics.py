@@ -79,6 +79,11 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
             value=1.0, spread=0.5, low=0.2, high=6.0,
             meaning="time of tensor-parallel messages over that of the same collective alone",
         ),
+        "tp_rank_s": Prior(
+            value=0.0, spread=5e-5, low=0.0, high=1e-3,
+            meaning="what every tensor-parallel message waits for each rank beyond the first: ranks are late "
+            "by turns",
+        ),
         "dp_scale": Prior(
             value=1.0, spread=1.0, low=0.2, high=40.0,
             meaning="time of data-parallel messages over that of the same collective alone",
@@ -90,6 +95,14 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
         "pp_scale": Prior(
             value=1.0, spread=0.7, low=0.2, high=20.0,
             meaning="time of a hop between stages over that of the same message alone",
+        ),
+        "pp_exposed": Prior(
+            value=0.0, spread=0.5, low=0.0, high=1.0,
+            meaning="share of a hop between stages for which the sending stage stands still",
+        ),
+        "recompute_scale": Prior(
+            value=1.0, spread=0.15, low=0.8, high=1.6,
+            meaning="time of a forward that is run again over that of the first",
         ),
         "head_scale": Prior(
             value=1.0, spread=0.7, low=0.1, high=6.0,
@@ -125,9 +138,12 @@ class Physics:
     compiled_elementwise_share: float
     host_tp_forward_s: float
     tp_scale: float
+    tp_rank_s: float
     dp_scale: float
     dp_exposed: float
     pp_scale: float
+    pp_exposed: float
+    recompute_scale: float
     head_scale: float
     optimizer_scale: float
     action_s: float
@@ -151,6 +167,8 @@ def prior_of(name: str, stack: Stack) -> float:
     """The prior of a constant for a stack."""
     if name == "dp_exposed" and stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
         return 1.0  # both reduce after the last backward unless told to overlap
+    if name == "pp_exposed" and stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
+        return 0.5  # both wait for their sends and receives together
     if name == "probability_passes" and stack.attention is AttentionKernel.EAGER:
         return 2 * PRIORS[name].value  # scale, mask, softmax and dropout each on their own
     return PRIORS[name].value

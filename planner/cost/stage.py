@@ -200,8 +200,9 @@ class ShapeModel:
             Recompute.FULL: inner if early else once,
         }
         extra_s = max(cost.backward_s - plain.backward_s, 0.0)
+        again_s = self.physics.recompute_scale * extra_s
         forward = Pass(compute_s=cost.forward_s, tp_s=once)
-        backward = Pass(compute_s=cost.backward_s - extra_s, recompute_s=extra_s, tp_s=once + again[option])
+        backward = Pass(compute_s=cost.backward_s - extra_s, recompute_s=again_s, tp_s=once + again[option])
         return self._with_data_parallel(forward, backward, self.block_units[key])
 
     def _end_passes(self, kind: LayerKind) -> tuple[Pass, Pass]:
@@ -318,7 +319,10 @@ class ShapeModel:
 
     def _tp_message(self, op: Op) -> float:
         """Seconds of a message of the residual stream over the tensor-parallel group."""
-        return self.physics.tp_scale * self._seconds(op, self.hidden_bytes(), self._tp_group())
+        if self.degrees.tp == 1:
+            return 0.0
+        late_s = self.physics.tp_rank_s * (self.degrees.tp - 1) * (1.0 if op is Op.ALL_REDUCE else 0.5)
+        return late_s + self.physics.tp_scale * self._seconds(op, self.hidden_bytes(), self._tp_group())
 
     def p2p_s(self) -> float:
         """One hop of the residual stream between neighbouring stages."""
@@ -386,7 +390,8 @@ class ShapeModel:
 
     def _stage(self, chosen: tuple[Chosen, ...], *, first: bool, last: bool) -> StageCost:
         pp_action_s = self._constant("pp_action_s") if self.degrees.pp > 1 else 0.0
-        action = Pass(host_s=pp_action_s + self.physics.action_s)
+        standing_s = self.physics.pp_exposed * self.p2p_s()
+        action = Pass(host_s=pp_action_s + self.physics.action_s + standing_s)
         forward, backward = action, action
         for choice, count in chosen:
             one_forward, one_backward = self.passes(*choice)
