@@ -39,35 +39,42 @@ def engine_bytes(
     if shape.kind is LayerKind.BLOCK:
         block = model.classes()[shape.block] if shape.block else model.segments[0].block
         if isinstance(block, Block):
-            cost = _block_bytes(cost, block, shape, stack)
-        kept = constants.activation_scale
-    else:
-        kept = scale if shape.kind is LayerKind.HEAD else 1.0
-    if shape.kind is LayerKind.HEAD and model.vocab and shape.tp > 1 and _dtensor(stack):
-        more = SHARDED_LOSS_BYTES * shape.tokens * model.vocab / shape.tp
-        cost = dataclasses.replace(cost, backward_transient_bytes=cost.backward_transient_bytes + more)
+            return _block_bytes(cost, block, shape, stack, constants)
+    loss = _sharded_loss_bytes(model, shape, stack, constants) if shape.kind is LayerKind.HEAD else 0.0
     return dataclasses.replace(
         cost,
-        saved_bytes=cost.saved_bytes * kept,
+        saved_bytes=cost.saved_bytes * (scale if shape.kind is LayerKind.HEAD else 1.0),
         forward_transient_bytes=cost.forward_transient_bytes * scale,
-        backward_transient_bytes=cost.backward_transient_bytes * scale,
+        backward_transient_bytes=cost.backward_transient_bytes * scale + loss,
     )
+
+
+def _sharded_loss_bytes(
+    model: ModelSpec, shape: LayerShape, stack: Stack, constants: MemoryConstants
+) -> float:
+    """What a loss over a sharded vocabulary needs besides: in torch a fixed part, or gathered logits."""
+    logits = shape.tokens * model.vocab
+    own = SHARDED_LOSS_BYTES * logits / shape.tp if _dtensor(stack) and shape.tp > 1 else 0.0
+    return own + constants.gathered_logits_bytes * logits * (1 - 1 / shape.tp)
 
 
 def _dtensor(stack: Stack) -> bool:
     return stack.engine in (Engine.NATIVE, Engine.TORCHTITAN)
 
 
-def _block_bytes(cost: LayerCost, block: Block, shape: LayerShape, stack: Stack) -> LayerCost:
-    whole = _kept_bytes(block, shape, stack)
+def _block_bytes(
+    cost: LayerCost, block: Block, shape: LayerShape, stack: Stack, constants: MemoryConstants
+) -> LayerCost:
+    whole = _kept_bytes(block, shape, stack, constants)
     kept = {
         Recompute.NONE: whole,
-        Recompute.SELECTIVE: _selective_bytes(whole, block, shape, stack),
-        Recompute.FULL: _saved(block, shape, Recompute.FULL),
+        Recompute.SELECTIVE: _selective_bytes(whole, block, shape, stack, constants),
+        Recompute.FULL: constants.activation_scale * _saved(block, shape, Recompute.FULL),
     }[shape.recompute]
     plain = _saved(block, shape, Recompute.NONE)
     analytic = _saved(block, shape, shape.recompute)
     working = cost.backward_transient_bytes - (plain - analytic) + _gathered_bytes(block, shape, stack)
+    working *= constants.transient_scale
     return dataclasses.replace(
         cost,
         saved_bytes=kept,
@@ -88,10 +95,21 @@ def _saved(block: Block, shape: LayerShape, recompute: Recompute) -> float:
     )
 
 
-def _kept_bytes(block: Block, shape: LayerShape, stack: Stack) -> float:
+def _kept_bytes(block: Block, shape: LayerShape, stack: Stack, constants: MemoryConstants) -> float:
     """What a block keeps without recomputation."""
+    size, probabilities = shape.precision.compute_bytes, _probability_bytes(block, shape)
     kept = _saved(block, shape, Recompute.NONE) + block.sublayers * _gathered_bytes(block, shape, stack)
-    return kept - _fused_bytes(block, shape, stack)
+    kept = (kept - probabilities - _fused_bytes(block, shape, stack)) * constants.activation_scale
+    stream = block.hidden / (shape.tp if shape.sequence_parallel else 1)
+    norms = constants.norm_bytes * size / 2 * block.norms * shape.tokens * stream
+    return kept + norms + constants.probability_scale * probabilities
+
+
+def _probability_bytes(block: Block, shape: LayerShape) -> float:
+    """What an unfused kernel keeps of probabilities, once."""
+    flash = (mixer.kept(shape.seq, AttentionKernel.FLASH).products for mixer in block.mixers)
+    own = (mixer.kept(shape.seq, shape.kernel).products for mixer in block.mixers)
+    return shape.precision.compute_bytes * shape.tokens * (sum(own) - sum(flash)) / shape.tp
 
 
 def _fused_bytes(block: Block, shape: LayerShape, stack: Stack) -> float:
@@ -109,18 +127,19 @@ def _gathered_bytes(block: Block, shape: LayerShape, stack: Stack) -> float:
     return shape.precision.compute_bytes * shape.tokens * block.hidden * (1 - 1 / shape.tp)
 
 
-def _selective_bytes(whole: float, block: Block, shape: LayerShape, stack: Stack) -> float:
+def _selective_bytes(
+    whole: float, block: Block, shape: LayerShape, stack: Stack, constants: MemoryConstants
+) -> float:
     """What a block keeps of `whole` under the engine's selective recomputation."""
     size, tokens = shape.precision.compute_bytes, shape.tokens
+    scale = constants.activation_scale
     match stack.recomputes:
         case Selective.ELEMENTWISE:
-            plain = _saved(block, shape, Recompute.NONE)
-            return min(whole, whole - plain + _saved(block, shape, Recompute.SELECTIVE))
+            dropped = _saved(block, shape, Recompute.NONE) - _saved(block, shape, Recompute.SELECTIVE)
+            return whole - scale * max(dropped - _fused_bytes(block, shape, stack), 0.0)
         case Selective.ATTENTION:
-            flash = (mixer.kept(shape.seq, AttentionKernel.FLASH).products for mixer in block.mixers)
-            eager = (mixer.kept(shape.seq, shape.kernel).products for mixer in block.mixers)
-            return whole - size * tokens * (sum(eager) - sum(flash)) / shape.tp
+            return whole - constants.probability_scale * _probability_bytes(block, shape)
         case Selective.MLP:
             kept = block.mlp.kept(block.hidden) if block.mlp else None
             values = (kept.products + kept.elementwise) / shape.tp + kept.whole if kept else 0.0
-            return whole + _fused_bytes(block, shape, stack) - size * tokens * values
+            return whole - scale * (size * tokens * values - _fused_bytes(block, shape, stack))

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from planner.codec import noun
 from planner.cost import constants
 from planner.cost.physics import Prior
+from planner.mixers import AttentionKernel
 from planner.problem import PlanningProblem
 from planner.stack import Engine, Stack
 from planner.strategy import Degrees
@@ -20,6 +21,20 @@ MEMORY_PRIORS: Mapping[str, Prior] = MappingProxyType(
         "activation_scale": Prior(
             value=1.0, spread=0.1, low=0.5, high=2.0,
             meaning="bytes that blocks keep for the backward pass over those of the formula",
+        ),
+        "norm_bytes": Prior(
+            value=0.0, spread=2.0, low=0.0, high=24.0,
+            meaning="bytes that an unfused norm keeps of each value besides input and result (fp32 copies)",
+        ),
+        "probability_scale": Prior(
+            value=2.5, spread=0.5, low=0.5, high=6.0,
+            meaning="copies of the attention's probabilities that an unfused kernel keeps: softmax, mask and "
+            "dropout are 2.5, scores one more (arXiv 2205.05198)",
+        ),
+        "gathered_logits_bytes": Prior(
+            value=0.0, spread=20.0, low=0.0, high=60.0,
+            meaning="bytes of each logit of other tensor-parallel ranks that a loss without vocabulary "
+            "parallelism gathers",
         ),
         "transient_scale": Prior(
             value=1.0, spread=0.3, low=0.2, high=4.0,
@@ -46,12 +61,19 @@ MEMORY_PRIORS: Mapping[str, Prior] = MappingProxyType(
     }
 )  # fmt: skip
 
+UNFUSED_NORM_BYTES = 8.0
+"""norm_bytes of a named set of kernels that has none for the norm: the input in fp32, kept for the square and
+for the product."""
+
 
 @noun
 class MemoryConstants:
     """The constants of one stack: fitted where a profile has them, else their priors."""
 
     activation_scale: float
+    norm_bytes: float
+    probability_scale: float
+    gathered_logits_bytes: float
     transient_scale: float
     allocator_slack: float
     context_bytes: float
@@ -79,8 +101,12 @@ def fitted_constant(problem: PlanningProblem, name: str) -> float | None:
 
 def memory_prior(name: str, stack: Stack) -> float:
     """The prior of a constant for a stack."""
+    if name == "probability_scale" and stack.attention is AttentionKernel.EAGER:
+        return MEMORY_PRIORS[name].value + 1
+    if name == "norm_bytes" and stack.kernels and "rms" not in stack.kernels.lower():
+        return UNFUSED_NORM_BYTES
     if name == "allocator_slack" and stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
-        return 1.06  # the least of published logs of reserved over allocated, 1.06 to 1.22
+        return 1.06  # published logs have 1.06 to 1.22
     return MEMORY_PRIORS[name].value
 
 

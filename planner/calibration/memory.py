@@ -1,0 +1,308 @@
+"""Memory constants that agree best with measured peaks and with which runs ran out of memory.
+
+For runs with a measured peak m_i, and runs that ended (or not) for want of memory with limit l_i, the fit
+minimises over the constants c, each with its prior's value v and spread s,
+
+    sum 2 (sqrt(1 + r_i^2) - 1)  +  sum 2 ln(1 + exp(-+ z_i))  +  sum ((c_j - v_j) / s_j)^2
+
+    r_i = ln(p_i(c) / m_i) / PEAK_ERROR        z_i = ln(p_i(c) / l_i) / LIMIT_ERROR, + where it ran out
+
+A peak is the largest over pipeline ranks of what is nearly linear in the constants: it is linearised there
+and solved again, ROUNDS times. The band of the verdict is the quantile of what is left where every group is
+predicted from the others: of measured over predicted, where a run that ran out needed at least its limit,
+and one that ran at most that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from planner.calibration.predict import with_constants
+from planner.cost.evaluate import CostModel, RankMemory, memory_of_ranks
+from planner.cost.memory_constants import MEMORY_PRIORS, fitted_constant, memory_prior
+from planner.cost.physics import Prior
+from planner.cost.schedule import build_table
+from planner.mixers import AttentionKernel
+from planner.problem import PlanningProblem
+from planner.profile import Constant, Profile
+from planner.runs.run import MemoryKind, Run, Status
+from planner.runs.setup import RunSetup, Setups
+from planner.units import GIB
+
+PEAK_ERROR = 0.03
+"""Scatter of measured peaks around a right model: what allocators of one layout differ by."""
+
+LIMIT_ERROR = 0.04
+"""How sharply a limit divides runs that ran from those that did not: fragmentation differs by run."""
+
+ROUNDS = 2
+QUANTILE = 0.99
+"""Share of left-out runs that the band of the verdict holds."""
+
+MARGIN = 0.02
+"""Added to the band: limits themselves are known to about this, as what else is on a device differs."""
+
+BY_KERNELS = ("norm_bytes", "probability_scale", "gathered_logits_bytes")
+"""Constants that every named set of kernels has for itself, held to the framework's own by KINSHIP."""
+
+KINSHIP = 0.5
+"""Spread of a set of kernels around its framework's constant, as a share of that constant's own."""
+
+FITTED = ("activation_scale", "norm_bytes", "probability_scale", "transient_scale", "gathered_logits_bytes")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MemoryRun:
+    """A run with its setup, and what is known of its peak: measured bytes of a kind, or only its end."""
+
+    run: Run
+    setup: RunSetup
+    kind: MemoryKind | None
+    bytes: float
+
+    @property
+    def ran_out(self) -> bool:
+        return self.run.status is Status.OOM
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MemoryFit:
+    """The constants fitted for a framework, their band, and each run's left-out prediction over its bytes."""
+
+    framework: str
+    runs: tuple[MemoryRun, ...]
+    constants: tuple[Constant, ...]
+    left_out: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Unknown:
+    """A constant of a fit; `kin` is the place of the framework's own among them, None where there is none."""
+
+    name: str
+    kernels: str
+    prior: Prior
+    start: float
+    kin: int | None = None
+
+
+def calibrate_memory(runs: Sequence[Run], base: Profile) -> tuple[MemoryFit, ...]:
+    """One fit for each framework whose runs tell of memory."""
+    known = memory_runs(runs, base)
+    frameworks = dict.fromkeys(run.run.framework for run in known)
+    return tuple(fit_memory([r for r in known if r.run.framework == f], f, base) for f in frameworks)
+
+
+def memory_runs(runs: Sequence[Run], base: Profile) -> list[MemoryRun]:
+    """Runs with a measured peak, those that ran out, and those that ran beside them in a group."""
+    setups, found = Setups(lambda device: base), []
+    tried = {run.group_name for run in runs if run.status is Status.OOM}
+    for run in runs:
+        measured = run.peak_memory_gib is not None and run.status is not Status.OOM
+        if not measured and run.group_name not in tried:
+            continue
+        setup = setups.setup(run)
+        if isinstance(setup, RunSetup):
+            kind = (run.memory_kind or MemoryKind.ALLOCATED) if measured else None
+            size = (run.peak_memory_gib or 0.0) * GIB if measured else setup.problem.memory_limit_bytes
+            found.append(MemoryRun(run, setup, kind, float(size)))
+    return found
+
+
+def fit_memory(runs: Sequence[MemoryRun], framework: str, base: Profile) -> MemoryFit:
+    """The most probable constants of a framework's runs, and the band that its left-out groups leave."""
+    import numpy as np
+
+    unknowns = _unknowns(runs, base)
+    x = np.array([unknown.start for unknown in unknowns])
+    for _ in range(ROUNDS):
+        linear = _Linear(runs, unknowns, x, framework, base)
+        x = linear.solve(np.ones(len(runs)))
+    groups = np.array([run.run.group_name for run in runs])
+    ratios = np.ones(len(runs))
+    for group in dict.fromkeys(groups):
+        held = groups == group
+        rest = linear.solve(1.0 - held) if len(set(groups)) > 1 else x
+        ratios[held] = linear.ratios(rest)[held]
+    origin = f"fitted to {len(runs)} runs"
+    constants = [_constant(u, float(v), framework, origin) for u, v in zip(unknowns, x, strict=True)]
+    return MemoryFit(
+        framework=framework,
+        runs=tuple(runs),
+        constants=(*constants, *_band(runs, ratios, framework)),
+        left_out=tuple(float(ratio) for ratio in ratios),
+    )
+
+
+def _constant(unknown: _Unknown, value: float, framework: str, origin: str) -> Constant:
+    return Constant(
+        name=unknown.name, value=value, origin=origin, framework=framework, kernels=unknown.kernels
+    )
+
+
+def _unknowns(runs: Sequence[MemoryRun], base: Profile) -> list[_Unknown]:
+    """The constants that these runs can tell of: the framework's, and those of its sets of kernels."""
+    problems = {run.setup.problem.stack.kernels: run.setup.problem for run in runs}
+    found: list[_Unknown] = []
+    for name in FITTED:
+        told = {k: p for k, p in sorted(problems.items()) if name != "probability_scale" or _unfused(p)}
+        sets = [kernels for kernels in told if kernels] if name in BY_KERNELS else []
+        if not told:
+            continue
+        starts = {kernels: _start(told[kernels], name, base) for kernels in told}
+        usual = sorted(starts.values())[len(starts) // 2]
+        kin = len(found)
+        found.append(_Unknown(name, "", MEMORY_PRIORS[name], usual))
+        found += [
+            _Unknown(
+                name, kernels, MEMORY_PRIORS[name], starts[kernels], kin if starts[kernels] == usual else None
+            )
+            for kernels in sets
+        ]
+    return found
+
+
+def _unfused(problem: PlanningProblem) -> bool:
+    return problem.stack.attention is not AttentionKernel.FLASH
+
+
+def _start(problem: PlanningProblem, name: str, base: Profile) -> float:
+    fitted = fitted_constant(dataclasses.replace(problem, profile=base), name)
+    return memory_prior(name, problem.stack) if fitted is None else fitted
+
+
+class _Linear:
+    """Peaks of runs as the largest of linear functions of the constants, around `at`."""
+
+    def __init__(
+        self, runs: Sequence[MemoryRun], unknowns: Sequence[_Unknown], at: Any, framework: str, base: Profile
+    ) -> None:
+        import numpy as np
+
+        self.runs, self.unknowns, self.at = runs, unknowns, at
+        peaks = _Peaks(runs, framework, base, unknowns)
+        values = peaks.of(at, None)
+        self.starts = np.cumsum([0, *(len(v) for v in values)])[:-1]
+        self.values = np.concatenate(values)
+        columns = []
+        for index, unknown in enumerate(unknowns):
+            moved = np.array(at)
+            moved[index] += 0.1 * unknown.prior.spread
+            columns.append(
+                (np.concatenate(peaks.of(moved, index)) - self.values) / (moved[index] - at[index])
+            )
+        self.slopes = np.stack(columns, axis=1)
+        self.bytes = np.array([run.bytes for run in runs])
+        self.measured = np.array([run.kind is not None for run in runs])
+        self.sign = np.array([-1.0 if run.ran_out else 1.0 for run in runs])
+
+    def ratios(self, x: Any) -> Any:
+        """Predicted over measured, or over the limit."""
+        import numpy as np
+
+        ranks = self.values + self.slopes @ (x - self.at)
+        return np.maximum(np.maximum.reduceat(ranks, self.starts), 1.0) / self.bytes
+
+    def cost(self, x: Any, weights: Any) -> float:
+        """What the fit minimises, over the runs of weight 1."""
+        import numpy as np
+
+        logs = np.log(self.ratios(x))
+        robust = 2 * (np.sqrt(1 + (logs / PEAK_ERROR) ** 2) - 1)
+        ended = 2 * np.logaddexp(0.0, self.sign * logs / LIMIT_ERROR)
+        each = np.where(self.measured, robust, ended)
+        held = sum(_held(unknown, value, x) ** 2 for unknown, value in zip(self.unknowns, x, strict=True))
+        return float(weights @ each + held)
+
+    def solve(self, weights: Any) -> Any:
+        """The constants of least cost within their bounds."""
+        from scipy.optimize import minimize
+
+        bounds = [(unknown.prior.low, unknown.prior.high) for unknown in self.unknowns]
+        return minimize(self.cost, self.at, args=(weights,), method="Powell", bounds=bounds).x
+
+
+def _held(unknown: _Unknown, value: float, x: Any) -> float:
+    """How many spreads a constant lies from what holds it: its prior, or the framework's own."""
+    if unknown.kin is None:
+        return float(value - unknown.start) / unknown.prior.spread
+    return float(value - x[unknown.kin]) / (KINSHIP * unknown.prior.spread)
+
+
+class _Peaks:
+    """Bytes of every pipeline rank of every run under given constants. Runs of one problem share a model."""
+
+    def __init__(
+        self, runs: Sequence[MemoryRun], framework: str, base: Profile, unknowns: Sequence[_Unknown]
+    ) -> None:
+        self.runs, self.framework, self.base, self.unknowns = runs, framework, base, unknowns
+        self._known: list[Any] = []
+
+    def of(self, x: Any, changed: int | None) -> list[Any]:
+        """One array a run; of a constant that speaks of other kernels, what was known before."""
+        pairs = zip(self.unknowns, x, strict=True)
+        constants = [_constant(u, float(v), self.framework, "") for u, v in pairs]
+        profile = with_constants(self.base, constants)
+        only = self.unknowns[changed].kernels if changed is not None else ""
+        models: dict[object, CostModel] = {}
+        found = [
+            self._known[index]
+            if only and run.setup.problem.stack.kernels != only
+            else self._bytes(run, profile, models)
+            for index, run in enumerate(self.runs)
+        ]
+        if changed is None:
+            self._known = found
+        return found
+
+    def _bytes(self, run: MemoryRun, profile: Profile, models: dict[object, CostModel]) -> Any:
+        import numpy as np
+
+        problem, degrees = run.setup.problem, run.setup.strategy.degrees
+        key = _key(problem)
+        if key not in models:
+            models[key] = CostModel(dataclasses.replace(problem, profile=profile))
+        model = models[key]
+        shape = model.shape(degrees)
+        table = build_table(degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches)
+        ranks = memory_of_ranks(shape, table, model.stage_costs(shape, run.setup.strategy))
+        return np.array([_of_kind(rank, run.kind, shape.memory.context_bytes) for rank in ranks])
+
+
+def _key(problem: PlanningProblem) -> object:
+    return (problem.model, problem.workload, problem.cluster, problem.stack)
+
+
+def _of_kind(rank: RankMemory, kind: MemoryKind | None, context_bytes: float) -> float:
+    """A rank's peak as an observer sees it; None: what is compared with the limit."""
+    parts = list(rank.parts.values())
+    if kind is MemoryKind.ALLOCATED:
+        return float(sum(part.allocated_bytes for part in parts))
+    if kind is MemoryKind.RESERVED:
+        return float(sum(part.allocated_bytes + part.allocator_bytes for part in parts))
+    return rank.peak_bytes + (context_bytes if kind is MemoryKind.DEVICE else 0.0)
+
+
+def _band(runs: Sequence[MemoryRun], ratios: Any, framework: str) -> list[Constant]:
+    """The band of the verdict: how far measured peaks lie from left-out predictions, above and below."""
+    above, below = [], []
+    for run, ratio in zip(runs, ratios, strict=True):
+        error = 1 / ratio - 1
+        if run.kind is not None or run.ran_out:
+            above.append(max(error, 0.0))
+        if run.kind is not None or not run.ran_out:
+            below.append(max(-error, 0.0))
+    origin = f"{QUANTILE:.0%} of {len(runs)} runs, each predicted from the other groups"
+    return [
+        Constant(name=f"memory_error_{name}", value=_quantile(values), origin=origin, framework=framework)
+        for name, values in (("upper", above), ("lower", below))
+        if values
+    ]
+
+
+def _quantile(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, math.ceil(QUANTILE * len(ordered)) - 1)] + MARGIN
