@@ -42,17 +42,21 @@ def _profile(inputs: ProblemInputs) -> tuple[Profile | None, str]:
     if inputs.profile is not None:
         profile = load_profile(inputs.profile)
         _check_device(profile, device.name, inputs)
-        return profile, f"profile {inputs.profile} of {profile.device}, {profile.created}"
+        made = (
+            f"measured on {profile.device}" if profile.layers else f"fitted to runs on {profile.device_title}"
+        )
+        return profile, f"profile {inputs.profile}, {made}, {profile.created}"
     shipped = _shipped(device.name)
     if shipped is not None:
-        return shipped, f"shipped profile {shipped.name} of a {shipped.device}, {shipped.created}"
+        made = "measured" if shipped.layers else "fitted to runs"
+        return shipped, f"shipped profile {shipped.name}, {made} on {shipped.device_title}, {shipped.created}"
     return None, f"datasheet of {device.title}: nothing was measured on it"
 
 
 def _check_device(profile: Profile, device: str, inputs: ProblemInputs) -> None:
     from planner.errors import InputError, Problem
 
-    if profile.device != device:
+    if profile.layers and profile.device != device:
         raise InputError(
             Problem(
                 where=f"--profile {inputs.profile}",

@@ -10,7 +10,7 @@ from planner.codec import noun
 from planner.cost import constants
 from planner.cost.gemm import GemmModel
 from planner.cost.layer import NOTHING, LayerCost, LayerShape
-from planner.cost.physics import Physics, physics_of
+from planner.cost.physics import Physics, fitted_to_runs, physics_of
 from planner.errors import InputError, Problem
 from planner.mixers import Attention, AttentionKernel, Kept, LatentAttention
 from planner.model import Block, Layer, ModelSpec
@@ -34,6 +34,7 @@ class DeviceRates:
     attention_flops: float
     physics: Physics
     compiled: bool = False
+    origin: str = "datasheet"
 
 
 def device_rates(problem: PlanningProblem) -> DeviceRates | None:
@@ -58,6 +59,7 @@ def device_rates(problem: PlanningProblem) -> DeviceRates | None:
         attention_flops=physics.attention_share * whole,
         physics=physics,
         compiled=problem.stack.compiled,
+        origin="fitted" if fitted_to_runs(problem.profile, problem.stack, device.name) else "datasheet",
     )
 
 
@@ -132,7 +134,7 @@ def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates) -> LayerCos
         saved_bytes=saved,
         forward_transient_bytes=working if shape.recompute is Recompute.NONE else full_again,
         backward_transient_bytes=working + (full_again - saved),
-        origin="datasheet",
+        origin=rates.origin,
     )
 
 
@@ -234,7 +236,7 @@ def _traced_cost(layer: TracedLayer, shape: LayerShape, rates: DeviceRates) -> L
         saved_bytes=saved,
         forward_transient_bytes=samples * size * layer.message_values + (whole if full else 0.0),
         backward_transient_bytes=samples * size * layer.message_values + whole - saved,
-        origin="datasheet",
+        origin=rates.origin,
     )
 
 
@@ -253,7 +255,7 @@ def _head_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates) -> Layer
         saved_bytes=size * tokens * 2 * stream + logits_bytes,
         forward_transient_bytes=4.0 * tokens * vocab,
         backward_transient_bytes=tokens * vocab * (4.0 + size),
-        origin="datasheet",
+        origin=rates.origin,
     )
 
 
@@ -269,5 +271,5 @@ def _embedding_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates) -> 
         saved_bytes=8.0 * shape.tokens,
         forward_transient_bytes=float(moved),
         backward_transient_bytes=0.0,
-        origin="datasheet",
+        origin=rates.origin,
     )

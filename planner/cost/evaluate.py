@@ -14,6 +14,7 @@ from planner.cost.comm import CommModel
 from planner.cost.compute import ORIGINS, LayerModel
 from planner.cost.lifecycle import memory_figures
 from planner.cost.memory import rank_memory
+from planner.cost.memory_constants import fitted_constant
 from planner.cost.schedule import ActionKind, Table, build_table
 from planner.cost.simulate import Replay, kind_passes, replay, sharing_of
 from planner.cost.stage import Pass, ShapeModel, StageCost
@@ -114,7 +115,9 @@ class CostModel:
         workload, cluster = self.problem.workload, self.problem.cluster
         step_s = replayed.step_time_s
         tokens_per_s = workload.tokens_per_step / step_s
-        error = band(constants.TIME_ERROR, coverage)
+        fitted = fitted_constant(self.problem, "time_error")
+        errors = constants.TIME_ERROR | ({} if fitted is None else {"fitted": fitted})
+        error = band(errors, coverage)
         seconds = workload.tokens / tokens_per_s if workload.tokens else None
         price = cluster.price_usd_per_hour
         return Estimate(

@@ -157,6 +157,11 @@ def physics_of(profile: Profile | None, stack: Stack, device: str = "") -> Physi
     return Physics(**values)
 
 
+def fitted_to_runs(profile: Profile | None, stack: Stack, device: str) -> bool:
+    """Whether measured runs speak for the time of this stack on this device."""
+    return _fitted(profile, "gemm_scale", stack, device) is not None
+
+
 def _fitted(profile: Profile | None, name: str, stack: Stack, device: str) -> float | None:
     if profile is None:
         return None
