@@ -30,6 +30,7 @@ from planner.problem import PlanningProblem
 from planner.profile import Constant, Profile
 from planner.runs.run import MemoryKind, Run, Status
 from planner.runs.setup import RunSetup, Setups
+from planner.stack import Engine
 from planner.units import GIB
 
 PEAK_ERROR = 0.03
@@ -45,13 +46,28 @@ QUANTILE = 0.99
 MARGIN = 0.02
 """Added to the band: limits themselves are known to about this, as what else is on a device differs."""
 
+TOLD = 0.05
+"""A constant that moves less than this share of its prior's spread stays at its prior."""
+
 BY_KERNELS = ("norm_bytes", "probability_scale", "gathered_logits_bytes")
 """Constants that every named set of kernels has for itself, held to the framework's own by KINSHIP."""
 
 KINSHIP = 0.5
 """Spread of a set of kernels around its framework's constant, as a share of that constant's own."""
 
-FITTED = ("activation_scale", "norm_bytes", "probability_scale", "transient_scale", "gathered_logits_bytes")
+FITTED = (
+    "activation_scale",
+    "grad_bytes",
+    "norm_bytes",
+    "probability_scale",
+    "transient_scale",
+    "gathered_logits_bytes",
+    "allocator_slack",
+)
+
+
+RESERVING = (MemoryKind.RESERVED, MemoryKind.DEVICE)
+"""Kinds of peaks that tell of the allocator."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -128,7 +144,11 @@ def fit_memory(runs: Sequence[MemoryRun], framework: str, base: Profile) -> Memo
         rest = linear.solve(1.0 - held) if len(set(groups)) > 1 else x
         ratios[held] = linear.ratios(rest)[held]
     origin = f"fitted to {len(runs)} runs"
-    constants = [_constant(u, float(v), framework, origin) for u, v in zip(unknowns, x, strict=True)]
+    constants = [
+        _constant(u, float(v), framework, origin)
+        for u, v in zip(unknowns, x, strict=True)
+        if abs(v - u.start) > TOLD * u.prior.spread
+    ]
     return MemoryFit(
         framework=framework,
         runs=tuple(runs),
@@ -150,7 +170,9 @@ def _unknowns(runs: Sequence[MemoryRun], base: Profile) -> list[_Unknown]:
     for name in FITTED:
         told = {k: p for k, p in sorted(problems.items()) if name != "probability_scale" or _unfused(p)}
         sets = [kernels for kernels in told if kernels] if name in BY_KERNELS else []
-        if not told:
+        if not told or (name == "grad_bytes" and not _mastered(runs)):
+            continue
+        if name == "allocator_slack" and not any(run.kind in RESERVING for run in runs):
             continue
         starts = {kernels: _start(told[kernels], name, base) for kernels in told}
         usual = sorted(starts.values())[len(starts) // 2]
@@ -167,6 +189,10 @@ def _unknowns(runs: Sequence[MemoryRun], base: Profile) -> list[_Unknown]:
 
 def _unfused(problem: PlanningProblem) -> bool:
     return problem.stack.attention is not AttentionKernel.FLASH
+
+
+def _mastered(runs: Sequence[MemoryRun]) -> bool:
+    return runs[0].setup.problem.stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED)
 
 
 def _start(problem: PlanningProblem, name: str, base: Profile) -> float:
@@ -290,7 +316,7 @@ def _band(runs: Sequence[MemoryRun], ratios: Any, framework: str) -> list[Consta
     """The band of the verdict: how far measured peaks lie from left-out predictions, above and below."""
     above, below = [], []
     for run, ratio in zip(runs, ratios, strict=True):
-        error = 1 / ratio - 1
+        error = 1 / float(ratio) - 1
         if run.kind is not None or run.ran_out:
             above.append(max(error, 0.0))
         if run.kind is not None or not run.ran_out:

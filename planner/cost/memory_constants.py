@@ -22,6 +22,11 @@ MEMORY_PRIORS: Mapping[str, Prior] = MappingProxyType(
             value=1.0, spread=0.1, low=0.5, high=2.0,
             meaning="bytes that blocks keep for the backward pass over those of the formula",
         ),
+        "grad_bytes": Prior(
+            value=4.0, spread=1.0, low=1.0, high=8.0,
+            meaning="bytes of a parameter's gradient where weights have a master: 4 in Megatron's buffers, the "
+            "compute precision's in DeepSpeed's, 2 + 4 in its bf16 optimizer",
+        ),
         "norm_bytes": Prior(
             value=0.0, spread=2.0, low=0.0, high=24.0,
             meaning="bytes that an unfused norm keeps of each value besides input and result (fp32 copies)",
@@ -71,6 +76,7 @@ class MemoryConstants:
     """The constants of one stack: fitted where a profile has them, else their priors."""
 
     activation_scale: float
+    grad_bytes: float
     norm_bytes: float
     probability_scale: float
     gathered_logits_bytes: float
@@ -105,6 +111,8 @@ def memory_prior(name: str, stack: Stack) -> float:
         return MEMORY_PRIORS[name].value + 1
     if name == "norm_bytes" and stack.kernels and "rms" not in stack.kernels.lower():
         return UNFUSED_NORM_BYTES
+    if name == "grad_bytes" and stack.engine is Engine.DEEPSPEED:
+        return 2.0
     if name == "allocator_slack" and stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
         return 1.06  # published logs have 1.06 to 1.22
     return MEMORY_PRIORS[name].value

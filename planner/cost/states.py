@@ -13,13 +13,14 @@ parameter of this device's tensor-parallel shard:
               ZeRO 1    c                    4                   (4 + s)/n
               ZeRO 2    c                    4/n                 (4 + s)/n
               ZeRO 3    c/n                  4/n                 (4 + s)/n
-    deepspeed ZeRO 0    c                    c                   4 + s
-              ZeRO 1    c                    c                   (4 + s)/n
-              ZeRO 2    c                    c/n                 (4 + s)/n
-              ZeRO 3    c/n                  c/n                 (4 + s)/n
+    deepspeed ZeRO 0    c                    2                   4 + s
+              ZeRO 1    c                    2                   (4 + s)/n
+              ZeRO 2    c                    2/n                 (4 + s)/n
+              ZeRO 3    c/n                  2/n                 (4 + s)/n
 
 (*) The copy that replication keeps; one device in fp32 needs none. (**) With one micro-batch, gradients are
-reduced unit by unit. In fp32 there is no separate master: its 4 bytes fall away. A frozen weight (LoRA) has
+reduced unit by unit. In fp32 there is no separate master: its 4 bytes fall away. The 4 and 2 of megatron's
+and deepspeed's gradients are the constant grad_bytes, which runs may say otherwise. A frozen weight (LoRA) has
 c bytes, or c/n under ZeRO 3, and nothing else; its adapters are trained as above.
 
 Sources: native and torchtitan, what FSDP2 keeps (fp32 shards, units gathered in the compute precision, fp32
@@ -31,6 +32,7 @@ from __future__ import annotations
 
 from planner.adapters import layer_adapter_params
 from planner.codec import noun
+from planner.cost.memory_constants import memory_constants
 from planner.model import Block, Layer, ModelSpec
 from planner.problem import PlanningProblem
 from planner.stack import Engine
@@ -131,7 +133,7 @@ def _trained(problem: PlanningProblem, degrees: Degrees, state: float) -> ParamB
 def _with_master(problem: PlanningProblem, degrees: Degrees, state: float) -> ParamBytes:
     """Weights in the compute precision, a master in fp32 beside the optimizer's state."""
     zero, n, size = degrees.zero, degrees.dp_shard, problem.workload.precision.compute_bytes
-    grads = 4 if problem.stack.engine is Engine.MEGATRON else size
+    grads = memory_constants(problem).grad_bytes if size < 4 else 4.0
     master = 4 if size < 4 else 0
     return ParamBytes(
         weights=size / (n if zero is Zero.PARAMETERS else 1),
