@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from statistics import fmean
 
 from planner.calibration.fit import Fit, Scope, fit
+from planner.calibration.memory import MemoryFit, calibrate_memory
 from planner.calibration.predict import Measured, with_constants
 from planner.errors import InputError, Problem
 from planner.profile import PROFILE_SCHEMA, Constant, Profile
@@ -34,6 +35,7 @@ class Calibration:
     profile: Profile
     fits: tuple[Fit, ...]
     unused: dict[str, int]
+    memory: tuple[MemoryFit, ...] = ()
 
 
 def calibrate(
@@ -63,7 +65,10 @@ def calibrate(
             framework=scope.framework,
         )
         profile = with_constants(profile, [*found.constants(), error])
-    return Calibration(profile=profile, fits=tuple(fits), unused=unused)
+    memory = calibrate_memory(runs, profile)
+    for told in memory:
+        profile = with_constants(profile, told.constants)
+    return Calibration(profile=profile, fits=tuple(fits), unused=unused, memory=memory)
 
 
 def usable(runs: Sequence[Run], base: Profile | None) -> tuple[list[Measured], dict[str, int]]:

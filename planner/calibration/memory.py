@@ -39,6 +39,9 @@ PEAK_ERROR = 0.03
 LIMIT_ERROR = 0.04
 """How sharply a limit divides runs that ran from those that did not: fragmentation differs by run."""
 
+MIN_RUNS = 3
+"""Fewer runs of a framework than this say too little of its memory."""
+
 ROUNDS = 2
 QUANTILE = 0.99
 """Share of left-out runs that the band of the verdict holds."""
@@ -106,10 +109,14 @@ class _Unknown:
 
 
 def calibrate_memory(runs: Sequence[Run], base: Profile) -> tuple[MemoryFit, ...]:
-    """One fit for each framework whose runs tell of memory."""
+    """One fit for each framework of which MIN_RUNS or more tell of memory."""
     known = memory_runs(runs, base)
-    frameworks = dict.fromkeys(run.run.framework for run in known)
-    return tuple(fit_memory([r for r in known if r.run.framework == f], f, base) for f in frameworks)
+    by_framework: dict[str, list[MemoryRun]] = {}
+    for run in known:
+        by_framework.setdefault(run.run.framework, []).append(run)
+    return tuple(
+        fit_memory(own, framework, base) for framework, own in by_framework.items() if len(own) >= MIN_RUNS
+    )
 
 
 def memory_runs(runs: Sequence[Run], base: Profile) -> list[MemoryRun]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from planner.commands.text import pairs, table
 
 if TYPE_CHECKING:
+    from planner.estimate import Estimate
     from planner.plan import Plan
 
 
@@ -90,11 +91,40 @@ def _figures(plan: Plan, basis: str) -> str:
                 "memory",
                 f"{format_bytes(e.peak_memory_bytes)} of {format_bytes(e.memory_limit_bytes)}: {e.verdict}",
             ),
+            *_memory_figures(e),
             ("figures", ", ".join(f"{value:.0%} {name}" for name, value in share.items() if value > 0.004)),
             ("basis", basis),
             ("not yet trained", "; ".join(missing) or None),
         ]
     )
+
+
+def _memory_figures(e: Estimate) -> list[tuple[str, str]]:
+    """The peak as allocator and driver see it, the moments of a run, and the node's own memory."""
+    from planner.units import format_bytes
+
+    if e.memory is None:
+        return []
+    m = e.memory
+    seen = (
+        ("allocated", m.allocated_bytes),
+        ("reserved", m.reserved_bytes),
+        ("on the device", m.device_bytes),
+    )
+    moments = sorted(m.moments, key=lambda moment: -moment.device_bytes)
+    return [
+        ("", ", ".join(f"{format_bytes(size)} {name}" for name, size in seen)),
+        (
+            "worst moment",
+            f"{m.worst.replace('_', ' ')}; then "
+            + ", ".join(
+                f"{moment.moment.replace('_', ' ')} {format_bytes(moment.device_bytes)}"
+                for moment in moments
+                if moment.moment != m.worst
+            ),
+        ),
+        ("host memory", f"{format_bytes(m.host_bytes)} a node"),
+    ]
 
 
 def _certificate(plan: Plan) -> str:

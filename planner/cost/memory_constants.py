@@ -24,8 +24,8 @@ MEMORY_PRIORS: Mapping[str, Prior] = MappingProxyType(
         ),
         "grad_bytes": Prior(
             value=4.0, spread=1.0, low=1.0, high=8.0,
-            meaning="bytes of a parameter's gradient where weights have a master: 4 in Megatron's buffers, the "
-            "compute precision's in DeepSpeed's, 2 + 4 in its bf16 optimizer",
+            meaning="bytes of a parameter's gradient where weights have a master: 4 in Megatron's buffers, 2 "
+            "in DeepSpeed's (ZeRO, arXiv 1910.02054), 2 + 4 in its bf16 optimizer",
         ),
         "norm_bytes": Prior(
             value=0.0, spread=2.0, low=0.0, high=24.0,

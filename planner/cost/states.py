@@ -20,8 +20,8 @@ parameter of this device's tensor-parallel shard:
 
 (*) The copy that replication keeps; one device in fp32 needs none. (**) With one micro-batch, gradients are
 reduced unit by unit. In fp32 there is no separate master: its 4 bytes fall away. The 4 and 2 of megatron's
-and deepspeed's gradients are the constant grad_bytes, which runs may say otherwise. A frozen weight (LoRA) has
-c bytes, or c/n under ZeRO 3, and nothing else; its adapters are trained as above.
+and deepspeed's gradients are the constant grad_bytes, of which runs may tell otherwise. A frozen weight
+(LoRA) has c bytes, or c/n under ZeRO 3, and nothing else; its adapters are trained as above.
 
 Sources: native and torchtitan, what FSDP2 keeps (fp32 shards, units gathered in the compute precision, fp32
 reduction). Megatron-LM: 18 bytes a parameter, 6 + 12/d with its distributed optimizer (docs, Distributed

@@ -1,0 +1,143 @@
+"""What is trained: formats, optimizers, adapters; what is planned and refused by `plan train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from planner.adapters import adapter_params, frozen_product_share, layer_adapter_params
+from planner.catalog import load_model
+from planner.cli import cli
+from planner.codec import decode, encode
+from planner.errors import InputError
+from planner.execution import check_executed_workload, not_executed_workload
+from planner.plan import load_plan
+from planner.workload import Adapters, Method, Optimizer, Precision, Workload
+
+ASK = ["--model", "llama-3-8b", "--cluster", "1x8:h100-sxm-80gb", "--seq", "4096", "--batch", "16"]
+FIXED = ["--fix", "dp=8", "--fix", "zero=3", "--fix", "recompute=full"]
+
+
+def estimate(*options: str) -> tuple[int, str]:
+    result = CliRunner().invoke(cli, ["estimate", *ASK, *FIXED, *options])
+    return result.exit_code, result.output
+
+
+def test_bytes_of_formats() -> None:
+    """fp8 is of operands only: activations and gathered weights stay two bytes wide."""
+    sizes = {p: (p.compute_bytes, p.operand_bytes) for p in Precision}
+    assert sizes == {
+        Precision.FP32: (4, 4),
+        Precision.BF16: (2, 2),
+        Precision.FP16: (2, 2),
+        Precision.FP8: (2, 1),
+    }
+
+
+def test_state_of_a_matrix() -> None:
+    """Two moments, a momentum, rows and columns, or a momentum whose ends are AdamW's."""
+    each = {o: o.matrix_state_bytes(100, 50) for o in Optimizer}
+    assert each == {
+        Optimizer.ADAMW: 40_000,
+        Optimizer.SGD: 20_000,
+        Optimizer.ADAFACTOR: 600,
+        Optimizer.MUON: 20_000,
+    }
+    assert Optimizer.MUON.matrix_state_bytes(100, 50, ends=True) == 40_000
+
+
+def test_a_workload_with_adapters_round_trips() -> None:
+    adapters = Adapters(rank=8, modules="qv")
+    workload = Workload(seq=1, batch=1, method=Method.LORA, adapters=adapters)
+    assert decode(Workload, encode(workload), source="x") == workload
+    assert decode(Workload, {"seq": 1, "batch": 2}, source="x").adapters is None
+
+
+def test_adapters_of_a_rank_are_shards_of_the_whole() -> None:
+    """The half beside the split dimension is shared out, the other whole on every rank."""
+    model = load_model("llama-3-8b")
+    block, adapters = model.segments[0].block, Adapters(rank=16, modules="all")
+    whole = layer_adapter_params(adapters, block)
+    assert whole * model.layers == adapter_params(adapters, model)
+    assert whole / 8 < layer_adapter_params(adapters, block, 8) < whole
+
+
+def test_a_frozen_base_spares_most_weight_gradients() -> None:
+    """All of them but three passes of each adapter's r (in + out)."""
+    block = load_model("llama-3-8b").segments[0].block
+    assert frozen_product_share(None, block) == 0.0
+    shares = [frozen_product_share(Adapters(rank=r, modules="all"), block) for r in (1, 16, 64, 4096)]
+    assert shares == sorted(shares, reverse=True)
+    assert 0.98 < shares[1] < 1.0 and shares[-1] == 0.0
+
+
+def test_adapters_need_less_memory_and_adafactor_less_state() -> None:
+    """The smaller the state, the smaller the predicted peak of the same strategy."""
+    peaks = []
+    for options in (("--optimizer", "adamw"), ("--optimizer", "muon"), ("--optimizer", "adafactor")):
+        code, text = estimate(*options, "--json")
+        assert code == 0, text
+        peaks.append(json.loads(text)["stages"][0]["memory"]["optimizer_bytes"])
+    assert peaks == sorted(peaks, reverse=True) and peaks[2] < peaks[0] / 100
+    full, lora = (json.loads(estimate("--method", m, "--json")[1]) for m in ("finetune", "lora"))
+    assert lora["workload"]["adapters"] == {"rank": 16, "modules": "all"}
+    assert lora["stages"][0]["memory"]["grads_bytes"] < full["stages"][0]["memory"]["grads_bytes"] / 50
+    assert lora["estimate"]["peak_memory_bytes"] < full["estimate"]["peak_memory_bytes"]
+
+
+def test_the_estimate_says_what_each_observer_sees() -> None:
+    code, text = estimate()
+    assert code == 0 and all(
+        word in text for word in ("allocated", "reserved", "on the device", "host memory")
+    )
+    assert "worst moment" in text and "checkpoint save" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--lora-rank", "8"), "--lora-rank"),
+        (("--lora-modules", "qv"), "add --method lora"),
+        (("--method", "lora", "--lora-rank", "0"), "--lora-rank"),
+        (("--cluster", "1x8:a100-sxm-80gb", "--precision", "fp8"), "no fp8 peak"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(options: tuple[str, ...], words: str) -> None:
+    code, text = estimate(*options)
+    assert code == 2 and words in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"precision": Precision.FP8},
+        {"precision": Precision.FP16},
+        {"optimizer": Optimizer.ADAFACTOR},
+        {"optimizer": Optimizer.MUON},
+        {"method": Method.LORA},
+    ],
+)
+def test_what_the_runtime_cannot_train_is_named(change: dict[str, object]) -> None:
+    workload = Workload(seq=1, batch=1)
+    assert not_executed_workload(workload) == []
+    check_executed_workload(workload)
+    asked = dataclasses.replace(workload, **change)  # type: ignore[arg-type]
+    (value,) = change.values()
+    assert [str(value) in fault for fault in not_executed_workload(asked)] == [True]
+    with pytest.raises(InputError, match=str(value)):
+        check_executed_workload(asked)
+
+
+def test_train_refuses_a_plan_of_such_a_workload(tmp_path: Path) -> None:
+    """It is planned and written, and `plan train` says why it will not run it."""
+    path = tmp_path / "plan.json"
+    code, text = estimate("--optimizer", "muon", "--precision", "fp8", "-o", str(path))
+    assert code == 0 and "not yet trained" in text
+    assert load_plan(path).workload.optimizer is Optimizer.MUON
+    result = CliRunner().invoke(cli, ["train", str(path), "--steps", "1"])
+    assert result.exit_code == 2
+    assert "its precision is fp8; its optimizer is muon" in result.output
