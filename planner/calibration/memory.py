@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from planner.calibration.predict import with_constants
+from planner.cost import constants
 from planner.cost.evaluate import CostModel, RankMemory, memory_of_ranks
 from planner.cost.memory_constants import MEMORY_PRIORS, fitted_constant, memory_prior
 from planner.cost.physics import Prior
@@ -95,6 +96,12 @@ class MemoryFit:
     runs: tuple[MemoryRun, ...]
     constants: tuple[Constant, ...]
     left_out: tuple[float, ...]
+
+    @property
+    def peak_errors(self) -> tuple[float, ...]:
+        """Left-out errors of the runs whose peak was measured."""
+        pairs = zip(self.runs, self.left_out, strict=True)
+        return tuple(ratio - 1 for run, ratio in pairs if run.kind is not None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -338,4 +345,5 @@ def _band(runs: Sequence[MemoryRun], ratios: Any, framework: str) -> list[Consta
 
 def _quantile(values: Sequence[float]) -> float:
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, math.ceil(QUANTILE * len(ordered)) - 1)] + MARGIN
+    value = ordered[min(len(ordered) - 1, math.ceil(QUANTILE * len(ordered)) - 1)] + MARGIN
+    return min(value, constants.MEMORY_ERROR["datasheet"])  # few groups never teach less than no calibration

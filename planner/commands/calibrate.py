@@ -80,6 +80,18 @@ def _document(result: Calibration, output: Path) -> dict[str, Any]:
             }
             for fit in result.fits
         ],
+        "memory": [
+            {
+                "framework": fit.framework,
+                "runs": len(fit.runs),
+                "left_out_mape": _mean_abs(fit.peak_errors) if fit.peak_errors else None,
+                "constants": [
+                    {"name": c.name, "kernels": c.kernels, "value": c.value, "origin": c.origin}
+                    for c in fit.constants
+                ],
+            }
+            for fit in result.memory
+        ],
     }
 
 
@@ -101,11 +113,28 @@ def _text(result: Calibration, output: Path) -> str:
     parts = [table(header, rows, numbers={1, 2, 3, 4, 5})]
     parts.append("left out: every group of runs, predicted from the other groups alone")
     parts += [_constants_text(fit) for fit in result.fits[:1]]
+    if result.memory:
+        parts.append(_memory_text(result))
     if result.unused:
         listed = ", ".join(f"{rule} {count}" for rule, count in result.unused.items())
         parts.append(f"rows that were not used: {listed}")
     parts.append(f"profile  {output}")
     return "\n\n".join(parts)
+
+
+def _memory_text(result: Calibration) -> str:
+    from planner.commands.text import table
+
+    rows = [
+        (
+            fit.framework,
+            len(fit.runs),
+            f"{_mean_abs(fit.peak_errors):.1%}" if fit.peak_errors else "-",
+            ", ".join(f"{c.name} {c.value:.3g}" for c in fit.constants if not c.kernels),
+        )
+        for fit in result.memory
+    ]
+    return table(("memory of", "runs", "left-out peaks", "constants"), rows, numbers={1, 2})
 
 
 def _constants_text(fit: Fit) -> str:
