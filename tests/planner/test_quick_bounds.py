@@ -1,0 +1,39 @@
+"""The bound of many shapes at once lies below the bound of each."""
+
+from __future__ import annotations
+
+import pytest
+
+from planner.cost.evaluate import CostModel
+from planner.search.bounds import step_bound_s
+from planner.search.quick_bounds import quick_bounds_s
+from planner.search.space import Pins, parse_pins, shapes
+from planner.strategy import Degrees, Schedule
+
+from . import instances
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("fixed", [(), *((f"schedule={schedule}",) for schedule in Schedule)])
+def test_quick_bounds_lie_below_the_bounds(fixed: tuple[str, ...], mixed: bool) -> None:
+    """Of every legal shape of random problems; and they tell shapes apart."""
+    pins, compared = parse_pins(fixed), 0
+    for seed in range(12):
+        problem = instances.random_problem(seed, layers=8, mixed=mixed)
+        model = CostModel(problem)
+        legal = [degrees for degrees in shapes(problem, pins) if isinstance(degrees, Degrees)]
+        if not legal:
+            continue
+        quick = quick_bounds_s(model, legal, Pins().recomputes).tolist()
+        for degrees, bound_s in zip(legal, quick, strict=True):
+            exact_s = step_bound_s(model, model.shape(degrees), Pins().recomputes)
+            assert 0 < bound_s <= exact_s * (1 + 1e-9), degrees.label()
+        # Without data parallelism all that is missing is the optimizer.
+        alone = [
+            b / step_bound_s(model, model.shape(d), Pins().recomputes)
+            for d, b in zip(legal, quick, strict=True)
+            if d.dp == 1
+        ]
+        assert max(alone, default=1.0) > 0.5
+        compared += len(legal)
+    assert compared >= 4
