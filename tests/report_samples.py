@@ -92,7 +92,8 @@ def memory(scale: float) -> MemoryBreakdown:
         optimizer_bytes=int(128 * MIB * scale),
         activations_bytes=int(190 * MIB * scale),
         transient_bytes=int(48 * MIB * scale),
-        runtime_bytes=int(24 * MIB),
+        runtime_bytes=int(16 * MIB),
+        allocator_bytes=int(8 * MIB),
     )
 
 
@@ -219,7 +220,7 @@ def replayed(
     while any(cursor[rank] < len(row) for rank, row in enumerate(table)):
         for rank, row in enumerate(table):
             while cursor[rank] < len(row):
-                stage, kind, mb = row[cursor[rank]]
+                stage, kind, mb, _ = row[cursor[rank]]
                 before = (stage - 1, "F", mb) if kind == "F" else (stage + 1, "B", mb)
                 if (kind == "F" and stage == 0) or (kind == "B" and stage == last_stage):
                     before = (stage, "F", mb) if kind == "B" else None
