@@ -1,15 +1,18 @@
 """Pipeline schedules: for each, the row of actions that every pipeline rank runs.
 
-The same table is simulated, written into plan.json and executed. With p ranks, m micro-batches and even
-stages that take f, b = i + w (i input gradients, w weight gradients) for a micro-batch:
+The same table is simulated, written into plan.json and executed. With p ranks, m micro-batches, v stages a
+rank, and even stages of which each takes f, b = i + w for a micro-batch (i input, w weight gradients), a
+step takes its work, m v (f + b), and this bubble:
 
-    schedule      stages a rank   step time                        alive on rank r
-    gpipe         1               (m + p - 1)(f + b)               m
-    1f1b          1               (m + p - 1)(f + b)               min(m, p - r)
-    interleaved   v               (m v + p - 1)(f + b)             see planner.cost.table.Table.in_flight
-    zb-h1         1               m (f + b) + (p - 1)(f + i - w)   min(m, p)          where f = i = w
-    zbv           2, as a V       2 m (f + b) + p - 1 slots        min(2 p - 1, m) + ...
-    dualpipev     2, as a V       see planner.cost.zero_bubble
+    schedule      v             bubble                            alive at most
+    gpipe         1             (p - 1)(f + b)                    m
+    1f1b          1             (p - 1)(f + b)                    min(m, p - r) on rank r
+    interleaved   any           (p - 1)(f + b)                    by Table.in_flight
+    zb-h1         1             (p - 1)(f + i - w)                min(m, p)
+    zbv           2, as a V     (p - 1) f                         2 p - r and r + 1, together 2 p
+    dualpipev     2, as a V     (p - 1)(f + 2 b - 3 w)            2 p - r and r + 1, together 2 p + 1
+
+That of zb-h1 needs m >= p; those of the Vs f = i = w, and zbv's m >= 2 p - 1.
 
 Sources: GPipe (arXiv 1811.06965); 1F1B (PipeDream-flush, arXiv 2006.09503); interleaved 1F1B (Megatron-LM,
 arXiv 2104.04473); zero bubble (arXiv 2401.10241); DualPipe (arXiv 2412.19437).
