@@ -88,6 +88,10 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
             value=1.0, spread=1.0, low=0.2, high=40.0,
             meaning="time of data-parallel messages over that of the same collective alone",
         ),
+        "dp_rank_s": Prior(
+            value=0.0, spread=1e-4, low=0.0, high=5e-3,
+            meaning="what the message of one unit between data ranks waits for each rank beyond the first",
+        ),
         "dp_exposed": Prior(
             value=0.0, spread=0.5, low=0.0, high=1.0,
             meaning="share of reducing gradients, and of gathering weights once a step, that nothing hides",
@@ -140,6 +144,7 @@ class Physics:
     tp_scale: float
     tp_rank_s: float
     dp_scale: float
+    dp_rank_s: float
     dp_exposed: float
     pp_scale: float
     pp_exposed: float
@@ -172,6 +177,8 @@ def prior_of(name: str, stack: Stack) -> float:
     """The prior of a constant for a stack."""
     if name == "dp_exposed" and stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
         return 1.0  # both reduce after the last backward unless told to overlap
+    if name == "host_tp_forward_s" and stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
+        return 0.0  # tensor parallelism is written into their layers; its prior is that of DTensor's hooks
     if name == "pp_exposed" and stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
         return 0.5  # both wait for their sends and receives together
     if name == "probability_passes" and stack.attention is AttentionKernel.EAGER:

@@ -344,7 +344,8 @@ class ShapeModel:
         size = unit.params * self.problem.workload.precision.compute_bytes
         copies_s = self._constant("fsdp_gather_unit_s") + size * self._constant("fsdp_gather_copy_s_per_byte")
         seconds = self._seconds(Op.ALL_GATHER, size, self._shard_group())
-        return Pass(host_s=copies_s, dp_s=self.physics.dp_scale * seconds)
+        late_s = self.physics.dp_rank_s * (self.degrees.dp_shard - 1)
+        return Pass(host_s=copies_s, dp_s=late_s + self.physics.dp_scale * seconds)
 
     def reduce(self, unit: Unit) -> Pass:
         """Reduction of one unit's gradients in fp32: scatter over shards, all-reduce over replicas."""
@@ -355,7 +356,8 @@ class ShapeModel:
         copies_s = self._constant(f"{self.wrapper}_reduce_unit_s") + size * per_byte
         scatter_s = self._seconds(Op.REDUCE_SCATTER, size, self._shard_group())
         reduce_s = self._seconds(Op.ALL_REDUCE, size / degrees.dp_shard, self._replicate_group())
-        return Pass(host_s=copies_s, dp_s=self.physics.dp_scale * (scatter_s + reduce_s))
+        late_s = self.physics.dp_rank_s * (degrees.dp - 1)
+        return Pass(host_s=copies_s, dp_s=late_s + self.physics.dp_scale * (scatter_s + reduce_s))
 
     def once_s(self, message: Pass) -> float:
         """Seconds of a message that all ranks send at the same time, once a step."""

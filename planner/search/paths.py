@@ -19,6 +19,7 @@ the ILP takes each as a constraint.
 from __future__ import annotations
 
 from collections import Counter
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -35,10 +36,11 @@ class Path(NamedTuple):
     hops: int
 
 
-def paths(degrees: Degrees) -> list[Path]:
+@lru_cache(maxsize=512)
+def paths(degrees: Degrees) -> tuple[Path, ...]:
     """The bounding paths of a schedule other than GPipe, whose two maxima are modelled as such."""
     if degrees.schedule is not Schedule.ONE_F_ONE_B:
-        return _along_rows(degrees)
+        return tuple(_along_rows(degrees))
     stages, m = degrees.stages, degrees.num_micro_batches
     result = []
     for i in range(stages):
@@ -49,7 +51,7 @@ def paths(degrees: Degrees) -> list[Path]:
             result.append(_one_f_one_b(stages, m, i, ahead, down=False, up=True))
             if m >= ahead + 2:
                 result.append(_one_f_one_b(stages, m, i, ahead, down=True, up=True))
-    return result
+    return tuple(result)
 
 
 def _one_f_one_b(stages: int, m: int, i: int, ahead: int, *, down: bool, up: bool) -> Path:
