@@ -128,9 +128,11 @@ def fit(runs: Sequence[Measured], scope: Scope, base: Profile, progress: Callabl
     problem = _Problem(sample, unknowns, scope, base)
     x, jacobian, residuals = problem.solve(progress)
     weights = 1 / np.sqrt(1 + residuals**2)
+    ranges = [unknown.bounds() for unknown in unknowns]
     information = jacobian.T @ (weights[:, None] * jacobian) + np.eye(len(x))
     uncertainty = np.sqrt(np.diag(np.linalg.inv(information)))
-    left_out = _left_out(sample, x, jacobian, residuals, weights)
+    free = np.array([low + 1e-6 < v < high - 1e-6 for v, (low, high) in zip(x, ranges, strict=True)])
+    left_out = _left_out(sample, x[free], jacobian[:, free], residuals, weights)
     return Fit(
         scope=scope,
         runs=tuple(sample),
@@ -235,7 +237,10 @@ def _mean_error(residuals: Any) -> float:
 
 
 def _left_out(runs: Sequence[Measured], x: Any, jacobian: Any, residuals: Any, weights: Any) -> Any:
-    """Residuals of each group as predicted from the others: one step of Gauss-Newton without its rows."""
+    """Residuals of each group as predicted from the others: one step of Gauss-Newton without its rows.
+
+    `x` and the columns of the Jacobian are those of constants that do not lie at a bound.
+    """
     import numpy as np
 
     weighted = weights[:, None] * jacobian
