@@ -138,7 +138,7 @@ def _memory_text(result: Calibration) -> str:
 
 
 def _constants_text(fit: Fit) -> str:
-    from planner.commands.text import pairs, table
+    from planner.commands.text import table, wrapped_table
     from planner.cost.physics import PRIORS
 
     rows, unknown = [], []
@@ -149,7 +149,8 @@ def _constants_text(fit: Fit) -> str:
         else:
             unknown.append(constant.label)
     shown = table(("constant", "fitted", "prior", "uncertainty left"), rows, numbers={1, 2, 3})
-    meanings = pairs((name, PRIORS[name].meaning) for name in dict.fromkeys(u.name for u in fit.unknowns))
+    names = dict.fromkeys(u.name for u in fit.unknowns)
+    meanings = wrapped_table(("constant", "meaning"), [(name, PRIORS[name].meaning) for name in names])
     stayed = f"not determined by these runs, left at their prior: {', '.join(unknown) or 'none'}"
     return f"{fit.scope.label}\n{shown}\n{stayed}\n\n{meanings}"
 

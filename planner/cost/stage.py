@@ -319,10 +319,15 @@ class ShapeModel:
 
     def _tp_message(self, op: Op) -> float:
         """Seconds of a message of the residual stream over the tensor-parallel group."""
-        if self.degrees.tp == 1:
-            return 0.0
-        late_s = self.physics.tp_rank_s * (self.degrees.tp - 1) * (1.0 if op is Op.ALL_REDUCE else 0.5)
-        return late_s + self.physics.tp_scale * self._seconds(op, self.hidden_bytes(), self._tp_group())
+        seconds = self._seconds(op, self.hidden_bytes(), self._tp_group())
+        half = 1.0 if op is Op.ALL_REDUCE else 0.5
+        late_s = half * self._late_s(self.physics.tp_rank_s, self.degrees.tp, seconds)
+        return late_s + self.physics.tp_scale * seconds
+
+    @staticmethod
+    def _late_s(rank_s: float, ranks: int, seconds: float) -> float:
+        """What a message waits for ranks that are late; nothing where communication takes no time."""
+        return rank_s * (ranks - 1) if seconds > 0 else 0.0
 
     def p2p_s(self) -> float:
         """One hop of the residual stream between neighbouring stages."""
@@ -344,7 +349,7 @@ class ShapeModel:
         size = unit.params * self.problem.workload.precision.compute_bytes
         copies_s = self._constant("fsdp_gather_unit_s") + size * self._constant("fsdp_gather_copy_s_per_byte")
         seconds = self._seconds(Op.ALL_GATHER, size, self._shard_group())
-        late_s = self.physics.dp_rank_s * (self.degrees.dp_shard - 1)
+        late_s = self._late_s(self.physics.dp_rank_s, self.degrees.dp_shard, seconds)
         return Pass(host_s=copies_s, dp_s=late_s + self.physics.dp_scale * seconds)
 
     def reduce(self, unit: Unit) -> Pass:
@@ -356,7 +361,7 @@ class ShapeModel:
         copies_s = self._constant(f"{self.wrapper}_reduce_unit_s") + size * per_byte
         scatter_s = self._seconds(Op.REDUCE_SCATTER, size, self._shard_group())
         reduce_s = self._seconds(Op.ALL_REDUCE, size / degrees.dp_shard, self._replicate_group())
-        late_s = self.physics.dp_rank_s * (degrees.dp - 1)
+        late_s = self._late_s(self.physics.dp_rank_s, degrees.dp, scatter_s + reduce_s)
         return Pass(host_s=copies_s, dp_s=late_s + self.physics.dp_scale * (scatter_s + reduce_s))
 
     def once_s(self, message: Pass) -> float:
