@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Sequence
 
 from planner.cost.moments import peak_bytes, reserved_bytes, resident
-from planner.cost.schedule import ActionKind, Row
 from planner.cost.stage import ShapeModel, StageCost
 from planner.estimate import MemoryBreakdown
 
@@ -44,26 +43,6 @@ def transient_bytes(shape: ShapeModel, stage: StageCost, alive: float) -> float:
     """
     kept = resident_bytes(shape, stage) + alive * stage.saved_bytes
     return reserved_bytes(shape, stage, alive) - kept
-
-
-def in_flight_vectors(row: Row) -> list[dict[int, int]]:
-    """The counts of live micro-batches by stage at each local maximum of a row, dominated ones left out."""
-    alive: dict[int, int] = {}
-    peaks: list[dict[int, int]] = []
-    for index, action in enumerate(row):
-        if action.kind is ActionKind.FORWARD:
-            alive[action.stage] = alive.get(action.stage, 0) + 1
-            following = row[index + 1] if index + 1 < len(row) else None
-            if following is None or following.kind is ActionKind.BACKWARD:
-                peaks.append(dict(alive))
-        else:
-            alive[action.stage] -= 1
-    unique = [dict(items) for items in {tuple(sorted(peak.items())) for peak in peaks}]
-    return [p for p in unique if not any(q != p and _dominates(q, p) for q in unique)]
-
-
-def _dominates(a: dict[int, int], b: dict[int, int]) -> bool:
-    return all(a.get(stage, 0) >= count for stage, count in b.items())
 
 
 def rank_memory(

@@ -176,7 +176,7 @@ def _tops(names: Iterable[str]) -> set[str]:
 
 
 def _missing(part: TextPart, key: str) -> Problem:
-    names = [name[:100] for name in list(part.config)[:MAX_COMPARED_KEYS]]
+    names = [name[:100] for name in list(part.config)[:MAX_COMPARED_KEYS] if name != key]
     near = difflib.get_close_matches(key, names, n=1)
     fix = f"is '{near[0][:60]}' a misspelling" if near else ""
     return Problem(where=f"{part.where}{key}", fault="is missing.", fix=fix)

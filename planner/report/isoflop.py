@@ -41,7 +41,9 @@ def _chart(law: Law, optima: Sequence[Optimum]) -> alt.LayerChart:
     assert form is not None, "only a law with a loss of N and D is plotted"
     flops = optima[0].flops
     names = [f"{flops * multiple:.3g} FLOPs".replace("e+", "e") for multiple in BUDGETS]
-    axis = alt.Axis(tickCount=8, labelExpr="replace(format(datum.value, '~s'), 'G', 'B')")
+    number = "replace(format(datum.value, '~s'), 'G', 'B')"
+    label = f"indexof(['1', '2', '5'], format(datum.value, 'e')[0]) < 0 ? '' : {number}"
+    axis = alt.Axis(tickCount=8, labelExpr=label)
     x = alt.X("params:Q", title="parameters", scale=alt.Scale(type="log", nice=False), axis=axis)
     y = alt.Y("loss:Q", title=f"loss by {law.title} (nats a token)", scale=alt.Scale(zero=False))
     curves = (
@@ -73,7 +75,9 @@ def _chart(law: Law, optima: Sequence[Optimum]) -> alt.LayerChart:
         color="independent", shape="independent", fill="independent"
     )
     assert isinstance(layers, alt.LayerChart), "layers without facets make a layered chart"
-    return layers.properties(width=WIDTH_PX, height=HEIGHT_PX)
+    # A browser's font may be wider than the one that the picture was measured with.
+    padding = {"left": 5, "top": 5, "right": 40, "bottom": 5}
+    return layers.properties(width=WIDTH_PX, height=HEIGHT_PX, padding=padding)
 
 
 def _curves(form: ParametricLoss, optima: Sequence[Optimum], names: Sequence[str]) -> list[dict[str, Any]]:
