@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench import local_plans, model_counts, replay_speed, search_speed
+from bench import cli_speed, local_plans, model_counts, replay_speed, search_speed
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -14,6 +14,7 @@ def main() -> None:
     """Runs every benchmark that needs nothing but this machine."""
     today = datetime.now(UTC).date().isoformat()
     model_counts.main(["--out", str(RESULTS / f"{today}-model-counts.csv")], standalone_mode=False)
+    cli_speed.main(["--out", str(RESULTS / f"{today}-cli-speed.json")], standalone_mode=False)
     replay_speed.main(["--out", str(RESULTS / f"{today}-replay-speed.json")], standalone_mode=False)
     search_speed.main(["--out", str(RESULTS / f"{today}-search-speed.json")], standalone_mode=False)
     local_plans.main(["--out", str(RESULTS / f"{today}-local-plans.json")], standalone_mode=False)
