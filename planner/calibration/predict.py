@@ -43,7 +43,7 @@ def step_time_s(setup: RunSetup, profile: Profile) -> float:
     if degrees.pp == 1:
         span_s = degrees.num_micro_batches * (forward[0] + backward[0])
     else:
-        span_s = makespan_bound(degrees, forward, backward, shape.p2p_s())
+        span_s = makespan_bound(degrees, forward, backward, shape.messages.p2p_s())
     held = costs[:: degrees.pp]
     ends_s = sum(cost.unshard_s + cost.reduce_s for cost in held)
     optimizers = [sum(cost.optimizer_s for cost in costs[rank :: degrees.pp]) for rank in range(degrees.pp)]

@@ -15,9 +15,10 @@ from planner.cost.compute import ORIGINS, LayerModel
 from planner.cost.lifecycle import memory_figures
 from planner.cost.memory import rank_memory
 from planner.cost.memory_constants import fitted_constant
+from planner.cost.passes import Pass
 from planner.cost.schedule import ActionKind, Table, build_table
 from planner.cost.simulate import Replay, kind_passes, replay, sharing_of
-from planner.cost.stage import Pass, ShapeModel, StageCost
+from planner.cost.stage import ShapeModel, StageCost
 from planner.cost.verdict import band, memory_band, verdict
 from planner.estimate import (
     Coverage,
@@ -65,7 +66,7 @@ class CostModel:
         self, shape: ShapeModel, table: Table, costs: tuple[StageCost, ...], *, messages: bool = True
     ) -> Replay:
         """The replay of a table under these costs; without `messages`, hops between stages are free."""
-        hop_s = shape.p2p_s() if messages else 0.0
+        hop_s = shape.messages.p2p_s() if messages else 0.0
         return replay(table, costs, hop_s, self.sharing, shape.degrees.world // shape.degrees.pp)
 
     def evaluate(self, strategy: Strategy) -> Evaluation:

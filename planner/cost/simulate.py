@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from planner.codec import noun
 from planner.cost import constants
 from planner.cost.action import Action, ActionKind
-from planner.cost.stage import Pass, StageCost
+from planner.cost.passes import Pass
+from planner.cost.stage import StageCost
 from planner.cost.table import KINDS, Table
 from planner.estimate import TimelineEvent
 from planner.problem import PlanningProblem

@@ -6,15 +6,16 @@ planner pick recipes exactly.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 
 from planner.codec import noun
 from planner.cost import constants
-from planner.cost.comm import CommCost, CommModel, Group
+from planner.cost.comm import CommCost, CommModel
 from planner.cost.compute import LayerModel
 from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.memory_constants import process_groups
+from planner.cost.messages import Messages
+from planner.cost.passes import Pass, Unit
 from planner.cost.states import states_of
 from planner.model import Layer
 from planner.problem import PlanningProblem
@@ -22,49 +23,6 @@ from planner.profile import LayerKind, Op
 from planner.stack import Engine
 from planner.strategy import Degrees, Recompute, Stage, Zero
 from planner.traced import TracedLayer
-
-
-@noun
-class Pass:
-    """One direction of one micro-batch through some layers: seconds by cause. Adds up."""
-
-    compute_s: float = 0.0
-    recompute_s: float = 0.0
-    host_s: float = 0.0
-    tp_s: float = 0.0
-    dp_s: float = 0.0
-
-    @property
-    def work_s(self) -> float:
-        """Time that slows down where devices share cores."""
-        return self.compute_s + self.recompute_s + self.host_s
-
-    @property
-    def fixed_s(self) -> float:
-        """Communication time, measured with the other ranks at work."""
-        return self.tp_s + self.dp_s
-
-    @property
-    def total_s(self) -> float:
-        return self.work_s + self.fixed_s
-
-    def __add__(self, other: Pass) -> Pass:
-        return Pass(
-            compute_s=self.compute_s + other.compute_s,
-            recompute_s=self.recompute_s + other.recompute_s,
-            host_s=self.host_s + other.host_s,
-            tp_s=self.tp_s + other.tp_s,
-            dp_s=self.dp_s + other.dp_s,
-        )
-
-    def __mul__(self, factor: float) -> Pass:
-        return Pass(
-            compute_s=self.compute_s * factor,
-            recompute_s=self.recompute_s * factor,
-            host_s=self.host_s * factor,
-            tp_s=self.tp_s * factor,
-            dp_s=self.dp_s * factor,
-        )
 
 
 @noun
@@ -95,14 +53,6 @@ class StageCost:
     holds_head: bool = False
 
 
-@noun
-class Unit:
-    """A layer that data parallelism wraps as one: a block, or the root with the embedding and the head."""
-
-    params: float
-    tensors: int
-
-
 STOPS_EARLY = (Engine.NATIVE, Engine.TORCHTITAN)
 """Engines that recompute by torch.utils.checkpoint. Megatron-LM runs a block's whole forward again, or of its
 selective kind only the core of attention, which sends nothing (arXiv 2205.05198)."""
@@ -123,8 +73,9 @@ class ShapeModel:
         slow: float,
     ) -> None:
         self.problem, self.degrees, self.slow = problem, degrees, slow
-        self.layer_model, self.comm_model = layers, comms
+        self.layer_model = layers
         self.physics, self.memory = layers.physics, layers.memory
+        self.messages = Messages(problem, degrees, comms, layers.physics, layers.stream_width)
         self.states = states_of(problem, degrees)
         self.overlaps = problem.cluster.groups[0].slots_per_node is None
         communicates = self.overlaps and degrees.world > 1
@@ -140,9 +91,8 @@ class ShapeModel:
         )
         projection = model.vocab * model.token_width if model.tied_embeddings else 0
         self.head_unit = Unit(params=(model.params_head + projection) / tp, tensors=2)
-        self.wrapper = "replicate" if degrees.zero is Zero.NONE else "fsdp"
-        self.gathers = {unit: self.gather(unit) for unit in self._all_units()}
-        self.reduces = {unit: self.reduce(unit) for unit in self._all_units()}
+        self.gathers = {unit: self.messages.gather(unit) for unit in self._all_units()}
+        self.reduces = {unit: self.messages.reduce(unit) for unit in self._all_units()}
         self._stages: dict[tuple[tuple[Chosen, ...], bool, bool], StageCost] = {}
         self._passes: dict[tuple[str, Recompute], tuple[Pass, Pass]] = {}
         self.embedding_passes = self._end_passes(LayerKind.EMBEDDING)
@@ -186,8 +136,8 @@ class ShapeModel:
 
     def _block_passes(self, key: str, option: Recompute) -> tuple[Pass, Pass]:
         cost, plain = self.block(key, option), self.block(key)
-        gather, scatter = self._tp_message(Op.ALL_GATHER), self._tp_message(Op.REDUCE_SCATTER)
-        reduce = self._tp_message(Op.ALL_REDUCE)
+        gather, scatter = self.messages.over_tp(Op.ALL_GATHER), self.messages.over_tp(Op.REDUCE_SCATTER)
+        reduce = self.messages.over_tp(Op.ALL_REDUCE)
         times = _sublayers(self.classes[key])
         sp = self.degrees.sequence_parallel
         once = times * (gather + scatter if sp else reduce)
@@ -207,15 +157,15 @@ class ShapeModel:
 
     def _end_passes(self, kind: LayerKind) -> tuple[Pass, Pass]:
         cost = self.layer(kind)
-        gather, scatter = self._tp_message(Op.ALL_GATHER), self._tp_message(Op.REDUCE_SCATTER)
-        reduce = self._tp_message(Op.ALL_REDUCE)
+        gather, scatter = self.messages.over_tp(Op.ALL_GATHER), self.messages.over_tp(Op.REDUCE_SCATTER)
+        reduce = self.messages.over_tp(Op.ALL_REDUCE)
         sp = self.degrees.sequence_parallel
         if kind is LayerKind.EMBEDDING:
             forward_tp, backward_tp = (scatter, gather) if sp else (reduce, 0.0)
             unit = self.embedding_unit
         else:
             row = 4.0 * self.degrees.micro_batch * self.problem.workload.seq
-            loss = 3 * self._seconds(Op.ALL_REDUCE, row, self._tp_group())
+            loss = 3 * self.messages.seconds(Op.ALL_REDUCE, row, self.messages.tp_group())
             forward_tp, backward_tp = (gather + loss, scatter) if sp else (loss, reduce)
             unit = self.head_unit
         forward = Pass(compute_s=cost.forward_s, tp_s=forward_tp)
@@ -232,8 +182,8 @@ class ShapeModel:
             backward += Pass(compute_s=reduce_s)
         if self.degrees.dp == 1:
             return forward, backward
-        forward += Pass(host_s=self._constant(f"{self.wrapper}_unit_forward_s"))
-        backward += Pass(host_s=self._constant(f"{self.wrapper}_unit_backward_s"))
+        forward += Pass(host_s=self.messages.constant(f"{self.messages.wrapper}_unit_forward_s"))
+        backward += Pass(host_s=self.messages.constant(f"{self.messages.wrapper}_unit_backward_s"))
         zero = self.degrees.zero
         if zero is Zero.PARAMETERS:
             forward = self._exposed(forward, self.gathers[unit])
@@ -262,7 +212,7 @@ class ShapeModel:
         """Adding a micro-batch's gradients to earlier ones; the first micro-batch of a step adds nothing."""
         more = 1 - 1 / self.degrees.num_micro_batches
         kept = unit.params / (self.degrees.dp_shard if self.degrees.zero >= Zero.GRADIENTS else 1)
-        return self._constant("grad_accumulate_s_per_param") * kept * more
+        return self.messages.constant("grad_accumulate_s_per_param") * kept * more
 
     def _exposed(self, passing: Pass, message: Pass) -> Pass:
         """The pass with a message beside it: hidden behind compute where the device overlaps.
@@ -274,95 +224,6 @@ class ShapeModel:
         hidden_s = min(message.total_s, passing.total_s)
         shown_s = message.total_s - hidden_s + constants.OVERLAP_SLOWDOWN * hidden_s
         return passing + Pass(dp_s=shown_s)
-
-    # Messages
-
-    def _constant(self, name: str) -> float:
-        profile = self.problem.profile
-        return (profile.constant(name) or 0.0) if profile else 0.0
-
-    def _seconds(self, op: Op, size_bytes: float, group: Group) -> float:
-        return self.comm(op, size_bytes, group).seconds
-
-    def comm(self, op: Op, size_bytes: float, group: Group) -> CommCost:
-        """A communication under these degrees."""
-        return self.comm_model.cost(op, size_bytes, group)
-
-    def _group(self, ranks: int, block: int) -> Group:
-        """A group of `ranks` ranks within `block` neighbouring ranks."""
-        per_node = self.problem.cluster.devices_per_node
-        return Group(
-            ranks=ranks,
-            groups=max(1, min(per_node, self.degrees.world) // ranks),
-            spans_nodes=block > per_node,
-            nodes=min(ranks, math.ceil(block / per_node)) if block > per_node else None,
-        )
-
-    def _tp_group(self) -> Group:
-        return self._group(self.degrees.tp, self.degrees.tp)
-
-    def _shard_group(self) -> Group:
-        return self._group(self.degrees.dp_shard, self.degrees.dp_shard * self.degrees.cp * self.degrees.tp)
-
-    def _replicate_group(self) -> Group:
-        return self._group(self.degrees.dp_replicate, self.degrees.world // self.degrees.pp)
-
-    def hidden_bytes(self) -> float:
-        """The residual stream of one micro-batch, whole."""
-        workload = self.problem.workload
-        tokens = self.degrees.micro_batch * workload.seq
-        return float(tokens * self.problem.model.hidden * workload.precision.compute_bytes)
-
-    def message_bytes(self) -> float:
-        """What one stage sends to the next for one micro-batch, at the widest boundary of the model."""
-        return self.hidden_bytes() / self.problem.model.hidden * self.layer_model.stream_width
-
-    def _tp_message(self, op: Op) -> float:
-        """Seconds of a message of the residual stream over the tensor-parallel group."""
-        seconds = self._seconds(op, self.hidden_bytes(), self._tp_group())
-        half = 1.0 if op is Op.ALL_REDUCE else 0.5
-        late_s = half * self._late_s(self.physics.tp_rank_s, self.degrees.tp, seconds)
-        return late_s + self.physics.tp_scale * seconds
-
-    @staticmethod
-    def _late_s(rank_s: float, ranks: int, seconds: float) -> float:
-        """What a message waits for ranks that are late; nothing where communication takes no time."""
-        return rank_s * (ranks - 1) if seconds > 0 else 0.0
-
-    def p2p_s(self) -> float:
-        """One hop of the residual stream between neighbouring stages."""
-        if self.degrees.pp == 1:
-            return 0.0
-        shards = self.degrees.tp if self.degrees.sequence_parallel else 1
-        per_node = self.problem.cluster.devices_per_node
-        group = Group(
-            ranks=2,
-            groups=max(1, min(per_node, self.degrees.world) // 2),
-            spans_nodes=self.degrees.world > per_node,
-        )
-        return self.physics.pp_scale * self._seconds(Op.P2P, self.message_bytes() / shards, group)
-
-    def gather(self, unit: Unit) -> Pass:
-        """All-gather of one unit's parameters in the compute precision, with copies in and out."""
-        if self.degrees.dp_shard == 1:
-            return Pass()
-        size = unit.params * self.problem.workload.precision.compute_bytes
-        copies_s = self._constant("fsdp_gather_unit_s") + size * self._constant("fsdp_gather_copy_s_per_byte")
-        seconds = self._seconds(Op.ALL_GATHER, size, self._shard_group())
-        late_s = self._late_s(self.physics.dp_rank_s, self.degrees.dp_shard, seconds)
-        return Pass(host_s=copies_s, dp_s=late_s + self.physics.dp_scale * seconds)
-
-    def reduce(self, unit: Unit) -> Pass:
-        """Reduction of one unit's gradients in fp32: scatter over shards, all-reduce over replicas."""
-        size, degrees = 4.0 * unit.params, self.degrees
-        if degrees.dp == 1:
-            return Pass()
-        per_byte = self._constant(f"{self.wrapper}_reduce_copy_s_per_byte")
-        copies_s = self._constant(f"{self.wrapper}_reduce_unit_s") + size * per_byte
-        scatter_s = self._seconds(Op.REDUCE_SCATTER, size, self._shard_group())
-        reduce_s = self._seconds(Op.ALL_REDUCE, size / degrees.dp_shard, self._replicate_group())
-        late_s = self._late_s(self.physics.dp_rank_s, degrees.dp, scatter_s + reduce_s)
-        return Pass(host_s=copies_s, dp_s=late_s + self.physics.dp_scale * (scatter_s + reduce_s))
 
     def once_s(self, message: Pass) -> float:
         """Seconds of a message that all ranks send at the same time, once a step."""
@@ -396,8 +257,8 @@ class ShapeModel:
         return sum(self.passes(*choice)[1].total_s * count for choice, count in self.chosen(stage))
 
     def _stage(self, chosen: tuple[Chosen, ...], *, first: bool, last: bool) -> StageCost:
-        pp_action_s = self._constant("pp_action_s") if self.degrees.pp > 1 else 0.0
-        standing_s = self.physics.pp_exposed * self.p2p_s()
+        pp_action_s = self.messages.constant("pp_action_s") if self.degrees.pp > 1 else 0.0
+        standing_s = self.physics.pp_exposed * self.messages.p2p_s()
         action = Pass(host_s=pp_action_s + self.physics.action_s + standing_s)
         forward, backward = action, action
         for choice, count in chosen:
@@ -469,8 +330,9 @@ class ShapeModel:
         """Clipping and the update of this device's shard: a cost a parameter and a cost a tensor."""
         params = sum(unit.params * count for unit, count in units) / self.degrees.dp_shard
         tensors = sum(unit.tensors * count for unit, count in units)
-        each = self._constant("optimizer_s_per_param") + self._constant("clip_s_per_param")
-        per_tensor = self._constant("optimizer_s_per_tensor") + self._constant("clip_s_per_tensor")
+        constant = self.messages.constant
+        each = constant("optimizer_s_per_param") + constant("clip_s_per_param")
+        per_tensor = constant("optimizer_s_per_tensor") + constant("clip_s_per_tensor")
         if each == 0.0 and self.layer_model.rates is not None:
             # Reads parameter, gradient and two moments, writes three of them, all in fp32.
             each = self.physics.optimizer_scale * 28.0 / self.layer_model.rates.memory_bytes_per_s
@@ -507,11 +369,15 @@ class ShapeModel:
         if self.degrees.tp > 1:
             op = Op.ALL_GATHER if self.degrees.sequence_parallel else Op.ALL_REDUCE
             sums = sum(2 * _sublayers(self.classes[key]) * count for key, count in blocks.items())
-            messages.append((self.comm(op, self.hidden_bytes(), self._tp_group()), float(sums)))
+            messages.append(
+                (self.messages.comm(op, self.messages.hidden_bytes(), self.messages.tp_group()), float(sums))
+            )
         if self.degrees.dp > 1:
-            group = self._shard_group() if self.degrees.dp_shard > 1 else self._replicate_group()
+            group = (
+                self.messages.shard_group() if self.degrees.dp_shard > 1 else self.messages.replicate_group()
+            )
             for key, count in blocks.items():
-                message = self.comm(Op.ALL_REDUCE, 4.0 * self.block_units[key].params, group)
+                message = self.messages.comm(Op.ALL_REDUCE, 4.0 * self.block_units[key].params, group)
                 messages.append((message, count / self.degrees.num_micro_batches))
         for message, times in messages:
             seconds[message.origin] = seconds.get(message.origin, 0.0) + times * message.seconds

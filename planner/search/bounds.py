@@ -22,7 +22,8 @@ weight of every t_j equal; since even stages make every C_i equal to (m + p - 1)
 from __future__ import annotations
 
 from planner.cost.evaluate import CostModel
-from planner.cost.stage import Pass, ShapeModel
+from planner.cost.passes import Pass
+from planner.cost.stage import ShapeModel
 from planner.strategy import Recompute, Schedule
 
 

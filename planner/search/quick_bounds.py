@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner.cost.evaluate import CostModel
-from planner.cost.stage import Pass
+from planner.cost.passes import Pass
 from planner.search.bounds import whole_passes
 from planner.strategy import Degrees, Recompute, Schedule
 

@@ -148,7 +148,7 @@ class ShapeSearch:
             one_class=self.one_class,
             columns=tuple(tuple(self._columns(s, to_beat_s)) for s in range(degrees.stages)),
             in_flight=self.in_flight,
-            hop_s=self.shape.p2p_s(),
+            hop_s=self.shape.messages.p2p_s(),
             limit_bytes=self.limit_bytes - self.shape.runtime_bytes,
             to_beat_s=to_beat_s,
             work_scale=sharing.slowdown(per_rank) if sharing else 1.0,

@@ -7,7 +7,8 @@ from itertools import groupby
 
 from planner.cluster import ClusterSpec, Device, DeviceGroup, Link
 from planner.cost import constants
-from planner.cost.stage import Pass, StageCost
+from planner.cost.passes import Pass
+from planner.cost.stage import StageCost
 from planner.feed_forward import Activation, Experts, Mlp
 from planner.mixers import Attention, DeltaNet, LatentAttention, Mixer, Reach, Span, StateSpace
 from planner.model import Block, ModelSpec, Norm, Segment

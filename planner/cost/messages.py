@@ -1,0 +1,120 @@
+"""Messages of one shape: their sizes, their groups on the topology, and what they take."""
+
+from __future__ import annotations
+
+import math
+
+from planner.cost.comm import CommCost, CommModel, Group
+from planner.cost.passes import Pass, Unit
+from planner.cost.physics import Physics
+from planner.problem import PlanningProblem
+from planner.profile import Op
+from planner.strategy import Degrees, Zero
+
+
+class Messages:
+    """Communication of one micro-batch and of once a step under given degrees."""
+
+    def __init__(
+        self,
+        problem: PlanningProblem,
+        degrees: Degrees,
+        comms: CommModel,
+        physics: Physics,
+        stream_width: int,
+    ) -> None:
+        self.problem, self.degrees, self.comm_model = problem, degrees, comms
+        self.physics, self.stream_width = physics, stream_width
+        self.wrapper = "replicate" if degrees.zero is Zero.NONE else "fsdp"
+
+    def constant(self, name: str) -> float:
+        """A constant that the profile measured, or 0."""
+        profile = self.problem.profile
+        return (profile.constant(name) or 0.0) if profile else 0.0
+
+    def seconds(self, op: Op, size_bytes: float, group: Group) -> float:
+        """Seconds of a communication under these degrees."""
+        return self.comm(op, size_bytes, group).seconds
+
+    def comm(self, op: Op, size_bytes: float, group: Group) -> CommCost:
+        """A communication under these degrees."""
+        return self.comm_model.cost(op, size_bytes, group)
+
+    def _group(self, ranks: int, block: int) -> Group:
+        """A group of `ranks` ranks within `block` neighbouring ranks."""
+        per_node = self.problem.cluster.devices_per_node
+        return Group(
+            ranks=ranks,
+            groups=max(1, min(per_node, self.degrees.world) // ranks),
+            spans_nodes=block > per_node,
+            nodes=min(ranks, math.ceil(block / per_node)) if block > per_node else None,
+        )
+
+    def tp_group(self) -> Group:
+        """The tensor-parallel group: neighbouring ranks."""
+        return self._group(self.degrees.tp, self.degrees.tp)
+
+    def shard_group(self) -> Group:
+        """The ranks that share out state."""
+        return self._group(self.degrees.dp_shard, self.degrees.dp_shard * self.degrees.cp * self.degrees.tp)
+
+    def replicate_group(self) -> Group:
+        """The ranks that hold the same shards."""
+        return self._group(self.degrees.dp_replicate, self.degrees.world // self.degrees.pp)
+
+    def hidden_bytes(self) -> float:
+        """The residual stream of one micro-batch, whole."""
+        workload = self.problem.workload
+        tokens = self.degrees.micro_batch * workload.seq
+        return float(tokens * self.problem.model.hidden * workload.precision.compute_bytes)
+
+    def message_bytes(self) -> float:
+        """What one stage sends to the next for one micro-batch, at the widest boundary of the model."""
+        return self.hidden_bytes() / self.problem.model.hidden * self.stream_width
+
+    def over_tp(self, op: Op) -> float:
+        """Seconds of a message of the residual stream over the tensor-parallel group."""
+        seconds = self.seconds(op, self.hidden_bytes(), self.tp_group())
+        half = 1.0 if op is Op.ALL_REDUCE else 0.5
+        late_s = half * self._late_s(self.physics.tp_rank_s, self.degrees.tp, seconds)
+        return late_s + self.physics.tp_scale * seconds
+
+    @staticmethod
+    def _late_s(rank_s: float, ranks: int, seconds: float) -> float:
+        """What a message waits for ranks that are late; nothing where communication takes no time."""
+        return rank_s * (ranks - 1) if seconds > 0 else 0.0
+
+    def p2p_s(self) -> float:
+        """One hop of the residual stream between neighbouring stages."""
+        if self.degrees.pp == 1:
+            return 0.0
+        shards = self.degrees.tp if self.degrees.sequence_parallel else 1
+        per_node = self.problem.cluster.devices_per_node
+        group = Group(
+            ranks=2,
+            groups=max(1, min(per_node, self.degrees.world) // 2),
+            spans_nodes=self.degrees.world > per_node,
+        )
+        return self.physics.pp_scale * self.seconds(Op.P2P, self.message_bytes() / shards, group)
+
+    def gather(self, unit: Unit) -> Pass:
+        """All-gather of one unit's parameters in the compute precision, with copies in and out."""
+        if self.degrees.dp_shard == 1:
+            return Pass()
+        size = unit.params * self.problem.workload.precision.compute_bytes
+        copies_s = self.constant("fsdp_gather_unit_s") + size * self.constant("fsdp_gather_copy_s_per_byte")
+        seconds = self.seconds(Op.ALL_GATHER, size, self.shard_group())
+        late_s = self._late_s(self.physics.dp_rank_s, self.degrees.dp_shard, seconds)
+        return Pass(host_s=copies_s, dp_s=late_s + self.physics.dp_scale * seconds)
+
+    def reduce(self, unit: Unit) -> Pass:
+        """Reduction of one unit's gradients in fp32: scatter over shards, all-reduce over replicas."""
+        size, degrees = 4.0 * unit.params, self.degrees
+        if degrees.dp == 1:
+            return Pass()
+        per_byte = self.constant(f"{self.wrapper}_reduce_copy_s_per_byte")
+        copies_s = self.constant(f"{self.wrapper}_reduce_unit_s") + size * per_byte
+        scatter_s = self.seconds(Op.REDUCE_SCATTER, size, self.shard_group())
+        reduce_s = self.seconds(Op.ALL_REDUCE, size / degrees.dp_shard, self.replicate_group())
+        late_s = self._late_s(self.physics.dp_rank_s, degrees.dp, scatter_s + reduce_s)
+        return Pass(host_s=copies_s, dp_s=late_s + self.physics.dp_scale * (scatter_s + reduce_s))

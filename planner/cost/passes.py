@@ -1,0 +1,56 @@
+"""Pass and Unit: what a direction of a micro-batch takes, and what data parallelism wraps as one."""
+
+from __future__ import annotations
+
+from planner.codec import noun
+
+
+@noun
+class Pass:
+    """One direction of one micro-batch through some layers: seconds by cause. Adds up."""
+
+    compute_s: float = 0.0
+    recompute_s: float = 0.0
+    host_s: float = 0.0
+    tp_s: float = 0.0
+    dp_s: float = 0.0
+
+    @property
+    def work_s(self) -> float:
+        """Time that slows down where devices share cores."""
+        return self.compute_s + self.recompute_s + self.host_s
+
+    @property
+    def fixed_s(self) -> float:
+        """Communication time, measured with the other ranks at work."""
+        return self.tp_s + self.dp_s
+
+    @property
+    def total_s(self) -> float:
+        return self.work_s + self.fixed_s
+
+    def __add__(self, other: Pass) -> Pass:
+        return Pass(
+            compute_s=self.compute_s + other.compute_s,
+            recompute_s=self.recompute_s + other.recompute_s,
+            host_s=self.host_s + other.host_s,
+            tp_s=self.tp_s + other.tp_s,
+            dp_s=self.dp_s + other.dp_s,
+        )
+
+    def __mul__(self, factor: float) -> Pass:
+        return Pass(
+            compute_s=self.compute_s * factor,
+            recompute_s=self.recompute_s * factor,
+            host_s=self.host_s * factor,
+            tp_s=self.tp_s * factor,
+            dp_s=self.dp_s * factor,
+        )
+
+
+@noun
+class Unit:
+    """A layer that data parallelism wraps as one: a block, or the root with the embedding and the head."""
+
+    params: float
+    tensors: int
