@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from planner.attention import Attention
 from planner.feed_forward import Mlp
 from planner.matrix import Matrix
-from planner.mixers import Attention
 from planner.model import Block, Layer, ModelSpec
-from planner.workload import Adapters
+from planner.workload import AdapterModules, Adapters
 
 
-def adapted(layer: Layer, modules: str) -> tuple[Matrix, ...]:
+def adapted(layer: Layer, modules: AdapterModules) -> tuple[Matrix, ...]:
     """The weights of a layer that get adapters; routers and experts never do.
 
     Mixers that have no query and value of their own (latent attention, state spaces) are adapted whole.
@@ -19,9 +19,9 @@ def adapted(layer: Layer, modules: str) -> tuple[Matrix, ...]:
     found: list[Matrix] = []
     for mixer in layer.mixers:
         matrices = mixer.matrices(layer.hidden)
-        query_and_value = modules == "qv" and isinstance(mixer, Attention)
+        query_and_value = modules is AdapterModules.QV and isinstance(mixer, Attention)
         found += [matrices[0], matrices[2]] if query_and_value else matrices
-    if modules == "all" and isinstance(layer.mlp, Mlp):
+    if modules is AdapterModules.ALL and isinstance(layer.mlp, Mlp):
         found += layer.mlp.matrices(layer.hidden)
     return tuple(found)
 

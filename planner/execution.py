@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from planner.attention import CAUSAL, Attention, QkNorm, Reach, Span
 from planner.errors import InputError, Problem
 from planner.feed_forward import Mlp
-from planner.mixers import CAUSAL, Attention, QkNorm, Reach, Span
 from planner.model import Block, Layer, ModelSpec, Norm
 from planner.strategy import Degrees, Schedule
 from planner.workload import Method, Optimizer, Precision, Workload

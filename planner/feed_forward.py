@@ -5,8 +5,8 @@ from __future__ import annotations
 from enum import StrEnum
 
 from planner.codec import noun
+from planner.kept import Kept
 from planner.matrix import Matrix, Split
-from planner.mixers import Kept
 
 
 class Activation(StrEnum):

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from enum import StrEnum
 from itertools import chain
 
+from planner.attention import Attention, LatentAttention
 from planner.codec import noun
 from planner.feed_forward import FeedForward
+from planner.kept import AttentionKernel, Kept
 from planner.matrix import Matrix
-from planner.mixers import Attention, AttentionKernel, Kept, LatentAttention, Mixer
+from planner.mixers import Mixer
 from planner.strategy import Recompute
 from planner.traced import TracedLayer
 

@@ -71,18 +71,23 @@ class Method(StrEnum):
     LORA = "lora"
 
 
-LORA_MODULES = ("qv", "attention", "all")
+class AdapterModules(StrEnum):
+    """Which weights adapters stand beside: query and value, all of attention, or the dense MLP too."""
+
+    QV = "qv"
+    ATTENTION = "attention"
+    ALL = "all"
 
 
 @noun
 class Adapters:
-    """Adapters of one rank on `modules`: qv (query and value), attention, or all (and the dense MLP).
+    """Adapters of one rank beside some weights.
 
     Source: LoRA, arXiv 2106.09685, which adapts query and value; all linear layers: QLoRA, arXiv 2305.14314.
     """
 
     rank: int
-    modules: str
+    modules: AdapterModules
 
 
 @noun

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from planner.attention import Attention
 from planner.codec import encode
 from planner.feed_forward import Activation, Mlp
-from planner.mixers import Attention
 from planner.model import Block, ModelSpec, Norm, Segment
 from planner.profile import Constant
 from planner.strategy import Degrees, Schedule, Zero

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from planner import feed_forward, mixers
+from planner import attention as attention_types
+from planner import feed_forward
 from planner import model as spec_types
 from planner.execution import plain_parts
 from planner.feed_forward import Activation
@@ -56,7 +57,7 @@ def rotate(x_bsnd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention; key and value heads may be fewer than query heads (GQA)."""
 
-    def __init__(self, hidden: int, spec: mixers.Attention) -> None:
+    def __init__(self, hidden: int, spec: attention_types.Attention) -> None:
         super().__init__()
         self.head_dim = spec.head_dim
         self.wq = nn.Linear(hidden, spec.query_width, bias=spec.qkv_bias)

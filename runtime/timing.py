@@ -21,10 +21,6 @@ class Effort:
     budget_s: float
 
 
-THOROUGH = Effort(warmup=2, least=5, most=40, budget_s=0.25)
-QUICK = Effort(warmup=1, least=3, most=5, budget_s=0.02)
-
-
 @noun
 class Timing:
     """Median seconds of `samples` runs; `spread` is the interquartile range over the median."""

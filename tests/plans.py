@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from planner.attention import Attention
 from planner.cluster import ClusterSpec, Device, DeviceGroup, Link
 from planner.cost.schedule import build_table, print_table
 from planner.estimate import Coverage, Estimate, MemoryBreakdown, StageEstimate, TimeBreakdown, Verdict
 from planner.feed_forward import Activation, Mlp
-from planner.mixers import Attention
 from planner.model import Block, ModelSpec, Norm, Segment
 from planner.plan import Plan
 from planner.strategy import AXES, Degrees, Recompute, RecomputeCounts, Stage, Strategy, even_stages

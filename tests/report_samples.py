@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+from planner.attention import Attention
 from planner.cluster import ClusterSpec, Device, DeviceGroup, Link
 from planner.cost.schedule import Table, build_table, print_table
 from planner.estimate import (
@@ -21,7 +22,6 @@ from planner.estimate import (
     Verdict,
 )
 from planner.feed_forward import Activation, Mlp
-from planner.mixers import Attention
 from planner.model import Block, ModelSpec, Norm, Segment
 from planner.plan import Alternative, Certificate, Plan, save_plan
 from planner.report.comparison import ComparisonRow, save_comparison

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from planner.attention import CAUSAL, Attention, Reach, Span
 from planner.feed_forward import Activation, Mlp
-from planner.mixers import CAUSAL, Attention, Reach, Span
 from planner.model import Block, ModelSpec, Norm, Segment
 from planner.traced import Product, TracedLayer
 from planner.tracing.graph import Chain, Piece, boundary_values, layer_network, pieces

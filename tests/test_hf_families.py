@@ -6,22 +6,13 @@ from typing import Any
 
 import pytest
 
+from planner.attention import CAUSAL, Attention, LatentAttention, QkNorm, Reach, Span
 from planner.catalog import load_model
 from planner.errors import InputError
 from planner.feed_forward import Activation, Experts, Mlp
 from planner.hf import FAMILIES, WRAPPERS, read_config
-from planner.mixers import (
-    CAUSAL,
-    Attention,
-    DeltaNet,
-    LatentAttention,
-    LightningAttention,
-    QkNorm,
-    Reach,
-    Span,
-    StateSpace,
-)
 from planner.model import Block, ModelSpec, Norm
+from planner.recurrent import DeltaNet, LightningAttention, StateSpace
 
 DIMS: dict[str, Any] = {
     "hidden_size": 64,

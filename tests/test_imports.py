@@ -32,7 +32,20 @@ MEETS_RUNTIME = {"profile", "train", "demo", "rehearse", "trace"}
 LAYERS = (
     {"errors"},
     {"units", "codec", "naming"},
-    {"workload", "matrix", "mixers", "feed_forward", "traced", "strategy", "model", "cluster", "estimate"}
+    {
+        "workload",
+        "matrix",
+        "kept",
+        "attention",
+        "recurrent",
+        "mixers",
+        "feed_forward",
+        "traced",
+        "strategy",
+        "model",
+        "cluster",
+        "estimate",
+    }
     | {"stack"},
     {"profile", "plan", "problem", "rules", "device_file", "network", "instance", "execution"},
     {"hf", "tables"},

@@ -6,22 +6,13 @@ import dataclasses
 
 import pytest
 
+from planner.attention import CAUSAL, Attention, LatentAttention, QkNorm, Reach, Span
 from planner.feed_forward import Activation, Experts, Mlp
+from planner.kept import AttentionKernel
 from planner.matrix import Matrix, Split
-from planner.mixers import (
-    CAUSAL,
-    Attention,
-    AttentionKernel,
-    DeltaNet,
-    LatentAttention,
-    LightningAttention,
-    Mixer,
-    QkNorm,
-    Reach,
-    Span,
-    StateSpace,
-)
+from planner.mixers import Mixer
 from planner.model import Block, ModelSpec, Norm, Segment
+from planner.recurrent import DeltaNet, LightningAttention, StateSpace
 from planner.strategy import Recompute
 
 SWIGLU = Mlp(width=28, gated=True, activation=Activation.SILU)

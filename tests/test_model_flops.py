@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from planner.attention import Attention, LatentAttention, Reach, Span
 from planner.hf import read_config
-from planner.mixers import Attention, LatentAttention, Mixer, Reach, Span
+from planner.mixers import Mixer
 from planner.model import Block, ModelSpec
 from tests.model_configs import MAKERS
 

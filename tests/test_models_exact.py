@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from planner.attention import Reach
 from planner.hf import FAMILIES, read_config
 from planner.hf.keys import KEYS
-from planner.mixers import Reach
 from planner.model import ModelSpec
 from tests.model_configs import MAKERS, TWINS
 

@@ -27,7 +27,7 @@ from planner.principles.napkin_estimate import (
 from planner.principles.napkin_methods import Method, methods
 from planner.principles.napkin_size import bare_size, model_size, reference_shape
 from planner.units import GIB
-from planner.workload import Adapters, Precision
+from planner.workload import AdapterModules, Adapters, Precision
 
 
 def run(*arguments: str) -> Result:
@@ -56,7 +56,7 @@ def question(model: str = "", devices: int | None = None, device: str = "a100-sx
         finetune_tokens=100_000_000,
         finetune_note="as given",
         seq=4096,
-        adapters=Adapters(rank=16, modules="all"),
+        adapters=Adapters(rank=16, modules=AdapterModules.ALL),
         devices=devices,
     )
 
@@ -252,14 +252,14 @@ def test_the_flops_and_dollars_of_each_way() -> None:
 )
 def test_adapters_of_rank_16(model: str, modules: str, params: int) -> None:
     """Counts of trainable parameters that peft prints; GPT-3: 4.7M at rank 1 (LoRA, arXiv 2106.09685)."""
-    assert adapter_params(Adapters(rank=16, modules=modules), load_model(model)) == params
+    assert adapter_params(Adapters(rank=16, modules=AdapterModules(modules)), load_model(model)) == params
 
 
 def test_adapters_grow_with_their_rank_and_their_modules() -> None:
     model = load_model("llama-3-8b")
     counts = [
         adapter_params(Adapters(rank=rank, modules=modules), model)
-        for modules in ("qv", "attention", "all")
+        for modules in AdapterModules
         for rank in (8, 16)
     ]
     assert counts == sorted(counts)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from planner.attention import Attention
 from planner.errors import InputError
 from planner.estimate import Rejected
 from planner.feed_forward import Experts
-from planner.mixers import Attention, AttentionKernel
+from planner.kept import AttentionKernel
 from planner.model import Block, Norm
 from planner.runs.run import MemoryKind, Run, RunRecompute, Status
 from planner.runs.setup import RunSetup, Setups, run_problem

@@ -16,7 +16,7 @@ from planner.codec import decode, encode
 from planner.errors import InputError
 from planner.execution import check_executed_workload, not_executed_workload
 from planner.plan import load_plan
-from planner.workload import Adapters, Method, Optimizer, Precision, Workload
+from planner.workload import AdapterModules, Adapters, Method, Optimizer, Precision, Workload
 
 ASK = ["--model", "llama-3-8b", "--cluster", "1x8:h100-sxm-80gb", "--seq", "4096", "--batch", "16"]
 FIXED = ["--fix", "dp=8", "--fix", "zero=3", "--fix", "recompute=full"]
@@ -51,7 +51,7 @@ def test_state_of_a_matrix() -> None:
 
 
 def test_a_workload_with_adapters_round_trips() -> None:
-    adapters = Adapters(rank=8, modules="qv")
+    adapters = Adapters(rank=8, modules=AdapterModules.QV)
     workload = Workload(seq=1, batch=1, method=Method.LORA, adapters=adapters)
     assert decode(Workload, encode(workload), source="x") == workload
     assert decode(Workload, {"seq": 1, "batch": 2}, source="x").adapters is None
@@ -60,7 +60,7 @@ def test_a_workload_with_adapters_round_trips() -> None:
 def test_adapters_of_a_rank_are_shards_of_the_whole() -> None:
     """The half beside the split dimension is shared out, the other whole on every rank."""
     model = load_model("llama-3-8b")
-    block, adapters = model.segments[0].block, Adapters(rank=16, modules="all")
+    block, adapters = model.segments[0].block, Adapters(rank=16, modules=AdapterModules.ALL)
     whole = layer_adapter_params(adapters, block)
     assert whole * model.layers == adapter_params(adapters, model)
     assert whole / 8 < layer_adapter_params(adapters, block, 8) < whole
@@ -70,7 +70,9 @@ def test_a_frozen_base_spares_most_weight_gradients() -> None:
     """All of them but three passes of each adapter's r (in + out)."""
     block = load_model("llama-3-8b").segments[0].block
     assert frozen_product_share(None, block) == 0.0
-    shares = [frozen_product_share(Adapters(rank=r, modules="all"), block) for r in (1, 16, 64, 4096)]
+    shares = [
+        frozen_product_share(Adapters(rank=r, modules=AdapterModules.ALL), block) for r in (1, 16, 64, 4096)
+    ]
     assert shares == sorted(shares, reverse=True)
     assert 0.98 < shares[1] < 1.0 and shares[-1] == 0.0
 

@@ -26,7 +26,7 @@ from planner.cost.evaluate import CostModel, RankMemory, memory_of_ranks
 from planner.cost.memory_constants import MEMORY_PRIORS, fitted_constant, memory_prior
 from planner.cost.physics import Prior
 from planner.cost.schedule import build_table
-from planner.mixers import AttentionKernel
+from planner.kept import AttentionKernel
 from planner.problem import PlanningProblem
 from planner.profile import Constant, Profile
 from planner.runs.run import MemoryKind, Run, Status

@@ -105,7 +105,7 @@ def napkin(as_json: bool, **asked: Any) -> None:
 def read_question(asked: dict[str, Any]) -> tuple[Question, str]:
     """The question that the options ask, and the device as named. Raises InputError with every fault."""
     from planner.principles.napkin import Question
-    from planner.workload import Adapters
+    from planner.workload import AdapterModules, Adapters
 
     reading = Reading()
     size = reading.read(lambda: read_size(asked["model"], asked["seq"], asked["arch"]))
@@ -128,7 +128,7 @@ def read_question(asked: dict[str, Any]) -> tuple[Question, str]:
         finetune_tokens=finetune,
         finetune_note=FINETUNE_NOTE if default else "as given",
         seq=asked["seq"] or min(DEFAULT_SEQ, size.shape.max_positions),
-        adapters=Adapters(rank=asked["lora_rank"], modules=asked["lora_modules"]),
+        adapters=Adapters(rank=asked["lora_rank"], modules=AdapterModules(asked["lora_modules"])),
         devices=asked["devices"],
     )
     return question, asked["device"]

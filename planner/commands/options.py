@@ -230,11 +230,13 @@ def load_problem(options: ProblemOptions) -> ProblemInputs:
 
 
 def _adapters(options: ProblemOptions) -> Adapters | None:
-    from planner.workload import Adapters
+    from planner.workload import AdapterModules, Adapters
 
     if options.method != "lora":
         return None
-    return Adapters(rank=options.lora_rank or LORA_RANK, modules=options.lora_modules or "all")
+    return Adapters(
+        rank=options.lora_rank or LORA_RANK, modules=AdapterModules(options.lora_modules or "all")
+    )
 
 
 def _faults(

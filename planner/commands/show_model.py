@@ -72,7 +72,7 @@ def _class(model: ModelSpec, key: str, layer: Layer, seq: int) -> dict[str, Any]
 
 def _activations(block: Any, seq: int) -> dict[str, dict[str, float]]:
     """16-bit activation bytes a token, by attention kernel and recomputation, without parallelism."""
-    from planner.mixers import AttentionKernel
+    from planner.kept import AttentionKernel
     from planner.strategy import Recompute
 
     return {
@@ -98,7 +98,8 @@ def describe(layer: Layer) -> str:
 
 
 def _mixer(mixer: Mixer) -> str:
-    from planner.mixers import Attention, DeltaNet, LatentAttention, LightningAttention, StateSpace
+    from planner.attention import Attention, LatentAttention
+    from planner.recurrent import DeltaNet, LightningAttention, StateSpace
 
     match mixer:
         case Attention():

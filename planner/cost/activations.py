@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from planner.cost.layer import LayerCost, LayerShape
+from planner.cost.layer import LayerCost, LayerShape, block_saved_bytes
 from planner.cost.memory_constants import MemoryConstants
 from planner.feed_forward import Mlp
-from planner.mixers import AttentionKernel
+from planner.kept import AttentionKernel
 from planner.model import Block, ModelSpec
 from planner.profile import LayerKind
 from planner.stack import Engine, Selective, Stack
@@ -69,10 +69,10 @@ def _block_bytes(
     kept = {
         Recompute.NONE: whole,
         Recompute.SELECTIVE: _selective_bytes(whole, block, shape, stack, constants),
-        Recompute.FULL: constants.activation_scale * _saved(block, shape, Recompute.FULL),
+        Recompute.FULL: constants.activation_scale * block_saved_bytes(block, shape, Recompute.FULL),
     }[shape.recompute]
-    plain = _saved(block, shape, Recompute.NONE)
-    analytic = _saved(block, shape, shape.recompute)
+    plain = block_saved_bytes(block, shape, Recompute.NONE)
+    analytic = block_saved_bytes(block, shape, shape.recompute)
     working = cost.backward_transient_bytes - (plain - analytic) + _gathered_bytes(block, shape, stack)
     working *= constants.transient_scale
     return dataclasses.replace(
@@ -83,22 +83,12 @@ def _block_bytes(
     )
 
 
-def _saved(block: Block, shape: LayerShape, recompute: Recompute) -> float:
-    return block.saved_bytes(
-        shape.tokens,
-        shape.seq,
-        size=shape.precision.compute_bytes,
-        tp=shape.tp,
-        sequence_parallel=shape.sequence_parallel,
-        recompute=recompute,
-        kernel=shape.kernel,
-    )
-
-
 def _kept_bytes(block: Block, shape: LayerShape, stack: Stack, constants: MemoryConstants) -> float:
     """What a block keeps without recomputation."""
     size, probabilities = shape.precision.compute_bytes, _probability_bytes(block, shape)
-    kept = _saved(block, shape, Recompute.NONE) + block.sublayers * _gathered_bytes(block, shape, stack)
+    kept = block_saved_bytes(block, shape, Recompute.NONE) + block.sublayers * _gathered_bytes(
+        block, shape, stack
+    )
     kept = (kept - probabilities - _fused_bytes(block, shape, stack)) * constants.activation_scale
     stream = block.hidden / (shape.tp if shape.sequence_parallel else 1)
     norms = constants.norm_bytes * size / 2 * block.norms * shape.tokens * stream
@@ -135,7 +125,9 @@ def _selective_bytes(
     scale = constants.activation_scale
     match stack.recomputes:
         case Selective.ELEMENTWISE:
-            dropped = _saved(block, shape, Recompute.NONE) - _saved(block, shape, Recompute.SELECTIVE)
+            dropped = block_saved_bytes(block, shape, Recompute.NONE) - block_saved_bytes(
+                block, shape, Recompute.SELECTIVE
+            )
             return whole - scale * max(dropped - _fused_bytes(block, shape, stack), 0.0)
         case Selective.ATTENTION:
             return whole - constants.probability_scale * _probability_bytes(block, shape)

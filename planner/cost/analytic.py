@@ -6,13 +6,14 @@ host launches kernels. Backward is twice the products (2.5 times attention, whos
 
 from __future__ import annotations
 
+from planner.attention import Attention, LatentAttention
 from planner.codec import noun
 from planner.cost import constants
 from planner.cost.gemm import GemmModel
-from planner.cost.layer import NOTHING, LayerCost, LayerShape
+from planner.cost.layer import NOTHING, LayerCost, LayerShape, block_saved_bytes
 from planner.cost.physics import Physics, fitted_to_runs, physics_of
 from planner.errors import InputError, Problem
-from planner.mixers import Attention, AttentionKernel, Kept, LatentAttention
+from planner.kept import AttentionKernel, Kept
 from planner.model import Block, Layer, ModelSpec
 from planner.problem import PlanningProblem
 from planner.profile import LayerKind
@@ -125,9 +126,9 @@ def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates) -> LayerCos
         Recompute.SELECTIVE: max(elementwise_s, 0.5 * host_s),
         Recompute.FULL: max(forward_s, again_host_s),
     }
-    saved = _block_saved_bytes(block, shape, shape.recompute)
+    saved = block_saved_bytes(block, shape, shape.recompute)
     working = size * tokens * (2 * stream + _widest_values(block, shape) / tp)
-    full_again = _block_saved_bytes(block, shape, Recompute.NONE)
+    full_again = block_saved_bytes(block, shape, Recompute.NONE)
     return LayerCost(
         forward_s=forward_s,
         backward_s=backward_s + again_s[shape.recompute],
@@ -199,18 +200,6 @@ def _widest_values(block: Block, shape: LayerShape) -> float:
     """Values a token that live for a moment at the widest place: one and a half times its products."""
     mixing, feeding = _sublayers_kept(block, shape)
     return 1.5 * max(k.products + k.whole for k in mixing + feeding)
-
-
-def _block_saved_bytes(block: Block, shape: LayerShape, recompute: Recompute) -> float:
-    return block.saved_bytes(
-        shape.tokens,
-        shape.seq,
-        size=shape.precision.compute_bytes,
-        tp=shape.tp,
-        sequence_parallel=shape.sequence_parallel,
-        recompute=recompute,
-        kernel=shape.kernel,
-    )
 
 
 def _traced_cost(layer: TracedLayer, shape: LayerShape, rates: DeviceRates) -> LayerCost:

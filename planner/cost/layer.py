@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from planner.codec import noun
-from planner.mixers import AttentionKernel
+from planner.kept import AttentionKernel
+from planner.model import Block
 from planner.profile import LayerKind
 from planner.strategy import Recompute
 from planner.workload import Precision
@@ -52,3 +53,16 @@ NOTHING = LayerCost(
     origin="datasheet",
 )
 """The ends of a model that has neither embedding nor head of its own."""
+
+
+def block_saved_bytes(block: Block, shape: LayerShape, recompute: Recompute) -> float:
+    """Bytes that a block keeps from forward to backward at a shape, with an option that may be another."""
+    return block.saved_bytes(
+        shape.tokens,
+        shape.seq,
+        size=shape.precision.compute_bytes,
+        tp=shape.tp,
+        sequence_parallel=shape.sequence_parallel,
+        recompute=recompute,
+        kernel=shape.kernel,
+    )

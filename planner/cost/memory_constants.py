@@ -11,7 +11,7 @@ from types import MappingProxyType
 from planner.codec import noun
 from planner.cost import constants
 from planner.cost.physics import Prior
-from planner.mixers import AttentionKernel
+from planner.kept import AttentionKernel
 from planner.problem import PlanningProblem
 from planner.stack import Engine, Stack
 from planner.strategy import Degrees

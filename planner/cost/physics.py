@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from planner.codec import noun
 from planner.cost import constants
-from planner.mixers import AttentionKernel
+from planner.kept import AttentionKernel
 from planner.profile import Profile
 from planner.stack import Engine, Stack
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from planner.attention import QkNorm
 from planner.hf.family import Family
 from planner.hf.keys import LINEAR, SLIDING
 from planner.hf.layers import (
@@ -18,7 +19,6 @@ from planner.hf.layers import (
     windowed_where_not_rotary,
 )
 from planner.hf.segments import decoder, delta_decoder
-from planner.mixers import QkNorm
 
 LLAMA_KEYS: Mapping[str, Any] = MappingProxyType(
     {

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from planner.attention import QkNorm
 from planner.hf.dense import BIASES, GRANITE_SCALARS, LLAMA_KEYS
 from planner.hf.family import Family
 from planner.hf.keys import SLIDING
@@ -24,7 +25,6 @@ from planner.hf.layers import (
     windowed_before,
 )
 from planner.hf.segments import decoder, sink_decoder
-from planner.mixers import QkNorm
 from planner.model import Norm
 
 MIXTRAL: Mapping[str, Any] = MappingProxyType(

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from planner.attention import QkNorm
 from planner.feed_forward import Activation
 from planner.hf.keys import KEYS
-from planner.mixers import QkNorm
 from planner.model import Norm, Segment
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})

@@ -6,24 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import groupby
 
+from planner.attention import CAUSAL, Attention, Indexer, LatentAttention, QkNorm, Reach, Span
 from planner.feed_forward import Experts, FeedForward, Mlp
 from planner.hf.family import Description, Family
 from planner.hf.keys import CHUNKED, DENSE, FULL, INDEXED, LINEAR, SLIDING
 from planner.hf.layers import all_full, is_rotary, nowhere
-from planner.mixers import (
-    CAUSAL,
-    Attention,
-    DeltaNet,
-    Indexer,
-    LatentAttention,
-    LightningAttention,
-    Mixer,
-    QkNorm,
-    Reach,
-    Span,
-    StateSpace,
-)
+from planner.mixers import Mixer
 from planner.model import Block, Norm, Segment
+from planner.recurrent import DeltaNet, LightningAttention, StateSpace
 
 ALL = Span(reach=Reach.ALL)
 

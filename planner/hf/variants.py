@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from planner.attention import QkNorm
 from planner.hf.dense import BIASES, LAYER_NORM_EPS, LLAMA_KEYS
 from planner.hf.family import Family
 from planner.hf.keys import SLIDING
 from planner.hf.layers import all_windowed, full_every_nth
 from planner.hf.segments import decoder
-from planner.mixers import QkNorm
 from planner.model import Norm
 
 COHERE = Family(

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from planner.attention import Attention
 from planner.catalog import load_model, model_index
 from planner.estimate import Rejected
 from planner.feed_forward import Activation, Experts, FeedForward, Mlp
-from planner.mixers import Attention
 from planner.model import Block, ModelSpec, Norm, Segment
 from planner.naming import squash
 from planner.runs.run import Run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from planner.codec import noun
-from planner.mixers import AttentionKernel
+from planner.kept import AttentionKernel
 
 
 class Status(StrEnum):

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 
 from planner.cluster import Device
 from planner.estimate import Rejected
-from planner.mixers import AttentionKernel
+from planner.kept import AttentionKernel
 from planner.runs.run import Run, RunRecompute
 from planner.stack import Engine, Selective, Stack
 from planner.strategy import Schedule, Zero
-from planner.workload import Adapters, Method, Precision
+from planner.workload import AdapterModules, Adapters, Method, Precision
 
 ENGINES: tuple[tuple[str, Engine], ...] = (
     (r"deepspeed.*megatron|megatron-?deepspeed", Engine.MEGATRON),
@@ -63,11 +63,11 @@ NOT_MODELLED: tuple[tuple[str, str], ...] = (
 """Words that name what the cost model does not know: rows with them are not predicted."""
 
 
-LORA = Adapters(rank=16, modules="all")
+LORA = Adapters(rank=16, modules=AdapterModules.ALL)
 """Adapters of runs that say LoRA and no more; NeMo and torchtune adapt all linear layers. The rank hardly
 changes what a step costs."""
 
-LITGPT_LORA = Adapters(rank=8, modules="qv")
+LITGPT_LORA = Adapters(rank=8, modules=AdapterModules.QV)
 """LitGPT's default: query and value (its finetune/lora.py)."""
 
 

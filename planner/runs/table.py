@@ -18,7 +18,7 @@ from typing import Any
 
 from planner.codec import noun, read_text
 from planner.errors import InputError, Problem
-from planner.mixers import AttentionKernel
+from planner.kept import AttentionKernel
 from planner.runs.run import MemoryKind, Run, RunRecompute, Status
 
 MAX_PROBLEMS = 50

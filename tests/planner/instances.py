@@ -5,14 +5,16 @@ from __future__ import annotations
 import random
 from itertools import groupby
 
+from planner.attention import Attention, LatentAttention, Reach, Span
 from planner.cluster import ClusterSpec, Device, DeviceGroup, Link
 from planner.cost import constants
 from planner.cost.passes import Pass
 from planner.cost.stage import StageCost
 from planner.feed_forward import Activation, Experts, Mlp
-from planner.mixers import Attention, DeltaNet, LatentAttention, Mixer, Reach, Span, StateSpace
+from planner.mixers import Mixer
 from planner.model import Block, ModelSpec, Norm, Segment
 from planner.problem import PlanningProblem
+from planner.recurrent import DeltaNet, StateSpace
 from planner.workload import Precision, Workload
 
 

@@ -18,7 +18,7 @@ from planner.cost.memory_constants import MEMORY_PRIORS, memory_constants, proce
 from planner.cost.states import States, states_of
 from planner.cost.verdict import ErrorBand, memory_band, safe_peak_bytes, safe_tensor_bytes, verdict
 from planner.estimate import Coverage, Verdict
-from planner.mixers import AttentionKernel
+from planner.kept import AttentionKernel
 from planner.problem import PlanningProblem
 from planner.profile import PROFILE_SCHEMA, Constant, LayerKind, Profile
 from planner.runs.run import MemoryKind, Run, Status
@@ -27,7 +27,7 @@ from planner.runs.table import read_runs
 from planner.stack import Engine, Selective, Stack
 from planner.strategy import Degrees, Recompute, Strategy, Zero, even_stages
 from planner.units import GIB
-from planner.workload import Adapters, Method, Optimizer, Precision
+from planner.workload import AdapterModules, Adapters, Method, Optimizer, Precision
 from tests.planner import instances
 
 REFERENCE = Path(__file__).parents[2] / "bench" / "data" / "h100_reference.csv"
@@ -119,7 +119,7 @@ def test_states_of_the_other_optimizers() -> None:
 
 def test_adapters_alone_are_trained() -> None:
     """A frozen weight is kept in the compute precision; 16 bytes and less go to its adapters' share."""
-    adapters = Adapters(rank=2, modules="all")
+    adapters = Adapters(rank=2, modules=AdapterModules.ALL)
     found = states(Engine.TORCHTITAN, Zero.PARAMETERS, 1, method=Method.LORA, adapters=adapters)
     block = instances.dense_block(64)
     beside = 2 * sum(m.inputs + m.outputs for m in block.matrices()) / block.params
