@@ -1,4 +1,4 @@
-"""Mixers whose cost a token does not grow with the sequence: states instead of keys (see `planner.mixers`)."""
+"""Mixers with states instead of keys: a token costs the same however long the sequence is."""
 
 from __future__ import annotations
 
