@@ -20,8 +20,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from planner.calibration.predict import Measured, step_time_s, with_constants
-from planner.cost.physics import PRIORS, prior_of
+from planner.calibration.predict import Measured, step_time_s
+from planner.cost.physics import PRIORS, physics_of, prior_of
 from planner.profile import Constant, Profile
 
 ERROR = 0.05
@@ -30,11 +30,17 @@ ERROR = 0.05
 KNOWN = 0.9
 """A constant is determined where its uncertainty shrinks below this share of its prior's."""
 
-MAX_STEPS = 12
-MAX_RUNS = 400
+STEP = 0.02
+"""Prior spreads between the two ends of a finite difference."""
+
+DAMPINGS = (1e-3, 0.1, 1.0, 10.0, 100.0)
+"""Of each step of Levenberg and Marquardt, all tried at once."""
+
+MAX_STEPS = 20
+MAX_RUNS = 1200
 """Runs that one fit evaluates; of more, evenly many of every group: constants are few."""
 
-BY_KERNELS = ("elementwise_scale",)
+BY_KERNELS = ("elementwise_scale", "norm_scale", "attention_share")
 """Constants that are fitted for every named set of fused kernels apart."""
 
 
@@ -55,6 +61,12 @@ class Unknown:
         prior = PRIORS[self.name]
         raw = self.start * math.exp(prior.spread * x) if prior.logarithmic else self.start + prior.spread * x
         return min(max(raw, prior.low), prior.high)
+
+    def values(self, x: Any) -> Any:
+        """The constant at each of some `x`."""
+        import numpy as np
+
+        return np.array([self.value(float(each)) for each in x])
 
     def bounds(self) -> tuple[float, float]:
         """The range of x that its bounds leave."""
@@ -172,29 +184,40 @@ class _Problem:
     def __init__(
         self, runs: Sequence[Measured], unknowns: Sequence[Unknown], scope: Scope, base: Profile
     ) -> None:
-        self.runs, self.unknowns, self.scope, self.base = runs, unknowns, scope, base
+        self.runs, self.unknowns, self.scope = runs, unknowns, scope
+        problems = [run.setup.problem for run in runs]
+        self._physics = [physics_of(base, p.stack, p.cluster.groups[0].device.name) for p in problems]
 
-    def residuals(self, x: Any) -> Any:
-        """ln(predicted / measured) / ERROR of every run."""
+    def residuals(self, sets: Any) -> Any:
+        """ln(predicted / measured) / ERROR of every run (rows) under each of some sets of x (rows of sets).
+
+        A run's cost is evaluated once, with every constant an array over the sets.
+        """
         import numpy as np
 
-        pairs = zip(self.unknowns, x, strict=True)
-        profile = with_constants(self.base, [self.scope.constant(u, u.value(float(v)), "") for u, v in pairs])
-        ratios = [step_time_s(run.setup, profile) / run.step_time_s for run in self.runs]
-        return np.log(np.array(ratios)) / ERROR
+        values = [unknown.values(sets[:, index]) for index, unknown in enumerate(self.unknowns)]
+        found = np.empty((len(self.runs), len(sets)))
+        for place, (run, own) in enumerate(zip(self.runs, self._physics, strict=True)):
+            told = {
+                unknown.name: value
+                for unknown, value in zip(self.unknowns, values, strict=True)
+                if unknown.kernels in ("", run.kernels)
+            }
+            found[place] = step_time_s(run.setup, dataclasses.replace(own, **told)) / run.step_time_s
+        return np.log(found) / ERROR
 
-    def jacobian(self, x: Any, at: Any) -> Any:
-        """Derivatives of the residuals by each x, one-sided towards the inside of its bounds."""
+    def with_jacobian(self, x: Any) -> tuple[Any, Any]:
+        """The residuals and their derivatives by each x, one-sided towards the inside of its bounds."""
         import numpy as np
 
-        columns = []
+        sets = np.tile(np.asarray(x, dtype=float), (len(x) + 1, 1))
         for index, unknown in enumerate(self.unknowns):
             low, high = unknown.bounds()
-            step = 0.02 if x[index] + 0.02 <= high else -0.02
-            moved = np.array(x)
-            moved[index] += max(step, low - x[index])
-            columns.append((self.residuals(moved) - at) / (moved[index] - x[index]))
-        return np.stack(columns, axis=1)
+            step = STEP if x[index] + STEP <= high else -STEP
+            sets[index + 1, index] += max(step, low - x[index])
+        found = self.residuals(sets)
+        steps = sets[1:].diagonal() - x
+        return found[:, 0], (found[:, 1:] - found[:, :1]) / steps
 
     def solve(self, progress: Callable[[str], None]) -> tuple[Any, Any, Any]:
         """Levenberg-Marquardt on the robust sum, x kept within bounds. Returns x, Jacobian, residuals."""
@@ -203,25 +226,26 @@ class _Problem:
 
         low, high = (np.array(ends) for ends in zip(*(u.bounds() for u in self.unknowns), strict=True))
         x = np.zeros(len(self.unknowns))
-        at = self.residuals(x)
+        at, jacobian = self.with_jacobian(x)
         for step in range(MAX_STEPS):
-            jacobian = self.jacobian(x, at)
-            before, improved = _cost(at, x), False
-            for damping in (1e-3, 0.3, 3.0, 30.0):
-                root = np.sqrt(1 / np.sqrt(1 + at**2))
-                rows = np.concatenate(
-                    [root[:, None] * jacobian, np.eye(len(x)), np.sqrt(damping) * np.eye(len(x))]
-                )
-                sides = np.concatenate([-root * at, -x, np.zeros(len(x))])
-                moved = x + lsq_linear(rows, sides, bounds=(low - x - 1e-9, high - x + 1e-9)).x
-                there = self.residuals(moved)
-                if _cost(there, moved) < before:
-                    improved, x, at = True, moved, there
-                    break
+            before = _cost(at, x)
+            root = np.sqrt(1 / np.sqrt(1 + at**2))
+            sides = np.concatenate([-root * at, -x, np.zeros(len(x))])
+            tries = []
+            for damping in DAMPINGS:
+                held = [np.eye(len(x)), np.sqrt(damping) * np.eye(len(x))]
+                rows = np.concatenate([root[:, None] * jacobian, *held])
+                tries.append(x + lsq_linear(rows, sides, bounds=(low - x - 1e-9, high - x + 1e-9)).x)
+            there = self.residuals(np.stack(tries))
+            costs = [_cost(there[:, place], tried) for place, tried in enumerate(tries)]
+            best = int(np.argmin(costs))
+            if costs[best] < before:
+                x = tries[best]
+                at, jacobian = self.with_jacobian(x)
             progress(f"{self.scope.label}: step {step + 1}, mean error {_mean_error(at):.2%}")
-            if not improved or before - _cost(at, x) < 1e-3 * before:
+            if before - costs[best] < 1e-3 * before:
                 break
-        return x, self.jacobian(x, at), at
+        return x, jacobian, at
 
 
 def _cost(residuals: Any, x: Any) -> float:

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from planner.cost.evaluate import CostModel
+from planner.cost.physics import Physics
+from planner.cost.seconds import larger
 from planner.profile import Constant, Profile
 from planner.runs.run import Run
 from planner.runs.setup import RunSetup
@@ -29,13 +31,13 @@ class Measured:
         return self.run.group_name
 
 
-def step_time_s(setup: RunSetup, profile: Profile) -> float:
+def step_time_s(setup: RunSetup, physics: Physics) -> float:
     """The longest bounding path of the schedule, between the once-a-step work at both ends.
 
-    For even stages this is the replay's step time; for uneven ones a little less.
+    For even stages this is the replay's step time; for uneven ones a little less. An array where a constant
+    of `physics` is one.
     """
-    problem = dataclasses.replace(setup.problem, profile=profile)
-    model, degrees = CostModel(problem), setup.strategy.degrees
+    model, degrees = CostModel(setup.problem, physics), setup.strategy.degrees
     shape = model.shape(degrees)
     costs = model.stage_costs(shape, setup.strategy)
     forward = [cost.forward.total_s for cost in costs]
@@ -47,7 +49,7 @@ def step_time_s(setup: RunSetup, profile: Profile) -> float:
     held = costs[:: degrees.pp]
     ends_s = sum(cost.unshard_s + cost.reduce_s for cost in held)
     optimizers = [sum(cost.optimizer_s for cost in costs[rank :: degrees.pp]) for rank in range(degrees.pp)]
-    return span_s + ends_s + max(optimizers)
+    return span_s + ends_s + larger(*optimizers)
 
 
 def with_constants(base: Profile, constants: Sequence[Constant]) -> Profile:

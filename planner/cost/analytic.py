@@ -11,7 +11,8 @@ from planner.codec import noun
 from planner.cost import constants
 from planner.cost.gemm import GemmModel
 from planner.cost.layer import NOTHING, LayerCost, LayerShape, block_saved_bytes
-from planner.cost.physics import Physics, fitted_to_runs, physics_of
+from planner.cost.physics import Physics, fitted_to_runs
+from planner.cost.seconds import larger
 from planner.errors import InputError, Problem
 from planner.kept import AttentionKernel, Kept
 from planner.model import Block, Layer, ModelSpec
@@ -38,7 +39,7 @@ class DeviceRates:
     origin: str = "datasheet"
 
 
-def device_rates(problem: PlanningProblem) -> DeviceRates | None:
+def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | None:
     """Rates of the cluster's device from the profile or the datasheet; None where neither knows them."""
     device = problem.cluster.groups[0].device
     peak = device.peak_flops(problem.workload.precision)
@@ -51,7 +52,6 @@ def device_rates(problem: PlanningProblem) -> DeviceRates | None:
         memory = problem.profile.constant("memory_bytes_per_s") or memory
     if flops is None or memory is None:
         return None
-    physics = physics_of(problem.profile, problem.stack, device.name)
     whole = peak if peak and not measured else flops / constants.GEMM_EFFICIENCY
     return DeviceRates(
         flops=flops,
@@ -112,19 +112,20 @@ def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates) -> LayerCos
     products_s = _matrices_s(block, shape, rates)
     attention_s, attention_backward_s = _attention_s(block, shape, rates)
     stream = block.hidden / (tp if shape.sequence_parallel else 1)
-    elementwise_s = size * tokens * _moved_values(block, shape, stream) / rates.memory_bytes_per_s
-    elementwise_s *= rates.physics.elementwise_scale
+    norm_values, other_values = _moved_values(block, shape, stream)
+    moved = rates.physics.norm_scale * norm_values + rates.physics.elementwise_scale * other_values
+    elementwise_s = size * tokens * moved / rates.memory_bytes_per_s
     if rates.compiled:
         elementwise_s *= rates.physics.compiled_elementwise_share
     host_s = _host_s(block, tp, rates)
     again_host_s = constants.RECOMPUTE_HOST * host_s
     layer_s = rates.physics.layer_s * block.sublayers / 2
-    forward_s = layer_s + max(products_s + attention_s + elementwise_s, host_s)
-    backward_s = 2 * layer_s + max(2 * products_s + attention_backward_s + 2 * elementwise_s, 2 * host_s)
+    forward_s = layer_s + larger(products_s + attention_s + elementwise_s, host_s)
+    backward_s = 2 * layer_s + larger(2 * products_s + attention_backward_s + 2 * elementwise_s, 2 * host_s)
     again_s = {
         Recompute.NONE: 0.0,
-        Recompute.SELECTIVE: max(elementwise_s, 0.5 * host_s),
-        Recompute.FULL: max(forward_s, again_host_s),
+        Recompute.SELECTIVE: larger(elementwise_s, 0.5 * host_s),
+        Recompute.FULL: larger(forward_s, again_host_s),
     }
     saved = block_saved_bytes(block, shape, shape.recompute)
     working = size * tokens * (2 * stream + _widest_values(block, shape) / tp)
@@ -181,19 +182,19 @@ def _sublayers_kept(block: Block, shape: LayerShape) -> tuple[list[Kept], list[K
     return mixing, [block.mlp.kept(block.hidden)] if block.mlp else []
 
 
-def _moved_values(block: Block, shape: LayerShape, stream: float) -> float:
-    """Values a token that element-wise kernels read and write.
+def _moved_values(block: Block, shape: LayerShape, stream: float) -> tuple[float, float]:
+    """Values a token that kernels of norms, and the other element-wise ones, read and write.
 
-    A norm and a residual addition move five streams a sublayer, norms behind a sublayer two more each.
-    Around attention each product is read and written once; an activation and the product with its gate
-    move five values for the two that they keep.
+    A norm reads and writes a stream, a residual addition moves three a sublayer. Around attention each
+    product is read and written once; an activation and the product with its gate move five values for the
+    two that they keep.
     """
     mixing, feeding = _sublayers_kept(block, shape)
-    after = max(0, block.norms - block.sublayers)
-    values = (5 * block.sublayers + 2 * after) * stream
+    norms = max(block.norms, block.sublayers)
+    values = 3 * block.sublayers * stream
     values += sum(2 * k.products + 2.5 * k.elementwise for k in mixing) / shape.tp
     values += sum(2.5 * k.elementwise for k in feeding) / shape.tp
-    return values + 2 * sum(k.whole for k in mixing + feeding)
+    return 2 * norms * stream, values + 2 * sum(k.whole for k in mixing + feeding)
 
 
 def _widest_values(block: Block, shape: LayerShape) -> float:
@@ -215,13 +216,13 @@ def _traced_cost(layer: TracedLayer, shape: LayerShape, rates: DeviceRates) -> L
     products_s += samples * layer.core_flops / rates.attention_flops
     moved_s = samples * size * layer.moved_values / rates.memory_bytes_per_s
     host_s = rates.physics.host_block_forward_s * layer.operators / constants.BLOCK_LAUNCHES
-    forward_s = max(products_s + moved_s, host_s)
+    forward_s = larger(products_s + moved_s, host_s)
     whole = samples * size * layer.saved_values
     full = shape.recompute is Recompute.FULL
     saved = samples * size * layer.input_values if full else whole
     return LayerCost(
         forward_s=forward_s,
-        backward_s=max(2 * (products_s + moved_s), 2 * host_s) + (forward_s if full else 0.0),
+        backward_s=larger(2 * (products_s + moved_s), 2 * host_s) + (forward_s if full else 0.0),
         saved_bytes=saved,
         forward_transient_bytes=samples * size * layer.message_values + (whole if full else 0.0),
         backward_transient_bytes=samples * size * layer.message_values + whole - saved,

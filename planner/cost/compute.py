@@ -18,7 +18,7 @@ from planner.cost.activations import engine_bytes
 from planner.cost.analytic import analytic_cost, device_rates
 from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.memory_constants import memory_constants
-from planner.cost.physics import physics_of
+from planner.cost.physics import Physics
 from planner.problem import PlanningProblem
 from planner.profile import LayerSample, shape_key
 
@@ -32,11 +32,10 @@ class LayerModel:
     `classes` are the model's layer classes by key, `keys` the class of each layer.
     """
 
-    def __init__(self, problem: PlanningProblem) -> None:
-        self.problem = problem
+    def __init__(self, problem: PlanningProblem, physics: Physics) -> None:
+        self.problem, self.physics = problem, physics
         self.samples = at_usual_speed(problem.profile.layers) if problem.profile else []
-        self.rates = device_rates(problem)
-        self.physics = physics_of(problem.profile, problem.stack, problem.cluster.groups[0].device.name)
+        self.rates = device_rates(problem, physics)
         self.memory = memory_constants(problem)
         model = problem.model
         self.classes, self.params_total = model.classes(), model.params_total

@@ -16,6 +16,7 @@ from planner.cost.lifecycle import memory_figures
 from planner.cost.memory import rank_memory
 from planner.cost.memory_constants import fitted_constant
 from planner.cost.passes import Pass
+from planner.cost.physics import Physics, physics_of
 from planner.cost.schedule import ActionKind, Table, build_table
 from planner.cost.simulate import Replay, kind_passes, replay, sharing_of
 from planner.cost.stage import ShapeModel, StageCost
@@ -45,11 +46,15 @@ class Evaluation:
 
 
 class CostModel:
-    """The cost model of one planning problem. It remembers layer and message costs between calls."""
+    """The cost model of one planning problem. It remembers layer and message costs between calls.
 
-    def __init__(self, problem: PlanningProblem) -> None:
+    Without `physics` its constants are those that the problem's profile has for its stack and device.
+    """
+
+    def __init__(self, problem: PlanningProblem, physics: Physics | None = None) -> None:
+        device = problem.cluster.groups[0].device.name
         self.problem = problem
-        self.layers = LayerModel(problem)
+        self.layers = LayerModel(problem, physics or physics_of(problem.profile, problem.stack, device))
         self.comms = CommModel(problem)
         self.sharing = sharing_of(problem)
 

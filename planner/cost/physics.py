@@ -54,6 +54,10 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
             value=1.0, spread=0.7, low=0.1, high=6.0,
             meaning="bytes that element-wise kernels move over those of a fused kernel a step",
         ),
+        "norm_scale": Prior(
+            value=1.0, spread=0.7, low=0.2, high=20.0,
+            meaning="bytes that norms move over those of one fused kernel, which reads and writes once",
+        ),
         "layer_s": Prior(
             value=0.0, spread=0.001, low=0.0, high=1e-2,
             meaning="what a block's forward takes however small it is, device busy or not: launches, tails "
@@ -120,6 +124,11 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
             value=0.0, spread=0.005, low=0.0, high=0.1,
             meaning="what every pass of a micro-batch through a stage takes besides its layers",
         ),
+        "recompute_pass_s": Prior(
+            value=0.0, spread=0.02, low=0.0, high=0.2,
+            meaning="what a stage's backward takes besides its layers where it recomputes them: the states "
+            "of random generators saved and set, the host waiting for the device",
+        ),
         "step_s": Prior(
             value=0.0, spread=0.3, low=0.0, high=10.0,
             meaning="what every step takes besides: data, logging, synchronisation",
@@ -136,6 +145,7 @@ class Physics:
     attention_share: float
     probability_passes: float
     elementwise_scale: float
+    norm_scale: float
     layer_s: float
     host_block_forward_s: float
     compiled_host_share: float
@@ -152,6 +162,7 @@ class Physics:
     head_scale: float
     optimizer_scale: float
     action_s: float
+    recompute_pass_s: float
     step_s: float
 
 
@@ -173,6 +184,15 @@ def _fitted(profile: Profile | None, name: str, stack: Stack, device: str) -> fl
     return profile.constant_of(name, device=device, framework=stack.framework, kernels=stack.kernels)
 
 
+UNFUSED_NORM = 6.0
+"""norm_scale of an RMSNorm written in tensor operations: cast to fp32, square, mean, product, cast, weight."""
+
+
+def unfused_norms(stack: Stack) -> bool:
+    """Whether a named set of kernels has none for the norm."""
+    return bool(stack.kernels) and "rms" not in stack.kernels.lower()
+
+
 def prior_of(name: str, stack: Stack) -> float:
     """The prior of a constant for a stack."""
     if name == "dp_exposed" and stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
@@ -181,6 +201,8 @@ def prior_of(name: str, stack: Stack) -> float:
         return 0.0  # tensor parallelism is written into their layers; its prior is that of DTensor's hooks
     if name == "pp_exposed" and stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
         return 0.5  # both wait for their sends and receives together
+    if name == "norm_scale" and unfused_norms(stack):
+        return UNFUSED_NORM
     if name == "probability_passes" and stack.attention is AttentionKernel.EAGER:
         return 2 * PRIORS[name].value  # scale, mask, softmax and dropout each on their own
     return PRIORS[name].value

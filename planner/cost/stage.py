@@ -16,6 +16,7 @@ from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.memory_constants import process_groups
 from planner.cost.messages import Messages
 from planner.cost.passes import Pass, Unit
+from planner.cost.seconds import larger, smaller
 from planner.cost.states import states_of
 from planner.model import Layer
 from planner.problem import PlanningProblem
@@ -149,7 +150,7 @@ class ShapeModel:
             Recompute.SELECTIVE: inner if early else 0.0,
             Recompute.FULL: inner if early else once,
         }
-        extra_s = max(cost.backward_s - plain.backward_s, 0.0)
+        extra_s = larger(cost.backward_s - plain.backward_s, 0.0)
         again_s = self.physics.recompute_scale * extra_s
         forward = Pass(compute_s=cost.forward_s, tp_s=once)
         backward = Pass(compute_s=cost.backward_s - extra_s, recompute_s=again_s, tp_s=once + again[option])
@@ -221,7 +222,7 @@ class ShapeModel:
         """
         if not self.overlaps:
             return passing + message
-        hidden_s = min(message.total_s, passing.total_s)
+        hidden_s = smaller(message.total_s, passing.total_s)
         shown_s = message.total_s - hidden_s + constants.OVERLAP_SLOWDOWN * hidden_s
         return passing + Pass(dp_s=shown_s)
 
@@ -261,6 +262,8 @@ class ShapeModel:
         standing_s = self.physics.pp_exposed * self.messages.p2p_s()
         action = Pass(host_s=pp_action_s + self.physics.action_s + standing_s)
         forward, backward = action, action
+        if any(option is not Recompute.NONE for (_, option), _ in chosen):
+            backward += Pass(recompute_s=self.physics.recompute_pass_s)
         for choice, count in chosen:
             one_forward, one_backward = self.passes(*choice)
             forward, backward = forward + one_forward * count, backward + one_backward * count
@@ -312,7 +315,7 @@ class ShapeModel:
         total_s = sum(seconds * count for seconds, count in each)
         if not self.overlaps:
             return total_s
-        first_s = max(seconds for seconds, _ in each)
+        first_s = larger(*(seconds for seconds, _ in each))
         return first_s + self.physics.dp_exposed * (total_s - first_s)
 
     def _reduce_s(self, units: list[tuple[Unit, int]], backward_s: float) -> float:
@@ -323,7 +326,7 @@ class ShapeModel:
         total_s = sum(seconds * count for seconds, count in each)
         if not self.overlaps:
             return total_s
-        behind_s = max(max(seconds for seconds, _ in each), total_s - backward_s)
+        behind_s = larger(total_s - backward_s, *(seconds for seconds, _ in each))
         return behind_s + self.physics.dp_exposed * (total_s - behind_s)
 
     def optimizer_s(self, units: list[tuple[Unit, int]]) -> float:

@@ -24,6 +24,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from planner.cost.schedule import ActionKind, Row, build_table
+from planner.cost.seconds import larger
 from planner.strategy import Degrees, Schedule
 
 
@@ -126,6 +127,6 @@ def makespan_bound(degrees: Degrees, forward_s: list[float], backward_s: list[fl
     """The longest bounding path, from the first forward to the last backward of stage 0."""
     if degrees.schedule is Schedule.GPIPE:
         m = degrees.num_micro_batches
-        slowest = max(forward_s) + max(backward_s)
+        slowest = larger(*forward_s) + larger(*backward_s)
         return sum(forward_s) + sum(backward_s) + (m - 1) * slowest + 2 * (degrees.pp - 1) * hop_s
-    return max(length(path, forward_s, backward_s, hop_s) for path in paths(degrees))
+    return larger(*(length(path, forward_s, backward_s, hop_s) for path in paths(degrees)))

@@ -10,6 +10,7 @@ import pytest
 from planner.cost.comm import CommModel, Group
 from planner.cost.compute import LayerModel, LayerShape
 from planner.cost.evaluate import CostModel, Evaluation
+from planner.cost.physics import physics_of
 from planner.problem import PlanningProblem
 from planner.profile import LayerKind, Op
 from planner.rules import broken_rules
@@ -123,7 +124,7 @@ def test_recomputing_trades_time_for_memory() -> None:
     """None, selective, full: never faster, never larger, for blocks of every width and precision."""
     for precision, (tp, sp) in itertools.product(Precision, [(1, False), (2, False), (2, True), (4, True)]):
         problem = instances.problem(precision=precision)
-        layers = LayerModel(problem)
+        layers = LayerModel(problem, physics_of(None, problem.stack))
         costs = [
             layers.cost(
                 LayerShape(
