@@ -23,6 +23,7 @@ from typing import Any
 from planner.calibration.predict import Measured, step_time_s
 from planner.cost.physics import PRIORS, physics_of, prior_of
 from planner.profile import Constant, Profile
+from planner.stack import Stack
 
 ERROR = 0.05
 """Scatter of measured runs around a right model, as a share: what repeated runs of one layout differ by."""
@@ -36,21 +37,32 @@ STEP = 0.02
 DAMPINGS = (1e-3, 0.1, 1.0, 10.0, 100.0)
 """Of each step of Levenberg and Marquardt, all tried at once."""
 
+KIN_MOST = 4.0
+"""Spreads that a set of kernels may lie from its framework."""
+
 MAX_STEPS = 20
 MAX_RUNS = 1200
 """Runs that one fit evaluates; of more, evenly many of every group: constants are few."""
 
 BY_KERNELS = ("elementwise_scale", "norm_scale", "attention_share")
-"""Constants that are fitted for every named set of fused kernels apart."""
+"""Constants that every named set of fused kernels has for itself, held to the framework's own by KINSHIP."""
+
+KINSHIP = 0.5
+"""Spread of a set of kernels around its framework's constant, as a share of that constant's own."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Unknown:
-    """One constant of a fit: for which kernels, and the value that it starts from."""
+    """One constant of a fit: for which kernels, and the value that it starts from.
+
+    `kin` is the place of the framework's own among the unknowns, None where it is that itself: a set of
+    kernels moves with its framework, and KINSHIP of a spread on its own.
+    """
 
     name: str
     kernels: str
     start: float
+    kin: int | None = None
 
     @property
     def label(self) -> str:
@@ -75,6 +87,8 @@ class Unknown:
             low, high = (math.log(end / self.start) / prior.spread for end in (prior.low, prior.high))
         else:
             low, high = ((end - self.start) / prior.spread for end in (prior.low, prior.high))
+        if self.kin is not None:
+            return -KIN_MOST, KIN_MOST
         return min(low, -1e-6), max(high, 1e-6)
 
 
@@ -149,7 +163,7 @@ def fit(runs: Sequence[Measured], scope: Scope, base: Profile, progress: Callabl
         scope=scope,
         runs=tuple(sample),
         unknowns=tuple(unknowns),
-        values=tuple(u.value(float(v)) for u, v in zip(unknowns, x, strict=True)),
+        values=tuple(float(values[0]) for values in values_of(unknowns, x[None, :])),
         uncertainty=tuple(float(u) for u in uncertainty),
         errors=tuple(math.expm1(ERROR * float(r)) for r in residuals),
         left_out=tuple(math.expm1(ERROR * float(r)) for r in left_out),
@@ -158,15 +172,32 @@ def fit(runs: Sequence[Measured], scope: Scope, base: Profile, progress: Callabl
 
 def unknowns_of(runs: Sequence[Measured], scope: Scope, base: Profile) -> list[Unknown]:
     """Every constant, and one for each named set of kernels where its time depends on them."""
-    stack = dataclasses.replace(runs[0].setup.problem.stack, framework=scope.framework, kernels="")
-    kernels = sorted({run.kernels for run in runs})
-    found = []
+    stacks = {run.kernels: run.setup.problem.stack for run in runs}
+    usual = dataclasses.replace(runs[0].setup.problem.stack, kernels="")
+    found: list[Unknown] = []
     for name in PRIORS:
-        names = kernels if name in BY_KERNELS else [""]
-        for kernel in names:
-            start = base.constant_of(name, device=scope.device, framework=scope.framework, kernels=kernel)
-            found.append(Unknown(name, kernel, prior_of(name, stack) if start is None else start))
+        own = len(found)
+        found.append(Unknown(name, "", _start(name, usual, scope, base)))
+        if name in BY_KERNELS:
+            named = [(kernels, stack) for kernels, stack in sorted(stacks.items()) if kernels]
+            found += [Unknown(name, k, _start(name, stack, scope, base), own) for k, stack in named]
     return found
+
+
+def _start(name: str, stack: Stack, scope: Scope, base: Profile) -> float:
+    known = base.constant_of(
+        name, device=scope.device, framework=scope.framework, kernels=stack.kernels
+    )
+    return prior_of(name, stack) if known is None else known
+
+
+def values_of(unknowns: Sequence[Unknown], sets: Any) -> list[Any]:
+    """The values of each unknown under each of some sets of x (rows)."""
+    moved = [
+        sets[:, index] if u.kin is None else sets[:, u.kin] + KINSHIP * sets[:, index]
+        for index, u in enumerate(unknowns)
+    ]
+    return [unknown.values(x) for unknown, x in zip(unknowns, moved, strict=True)]
 
 
 def evenly(runs: Sequence[Measured], most: int) -> list[Measured]:
@@ -195,7 +226,7 @@ class _Problem:
         """
         import numpy as np
 
-        values = [unknown.values(sets[:, index]) for index, unknown in enumerate(self.unknowns)]
+        values = values_of(self.unknowns, sets)
         found = np.empty((len(self.runs), len(sets)))
         for place, (run, own) in enumerate(zip(self.runs, self._physics, strict=True)):
             told = {

@@ -121,7 +121,8 @@ def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates) -> LayerCos
     again_host_s = constants.RECOMPUTE_HOST * host_s
     layer_s = rates.physics.layer_s * block.sublayers / 2
     forward_s = layer_s + larger(products_s + attention_s + elementwise_s, host_s)
-    backward_s = 2 * layer_s + larger(2 * products_s + attention_backward_s + 2 * elementwise_s, 2 * host_s)
+    turned_s = rates.physics.backward_scale * (2 * products_s + attention_backward_s)
+    backward_s = 2 * layer_s + larger(turned_s + 2 * elementwise_s, 2 * host_s)
     again_s = {
         Recompute.NONE: 0.0,
         Recompute.SELECTIVE: larger(elementwise_s, 0.5 * host_s),

@@ -104,8 +104,7 @@ class Messages:
         size = unit.params * self.problem.workload.precision.compute_bytes
         copies_s = self.constant("fsdp_gather_unit_s") + size * self.constant("fsdp_gather_copy_s_per_byte")
         seconds = self.seconds(Op.ALL_GATHER, size, self.shard_group())
-        late_s = self._late_s(self.physics.dp_rank_s, self.degrees.dp_shard, seconds)
-        return Pass(host_s=copies_s, dp_s=late_s + self.physics.dp_scale * seconds)
+        return Pass(host_s=copies_s, dp_s=self._data_parallel_s(seconds, self.shard_group(), self.degrees.dp_shard))
 
     def reduce(self, unit: Unit) -> Pass:
         """Reduction of one unit's gradients in fp32: scatter over shards, all-reduce over replicas."""
@@ -114,7 +113,13 @@ class Messages:
             return Pass()
         per_byte = self.constant(f"{self.wrapper}_reduce_copy_s_per_byte")
         copies_s = self.constant(f"{self.wrapper}_reduce_unit_s") + size * per_byte
-        scatter_s = self.seconds(Op.REDUCE_SCATTER, size, self.shard_group())
-        reduce_s = self.seconds(Op.ALL_REDUCE, size / degrees.dp_shard, self.replicate_group())
-        late_s = self._late_s(self.physics.dp_rank_s, degrees.dp, scatter_s + reduce_s)
-        return Pass(host_s=copies_s, dp_s=late_s + self.physics.dp_scale * (scatter_s + reduce_s))
+        shards, replicas = self.shard_group(), self.replicate_group()
+        seconds = self.seconds(Op.REDUCE_SCATTER, size, shards)
+        seconds += self.seconds(Op.ALL_REDUCE, size / degrees.dp_shard, replicas)
+        widest = max(shards, replicas, key=lambda group: group.nodes or 1)
+        return Pass(host_s=copies_s, dp_s=self._data_parallel_s(seconds, widest, degrees.dp))
+
+    def _data_parallel_s(self, seconds: float, group: Group, ranks: int) -> float:
+        """A message between data ranks that alone takes `seconds`: late ranks, a fabric that many nodes share."""
+        crowded = self.physics.dp_scale * ranks ** self.physics.dp_congestion
+        return self._late_s(self.physics.dp_rank_s, ranks, seconds) + crowded * seconds

@@ -92,6 +92,11 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
             value=1.0, spread=1.0, low=0.2, high=40.0,
             meaning="time of data-parallel messages over that of the same collective alone",
         ),
+        "dp_congestion": Prior(
+            value=0.0, spread=0.3, low=0.0, high=1.5,
+            meaning="power of the number of nodes with which data-parallel messages slow down: links of the "
+            "fabric that many pairs share",
+        ),
         "dp_rank_s": Prior(
             value=0.0, spread=1e-4, low=0.0, high=5e-3,
             meaning="what the message of one unit between data ranks waits for each rank beyond the first",
@@ -107,6 +112,11 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
         "pp_exposed": Prior(
             value=0.0, spread=0.5, low=0.0, high=1.0,
             meaning="share of a hop between stages for which the sending stage stands still",
+        ),
+        "backward_scale": Prior(
+            value=1.0, spread=0.1, low=0.7, high=1.5,
+            meaning="time of a block's products in the backward pass over twice their forward's (2.5 times "
+            "of attention): their shapes differ, and weight gradients add up in fp32",
         ),
         "recompute_scale": Prior(
             value=1.0, spread=0.15, low=0.8, high=1.6,
@@ -154,10 +164,12 @@ class Physics:
     tp_scale: float
     tp_rank_s: float
     dp_scale: float
+    dp_congestion: float
     dp_rank_s: float
     dp_exposed: float
     pp_scale: float
     pp_exposed: float
+    backward_scale: float
     recompute_scale: float
     head_scale: float
     optimizer_scale: float
