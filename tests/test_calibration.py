@@ -65,13 +65,19 @@ def grid(tmp_path: Path, framework: str = "Megatron-LM", device: str = "a100-sxm
     return list(read_runs([path]).runs)
 
 
+def time_of(run: Measured, profile: Profile) -> float:
+    """A run's step time in closed form, by a profile's constants."""
+    model = CostModel(dataclasses.replace(run.setup.problem, profile=profile))
+    return step_time_s(model, run.setup.strategy)
+
+
 def made_by(runs: list[Run], constants: dict[str, float], noise: float = 0.0) -> list[Run]:
     """The runs with the step times that a model with these constants predicts."""
     draw = random.Random(0)
     truth = with_constants(empty(), [Constant(name=n, value=v, origin="made") for n, v in constants.items()])
     measured, _ = usable(runs, None)
     return [
-        dataclasses.replace(m.run, step_time_s=step_time_s(m.setup, truth) * math.exp(draw.gauss(0, noise)))
+        dataclasses.replace(m.run, step_time_s=time_of(m, truth) * math.exp(draw.gauss(0, noise)))
         for m in measured
     ]
 
@@ -95,7 +101,7 @@ def test_the_closed_form_is_the_replay_for_even_stages(measured: list[Measured])
     for run in measured:
         model = CostModel(dataclasses.replace(run.setup.problem, profile=empty()))
         replayed_s = model.evaluate(run.setup.strategy).estimate.step_time_s
-        closed_s = step_time_s(run.setup, empty())
+        closed_s = step_time_s(model, run.setup.strategy)
         assert closed_s <= replayed_s * (1 + 1e-9)
         if run.setup.strategy.degrees.pp == 1:
             assert closed_s == pytest.approx(replayed_s, rel=1e-9)
@@ -132,7 +138,7 @@ def test_one_step_predicts_what_a_fit_without_the_group_finds(runs: list[Run]) -
         [again.scope.constant(u, v, "") for u, v in zip(again.unknowns, again.values, strict=True)],
     )
     pairs = [
-        (left_out, step_time_s(run.setup, profile) / run.step_time_s - 1)
+        (left_out, time_of(run, profile) / run.step_time_s - 1)
         for run, left_out in zip(found.runs, found.left_out, strict=True)
         if run.group == group
     ]

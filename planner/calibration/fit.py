@@ -20,8 +20,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from planner.calibration.predict import Measured, step_time_s
-from planner.cost.physics import PRIORS, physics_of, prior_of
+from planner.calibration.predict import LayersKey, Measured, ProblemKey, step_time_s
+from planner.cost.compute import LayerModel
+from planner.cost.evaluate import CostModel
+from planner.cost.physics import PRIORS, Physics, physics_of, prior_of
 from planner.profile import Constant, Profile
 from planner.stack import Stack
 
@@ -185,9 +187,7 @@ def unknowns_of(runs: Sequence[Measured], scope: Scope, base: Profile) -> list[U
 
 
 def _start(name: str, stack: Stack, scope: Scope, base: Profile) -> float:
-    known = base.constant_of(
-        name, device=scope.device, framework=scope.framework, kernels=stack.kernels
-    )
+    known = base.constant_of(name, device=scope.device, framework=scope.framework, kernels=stack.kernels)
     return prior_of(name, stack) if known is None else known
 
 
@@ -216,26 +216,41 @@ class _Problem:
         self, runs: Sequence[Measured], unknowns: Sequence[Unknown], scope: Scope, base: Profile
     ) -> None:
         self.runs, self.unknowns, self.scope = runs, unknowns, scope
-        problems = [run.setup.problem for run in runs]
-        self._physics = [physics_of(base, p.stack, p.cluster.groups[0].device.name) for p in problems]
+        places: dict[ProblemKey, list[int]] = {}
+        for place, run in enumerate(runs):
+            places.setdefault(run.problem_key, []).append(place)
+        self._places = tuple(places.values())
+        self._base = base
 
     def residuals(self, sets: Any) -> Any:
         """ln(predicted / measured) / ERROR of every run (rows) under each of some sets of x (rows of sets).
 
-        A run's cost is evaluated once, with every constant an array over the sets.
+        A run's cost is evaluated once, with every constant an array over the sets; runs of one problem share
+        their layers' costs.
         """
         import numpy as np
 
         values = values_of(self.unknowns, sets)
         found = np.empty((len(self.runs), len(sets)))
-        for place, (run, own) in enumerate(zip(self.runs, self._physics, strict=True)):
-            told = {
-                unknown.name: value
-                for unknown, value in zip(self.unknowns, values, strict=True)
-                if unknown.kernels in ("", run.kernels)
-            }
-            found[place] = step_time_s(run.setup, dataclasses.replace(own, **told)) / run.step_time_s
+        layers: dict[LayersKey, LayerModel] = {}
+        for places in self._places:
+            first = self.runs[places[0]]
+            key = first.layers_key
+            if key not in layers:
+                layers[key] = LayerModel(first.setup.problem, self._physics(first, values))
+            model = CostModel(first.setup.problem, layers[key])
+            for place in places:
+                run = self.runs[place]
+                found[place] = step_time_s(model, run.setup.strategy) / run.step_time_s
         return np.log(found) / ERROR
+
+    def _physics(self, run: Measured, values: Sequence[Any]) -> Physics:
+        """The constants of a run's problem, where the unknowns have these values."""
+        problem = run.setup.problem
+        own = physics_of(self._base, problem.stack, problem.cluster.groups[0].device.name)
+        pairs = zip(self.unknowns, values, strict=True)
+        told = {unknown.name: value for unknown, value in pairs if unknown.kernels in ("", run.kernels)}
+        return dataclasses.replace(own, **told)
 
     def with_jacobian(self, x: Any) -> tuple[Any, Any]:
         """The residuals and their derivatives by each x, one-sided towards the inside of its bounds."""

@@ -5,13 +5,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from planner.cluster import ClusterSpec, Device
 from planner.cost.evaluate import CostModel
-from planner.cost.physics import Physics
 from planner.cost.seconds import larger
+from planner.model import ModelSpec
 from planner.profile import Constant, Profile
 from planner.runs.run import Run
 from planner.runs.setup import RunSetup
 from planner.search.paths import makespan_bound
+from planner.stack import Stack
+from planner.strategy import Strategy
+from planner.workload import Workload
+
+
+ProblemKey = tuple[ModelSpec, Workload, ClusterSpec, Stack]
+"""What tells problems apart that one profile speaks of: a profile holds a dict and has no hash."""
+
+
+LayersKey = tuple[ModelSpec, Workload, Device, Stack]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,16 +41,28 @@ class Measured:
     def group(self) -> str:
         return self.run.group_name
 
+    @property
+    def problem_key(self) -> ProblemKey:
+        problem = self.setup.problem
+        return problem.model, problem.workload, problem.cluster, problem.stack
 
-def step_time_s(setup: RunSetup, physics: Physics) -> float:
+    @property
+    def layers_key(self) -> LayersKey:
+        """What the costs of its layers depend on."""
+        problem = self.setup.problem
+        one = dataclasses.replace(problem.workload, batch=1, tokens=None)
+        return problem.model, one, problem.cluster.groups[0].device, problem.stack
+
+
+def step_time_s(model: CostModel, strategy: Strategy) -> float:
     """The longest bounding path of the schedule, between the once-a-step work at both ends.
 
     For even stages this is the replay's step time; for uneven ones a little less. An array where a constant
-    of `physics` is one.
+    of the model's physics is one.
     """
-    model, degrees = CostModel(setup.problem, physics), setup.strategy.degrees
+    degrees = strategy.degrees
     shape = model.shape(degrees)
-    costs = model.stage_costs(shape, setup.strategy)
+    costs = model.stage_costs(shape, strategy)
     forward = [cost.forward.total_s for cost in costs]
     backward = [cost.backward.total_s for cost in costs]
     if degrees.pp == 1:

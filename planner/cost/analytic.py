@@ -117,9 +117,9 @@ def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates) -> LayerCos
     elementwise_s = size * tokens * moved / rates.memory_bytes_per_s
     if rates.compiled:
         elementwise_s *= rates.physics.compiled_elementwise_share
-    host_s = _host_s(block, tp, rates)
+    host_s = _host_s(block, shape, rates)
     again_host_s = constants.RECOMPUTE_HOST * host_s
-    layer_s = rates.physics.layer_s * block.sublayers / 2
+    layer_s = rates.physics.layer_s * _launches(block, shape)
     forward_s = layer_s + larger(products_s + attention_s + elementwise_s, host_s)
     turned_s = rates.physics.backward_scale * (2 * products_s + attention_backward_s)
     backward_s = 2 * layer_s + larger(turned_s + 2 * elementwise_s, 2 * host_s)
@@ -141,11 +141,21 @@ def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates) -> LayerCos
     )
 
 
-def _host_s(block: Block, tp: int, rates: DeviceRates) -> float:
-    """Least seconds in which the host launches a block's forward, by the sublayers that it has."""
+def _host_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
+    """Least seconds in which the host launches a block's forward, by the operators that it has."""
     physics = rates.physics
-    eager_s = physics.host_block_forward_s + (physics.host_tp_forward_s if tp > 1 else 0.0)
-    return eager_s * (physics.compiled_host_share if rates.compiled else 1.0) * block.sublayers / 2
+    eager_s = physics.host_block_forward_s * _launches(block, shape)
+    if shape.tp > 1:
+        eager_s += physics.host_tp_forward_s * block.sublayers / 2
+    return eager_s * (physics.compiled_host_share if rates.compiled else 1.0)
+
+
+def _launches(block: Block, shape: LayerShape) -> float:
+    """Operators of a block's forward over those of attention and an MLP; a softmax that is not fused has more."""
+    more = (
+        constants.EAGER_LAUNCHES / constants.BLOCK_LAUNCHES if shape.kernel is AttentionKernel.EAGER else 0.0
+    )
+    return block.sublayers / 2 + more
 
 
 def _attention_s(block: Block, shape: LayerShape, rates: DeviceRates) -> tuple[float, float]:
@@ -164,6 +174,8 @@ def _attention_s(block: Block, shape: LayerShape, rates: DeviceRates) -> tuple[f
     heads = sum(mixer.heads for mixer in attentions) / shape.tp
     pass_s = shape.precision.compute_bytes * heads * shape.seq * shape.tokens / rates.memory_bytes_per_s
     passes_s = rates.physics.probability_passes * pass_s
+    if shape.kernel is AttentionKernel.EAGER:
+        passes_s *= constants.EAGER_PASSES
     return products_s + passes_s, 2 * (products_s + passes_s)
 
 

@@ -14,13 +14,16 @@ import statistics
 from collections.abc import Sequence
 from itertools import accumulate
 
+from planner.cost import constants
 from planner.cost.activations import engine_bytes
 from planner.cost.analytic import analytic_cost, device_rates
 from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.memory_constants import memory_constants
 from planner.cost.physics import Physics
+from planner.kept import AttentionKernel
 from planner.problem import PlanningProblem
 from planner.profile import LayerSample, shape_key
+from planner.strategy import Degrees
 
 STRAIGHT = 0.25
 ORIGINS = ("measured", "interpolated", "fitted", "datasheet")
@@ -39,6 +42,7 @@ class LayerModel:
         self.memory = memory_constants(problem)
         model = problem.model
         self.classes, self.params_total = model.classes(), model.params_total
+        self.attention = model.attention
         self.stream_width = model.stream_width
         each = [(segment.block.shape_key, segment.count) for segment in model.segments]
         self.keys = tuple(key for key, count in each for _ in range(count))
@@ -48,6 +52,18 @@ class LayerModel:
     def count(self, key: str, first: int, end: int) -> int:
         """Blocks of a class among the layers [first, end)."""
         return self._before[key][end] - self._before[key][first]
+
+    def kernel(self, degrees: Degrees) -> AttentionKernel:
+        """The attention kernel that runs: a fused softmax does not take every shape."""
+        kernel = self.problem.stack.attention
+        if kernel is not AttentionKernel.FUSED or self.attention is None:
+            return kernel
+        pairs = degrees.micro_batch * self.attention.heads // degrees.tp
+        taken = (
+            pairs % constants.FUSED_SOFTMAX_BATCHES == 0
+            and self.problem.workload.seq <= constants.FUSED_SOFTMAX_KEYS
+        )
+        return kernel if taken else AttentionKernel.EAGER
 
     def cost(self, shape: LayerShape) -> LayerCost:
         """The cost of a layer of the problem's model."""

@@ -20,6 +20,20 @@ of 10 us through autograd plus module hooks; 1B-shape steps on an H100 sit at th
 BLOCK_LAUNCHES = 45
 """Operators of a block's forward that HOST_BLOCK_FORWARD_S stands for; a traced layer counts its own."""
 
+EAGER_LAUNCHES = 10
+"""Operators of a softmax that is not fused, over those of one that is: cast, scale, a mask made and filled,
+softmax, cast."""
+
+EAGER_PASSES = 2.0
+"""Times that those read and write every probability, over those of a fused kernel."""
+
+FUSED_SOFTMAX_BATCHES = 4
+"""Megatron-LM's fused softmax takes a multiple of so many (sequence, head) pairs; for others it falls back
+to separate operators (megatron/core/fusions/fused_softmax.py, is_kernel_available)."""
+
+FUSED_SOFTMAX_KEYS = 4096
+"""And rows of at most so many keys."""
+
 RECOMPUTE_HOST = 2.0
 """Host time of a block's forward when it runs again in the backward pass, over its first run: every saved
 tensor goes through the hooks of checkpointing. A 20-layer stage of a 70B model at tp 8 on an H100 took 9 ms a

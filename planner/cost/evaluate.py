@@ -16,7 +16,7 @@ from planner.cost.lifecycle import memory_figures
 from planner.cost.memory import rank_memory
 from planner.cost.memory_constants import fitted_constant
 from planner.cost.passes import Pass
-from planner.cost.physics import Physics, physics_of
+from planner.cost.physics import usual_physics
 from planner.cost.schedule import ActionKind, Table, build_table
 from planner.cost.simulate import Replay, kind_passes, replay, sharing_of
 from planner.cost.stage import ShapeModel, StageCost
@@ -48,13 +48,13 @@ class Evaluation:
 class CostModel:
     """The cost model of one planning problem. It remembers layer and message costs between calls.
 
-    Without `physics` its constants are those that the problem's profile has for its stack and device.
+    `layers` are those of a problem that differs in its batch or its nodes at most, whose costs are shared;
+    without them they are made, with the constants that the problem's profile has.
     """
 
-    def __init__(self, problem: PlanningProblem, physics: Physics | None = None) -> None:
-        device = problem.cluster.groups[0].device.name
+    def __init__(self, problem: PlanningProblem, layers: LayerModel | None = None) -> None:
         self.problem = problem
-        self.layers = LayerModel(problem, physics or physics_of(problem.profile, problem.stack, device))
+        self.layers = layers or LayerModel(problem, usual_physics(problem))
         self.comms = CommModel(problem)
         self.sharing = sharing_of(problem)
 

@@ -104,7 +104,9 @@ class Messages:
         size = unit.params * self.problem.workload.precision.compute_bytes
         copies_s = self.constant("fsdp_gather_unit_s") + size * self.constant("fsdp_gather_copy_s_per_byte")
         seconds = self.seconds(Op.ALL_GATHER, size, self.shard_group())
-        return Pass(host_s=copies_s, dp_s=self._data_parallel_s(seconds, self.shard_group(), self.degrees.dp_shard))
+        return Pass(
+            host_s=copies_s, dp_s=self._data_parallel_s(seconds, self.shard_group(), self.degrees.dp_shard)
+        )
 
     def reduce(self, unit: Unit) -> Pass:
         """Reduction of one unit's gradients in fp32: scatter over shards, all-reduce over replicas."""
@@ -121,5 +123,5 @@ class Messages:
 
     def _data_parallel_s(self, seconds: float, group: Group, ranks: int) -> float:
         """A message between data ranks that alone takes `seconds`: late ranks, a fabric that many nodes share."""
-        crowded = self.physics.dp_scale * ranks ** self.physics.dp_congestion
+        crowded = self.physics.dp_scale * ranks**self.physics.dp_congestion
         return self._late_s(self.physics.dp_rank_s, ranks, seconds) + crowded * seconds

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from planner.codec import noun
 from planner.cost import constants
-from planner.kept import AttentionKernel
+from planner.problem import PlanningProblem
 from planner.profile import Profile
 from planner.stack import Engine, Stack
 
@@ -48,7 +48,8 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
         ),
         "probability_passes": Prior(
             value=6.0, spread=1.0, low=1.0, high=60.0,
-            meaning="times that an unfused kernel reads or writes every probability in the forward pass",
+            meaning="times that a fused softmax and the products around it read or write every probability in the "
+            "forward pass; separate operators do twice that",
         ),
         "elementwise_scale": Prior(
             value=1.0, spread=0.7, low=0.1, high=6.0,
@@ -185,6 +186,11 @@ def physics_of(profile: Profile | None, stack: Stack, device: str = "") -> Physi
     return Physics(**values)
 
 
+def usual_physics(problem: PlanningProblem) -> Physics:
+    """The constants that a problem's own profile has for its stack and device."""
+    return physics_of(problem.profile, problem.stack, problem.cluster.groups[0].device.name)
+
+
 def fitted_to_runs(profile: Profile | None, stack: Stack, device: str) -> bool:
     """Whether measured runs speak for the time of this stack on this device."""
     return _fitted(profile, "gemm_scale", stack, device) is not None
@@ -215,6 +221,4 @@ def prior_of(name: str, stack: Stack) -> float:
         return 0.5  # both wait for their sends and receives together
     if name == "norm_scale" and unfused_norms(stack):
         return UNFUSED_NORM
-    if name == "probability_passes" and stack.attention is AttentionKernel.EAGER:
-        return 2 * PRIORS[name].value  # scale, mask, softmax and dropout each on their own
     return PRIORS[name].value

@@ -7,6 +7,7 @@ planner pick recipes exactly.
 from __future__ import annotations
 
 from collections import Counter
+from functools import cached_property
 
 from planner.codec import noun
 from planner.cost import constants
@@ -17,7 +18,7 @@ from planner.cost.memory_constants import process_groups
 from planner.cost.messages import Messages
 from planner.cost.passes import Pass, Unit
 from planner.cost.seconds import larger, smaller
-from planner.cost.states import states_of
+from planner.cost.states import States, states_of
 from planner.model import Layer
 from planner.problem import PlanningProblem
 from planner.profile import LayerKind, Op
@@ -77,7 +78,6 @@ class ShapeModel:
         self.layer_model = layers
         self.physics, self.memory = layers.physics, layers.memory
         self.messages = Messages(problem, degrees, comms, layers.physics, layers.stream_width)
-        self.states = states_of(problem, degrees)
         self.overlaps = problem.cluster.groups[0].slots_per_node is None
         communicates = self.overlaps and degrees.world > 1
         self.runtime_bytes = round(self.memory.communicator_bytes * process_groups(degrees) * communicates)
@@ -98,6 +98,11 @@ class ShapeModel:
         self._passes: dict[tuple[str, Recompute], tuple[Pass, Pass]] = {}
         self.embedding_passes = self._end_passes(LayerKind.EMBEDDING)
         self.head_passes = self._end_passes(LayerKind.HEAD)
+
+    @cached_property
+    def states(self) -> States:
+        """Bytes of each parameter's state."""
+        return states_of(self.problem, self.degrees)
 
     def _all_units(self) -> tuple[Unit, ...]:
         return (*self.block_units.values(), self.embedding_unit, self.head_unit)
@@ -125,7 +130,7 @@ class ShapeModel:
                 precision=workload.precision,
                 recompute=recompute,
                 block=block,
-                kernel=self.problem.stack.attention,
+                kernel=self.layer_model.kernel(degrees),
             )
         )
 

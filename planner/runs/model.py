@@ -136,7 +136,6 @@ def _from_dims(run: Run, assumed: list[str]) -> ModelSpec | Rejected:
         initializer_range=0.02,
         tied_embeddings=bool(run.tied_embeddings),
         segments=(Segment(block=block, count=run.layers),),
-        sources=(run.where,),
     )
 
 
