@@ -148,6 +148,11 @@ class Attention:
         )
 
     @property
+    def rotated(self) -> int:
+        """Values a token that rotary positions turn, where the model has them: queries and keys."""
+        return 0 if self.cross else self.query_width + self.kv_width
+
+    @property
     def key(self) -> str:
         extras = [
             f"-{self.qk_norm}norm" if self.qk_norm is not QkNorm.NONE else "",
@@ -259,6 +264,11 @@ class LatentAttention:
         index = self.indexer
         scoring = 2.0 * index.heads * index.head_dim * (seq + 1) / 2 if index else 0.0
         return per_key * self.span.mean_keys(seq) + scoring
+
+    @property
+    def rotated(self) -> int:
+        """Values a token that rotary positions turn: a part of each query, and one key for all heads."""
+        return (self.heads + 1) * self.rope_dim
 
     def kept(self, seq: int, kernel: AttentionKernel) -> Kept:
         """Both latents before and after their norms, q, assembled k, v, and the result."""

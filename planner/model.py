@@ -194,8 +194,8 @@ class ModelSpec:
     """A language model: decoder-only, encoder-only, or an encoder followed by its decoder.
 
     `learned_positions` is the length of a learned position table (0: rotary positions with base
-    `rope_theta`, or others without parameters). `encoder_layers` are the leading layers whose result the
-    later ones attend to (0: there is one stack). `embedding_width` differs from `hidden` where the
+    `rope_theta`, or where that is 0 others without parameters). `encoder_layers` are the leading layers whose
+    result the later ones attend to (0: there is one stack). `embedding_width` differs from `hidden` where the
     embedding is projected. `final_norms` counts norms behind stacks of layers, `head_bias` is that of the
     output projection, `pooler` a dense layer over the first token beside it.
     `vocab` 0 means that there is neither embedding nor head. `sources` says where it came from.
@@ -225,6 +225,11 @@ class ModelSpec:
     @property
     def layers(self) -> int:
         return sum(segment.count for segment in self.segments)
+
+    @property
+    def rotary(self) -> bool:
+        """Whether queries and keys are turned by their position."""
+        return self.learned_positions == 0 and self.rope_theta > 0
 
     def blocks(self) -> Iterator[Layer]:
         """The blocks in order, one for each layer."""

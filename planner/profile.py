@@ -107,8 +107,8 @@ class ContentionSample:
 class Constant:
     """A fitted or measured constant: value in SI units, and how it came to be.
 
-    It holds on any device and for any software unless `device`, `framework` or `kernels` (a named set of
-    fused kernels) say for which.
+    It holds on any device and for any software unless `device`, `engine`, `framework` or `kernels` (a named
+    set of fused kernels) say for which.
     """
 
     name: str
@@ -117,6 +117,7 @@ class Constant:
     device: str = ""
     framework: str = ""
     kernels: str = ""
+    engine: str = ""
 
 
 @noun
@@ -148,9 +149,9 @@ class Profile:
         return self.constant_of(name)
 
     def constant_of(
-        self, name: str, framework: str = "", kernels: str = "", device: str = ""
+        self, name: str, framework: str = "", kernels: str = "", device: str = "", engine: str = ""
     ) -> float | None:
-        """The constant that speaks most narrowly of a device, a framework and its kernels, or None."""
+        """The constant that speaks most narrowly of a device, an engine, a framework and its kernels."""
         fitting = [
             constant
             for constant in self.constants
@@ -158,9 +159,12 @@ class Profile:
             and constant.device in ("", device)
             and constant.framework in ("", framework)
             and constant.kernels in ("", kernels)
+            and constant.engine in ("", engine)
         ]
         narrowest = max(
-            fitting, key=lambda c: (bool(c.kernels), bool(c.framework), bool(c.device)), default=None
+            fitting,
+            key=lambda c: (bool(c.kernels), bool(c.framework), bool(c.engine), bool(c.device)),
+            default=None,
         )
         return None if narrowest is None else narrowest.value
 

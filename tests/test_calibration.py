@@ -193,7 +193,8 @@ def test_scopes_go_from_the_general_to_the_particular(tmp_path: Path) -> None:
     assert [scope for scope, _ in scopes(one)] == [Scope()]
     other = usable(made_by(grid(tmp_path, framework="NeMo", device="h100-sxm-80gb"), TRUTH), None)[0]
     found = [scope for scope, _ in scopes([*one, *other])]
-    assert found == [Scope(), Scope(framework="Megatron-LM"), Scope(framework="NeMo")]
+    names = ("", "Megatron-LM", "NeMo")
+    assert found == [Scope(framework=framework, engine="megatron") for framework in names]
 
 
 def test_many_runs_are_taken_evenly_from_every_group(measured: list[Measured]) -> None:

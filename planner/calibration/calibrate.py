@@ -1,8 +1,9 @@
 """calibrate(): a profile of constants fitted to measured runs, from the general to the particular.
 
-All runs together are fitted first, then those of every framework, then those of a framework on every device;
-each starts from the one before and is held to it as to a prior, so that few runs move little, and a device or
-framework without runs is predicted by the constants of the others.
+Runs of one framework speak of all software. Of several, those of every engine are fitted first, then those of
+every framework, then those of a framework on every device; each starts from the one before and is held to it
+as to a prior, so that few runs move little, and a device or framework without runs is predicted by the
+constants of the others that share its engine.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def calibrate(
             origin=f"{QUANTILE:.0%} of {len(found.runs)} runs, each predicted from the other groups",
             device=scope.device,
             framework=scope.framework,
+            engine=scope.engine,
         )
         profile = with_constants(profile, [*found.constants(), error])
     memory = calibrate_memory(runs, profile)
@@ -86,18 +88,34 @@ def usable(runs: Sequence[Run], base: Profile | None) -> tuple[list[Measured], d
 
 
 def scopes(measured: Sequence[Measured]) -> list[tuple[Scope, list[Measured]]]:
-    """All runs, those of each framework, those of each framework and device; none twice."""
-    found: list[tuple[Scope, list[Measured]]] = [(Scope(), list(measured))]
+    """All runs of one framework; of several those of each engine, each framework, each framework on a device.
+
+    None twice, none of fewer than MIN_RUNS.
+    """
     frameworks = sorted({run.run.framework for run in measured})
-    for framework in frameworks:
-        own = [run for run in measured if run.run.framework == framework]
-        if len(frameworks) > 1 and len(own) >= MIN_RUNS:
-            found.append((Scope(framework=framework), own))
-        devices = sorted({_device(run) for run in own})
-        for device in devices:
-            there = [run for run in own if _device(run) == device]
-            if len(devices) > 1 and len(there) >= MIN_RUNS:
-                found.append((Scope(device=device, framework=framework), there))
+    if len(frameworks) == 1:
+        return _by_device(Scope(), measured)
+    found: list[tuple[Scope, list[Measured]]] = []
+    for engine in sorted({run.setup.problem.stack.engine for run in measured}):
+        own = [run for run in measured if run.setup.problem.stack.engine is engine]
+        named = {f: [run for run in own if run.run.framework == f] for f in frameworks}
+        present = {framework: runs for framework, runs in named.items() if runs}
+        if len(present) > 1 and len(own) >= MIN_RUNS:
+            found.append((Scope(engine=str(engine)), own))
+        for framework, runs in present.items():
+            if len(runs) >= MIN_RUNS:
+                found += _by_device(Scope(framework=framework, engine=str(engine)), runs)
+    return found
+
+
+def _by_device(scope: Scope, runs: Sequence[Measured]) -> list[tuple[Scope, list[Measured]]]:
+    """Runs of a scope, and where there are several devices those of each."""
+    found = [(scope, list(runs))]
+    devices = sorted({_device(run) for run in runs})
+    for device in devices if len(devices) > 1 else ():
+        there = [run for run in runs if _device(run) == device]
+        if len(there) >= MIN_RUNS:
+            found.append((dataclasses.replace(scope, device=device), there))
     return found
 
 

@@ -30,7 +30,7 @@ from planner.stack import Stack
 ERROR = 0.05
 """Scatter of measured runs around a right model, as a share: what repeated runs of one layout differ by."""
 
-KNOWN = 0.9
+KNOWN = 0.97
 """A constant is determined where its uncertainty shrinks below this share of its prior's."""
 
 STEP = 0.02
@@ -43,6 +43,12 @@ KIN_MOST = 4.0
 """Spreads that a set of kernels may lie from its framework."""
 
 MAX_STEPS = 20
+LEAST_GAIN = 1e-3
+"""A step that lessens the cost by a smaller share is the last."""
+
+ROUNDS = 3
+"""Times that constants are dropped which the runs do not determine."""
+
 MAX_RUNS = 1200
 """Runs that one fit evaluates; of more, evenly many of every group: constants are few."""
 
@@ -96,14 +102,17 @@ class Unknown:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Scope:
-    """What a fit speaks of: a device and a framework, each empty for any."""
+    """What a fit speaks of: a device, an engine and a framework, each empty for any."""
 
     device: str = ""
     framework: str = ""
+    engine: str = ""
 
     @property
     def label(self) -> str:
-        return " on ".join(part for part in (self.framework, self.device) if part) or "all runs"
+        return (
+            " on ".join(part for part in (self.framework or self.engine, self.device) if part) or "all runs"
+        )
 
     def constant(self, unknown: Unknown, value: float, origin: str) -> Constant:
         """A constant of this scope."""
@@ -114,6 +123,7 @@ class Scope:
             device=self.device,
             framework=self.framework,
             kernels=unknown.kernels,
+            engine=self.engine,
         )
 
 
@@ -139,37 +149,68 @@ class Fit:
         return self.uncertainty[index] < KNOWN
 
     def constants(self) -> tuple[Constant, ...]:
-        """The constants that the runs determine, for a profile."""
+        """The constants that the runs determine, for a profile; a set of kernels moves with its framework."""
         origin = f"fitted to {len(self.runs)} runs"
         return tuple(
             self.scope.constant(u, value, origin)
             for index, (u, value) in enumerate(zip(self.unknowns, self.values, strict=True))
-            if self.determined(index)
+            if self.determined(index) or (u.kin is not None and self.determined(u.kin))
         )
 
 
 def fit(runs: Sequence[Measured], scope: Scope, base: Profile, progress: Callable[[str], None]) -> Fit:
-    """The most probable constants of a scope, starting from those that `base` has for it."""
+    """The most probable constants of a scope, starting from those that `base` has for it.
+
+    What the runs do not determine goes back to its start, and the others are fitted again.
+    """
     import numpy as np
 
     unknowns, sample = unknowns_of(runs, scope, base), evenly(runs, MAX_RUNS)
     problem = _Problem(sample, unknowns, scope, base)
-    x, jacobian, residuals = problem.solve(progress)
-    weights = 1 / np.sqrt(1 + residuals**2)
-    ranges = [unknown.bounds() for unknown in unknowns]
-    information = jacobian.T @ (weights[:, None] * jacobian) + np.eye(len(x))
-    uncertainty = np.sqrt(np.diag(np.linalg.inv(information)))
-    free = np.array([low + 1e-6 < v < high - 1e-6 for v, (low, high) in zip(x, ranges, strict=True)])
-    left_out = _left_out(sample, x[free], jacobian[:, free], residuals, weights)
+    x, free = np.zeros(len(unknowns)), np.arange(len(unknowns))
+    for _ in range(ROUNDS):
+        solution = problem.solve(x, free, progress)
+        uncertainty = np.ones(len(unknowns))
+        uncertainty[free] = solution.uncertainty()
+        told = np.flatnonzero(uncertainty < KNOWN)
+        if len(told) in (0, len(free)):
+            break
+        x, free = np.where(uncertainty < KNOWN, solution.x, 0.0), told
+    ranges = [unknowns[index].bounds() for index in free]
+    inside = [low + 1e-6 < v < high - 1e-6 for v, (low, high) in zip(solution.x[free], ranges, strict=True)]
+    left_out = _left_out(sample, solution, free, np.array(inside))
     return Fit(
         scope=scope,
         runs=tuple(sample),
         unknowns=tuple(unknowns),
-        values=tuple(float(values[0]) for values in values_of(unknowns, x[None, :])),
+        values=tuple(float(values[0]) for values in values_of(unknowns, solution.x[None, :])),
         uncertainty=tuple(float(u) for u in uncertainty),
-        errors=tuple(math.expm1(ERROR * float(r)) for r in residuals),
+        errors=tuple(math.expm1(ERROR * float(r)) for r in solution.residuals),
         left_out=tuple(math.expm1(ERROR * float(r)) for r in left_out),
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Solution:
+    """The place of the least cost: x, the residuals there, and their derivatives by the free x."""
+
+    x: Any
+    residuals: Any
+    jacobian: Any
+
+    def weights(self) -> Any:
+        """How much each run counts after outliers are bent down."""
+        import numpy as np
+
+        return 1 / np.sqrt(1 + self.residuals**2)
+
+    def uncertainty(self) -> Any:
+        """The share of each free constant's prior uncertainty that is left."""
+        import numpy as np
+
+        weighted = self.weights()[:, None] * self.jacobian
+        information = self.jacobian.T @ weighted + np.eye(self.jacobian.shape[1])
+        return np.sqrt(np.diag(np.linalg.inv(information)))
 
 
 def unknowns_of(runs: Sequence[Measured], scope: Scope, base: Profile) -> list[Unknown]:
@@ -187,7 +228,13 @@ def unknowns_of(runs: Sequence[Measured], scope: Scope, base: Profile) -> list[U
 
 
 def _start(name: str, stack: Stack, scope: Scope, base: Profile) -> float:
-    known = base.constant_of(name, device=scope.device, framework=scope.framework, kernels=stack.kernels)
+    known = base.constant_of(
+        name,
+        device=scope.device,
+        framework=scope.framework,
+        kernels=stack.kernels,
+        engine=str(stack.engine),
+    )
     return prior_of(name, stack) if known is None else known
 
 
@@ -252,46 +299,50 @@ class _Problem:
         told = {unknown.name: value for unknown, value in pairs if unknown.kernels in ("", run.kernels)}
         return dataclasses.replace(own, **told)
 
-    def with_jacobian(self, x: Any) -> tuple[Any, Any]:
-        """The residuals and their derivatives by each x, one-sided towards the inside of its bounds."""
+    def with_jacobian(self, x: Any, free: Any) -> tuple[Any, Any]:
+        """The residuals and their derivatives by each free x, one-sided towards the inside of its bounds."""
         import numpy as np
 
-        sets = np.tile(np.asarray(x, dtype=float), (len(x) + 1, 1))
-        for index, unknown in enumerate(self.unknowns):
-            low, high = unknown.bounds()
+        sets = np.tile(np.asarray(x, dtype=float), (len(free) + 1, 1))
+        for row, index in enumerate(free, start=1):
+            low, high = self.unknowns[index].bounds()
             step = STEP if x[index] + STEP <= high else -STEP
-            sets[index + 1, index] += max(step, low - x[index])
+            sets[row, index] += max(step, low - x[index])
         found = self.residuals(sets)
-        steps = sets[1:].diagonal() - x
+        steps = sets[1:, free].diagonal() - x[free]
         return found[:, 0], (found[:, 1:] - found[:, :1]) / steps
 
-    def solve(self, progress: Callable[[str], None]) -> tuple[Any, Any, Any]:
-        """Levenberg-Marquardt on the robust sum, x kept within bounds. Returns x, Jacobian, residuals."""
+    def solve(self, x: Any, free: Any, progress: Callable[[str], None]) -> Solution:
+        """Levenberg-Marquardt on the robust sum from `x`; those of the places `free` move within bounds."""
         import numpy as np
-        from scipy.optimize import lsq_linear
 
-        low, high = (np.array(ends) for ends in zip(*(u.bounds() for u in self.unknowns), strict=True))
-        x = np.zeros(len(self.unknowns))
-        at, jacobian = self.with_jacobian(x)
+        at, jacobian = self.with_jacobian(x, free)
         for step in range(MAX_STEPS):
             before = _cost(at, x)
-            root = np.sqrt(1 / np.sqrt(1 + at**2))
-            sides = np.concatenate([-root * at, -x, np.zeros(len(x))])
-            tries = []
-            for damping in DAMPINGS:
-                held = [np.eye(len(x)), np.sqrt(damping) * np.eye(len(x))]
-                rows = np.concatenate([root[:, None] * jacobian, *held])
-                tries.append(x + lsq_linear(rows, sides, bounds=(low - x - 1e-9, high - x + 1e-9)).x)
-            there = self.residuals(np.stack(tries))
+            tries = np.tile(x, (len(DAMPINGS), 1))
+            tries[:, free] += [self._step(x[free], free, at, jacobian, damping) for damping in DAMPINGS]
+            there = self.residuals(tries)
             costs = [_cost(there[:, place], tried) for place, tried in enumerate(tries)]
             best = int(np.argmin(costs))
             if costs[best] < before:
                 x = tries[best]
-                at, jacobian = self.with_jacobian(x)
+                at, jacobian = self.with_jacobian(x, free)
             progress(f"{self.scope.label}: step {step + 1}, mean error {_mean_error(at):.2%}")
-            if before - costs[best] < 1e-3 * before:
+            if before - costs[best] < LEAST_GAIN * before:
                 break
-        return x, jacobian, at
+        return Solution(x, at, jacobian)
+
+    def _step(self, x: Any, free: Any, at: Any, jacobian: Any, damping: float) -> Any:
+        """A damped step of the linearised problem within the bounds."""
+        import numpy as np
+        from scipy.optimize import lsq_linear
+
+        ends = zip(*(self.unknowns[index].bounds() for index in free), strict=True)
+        low, high = (np.array(end) for end in ends)
+        root = np.sqrt(1 / np.sqrt(1 + at**2))
+        rows = np.concatenate([root[:, None] * jacobian, np.eye(len(x)), np.sqrt(damping) * np.eye(len(x))])
+        sides = np.concatenate([-root * at, -x, np.zeros(len(x))])
+        return lsq_linear(rows, sides, bounds=(low - x - 1e-9, high - x + 1e-9)).x
 
 
 def _cost(residuals: Any, x: Any) -> float:
@@ -306,14 +357,15 @@ def _mean_error(residuals: Any) -> float:
     return float(np.mean(np.abs(np.expm1(ERROR * residuals))))
 
 
-def _left_out(runs: Sequence[Measured], x: Any, jacobian: Any, residuals: Any, weights: Any) -> Any:
+def _left_out(runs: Sequence[Measured], solution: Solution, free: Any, inside: Any) -> Any:
     """Residuals of each group as predicted from the others: one step of Gauss-Newton without its rows.
 
-    `x` and the columns of the Jacobian are those of constants that do not lie at a bound.
+    Only constants move that do not lie at a bound (`inside`, of those that are free).
     """
     import numpy as np
 
-    weighted = weights[:, None] * jacobian
+    x, jacobian, residuals = solution.x[free][inside], solution.jacobian[:, inside], solution.residuals
+    weighted = solution.weights()[:, None] * jacobian
     information = jacobian.T @ weighted + np.eye(len(x))
     gradient = weighted.T @ residuals + x
     groups = np.array([run.group for run in runs])

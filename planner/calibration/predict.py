@@ -17,7 +17,6 @@ from planner.stack import Stack
 from planner.strategy import Strategy
 from planner.workload import Workload
 
-
 ProblemKey = tuple[ModelSpec, Workload, ClusterSpec, Stack]
 """What tells problems apart that one profile speaks of: a profile holds a dict and has no hash."""
 

@@ -61,6 +61,7 @@ def _document(result: Calibration, output: Path) -> dict[str, Any]:
             {
                 "device": fit.scope.device,
                 "framework": fit.scope.framework,
+                "engine": fit.scope.engine,
                 "runs": len(fit.runs),
                 "time_mape": _mean_abs(fit.errors),
                 "time_bias": _mean(fit.errors),

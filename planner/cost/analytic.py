@@ -14,6 +14,7 @@ from planner.cost.layer import NOTHING, LayerCost, LayerShape, block_saved_bytes
 from planner.cost.physics import Physics, fitted_to_runs
 from planner.cost.seconds import larger
 from planner.errors import InputError, Problem
+from planner.feed_forward import Experts, FeedForward
 from planner.kept import AttentionKernel, Kept
 from planner.model import Block, Layer, ModelSpec
 from planner.problem import PlanningProblem
@@ -112,8 +113,7 @@ def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates) -> LayerCos
     products_s = _matrices_s(block, shape, rates)
     attention_s, attention_backward_s = _attention_s(block, shape, rates)
     stream = block.hidden / (tp if shape.sequence_parallel else 1)
-    norm_values, other_values = _moved_values(block, shape, stream)
-    moved = rates.physics.norm_scale * norm_values + rates.physics.elementwise_scale * other_values
+    moved = _moved_values(block, shape, stream, rates.physics)
     elementwise_s = size * tokens * moved / rates.memory_bytes_per_s
     if rates.compiled:
         elementwise_s *= rates.physics.compiled_elementwise_share
@@ -146,16 +146,34 @@ def _host_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
     physics = rates.physics
     eager_s = physics.host_block_forward_s * _launches(block, shape)
     if shape.tp > 1:
-        eager_s += physics.host_tp_forward_s * block.sublayers / 2
+        modules = len(block.matrices()) + block.norms
+        eager_s += physics.host_tp_forward_s * modules / constants.SHARDED_MODULES
     return eager_s * (physics.compiled_host_share if rates.compiled else 1.0)
 
 
 def _launches(block: Block, shape: LayerShape) -> float:
-    """Operators of a block's forward over those of attention and an MLP; a softmax that is not fused has more."""
-    more = (
-        constants.EAGER_LAUNCHES / constants.BLOCK_LAUNCHES if shape.kernel is AttentionKernel.EAGER else 0.0
-    )
-    return block.sublayers / 2 + more
+    """Operators of a block's forward over BLOCK_OPERATORS, those of a Llama block.
+
+    Each product, norm and residual addition is one, an activation one or with its gate two, attention between
+    the projections one where flash, else two products and a softmax; turning queries and keys takes more.
+    """
+    operators = len(block.matrices()) + max(block.norms, block.sublayers) + block.sublayers
+    operators += _activation_operators(block.mlp)
+    for mixer in block.mixers:
+        operators += 1 if shape.kernel is AttentionKernel.FLASH else 3
+        operators += constants.EAGER_LAUNCHES if shape.kernel is AttentionKernel.EAGER else 0
+        if shape.rotary and isinstance(mixer, (Attention, LatentAttention)) and mixer.rotated:
+            operators += constants.ROTARY_OPERATORS
+    return operators / constants.BLOCK_OPERATORS
+
+
+def _activation_operators(mlp: FeedForward | None) -> int:
+    """Operators of a feed-forward sublayer besides its products: activation, gate, routing."""
+    if mlp is None:
+        return 0
+    if isinstance(mlp, Experts):
+        return constants.ROUTING_OPERATORS + mlp.expert.up_projections
+    return mlp.up_projections
 
 
 def _attention_s(block: Block, shape: LayerShape, rates: DeviceRates) -> tuple[float, float]:
@@ -195,8 +213,8 @@ def _sublayers_kept(block: Block, shape: LayerShape) -> tuple[list[Kept], list[K
     return mixing, [block.mlp.kept(block.hidden)] if block.mlp else []
 
 
-def _moved_values(block: Block, shape: LayerShape, stream: float) -> tuple[float, float]:
-    """Values a token that kernels of norms, and the other element-wise ones, read and write.
+def _moved_values(block: Block, shape: LayerShape, stream: float, physics: Physics) -> float:
+    """Values a token that element-wise kernels read and write.
 
     A norm reads and writes a stream, a residual addition moves three a sublayer. Around attention each
     product is read and written once; an activation and the product with its gate move five values for the
@@ -207,7 +225,20 @@ def _moved_values(block: Block, shape: LayerShape, stream: float) -> tuple[float
     values = 3 * block.sublayers * stream
     values += sum(2 * k.products + 2.5 * k.elementwise for k in mixing) / shape.tp
     values += sum(2.5 * k.elementwise for k in feeding) / shape.tp
-    return 2 * norms * stream, values + 2 * sum(k.whole for k in mixing + feeding)
+    values += 2 * sum(k.whole for k in mixing + feeding)
+    turned = 2 * _rotated_values(block, shape)
+    return (
+        2 * norms * stream * physics.norm_scale
+        + values * physics.elementwise_scale
+        + turned * physics.rotary_scale
+    )
+
+
+def _rotated_values(block: Block, shape: LayerShape) -> float:
+    """Values a token that rotary positions turn on this shard."""
+    if not shape.rotary:
+        return 0.0
+    return sum(m.rotated for m in block.mixers if isinstance(m, (Attention, LatentAttention))) / shape.tp
 
 
 def _widest_values(block: Block, shape: LayerShape) -> float:

@@ -14,11 +14,24 @@ MEMORY_EFFICIENCY = 0.80
 """Share of the datasheet memory bandwidth that element-wise kernels reach (aiconfigurator-core 0.12.0)."""
 
 HOST_BLOCK_FORWARD_S = 1.0e-3
-"""Host time to launch one block's forward in eager mode; its backward costs twice that. About 45 launches
-of 10 us through autograd plus module hooks; 1B-shape steps on an H100 sit at this floor."""
+"""Host time to launch one Llama block's forward in eager mode; its backward costs twice that. About 45
+launches of 10 us through autograd plus module hooks; 1B-shape steps on an H100 sit at this floor."""
 
 BLOCK_LAUNCHES = 45
 """Operators of a block's forward that HOST_BLOCK_FORWARD_S stands for; a traced layer counts its own."""
+
+BLOCK_OPERATORS = 24
+"""Operators of a Llama block's forward with flash attention, written in PyTorch: seven products, two norms,
+two additions, activation and gate, attention, and ROTARY_OPERATORS. What HOST_BLOCK_FORWARD_S launches."""
+
+ROTARY_OPERATORS = 10
+"""Operators that turn queries and keys: casts, two products each, halves exchanged, sums, casts back."""
+
+ROUTING_OPERATORS = 12
+"""Operators of a mixture of experts besides its products: scores, top-k, sort, gather, scatter, weights."""
+
+SHARDED_MODULES = 9
+"""Products and norms of a Llama block: modules whose inputs and outputs DTensor's hooks handle."""
 
 EAGER_LAUNCHES = 10
 """Operators of a softmax that is not fused, over those of one that is: cast, scale, a mask made and filled,

@@ -12,7 +12,10 @@ from planner.workload import Precision
 
 @noun
 class LayerShape:
-    """Which layer, on how many tokens, in how many shards. `block` is the class of a block, by its key."""
+    """Which layer, on how many tokens, in how many shards. `block` is the class of a block, by its key.
+
+    `rotary` is whether queries and keys are turned by their position.
+    """
 
     kind: LayerKind
     tp: int
@@ -23,6 +26,7 @@ class LayerShape:
     recompute: Recompute = Recompute.NONE
     block: str = ""
     kernel: AttentionKernel = AttentionKernel.FLASH
+    rotary: bool = False
 
     @property
     def tokens(self) -> int:

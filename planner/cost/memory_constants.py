@@ -102,7 +102,9 @@ def fitted_constant(problem: PlanningProblem, name: str) -> float | None:
     if profile is None:
         return None
     device = problem.cluster.groups[0].device.name
-    return profile.constant_of(name, device=device, framework=stack.framework, kernels=stack.kernels)
+    return profile.constant_of(
+        name, device=device, framework=stack.framework, kernels=stack.kernels, engine=str(stack.engine)
+    )
 
 
 def memory_prior(name: str, stack: Stack) -> float:

@@ -122,6 +122,6 @@ class Messages:
         return Pass(host_s=copies_s, dp_s=self._data_parallel_s(seconds, widest, degrees.dp))
 
     def _data_parallel_s(self, seconds: float, group: Group, ranks: int) -> float:
-        """A message between data ranks that alone takes `seconds`: late ranks, a fabric that many nodes share."""
-        crowded = self.physics.dp_scale * ranks**self.physics.dp_congestion
+        """A message between data ranks that takes `seconds` alone: the more ranks, the slower and later."""
+        crowded: float = self.physics.dp_scale * ranks**self.physics.dp_congestion
         return self._late_s(self.physics.dp_rank_s, ranks, seconds) + crowded * seconds

@@ -48,8 +48,8 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
         ),
         "probability_passes": Prior(
             value=6.0, spread=1.0, low=1.0, high=60.0,
-            meaning="times that a fused softmax and the products around it read or write every probability in the "
-            "forward pass; separate operators do twice that",
+            meaning="times that a fused softmax and the products around it read or write every "
+            "probability in the forward pass; separate operators do twice that",
         ),
         "elementwise_scale": Prior(
             value=1.0, spread=0.7, low=0.1, high=6.0,
@@ -58,6 +58,11 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
         "norm_scale": Prior(
             value=1.0, spread=0.7, low=0.2, high=20.0,
             meaning="bytes that norms move over those of one fused kernel, which reads and writes once",
+        ),
+        "rotary_scale": Prior(
+            value=9.0, spread=0.7, low=0.5, high=30.0,
+            meaning="bytes that turning queries and keys by their position moves, over reading and writing "
+            "them once: cast to fp32, two products, halves exchanged, sum, cast",
         ),
         "layer_s": Prior(
             value=0.0, spread=0.001, low=0.0, high=1e-2,
@@ -95,8 +100,8 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
         ),
         "dp_congestion": Prior(
             value=0.0, spread=0.3, low=0.0, high=1.5,
-            meaning="power of the number of nodes with which data-parallel messages slow down: links of the "
-            "fabric that many pairs share",
+            meaning="power of the number of ranks with which messages between data ranks slow down: each "
+            "waits for the latest, and their paths share the fabric's links",
         ),
         "dp_rank_s": Prior(
             value=0.0, spread=1e-4, low=0.0, high=5e-3,
@@ -157,6 +162,7 @@ class Physics:
     probability_passes: float
     elementwise_scale: float
     norm_scale: float
+    rotary_scale: float
     layer_s: float
     host_block_forward_s: float
     compiled_host_share: float
@@ -199,11 +205,13 @@ def fitted_to_runs(profile: Profile | None, stack: Stack, device: str) -> bool:
 def _fitted(profile: Profile | None, name: str, stack: Stack, device: str) -> float | None:
     if profile is None:
         return None
-    return profile.constant_of(name, device=device, framework=stack.framework, kernels=stack.kernels)
+    return profile.constant_of(
+        name, device=device, framework=stack.framework, kernels=stack.kernels, engine=str(stack.engine)
+    )
 
 
 UNFUSED_NORM = 6.0
-"""norm_scale of an RMSNorm written in tensor operations: cast to fp32, square, mean, product, cast, weight."""
+"""norm_scale of an RMSNorm in separate operators: cast to fp32, square, mean, product, cast, weight."""
 
 
 def unfused_norms(stack: Stack) -> bool:
@@ -219,6 +227,8 @@ def prior_of(name: str, stack: Stack) -> float:
         return 0.0  # tensor parallelism is written into their layers; its prior is that of DTensor's hooks
     if name == "pp_exposed" and stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
         return 0.5  # both wait for their sends and receives together
+    if name == "rotary_scale" and stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
+        return 1.0  # one kernel
     if name == "norm_scale" and unfused_norms(stack):
         return UNFUSED_NORM
     return PRIORS[name].value

@@ -131,6 +131,7 @@ class ShapeModel:
                 recompute=recompute,
                 block=block,
                 kernel=self.layer_model.kernel(degrees),
+                rotary=self.problem.model.rotary,
             )
         )
 

@@ -27,7 +27,8 @@ WHOLE_EXPERTS = 16
 """Up to so many experts each is a whole MLP (Mixtral, Grok-1, DBRX); more are finer (DeepSeek, Qwen3)."""
 
 USUAL_HEAD = 128
-WITHOUT_TABLE = r"no position embed|alibi|rotary|\brope\b"
+ROTARY = r"rotary|\brope\b"
+WITHOUT_TABLE = rf"no position embed|alibi|\bmpt|{ROTARY}"
 GATED_NAMES = r"llama|mistral|mixtral|qwen|gemma|deepseek|yi-|olmo|smollm|phi-3"
 DECORATIONS = r"\(.*?\)|truncated to \d+ layers|\bproxy\b|\bsft\b|\bfull\b|\bfinetuning with.*|\bq?lora\b"
 """What tables write behind a model's name."""
@@ -122,6 +123,7 @@ def _from_dims(run: Run, assumed: list[str]) -> ModelSpec | Rejected:
     )
     block = Block(hidden=run.hidden, norm=norm, mixer=attention, mlp=mlp)
     table = not gated and not re.search(WITHOUT_TABLE, run.words)
+    rotary = gated or re.search(ROTARY, run.words)
     seq = run.seq_len or 0
     return ModelSpec(
         name=run.model or run.id,
@@ -130,7 +132,7 @@ def _from_dims(run: Run, assumed: list[str]) -> ModelSpec | Rejected:
         vocab=_vocab(run, gated, assumed),
         max_positions=seq,
         learned_positions=seq if table else 0,
-        rope_theta=10_000.0,
+        rope_theta=10_000.0 if rotary else 0.0,
         norm=norm,
         norm_eps=1e-5,
         initializer_range=0.02,
