@@ -15,33 +15,69 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUNS...")
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path), metavar="[RUNS...]")
 @click.option(
-    "-o", "output", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE",
-    help="The profile to write.",
+    "-o", "output", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="The profile to write. With --from-run and without RUNS: the table to write (default: stdout).",
 )  # fmt: skip
 @click.option(
     "--profile", "base", type=click.Path(path_type=Path), metavar="FILE",
     help="A profile to start from: its samples stay, its constants are fitted again.",
 )  # fmt: skip
+@click.option(
+    "--from-run", "from_run", multiple=True, type=click.Path(path_type=Path), metavar="PATH",
+    help="A run of your own, made a row of a table of runs: a folder of `plan train`, its metrics.jsonl, a "
+    "history that W&B exported (CSV, or JSON lines of run.history()), or a local W&B folder. Repeatable.",
+)  # fmt: skip
+@click.option(
+    "--plan", "plan_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="The plan of runs that have none beside them.",
+)  # fmt: skip
+@click.option(
+    "--set", "columns", multiple=True, metavar="COLUMN=VALUE",
+    help="A column of the runs, such as device=h100-sxm-80gb or tp=8, where no file says it or one is wrong.",
+)  # fmt: skip
+@click.option(
+    "--metric", "metrics", multiple=True, metavar="QUANTITY=NAME",
+    help="The name a run logs a quantity under: step_time_s, step_time_ms, steps_per_s, tokens_per_s, "
+    "tokens_per_s_per_device; allocated_ and reserved_ with bytes, gib or gb.",
+)  # fmt: skip
 @json_option
-def calibrate(runs: tuple[Path, ...], output: Path, base: Path | None, as_json: bool) -> None:
+def calibrate(
+    runs: tuple[Path, ...],
+    output: Path | None,
+    base: Path | None,
+    from_run: tuple[Path, ...],
+    plan_file: Path | None,
+    columns: tuple[str, ...],
+    metrics: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Fit the constants of the cost model to measured runs, and write a profile.
 
     RUNS are CSV files with one run a row; rows may be partial. Constants that the runs cannot determine stay
     at their prior and are named. Judge the profile on other runs: `plan validate OTHER.csv --profile FILE`.
+
+    --from-run makes rows of your own runs' histories. Without RUNS, that is all: the table is written.
     """
     from planner.calibration.calibrate import calibrate as fit_all
     from planner.codec import to_json, write_atomic
+    from planner.commands.from_run import converted_runs, write_table
     from planner.commands.text import print_json
     from planner.profile import load_profile
     from planner.runs.table import read_runs
 
+    _check(runs, output, base, from_run, (plan_file, columns, metrics))
+    own = converted_runs(from_run, plan_file, columns, metrics)
+    if not runs:
+        write_table(own, output, as_json=as_json)
+        return
+    assert output is not None, "checked above"
     table = read_runs(runs)
     for warning in table.warnings:
         click.echo(f"warning: {warning}", err=True)
     result = fit_all(
-        table.runs,
+        [*table.runs, *(each.run for each in own)],
         name=output.stem,
         base=load_profile(base) if base else None,
         progress=lambda text: click.echo(text, err=True),
@@ -51,6 +87,37 @@ def calibrate(runs: tuple[Path, ...], output: Path, base: Path | None, as_json: 
         print_json(_document(result, output))
     else:
         click.echo(_text(result, output))
+
+
+def _check(
+    runs: tuple[Path, ...],
+    output: Path | None,
+    base: Path | None,
+    from_run: tuple[Path, ...],
+    of_runs: tuple[Path | None, tuple[str, ...], tuple[str, ...]],
+) -> None:
+    """Raises InputError where the options do not go together; lists every fault."""
+    from planner.errors import InputError, Problem
+
+    problems = []
+    if not runs and not from_run:
+        legal = "tables of runs, --from-run PATH, or both"
+        problems.append(Problem(where="RUNS", fault="is missing, and so is --from-run.", legal=legal))
+    if runs and output is None:
+        problems.append(Problem(where="-o", fault="is missing: where the profile is to be written."))
+    if from_run and not runs and output is not None and output.suffix.lower() == ".json":
+        fault = f"is {output}, but without RUNS --from-run only writes a table of runs."
+        fix = "name it .csv; then `plan calibrate THAT.csv -o PROFILE.json`"
+        problems.append(Problem(where="-o", fault=fault, fix=fix))
+    if from_run and not runs and base is not None:
+        problems.append(
+            Problem(where="--profile", fault="is for fitting, and without RUNS nothing is fitted.")
+        )
+    for flag, value in zip(("--plan", "--set", "--metric"), of_runs, strict=True):
+        if value and not from_run:
+            problems.append(Problem(where=flag, fault="says something of --from-run, which is missing."))
+    if problems:
+        raise InputError(*problems)
 
 
 def _document(result: Calibration, output: Path) -> dict[str, Any]:
