@@ -154,8 +154,8 @@ def _options() -> list[Callable[[Any], Any]]:
         ),
         click.option(
             "--lora-modules",
-            type=click.Choice(["qv", "attention", "all"]),
-            help="Weights that get adapters: query and value, attention, or all linear layers. "
+            type=click.Choice(["qv", "qkv", "attention", "all"]),
+            help="Weights that get adapters: query and value (and key), attention, or all linear layers. "
             f"{LORA_ONLY}all.",
         ),
         click.option(

@@ -28,7 +28,6 @@ from planner.search.space import Pins, shapes
 from planner.search.verify import verify
 from planner.strategy import AXES, Degrees, Strategy
 from planner.units import format_bytes
-from planner.workload import Method
 
 OPTIMAL_GAP = 1e-6
 GREEDY_SHAPES = 32
@@ -44,8 +43,6 @@ NOT_MODELLED = (
     "failures and stragglers",
     "context and expert parallelism",
 )
-
-LORA_NOT_MODELLED = ("the time that frozen weights save: a step is timed as if all were trained",)
 
 
 @noun
@@ -286,7 +283,7 @@ def make_plan(
         rejected=rejected,
         alternatives=alternatives,
         digests=digests,
-        not_modelled=NOT_MODELLED + LORA_NOT_MODELLED * (problem.workload.method is Method.LORA),
+        not_modelled=NOT_MODELLED,
         timeline=evaluation.replay.events if evaluation.replay.event_count <= MAX_TIMELINE else (),
     )
 
