@@ -23,8 +23,8 @@ from planner.codec import noun
 from planner.cost.constants import BLOCK_LAUNCHES
 from planner.cost.layer import LayerShape
 from planner.matrix import Split
-from planner.model import Block
-from planner.workload import Adapters
+from planner.model import Block, ModelSpec
+from planner.workload import Adapters, Workload
 
 ProductSeconds = Callable[[float, float, float], float]
 """Seconds of an (m, k) x (k, n) product, from m, n and k."""
@@ -72,3 +72,15 @@ def without_lowest(work: Trained, block: Block, shape: LayerShape, product_s: Pr
     shards = [matrix.shard(shape.tp) for matrix in readers]
     needless_s = sum(product_s(shape.tokens, outputs, inputs) for inputs, outputs in shards)
     return dataclasses.replace(work, backward_products_s=work.backward_products_s - needless_s)
+
+
+def trained_flops_per_token(model: ModelSpec, workload: Workload) -> float:
+    """Model FLOPs of training one token: three forwards, less the weight gradients of frozen weights.
+
+    Products between tokens have two gradients whatever is frozen. Adapters' own products are not counted.
+    """
+    forward = model.flops_per_token_forward(workload.seq)
+    if workload.adapters is None:
+        return 3 * forward
+    between = sum(s.count * s.block.attention_flops_forward(1, workload.seq) for s in model.segments)
+    return 2 * forward + between

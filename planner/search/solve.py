@@ -20,6 +20,7 @@ from planner.cost.schedule import print_table
 from planner.cost.verdict import safe_tensor_bytes
 from planner.errors import InfeasibleError
 from planner.estimate import Rejected
+from planner.not_modelled import not_modelled
 from planner.plan import Alternative, Certificate, Plan
 from planner.problem import PlanningProblem
 from planner.search.bounds import memory_bound_bytes, step_bound_s
@@ -38,11 +39,6 @@ MAX_RUNNERS_UP = 64
 """Shapes, in order of their bound, that are tried for runners-up; more only where no plan was found."""
 MAX_TIMELINE = 4096
 """Events of a replay that a plan carries; a picture of more cannot be read."""
-NOT_MODELLED = (
-    "data loading, evaluation and checkpoint stalls",
-    "failures and stragglers",
-    "context and expert parallelism",
-)
 
 
 @noun
@@ -283,7 +279,7 @@ def make_plan(
         rejected=rejected,
         alternatives=alternatives,
         digests=digests,
-        not_modelled=NOT_MODELLED,
+        not_modelled=not_modelled(problem, evaluation.strategy),
         timeline=evaluation.replay.events if evaluation.replay.event_count <= MAX_TIMELINE else (),
     )
 
