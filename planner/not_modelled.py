@@ -57,7 +57,10 @@ def _recomputes(strategy: Strategy) -> bool:
 
 _PHRASES: tuple[tuple[str, Predicate], ...] = (
     ("data loading (--data-rate)", lambda p, s: p.upkeep.data_tokens_per_s is None),
-    ("checkpoints, steps lost to faults (--checkpoint-every)", lambda p, s: p.upkeep.checkpoint_every is None),
+    (
+        "checkpoints and what failures lose (--checkpoint-every)",
+        lambda p, s: p.upkeep.checkpoint_every is None,
+    ),
     (
         "the writing of checkpoints (--storage)",
         lambda p, s: p.upkeep.checkpoint_every is not None and p.upkeep.storage_bytes_per_s is None,
