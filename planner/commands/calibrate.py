@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,10 +164,11 @@ def _document(result: Calibration, output: Path) -> dict[str, Any]:
 
 
 def _text(result: Calibration, output: Path) -> str:
-    from planner.commands.text import table
+    from planner.commands.text import WIDTH, pairs, table
 
     rows = [
         (
+            number,
             fit.scope.label,
             len(fit.runs),
             f"{_mean_abs(fit.errors):.1%}",
@@ -174,23 +176,27 @@ def _text(result: Calibration, output: Path) -> str:
             f"{_mean_abs(fit.left_out):.1%}",
             f"{_mean(fit.left_out):+.1%}",
         )
-        for fit in result.fits
+        for number, fit in enumerate(result.fits, 1)
     ]
-    header = ("fitted to", "runs", "mean error", "bias", "left out", "bias")
-    parts = [table(header, rows, numbers={1, 2, 3, 4, 5})]
+    header = ("fit", "fitted to", "runs", "mean error", "bias", "left out", "bias")
+    parts = [table(header, rows, numbers={0, 2, 3, 4, 5, 6})]
     parts.append("left out: every group of runs, predicted from the other groups alone")
-    parts += [_constants_text(fit) for fit in result.fits[:1]]
+    parts.append(_constants_text(result.fits))
     if result.memory:
         parts.append(_memory_text(result))
-    if result.unused:
-        listed = ", ".join(f"{rule} {count}" for rule, count in result.unused.items())
-        parts.append(f"rows that were not used: {listed}")
-    parts.append(f"profile  {output}")
+    unused = ", ".join(f"{rule} {count}" for rule, count in result.unused.items())
+    judged = f"plan validate OTHER.csv --profile {output}"
+    ends = [
+        ("not used", unused),
+        ("profile", output),
+        ("judge it", f"on runs that it has not seen: {judged}"),
+    ]
+    parts.append(pairs(ends, WIDTH))
     return "\n\n".join(parts)
 
 
 def _memory_text(result: Calibration) -> str:
-    from planner.commands.text import table
+    from planner.commands.text import wrapped_table
 
     rows = [
         (
@@ -201,25 +207,44 @@ def _memory_text(result: Calibration) -> str:
         )
         for fit in result.memory
     ]
-    return table(("memory of", "runs", "left-out peaks", "constants"), rows, numbers={1, 2})
+    return wrapped_table(("memory of", "runs", "left-out error", "constants"), rows)
 
 
-def _constants_text(fit: Fit) -> str:
-    from planner.commands.text import table, wrapped_table
+def _constants_text(fits: Sequence[Fit]) -> str:
+    """What each fit determined, what that means, and what stayed at its prior everywhere."""
+    from planner.commands.text import WIDTH, pairs, table, wrapped_table
     from planner.cost.physics import PRIORS
 
-    rows, unknown = [], []
-    for index, constant in enumerate(fit.unknowns):
+    labels = dict.fromkeys(unknown.label for fit in fits for unknown in fit.unknowns)
+    priors = {unknown.label: unknown.start for fit in reversed(fits) for unknown in fit.unknowns}
+    names = {unknown.label: unknown.name for fit in fits for unknown in fit.unknowns}
+    found = [_determined(fit) for fit in fits]
+    known = [label for label in labels if any(label in fit for fit in found)]
+    rows = [(label, f"{priors[label]:.4g}", *(fit.get(label, "-") for fit in found)) for label in known]
+    columns = ["fitted"] if len(fits) == 1 else [f"fit {number}" for number in range(1, len(fits) + 1)]
+    shown = table(("constant", "prior", *columns), rows, numbers=range(1, len(columns) + 2))
+    meanings = [(name, PRIORS[name].meaning) for name in dict.fromkeys(names[label] for label in known)]
+    stayed = ", ".join(label for label in labels if label not in known)
+    parts = [shown]
+    if any("*" in value for fit in found for value in fit.values()):
+        parts.append("* at the end of the range that it is given")
+    parts.append(pairs([("at their prior", stayed and f"{stayed}: these runs do not determine them")], WIDTH))
+    if meanings:
+        parts.append(wrapped_table(("constant", "what it is"), meanings))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _determined(fit: Fit) -> dict[str, str]:
+    """The values that a fit determined, marked where they lie at the end of their range."""
+    from planner.cost.physics import PRIORS
+
+    found = {}
+    for index, unknown in enumerate(fit.unknowns):
         if fit.determined(index):
-            value, start = fit.values[index], constant.start
-            rows.append((constant.label, f"{value:.4g}", f"{start:.4g}", f"{fit.uncertainty[index]:.0%}"))
-        else:
-            unknown.append(constant.label)
-    shown = table(("constant", "fitted", "prior", "uncertainty left"), rows, numbers={1, 2, 3})
-    names = dict.fromkeys(u.name for u in fit.unknowns)
-    meanings = wrapped_table(("constant", "meaning"), [(name, PRIORS[name].meaning) for name in names])
-    stayed = f"not determined by these runs, left at their prior: {', '.join(unknown) or 'none'}"
-    return f"{fit.scope.label}\n{shown}\n{stayed}\n\n{meanings}"
+            value, prior = fit.values[index], PRIORS[unknown.name]
+            at_end = value != unknown.start and value in (prior.low, prior.high)
+            found[unknown.label] = f"{value:.4g}" + "*" * at_end
+    return found
 
 
 def _mean(values: tuple[float, ...]) -> float:
