@@ -156,6 +156,20 @@ def test_faults_of_several_runs_are_listed_at_once(tmp_path: Path) -> None:
     assert "holds neither metrics.jsonl (plan train) nor wandb-summary.json" in text
 
 
+def test_a_resumed_run_counts_its_own_plan_and_each_step_once(tmp_path: Path) -> None:
+    earlier = [step(n, 9.0, peak_memory_bytes=[2**34] * 4) for n in (1, 2)]
+    folder = trained(tmp_path / "a", [*earlier, step(3, 5.0), step(3, 1.0), step(4, 1.0)])
+    (folder / "summary.json").write_text(json.dumps({"executed_differences": ["zero is 0, not 1"]}))
+    run, result = converted("--from-run", folder, output=tmp_path / "r.csv")
+    assert (run.step_time_s, run.peak_memory_gib) == (1.0, 2.0)
+    assert "2 steps ran on another number of ranks" in result.output
+    assert "differs from its plan: zero is 0, not 1" in result.output
+    (folder / "summary.json").write_text("{")
+    (folder / "metrics.jsonl").write_text("[1]\nx\n")
+    text = faults(call("--from-run", folder))
+    assert "summary.json: is not JSON" in text and "metrics.jsonl" in text
+
+
 def test_a_folder_without_its_plan_is_told_how_to_get_one(tmp_path: Path) -> None:
     folder = trained(tmp_path / "a", [step(1, 1.0)])
     (folder / "plan.json").unlink()

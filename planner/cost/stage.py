@@ -88,7 +88,9 @@ class ShapeModel:
         units = units_of(problem, self.classes, degrees.tp)
         self.block_units, self.embedding_unit, self.head_unit = units.blocks, units.embedding, units.head
         self.gathers = {unit: self.messages.gather(unit.params) for unit in units.all()}
-        self.updates = {unit: self.messages.gather(unit.trained) for unit in units.all()}
+        self.updates = self.gathers
+        if problem.workload.adapters is not None:
+            self.updates = {unit: self.messages.gather(unit.trained) for unit in units.all()}
         self.reduces = {unit: self.messages.reduce(unit) for unit in units.all()}
         self._stages: dict[tuple[tuple[Chosen, ...], bool, bool], StageCost] = {}
         self._passes: dict[tuple[str, Recompute], tuple[Pass, Pass]] = {}

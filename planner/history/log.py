@@ -104,10 +104,11 @@ def _read_folder(path: Path, plan: Plan | None) -> RunLog:
 
 
 def _read_trained(path: Path, plan: Plan | None) -> RunLog:
-    """A folder of `plan train`. Its plan and its metrics are both read before any fault is raised."""
+    """A folder of `plan train`. All of its files are read before any fault is raised."""
     problems: list[Problem] = []
     steps: tuple[Logged, ...] = ()
     remarks: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
     own = path / "plan.json"
     try:
         plan = load_plan(own) if own.exists() else plan
@@ -117,10 +118,55 @@ def _read_trained(path: Path, plan: Plan | None) -> RunLog:
         steps, remarks = _json_steps(path / "metrics.jsonl")
     except InputError as error:
         problems.extend(error.problems)
+    try:
+        differences = _differences(path / "summary.json")
+    except InputError as error:
+        problems.extend(error.problems)
     if problems:
         raise InputError(*problems)
-    name = path.absolute().name
-    return RunLog(path=path, name=name, steps=steps, settings={}, plan=plan, remarks=remarks, trained=True)
+    kept, left_out = _of_this_plan(steps, plan)
+    return RunLog(
+        path=path,
+        name=path.absolute().name,
+        steps=kept,
+        settings={},
+        plan=plan,
+        remarks=(*remarks, *left_out, *differences),
+        trained=True,
+    )
+
+
+def _differences(summary: Path) -> tuple[str, ...]:
+    """Where the summary says that the run was not as its plan."""
+    found = load_json_object(summary).get("executed_differences") if summary.exists() else None
+    each = found if isinstance(found, list) else []
+    return tuple(f"the run differs from its plan: {str(text)[:200]}" for text in each)
+
+
+def _of_this_plan(steps: tuple[Logged, ...], plan: Plan | None) -> tuple[tuple[Logged, ...], tuple[str, ...]]:
+    """The steps as they were last done, without those of an earlier plan, which had other ranks."""
+    last = {_number(step, index): step for index, step in enumerate(steps)}
+    own = list(last.values())
+    if plan is not None:
+        ranks = plan.strategy.degrees.world
+        own = [step for step in own if _ranks(step) in (0, ranks)]
+    foreign = len(last) - len(own)
+    if not own:
+        own, foreign = list(last.values()), 0
+    remark = f"{foreign} steps ran on another number of ranks, by an earlier plan: they are left out"
+    return tuple(own), (remark,) if foreign else ()
+
+
+def _number(step: Logged, index: int) -> tuple[bool, int]:
+    """The step's number; its place where it has none."""
+    number = step.values.get("step")
+    return (True, number) if isinstance(number, int) else (False, index)
+
+
+def _ranks(step: Logged) -> int:
+    """How many ranks a step reports the memory of."""
+    peaks = step.values.get("peak_memory_bytes")
+    return len(peaks) if isinstance(peaks, list) else 0
 
 
 def _read_tracked(path: Path, files: Path, plan: Plan | None) -> RunLog:
