@@ -29,10 +29,10 @@ def converted_runs(
 
 
 def _found_text(each: Converted) -> str:
-    from planner.units import format_seconds
+    from planner.units import GIB, format_bytes, format_seconds
 
     peak = each.run.peak_memory_gib
-    memory = "" if peak is None else f"; peak memory {peak:.4g} GiB, allocated"
+    memory = "" if peak is None else f"; peak memory {format_bytes(peak * GIB)}, allocated"
     seconds = format_seconds(each.step_time.value)
     return f"{each.run.id}: step time {seconds} from {each.source}, {each.step_time.text}{memory}"
 
@@ -42,6 +42,10 @@ def _unpredictable(each: Converted) -> list[str]:
     from planner.estimate import Rejected
     from planner.runs.setup import run_problem
 
+    if each.run.device == "cpu":
+        return [
+            "constants are fitted to accelerators; a CPU is predicted by what `plan profile` measures on it"
+        ]
     setup = run_problem(each.run, None)
     if isinstance(setup, Rejected):
         return [f"the row cannot be predicted: {setup.detail}"]
