@@ -67,8 +67,8 @@ LORA = Adapters(rank=16, modules=AdapterModules.ALL)
 """Adapters of runs that say LoRA and no more: all linear layers, as torchtune's recipes."""
 
 MEGATRON_LORA = Adapters(rank=16, modules=AdapterModules.QKV)
-"""NeMo's and Megatron-Bridge's benchmarks adapt the fused query, key and value projection alone: their
-fine-tuning recipes set target_modules to linear_qkv (attention_qkv before NeMo 2), of rank 16."""
+"""NVIDIA's benchmarks adapt the fused query, key and value projection alone: Megatron-Bridge's performance
+recipes set target_modules to linear_qkv, of rank 16; NeMo 1's fine-tuning config attention_qkv, of rank 32."""
 
 LITGPT_LORA = Adapters(rank=8, modules=AdapterModules.QV)
 """LitGPT's default: query and value (its finetune/lora.py)."""
