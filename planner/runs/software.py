@@ -68,7 +68,7 @@ LORA = Adapters(rank=16, modules=AdapterModules.ALL)
 
 MEGATRON_LORA = Adapters(rank=16, modules=AdapterModules.QKV)
 """NVIDIA's benchmarks adapt the fused query, key and value projection alone: Megatron-Bridge's performance
-recipes set target_modules to linear_qkv, of rank 16; NeMo 1's fine-tuning config attention_qkv, of rank 32."""
+recipes set target_modules to linear_qkv, of rank 16; NeMo 1's tuning config attention_qkv, of rank 32."""
 
 LITGPT_LORA = Adapters(rank=8, modules=AdapterModules.QV)
 """LitGPT's default: query and value (its finetune/lora.py)."""
