@@ -8,6 +8,14 @@ from planner.matrix import Matrix
 from planner.model import Block, Layer, ModelSpec
 from planner.workload import AdapterModules, Adapters
 
+_PLACES = {
+    AdapterModules.QV: (0, 2),
+    AdapterModules.QKV: (0, 1, 2),
+    AdapterModules.ATTENTION: (0, 1, 2, 3),
+    AdapterModules.ALL: (0, 1, 2, 3),
+}
+"""Which of an attention's query, key, value and output projections get adapters."""
+
 
 def adapted(layer: Layer, modules: AdapterModules) -> tuple[Matrix, ...]:
     """The weights of a layer that get adapters; routers and experts never do.
@@ -19,8 +27,7 @@ def adapted(layer: Layer, modules: AdapterModules) -> tuple[Matrix, ...]:
     found: list[Matrix] = []
     for mixer in layer.mixers:
         matrices = mixer.matrices(layer.hidden)
-        query_and_value = modules is AdapterModules.QV and isinstance(mixer, Attention)
-        found += [matrices[0], matrices[2]] if query_and_value else matrices
+        found += [matrices[place] for place in _PLACES[modules]] if isinstance(mixer, Attention) else matrices
     if modules is AdapterModules.ALL and isinstance(layer.mlp, Mlp):
         found += layer.mlp.matrices(layer.hidden)
     return tuple(found)
@@ -47,16 +54,3 @@ def layer_adapter_params(adapters: Adapters, layer: Layer, tp: int = 1) -> float
     """
     shards = [matrix.shard(tp) for matrix in adapted(layer, adapters.modules)]
     return adapters.rank * sum(inputs + outputs for inputs, outputs in shards)
-
-
-def frozen_product_share(adapters: Adapters | None, layer: Layer) -> float:
-    """Share of a layer's weight-gradient products that a frozen base spares, adapters' own work taken off.
-
-    A full backward pass has, for each forward product, one product for the input's gradient and one for
-    the weight's. A frozen weight spares the second; its adapter adds three passes of r (in + out) instead
-    of in x out: 1 - 3 sum r (in + out) / sum in out. 0 where everything is trained.
-    """
-    if adapters is None or not isinstance(layer, Block):
-        return 0.0
-    whole = sum(matrix.used * matrix.inputs * matrix.outputs for matrix in layer.matrices())
-    return max(0.0, 1.0 - 3.0 * layer_adapter_params(adapters, layer) / whole) if whole else 0.0

@@ -126,11 +126,35 @@ class MemoryFigures:
 
 
 @noun
+class JobFigures:
+    """What a job loses between its steps: seconds a step by cause, and the share lost to failures.
+
+    `checkpoint_wait_s` is what steps wait for one checkpoint, None where the storage's rate was not said.
+    `goodput` is the share of the job's time that goes into steps that are kept; `days` and `cost_usd` are of
+    the whole run at it. `between_failures_s` is None where failures were said not to happen.
+    """
+
+    data_stall_s: float
+    straggler_s: float
+    checkpoint_stall_s: float
+    checkpoint_bytes: int
+    checkpoint_wait_s: float | None
+    failure_share: float
+    between_failures_s: float | None
+    best_checkpoint_every: int | None
+    goodput: float
+    days: float | None
+    cost_usd: float | None
+
+
+@noun
 class Estimate:
     """The answer of the cost model for one strategy.
 
     `peak_memory_bytes` is that of the fullest device, as compared with the limit: what the allocator
-    reserves, and communicators; the driver's context lies outside the limit. `memory` says more of it.
+    reserves, and communicators; the driver's context lies outside the limit. Its interval decides the
+    verdict. `memory` says more of it, and
+    `job` what is lost between steps, where something was said of that; `days` and `cost_usd` are without it.
     `days` and `cost_usd` are None where tokens or a price are unknown; `mfu` is None where the device's
     peak is unknown.
     """
@@ -147,6 +171,8 @@ class Estimate:
     verdict: Verdict
     coverage: Coverage
     memory: MemoryFigures | None = None
+    job: JobFigures | None = None
+    peak_memory_interval_bytes: tuple[int, int] | None = None
 
 
 @noun

@@ -41,6 +41,11 @@ def parse_bytes(text: str, flag: str = "--memory-limit") -> int:
     return round(_parse(text, _BYTE_UNITS, flag, "72GiB"))
 
 
+def parse_bytes_per_s(text: str, flag: str) -> float:
+    """Bytes a second of a text such as `40GB/s`; the `/s` may be left out."""
+    return _parse(text.strip().removesuffix("/s"), _BYTE_UNITS, flag, "40GB/s")
+
+
 def parse_count(text: str, flag: str = "--tokens") -> int:
     """A whole number of a text such as `2T`, `1.5B` or `300000`."""
     return round(_parse(text, _COUNT_UNITS, flag, "2T"))

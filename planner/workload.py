@@ -72,9 +72,10 @@ class Method(StrEnum):
 
 
 class AdapterModules(StrEnum):
-    """Which weights adapters stand beside: query and value, all of attention, or the dense MLP too."""
+    """Which weights adapters stand beside: query, value (and key), all of attention, or the MLP too."""
 
     QV = "qv"
+    QKV = "qkv"
     ATTENTION = "attention"
     ALL = "all"
 

@@ -46,7 +46,7 @@ LAYERS = (
         "cluster",
         "estimate",
     }
-    | {"stack"},
+    | {"stack", "upkeep"},
     {"profile", "plan", "problem", "rules", "device_file", "network", "instance", "execution"},
     {"hf", "tables"},
     {"tracing"},

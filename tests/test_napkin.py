@@ -257,13 +257,10 @@ def test_adapters_of_rank_16(model: str, modules: str, params: int) -> None:
 
 def test_adapters_grow_with_their_rank_and_their_modules() -> None:
     model = load_model("llama-3-8b")
-    counts = [
-        adapter_params(Adapters(rank=rank, modules=modules), model)
-        for modules in AdapterModules
-        for rank in (8, 16)
-    ]
-    assert counts == sorted(counts)
-    assert counts[1] == 2 * counts[0]
+    counts = [adapter_params(Adapters(rank=8, modules=modules), model) for modules in AdapterModules]
+    assert counts == sorted(set(counts))
+    doubled = [adapter_params(Adapters(rank=16, modules=modules), model) for modules in AdapterModules]
+    assert doubled == [2 * count for count in counts]
 
 
 def test_experts_and_routers_get_no_adapters() -> None:

@@ -10,6 +10,7 @@ from planner.units import (
     format_count,
     format_seconds,
     parse_bytes,
+    parse_bytes_per_s,
     parse_count,
     parse_duration,
 )
@@ -68,3 +69,14 @@ def test_words_for_people() -> None:
     assert format_seconds(86_400 * 218) == "218 days"
     assert format_count(8_030_261_248) == "8.03B"
     assert format_count(12) == "12"
+
+
+@pytest.mark.parametrize(("text", "rate"), [("40GB/s", 40e9), ("1.5 GiB/s", 1.5 * 2**30), ("7B", 7.0)])
+def test_rates_of_bytes(text: str, rate: float) -> None:
+    assert parse_bytes_per_s(text, "--storage") == rate
+
+
+@pytest.mark.parametrize("text", ["fast", "40Gbit/s", "-1GB/s", "/s", ""])
+def test_what_is_no_rate_of_bytes_names_its_flag(text: str) -> None:
+    with pytest.raises(InputError, match="--storage"):
+        parse_bytes_per_s(text, "--storage")

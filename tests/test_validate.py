@@ -17,7 +17,7 @@ from bench import accuracy
 from planner.cli import cli
 from planner.commands.validate import profile_choice
 from planner.estimate import Verdict
-from planner.report.scatter import scatter_page
+from planner.report.scatter import _ticks, scatter_page
 from planner.runs.run import MemoryKind, Status
 from planner.runs.setup import RunSetup, run_problem
 from planner.runs.table import read_runs
@@ -212,7 +212,15 @@ def test_text_shows_errors_verdicts_and_what_was_not_predicted(tmp_path: Path) -
     )
     result = run(str(file))
     assert result.exit_code == 0
-    for words in ("2 predicted of 3", "mean error", "SAFE", "furthest off", "micro_batch unknown", "tau"):
+    for words in (
+        "2 predicted of 3",
+        "mean error",
+        "SAFE",
+        "furthest off",
+        "micro_batch unknown",
+        "tau",
+        "basis",
+    ):
         assert words in result.stdout
 
 
@@ -233,7 +241,22 @@ def test_the_plot_is_one_page_that_loads_nothing_and_names_every_run(tmp_path: P
     assert len(re.findall(r"<svg", text)) == 2, "step time and peak memory"
     assert re.findall(r"(?:src|href)=[\"']https?:", text) == []
     for each in read_runs([REFERENCE]).runs:
-        assert each.id in text
+        assert len(re.findall(f"<title>{each.id} [^<]*predicted", text)) == 2, "beside the pointer, in both"
+    assert "torch-reference" in text and "role-legend" not in text, "one framework needs no legend"
+    for words in ("<h2>Errors</h2>", "<h2>Choices</h2>", "<h2>Verdicts</h2>", "mean error"):
+        assert words in text
+
+
+def test_ticks_are_round_and_within_their_range() -> None:
+    assert _ticks(0.06, 1.2) == pytest.approx([0.1, 0.2, 0.5, 1.0])
+    assert _ticks(0.9, 1e8) == pytest.approx([10.0**n for n in range(9)])
+
+
+def test_the_page_shows_the_worst_choice_first_and_escapes_groups() -> None:
+    good = [dataclasses.replace(row(n, p, p), group="good") for n, p in (("a", 1.0), ("b", 2.0))]
+    bad = [dataclasses.replace(row(n, p, 3 - p), group="<bad>") for n, p in (("c", 1.0), ("d", 2.0))]
+    page = scatter_page(judge([*good, *bad]))
+    assert page.index("&lt;bad&gt;") < page.index("<td>good</td>") and "100.0%" in page
 
 
 def test_a_framework_is_escaped_on_the_page() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from planner.adapters import adapter_params, frozen_product_share, layer_adapter_params
+from planner.adapters import adapted, adapter_params, layer_adapter_params
 from planner.catalog import load_model
 from planner.cli import cli
 from planner.codec import decode, encode
@@ -66,15 +66,9 @@ def test_adapters_of_a_rank_are_shards_of_the_whole() -> None:
     assert whole / 8 < layer_adapter_params(adapters, block, 8) < whole
 
 
-def test_a_frozen_base_spares_most_weight_gradients() -> None:
-    """All of them but three passes of each adapter's r (in + out)."""
+def test_adapters_stand_beside_more_and_more_weights() -> None:
     block = load_model("llama-3-8b").segments[0].block
-    assert frozen_product_share(None, block) == 0.0
-    shares = [
-        frozen_product_share(Adapters(rank=r, modules=AdapterModules.ALL), block) for r in (1, 16, 64, 4096)
-    ]
-    assert shares == sorted(shares, reverse=True)
-    assert 0.98 < shares[1] < 1.0 and shares[-1] == 0.0
+    assert [len(adapted(block, modules)) for modules in AdapterModules] == [2, 3, 4, 7]
 
 
 def test_adapters_need_less_memory_and_adafactor_less_state() -> None:

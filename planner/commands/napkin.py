@@ -55,7 +55,7 @@ FINETUNE_NOTE = "assumed: 100,000 examples of 1,000 tokens; say yours with --fin
 )
 @click.option(
     "--lora-modules",
-    type=click.Choice(["qv", "attention", "all"]),
+    type=click.Choice(["qv", "qkv", "attention", "all"]),
     default="all",
     show_default=True,
     help="Weights that get adapters: query and value, attention, or all but routers and experts.",

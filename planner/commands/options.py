@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from planner.errors import Problem
     from planner.market.market import Market
     from planner.model import ModelSpec
+    from planner.upkeep import Upkeep
     from planner.workload import Adapters, Precision, Workload
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -48,6 +49,13 @@ class ProblemOptions:
     arch: str | None = None
     lora_rank: int | None = None
     lora_modules: str | None = None
+    data_rate: str | None = None
+    checkpoint_every: int | None = None
+    storage: str | None = None
+    checkpoint_async: bool = False
+    device_spread: float | None = None
+    failures: float | None = None
+    restart: str | None = None
 
 
 class ProblemInputs(NamedTuple):
@@ -58,6 +66,7 @@ class ProblemInputs(NamedTuple):
     cluster: ClusterSpec
     profile: Path | None
     memory_limit_bytes: int | None
+    upkeep: Upkeep
 
 
 def json_option(command: Command) -> Command:
@@ -154,8 +163,8 @@ def _options() -> list[Callable[[Any], Any]]:
         ),
         click.option(
             "--lora-modules",
-            type=click.Choice(["qv", "attention", "all"]),
-            help="Weights that get adapters: query and value, attention, or all linear layers. "
+            type=click.Choice(["qv", "qkv", "attention", "all"]),
+            help="Weights that get adapters: query and value (and key), attention, or all linear layers. "
             f"{LORA_ONLY}all.",
         ),
         click.option(
@@ -179,10 +188,12 @@ def problem_options(command: Callable[..., Any]) -> Callable[..., Any]:
         options = ProblemOptions(**{name: values.pop(name) for name in names})
         return command(options=options, **values)
 
-    call = arch_option(prices_option(on_premises_option(call)))
+    from planner.commands.upkeep_options import upkeep_options
+
+    wrapped: Callable[..., Any] = arch_option(prices_option(on_premises_option(call)))
     for option in reversed(_options()):
-        call = option(call)
-    return json_option(call)
+        wrapped = option(wrapped)
+    return json_option(upkeep_options(wrapped))
 
 
 def load_problem(options: ProblemOptions) -> ProblemInputs:
@@ -190,6 +201,7 @@ def load_problem(options: ProblemOptions) -> ProblemInputs:
     from planner.catalog import load_model
     from planner.cluster_grammar import parse_cluster
     from planner.codec import read_text
+    from planner.commands.upkeep_options import read_upkeep
     from planner.errors import InputError
     from planner.units import parse_bytes, parse_count
     from planner.workload import Method, Optimizer, Workload
@@ -213,6 +225,7 @@ def load_problem(options: ProblemOptions) -> ProblemInputs:
     tokens: int | None = read(parse_count, options.tokens)
     limit: int | None = read(parse_bytes, options.memory_limit)
     read(lambda path: read_text(Path(path)), None if options.profile is None else str(options.profile))
+    upkeep = read_upkeep(options, problems)
     problems.extend(_faults(options, model, tokens, limit))
     problems.extend(_unsupported(options.precision, cluster))
     if problems or model is None or cluster is None:
@@ -226,7 +239,7 @@ def load_problem(options: ProblemOptions) -> ProblemInputs:
         method=Method(options.method),
         adapters=_adapters(options),
     )
-    return ProblemInputs(model, workload, cluster, options.profile, limit)
+    return ProblemInputs(model, workload, cluster, options.profile, limit, upkeep)
 
 
 def _adapters(options: ProblemOptions) -> Adapters | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from planner.commands.text import pairs, table
+from planner.commands.text import WIDTH, pairs, table
 
 if TYPE_CHECKING:
     from planner.estimate import Estimate
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 def plan_text(plan: Plan, basis: str) -> str:
     """The whole answer, in sections."""
-    sections = [_headline(plan), _stages(plan), _time(plan), _figures(plan, basis)]
+    sections = [_headline(plan), _stages(plan), _time(plan), _figures(plan, basis), _job(plan)]
     if plan.solver is not None:
         sections += [_certificate(plan), _alternatives(plan)]
-    sections.append("Not modelled: " + "; ".join(plan.not_modelled) + ".")
+    sections.append(pairs([("not modelled", "; ".join(plan.not_modelled))], WIDTH))
     return "\n\n".join(section for section in sections if section)
 
 
@@ -89,13 +89,56 @@ def _figures(plan: Plan, basis: str) -> str:
             ("price an hour", "; ".join(plan.cluster.price_sources) or None),
             (
                 "memory",
-                f"{format_bytes(e.peak_memory_bytes)} of {format_bytes(e.memory_limit_bytes)}: {e.verdict}",
+                f"{format_bytes(e.peak_memory_bytes)}{_memory_interval(e)} of "
+                f"{format_bytes(e.memory_limit_bytes)}: {e.verdict}",
             ),
             *_memory_figures(e),
             ("figures", ", ".join(f"{value:.0%} {name}" for name, value in share.items() if value > 0.004)),
             ("basis", basis),
             ("not yet trained", "; ".join(missing) or None),
         ]
+    )
+
+
+def _memory_interval(e: Estimate) -> str:
+    from planner.units import format_bytes
+
+    if e.peak_memory_interval_bytes is None:
+        return ""
+    low, high = e.peak_memory_interval_bytes
+    return f"  ({format_bytes(low)} to {format_bytes(high)})"
+
+
+def _job(plan: Plan) -> str:
+    """What is lost between steps, where something was said of it."""
+    from planner.units import format_bytes, format_seconds
+
+    job = plan.estimate.job
+    if job is None:
+        return ""
+    causes = [
+        (job.data_stall_s, "waiting for data"),
+        (job.straggler_s, "for the slowest device"),
+        (job.checkpoint_stall_s, "for checkpoints"),
+    ]
+    lost = [f"{format_seconds(seconds)} {cause}" for seconds, cause in causes if seconds > 0]
+    wait = job.checkpoint_wait_s
+    best = job.best_checkpoint_every
+    return pairs(
+        [
+            ("between steps", f"{', '.join(lost)}, a step" if lost else "nothing is lost"),
+            ("failures", f"{job.failure_share:.2%} of all time" if job.failure_share > 0 else None),
+            (
+                "a checkpoint",
+                f"{format_bytes(job.checkpoint_bytes)}"
+                + (f", {format_seconds(wait)} that steps wait" if wait is not None else "")
+                + (f"; every {best:,} steps loses least" if best is not None else ""),
+            ),
+            ("goodput", f"{job.goodput:.1%}"),
+            ("days in all", None if job.days is None else f"{job.days:.4g}"),
+            ("cost in all", None if job.cost_usd is None else f"${job.cost_usd:,.0f}"),
+        ],
+        WIDTH,
     )
 
 

@@ -31,6 +31,7 @@ def read_problem(options: ProblemOptions) -> Asked:
         cluster=inputs.cluster,
         profile=profile,
         memory_limit_bytes=inputs.memory_limit_bytes or usable,
+        upkeep=inputs.upkeep,
     )
     return Asked(problem, basis)
 

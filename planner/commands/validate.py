@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 WORST = 12
 GROUPS_SHOWN = 40
+GROUP_WORDS = (
+    "tau: rank correlation of predicted with measured times; regret: what the layout predicted fastest takes "
+    "more than the fastest"
+)
 PROGRESS_EVERY = 100
 
 
@@ -49,7 +53,8 @@ def validate(runs: tuple[Path, ...], profile: Path | None, plot: Path | None, as
     table = read_runs(runs)
     for warning in table.warnings:
         click.echo(f"warning: {warning}", err=True)
-    result = compare(table.runs, profile_choice(profile), _progress())
+    choice, basis = _told(profile_choice(profile), profile)
+    result = compare(table.runs, choice, _progress())
     if plot is not None:
         from planner.report.scatter import scatter_page
 
@@ -58,7 +63,25 @@ def validate(runs: tuple[Path, ...], profile: Path | None, plot: Path | None, as
     if as_json:
         print_json(encode(result))
     else:
-        click.echo(validation_text(result))
+        click.echo(validation_text(result, basis))
+
+
+def _told(
+    choice: Callable[[str], Profile | None], named: Path | None
+) -> tuple[Callable[[str], Profile | None], dict[str, str]]:
+    """The choice, and what it chose for each device that it was asked for, in words."""
+    basis: dict[str, str] = {}
+
+    def choose(device: str) -> Profile | None:
+        found = choice(device)
+        if found is None:
+            basis[device] = "datasheet"
+        else:
+            made = "measured" if found.layers else "fitted to runs"
+            basis[device] = f"profile {named or found.name}, {made} on {found.device_title}"
+        return found
+
+    return choose, basis
 
 
 def profile_choice(path: Path | None) -> Callable[[str], Profile | None]:
@@ -92,11 +115,25 @@ def _progress() -> Callable[[int, int], None]:
     return report
 
 
-def validation_text(result: Validation) -> str:
-    """The result for people: all together, verdicts, groups, the worst rows, what was not predicted."""
-    parts = [_summary_text(result), _frameworks_text(result.rows), _groups_text(result.groups)]
+def validation_text(result: Validation, basis: Mapping[str, str]) -> str:
+    """The result for people: all together, verdicts, groups, the worst rows, what was not predicted.
+
+    `basis` says for each device what the predictions rest on.
+    """
+    parts = [_basis_text(basis), _summary_text(result), _frameworks_text(result.rows)]
+    parts.append(_groups_text(result.groups))
     parts += [_worst_text(result.rows)]
     return "\n\n".join(part for part in [*parts, _unpredicted_text(result.rows)] if part)
+
+
+def _basis_text(basis: Mapping[str, str]) -> str:
+    from planner.commands.text import WIDTH, pairs
+
+    devices: dict[str, list[str]] = {}
+    for device, words in basis.items():
+        devices.setdefault(words, []).append(device)
+    lines = [f"{', '.join(each)}: {words}" for words, each in devices.items()]
+    return pairs([("basis", line) for line in lines], WIDTH)
 
 
 def _summary_text(result: Validation) -> str:
@@ -176,7 +213,8 @@ def _groups_text(groups: Sequence[GroupResult]) -> str:
     ]
     text = table(("group", "n", "error", "bias", "tau", "regret"), rows, numbers=(1, 2, 3, 4, 5))
     left = len(judged) - GROUPS_SHOWN
-    return text + (f"\n... and {left} more groups" if left > 0 else "")
+    text += f"\n... and {left} more groups" if left > 0 else ""
+    return f"{text}\n{GROUP_WORDS}"
 
 
 def _worst_text(rows: Sequence[ValidatedRow]) -> str:

@@ -13,6 +13,7 @@ from planner.cost.gemm import GemmModel
 from planner.cost.layer import NOTHING, LayerCost, LayerShape, block_saved_bytes
 from planner.cost.physics import Physics, fitted_to_runs
 from planner.cost.seconds import larger
+from planner.cost.trained import Trained, beside_frozen, without_lowest
 from planner.errors import InputError, Problem
 from planner.feed_forward import Experts, FeedForward
 from planner.kept import AttentionKernel, Kept
@@ -21,6 +22,7 @@ from planner.problem import PlanningProblem
 from planner.profile import LayerKind
 from planner.strategy import Recompute
 from planner.traced import TracedLayer
+from planner.workload import Adapters, Precision, Workload
 
 
 @noun
@@ -28,11 +30,13 @@ class DeviceRates:
     """What the analytic model needs of a device: product rate, bandwidth, host floor of a block.
 
     `flops` is what large products reach. `by_shape` is the rate of products by their shape; None where a
-    profile measured the rate of large ones.
+    profile measured the rate of large ones. `adapters_by_shape` is that of adapters, which stay in 16 bits
+    where the base is multiplied in fp8.
     """
 
     flops: float
     by_shape: GemmModel | None
+    adapters_by_shape: GemmModel | None
     memory_bytes_per_s: float
     attention_flops: float
     physics: Physics
@@ -57,6 +61,7 @@ def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | No
     return DeviceRates(
         flops=flops,
         by_shape=None if measured else GemmModel(device, problem.workload.precision),
+        adapters_by_shape=None if measured else GemmModel(device, _adapter_precision(problem.workload)),
         memory_bytes_per_s=memory,
         attention_flops=physics.attention_share * whole,
         physics=physics,
@@ -65,8 +70,22 @@ def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | No
     )
 
 
-def analytic_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates | None) -> LayerCost:
-    """Products at their rate, element-wise work at memory bandwidth, not faster than the host launches."""
+def _adapter_precision(workload: Workload) -> Precision:
+    return Precision.BF16 if workload.precision is Precision.FP8 else workload.precision
+
+
+def analytic_cost(
+    model: ModelSpec,
+    shape: LayerShape,
+    rates: DeviceRates | None,
+    adapters: Adapters | None = None,
+    *,
+    lowest: bool = False,
+) -> LayerCost:
+    """Products at their rate, element-wise work at memory bandwidth, not faster than the host launches.
+
+    With `adapters`, all else is frozen; `lowest` is the first block, whose input needs no gradient then.
+    """
     if rates is None:
         raise InputError(
             Problem(
@@ -79,19 +98,19 @@ def analytic_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates | None
         )
     match shape.kind:
         case LayerKind.BLOCK:
-            return _layer_cost(_class_of(model, shape), shape, rates)
+            return _layer_cost(_class_of(model, shape), shape, rates, adapters, lowest)
         case LayerKind.HEAD:
-            return _head_cost(model, shape, rates)
+            return _head_cost(model, shape, rates, frozen=adapters is not None)
         case LayerKind.EMBEDDING:
-            return _embedding_cost(model, shape, rates)
+            return _embedding_cost(model, shape, rates, frozen=adapters is not None)
 
 
-def _product_s(m: float, n: float, k: float, rates: DeviceRates) -> float:
+def _product_s(m: float, n: float, k: float, rates: DeviceRates, by_shape: GemmModel | None) -> float:
     """Seconds of an (m, k) x (k, n) product: 2 m n k over the rate of its shape.
 
     Where only the rate of large products is known, small dimensions are padded.
     """
-    rate = rates.by_shape.rate_flops(m, n, k) if rates.by_shape else None
+    rate = by_shape.rate_flops(m, n, k) if by_shape else None
     if rate is not None:
         return 2.0 * m * n * k / (rate[0] * rates.physics.gemm_scale)
     half = constants.GEMM_HALF_DIM
@@ -102,27 +121,55 @@ def _class_of(model: ModelSpec, shape: LayerShape) -> Layer:
     return model.classes()[shape.block] if shape.block else model.segments[0].block
 
 
-def _layer_cost(layer: Layer, shape: LayerShape, rates: DeviceRates) -> LayerCost:
+def _layer_cost(
+    layer: Layer, shape: LayerShape, rates: DeviceRates, adapters: Adapters | None, lowest: bool
+) -> LayerCost:
     if isinstance(layer, TracedLayer):
-        return _traced_cost(layer, shape, rates)
-    return _block_cost(layer, shape, rates)
+        return _traced_cost(layer, shape, rates)  # adapters are placed by a block's matrices alone
+    return _block_cost(layer, shape, rates, _trained(layer, shape, rates, adapters, lowest))
 
 
-def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates) -> LayerCost:
+def _trained(
+    block: Block, shape: LayerShape, rates: DeviceRates, adapters: Adapters | None, lowest: bool
+) -> Trained:
+    """What training adds: the gradients of all weights, or adapters beside frozen ones."""
+    if adapters is None:
+        return Trained(backward_products_s=_matrices_s(block, shape, rates))
+
+    def thin_s(m: float, n: float, k: float) -> float:
+        return _product_s(m, n, k, rates, rates.adapters_by_shape)
+
+    def product_s(m: float, n: float, k: float) -> float:
+        return _product_s(m, n, k, rates, rates.by_shape)
+
+    thin = beside_frozen(block, shape, adapters, thin_s)
+    return without_lowest(thin, block, shape, product_s) if lowest else thin
+
+
+def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates, more: Trained) -> LayerCost:
     tokens, tp, size = shape.tokens, shape.tp, shape.precision.compute_bytes
     products_s = _matrices_s(block, shape, rates)
     attention_s, attention_backward_s = _attention_s(block, shape, rates)
     stream = block.hidden / (tp if shape.sequence_parallel else 1)
     moved = _moved_values(block, shape, stream, rates.physics)
     elementwise_s = size * tokens * moved / rates.memory_bytes_per_s
+    beside_s = size * tokens * rates.physics.elementwise_scale / rates.memory_bytes_per_s
     if rates.compiled:
         elementwise_s *= rates.physics.compiled_elementwise_share
+        beside_s *= rates.physics.compiled_elementwise_share
     host_s = _host_s(block, shape, rates)
     again_host_s = constants.RECOMPUTE_HOST * host_s
     layer_s = rates.physics.layer_s * _launches(block, shape)
-    forward_s = layer_s + larger(products_s + attention_s + elementwise_s, host_s)
-    turned_s = rates.physics.backward_scale * (2 * products_s + attention_backward_s)
-    backward_s = 2 * layer_s + larger(turned_s + 2 * elementwise_s, 2 * host_s)
+    beside_forward_s = more.forward_products_s + more.forward_values * beside_s
+    beside_backward_s = more.backward_values * beside_s
+    forward_s = layer_s + larger(
+        products_s + attention_s + elementwise_s + beside_forward_s, host_s * (1 + more.forward_launches)
+    )
+    turned_s = products_s + more.backward_products_s + attention_backward_s
+    backward_s = 2 * layer_s + larger(
+        rates.physics.backward_scale * turned_s + 2 * elementwise_s + beside_backward_s,
+        host_s * (2 + more.backward_launches),
+    )
     again_s = {
         Recompute.NONE: 0.0,
         Recompute.SELECTIVE: larger(elementwise_s, 0.5 * host_s),
@@ -203,7 +250,7 @@ def _matrices_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
     for matrix in block.matrices():
         inputs, outputs = matrix.shard(shape.tp)
         tokens = shape.tokens * matrix.used / matrix.copies
-        total_s += matrix.copies * _product_s(tokens, outputs, inputs, rates)
+        total_s += matrix.copies * _product_s(tokens, outputs, inputs, rates, rates.by_shape)
     return total_s
 
 
@@ -254,7 +301,7 @@ def _traced_cost(layer: TracedLayer, shape: LayerShape, rates: DeviceRates) -> L
     """
     samples, size = shape.tokens / layer.tokens, shape.precision.compute_bytes
     products_s = sum(
-        product.count * _product_s(samples * product.m, product.n, product.k, rates)
+        product.count * _product_s(samples * product.m, product.n, product.k, rates, rates.by_shape)
         for product in layer.products
     )
     products_s += samples * layer.core_flops / rates.attention_flops
@@ -274,18 +321,18 @@ def _traced_cost(layer: TracedLayer, shape: LayerShape, rates: DeviceRates) -> L
     )
 
 
-def _head_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates) -> LayerCost:
+def _head_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates, *, frozen: bool) -> LayerCost:
     """Final norm, projection, and cross-entropy in fp32 over the whole logits of this shard."""
     if model.vocab == 0:
         return NOTHING
     tokens, vocab, size = shape.tokens, model.vocab / shape.tp, shape.precision.compute_bytes
-    product_s = _product_s(tokens, vocab, model.token_width, rates)
+    product_s = _product_s(tokens, vocab, model.token_width, rates, rates.by_shape)
     logits_s = rates.physics.head_scale * 4.0 * tokens * vocab * 4 / rates.memory_bytes_per_s
     stream = model.hidden / (shape.tp if shape.sequence_parallel else 1)
     logits_bytes = tokens * vocab * (4.0 + (size if size < 4 else 0))
     return LayerCost(
         forward_s=product_s + logits_s,
-        backward_s=2 * product_s + logits_s,
+        backward_s=(1 if frozen else 2) * product_s + logits_s,
         saved_bytes=size * tokens * 2 * stream + logits_bytes,
         forward_transient_bytes=4.0 * tokens * vocab,
         backward_transient_bytes=tokens * vocab * (4.0 + size),
@@ -293,7 +340,7 @@ def _head_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates) -> Layer
     )
 
 
-def _embedding_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates) -> LayerCost:
+def _embedding_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates, *, frozen: bool) -> LayerCost:
     """A gather, and in the backward pass a scatter into a gradient of the table's size."""
     if model.vocab == 0:
         return NOTHING
@@ -301,7 +348,7 @@ def _embedding_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates) -> 
     table = 4.0 * model.vocab * model.hidden / shape.tp
     return LayerCost(
         forward_s=2 * moved / rates.memory_bytes_per_s,
-        backward_s=(2 * moved + table) / rates.memory_bytes_per_s,
+        backward_s=0.0 if frozen else (2 * moved + table) / rates.memory_bytes_per_s,
         saved_bytes=8.0 * shape.tokens,
         forward_transient_bytes=float(moved),
         backward_transient_bytes=0.0,

@@ -68,8 +68,35 @@ class LayerModel:
     def cost(self, shape: LayerShape) -> LayerCost:
         """The cost of a layer of the problem's model."""
         if shape not in self._known:
-            self._known[shape] = self._cost(shape)
+            self._known[shape] = self._with_frozen(self._cost(shape), shape)
         return self._known[shape]
+
+    def _with_frozen(self, cost: LayerCost, shape: LayerShape) -> LayerCost:
+        """The cost with the times of adapters beside frozen weights, where the workload trains only those.
+
+        Samples are of full training: they are scaled by what the analytic times say of the difference.
+        """
+        adapters, model = self.problem.workload.adapters, self.problem.model
+        if adapters is None or self.rates is None:
+            return cost
+        frozen = analytic_cost(model, shape, self.rates, adapters)
+        if not self.samples:
+            return dataclasses.replace(cost, forward_s=frozen.forward_s, backward_s=frozen.backward_s)
+        whole = analytic_cost(model, shape, self.rates)
+        scaled = {
+            name: getattr(cost, name) * getattr(frozen, name) / getattr(whole, name)
+            for name in ("forward_s", "backward_s")
+            if getattr(whole, name) > 0
+        }
+        return dataclasses.replace(cost, **scaled, origin="fitted")
+
+    def lowest_spares_s(self, shape: LayerShape) -> float:
+        """Seconds by which the first block's backward is shorter, nothing below it being trained."""
+        adapters, model = self.problem.workload.adapters, self.problem.model
+        if adapters is None or self.rates is None:
+            return 0.0
+        each = [analytic_cost(model, shape, self.rates, adapters, lowest=end) for end in (False, True)]
+        return each[0].backward_s - each[1].backward_s
 
     def _cost(self, shape: LayerShape) -> LayerCost:
         key = shape.block or shape_key(self.problem.model, shape.kind)

@@ -5,6 +5,7 @@ The step time is the replay of the strategy's own action table; the memory is th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from planner.codec import noun
 from planner.cost import constants
 from planner.cost.comm import CommModel
 from planner.cost.compute import ORIGINS, LayerModel
+from planner.cost.job import job_figures
 from planner.cost.lifecycle import memory_figures
 from planner.cost.memory import rank_memory
 from planner.cost.memory_constants import fitted_constant
@@ -20,6 +22,7 @@ from planner.cost.physics import usual_physics
 from planner.cost.schedule import ActionKind, Table, build_table
 from planner.cost.simulate import Replay, kind_passes, replay, sharing_of
 from planner.cost.stage import ShapeModel, StageCost
+from planner.cost.trained import trained_flops_per_token
 from planner.cost.verdict import band, memory_band, verdict
 from planner.estimate import (
     Coverage,
@@ -89,7 +92,10 @@ class CostModel:
         breakdown = time_breakdown(replayed, table, costs, hops_s)
         return Evaluation(
             strategy=strategy,
-            estimate=self._estimate(replayed, breakdown, fullest.peak_bytes, figures, self.coverage(shape)),
+            estimate=dataclasses.replace(
+                self._estimate(replayed, breakdown, fullest.peak_bytes, figures, self.coverage(shape)),
+                job=job_figures(shape, costs, replayed.step_time_s, breakdown),
+            ),
             stages=tuple(
                 StageEstimate(
                     memory=memory[index],
@@ -124,6 +130,7 @@ class CostModel:
         fitted = fitted_constant(self.problem, "time_error")
         errors = constants.TIME_ERROR | ({} if fitted is None else {"fitted": fitted})
         error = band(errors, coverage)
+        memory_error = memory_band(self.problem, coverage)
         seconds = workload.tokens / tokens_per_s if workload.tokens else None
         price = cluster.price_usd_per_hour
         return Estimate(
@@ -136,20 +143,23 @@ class CostModel:
             breakdown=breakdown,
             peak_memory_bytes=peak_bytes,
             memory_limit_bytes=self.problem.memory_limit_bytes,
-            verdict=verdict(peak_bytes, self.problem.memory_limit_bytes, memory_band(self.problem, coverage)),
+            verdict=verdict(peak_bytes, self.problem.memory_limit_bytes, memory_error),
             coverage=coverage,
             memory=memory,
+            peak_memory_interval_bytes=(
+                round(peak_bytes * (1 - memory_error.lower)),
+                round(peak_bytes * (1 + memory_error.upper)),
+            ),
         )
 
     def _mfu(self, tokens_per_s: float) -> float | None:
-        """Model FLOPs (three forwards) over the dense peak of all devices, where the peak is known."""
+        """Model FLOPs over the dense peak of all devices, where the peak is known."""
         workload, cluster = self.problem.workload, self.problem.cluster
         peaks = [group.device.peak_flops(workload.precision) for group in cluster.groups]
         if any(peak is None for peak in peaks):
             return None
         total = sum((peak or 0.0) * g.devices for peak, g in zip(peaks, cluster.groups, strict=True))
-        flops = 3 * self.problem.model.flops_per_token_forward(workload.seq) * tokens_per_s
-        return float(flops / total)
+        return float(trained_flops_per_token(self.problem.model, workload) * tokens_per_s / total)
 
 
 class RankMemory(NamedTuple):

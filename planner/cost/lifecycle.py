@@ -89,12 +89,12 @@ def _host(shape: ShapeModel, held: dict[int, StageCost]) -> dict[Moment, int]:
     process = measured or HOST_PROCESS_BYTES
     devices = min(shape.problem.cluster.devices_per_node, shape.degrees.world)
     unit = 4 * max(stage.largest_unit_params for stage in held.values())
-    state = sum(_state_bytes(shape, stage) for stage in held.values())
+    state = sum(state_bytes(shape, stage) for stage in held.values())
     staged = {Moment.LOAD: unit, Moment.CHECKPOINT_SAVE: state, Moment.RESUME: state}
     return {moment: round(devices * (process + staged.get(moment, 0.0))) for moment in Moment}
 
 
-def _state_bytes(shape: ShapeModel, stage: StageCost) -> float:
+def state_bytes(shape: ShapeModel, stage: StageCost) -> float:
     """What one device writes of a checkpoint: its fp32 weights, and the optimizer's state with them."""
     kept, shards = resident(shape, stage), shape.degrees.dp_shard
     engine = shape.problem.stack.engine

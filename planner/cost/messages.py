@@ -97,11 +97,11 @@ class Messages:
         )
         return self.physics.pp_scale * self.seconds(Op.P2P, self.message_bytes() / shards, group)
 
-    def gather(self, unit: Unit) -> Pass:
-        """All-gather of one unit's parameters in the compute precision, with copies in and out."""
-        if self.degrees.dp_shard == 1:
+    def gather(self, params: float) -> Pass:
+        """All-gather of a unit's parameters in the compute precision, with copies in and out."""
+        if self.degrees.dp_shard == 1 or params == 0:
             return Pass()
-        size = unit.params * self.problem.workload.precision.compute_bytes
+        size = params * self.problem.workload.precision.compute_bytes
         copies_s = self.constant("fsdp_gather_unit_s") + size * self.constant("fsdp_gather_copy_s_per_byte")
         seconds = self.seconds(Op.ALL_GATHER, size, self.shard_group())
         return Pass(
@@ -110,8 +110,8 @@ class Messages:
 
     def reduce(self, unit: Unit) -> Pass:
         """Reduction of one unit's gradients in fp32: scatter over shards, all-reduce over replicas."""
-        size, degrees = 4.0 * unit.params, self.degrees
-        if degrees.dp == 1:
+        size, degrees = 4.0 * unit.trained, self.degrees
+        if degrees.dp == 1 or size == 0:
             return Pass()
         per_byte = self.constant(f"{self.wrapper}_reduce_copy_s_per_byte")
         copies_s = self.constant(f"{self.wrapper}_reduce_unit_s") + size * per_byte

@@ -50,7 +50,12 @@ class Pass:
 
 @noun
 class Unit:
-    """A layer that data parallelism wraps as one: a block, or the root with the embedding and the head."""
+    """A layer that data parallelism wraps as one: a block, or the root with the embedding and the head.
+
+    `trained` are the parameters that get gradients, and `tensors` how many tensors they are: all of `params`,
+    or adapters beside them.
+    """
 
     params: float
     tensors: int
+    trained: float

@@ -190,10 +190,11 @@ def split_backward(stage: StageCost) -> tuple[Pass, Pass]:
 
     Weight gradients are the products that the forward did, once more: no messages, half of the kernels.
     Without recomputation the two add up to the backward. With it, each of the passes over the graph that
-    split autograd makes recomputes the blocks: SPLIT_RECOMPUTES times in all, once for the inputs.
+    split autograd makes recomputes the blocks: SPLIT_RECOMPUTES times in all, once for the inputs. Where
+    weights are frozen, what little their adapters have is counted with the input's.
     """
     backward = stage.backward
-    products_s = min(backward.compute_s / 2, stage.forward.compute_s)
+    products_s = 0.0 if stage.frozen else min(backward.compute_s / 2, stage.forward.compute_s)
     inputs = dataclasses.replace(
         backward, compute_s=backward.compute_s - products_s, host_s=backward.host_s / 2
     )

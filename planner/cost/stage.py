@@ -19,6 +19,7 @@ from planner.cost.messages import Messages
 from planner.cost.passes import Pass, Unit
 from planner.cost.seconds import larger, smaller
 from planner.cost.states import States, states_of
+from planner.cost.wrapped import units_of
 from planner.model import Layer
 from planner.problem import PlanningProblem
 from planner.profile import LayerKind, Op
@@ -34,7 +35,8 @@ class StageCost:
     `unshard_s` comes before the first forward of a step, `reduce_s` after the last backward,
     `optimizer_s` after the reduction of all stages. `params` are those of one device's shard by tensor
     parallelism, before any sharding over data ranks; `end_params` those of embedding and head among them.
-    `saved_bytes` are kept for each micro-batch; `block_saved_bytes` of them by blocks.
+    `saved_bytes` are kept for each micro-batch; `block_saved_bytes` of them by blocks. `frozen` weights have
+    no gradients: those of adapters beside them alone.
     """
 
     forward: Pass
@@ -53,6 +55,7 @@ class StageCost:
     block_saved_bytes: float = 0.0
     block_transient_bytes: float = 0.0
     holds_head: bool = False
+    frozen: bool = False
 
 
 STOPS_EARLY = (Engine.NATIVE, Engine.TORCHTITAN)
@@ -81,19 +84,14 @@ class ShapeModel:
         self.overlaps = problem.cluster.groups[0].slots_per_node is None
         communicates = self.overlaps and degrees.world > 1
         self.runtime_bytes = round(self.memory.communicator_bytes * process_groups(degrees) * communicates)
-        model, tp = problem.model, degrees.tp
         self.classes = layers.classes
-        self.block_units = {
-            key: Unit(params=block.params_shard(tp), tensors=block.tensors)
-            for key, block in self.classes.items()
-        }
-        self.embedding_unit = Unit(
-            params=model.params_embedding / tp, tensors=1 + bool(model.learned_positions)
-        )
-        projection = model.vocab * model.token_width if model.tied_embeddings else 0
-        self.head_unit = Unit(params=(model.params_head + projection) / tp, tensors=2)
-        self.gathers = {unit: self.messages.gather(unit) for unit in self._all_units()}
-        self.reduces = {unit: self.messages.reduce(unit) for unit in self._all_units()}
+        units = units_of(problem, self.classes, degrees.tp)
+        self.block_units, self.embedding_unit, self.head_unit = units.blocks, units.embedding, units.head
+        self.gathers = {unit: self.messages.gather(unit.params) for unit in units.all()}
+        self.updates = self.gathers
+        if problem.workload.adapters is not None:
+            self.updates = {unit: self.messages.gather(unit.trained) for unit in units.all()}
+        self.reduces = {unit: self.messages.reduce(unit) for unit in units.all()}
         self._stages: dict[tuple[tuple[Chosen, ...], bool, bool], StageCost] = {}
         self._passes: dict[tuple[str, Recompute], tuple[Pass, Pass]] = {}
         self.embedding_passes = self._end_passes(LayerKind.EMBEDDING)
@@ -103,9 +101,6 @@ class ShapeModel:
     def states(self) -> States:
         """Bytes of each parameter's state."""
         return states_of(self.problem, self.degrees)
-
-    def _all_units(self) -> tuple[Unit, ...]:
-        return (*self.block_units.values(), self.embedding_unit, self.head_unit)
 
     # Layers
 
@@ -119,20 +114,22 @@ class ShapeModel:
 
     def layer(self, kind: LayerKind, recompute: Recompute = Recompute.NONE, block: str = "") -> LayerCost:
         """One layer on one device for one micro-batch."""
+        return self.layer_model.cost(self.shape_of(kind, recompute, block))
+
+    def shape_of(self, kind: LayerKind, recompute: Recompute = Recompute.NONE, block: str = "") -> LayerShape:
+        """What is asked of one layer's cost under these degrees."""
         degrees, workload = self.degrees, self.problem.workload
-        return self.layer_model.cost(
-            LayerShape(
-                kind=kind,
-                tp=degrees.tp,
-                sequence_parallel=degrees.sequence_parallel,
-                micro_batch=degrees.micro_batch,
-                seq=workload.seq,
-                precision=workload.precision,
-                recompute=recompute,
-                block=block,
-                kernel=self.layer_model.kernel(degrees),
-                rotary=self.problem.model.rotary,
-            )
+        return LayerShape(
+            kind=kind,
+            tp=degrees.tp,
+            sequence_parallel=degrees.sequence_parallel,
+            micro_batch=degrees.micro_batch,
+            seq=workload.seq,
+            precision=workload.precision,
+            recompute=recompute,
+            block=block,
+            kernel=self.layer_model.kernel(degrees),
+            rotary=self.problem.model.rotary,
         )
 
     def passes(self, key: str, option: Recompute) -> tuple[Pass, Pass]:
@@ -177,7 +174,16 @@ class ShapeModel:
             unit = self.head_unit
         forward = Pass(compute_s=cost.forward_s, tp_s=forward_tp)
         backward = Pass(compute_s=cost.backward_s, tp_s=backward_tp)
-        return self._with_data_parallel(forward, backward, unit)
+        forward, backward = self._with_data_parallel(forward, backward, unit)
+        return forward, backward + Pass(compute_s=-self._spared_s(kind))
+
+    def _spared_s(self, kind: LayerKind) -> float:
+        """What the first block need not do where the embedding is frozen; counted with the embedding."""
+        if kind is not LayerKind.EMBEDDING or self.problem.workload.adapters is None:
+            return 0.0
+        return self.layer_model.lowest_spares_s(
+            self.shape_of(LayerKind.BLOCK, block=self.layer_model.keys[0])
+        )
 
     def _with_data_parallel(self, forward: Pass, backward: Pass, unit: Unit) -> tuple[Pass, Pass]:
         """Adds the wrapper, gradient accumulation, and what ZeRO 2 and 3 send in every micro-batch."""
@@ -202,8 +208,8 @@ class ShapeModel:
     def _copies_s(self, unit: Unit) -> tuple[float, float]:
         """Seconds of FSDP's copies of a unit on the device, at gathering and at reducing.
 
-        Gathering casts the own fp32 shard, and copies the gathered unit out of its buffer; reducing casts
-        gradients to fp32 into another. Where a profile measured them, they are in its constants.
+        Gathering casts the own fp32 shard of what is trained, and copies the gathered unit out of its
+        buffer; reducing casts gradients to fp32 into another. What a profile measured is in its constants.
         """
         rates, profile = self.layer_model.rates, self.problem.profile
         sharded = self.problem.stack.engine in (Engine.NATIVE, Engine.TORCHTITAN)
@@ -212,13 +218,14 @@ class ShapeModel:
         size, shards = self.problem.workload.precision.compute_bytes, self.degrees.dp_shard
         cast = (4 + size) / shards if size < 4 else 0.0
         copied = 2 * size if shards > 1 else 0.0
-        per_param_s = unit.params / rates.memory_bytes_per_s
-        return (cast + copied) * per_param_s, (size + 4) * per_param_s
+        gathered = cast * unit.trained + copied * unit.params
+        reduced = (size + 4) * unit.trained
+        return gathered / rates.memory_bytes_per_s, reduced / rates.memory_bytes_per_s
 
     def _accumulate_s(self, unit: Unit) -> float:
         """Adding a micro-batch's gradients to earlier ones; the first micro-batch of a step adds nothing."""
         more = 1 - 1 / self.degrees.num_micro_batches
-        kept = unit.params / (self.degrees.dp_shard if self.degrees.zero >= Zero.GRADIENTS else 1)
+        kept = unit.trained / (self.degrees.dp_shard if self.degrees.zero >= Zero.GRADIENTS else 1)
         return self.messages.constant("grad_accumulate_s_per_param") * kept * more
 
     def _exposed(self, passing: Pass, message: Pass) -> Pass:
@@ -290,6 +297,7 @@ class ShapeModel:
             largest_unit_params=max(unit.params for unit, _ in units),
             blocks=sum(blocks.values()),
             holds_head=last and self.problem.model.vocab > 0,
+            frozen=self.problem.workload.adapters is not None,
             **self._memory(chosen, first=first, last=last),
         )
 
@@ -317,7 +325,7 @@ class ShapeModel:
         """ZeRO 1 and 2 gather each unit once a step; where that overlaps, only the first one shows."""
         if self.degrees.zero not in (Zero.OPTIMIZER, Zero.GRADIENTS):
             return 0.0
-        each = [(self.once_s(self.gathers[unit]), count) for unit, count in units]
+        each = [(self.once_s(self.updates[unit]), count) for unit, count in units]
         total_s = sum(seconds * count for seconds, count in each)
         if not self.overlaps:
             return total_s
@@ -337,7 +345,7 @@ class ShapeModel:
 
     def optimizer_s(self, units: list[tuple[Unit, int]]) -> float:
         """Clipping and the update of this device's shard: a cost a parameter and a cost a tensor."""
-        params = sum(unit.params * count for unit, count in units) / self.degrees.dp_shard
+        params = sum(unit.trained * count for unit, count in units) / self.degrees.dp_shard
         tensors = sum(unit.tensors * count for unit, count in units)
         constant = self.messages.constant
         each = constant("optimizer_s_per_param") + constant("clip_s_per_param")
@@ -386,7 +394,7 @@ class ShapeModel:
                 self.messages.shard_group() if self.degrees.dp_shard > 1 else self.messages.replicate_group()
             )
             for key, count in blocks.items():
-                message = self.messages.comm(Op.ALL_REDUCE, 4.0 * self.block_units[key].params, group)
+                message = self.messages.comm(Op.ALL_REDUCE, 4.0 * self.block_units[key].trained, group)
                 messages.append((message, count / self.degrees.num_micro_batches))
         for message, times in messages:
             seconds[message.origin] = seconds.get(message.origin, 0.0) + times * message.seconds

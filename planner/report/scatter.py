@@ -5,6 +5,8 @@ The page holds the drawings and their numbers and loads nothing.
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
@@ -13,9 +15,9 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from planner.validation import ValidatedRow, Validation, summarise
+from planner.validation import Summary, ValidatedRow, Validation, summarise
 
-WIDTH_PX, HEIGHT_PX = 720, 520
+SIDE_PX = 620
 MOST_COLOURS = 9
 """Frameworks with a colour of their own; the rest share one."""
 
@@ -25,10 +27,14 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 OTHER = "other frameworks"
 OTHER_COLOUR = "#999999"
 BANDS = (0.9, 1.0, 1.1)
+MOST_GROUPS = 40
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem;color:#222;"
-    "background:#fff}svg{max-width:100%;height:auto}table{border-collapse:collapse}"
-    "td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}"
+    "background:#fff}figure{margin:0}svg{max-width:100%;height:auto}table{border-collapse:collapse}"
+    "svg path:hover{stroke-width:3px}.wide{overflow-x:auto}"
+    ".wide td:nth-child(n+2){white-space:nowrap}"
+    "td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd;"
+    "font-variant-numeric:tabular-nums}"
     "td:first-child,th:first-child{text-align:left}"
 )
 
@@ -44,10 +50,25 @@ def scatter_page(result: Validation) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{STYLE}</style></head><body><h1>{title}</h1>"
-        f"<p>{result.summary.n} runs predicted of {result.summary.rows}. On the middle line the prediction "
-        "is right; the outer lines are 10 % off.</p>"
-        f"{''.join(figures)}{_errors_table(result, names)}{_verdicts_table(result)}</body></html>\n"
+        f"<p>{result.summary.n} runs predicted of {result.summary.rows}{_summary(result.summary)}. On the "
+        "middle line the prediction is right; the outer lines are 10 % off. A mark names its run where the "
+        "pointer rests on it.</p>"
+        f"{''.join(figures)}{_errors_table(result)}{_groups_table(result)}{_verdicts_table(result)}"
+        "</body></html>\n"
     )
+
+
+def _summary(summary: Summary) -> str:
+    """Both mean errors in words."""
+    parts = [
+        f"; {what}: mean error {_percent(mape)}, bias {_percent(bias, sign=True)}"
+        for what, mape, bias in (
+            ("step time", summary.time_mape, summary.time_bias),
+            ("peak memory", summary.memory_mape, summary.memory_bias),
+        )
+        if mape is not None
+    ]
+    return "".join(parts)
 
 
 def _names(rows: Sequence[ValidatedRow]) -> dict[str, str]:
@@ -85,15 +106,34 @@ def _figure(marks: list[dict[str, Any]], names: dict[str, str], what: str, unit:
     if not marks:
         return ""
     svg: str = vl_convert.vegalite_to_svg(_chart(marks, names, what, unit).to_dict())
-    return f"<h2>{what[0].upper()}{what[1:]}</h2><figure>{svg}</figure>"
+    return f"<h2>{what[0].upper()}{what[1:]}</h2><figure>{_named_marks(svg)}</figure>"
+
+
+def _named_marks(svg: str) -> str:
+    """The drawing with each mark's description as a title, which browsers show beside the pointer."""
+    return re.sub(
+        r'(<path aria-label="([^"]*: predicted [^"]*)"[^>]*?)(/>|></path>)',
+        r"\1><title>\2</title></path>",
+        svg,
+    )
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 of every decade within a range; the ones alone where decades are many."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps = (1, 2, 5) if last - first <= 5 else (1,)
+    values = [step * 10.0**decade for decade in range(first, last + 1) for step in steps]
+    return [value for value in values if low <= value <= high]
 
 
 def _chart(marks: list[dict[str, Any]], names: dict[str, str], what: str, unit: str) -> alt.LayerChart:
     values = [mark[key] for mark in marks for key in ("predicted", "measured")]
     low, high = min(values) / 1.2, max(values) * 1.2
     scale = alt.Scale(type="log", domain=[low, high], nice=False)
-    axis = alt.Axis(tickCount=8, labelExpr="format(datum.value, '~g')")
-    shown = list(dict.fromkeys(mark["framework"] for mark in marks))
+    axis = alt.Axis(values=_ticks(low, high), labelExpr="format(datum.value, '~g')")
+    drawn = Counter(mark["framework"] for mark in marks)
+    shown = sorted(drawn, key=lambda name: (name == OTHER, -drawn[name]))
+    many = len(shown) > 1
     known = sorted(set(names.values()) - {OTHER})
     colours = [OTHER_COLOUR if name == OTHER else COLOURS[known.index(name)] for name in shown]
     points = (
@@ -102,7 +142,13 @@ def _chart(marks: list[dict[str, Any]], names: dict[str, str], what: str, unit: 
         .encode(
             x=alt.X("measured:Q", title=f"measured {what} ({unit})", scale=scale, axis=axis),
             y=alt.Y("predicted:Q", title=f"predicted {what} ({unit})", scale=scale, axis=axis),
-            color=alt.Color("framework:N", title="framework", scale=alt.Scale(domain=shown, range=colours)),
+            color=alt.Color(
+                "framework:N",
+                scale=alt.Scale(domain=shown, range=colours),
+                legend=alt.Legend(title=None, orient="bottom", columns=2, labelLimit=280, columnPadding=48)
+                if many
+                else None,
+            ),
             description="tip:N",
         )
     )
@@ -118,15 +164,16 @@ def _chart(marks: list[dict[str, Any]], names: dict[str, str], what: str, unit: 
     )
     layers = alt.layer(guides, points)
     assert isinstance(layers, alt.LayerChart), "layers without facets make a layered chart"
-    return layers.properties(width=WIDTH_PX, height=HEIGHT_PX)
+    return layers.properties(width=SIDE_PX, height=SIDE_PX)
 
 
-def _errors_table(result: Validation, names: dict[str, str]) -> str:
-    groups: dict[str, list[ValidatedRow]] = {name: [] for name in names}
+def _errors_table(result: Validation) -> str:
+    groups: dict[str, list[ValidatedRow]] = {}
     for row in result.rows:
         if row.verdict is not None:
-            groups[row.framework or "framework not stated"].append(row)
-    body = "".join(_errors_row(name, rows) for name, rows in groups.items())
+            groups.setdefault(row.framework or "framework not stated", []).append(row)
+    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    body = "".join(_errors_row(name, rows) for name, rows in ordered)
     return (
         "<h2>Errors</h2><table><tr><th>framework</th><th>runs</th><th>step time, mean error</th><th>bias</th>"
         f"<th>peak memory, mean error</th><th>bias</th></tr>{body}</table>"
@@ -135,9 +182,51 @@ def _errors_table(result: Validation, names: dict[str, str]) -> str:
 
 def _errors_row(name: str, rows: Sequence[ValidatedRow]) -> str:
     summary = summarise(rows)
-    figures = (summary.time_mape, summary.time_bias, summary.memory_mape, summary.memory_bias)
-    cells = "".join(f"<td>{'' if value is None else f'{value:.1%}'}</td>" for value in figures)
-    return f"<tr><td>{escape(name)}</td><td>{summary.n}</td>{cells}</tr>"
+    cells = (
+        _percent(summary.time_mape),
+        _percent(summary.time_bias, sign=True),
+        _percent(summary.memory_mape),
+        _percent(summary.memory_bias, sign=True),
+    )
+    return f"<tr><td>{escape(name)}</td><td>{summary.n}</td>{_cells(cells)}</tr>"
+
+
+def _cells(texts: Sequence[str]) -> str:
+    return "".join(f"<td>{text}</td>" for text in texts)
+
+
+def _percent(value: float | None, *, sign: bool = False) -> str:
+    if value is None:
+        return ""
+    return f"{value:+.1%}" if sign else f"{value:.1%}"
+
+
+def _groups_table(result: Validation) -> str:
+    """Groups of layouts of one job: how well they were put in order, and what the choice would have cost."""
+    judged = [group for group in result.groups if group.n > 1 and group.regret is not None]
+    if not judged:
+        return ""
+    judged.sort(key=lambda group: (-(group.regret or 0.0), -group.n))
+    body = "".join(
+        f"<tr><td>{escape(group.group)}</td><td>{group.n}</td>"
+        + _cells(
+            (
+                _percent(group.time_mape),
+                "" if group.kendall_tau is None else f"{group.kendall_tau:.2f}",
+                _percent(group.regret),
+            )
+        )
+        + f"<td>{escape(group.chosen or '')}</td><td>{escape(group.best or '')}</td></tr>"
+        for group in judged[:MOST_GROUPS]
+    )
+    left = len(judged) - MOST_GROUPS
+    more = f"<p>... and {left} more groups.</p>" if left > 0 else ""
+    return (
+        "<h2>Choices</h2><p>Layouts of one job on one cluster. Tau is the rank correlation of predicted with "
+        "measured times; the regret is what the layout of least predicted time takes more than the fastest."
+        '</p><div class="wide"><table><tr><th>group</th><th>runs</th><th>mean error</th><th>tau</th>'
+        f"<th>regret</th><th>chosen</th><th>fastest</th></tr>{body}</table></div>{more}"
+    )
 
 
 def _verdicts_table(result: Validation) -> str:

@@ -64,8 +64,11 @@ NOT_MODELLED: tuple[tuple[str, str], ...] = (
 
 
 LORA = Adapters(rank=16, modules=AdapterModules.ALL)
-"""Adapters of runs that say LoRA and no more; NeMo and torchtune adapt all linear layers. The rank hardly
-changes what a step costs."""
+"""Adapters of runs that say LoRA and no more: all linear layers, as torchtune's recipes."""
+
+MEGATRON_LORA = Adapters(rank=16, modules=AdapterModules.QKV)
+"""NVIDIA's benchmarks adapt the fused query, key and value projection alone: Megatron-Bridge's performance
+recipes set target_modules to linear_qkv, of rank 16; NeMo 1's tuning config attention_qkv, of rank 32."""
 
 LITGPT_LORA = Adapters(rank=8, modules=AdapterModules.QV)
 """LitGPT's default: query and value (its finetune/lora.py)."""
@@ -75,7 +78,8 @@ def run_method(run: Run, assumed: list[str]) -> tuple[Method, Adapters | None]:
     """What the run trained, by its words: adapters, all weights of a given model, or all from scratch."""
     words = run.words
     if re.search(r"\blora\b", words):
-        adapters = LITGPT_LORA if "litgpt" in words else LORA
+        megatron = run_engine(run.framework) is Engine.MEGATRON
+        adapters = LITGPT_LORA if "litgpt" in words else MEGATRON_LORA if megatron else LORA
         assumed.append(f"LoRA of rank {adapters.rank} on {adapters.modules}")
         return Method.LORA, adapters
     finetuned = re.search(r"\bsft\b|fine-?tun", words)

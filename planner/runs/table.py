@@ -176,6 +176,14 @@ def _values(row: Mapping[str, str], where: str) -> tuple[dict[str, Any], list[Pr
     return values, faults
 
 
+def read_cell(column: str, text: str, where: str) -> Any:
+    """The value of one cell of a column of ours, or the Problem that it is."""
+    try:
+        return READERS[column](text)
+    except _BadCellError as error:
+        return Problem(where=where, fault=f"{error.fault}.", legal=error.legal)
+
+
 def _count(least: int, most: int) -> Callable[[str], int]:
     """A reader of whole numbers from `least` to `most`; `40.0` is 40."""
 

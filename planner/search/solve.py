@@ -20,6 +20,7 @@ from planner.cost.schedule import print_table
 from planner.cost.verdict import safe_tensor_bytes
 from planner.errors import InfeasibleError
 from planner.estimate import Rejected
+from planner.not_modelled import not_modelled
 from planner.plan import Alternative, Certificate, Plan
 from planner.problem import PlanningProblem
 from planner.search.bounds import memory_bound_bytes, step_bound_s
@@ -28,7 +29,6 @@ from planner.search.space import Pins, shapes
 from planner.search.verify import verify
 from planner.strategy import AXES, Degrees, Strategy
 from planner.units import format_bytes
-from planner.workload import Method
 
 OPTIMAL_GAP = 1e-6
 GREEDY_SHAPES = 32
@@ -39,13 +39,6 @@ MAX_RUNNERS_UP = 64
 """Shapes, in order of their bound, that are tried for runners-up; more only where no plan was found."""
 MAX_TIMELINE = 4096
 """Events of a replay that a plan carries; a picture of more cannot be read."""
-NOT_MODELLED = (
-    "data loading, evaluation and checkpoint stalls",
-    "failures and stragglers",
-    "context and expert parallelism",
-)
-
-LORA_NOT_MODELLED = ("the time that frozen weights save: a step is timed as if all were trained",)
 
 
 @noun
@@ -286,7 +279,7 @@ def make_plan(
         rejected=rejected,
         alternatives=alternatives,
         digests=digests,
-        not_modelled=NOT_MODELLED + LORA_NOT_MODELLED * (problem.workload.method is Method.LORA),
+        not_modelled=not_modelled(problem, evaluation.strategy),
         timeline=evaluation.replay.events if evaluation.replay.event_count <= MAX_TIMELINE else (),
     )
 

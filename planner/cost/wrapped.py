@@ -1,0 +1,48 @@
+"""The units that data parallelism wraps: blocks by class, and the two ends of the model."""
+
+from __future__ import annotations
+
+from planner.adapters import adapted, layer_adapter_params
+from planner.codec import noun
+from planner.cost.passes import Unit
+from planner.model import Layer
+from planner.problem import PlanningProblem
+from planner.workload import Adapters
+
+
+@noun
+class Units:
+    """One tensor-parallel rank's units: blocks by the key of their class, embedding, head."""
+
+    blocks: dict[str, Unit]
+    embedding: Unit
+    head: Unit
+
+    def all(self) -> tuple[Unit, ...]:
+        """Every distinct unit."""
+        return (*self.blocks.values(), self.embedding, self.head)
+
+
+def units_of(problem: PlanningProblem, classes: dict[str, Layer], tp: int) -> Units:
+    """The units of a model; with adapters, a block trains these alone and the ends train nothing."""
+    model, adapters = problem.model, problem.workload.adapters
+    projection = model.vocab * model.token_width if model.tied_embeddings else 0
+    return Units(
+        blocks={key: _block_unit(block, adapters, tp) for key, block in classes.items()},
+        embedding=_end_unit(model.params_embedding / tp, 1 + bool(model.learned_positions), adapters),
+        head=_end_unit((model.params_head + projection) / tp, 2, adapters),
+    )
+
+
+def _block_unit(block: Layer, adapters: Adapters | None, tp: int) -> Unit:
+    params = block.params_shard(tp)
+    if adapters is None:
+        return Unit(params=params, tensors=block.tensors, trained=params)
+    tensors = 2 * len(adapted(block, adapters.modules))
+    return Unit(params=params, tensors=tensors, trained=layer_adapter_params(adapters, block, tp))
+
+
+def _end_unit(params: float, tensors: int, adapters: Adapters | None) -> Unit:
+    if adapters is None:
+        return Unit(params=params, tensors=tensors, trained=params)
+    return Unit(params=params, tensors=0, trained=0.0)

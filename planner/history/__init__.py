@@ -1,0 +1,1 @@
+"""Histories of training runs, as `plan train` and trackers leave them, made rows of runs.csv."""
