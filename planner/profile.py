@@ -107,8 +107,8 @@ class ContentionSample:
 class Constant:
     """A fitted or measured constant: value in SI units, and how it came to be.
 
-    It holds on any device and for any software unless `device`, `engine`, `framework` or `kernels` (a named
-    set of fused kernels) say for which.
+    It holds on any device and for any software unless `device`, `engine` (a family of engines), `framework`
+    or `kernels` (a named set of fused kernels) say for which.
     """
 
     name: str

@@ -16,6 +16,11 @@ class Engine(StrEnum):
     DEEPSPEED = "deepspeed"
     TORCHTITAN = "torchtitan"
 
+    @property
+    def family(self) -> str:
+        """Engines of one family launch, wrap and overlap alike: a fit to one speaks of all."""
+        return "pytorch" if self in (Engine.NATIVE, Engine.TORCHTITAN) else str(self)
+
 
 class Selective(StrEnum):
     """What selective recomputation does not keep: element-wise results, the attention's core, the MLP."""

@@ -1,9 +1,9 @@
 """calibrate(): a profile of constants fitted to measured runs, from the general to the particular.
 
-Runs of one framework speak of all software. Of several, those of every engine are fitted first, then those of
-every framework, then those of a framework on every device; each starts from the one before and is held to it
-as to a prior, so that few runs move little, and a device or framework without runs is predicted by the
-constants of the others that share its engine.
+Runs of one framework speak of its family of engines, and of the device whatever runs on it. Of several, those
+of every family are fitted first, then those of every framework, then those of a framework on every device;
+each starts from the one before and is held to it as to a prior, so that few runs move little, and a device or
+framework without runs is predicted by the constants of the others of its family.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def calibrate(
             origin=f"{QUANTILE:.0%} of {len(found.runs)} runs, each predicted from the other groups",
             device=scope.device,
             framework=scope.framework,
-            engine=scope.engine,
+            engine=scope.engine or _family(found.runs[0]),
         )
         profile = with_constants(profile, [*found.constants(), error])
     memory = calibrate_memory(runs, profile)
@@ -88,23 +88,23 @@ def usable(runs: Sequence[Run], base: Profile | None) -> tuple[list[Measured], d
 
 
 def scopes(measured: Sequence[Measured]) -> list[tuple[Scope, list[Measured]]]:
-    """All runs of one framework; of several those of each engine, each framework, each framework on a device.
+    """All runs of one framework; of several those of each family of engines, then of each framework.
 
-    None twice, none of fewer than MIN_RUNS.
+    Each framework's also on every device. None twice, none of fewer than MIN_RUNS.
     """
     frameworks = sorted({run.run.framework for run in measured})
     if len(frameworks) == 1:
         return _by_device(Scope(), measured)
     found: list[tuple[Scope, list[Measured]]] = []
-    for engine in sorted({run.setup.problem.stack.engine for run in measured}):
-        own = [run for run in measured if run.setup.problem.stack.engine is engine]
+    for family in sorted({_family(run) for run in measured}):
+        own = [run for run in measured if _family(run) == family]
         named = {f: [run for run in own if run.run.framework == f] for f in frameworks}
         present = {framework: runs for framework, runs in named.items() if runs}
         if len(present) > 1 and len(own) >= MIN_RUNS:
-            found.append((Scope(engine=str(engine)), own))
+            found.append((Scope(engine=family), own))
         for framework, runs in present.items():
             if len(runs) >= MIN_RUNS:
-                found += _by_device(Scope(framework=framework, engine=str(engine)), runs)
+                found += _by_device(Scope(framework=framework, engine=family), runs)
     return found
 
 
@@ -117,6 +117,10 @@ def _by_device(scope: Scope, runs: Sequence[Measured]) -> list[tuple[Scope, list
         if len(there) >= MIN_RUNS:
             found.append((dataclasses.replace(scope, device=device), there))
     return found
+
+
+def _family(run: Measured) -> str:
+    return run.setup.problem.stack.engine.family
 
 
 def _device(run: Measured) -> str:

@@ -102,7 +102,7 @@ class Unknown:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Scope:
-    """What a fit speaks of: a device, an engine and a framework, each empty for any."""
+    """What a fit speaks of: a device, a family of engines and a framework, each empty for any."""
 
     device: str = ""
     framework: str = ""
@@ -114,8 +114,8 @@ class Scope:
             " on ".join(part for part in (self.framework or self.engine, self.device) if part) or "all runs"
         )
 
-    def constant(self, unknown: Unknown, value: float, origin: str) -> Constant:
-        """A constant of this scope."""
+    def constant(self, unknown: Unknown, value: float, origin: str, family: str = "") -> Constant:
+        """A constant of this scope; one that belongs to software holds for its family of engines at most."""
         return Constant(
             name=unknown.name,
             value=value,
@@ -123,7 +123,7 @@ class Scope:
             device=self.device,
             framework=self.framework,
             kernels=unknown.kernels,
-            engine=self.engine,
+            engine=self.engine or ("" if PRIORS[unknown.name].device else family),
         )
 
 
@@ -151,8 +151,9 @@ class Fit:
     def constants(self) -> tuple[Constant, ...]:
         """The constants that the runs determine, for a profile; a set of kernels moves with its framework."""
         origin = f"fitted to {len(self.runs)} runs"
+        family = self.runs[0].setup.problem.stack.engine.family
         return tuple(
-            self.scope.constant(u, value, origin)
+            self.scope.constant(u, value, origin, family)
             for index, (u, value) in enumerate(zip(self.unknowns, self.values, strict=True))
             if self.determined(index) or (u.kin is not None and self.determined(u.kin))
         )
@@ -233,7 +234,7 @@ def _start(name: str, stack: Stack, scope: Scope, base: Profile) -> float:
         device=scope.device,
         framework=scope.framework,
         kernels=stack.kernels,
-        engine=str(stack.engine),
+        engine=stack.engine.family,
     )
     return prior_of(name, stack) if known is None else known
 

@@ -76,5 +76,5 @@ def step_time_s(model: CostModel, strategy: Strategy) -> float:
 
 def with_constants(base: Profile, constants: Sequence[Constant]) -> Profile:
     """The profile with these constants in place of its own of the same name and scope."""
-    own = {(c.name, c.device, c.framework, c.kernels): c for c in (*base.constants, *constants)}
+    own = {(c.name, c.device, c.engine, c.framework, c.kernels): c for c in (*base.constants, *constants)}
     return dataclasses.replace(base, constants=tuple(own.values()))

@@ -103,7 +103,7 @@ def fitted_constant(problem: PlanningProblem, name: str) -> float | None:
         return None
     device = problem.cluster.groups[0].device.name
     return profile.constant_of(
-        name, device=device, framework=stack.framework, kernels=stack.kernels, engine=str(stack.engine)
+        name, device=device, framework=stack.framework, kernels=stack.kernels, engine=stack.engine.family
     )
 
 
