@@ -36,6 +36,7 @@ class Stack:
 
     `framework` is its full name where constants were fitted for that very one.
     `selective` is what selective recomputation means; None: what it does in that engine.
+    `ampere_flash` is a flash kernel written for Ampere: FlashAttention-1 or 2, not cuDNN's or a later one.
     `kernels` is empty for the engine's usual ones; otherwise constants that were fitted for that name apply.
     """
 
@@ -45,6 +46,7 @@ class Stack:
     kernels: str = ""
     compiled: bool = False
     selective: Selective | None = None
+    ampere_flash: bool = False
 
     @property
     def recomputes(self) -> Selective:

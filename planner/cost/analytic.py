@@ -7,6 +7,7 @@ host launches kernels. Backward is twice the products (2.5 times attention, whos
 from __future__ import annotations
 
 from planner.attention import Attention, LatentAttention
+from planner.catalog import device_names, load_device
 from planner.codec import noun
 from planner.cost import constants
 from planner.cost.gemm import GemmModel
@@ -20,6 +21,7 @@ from planner.kept import AttentionKernel, Kept
 from planner.model import Block, Layer, ModelSpec
 from planner.problem import PlanningProblem
 from planner.profile import LayerKind
+from planner.stack import Stack
 from planner.strategy import Recompute
 from planner.traced import TracedLayer
 from planner.workload import Adapters, Precision, Workload
@@ -63,7 +65,7 @@ def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | No
         by_shape=None if measured else GemmModel(device, problem.workload.precision),
         adapters_by_shape=None if measured else GemmModel(device, _adapter_precision(problem.workload)),
         memory_bytes_per_s=memory,
-        attention_flops=physics.attention_share * whole,
+        attention_flops=physics.attention_share * whole * _flash_carried(problem.stack, device.name),
         physics=physics,
         compiled=problem.stack.compiled,
         origin="fitted" if fitted_to_runs(problem.profile, problem.stack, device.name) else "datasheet",
@@ -72,6 +74,12 @@ def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | No
 
 def _adapter_precision(workload: Workload) -> Precision:
     return Precision.BF16 if workload.precision is Precision.FP8 else workload.precision
+
+
+def _flash_carried(stack: Stack, device: str) -> float:
+    """What a flash kernel keeps of its share of the peak on devices newer than it was written for."""
+    newer = device in device_names() and load_device(device).architecture.startswith(constants.AFTER_AMPERE)
+    return constants.AMPERE_FLASH_KEEPS if stack.ampere_flash and newer else 1.0
 
 
 def analytic_cost(

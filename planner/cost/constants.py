@@ -20,6 +20,13 @@ launches of 10 us through autograd plus module hooks; 1B-shape steps on an H100 
 BLOCK_LAUNCHES = 45
 """Operators of a block's forward that HOST_BLOCK_FORWARD_S stands for; a traced layer counts its own."""
 
+AMPERE_FLASH_KEEPS = 0.35 / 0.73
+"""Share of the peak that FlashAttention-2 reaches at best on H100, over that on A100, for which it was
+written (arXiv 2407.08608, 2307.08691)."""
+
+AFTER_AMPERE = ("Hopper", "Blackwell")
+"""Architectures whose matrix units it does not use to the full."""
+
 BLOCK_OPERATORS = 24
 """Operators of a Llama block's forward with flash attention, written in PyTorch: seven products, two norms,
 two additions, activation and gate, attention, and ROTARY_OPERATORS. What HOST_BLOCK_FORWARD_S launches."""

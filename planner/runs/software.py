@@ -31,6 +31,11 @@ MODERN = r"flash|torchtitan|fsdp|nemo|bridge|megatron-core|mcore|litgpt|maxtext|
 OLD_DEVICES = ("v100", "a100", "p100", "t4")
 """On these, Megatron-LM and DeepSpeed ran their own fused softmax until FlashAttention came (2022-23)."""
 
+AMPERE_FLASH = r"flash[ _-]?attention(?![ _-]?[34])"
+"""Words of runs whose flash kernel is the first or second FlashAttention."""
+
+LATER_FLASH = r"\bfa[34]\b|flash[ _-]?attention[ _-]?[34]|cudnn|transformer[ _-]?engine"
+
 COMPILED = r"compile|\bjax\b|paxml|maxtext"
 """Words of runs whose blocks are compiled; JAX always compiles."""
 
@@ -116,6 +121,7 @@ def run_stack(run: Run, assumed: list[str]) -> Stack:
         kernels=run.fused_kernels,
         compiled=compiled,
         selective=Selective.MLP if run.recompute is RunRecompute.MLP else None,
+        ampere_flash=bool(re.search(AMPERE_FLASH, run.words)) and not re.search(LATER_FLASH, run.words),
     )
 
 
