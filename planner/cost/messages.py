@@ -9,7 +9,9 @@ from planner.cost.passes import Pass, Unit
 from planner.cost.physics import Physics
 from planner.problem import PlanningProblem
 from planner.profile import Op
+from planner.stack import Engine
 from planner.strategy import Degrees, Zero
+from planner.workload import Precision
 
 
 class Messages:
@@ -104,24 +106,31 @@ class Messages:
         size = params * self.problem.workload.precision.compute_bytes
         copies_s = self.constant("fsdp_gather_unit_s") + size * self.constant("fsdp_gather_copy_s_per_byte")
         seconds = self.seconds(Op.ALL_GATHER, size, self.shard_group())
-        return Pass(
-            host_s=copies_s, dp_s=self._data_parallel_s(seconds, self.shard_group(), self.degrees.dp_shard)
-        )
+        return Pass(host_s=copies_s, dp_s=self._data_parallel_s(seconds, self.degrees.dp_shard))
 
     def reduce(self, unit: Unit) -> Pass:
-        """Reduction of one unit's gradients in fp32: scatter over shards, all-reduce over replicas."""
-        size, degrees = 4.0 * unit.trained, self.degrees
+        """Reduction of one unit's gradients: scatter over shards, all-reduce over replicas."""
+        size, degrees = self.gradient_bytes() * unit.trained, self.degrees
         if degrees.dp == 1 or size == 0:
             return Pass()
         per_byte = self.constant(f"{self.wrapper}_reduce_copy_s_per_byte")
         copies_s = self.constant(f"{self.wrapper}_reduce_unit_s") + size * per_byte
-        shards, replicas = self.shard_group(), self.replicate_group()
-        seconds = self.seconds(Op.REDUCE_SCATTER, size, shards)
-        seconds += self.seconds(Op.ALL_REDUCE, size / degrees.dp_shard, replicas)
-        widest = max(shards, replicas, key=lambda group: group.nodes or 1)
-        return Pass(host_s=copies_s, dp_s=self._data_parallel_s(seconds, widest, degrees.dp))
+        seconds = self.seconds(Op.REDUCE_SCATTER, size, self.shard_group())
+        seconds += self.seconds(Op.ALL_REDUCE, size / degrees.dp_shard, self.replicate_group())
+        return Pass(host_s=copies_s, dp_s=self._data_parallel_s(seconds, degrees.dp))
 
-    def _data_parallel_s(self, seconds: float, group: Group, ranks: int) -> float:
+    def gradient_bytes(self) -> float:
+        """Bytes of each gradient as data ranks reduce it.
+
+        FSDP2 reduces in fp32 as we set it; Megatron-LM in fp16 where that is computed in, and bf16 summed up
+        in fp32; DeepSpeed in the compute precision.
+        """
+        precision, engine = self.problem.workload.precision, self.problem.stack.engine
+        if engine is Engine.DEEPSPEED or (engine is Engine.MEGATRON and precision is Precision.FP16):
+            return float(precision.compute_bytes)
+        return 4.0
+
+    def _data_parallel_s(self, seconds: float, ranks: int) -> float:
         """A message between data ranks that takes `seconds` alone: the more ranks, the slower and later."""
         crowded: float = self.physics.dp_scale * ranks**self.physics.dp_congestion
         return self._late_s(self.physics.dp_rank_s, ranks, seconds) + crowded * seconds
