@@ -40,9 +40,9 @@ ROUTING_OPERATORS = 12
 SHARDED_MODULES = 9
 """Products and norms of a Llama block: modules whose inputs and outputs DTensor's hooks handle."""
 
-EAGER_LAUNCHES = 10
-"""Operators of a softmax that is not fused, over those of one that is: cast, scale, a mask made and filled,
-softmax, cast."""
+EAGER_LAUNCHES = 4
+"""Operators of a softmax that is not fused, over those of one that is: cast, scale, mask, softmax and cast for
+one kernel (Megatron-LM, forward_torch_softmax)."""
 
 EAGER_PASSES = 2.0
 """Times that those read and write every probability, over those of a fused kernel."""
