@@ -23,7 +23,8 @@ GROUPED_PRODUCTS = 4
 UNFUSED_ACTIVATION = 8
 """Bytes that the activation of experts with biases moves over those of a fused one, where no kernel of its
 own fuses it: bias, halves, two clamps, sigmoid, two products and an offset, ten kernels that read and write
-fp32, 80 bytes a value against 10 (GPT-OSS's clamped SwiGLU as Megatron-Core writes it in tensor operations)."""
+fp32, 80 bytes a value against 10 (GPT-OSS's clamped SwiGLU as Megatron-Core writes it in tensor operations).
+"""
 
 BLOCK_LAUNCHES = 45
 """Operators of a block's forward that HOST_BLOCK_FORWARD_S stands for; a traced layer counts its own."""

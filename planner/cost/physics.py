@@ -51,8 +51,8 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
         ),
         "scan_share": Prior(
             value=0.12, spread=0.5, low=0.01, high=0.6,
-            meaning="share of the dense peak that a recurrent mixer reaches between its projections (Mamba-2, arXiv "
-            "2405.21060: as quick as FlashAttention-2 at 2k tokens with a quarter of its FLOPs)",
+            meaning="share of the dense peak that a recurrent mixer reaches between projections (as quick as "
+            "FlashAttention-2 at 2k tokens with a quarter of its FLOPs: Mamba-2, arXiv 2405.21060)",
         ),
         "probability_passes": Prior(
             value=6.0, spread=1.0, low=1.0, high=60.0,

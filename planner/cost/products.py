@@ -34,7 +34,7 @@ def matrices_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
     total_s = 0.0
     for matrix in _products(block, rates):
         if matrix.routed:
-            total_s += _routed_s(matrix, shape, rates)
+            total_s += routed_s(matrix, shape, rates)
             continue
         inputs, outputs = matrix.shard(shape.tp)
         total_s += product_s(shape.tokens, outputs, inputs, rates)
@@ -82,7 +82,7 @@ def cast_s(block: Block, shape: LayerShape, rates: DeviceRates) -> tuple[float, 
     return inputs * value_s, outputs * value_s
 
 
-def _routed_s(matrix: Matrix, shape: LayerShape, rates: DeviceRates) -> float:
+def routed_s(matrix: Matrix, shape: LayerShape, rates: DeviceRates) -> float:
     """Seconds of the products of a device's experts with the rows that are sent to it.
 
     Of E experts a device holds E / ep, each in etp shards. The ep x etp ranks that hold all of them bring
