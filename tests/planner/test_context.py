@@ -121,7 +121,7 @@ def test_a_ring_by_hand() -> None:
     of = problem(link_bytes_per_s=1e9)
     model = CostModel(of)
     shape = model.shape(shared(4))
-    own = shape._shape(LayerKind.BLOCK, Recompute.NONE, next(iter(shape.classes)))
+    own = shape.shape_of(LayerKind.BLOCK, Recompute.NONE, next(iter(shape.classes)))
     tokens, kv = SEQ / 4, 2 * 4 * 32 * 2
     hop_s, double_s = (shape.messages.cp_seconds(Op.P2P, n * tokens * kv) for n in (1, 2))
     ahead_s, back_s = model.layers.core_s(own)

@@ -127,7 +127,7 @@ def test_products_of_experts_over_ranks_are_those_of_all_tokens(degrees: Degrees
     rates = dataclasses.replace(layers.rates, by_shape=None)
     block = mixture().segments[0].block
     assert isinstance(block, Block)
-    shape = CostModel(of).shape(degrees)._shape(shape_kind(), Recompute.NONE, "")
+    shape = CostModel(of).shape(degrees).shape_of(shape_kind(), Recompute.NONE, "")
     up = next(matrix for matrix in block.matrices() if matrix.routed)
     rows = 1024 * 2
     inputs, outputs = up.shard(shape.expert_tp)
