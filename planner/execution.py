@@ -57,6 +57,26 @@ def schedule_not_executed(degrees: Degrees) -> list[str]:
     return [] if degrees.schedule in EXECUTED_SCHEDULES else [f"its schedule is {degrees.schedule}"]
 
 
+def axes_not_executed(degrees: Degrees) -> list[str]:
+    """Parallel axes over which the runtime cannot spread a step; empty where it can over all."""
+    axes = {"context": degrees.cp, "expert": degrees.ep, "expert tensor": degrees.etp or 1}
+    return [f"it uses {name} parallelism ({size})" for name, size in axes.items() if size > 1]
+
+
+def check_executed_axes(degrees: Degrees) -> None:
+    """Raises InputError where the runtime cannot spread a step as these degrees say."""
+    faults = "; ".join(axes_not_executed(degrees))
+    if faults:
+        raise InputError(
+            Problem(
+                where="strategy",
+                fault=f"can be planned, but this version cannot train it: {faults}.",
+                legal="cp=1, ep=1 and no etp",
+                fix="solve without --fix cp, ep and etp",
+            )
+        )
+
+
 def check_executed_schedule(degrees: Degrees) -> None:
     """Raises InputError where the runtime cannot run the schedule of these degrees."""
     if schedule_not_executed(degrees):

@@ -78,8 +78,7 @@ class Experts:
 
     @property
     def widths_split(self) -> tuple[tuple[int, str], ...]:
-        own = ((self.expert.width, "the experts' width"),)
-        return own + (((self.shared.width, "the shared experts' width"),) if self.shared else ())
+        return ((self.shared.width, "the shared experts' width"),) if self.shared else ()
 
     def matrices(self, hidden: int) -> tuple[Matrix, ...]:
         """Router, projections to and from the latent, routed experts, shared experts and their gate."""
@@ -104,7 +103,7 @@ class Experts:
             products=self.topk * routed.products + shared.products,
             elementwise=self.topk * routed.elementwise + shared.elementwise,
             statistics=float(self.count),
-            whole=2.0 * self.topk * width,
+            routed=2.0 * self.topk * width,
         )
 
     @property

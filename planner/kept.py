@@ -24,10 +24,12 @@ class Kept:
 
     `products` are results of matrix products and of attention, which selective recomputation keeps too;
     `elementwise` are what it recomputes. `statistics` are fp32 values. All are shared out by tensor
-    parallelism, except `whole`, which is not.
+    parallelism, except `whole`, which is not, and `routed`, rows of experts, which is as far as each expert
+    is not (its ranks then hold other tokens instead).
     """
 
     products: float
     elementwise: float = 0.0
     statistics: float = 0.0
     whole: float = 0.0
+    routed: float = 0.0

@@ -34,6 +34,11 @@ class Matrix:
         return self.inputs * self.outputs + self.outputs * self.bias
 
     @property
+    def routed(self) -> bool:
+        """Whether tokens choose among its copies: experts."""
+        return self.copies > 1
+
+    @property
     def params(self) -> int:
         return self.copies * self.params_each
 

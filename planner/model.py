@@ -13,7 +13,7 @@ from itertools import chain
 
 from planner.attention import Attention, LatentAttention
 from planner.codec import noun
-from planner.feed_forward import FeedForward
+from planner.feed_forward import Experts, FeedForward
 from planner.kept import AttentionKernel, Kept
 from planner.matrix import Matrix
 from planner.mixers import Mixer
@@ -105,6 +105,15 @@ class Block:
         return sum(matrix.params_shard(tp) for matrix in self.matrices()) + self._vector_params
 
     @property
+    def params_routed(self) -> int:
+        """Parameters of the experts that tokens choose among."""
+        return sum(matrix.params for matrix in self.matrices() if matrix.routed)
+
+    def routed_params_shard(self, expert_tp: int) -> float:
+        """Parameters of all routed experts, each in `expert_tp` shards."""
+        return sum(matrix.params_shard(expert_tp) for matrix in self.matrices() if matrix.routed)
+
+    @property
     def tensors(self) -> int:
         """Parameter tensors of one block, with separate query, key, value, gate and up projections."""
         mixing = sum(matrix.tensors for matrix in self.matrices()) + sum(m.vectors for m in self.mixers)
@@ -127,6 +136,7 @@ class Block:
             elementwise=sum(kept.elementwise for kept in each),
             statistics=sum(kept.statistics for kept in each) + self.norms,
             whole=sum(kept.whole for kept in each),
+            routed=sum(kept.routed for kept in each),
         )
 
     def saved_bytes(
@@ -139,6 +149,7 @@ class Block:
         sequence_parallel: bool = False,
         recompute: Recompute = Recompute.NONE,
         kernel: AttentionKernel = AttentionKernel.FLASH,
+        expert_tp: int | None = None,
     ) -> float:
         """Bytes kept from forward to backward for `tokens` tokens in values of `size` bytes.
 
@@ -148,6 +159,7 @@ class Block:
             selective   ((s + 1) h + products) size + 4 statistics
             full        h size
 
+        Rows of experts that `expert_tp` ranks share out (None: tp) are those of tp / expert_tp groups.
         2 s h are the input and the output of each sublayer's norm; norms after a sublayer keep its
         result besides. Products, elementwise and statistics are each sublayer's (`Kept`).
         """
@@ -157,11 +169,12 @@ class Block:
         kept = self.kept(seq, kernel)
         statistics = 4.0 * tokens * ((kept.statistics - self.norms) / tp + self.norms)
         after = max(0, self.norms - self.sublayers)
+        whole = kept.whole + kept.routed * (expert_tp or tp) / tp
         if recompute is Recompute.SELECTIVE:
-            values = (self.sublayers + 1 + after) * stream + kept.products / tp + kept.whole
+            values = (self.sublayers + 1 + after) * stream + kept.products / tp + whole
         else:
             values = (2 * self.sublayers + after) * stream
-            values += (kept.products + kept.elementwise) / tp + kept.whole
+            values += (kept.products + kept.elementwise) / tp + whole
         return size * tokens * values + statistics
 
     @property
@@ -266,6 +279,17 @@ class ModelSpec:
         mlps = (block.mlp for block in self.transformer_blocks() if block.mlp)
         widths = dict.fromkeys(split for mlp in mlps for split in mlp.widths_split)
         return (*widths, (self.vocab, "the vocabulary"))
+
+    @property
+    def experts(self) -> tuple[Experts, ...]:
+        """The distinct mixtures of experts."""
+        mlps = (block.mlp for block in self.transformer_blocks())
+        return tuple(dict.fromkeys(mlp for mlp in mlps if isinstance(mlp, Experts)))
+
+    @property
+    def params_routed(self) -> int:
+        """Parameters of the experts that tokens choose among."""
+        return sum(s.count * s.block.params_routed for s in self.segments if isinstance(s.block, Block))
 
     @property
     def attention(self) -> Attention | LatentAttention | None:

@@ -14,7 +14,7 @@ from planner.codec import decode, encode, load_json_object, noun, write_atomic
 from planner.errors import InputError, Problem
 from planner.estimate import MEMORY_TENANTS, Estimate, MemoryBreakdown, StageEstimate, TimelineEvent, Verdict
 from planner.model import ModelSpec
-from planner.strategy import Degrees, RecomputeCounts, Stage, Strategy
+from planner.strategy import CpExchange, Degrees, RecomputeCounts, Stage, Strategy
 from planner.workload import Workload
 
 PLAN_SCHEMA = 1
@@ -94,6 +94,8 @@ class _StrategyDocument:
     micro_batch: int
     num_micro_batches: int
     sequence_parallel: bool
+    cp_exchange: str = CpExchange.RING
+    etp: int | None = None
 
 
 @noun
@@ -176,6 +178,8 @@ def _degrees_document(degrees: Degrees) -> dict[str, Any]:
         "micro_batch": degrees.micro_batch,
         "num_micro_batches": degrees.num_micro_batches,
         "sequence_parallel": degrees.sequence_parallel,
+        "cp_exchange": str(degrees.cp_exchange),
+        "etp": degrees.etp,
     }
 
 

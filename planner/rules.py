@@ -6,25 +6,16 @@ the nearest legal values and the flag to change. Nothing here is an exception: i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
+from planner.divisors import divisors, legal_values
 from planner.estimate import Rejected
 from planner.problem import PlanningProblem
+from planner.spread_rules import SPREAD_RULES
 from planner.strategy import Degrees, Schedule, Strategy, Zero
 from planner.traced import TracedLayer
 
 DegreesRule = Callable[[PlanningProblem, Degrees], Rejected | None]
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors of a positive number, ascending."""
-    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})
-
-
-def _legal(values: Iterable[int], wanted: int, most: int = 8) -> str:
-    nearest = sorted(sorted(values, key=lambda v: abs(v - wanted))[:most])
-    return ", ".join(str(value) for value in nearest)
 
 
 def world_matches(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
@@ -40,7 +31,7 @@ def world_matches(problem: PlanningProblem, degrees: Degrees) -> Rejected | None
         legal=f"degrees whose product is {devices}",
         fix=f"--fix dp={devices // (degrees.tp * degrees.pp * degrees.cp)}"
         if devices % (degrees.tp * degrees.pp * degrees.cp) == 0
-        else f"divisors of {devices}: {_legal(divisors(devices), degrees.tp * degrees.pp)}",
+        else f"divisors of {devices}: {legal_values(divisors(devices), degrees.tp * degrees.pp)}",
     )
 
 
@@ -57,9 +48,9 @@ def batch_divides(problem: PlanningProblem, degrees: Degrees) -> Rejected | None
         f"{degrees.num_micro_batches} micro-batches makes {degrees.batch} sequences, the batch has "
         f"{batch}: every data rank runs equal micro-batches.",
         legal="--batch " + " or ".join(str(value) for value in nearest),
-        fix=f"--fix micro_batch= one of {_legal(divisors(batch // degrees.dp), degrees.micro_batch)}"
+        fix=f"--fix micro_batch= one of {legal_values(divisors(batch // degrees.dp), degrees.micro_batch)}"
         if batch % degrees.dp == 0
-        else f"--fix dp= one of {_legal(divisors(batch), degrees.dp)}",
+        else f"--fix dp= one of {legal_values(divisors(batch), degrees.dp)}",
     )
 
 
@@ -70,7 +61,7 @@ def heads_divide(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
             return Rejected(
                 rule="tp_divides_heads",
                 detail=f"tp={degrees.tp} cannot split {count} {what}: each rank needs whole heads.",
-                legal=_legal(divisors(count), degrees.tp),
+                legal=legal_values(divisors(count), degrees.tp),
                 fix="--fix tp=",
             )
     return None
@@ -104,7 +95,7 @@ def widths_divide(problem: PlanningProblem, degrees: Degrees) -> Rejected | None
             return Rejected(
                 rule="tp_divides_widths",
                 detail=f"tp={degrees.tp} cannot split {what} of {width} into equal shards.",
-                legal=_legal((d for d in divisors(width) if d <= 64), degrees.tp),
+                legal=legal_values((d for d in divisors(width) if d <= 64), degrees.tp),
                 fix="--fix tp=",
             )
     return None
@@ -119,7 +110,7 @@ def tp_within_node(problem: PlanningProblem, degrees: Degrees) -> Rejected | Non
         rule="tp_within_node",
         detail=f"tp={degrees.tp} does not fit into nodes of {per_node} devices; every layer "
         "communicates over this group.",
-        legal=_legal(divisors(per_node), degrees.tp),
+        legal=legal_values(divisors(per_node), degrees.tp),
         fix="--fix tp=",
     )
 
@@ -134,11 +125,13 @@ def sequence_parallel_needs_tp(problem: PlanningProblem, degrees: Degrees) -> Re
             detail="sequence_parallel=true splits the sequence over tensor-parallel ranks, and tp=1.",
             legal="sequence_parallel=false, or tp above 1",
         )
-    if problem.workload.seq % degrees.tp:
+    own = problem.workload.seq // degrees.cp
+    if own % degrees.tp:
+        part = f"a sequence of {own} tokens" + (f", of cp={degrees.cp} parts one," if degrees.cp > 1 else "")
         return Rejected(
             rule="sequence_parallel_divides",
-            detail=f"a sequence of {problem.workload.seq} tokens does not divide by tp={degrees.tp}.",
-            legal=_legal(divisors(problem.workload.seq), degrees.tp),
+            detail=f"{part} does not divide by tp={degrees.tp}.",
+            legal=legal_values(divisors(own), degrees.tp),
             fix="--seq",
         )
     return None
@@ -215,24 +208,13 @@ def zero_matches_shards(problem: PlanningProblem, degrees: Degrees) -> Rejected 
             detail=f"zero=0 shares nothing, and dp_shard={degrees.dp_shard}.",
             legal="dp_shard=1, or zero 1, 2 or 3",
         )
-    if degrees.zero is not Zero.NONE and degrees.dp_shard == 1:
+    if degrees.zero is not Zero.NONE and degrees.weight_shards == 1:
         return Rejected(
             rule="zero_matches_shards",
             detail=f"zero={int(degrees.zero)} shares state over data ranks, and there is one (dp_shard=1).",
-            legal="zero=0, or dp above 1",
+            legal="zero=0, or dp or cp above 1",
         )
     return None
-
-
-def axes_supported(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
-    """Context and expert parallelism are not planned yet."""
-    if degrees.cp == 1 and degrees.ep == 1:
-        return None
-    return Rejected(
-        rule="axes_supported",
-        detail=f"cp={degrees.cp}, ep={degrees.ep}: this version plans and executes tp, pp and dp.",
-        legal="cp=1 and ep=1",
-    )
 
 
 def positions_cover(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
@@ -249,7 +231,6 @@ def positions_cover(problem: PlanningProblem, degrees: Degrees) -> Rejected | No
 
 
 DEGREES_RULES: tuple[DegreesRule, ...] = (
-    axes_supported,
     world_matches,
     traced_layers_whole,
     heads_divide,
@@ -261,6 +242,7 @@ DEGREES_RULES: tuple[DegreesRule, ...] = (
     zero_matches_shards,
     batch_divides,
     schedule_legal,
+    *SPREAD_RULES,
 )
 
 

@@ -30,6 +30,13 @@ class Selective(StrEnum):
     MLP = "mlp"
 
 
+class Dispatch(StrEnum):
+    """How tokens are sent to the ranks of their experts: a copy for each, or one for each rank and node."""
+
+    ALL_TO_ALL = "all_to_all"
+    DEDUPLICATED = "deduplicated"
+
+
 @noun
 class Stack:
     """An engine, its attention kernel, the named set of its fused kernels, and whether blocks are compiled.
@@ -37,6 +44,11 @@ class Stack:
     `framework` is its full name where constants were fitted for that very one.
     `selective` is what selective recomputation means; None: what it does in that engine.
     `ampere_flash` is a flash kernel written for Ampere: FlashAttention-1 or 2, not cuDNN's or a later one.
+    `dispatch_bytes` are those of a value on its way to an expert; None: those of the compute precision.
+    `balanced` says that routing is forced to be even, as benchmarks do; `overlaps_gradients` that an engine
+    which can reduce gradients behind the backward pass is told to, `overlaps_dispatch` that tokens are sent
+    to experts behind another micro-batch's products, `graphed` that whole steps are replayed as CUDA graphs,
+    `fused_experts` that one kernel holds an expert's products and its activation.
     `kernels` is empty for the engine's usual ones; otherwise constants that were fitted for that name apply.
     """
 
@@ -47,6 +59,13 @@ class Stack:
     compiled: bool = False
     selective: Selective | None = None
     ampere_flash: bool = False
+    dispatch: Dispatch = Dispatch.ALL_TO_ALL
+    dispatch_bytes: int | None = None
+    balanced: bool = False
+    overlaps_gradients: bool = False
+    overlaps_dispatch: bool = False
+    graphed: bool = False
+    fused_experts: bool = False
 
     @property
     def recomputes(self) -> Selective:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from enum import IntEnum, StrEnum
 
 from planner.codec import noun
@@ -55,6 +56,22 @@ class Recompute(StrEnum):
     FULL = "full"
 
 
+class CpExchange(StrEnum):
+    """How ranks that share out a sequence meet each other's keys and values.
+
+    ring        K and V go round, a hop for each part of the sequence, behind the part's attention
+                (Ring Attention, arXiv 2310.01889; Transformer Engine's p2p, Megatron-LM's default)
+    gather      K and V of the whole sequence are gathered first, their gradients scattered after
+                (Llama 3, arXiv 2407.21783; torch's and so torchtitan's default)
+    all_to_all  ranks trade their part of the sequence for a part of the heads and back
+                (DeepSpeed Ulysses, arXiv 2309.14509)
+    """
+
+    RING = "ring"
+    GATHER = "gather"
+    ALL_TO_ALL = "all_to_all"
+
+
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "ep", "tp")
 """The axes of the rank grid, outermost first: neighbouring ranks share a tensor-parallel group."""
 
@@ -97,7 +114,10 @@ class Stage:
 class Degrees:
     """The global shape of a strategy: every degree, the schedule and the micro-batch.
 
-    dp = dp_replicate x dp_shard is the whole data-parallel degree. `chunks` is the number of stages that
+    dp = dp_replicate x dp_shard is the whole data-parallel degree. The `cp` ranks of a context-parallel group
+    share out each sequence and hold the same weights, so gradients are reduced over dp x cp. `ep` ranks
+    share out the routed experts and `etp` ranks each expert (None: as many as tp); both are carved out of
+    dp x cp x tp. `chunks` is the number of stages that
     each pipeline rank holds (one, two under V placement, any number when interleaved).
     """
 
@@ -113,6 +133,8 @@ class Degrees:
     micro_batch: int = 1
     num_micro_batches: int = 1
     sequence_parallel: bool = False
+    cp_exchange: CpExchange = CpExchange.RING
+    etp: int | None = None
 
     @property
     def dp(self) -> int:
@@ -121,6 +143,38 @@ class Degrees:
     @property
     def world(self) -> int:
         return self.tp * self.pp * self.dp * self.cp
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that meet other tokens with the same dense weights: their gradients are summed."""
+        return self.dp * self.cp
+
+    @property
+    def weight_shards(self) -> int:
+        """Ranks that share out the state of dense weights."""
+        return 1 if self.zero is Zero.NONE else self.dp_shard * self.cp
+
+    @property
+    def expert_tp(self) -> int:
+        """Ranks that share out one expert."""
+        return self.etp or self.tp
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that hold all routed experts of a layer, once."""
+        return self.ep * self.expert_tp
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks that meet other tokens with the same routed experts."""
+        return max(1, self.replicas * self.tp // self.expert_ranks)
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks that share out the state of routed experts."""
+        if self.zero is Zero.NONE:
+            return 1
+        return max(1, self.weight_shards * self.tp // self.expert_ranks)
 
     @property
     def stages(self) -> int:
@@ -154,9 +208,11 @@ class Degrees:
         parts.append(f"pp{self.pp}" + (f"x{self.chunks}" if self.chunks > 1 else ""))
         parts.append(f"dp{self.dp}")
         if self.cp > 1:
-            parts.append(f"cp{self.cp}")
+            parts.append(f"cp{self.cp}-{self.cp_exchange}")
         if self.ep > 1:
             parts.append(f"ep{self.ep}")
+        if self.etp is not None and self.etp != self.tp:
+            parts.append(f"etp{self.etp}")
         parts.append(f"zero{int(self.zero)}")
         parts.append(f"mb{self.micro_batch}x{self.num_micro_batches}")
         if self.pp > 1:
@@ -175,7 +231,11 @@ class Strategy:
 def even_stages(layers: int, stages: int, recompute: Recompute = Recompute.NONE) -> tuple[Stage, ...]:
     """`layers` blocks over `stages` stages as evenly as whole blocks allow, the extra ones first."""
     bounds = [stage * layers // stages for stage in range(stages + 1)]
-    sizes = sorted((b - a for a, b in itertools.pairwise(bounds)), reverse=True)
+    return sized_stages(sorted((b - a for a, b in itertools.pairwise(bounds)), reverse=True), recompute)
+
+
+def sized_stages(sizes: Sequence[int], recompute: Recompute = Recompute.NONE) -> tuple[Stage, ...]:
+    """Stages of so many blocks each, in order, all with one option."""
     result, first = [], 0
     for size in sizes:
         counts = RecomputeCounts(

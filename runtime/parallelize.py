@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from planner.errors import InputError, Problem
-from planner.execution import check_executed_schedule
+from planner.execution import check_executed_axes, check_executed_schedule
 from planner.model import ModelSpec
 from planner.plan import Plan
 from planner.strategy import AXES, Degrees, Recompute, Stage, Zero
@@ -63,6 +63,7 @@ def check_supported(plan: Plan) -> None:
     """Raises InputError with every part of the plan that this runtime cannot execute."""
     degrees = plan.strategy.degrees
     check_executed_schedule(degrees)
+    check_executed_axes(degrees)
     problems = [*_degree_problems(plan, degrees), *_tensor_problems(plan.model, plan.workload.seq, degrees)]
     if problems:
         raise InputError(*problems)

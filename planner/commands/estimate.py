@@ -25,8 +25,9 @@ BROKEN_RULE_EXIT = 3
     "fixed",
     multiple=True,
     metavar="KEY=VALUE",
-    help="A degree of the strategy: tp, pp, chunks, schedule, dp, zero, micro_batch, "
-    "sequence_parallel, recompute. What is left out is 1, or follows from the rest.",
+    help="A degree of the strategy: tp, pp, chunks, schedule, dp, cp, cp_exchange (ring, gather, "
+    "all_to_all), ep, etp (shards of one expert), zero, micro_batch, sequence_parallel, recompute. What is "
+    "left out is 1, or follows from the rest.",
 )
 @click.option(
     "-o",
@@ -68,7 +69,7 @@ def estimate(options: ProblemOptions, as_json: bool, fixed: tuple[str, ...], out
 
 def strategy_of(problem: PlanningProblem, pins: Pins) -> Strategy:
     """The strategy that pins describe: free degrees are 1, dp fills the cluster, stages are even."""
-    from planner.strategy import Degrees, Recompute, Schedule, Strategy, Zero, even_stages
+    from planner.strategy import CpExchange, Degrees, Recompute, Schedule, Strategy, Zero, even_stages
 
     tp, pp, cp = pins.tp or 1, pins.pp or 1, pins.cp or 1
     dp = pins.dp or max(1, problem.cluster.devices // (tp * pp * cp))
@@ -88,6 +89,8 @@ def strategy_of(problem: PlanningProblem, pins: Pins) -> Strategy:
         micro_batch=micro_batch,
         num_micro_batches=max(1, problem.workload.batch // (dp * micro_batch)),
         sequence_parallel=bool(pins.sequence_parallel),
+        cp_exchange=pins.cp_exchange or CpExchange.RING,
+        etp=pins.etp,
     )
     recompute = pins.recompute or Recompute.NONE
     return Strategy(degrees=degrees, stages=even_stages(problem.model.layers, degrees.stages, recompute))

@@ -68,12 +68,17 @@ def _time(plan: Plan) -> str:
 
 
 def _figures(plan: Plan, basis: str) -> str:
-    from planner.execution import not_executed, not_executed_workload, schedule_not_executed
+    from planner.execution import (
+        axes_not_executed,
+        not_executed,
+        not_executed_workload,
+        schedule_not_executed,
+    )
     from planner.units import format_bytes, format_seconds
 
     e = plan.estimate
     missing = not_executed(plan.model) + not_executed_workload(plan.workload)
-    missing += schedule_not_executed(plan.strategy.degrees)
+    missing += schedule_not_executed(plan.strategy.degrees) + axes_not_executed(plan.strategy.degrees)
     low, high = e.step_time_interval_s
     share = {name: getattr(e.coverage, name) for name in type(e.coverage).__dataclass_fields__}
     return pairs(

@@ -79,13 +79,19 @@ def train(plan_file: Path, steps: int | None, as_json: bool, **given: Any) -> in
     """
     from planner.commands.text import print_json
     from planner.commands.with_torch import require_torch
-    from planner.execution import check_executed, check_executed_schedule, check_executed_workload
+    from planner.execution import (
+        check_executed,
+        check_executed_axes,
+        check_executed_schedule,
+        check_executed_workload,
+    )
     from planner.plan import load_plan
 
     require_torch("train")
     plan = load_plan(plan_file)
     check_executed(plan.model, "train")
     check_executed_schedule(plan.strategy.degrees)
+    check_executed_axes(plan.strategy.degrees)
     check_executed_workload(plan.workload)
 
     from planner.codec import encode

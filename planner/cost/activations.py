@@ -21,7 +21,7 @@ import dataclasses
 from planner.cost.layer import LayerCost, LayerShape, block_saved_bytes
 from planner.cost.memory_constants import MemoryConstants
 from planner.feed_forward import Mlp
-from planner.kept import AttentionKernel
+from planner.kept import AttentionKernel, Kept
 from planner.model import Block, ModelSpec
 from planner.profile import LayerKind
 from planner.stack import Engine, Selective, Stack
@@ -133,5 +133,11 @@ def _selective_bytes(
             return whole - constants.probability_scale * _probability_bytes(block, shape)
         case Selective.MLP:
             kept = block.mlp.kept(block.hidden) if block.mlp else None
-            values = (kept.products + kept.elementwise) / shape.tp + kept.whole if kept else 0.0
+            values = _mlp_values(kept, shape) if kept else 0.0
             return whole - scale * (size * tokens * values - _fused_bytes(block, shape, stack))
+
+
+def _mlp_values(kept: Kept, shape: LayerShape) -> float:
+    """Values a token that an MLP or experts keep."""
+    routed = kept.routed * shape.expert_tp / shape.tp
+    return (kept.products + kept.elementwise) / shape.tp + kept.whole + routed

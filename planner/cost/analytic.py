@@ -13,6 +13,7 @@ from planner.cost import constants
 from planner.cost.gemm import GemmModel
 from planner.cost.layer import NOTHING, LayerCost, LayerShape, block_saved_bytes
 from planner.cost.physics import Physics, fitted_to_runs
+from planner.cost.products import cast_s, matrices_s, product_s
 from planner.cost.seconds import larger
 from planner.cost.trained import Trained, beside_frozen, without_lowest
 from planner.errors import InputError, Problem
@@ -21,10 +22,10 @@ from planner.kept import AttentionKernel, Kept
 from planner.model import Block, Layer, ModelSpec
 from planner.problem import PlanningProblem
 from planner.profile import LayerKind
-from planner.stack import Stack
+from planner.stack import Engine, Stack
 from planner.strategy import Recompute
 from planner.traced import TracedLayer
-from planner.workload import Adapters, Precision, Workload
+from planner.workload import Adapters, Precision
 
 
 @noun
@@ -32,17 +33,21 @@ class DeviceRates:
     """What the analytic model needs of a device: product rate, bandwidth, host floor of a block.
 
     `flops` is what large products reach. `by_shape` is the rate of products by their shape; None where a
-    profile measured the rate of large ones. `adapters_by_shape` is that of adapters, which stay in 16 bits
-    where the base is multiplied in fp8.
+    profile measured the rate of large ones. `precise` is that of products that stay in bf16 under fp8.
+    `fused` says that products with one input are one product. `imbalance` is that of experts.
     """
 
     flops: float
     by_shape: GemmModel | None
-    adapters_by_shape: GemmModel | None
     memory_bytes_per_s: float
     attention_flops: float
     physics: Physics
+    precise: GemmModel | None = None
     compiled: bool = False
+    graphed: bool = False
+    fused_experts: bool = False
+    fused: bool = False
+    imbalance: float = 1.0
     origin: str = "datasheet"
 
 
@@ -59,21 +64,25 @@ def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | No
         memory = problem.profile.constant("memory_bytes_per_s") or memory
     if flops is None or memory is None:
         return None
-    whole = peak if peak and not measured else flops / constants.GEMM_EFFICIENCY
+    precision = problem.workload.precision
+    precise = Precision.BF16 if precision is Precision.FP8 else precision
+    whole = device.peak_flops(precise) or peak
+    if measured or whole is None:
+        whole = flops / constants.GEMM_EFFICIENCY
     return DeviceRates(
         flops=flops,
-        by_shape=None if measured else GemmModel(device, problem.workload.precision),
-        adapters_by_shape=None if measured else GemmModel(device, _adapter_precision(problem.workload)),
+        by_shape=None if measured else GemmModel(device, precision),
+        precise=None if measured else GemmModel(device, precise),
         memory_bytes_per_s=memory,
         attention_flops=physics.attention_share * whole * _flash_carried(problem.stack, device.name),
         physics=physics,
         compiled=problem.stack.compiled,
+        graphed=problem.stack.graphed,
+        fused_experts=problem.stack.fused_experts,
+        fused=problem.stack.engine is Engine.MEGATRON,
+        imbalance=1.0 if problem.stack.balanced else physics.expert_imbalance,
         origin="fitted" if fitted_to_runs(problem.profile, problem.stack, device.name) else "datasheet",
     )
-
-
-def _adapter_precision(workload: Workload) -> Precision:
-    return Precision.BF16 if workload.precision is Precision.FP8 else workload.precision
 
 
 def _flash_carried(stack: Stack, device: str) -> float:
@@ -113,20 +122,14 @@ def analytic_cost(
             return _embedding_cost(model, shape, rates, frozen=adapters is not None)
 
 
-def _product_s(m: float, n: float, k: float, rates: DeviceRates, by_shape: GemmModel | None) -> float:
-    """Seconds of an (m, k) x (k, n) product: 2 m n k over the rate of its shape.
-
-    Where only the rate of large products is known, small dimensions are padded.
-    """
-    rate = by_shape.rate_flops(m, n, k) if by_shape else None
-    if rate is not None:
-        return 2.0 * m * n * k / (rate[0] * rates.physics.gemm_scale)
-    half = constants.GEMM_HALF_DIM
-    return 2.0 * m * n * k * (1 + half / n) * (1 + half / k) / rates.flops
-
-
 def _class_of(model: ModelSpec, shape: LayerShape) -> Layer:
     return model.classes()[shape.block] if shape.block else model.segments[0].block
+
+
+def core_s(model: ModelSpec, shape: LayerShape, rates: DeviceRates) -> tuple[float, float]:
+    """Seconds between a block's projections, forward and backward: what a ring hides its hops behind."""
+    block = _class_of(model, shape)
+    return _attention_s(block, shape, rates) if isinstance(block, Block) else (0.0, 0.0)
 
 
 def _layer_cost(
@@ -142,34 +145,38 @@ def _trained(
 ) -> Trained:
     """What training adds: the gradients of all weights, or adapters beside frozen ones."""
     if adapters is None:
-        return Trained(backward_products_s=_matrices_s(block, shape, rates))
+        return Trained(backward_products_s=matrices_s(block, shape, rates))
 
     def thin_s(m: float, n: float, k: float) -> float:
-        return _product_s(m, n, k, rates, rates.adapters_by_shape)
+        return product_s(m, n, k, rates, precise=True)
 
-    def product_s(m: float, n: float, k: float) -> float:
-        return _product_s(m, n, k, rates, rates.by_shape)
+    def whole_s(m: float, n: float, k: float) -> float:
+        return product_s(m, n, k, rates)
 
     thin = beside_frozen(block, shape, adapters, thin_s)
-    return without_lowest(thin, block, shape, product_s) if lowest else thin
+    return without_lowest(thin, block, shape, whole_s) if lowest else thin
 
 
 def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates, more: Trained) -> LayerCost:
     tokens, tp, size = shape.tokens, shape.tp, shape.precision.compute_bytes
-    products_s = _matrices_s(block, shape, rates)
+    products_s = matrices_s(block, shape, rates)
     attention_s, attention_backward_s = _attention_s(block, shape, rates)
     stream = block.hidden / (tp if shape.sequence_parallel else 1)
-    moved = _moved_values(block, shape, stream, rates.physics)
+    moved = _moved_values(block, shape, stream, rates)
     elementwise_s = size * tokens * moved / rates.memory_bytes_per_s
     beside_s = size * tokens * rates.physics.elementwise_scale / rates.memory_bytes_per_s
+    casts_s, casts_backward_s = cast_s(block, shape, rates)
     if rates.compiled:
         elementwise_s *= rates.physics.compiled_elementwise_share
         beside_s *= rates.physics.compiled_elementwise_share
     host_s = _host_s(block, shape, rates)
     again_host_s = constants.RECOMPUTE_HOST * host_s
     layer_s = rates.physics.layer_s * _launches(block, shape)
-    beside_forward_s = more.forward_products_s + more.forward_values * beside_s
-    beside_backward_s = more.backward_values * beside_s
+    if isinstance(block.mlp, Experts):
+        own_s = rates.physics.expert_s * block.mlp.count / shape.ep
+        layer_s += own_s * (rates.physics.graphed_share if rates.graphed else 1.0)
+    beside_forward_s = casts_s + more.forward_products_s + more.forward_values * beside_s
+    beside_backward_s = casts_backward_s + more.backward_values * beside_s
     forward_s = layer_s + larger(
         products_s + attention_s + elementwise_s + beside_forward_s, host_s * (1 + more.forward_launches)
     )
@@ -203,6 +210,8 @@ def _host_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
     if shape.tp > 1:
         modules = len(block.matrices()) + block.norms
         eager_s += physics.host_tp_forward_s * modules / constants.SHARDED_MODULES
+    if rates.graphed:
+        return eager_s * physics.graphed_share
     return eager_s * (physics.compiled_host_share if rates.compiled else 1.0)
 
 
@@ -234,12 +243,16 @@ def _activation_operators(mlp: FeedForward | None) -> int:
 def _attention_s(block: Block, shape: LayerShape, rates: DeviceRates) -> tuple[float, float]:
     """Seconds between the projections, forward and backward.
 
-    A flash kernel skips what is masked and computes scores again going back: 2.5 times. The others compute
+    A flash kernel skips what is masked and computes scores again going back: 2.5 times. So does a recurrent
+    mixer's scan, at a rate of its own. The others compute
     the whole square as batched products, twice going back, and read and write every probability.
     """
     flops = block.attention_flops_forward(shape.tokens, shape.seq) / shape.tp
     attentions = [mixer for mixer in block.mixers if isinstance(mixer, (Attention, LatentAttention))]
-    if shape.kernel is AttentionKernel.FLASH or not attentions:
+    if not attentions:
+        slower = rates.physics.attention_share / rates.physics.scan_share
+        return flops / rates.attention_flops * slower, 2.5 * flops / rates.attention_flops * slower
+    if shape.kernel is AttentionKernel.FLASH:
         forward_s = flops / rates.attention_flops
         return forward_s, 2.5 * forward_s
     square = sum(mixer.core_flops(shape.seq) / mixer.span.mean_keys(shape.seq) for mixer in attentions)
@@ -252,23 +265,13 @@ def _attention_s(block: Block, shape: LayerShape, rates: DeviceRates) -> tuple[f
     return products_s + passes_s, 2 * (products_s + passes_s)
 
 
-def _matrices_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
-    """Seconds of a block's forward products; each copy of an expert meets its even share of the tokens."""
-    total_s = 0.0
-    for matrix in block.matrices():
-        inputs, outputs = matrix.shard(shape.tp)
-        tokens = shape.tokens * matrix.used / matrix.copies
-        total_s += matrix.copies * _product_s(tokens, outputs, inputs, rates, rates.by_shape)
-    return total_s
-
-
 def _sublayers_kept(block: Block, shape: LayerShape) -> tuple[list[Kept], list[Kept]]:
     """What the mixers keep, and what the MLP keeps."""
     mixing = [mixer.kept(shape.seq, shape.kernel) for mixer in block.mixers]
     return mixing, [block.mlp.kept(block.hidden)] if block.mlp else []
 
 
-def _moved_values(block: Block, shape: LayerShape, stream: float, physics: Physics) -> float:
+def _moved_values(block: Block, shape: LayerShape, stream: float, rates: DeviceRates) -> float:
     """Values a token that element-wise kernels read and write.
 
     A norm reads and writes a stream, a residual addition moves three a sublayer. Around attention each
@@ -279,14 +282,17 @@ def _moved_values(block: Block, shape: LayerShape, stream: float, physics: Physi
     norms = max(block.norms, block.sublayers)
     values = 3 * block.sublayers * stream
     values += sum(2 * k.products + 2.5 * k.elementwise for k in mixing) / shape.tp
-    values += sum(2.5 * k.elementwise for k in feeding) / shape.tp
     values += 2 * sum(k.whole for k in mixing + feeding)
-    turned = 2 * _rotated_values(block, shape)
-    return (
-        2 * norms * stream * physics.norm_scale
-        + values * physics.elementwise_scale
-        + turned * physics.rotary_scale
-    )
+    activated = sum(2.5 * k.elementwise for k in feeding) / shape.tp
+    turned, physics = 2 * _rotated_values(block, shape), rates.physics
+    moved = 2 * norms * stream * physics.norm_scale
+    moved += values * physics.elementwise_scale + turned * physics.rotary_scale
+    if not isinstance(block.mlp, Experts):
+        return moved + activated * physics.elementwise_scale
+    unfused = block.mlp.expert.bias and not rates.fused_experts
+    rows = 2 * sum(k.routed for k in feeding) * shape.expert_tp / shape.tp
+    rows += activated * (constants.UNFUSED_ACTIVATION if unfused else 1)
+    return moved + rows * physics.routed_scale
 
 
 def _rotated_values(block: Block, shape: LayerShape) -> float:
@@ -299,7 +305,7 @@ def _rotated_values(block: Block, shape: LayerShape) -> float:
 def _widest_values(block: Block, shape: LayerShape) -> float:
     """Values a token that live for a moment at the widest place: one and a half times its products."""
     mixing, feeding = _sublayers_kept(block, shape)
-    return 1.5 * max(k.products + k.whole for k in mixing + feeding)
+    return 1.5 * max(k.products + k.whole + k.routed for k in mixing + feeding)
 
 
 def _traced_cost(layer: TracedLayer, shape: LayerShape, rates: DeviceRates) -> LayerCost:
@@ -309,7 +315,7 @@ def _traced_cost(layer: TracedLayer, shape: LayerShape, rates: DeviceRates) -> L
     """
     samples, size = shape.tokens / layer.tokens, shape.precision.compute_bytes
     products_s = sum(
-        product.count * _product_s(samples * product.m, product.n, product.k, rates, rates.by_shape)
+        product.count * product_s(samples * product.m, product.n, product.k, rates)
         for product in layer.products
     )
     products_s += samples * layer.core_flops / rates.attention_flops
@@ -334,13 +340,13 @@ def _head_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates, *, froze
     if model.vocab == 0:
         return NOTHING
     tokens, vocab, size = shape.tokens, model.vocab / shape.tp, shape.precision.compute_bytes
-    product_s = _product_s(tokens, vocab, model.token_width, rates, rates.by_shape)
+    projection_s = product_s(tokens, vocab, model.token_width, rates, precise=True)
     logits_s = rates.physics.head_scale * 4.0 * tokens * vocab * 4 / rates.memory_bytes_per_s
     stream = model.hidden / (shape.tp if shape.sequence_parallel else 1)
     logits_bytes = tokens * vocab * (4.0 + (size if size < 4 else 0))
     return LayerCost(
-        forward_s=product_s + logits_s,
-        backward_s=(1 if frozen else 2) * product_s + logits_s,
+        forward_s=projection_s + logits_s,
+        backward_s=(1 if frozen else 2) * projection_s + logits_s,
         saved_bytes=size * tokens * 2 * stream + logits_bytes,
         forward_transient_bytes=4.0 * tokens * vocab,
         backward_transient_bytes=tokens * vocab * (4.0 + size),

@@ -16,7 +16,8 @@ from itertools import accumulate
 
 from planner.cost import constants
 from planner.cost.activations import engine_bytes
-from planner.cost.analytic import analytic_cost, device_rates
+from planner.cost.analytic import analytic_cost, core_s, device_rates
+from planner.cost.context import with_context_buffers
 from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.memory_constants import memory_constants
 from planner.cost.physics import Physics
@@ -43,6 +44,7 @@ class LayerModel:
         model = problem.model
         self.classes, self.params_total = model.classes(), model.params_total
         self.attention = model.attention
+        self.params_routed = model.params_routed
         self.stream_width = model.stream_width
         each = [(segment.block.shape_key, segment.count) for segment in model.segments]
         self.keys = tuple(key for key, count in each for _ in range(count))
@@ -98,13 +100,19 @@ class LayerModel:
         each = [analytic_cost(model, shape, self.rates, adapters, lowest=end) for end in (False, True)]
         return each[0].backward_s - each[1].backward_s
 
+    def core_s(self, shape: LayerShape) -> tuple[float, float]:
+        """Forward and backward between a block's projections; (0, 0) where the device's rates are unknown."""
+        return core_s(self.problem.model, shape, self.rates) if self.rates else (0.0, 0.0)
+
     def _cost(self, shape: LayerShape) -> LayerCost:
         key = shape.block or shape_key(self.problem.model, shape.kind)
         like = [s for s in self.samples if s.kind is shape.kind and s.precision is shape.precision]
         same = [s for s in like if s.shape_key == key and _same_width(s, shape) and s.seq == shape.seq]
+        same = [] if shape.spreads else same
         if same:
             return _along_micro_batches(sorted(same, key=lambda s: s.micro_batch), shape)
         analytic = analytic_cost(self.problem.model, shape, self.rates)
+        analytic = with_context_buffers(analytic, self.problem.model, shape)
         near = min((s for s in like if s.shape_key == key), key=lambda s: _distance(s, shape), default=None)
         if near is None:
             return engine_bytes(analytic, self.problem.model, shape, self.problem.stack, self.memory)

@@ -17,6 +17,15 @@ HOST_BLOCK_FORWARD_S = 1.0e-3
 """Host time to launch one Llama block's forward in eager mode; its backward costs twice that. About 45
 launches of 10 us through autograd plus module hooks; 1B-shape steps on an H100 sit at this floor."""
 
+GROUPED_PRODUCTS = 4
+"""Products of experts that a device runs at once: streams of Transformer Engine's grouped product."""
+
+UNFUSED_ACTIVATION = 8
+"""Bytes that the activation of experts with biases moves over those of a fused one, where no kernel of its
+own fuses it: bias, halves, two clamps, sigmoid, two products and an offset, ten kernels that read and write
+fp32, 80 bytes a value against 10 (GPT-OSS's clamped SwiGLU as Megatron-Core writes it in tensor operations).
+"""
+
 BLOCK_LAUNCHES = 45
 """Operators of a block's forward that HOST_BLOCK_FORWARD_S stands for; a traced layer counts its own."""
 
@@ -41,8 +50,8 @@ SHARDED_MODULES = 9
 """Products and norms of a Llama block: modules whose inputs and outputs DTensor's hooks handle."""
 
 EAGER_LAUNCHES = 4
-"""Operators of a softmax that is not fused, over those of one that is: cast, scale, mask, softmax and cast for
-one kernel (Megatron-LM, forward_torch_softmax)."""
+"""Operators of a softmax that is not fused, over those of one that is: cast, scale, mask, softmax and cast
+for one kernel (Megatron-LM, forward_torch_softmax)."""
 
 EAGER_PASSES = 2.0
 """Times that those read and write every probability, over those of a fused kernel."""

@@ -238,6 +238,8 @@ def _busy(
             host_s=passing.host_s * stretch * times,
             tp_comm_s=passing.tp_s * times,
             dp_comm_s=passing.dp_s * times,
+            cp_comm_s=passing.cp_s * times,
+            ep_comm_s=passing.ep_s * times,
         )
     messages_s = replayed.unshard_s[rank] + replayed.reduce_s[rank]
     return total + TimeBreakdown(dp_comm_s=messages_s, optimizer_s=replayed.optimizer_s[rank])

@@ -6,7 +6,7 @@ from planner.codec import noun
 from planner.kept import AttentionKernel
 from planner.model import Block
 from planner.profile import LayerKind
-from planner.strategy import Recompute
+from planner.strategy import CpExchange, Recompute
 from planner.workload import Precision
 
 
@@ -14,7 +14,8 @@ from planner.workload import Precision
 class LayerShape:
     """Which layer, on how many tokens, in how many shards. `block` is the class of a block, by its key.
 
-    `rotary` is whether queries and keys are turned by their position.
+    `rotary` is whether queries and keys are turned by their position. A device holds `tokens` of its
+    sequences, which cp ranks share out; `etp` None: as many as tp.
     """
 
     kind: LayerKind
@@ -27,10 +28,24 @@ class LayerShape:
     block: str = ""
     kernel: AttentionKernel = AttentionKernel.FLASH
     rotary: bool = False
+    cp: int = 1
+    cp_exchange: CpExchange = CpExchange.RING
+    ep: int = 1
+    etp: int | None = None
 
     @property
     def tokens(self) -> int:
-        return self.micro_batch * self.seq
+        return self.micro_batch * self.seq // self.cp
+
+    @property
+    def expert_tp(self) -> int:
+        """Ranks that share out one expert."""
+        return self.etp or self.tp
+
+    @property
+    def spreads(self) -> bool:
+        """Whether more than tensor parallelism splits the layer, which no sample measures."""
+        return self.cp > 1 or self.ep > 1 or self.expert_tp != self.tp
 
 
 @noun
@@ -69,4 +84,5 @@ def block_saved_bytes(block: Block, shape: LayerShape, recompute: Recompute) -> 
         sequence_parallel=shape.sequence_parallel,
         recompute=recompute,
         kernel=shape.kernel,
+        expert_tp=shape.expert_tp,
     )

@@ -96,7 +96,7 @@ def _host(shape: ShapeModel, held: dict[int, StageCost]) -> dict[Moment, int]:
 
 def state_bytes(shape: ShapeModel, stage: StageCost) -> float:
     """What one device writes of a checkpoint: its fp32 weights, and the optimizer's state with them."""
-    kept, shards = resident(shape, stage), shape.degrees.dp_shard
+    kept, shards = resident(shape, stage), shape.degrees.weight_shards
     engine = shape.problem.stack.engine
     if shape.problem.workload.adapters is not None:
         return kept.grads + kept.optimizer  # the adapters and their state; the base is not written

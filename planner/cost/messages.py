@@ -56,19 +56,69 @@ class Messages:
         """The tensor-parallel group: neighbouring ranks."""
         return self._group(self.degrees.tp, self.degrees.tp)
 
+    @property
+    def _sharding(self) -> int:
+        """Neighbouring ranks among which state is shared out."""
+        return self.degrees.dp_shard * self.degrees.cp * self.degrees.tp
+
     def shard_group(self) -> Group:
         """The ranks that share out state."""
-        return self._group(self.degrees.dp_shard, self.degrees.dp_shard * self.degrees.cp * self.degrees.tp)
+        return self._group(self.degrees.weight_shards, self._sharding)
 
     def replicate_group(self) -> Group:
         """The ranks that hold the same shards."""
-        return self._group(self.degrees.dp_replicate, self.degrees.world // self.degrees.pp)
+        degrees = self.degrees
+        return self._group(degrees.replicas // degrees.weight_shards, degrees.world // degrees.pp)
+
+    def expert_shard_group(self) -> Group:
+        """The ranks that share out the state of routed experts."""
+        return self._group(self.degrees.expert_shards, self._sharding)
+
+    def expert_replicate_group(self) -> Group:
+        """The ranks that hold the same shards of routed experts."""
+        degrees = self.degrees
+        return self._group(degrees.expert_replicas // degrees.expert_shards, degrees.world // degrees.pp)
+
+    def cp_seconds(self, op: Op, size_bytes: float) -> float:
+        """Seconds of a message of context parallelism; a hop of its ring is as slow as the slowest."""
+        group = self._group(self.degrees.cp, self.degrees.cp * self.degrees.tp)
+        if op is Op.P2P:
+            group = Group(ranks=2, groups=group.groups * group.ranks // 2, spans_nodes=group.spans_nodes)
+        return self.physics.cp_scale * self.seconds(op, size_bytes, group)
+
+    def spread_origin(self) -> str:
+        """Where the figures of context- or expert-parallel messages come from."""
+        if self.degrees.cp == 1:
+            return self.comm(Op.ALL_TO_ALL, self.hidden_bytes(), self.ep_group()).origin
+        group = self._group(self.degrees.cp, self.degrees.cp * self.degrees.tp)
+        return self.comm(Op.ALL_GATHER, self.hidden_bytes(), group).origin
+
+    def ep_group(self) -> Group:
+        """The ranks that share out the routed experts."""
+        return self._group(self.degrees.ep, self.degrees.expert_ranks)
+
+    def expert_tp_group(self) -> Group:
+        """The ranks that share out one expert."""
+        return self._group(self.degrees.expert_tp, self.degrees.expert_tp)
+
+    def part_in_node(self, group: Group) -> Group:
+        """The ranks of a group that lie in one node."""
+        ranks = max(1, group.ranks // (group.nodes or 1))
+        return Group(ranks=ranks, groups=group.groups, spans_nodes=False)
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of one micro-batch that a tensor-parallel group holds."""
+        return self.degrees.micro_batch * self.problem.workload.seq / self.degrees.cp
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of a value of an activation."""
+        return self.problem.workload.precision.compute_bytes
 
     def hidden_bytes(self) -> float:
         """The residual stream of one micro-batch, whole."""
-        workload = self.problem.workload
-        tokens = self.degrees.micro_batch * workload.seq
-        return float(tokens * self.problem.model.hidden * workload.precision.compute_bytes)
+        return float(self.tokens * self.problem.model.hidden * self.value_bytes)
 
     def message_bytes(self) -> float:
         """What one stage sends to the next for one micro-batch, at the widest boundary of the model."""
@@ -99,25 +149,42 @@ class Messages:
         )
         return self.physics.pp_scale * self.seconds(Op.P2P, self.message_bytes() / shards, group)
 
-    def gather(self, params: float) -> Pass:
-        """All-gather of a unit's parameters in the compute precision, with copies in and out."""
-        if self.degrees.dp_shard == 1 or params == 0:
+    def gather(self, dense_params: float, routed_params: float = 0.0) -> Pass:
+        """All-gather of a unit's parameters in the compute precision, with copies in and out.
+
+        Those of routed experts are gathered over the fewer ranks that hold copies of them.
+        """
+        degrees, params = self.degrees, dense_params + routed_params
+        if max(degrees.weight_shards, degrees.expert_shards if routed_params else 1) == 1 or params == 0:
             return Pass()
-        size = params * self.problem.workload.precision.compute_bytes
+        size = params * self.value_bytes
         copies_s = self.constant("fsdp_gather_unit_s") + size * self.constant("fsdp_gather_copy_s_per_byte")
-        seconds = self.seconds(Op.ALL_GATHER, size, self.shard_group())
-        return Pass(host_s=copies_s, dp_s=self._data_parallel_s(seconds, self.degrees.dp_shard))
+        seconds = self.seconds(Op.ALL_GATHER, dense_params * self.value_bytes, self.shard_group())
+        routed = routed_params * self.value_bytes
+        seconds += self.seconds(Op.ALL_GATHER, routed, self.expert_shard_group())
+        return Pass(host_s=copies_s, dp_s=self._data_parallel_s(seconds, degrees.weight_shards))
 
     def reduce(self, unit: Unit) -> Pass:
-        """Reduction of one unit's gradients: scatter over shards, all-reduce over replicas."""
-        size, degrees = self.gradient_bytes() * unit.trained, self.degrees
-        if degrees.dp == 1 or size == 0:
+        """Reduction of one unit's gradients: scatter over shards, all-reduce over replicas.
+
+        Experts have replicas of their own: fewer, since more ranks share them out.
+        """
+        degrees, each = self.degrees, self.gradient_bytes()
+        ranks = max(degrees.replicas, degrees.expert_replicas if unit.routed_trained else 1)
+        if ranks == 1 or unit.trained == 0:
             return Pass()
         per_byte = self.constant(f"{self.wrapper}_reduce_copy_s_per_byte")
-        copies_s = self.constant(f"{self.wrapper}_reduce_unit_s") + size * per_byte
-        seconds = self.seconds(Op.REDUCE_SCATTER, size, self.shard_group())
-        seconds += self.seconds(Op.ALL_REDUCE, size / degrees.dp_shard, self.replicate_group())
-        return Pass(host_s=copies_s, dp_s=self._data_parallel_s(seconds, degrees.dp))
+        copies_s = self.constant(f"{self.wrapper}_reduce_unit_s") + each * unit.trained * per_byte
+        dense = each * (unit.trained - unit.routed_trained)
+        seconds = self._reduced_s(dense, self.shard_group(), self.replicate_group())
+        routed = each * unit.routed_trained
+        seconds += self._reduced_s(routed, self.expert_shard_group(), self.expert_replicate_group())
+        return Pass(host_s=copies_s, dp_s=self._data_parallel_s(seconds, degrees.replicas))
+
+    def _reduced_s(self, size_bytes: float, shards: Group, replicas: Group) -> float:
+        """Seconds of scattering gradients over shards and summing each over replicas."""
+        scatter_s = self.seconds(Op.REDUCE_SCATTER, size_bytes, shards)
+        return scatter_s + self.seconds(Op.ALL_REDUCE, size_bytes / shards.ranks, replicas)
 
     def gradient_bytes(self) -> float:
         """Bytes of each gradient as data ranks reduce it.
@@ -127,7 +194,7 @@ class Messages:
         """
         precision, engine = self.problem.workload.precision, self.problem.stack.engine
         if engine is Engine.DEEPSPEED or (engine is Engine.MEGATRON and precision is Precision.FP16):
-            return float(precision.compute_bytes)
+            return float(self.value_bytes)
         return 4.0
 
     def _data_parallel_s(self, seconds: float, ranks: int) -> float:

@@ -33,7 +33,7 @@ of 16 runs on an H100 with torch 2.11 and expandable segments (0.5 to 0.95 each)
 
 def resident(shape: ShapeModel, stage: StageCost) -> ParamBytes:
     """Weights, gradients and optimizer state of a stage."""
-    return shape.states.of(stage.params, stage.end_params)
+    return shape.states.of(stage.params, stage.end_params, stage.routed_params)
 
 
 def peak_bytes(shape: ShapeModel, stage: StageCost, alive: float) -> float:
@@ -54,10 +54,10 @@ def step_temporaries_bytes(shape: ShapeModel, stage: StageCost) -> float:
     """
     degrees, workload = shape.degrees, shape.problem.workload
     unit = stage.largest_unit_params
-    extra = {Optimizer.ADAFACTOR: 4 * unit / degrees.dp_shard, Optimizer.MUON: 6 * unit}
+    extra = {Optimizer.ADAFACTOR: 4 * unit / degrees.weight_shards, Optimizer.MUON: 6 * unit}
     bytes_ = extra.get(workload.optimizer, 0.0)
     if shape.problem.stack.engine is Engine.DEEPSPEED and workload.precision.compute_bytes < 4:
-        bytes_ += 4 * stage.params / degrees.dp_shard
+        bytes_ += 4 * stage.params / degrees.weight_shards
     return bytes_
 
 
@@ -76,10 +76,10 @@ def _pass_bytes(shape: ShapeModel, stage: StageCost) -> float:
 def _unit_buffer_bytes(shape: ShapeModel, stage: StageCost) -> float:
     """One unit's gathered weights (ZeRO 3) and the two ends of its gradient reduction."""
     degrees, size = shape.degrees, shape.problem.workload.precision.compute_bytes
-    if degrees.dp == 1:
+    if degrees.replicas == 1:
         return 0.0
     buffered = shape.problem.stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED)
-    reduce = 4 * stage.largest_unit_params * (1 + 1 / degrees.dp_shard)
+    reduce = 4 * stage.largest_unit_params * (1 + 1 / degrees.weight_shards)
     if buffered and degrees.zero < Zero.GRADIENTS:
         reduce = 0.0
     gathered = 2 * size * stage.largest_unit_params if degrees.zero is Zero.PARAMETERS else 0.0
@@ -91,7 +91,7 @@ def _unit_moments(shape: ShapeModel, stage: StageCost, alive: float, kept: Param
     degrees, size = shape.degrees, shape.problem.workload.precision.compute_bytes
     accumulates = degrees.num_micro_batches > 1
     base = kept.weights + kept.optimizer + (alive - 1) * stage.saved_bytes
-    extra = 4 / degrees.dp_shard if accumulates else 0.0
+    extra = 4 / degrees.weight_shards if accumulates else 0.0
     root = base + kept.grads + (size + 4 + extra) * stage.end_params
     loss = base + _loss_bytes(stage) + (kept.grads if accumulates else 0.0)
     blocks = [
@@ -154,7 +154,7 @@ def reserved_bytes(shape: ShapeModel, stage: StageCost, alive: float) -> float:
     size = problem.workload.precision.compute_bytes
     if not shape.overlaps or problem.stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
         return tensors
-    tokens = degrees.micro_batch * problem.workload.seq
+    tokens = shape.messages.tokens
     logits = size * tokens * problem.model.vocab / degrees.tp if stage.holds_head and size < 4 else 0.0
     if problem.stack.engine is Engine.NATIVE:
         return tensors + HOLE_SHARE * logits
@@ -163,8 +163,8 @@ def reserved_bytes(shape: ShapeModel, stage: StageCost, alive: float) -> float:
     blocks = [_block_bytes(shape, stage, index) for index in _blocks_to_try(stage.blocks)]
     compute = base + max(_loss_bytes(stage), *blocks) + shape.memory.workspace_bytes
     unit = max(stage.end_params, stage.largest_block_params)
-    outputs = 2 / degrees.dp_shard if degrees.num_micro_batches > 1 else 0.0
+    outputs = 2 / degrees.weight_shards if degrees.num_micro_batches > 1 else 0.0
     reduction = kept.grads + 4 * unit * (1 + outputs)
-    gathers = degrees.dp_shard > 1 and _reshards(shape)
+    gathers = degrees.weight_shards > 1 and _reshards(shape)
     gathering = size * max(stage.end_params, 2 * stage.largest_block_params) if gathers else 0.0
     return max(tensors, compute + reduction + gathering + HOLE_SHARE * logits)

@@ -14,6 +14,8 @@ class Pass:
     host_s: float = 0.0
     tp_s: float = 0.0
     dp_s: float = 0.0
+    cp_s: float = 0.0
+    ep_s: float = 0.0
 
     @property
     def work_s(self) -> float:
@@ -23,7 +25,7 @@ class Pass:
     @property
     def fixed_s(self) -> float:
         """Communication time, measured with the other ranks at work."""
-        return self.tp_s + self.dp_s
+        return self.tp_s + self.dp_s + self.cp_s + self.ep_s
 
     @property
     def total_s(self) -> float:
@@ -36,6 +38,8 @@ class Pass:
             host_s=self.host_s + other.host_s,
             tp_s=self.tp_s + other.tp_s,
             dp_s=self.dp_s + other.dp_s,
+            cp_s=self.cp_s + other.cp_s,
+            ep_s=self.ep_s + other.ep_s,
         )
 
     def __mul__(self, factor: float) -> Pass:
@@ -45,6 +49,8 @@ class Pass:
             host_s=self.host_s * factor,
             tp_s=self.tp_s * factor,
             dp_s=self.dp_s * factor,
+            cp_s=self.cp_s * factor,
+            ep_s=self.ep_s * factor,
         )
 
 
@@ -52,10 +58,22 @@ class Pass:
 class Unit:
     """A layer that data parallelism wraps as one: a block, or the root with the embedding and the head.
 
-    `trained` are the parameters that get gradients, and `tensors` how many tensors they are: all of `params`,
-    or adapters beside them.
+    `params` are those of one device's shard; `routed_params` those of experts among them, which are copied
+    over fewer ranks. `trained` are the parameters that get gradients, and `tensors` how many tensors they
+    are: all of `params`, or adapters beside them.
     """
 
     params: float
     tensors: int
     trained: float
+    routed_params: float = 0.0
+
+    @property
+    def dense_params(self) -> float:
+        """Parameters that every data rank holds."""
+        return self.params - self.routed_params
+
+    @property
+    def routed_trained(self) -> float:
+        """Parameters of routed experts that get gradients: all, or beside adapters none."""
+        return self.routed_params if self.trained == self.params else 0.0

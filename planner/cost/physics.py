@@ -49,10 +49,20 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
             meaning="share of the dense peak that a flash kernel reaches between the projections "
             "(FlashAttention-2, arXiv 2307.08691: 0.5 to 0.7 on A100; less on H100)",
         ),
+        "scan_share": Prior(
+            value=0.12, spread=0.5, low=0.01, high=0.6,
+            meaning="share of the dense peak that a recurrent mixer reaches between projections (as quick as "
+            "FlashAttention-2 at 2k tokens with a quarter of its FLOPs: Mamba-2, arXiv 2405.21060)",
+        ),
         "probability_passes": Prior(
             value=6.0, spread=1.0, low=1.0, high=60.0,
             meaning="times that a fused softmax and the products around it read or write every "
             "probability in the forward pass; separate operators do twice that",
+        ),
+        "cast_scale": Prior(
+            value=1.0, spread=0.5, low=0.1, high=6.0,
+            meaning="bytes that casts to fp8 move over those of one kernel for each operand: 2 read and "
+            "2 x 1 written for a value",
         ),
         "elementwise_scale": Prior(
             value=1.0, spread=0.7, low=0.1, high=6.0,
@@ -127,6 +137,52 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
             meaning="time of a block's products in the backward pass over twice their forward's (2.5 times "
             "of attention): their shapes differ, and weight gradients add up in fp32",
         ),
+        "cp_scale": Prior(
+            value=1.0, spread=0.5, low=0.2, high=6.0,
+            meaning="time of context-parallel messages over that of the same message alone",
+        ),
+        "cp_step_s": Prior(
+            value=0.0, spread=1e-4, low=0.0, high=5e-3,
+            meaning="what each hop of a ring, or each other message of context parallelism, takes besides: "
+            "launches, smaller kernels",
+        ),
+        "ep_scale": Prior(
+            value=1.0, spread=0.5, low=0.2, high=10.0,
+            meaning="time of sending tokens to experts and back over that of the same all-to-all alone",
+        ),
+        "ep_exposed": Prior(
+            value=1.0, spread=0.3, low=0.0, high=1.0,
+            meaning="share of it that nothing hides: all of it, unless micro-batches are interleaved",
+        ),
+        "ep_overlapped": Prior(
+            value=0.3, spread=0.2, low=0.0, high=1.0,
+            meaning="the same where one micro-batch's messages run behind another's products (Megatron's "
+            "overlap_moe_expert_parallel_comm)",
+        ),
+        "expert_s": Prior(
+            value=8e-5, spread=0.5, low=1e-6, high=2e-3,
+            meaning="what each of a device's experts takes in a forward besides, however few its rows: "
+            "kernels of its own, launched one by one; its backward twice that",
+        ),
+        "graphed_share": Prior(
+            value=0.2, spread=0.7, low=0.01, high=1.0,
+            meaning="share of the host's time, and of expert_s, that is left where whole steps are replayed "
+            "as CUDA graphs",
+        ),
+        "routed_scale": Prior(
+            value=1.5, spread=0.5, low=0.2, high=10.0,
+            meaning="bytes that kernels on rows of experts move (permutation, activation, weighted sum) over "
+            "those of fused ones",
+        ),
+        "expert_imbalance": Prior(
+            value=1.3, spread=0.2, low=1.0, high=4.0,
+            meaning="rows of the ep rank that has most over the mean. Megatron-MoE-ModelZoo, Qwen3-235B on "
+            "256 H100 at 16k tokens: 237 TFLOP/s with the model's own routing, 295 with an even one",
+        ),
+        "grouped_scale": Prior(
+            value=1.0, spread=0.3, low=0.2, high=2.0,
+            meaning="rate of products of experts over that of one product of as many rows as run at once",
+        ),
         "recompute_scale": Prior(
             value=1.0, spread=0.15, low=0.8, high=1.6,
             meaning="time of a forward that is run again over that of the first",
@@ -162,7 +218,9 @@ class Physics:
 
     gemm_scale: float
     attention_share: float
+    scan_share: float
     probability_passes: float
+    cast_scale: float
     elementwise_scale: float
     norm_scale: float
     rotary_scale: float
@@ -180,6 +238,16 @@ class Physics:
     pp_scale: float
     pp_exposed: float
     backward_scale: float
+    cp_scale: float
+    cp_step_s: float
+    ep_scale: float
+    ep_exposed: float
+    ep_overlapped: float
+    expert_s: float
+    graphed_share: float
+    routed_scale: float
+    expert_imbalance: float
+    grouped_scale: float
     recompute_scale: float
     head_scale: float
     optimizer_scale: float
@@ -231,7 +299,8 @@ def unfused_norms(stack: Stack) -> bool:
 
 def prior_of(name: str, stack: Stack) -> float:
     """The prior of a constant for a stack."""
-    if name == "dp_exposed" and stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
+    buffered = stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED)
+    if name == "dp_exposed" and buffered and not stack.overlaps_gradients:
         return 1.0  # both reduce after the last backward unless told to overlap
     if name == "host_tp_forward_s" and stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
         return 0.0  # tensor parallelism is written into their layers; its prior is that of DTensor's hooks

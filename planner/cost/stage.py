@@ -13,19 +13,19 @@ from planner.codec import noun
 from planner.cost import constants
 from planner.cost.comm import CommCost, CommModel
 from planner.cost.compute import LayerModel
+from planner.cost.context import Exchanged
 from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.memory_constants import process_groups
 from planner.cost.messages import Messages
 from planner.cost.passes import Pass, Unit
 from planner.cost.seconds import larger, smaller
+from planner.cost.spread import exchanged, experts_s, sent_again, summed_sublayers
 from planner.cost.states import States, states_of
 from planner.cost.wrapped import units_of
-from planner.model import Layer
 from planner.problem import PlanningProblem
 from planner.profile import LayerKind, Op
 from planner.stack import Engine
 from planner.strategy import Degrees, Recompute, Stage, Zero
-from planner.traced import TracedLayer
 
 
 @noun
@@ -34,9 +34,10 @@ class StageCost:
 
     `unshard_s` comes before the first forward of a step, `reduce_s` after the last backward,
     `optimizer_s` after the reduction of all stages. `params` are those of one device's shard by tensor
-    parallelism, before any sharding over data ranks; `end_params` those of embedding and head among them.
-    `saved_bytes` are kept for each micro-batch; `block_saved_bytes` of them by blocks. `frozen` weights have
-    no gradients: those of adapters beside them alone.
+    and expert parallelism, before any sharding over data ranks; `end_params` those of embedding and head
+    among them, `routed_params` those of routed experts. `saved_bytes` are kept for each micro-batch;
+    `block_saved_bytes` of them by blocks. `frozen` weights have no gradients: those of adapters beside them
+    alone.
     """
 
     forward: Pass
@@ -51,6 +52,7 @@ class StageCost:
     backward_transient_bytes: float
     blocks: int = 0
     end_params: float = 0.0
+    routed_params: float = 0.0
     largest_block_params: float = 0.0
     block_saved_bytes: float = 0.0
     block_transient_bytes: float = 0.0
@@ -85,12 +87,13 @@ class ShapeModel:
         communicates = self.overlaps and degrees.world > 1
         self.runtime_bytes = round(self.memory.communicator_bytes * process_groups(degrees) * communicates)
         self.classes = layers.classes
-        units = units_of(problem, self.classes, degrees.tp)
+        units = units_of(problem, self.classes, degrees)
         self.block_units, self.embedding_unit, self.head_unit = units.blocks, units.embedding, units.head
-        self.gathers = {unit: self.messages.gather(unit.params) for unit in units.all()}
+        gather = self.messages.gather
+        self.gathers = {unit: gather(unit.dense_params, unit.routed_params) for unit in units.all()}
         self.updates = self.gathers
         if problem.workload.adapters is not None:
-            self.updates = {unit: self.messages.gather(unit.trained) for unit in units.all()}
+            self.updates = {unit: gather(unit.trained) for unit in units.all()}
         self.reduces = {unit: self.messages.reduce(unit) for unit in units.all()}
         self._stages: dict[tuple[tuple[Chosen, ...], bool, bool], StageCost] = {}
         self._passes: dict[tuple[str, Recompute], tuple[Pass, Pass]] = {}
@@ -130,6 +133,10 @@ class ShapeModel:
             block=block,
             kernel=self.layer_model.kernel(degrees),
             rotary=self.problem.model.rotary,
+            cp=degrees.cp,
+            cp_exchange=degrees.cp_exchange,
+            ep=degrees.ep,
+            etp=degrees.etp,
         )
 
     def passes(self, key: str, option: Recompute) -> tuple[Pass, Pass]:
@@ -142,7 +149,7 @@ class ShapeModel:
         cost, plain = self.block(key, option), self.block(key)
         gather, scatter = self.messages.over_tp(Op.ALL_GATHER), self.messages.over_tp(Op.REDUCE_SCATTER)
         reduce = self.messages.over_tp(Op.ALL_REDUCE)
-        times = _sublayers(self.classes[key])
+        times = summed_sublayers(self.classes[key], self.degrees)
         sp = self.degrees.sequence_parallel
         once = times * (gather + scatter if sp else reduce)
         # PyTorch's recomputing stops at the last result that is needed, which spares the last reduction.
@@ -155,9 +162,21 @@ class ShapeModel:
         }
         extra_s = larger(cost.backward_s - plain.backward_s, 0.0)
         again_s = self.physics.recompute_scale * extra_s
-        forward = Pass(compute_s=cost.forward_s, tp_s=once)
-        backward = Pass(compute_s=cost.backward_s - extra_s, recompute_s=again_s, tp_s=once + again[option])
+        cp, ep_s = self._exchanged(key), experts_s(self.classes[key], self.messages)
+        cp_again, ep_again = sent_again(option, self.problem.stack)
+        forward = Pass(compute_s=cost.forward_s, tp_s=once, cp_s=cp.forward_s, ep_s=ep_s)
+        backward = Pass(
+            compute_s=cost.backward_s - extra_s,
+            recompute_s=again_s,
+            tp_s=once + again[option],
+            cp_s=cp.backward_s + cp_again * cp.forward_s,
+            ep_s=ep_s + ep_again * ep_s,
+        )
         return self._with_data_parallel(forward, backward, self.block_units[key])
+
+    def _exchanged(self, key: str) -> Exchanged:
+        shape = self.shape_of(LayerKind.BLOCK, Recompute.NONE, key)
+        return exchanged(self.classes[key], shape, self.messages, self.layer_model)
 
     def _end_passes(self, kind: LayerKind) -> tuple[Pass, Pass]:
         cost = self.layer(kind)
@@ -168,7 +187,7 @@ class ShapeModel:
             forward_tp, backward_tp = (scatter, gather) if sp else (reduce, 0.0)
             unit = self.embedding_unit
         else:
-            row = 4.0 * self.degrees.micro_batch * self.problem.workload.seq
+            row = 4.0 * self.messages.tokens
             loss = 3 * self.messages.seconds(Op.ALL_REDUCE, row, self.messages.tp_group())
             forward_tp, backward_tp = (gather + loss, scatter) if sp else (loss, reduce)
             unit = self.head_unit
@@ -193,7 +212,7 @@ class ShapeModel:
             forward, backward = forward + Pass(compute_s=gather_s), backward + Pass(compute_s=gather_s)
         if self.degrees.zero in (Zero.GRADIENTS, Zero.PARAMETERS):
             backward += Pass(compute_s=reduce_s)
-        if self.degrees.dp == 1:
+        if self.degrees.replicas == 1:
             return forward, backward
         forward += Pass(host_s=self.messages.constant(f"{self.messages.wrapper}_unit_forward_s"))
         backward += Pass(host_s=self.messages.constant(f"{self.messages.wrapper}_unit_backward_s"))
@@ -215,7 +234,7 @@ class ShapeModel:
         sharded = self.problem.stack.engine in (Engine.NATIVE, Engine.TORCHTITAN)
         if rates is None or not sharded or (profile is not None and profile.layers):
             return 0.0, 0.0
-        size, shards = self.problem.workload.precision.compute_bytes, self.degrees.dp_shard
+        size, shards = self.problem.workload.precision.compute_bytes, self.degrees.weight_shards
         cast = (4 + size) / shards if size < 4 else 0.0
         copied = 2 * size if shards > 1 else 0.0
         gathered = cast * unit.trained + copied * unit.params
@@ -225,8 +244,15 @@ class ShapeModel:
     def _accumulate_s(self, unit: Unit) -> float:
         """Adding a micro-batch's gradients to earlier ones; the first micro-batch of a step adds nothing."""
         more = 1 - 1 / self.degrees.num_micro_batches
-        kept = unit.trained / (self.degrees.dp_shard if self.degrees.zero >= Zero.GRADIENTS else 1)
+        kept = unit.trained
+        if self.degrees.zero >= Zero.GRADIENTS:
+            kept = self._sharded(unit)
         return self.messages.constant("grad_accumulate_s_per_param") * kept * more
+
+    def _sharded(self, unit: Unit) -> float:
+        """Trained parameters of a unit whose state one device keeps."""
+        degrees, routed = self.degrees, unit.routed_trained
+        return (unit.trained - routed) / degrees.weight_shards + routed / degrees.expert_shards
 
     def _exposed(self, passing: Pass, message: Pass) -> Pass:
         """The pass with a message beside it: hidden behind compute where the device overlaps.
@@ -294,6 +320,7 @@ class ShapeModel:
             reduce_s=self._reduce_s(units, backward.total_s),
             optimizer_s=self.optimizer_s(units),
             params=sum(unit.params * count for unit, count in units) - self._tied_params(first, last),
+            routed_params=sum(unit.routed_params * count for unit, count in units),
             largest_unit_params=max(unit.params for unit, _ in units),
             blocks=sum(blocks.values()),
             holds_head=last and self.problem.model.vocab > 0,
@@ -334,7 +361,7 @@ class ShapeModel:
 
     def _reduce_s(self, units: list[tuple[Unit, int]], backward_s: float) -> float:
         """ZeRO 0 and 1 reduce each unit once a step, behind the last backward where it overlaps."""
-        if self.degrees.dp == 1 or self.degrees.zero in (Zero.GRADIENTS, Zero.PARAMETERS):
+        if self.degrees.zero in (Zero.GRADIENTS, Zero.PARAMETERS):
             return 0.0
         each = [(self.once_s(self.reduces[unit]), count) for unit, count in units]
         total_s = sum(seconds * count for seconds, count in each)
@@ -345,7 +372,7 @@ class ShapeModel:
 
     def optimizer_s(self, units: list[tuple[Unit, int]]) -> float:
         """Clipping and the update of this device's shard: a cost a parameter and a cost a tensor."""
-        params = sum(unit.trained * count for unit, count in units) / self.degrees.dp_shard
+        params = sum(self._sharded(unit) * count for unit, count in units)
         tensors = sum(unit.tensors * count for unit, count in units)
         constant = self.messages.constant
         each = constant("optimizer_s_per_param") + constant("clip_s_per_param")
@@ -385,22 +412,24 @@ class ShapeModel:
         messages: list[tuple[CommCost, float]] = []
         if self.degrees.tp > 1:
             op = Op.ALL_GATHER if self.degrees.sequence_parallel else Op.ALL_REDUCE
-            sums = sum(2 * _sublayers(self.classes[key]) * count for key, count in blocks.items())
+            sums = sum(
+                2 * summed_sublayers(self.classes[key], self.degrees) * count for key, count in blocks.items()
+            )
             messages.append(
                 (self.messages.comm(op, self.messages.hidden_bytes(), self.messages.tp_group()), float(sums))
             )
-        if self.degrees.dp > 1:
-            group = (
-                self.messages.shard_group() if self.degrees.dp_shard > 1 else self.messages.replicate_group()
-            )
+        if self.degrees.replicas > 1:
+            sharded = self.degrees.weight_shards > 1
+            group = self.messages.shard_group() if sharded else self.messages.replicate_group()
             for key, count in blocks.items():
                 message = self.messages.comm(Op.ALL_REDUCE, 4.0 * self.block_units[key].trained, group)
                 messages.append((message, count / self.degrees.num_micro_batches))
+        for key, count in blocks.items():
+            cp = self._exchanged(key)
+            spread_s = cp.forward_s + cp.backward_s + 2 * experts_s(self.classes[key], self.messages)
+            if spread_s > 0:
+                origin = self.messages.spread_origin()
+                seconds[origin] = seconds.get(origin, 0.0) + count * spread_s
         for message, times in messages:
             seconds[message.origin] = seconds.get(message.origin, 0.0) + times * message.seconds
         return seconds
-
-
-def _sublayers(layer: Layer) -> int:
-    """Sublayers of a block whose results tensor parallelism sums over its ranks."""
-    return 0 if isinstance(layer, TracedLayer) else layer.sublayers

@@ -67,30 +67,38 @@ class ParamBytes:
 
 @noun
 class States:
-    """Bytes a parameter of blocks, and of the ends (embedding and head) where they differ."""
+    """Bytes a parameter of blocks, of the ends (embedding and head), and of routed experts."""
 
     block: ParamBytes
     end: ParamBytes
+    routed: ParamBytes
 
-    def of(self, params: float, end_params: float) -> ParamBytes:
-        """The bytes of `params` parameters of which `end_params` belong to the ends."""
-        if self.block == self.end:
+    def of(self, params: float, end_params: float, routed_params: float = 0.0) -> ParamBytes:
+        """The bytes of `params` parameters, of which some belong to the ends and to routed experts."""
+        if self.block == self.end == self.routed:
             return self.block * params
-        return self.block * (params - end_params) + self.end * end_params
+        rest = params - end_params - routed_params
+        return self.block * rest + self.end * end_params + self.routed * routed_params
 
 
 def states_of(problem: PlanningProblem, degrees: Degrees) -> States:
     """Bytes a parameter under a problem's engine, precision, optimizer and method."""
     model, optimizer = problem.model, problem.workload.optimizer
     block, end = state_rates(optimizer, model)
-    trained_block, trained_end = (_trained(problem, degrees, state) for state in (block, end))
+    n = degrees.weight_shards
+    trained_block, trained_end = (_trained(problem, degrees, state, n) for state in (block, end))
+    routed = _trained(problem, degrees, block, degrees.expert_shards)
     adapters = problem.workload.adapters
     if adapters is None:
-        return States(block=trained_block, end=trained_end)
+        return States(block=trained_block, end=trained_end, routed=routed)
     whole = sum(s.count * s.block.params_shard(degrees.tp) for s in model.segments)
     beside = sum(s.count * layer_adapter_params(adapters, s.block, degrees.tp) for s in model.segments)
-    frozen = _frozen(problem, degrees)
-    return States(block=frozen + trained_block * (beside / whole), end=frozen)
+    frozen = _frozen(problem, degrees, n)
+    return States(
+        block=frozen + trained_block * (beside / whole),
+        end=frozen,
+        routed=_frozen(problem, degrees, degrees.expert_shards) + routed * (beside / whole),
+    )
 
 
 def state_rates(optimizer: Optimizer, model: ModelSpec) -> tuple[float, float]:
@@ -111,28 +119,28 @@ def _layer_state_bytes(optimizer: Optimizer, layer: Layer) -> float:
     return sum(each) + optimizer.vector_state_bytes * vectors
 
 
-def _frozen(problem: PlanningProblem, degrees: Degrees) -> ParamBytes:
-    """A weight that is not trained: the compute precision's copy."""
-    shards = degrees.dp_shard if degrees.zero is Zero.PARAMETERS else 1
+def _frozen(problem: PlanningProblem, degrees: Degrees, n: int) -> ParamBytes:
+    """A weight that is not trained: the compute precision's copy; n ranks may share it out."""
+    shards = n if degrees.zero is Zero.PARAMETERS else 1
     size = problem.workload.precision.compute_bytes
     return ParamBytes(weights=size / shards, grads=0.0, optimizer=0.0)
 
 
-def _trained(problem: PlanningProblem, degrees: Degrees, state: float) -> ParamBytes:
-    """A weight that is trained; `state` bytes are the optimizer's."""
+def _trained(problem: PlanningProblem, degrees: Degrees, state: float, n: int) -> ParamBytes:
+    """A weight that is trained; `state` bytes are the optimizer's, n ranks share it out."""
     if problem.stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
-        return _with_master(problem, degrees, state)
-    zero, n, size = degrees.zero, degrees.dp_shard, problem.workload.precision.compute_bytes
+        return _with_master(problem, degrees, state, n)
+    zero, size = degrees.zero, problem.workload.precision.compute_bytes
     copied = size if zero in (Zero.OPTIMIZER, Zero.GRADIENTS) else 0
-    if zero is Zero.NONE and (degrees.dp > 1 or (size < 4 and problem.stack.engine is Engine.NATIVE)):
+    if zero is Zero.NONE and (degrees.replicas > 1 or (size < 4 and problem.stack.engine is Engine.NATIVE)):
         copied = size
     whole = zero is Zero.NONE or (zero is Zero.OPTIMIZER and degrees.num_micro_batches > 1)
     return ParamBytes(weights=4 / n + copied, grads=4.0 if whole else 4 / n, optimizer=state / n)
 
 
-def _with_master(problem: PlanningProblem, degrees: Degrees, state: float) -> ParamBytes:
+def _with_master(problem: PlanningProblem, degrees: Degrees, state: float, n: int) -> ParamBytes:
     """Weights in the compute precision, a master in fp32 beside the optimizer's state."""
-    zero, n, size = degrees.zero, degrees.dp_shard, problem.workload.precision.compute_bytes
+    zero, size = degrees.zero, problem.workload.precision.compute_bytes
     grads = memory_constants(problem).grad_bytes if size < 4 else 4.0
     master = 4 if size < 4 else 0
     return ParamBytes(

@@ -5,14 +5,15 @@ from __future__ import annotations
 from planner.adapters import adapted, layer_adapter_params
 from planner.codec import noun
 from planner.cost.passes import Unit
-from planner.model import Layer
+from planner.model import Block, Layer
 from planner.problem import PlanningProblem
+from planner.strategy import Degrees
 from planner.workload import Adapters
 
 
 @noun
 class Units:
-    """One tensor-parallel rank's units: blocks by the key of their class, embedding, head."""
+    """One device's units: blocks by the key of their class, embedding, head."""
 
     blocks: dict[str, Unit]
     embedding: Unit
@@ -23,23 +24,31 @@ class Units:
         return (*self.blocks.values(), self.embedding, self.head)
 
 
-def units_of(problem: PlanningProblem, classes: dict[str, Layer], tp: int) -> Units:
+def units_of(problem: PlanningProblem, classes: dict[str, Layer], degrees: Degrees) -> Units:
     """The units of a model; with adapters, a block trains these alone and the ends train nothing."""
-    model, adapters = problem.model, problem.workload.adapters
+    model, adapters, tp = problem.model, problem.workload.adapters, degrees.tp
     projection = model.vocab * model.token_width if model.tied_embeddings else 0
     return Units(
-        blocks={key: _block_unit(block, adapters, tp) for key, block in classes.items()},
+        blocks={key: _block_unit(block, adapters, degrees) for key, block in classes.items()},
         embedding=_end_unit(model.params_embedding / tp, 1 + bool(model.learned_positions), adapters),
         head=_end_unit((model.params_head + projection) / tp, 2, adapters),
     )
 
 
-def _block_unit(block: Layer, adapters: Adapters | None, tp: int) -> Unit:
-    params = block.params_shard(tp)
+def _block_unit(block: Layer, adapters: Adapters | None, degrees: Degrees) -> Unit:
+    """Shards of a block's weights by tp, and its share of the routed experts."""
+    params, routed = block.params_shard(degrees.tp), 0.0
+    if isinstance(block, Block):
+        routed = block.routed_params_shard(degrees.expert_tp) / degrees.ep
+        params += routed - block.routed_params_shard(degrees.tp)
     if adapters is None:
-        return Unit(params=params, tensors=block.tensors, trained=params)
-    tensors = 2 * len(adapted(block, adapters.modules))
-    return Unit(params=params, tensors=tensors, trained=layer_adapter_params(adapters, block, tp))
+        return Unit(params=params, tensors=block.tensors, trained=params, routed_params=routed)
+    return Unit(
+        params=params,
+        tensors=2 * len(adapted(block, adapters.modules)),
+        trained=layer_adapter_params(adapters, block, degrees.tp),
+        routed_params=routed,
+    )
 
 
 def _end_unit(params: float, tensors: int, adapters: Adapters | None) -> Unit:

@@ -38,8 +38,8 @@ class Run:
     """One measured run.
 
     `dp` is the whole data-parallel degree. `embedding` and `head` are false where a pipeline stage was run
-    without them. `memory_kind` says what `peak_memory_gib` is. `schedule` is a column of our own. `where` is
-    the file and line.
+    without them. `memory_kind` says what `peak_memory_gib` is. `schedule`, `etp` (shards of one expert) and
+    `cp_exchange` are columns of our own. `where` is the file and line.
     """
 
     id: str
@@ -90,6 +90,8 @@ class Run:
     device_used_gib: float | None = None
     notes: str = ""
     schedule: str = ""
+    etp: int | None = None
+    cp_exchange: str = ""
 
     @property
     def devices(self) -> int | None:

@@ -7,6 +7,7 @@ a RunSetup or a Rejected. What a row leaves open and has a usual value is filled
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from math import prod
 
@@ -22,6 +23,8 @@ from planner.rules import broken_rules
 from planner.runs.model import NamedModels, run_model
 from planner.runs.run import Run, RunRecompute, Status
 from planner.runs.software import (
+    run_cp_exchange,
+    run_etp,
     run_method,
     run_precision,
     run_schedule,
@@ -29,8 +32,9 @@ from planner.runs.software import (
     run_stack,
     run_zero,
     unmodelled,
+    usual_chunks,
 )
-from planner.strategy import Degrees, Recompute, Schedule, Strategy, Zero, even_stages
+from planner.strategy import Degrees, Recompute, Schedule, Strategy, Zero, even_stages, sized_stages
 from planner.workload import Precision, Workload
 
 MAX_ACTIONS = 2_000_000
@@ -38,6 +42,9 @@ MAX_ACTIONS = 2_000_000
 
 VOCAB_SHARD = 128
 """Megatron-LM pads the vocabulary to a multiple of this for each tensor-parallel rank."""
+
+REMATERIALISES = r"\bjax\b|maxtext|paxml"
+"""Frameworks that recompute a whole block unless told otherwise: MaxText's remat_policy is full."""
 
 WAIVED = ("tp_within_node", "tp_divides_heads", "positions_cover_sequence", "zero_matches_shards")
 """Rules of good plans that a run which really ran may have broken: its cost is still defined."""
@@ -97,7 +104,7 @@ class Setups:
         precision = run_precision(run, cluster.groups[0].device, assumed)
         if isinstance(precision, Rejected):
             return precision
-        degrees = _degrees(run, shape, assumed)
+        degrees = _degrees(run, shape, model.layers, assumed)
         if isinstance(degrees, Rejected):
             return degrees
         model = _padded(model, degrees, assumed)
@@ -175,24 +182,28 @@ def _shape(run: Run, assumed: list[str]) -> _Shape | Rejected:
     return _Shape(**{name: value or 1 for name, value in stated.items()})
 
 
-def _degrees(run: Run, shape: _Shape, assumed: list[str]) -> Degrees | Rejected:
+def _degrees(run: Run, shape: _Shape, layers: int, assumed: list[str]) -> Degrees | Rejected:
     batches = _micro_batches(run, shape.dp, assumed)
     if isinstance(batches, Rejected):
         return batches
     micro_batch, count = batches
-    chunks = run.chunks or 1
+    split = layers + 2 * ends_count(layers, shape.pp * (run.chunks or 1))
+    chunks = run.chunks or usual_chunks(run, split, shape.pp, count, assumed)
     schedule = run_schedule(run, shape.pp, chunks)
     if isinstance(schedule, Rejected):
         return schedule
-    if schedule is Schedule.INTERLEAVED and run.chunks is None:
+    if schedule is Schedule.INTERLEAVED and run.chunks is None and chunks == 1:
         return Rejected(rule="row_complete", detail="interleaved, and chunks unknown.")
-    zero = run_zero(run, shape.dp, assumed)
+    zero = run_zero(run, shape.dp * shape.cp, assumed)
     replicate = shape.dp if zero is Zero.NONE else run.dp_replicate or 1
     if shape.dp % replicate:
         return Rejected(rule="row_complete", detail=f"dp {shape.dp} is not whole shards x {replicate}.")
     chunks = chunks if shape.pp > 1 else 1
     if count * shape.pp * chunks > MAX_ACTIONS:
         return Rejected(rule="row_complete", detail=f"{count} micro-batches are too many to replay.")
+    exchange = run_cp_exchange(run, shape.cp, assumed)
+    if isinstance(exchange, Rejected):
+        return exchange
     return Degrees(
         tp=shape.tp,
         pp=shape.pp,
@@ -206,6 +217,8 @@ def _degrees(run: Run, shape: _Shape, assumed: list[str]) -> Degrees | Rejected:
         micro_batch=micro_batch,
         num_micro_batches=count,
         sequence_parallel=run_sequence_parallel(run, shape.tp, assumed),
+        cp_exchange=exchange,
+        etp=run_etp(run, shape.tp, shape.dp * shape.cp * shape.tp, assumed),
     )
 
 
@@ -247,13 +260,31 @@ def _padded(model: ModelSpec, degrees: Degrees, assumed: list[str]) -> ModelSpec
 
 
 def _strategy(run: Run, model: ModelSpec, degrees: Degrees, assumed: list[str]) -> Strategy:
-    stages = even_stages(model.layers, min(degrees.stages, model.layers), _recompute(run, assumed))
-    return Strategy(degrees=degrees, stages=stages)
+    recompute, count = _recompute(run, assumed), min(degrees.stages, model.layers)
+    if not ends_count(model.layers, count):
+        return Strategy(degrees=degrees, stages=even_stages(model.layers, count, recompute))
+    each = (model.layers + 2) // count
+    assumed.append(f"{each - 1} layers on the end stages")
+    return Strategy(
+        degrees=degrees, stages=sized_stages([each - 1, *[each] * (count - 2), each - 1], recompute)
+    )
+
+
+def ends_count(layers: int, stages: int) -> bool:
+    """Whether embedding and head take a layer's place each on the end stages, since stages divide evenly so.
+
+    Megatron-LM's account_for_embedding_in_pipeline_split and its twin; 126 and 94 layers are made for it.
+    """
+    even, each = layers % stages == 0, (layers + 2) / stages
+    return stages > 1 and not even and each == int(each) and each > 1
 
 
 def _recompute(run: Run, assumed: list[str]) -> Recompute:
-    """The nearest option of a block; without a word in the row, none."""
+    """The nearest option of a block; without a word in the row, none, but in JAX full."""
     match run.recompute:
+        case None if re.search(REMATERIALISES, run.framework.lower()):
+            assumed.append("recompute full")
+            return Recompute.FULL
         case None:
             assumed.append("recompute none")
             return Recompute.NONE

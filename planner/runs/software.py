@@ -13,8 +13,8 @@ from planner.cluster import Device
 from planner.estimate import Rejected
 from planner.kept import AttentionKernel
 from planner.runs.run import Run, RunRecompute
-from planner.stack import Engine, Selective, Stack
-from planner.strategy import Schedule, Zero
+from planner.stack import Dispatch, Engine, Selective, Stack
+from planner.strategy import CpExchange, Schedule, Zero
 from planner.workload import AdapterModules, Adapters, Method, Precision
 
 ENGINES: tuple[tuple[str, Engine], ...] = (
@@ -47,6 +47,44 @@ SHARDS_OPTIMIZER = r"nemo|bridge|megatron-core|mcore|nanotron"
 
 SHARDS_PARAMETERS = r"fsdp|torchtitan|zero-?3|maxtext|torch-reference"
 """Frameworks that share out parameters (ZeRO 3) unless told otherwise."""
+
+OVERLAPS_GRADIENTS = r"nemo|bridge|dp/pp comm overlap|overlap.{0,6}grad"
+"""Frameworks whose recipes reduce gradients behind the backward pass, and words that say so."""
+
+OVERLAPS_DISPATCH = r"a2a overlap|moe overlap"
+WHOLE_GRAPHS = r"full[- ]iteration cuda graph"
+GRAPHED_RECIPES = ((r"qwen3|deepseek", r"g?b[23]00", (26, 6)), (r"kimi", r"g?b[23]00", (26, 8)))
+FUSED_EXPERTS = ((r"gpt.?oss", r"gb[23]00", (26, 6)),)
+"""Releases (year, month of the NeMo container) from which Megatron-Bridge's MXFP8 recipes on Blackwell replay
+whole steps as CUDA graphs and send tokens behind another micro-batch's products (its pull requests 4211,
+4249, 4498, 4606, 4700 for 0.5.0 and 0.5.1, 5168 for 0.6.0), or fuse an expert's activation with its products
+(release notes of 0.5.1)."""
+
+INTERLEAVES = r"nemo|bridge"
+"""Frameworks whose recipes interleave stages wherever they have a pipeline: of 181 published rows that state
+it 175 do, most with two layers a chunk."""
+
+CHUNK_LAYERS = 2
+
+USUAL_EXCHANGE: Mapping[Engine, CpExchange] = {
+    Engine.MEGATRON: CpExchange.RING,
+    Engine.DEEPSPEED: CpExchange.ALL_TO_ALL,
+    Engine.TORCHTITAN: CpExchange.GATHER,
+    Engine.NATIVE: CpExchange.GATHER,
+}
+"""Megatron-LM's cp_comm_type is p2p, DeepSpeed's way is Ulysses, torch's context_parallel gathers."""
+
+ULYSSES = r"ulysses"
+DEDUPLICATES = r"\bdeepep\b|\bhybrid-?ep\b"
+FP8_DISPATCH = r"fp8 dispatch"
+BALANCED = r"force-balanced|forced? (load )?balanc"
+"""Benchmarks of routing that is forced to be even."""
+
+USUALLY_DEDUPLICATES = r"bridge"
+"""Megatron-Bridge's recipes dispatch by DeepEP on Hopper and HybridEP on Blackwell."""
+
+WHOLE_EXPERT_RECIPES = r"bridge|megatron-core moe"
+"""Frameworks whose recipes do not shard an expert, whatever tp is; Megatron-LM shards it as the rest."""
 
 SCHEDULES: tuple[tuple[str, str], ...] = (
     (r"zb-?2p\b", "zb-2p"),
@@ -114,6 +152,7 @@ def run_stack(run: Run, assumed: list[str]) -> Stack:
     if compiled is None:
         words = run.words
         compiled = bool(re.search(COMPILED, words)) and "no torch.compile" not in words
+    graphed = _graphed(run, assumed)
     return Stack(
         engine=run_engine(run.framework),
         framework=run.framework,
@@ -122,7 +161,80 @@ def run_stack(run: Run, assumed: list[str]) -> Stack:
         compiled=compiled,
         selective=Selective.MLP if run.recompute is RunRecompute.MLP else None,
         ampere_flash=bool(re.search(AMPERE_FLASH, run.words)) and not re.search(LATER_FLASH, run.words),
+        dispatch=_dispatch(run, assumed),
+        dispatch_bytes=1 if re.search(FP8_DISPATCH, run.words) else None,
+        balanced=bool(re.search(BALANCED, run.words)),
+        overlaps_gradients=bool(re.search(OVERLAPS_GRADIENTS, run.words)),
+        overlaps_dispatch=graphed or bool(re.search(OVERLAPS_DISPATCH, run.words)),
+        graphed=graphed,
+        fused_experts=graphed or _released(run, FUSED_EXPERTS),
     )
+
+
+def _graphed(run: Run, assumed: list[str]) -> bool:
+    """Whether whole steps are replayed as a CUDA graph: said in a text, or the recipe's since a release."""
+    if re.search(WHOLE_GRAPHS, run.words):
+        return True
+    if not _released(run, GRAPHED_RECIPES):
+        return False
+    assumed.append("whole steps in CUDA graphs, dispatch behind products")
+    return True
+
+
+def _released(run: Run, recipes: tuple[tuple[str, str, tuple[int, int]], ...]) -> bool:
+    """Whether a run of Megatron-Bridge in fp8 is of a release since which its recipe has something."""
+    release = re.search(r"\b(2\d)\.(\d\d)(?:\.\d\d)? nemo container", run.source.lower())
+    if release is None or "bridge" not in run.framework.lower() or run.precision.lower() != "fp8":
+        return False
+    made = int(release.group(1)), int(release.group(2))
+    return any(
+        re.search(model, run.model.lower()) and re.match(device, run.device) and made >= first
+        for model, device, first in recipes
+    )
+
+
+def _dispatch(run: Run, assumed: list[str]) -> Dispatch:
+    """How tokens are sent to experts: named in a text, or the framework's usual way."""
+    if run.ep is None or run.ep == 1:
+        return Dispatch.ALL_TO_ALL
+    if re.search(DEDUPLICATES, run.words):
+        return Dispatch.DEDUPLICATED
+    usual = bool(re.search(USUALLY_DEDUPLICATES, run.framework.lower())) and "a2a" not in run.words
+    found = Dispatch.DEDUPLICATED if usual else Dispatch.ALL_TO_ALL
+    assumed.append(f"dispatch {found}")
+    return found
+
+
+def run_cp_exchange(run: Run, cp: int, assumed: list[str]) -> CpExchange | Rejected:
+    """How context-parallel ranks exchange keys and values: stated, named in a text, or the engine's way."""
+    if cp == 1:
+        return CpExchange.RING
+    stated = run.cp_exchange.lower()
+    known: Mapping[str, CpExchange] = {str(exchange): exchange for exchange in CpExchange}
+    if stated:
+        found = known.get(stated)
+        legal = ", ".join(known)
+        return found or Rejected(rule="cp_exchange", detail=f"{stated} is not modelled.", legal=legal)
+    if re.search(ULYSSES, run.words):
+        return CpExchange.ALL_TO_ALL
+    usual = USUAL_EXCHANGE[run_engine(run.framework)]
+    assumed.append(f"cp_exchange {usual}")
+    return usual
+
+
+def run_etp(run: Run, tp: int, ranks: int, assumed: list[str]) -> int | None:
+    """Shards of each expert: stated, named in a text, or the framework's way; None: as many as tp.
+
+    `ranks` hold copies of all of a stage: where they are too few for shards of experts, there are none.
+    """
+    named = re.search(r"\betp[ =](\d{1,3})\b", run.words)
+    if run.etp is not None or named:
+        return run.etp or int(named.group(1) if named else 1)
+    if run.ep is None or run.ep == 1 or tp == 1:
+        return None
+    whole = bool(re.search(WHOLE_EXPERT_RECIPES, run.framework.lower())) or ranks % (run.ep * tp) > 0
+    assumed.append(f"etp {1 if whole else tp}")
+    return 1 if whole else None
 
 
 def _usual_attention(run: Run) -> AttentionKernel:
@@ -145,6 +257,20 @@ def run_precision(run: Run, device: Device, assumed: list[str]) -> Precision | R
         usual = Precision.FP16
     assumed.append(f"precision {usual}")
     return usual
+
+
+def usual_chunks(run: Run, layers: int, pp: int, micro_batches: int, assumed: list[str]) -> int:
+    """Chunks of a rank where a row leaves them open: as recipes of its framework do, else 1.
+
+    Chunks are of the fewest layers from CHUNK_LAYERS up that divide a rank's.
+    """
+    own, rest = divmod(layers, pp)
+    if pp == 1 or rest or micro_batches % pp or not re.search(INTERLEAVES, run.framework.lower()):
+        return 1
+    size = next(size for size in range(min(CHUNK_LAYERS, own), own + 1) if own % size == 0)
+    if own > size:
+        assumed.append(f"chunks {own // size}")
+    return own // size
 
 
 def run_schedule(run: Run, pp: int, chunks: int) -> Schedule | Rejected:

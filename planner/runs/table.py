@@ -32,7 +32,7 @@ TRUE, FALSE = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no")
 
 SIZES = ("hidden", "ffn", "heads", "kv_heads", "vocab", "experts", "topk", "expert_ffn")
 JOB_SIZES = ("seq_len", "micro_batch", "global_batch")
-DEGREES = ("nodes", "gpus_per_node", "tp", "pp", "chunks", "dp", "dp_replicate", "cp", "ep")
+DEGREES = ("nodes", "gpus_per_node", "tp", "pp", "chunks", "dp", "dp_replicate", "cp", "ep", "etp")
 FLAGS = ("gated_mlp", "tied_embeddings", "embedding", "head", "compile", "sequence_parallel")
 AMOUNTS = ("step_time_s", "peak_memory_gib", "peak_reserved_gib", "device_used_gib")
 TEXTS = (
@@ -47,6 +47,7 @@ TEXTS = (
     "fused_kernels",
     "notes",
     "schedule",
+    "cp_exchange",
 )
 NEEDED = ("device", "step_time_s", "peak_memory_gib", "status")
 """Of these at least one is a column of every table of runs."""

@@ -113,6 +113,9 @@ def _optimizer_bound_s(model: CostModel, shape: ShapeModel) -> float:
 
 def memory_bound_bytes(shape: ShapeModel) -> float:
     """No strategy of this shape keeps less on its fullest rank: the mean of weights, gradients, state."""
-    model, shards = shape.problem.model, shape.degrees.tp * shape.degrees.pp
+    model, degrees = shape.problem.model, shape.degrees
+    shards = degrees.tp * degrees.pp
     ends = (model.params_embedding + model.params_head) / shards
-    return shape.states.of(shape.layer_model.params_total / shards, ends).total
+    routed = shape.layer_model.params_routed / (degrees.expert_ranks * degrees.pp)
+    dense = (shape.layer_model.params_total - shape.layer_model.params_routed) / shards
+    return shape.states.of(dense + routed, ends, routed).total

@@ -1,8 +1,8 @@
 """Lower bounds of the step time of thousands of shapes at once, before any is modelled for itself.
 
-What the blocks compute and send over tensor-parallel ranks depends on tp, sequence parallelism and the
-micro-batch alone, and data parallelism only adds to it. So with W_k the passes of the whole model for one
-micro-batch without data parallelism, of each of the few k = (tp, sequence parallel, micro-batch),
+What the blocks compute and send over tensor-, context- and expert-parallel ranks depends on those degrees
+and the micro-batch alone, and data parallelism only adds to it. So with W_k the passes of the whole model for
+one micro-batch without data parallelism, of each of the few k = (those degrees, micro-batch),
 
     step time >= W_k x factor(schedule, p, m)          factor: planner.search.bounds
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from planner.cost.evaluate import CostModel
 from planner.cost.passes import Pass
 from planner.search.bounds import whole_passes
-from planner.strategy import Degrees, Recompute, Schedule
+from planner.strategy import CpExchange, Degrees, Recompute, Schedule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     Floats = np.ndarray[Any, np.dtype[np.float64]]
     Ints = np.ndarray[Any, np.dtype[np.int64]]
 
-Kind = tuple[int, bool, int, int]
-"""tp, sequence parallelism, micro-batch, devices."""
+Kind = tuple[int, bool, int, int, CpExchange, int, int | None, int]
+"""tp, sequence parallelism, micro-batch, cp and its exchange, ep, etp, devices."""
 
 
 def quick_bounds_s(model: CostModel, shapes: Sequence[Degrees], options: tuple[Recompute, ...]) -> Floats:
@@ -35,9 +35,7 @@ def quick_bounds_s(model: CostModel, shapes: Sequence[Degrees], options: tuple[R
     import numpy as np
 
     kinds: dict[Kind, int] = {}
-    which = np.asarray(
-        [kinds.setdefault((d.tp, d.sequence_parallel, d.micro_batch, d.world), len(kinds)) for d in shapes]
-    )
+    which = np.asarray([kinds.setdefault(_kind(degrees), len(kinds)) for degrees in shapes])
     passes = [_passes_alone(model, kind, options) for kind in kinds]
     work_s = np.asarray([each.work_s for each in passes])[which]
     fixed_s = np.asarray([each.fixed_s for each in passes])[which]
@@ -57,10 +55,23 @@ def quick_bounds_s(model: CostModel, shapes: Sequence[Degrees], options: tuple[R
     return shared
 
 
+def _kind(d: Degrees) -> Kind:
+    return d.tp, d.sequence_parallel, d.micro_batch, d.cp, d.cp_exchange, d.ep, d.etp, d.world
+
+
 def _passes_alone(model: CostModel, kind: Kind, options: tuple[Recompute, ...]) -> Pass:
     """Forward and backward of the whole model for one micro-batch, without data parallelism."""
-    tp, sequence_parallel, micro_batch, devices = kind
-    alone = Degrees(tp=tp, pp=devices // tp, sequence_parallel=sequence_parallel, micro_batch=micro_batch)
+    tp, sequence_parallel, micro_batch, cp, exchange, ep, etp, devices = kind
+    alone = Degrees(
+        tp=tp,
+        pp=devices // (tp * cp),
+        sequence_parallel=sequence_parallel,
+        micro_batch=micro_batch,
+        cp=cp,
+        cp_exchange=exchange,
+        ep=ep,
+        etp=etp,
+    )
     forward, backward = whole_passes(model.shape(alone), options)
     return forward + backward
 

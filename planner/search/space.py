@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from planner.codec import noun
+from planner.divisors import divisors
 from planner.errors import InputError, Problem
 from planner.estimate import Rejected
 from planner.execution import EXECUTED_SCHEDULES
 from planner.problem import PlanningProblem
-from planner.rules import broken_rule, divisors
-from planner.strategy import Degrees, Recompute, Schedule, Zero
+from planner.rules import broken_rule
+from planner.strategy import CpExchange, Degrees, Recompute, Schedule, Zero
 
 MAX_MICRO_BATCH = 64
 """Larger micro-batches than this are not tried: products are at full rate long before, memory is not."""
@@ -38,6 +39,8 @@ class Pins:
     micro_batch: int | None = None
     sequence_parallel: bool | None = None
     recompute: Recompute | None = None
+    cp_exchange: CpExchange | None = None
+    etp: int | None = None
 
     @property
     def recomputes(self) -> tuple[Recompute, ...]:
@@ -46,7 +49,7 @@ class Pins:
 
 
 _BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
-_CHOICES = {"schedule": Schedule, "recompute": Recompute}
+_CHOICES = {"schedule": Schedule, "recompute": Recompute, "cp_exchange": CpExchange}
 
 
 def parse_pins(texts: tuple[str, ...]) -> Pins:
@@ -130,6 +133,8 @@ def _with_data(
                         micro_batch=micro_batch,
                         num_micro_batches=max(1, local // micro_batch),
                         sequence_parallel=sequence_parallel,
+                        cp_exchange=pins.cp_exchange or CpExchange.RING,
+                        etp=pins.etp,
                     )
                     yield broken_rule(problem, degrees) or degrees
 

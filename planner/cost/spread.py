@@ -1,0 +1,51 @@
+"""What context and expert parallelism make of a block: what it sums over ranks, and what it sends besides."""
+
+from __future__ import annotations
+
+from planner.cost.compute import LayerModel
+from planner.cost.context import ContextCost, Exchanged
+from planner.cost.experts import expert_pass_s, spreads_experts
+from planner.cost.layer import LayerShape
+from planner.cost.messages import Messages
+from planner.feed_forward import Experts
+from planner.model import Block, Layer
+from planner.stack import Selective, Stack
+from planner.strategy import Degrees, Recompute
+from planner.traced import TracedLayer
+
+
+def summed_sublayers(layer: Layer, degrees: Degrees) -> int:
+    """Sublayers of a block whose results tensor parallelism sums over its ranks.
+
+    Experts that are shared out in their own way are not among them, unless shared experts are beside.
+    """
+    if isinstance(layer, TracedLayer):
+        return 0
+    apart = isinstance(layer.mlp, Experts) and not layer.mlp.shared and spreads_experts(layer, degrees)
+    return layer.sublayers - apart
+
+
+def sent_again(option: Recompute, stack: Stack) -> tuple[bool, bool]:
+    """Whether an option sends the exchange of attention, and that of experts, once more going back."""
+    if option is Recompute.NONE:
+        return False, False
+    if option is Recompute.FULL:
+        return True, True
+    return stack.recomputes is Selective.ATTENTION, stack.recomputes is Selective.MLP
+
+
+def exchanged(layer: Layer, shape: LayerShape, messages: Messages, layers: LayerModel) -> Exchanged:
+    """What a block's context-parallel exchange shows in either pass."""
+    if shape.cp == 1 or not isinstance(layer, Block):
+        return Exchanged()
+    bandwidth = layers.rates.memory_bytes_per_s if layers.rates else None
+    cost = ContextCost(shape, messages.cp_seconds, bandwidth)
+    return cost.block(layer, layers.core_s(shape), messages.physics.cp_step_s)
+
+
+def experts_s(layer: Layer, messages: Messages) -> float:
+    """What sending tokens to experts and back shows in one direction of a block."""
+    if not spreads_experts(layer, messages.degrees):
+        return 0.0
+    assert isinstance(layer, Block) and isinstance(layer.mlp, Experts), "checked before"
+    return expert_pass_s(messages, layer.mlp, layer.hidden)
