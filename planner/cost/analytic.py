@@ -177,14 +177,12 @@ def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates, more: Train
         layer_s += own_s * (rates.physics.graphed_share if rates.graphed else 1.0)
     beside_forward_s = casts_s + more.forward_products_s + more.forward_values * beside_s
     beside_backward_s = casts_backward_s + more.backward_values * beside_s
-    forward_s = layer_s + larger(
-        products_s + attention_s + elementwise_s + beside_forward_s, host_s * (1 + more.forward_launches)
-    )
+    busy_s = layer_s + products_s + attention_s + elementwise_s + beside_forward_s
+    forward_s = larger(busy_s, host_s * (1 + more.forward_launches))
     turned_s = products_s + more.backward_products_s + attention_backward_s
-    backward_s = 2 * layer_s + larger(
-        rates.physics.backward_scale * turned_s + 2 * elementwise_s + beside_backward_s,
-        host_s * (2 + more.backward_launches),
-    )
+    busy_backward_s = 2 * layer_s + rates.physics.backward_scale * turned_s
+    busy_backward_s += 2 * elementwise_s + beside_backward_s
+    backward_s = larger(busy_backward_s, host_s * (2 + more.backward_launches))
     again_s = {
         Recompute.NONE: 0.0,
         Recompute.SELECTIVE: larger(elementwise_s, 0.5 * host_s),
