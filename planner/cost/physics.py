@@ -79,12 +79,12 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
         ),
         "layer_s": Prior(
             value=0.0, spread=0.001, low=0.0, high=1e-2,
-            meaning="what the kernels of a Llama block's forward take however small they are: launches and tails "
-            "on the device; its backward twice that, under the host's floor",
+            meaning="what the kernels of a Llama block's forward take however small they are: launches and "
+            "tails on the device; its backward twice that, under the host's floor",
         ),
         "host_block_forward_s": Prior(
             value=constants.HOST_BLOCK_FORWARD_S, spread=0.7, low=1e-5, high=2e-2,
-            meaning="least time that the host takes to launch a Llama block's forward; others by their operators",
+            meaning="least time that the host takes to launch a Llama block's forward; others by operators",
         ),
         "compiled_host_share": Prior(
             value=0.3, spread=0.5, low=0.02, high=1.0,
