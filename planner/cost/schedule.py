@@ -20,12 +20,16 @@ arXiv 2104.04473); zero bubble (arXiv 2401.10241); DualPipe (arXiv 2412.19437).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from planner.cost.action import Action, ActionKind, Row, parse_action
 from planner.cost.table import Table, cell, parse_table, print_table
 from planner.cost.zero_bubble import dualpipev_row, zb_h1_row, zbv_row
 from planner.strategy import Schedule
+
+if TYPE_CHECKING:
+    from planner.cost.table import Ints
 
 __all__ = [
     "Action",
@@ -59,46 +63,50 @@ def build_table(schedule: Schedule, pp: int, chunks: int, num_micro_batches: int
     return Table([row(rank, pp, chunks, num_micro_batches) for rank in range(pp)], num_micro_batches)
 
 
-def _run(stage: int, kind: ActionKind, num_micro_batches: int) -> range:
+def _run(stage: int, kind: ActionKind, num_micro_batches: int) -> Ints:
     """A stage's actions of one kind, as codes in order of micro-batch."""
+    import numpy as np
+
     first = cell(stage, kind) * num_micro_batches
-    return range(first, first + num_micro_batches)
+    return np.arange(first, first + num_micro_batches)
 
 
-def _gpipe_row(rank: int, pp: int, chunks: int, num_micro_batches: int) -> list[int]:
+def _gpipe_row(rank: int, pp: int, chunks: int, num_micro_batches: int) -> Ints:
+    import numpy as np
+
     forwards = _run(rank, ActionKind.FORWARD, num_micro_batches)
-    return [*forwards, *_run(rank, ActionKind.BACKWARD, num_micro_batches)]
+    return np.concatenate([forwards, _run(rank, ActionKind.BACKWARD, num_micro_batches)])
 
 
-def _one_f_one_b_row(rank: int, pp: int, chunks: int, num_micro_batches: int) -> list[int]:
+def _one_f_one_b_row(rank: int, pp: int, chunks: int, num_micro_batches: int) -> Ints:
     """Rank i of p runs p - 1 - i forwards ahead, then alternates, so it keeps min(m, p - i) alive."""
     forwards = _run(rank, ActionKind.FORWARD, num_micro_batches)
     backwards = _run(rank, ActionKind.BACKWARD, num_micro_batches)
     return _alternate(forwards, backwards, warmup=pp - 1 - rank)
 
 
-def _interleaved_row(rank: int, pp: int, chunks: int, num_micro_batches: int) -> list[int]:
+def _interleaved_row(rank: int, pp: int, chunks: int, num_micro_batches: int) -> Ints:
     """Micro-batches go through the chunks in rounds of p; (p - 1 - i) * 2 + (v - 1) * p run ahead."""
-    forwards: list[int] = []
-    backwards: list[int] = []
-    for first in range(0, num_micro_batches, pp):
-        for chunk in range(chunks):
-            down = _run(chunk * pp + rank, ActionKind.FORWARD, num_micro_batches)
-            up = _run((chunks - 1 - chunk) * pp + rank, ActionKind.BACKWARD, num_micro_batches)
-            forwards += down[first : first + pp]
-            backwards += up[first : first + pp]
+    import numpy as np
+
+    each = range(chunks)
+    down = [_run(chunk * pp + rank, ActionKind.FORWARD, num_micro_batches) for chunk in each]
+    up = [_run(chunk * pp + rank, ActionKind.BACKWARD, num_micro_batches) for chunk in reversed(each)]
+    forwards, backwards = (
+        np.stack(runs).reshape(chunks, -1, pp).swapaxes(0, 1).ravel() for runs in (down, up)
+    )
     return _alternate(forwards, backwards, warmup=(pp - 1 - rank) * 2 + (chunks - 1) * pp)
 
 
-def _alternate(forwards: Sequence[int], backwards: Sequence[int], *, warmup: int) -> list[int]:
+def _alternate(forwards: Ints, backwards: Ints, *, warmup: int) -> Ints:
+    import numpy as np
+
     ahead = min(warmup, len(forwards))
-    steady = [0] * (2 * (len(forwards) - ahead))
-    steady[0::2] = forwards[ahead:]
-    steady[1::2] = backwards[: len(forwards) - ahead]
-    return [*forwards[:ahead], *steady, *backwards[len(forwards) - ahead :]]
+    steady = np.stack([forwards[ahead:], backwards[: len(forwards) - ahead]], axis=1).ravel()
+    return np.concatenate([forwards[:ahead], steady, backwards[len(forwards) - ahead :]])
 
 
-_ROWS: dict[Schedule, Callable[[int, int, int, int], list[int]]] = {
+_ROWS: dict[Schedule, Callable[[int, int, int, int], Ints]] = {
     Schedule.GPIPE: _gpipe_row,
     Schedule.ONE_F_ONE_B: _one_f_one_b_row,
     Schedule.INTERLEAVED: _interleaved_row,

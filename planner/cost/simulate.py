@@ -30,7 +30,7 @@ Span = tuple[float, float]
 
 @noun
 class PathTimes:
-    """When the actions of a longest path ran: the end of each place of the table's order."""
+    """When the actions of a longest path ran: the end of each place of the table's order, then of each row."""
 
     table: Table
     ends_s: list[float]
@@ -38,16 +38,17 @@ class PathTimes:
 
     def end_s(self, rank: int) -> float:
         """When the last action of a rank ended."""
-        return self.ends_s[self.table.order.rows[rank][-1]]
+        return self.ends_s[rank - len(self.table)]
 
     def spans(self, rank: int) -> list[Span]:
-        """The span of each action of a rank."""
-        ends = [self.ends_s[place] for place in self.table.order.rows[rank]]
-        m = self.table.num_micro_batches
-        return [
-            (end - self.cell_s[code // m], end)
-            for code, end in zip(self.table.codes[rank], ends, strict=True)
-        ]
+        """The span of each action of a rank; those without a place follow the action before at once."""
+        spans: list[Span] = []
+        end_s = self.ends_s[1 + rank]
+        cells = self.table.codes[rank] // self.table.num_micro_batches
+        for place, number in zip(self.table.order.rows[rank].tolist(), cells.tolist(), strict=True):
+            end_s = self.ends_s[place] if place else end_s + self.cell_s[number]
+            spans.append((end_s - self.cell_s[number], end_s))
+        return spans
 
 
 @noun
@@ -170,7 +171,7 @@ def replay(
     if sharing is None:
         totals = {key: [by_kind[kind].total_s for kind in KINDS] for key, by_kind in each.items()}
         cell_s = [seconds for stage in stages for seconds in totals[id(stage)]]
-        ends_s = table.order.ends_s(unshard_s, cell_s, p2p_s)
+        ends_s = table.order.times(unshard_s, cell_s).ends_s(p2p_s)
         times = PathTimes(table=table, ends_s=ends_s, cell_s=cell_s)
     else:
         times, stretch = _Shared(table, passes, p2p_s, sharing, devices_per_rank, unshard_s).run()

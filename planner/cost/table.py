@@ -10,7 +10,6 @@ what it costs depends on nothing else.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,18 +41,20 @@ def cell(stage: int, kind: ActionKind, *, paired: bool = False) -> int:
 class Table:
     """Rows of actions, one a pipeline rank. Equal where all actions are; never changed once made.
 
-    The order and arrays are made when they are first asked for.
+    The order and the counts are made when they are first asked for.
     """
 
-    __slots__ = ("_arrays", "_order", "codes", "num_micro_batches", "stages")
+    __slots__ = ("_counts", "_order", "codes", "num_micro_batches", "stages")
 
-    def __init__(self, codes: Iterable[Sequence[int]], num_micro_batches: int) -> None:
-        self.codes = tuple(codes)
+    def __init__(self, codes: Iterable[Sequence[int] | Ints], num_micro_batches: int) -> None:
+        import numpy as np
+
+        self.codes: tuple[Ints, ...] = tuple(np.asarray(row, dtype=np.int64) for row in codes)
         self.num_micro_batches = num_micro_batches
-        last = max((max(row) for row in self.codes if row), default=-1)
+        last = max((int(row.max()) for row in self.codes if len(row)), default=-1)
         self.stages = last // (num_micro_batches * len(KINDS)) + 1
         self._order: ActionOrder | None = None
-        self._arrays: dict[int, Ints] = {}
+        self._counts: tuple[dict[tuple[int, ActionKind], int], ...] | None = None
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Table:
@@ -70,14 +71,20 @@ class Table:
         m, kinds = self.num_micro_batches, len(KINDS)
         return tuple(
             Action(code // m // kinds, KINDS[code // m % kinds], code % m, code // m % kinds == PAIRED)
-            for code in self.codes[rank]
+            for code in self.codes[rank].tolist()
         )
 
     def __iter__(self) -> Iterator[Row]:
         return (self[rank] for rank in range(len(self)))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Table) and tuple(self) == tuple(other)
+        import numpy as np
+
+        return (
+            isinstance(other, Table)
+            and (len(self), self.num_micro_batches) == (len(other), other.num_micro_batches)
+            and all(np.array_equal(a, b) for a, b in zip(self.codes, other.codes, strict=True))
+        )
 
     def __hash__(self) -> int:
         return hash((len(self), self.stages, self.num_micro_batches))
@@ -96,22 +103,20 @@ class Table:
         """How many actions there are."""
         return sum(len(row) for row in self.codes)
 
-    def array(self, rank: int) -> Ints:
-        """The codes of a rank as an array."""
-        import numpy as np
-
-        if rank not in self._arrays:
-            self._arrays[rank] = np.asarray(self.codes[rank], dtype=np.int64)
-        return self._arrays[rank]
-
     def counts(self, rank: int) -> dict[tuple[int, ActionKind], int]:
         """How many actions of each stage and kind a rank runs."""
+        if self._counts is None:
+            self._counts = tuple(self._counted(row) for row in self.codes)
+        return self._counts[rank]
+
+    def _counted(self, row: Ints) -> dict[tuple[int, ActionKind], int]:
         import numpy as np
 
-        found: Counter[tuple[int, ActionKind]] = Counter()
-        counts = np.bincount(self.array(rank) // self.num_micro_batches)
-        for number in np.flatnonzero(counts).tolist():
-            found[number // len(KINDS), KINDS[number % len(KINDS)]] += int(counts[number])
+        found: dict[tuple[int, ActionKind], int] = {}
+        counts = np.bincount(row // self.num_micro_batches)
+        for number in counts.nonzero()[0].tolist():
+            key = number // len(KINDS), KINDS[number % len(KINDS)]
+            found[key] = found.get(key, 0) + int(counts[number])
         return found
 
     def stages_of(self, rank: int) -> list[int]:
@@ -126,18 +131,25 @@ class Table:
         """
         import numpy as np
 
-        stage, kind = np.divmod(self.array(rank) // self.num_micro_batches, len(KINDS))
-        changes = np.asarray([each.alive_change for each in KINDS])[kind]
-        counted = np.flatnonzero(changes)
-        stage, changes = stage[counted], changes[counted]
-        stages = sorted(set(stage.tolist()))
-        alive = np.stack([np.cumsum(np.where(stage == s, changes, 0)) for s in stages], axis=1)
+        number = self.codes[rank] // self.num_micro_batches
+        changes = np.asarray([each.alive_change for each in KINDS])[number % len(KINDS)]
+        counted = changes != 0
+        stage, changes = number[counted] // len(KINDS), changes[counted]
+        stages = self.stages_of(rank)
+        alive = np.cumsum((stage[:, None] == stages) * changes[:, None], axis=0)
         tops = alive[(changes > 0) & (np.append(changes[1:], -1) < 0)]
         if len(stages) == 1:
             return [{stages[0]: int(tops.max())}]
-        peaks = sorted({tuple(peak) for peak in tops.tolist()})
-        kept = [p for p in peaks if not any(q != p and _dominates(q, p) for q in peaks)]
-        return [dict(zip(stages, counts, strict=True)) for counts in kept]
+        return [dict(zip(stages, counts, strict=True)) for counts in _undominated(tops)]
+
+
+def _undominated(vectors: Ints) -> list[tuple[int, ...]]:
+    """The distinct vectors that no other exceeds in one place and reaches in all, in ascending order."""
+    import numpy as np
+
+    changed = np.any(vectors[1:] != vectors[:-1], axis=1)  # a steady state has the same few over and over
+    distinct = sorted(set(map(tuple, vectors[np.append(True, changed)].tolist())))
+    return [p for p in distinct if not any(q != p and _dominates(q, p) for q in distinct)]
 
 
 def _dominates(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
@@ -154,10 +166,10 @@ def print_table(table: Table) -> tuple[tuple[str, ...], ...]:
     return tuple(_print_row(row, table.num_micro_batches) for row in table.codes)
 
 
-def _print_row(codes: Sequence[int], num_micro_batches: int) -> tuple[str, ...]:
+def _print_row(codes: Ints, num_micro_batches: int) -> tuple[str, ...]:
     texts: list[str] = []
     first = ""
-    for code in codes:
+    for code in codes.tolist():
         number, micro_batch = divmod(code, num_micro_batches)
         stage, kind = divmod(number, len(KINDS))
         text = f"{stage}{KINDS[kind].value}{micro_batch}"
