@@ -3,12 +3,16 @@
 python -m bench.replay_speed [--out bench/results/NAME.json]
 
 An estimate is CostModel.evaluate from nothing: the layers' costs, the table, its replay with and without
-messages, the memory of every rank. Both are best and median of several runs in one process, imports done.
+messages, the memory of every rank; "again" with a model that has seen the layers and the table. The custom
+table is 1F1B's with backwards split at random, each W right behind its I: its order is found, too.
+
+Each is best and median of several runs in one process, imports done.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +27,8 @@ from planner.cluster_grammar import parse_cluster
 from planner.codec import write_atomic
 from planner.commands.text import table
 from planner.cost.evaluate import CostModel
+from planner.cost.schedule import Action, ActionKind, Table, build_table
+from planner.cost.table import cell
 from planner.problem import PlanningProblem
 from planner.search.quick_bounds import quick_bounds_s
 from planner.search.space import Pins, shapes
@@ -57,24 +63,57 @@ def milliseconds(run: Callable[[], object]) -> tuple[float, float]:
     return min(times), statistics.median(times)
 
 
+def timed(case: str, run: Callable[[], object], aim_ms: float) -> dict[str, object]:
+    """A row of the result."""
+    best, median = milliseconds(run)
+    return {"case": case, "best_ms": best, "median_ms": median, "aim": aim_ms}
+
+
 def estimates() -> list[dict[str, object]]:
-    """One estimate with every schedule."""
+    """One estimate with every schedule, and with a custom table."""
     problem = problem_of("gpt3-175b", "64x8:h100-sxm-80gb", seq=2048, batch=MICRO_BATCHES)
     rows: list[dict[str, object]] = []
     for schedule in Schedule:
-        degrees = Degrees(
-            tp=8,
-            pp=STAGES // schedule.least_chunks,
-            dp_replicate=schedule.least_chunks,
-            chunks=schedule.least_chunks,
-            schedule=schedule,
-            num_micro_batches=MICRO_BATCHES,
-        )
-        strategy = Strategy(degrees=degrees, stages=even_stages(problem.model.layers, STAGES))
-        best, median = milliseconds(lambda s=strategy: CostModel(problem).evaluate(s))  # type: ignore[misc]
-        rows.append(
-            {"case": f"estimate {schedule}", "best_ms": best, "median_ms": median, "aim": ESTIMATE_MS}
-        )
+        strategy = strategy_of(problem, schedule)
+        again = CostModel(problem)
+        cases: dict[str, Callable[[], object]] = {
+            f"estimate {schedule}": lambda s=strategy: CostModel(problem).evaluate(s),  # type: ignore[misc]
+            f"again {schedule}": lambda s=strategy, a=again: a.evaluate(s),  # type: ignore[misc]
+        }
+        rows += [timed(case, run, ESTIMATE_MS) for case, run in cases.items()]
+    strategy = strategy_of(problem, Schedule.ONE_F_ONE_B)
+    codes, m = custom_codes(strategy.degrees), MICRO_BATCHES
+    return [
+        *rows,
+        timed("estimate custom", lambda: CostModel(problem).evaluate(strategy, Table(codes, m)), ESTIMATE_MS),
+    ]
+
+
+def strategy_of(problem: PlanningProblem, schedule: Schedule) -> Strategy:
+    """STAGES even stages, MICRO_BATCHES micro-batches."""
+    degrees = Degrees(
+        tp=8,
+        pp=STAGES // schedule.least_chunks,
+        dp_replicate=schedule.least_chunks,
+        chunks=schedule.least_chunks,
+        schedule=schedule,
+        num_micro_batches=MICRO_BATCHES,
+    )
+    return Strategy(degrees=degrees, stages=even_stages(problem.model.layers, STAGES))
+
+
+def custom_codes(degrees: Degrees) -> list[list[int]]:
+    """The codes of 1F1B's rows, half of the backwards split in two."""
+    draw, m = random.Random(0), degrees.num_micro_batches
+    table = build_table(Schedule.ONE_F_ONE_B, degrees.pp, 1, m)
+    rows = []
+    for row in table:
+        actions: list[Action] = []
+        for action in row:
+            split = action.kind is ActionKind.BACKWARD and draw.random() < 0.5
+            kinds = (ActionKind.INPUT_GRAD, ActionKind.WEIGHT_GRAD) if split else (action.kind,)
+            actions += [action._replace(kind=kind) for kind in kinds]
+        rows.append([cell(a.stage, a.kind) * m + a.micro_batch for a in actions])
     return rows
 
 
@@ -85,10 +124,13 @@ def bounds() -> list[dict[str, object]]:
         problem = problem_of(name, "4x8:h100-sxm-80gb", seq=4096, batch=256)
         legal = [shape for shape in shapes(problem, Pins()) if isinstance(shape, Degrees)]
         many = list(islice(cycle(legal), SHAPES))
-        best, median = milliseconds(
-            lambda p=problem, d=many: quick_bounds_s(CostModel(p), d, Pins().recomputes)  # type: ignore[misc]
+        rows.append(
+            timed(
+                f"bounds {name}",
+                lambda p=problem, d=many: quick_bounds_s(CostModel(p), d, Pins().recomputes),  # type: ignore[misc]
+                BOUND_MS,
+            )
         )
-        rows.append({"case": f"bounds {name}", "best_ms": best, "median_ms": median, "aim": BOUND_MS})
     return rows
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from planner.codec import noun
@@ -20,7 +21,7 @@ from planner.cost.memory_constants import fitted_constant
 from planner.cost.passes import Pass
 from planner.cost.physics import usual_physics
 from planner.cost.schedule import ActionKind, Table, build_table
-from planner.cost.simulate import Replay, kind_passes, replay, sharing_of
+from planner.cost.simulate import PathTimes, Replay, kind_passes, replay, sharing_of
 from planner.cost.stage import ShapeModel, StageCost
 from planner.cost.trained import trained_flops_per_token
 from planner.cost.verdict import band, memory_band, verdict
@@ -36,6 +37,9 @@ from planner.problem import PlanningProblem
 from planner.strategy import Degrees, Strategy
 from planner.units import DAY_S
 
+TABLES = 32
+"""Tables that a cost model remembers: with its order, one of 64 stages x 512 micro-batches has 6 MB."""
+
 
 @noun
 class Evaluation:
@@ -49,7 +53,7 @@ class Evaluation:
 
 
 class CostModel:
-    """The cost model of one planning problem. It remembers layer and message costs between calls.
+    """The cost model of one planning problem. It remembers layer costs and tables between calls.
 
     `layers` are those of a problem that differs in its batch or its nodes at most, whose costs are shared;
     without them they are made, with the constants that the problem's profile has.
@@ -60,6 +64,7 @@ class CostModel:
         self.layers = layers or LayerModel(problem, usual_physics(problem))
         self.comms = CommModel(problem)
         self.sharing = sharing_of(problem)
+        self._tables = lru_cache(maxsize=TABLES)(build_table)
 
     def shape(self, degrees: Degrees) -> ShapeModel:
         """The stage costs under `degrees`."""
@@ -70,26 +75,37 @@ class CostModel:
         """The cost of each stage of a strategy."""
         return tuple(shape.stage(stage) for stage in strategy.stages)
 
-    def replay(
-        self, shape: ShapeModel, table: Table, costs: tuple[StageCost, ...], *, messages: bool = True
-    ) -> Replay:
-        """The replay of a table under these costs; without `messages`, hops between stages are free."""
-        hop_s = shape.messages.p2p_s() if messages else 0.0
-        return replay(table, costs, hop_s, self.sharing, shape.degrees.world // shape.degrees.pp)
+    def table(self, degrees: Degrees) -> Table:
+        """The table of a shape. Shapes of one pipeline share it, with its order."""
+        return self._tables(degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches)
 
-    def evaluate(self, strategy: Strategy) -> Evaluation:
-        """The estimate of a strategy that keeps the rules."""
+    def replay(self, shape: ShapeModel, table: Table, costs: tuple[StageCost, ...]) -> Replay:
+        """The replay of a table under these costs."""
+        per_rank = shape.degrees.world // shape.degrees.pp
+        return replay(table, costs, shape.messages.p2p_s(), self.sharing, per_rank)
+
+    def _hops_s(self, shape: ShapeModel, costs: tuple[StageCost, ...], replayed: Replay) -> float:
+        """What the step would be shorter by if messages between stages took no time."""
+        if shape.messages.p2p_s() == 0.0:
+            return 0.0
+        if isinstance(replayed.times, PathTimes):
+            free = dataclasses.replace(replayed, times=replayed.times.without_messages())
+        else:
+            per_rank = shape.degrees.world // shape.degrees.pp
+            free = replay(replayed.table, costs, 0.0, self.sharing, per_rank)
+        return replayed.step_time_s - free.step_time_s
+
+    def evaluate(self, strategy: Strategy, table: Table | None = None) -> Evaluation:
+        """The estimate of a strategy that keeps the rules, run by its schedule's table or by another."""
         degrees = strategy.degrees
         shape = self.shape(degrees)
-        table = build_table(degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches)
+        table = self.table(degrees) if table is None else table
         costs = self.stage_costs(shape, strategy)
         replayed = self.replay(shape, table, costs)
         ranks = memory_of_ranks(shape, table, costs)
         memory, fullest = _by_stage(ranks), max(ranks, key=lambda rank: rank.peak_bytes)
         figures = memory_figures(shape, fullest.held, fullest.parts)
-        free_s = self.replay(shape, table, costs, messages=False).step_time_s if degrees.pp > 1 else 0.0
-        hops_s = replayed.step_time_s - free_s if degrees.pp > 1 else 0.0
-        breakdown = time_breakdown(replayed, table, costs, hops_s)
+        breakdown = time_breakdown(replayed, table, costs, self._hops_s(shape, costs, replayed))
         return Evaluation(
             strategy=strategy,
             estimate=dataclasses.replace(

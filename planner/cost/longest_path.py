@@ -11,149 +11,123 @@ one pass over it. 64 stages with 512 micro-batches are 65,536 actions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from planner.codec import noun
-from planner.cost.action import ActionKind
-from planner.cost.table import KINDS, PAIRED, Table
+from planner.cost.table import KINDS, Table
 
 if TYPE_CHECKING:
     import numpy as np
 
     Ints = np.ndarray[Any, np.dtype[np.int64]]
 
-FEW = 3000
-"""Actions up to which a loop orders a table faster than numpy does."""
+WIDE = 12
+"""Rows from which numpy, a wave of all ranks at a time, orders a table faster than a loop over actions."""
 
 
 @noun
 class ActionOrder:
     """A table's actions in an order in which each comes after what it waits for.
 
-    Only those that wait for a message, or whose message is waited for, have a place: the others (weight
-    gradients, mostly) follow the action before them in their row at once, so what they take is counted to
-    the next place of the row. Places count from 1 + rows: place 0 is a time long ago, places 1 to rows are
-    where rows begin, and behind all others each row has one for its end.
+    Only those that wait for a message, or whose message is waited for, have a place, from 1 up; place 0 is a
+    time long ago. The others (weight gradients, mostly) follow the action before them in their row at once,
+    so what they take is counted to the next place of the row, or to the row's end.
 
-    `before` and `needed` are, for each place, that of the row before and that of the action that must have
-    sent (0: none), `cells` what the action costs. `passing_cells` are those of actions without a place,
-    `passing_into` the index of the place that they are counted to. `rows` has the place of every action of
-    a row (0: none), `lasts` the last place of each row before its end.
+    For each place, `ranks` is its row, `needed` the place of the action that must have sent, `cells` what it
+    costs. `passing_cells` are those of actions without a place, `passing_into` the index of the place that
+    they count to; rows' ends come behind all places. `rows` has the place of each action of a row, or 0.
     """
 
-    before: list[int]
+    ranks: list[int]
     needed: list[int]
     cells: Ints
     passing_cells: Ints
     passing_into: Ints
     rows: tuple[Ints, ...]
-    lasts: list[int]
 
-    def times(self, begin_s: Sequence[float], cell_s: Sequence[float]) -> OrderTimes:
-        """What the places take; row r may begin at begin_s[r]."""
+    def durations(self, cell_s: Sequence[float]) -> Durations:
+        """What the places take."""
         import numpy as np
 
-        each = np.asarray(cell_s)
-        passing = np.bincount(self.passing_into, each[self.passing_cells], len(self.before) + len(self.rows))
-        gaps = passing.tolist()
-        return OrderTimes(
-            order=self, begin_s=begin_s, gaps_s=gaps[: len(self.before)], own_s=each[self.cells].tolist(),
-            tails_s=gaps[len(self.before) :],
+        each, places = np.asarray(cell_s), len(self.needed)
+        passing = np.bincount(self.passing_into, each[self.passing_cells], places + len(self.rows)).tolist()
+        return Durations(
+            order=self,
+            before_s=passing[:places],
+            own_s=each[self.cells].tolist(),
+            last_s=passing[places:],
         )
 
 
 @noun
-class OrderTimes:
-    """Seconds of an order's places: before each, what passes in its row; of its own; behind the last."""
+class Durations:
+    """Seconds of an order's places: what passes before each in its row, its own, what ends its row."""
 
     order: ActionOrder
-    begin_s: Sequence[float]
-    gaps_s: list[float]
+    before_s: list[float]
     own_s: list[float]
-    tails_s: list[float]
+    last_s: list[float]
 
-    def ends_s(self, hop_s: float) -> list[float]:
-        """When the action of each place ends, a message between rows taking `hop_s`."""
-        ends = [-float("inf"), *self.begin_s]
-        append = ends.append
-        order = self.order
-        for before, needed, gap_s, own_s in zip(
-            order.before, order.needed, self.gaps_s, self.own_s, strict=True
+    def ends_s(self, begin_s: Sequence[float], hop_s: float) -> tuple[list[float], list[float]]:
+        """When the action of each place ends, and when each row does; row r may begin at begin_s[r]."""
+        ends, free = [-float("inf")], list(begin_s)
+        append, order = ends.append, self.order
+        for rank, needed, before_s, own_s in zip(
+            order.ranks, order.needed, self.before_s, self.own_s, strict=True
         ):
-            free, arrived = ends[before] + gap_s, ends[needed] + hop_s
-            append((free if free >= arrived else arrived) + own_s)
-        for last, tail_s in zip(order.lasts, self.tails_s, strict=True):
-            append(ends[last] + tail_s)
-        return ends
+            ready, arrived = free[rank] + before_s, ends[needed] + hop_s
+            free[rank] = end = (ready if ready >= arrived else arrived) + own_s
+            append(end)
+        return ends, [end + last_s for end, last_s in zip(free, self.last_s, strict=True)]
 
 
 def order_actions(table: Table) -> ActionOrder:
     """The order of a table. Raises ValueError where it waits for itself."""
     import numpy as np
 
-    lengths = [len(row) for row in table.codes]
-    cells, micro_batches = np.divmod(np.concatenate(table.codes), table.num_micro_batches)
-    total, ranks = len(cells), np.repeat(np.arange(len(lengths)), lengths)
-    needs = _needs(cells, micro_batches, ranks, table)
-    placed = needs < total
+    codes, lengths = np.concatenate(table.codes), [len(row) for row in table.codes]
+    ranks, rows = np.repeat(np.arange(len(lengths)), lengths), len(lengths)
+    needs = _needs(codes, ranks, table)
+    placed = needs < len(codes)
     placed[needs[placed]] = True
     index = np.concatenate([[0], np.cumsum(placed)])  # of an action among the placed, or of the next of them
     begins = np.concatenate([[0], np.cumsum(lengths)])
     starts, waits = index[begins], index[needs[placed]]
-    order = None
-    if len(waits) > FEW:
-        order = _in_step(cells[placed], _beat(table)[micro_batches[placed]], waits, starts)
-    if order is None:
-        order = _loop(waits, starts)
-    places = _places(order, len(lengths))
-    before, filled = places[np.arange(len(waits)) - 1], np.flatnonzero(np.diff(starts))
-    before[starts[filled]] = 1 + filled
-    own = index[:-1]
-    passing, ends = ~placed, starts[ranks + 1]
-    into = np.where(own < ends, places[own] - 1 - len(lengths), len(waits) + ranks)[passing]
+    order = _waves(waits, starts) if rows >= WIDE else _loop(waits, starts)
+    places = np.zeros(len(order) + 1, dtype=np.int64)
+    places[order] = 1 + np.arange(len(order))
+    passing, cells = ~placed, codes // table.num_micro_batches
+    after, row = index[:-1][passing], ranks[passing]
     return ActionOrder(
-        before=before[order].tolist(),
+        ranks=ranks[placed][order].tolist(),
         needed=places[waits[order]].tolist(),
         cells=cells[placed][order],
         passing_cells=cells[passing],
-        passing_into=into,
-        rows=tuple(np.split(np.where(placed, places[own], 0), begins[1:-1])),
-        lasts=np.where(np.diff(starts), places[starts[1:] - 1], 1 + np.arange(len(lengths))).tolist(),
+        passing_into=np.where(after < starts[row + 1], places[after] - 1, len(order) + row),
+        rows=tuple(np.split(np.where(placed, places[index[:-1]], 0), begins[1:-1])),
     )
 
 
-def _places(order: Ints, rows: int) -> Ints:
-    """Where each one stands in the order, behind the rows' beginnings; the last, which is none, at 0."""
-    import numpy as np
-
-    places = np.zeros(len(order) + 1, dtype=np.int64)
-    places[order] = 1 + rows + np.arange(len(order))
-    return places
-
-
-def _needs(cells: Ints, micro_batch: Ints, ranks: Ints, table: Table) -> Ints:
+def _needs(codes: Ints, ranks: Ints, table: Table) -> Ints:
     """For each action the one, on another rank, whose message it needs; the number of actions if none.
 
-    Where both are on one rank their order in the row is enough. A need that nothing meets, or that comes
-    later in the same row, is the action itself: that waits for ever.
+    Where both are on one rank their order in the row is enough. A need that nothing meets is the action
+    itself: that waits for ever.
     """
     import numpy as np
 
-    none, own = len(cells), np.arange(len(cells))
-    stage, kind = np.divmod(cells, len(KINDS))
-    needs = np.full(none, none)
-    forwards = np.asarray([k is ActionKind.FORWARD for k in KINDS])
-    for step, wanted in ((-1, forwards), (1, np.asarray([k.sends_gradients for k in KINDS]))):
-        sends = np.flatnonzero(wanted[kind])
-        sender = np.full((table.stages + 2, table.num_micro_batches), -1)
-        sender[stage[sends] + 1, micro_batch[sends]] = sends + (kind[sends] == PAIRED)
-        peer = stage[sends] + step
-        waits = sends[(peer >= 0) & (peer < table.stages)]
-        needs[waits] = sender[stage[waits] + step + 1, micro_batch[waits]]
-    needs = np.where(needs < 0, own, needs)
-    local = (needs < own) & (ranks[np.minimum(needs, none - 1)] == ranks)
-    return np.where(local, none, needs)
+    none = len(codes)
+    found = np.full(table.stages * len(KINDS) * table.num_micro_batches, -1)
+    found[codes] = np.arange(none)
+    by_stage = found.reshape(-1, len(KINDS), table.num_micro_batches)
+    forward, backward, inputs, _, paired = by_stage.swapaxes(0, 1)
+    down, up = np.maximum(forward, paired), np.maximum(backward, inputs)
+    sent = np.maximum(forward, paired + (paired >= 0))
+    needs = np.full(none + 1, none)  # one more, for actions that there are not
+    for own, sender in ((down[1:], sent[:-1]), (up[:-1], up[1:])):
+        local = (sender >= 0) & (sender < own) & (ranks[sender] == ranks[own])
+        needs[own] = np.where(local, none, np.where(sender < 0, own, sender))
+    return needs[:none]
 
 
 def _loop(needs: Ints, begins: Ints) -> Ints:
@@ -177,73 +151,30 @@ def _loop(needs: Ints, begins: Ints) -> Ints:
     return np.asarray(order, dtype=np.int64)
 
 
-def _beat(table: Table) -> Ints:
-    """When each micro-batch has its turn: by number, or where rows go through their stages in rounds of as
-    many micro-batches as there are rows, by how many forwards come before its first in a row."""
-    import numpy as np
+def _waves(needs: Ints, begins: Ints) -> Ints:
+    """An order, found by running, wave after wave, the next action of every row that can run.
 
-    m, rows = table.num_micro_batches, len(table)
-    turns: Ints = np.arange(m)
-    first = table.codes[0][: rows + 1] // m
-    if rows < m and len(first) > rows and first[0] == first[rows - 1] != first[rows]:
-        turns = turns // rows * rows * len(table.stages_of(0)) + turns % rows
-    return turns
-
-
-def _in_step(cells: Ints, turns: Ints, waits: Ints, starts: Ints) -> Ints | None:
-    """An order for tables with a steady state, without following it: by n turn + offset(role).
-
-    The n roles are an action's cell and the next one's in its row, which tells warm-up from steady state.
-    With d the least difference of turns over all actions of two roles one of which waits for the other,
-
-        offset(later) >= offset(earlier) + 1 - n d
-
-    has an answer, found by relaxing all at once up to n times, unless a circle of roles comes back in the
-    same turn. None then, and where there are too many roles for a table of their pairs.
+    Each row gets one more action at its end, which never can.
     """
     import numpy as np
 
-    roles, n = _roles(cells, starts)
-    if n * n > 64 * len(cells):
-        return None
-    earlier, later = _edges(waits, starts)
-    least = np.full(n * n, len(turns) * len(cells))
-    np.minimum.at(least, roles[later] * n + roles[earlier], turns[later] - turns[earlier])
-    pairs = np.flatnonzero(least < len(turns) * len(cells))  # in order of the later
-    more = 1 - n * least[pairs]
-    targets, begins = np.unique(pairs // n, return_index=True)
-    offsets = np.zeros(n, dtype=np.int64)
-    for _ in range(n + 1):
-        raised = np.maximum(np.maximum.reduceat(offsets[pairs % n] + more, begins), offsets[targets])
-        if np.array_equal(raised, offsets[targets]):
-            return np.argsort(n * turns + offsets[roles], kind="stable")
-        offsets[targets] = raised
-    return None
-
-
-def _roles(cells: Ints, starts: Ints) -> tuple[Ints, int]:
-    """The number of each action's role, and how many there are."""
-    import numpy as np
-
-    numbers, count = _renumbered(cells)
-    following = np.append(numbers[1:], count)
-    following[starts[1:][np.diff(starts) > 0] - 1] = count
-    return _renumbered(numbers * (count + 1) + following)
-
-
-def _renumbered(keys: Ints) -> tuple[Ints, int]:
-    """Keys as numbers without gaps, in the same order, and how many differ."""
-    import numpy as np
-
-    present = np.bincount(keys) > 0
-    return (np.cumsum(present) - 1)[keys], int(present.sum())
-
-
-def _edges(waits: Ints, starts: Ints) -> tuple[Ints, Ints]:
-    """Each pair of which the second waits for the first: neighbours in a row, senders and receivers."""
-    import numpy as np
-
-    follows = np.ones(len(waits), dtype=bool)
-    follows[starts[:-1][np.diff(starts) > 0]] = False
-    rows, receives = np.flatnonzero(follows), np.flatnonzero(waits < len(waits))
-    return np.concatenate([rows - 1, waits[receives]]), np.concatenate([rows, receives])
+    total, rows = len(needs), len(begins) - 1
+    own = np.insert(np.arange(total), begins[1:], total)
+    shifted = np.append(np.arange(total) + np.repeat(np.arange(rows), np.diff(begins)), total + rows)
+    waits = np.insert(shifted[needs], begins[1:], total + rows + 1)
+    done = np.zeros(total + rows + 2, dtype=bool)
+    done[total + rows] = True  # nothing is needed
+    positions = begins[:-1] + np.arange(rows)
+    waves: list[Ints] = [np.empty(0, dtype=np.int64)]
+    found = 0
+    while found < total:
+        ready = done[waits[positions]]
+        wave = positions[ready]
+        if not len(wave):
+            raise ValueError("the schedule table waits for itself")
+        done[wave] = True
+        positions += ready
+        waves.append(wave)
+        found += len(wave)
+    order: Ints = own[np.concatenate(waves)]
+    return order

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from planner.codec import noun
 from planner.cost import constants
 from planner.cost.action import Action, ActionKind
+from planner.cost.longest_path import Durations
 from planner.cost.passes import Pass
 from planner.cost.stage import StageCost
 from planner.cost.table import KINDS, Table
@@ -30,20 +31,28 @@ Span = tuple[float, float]
 
 @noun
 class PathTimes:
-    """When the actions of a longest path ran: the end of each place of the table's order, then of each row."""
+    """When the actions of a longest path ran: the ends of the places in the table's order, and of rows."""
 
     table: Table
+    durations: Durations
+    begin_s: Sequence[float]
     ends_s: list[float]
+    row_ends_s: list[float]
     cell_s: list[float]
+
+    def without_messages(self) -> PathTimes:
+        """The same where messages take no time."""
+        ends_s, row_ends_s = self.durations.ends_s(self.begin_s, 0.0)
+        return dataclasses.replace(self, ends_s=ends_s, row_ends_s=row_ends_s)
 
     def end_s(self, rank: int) -> float:
         """When the last action of a rank ended."""
-        return self.ends_s[rank - len(self.table)]
+        return self.row_ends_s[rank]
 
     def spans(self, rank: int) -> list[Span]:
         """The span of each action of a rank; those without a place follow the action before at once."""
         spans: list[Span] = []
-        end_s = self.ends_s[1 + rank]
+        end_s = self.begin_s[rank]
         cells = self.table.codes[rank] // self.table.num_micro_batches
         for place, number in zip(self.table.order.rows[rank].tolist(), cells.tolist(), strict=True):
             end_s = self.ends_s[place] if place else end_s + self.cell_s[number]
@@ -171,8 +180,16 @@ def replay(
     if sharing is None:
         totals = {key: [by_kind[kind].total_s for kind in KINDS] for key, by_kind in each.items()}
         cell_s = [seconds for stage in stages for seconds in totals[id(stage)]]
-        ends_s = table.order.times(unshard_s, cell_s).ends_s(p2p_s)
-        times = PathTimes(table=table, ends_s=ends_s, cell_s=cell_s)
+        durations = table.order.durations(cell_s)
+        ends_s, row_ends_s = durations.ends_s(unshard_s, p2p_s)
+        times = PathTimes(
+            table=table,
+            durations=durations,
+            begin_s=unshard_s,
+            ends_s=ends_s,
+            row_ends_s=row_ends_s,
+            cell_s=cell_s,
+        )
     else:
         times, stretch = _Shared(table, passes, p2p_s, sharing, devices_per_rank, unshard_s).run()
         slow = sharing.slowdown(devices_per_rank * len(table))

@@ -136,24 +136,27 @@ class Table:
         counted = changes != 0
         stage, changes = number[counted] // len(KINDS), changes[counted]
         stages = self.stages_of(rank)
-        alive = np.cumsum((stage[:, None] == stages) * changes[:, None], axis=0)
-        tops = alive[(changes > 0) & (np.append(changes[1:], -1) < 0)]
+        alive = np.cumsum((stage == np.reshape(stages, (-1, 1))) * changes, axis=1)
+        tops = alive[:, (changes > 0) & (np.append(changes[1:], -1) < 0)]
         if len(stages) == 1:
             return [{stages[0]: int(tops.max())}]
         return [dict(zip(stages, counts, strict=True)) for counts in _undominated(tops)]
 
 
 def _undominated(vectors: Ints) -> list[tuple[int, ...]]:
-    """The distinct vectors that no other exceeds in one place and reaches in all, in ascending order."""
+    """The distinct columns that no other reaches everywhere and exceeds somewhere, in ascending order.
+
+    Again and again one with the greatest sum, which nothing that is left can exceed.
+    """
     import numpy as np
 
-    changed = np.any(vectors[1:] != vectors[:-1], axis=1)  # a steady state has the same few over and over
-    distinct = sorted(set(map(tuple, vectors[np.append(True, changed)].tolist())))
-    return [p for p in distinct if not any(q != p and _dominates(q, p) for q in distinct)]
-
-
-def _dominates(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    return all(x >= y for x, y in zip(a, b, strict=True))
+    kept: list[tuple[int, ...]] = []
+    vectors = np.asarray(list(set(zip(*vectors.tolist(), strict=True)))).T  # a steady state repeats a few
+    while vectors.size:
+        greatest = vectors[:, vectors.sum(axis=0).argmax()]
+        kept.append(tuple(greatest.tolist()))
+        vectors = vectors[:, (vectors > greatest[:, None]).any(axis=0)]
+    return sorted(kept)
 
 
 def parse_table(rows: tuple[tuple[str, ...], ...]) -> Table:

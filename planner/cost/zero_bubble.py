@@ -36,9 +36,10 @@ class _RowWriter:
         self.num_micro_batches = num_micro_batches
 
     def rounds(self, count: int, *actions: tuple[int, ActionKind], paired: bool = False) -> Ints:
-        """Writes `count` times the actions given as (stage, kind); where `paired`, forwards with what follows.
+        """Writes `count` times the actions given as (stage, kind). Returns what was written.
 
-        A B is an I and its W in one; no earlier W waits when it comes. Returns what was written.
+        Where `paired`, each forward is paired with what follows. A B is an I and its W in one; no earlier W
+        waits when it comes.
         """
         self.blocks.append(self.take(count, *actions, paired=paired))
         return self.blocks[-1]

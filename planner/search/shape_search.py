@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from planner.cost.evaluate import CostModel
-from planner.cost.schedule import Table, build_table
+from planner.cost.schedule import Table
 from planner.cost.stage import ShapeModel
 from planner.search.ilp import StageProgramme, solve_stages
 from planner.search.recipes import Column, pareto, recipe
@@ -66,8 +66,7 @@ class ShapeSearch:
     @cached_property
     def table(self) -> Table:
         """The shape's table, made when it is first asked for: most shapes are never searched."""
-        degrees = self.degrees
-        return build_table(degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches)
+        return self.model.table(self.degrees)
 
     @cached_property
     def in_flight(self) -> tuple[tuple[dict[int, int], ...], ...]:
