@@ -119,11 +119,11 @@ class Block:
         mixing = sum(matrix.tensors for matrix in self.matrices()) + sum(m.vectors for m in self.mixers)
         return mixing + self.norms * self.norm.tensors
 
-    def matmul_flops_forward(self, tokens: int) -> float:
+    def matmul_flops_forward(self, tokens: float) -> float:
         """FLOPs of the projections for `tokens` tokens: 2 per weight per token that meets it."""
         return tokens * sum(matrix.flops_per_token for matrix in self.matrices())
 
-    def attention_flops_forward(self, tokens: int, seq: int) -> float:
+    def attention_flops_forward(self, tokens: float, seq: int) -> float:
         """FLOPs between the projections: scores and values of the keys met, or states."""
         return tokens * sum(mixer.core_flops(seq) for mixer in self.mixers)
 
@@ -141,7 +141,7 @@ class Block:
 
     def saved_bytes(
         self,
-        tokens: int,
+        tokens: float,
         seq: int,
         *,
         size: int = 2,

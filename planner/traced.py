@@ -60,10 +60,10 @@ class TracedLayer:
         """Traced layers are not split: a shard is the whole, with what it shares with another layer."""
         return float(self.params + self.shared_params)
 
-    def matmul_flops_forward(self, tokens: int) -> float:
+    def matmul_flops_forward(self, tokens: float) -> float:
         """FLOPs of all matrix products."""
         return sum(product.flops for product in self.products) * tokens / self.tokens
 
-    def attention_flops_forward(self, tokens: int, seq: int) -> float:
+    def attention_flops_forward(self, tokens: float, seq: int) -> float:
         """FLOPs of fused attention operators, as traced."""
         return self.core_flops * tokens / self.tokens

@@ -26,6 +26,7 @@ An all-to-all sends (n - g) / n of S through a device's port, whatever the ring 
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import math
 import statistics
 
@@ -34,7 +35,7 @@ from planner.codec import noun
 from planner.cost import constants
 from planner.problem import PlanningProblem
 from planner.profile import CommSample, Op
-from planner.tables.curves import CollectiveCurves, curves_of, wire_factor
+from planner.tables.curves import CollectiveCurves, curves_of, rising, wire_factor
 
 
 @noun
@@ -71,11 +72,10 @@ class CommModel:
 
     def __init__(self, problem: PlanningProblem) -> None:
         self.cluster = problem.cluster
-        self._curves: dict[tuple[Op, int, int], list[CommSample]] = {}
+        measured: dict[tuple[Op, int, int], list[CommSample]] = {}
         for sample in problem.profile.comms if problem.profile else ():
-            self._curves.setdefault((sample.op, sample.ranks, sample.groups), []).append(sample)
-        for curve in self._curves.values():
-            curve.sort(key=lambda s: s.bytes)
+            measured.setdefault((sample.op, sample.ranks, sample.groups), []).append(sample)
+        self._curves = {key: _curve_of(samples) for key, samples in measured.items()}
         self._shipped = _shipped_curves(self.cluster)
         self._all_nodes = sum(group.nodes for group in self.cluster.groups)
 
@@ -178,6 +178,15 @@ def _saturating_s(link: Link, latency_s: float, transfer_s: float) -> float:
         return latency_s + transfer_s
     fill_s = SATURATION * latency_s * transfer_s / (transfer_s + SATURATION_KNEE * latency_s)
     return latency_s + transfer_s + fill_s
+
+
+def _curve_of(samples: list[CommSample]) -> list[CommSample]:
+    """Samples by size. Those of a curve that is followed rise: neighbours that fall share their mean."""
+    curve = sorted(samples, key=lambda s: s.bytes)
+    if _noisy(curve):
+        return curve
+    seconds = rising([sample.seconds for sample in curve])
+    return [dataclasses.replace(s, seconds=each) for s, each in zip(curve, seconds, strict=True)]
 
 
 def _noisy(curve: list[CommSample]) -> bool:

@@ -1,9 +1,10 @@
 """Time and activation bytes of one layer on one device, from samples or from first principles.
 
 Where the profile measured the very layer, width and micro-batch, that is the answer. Between and beyond
-micro-batches it is interpolated on the line through the nearest two samples. For widths, sequence lengths
-or shapes that were not measured, the analytic time is scaled by the ratio measured / analytic of the
-nearest sample ("fitted"). Without samples the analytic time stands alone ("datasheet").
+micro-batches it is interpolated on the line through the nearest two samples. For widths or sequence lengths
+that were not measured, the analytic time is scaled by the ratio measured / analytic at as many tokens of the
+nearest width, and of the sequence lengths to either side ("fitted"). Without samples the analytic time stands
+alone ("datasheet").
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from planner.cost.physics import Physics
 from planner.kept import AttentionKernel
 from planner.problem import PlanningProblem
 from planner.profile import LayerSample, shape_key
-from planner.strategy import Degrees
+from planner.strategy import Degrees, Recompute
 
 STRAIGHT = 0.25
 ORIGINS = ("measured", "interpolated", "fitted", "datasheet")
@@ -106,18 +107,46 @@ class LayerModel:
 
     def _cost(self, shape: LayerShape) -> LayerCost:
         key = shape.block or shape_key(self.problem.model, shape.kind)
-        like = [s for s in self.samples if s.kind is shape.kind and s.precision is shape.precision]
-        same = [s for s in like if s.shape_key == key and _same_width(s, shape) and s.seq == shape.seq]
-        same = [] if shape.spreads else same
-        if same:
-            return _along_micro_batches(sorted(same, key=lambda s: s.micro_batch), shape)
-        analytic = analytic_cost(self.problem.model, shape, self.rates)
-        analytic = with_context_buffers(analytic, self.problem.model, shape)
-        near = min((s for s in like if s.shape_key == key), key=lambda s: _distance(s, shape), default=None)
-        if near is None:
+        like = [
+            s
+            for s in self.samples
+            if s.kind is shape.kind and s.precision is shape.precision and s.shape_key == key
+        ]
+        if not like:
+            analytic = analytic_cost(self.problem.model, shape, self.rates)
+            analytic = with_context_buffers(analytic, self.problem.model, shape)
             return engine_bytes(analytic, self.problem.model, shape, self.problem.stack, self.memory)
-        reference = analytic_cost(self.problem.model, _shape_of(near, shape.block), self.rates)
-        return _scaled(analytic, near, reference)
+        width = min(map(_width, like), key=lambda width: _distance(width, shape))
+        near = sorted((s for s in like if _width(s) == width), key=lambda s: s.micro_batch)
+        lengths = sorted({s.seq for s in near})
+        if width == _width(shape) and shape.seq in lengths and not shape.spreads:
+            return _along_micro_batches([s for s in near if s.seq == shape.seq], shape)
+        carried = {
+            seq: self._carried([s for s in near if s.seq == seq], shape)
+            for seq in _around(lengths, shape.seq)
+        }
+        return _between_lengths(carried, shape.seq)
+
+    def _carried(self, samples: list[LayerSample], shape: LayerShape) -> LayerCost:
+        """What was measured at another width or sequence length, as much of it as of the analytic cost.
+
+        Compared at as many tokens, so that sequences of nearly the measured length cost nearly the same.
+        """
+        like = dataclasses.replace(
+            shape,
+            tp=samples[0].tp,
+            sequence_parallel=samples[0].sequence_parallel,
+            recompute=samples[0].recompute,
+            seq=samples[0].seq,
+            micro_batch=shape.tokens / samples[0].seq,
+            cp=1,
+            ep=1,
+            etp=None,
+        )
+        measured = _along_micro_batches(samples, like)
+        analytic, reference = (analytic_cost(self.problem.model, s, self.rates) for s in (shape, like))
+        analytic = with_context_buffers(analytic, self.problem.model, shape)
+        return _scaled(analytic, measured, reference)
 
 
 def at_usual_speed(samples: Sequence[LayerSample]) -> list[LayerSample]:
@@ -138,33 +167,24 @@ def at_usual_speed(samples: Sequence[LayerSample]) -> list[LayerSample]:
     ]
 
 
-def _same_width(sample: LayerSample, shape: LayerShape) -> bool:
-    return (sample.tp, sample.sequence_parallel, sample.recompute) == (
-        shape.tp,
-        shape.sequence_parallel,
-        shape.recompute,
-    )
+Width = tuple[Recompute, int, bool]
+"""Recomputation, tensor-parallel ranks, sequence parallelism."""
 
 
-def _shape_of(sample: LayerSample, block: str) -> LayerShape:
-    return LayerShape(
-        kind=sample.kind,
-        tp=sample.tp,
-        sequence_parallel=sample.sequence_parallel,
-        micro_batch=sample.micro_batch,
-        seq=sample.seq,
-        precision=sample.precision,
-        recompute=sample.recompute,
-        block=block,
-    )
+def _width(of: LayerSample | LayerShape) -> Width:
+    return of.recompute, of.tp, of.sequence_parallel
 
 
-def _distance(sample: LayerSample, shape: LayerShape) -> tuple[bool, float, float]:
-    return (
-        sample.recompute is not shape.recompute,
-        abs(math.log2(sample.tp / shape.tp)) + (sample.sequence_parallel != shape.sequence_parallel),
-        abs(math.log2(sample.micro_batch * sample.seq / shape.tokens)),
-    )
+def _distance(width: Width, shape: LayerShape) -> tuple[bool, float, Width]:
+    recompute, tp, sequence_parallel = width
+    away = abs(math.log2(tp / shape.tp)) + (sequence_parallel != shape.sequence_parallel)
+    return recompute is not shape.recompute, away, width
+
+
+def _around(lengths: Sequence[int], seq: int) -> set[int]:
+    """The nearest of some lengths to either side."""
+    below, above = [n for n in lengths if n <= seq], [n for n in lengths if n >= seq]
+    return {*below[-1:], *above[:1]}
 
 
 _FIGURES = ("forward_s", "backward_s", "saved_bytes", "forward_transient_bytes", "backward_transient_bytes")
@@ -218,11 +238,25 @@ def _between(samples: list[LayerSample], shape: LayerShape) -> LayerCost:
     return LayerCost(**figures, origin="interpolated")
 
 
-def _scaled(analytic: LayerCost, sample: LayerSample, reference: LayerCost) -> LayerCost:
+def _scaled(analytic: LayerCost, measured: LayerCost, reference: LayerCost) -> LayerCost:
+    """The analytic figures times measured over reference; the measured where the reference is nothing."""
     figures = {
-        name: getattr(analytic, name) * getattr(sample, name) / getattr(reference, name)
+        name: getattr(measured, name) * getattr(analytic, name) / getattr(reference, name)
         if getattr(reference, name) > 0
-        else getattr(analytic, name)
+        else getattr(measured, name)
+        for name in _FIGURES
+    }
+    return LayerCost(**figures, origin="fitted")
+
+
+def _between_lengths(costs: dict[int, LayerCost], seq: int) -> LayerCost:
+    """The mean of what two sequence lengths tell, by the place of the logarithm between theirs."""
+    first, last = min(costs), max(costs)
+    if first == last:
+        return costs[first]
+    share = math.log(seq / first) / math.log(last / first)
+    figures = {
+        name: (1 - share) * getattr(costs[first], name) + share * getattr(costs[last], name)
         for name in _FIGURES
     }
     return LayerCost(**figures, origin="fitted")

@@ -15,13 +15,14 @@ class LayerShape:
     """Which layer, on how many tokens, in how many shards. `block` is the class of a block, by its key.
 
     `rotary` is whether queries and keys are turned by their position. A device holds `tokens` of its
-    sequences, which cp ranks share out; `etp` None: as many as tp.
+    sequences, which cp ranks share out; `etp` None: as many as tp. Part of a sequence may be asked for:
+    `micro_batch` need not be whole.
     """
 
     kind: LayerKind
     tp: int
     sequence_parallel: bool
-    micro_batch: int
+    micro_batch: float
     seq: int
     precision: Precision
     recompute: Recompute = Recompute.NONE
@@ -34,8 +35,8 @@ class LayerShape:
     etp: int | None = None
 
     @property
-    def tokens(self) -> int:
-        return self.micro_batch * self.seq // self.cp
+    def tokens(self) -> float:
+        return self.micro_batch * self.seq / self.cp
 
     @property
     def expert_tp(self) -> int:

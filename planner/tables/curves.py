@@ -82,7 +82,7 @@ class _Curve:
 
     def __init__(self, points: Sequence[tuple[int, float]]) -> None:
         self._log_bytes = [math.log(size) for size, _ in points]
-        self._log_s = _rising([math.log(seconds) for _, seconds in points])
+        self._log_s = rising([math.log(seconds) for _, seconds in points])
         self.first_s = math.exp(self._log_s[0])
         self.last_bytes = points[-1][0]
 
@@ -98,7 +98,7 @@ class _Curve:
         return math.exp((1 - share) * self._log_s[high - 1] + share * self._log_s[high]), "interpolated"
 
 
-def _rising(values: Sequence[float]) -> list[float]:
+def rising(values: Sequence[float]) -> list[float]:
     """The non-decreasing sequence of least squared distance: falling neighbours share their mean."""
     pools: list[tuple[float, int]] = []
     for value in values:
