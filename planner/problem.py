@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.cluster import ClusterSpec
+from planner.cluster import ClusterSpec, Device
 from planner.codec import noun
 from planner.model import ModelSpec
 from planner.profile import Profile
@@ -22,3 +22,12 @@ class PlanningProblem:
     memory_limit_bytes: int
     stack: Stack = NATIVE
     upkeep: Upkeep = NOTHING_SAID
+
+    @property
+    def device(self) -> Device:
+        """The kind of device that sets the pace: of several, the slowest, for which all others wait."""
+        return min((group.device for group in self.cluster.groups), key=self._pace)
+
+    def _pace(self, device: Device) -> tuple[float, float, str]:
+        peak, bandwidth = device.peak_flops(self.workload.precision), device.memory_bandwidth_bytes_per_s
+        return peak or 0.0, bandwidth or 0.0, device.name

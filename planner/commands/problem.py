@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
 from planner.commands.options import ProblemInputs, ProblemOptions, load_problem
 
 if TYPE_CHECKING:
+    from planner.cluster import Device
     from planner.problem import PlanningProblem
     from planner.profile import Profile
 
@@ -23,23 +25,22 @@ def read_problem(options: ProblemOptions) -> Asked:
     from planner.problem import PlanningProblem
 
     inputs = load_problem(options)
-    profile, basis = _profile(inputs)
     usable = min(group.device.usable_memory_bytes for group in inputs.cluster.groups)
     problem = PlanningProblem(
         model=inputs.model,
         workload=inputs.workload,
         cluster=inputs.cluster,
-        profile=profile,
+        profile=None,
         memory_limit_bytes=inputs.memory_limit_bytes or usable,
         upkeep=inputs.upkeep,
     )
-    return Asked(problem, basis)
+    profile, basis = _profile(inputs, problem.device)
+    return Asked(dataclasses.replace(problem, profile=profile), basis)
 
 
-def _profile(inputs: ProblemInputs) -> tuple[Profile | None, str]:
+def _profile(inputs: ProblemInputs, device: Device) -> tuple[Profile | None, str]:
     from planner.profile import load_profile
 
-    device = inputs.cluster.groups[0].device
     if inputs.profile is not None:
         profile = load_profile(inputs.profile)
         _check_device(profile, device.name, inputs)

@@ -53,7 +53,7 @@ class DeviceRates:
 
 def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | None:
     """Rates of the cluster's device from the profile or the datasheet; None where neither knows them."""
-    device = problem.cluster.groups[0].device
+    device = problem.device
     peak = device.peak_flops(problem.workload.precision)
     flops = peak * constants.GEMM_EFFICIENCY if peak else None
     bandwidth = device.memory_bandwidth_bytes_per_s

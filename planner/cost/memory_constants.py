@@ -101,7 +101,7 @@ def fitted_constant(problem: PlanningProblem, name: str) -> float | None:
     profile, stack = problem.profile, problem.stack
     if profile is None:
         return None
-    device = problem.cluster.groups[0].device.name
+    device = problem.device.name
     return profile.constant_of(
         name, device=device, framework=stack.framework, kernels=stack.kernels, engine=stack.engine.family
     )

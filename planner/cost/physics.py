@@ -265,7 +265,7 @@ def physics_of(profile: Profile | None, stack: Stack, device: str = "") -> Physi
 
 def usual_physics(problem: PlanningProblem) -> Physics:
     """The constants that a problem's own profile has for its stack and device."""
-    return physics_of(problem.profile, problem.stack, problem.cluster.groups[0].device.name)
+    return physics_of(problem.profile, problem.stack, problem.device.name)
 
 
 def fitted_to_runs(profile: Profile | None, stack: Stack, device: str) -> bool:

@@ -77,6 +77,18 @@ def test_in_flight_counts_of_a_v(schedule: Schedule, more: int, pp: int) -> None
         assert max(sum(alive.values()) for alive in table.in_flight(rank)) == 2 * pp + more
 
 
+@pytest.mark.parametrize("pp", [2, 3, 4, 8])
+@pytest.mark.parametrize("chunks", [1, 2, 3, 4])
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_in_flight_counts_of_interleaved(pp: int, chunks: int, rounds: int) -> None:
+    """Rank r keeps min(m v, 2 (p - 1 - r) + (v - 1) p + 1) micro-batches of its stages together."""
+    table = build_table(Schedule.INTERLEAVED, pp, chunks, rounds * pp)
+    for rank in range(pp):
+        ahead = 2 * (pp - 1 - rank) + (chunks - 1) * pp
+        together = max(sum(alive.values()) for alive in table.in_flight(rank))
+        assert together == min(rounds * pp * chunks, ahead + 1)
+
+
 @pytest.mark.parametrize(("schedule", "pp", "chunks", "micro_batches"), SHAPES)
 def test_fullest_moments_hold_every_peak(
     schedule: Schedule, pp: int, chunks: int, micro_batches: int
