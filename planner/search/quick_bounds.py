@@ -34,6 +34,8 @@ def quick_bounds_s(model: CostModel, shapes: Sequence[Degrees], options: tuple[R
     """For each shape a time that no strategy of it beats. Shapes are legal, `options` as in recipes."""
     import numpy as np
 
+    if Recompute.NONE in options and not model.layers.samples:
+        options = (Recompute.NONE,)  # by the formula, no other takes less time
     kinds: dict[Kind, int] = {}
     which = np.asarray([kinds.setdefault(_kind(degrees), len(kinds)) for degrees in shapes])
     passes = [_passes_alone(model, kind, options) for kind in kinds]
@@ -43,6 +45,7 @@ def quick_bounds_s(model: CostModel, shapes: Sequence[Degrees], options: tuple[R
     m = np.asarray([d.num_micro_batches for d in shapes], dtype=np.float64)
     codes = {schedule: index for index, schedule in enumerate(Schedule)}
     factor = _factors(np.asarray([codes[d.schedule] for d in shapes]), p, m)
+    factor *= np.asarray([d.cp * d.ep == 1 for d in shapes])  # of the others nothing is known here
     if model.sharing is None:
         whole: Floats = (work_s + fixed_s) * factor
         return whole

@@ -1,8 +1,10 @@
 """solve(): the best plan of the whole space, with a certificate.
 
-1. Every legal shape gets a lower bound of its step time; those whose weights alone overflow are pruned.
-2. Shapes are searched in order of their bound.
-3. The search stops when the next bound is no better than the incumbent: nothing left can win.
+1. Every legal shape gets a quick lower bound of its step time, all at once.
+2. In order of it shapes are modelled, which gives each a better bound; those whose weights alone overflow are
+   pruned. Shapes are searched in order of that bound.
+3. The search stops when the next bound is no better than the incumbent: nothing left can win. Shapes that are
+   not modelled by then count as ruled out by their bound.
 
 The certificate's lower bound is the least of the bounds of all shapes, searched and unsearched; the gap is
 what lies between it and the plan.
@@ -12,7 +14,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import NamedTuple
+from functools import cache
+from itertools import islice
 
 from planner.codec import digest, noun
 from planner.cost.evaluate import CostModel, Evaluation
@@ -24,6 +27,8 @@ from planner.not_modelled import not_modelled
 from planner.plan import Alternative, Certificate, Plan
 from planner.problem import PlanningProblem
 from planner.search.bounds import memory_bound_bytes, step_bound_s
+from planner.search.frontier import Candidate, Frontier, Legal
+from planner.search.quick_bounds import quick_bounds_s
 from planner.search.shape_search import Budget, Found, ShapeSearch
 from planner.search.space import Pins, shapes
 from planner.search.verify import verify
@@ -60,12 +65,6 @@ class SolveOptions:
     reproducible: bool = False
 
 
-class _Candidate(NamedTuple):
-    bound_s: float
-    order: int
-    search: ShapeSearch
-
-
 class Solver:
     """One search over a problem."""
 
@@ -74,20 +73,25 @@ class Solver:
         self.model = CostModel(problem)
         self.started_s = time.monotonic()
         self.rejected: Counter[str] = Counter()
-        self.nearest: dict[str, Rejected] = {}
+        self.nearest: dict[str, tuple[int, Rejected]] = {}
         self.shapes = self.milps = 0
         self.found: list[Found] = []
         self.bounds_s: list[float] = []
 
     def solve(self) -> Plan:
         """The best plan. Raises InfeasibleError where no strategy keeps the rules and fits."""
-        candidates = self._candidates()
-        out_of_time = self._search(candidates)
+        legal = self._legal()
+        modelled = cache(self._candidate)
+        candidates = Frontier(legal, modelled)
+        flat = Frontier((shape for shape in legal if shape.degrees.pp == 1), modelled)
+        out_of_time = self._search(candidates, flat)
         self._add_runners_up(candidates)
         if not self.found:
             raise InfeasibleError(self._why_infeasible())
         best = min(self.found, key=lambda f: f.step_time_s)
         evaluation = self.model.evaluate(best.strategy)
+        unmodelled = candidates.count_unmodelled(best.step_time_s * (1 - self.options.gap_tolerance))
+        self.rejected.update({"step_time_bound": unmodelled} if unmodelled else {})
         lower_s = min([*self.bounds_s, best.step_time_s])
         gap = max(0.0, 1 - lower_s / best.step_time_s)
         proven = gap <= self.options.gap_tolerance * (1 + OPTIMAL_GAP) + OPTIMAL_GAP and not out_of_time
@@ -106,35 +110,44 @@ class Solver:
         others = self._alternatives(best)
         return make_plan(self.problem, evaluation, certificate, dict(sorted(self.rejected.items())), others)
 
-    def _candidates(self) -> list[_Candidate]:
-        """Every legal shape that may fit, in order of its bound."""
-        result = []
+    def _legal(self) -> list[Legal]:
+        """Every legal shape with its quick bound."""
+        found: list[tuple[int, Degrees]] = []
         for order, shape in enumerate(shapes(self.problem, self.options.pins)):
             self.shapes += 1
             if isinstance(shape, Rejected):
-                self._reject(shape)
-                continue
-            search = ShapeSearch(self.model, shape, 0.0, self.options.pins.recomputes)
-            search.limit_bytes = self._safe_bytes(search)
-            least = memory_bound_bytes(search.shape)
-            if least > search.limit_bytes:
-                self._reject(self._too_large(shape, least, search.limit_bytes))
-                continue
-            bound_s = step_bound_s(self.model, search.shape, self.options.pins.recomputes, search.limit_bytes)
-            if bound_s == float("inf"):
-                self._reject(self._no_recipe(search))
-                continue
-            result.append(_Candidate(bound_s, order, search))
-        return sorted(result, key=lambda c: (c.bound_s, c.order))
+                self._reject(shape, order)
+            else:
+                found.append((order, shape))
+        if not found:
+            return []
+        quick = quick_bounds_s(self.model, [degrees for _, degrees in found], self.options.pins.recomputes)
+        return [Legal(q, *each) for q, each in zip(quick.tolist(), found, strict=True)]
+
+    def _candidate(self, shape: Legal) -> Candidate | None:
+        """The model of a shape and its bound; None where it cannot fit."""
+        search = ShapeSearch(self.model, shape.degrees, 0.0, self.options.pins.recomputes)
+        search.limit_bytes = self._safe_bytes(search)
+        least = memory_bound_bytes(search.shape)
+        if least > search.limit_bytes:
+            self._reject(self._too_large(shape.degrees, least, search.limit_bytes), shape.order)
+            return None
+        bound_s = step_bound_s(self.model, search.shape, self.options.pins.recomputes, search.limit_bytes)
+        if bound_s == float("inf"):
+            self._reject(self._no_recipe(search), shape.order)
+            return None
+        return Candidate(bound_s, shape.order, search)
 
     def _safe_bytes(self, search: ShapeSearch) -> float:
         """The most that a rank's tensors and runtime may take for a peak that is still SAFE."""
         shape = search.shape
         return safe_tensor_bytes(self.problem, self.model.coverage(shape), shape.runtime_bytes)
 
-    def _reject(self, rejected: Rejected) -> None:
+    def _reject(self, rejected: Rejected, order: int) -> None:
         self.rejected[rejected.rule] += 1
-        self.nearest.setdefault(rejected.rule, rejected)
+        known = self.nearest.setdefault(rejected.rule, (order, rejected))
+        if order < known[0]:
+            self.nearest[rejected.rule] = order, rejected
 
     def _too_large(self, degrees: Degrees, least: float, limit: float) -> Rejected:
         return Rejected(
@@ -147,27 +160,28 @@ class Solver:
         limit = None if self.options.reproducible else self.options.time_limit_s
         return None if limit is None else limit - (time.monotonic() - self.started_s)
 
-    def _search(self, candidates: list[_Candidate]) -> bool:
+    def _search(self, candidates: Frontier, flat: Frontier) -> bool:
         """Searches shapes until none left can win. Returns whether time ran out first."""
         incumbent_s = float("inf")
-        flat = [candidate for candidate in candidates[GREEDY_SHAPES:] if candidate.search.degrees.pp == 1]
-        for candidate in (*candidates[:GREEDY_SHAPES], *flat[:FLAT_SHAPES]):
+        first = list(islice(candidates, GREEDY_SHAPES))
+        others = (candidate for candidate in flat if candidate not in first)
+        for candidate in (*first, *islice(others, FLAT_SHAPES)):
             greedy = candidate.search.greedy()
             if greedy is not None:
                 self.found.append(greedy)
                 incumbent_s = min(incumbent_s, greedy.step_time_s)
-        for index, candidate in enumerate(candidates):
+        for candidate in candidates:
             left = self._seconds_left()
             to_beat_s = incumbent_s * (1 - self.options.gap_tolerance)
             if candidate.bound_s >= to_beat_s or (left is not None and left <= 0):
-                self.bounds_s += [other.bound_s for other in candidates[index:]]
+                self.bounds_s.append(candidate.bound_s)  # the least of all that are left
                 return candidate.bound_s < to_beat_s
             result = candidate.search.run(Budget(left, to_beat_s, self.options.rounds, self.options.nodes))
             self.milps += result.milps
             self.bounds_s.append(max(result.bound_s, candidate.bound_s))
             if result.found is None:
                 if incumbent_s == float("inf"):
-                    self._reject(self._no_recipe(candidate.search))
+                    self._reject(self._no_recipe(candidate.search), self.shapes)
                 continue
             self.found.append(result.found)
             incumbent_s = min(incumbent_s, result.found.step_time_s)
@@ -180,7 +194,7 @@ class Solver:
             f"{format_bytes(search.limit_bytes)} a device.",
         )
 
-    def _add_runners_up(self, candidates: list[_Candidate]) -> None:
+    def _add_runners_up(self, candidates: Frontier) -> None:
         """An even split of the next shapes that were not searched, so that there is something to compare."""
         known = {found.strategy.degrees for found in self.found}
         for tried, candidate in enumerate(candidates):
@@ -215,11 +229,13 @@ class Solver:
             f"no feasible plan among {self.shapes} shapes for {self.problem.model.name} on "
             f"{self.problem.cluster.name}."
         ]
-        for rule, count in self.rejected.most_common():
-            lines.append(f"  {rule} ({count}): {self.nearest[rule].detail}")
-            legal = self.nearest[rule].legal
-            if legal:
-                lines.append(f"    legal here: {legal}")
+        for rule, (_, nearest) in sorted(
+            self.nearest.items(), key=lambda item: (-self.rejected[item[0]], item[1][0])
+        ):
+            count = self.rejected[rule]
+            lines.append(f"  {rule} ({count}): {nearest.detail}")
+            if nearest.legal:
+                lines.append(f"    legal here: {nearest.legal}")
         if self.rejected["memory"]:
             lines.append(
                 "What would help: more devices, a larger --memory-limit, a shorter --seq, or an optimizer "
