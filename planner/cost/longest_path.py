@@ -11,6 +11,7 @@ one pass over it. 64 stages with 512 micro-batches are 65,536 actions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from planner.codec import noun
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
     import numpy as np
 
     Ints = np.ndarray[Any, np.dtype[np.int64]]
+    Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 WIDE = 12
 """Rows from which numpy, a wave of all ranks at a time, orders a table faster than a loop over actions."""
+WIDE_WAVE = 24
+"""Places a wave from which numpy also adds up a table's times faster than a loop over places."""
 
 
 @noun
@@ -34,13 +38,15 @@ class ActionOrder:
     so what they take is counted to the next place of the row, or to the row's end.
 
     For each place, `ranks` is its row, `needed` the place of the action that must have sent, `cells` what it
-    costs. `passing_cells` are those of actions without a place, `passing_into` the index of the place that
-    they count to; rows' ends come behind all places. `rows` has the place of each action of a row, or 0.
+    costs; places between two of `waves` (none: unknown) do not wait for each other. `passing_cells` are those
+    of actions without a place, `passing_into` the index of the place that they count to; rows' ends come
+    behind all places. `rows` has the place of each action of a row, or 0.
     """
 
-    ranks: list[int]
-    needed: list[int]
+    ranks: Ints
+    needed: Ints
     cells: Ints
+    waves: list[int]
     passing_cells: Ints
     passing_into: Ints
     rows: tuple[Ints, ...]
@@ -49,12 +55,13 @@ class ActionOrder:
         """What the places take."""
         import numpy as np
 
-        each, places = np.asarray(cell_s), len(self.needed)
-        passing = np.bincount(self.passing_into, each[self.passing_cells], places + len(self.rows)).tolist()
+        each, places = np.asarray(cell_s, dtype=np.float64), len(self.needed)
+        slots = places + len(self.rows)
+        passing = np.bincount(self.passing_into, each[self.passing_cells], slots).astype(np.float64)
         return Durations(
             order=self,
             before_s=passing[:places],
-            own_s=each[self.cells].tolist(),
+            own_s=each[self.cells],
             last_s=passing[places:],
         )
 
@@ -64,21 +71,45 @@ class Durations:
     """Seconds of an order's places: what passes before each in its row, its own, what ends its row."""
 
     order: ActionOrder
-    before_s: list[float]
-    own_s: list[float]
-    last_s: list[float]
+    before_s: Floats
+    own_s: Floats
+    last_s: Floats
 
-    def ends_s(self, begin_s: Sequence[float], hop_s: float) -> tuple[list[float], list[float]]:
+    def ends_s(self, begin_s: Sequence[float], hop_s: float) -> tuple[Floats, list[float]]:
         """When the action of each place ends, and when each row does; row r may begin at begin_s[r]."""
+        wide = self.order.waves and len(self.own_s) >= WIDE_WAVE * len(self.order.waves)
+        ends, free = self._by_waves(begin_s, hop_s) if wide else self._one_by_one(begin_s, hop_s)
+        return ends, (free + self.last_s).tolist()
+
+    def _one_by_one(self, begin_s: Sequence[float], hop_s: float) -> tuple[Floats, Floats]:
+        import numpy as np
+
         ends, free = [-float("inf")], list(begin_s)
         append, order = ends.append, self.order
-        for rank, needed, before_s, own_s in zip(
-            order.ranks, order.needed, self.before_s, self.own_s, strict=True
-        ):
+        places = (order.ranks, order.needed, self.before_s, self.own_s)
+        for rank, needed, before_s, own_s in zip(*(each.tolist() for each in places), strict=True):
             ready, arrived = free[rank] + before_s, ends[needed] + hop_s
             free[rank] = end = (ready if ready >= arrived else arrived) + own_s
             append(end)
-        return ends, [end + last_s for end, last_s in zip(free, self.last_s, strict=True)]
+        return np.asarray(ends), np.asarray(free)
+
+    def _by_waves(self, begin_s: Sequence[float], hop_s: float) -> tuple[Floats, Floats]:
+        import numpy as np
+
+        order, free = self.order, np.array(begin_s, dtype=np.float64)
+        ends = np.empty(len(self.own_s) + 1)
+        ends[0] = -np.inf
+        for first, stop in pairwise(order.waves):
+            rank = order.ranks[first:stop]
+            ready = free.take(rank)
+            ready += self.before_s[first:stop]
+            arrived = ends.take(order.needed[first:stop])
+            arrived += hop_s
+            np.maximum(ready, arrived, out=ready)
+            ready += self.own_s[first:stop]
+            free[rank] = ready
+            ends[first + 1 : stop + 1] = ready
+        return ends, free
 
 
 def order_actions(table: Table) -> ActionOrder:
@@ -93,15 +124,16 @@ def order_actions(table: Table) -> ActionOrder:
     index = np.concatenate([[0], np.cumsum(placed)])  # of an action among the placed, or of the next of them
     begins = np.concatenate([[0], np.cumsum(lengths)])
     starts, waits = index[begins], index[needs[placed]]
-    order = _waves(waits, starts) if rows >= WIDE else _loop(waits, starts)
+    order, waves = _waves(waits, starts) if rows >= WIDE else (_loop(waits, starts), [])
     places = np.zeros(len(order) + 1, dtype=np.int64)
     places[order] = 1 + np.arange(len(order))
     passing, cells = ~placed, codes // table.num_micro_batches
     after, row = index[:-1][passing], ranks[passing]
     return ActionOrder(
-        ranks=ranks[placed][order].tolist(),
-        needed=places[waits[order]].tolist(),
+        ranks=ranks[placed][order],
+        needed=places[waits[order]],
         cells=cells[placed][order],
+        waves=waves,
         passing_cells=cells[passing],
         passing_into=np.where(after < starts[row + 1], places[after] - 1, len(order) + row),
         rows=tuple(np.split(np.where(placed, places[index[:-1]], 0), begins[1:-1])),
@@ -151,8 +183,8 @@ def _loop(needs: Ints, begins: Ints) -> Ints:
     return np.asarray(order, dtype=np.int64)
 
 
-def _waves(needs: Ints, begins: Ints) -> Ints:
-    """An order, found by running, wave after wave, the next action of every row that can run.
+def _waves(needs: Ints, begins: Ints) -> tuple[Ints, list[int]]:
+    """An order, found by running, wave after wave, the next action of every row that can run; waves' limits.
 
     Each row gets one more action at its end, which never can.
     """
@@ -176,5 +208,4 @@ def _waves(needs: Ints, begins: Ints) -> Ints:
         positions += ready
         waves.append(wave)
         found += len(wave)
-    order: Ints = own[np.concatenate(waves)]
-    return order
+    return own[np.concatenate(waves)], list(accumulate(map(len, waves)))

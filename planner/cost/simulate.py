@@ -14,6 +14,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from planner.codec import noun
 from planner.cost import constants
@@ -24,6 +25,9 @@ from planner.cost.stage import StageCost
 from planner.cost.table import KINDS, Table
 from planner.estimate import TimelineEvent
 from planner.problem import PlanningProblem
+
+if TYPE_CHECKING:
+    from planner.cost.longest_path import Floats
 
 Span = tuple[float, float]
 """When an action started and ended."""
@@ -36,7 +40,7 @@ class PathTimes:
     table: Table
     durations: Durations
     begin_s: Sequence[float]
-    ends_s: list[float]
+    ends_s: Floats
     row_ends_s: list[float]
     cell_s: list[float]
 
@@ -54,8 +58,10 @@ class PathTimes:
         spans: list[Span] = []
         end_s = self.begin_s[rank]
         cells = self.table.codes[rank] // self.table.num_micro_batches
-        for place, number in zip(self.table.order.rows[rank].tolist(), cells.tolist(), strict=True):
-            end_s = self.ends_s[place] if place else end_s + self.cell_s[number]
+        places = self.table.order.rows[rank]
+        ends = self.ends_s[places].tolist()
+        for place, placed_s, number in zip(places.tolist(), ends, cells.tolist(), strict=True):
+            end_s = placed_s if place else end_s + self.cell_s[number]
             spans.append((end_s - self.cell_s[number], end_s))
         return spans
 

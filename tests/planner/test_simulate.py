@@ -143,6 +143,7 @@ def test_replay_of_custom_tables_is_the_longest_path(
 ) -> None:
     """So do random tables, ordered by waves or by a loop; those that wait for themselves are refused."""
     monkeypatch.setattr(longest_path, "WIDE", wide)
+    monkeypatch.setattr(longest_path, "WIDE_WAVE", 0)
     draw = random.Random(seed)
     ranks = draw.choice([1, 2, 3, 5, 14])
     stages, micro_batches = ranks + draw.randint(0, 4), draw.randint(1, 6)
@@ -165,15 +166,16 @@ def test_replay_of_custom_tables_is_the_longest_path(
 def test_both_orders_of_a_table_give_the_same_times(
     schedule: Schedule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows run as far as they go, and waves of all rows, find other orders and the same ends, bit for bit."""
+    """Rows run as far as they go or waves of all, times place by place or by waves: the same, bit for bit."""
     pp, chunks = 6, schedule.least_chunks
     costs = random_costs(random.Random(7), pp * chunks)
     ends = []
-    for wide in (1, 100):
+    for wide, wide_wave in ((1, 0), (1, 100), (100, 0)):
         monkeypatch.setattr(longest_path, "WIDE", wide)
+        monkeypatch.setattr(longest_path, "WIDE_WAVE", wide_wave)
         found = replay(build_table(schedule, pp, chunks, 24), costs, 0.1, None, 1)
         ends.append([found.times.spans(rank) for rank in range(pp)])
-    assert ends[0] == ends[1]
+    assert ends[0] == ends[1] == ends[2]
 
 
 def test_the_two_halves_of_a_backward_add_up() -> None:
