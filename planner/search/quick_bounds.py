@@ -45,7 +45,6 @@ def quick_bounds_s(model: CostModel, shapes: Sequence[Degrees], options: tuple[R
     m = np.asarray([d.num_micro_batches for d in shapes], dtype=np.float64)
     codes = {schedule: index for index, schedule in enumerate(Schedule)}
     factor = _factors(np.asarray([codes[d.schedule] for d in shapes]), p, m)
-    factor *= np.asarray([d.cp * d.ep == 1 for d in shapes])  # of the others nothing is known here
     if model.sharing is None:
         whole: Floats = (work_s + fixed_s) * factor
         return whole

@@ -14,7 +14,7 @@ from . import instances
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("fixed", [(), *((f"schedule={schedule}",) for schedule in Schedule)])
+@pytest.mark.parametrize("fixed", [(), ("cp=2",), *((f"schedule={schedule}",) for schedule in Schedule)])
 def test_quick_bounds_lie_below_the_bounds(fixed: tuple[str, ...], mixed: bool) -> None:
     """Of every legal shape of random problems; and they tell shapes apart."""
     pins, compared = parse_pins(fixed), 0
@@ -35,5 +35,23 @@ def test_quick_bounds_lie_below_the_bounds(fixed: tuple[str, ...], mixed: bool) 
             if d.dp == 1
         ]
         assert max(alone, default=1.0) > 0.5
+        compared += len(legal)
+    assert compared >= 4
+
+
+@pytest.mark.parametrize("fixed", [("ep=2",), ("cp=2", "ep=2")])
+def test_quick_bounds_of_experts_lie_below_the_bounds(fixed: tuple[str, ...]) -> None:
+    """Where experts are spread over data ranks, with and without context parallelism."""
+    compared = 0
+    for seed in range(1, 60, 2):
+        problem = instances.random_problem(seed, layers=8, mixed=True)
+        model = CostModel(problem)
+        legal = [degrees for degrees in shapes(problem, parse_pins(fixed)) if isinstance(degrees, Degrees)]
+        if not legal:
+            continue
+        quick = quick_bounds_s(model, legal, Pins().recomputes).tolist()
+        for degrees, bound_s in zip(legal, quick, strict=True):
+            exact_s = step_bound_s(model, model.shape(degrees), Pins().recomputes)
+            assert 0 < bound_s <= exact_s * (1 + 1e-9), degrees.label()
         compared += len(legal)
     assert compared >= 4
