@@ -500,7 +500,7 @@ def test_releases_that_replay_whole_steps(
 
 
 def test_recipes_interleave_where_a_row_leaves_it_open() -> None:
-    """Two layers a chunk where they divide a rank's, and embedding and head count as layers where they fit."""
+    """Two layers a chunk where they divide a rank's; embedding and head count as layers where they fit."""
     run = dataclasses.replace(MOE, experts=None, topk=None, expert_ffn=None, ffn=5632, ep=None, pp=4, dp=2)
     made = setup(run)
     degrees = made.strategy.degrees
