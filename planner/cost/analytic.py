@@ -66,7 +66,8 @@ def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | No
         return None
     precision = problem.workload.precision
     precise = Precision.BF16 if precision is Precision.FP8 else precision
-    whole = device.peak_flops(precise) or peak
+    between = precision if problem.stack.fp8_attention else precise
+    whole = device.peak_flops(between) or peak
     if measured or whole is None:
         whole = flops / constants.GEMM_EFFICIENCY
     return DeviceRates(
