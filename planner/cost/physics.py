@@ -59,6 +59,11 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
             meaning="times that a fused softmax and the products around it read or write every "
             "probability in the forward pass; separate operators do twice that",
         ),
+        "fp8_scale": Prior(
+            value=1.0, spread=0.1, low=0.6, high=1.5,
+            meaning="rate of products in fp8 over that of the tables, besides gemm_scale: scales by tensor or by "
+            "block, casts of weights",
+        ),
         "cast_scale": Prior(
             value=1.0, spread=0.3, low=0.1, high=6.0,
             meaning="bytes that casts to fp8 move over those of one kernel for each operand: 2 read and "
@@ -220,6 +225,7 @@ class Physics:
     attention_share: float
     scan_share: float
     probability_passes: float
+    fp8_scale: float
     cast_scale: float
     elementwise_scale: float
     norm_scale: float

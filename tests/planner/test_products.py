@@ -140,3 +140,11 @@ def test_a_scan_has_a_rate_of_its_own() -> None:
     slow, fast = (rates(Precision.BF16, scan_share=share) for share in (0.05, 0.5))
     assert forward_s(of, SHAPE, slow) > forward_s(of, SHAPE, fast)
     assert forward_s(block(), SHAPE, slow) == forward_s(block(), SHAPE, fast)
+
+
+def test_the_rate_of_fp8_has_a_constant_of_its_own() -> None:
+    shape = dataclasses.replace(SHAPE, precision=Precision.FP8)
+    slow, fast = (rates(Precision.FP8, fp8_scale=scale) for scale in (1.0, 1.25))
+    assert matrices_s(block(), shape, slow) == pytest.approx(1.25 * matrices_s(block(), shape, fast))
+    bf16 = rates(Precision.BF16, fp8_scale=1.25)
+    assert matrices_s(block(), SHAPE, bf16) == matrices_s(block(), SHAPE, rates(Precision.BF16))
