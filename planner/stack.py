@@ -48,7 +48,8 @@ class Stack:
     `balanced` says that routing is forced to be even, as benchmarks do; `overlaps_gradients` that an engine
     which can reduce gradients behind the backward pass is told to, `overlaps_dispatch` that tokens are sent
     to experts behind another micro-batch's products, `graphed` that whole steps are replayed as CUDA graphs,
-    `fused_experts` that one kernel holds an expert's products and its activation.
+    `fused_experts` that one kernel holds an expert's products and its activation, `fp8_attention` that
+    under fp8 the products between tokens are in fp8 too.
     `kernels` is empty for the engine's usual ones; otherwise constants that were fitted for that name apply.
     """
 
@@ -66,6 +67,7 @@ class Stack:
     overlaps_dispatch: bool = False
     graphed: bool = False
     fused_experts: bool = False
+    fp8_attention: bool = False
 
     @property
     def recomputes(self) -> Selective:

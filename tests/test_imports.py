@@ -31,7 +31,7 @@ MEETS_RUNTIME = {"profile", "train", "demo", "rehearse", "trace"}
 
 LAYERS = (
     {"errors"},
-    {"units", "codec", "naming"},
+    {"units", "codec", "naming", "divisors"},
     {
         "workload",
         "matrix",
@@ -47,7 +47,17 @@ LAYERS = (
         "estimate",
     }
     | {"stack", "upkeep"},
-    {"profile", "plan", "problem", "rules", "device_file", "network", "instance", "execution"},
+    {
+        "profile",
+        "plan",
+        "problem",
+        "rules",
+        "spread_rules",
+        "device_file",
+        "network",
+        "instance",
+        "execution",
+    },
     {"hf", "tables"},
     {"tracing"},
     {"catalog"},

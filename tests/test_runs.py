@@ -18,8 +18,8 @@ from planner.model import Block, Norm
 from planner.runs.run import MemoryKind, Run, RunRecompute, Status
 from planner.runs.setup import RunSetup, Setups, run_problem
 from planner.runs.table import READERS, read_runs
-from planner.stack import Engine, Selective
-from planner.strategy import Recompute, Schedule, Zero
+from planner.stack import Dispatch, Engine, Selective
+from planner.strategy import CpExchange, Recompute, Schedule, Zero
 from planner.workload import Method, Precision
 
 DATA = Path(__file__).parents[1] / "bench" / "data"
@@ -402,3 +402,132 @@ def test_bench_data_names_its_sources_and_every_column_is_read() -> None:
         table = read_runs([path])
         assert table.warnings == ()
         assert all(run.source and run.id for run in table.runs), path
+
+
+# Context and expert parallelism, and what recipes of modern runs leave unsaid
+
+MOE = dataclasses.replace(
+    LLAMA,
+    id="moe",
+    layers=30,
+    ffn=None,
+    experts=16,
+    topk=2,
+    expert_ffn=1024,
+    framework="Megatron-Bridge / Megatron-Core",
+    device="gb200",
+    nodes=4,
+    gpus_per_node=4,
+    network="nvl72",
+    precision="fp8",
+    tp=2,
+    pp=1,
+    dp=8,
+    ep=8,
+    zero=1,
+    micro_batch=1,
+    global_batch=64,
+    recompute=None,
+)
+
+
+@pytest.mark.parametrize(
+    ("framework", "notes", "exchange"),
+    [
+        ("Megatron-LM", "", CpExchange.RING),
+        ("DeepSpeed", "", CpExchange.ALL_TO_ALL),
+        ("TorchTitan (FSDP2)", "", CpExchange.GATHER),
+        ("Megatron-LM", "DeepSpeed Ulysses attention", CpExchange.ALL_TO_ALL),
+    ],
+)
+def test_the_exchange_of_context_ranks_is_the_engine_s(
+    framework: str, notes: str, exchange: CpExchange
+) -> None:
+    run = dataclasses.replace(LLAMA, framework=framework, notes=notes, tp=1, dp=4, cp=2, zero=None)
+    made = setup(run)
+    assert made.strategy.degrees.cp_exchange is exchange
+    assert (f"cp_exchange {exchange}" in made.assumed) is (notes == "")
+    stated = setup(dataclasses.replace(run, cp_exchange="gather"))
+    assert stated.strategy.degrees.cp_exchange is CpExchange.GATHER
+    assert reason(run, cp_exchange="pigeon").rule == "cp_exchange"
+
+
+def test_shards_of_an_expert_are_stated_or_the_framework_s() -> None:
+    assert setup(MOE).strategy.degrees.etp == 1
+    nemo = dataclasses.replace(MOE, framework="NeMo / Megatron-Core")
+    assert setup(nemo).strategy.degrees.etp is None, "as many as tp"
+    assert setup(dataclasses.replace(nemo, notes="DeepEP; ETP 1")).strategy.degrees.etp == 1
+    assert setup(dataclasses.replace(MOE, etp=2)).strategy.degrees.etp == 2
+    wide = dataclasses.replace(nemo, ep=16)
+    assert setup(wide).strategy.degrees.etp == 1, "16 experts over 16 devices leave none for shards"
+
+
+def test_words_and_recipes_say_how_tokens_are_sent() -> None:
+    assert setup(MOE).problem.stack.dispatch is Dispatch.DEDUPLICATED
+    nemo = dataclasses.replace(MOE, framework="NeMo / Megatron-Core")
+    assert setup(nemo).problem.stack.dispatch is Dispatch.ALL_TO_ALL
+    deep = dataclasses.replace(nemo, notes="DeepEP + 1F1B A2A overlap; force-balanced routing; fp8 dispatch")
+    stack = setup(deep).problem.stack
+    assert stack.dispatch is Dispatch.DEDUPLICATED and stack.dispatch_bytes == 1
+    assert stack.overlaps_dispatch and stack.balanced and not stack.graphed
+    assert not setup(nemo).problem.stack.balanced
+
+
+@pytest.mark.parametrize(
+    ("model", "container", "device", "precision", "graphed"),
+    [
+        ("Qwen3_30B_a3B", "26.06", "gb200", "fp8", True),
+        ("Qwen3_30B_a3B", "26.04.01", "gb200", "fp8", False),
+        ("Qwen3_30B_a3B", "26.08", "h100-sxm-80gb", "fp8", False),
+        ("Qwen3_30B_a3B", "26.08", "gb200", "bf16", False),
+        ("Kimi_K2", "26.06", "gb200", "fp8", False),
+        ("Kimi_K2", "26.08", "gb200", "fp8", True),
+    ],
+)
+def test_releases_that_replay_whole_steps(
+    model: str, container: str, device: str, precision: str, graphed: bool
+) -> None:
+    run = dataclasses.replace(
+        MOE,
+        model=model,
+        source=f"Megatron-Bridge performance summary ({container} NeMo Container)",
+        device=device,
+        network="",
+        precision=precision,
+    )
+    stack = setup(run).problem.stack
+    assert stack.graphed is stack.overlaps_dispatch is graphed
+
+
+def test_recipes_interleave_where_a_row_leaves_it_open() -> None:
+    """Two layers a chunk where they divide a rank's; embedding and head count as layers where they fit."""
+    run = dataclasses.replace(MOE, experts=None, topk=None, expert_ffn=None, ffn=5632, ep=None, pp=4, dp=2)
+    made = setup(run)
+    degrees = made.strategy.degrees
+    assert degrees.schedule is Schedule.INTERLEAVED and degrees.chunks == 4
+    assert [stage.layers for stage in made.strategy.stages] == [1, *[2] * 14, 1]
+    assert "chunks 4" in made.assumed and "1 layers on the end stages" in made.assumed
+    assert setup(dataclasses.replace(run, chunks=1)).strategy.degrees.chunks == 1
+    megatron = dataclasses.replace(run, framework="Megatron-LM", layers=32)
+    assert setup(megatron).strategy.degrees.chunks == 1
+
+
+def test_whole_layers_divide_where_they_can() -> None:
+    stages = setup(dataclasses.replace(GPT, layers=22, pp=4, tp=2, dp=1)).strategy.stages
+    assert [stage.layers for stage in stages] == [5, 6, 6, 5], "22 and the two ends are 4 x 6"
+    stages = setup(dataclasses.replace(GPT, layers=24, pp=4, tp=2, dp=1)).strategy.stages
+    assert [stage.layers for stage in stages] == [6, 6, 6, 6]
+
+
+def test_jax_recomputes_blocks_unless_told_otherwise() -> None:
+    jax = dataclasses.replace(LLAMA, framework="MaxText (JAX)", recompute=None)
+    assert setup(jax).strategy.stages[0].recompute.full == 24
+    assert "recompute full" in setup(jax).assumed
+    assert (
+        setup(dataclasses.replace(jax, recompute=RunRecompute.NONE)).strategy.stages[0].recompute.none == 24
+    )
+
+
+def test_recipes_of_nemo_reduce_gradients_behind_the_backward() -> None:
+    assert setup(MOE).problem.stack.overlaps_gradients
+    assert not setup(GPT).problem.stack.overlaps_gradients

@@ -47,6 +47,7 @@ class DeviceRates:
     graphed: bool = False
     fused_experts: bool = False
     fused: bool = False
+    fp8: bool = False
     imbalance: float = 1.0
     origin: str = "datasheet"
 
@@ -66,7 +67,8 @@ def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | No
         return None
     precision = problem.workload.precision
     precise = Precision.BF16 if precision is Precision.FP8 else precision
-    whole = device.peak_flops(precise) or peak
+    between = precision if problem.stack.fp8_attention else precise
+    whole = device.peak_flops(between) or peak
     if measured or whole is None:
         whole = flops / constants.GEMM_EFFICIENCY
     return DeviceRates(
@@ -80,6 +82,7 @@ def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | No
         graphed=problem.stack.graphed,
         fused_experts=problem.stack.fused_experts,
         fused=problem.stack.engine is Engine.MEGATRON,
+        fp8=precision is Precision.FP8,
         imbalance=1.0 if problem.stack.balanced else physics.expert_imbalance,
         origin="fitted" if fitted_to_runs(problem.profile, problem.stack, device.name) else "datasheet",
     )

@@ -59,8 +59,13 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
             meaning="times that a fused softmax and the products around it read or write every "
             "probability in the forward pass; separate operators do twice that",
         ),
+        "fp8_scale": Prior(
+            value=1.0, spread=0.1, low=0.6, high=1.5,
+            meaning="rate of products in fp8 over that of the tables, besides gemm_scale: scales by tensor or by "
+            "block, casts of weights",
+        ),
         "cast_scale": Prior(
-            value=1.0, spread=0.5, low=0.1, high=6.0,
+            value=1.0, spread=0.3, low=0.1, high=6.0,
             meaning="bytes that casts to fp8 move over those of one kernel for each operand: 2 read and "
             "2 x 1 written for a value",
         ),
@@ -147,30 +152,30 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
             "launches, smaller kernels",
         ),
         "ep_scale": Prior(
-            value=1.0, spread=0.5, low=0.2, high=10.0,
+            value=1.0, spread=0.3, low=0.2, high=10.0,
             meaning="time of sending tokens to experts and back over that of the same all-to-all alone",
         ),
         "ep_exposed": Prior(
-            value=1.0, spread=0.3, low=0.0, high=1.0,
+            value=1.0, spread=0.15, low=0.0, high=1.0,
             meaning="share of it that nothing hides: all of it, unless micro-batches are interleaved",
         ),
         "ep_overlapped": Prior(
-            value=0.3, spread=0.2, low=0.0, high=1.0,
+            value=0.3, spread=0.1, low=0.0, high=1.0,
             meaning="the same where one micro-batch's messages run behind another's products (Megatron's "
             "overlap_moe_expert_parallel_comm)",
         ),
         "expert_s": Prior(
-            value=8e-5, spread=0.5, low=1e-6, high=2e-3,
+            value=8e-5, spread=0.3, low=1e-6, high=2e-3,
             meaning="what each of a device's experts takes in a forward besides, however few its rows: "
             "kernels of its own, launched one by one; its backward twice that",
         ),
         "graphed_share": Prior(
-            value=0.2, spread=0.7, low=0.01, high=1.0,
+            value=0.2, spread=0.3, low=0.01, high=1.0,
             meaning="share of the host's time, and of expert_s, that is left where whole steps are replayed "
             "as CUDA graphs",
         ),
         "routed_scale": Prior(
-            value=1.5, spread=0.5, low=0.2, high=10.0,
+            value=1.5, spread=0.3, low=0.2, high=10.0,
             meaning="bytes that kernels on rows of experts move (permutation, activation, weighted sum) over "
             "those of fused ones",
         ),
@@ -180,7 +185,7 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
             "256 H100 at 16k tokens: 237 TFLOP/s with the model's own routing, 295 with an even one",
         ),
         "grouped_scale": Prior(
-            value=1.0, spread=0.3, low=0.2, high=2.0,
+            value=1.0, spread=0.2, low=0.2, high=2.0,
             meaning="rate of products of experts over that of one product of as many rows as run at once",
         ),
         "recompute_scale": Prior(
@@ -220,6 +225,7 @@ class Physics:
     attention_share: float
     scan_share: float
     probability_passes: float
+    fp8_scale: float
     cast_scale: float
     elementwise_scale: float
     norm_scale: float

@@ -24,7 +24,8 @@ def product_s(m: float, n: float, k: float, rates: DeviceRates, *, precise: bool
     shapes = rates.precise if precise else rates.by_shape
     rate = shapes.rate_flops(m, n, k) if shapes else None
     if rate is not None:
-        return 2.0 * m * n * k / (rate[0] * rates.physics.gemm_scale)
+        own = rates.physics.fp8_scale if rates.fp8 and not precise else 1.0
+        return 2.0 * m * n * k / (rate[0] * own * rates.physics.gemm_scale)
     half = constants.GEMM_HALF_DIM
     return 2.0 * m * n * k * (1 + half / n) * (1 + half / k) / rates.flops
 

@@ -52,13 +52,15 @@ OVERLAPS_GRADIENTS = r"nemo|bridge|dp/pp comm overlap|overlap.{0,6}grad"
 """Frameworks whose recipes reduce gradients behind the backward pass, and words that say so."""
 
 OVERLAPS_DISPATCH = r"a2a overlap|moe overlap"
+ATTENDS_IN_FP8 = r"fp8 (attention|dpa|dot[- ]product)"
 WHOLE_GRAPHS = r"full[- ]iteration cuda graph"
 GRAPHED_RECIPES = ((r"qwen3|deepseek", r"g?b[23]00", (26, 6)), (r"kimi", r"g?b[23]00", (26, 8)))
+FP8_ATTENTION = ((r"qwen3", r"g?b[23]00", (26, 6)), (r"deepseek", r"g?b300", (26, 6)))
 FUSED_EXPERTS = ((r"gpt.?oss", r"gb[23]00", (26, 6)),)
 """Releases (year, month of the NeMo container) from which Megatron-Bridge's MXFP8 recipes on Blackwell replay
 whole steps as CUDA graphs and send tokens behind another micro-batch's products (its pull requests 4211,
-4249, 4498, 4606, 4700 for 0.5.0 and 0.5.1, 5168 for 0.6.0), or fuse an expert's activation with its products
-(release notes of 0.5.1)."""
+4249, 4498, 4606, 4700 for 0.5.0 and 0.5.1, 5168 for 0.6.0), or compute attention in fp8 (3983, 4249, 4606),
+or fuse an expert's activation with its products (release notes of 0.5.1)."""
 
 INTERLEAVES = r"nemo|bridge"
 """Frameworks whose recipes interleave stages wherever they have a pipeline: of 181 published rows that state
@@ -168,6 +170,7 @@ def run_stack(run: Run, assumed: list[str]) -> Stack:
         overlaps_dispatch=graphed or bool(re.search(OVERLAPS_DISPATCH, run.words)),
         graphed=graphed,
         fused_experts=graphed or _released(run, FUSED_EXPERTS),
+        fp8_attention=bool(re.search(ATTENDS_IN_FP8, run.words)) or _released(run, FP8_ATTENTION),
     )
 
 
