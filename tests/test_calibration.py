@@ -143,7 +143,7 @@ def test_one_step_predicts_what_a_fit_without_the_group_finds(runs: list[Run]) -
         if run.group == group
     ]
     assert len(pairs) == 7
-    assert sum(abs(linear - refitted) for linear, refitted in pairs) / len(pairs) < 0.025
+    assert sum(abs(linear - refitted) for linear, refitted in pairs) / len(pairs) < 0.03
     assert max(abs(error) for error in found.errors) < 0.2
 
 

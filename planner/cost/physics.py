@@ -61,8 +61,8 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
         ),
         "fp8_scale": Prior(
             value=1.0, spread=0.1, low=0.6, high=1.5,
-            meaning="rate of products in fp8 over that of the tables, besides gemm_scale: scales by tensor or "
-            "by block, casts of weights",
+            meaning="rate of products in fp8 over that of the tables, besides gemm_scale: scales by tensor "
+            "or block, casts of weights",
         ),
         "cast_scale": Prior(
             value=1.0, spread=0.3, low=0.1, high=6.0,
