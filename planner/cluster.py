@@ -72,6 +72,9 @@ class DeviceGroup:
         return self.nodes * self.devices_per_node
 
 
+ONE_NODE = "one node"
+
+
 @noun
 class ClusterSpec:
     """Device groups, the link inside a node and the link between nodes.
@@ -90,6 +93,12 @@ class ClusterSpec:
     @property
     def devices(self) -> int:
         return sum(group.devices for group in self.groups)
+
+    @property
+    def network(self) -> str:
+        """The network between nodes, or ONE_NODE: what tells clusters of one device apart."""
+        several = sum(group.nodes for group in self.groups) > 1
+        return self.inter.name if several else ONE_NODE
 
     @property
     def devices_per_node(self) -> int:

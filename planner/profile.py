@@ -107,8 +107,8 @@ class ContentionSample:
 class Constant:
     """A fitted or measured constant: value in SI units, and how it came to be.
 
-    It holds on any device and for any software unless `device`, `engine` (a family of engines), `framework`
-    or `kernels` (a named set of fused kernels) say for which.
+    It holds on any device and for any software unless `device`, `network` (`ClusterSpec.network`), `engine`
+    (a family of engines), `framework` or `kernels` (a named set of fused kernels) say for which.
     """
 
     name: str
@@ -118,6 +118,7 @@ class Constant:
     framework: str = ""
     kernels: str = ""
     engine: str = ""
+    network: str = ""
 
 
 @noun
@@ -149,9 +150,15 @@ class Profile:
         return self.constant_of(name)
 
     def constant_of(
-        self, name: str, framework: str = "", kernels: str = "", device: str = "", engine: str = ""
+        self,
+        name: str,
+        framework: str = "",
+        kernels: str = "",
+        device: str = "",
+        engine: str = "",
+        network: str = "",
     ) -> float | None:
-        """The constant that speaks most narrowly of a device, an engine, a framework and its kernels."""
+        """The constant that speaks most narrowly of software, device and network, in this order."""
         fitting = [
             constant
             for constant in self.constants
@@ -160,10 +167,11 @@ class Profile:
             and constant.framework in ("", framework)
             and constant.kernels in ("", kernels)
             and constant.engine in ("", engine)
+            and constant.network in ("", network)
         ]
         narrowest = max(
             fitting,
-            key=lambda c: (bool(c.kernels), bool(c.framework), bool(c.engine), bool(c.device)),
+            key=lambda c: tuple(map(bool, (c.kernels, c.framework, c.engine, c.device, c.network))),
             default=None,
         )
         return None if narrowest is None else narrowest.value

@@ -24,6 +24,9 @@ from planner.runs.setup import RunSetup, Setups
 MIN_RUNS = 3
 """Fewer runs than this are not fitted apart from the others."""
 
+MIN_CLUSTER_RUNS = 20
+"""Fewer runs than this do not tell a cluster from others of its device."""
+
 TIME_ERROR = "time_error"
 QUANTILE = 0.9
 """The share of left-out runs whose error is within the interval that the profile's estimates carry."""
@@ -65,6 +68,7 @@ def calibrate(
             device=scope.device,
             framework=scope.framework,
             engine=scope.engine or _family(found.runs[0]),
+            network=scope.network,
         )
         profile = with_constants(profile, [*found.constants(), error])
     memory = calibrate_memory(runs, profile)
@@ -90,7 +94,7 @@ def usable(runs: Sequence[Run], base: Profile | None) -> tuple[list[Measured], d
 def scopes(measured: Sequence[Measured]) -> list[tuple[Scope, list[Measured]]]:
     """All runs of one framework; of several those of each family of engines, then of each framework.
 
-    Each framework's also on every device. None twice, none of fewer than MIN_RUNS.
+    Each framework's also on every device, and in every cluster by its network. None twice, none of few runs.
     """
     frameworks = sorted({run.run.framework for run in measured})
     if len(frameworks) == 1:
@@ -109,14 +113,27 @@ def scopes(measured: Sequence[Measured]) -> list[tuple[Scope, list[Measured]]]:
 
 
 def _by_device(scope: Scope, runs: Sequence[Measured]) -> list[tuple[Scope, list[Measured]]]:
-    """Runs of a scope, and where there are several devices those of each."""
+    """Runs of a scope; where there are several devices those of each, and of each their clusters'."""
     found = [(scope, list(runs))]
     devices = sorted({_device(run) for run in runs})
-    for device in devices if len(devices) > 1 else ():
+    for device in devices:
         there = [run for run in runs if _device(run) == device]
-        if len(there) >= MIN_RUNS:
-            found.append((dataclasses.replace(scope, device=device), there))
+        own = scope if len(devices) == 1 else dataclasses.replace(scope, device=device)
+        if own is not scope and len(there) >= MIN_RUNS:
+            found.append((own, there))
+        found += _by_network(own, there)
     return found
+
+
+def _by_network(scope: Scope, runs: Sequence[Measured]) -> list[tuple[Scope, list[Measured]]]:
+    """Runs of each network, where there are several: clusters differ in more than their links."""
+    named: dict[str, list[Measured]] = {}
+    for run in runs:
+        named.setdefault(run.setup.problem.cluster.network, []).append(run)
+    if len(named) == 1:
+        return []
+    many = {network: own for network, own in named.items() if len(own) >= MIN_CLUSTER_RUNS}
+    return [(dataclasses.replace(scope, network=network), own) for network, own in sorted(many.items())]
 
 
 def _family(run: Measured) -> str:

@@ -102,17 +102,17 @@ class Unknown:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Scope:
-    """What a fit speaks of: a device, a family of engines and a framework, each empty for any."""
+    """What a fit speaks of: a device, a network, a family of engines and a framework, each empty for any."""
 
     device: str = ""
     framework: str = ""
     engine: str = ""
+    network: str = ""
 
     @property
     def label(self) -> str:
-        return (
-            " on ".join(part for part in (self.framework or self.engine, self.device) if part) or "all runs"
-        )
+        place = ", ".join(part for part in (self.device, self.network) if part)
+        return " on ".join(part for part in (self.framework or self.engine, place) if part) or "all runs"
 
     def constant(self, unknown: Unknown, value: float, origin: str, family: str = "") -> Constant:
         """A constant of this scope; one that belongs to software holds for its family of engines at most."""
@@ -124,6 +124,7 @@ class Scope:
             framework=self.framework,
             kernels=unknown.kernels,
             engine=self.engine or ("" if PRIORS[unknown.name].device else family),
+            network=self.network,
         )
 
 
@@ -131,7 +132,7 @@ class Scope:
 class Fit:
     """The outcome: constants with the share of their prior's uncertainty that is left, and errors.
 
-    The constants hold for `scope`: a device and a framework, each empty for any.
+    The constants hold for `scope`.
     Errors are predicted over measured minus 1. `left_out` are those of each run predicted from the runs of
     the other groups.
     """
@@ -232,6 +233,7 @@ def _start(name: str, stack: Stack, scope: Scope, base: Profile) -> float:
     known = base.constant_of(
         name,
         device=scope.device,
+        network=scope.network,
         framework=scope.framework,
         kernels=stack.kernels,
         engine=stack.engine.family,
@@ -295,7 +297,8 @@ class _Problem:
     def _physics(self, run: Measured, values: Sequence[Any]) -> Physics:
         """The constants of a run's problem, where the unknowns have these values."""
         problem = run.setup.problem
-        own = physics_of(self._base, problem.stack, problem.cluster.groups[0].device.name)
+        cluster = problem.cluster
+        own = physics_of(self._base, problem.stack, problem.device.name, cluster.network)
         pairs = zip(self.unknowns, values, strict=True)
         told = {unknown.name: value for unknown, value in pairs if unknown.kernels in ("", run.kernels)}
         return dataclasses.replace(own, **told)

@@ -21,7 +21,7 @@ ProblemKey = tuple[ModelSpec, Workload, ClusterSpec, Stack]
 """What tells problems apart that one profile speaks of: a profile holds a dict and has no hash."""
 
 
-LayersKey = tuple[ModelSpec, Workload, Device, Stack]
+LayersKey = tuple[ModelSpec, Workload, Device, str, Stack]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Measured:
         """What the costs of its layers depend on."""
         problem = self.setup.problem
         one = dataclasses.replace(problem.workload, batch=1, tokens=None)
-        return problem.model, one, problem.cluster.groups[0].device, problem.stack
+        return problem.model, one, problem.device, problem.cluster.network, problem.stack
 
 
 def step_time_s(model: CostModel, strategy: Strategy) -> float:
@@ -76,5 +76,8 @@ def step_time_s(model: CostModel, strategy: Strategy) -> float:
 
 def with_constants(base: Profile, constants: Sequence[Constant]) -> Profile:
     """The profile with these constants in place of its own of the same name and scope."""
-    own = {(c.name, c.device, c.engine, c.framework, c.kernels): c for c in (*base.constants, *constants)}
+    own = {
+        (c.name, c.device, c.network, c.engine, c.framework, c.kernels): c
+        for c in (*base.constants, *constants)
+    }
     return dataclasses.replace(base, constants=tuple(own.values()))

@@ -103,7 +103,12 @@ def fitted_constant(problem: PlanningProblem, name: str) -> float | None:
         return None
     device = problem.device.name
     return profile.constant_of(
-        name, device=device, framework=stack.framework, kernels=stack.kernels, engine=stack.engine.family
+        name,
+        device=device,
+        network=problem.cluster.network,
+        framework=stack.framework,
+        kernels=stack.kernels,
+        engine=stack.engine.family,
     )
 
 

@@ -262,16 +262,16 @@ class Physics:
     step_s: float
 
 
-def physics_of(profile: Profile | None, stack: Stack, device: str = "") -> Physics:
-    """The constants that hold for a stack on a device."""
-    fitted = {name: _fitted(profile, name, stack, device) for name in PRIORS}
+def physics_of(profile: Profile | None, stack: Stack, device: str = "", network: str = "") -> Physics:
+    """The constants that hold for a stack on a device, in a cluster of a network."""
+    fitted = {name: _fitted(profile, name, stack, device, network) for name in PRIORS}
     values = {name: prior_of(name, stack) if value is None else value for name, value in fitted.items()}
     return Physics(**values)
 
 
 def usual_physics(problem: PlanningProblem) -> Physics:
     """The constants that a problem's own profile has for its stack and device."""
-    return physics_of(problem.profile, problem.stack, problem.device.name)
+    return physics_of(problem.profile, problem.stack, problem.device.name, problem.cluster.network)
 
 
 def fitted_to_runs(profile: Profile | None, stack: Stack, device: str) -> bool:
@@ -279,11 +279,16 @@ def fitted_to_runs(profile: Profile | None, stack: Stack, device: str) -> bool:
     return _fitted(profile, "time_error", stack, device) is not None
 
 
-def _fitted(profile: Profile | None, name: str, stack: Stack, device: str) -> float | None:
+def _fitted(profile: Profile | None, name: str, stack: Stack, device: str, network: str = "") -> float | None:
     if profile is None:
         return None
     return profile.constant_of(
-        name, device=device, framework=stack.framework, kernels=stack.kernels, engine=stack.engine.family
+        name,
+        device=device,
+        network=network,
+        framework=stack.framework,
+        kernels=stack.kernels,
+        engine=stack.engine.family,
     )
 
 
