@@ -244,9 +244,9 @@ def _activation_operators(mlp: FeedForward | None) -> int:
 def _attention_s(block: Block, shape: LayerShape, rates: DeviceRates) -> tuple[float, float]:
     """Seconds between the projections, forward and backward.
 
-    A flash kernel skips what is masked and computes scores again going back: 2.5 times. So does a recurrent
-    mixer's scan, at a rate of its own. The others compute
-    the whole square as batched products, twice going back, and read and write every probability.
+    A flash kernel skips what is masked, in blocks of FLASH_BLOCK keys, and computes scores again going back:
+    2.5 times. So does a recurrent mixer's scan, at a rate of its own. The others compute the whole square as
+    batched products, twice going back, and read and write every probability.
     """
     flops = block.attention_flops_forward(shape.tokens, shape.seq) / shape.tp
     attentions = [mixer for mixer in block.mixers if isinstance(mixer, (Attention, LatentAttention))]
@@ -254,7 +254,9 @@ def _attention_s(block: Block, shape: LayerShape, rates: DeviceRates) -> tuple[f
         slower = rates.physics.attention_share / rates.physics.scan_share
         return flops / rates.attention_flops * slower, 2.5 * flops / rates.attention_flops * slower
     if shape.kernel is AttentionKernel.FLASH:
-        forward_s = flops / rates.attention_flops
+        half = constants.FLASH_BLOCK / 2  # of the block on the diagonal is masked, and computed all the same
+        masked = sum(m.core_flops(shape.seq) * half / m.span.mean_keys(shape.seq) for m in attentions)
+        forward_s = (flops + masked * shape.tokens / shape.tp) / rates.attention_flops
         return forward_s, 2.5 * forward_s
     square = sum(mixer.core_flops(shape.seq) / mixer.span.mean_keys(shape.seq) for mixer in attentions)
     products_s = square * shape.seq * shape.tokens / shape.tp / (rates.flops * rates.physics.gemm_scale)

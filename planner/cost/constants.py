@@ -29,6 +29,9 @@ fp32, 80 bytes a value against 10 (GPT-OSS's clamped SwiGLU as Megatron-Core wri
 BLOCK_LAUNCHES = 45
 """Operators of a block's forward that HOST_BLOCK_FORWARD_S stands for; a traced layer counts its own."""
 
+FLASH_BLOCK = 128
+"""Keys of a flash kernel's block (FlashAttention-2, arXiv 2307.08691: 64 or 128)."""
+
 AMPERE_FLASH_KEEPS = 0.35 / 0.73
 """Share of the peak that FlashAttention-2 reaches at best on H100, over that on A100, for which it was
 written (arXiv 2407.08608, 2307.08691)."""
