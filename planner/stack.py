@@ -75,5 +75,19 @@ class Stack:
         usual = Selective.ATTENTION if self.engine is Engine.MEGATRON else Selective.ELEMENTWISE
         return self.selective or usual
 
+    @property
+    def gathers_logits(self) -> bool:
+        """Whether every tensor-parallel rank takes the loss over the whole vocabulary, not over its shard.
+
+        DeepSpeed has no tensor-parallel loss of its own; those of pipelines built like it gather (for one,
+        github.com/Aleph-Alpha/scaling, core/nn/linear and transformer/model/losses).
+        """
+        return self.engine is Engine.DEEPSPEED
+
+    @property
+    def keeps_gathered(self) -> bool:
+        """Whether sublayers keep their input whole under sequence parallelism; Megatron gathers it again."""
+        return self.engine is not Engine.MEGATRON
+
 
 NATIVE = Stack()

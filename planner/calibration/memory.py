@@ -8,20 +8,17 @@ minimises over the constants c, each with its prior's value v and spread s,
     r_i = ln(p_i(c) / m_i) / PEAK_ERROR        z_i = ln(p_i(c) / l_i) / LIMIT_ERROR, + where it ran out
 
 A peak is the largest over pipeline ranks of what is nearly linear in the constants: it is linearised there
-and solved again, ROUNDS times. The band of the verdict is the quantile of what is left where every group is
-predicted from the others: of measured over predicted, where a run that ran out needed at least its limit,
-and one that ran at most that.
+and solved again, ROUNDS times. The band of the verdict is planner.calibration.memory_band's.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from planner.calibration.memory_band import memory_band
 from planner.calibration.predict import with_constants
-from planner.cost import constants
 from planner.cost.evaluate import CostModel, RankMemory, memory_of_ranks
 from planner.cost.memory_constants import MEMORY_PRIORS, fitted_constant, memory_prior
 from planner.cost.physics import Prior
@@ -44,16 +41,10 @@ MIN_RUNS = 3
 """Fewer runs of a framework than this say too little of its memory."""
 
 ROUNDS = 2
-QUANTILE = 0.99
-"""Share of left-out runs that the band of the verdict holds."""
-
-MARGIN = 0.02
-"""Added to the band: limits themselves are known to about this, as what else is on a device differs."""
-
 TOLD = 0.05
 """A constant that moves less than this share of its prior's spread stays at its prior."""
 
-BY_KERNELS = ("norm_bytes", "probability_scale", "gathered_logits_bytes")
+BY_KERNELS = ("norm_bytes", "probability_scale")
 """Constants that every named set of kernels has for itself, held to the framework's own by KINSHIP."""
 
 KINSHIP = 0.5
@@ -65,6 +56,7 @@ FITTED = (
     "norm_bytes",
     "probability_scale",
     "transient_scale",
+    "loss_bytes",
     "gathered_logits_bytes",
     "allocator_slack",
 )
@@ -151,12 +143,10 @@ def fit_memory(runs: Sequence[MemoryRun], framework: str, base: Profile) -> Memo
     for _ in range(ROUNDS):
         linear = _Linear(runs, unknowns, x, framework, base)
         x = linear.solve(np.ones(len(runs)))
-    groups = np.array([run.run.group_name for run in runs])
-    ratios = np.ones(len(runs))
-    for group in dict.fromkeys(groups):
-        held = groups == group
-        rest = linear.solve(1.0 - held) if len(set(groups)) > 1 else x
-        ratios[held] = linear.ratios(rest)[held]
+    left_out = _left_out(linear, runs, x, lambda run: run.group_name)
+    judged = left_out
+    if len({_model_name(run.run) for run in runs}) > 1:
+        judged += _left_out(linear, runs, x, _model_name)
     origin = f"fitted to {len(runs)} runs"
     constants = [
         _constant(u, float(v), framework, origin)
@@ -166,9 +156,28 @@ def fit_memory(runs: Sequence[MemoryRun], framework: str, base: Profile) -> Memo
     return MemoryFit(
         framework=framework,
         runs=tuple(runs),
-        constants=(*constants, *_band(runs, ratios, framework)),
-        left_out=tuple(float(ratio) for ratio in ratios),
+        constants=(*constants, *_band(runs, judged, framework)),
+        left_out=left_out,
     )
+
+
+def _model_name(run: Run) -> str:
+    return run.model or f"{run.layers}-{run.hidden}"
+
+
+def _left_out(
+    linear: _Linear, runs: Sequence[MemoryRun], fitted: Any, key: Callable[[Run], str]
+) -> tuple[float, ...]:
+    """Each run's prediction over its bytes from the runs of other keys; from all where there is one key."""
+    import numpy as np
+
+    keys = np.array([key(run.run) for run in runs])
+    ratios = np.ones(len(runs))
+    for value in dict.fromkeys(keys):
+        held = keys == value
+        rest = fitted if held.all() else linear.solve(1.0 - held)
+        ratios[held] = linear.ratios(rest)[held]
+    return tuple(float(ratio) for ratio in ratios)
 
 
 def _constant(unknown: _Unknown, value: float, framework: str, origin: str) -> Constant:
@@ -326,24 +335,13 @@ def _of_kind(rank: RankMemory, kind: MemoryKind | None, context_bytes: float) ->
     return rank.peak_bytes + (context_bytes if kind is MemoryKind.DEVICE else 0.0)
 
 
-def _band(runs: Sequence[MemoryRun], ratios: Any, framework: str) -> list[Constant]:
-    """The band of the verdict: how far measured peaks lie from left-out predictions, above and below."""
+def _band(runs: Sequence[MemoryRun], ratios: Sequence[float], framework: str) -> tuple[Constant, ...]:
+    """The band of the verdict; `ratios` are predictions over bytes, of all runs once or more often."""
     above, below = [], []
-    for run, ratio in zip(runs, ratios, strict=True):
-        error = 1 / float(ratio) - 1
+    for index, ratio in enumerate(ratios):
+        run, error = runs[index % len(runs)], 1 / ratio - 1
         if run.kind is not None or run.ran_out:
             above.append(max(error, 0.0))
         if run.kind is not None or not run.ran_out:
             below.append(max(-error, 0.0))
-    origin = f"{QUANTILE:.0%} of {len(runs)} runs, each predicted from the other groups"
-    return [
-        Constant(name=f"memory_error_{name}", value=_quantile(values), origin=origin, framework=framework)
-        for name, values in (("upper", above), ("lower", below))
-        if values
-    ]
-
-
-def _quantile(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    value = ordered[min(len(ordered) - 1, math.ceil(QUANTILE * len(ordered)) - 1)] + MARGIN
-    return min(value, constants.MEMORY_ERROR["datasheet"])  # few groups never teach less than no calibration
+    return memory_band(above, below, framework, f"{len(runs)} runs")

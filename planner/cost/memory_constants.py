@@ -36,10 +36,15 @@ MEMORY_PRIORS: Mapping[str, Prior] = MappingProxyType(
             meaning="copies of the attention's probabilities that an unfused kernel keeps: softmax, mask and "
             "dropout are 2.5, scores one more (arXiv 2205.05198)",
         ),
+        "loss_bytes": Prior(
+            value=12.0, spread=2.0, low=4.0, high=40.0,
+            meaning="bytes of each logit at the worst moment of the loss: 2 as the product gives it, 4 as "
+            "logarithm of the softmax, 4 and 2 of its gradient",
+        ),
         "gathered_logits_bytes": Prior(
-            value=0.0, spread=20.0, low=0.0, high=60.0,
-            meaning="bytes of each logit of other tensor-parallel ranks that a loss without vocabulary "
-            "parallelism gathers",
+            value=0.0, spread=2.0, low=0.0, high=20.0,
+            meaning="bytes of each logit besides where tensor-parallel ranks gather them for the loss: the "
+            "parts, the message's buffer, the whole, 2 each",
         ),
         "transient_scale": Prior(
             value=1.0, spread=0.3, low=0.2, high=4.0,
@@ -79,6 +84,7 @@ class MemoryConstants:
     grad_bytes: float
     norm_bytes: float
     probability_scale: float
+    loss_bytes: float
     gathered_logits_bytes: float
     transient_scale: float
     allocator_slack: float
@@ -120,6 +126,10 @@ def memory_prior(name: str, stack: Stack) -> float:
         return UNFUSED_NORM_BYTES
     if name == "grad_bytes" and stack.engine is Engine.DEEPSPEED:
         return 2.0
+    if name == "loss_bytes" and stack.gathers_logits:
+        return 16.0  # written in plain operations: three fp32 tensors at once beside the logits and a copy
+    if name == "gathered_logits_bytes" and stack.gathers_logits:
+        return 6.0
     if name == "allocator_slack" and stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
         return 1.06  # published logs have 1.06 to 1.22
     return MEMORY_PRIORS[name].value

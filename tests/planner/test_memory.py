@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from planner.calibration.memory import calibrate_memory
+from planner.calibration.predict import with_constants
 from planner.cost.activations import engine_bytes
 from planner.cost.evaluate import CostModel, Evaluation, predicted_memory_bytes
 from planner.cost.layer import LayerShape
@@ -27,6 +28,7 @@ from planner.runs.table import read_runs
 from planner.stack import Engine, Selective, Stack
 from planner.strategy import Degrees, Recompute, Strategy, Zero, even_stages
 from planner.units import GIB
+from planner.validation import validate
 from planner.workload import AdapterModules, Adapters, Method, Optimizer, Precision
 from tests.planner import instances
 
@@ -179,11 +181,34 @@ def test_recomputing_more_never_keeps_more(engine: Engine, selective: Selective)
         assert kept == sorted(kept, reverse=True)
 
 
-def test_sequence_parallel_inputs_stay_whole_under_dtensor_only() -> None:
-    """DTensor keeps both gathered inputs of a block, Megatron gathers them again."""
-    titan = bytes_kept(Stack(engine=Engine.TORCHTITAN), Recompute.NONE, 2, True)
-    deepspeed = bytes_kept(Stack(engine=Engine.DEEPSPEED), Recompute.NONE, 2, True)
-    assert titan - deepspeed == 2 * (2 * 2 * 128 * 64 / 2)
+@pytest.mark.parametrize("engine", Engine)
+def test_sequence_parallel_inputs_stay_whole_except_megatrons(engine: Engine) -> None:
+    """Both gathered inputs of a block are kept; Megatron gathers them again, and fuses its activation."""
+    block = instances.dense_block(64)
+    sharded = block.saved_bytes(2 * 128, 128, tp=2, sequence_parallel=True)
+    gathered, fused = 2 * (2 * 128 * 64), 2 * 2 * 128 * 3 * 64 / 2
+    more = -fused if engine is Engine.MEGATRON else gathered
+    assert bytes_kept(Stack(engine=engine), Recompute.NONE, 2, True) == sharded + more
+
+
+def head_bytes(engine: Engine, tp: int) -> float:
+    """What the head takes at the worst moment of its loss."""
+    problem = dataclasses.replace(instances.problem(), stack=Stack(engine=engine))
+    shape = LayerShape(
+        kind=LayerKind.HEAD, tp=tp, sequence_parallel=False, micro_batch=2, seq=128,
+        precision=Precision.BF16,
+    )  # fmt: skip
+    cost = CostModel(problem).layers.cost(shape)
+    return cost.saved_bytes + cost.backward_transient_bytes
+
+
+def test_a_loss_over_gathered_logits_is_not_shared_out() -> None:
+    """Megatron's shares out 12 bytes a logit; DeepSpeed's pipelines take 16 of all, 6 more to gather them."""
+    problem = instances.problem()
+    logits, stream = 2 * 128 * problem.model.vocab, 2 * 2 * 128 * 2 * problem.model.hidden
+    for tp in (1, 2, 4):
+        assert head_bytes(Engine.MEGATRON, tp) == pytest.approx(stream + 12 * logits / tp)
+        assert head_bytes(Engine.DEEPSPEED, tp) == pytest.approx(stream + (16 if tp == 1 else 22) * logits)
 
 
 def test_only_fitted_constants_change_a_measured_layer() -> None:
@@ -309,6 +334,21 @@ def test_a_band_is_found_from_which_runs_ran_out() -> None:
         judged = verdict(ratio, 1.0, ErrorBand(lower=lower, upper=upper))
         assert judged is not (Verdict.SAFE if run.ran_out else Verdict.NO)
     assert 0.02 <= upper < 0.12 and math.isfinite(lower)
+
+
+def test_verdicts_of_a_model_that_was_not_fitted() -> None:
+    """Layouts of LLaMA-30B on 256 A100, judged by those of 13B and 65B: SAFE never runs out."""
+    runs = read_runs([REFERENCE.with_name("layout_sweeps.csv")]).runs
+    base = with_profile(instances.problem()).profile
+    assert base is not None
+    (found,) = calibrate_memory([run for run in runs if run.model != "LLaMA-30B"], base)
+    profile = with_constants(base, found.constants)
+    held = [run for run in runs if run.model == "LLaMA-30B"]
+    counts = validate(held, lambda device: profile).verdicts
+    total = sum(counts.values())
+    assert total == 166 and counts["safe_oom"] == 0
+    assert counts["no_ran"] / total < 0.02
+    assert (counts["risky_ran"] + counts["risky_oom"]) / total < 0.12
 
 
 def test_constants_are_found_from_measured_peaks() -> None:
