@@ -20,7 +20,7 @@ from typing import Any
 from planner.calibration.memory_band import memory_band
 from planner.calibration.predict import with_constants
 from planner.cost.evaluate import CostModel, RankMemory, memory_of_ranks
-from planner.cost.memory_constants import MEMORY_PRIORS, fitted_constant, memory_prior
+from planner.cost.memory_constants import MEMORY_PRIORS, constant_name, fitted_constant, memory_prior
 from planner.cost.physics import Prior
 from planner.cost.schedule import build_table
 from planner.kept import AttentionKernel
@@ -44,17 +44,13 @@ ROUNDS = 2
 TOLD = 0.05
 """A constant that moves less than this share of its prior's spread stays at its prior."""
 
-BY_KERNELS = ("norm_bytes", "probability_scale")
-"""Constants that every named set of kernels has for itself, held to the framework's own by KINSHIP."""
-
-KINSHIP = 0.5
-"""Spread of a set of kernels around its framework's constant, as a share of that constant's own."""
-
 FITTED = (
     "activation_scale",
     "grad_bytes",
     "norm_bytes",
+    "unfused_norm_bytes",
     "probability_scale",
+    "eager_probability_scale",
     "transient_scale",
     "loss_bytes",
     "gathered_logits_bytes",
@@ -98,13 +94,11 @@ class MemoryFit:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Unknown:
-    """A constant of a fit; `kin` is the place of the framework's own among them, None where there is none."""
+    """A constant of a fit and the value that it starts from and is held to."""
 
     name: str
-    kernels: str
     prior: Prior
     start: float
-    kin: int | None = None
 
 
 def calibrate_memory(runs: Sequence[Run], base: Profile) -> tuple[MemoryFit, ...]:
@@ -181,41 +175,36 @@ def _left_out(
 
 
 def _constant(unknown: _Unknown, value: float, framework: str, origin: str) -> Constant:
-    return Constant(
-        name=unknown.name, value=value, origin=origin, framework=framework, kernels=unknown.kernels
-    )
+    return Constant(name=unknown.name, value=value, origin=origin, framework=framework)
 
 
 def _unknowns(runs: Sequence[MemoryRun], base: Profile) -> list[_Unknown]:
-    """The constants that these runs can tell of: the framework's, and those of its sets of kernels."""
-    problems = {run.setup.problem.stack.kernels: run.setup.problem for run in runs}
-    found: list[_Unknown] = []
+    """The constants that these runs can tell of, each from a problem that it holds for."""
+    problems = list({run.setup.problem.stack: run.setup.problem for run in runs}.values())
+    found = []
     for name in FITTED:
-        told = {k: p for k, p in sorted(problems.items()) if name != "probability_scale" or _unfused(p)}
-        sets = [kernels for kernels in told if kernels] if name in BY_KERNELS else []
-        if not told or (name == "grad_bytes" and not _mastered(runs)):
-            continue
+        told = [problem for problem in problems if _tells(problem, name)]
         if name == "allocator_slack" and not any(run.kind in RESERVING for run in runs):
             continue
-        starts = {kernels: _start(told[kernels], name, base) for kernels in told}
-        usual = sorted(starts.values())[len(starts) // 2]
-        kin = len(found)
-        found.append(_Unknown(name, "", MEMORY_PRIORS[name], usual))
-        found += [
-            _Unknown(
-                name, kernels, MEMORY_PRIORS[name], starts[kernels], kin if starts[kernels] == usual else None
-            )
-            for kernels in sets
-        ]
+        if told:
+            found.append(_Unknown(name, MEMORY_PRIORS[name], _start(told[0], name, base)))
     return found
 
 
-def _unfused(problem: PlanningProblem) -> bool:
-    return problem.stack.attention is not AttentionKernel.FLASH
-
-
-def _mastered(runs: Sequence[MemoryRun]) -> bool:
-    return runs[0].setup.problem.stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED)
+def _tells(problem: PlanningProblem, name: str) -> bool:
+    """Whether runs of a problem's stack tell of a constant."""
+    stack = problem.stack
+    match name:
+        case "grad_bytes":
+            return stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED)
+        case "gathered_logits_bytes":
+            return stack.gathers_logits
+        case "norm_bytes" | "unfused_norm_bytes":
+            return constant_name("norm_bytes", stack) == name
+        case "probability_scale" | "eager_probability_scale":
+            unfused = stack.attention is not AttentionKernel.FLASH
+            return unfused and constant_name("probability_scale", stack) == name
+    return True
 
 
 def _start(problem: PlanningProblem, name: str, base: Profile) -> float:
@@ -233,16 +222,14 @@ class _Linear:
 
         self.runs, self.unknowns, self.at = runs, unknowns, at
         peaks = _Peaks(runs, framework, base, unknowns)
-        values = peaks.of(at, None)
+        values = peaks.of(at)
         self.starts = np.cumsum([0, *(len(v) for v in values)])[:-1]
         self.values = np.concatenate(values)
         columns = []
         for index, unknown in enumerate(unknowns):
             moved = np.array(at)
             moved[index] += 0.1 * unknown.prior.spread
-            columns.append(
-                (np.concatenate(peaks.of(moved, index)) - self.values) / (moved[index] - at[index])
-            )
+            columns.append((np.concatenate(peaks.of(moved)) - self.values) / (moved[index] - at[index]))
         self.slopes = np.stack(columns, axis=1)
         self.bytes = np.array([run.bytes for run in runs])
         self.measured = np.array([run.kind is not None for run in runs])
@@ -263,7 +250,10 @@ class _Linear:
         robust = 2 * (np.sqrt(1 + (logs / PEAK_ERROR) ** 2) - 1)
         ended = 2 * np.logaddexp(0.0, self.sign * logs / LIMIT_ERROR)
         each = np.where(self.measured, robust, ended)
-        held = sum(_held(unknown, value, x) ** 2 for unknown, value in zip(self.unknowns, x, strict=True))
+        held = sum(
+            ((value - unknown.start) / unknown.prior.spread) ** 2
+            for unknown, value in zip(self.unknowns, x, strict=True)
+        )
         return float(weights @ each + held)
 
     def solve(self, weights: Any) -> Any:
@@ -274,13 +264,6 @@ class _Linear:
         return minimize(self.cost, self.at, args=(weights,), method="Powell", bounds=bounds).x
 
 
-def _held(unknown: _Unknown, value: float, x: Any) -> float:
-    """How many spreads a constant lies from what holds it: its prior, or the framework's own."""
-    if unknown.kin is None:
-        return float(value - unknown.start) / unknown.prior.spread
-    return float(value - x[unknown.kin]) / (KINSHIP * unknown.prior.spread)
-
-
 class _Peaks:
     """Bytes of every pipeline rank of every run under given constants. Runs of one problem share a model."""
 
@@ -288,24 +271,14 @@ class _Peaks:
         self, runs: Sequence[MemoryRun], framework: str, base: Profile, unknowns: Sequence[_Unknown]
     ) -> None:
         self.runs, self.framework, self.base, self.unknowns = runs, framework, base, unknowns
-        self._known: list[Any] = []
 
-    def of(self, x: Any, changed: int | None) -> list[Any]:
-        """One array a run; of a constant that speaks of other kernels, what was known before."""
+    def of(self, x: Any) -> list[Any]:
+        """One array a run."""
         pairs = zip(self.unknowns, x, strict=True)
         constants = [_constant(u, float(v), self.framework, "") for u, v in pairs]
         profile = with_constants(self.base, constants)
-        only = self.unknowns[changed].kernels if changed is not None else ""
         models: dict[object, CostModel] = {}
-        found = [
-            self._known[index]
-            if only and run.setup.problem.stack.kernels != only
-            else self._bytes(run, profile, models)
-            for index, run in enumerate(self.runs)
-        ]
-        if changed is None:
-            self._known = found
-        return found
+        return [self._bytes(run, profile, models) for run in self.runs]
 
     def _bytes(self, run: MemoryRun, profile: Profile, models: dict[object, CostModel]) -> Any:
         import numpy as np

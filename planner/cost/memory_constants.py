@@ -1,16 +1,18 @@
 """The few constants of the memory model that measured runs can determine, with priors, bounds and meanings.
 
-A profile may hold any of them, for all software, for one framework or for one set of its fused kernels.
+A profile may hold any of them, for all software, for one framework or for one set of its fused kernels. Two
+hold for kinds of kernels: what norms keep, and attention that is not flash.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from planner.codec import noun
 from planner.cost import constants
-from planner.cost.physics import Prior
+from planner.cost.physics import Prior, unfused_norms
 from planner.kept import AttentionKernel
 from planner.problem import PlanningProblem
 from planner.stack import Engine, Stack
@@ -28,13 +30,22 @@ MEMORY_PRIORS: Mapping[str, Prior] = MappingProxyType(
             "in DeepSpeed's (ZeRO, arXiv 1910.02054), 2 + 4 in its bf16 optimizer",
         ),
         "norm_bytes": Prior(
-            value=0.0, spread=2.0, low=0.0, high=24.0,
-            meaning="bytes that an unfused norm keeps of each value besides input and result (fp32 copies)",
+            value=0.0, spread=1.0, low=0.0, high=12.0,
+            meaning="bytes that a norm of one kernel keeps of each value besides input and result",
+        ),
+        "unfused_norm_bytes": Prior(
+            value=8.0, spread=2.0, low=0.0, high=24.0,
+            meaning="the same of a norm in tensor operations: the input in fp32, kept for the square and for "
+            "the product",
         ),
         "probability_scale": Prior(
             value=2.5, spread=0.5, low=0.5, high=6.0,
-            meaning="copies of the attention's probabilities that an unfused kernel keeps: softmax, mask and "
-            "dropout are 2.5, scores one more (arXiv 2205.05198)",
+            meaning="copies of the attention's probabilities that a fused softmax keeps: softmax, mask and "
+            "dropout are 2.5 (arXiv 2205.05198)",
+        ),
+        "eager_probability_scale": Prior(
+            value=3.5, spread=0.5, low=0.5, high=8.0,
+            meaning="the same of attention in tensor operations: the scores besides",
         ),
         "loss_bytes": Prior(
             value=12.0, spread=2.0, low=4.0, high=40.0,
@@ -71,14 +82,13 @@ MEMORY_PRIORS: Mapping[str, Prior] = MappingProxyType(
     }
 )  # fmt: skip
 
-UNFUSED_NORM_BYTES = 8.0
-"""norm_bytes of a named set of kernels that has none for the norm: the input in fp32, kept for the square and
-for the product."""
-
 
 @noun
 class MemoryConstants:
-    """The constants of one stack: fitted where a profile has them, else their priors."""
+    """The constants of one stack: fitted where a profile has them, else their priors.
+
+    `norm_bytes` and `probability_scale` are those of the stack's kind of norm and attention.
+    """
 
     activation_scale: float
     grad_bytes: float
@@ -95,11 +105,21 @@ class MemoryConstants:
 
 def memory_constants(problem: PlanningProblem) -> MemoryConstants:
     """The constants that hold for a problem's device and stack."""
-    values = {}
-    for name in MEMORY_PRIORS:
+    stack, values = problem.stack, {}
+    for field in dataclasses.fields(MemoryConstants):
+        name = constant_name(field.name, stack)
         fitted = fitted_constant(problem, name)
-        values[name] = memory_prior(name, problem.stack) if fitted is None else fitted
+        values[field.name] = memory_prior(name, stack) if fitted is None else fitted
     return MemoryConstants(**values)
+
+
+def constant_name(name: str, stack: Stack) -> str:
+    """The constant that stands for `name` where a stack's kernels decide."""
+    if name == "norm_bytes" and unfused_norms(stack):
+        return "unfused_norm_bytes"
+    if name == "probability_scale" and stack.attention is AttentionKernel.EAGER:
+        return "eager_probability_scale"
+    return name
 
 
 def fitted_constant(problem: PlanningProblem, name: str) -> float | None:
@@ -120,10 +140,6 @@ def fitted_constant(problem: PlanningProblem, name: str) -> float | None:
 
 def memory_prior(name: str, stack: Stack) -> float:
     """The prior of a constant for a stack."""
-    if name == "probability_scale" and stack.attention is AttentionKernel.EAGER:
-        return MEMORY_PRIORS[name].value + 1
-    if name == "norm_bytes" and stack.kernels and "rms" not in stack.kernels.lower():
-        return UNFUSED_NORM_BYTES
     if name == "grad_bytes" and stack.engine is Engine.DEEPSPEED:
         return 2.0
     if name == "loss_bytes" and stack.gathers_logits:

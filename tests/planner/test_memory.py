@@ -322,7 +322,7 @@ def sweep(truth: PlanningProblem) -> list[Run]:
 
 def test_a_band_is_found_from_which_runs_ran_out() -> None:
     """Ends alone tell enough that no left-out run is SAFE that ran out, or NO that ran."""
-    truth = with_profile(instances.problem(), activation_scale=1.4)
+    truth = with_profile(instances.problem(), activation_scale=1.2)
     runs = sweep(truth)
     assert {run.status for run in runs} == {Status.OK, Status.OOM}
     base = with_profile(instances.problem()).profile
