@@ -85,6 +85,12 @@ class Stack:
         return self.engine is Engine.DEEPSPEED
 
     @property
+    def accumulates_beside(self) -> bool:
+        """Whether bf16 gradients are summed in fp32 beside themselves: DeepSpeed's BF16_Optimizer, with which
+        Megatron-DeepSpeed trained BLOOM (arXiv 2211.05100)."""
+        return self.engine is Engine.MEGATRON and "deepspeed" in self.framework.lower()
+
+    @property
     def keeps_gathered(self) -> bool:
         """Whether sublayers keep their input whole under sequence parallelism; Megatron gathers it again."""
         return self.engine is not Engine.MEGATRON

@@ -24,7 +24,7 @@ MODELS = list(catalog.model_index())
 
 
 def test_the_catalog_has_its_size() -> None:
-    assert len(DEVICES) == 40
+    assert len(DEVICES) == 41
     assert len(MODELS) == 124
     assert len(catalog.instances()) == 182
 

@@ -20,12 +20,13 @@ parameter of this device's tensor-parallel shard:
 
 (*) The copy that replication keeps; one device in fp32 needs none. (**) With one micro-batch, gradients are
 reduced unit by unit. In fp32 there is no separate master: its 4 bytes fall away. The 4 and 2 of megatron's
-and deepspeed's gradients are the constant grad_bytes, of which runs may tell otherwise. A frozen weight
-(LoRA) has c bytes, or c/n under ZeRO 3, and nothing else; its adapters are trained as above.
+and deepspeed's gradients are the constant grad_bytes, of which runs may tell otherwise; Megatron-DeepSpeed
+keeps c more in bf16. A frozen weight (LoRA) has c bytes, or c/n under ZeRO 3, and nothing else; its adapters
+are trained as above.
 
 Sources: native and torchtitan, what FSDP2 keeps (fp32 shards, units gathered in the compute precision, fp32
 reduction). Megatron-LM: 18 bytes a parameter, 6 + 12/d with its distributed optimizer (docs, Distributed
-Optimizer). DeepSpeed: 2 + 2 + 12 (ZeRO, arXiv 1910.02054). States by optimizer: planner/workload.py.
+Optimizer). DeepSpeed: 2 + 2 + 12 (ZeRO, arXiv 1910.02054); its BF16_Optimizer adds fp32 gradients. States by optimizer: planner/workload.py.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from planner.model import Block, Layer, ModelSpec
 from planner.problem import PlanningProblem
 from planner.stack import Engine
 from planner.strategy import Degrees, Zero
-from planner.workload import Optimizer
+from planner.workload import Optimizer, Precision
 
 
 @noun
@@ -142,6 +143,8 @@ def _with_master(problem: PlanningProblem, degrees: Degrees, state: float, n: in
     """Weights in the compute precision, a master in fp32 beside the optimizer's state."""
     zero, size = degrees.zero, problem.workload.precision.compute_bytes
     grads = memory_constants(problem).grad_bytes if size < 4 else 4.0
+    if problem.workload.precision is Precision.BF16 and problem.stack.accumulates_beside:
+        grads += size
     master = 4 if size < 4 else 0
     return ParamBytes(
         weights=size / (n if zero is Zero.PARAMETERS else 1),

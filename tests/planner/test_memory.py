@@ -35,12 +35,12 @@ from tests.planner import instances
 REFERENCE = Path(__file__).parents[2] / "bench" / "data" / "h100_reference.csv"
 
 
-def states(engine: Engine, zero: Zero, shards: int, **workload: object) -> States:
+def states(engine: Engine, zero: Zero, shards: int, framework: str = "", **workload: object) -> States:
     """Bytes a parameter with `shards` data ranks and several micro-batches."""
     problem = instances.problem()
     problem = dataclasses.replace(
         problem,
-        stack=Stack(engine=engine),
+        stack=Stack(engine=engine, framework=framework),
         workload=dataclasses.replace(problem.workload, **workload),  # type: ignore[arg-type]
     )
     replicate, shard = (shards, 1) if zero is Zero.NONE else (1, shards)
@@ -75,6 +75,7 @@ def test_bytes_a_parameter_are_the_published_ones() -> None:
     assert states(Engine.MEGATRON, Zero.OPTIMIZER, 8).block.total == 6 + 12 / 8
     for zero, total in ((0, 16), (1, 4 + 12 / 8), (2, 2 + 14 / 8), (3, 16 / 8)):
         assert states(Engine.DEEPSPEED, Zero(zero), 8).block.total == pytest.approx(total)
+    assert states(Engine.MEGATRON, Zero.OPTIMIZER, 8, framework="Megatron-DeepSpeed").block.grads == 6
     assert states(Engine.TORCHTITAN, Zero.PARAMETERS, 8).block.total == 2
     assert states(Engine.NATIVE, Zero.NONE, 1, precision=Precision.FP32).block.total == 16
 
