@@ -11,7 +11,8 @@ class Device:
     """An accelerator, or a process on a CPU.
 
     Peaks are dense; `None` means unknown, and stays unknown. `usable_memory_bytes` is what a program
-    can allocate after the driver's context. Links are per device and one direction.
+    can allocate after the driver's context. Links are per device and one direction; `host_link_bytes_per_s`
+    is the nominal rate to the memory of its node.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Device:
     link: str = ""
     sources: tuple[str, ...] = ()
     peak_fp8_flops: float | None = None
+    host_link_bytes_per_s: float | None = None
 
     def peak_flops(self, precision: Precision) -> float | None:
         """Dense peak FLOP/s in `precision`, or None where unknown."""
@@ -59,13 +61,15 @@ class DeviceGroup:
     """Equal nodes of equal devices.
 
     `slots_per_node` is the number of devices of a node that can compute at once at full speed: processes
-    on a CPU share its cores. None means that every device has its own.
+    on a CPU share its cores. None means that every device has its own. `host_memory_bytes` is the memory of
+    a node besides its devices'; None: unknown.
     """
 
     device: Device
     nodes: int
     devices_per_node: int
     slots_per_node: int | None = None
+    host_memory_bytes: int | None = None
 
     @property
     def devices(self) -> int:
@@ -104,6 +108,16 @@ class ClusterSpec:
     def devices_per_node(self) -> int:
         """Devices that share the fast link: the smallest node of the cluster."""
         return min(group.devices_per_node for group in self.groups)
+
+    @property
+    def host_memory_bytes_per_device(self) -> float | None:
+        """A device's share of the memory of its node, where it has least; None where a node's is unknown."""
+        shares = [
+            None if group.host_memory_bytes is None else group.host_memory_bytes / group.devices_per_node
+            for group in self.groups
+        ]
+        known = [share for share in shares if share is not None]
+        return min(known) if len(known) == len(shares) else None
 
     @property
     def local(self) -> bool:

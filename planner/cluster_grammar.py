@@ -16,6 +16,7 @@ from planner.device_file import DeviceFile
 from planner.errors import InputError, Problem
 from planner.market.market import Market, shipped_market
 from planner.network import Network
+from planner.units import GIB
 
 GRAMMAR = (
     "NODESxGPUS:DEVICE[@NETWORK] such as 4x8:h100-sxm-80gb@ndr400x8, COUNT*INSTANCE such as 16*p5.48xlarge, "
@@ -130,6 +131,9 @@ def instance_part(count: int, name: str, network: str | None, where: str, market
                 fix=f"name it, as in {count}*{instance.full_name}@eth25",
             )
         )
+    if instance.ram_gib is not None:
+        nodes = group.devices_per_node / instance.devices  # a domain may join several instances
+        group = dataclasses.replace(group, host_memory_bytes=round(nodes * instance.ram_gib * GIB))
     price = instance.ondemand_usd_per_hour
     return Part(
         name=f"{count}*{instance.full_name}" + (f"@{network.lower()}" if network else ""),

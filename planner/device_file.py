@@ -137,6 +137,7 @@ class DeviceFile:
             peak_fp8_flops=_flops(self.peak_tflops.fp8),
             link_bytes_per_s=self.link.gb_per_s * 1e9,
             link=self.link.name,
+            host_link_bytes_per_s=self.pcie.gb_per_s * 1e9 if self.pcie else None,
             sources=tuple(dict.fromkeys((*self.memory.sources, *self.peak_tflops.sources))),
         )
 

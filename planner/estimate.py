@@ -114,7 +114,7 @@ class MemoryFigures:
 
     `allocated_bytes` are tensors, `reserved_bytes` what the allocator took for them, `device_bytes` what the
     driver shows: context and communicators besides. `worst` names the moment of the largest, and
-    `host_bytes` is the most that a node needs in host memory.
+    `host_bytes` is the most that a node needs in host memory, `hosted_bytes` of it what is offloaded.
     """
 
     allocated_bytes: int
@@ -123,6 +123,7 @@ class MemoryFigures:
     host_bytes: int
     worst: str
     moments: tuple[MomentMemory, ...]
+    hosted_bytes: int = 0
 
 
 @noun

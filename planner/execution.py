@@ -6,7 +6,7 @@ from planner.attention import CAUSAL, Attention, QkNorm, Reach, Span
 from planner.errors import InputError, Problem
 from planner.feed_forward import Mlp
 from planner.model import Block, Layer, ModelSpec, Norm
-from planner.strategy import Degrees, Schedule
+from planner.strategy import Degrees, Schedule, Strategy
 from planner.workload import Method, Optimizer, Precision, Workload
 
 EXECUTED_TYPES = ("llama", "mistral", "qwen2", "gpt2")
@@ -87,6 +87,25 @@ def check_executed_schedule(degrees: Degrees) -> None:
                 "passes nor places stages as a V.",
                 legal=", ".join(EXECUTED_SCHEDULES),
                 fix="solve without --fix schedule",
+            )
+        )
+
+
+def offload_not_executed(strategy: Strategy) -> list[str]:
+    """What of a strategy's offloading the runtime cannot do; empty where there is none."""
+    return [f"it keeps {offload} in host memory" for offload in strategy.offloads]
+
+
+def check_executed_offload(strategy: Strategy) -> None:
+    """Raises InputError where a strategy keeps something in host memory."""
+    if strategy.offloads:
+        raise InputError(
+            Problem(
+                where="stages.offload",
+                fault=f"keeps {' and '.join(strategy.offloads)} in host memory, which can be estimated; this "
+                "runtime keeps everything on the device.",
+                legal="offload none",
+                fix="estimate again with --fix offload=none, or solve",
             )
         )
 

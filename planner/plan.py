@@ -14,7 +14,7 @@ from planner.codec import decode, encode, load_json_object, noun, write_atomic
 from planner.errors import InputError, Problem
 from planner.estimate import MEMORY_TENANTS, Estimate, MemoryBreakdown, StageEstimate, TimelineEvent, Verdict
 from planner.model import ModelSpec
-from planner.strategy import CpExchange, Degrees, RecomputeCounts, Stage, Strategy
+from planner.strategy import CpExchange, Degrees, OffloadCounts, RecomputeCounts, Stage, Strategy
 from planner.workload import Workload
 
 PLAN_SCHEMA = 1
@@ -116,7 +116,7 @@ class _StageDocument:
     layers: tuple[int, int]
     devices: tuple[int, ...]
     recompute: RecomputeCounts
-    offload: dict[str, int]
+    offload: OffloadCounts
     memory: _MemoryDocument
     time_s: float
     forward_s: float
@@ -191,7 +191,7 @@ def _stage_document(plan: Plan, index: int) -> dict[str, Any]:
         "layers": [stage.first, stage.end],
         "devices": list(degrees.ranks_of_pp_rank(degrees.pp_rank_of_stage(index))),
         "recompute": encode(stage.recompute),
-        "offload": {},
+        "offload": encode(stage.offload),
         "memory": {**encode(estimate.memory), "total_bytes": estimate.memory.total_bytes},
         "time_s": estimate.time_s,
         "forward_s": estimate.forward_s,
@@ -255,7 +255,8 @@ def decode_plan(data: object, *, source: str) -> Plan:
         strategy=Strategy(
             degrees=_degrees(document.strategy, f"{source}: strategy"),
             stages=tuple(
-                Stage(first=s.layers[0], end=s.layers[1], recompute=s.recompute) for s in document.stages
+                Stage(first=s.layers[0], end=s.layers[1], recompute=s.recompute, offload=s.offload)
+                for s in document.stages
             ),
         ),
         stage_estimates=tuple(

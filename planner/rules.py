@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from planner.divisors import divisors, legal_values
 from planner.estimate import Rejected
+from planner.offload_rules import offload_possible
 from planner.problem import PlanningProblem
 from planner.spread_rules import SPREAD_RULES
 from planner.strategy import Degrees, Schedule, Strategy, Zero
@@ -279,4 +280,4 @@ def broken_rules(problem: PlanningProblem, strategy: Strategy) -> list[Rejected]
                     f"{stage.recompute.layers}.",
                 )
             )
-    return found
+    return found + offload_possible(problem, strategy)

@@ -50,6 +50,8 @@ class Stack:
     to experts behind another micro-batch's products, `graphed` that whole steps are replayed as CUDA graphs,
     `fused_experts` that one kernel holds an expert's products and its activation, `fp8_attention` that
     under fp8 the products between tokens are in fp8 too.
+    `liger`: the Liger kernels (arXiv 2410.10989): head and loss are one, over chunks of tokens, so that the
+    logits never exist as a whole; the MLP keeps its inputs alone and writes their gradients in their place.
     `kernels` is empty for the engine's usual ones; otherwise constants that were fitted for that name apply.
     """
 
@@ -68,6 +70,7 @@ class Stack:
     graphed: bool = False
     fused_experts: bool = False
     fp8_attention: bool = False
+    liger: bool = False
 
     @property
     def recomputes(self) -> Selective:

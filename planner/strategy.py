@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from enum import IntEnum, StrEnum
@@ -72,6 +73,14 @@ class CpExchange(StrEnum):
     ALL_TO_ALL = "all_to_all"
 
 
+class Offload(StrEnum):
+    """What lies in host memory until it is used: optimizer state with its masters, or kept activations."""
+
+    NONE = "none"
+    OPTIMIZER = "optimizer"
+    ACTIVATIONS = "activations"
+
+
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "ep", "tp")
 """The axes of the rank grid, outermost first: neighbouring ranks share a tensor-parallel group."""
 
@@ -98,12 +107,24 @@ class RecomputeCounts:
 
 
 @noun
+class OffloadCounts:
+    """How many blocks of a stage have optimizer state, and kept activations, in host memory: its first ones.
+
+    Embedding and head follow where the optimizer state of all blocks of their stage does.
+    """
+
+    optimizer: int = 0
+    activations: int = 0
+
+
+@noun
 class Stage:
-    """One pipeline stage: the blocks [first, end) and what they recompute."""
+    """One pipeline stage: the blocks [first, end), what they recompute, what of them is in host memory."""
 
     first: int
     end: int
     recompute: RecomputeCounts
+    offload: OffloadCounts = OffloadCounts()
 
     @property
     def layers(self) -> int:
@@ -226,6 +247,29 @@ class Strategy:
 
     degrees: Degrees
     stages: tuple[Stage, ...]
+
+    @property
+    def offloads(self) -> tuple[Offload, ...]:
+        """What of some stage lies in host memory."""
+        found = {
+            Offload.OPTIMIZER: any(stage.offload.optimizer for stage in self.stages),
+            Offload.ACTIVATIONS: any(stage.offload.activations for stage in self.stages),
+        }
+        return tuple(offload for offload, used in found.items() if used)
+
+
+def offloaded(stages: tuple[Stage, ...], offload: Offload) -> tuple[Stage, ...]:
+    """The stages with one kind of what all their blocks hold in host memory."""
+    return tuple(
+        dataclasses.replace(
+            stage,
+            offload=OffloadCounts(
+                optimizer=stage.layers if offload is Offload.OPTIMIZER else 0,
+                activations=stage.layers if offload is Offload.ACTIVATIONS else 0,
+            ),
+        )
+        for stage in stages
+    )
 
 
 def even_stages(layers: int, stages: int, recompute: Recompute = Recompute.NONE) -> tuple[Stage, ...]:

@@ -53,6 +53,7 @@ LAYERS = (
         "problem",
         "rules",
         "spread_rules",
+        "offload_rules",
         "device_file",
         "network",
         "instance",

@@ -26,8 +26,8 @@ BROKEN_RULE_EXIT = 3
     multiple=True,
     metavar="KEY=VALUE",
     help="A degree of the strategy: tp, pp, chunks, schedule, dp, cp, cp_exchange (ring, gather, "
-    "all_to_all), ep, etp (shards of one expert), zero, micro_batch, sequence_parallel, recompute. What is "
-    "left out is 1, or follows from the rest.",
+    "all_to_all), ep, etp (shards of one expert), zero, micro_batch, sequence_parallel, recompute, offload "
+    "(none, optimizer, activations). What is left out is 1, or follows from the rest.",
 )
 @click.option(
     "-o",
@@ -69,7 +69,17 @@ def estimate(options: ProblemOptions, as_json: bool, fixed: tuple[str, ...], out
 
 def strategy_of(problem: PlanningProblem, pins: Pins) -> Strategy:
     """The strategy that pins describe: free degrees are 1, dp fills the cluster, stages are even."""
-    from planner.strategy import CpExchange, Degrees, Recompute, Schedule, Strategy, Zero, even_stages
+    from planner.strategy import (
+        CpExchange,
+        Degrees,
+        Offload,
+        Recompute,
+        Schedule,
+        Strategy,
+        Zero,
+        even_stages,
+        offloaded,
+    )
 
     tp, pp, cp = pins.tp or 1, pins.pp or 1, pins.cp or 1
     dp = pins.dp or max(1, problem.cluster.devices // (tp * pp * cp))
@@ -93,7 +103,8 @@ def strategy_of(problem: PlanningProblem, pins: Pins) -> Strategy:
         etp=pins.etp,
     )
     recompute = pins.recompute or Recompute.NONE
-    return Strategy(degrees=degrees, stages=even_stages(problem.model.layers, degrees.stages, recompute))
+    stages = even_stages(problem.model.layers, degrees.stages, recompute)
+    return Strategy(degrees=degrees, stages=offloaded(stages, pins.offload or Offload.NONE))
 
 
 def violations_text(violations: list[Rejected]) -> str:

@@ -34,7 +34,7 @@ def _headline(plan: Plan) -> str:
 def _stages(plan: Plan) -> str:
     from planner.units import format_bytes, format_seconds
 
-    degrees = plan.strategy.degrees
+    degrees, offloads = plan.strategy.degrees, bool(plan.strategy.offloads)
     rows = []
     for index, (stage, cost) in enumerate(zip(plan.strategy.stages, plan.stage_estimates, strict=True)):
         ranks = degrees.ranks_of_pp_rank(degrees.pp_rank_of_stage(index))
@@ -45,13 +45,14 @@ def _stages(plan: Plan) -> str:
                 f"{stage.first}..{stage.end - 1}",
                 f"{ranks[0]}..{ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}",
                 f"{counts.none}/{counts.selective}/{counts.full}",
+                *((f"{stage.offload.optimizer}/{stage.offload.activations}",) if offloads else ()),
                 format_seconds(cost.forward_s),
                 format_seconds(cost.backward_s),
                 format_bytes(cost.memory.total_bytes),
             )
         )
-    header = ("stage", "layers", "ranks", "recompute none/sel/full", "forward", "backward", "memory")
-    return table(header, rows)
+    counts_of = ("recompute none/sel/full", *(("offload optimizer/act.",) if offloads else ()))
+    return table(("stage", "layers", "ranks", *counts_of, "forward", "backward", "memory"), rows)
 
 
 def _time(plan: Plan) -> str:
@@ -72,6 +73,7 @@ def _figures(plan: Plan, basis: str) -> str:
         axes_not_executed,
         not_executed,
         not_executed_workload,
+        offload_not_executed,
         schedule_not_executed,
     )
     from planner.units import format_bytes, format_seconds
@@ -79,6 +81,7 @@ def _figures(plan: Plan, basis: str) -> str:
     e = plan.estimate
     missing = not_executed(plan.model) + not_executed_workload(plan.workload)
     missing += schedule_not_executed(plan.strategy.degrees) + axes_not_executed(plan.strategy.degrees)
+    missing += offload_not_executed(plan.strategy)
     low, high = e.step_time_interval_s
     share = {name: getattr(e.coverage, name) for name in type(e.coverage).__dataclass_fields__}
     return pairs(
@@ -171,7 +174,11 @@ def _memory_figures(e: Estimate) -> list[tuple[str, str]]:
                 if moment.moment != m.worst
             ),
         ),
-        ("host memory", f"{format_bytes(m.host_bytes)} a node"),
+        (
+            "host memory",
+            f"{format_bytes(m.host_bytes)} a node"
+            + (f", {format_bytes(m.hosted_bytes)} of it offloaded" if m.hosted_bytes else ""),
+        ),
     ]
 
 

@@ -82,6 +82,7 @@ def train(plan_file: Path, steps: int | None, as_json: bool, **given: Any) -> in
     from planner.execution import (
         check_executed,
         check_executed_axes,
+        check_executed_offload,
         check_executed_schedule,
         check_executed_workload,
     )
@@ -92,6 +93,7 @@ def train(plan_file: Path, steps: int | None, as_json: bool, **given: Any) -> in
     check_executed(plan.model, "train")
     check_executed_schedule(plan.strategy.degrees)
     check_executed_axes(plan.strategy.degrees)
+    check_executed_offload(plan.strategy)
     check_executed_workload(plan.workload)
 
     from planner.codec import encode

@@ -18,6 +18,7 @@ Measured against: 16 runs on an H100 with torch 2.11, all within 0.5 % (see test
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from planner.cost.layer import LayerCost, LayerShape, block_saved_bytes
 from planner.cost.memory_constants import MemoryConstants
@@ -56,6 +57,8 @@ def _head_bytes(
 
     K = 4 + c, fp32 and the compute precision, or 4 where they are one.
     """
+    if stack.liger:
+        return _chunked_bytes(cost, model, shape, constants)
     size = shape.precision.compute_bytes
     logits = shape.tokens * model.vocab
     own = logits if stack.gathers_logits else logits / shape.tp
@@ -67,6 +70,26 @@ def _head_bytes(
         saved_bytes=cost.saved_bytes + kept * (own - logits / shape.tp),
         forward_transient_bytes=4.0 * own + gathered,
         backward_transient_bytes=max(constants.loss_bytes - kept, 0.0) * own + beside + gathered,
+    )
+
+
+def _chunked_bytes(
+    cost: LayerCost, model: ModelSpec, shape: LayerShape, constants: MemoryConstants
+) -> LayerCost:
+    """The head and its loss over h/V of the tokens at a time, forward and backward at once.
+
+    Instead of logits their gradients stay from the forward pass: of the head's input and of its weights.
+    Source: Liger Kernel, arXiv 2410.10989 (FusedLinearCrossEntropy: chunks of ceil(V/h) parts).
+    """
+    size = shape.precision.compute_bytes
+    vocab, kept = model.vocab / shape.tp, 4.0 + (size if size < 4 else 0)
+    chunk = constants.loss_bytes * vocab * shape.tokens / math.ceil(model.vocab / model.token_width)
+    gradients = size * (shape.tokens * model.token_width + vocab * model.token_width)
+    return dataclasses.replace(
+        cost,
+        saved_bytes=cost.saved_bytes - kept * shape.tokens * vocab + gradients,
+        forward_transient_bytes=chunk,
+        backward_transient_bytes=0.0,
     )
 
 
@@ -86,6 +109,9 @@ def _block_bytes(
     plain = block_saved_bytes(block, shape, Recompute.NONE)
     analytic = block_saved_bytes(block, shape, shape.recompute)
     working = cost.backward_transient_bytes - (plain - analytic) + _gathered_bytes(block, shape, stack)
+    if stack.liger and isinstance(block.mlp, Mlp):
+        stream = block.hidden / (shape.tp if shape.sequence_parallel else 1)
+        working = shape.precision.compute_bytes * shape.tokens * (2 * stream + block.mlp.width / shape.tp)
     working *= constants.transient_scale
     return dataclasses.replace(
         cost,
@@ -116,7 +142,8 @@ def _probability_bytes(block: Block, shape: LayerShape) -> float:
 
 def _fused_bytes(block: Block, shape: LayerShape, stack: Stack) -> float:
     """What fusing the activation function spares: its result, one width of the MLP."""
-    fused = stack.compiled or (stack.engine is Engine.MEGATRON and shape.kernel is AttentionKernel.FLASH)
+    modern = stack.engine is Engine.MEGATRON and shape.kernel is AttentionKernel.FLASH
+    fused = stack.compiled or stack.liger or modern
     if not (fused and isinstance(block.mlp, Mlp)):
         return 0.0
     return shape.precision.compute_bytes * shape.tokens * block.mlp.width / shape.tp

@@ -16,15 +16,16 @@ from planner.cost.comm import CommModel
 from planner.cost.compute import ORIGINS, LayerModel
 from planner.cost.job import job_figures
 from planner.cost.lifecycle import memory_figures
-from planner.cost.memory import rank_memory
+from planner.cost.memory import host_bytes, rank_memory
 from planner.cost.memory_constants import fitted_constant
+from planner.cost.offload import with_offload
 from planner.cost.passes import Pass
 from planner.cost.physics import usual_physics
 from planner.cost.schedule import ActionKind, Table, build_table
 from planner.cost.simulate import PathTimes, Replay, kind_passes, replay, sharing_of
 from planner.cost.stage import ShapeModel, StageCost
 from planner.cost.trained import trained_flops_per_token
-from planner.cost.verdict import band, memory_band, verdict
+from planner.cost.verdict import ErrorBand, band, memory_band, verdict
 from planner.estimate import (
     Coverage,
     Estimate,
@@ -32,6 +33,7 @@ from planner.estimate import (
     MemoryFigures,
     StageEstimate,
     TimeBreakdown,
+    Verdict,
 )
 from planner.problem import PlanningProblem
 from planner.strategy import Degrees, Strategy
@@ -73,7 +75,7 @@ class CostModel:
 
     def stage_costs(self, shape: ShapeModel, strategy: Strategy) -> tuple[StageCost, ...]:
         """The cost of each stage of a strategy."""
-        return tuple(shape.stage(stage) for stage in strategy.stages)
+        return tuple(with_offload(shape, stage, shape.stage(stage)) for stage in strategy.stages)
 
     def table(self, degrees: Degrees) -> Table:
         """The table of a shape. Shapes of one pipeline share it, with its order."""
@@ -104,7 +106,8 @@ class CostModel:
         replayed = self.replay(shape, table, costs)
         ranks = memory_of_ranks(shape, table, costs)
         memory, fullest = _by_stage(ranks), max(ranks, key=lambda rank: rank.peak_bytes)
-        figures = memory_figures(shape, fullest.held, fullest.parts)
+        hosted = max(rank.host_bytes for rank in ranks)
+        figures = memory_figures(shape, fullest.held, fullest.parts, hosted)
         breakdown = time_breakdown(replayed, table, costs, self._hops_s(shape, costs, replayed))
         return Evaluation(
             strategy=strategy,
@@ -159,7 +162,7 @@ class CostModel:
             breakdown=breakdown,
             peak_memory_bytes=peak_bytes,
             memory_limit_bytes=self.problem.memory_limit_bytes,
-            verdict=verdict(peak_bytes, self.problem.memory_limit_bytes, memory_error),
+            verdict=self._verdict(peak_bytes, memory, memory_error),
             coverage=coverage,
             memory=memory,
             peak_memory_interval_bytes=(
@@ -167,6 +170,14 @@ class CostModel:
                 round(peak_bytes * (1 + memory_error.upper)),
             ),
         )
+
+    def _verdict(self, peak_bytes: int, memory: MemoryFigures, error: ErrorBand) -> Verdict:
+        """The device's; NO where the memory of a node, if known, does not hold what is offloaded to it."""
+        cluster = self.problem.cluster
+        share = cluster.host_memory_bytes_per_device
+        if memory.hosted_bytes and share is not None and memory.host_bytes > share * cluster.devices_per_node:
+            return Verdict.NO
+        return verdict(peak_bytes, self.problem.memory_limit_bytes, error)
 
     def _mfu(self, tokens_per_s: float) -> float | None:
         """Model FLOPs over the dense peak of all devices, where the peak is known."""
@@ -179,10 +190,11 @@ class CostModel:
 
 
 class RankMemory(NamedTuple):
-    """The stages that a pipeline rank holds, and their tenants."""
+    """The stages that a pipeline rank holds, their tenants, and what of them lies in host memory."""
 
     held: dict[int, StageCost]
     parts: dict[int, MemoryBreakdown]
+    host_bytes: float = 0.0
 
     @property
     def peak_bytes(self) -> int:
@@ -194,7 +206,8 @@ def memory_of_ranks(shape: ShapeModel, table: Table, costs: tuple[StageCost, ...
     ranks = []
     for rank in range(len(table)):
         held = {stage: costs[stage] for stage in table.stages_of(rank)}
-        ranks.append(RankMemory(held, rank_memory(shape, table.in_flight(rank), held)))
+        vectors = table.in_flight(rank)
+        ranks.append(RankMemory(held, rank_memory(shape, vectors, held), host_bytes(vectors, held)))
     return ranks
 
 

@@ -10,7 +10,8 @@
     resume            weights, optimizer, one unit         a process, and that state as it is read
 
 Weights are made and loaded unit by unit, so that no device holds a whole model besides its shards.
-Allocator and communicators count at every moment.
+Allocator and communicators count at every moment; what is offloaded is in host memory at every moment, and is
+written from there without a copy.
 """
 
 from __future__ import annotations
@@ -37,9 +38,15 @@ class Moment(StrEnum):
 
 
 def memory_figures(
-    shape: ShapeModel, held: dict[int, StageCost], parts: dict[int, MemoryBreakdown]
+    shape: ShapeModel,
+    held: dict[int, StageCost],
+    parts: dict[int, MemoryBreakdown],
+    hosted_bytes: float = 0.0,
 ) -> MemoryFigures:
-    """The figures of one pipeline rank from its stages and their tenants."""
+    """The figures of one pipeline rank from its stages and their tenants.
+
+    `hosted_bytes` is what each device of the rank that offloads most has in host memory.
+    """
     total = sum((part for part in parts.values()), MemoryBreakdown())
     tensors = _tensors(shape, held, total)
     overhead = shape.runtime_bytes
@@ -49,7 +56,8 @@ def memory_figures(
         moment: peak if size >= total.allocated_bytes else min(peak, round(slack * size + overhead))
         for moment, size in tensors.items()
     }
-    host = _host(shape, held)
+    host = _host(shape, held, hosted_bytes)
+    devices = _node_devices(shape)
     worst = max(tensors, key=lambda moment: tensors[moment])
     context = round(shape.memory.context_bytes) if shape.overlaps else 0
     return MemoryFigures(
@@ -62,6 +70,7 @@ def memory_figures(
             MomentMemory(moment=str(moment), device_bytes=device[moment], host_bytes=host[moment])
             for moment in Moment
         ),
+        hosted_bytes=round(devices * hosted_bytes),
     )
 
 
@@ -82,12 +91,16 @@ def _tensors(shape: ShapeModel, held: dict[int, StageCost], total: MemoryBreakdo
     }
 
 
-def _host(shape: ShapeModel, held: dict[int, StageCost]) -> dict[Moment, int]:
+def _node_devices(shape: ShapeModel) -> int:
+    return min(shape.problem.cluster.devices_per_node, shape.degrees.world)
+
+
+def _host(shape: ShapeModel, held: dict[int, StageCost], hosted_bytes: float) -> dict[Moment, int]:
     """Bytes of host memory of a node at each moment; on a CPU, what is staged lies in the devices' own."""
     profile = shape.problem.profile
     measured = profile.constant("runtime_bytes") if profile else None
-    process = measured or HOST_PROCESS_BYTES
-    devices = min(shape.problem.cluster.devices_per_node, shape.degrees.world)
+    process = (measured or HOST_PROCESS_BYTES) + hosted_bytes
+    devices = _node_devices(shape)
     unit = 4 * max(stage.largest_unit_params for stage in held.values())
     state = sum(state_bytes(shape, stage) for stage in held.values())
     staged = {Moment.LOAD: unit, Moment.CHECKPOINT_SAVE: state, Moment.RESUME: state}
@@ -102,4 +115,5 @@ def state_bytes(shape: ShapeModel, stage: StageCost) -> float:
         return kept.grads + kept.optimizer  # the adapters and their state; the base is not written
     if engine in (Engine.MEGATRON, Engine.DEEPSPEED) and shape.problem.workload.precision.compute_bytes < 4:
         return kept.optimizer  # masters are part of it
-    return 4 * stage.params / shards + kept.optimizer
+    there = stage.hosted.state_params if stage.hosted is not None else 0.0
+    return 4 * (stage.params - there) / shards + kept.optimizer

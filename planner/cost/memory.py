@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from planner.cost.moments import peak_bytes, reserved_bytes, resident
 from planner.cost.stage import ShapeModel, StageCost
 from planner.estimate import MemoryBreakdown
+from planner.stack import Engine
 
 
 def weights_bytes(shape: ShapeModel, params: float, end_params: float = 0.0) -> float:
@@ -51,19 +52,35 @@ def rank_memory(
     """Memory by stage of one pipeline rank; their sum is the rank's peak.
 
     `vectors` are the in-flight counts of the rank's row, `held` its stages. Transients and runtime are
-    counted once, with the stage that has the larger transient.
+    counted once, with the stage that has the larger transient. Where that depends on what is in flight, as
+    torchtitan's moments and offloaded activations do, every vector is looked at, and a stage with nothing in
+    flight runs no pass.
     """
+    if shape.problem.stack.engine is Engine.TORCHTITAN or any(stage.hosted for stage in held.values()):
+        each = (
+            _divided(shape, vector, held, [index for index in held if vector.get(index, 0)])
+            for vector in vectors
+        )
+        return max(each, key=lambda parts: sum(part.total_bytes for part in parts.values()))
     worst = max(vectors, key=lambda v: sum(count * held[s].saved_bytes for s, count in v.items()))
-    return _divided(shape, worst, held)
+    return _divided(shape, worst, held, list(held))
+
+
+def host_bytes(vectors: Sequence[dict[int, int]], held: dict[int, StageCost]) -> float:
+    """What one device of a pipeline rank has in host memory: states, and the most activations in flight."""
+    hosted = {index: stage.hosted for index, stage in held.items() if stage.hosted is not None}
+    states = sum(stage.state_bytes for stage in hosted.values())
+    kept = (sum(v.get(index, 0) * stage.saved_bytes for index, stage in hosted.items()) for v in vectors)
+    return states + max(kept)
 
 
 def _divided(
-    shape: ShapeModel, alive: dict[int, int], held: dict[int, StageCost]
+    shape: ShapeModel, alive: dict[int, int], held: dict[int, StageCost], running: Sequence[int]
 ) -> dict[int, MemoryBreakdown]:
-    """The rank's tenants by stage, `alive` micro-batches of each being in flight."""
+    """The rank's tenants by stage, `alive` micro-batches of each in flight, one of `running` in a pass."""
     kept = {index: resident(shape, stage) for index, stage in held.items()}
     beyond = {index: transient_bytes(shape, stage, alive.get(index, 0)) for index, stage in held.items()}
-    widest = max(held, key=lambda index: beyond[index])
+    widest = max(running, key=lambda index: beyond[index])
     reserved = beyond[widest] + sum(
         kept[index].total + alive.get(index, 0) * stage.saved_bytes for index, stage in held.items()
     )

@@ -15,7 +15,7 @@ a pass needs for a moment, and U the parameters of the largest unit:
 Torchtitan's is FSDP2 per block and root with resharding after forward, as measured on an H100: at the loss
 the root's weights are resharded and no gradient exists yet in a step's only micro-batch; a block's backward
 has its gathered weights and the next's, its gradients in the compute precision, and the reduction of the
-block before, in fp32, in flight.
+block before, in fp32, in flight. Of offloaded activations, those of a window of blocks count.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ of 16 runs on an H100 with torch 2.11 and expandable segments (0.5 to 0.95 each)
 
 
 def resident(shape: ShapeModel, stage: StageCost) -> ParamBytes:
-    """Weights, gradients and optimizer state of a stage."""
+    """Weights, gradients and optimizer state of a stage on its device."""
+    if stage.hosted is not None:
+        return stage.hosted.kept
     return shape.states.of(stage.params, stage.end_params, stage.routed_params)
 
 
@@ -43,7 +45,13 @@ def peak_bytes(shape: ShapeModel, stage: StageCost, alive: float) -> float:
     step = max(kept.total + step_temporaries_bytes(shape, stage), loading)
     if shape.problem.stack.engine is Engine.TORCHTITAN:
         return max(step, *_unit_moments(shape, stage, alive, kept)) + shape.memory.workspace_bytes
-    return max(step, kept.total + alive * stage.saved_bytes + _pass_bytes(shape, stage))
+    alive_bytes = alive * stage.saved_bytes + min(alive, 1) * _window_bytes(stage)
+    return max(step, kept.total + alive_bytes + _pass_bytes(shape, stage))
+
+
+def _window_bytes(stage: StageCost) -> float:
+    """Offloaded activations of the running pass."""
+    return stage.hosted.window_bytes if stage.hosted is not None else 0.0
 
 
 def step_temporaries_bytes(shape: ShapeModel, stage: StageCost) -> float:
@@ -57,7 +65,8 @@ def step_temporaries_bytes(shape: ShapeModel, stage: StageCost) -> float:
     extra = {Optimizer.ADAFACTOR: 4 * unit / degrees.weight_shards, Optimizer.MUON: 6 * unit}
     bytes_ = extra.get(workload.optimizer, 0.0)
     if shape.problem.stack.engine is Engine.DEEPSPEED and workload.precision.compute_bytes < 4:
-        bytes_ += 4 * stage.params / degrees.weight_shards
+        there = stage.hosted.state_params if stage.hosted is not None else 0.0
+        bytes_ += 4 * (stage.params - there) / degrees.weight_shards
     return bytes_
 
 
@@ -68,7 +77,8 @@ def _pass_bytes(shape: ShapeModel, stage: StageCost) -> float:
     do not fit into the place that the logits leave: both count (fitted to 439 layouts on A100).
     """
     passing = max(stage.forward_transient_bytes, stage.backward_transient_bytes)
-    if shape.problem.stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED) and stage.holds_head:
+    stack = shape.problem.stack
+    if stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED) and stage.holds_head and not stack.liger:
         passing += stage.block_transient_bytes
     return passing + _unit_buffer_bytes(shape, stage)
 
@@ -103,7 +113,8 @@ def _unit_moments(shape: ShapeModel, stage: StageCost, alive: float, kept: Param
 
 def _loss_bytes(stage: StageCost) -> float:
     """One micro-batch's activations and the larger pass."""
-    return stage.saved_bytes + max(stage.forward_transient_bytes, stage.backward_transient_bytes)
+    passing = max(stage.forward_transient_bytes, stage.backward_transient_bytes)
+    return stage.saved_bytes + _window_bytes(stage) + passing
 
 
 def _blocks_to_try(blocks: int) -> tuple[int, ...]:
@@ -120,6 +131,9 @@ def _block_bytes(shape: ShapeModel, stage: StageCost, index: int) -> float:
     size, unit = shape.problem.workload.precision.compute_bytes, stage.largest_block_params
     gathered = size * unit * (2 if index else 1) if _reshards(shape) else 0.0
     activations = stage.block_saved_bytes * (index + 1) / stage.blocks
+    if stage.hosted is not None and stage.hosted.blocks:
+        away = max(0, min(stage.hosted.blocks, index + 1) - stage.hosted.window)
+        activations = max(activations - stage.hosted.saved_bytes * away / stage.hosted.blocks, 0.0)
     return activations + stage.block_transient_bytes + gathered + size * unit
 
 

@@ -209,6 +209,16 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
             meaning="what a stage's backward takes besides its layers where it recomputes them: the states "
             "of random generators saved and set, the host waiting for the device",
         ),
+        "host_link_share": Prior(
+            value=0.8, spread=0.25, low=0.05, high=1.0,
+            meaning="share of the nominal rate that copies between device and host memory reach "
+            "(profiles/measured/links.csv: 0.88 on an H100 host; thresholds of healthy nodes 0.6 to 0.76)",
+        ),
+        "cpu_update_s": Prior(
+            value=0.25e-9, spread=0.5, low=0.02e-9, high=5e-9,
+            meaning="what a node's processors take for AdamW's update of one parameter in host memory "
+            "(ZeRO-Offload, arXiv 2101.06840: 0.22 s for 1 billion, 2.6 s for 10 on a DGX-2)",
+        ),
         "step_s": Prior(
             value=0.0, spread=0.3, low=0.0, high=10.0,
             meaning="what every step takes besides: data, logging, synchronisation",
@@ -259,6 +269,8 @@ class Physics:
     optimizer_scale: float
     action_s: float
     recompute_pass_s: float
+    host_link_share: float
+    cpu_update_s: float
     step_s: float
 
 

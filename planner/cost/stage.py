@@ -20,12 +20,30 @@ from planner.cost.messages import Messages
 from planner.cost.passes import Pass, Unit
 from planner.cost.seconds import larger, smaller
 from planner.cost.spread import exchanged, experts_s, sent_again, summed_sublayers
-from planner.cost.states import States, states_of
+from planner.cost.states import ParamBytes, States, states_of
 from planner.cost.wrapped import units_of
 from planner.problem import PlanningProblem
 from planner.profile import LayerKind, Op
 from planner.stack import Engine
 from planner.strategy import Degrees, Recompute, Stage, Zero
+
+
+@noun
+class Hosted:
+    """What of a stage lies in host memory: `blocks` first blocks' activations, state, or both.
+
+    `kept` are the states that stay on the device. `saved_bytes` are activations of a micro-batch and
+    `state_bytes` the optimizer's in host memory; `window_bytes` of activations are on the device at a time,
+    those of `window` blocks.
+    """
+
+    kept: ParamBytes
+    state_bytes: float
+    state_params: float
+    blocks: int
+    window: int
+    saved_bytes: float
+    window_bytes: float
 
 
 @noun
@@ -37,7 +55,7 @@ class StageCost:
     and expert parallelism, before any sharding over data ranks; `end_params` those of embedding and head
     among them, `routed_params` those of routed experts. `saved_bytes` are kept for each micro-batch;
     `block_saved_bytes` of them by blocks. `frozen` weights have no gradients: those of adapters beside them
-    alone.
+    alone. `hosted` says what of the stage lies in host memory, where something does (planner.cost.offload).
     """
 
     forward: Pass
@@ -58,6 +76,7 @@ class StageCost:
     block_transient_bytes: float = 0.0
     holds_head: bool = False
     frozen: bool = False
+    hosted: Hosted | None = None
 
 
 STOPS_EARLY = (Engine.NATIVE, Engine.TORCHTITAN)
@@ -282,6 +301,10 @@ class ShapeModel:
 
     def chosen(self, stage: Stage) -> tuple[Chosen, ...]:
         """How many blocks of each class have each option; options are dealt in layer order."""
+        return self.chosen_among(stage, stage.first, stage.end)
+
+    def chosen_among(self, stage: Stage, first: int, end: int) -> tuple[Chosen, ...]:
+        """The same of the stage's blocks in [first, end)."""
         full = stage.first + stage.recompute.full
         selective = full + stage.recompute.selective
         ranges = (
@@ -289,7 +312,10 @@ class ShapeModel:
             (Recompute.SELECTIVE, full, selective),
             (Recompute.FULL, stage.first, full),
         )
-        counts = [((key, option), self.count(key, a, b)) for option, a, b in ranges for key in self.classes]
+        spans = [(option, max(a, first), min(b, end)) for option, a, b in ranges]
+        counts = [
+            ((key, option), self.count(key, a, b)) for option, a, b in spans if a < b for key in self.classes
+        ]
         return tuple((choice, count) for choice, count in counts if count)
 
     def backward_s(self, stage: Stage) -> float:
@@ -325,6 +351,7 @@ class ShapeModel:
             blocks=sum(blocks.values()),
             holds_head=last and self.problem.model.vocab > 0,
             frozen=self.problem.workload.adapters is not None,
+            hosted=None,
             **self._memory(chosen, first=first, last=last),
         )
 

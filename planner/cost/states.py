@@ -24,9 +24,12 @@ and deepspeed's gradients are the constant grad_bytes, of which runs may tell ot
 keeps c more in bf16. A frozen weight (LoRA) has c bytes, or c/n under ZeRO 3, and nothing else; its adapters
 are trained as above.
 
+Where the optimizer is offloaded, all engines keep what offloaded_states says.
+
 Sources: native and torchtitan, what FSDP2 keeps (fp32 shards, units gathered in the compute precision, fp32
 reduction). Megatron-LM: 18 bytes a parameter, 6 + 12/d with its distributed optimizer (docs, Distributed
-Optimizer). DeepSpeed: 2 + 2 + 12 (ZeRO, arXiv 1910.02054); its BF16_Optimizer adds fp32 gradients. States by optimizer: planner/workload.py.
+Optimizer). DeepSpeed: 2 + 2 + 12 (ZeRO, arXiv 1910.02054); its BF16_Optimizer adds fp32 gradients. States by
+optimizer: planner/workload.py.
 """
 
 from __future__ import annotations
@@ -100,6 +103,34 @@ def states_of(problem: PlanningProblem, degrees: Degrees) -> States:
         end=frozen,
         routed=_frozen(problem, degrees, degrees.expert_shards) + routed * (beside / whole),
     )
+
+
+def offloaded_states(problem: PlanningProblem, degrees: Degrees) -> tuple[States, States]:
+    """Bytes a parameter on the device, and in host memory, where the optimizer's state lies there.
+
+    The device keeps weights in the compute precision, shared out under ZeRO 3, and gradients that ZeRO does
+    not share out; the host masters in fp32, the state, and fp32 gradients under ZeRO 2 and 3 (ZeRO-Offload,
+    arXiv 2101.06840).
+    """
+    resident, size = states_of(problem, degrees), problem.workload.precision.compute_bytes
+    block, end = state_rates(problem.workload.optimizer, problem.model)
+    shared, parameters = degrees.zero >= Zero.GRADIENTS, degrees.zero is Zero.PARAMETERS
+    kinds = {
+        "block": (resident.block, block, degrees.weight_shards),
+        "end": (resident.end, end, degrees.weight_shards),
+        "routed": (resident.routed, block, degrees.expert_shards),
+    }
+    device = {
+        kind: ParamBytes(
+            weights=size / (n if parameters else 1), grads=0.0 if shared else kept.grads, optimizer=0.0
+        )
+        for kind, (kept, _, n) in kinds.items()
+    }
+    host = {
+        kind: ParamBytes(weights=4 / n, grads=4 / n if shared else 0.0, optimizer=state / n)
+        for kind, (_, state, n) in kinds.items()
+    }
+    return States(**device), States(**host)
 
 
 def state_rates(optimizer: Optimizer, model: ModelSpec) -> tuple[float, float]:

@@ -206,6 +206,12 @@ def plan_sentences(plan: Plan) -> tuple[str, ...]:
     recomputing = sum(stage.layers - stage.recompute.none for stage in plan.strategy.stages)
     if recomputing:
         sentences.append(f"{recomputing} of {plan.model.layers} layers recompute in the backward pass.")
+    for what, counts in (
+        ("optimizer state", [stage.offload.optimizer for stage in plan.strategy.stages]),
+        ("activations", [stage.offload.activations for stage in plan.strategy.stages]),
+    ):
+        if sum(counts):
+            sentences.append(f"{sum(counts)} of {plan.model.layers} layers have their {what} in host memory.")
     return tuple(sentences)
 
 

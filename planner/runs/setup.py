@@ -26,6 +26,7 @@ from planner.runs.software import (
     run_cp_exchange,
     run_etp,
     run_method,
+    run_offload,
     run_precision,
     run_schedule,
     run_sequence_parallel,
@@ -34,7 +35,16 @@ from planner.runs.software import (
     unmodelled,
     usual_chunks,
 )
-from planner.strategy import Degrees, Recompute, Schedule, Strategy, Zero, even_stages, sized_stages
+from planner.strategy import (
+    Degrees,
+    Recompute,
+    Schedule,
+    Strategy,
+    Zero,
+    even_stages,
+    offloaded,
+    sized_stages,
+)
 from planner.workload import Precision, Workload
 
 MAX_ACTIONS = 2_000_000
@@ -109,7 +119,11 @@ class Setups:
             return degrees
         model = _padded(model, degrees, assumed)
         problem = self._problem(run, model, precision, cluster, degrees, assumed)
+        offload = run_offload(run)
+        if isinstance(offload, Rejected):
+            return offload
         strategy = _strategy(run, model, degrees, assumed)
+        strategy = dataclasses.replace(strategy, stages=offloaded(strategy.stages, offload))
         broken = [rule for rule in broken_rules(problem, strategy) if rule.rule not in WAIVED]
         if broken:
             return broken[0]

@@ -14,7 +14,7 @@ from planner.estimate import Rejected
 from planner.kept import AttentionKernel
 from planner.runs.run import Run, RunRecompute
 from planner.stack import Dispatch, Engine, Selective, Stack
-from planner.strategy import CpExchange, Schedule, Zero
+from planner.strategy import CpExchange, Offload, Schedule, Zero
 from planner.workload import AdapterModules, Adapters, Method, Precision
 
 ENGINES: tuple[tuple[str, Engine], ...] = (
@@ -102,11 +102,21 @@ SCHEDULES: tuple[tuple[str, str], ...] = (
 NOT_MODELLED: tuple[tuple[str, str], ...] = (
     (r"\bqlora\b", "fine-tuning of quantised weights"),
     (r"\badapter\b", "fine-tuning with adapters other than LoRA"),
-    (r"offload(?! false)|optimizer state on cpu", "offloading"),
     (r"^(?!.*\blora\b).*bf16-true", "training with weights and optimizer state in bf16"),
 )
 """Words that name what the cost model does not know: rows with them are not predicted."""
 
+
+OFFLOADS: tuple[tuple[str, Offload], ...] = (
+    (r"optimi[sz]er states? on cpu|offload\w* (of )?(the )?optimi[sz]er|optimi[sz]er (state )?offload",
+     Offload.OPTIMIZER),
+    (r"activations? (cpu )?offload\w*(?! false)|offload\w* (of )?(the )?activations?"
+     r"|act cpu offload(?! false)", Offload.ACTIVATIONS),
+)  # fmt: skip
+"""Words for what lies in host memory."""
+
+OFFLOADS_MORE = r"offload\w*[^;,|]*\bparam|full offload|param\w* offload"
+"""Words for parameters in host memory, which come up in every pass: not modelled."""
 
 LORA = Adapters(rank=16, modules=AdapterModules.ALL)
 """Adapters of runs that say LoRA and no more: all linear layers, as torchtune's recipes."""
@@ -137,6 +147,21 @@ def unmodelled(run: Run) -> Rejected | None:
         if re.search(pattern, run.words):
             return Rejected(rule="not_modelled", detail=f"{what} is not modelled.")
     return None
+
+
+def run_offload(run: Run) -> Offload | Rejected:
+    """What of the run lies in host memory, by its words, or why that is not modelled."""
+    words = run.words
+    found = [offload for pattern, offload in OFFLOADS if re.search(pattern, words)]
+    if re.search(OFFLOADS_MORE, words):
+        return Rejected(rule="not_modelled", detail="offloading of parameters is not modelled.")
+    if len(found) > 1:
+        return Rejected(rule="not_modelled", detail="offloading of several kinds is not read from words.")
+    if found:
+        return found[0]
+    if re.search(r"offload(?! false)", words):
+        return Rejected(rule="not_modelled", detail="the row says offloading, and not of what.")
+    return Offload.NONE
 
 
 def run_engine(framework: str) -> Engine:
@@ -171,6 +196,7 @@ def run_stack(run: Run, assumed: list[str]) -> Stack:
         graphed=graphed,
         fused_experts=graphed or _released(run, FUSED_EXPERTS),
         fp8_attention=bool(re.search(ATTENDS_IN_FP8, run.words)) or _released(run, FP8_ATTENTION),
+        liger="liger" in run.words,
     )
 
 

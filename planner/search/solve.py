@@ -30,7 +30,7 @@ from planner.search.bounds import memory_bound_bytes, step_bound_s
 from planner.search.frontier import Candidate, Frontier, Legal
 from planner.search.quick_bounds import quick_bounds_s
 from planner.search.shape_search import Budget, Found, ShapeSearch
-from planner.search.space import Pins, shapes
+from planner.search.space import Pins, refuse_offload, shapes
 from planner.search.verify import verify
 from planner.strategy import AXES, Degrees, Strategy
 from planner.units import format_bytes
@@ -302,4 +302,5 @@ def make_plan(
 
 def solve(problem: PlanningProblem, options: SolveOptions) -> Plan:
     """The best plan for a problem. Raises InfeasibleError with the rules that stand in the way."""
+    refuse_offload(options.pins)
     return Solver(problem, options).solve()

@@ -16,7 +16,7 @@ from planner.estimate import Rejected
 from planner.execution import EXECUTED_SCHEDULES
 from planner.problem import PlanningProblem
 from planner.rules import broken_rule
-from planner.strategy import CpExchange, Degrees, Recompute, Schedule, Zero
+from planner.strategy import CpExchange, Degrees, Offload, Recompute, Schedule, Zero
 
 MAX_MICRO_BATCH = 64
 """Larger micro-batches than this are not tried: products are at full rate long before, memory is not."""
@@ -41,6 +41,7 @@ class Pins:
     recompute: Recompute | None = None
     cp_exchange: CpExchange | None = None
     etp: int | None = None
+    offload: Offload | None = None
 
     @property
     def recomputes(self) -> tuple[Recompute, ...]:
@@ -49,7 +50,12 @@ class Pins:
 
 
 _BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
-_CHOICES = {"schedule": Schedule, "recompute": Recompute, "cp_exchange": CpExchange}
+_CHOICES = {
+    "schedule": Schedule,
+    "recompute": Recompute,
+    "cp_exchange": CpExchange,
+    "offload": Offload,
+}
 
 
 def parse_pins(texts: tuple[str, ...]) -> Pins:
@@ -67,6 +73,19 @@ def parse_pins(texts: tuple[str, ...]) -> Pins:
     if problems:
         raise InputError(*problems)
     return Pins(**values)  # type: ignore[arg-type]
+
+
+def refuse_offload(pins: Pins) -> None:
+    """Raises InputError where offloading is pinned: the search does not know it."""
+    if pins.offload not in (None, Offload.NONE):
+        raise InputError(
+            Problem(
+                where=f"--fix offload={pins.offload}",
+                fault="cannot be solved for: the search weighs recomputation against memory, not yet copies "
+                "to host memory.",
+                fix="estimate a strategy with it: plan estimate --fix offload=... --fix tp=... and so on",
+            )
+        )
 
 
 def _pin(key: str, value: str) -> object:

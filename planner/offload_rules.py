@@ -1,0 +1,96 @@
+"""The rules of offloading: what a strategy keeps in host memory, and where that is possible."""
+
+from __future__ import annotations
+
+import math
+
+from planner.estimate import Rejected
+from planner.problem import PlanningProblem
+from planner.strategy import Offload, Strategy
+from planner.units import GIB
+from planner.workload import Optimizer
+
+
+def offload_possible(problem: PlanningProblem, strategy: Strategy) -> list[Rejected]:
+    """What is offloaded crosses a link of known rate to a memory of the node's own, and fits there."""
+    if not strategy.offloads:
+        return _offload_counts(strategy)
+    return [
+        *_link_known(problem, strategy),
+        *_updated_by_elements(problem, strategy),
+        *_offload_counts(strategy),
+        *_host_memory(problem, strategy),
+    ]
+
+
+def _link_known(problem: PlanningProblem, strategy: Strategy) -> list[Rejected]:
+    groups = problem.cluster.groups
+    unknown = [group.device.name for group in groups if not group.device.host_link_bytes_per_s]
+    if not unknown:
+        return []
+    why = f"the rate between {', '.join(unknown)} and the memory of its node is not known"
+    if problem.cluster.local:
+        why = "processes on a CPU have no memory but the host's"
+    return [
+        Rejected(
+            rule="offload_link_known",
+            detail=f"offload={'+'.join(strategy.offloads)}: {why}.",
+            legal="offload=none, or a device whose file has [pcie]",
+            fix="--fix offload=none",
+        )
+    ]
+
+
+def _updated_by_elements(problem: PlanningProblem, strategy: Strategy) -> list[Rejected]:
+    workload = problem.workload
+    if Offload.OPTIMIZER not in strategy.offloads:
+        return []
+    if workload.adapters is None and workload.optimizer is not Optimizer.MUON:
+        return []
+    why = "muon multiplies matrices" if workload.adapters is None else "an adapter's state is small and stays"
+    return [
+        Rejected(
+            rule="offload_optimizer",
+            detail=f"offload=optimizer updates element by element on the node's processors; {why}.",
+            legal="offload=none or activations, or --optimizer adamw, sgd or adafactor without adapters",
+            fix="--fix offload=none",
+        )
+    ]
+
+
+def _offload_counts(strategy: Strategy) -> list[Rejected]:
+    return [
+        Rejected(
+            rule="offload_counts",
+            detail=f"stage {index} holds {stage.layers} layers and offloads the optimizer state of "
+            f"{stage.offload.optimizer}, the activations of {stage.offload.activations}.",
+            legal=f"0 to {stage.layers} each",
+        )
+        for index, stage in enumerate(strategy.stages)
+        if min(stage.offload.optimizer, stage.offload.activations) < 0
+        or max(stage.offload.optimizer, stage.offload.activations) > stage.layers
+    ]
+
+
+def _host_memory(problem: PlanningProblem, strategy: Strategy) -> list[Rejected]:
+    """Masters and state alone: 4 bytes and the optimizer's for each parameter of the fullest stage."""
+    share, degrees = problem.cluster.host_memory_bytes_per_device, strategy.degrees
+    layers = max(stage.offload.optimizer for stage in strategy.stages)
+    model = problem.model
+    dense = (model.params_blocks - model.params_routed) / degrees.tp / degrees.weight_shards
+    routed = model.params_routed / degrees.expert_ranks / degrees.expert_shards
+    params = (dense + routed) / model.layers * layers
+    needed = params * (4 + problem.workload.optimizer.state_bytes)
+    if share is None or needed <= share:
+        return []
+    devices, shards = problem.cluster.devices_per_node, degrees.weight_shards * needed / share
+    return [
+        Rejected(
+            rule="offload_fits_host",
+            detail=f"offload=optimizer puts {needed * devices / GIB:.0f} GiB into the memory of a node, "
+            f"which has {share * devices / GIB:.0f} GiB.",
+            legal=f"{math.ceil(shards)} or more shards of the optimizer's state (zero 1 to 3 over dp), or "
+            "offload=none",
+            fix="--fix zero= or tp=, pp=",
+        )
+    ]

@@ -1,0 +1,266 @@
+"""Offloading: laws over a grid, closed forms, published runs, files, commands that refuse it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from itertools import product
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from planner.cli import cli
+from planner.cluster_grammar import parse_cluster
+from planner.cost.evaluate import CostModel, Evaluation
+from planner.cost.offload import WINDOW
+from planner.cost.states import offloaded_states
+from planner.errors import InputError
+from planner.estimate import Verdict
+from planner.execution import check_executed_offload
+from planner.plan import decode_plan, encode_plan, load_plan
+from planner.problem import PlanningProblem
+from planner.rules import broken_rules
+from planner.runs.table import read_runs
+from planner.search.solve import SolveOptions, make_plan, solve
+from planner.search.space import Pins, parse_pins, shapes
+from planner.stack import Engine, Stack
+from planner.strategy import (
+    Degrees,
+    Offload,
+    OffloadCounts,
+    Recompute,
+    Strategy,
+    Zero,
+    even_stages,
+    offloaded,
+)
+from planner.validation import validate
+from planner.workload import Optimizer, Precision
+from tests.planner import instances
+
+TABLES = Path(__file__).parents[2] / "bench" / "data" / "tables.csv"
+HOST_LINK = 2e10
+
+
+def problem(engine: Engine = Engine.NATIVE, precision: Precision = Precision.BF16) -> PlanningProblem:
+    """Four devices with a host link, in nodes of two."""
+    device = dataclasses.replace(instances.device(), host_link_bytes_per_s=HOST_LINK)
+    found = instances.problem(
+        of=instances.model(layers=6),
+        on=instances.cluster(nodes=2, per_node=2, of=device),
+        precision=precision,
+    )
+    return dataclasses.replace(found, stack=Stack(engine=engine))
+
+
+def evaluated(
+    on: PlanningProblem, degrees: Degrees, counts: list[OffloadCounts], recompute: Recompute = Recompute.NONE
+) -> Evaluation:
+    """The estimate of even stages with these counts, a stage each."""
+    stages = even_stages(on.model.layers, degrees.stages, recompute)
+    each = tuple(dataclasses.replace(s, offload=c) for s, c in zip(stages, counts, strict=True))
+    strategy = Strategy(degrees=degrees, stages=each)
+    assert broken_rules(on, strategy) == []
+    return CostModel(on).evaluate(strategy)
+
+
+def grid(on: PlanningProblem, seed: int, count: int) -> list[Degrees]:
+    """Some of the legal shapes of a problem."""
+    legal = [shape for shape in shapes(on, Pins()) if isinstance(shape, Degrees)]
+    return random.Random(seed).sample(legal, count)
+
+
+def hosted_bytes(done: Evaluation) -> int:
+    assert done.estimate.memory is not None
+    return done.estimate.memory.hosted_bytes
+
+
+@pytest.mark.parametrize("engine", Engine)
+def test_offloading_more_keeps_less_and_takes_longer(engine: Engine) -> None:
+    """Device bytes never grow, host bytes never shrink, no step gets faster; any counts, any shape."""
+    on, draw, smaller, slower = problem(engine), random.Random(7), 0, 0
+    for degrees, recompute in product(grid(on, 3, 25), Recompute):
+        sizes = [stage.layers for stage in even_stages(on.model.layers, degrees.stages)]
+        counts = [OffloadCounts()] * len(sizes)
+        before = evaluated(on, degrees, counts, recompute)
+        assert hosted_bytes(before) == 0
+        for kind in draw.sample(["optimizer", "activations"], 2):
+            chosen = [draw.randint(0, size) for size in sizes]
+            counts = [dataclasses.replace(c, **{kind: n}) for c, n in zip(counts, chosen, strict=True)]
+            after = evaluated(on, degrees, counts, recompute)
+            assert after.estimate.peak_memory_bytes <= before.estimate.peak_memory_bytes + len(sizes)
+            assert hosted_bytes(after) >= hosted_bytes(before)
+            assert (hosted_bytes(after) > 0) == any(dataclasses.astuple(c) != (0, 0) for c in counts)
+            assert after.estimate.step_time_s >= before.estimate.step_time_s * (1 - 1e-9)
+            smaller += after.estimate.peak_memory_bytes < before.estimate.peak_memory_bytes
+            slower += after.estimate.step_time_s > before.estimate.step_time_s
+            before = after
+    assert smaller > 40 and slower > 40
+
+
+@pytest.mark.parametrize("engine", Engine)
+@pytest.mark.parametrize("offload", [Offload.OPTIMIZER, Offload.ACTIVATIONS])
+def test_whole_stages_by_one_word(engine: Engine, offload: Offload) -> None:
+    """Every moment fits into the peak, tenants add up, and causes add up to the step."""
+    on = problem(engine)
+    for degrees in grid(on, 5, 20):
+        stages = offloaded(even_stages(on.model.layers, degrees.stages), offload)
+        done = CostModel(on).evaluate(Strategy(degrees=degrees, stages=stages))
+        memory = done.estimate.memory
+        assert memory is not None
+        assert max(moment.device_bytes for moment in memory.moments) <= done.estimate.peak_memory_bytes
+        assert min(moment.host_bytes for moment in memory.moments) >= memory.hosted_bytes > 0
+        assert done.estimate.breakdown.total_s == pytest.approx(done.estimate.step_time_s, rel=1e-9)
+        for stage in done.stages:
+            assert (stage.memory.optimizer_bytes == 0) == (offload is Offload.OPTIMIZER)
+            assert min(dataclasses.astuple(stage.memory)) >= 0
+
+
+def test_more_memory_never_makes_a_plan_infeasible() -> None:
+    """Of the device and of its node."""
+    on, order = problem(), [Verdict.NO, Verdict.RISKY, Verdict.SAFE]
+    degrees = Degrees(dp_shard=4, zero=Zero.PARAMETERS, micro_batch=2)
+    counts = [OffloadCounts(optimizer=6, activations=3)]
+    peak = evaluated(on, degrees, counts).estimate.peak_memory_bytes
+    found = []
+    for percent in range(60, 150, 3):
+        limited = dataclasses.replace(on, memory_limit_bytes=peak * percent // 100)
+        found.append(order.index(evaluated(limited, degrees, counts).estimate.verdict))
+    assert found == sorted(found) and set(found) == {0, 1, 2}
+    needed = evaluated(on, degrees, counts).estimate.memory
+    assert needed is not None
+    for size, verdict in ((needed.host_bytes - 1, Verdict.NO), (needed.host_bytes, Verdict.SAFE)):
+        group = dataclasses.replace(on.cluster.groups[0], host_memory_bytes=size)
+        roomy = dataclasses.replace(on, cluster=dataclasses.replace(on.cluster, groups=(group,)))
+        assert evaluated(roomy, degrees, counts).estimate.verdict is verdict
+
+
+def test_bytes_a_parameter_are_those_of_zero_offload() -> None:
+    """16 bits on the device; 12 bytes on the host, 4 more of gradients where they are shared out."""
+    for engine, (zero, n) in product(Engine, ((Zero.NONE, 1), (Zero.OPTIMIZER, 4), (Zero.GRADIENTS, 4))):
+        degrees = Degrees(dp_shard=n, dp_replicate=4 // n, zero=zero, micro_batch=2)
+        device, host = (s.block for s in offloaded_states(problem(engine), degrees))
+        assert device.weights == 2 and device.optimizer == 0
+        assert (device.grads == 0) == (zero is Zero.GRADIENTS)
+        assert host.total == (16 if zero is Zero.GRADIENTS else 12) / n
+
+
+def test_an_update_takes_the_longer_of_processors_and_link() -> None:
+    """AdamW at the constant a parameter of the node; where the link is slow, weights in 16 bits over it."""
+    on, degrees = problem(), Degrees(dp_shard=4, zero=Zero.GRADIENTS, micro_batch=2)
+    params = on.model.params_total / 4
+    for link, expected in ((HOST_LINK, 2 * params * 0.25e-9), (1e7, 2 * params / (0.8 * 1e7))):
+        device = dataclasses.replace(on.cluster.groups[0].device, host_link_bytes_per_s=link)
+        group = dataclasses.replace(on.cluster.groups[0], device=device)
+        linked = dataclasses.replace(on, cluster=dataclasses.replace(on.cluster, groups=(group,)))
+        done = evaluated(linked, degrees, [OffloadCounts(optimizer=6)])
+        assert done.estimate.breakdown.optimizer_s == pytest.approx(expected, rel=1e-6)
+
+
+def test_activations_behind_a_fast_link_take_no_time_and_a_window_of_memory() -> None:
+    on, degrees = problem(), Degrees(dp_replicate=4, num_micro_batches=2)
+    device = dataclasses.replace(on.cluster.groups[0].device, host_link_bytes_per_s=1e15)
+    group = dataclasses.replace(on.cluster.groups[0], device=device)
+    fast = dataclasses.replace(on, cluster=dataclasses.replace(on.cluster, groups=(group,)))
+    none, some, all_ = (evaluated(fast, degrees, [OffloadCounts(activations=n)]) for n in (0, WINDOW, 6))
+    assert all_.estimate.step_time_s == none.estimate.step_time_s
+    assert some.estimate.peak_memory_bytes == none.estimate.peak_memory_bytes
+    freed = none.estimate.peak_memory_bytes - all_.estimate.peak_memory_bytes
+    each = hosted_bytes(all_) / 2 / 6
+    assert freed == pytest.approx((6 - WINDOW) * each, abs=2)
+
+
+def test_updates_on_a_host_are_predicted_without_a_fit() -> None:
+    """Llama-3.1-8B with its optimizer on the CPU, 8k to 256k tokens: ml-engineering's H200 and B200 runs."""
+    runs = [run for run in read_runs([TABLES]).runs if "optimizer state on cpu" in run.words]
+    rows = validate(runs, lambda device: None).rows
+    assert len(rows) == 12
+    assert all(row.error is not None and abs(row.error) < 0.25 for row in rows)
+    long = [row.memory_error for row, run in zip(rows, runs, strict=True) if (run.seq_len or 0) >= 65536]
+    assert len(long) == 8 and all(error is not None and abs(error) < 0.03 for error in long)
+
+
+# Rules
+
+
+def faults(on: PlanningProblem, counts: OffloadCounts) -> list[str]:
+    degrees = Degrees(dp_shard=4, zero=Zero.GRADIENTS, micro_batch=2)
+    stages = even_stages(on.model.layers, 1)
+    each = tuple(dataclasses.replace(stage, offload=counts) for stage in stages)
+    return [found.rule for found in broken_rules(on, Strategy(degrees=degrees, stages=each))]
+
+
+def test_rules_of_offloading() -> None:
+    on = problem()
+    assert faults(on, OffloadCounts(optimizer=6, activations=6)) == []
+    assert faults(on, OffloadCounts(optimizer=7)) == ["offload_counts"]
+    assert faults(on, OffloadCounts(activations=-1)) == ["offload_counts"]
+    unlinked = instances.problem(of=instances.model(layers=6), on=instances.cluster(nodes=2, per_node=2))
+    assert faults(unlinked, OffloadCounts(activations=1)) == ["offload_link_known"]
+    muon = dataclasses.replace(on, workload=dataclasses.replace(on.workload, optimizer=Optimizer.MUON))
+    assert faults(muon, OffloadCounts(optimizer=6)) == ["offload_optimizer"]
+    assert faults(muon, OffloadCounts(activations=6)) == []
+    group = dataclasses.replace(on.cluster.groups[0], host_memory_bytes=1000)
+    small = dataclasses.replace(on, cluster=dataclasses.replace(on.cluster, groups=(group,)))
+    assert faults(small, OffloadCounts(optimizer=6)) == ["offload_fits_host"]
+
+
+def test_a_cloud_instance_has_its_memory_and_a_device_its_host_link() -> None:
+    cluster = parse_cluster("2*p5.48xlarge")
+    assert cluster.host_memory_bytes_per_device == 256 * 2**30
+    assert cluster.groups[0].device.host_link_bytes_per_s == 63e9
+    assert parse_cluster("2x8:h100").host_memory_bytes_per_device is None
+
+
+# Files and commands
+
+
+def test_counts_come_back_from_plan_json() -> None:
+    on = problem()
+    degrees = Degrees(pp=2, dp_shard=2, zero=Zero.OPTIMIZER, micro_batch=2, num_micro_batches=2)
+    counts = [OffloadCounts(optimizer=3), OffloadCounts(activations=2)]
+    plan = make_plan(on, evaluated(on, degrees, counts), None, {}, ())
+    document = json.loads(json.dumps(encode_plan(plan)))
+    assert [stage["offload"] for stage in document["stages"]] == [
+        {"optimizer": 3, "activations": 0},
+        {"optimizer": 0, "activations": 2},
+    ]
+    assert decode_plan(document, source="plan.json") == plan
+    for stage in document["stages"]:
+        stage["offload"] = {}  # as earlier versions wrote it
+    assert not decode_plan(document, source="plan.json").strategy.offloads
+    with pytest.raises(InputError, match="optimizer and activations in host memory"):
+        check_executed_offload(plan.strategy)
+
+
+def test_the_search_refuses_it_by_name() -> None:
+    with pytest.raises(InputError, match="offload=optimizer"):
+        solve(problem(), SolveOptions(pins=parse_pins(("offload=optimizer",))))
+    assert solve(problem(), SolveOptions(pins=parse_pins(("offload=none",)))).strategy.offloads == ()
+    with pytest.raises(InputError, match="none, optimizer, activations"):
+        parse_pins(("offload=everything",))
+
+
+ESTIMATE = "estimate --model llama-3-8b --cluster 1*p5.48xlarge --seq 8192 --batch 8 --fix zero=2"
+
+
+def test_estimate_offloads_and_train_refuses(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    options = [*ESTIMATE.split(), "--fix", "offload=optimizer", "-o", str(file)]
+    ran = CliRunner().invoke(cli, options)
+    assert ran.exit_code == 0, ran.output
+    assert "of it offloaded" in ran.output and "it keeps optimizer in host memory" in ran.output
+    assert load_plan(file).strategy.stages[0].offload == OffloadCounts(optimizer=32)
+    ran = CliRunner().invoke(cli, ["train", str(file), "--steps", "1"])
+    assert ran.exit_code == 2 and "optimizer in host memory" in ran.output
+    ran = CliRunner().invoke(cli, ["check", str(file)])
+    assert ran.exit_code == 0 and "keeps optimizer in host memory" in ran.output
+
+
+def test_estimate_of_processes_on_a_cpu_refuses() -> None:
+    options = "estimate --model llama-3-8b --cluster local:2 --seq 128 --batch 8 --fix offload=activations"
+    ran = CliRunner().invoke(cli, [*options.split(), "--json"])
+    assert ran.exit_code == 3
+    assert "offload_link_known" in [fault["rule"] for fault in json.loads(ran.stdout)["violations"]]
