@@ -23,11 +23,16 @@ class Engine(StrEnum):
 
 
 class Selective(StrEnum):
-    """What selective recomputation does not keep: element-wise results, the attention's core, the MLP."""
+    """What selective recomputation does not keep: element-wise results, the attention's core, the MLP.
+
+    `every_second` keeps the result of attention and of every second product, the first among them:
+    torchtitan's default (activation_checkpoint.selective_ac_option "op").
+    """
 
     ELEMENTWISE = "elementwise"
     ATTENTION = "attention"
     MLP = "mlp"
+    EVERY_SECOND = "every_second"
 
 
 class Dispatch(StrEnum):
@@ -74,9 +79,9 @@ class Stack:
 
     @property
     def recomputes(self) -> Selective:
-        """What selective recomputation does not keep: Megatron's is of the attention's core."""
-        usual = Selective.ATTENTION if self.engine is Engine.MEGATRON else Selective.ELEMENTWISE
-        return self.selective or usual
+        """What selective recomputation does not keep: the engine's own kind unless the stack says another."""
+        own = {Engine.MEGATRON: Selective.ATTENTION, Engine.TORCHTITAN: Selective.EVERY_SECOND}
+        return self.selective or own.get(self.engine, Selective.ELEMENTWISE)
 
     @property
     def gathers_logits(self) -> bool:

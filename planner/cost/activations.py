@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from planner.attention import Attention
 from planner.cost.layer import LayerCost, LayerShape, block_saved_bytes
 from planner.cost.memory_constants import MemoryConstants
 from planner.feed_forward import Mlp
@@ -163,7 +164,9 @@ def _selective_bytes(
     size, tokens = shape.precision.compute_bytes, shape.tokens
     scale = constants.activation_scale
     match stack.recomputes:
-        case Selective.ELEMENTWISE:
+        case Selective.EVERY_SECOND if _plain(block):
+            return min(whole, scale * _every_second_bytes(block, shape))
+        case Selective.ELEMENTWISE | Selective.EVERY_SECOND:
             dropped = block_saved_bytes(block, shape, Recompute.NONE) - block_saved_bytes(
                 block, shape, Recompute.SELECTIVE
             )
@@ -180,3 +183,18 @@ def _mlp_values(kept: Kept, shape: LayerShape) -> float:
     """Values a token that an MLP or experts keep."""
     routed = kept.routed * shape.expert_tp / shape.tp
     return (kept.products + kept.elementwise) / shape.tp + kept.whole + routed
+
+
+def _plain(block: Block) -> bool:
+    return isinstance(block.mlp, Mlp) and all(isinstance(mixer, Attention) for mixer in block.mixers)
+
+
+def _every_second_bytes(block: Block, shape: LayerShape) -> float:
+    """The block's input, attention's result with its statistics, every second product, messages over tp."""
+    size, stream = shape.precision.compute_bytes, block.hidden / (shape.tp if shape.sequence_parallel else 1)
+    products = [matrix.shard(shape.tp)[1] for matrix in block.matrices()]
+    attentions = [mixer for mixer in block.mixers if isinstance(mixer, Attention)]
+    results = sum(mixer.out_width for mixer in attentions) / shape.tp
+    statistics = 4.0 * sum(mixer.heads for mixer in attentions) / shape.tp
+    messages = block.sublayers * stream if shape.sequence_parallel else 0.0
+    return shape.tokens * (size * (stream + results + sum(products[::2]) + messages) + statistics)
