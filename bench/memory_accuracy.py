@@ -1,8 +1,8 @@
 """How good memory predictions are: peaks by source, and verdicts on layouts that were left out.
 
 Peaks: every source with measured ones, from priors alone, and with each group of runs predicted from the
-others of its framework. Verdicts: the layout sweeps, each part judged by constants and band of the rest, split
-by model, by set of kernels, and by large against small micro-batches and degrees.
+others of its framework. Verdicts: the layout sweeps, each part judged by constants and band of the rest,
+split by model, by set of kernels, and by large against small micro-batches and degrees.
 
     python -m bench.memory_accuracy [--out bench/results/DATE-memory-accuracy.json]
 """

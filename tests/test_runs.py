@@ -19,7 +19,7 @@ from planner.runs.run import MemoryKind, Run, RunRecompute, Status
 from planner.runs.setup import RunSetup, Setups, run_problem
 from planner.runs.table import READERS, read_runs
 from planner.stack import Dispatch, Engine, Selective
-from planner.strategy import CpExchange, Recompute, Schedule, Zero
+from planner.strategy import CpExchange, Offload, Recompute, Schedule, Zero
 from planner.workload import Method, Precision
 
 DATA = Path(__file__).parents[1] / "bench" / "data"
@@ -268,6 +268,30 @@ def test_a_row_that_cannot_be_predicted_says_why(changes: dict[str, object], rul
 
 def test_words_that_deny_offloading_do_not_count() -> None:
     assert setup(dataclasses.replace(GPT, notes="act CPU offload False"))
+
+
+def sizes(**changes: object) -> list[int]:
+    return [stage.layers for stage in setup(dataclasses.replace(GPT, **changes)).strategy.stages]  # type: ignore[arg-type]
+
+
+def test_embedding_and_head_take_a_layers_place_where_only_so_stages_are_equal() -> None:
+    """Zero Bubble's 22 layers on 8 stages."""
+    eight = {"tp": 1, "pp": 8, "dp": 1, "micro_batch": 1, "global_batch": 8}
+    assert sizes(layers=22, framework="Megatron-LM", **eight) == [2, 3, 3, 3, 3, 3, 3, 2]
+    assert sizes(layers=24, framework="Megatron-LM", **eight) == [3] * 8
+    assert sizes(layers=23, framework="Megatron-LM", **eight) == [3, 3, 3, 3, 3, 3, 3, 2]
+    assert sizes(layers=6, framework="Megatron-LM", **eight) == [1] * 6, "an end without blocks is no stage"
+
+
+def test_words_of_a_run_say_what_it_offloads() -> None:
+    assert setup(GPT).strategy.offloads == ()
+    for notes, offload in (
+        ("optimizer state on CPU", Offload.OPTIMIZER),
+        ("ZeRO-Offload: offloads the optimizer", Offload.OPTIMIZER),
+        ("activation offloading required", Offload.ACTIVATIONS),
+    ):
+        assert setup(dataclasses.replace(GPT, notes=notes)).strategy.offloads == (offload,)
+    assert setup(dataclasses.replace(GPT, framework="DeepSpeed + Liger")).problem.stack.liger
 
 
 def test_degrees_that_are_left_out_follow_from_the_devices() -> None:

@@ -173,6 +173,29 @@ def test_selective_recomputation_is_the_engines_own() -> None:
     assert dropped == 2 * 2 * 128 * 4 * 3 * 64
 
 
+def test_torchtitan_keeps_every_second_product() -> None:
+    """And its input, attention's result and its 4 statistics: q, v, the first up projection, the last."""
+    kept = bytes_kept(Stack(engine=Engine.TORCHTITAN), Recompute.SELECTIVE)
+    values = 64 + 64 + (64 + 64 + 3 * 64 + 64)
+    assert kept == 2 * 128 * (2 * values + 4 * 4)
+
+
+def test_liger_keeps_no_logits_but_gradients() -> None:
+    """The loss over chunks: the gradient of the head's input and of its weights stay, and a chunk lives."""
+    problem = dataclasses.replace(instances.problem(), stack=Stack(engine=Engine.NATIVE, liger=True))
+    model, tokens = problem.model, 2 * 128
+    shape = LayerShape(
+        kind=LayerKind.HEAD, tp=1, sequence_parallel=False, micro_batch=2, seq=128, precision=Precision.BF16
+    )
+    cost = CostModel(problem).layers.cost(shape)
+    stream = 2 * tokens * 2 * model.hidden
+    assert cost.saved_bytes == stream + 2 * model.hidden * (tokens + model.vocab)
+    assert cost.forward_transient_bytes == 12 * model.vocab * tokens / (model.vocab / model.hidden)
+    assert bytes_kept(Stack(), Recompute.NONE) - bytes_kept(Stack(liger=True), Recompute.NONE) == (
+        2 * 2 * 128 * 3 * 64
+    )
+
+
 @pytest.mark.parametrize("engine", Engine)
 @pytest.mark.parametrize("selective", Selective)
 def test_recomputing_more_never_keeps_more(engine: Engine, selective: Selective) -> None:
