@@ -90,6 +90,14 @@ _PHRASES: tuple[tuple[str, Predicate], ...] = (
         lambda p, s: p.workload.adapters is not None and _traced(p),
     ),
     (
+        "how devices of a node share its host links and memory: each copies as if alone",
+        lambda p, s: bool(s.offloads),
+    ),
+    (
+        "whether the memory of a node holds what is offloaded: its size is not known",
+        lambda p, s: bool(s.offloads) and p.cluster.host_memory_bytes_per_device is None,
+    ),
+    (
         "selective recomputation of traced layers: costed like none",
         lambda p, s: _traced(p) and _recomputes(s),
     ),

@@ -19,6 +19,7 @@ from planner.cost.states import offloaded_states
 from planner.errors import InputError
 from planner.estimate import Verdict
 from planner.execution import check_executed_offload
+from planner.not_modelled import not_modelled
 from planner.plan import decode_plan, encode_plan, load_plan
 from planner.problem import PlanningProblem
 from planner.rules import broken_rules
@@ -205,6 +206,14 @@ def test_rules_of_offloading() -> None:
     group = dataclasses.replace(on.cluster.groups[0], host_memory_bytes=1000)
     small = dataclasses.replace(on, cluster=dataclasses.replace(on.cluster, groups=(group,)))
     assert faults(small, OffloadCounts(optimizer=6)) == ["offload_fits_host"]
+
+
+def test_what_is_left_out_of_offloading_is_said() -> None:
+    on, degrees = problem(), Degrees(dp_replicate=4, micro_batch=2)
+    for counts, phrases in ((OffloadCounts(), 0), (OffloadCounts(activations=1), 2)):
+        strategy = evaluated(on, degrees, [counts]).strategy
+        said = [phrase for phrase in not_modelled(on, strategy) if "a node" in phrase]
+        assert len(said) == phrases
 
 
 def test_a_cloud_instance_has_its_memory_and_a_device_its_host_link() -> None:
