@@ -22,7 +22,7 @@ from planner.profile import Constant
 MARGIN = 0.02
 """Added above: limits themselves are known to about this, as what else is on a device differs."""
 
-QUANTILE = 0.99
+QUANTILE = 0.98
 """Share of the runs whose peaks may lie at most the band's lower end below their prediction."""
 
 
