@@ -19,6 +19,7 @@ from planner.cost.states import offloaded_states
 from planner.errors import InputError
 from planner.estimate import Verdict
 from planner.execution import check_executed_offload
+from planner.feed_forward import Activation, Experts, Mlp
 from planner.not_modelled import not_modelled
 from planner.plan import decode_plan, encode_plan, load_plan
 from planner.problem import PlanningProblem
@@ -117,6 +118,23 @@ def test_whole_stages_by_one_word(engine: Engine, offload: Offload) -> None:
         for stage in done.stages:
             assert (stage.memory.optimizer_bytes == 0) == (offload is Offload.OPTIMIZER)
             assert min(dataclasses.astuple(stage.memory)) >= 0
+
+
+def test_experts_and_parts_of_a_sequence_are_offloaded_by_the_shards_they_have() -> None:
+    """With ep, state of experts is shared out over fewer ranks; all states of all ranks make one model's."""
+    experts = Experts(count=8, topk=2, expert=Mlp(width=64, gated=True, activation=Activation.SILU))
+    block = dataclasses.replace(instances.dense_block(64), mlp=experts)
+    on = problem()
+    on = dataclasses.replace(on, model=instances.model(blocks=[block] * 4))
+    for pins in (Pins(ep=2), Pins(ep=4), Pins(cp=2)):
+        legal = [shape for shape in shapes(on, pins) if isinstance(shape, Degrees) and shape.pp == 1]
+        assert legal, pins
+        for degrees in legal:
+            before, after = (evaluated(on, degrees, [OffloadCounts(optimizer=n)]) for n in (0, 4))
+            assert after.estimate.peak_memory_bytes <= before.estimate.peak_memory_bytes
+            if degrees.zero >= Zero.GRADIENTS and degrees.dp_replicate == 1 and degrees.tp == 1:
+                nodes = on.cluster.devices // on.cluster.devices_per_node
+                assert nodes * hosted_bytes(after) == pytest.approx(16 * on.model.params_total, rel=1e-6)
 
 
 def test_more_memory_never_makes_a_plan_infeasible() -> None:
