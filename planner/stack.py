@@ -55,6 +55,7 @@ class Stack:
     to experts behind another micro-batch's products, `graphed` that whole steps are replayed as CUDA graphs,
     `fused_experts` that one kernel holds an expert's products and its activation, `fp8_attention` that
     under fp8 the products between tokens are in fp8 too.
+    `fused_loss` is a kernel of the loss that reads 16-bit logits and writes their gradient in 16 bits.
     `liger`: the Liger kernels (arXiv 2410.10989): head and loss are one, over chunks of tokens, so that the
     logits never exist as a whole; the MLP keeps its inputs alone and writes their gradients in their place.
     `kernels` is empty for the engine's usual ones; otherwise constants that were fitted for that name apply.
@@ -76,6 +77,7 @@ class Stack:
     fused_experts: bool = False
     fp8_attention: bool = False
     liger: bool = False
+    fused_loss: bool = False
 
     @property
     def recomputes(self) -> Selective:

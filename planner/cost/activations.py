@@ -118,8 +118,16 @@ def _block_bytes(
         cost,
         saved_bytes=kept,
         forward_transient_bytes=max(working, whole if shape.recompute is Recompute.FULL else 0.0),
-        backward_transient_bytes=working + whole - kept,
+        backward_transient_bytes=working + whole - kept + _weight_gradient_bytes(block, shape, stack),
     )
+
+
+def _weight_gradient_bytes(block: Block, shape: LayerShape, stack: Stack) -> float:
+    """Megatron's largest weight gradient on its way to its buffer: that of the up projections, as one."""
+    if stack.engine is not Engine.MEGATRON or not isinstance(block.mlp, Mlp):
+        return 0.0
+    matrix = block.mlp.up_projections * block.mlp.width * block.hidden / shape.tp
+    return shape.precision.compute_bytes * matrix
 
 
 def _kept_bytes(block: Block, shape: LayerShape, stack: Stack, constants: MemoryConstants) -> float:

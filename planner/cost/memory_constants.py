@@ -144,6 +144,8 @@ def memory_prior(name: str, stack: Stack) -> float:
         return 2.0
     if name == "loss_bytes" and stack.gathers_logits:
         return 16.0  # written in plain operations: three fp32 tensors at once beside the logits and a copy
+    if name == "loss_bytes" and stack.fused_loss:
+        return 8.0  # as the product gives it, its softmax in fp32, the gradient in 16 bits
     if name == "gathered_logits_bytes" and stack.gathers_logits:
         return 6.0
     if name == "allocator_slack" and stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):

@@ -107,6 +107,9 @@ NOT_MODELLED: tuple[tuple[str, str], ...] = (
 """Words that name what the cost model does not know: rows with them are not predicted."""
 
 
+FUSED_LOSS = r"\bce fusion|cross.?entropy.{0,6}fus|fused.{0,6}cross.?entropy"
+"""Words of runs whose loss is one kernel, Megatron-LM's cross_entropy_loss_fusion for one."""
+
 OFFLOADS: tuple[tuple[str, Offload], ...] = (
     (r"optimi[sz]er states? on cpu|offload\w* (of )?(the )?optimi[sz]er|optimi[sz]er (state )?offload",
      Offload.OPTIMIZER),
@@ -197,6 +200,7 @@ def run_stack(run: Run, assumed: list[str]) -> Stack:
         fused_experts=graphed or _released(run, FUSED_EXPERTS),
         fp8_attention=bool(re.search(ATTENDS_IN_FP8, run.words)) or _released(run, FP8_ATTENTION),
         liger="liger" in run.words,
+        fused_loss=bool(re.search(FUSED_LOSS, run.words)),
     )
 
 

@@ -180,6 +180,20 @@ def test_torchtitan_keeps_every_second_product() -> None:
     assert kept == 2 * 128 * (2 * values + 4 * 4)
 
 
+def test_a_fused_loss_takes_8_bytes_a_logit_and_megatron_a_weight_gradient() -> None:
+    fused = memory_constants(dataclasses.replace(instances.problem(), stack=Stack(fused_loss=True)))
+    assert (fused.loss_bytes, memory_constants(instances.problem()).loss_bytes) == (8, 12)
+    shape = LayerShape(
+        kind=LayerKind.BLOCK, tp=2, sequence_parallel=False, micro_batch=2, seq=128, precision=Precision.BF16
+    )
+    megatron, native = (
+        CostModel(dataclasses.replace(instances.problem(), stack=Stack(engine=engine))).layers.cost(shape)
+        for engine in (Engine.MEGATRON, Engine.NATIVE)
+    )
+    more = megatron.backward_transient_bytes - native.backward_transient_bytes
+    assert more == 2 * (2 * 3 * 64) * 64 / 2
+
+
 def test_liger_keeps_no_logits_but_gradients() -> None:
     """The loss over chunks: the gradient of the head's input and of its weights stay, and a chunk lives."""
     problem = dataclasses.replace(instances.problem(), stack=Stack(engine=Engine.NATIVE, liger=True))
