@@ -3,10 +3,11 @@
 For runs i with measured time t_i and constants c = prior . exp(spread x) (prior + spread x where a constant
 may be 0), the fit minimises
 
-    sum_i rho(r_i^2) + sum_j x_j^2,      r_i = ln(p_i(c) / t_i) / ERROR
+    sum_i rho(r_i^2) + sum_j x_j^2,      r_i = ln(p_i(c) / t_i) / e
 
 with rho = 2 (sqrt(1 + z) - 1), which bends down outliers, and each c_j within its bounds: the most probable
-constants, given their priors, where runs scatter by ERROR. A constant whose uncertainty the runs do not
+constants, given their priors, where runs scatter by e: ERROR at first, then what they
+were found to scatter by. A constant whose uncertainty the runs do not
 reduce below KNOWN of its prior's is not determined by them: it stays at its prior and is named.
 
 What the fit would have predicted for a group of runs without having seen it follows from one Gauss-Newton
@@ -26,6 +27,9 @@ from planner.cost.evaluate import CostModel
 from planner.cost.physics import PRIORS, Physics, physics_of, prior_of
 from planner.profile import Constant, Profile
 from planner.stack import Stack
+
+LEAST_ERROR, MOST_ERROR = 0.03, 0.3
+"""Scatter is not believed to be less than the first, nor more than the second."""
 
 ERROR = 0.05
 """Scatter of measured runs around a right model, as a share: what repeated runs of one layout differ by."""
@@ -64,22 +68,29 @@ class Unknown:
     """One constant of a fit: for which kernels, and the value that it starts from.
 
     `kin` is the place of the framework's own among the unknowns, None where it is that itself: a set of
-    kernels moves with its framework, and KINSHIP of a spread on its own.
+    kernels moves with its framework, and KINSHIP of a spread on its own. `told` where a wider fit determined
+    the start: that one is held to by KINSHIP of its prior's spread too.
     """
 
     name: str
     kernels: str
     start: float
     kin: int | None = None
+    told: bool = False
 
     @property
     def label(self) -> str:
         return f"{self.name} ({self.kernels})" if self.kernels else self.name
 
+    @property
+    def spread(self) -> float:
+        """How far from its start one expects it, as its prior's spread is meant."""
+        return PRIORS[self.name].spread * (KINSHIP if self.told else 1.0)
+
     def value(self, x: float) -> float:
-        """The constant at `x` prior spreads from its start, within its bounds."""
+        """The constant at `x` spreads from its start, within its bounds."""
         prior = PRIORS[self.name]
-        raw = self.start * math.exp(prior.spread * x) if prior.logarithmic else self.start + prior.spread * x
+        raw = self.start * math.exp(self.spread * x) if prior.logarithmic else self.start + self.spread * x
         return min(max(raw, prior.low), prior.high)
 
     def values(self, x: Any) -> Any:
@@ -92,9 +103,9 @@ class Unknown:
         """The range of x that its bounds leave."""
         prior = PRIORS[self.name]
         if prior.logarithmic:
-            low, high = (math.log(end / self.start) / prior.spread for end in (prior.low, prior.high))
+            low, high = (math.log(end / self.start) / self.spread for end in (prior.low, prior.high))
         else:
-            low, high = ((end - self.start) / prior.spread for end in (prior.low, prior.high))
+            low, high = ((end - self.start) / self.spread for end in (prior.low, prior.high))
         if self.kin is not None:
             return -KIN_MOST, KIN_MOST
         return min(low, -1e-6), max(high, 1e-6)
@@ -169,15 +180,9 @@ def fit(runs: Sequence[Measured], scope: Scope, base: Profile, progress: Callabl
 
     unknowns, sample = unknowns_of(runs, scope, base), evenly(runs, MAX_RUNS)
     problem = _Problem(sample, unknowns, scope, base)
-    x, free = np.zeros(len(unknowns)), np.arange(len(unknowns))
-    for _ in range(ROUNDS):
-        solution = problem.solve(x, free, progress)
-        uncertainty = np.ones(len(unknowns))
-        uncertainty[free] = solution.uncertainty()
-        told = np.flatnonzero(uncertainty < KNOWN)
-        if len(told) in (0, len(free)):
-            break
-        x, free = np.where(uncertainty < KNOWN, solution.x, 0.0), told
+    solution, free = _determined(problem, progress)
+    uncertainty = np.ones(len(unknowns))
+    uncertainty[free] = solution.uncertainty()
     ranges = [unknowns[index].bounds() for index in free]
     inside = [low + 1e-6 < v < high - 1e-6 for v, (low, high) in zip(solution.x[free], ranges, strict=True)]
     left_out = _left_out(sample, solution, free, np.array(inside))
@@ -187,9 +192,28 @@ def fit(runs: Sequence[Measured], scope: Scope, base: Profile, progress: Callabl
         unknowns=tuple(unknowns),
         values=tuple(float(values[0]) for values in values_of(unknowns, solution.x[None, :])),
         uncertainty=tuple(float(u) for u in uncertainty),
-        errors=tuple(math.expm1(ERROR * float(r)) for r in solution.residuals),
-        left_out=tuple(math.expm1(ERROR * float(r)) for r in left_out),
+        errors=tuple(math.expm1(problem.error * float(r)) for r in solution.residuals),
+        left_out=tuple(math.expm1(problem.error * float(r)) for r in left_out),
     )
+
+
+def _determined(problem: _Problem, progress: Callable[[str], None]) -> tuple[Solution, Any]:
+    """The solution in the constants that the runs determine, and their places; others are at their start."""
+    import numpy as np
+
+    free = np.arange(len(problem.unknowns))
+    solution = problem.solve(np.zeros(len(free)), free, progress)
+    problem.error = solution.scatter(problem.error)
+    for _ in range(ROUNDS):
+        solution = problem.solve(solution.x, free, progress)
+        known = solution.uncertainty() < KNOWN
+        if known.all() or not known.any():
+            return solution, free
+        free = free[known]
+        solution = dataclasses.replace(
+            solution, x=np.where(np.isin(range(len(solution.x)), free), solution.x, 0)
+        )
+    return problem.solve(solution.x, free, progress), free
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -205,6 +229,18 @@ class Solution:
         import numpy as np
 
         return 1 / np.sqrt(1 + self.residuals**2)
+
+    def scatter(self, error: float) -> float:
+        """What runs scatter by around the model, as a share: robustly, from residuals in units of `error`."""
+        import numpy as np
+
+        runs, moved = self.jacobian.shape
+        spent = moved - float(
+            np.sum(self.uncertainty() ** 2)
+        )  # constants' worth of runs that the fit used up
+        spread = 1.4826 * float(np.median(np.abs(self.residuals)))
+        found = error * spread * math.sqrt(runs / max(runs - spent, 1.0))
+        return min(max(found, LEAST_ERROR), MOST_ERROR)
 
     def uncertainty(self) -> Any:
         """The share of each free constant's prior uncertainty that is left."""
@@ -222,14 +258,18 @@ def unknowns_of(runs: Sequence[Measured], scope: Scope, base: Profile) -> list[U
     found: list[Unknown] = []
     for name in PRIORS:
         own = len(found)
-        found.append(Unknown(name, "", _start(name, usual, scope, base)))
+        start, told = _start(name, usual, scope, base)
+        found.append(Unknown(name, "", start, None, told))
         if name in BY_KERNELS:
             named = [(kernels, stack) for kernels, stack in sorted(stacks.items()) if kernels]
-            found += [Unknown(name, k, _start(name, stack, scope, base), own) for k, stack in named]
+            for kernels, stack in named:
+                start, told = _start(name, stack, scope, base)
+                found.append(Unknown(name, kernels, start, own, told))
     return found
 
 
-def _start(name: str, stack: Stack, scope: Scope, base: Profile) -> float:
+def _start(name: str, stack: Stack, scope: Scope, base: Profile) -> tuple[float, bool]:
+    """Where a constant starts, and whether a wider fit told so."""
     known = base.constant_of(
         name,
         device=scope.device,
@@ -238,7 +278,7 @@ def _start(name: str, stack: Stack, scope: Scope, base: Profile) -> float:
         kernels=stack.kernels,
         engine=stack.engine.family,
     )
-    return prior_of(name, stack) if known is None else known
+    return (prior_of(name, stack) if known is None else known), known is not None
 
 
 def values_of(unknowns: Sequence[Unknown], sets: Any) -> list[Any]:
@@ -265,7 +305,7 @@ class _Problem:
     def __init__(
         self, runs: Sequence[Measured], unknowns: Sequence[Unknown], scope: Scope, base: Profile
     ) -> None:
-        self.runs, self.unknowns, self.scope = runs, unknowns, scope
+        self.runs, self.unknowns, self.scope, self.error = runs, unknowns, scope, ERROR
         places: dict[ProblemKey, list[int]] = {}
         for place, run in enumerate(runs):
             places.setdefault(run.problem_key, []).append(place)
@@ -273,7 +313,7 @@ class _Problem:
         self._base = base
 
     def residuals(self, sets: Any) -> Any:
-        """ln(predicted / measured) / ERROR of every run (rows) under each of some sets of x (rows of sets).
+        """ln(predicted / measured) over the scatter, of every run (rows) under each of some sets of x.
 
         A run's cost is evaluated once, with every constant an array over the sets; runs of one problem share
         their layers' costs.
@@ -292,7 +332,7 @@ class _Problem:
             for place in places:
                 run = self.runs[place]
                 found[place] = step_time_s(model, run.setup.strategy) / run.step_time_s
-        return np.log(found) / ERROR
+        return np.log(found) / self.error
 
     def _physics(self, run: Measured, values: Sequence[Any]) -> Physics:
         """The constants of a run's problem, where the unknowns have these values."""
@@ -331,7 +371,7 @@ class _Problem:
             if costs[best] < before:
                 x = tries[best]
                 at, jacobian = self.with_jacobian(x, free)
-            progress(f"{self.scope.label}: step {step + 1}, mean error {_mean_error(at):.2%}")
+            progress(f"{self.scope.label}: step {step + 1}, mean error {_mean_error(at, self.error):.2%}")
             if before - costs[best] < LEAST_GAIN * before:
                 break
         return Solution(x, at, jacobian)
@@ -355,10 +395,10 @@ def _cost(residuals: Any, x: Any) -> float:
     return float(np.sum(2 * (np.sqrt(1 + residuals**2) - 1)) + np.sum(x**2))
 
 
-def _mean_error(residuals: Any) -> float:
+def _mean_error(residuals: Any, error: float) -> float:
     import numpy as np
 
-    return float(np.mean(np.abs(np.expm1(ERROR * residuals))))
+    return float(np.mean(np.abs(np.expm1(error * residuals))))
 
 
 def _left_out(runs: Sequence[Measured], solution: Solution, free: Any, inside: Any) -> Any:

@@ -83,7 +83,7 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
             "them once: cast to fp32, two products, halves exchanged, sum, cast",
         ),
         "layer_s": Prior(
-            value=0.0, spread=0.001, low=0.0, high=1e-2,
+            value=0.0, spread=0.0005, low=0.0, high=1e-2,
             meaning="what the kernels of a Llama block's forward take however small they are: launches and "
             "tails on the device; its backward twice that, under the host's floor",
         ),
@@ -201,7 +201,7 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
             meaning="time of clipping and update over reading and writing their state once",
         ),
         "action_s": Prior(
-            value=0.0, spread=0.005, low=0.0, high=0.1,
+            value=0.0, spread=0.001, low=0.0, high=0.1,
             meaning="what every pass of a micro-batch through a stage takes besides its layers",
         ),
         "recompute_pass_s": Prior(
@@ -220,7 +220,7 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
             "(ZeRO-Offload, arXiv 2101.06840: 0.22 s for 1 billion, 2.6 s for 10 on a DGX-2)",
         ),
         "step_s": Prior(
-            value=0.0, spread=0.3, low=0.0, high=10.0,
+            value=0.0, spread=0.03, low=0.0, high=10.0,
             meaning="what every step takes besides: data, logging, synchronisation",
         ),
     }
