@@ -80,6 +80,11 @@ class Stack:
     fused_loss: bool = False
 
     @property
+    def fuses_elementwise(self) -> bool:
+        """Whether element-wise kernels are fused without a compiler: Megatron's, since flash kernels."""
+        return self.engine is Engine.MEGATRON and self.attention is AttentionKernel.FLASH
+
+    @property
     def recomputes(self) -> Selective:
         """What selective recomputation does not keep: the engine's own kind unless the stack says another."""
         own = {Engine.MEGATRON: Selective.ATTENTION, Engine.TORCHTITAN: Selective.EVERY_SECOND}

@@ -29,7 +29,7 @@ HEADER = (
     "gpus_per_node,network,precision,attention,fused_kernels,tp,pp,dp,zero,recompute,micro_batch,global_batch,"
     "status,step_time_s"
 )
-TRUTH = {"gemm_scale": 0.8, "tp_scale": 2.0, "elementwise_scale": 1.6, "action_s": 4e-3}
+TRUTH = {"gemm_scale": 0.8, "tp_scale": 2.0, "elementwise_scale": 0.9, "action_s": 1e-3}
 
 
 def empty() -> Profile:

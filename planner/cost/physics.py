@@ -307,6 +307,10 @@ def _fitted(profile: Profile | None, name: str, stack: Stack, device: str, netwo
 FIRST_FLASH = r"flash[ _-]?att(entio)?n[ _-]?(v?1|$)"
 """Names of the first FlashAttention."""
 
+FUSED_ELEMENTWISE = 0.6
+"""elementwise_scale where activation and gate are one kernel: they move three values for the five of two
+kernels, and attention takes queries, keys and values as the projections leave them."""
+
 FIRST_FLASH_SHARE = 0.30
 """attention_share of it: 30 to 50 % of the dense peak forward and 25 to 35 % backward, on A100 (arXiv
 2307.08691, introduction)."""
@@ -331,6 +335,8 @@ def prior_of(name: str, stack: Stack) -> float:
         return 0.5  # both wait for their sends and receives together
     if name == "rotary_scale" and stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
         return 1.0  # one kernel
+    if name == "elementwise_scale" and stack.fuses_elementwise:
+        return FUSED_ELEMENTWISE
     if name == "attention_share" and re.search(FIRST_FLASH, stack.kernels.lower()):
         return FIRST_FLASH_SHARE
     if name == "norm_scale" and unfused_norms(stack):

@@ -39,8 +39,8 @@ def inside(ranks: int) -> Group:
 
 
 def test_the_devices_that_have_curves() -> None:
-    assert len(CURVED) == 9
-    assert {"a100-sxm-40gb", "a100-sxm-80gb", "h100-sxm-80gb", "gb200"} <= set(CURVED)
+    assert len(CURVED) == 10
+    assert {"a100-sxm-40gb", "a100-sxm-80gb", "h100-sxm-80gb", "h100-sxm-96gb-500w", "gb200"} <= set(CURVED)
     assert curves_of("l40s") is None, "its host is broken"
     assert curves_of("h100-pcie-80gb") is None and curves_of("no-such-device") is None
 

@@ -141,7 +141,7 @@ def test_learning_rate_warms_up_then_falls_by_a_cosine() -> None:
 @pytest.mark.parametrize(
     ("degrees", "words"),
     [
-        (Degrees(cp=2), ["strategy.cp"]),
+        (Degrees(cp=2), ["strategy: can be planned"]),
         (Degrees(tp=8), ["heads of 4", "tp of 1, 2, 4"]),
         (
             Degrees(tp=3, sequence_parallel=True),
