@@ -234,3 +234,16 @@ def test_runs_that_say_nothing_are_refused_with_the_reason(tmp_path: Path) -> No
     assert not (tmp_path / "p.json").exists()
     with pytest.raises(InputError):
         calibrate([], name="none", progress=quiet)
+
+
+def test_messages_that_no_run_speaks_for_widen_the_interval(measured: list[Measured]) -> None:
+    problem, strategy = measured[0].setup.problem, measured[0].setup.strategy
+    told = [Constant(name=TIME_ERROR, value=0.02, origin="fitted", engine="megatron")]
+    widths = []
+    for more in ([], [Constant(name="dp_scale", value=1.0, origin="fitted")]):
+        profile = with_constants(empty(), [*told, *more])
+        estimate = CostModel(dataclasses.replace(problem, profile=profile)).evaluate(strategy).estimate
+        low, high = estimate.step_time_interval_s
+        widths.append((high - low) / estimate.step_time_s)
+    assert estimate.breakdown.tp_comm_s + estimate.breakdown.dp_comm_s > 0
+    assert widths[0] > widths[1] > 0

@@ -146,9 +146,7 @@ class CostModel:
         workload, cluster = self.problem.workload, self.problem.cluster
         step_s = replayed.step_time_s
         tokens_per_s = workload.tokens_per_step / step_s
-        fitted = fitted_constant(self.problem, "time_error")
-        errors = constants.TIME_ERROR | ({} if fitted is None else {"fitted": fitted})
-        error = band(errors, coverage)
+        error = self._time_error(breakdown, coverage)
         memory_error = memory_band(self.problem, coverage)
         seconds = workload.tokens / tokens_per_s if workload.tokens else None
         price = cluster.price_usd_per_hour
@@ -178,6 +176,22 @@ class CostModel:
         if memory.hosted_bytes and share is not None and memory.host_bytes > share * cluster.devices_per_node:
             return Verdict.NO
         return verdict(peak_bytes, self.problem.memory_limit_bytes, error)
+
+    def _time_error(self, breakdown: TimeBreakdown, coverage: Coverage) -> float:
+        """Half width of the step time's interval, as a share of it.
+
+        What a calibration left out speaks for messages only where its runs told of some; else their share of
+        the step is as uncertain as any that no run of this cluster speaks for.
+        """
+        fitted = fitted_constant(self.problem, "time_error")
+        if fitted is None:
+            return band(constants.TIME_ERROR, coverage)
+        known = band(constants.TIME_ERROR | {"fitted": fitted}, coverage)
+        if any(fitted_constant(self.problem, name) is not None for name in ("tp_scale", "dp_scale")):
+            return known
+        sent_s = sum(getattr(breakdown, f"{axis}_comm_s") for axis in ("tp", "cp", "ep", "dp", "pp"))
+        share = sent_s / breakdown.total_s if breakdown.total_s else 0.0
+        return (1 - share) * known + share * constants.TIME_ERROR["fitted"]
 
     def _mfu(self, tokens_per_s: float) -> float | None:
         """Model FLOPs over the dense peak of all devices, where the peak is known."""
