@@ -211,6 +211,10 @@ def _memory_text(result: Calibration) -> str:
     return wrapped_table(("memory of", "runs", "left-out error", "constants"), rows)
 
 
+FITS_A_TABLE = 7
+"""Fits whose constants fit side by side on a terminal."""
+
+
 def _constants_text(fits: Sequence[Fit]) -> str:
     """What each fit determined, what that means, and what stayed at its prior everywhere."""
     from planner.commands.text import WIDTH, pairs, table, wrapped_table
@@ -221,12 +225,20 @@ def _constants_text(fits: Sequence[Fit]) -> str:
     names = {unknown.label: unknown.name for fit in fits for unknown in fit.unknowns}
     found = [_determined(fit) for fit in fits]
     known = [label for label in labels if any(label in fit for fit in found)]
-    rows = [(label, f"{priors[label]:.4g}", *(fit.get(label, "-") for fit in found)) for label in known]
     columns = ["fitted"] if len(fits) == 1 else [f"fit {number}" for number in range(1, len(fits) + 1)]
-    shown = table(("constant", "prior", *columns), rows, numbers=range(1, len(columns) + 2))
+    shown = []
+    for first in range(0, len(fits), FITS_A_TABLE):
+        some = slice(first, first + FITS_A_TABLE)
+        told = [label for label in known if any(label in fit for fit in found[some])]
+        rows = [
+            (label, f"{priors[label]:.4g}", *(fit.get(label, "-") for fit in found[some])) for label in told
+        ]
+        header = ("constant", "prior", *columns[some])
+        if rows:
+            shown.append(table(header, rows, numbers=range(1, len(header))))
     meanings = [(name, PRIORS[name].meaning) for name in dict.fromkeys(names[label] for label in known)]
     stayed = ", ".join(label for label in labels if label not in known)
-    parts = [shown]
+    parts = shown
     if any("*" in value for fit in found for value in fit.values()):
         parts.append("* at the end of the range that it is given")
     parts.append(pairs([("at their prior", stayed and f"{stayed}: these runs do not determine them")], WIDTH))
