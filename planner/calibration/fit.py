@@ -6,9 +6,9 @@ may be 0), the fit minimises
     sum_i rho(r_i^2) + sum_j x_j^2,      r_i = ln(p_i(c) / t_i) / e
 
 with rho = 2 (sqrt(1 + z) - 1), which bends down outliers, and each c_j within its bounds: the most probable
-constants, given their priors, where runs scatter by e: ERROR at first, then what they
-were found to scatter by. A constant whose uncertainty the runs do not
-reduce below KNOWN of its prior's is not determined by them: it stays at its prior and is named.
+constants, given their priors, where runs scatter by e: ERROR at first, then what they were found to scatter
+by. A constant whose uncertainty the runs do not reduce below KNOWN of its prior's is not determined by them:
+it stays at its prior and is named, and the others are fitted again.
 
 What the fit would have predicted for a group of runs without having seen it follows from one Gauss-Newton
 step away from the optimum, with the Jacobian at hand: no further model is evaluated.
@@ -32,7 +32,7 @@ LEAST_ERROR, MOST_ERROR = 0.03, 0.3
 """Scatter is not believed to be less than the first, nor more than the second."""
 
 ERROR = 0.05
-"""Scatter of measured runs around a right model, as a share: what repeated runs of one layout differ by."""
+"""Scatter of measured runs that a fit begins with, as a share: what repeated runs of one layout differ by."""
 
 KNOWN = 0.97
 """A constant is determined where its uncertainty shrinks below this share of its prior's."""
@@ -235,9 +235,7 @@ class Solution:
         import numpy as np
 
         runs, moved = self.jacobian.shape
-        spent = moved - float(
-            np.sum(self.uncertainty() ** 2)
-        )  # constants' worth of runs that the fit used up
+        spent = moved - float(np.sum(self.uncertainty() ** 2))  # runs' worth that the constants used up
         spread = 1.4826 * float(np.median(np.abs(self.residuals)))
         found = error * spread * math.sqrt(runs / max(runs - spent, 1.0))
         return min(max(found, LEAST_ERROR), MOST_ERROR)

@@ -27,11 +27,6 @@ class ActionKind(StrEnum):
         """What it adds to the micro-batches alive on its stage: activations stay until W has used them."""
         return {"F": 1, "I": 0}.get(self.value, -1)
 
-    @property
-    def sends_gradients(self) -> bool:
-        """Whether the stage before waits for it."""
-        return self in (ActionKind.BACKWARD, ActionKind.INPUT_GRAD)
-
 
 class Action(NamedTuple):
     """One pass of one micro-batch through one stage.

@@ -23,7 +23,8 @@ from planner.cost.passes import Pass
 from planner.cost.physics import usual_physics
 from planner.cost.schedule import ActionKind, Table, build_table
 from planner.cost.simulate import PathTimes, Replay, kind_passes, replay, sharing_of
-from planner.cost.stage import ShapeModel, StageCost
+from planner.cost.stage import ShapeModel
+from planner.cost.stage_cost import StageCost
 from planner.cost.trained import trained_flops_per_token
 from planner.cost.verdict import ErrorBand, band, memory_band, verdict
 from planner.estimate import (

@@ -24,7 +24,8 @@ from statistics import NormalDist
 
 from planner.catalog import device_names, load_device
 from planner.cost.lifecycle import state_bytes
-from planner.cost.stage import ShapeModel, StageCost
+from planner.cost.stage import ShapeModel
+from planner.cost.stage_cost import StageCost
 from planner.estimate import JobFigures, TimeBreakdown
 from planner.problem import PlanningProblem
 from planner.units import DAY_S

@@ -19,7 +19,8 @@ from __future__ import annotations
 from enum import StrEnum
 
 from planner.cost.moments import resident, step_temporaries_bytes
-from planner.cost.stage import ShapeModel, StageCost
+from planner.cost.stage import ShapeModel
+from planner.cost.stage_cost import StageCost
 from planner.estimate import MemoryBreakdown, MemoryFigures, MomentMemory
 from planner.stack import Engine
 

@@ -12,7 +12,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from planner.cost.moments import peak_bytes, reserved_bytes, resident
-from planner.cost.stage import ShapeModel, StageCost
+from planner.cost.stage import ShapeModel
+from planner.cost.stage_cost import StageCost
 from planner.estimate import MemoryBreakdown
 from planner.stack import Engine
 

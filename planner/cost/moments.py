@@ -20,7 +20,8 @@ block before, in fp32, in flight. Of offloaded activations, those of a window of
 
 from __future__ import annotations
 
-from planner.cost.stage import ShapeModel, StageCost
+from planner.cost.stage import ShapeModel
+from planner.cost.stage_cost import StageCost
 from planner.cost.states import ParamBytes
 from planner.stack import Engine
 from planner.strategy import Zero

@@ -22,7 +22,8 @@ from itertools import pairwise
 from planner.codec import noun
 from planner.cost.passes import Pass, Unit
 from planner.cost.seconds import larger
-from planner.cost.stage import Hosted, ShapeModel, StageCost
+from planner.cost.stage import ShapeModel
+from planner.cost.stage_cost import Hosted, StageCost
 from planner.cost.states import ParamBytes, States, offloaded_states, state_rates
 from planner.strategy import OffloadCounts, Stage, Zero
 

@@ -21,7 +21,7 @@ from planner.cost import constants
 from planner.cost.action import Action, ActionKind
 from planner.cost.longest_path import Durations
 from planner.cost.passes import Pass
-from planner.cost.stage import StageCost
+from planner.cost.stage_cost import StageCost
 from planner.cost.table import KINDS, Table
 from planner.estimate import TimelineEvent
 from planner.problem import PlanningProblem

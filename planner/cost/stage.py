@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from functools import cached_property
 
-from planner.codec import noun
 from planner.cost import constants
 from planner.cost.comm import CommCost, CommModel
 from planner.cost.compute import LayerModel
@@ -20,64 +19,13 @@ from planner.cost.messages import Messages
 from planner.cost.passes import Pass, Unit
 from planner.cost.seconds import larger, smaller
 from planner.cost.spread import exchanged, experts_s, sent_again, summed_sublayers
-from planner.cost.states import ParamBytes, States, states_of
+from planner.cost.stage_cost import StageCost
+from planner.cost.states import States, states_of
 from planner.cost.wrapped import units_of
 from planner.problem import PlanningProblem
 from planner.profile import LayerKind, Op
 from planner.stack import Engine
 from planner.strategy import Degrees, Recompute, Stage, Zero
-
-
-@noun
-class Hosted:
-    """What of a stage lies in host memory: `blocks` first blocks' activations, state, or both.
-
-    `kept` are the states that stay on the device. `saved_bytes` are activations of a micro-batch and
-    `state_bytes` the optimizer's in host memory; `window_bytes` of activations are on the device at a time,
-    those of `window` blocks.
-    """
-
-    kept: ParamBytes
-    state_bytes: float
-    state_params: float
-    blocks: int
-    window: int
-    saved_bytes: float
-    window_bytes: float
-
-
-@noun
-class StageCost:
-    """One stage on each of its devices.
-
-    `unshard_s` comes before the first forward of a step, `reduce_s` after the last backward,
-    `optimizer_s` after the reduction of all stages. `params` are those of one device's shard by tensor
-    and expert parallelism, before any sharding over data ranks; `end_params` those of embedding and head
-    among them, `routed_params` those of routed experts. `saved_bytes` are kept for each micro-batch;
-    `block_saved_bytes` of them by blocks. `frozen` weights have no gradients: those of adapters beside them
-    alone. `hosted` says what of the stage lies in host memory, where something does (planner.cost.offload).
-    """
-
-    forward: Pass
-    backward: Pass
-    unshard_s: float
-    reduce_s: float
-    optimizer_s: float
-    params: float
-    largest_unit_params: float
-    saved_bytes: float
-    forward_transient_bytes: float
-    backward_transient_bytes: float
-    blocks: int = 0
-    end_params: float = 0.0
-    routed_params: float = 0.0
-    largest_block_params: float = 0.0
-    block_saved_bytes: float = 0.0
-    block_transient_bytes: float = 0.0
-    holds_head: bool = False
-    frozen: bool = False
-    hosted: Hosted | None = None
-
 
 STOPS_EARLY = (Engine.NATIVE, Engine.TORCHTITAN)
 """Engines that recompute by torch.utils.checkpoint. Megatron-LM runs a block's whole forward again, or of its

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from planner.codec import noun
 from planner.cost.memory import resident_bytes, transient_bytes
-from planner.cost.stage import ShapeModel, StageCost
+from planner.cost.stage import ShapeModel
+from planner.cost.stage_cost import StageCost
 from planner.strategy import Recompute, RecomputeCounts, Stage
 
 MAX_MIXES = 16

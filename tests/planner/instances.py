@@ -9,7 +9,7 @@ from planner.attention import Attention, LatentAttention, Reach, Span
 from planner.cluster import ClusterSpec, Device, DeviceGroup, Link
 from planner.cost import constants
 from planner.cost.passes import Pass
-from planner.cost.stage import StageCost
+from planner.cost.stage_cost import StageCost
 from planner.feed_forward import Activation, Experts, Mlp
 from planner.mixers import Mixer
 from planner.model import Block, ModelSpec, Norm, Segment

@@ -13,7 +13,7 @@ from planner.cost import constants, longest_path
 from planner.cost.passes import Pass
 from planner.cost.schedule import Action, ActionKind, Table, build_table, table_faults
 from planner.cost.simulate import Sharing, kind_passes, replay, split_backward
-from planner.cost.stage import StageCost
+from planner.cost.stage_cost import StageCost
 from planner.strategy import Schedule
 
 from .instances import cost
