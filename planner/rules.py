@@ -12,7 +12,14 @@ from planner.divisors import divisors, legal_values
 from planner.estimate import Rejected
 from planner.offload_rules import offload_possible
 from planner.problem import PlanningProblem
-from planner.spread_rules import SPREAD_RULES
+from planner.spread_rules import (
+    SPREAD_RULES,
+    context_attends,
+    context_divides,
+    context_heads,
+    experts_divide,
+    experts_need_sequence_parallel,
+)
 from planner.strategy import Degrees, Schedule, Strategy, Zero
 from planner.traced import TracedLayer
 
@@ -245,6 +252,22 @@ DEGREES_RULES: tuple[DegreesRule, ...] = (
     schedule_legal,
     *SPREAD_RULES,
 )
+
+
+LAYER_RULES: tuple[DegreesRule, ...] = (
+    traced_layers_whole,
+    heads_divide,
+    widths_divide,
+    tp_within_node,
+    positions_cover,
+)
+"""Those of the tensor-parallel degree alone."""
+SEQUENCE_RULES = (sequence_parallel_needs_tp, context_attends, context_divides, context_heads)
+"""Those of how a sequence is split, given tp."""
+EXPERT_RULES = (experts_divide, experts_need_sequence_parallel)
+"""Those of ep and etp, given these."""
+PIPELINE_RULES = (stages_fit, schedule_legal)
+"""Those of the schedule, given pp and the micro-batches."""
 
 
 def broken_rule(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:

@@ -31,6 +31,11 @@ class Schedule(StrEnum):
         return self in (Schedule.ZB_H1, Schedule.ZBV, Schedule.DUALPIPEV)
 
     @property
+    def splits_every_backward(self) -> bool:
+        """Whether no backward pass is run whole."""
+        return self in (Schedule.ZB_H1, Schedule.ZBV)
+
+    @property
     def least_chunks(self) -> int:
         """The fewest stages that a rank holds; only interleaved may hold more."""
         return 2 if self.v_shaped or self is Schedule.INTERLEAVED else 1

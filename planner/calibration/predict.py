@@ -71,7 +71,7 @@ def step_time_s(model: CostModel, strategy: Strategy) -> float:
     held = costs[:: degrees.pp]
     ends_s = sum(cost.unshard_s + cost.reduce_s for cost in held)
     optimizers = [sum(cost.optimizer_s for cost in costs[rank :: degrees.pp]) for rank in range(degrees.pp)]
-    return span_s + ends_s + larger(*optimizers)
+    return span_s + ends_s + larger(*optimizers) + shape.physics.step_s
 
 
 def with_constants(base: Profile, constants: Sequence[Constant]) -> Profile:

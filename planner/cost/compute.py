@@ -14,6 +14,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 from planner.cost import constants
 from planner.cost.activations import engine_bytes
@@ -26,6 +27,11 @@ from planner.kept import AttentionKernel
 from planner.problem import PlanningProblem
 from planner.profile import LayerSample, shape_key
 from planner.strategy import Degrees, Recompute
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 STRAIGHT = 0.25
 ORIGINS = ("measured", "interpolated", "fitted", "datasheet")
@@ -55,6 +61,14 @@ class LayerModel:
     def count(self, key: str, first: int, end: int) -> int:
         """Blocks of a class among the layers [first, end)."""
         return self._before[key][end] - self._before[key][first]
+
+    def counts(self, key: str, firsts: Ints, ends: Ints) -> Ints:
+        """The same of many ranges of layers at once."""
+        import numpy as np
+
+        before = np.asarray(self._before[key])
+        counted: Ints = before[ends] - before[firsts]
+        return counted
 
     def kernel(self, degrees: Degrees) -> AttentionKernel:
         """The attention kernel that runs: a fused softmax does not take every shape."""

@@ -37,7 +37,7 @@ from planner.estimate import (
     Verdict,
 )
 from planner.problem import PlanningProblem
-from planner.strategy import Degrees, Strategy
+from planner.strategy import Degrees, Schedule, Strategy
 from planner.units import DAY_S
 
 TABLES = 32
@@ -68,11 +68,16 @@ class CostModel:
         self.comms = CommModel(problem)
         self.sharing = sharing_of(problem)
         self._tables = lru_cache(maxsize=TABLES)(build_table)
+        self._shapes: dict[Degrees, ShapeModel] = {}
+        self._in_flight: dict[tuple[Schedule, int, int, int], tuple[tuple[dict[int, int], ...], ...]] = {}
 
     def shape(self, degrees: Degrees) -> ShapeModel:
-        """The stage costs under `degrees`."""
-        slow = self.sharing.slowdown(degrees.world) if self.sharing else 1.0
-        return ShapeModel(self.problem, degrees, self.layers, self.comms, slow)
+        """The stage costs under `degrees`. Schedules of one pipeline share them."""
+        any_schedule = dataclasses.replace(degrees, schedule=Schedule.ONE_F_ONE_B, chunks=1)
+        if any_schedule not in self._shapes:
+            slow = self.sharing.slowdown(degrees.world) if self.sharing else 1.0
+            self._shapes[any_schedule] = ShapeModel(self.problem, any_schedule, self.layers, self.comms, slow)
+        return self._shapes[any_schedule].scheduled(degrees)
 
     def stage_costs(self, shape: ShapeModel, strategy: Strategy) -> tuple[StageCost, ...]:
         """The cost of each stage of a strategy."""
@@ -82,10 +87,19 @@ class CostModel:
         """The table of a shape. Shapes of one pipeline share it, with its order."""
         return self._tables(degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches)
 
+    def in_flight(self, degrees: Degrees) -> tuple[tuple[dict[int, int], ...], ...]:
+        """For every pipeline rank, the counts of live micro-batches by stage at its fullest moments."""
+        key = degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches
+        if key not in self._in_flight:
+            table = self.table(degrees)
+            self._in_flight[key] = tuple(tuple(table.in_flight(rank)) for rank in range(degrees.pp))
+        return self._in_flight[key]
+
     def replay(self, shape: ShapeModel, table: Table, costs: tuple[StageCost, ...]) -> Replay:
         """The replay of a table under these costs."""
         per_rank = shape.degrees.world // shape.degrees.pp
-        return replay(table, costs, shape.messages.p2p_s(), self.sharing, per_rank)
+        step_s = shape.physics.step_s
+        return replay(table, costs, shape.messages.p2p_s(), self.sharing, per_rank, step_s)
 
     def _hops_s(self, shape: ShapeModel, costs: tuple[StageCost, ...], replayed: Replay) -> float:
         """What the step would be shorter by if messages between stages took no time."""
@@ -95,7 +109,7 @@ class CostModel:
             free = dataclasses.replace(replayed, times=replayed.times.without_messages())
         else:
             per_rank = shape.degrees.world // shape.degrees.pp
-            free = replay(replayed.table, costs, 0.0, self.sharing, per_rank)
+            free = replay(replayed.table, costs, 0.0, self.sharing, per_rank, shape.physics.step_s)
         return replayed.step_time_s - free.step_time_s
 
     def evaluate(self, strategy: Strategy, table: Table | None = None) -> Evaluation:

@@ -112,6 +112,26 @@ class Durations:
         return ends, free
 
 
+def many_row_ends_s(order: ActionOrder, cell_s: Floats, begin_s: Floats, hop_s: float) -> Floats:
+    """When each row ends, for many durations at once: cell_s[cell, n], begin_s[row, n] -> ends[row, n]."""
+    import numpy as np
+
+    places, many = len(order.needed), cell_s.shape[1]
+    slots = np.zeros((places + len(order.rows), many))
+    np.add.at(slots, order.passing_into, cell_s[order.passing_cells])
+    ends = np.empty((places + 1, many))
+    ends[0] = -np.inf
+    free = begin_s.copy()
+    steps = (order.ranks.tolist(), order.needed.tolist(), order.cells.tolist())
+    for place, (rank, needed, cell) in enumerate(zip(*steps, strict=True)):
+        ready = free[rank] + slots[place]
+        np.maximum(ready, ends[needed] + hop_s, out=ready)
+        ready += cell_s[cell]
+        free[rank] = ends[place + 1] = ready
+    row_ends: Floats = free + slots[places:]
+    return row_ends
+
+
 def order_actions(table: Table) -> ActionOrder:
     """The order of a table. Raises ValueError where it waits for itself."""
     import numpy as np

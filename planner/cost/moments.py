@@ -20,6 +20,7 @@ block before, in fp32, in flight. Of offloaded activations, those of a window of
 
 from __future__ import annotations
 
+from planner.cost.seconds import larger
 from planner.cost.stage import ShapeModel
 from planner.cost.stage_cost import StageCost
 from planner.cost.states import ParamBytes
@@ -43,11 +44,11 @@ def peak_bytes(shape: ShapeModel, stage: StageCost, alive: float) -> float:
     """The most that tensors of a stage take at once, `alive` micro-batches being in flight."""
     kept = resident(shape, stage)
     loading = kept.weights + 4 * stage.largest_unit_params
-    step = max(kept.total + step_temporaries_bytes(shape, stage), loading)
+    step = larger(kept.total + step_temporaries_bytes(shape, stage), loading)
     if shape.problem.stack.engine is Engine.TORCHTITAN:
-        return max(step, *_unit_moments(shape, stage, alive, kept)) + shape.memory.workspace_bytes
+        return larger(step, *_unit_moments(shape, stage, alive, kept)) + shape.memory.workspace_bytes
     alive_bytes = alive * stage.saved_bytes + min(alive, 1) * _window_bytes(stage)
-    return max(step, kept.total + alive_bytes + _pass_bytes(shape, stage))
+    return larger(step, kept.total + alive_bytes + pass_bytes(shape, stage))
 
 
 def _window_bytes(stage: StageCost) -> float:
@@ -71,13 +72,13 @@ def step_temporaries_bytes(shape: ShapeModel, stage: StageCost) -> float:
     return bytes_
 
 
-def _pass_bytes(shape: ShapeModel, stage: StageCost) -> float:
+def pass_bytes(shape: ShapeModel, stage: StageCost) -> float:
     """The larger pass, and what data parallelism holds for one unit.
 
     Where gradients lie in buffers and the last stage's logits are freed before its blocks run back, blocks
     do not fit into the place that the logits leave: both count (fitted to 439 layouts on A100).
     """
-    passing = max(stage.forward_transient_bytes, stage.backward_transient_bytes)
+    passing = larger(stage.forward_transient_bytes, stage.backward_transient_bytes)
     stack = shape.problem.stack
     if stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED) and stage.holds_head and not stack.liger:
         passing += stage.block_transient_bytes
@@ -114,7 +115,7 @@ def _unit_moments(shape: ShapeModel, stage: StageCost, alive: float, kept: Param
 
 def _loss_bytes(stage: StageCost) -> float:
     """One micro-batch's activations and the larger pass."""
-    passing = max(stage.forward_transient_bytes, stage.backward_transient_bytes)
+    passing = larger(stage.forward_transient_bytes, stage.backward_transient_bytes)
     return stage.saved_bytes + _window_bytes(stage) + passing
 
 
@@ -133,15 +134,15 @@ def _block_bytes(shape: ShapeModel, stage: StageCost, index: int) -> float:
     gathered = size * unit * (2 if index else 1) if _reshards(shape) else 0.0
     activations = stage.block_saved_bytes * (index + 1) / stage.blocks
     if stage.hosted is not None and stage.hosted.blocks:
-        away = max(0, min(stage.hosted.blocks, index + 1) - stage.hosted.window)
-        activations = max(activations - stage.hosted.saved_bytes * away / stage.hosted.blocks, 0.0)
+        away = larger(0, min(stage.hosted.blocks, index + 1) - stage.hosted.window)
+        activations = larger(activations - stage.hosted.saved_bytes * away / stage.hosted.blocks, 0.0)
     return activations + stage.block_transient_bytes + gathered + size * unit
 
 
 def _reduced_bytes(shape: ShapeModel, stage: StageCost, kept: ParamBytes, index: int) -> float:
     """Gradients of the blocks behind `index` (of all, where accumulated), and the reduction before it."""
     behind = stage.blocks - 1 - index
-    share = (stage.params - stage.end_params) / max(stage.params, 1.0) / stage.blocks
+    share = (stage.params - stage.end_params) / larger(stage.params, 1.0) / stage.blocks
     grads = kept.grads * (1.0 if shape.degrees.num_micro_batches > 1 else behind * share)
     return grads + (4 * stage.largest_block_params if behind else 0.0)
 
@@ -176,10 +177,10 @@ def reserved_bytes(shape: ShapeModel, stage: StageCost, alive: float) -> float:
     kept = resident(shape, stage)
     base = kept.weights + kept.optimizer + (alive - 1) * stage.saved_bytes
     blocks = [_block_bytes(shape, stage, index) for index in _blocks_to_try(stage.blocks)]
-    compute = base + max(_loss_bytes(stage), *blocks) + shape.memory.workspace_bytes
-    unit = max(stage.end_params, stage.largest_block_params)
+    compute = base + larger(_loss_bytes(stage), *blocks) + shape.memory.workspace_bytes
+    unit = larger(stage.end_params, stage.largest_block_params)
     outputs = 2 / degrees.weight_shards if degrees.num_micro_batches > 1 else 0.0
     reduction = kept.grads + 4 * unit * (1 + outputs)
     gathers = degrees.weight_shards > 1 and _reshards(shape)
-    gathering = size * max(stage.end_params, 2 * stage.largest_block_params) if gathers else 0.0
-    return max(tensors, compute + reduction + gathering + HOLE_SHARE * logits)
+    gathering = size * larger(stage.end_params, 2 * stage.largest_block_params) if gathers else 0.0
+    return larger(tensors, compute + reduction + gathering + HOLE_SHARE * logits)

@@ -98,13 +98,12 @@ def with_offload(shape: ShapeModel, stage: Stage, cost: StageCost) -> StageCost:
     kept, state_bytes = _states(shape, cost, state)
     unshared_s = 0.0 if host.every_pass else host.shard_s(state)
     share = state.params / max(cost.params, 1.0)
-    step_s = shape.physics.step_s / shape.degrees.chunks
     return dataclasses.replace(
         cost,
         forward=cost.forward + Pass(host_s=forward_s),
         backward=cost.backward + Pass(host_s=backward_s),
         reduce_s=cost.reduce_s + unshared_s,
-        optimizer_s=step_s + (cost.optimizer_s - step_s) * (1 - share) + host.update_s(state),
+        optimizer_s=cost.optimizer_s * (1 - share) + host.update_s(state),
         saved_bytes=cost.saved_bytes - saved,
         hosted=Hosted(
             kept=kept,

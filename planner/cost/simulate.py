@@ -174,9 +174,17 @@ def sharing_of(problem: PlanningProblem) -> Sharing | None:
 
 
 def replay(
-    table: Table, stages: Sequence[StageCost], p2p_s: float, sharing: Sharing | None, devices_per_rank: int
+    table: Table,
+    stages: Sequence[StageCost],
+    p2p_s: float,
+    sharing: Sharing | None,
+    devices_per_rank: int,
+    step_s: float = 0.0,
 ) -> Replay:
-    """Runs `table` with the passes of `stages`. Raises ValueError if its order cannot be executed."""
+    """Runs `table` with the passes of `stages`; `step_s` is what a rank's optimizer step takes besides.
+
+    Raises ValueError if its order cannot be executed.
+    """
     held = [table.stages_of(rank) for rank in range(len(table))]
     unshard_s = tuple(sum(stages[s].unshard_s for s in each) for each in held)
     each = {id(stage): kind_passes(stage) for stage in stages}  # few stages differ
@@ -205,7 +213,7 @@ def replay(
         stretch=stretch,
         unshard_s=unshard_s,
         reduce_s=tuple(sum(stages[s].reduce_s for s in each) for each in held),
-        optimizer_s=tuple(sum(stages[s].optimizer_s for s in each) * slow for each in held),
+        optimizer_s=tuple((step_s + sum(stages[s].optimizer_s for s in each)) * slow for each in held),
     )
 
 

@@ -6,8 +6,11 @@ planner pick recipes exactly.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
 from planner.cost import constants
 from planner.cost.comm import CommCost, CommModel
@@ -26,6 +29,11 @@ from planner.problem import PlanningProblem
 from planner.profile import LayerKind, Op
 from planner.stack import Engine
 from planner.strategy import Degrees, Recompute, Stage, Zero
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 STOPS_EARLY = (Engine.NATIVE, Engine.TORCHTITAN)
 """Engines that recompute by torch.utils.checkpoint. Megatron-LM runs a block's whole forward again, or of its
@@ -66,6 +74,12 @@ class ShapeModel:
         self._passes: dict[tuple[str, Recompute], tuple[Pass, Pass]] = {}
         self.embedding_passes = self._end_passes(LayerKind.EMBEDDING)
         self.head_passes = self._end_passes(LayerKind.HEAD)
+
+    def scheduled(self, degrees: Degrees) -> ShapeModel:
+        """The same costs under degrees that differ in the schedule and its chunks at most."""
+        model = copy.copy(self)
+        model.degrees = degrees
+        return model
 
     @cached_property
     def states(self) -> States:
@@ -238,14 +252,46 @@ class ShapeModel:
 
     # Stages
 
+    @cached_property
+    def action(self) -> Pass:
+        """What a pass takes besides its layers."""
+        pp_action_s = self.messages.constant("pp_action_s") if self.degrees.pp > 1 else 0.0
+        standing_s = self.physics.pp_exposed * self.messages.p2p_s()
+        return Pass(host_s=pp_action_s + self.physics.action_s + standing_s)
+
     def stage(self, stage: Stage) -> StageCost:
         """The cost of a stage: its blocks with their options, and the ends that it holds."""
         first, last = stage.first == 0, stage.end == self.problem.model.layers
         chosen = self.chosen(stage)
         key = (chosen, first, last)
         if key not in self._stages:
-            self._stages[key] = self._stage(chosen, first=first, last=last)
+            blocks: Counter[str] = Counter()
+            for (name, _), count in chosen:
+                blocks[name] += count
+            self._stages[key] = self._stage(chosen, blocks, first=first, last=last)
         return self._stages[key]
+
+    def mixed_stages(self, first: int, end: int, full: Ints, selective: Ints) -> StageCost:
+        """The costs of many mixes of one stage's blocks at once: figures that differ are arrays.
+
+        Of the blocks [first, end) the first `full` recompute all, the next `selective` the element-wise rest.
+        """
+        import numpy as np
+
+        starts = {
+            Recompute.FULL: (np.full_like(full, first), first + full),
+            Recompute.SELECTIVE: (first + full, first + full + selective),
+            Recompute.NONE: (first + full + selective, np.full_like(full, end)),
+        }
+        counts: list[Chosen] = [
+            ((key, option), cast(int, self.layer_model.counts(key, a, b)))  # as many as there are mixes
+            for option, (a, b) in starts.items()
+            if (b > a).any()
+            for key in self.classes
+        ]
+        blocks = Counter({key: self.count(key, first, end) for key in self.classes})
+        last = end == self.problem.model.layers
+        return self._stage(counts, +blocks, first=first == 0, last=last)
 
     def chosen(self, stage: Stage) -> tuple[Chosen, ...]:
         """How many blocks of each class have each option; options are dealt in layer order."""
@@ -266,26 +312,17 @@ class ShapeModel:
         ]
         return tuple((choice, count) for choice, count in counts if count)
 
-    def backward_s(self, stage: Stage) -> float:
-        """Seconds of the blocks' backward passes of one micro-batch, which recomputation lengthens."""
-        return sum(self.passes(*choice)[1].total_s * count for choice, count in self.chosen(stage))
-
-    def _stage(self, chosen: tuple[Chosen, ...], *, first: bool, last: bool) -> StageCost:
-        pp_action_s = self.messages.constant("pp_action_s") if self.degrees.pp > 1 else 0.0
-        standing_s = self.physics.pp_exposed * self.messages.p2p_s()
-        action = Pass(host_s=pp_action_s + self.physics.action_s + standing_s)
-        forward, backward = action, action
-        if any(option is not Recompute.NONE for (_, option), _ in chosen):
-            backward += Pass(recompute_s=self.physics.recompute_pass_s)
+    def _stage(self, chosen: Sequence[Chosen], blocks: Counter[str], *, first: bool, last: bool) -> StageCost:
+        """Counts of `chosen` may be arrays; what is asked of them holds for one and for many."""
+        forward, backward = self.action, self.action
+        again = sum(count for (_, option), count in chosen if option is not Recompute.NONE)
+        backward += Pass(recompute_s=self.physics.recompute_pass_s * (again > 0))
         for choice, count in chosen:
             one_forward, one_backward = self.passes(*choice)
             forward, backward = forward + one_forward * count, backward + one_backward * count
         ends = [self.embedding_passes] * first + [self.head_passes] * last
         for end_forward, end_backward in ends:
             forward, backward = forward + end_forward, backward + end_backward
-        blocks: Counter[str] = Counter()
-        for (key, _), count in chosen:
-            blocks[key] += count
         units = self.units(blocks, first=first, last=last)
         return StageCost(
             forward=forward,
@@ -300,7 +337,7 @@ class ShapeModel:
             holds_head=last and self.problem.model.vocab > 0,
             frozen=self.problem.workload.adapters is not None,
             hosted=None,
-            **self._memory(chosen, first=first, last=last),
+            **self._memory(chosen, blocks, first=first, last=last),
         )
 
     def units(self, blocks: Counter[str], *, first: bool, last: bool) -> list[tuple[Unit, int]]:
@@ -346,7 +383,10 @@ class ShapeModel:
         return behind_s + self.physics.dp_exposed * (total_s - behind_s)
 
     def optimizer_s(self, units: list[tuple[Unit, int]]) -> float:
-        """Clipping and the update of this device's shard: a cost a parameter and a cost a tensor."""
+        """Clipping and the update of this device's shard: a cost a parameter and a cost a tensor.
+
+        What a step takes besides, once for all stages of a rank, is `physics.step_s`.
+        """
         params = sum(self._sharded(unit) * count for unit, count in units)
         tensors = sum(unit.tensors * count for unit, count in units)
         constant = self.messages.constant
@@ -355,23 +395,25 @@ class ShapeModel:
         if each == 0.0 and self.layer_model.rates is not None:
             # Reads parameter, gradient and two moments, writes three of them, all in fp32.
             each = self.physics.optimizer_scale * 28.0 / self.layer_model.rates.memory_bytes_per_s
-        # A rank sums over its stages, and each step has this once.
-        return params * each + tensors * per_tensor + self.physics.step_s / self.degrees.chunks
+        return params * each + tensors * per_tensor
 
-    def _memory(self, chosen: tuple[Chosen, ...], *, first: bool, last: bool) -> dict[str, float]:
-        blocks = [(self.block(*choice), count) for choice, count in chosen]
-        kinds = [LayerKind.EMBEDDING] * first + [LayerKind.HEAD] * last
-        layers = [cost for cost, _ in blocks] + [self.layer(kind) for kind in kinds]
-        saved = sum(count * cost.saved_bytes for cost, count in blocks)
+    def _memory(
+        self, chosen: Sequence[Chosen], blocks: Counter[str], *, first: bool, last: bool
+    ) -> dict[str, float]:
+        each = [(self.block(*choice), count) for choice, count in chosen]
+        ends_of = [self.layer(kind) for kind in [LayerKind.EMBEDDING] * first + [LayerKind.HEAD] * last]
+        saved = sum(count * cost.saved_bytes for cost, count in each)
+        widest = larger(*(cost.backward_transient_bytes * (count > 0) for cost, count in each))
+        forward = larger(*(cost.forward_transient_bytes * (count > 0) for cost, count in each))
         ends = [self.embedding_unit.params] * first + [self.head_unit.params] * last
         return {
-            "saved_bytes": saved + sum(cost.saved_bytes for cost in layers[len(blocks) :]),
-            "forward_transient_bytes": max((cost.forward_transient_bytes for cost in layers), default=0.0),
-            "backward_transient_bytes": max((cost.backward_transient_bytes for cost in layers), default=0.0),
+            "saved_bytes": saved + sum(cost.saved_bytes for cost in ends_of),
+            "forward_transient_bytes": larger(forward, *(cost.forward_transient_bytes for cost in ends_of)),
+            "backward_transient_bytes": larger(widest, *(cost.backward_transient_bytes for cost in ends_of)),
             "end_params": sum(ends) - self._tied_params(first, last) * bool(ends),
-            "largest_block_params": max(self.block_units[key].params for (key, _), _ in chosen),
+            "largest_block_params": max(self.block_units[key].params for key in blocks),
             "block_saved_bytes": saved,
-            "block_transient_bytes": max(cost.backward_transient_bytes for cost, _ in blocks),
+            "block_transient_bytes": widest,
         }
 
     def origins_s(self) -> dict[str, float]:

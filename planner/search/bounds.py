@@ -6,8 +6,9 @@ With the cheapest option for every block, the whole model's passes F, B (W = F +
     GPipe           W (1 + (m - 1) / p)
     1F1B            W (m + p - 1) / p                       if m > p (see below)
                     W (1 + (m - 1) / 2p)                    else
-    interleaved     W max(m / p, 1)
-    split backward  W max(m / p, 1/2)                       a forward and its I are half of both passes
+    interleaved     W m (m + 2 a) / (p (m + a)), a = (p - 1) / 2v, and W at least    (see below)
+    ZB-H1           W q / (1 - (1 - q / m)^p), q = 1/2      a forward and its I are half of both passes
+    other V         W max(m / p, 1/2)
     shared cores    m W devices / throughput
 
 Where the model does not fit without it, W includes the least recomputation (recompute_bound_s).
@@ -17,14 +18,24 @@ descent then m backwards. The first weighs the paths that descend twice, C_i = s
 (m - w_i) t_i + 2 S_i, by a_i >= 0 with a_{i+1} = a_i (m - p - 1 + i) / (m - p + 1 + i), which makes the
 weight of every t_j equal; since even stages make every C_i equal to (m + p - 1) t, that weight is
 (m + p - 1) / p, and no split of W can do better.
+
+Interleaved, with R_r what rank r takes for a micro-batch: the paths that enter its row at each of its v
+stages average to m R_r + sum_{j<r} R_j / v over all r, for what a later entry leaves out on one rank it
+meets on another. These average to sum_r w_r R_r, w_r = m / p + (p - 1 - r) / (p v), and no rank takes less
+than m R_r: a combination of both with equal weights on every R_r has the weight m (m + 2 a) / (p (m + a)).
+ZB-H1: no rank ends before sum_{j<r} (f_j + b_j / 2) + m t_r; weights that fall by 1 - q / m from rank to
+rank make those of every t_j equal.
 """
 
 from __future__ import annotations
 
+from planner.cost import constants
+from planner.cost.compute import LayerModel
 from planner.cost.evaluate import CostModel
 from planner.cost.passes import Pass
 from planner.cost.stage import ShapeModel
-from planner.strategy import Recompute, Schedule
+from planner.cost.states import states_of
+from planner.strategy import Degrees, Recompute, Schedule
 
 
 def whole_passes(shape: ShapeModel, options: tuple[Recompute, ...]) -> tuple[Pass, Pass]:
@@ -77,13 +88,15 @@ def step_bound_s(
     """No strategy of this shape that fits into `limit_bytes` has a shorter replay."""
     degrees = shape.degrees
     again_s = recompute_bound_s(shape, options, limit_bytes)
+    if degrees.schedule.splits_every_backward:
+        again_s *= constants.SPLIT_RECOMPUTES
     if again_s == float("inf"):
         return again_s
     per_rank = degrees.world // degrees.pp
     slow = model.sharing.slowdown(per_rank) if model.sharing else 1.0
     forward, backward = whole_passes(shape, options)
     whole_s = (forward.work_s + backward.work_s) * slow + forward.fixed_s + backward.fixed_s + again_s
-    span_s = whole_s * _schedule_factor(degrees.schedule, degrees.pp, degrees.num_micro_batches)
+    span_s = whole_s * schedule_factor(degrees)
     if model.sharing:
         throughput = model.sharing.best_throughput(degrees.world)
         work_s = (forward.work_s + backward.work_s) * degrees.num_micro_batches * per_rank
@@ -91,31 +104,47 @@ def step_bound_s(
     return span_s + _optimizer_bound_s(model, shape)
 
 
-def _schedule_factor(schedule: Schedule, p: int, m: int) -> float:
+def split_again_s(schedule: Schedule, backward: Pass) -> float:
+    """What recomputing takes more where every backward pass is split (planner.cost.simulate)."""
+    if not schedule.splits_every_backward:
+        return 0.0
+    return backward.recompute_s * (constants.SPLIT_RECOMPUTES - 1)
+
+
+def schedule_factor(degrees: Degrees) -> float:
+    """What a step takes at least, in passes of the whole model."""
+    p, m = degrees.pp, degrees.num_micro_batches
     if p == 1:
         return float(m)
-    match schedule:
+    match degrees.schedule:
         case Schedule.GPIPE:
             return 1 + (m - 1) / p
         case Schedule.ONE_F_ONE_B:
             return (m + p - 1) / p if m > p else 1 + (m - 1) / (2 * p)
         case Schedule.INTERLEAVED:
-            return max(m / p, 1.0)
-        case Schedule.ZB_H1 | Schedule.ZBV | Schedule.DUALPIPEV:
+            a = (p - 1) / (2 * degrees.chunks)
+            return max(m * (m + 2 * a) / (p * (m + a)), 1.0)
+        case Schedule.ZB_H1:
+            return float(0.5 / (1 - (1 - 0.5 / m) ** p))
+        case Schedule.ZBV | Schedule.DUALPIPEV:
             return max(m / p, 0.5)
 
 
 def _optimizer_bound_s(model: CostModel, shape: ShapeModel) -> float:
     """The slowest rank's optimizer step is no faster than the mean over ranks."""
     slow = model.sharing.slowdown(shape.degrees.world) if model.sharing else 1.0
-    return shape.optimizer_s(shape.all_units()) * slow / shape.degrees.pp
+    return (shape.physics.step_s + shape.optimizer_s(shape.all_units()) / shape.degrees.pp) * slow
 
 
 def memory_bound_bytes(shape: ShapeModel) -> float:
     """No strategy of this shape keeps less on its fullest rank: the mean of weights, gradients, state."""
-    model, degrees = shape.problem.model, shape.degrees
-    shards = degrees.tp * degrees.pp
+    return least_state_bytes(shape.layer_model, shape.degrees)
+
+
+def least_state_bytes(layers: LayerModel, degrees: Degrees) -> float:
+    """Bytes of weights, gradients and optimizer state on a device, the mean over pipeline ranks."""
+    model, shards = layers.problem.model, degrees.tp * degrees.pp
     ends = (model.params_embedding + model.params_head) / shards
-    routed = shape.layer_model.params_routed / (degrees.expert_ranks * degrees.pp)
-    dense = (shape.layer_model.params_total - shape.layer_model.params_routed) / shards
-    return shape.states.of(dense + routed, ends, routed).total
+    routed = layers.params_routed / (degrees.expert_ranks * degrees.pp)
+    dense = (layers.params_total - layers.params_routed) / shards
+    return states_of(layers.problem, degrees).of(dense + routed, ends, routed).total

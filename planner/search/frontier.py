@@ -1,17 +1,23 @@
 """Shapes in order of their bound, each modelled only when none that is left can come before it.
 
 Modelling a shape takes many times as long as its quick bound, which lies below its bound. So a heap holds
-both: the least is taken, and where that is a quick bound its shape is modelled and put back with its bound.
+those that are modelled, beside the others in order of their quick bound: the least is taken, and where that
+is a quick bound its shape is modelled and put on the heap with its bound.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.search.shape_search import ShapeSearch
-from planner.strategy import Degrees
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Floats = np.ndarray[Any, np.dtype[np.float64]]
+    Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 DUST = 1e-9
 """Share by which a quick bound may exceed the bound, by adding floats in another order."""
@@ -25,22 +31,21 @@ class Candidate(NamedTuple):
     search: ShapeSearch
 
 
-class Legal(NamedTuple):
-    """A legal shape that is not modelled yet, its quick bound and its place among all shapes."""
-
-    quick_s: float
-    order: int
-    degrees: Degrees
-
-
 class Frontier:
-    """Candidates by rising bound, ties in order of shapes. `model` gives None for a shape that cannot fit."""
+    """Candidates by rising bound, ties in order of shapes.
 
-    def __init__(self, legal: Iterable[Legal], model: Callable[[Legal], Candidate | None]) -> None:
-        self._heap: list[tuple[float, int, Legal | Candidate]] = [
-            (shape.quick_s * (1 - DUST), shape.order, shape) for shape in legal
-        ]
-        heapq.heapify(self._heap)
+    `quick_s` are the quick bounds of the shapes `numbers`; `model` gives the candidate of a shape by its
+    number, or None where it cannot fit.
+    """
+
+    def __init__(self, quick_s: Floats, numbers: Ints, model: Callable[[int], Candidate | None]) -> None:
+        import numpy as np
+
+        order = np.lexsort((numbers, quick_s))
+        self._quick_s = quick_s[order] * (1 - DUST)
+        self._numbers = numbers[order].tolist()
+        self._taken = 0
+        self._heap: list[Candidate] = []
         self._model, self._known = model, list[Candidate]()
 
     def __iter__(self) -> Iterator[Candidate]:
@@ -51,16 +56,25 @@ class Frontier:
 
     def _advance(self) -> bool:
         """Finds the next candidate; whether there is one."""
-        while self._heap:
-            _, order, item = heapq.heappop(self._heap)
-            if isinstance(item, Candidate):
-                self._known.append(item)
-                return True
-            candidate = self._model(item)
-            if candidate is not None:
-                heapq.heappush(self._heap, (candidate.bound_s, order, candidate))
+        while self._heap or self._taken < len(self._numbers):
+            if self._taken < len(self._numbers):
+                number, quick_s = self._numbers[self._taken], float(self._quick_s[self._taken])
+                if not self._heap or (quick_s, number) < self._heap[0][:2]:
+                    self._taken += 1
+                    candidate = self._model(number)
+                    if candidate is not None:
+                        heapq.heappush(self._heap, candidate)
+                    continue
+            self._known.append(heapq.heappop(self._heap))
+            return True
         return False
+
+    @property
+    def next_bound_s(self) -> float:
+        """What no shape beats that did not come up yet; infinite where all did."""
+        left = [float(self._quick_s[self._taken])] if self._taken < len(self._numbers) else []
+        return min([*left, *(candidate.bound_s for candidate in self._heap[:1])], default=float("inf"))
 
     def count_unmodelled(self, least_s: float) -> int:
         """Shapes that were never modelled, of which no strategy is faster than `least_s`."""
-        return sum(isinstance(item, Legal) and item.quick_s >= least_s for _, _, item in self._heap)
+        return int((self._quick_s[self._taken :] >= least_s).sum())

@@ -1,11 +1,12 @@
 """The integer programme that splits the layers of a model into pipeline stages.
 
 Sets
-    s in S          stages, in layer order; r(s) = s mod p the pipeline rank that holds s
-    c in C_s        columns (recipes) of stage s: n_c layers from i_c to e_c, passes f_c and b_c,
-                    unshard u_c, reduce g_c, optimizer o_c, resident bytes, saved bytes per micro-batch,
-                    transient bytes
-    q in Q          bounding paths of the schedule (planner.search.paths), weights a_qs on f and d_qs on b
+    s in S          stages, in layer order; r(s) the pipeline rank that holds s
+    c in C_s        columns (recipes) of stage s: n_c layers from i_c to e_c, seconds p_ck of its actions of
+                    kind k (F B I W), unshard u_c, reduce g_c, optimizer o_c, resident bytes, saved bytes per
+                    micro-batch, transient bytes
+    q in Q          paths through the schedule's table, from the start of rank y_q to the end of rank z_q over
+                    hops_q messages of h seconds, with a_qsk actions of kind k of stage s
     v in V_r        in-flight vectors of rank r: live micro-batches by stage
 
 Variables
@@ -21,18 +22,19 @@ subject to
     one_s     sum_{c in C_s} x_c = 1                                               for all s
     cover     sum_c n_c x_c = L                                        where layers are of one class
     meet_sl   sum_{c in C_s: e_c = l} x_c = sum_{c in C_s+1: i_c = l} x_c              else, for all s, l
-    path_q    T >= u(0) + sum_s a_qs f(s) + d_qs b(s) + hops_q h + g(0)             for all q
-    own_r     T >= u(r) + m (f + b)(r) + g(r)                                      for all ranks r
+    path_q    T >= u(y_q) + sum_s,k a_qsk p_k(s) + hops_q h + g(z_q)                   for all q
     gpipe     T >= u(0) + sum f + (m-1) F + sum b + (m-1) B + 2 (p-1) h + g(0),  F >= f(s), B >= b(s)
     share     T >= sum_s m work(s) / throughput                                    where cores are shared
-    opt_r     O >= o(r)                                                            for all ranks r
+    opt_r     O >= o(r) + what a step takes besides                                for all ranks r
     mem_rv    resident(r) + M_r + sum_s v_s saved(s) <= limit                      for all r, v in V_r
     beat      T + O <= the step time to beat
-    cut_k     sum of x over assignment k <= |S| - 1                                assignments seen before
+    cut_k     sum of x over assignment k <= |S| - 1                   assignments seen, where cores are shared
 
 where y(s) = sum_{c in C_s} y_c x_c and y(r) sums over the stages of rank r. Every constraint on T is the
 length of a path of the schedule's longest-path replay, so the optimum is a true lower bound of the replay
-of any assignment of this shape. Times are in ms and bytes in GiB, so coefficients stay near 1.
+of any assignment of this shape. Few paths are written down at first; each assignment that is found is
+replayed and its critical path added as a row, until the replay is no longer than the optimum: then the
+assignment is the shape's best. Times are in ms and bytes in GiB, so coefficients stay near 1.
 """
 
 from __future__ import annotations
@@ -40,17 +42,26 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from planner.codec import noun
-from planner.search.paths import Path, paths
+from planner.cost.action import ActionKind
+from planner.cost.critical_path import CriticalPath
+from planner.cost.table import KINDS
+from planner.search.paths import Path, first_paths
 from planner.search.recipes import Column
 from planner.strategy import Degrees, Schedule
 from planner.units import GIB
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    Floats = np.ndarray[Any, np.dtype[np.float64]]
+
 MS = 1e3
+FORWARD, BACKWARD = KINDS.index(ActionKind.FORWARD), KINDS.index(ActionKind.BACKWARD)
 
 
 @noun
@@ -58,7 +69,8 @@ class StageProgramme:
     """The data of the programme for one shape.
 
     `limit_bytes` is what a rank's stages may use. `work_scale` stretches work where ranks share cores.
-    Only assignments that may beat `to_beat_s` are looked for.
+    `step_s` is what a rank's optimizer step takes besides its stages'. Only assignments that may beat
+    `to_beat_s` are looked for.
     """
 
     degrees: Degrees
@@ -70,6 +82,7 @@ class StageProgramme:
     limit_bytes: float
     work_scale: float = 1.0
     optimizer_scale: float = 1.0
+    step_s: float = 0.0
     to_beat_s: float = float("inf")
     throughput: float | None = None
     devices_per_rank: int = 1
@@ -115,14 +128,14 @@ def _quiet_stdout() -> Iterator[None]:
         os.close(sink)
 
 
-class IlpBuilder:
-    """Builds and solves the programme; each method adds the constraint that its docstring names."""
+class StageIlp:
+    """The programme of one shape; each method adds the constraint that its docstring names."""
 
-    def __init__(self, programme: StageProgramme, seen: Sequence[tuple[Column, ...]]) -> None:
+    def __init__(self, programme: StageProgramme, nodes: int | None = None) -> None:
         import pulp  # type: ignore[import-untyped]
 
         pulp.set_v4_migration_warnings(False)
-        self.pulp, self.programme = pulp, programme
+        self.pulp, self.programme, self.nodes = pulp, programme, nodes
         self.problem = pulp.LpProblem("stages", pulp.LpMinimize)
         self.x = [
             [self.problem.add_variable(f"x_{s}_{k}", 0, 1, pulp.LpBinary) for k in range(len(columns))]
@@ -131,6 +144,7 @@ class IlpBuilder:
         self.t = self.problem.add_variable("T", 0)
         self.o = self.problem.add_variable("O", 0)
         self.problem.setObjective(self.t + self.o)
+        self.highs: Any = None
         if programme.to_beat_s < float("inf"):
             self._add(self.t + self.o <= MS * programme.to_beat_s, "beat")
         self._one()
@@ -140,15 +154,12 @@ class IlpBuilder:
             self._meet()
         if programme.degrees.schedule is Schedule.GPIPE:
             self._gpipe()
-        else:
-            for path in paths(programme.degrees):
-                self._path(path)
+        for path in first_paths(programme.degrees):
+            self._path(path)
         self._own()
         self._share()
         self._optimizers()
         self._memory()
-        for index, assignment in enumerate(seen):
-            self._cut(index, assignment)
 
     def _sums(self, stages: Iterable[int], figure: Callable[[Column], float]) -> Any:
         """Sum over stages of figure(s) = sum over the columns of s of figure_c x_c."""
@@ -197,14 +208,14 @@ class IlpBuilder:
         return self._rank(0, lambda c: MS * (c.cost.unshard_s + c.cost.reduce_s))
 
     def _path(self, path: Path) -> None:
-        """path_q."""
+        """path_q of a path that starts and ends on rank 0."""
         programme = self.programme
 
-        def passes_ms(column: Column) -> float:
-            on_f, on_b = path.forward[column.index], path.backward[column.index]
-            return MS * (on_f * programme.forward_s(column) + on_b * programme.backward_s(column))
+        def on(stage: int) -> Callable[[Column], float]:
+            on_f, on_b = MS * path.forward[stage], MS * path.backward[stage]
+            return lambda c: on_f * programme.forward_s(c) + on_b * programme.backward_s(c)
 
-        through = self._sums(range(len(self.x)), passes_ms)
+        through = self._weighted((s, on(s)) for s in range(len(self.x)))
         hops_ms = path.hops * programme.hop_s * MS
         self._add(self.t - self._ends() - through >= hops_ms, f"path_{path.name}")
 
@@ -221,22 +232,16 @@ class IlpBuilder:
         self._add(self.t >= self._ends() + through + more * slowest_f + more * slowest_b + hops, "gpipe")
 
     def _own(self) -> None:
-        """own_r: no rank ends before its own work is done."""
+        """path_q of each rank's own work: none ends before that is done."""
         programme = self.programme
         m = programme.degrees.num_micro_batches
+
+        def own_ms(c: Column) -> float:
+            passes_s = m * (programme.forward_s(c) + programme.backward_s(c))
+            return MS * (c.cost.unshard_s + passes_s + c.cost.reduce_s)
+
         for rank in range(programme.degrees.pp):
-            own = self._rank(
-                rank,
-                lambda c: (
-                    MS
-                    * (
-                        c.cost.unshard_s
-                        + m * (programme.forward_s(c) + programme.backward_s(c))
-                        + c.cost.reduce_s
-                    )
-                ),
-            )
-            self._add(self.t >= own, f"own_{rank}")
+            self._add(self.t >= self._rank(rank, own_ms), f"own_{rank}")
 
     def _share(self) -> None:
         """share: the cores of a node do no more work in a second than they can."""
@@ -251,9 +256,10 @@ class IlpBuilder:
 
     def _optimizers(self) -> None:
         """opt_r."""
-        scale = MS * self.programme.optimizer_scale
-        for rank in range(self.programme.degrees.pp):
-            self._add(self.o >= self._rank(rank, lambda c: scale * c.cost.optimizer_s), f"opt_{rank}")
+        programme, scale = self.programme, MS * self.programme.optimizer_scale
+        for rank in range(programme.degrees.pp):
+            own = self._rank(rank, lambda c: scale * c.cost.optimizer_s)
+            self._add(self.o >= own + scale * programme.step_s, f"opt_{rank}")
 
     def _memory(self) -> None:
         """mem_rv: with one stage a rank the recipes already fit; else each in-flight vector must."""
@@ -262,34 +268,68 @@ class IlpBuilder:
             return
         for rank, vectors in enumerate(programme.in_flight):
             transient = self.problem.add_variable(f"M_{rank}", 0)
-            for s in programme.stages_of(rank):
+            stages = programme.stages_of(rank)
+            for s in stages:
                 widest = self._sum(s, lambda c: c.transient_bytes / GIB)
                 self._add(transient >= widest, f"transient_{rank}_{s}")
             for index, vector in enumerate(vectors):
-                used = self._rank(
-                    rank,
-                    lambda c, alive=vector: (  # type: ignore[misc]
-                        (c.resident_bytes + alive.get(c.index, 0) * c.cost.saved_bytes) / GIB
-                    ),
-                )
-                self._add(used + transient <= programme.limit_bytes / GIB, f"mem_{rank}_{index}")
 
-    def _cut(self, index: int, assignment: tuple[Column, ...]) -> None:
+                def used(alive: int) -> Callable[[Column], float]:
+                    return lambda c: (c.resident_bytes + alive * c.cost.saved_bytes) / GIB
+
+                total = self._weighted((s, used(vector.get(s, 0))) for s in stages)
+                self._add(total + transient <= programme.limit_bytes / GIB, f"mem_{rank}_{index}")
+
+    def exclude(self, assignment: tuple[Column, ...]) -> None:
         """cut_k: not this assignment again."""
-        taken = [self.x[s][self.programme.columns[s].index(column)] for s, column in enumerate(assignment)]
-        self._add(self.pulp.lpSum(taken) <= len(taken) - 1, f"cut_{index}")
+        number = {
+            (s, id(c)): k for s, columns in enumerate(self.programme.columns) for k, c in enumerate(columns)
+        }
+        taken = [self.x[s][number[s, id(column)]].index for s, column in enumerate(assignment)]
+        self._row(-self.highs.inf, len(taken) - 1.0, taken, [1.0] * len(taken))
 
-    def solve(self, time_limit_s: float | None, nodes: int | None) -> IlpAnswer:
+    def add_path(self, path: CriticalPath) -> None:
+        """path_q of any path of the table."""
+        programme = self.programme
+        first, last = (programme.stages_of(rank) for rank in (path.first_rank, path.last_rank))
+        indices, values = [self.t.index], [1.0]
+        for s, (columns, variables) in enumerate(zip(programme.columns, self.x, strict=True)):
+            counts = path.counts[s].tolist()
+            starts, ends = float(s in first), float(s in last)
+            for column, variable in zip(columns, variables, strict=True):
+                passes_s = sum(n * each for n, each in zip(counts, column.passes_s, strict=True))
+                outer_s = starts * column.cost.unshard_s + ends * column.cost.reduce_s
+                if passes_s + outer_s > 0:
+                    indices.append(variable.index)
+                    values.append(-MS * (passes_s + outer_s))
+        self._row(path.hops * programme.hop_s * MS, self.highs.inf, indices, values)
+
+    def _row(self, lower: float, upper: float, indices: list[int], values: list[float]) -> None:
+        self.highs.addRow(lower, upper, len(indices), indices, values)
+
+    def _build(self, time_limit_s: float | None) -> None:
+        """Hands the programme to HiGHS, once; rows that are added later go to HiGHS itself."""
+        work = {} if self.nodes is None else {"mip_max_nodes": self.nodes}
+        solver = self.pulp.HiGHS(
+            msg=False, threads=1, gapRel=1e-6, timeLimit=time_limit_s, random_seed=0, **work
+        )
+        # PuLP's own `solve` fails on some of HiGHS's limits, and calls others optimal.
+        solver.createAndConfigureSolver(self.problem)
+        solver.buildSolverModel(self.problem)
+        self.highs = self.problem.solverModel
+
+    def solve(self, time_limit_s: float | None) -> IlpAnswer:
         """Runs HiGHS on one thread and reads status, objective and bound from its own model."""
-        limit = None if time_limit_s is None else max(time_limit_s, 0.05)
-        work = {} if nodes is None else {"mip_max_nodes": nodes}
-        solver = self.pulp.HiGHS(msg=False, threads=1, gapRel=1e-5, timeLimit=limit, random_seed=0, **work)
+        if any(not columns for columns in self.programme.columns):
+            return IlpAnswer(status="infeasible", columns=(), objective_s=0.0, bound_s=0.0)
+        limit = None if time_limit_s is None else max(time_limit_s, 0.01)
         with _quiet_stdout():
-            # PuLP's own `solve` fails on some of HiGHS's limits, and calls others optimal.
-            solver.createAndConfigureSolver(self.problem)
-            solver.buildSolverModel(self.problem)
-            solver.callSolver(self.problem)
-        highs = self.problem.solverModel
+            if self.highs is None:
+                self._build(limit)
+            elif limit is not None:
+                self.highs.setOptionValue("time_limit", self.highs.getRunTime() + limit)
+            self.highs.run()
+        highs = self.highs
         status = highs.modelStatusToString(highs.getModelStatus())
         info = highs.getInfo()
         if status == "Infeasible":
@@ -307,15 +347,3 @@ class IlpBuilder:
         return IlpAnswer(
             status=status, columns=chosen, objective_s=objective_s, bound_s=min(bound_s, objective_s)
         )
-
-
-def solve_stages(
-    programme: StageProgramme,
-    seen: Sequence[tuple[Column, ...]] = (),
-    time_limit_s: float | None = None,
-    nodes: int | None = None,
-) -> IlpAnswer:
-    """The best assignment of columns to stages that is not among `seen`, within the limits given."""
-    if any(not columns for columns in programme.columns):
-        return IlpAnswer(status="infeasible", columns=(), objective_s=0.0, bound_s=0.0)
-    return IlpBuilder(programme, seen).solve(time_limit_s, nodes)

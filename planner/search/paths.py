@@ -27,6 +27,9 @@ from planner.cost.schedule import ActionKind, Row, build_table
 from planner.cost.seconds import larger
 from planner.strategy import Degrees, Schedule
 
+SHORT = 8
+"""Stages up to which all bounding paths of 1F1B are written down at first."""
+
 
 class Path(NamedTuple):
     """Length of a path: sum of forward[i] f_i + backward[i] b_i over stages, plus hops messages."""
@@ -42,6 +45,40 @@ def paths(degrees: Degrees) -> tuple[Path, ...]:
     """The bounding paths of a schedule other than GPipe, whose two maxima are modelled as such."""
     if degrees.schedule is not Schedule.ONE_F_ONE_B:
         return tuple(_along_rows(degrees))
+    return tuple(_through_stages(degrees))
+
+
+@lru_cache(maxsize=512)
+def first_paths(degrees: Degrees) -> tuple[Path, ...]:
+    """The few of them that a programme starts with: each rank's own work between the ranks before it.
+
+    Of 1F1B all in short pipelines, in long ones those with both or no detours through the stages after.
+    """
+    if degrees.schedule is Schedule.ONE_F_ONE_B:
+        each = _through_stages(degrees)
+        return tuple(
+            path for path in each if degrees.pp <= SHORT or path.name.endswith(("own_own", "_down_up"))
+        )
+    if degrees.schedule is Schedule.GPIPE:
+        return ()
+    return tuple(_between_ranks_before(degrees, rank) for rank in range(1, degrees.pp))
+
+
+def _between_ranks_before(degrees: Degrees, rank: int) -> Path:
+    """All actions of a rank after the first forward of the stages before it, and before their last backward.
+
+    Where the backward is split, weight gradients may come last: then nothing has to follow.
+    """
+    stages, m = degrees.stages, degrees.num_micro_batches
+    own = [m * float(degrees.pp_rank_of_stage(s) == rank) for s in range(stages)]
+    before = [float(s < rank) for s in range(stages)]
+    split = degrees.schedule.splits_backward
+    back = own if split else [a + b for a, b in zip(own, before, strict=True)]
+    forward = tuple(a + b for a, b in zip(own, before, strict=True))
+    return Path(f"rank{rank}", forward, tuple(back), rank if split else 2 * rank)
+
+
+def _through_stages(degrees: Degrees) -> list[Path]:
     stages, m = degrees.stages, degrees.num_micro_batches
     result = []
     for i in range(stages):
@@ -52,7 +89,7 @@ def paths(degrees: Degrees) -> tuple[Path, ...]:
             result.append(_one_f_one_b(stages, m, i, ahead, down=False, up=True))
             if m >= ahead + 2:
                 result.append(_one_f_one_b(stages, m, i, ahead, down=True, up=True))
-    return tuple(result)
+    return result
 
 
 def _one_f_one_b(stages: int, m: int, i: int, ahead: int, *, down: bool, up: bool) -> Path:

@@ -12,13 +12,15 @@ and where devices share cores, the work of all micro-batches over their throughp
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner.cost.evaluate import CostModel
 from planner.cost.passes import Pass
-from planner.search.bounds import whole_passes
-from planner.strategy import CpExchange, Degrees, Recompute, Schedule
+from planner.search.bounds import schedule_factor, whole_passes
+from planner.search.space import Pipe, Space
+from planner.strategy import CpExchange, Degrees, Recompute
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,26 +36,54 @@ def quick_bounds_s(model: CostModel, shapes: Sequence[Degrees], options: tuple[R
     """For each shape a time that no strategy of it beats. Shapes are legal, `options` as in recipes."""
     import numpy as np
 
+    rows = np.arange(len(shapes))
+    return _times(model, shapes, rows, _factors(shapes), options)
+
+
+def space_bounds_s(
+    model: CostModel, space: Space, options: tuple[Recompute, ...]
+) -> tuple[Floats, Ints, Ints]:
+    """The same of every shape of a space, with the numbers of its base and of its schedule there."""
+    import numpy as np
+
+    counts = np.asarray([len(pipes) for pipes in space.pipes])
+    rows = np.repeat(np.arange(len(space.bases)), counts)
+    places = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    known: dict[tuple[tuple[Pipe, ...], int, int], list[float]] = {}
+    factors: list[float] = []
+    for base, pipes in zip(space.bases, space.pipes, strict=True):
+        key = pipes, base.pp, base.num_micro_batches
+        if key not in known:
+            each = (dataclasses.replace(base, schedule=schedule, chunks=chunks) for schedule, chunks in pipes)
+            known[key] = [schedule_factor(degrees) for degrees in each]
+        factors += known[key]
+    return _times(model, space.bases, rows, np.asarray(factors), options), rows, places
+
+
+def _times(
+    model: CostModel, bases: Sequence[Degrees], rows: Ints, factor: Floats, options: tuple[Recompute, ...]
+) -> Floats:
+    """The bound of each of some shapes, of which row n is one of base rows[n]."""
+    import numpy as np
+
     if Recompute.NONE in options and not model.layers.samples:
         options = (Recompute.NONE,)  # by the formula, no other takes less time
     kinds: dict[Kind, int] = {}
-    which = np.asarray([kinds.setdefault(_kind(degrees), len(kinds)) for degrees in shapes])
+    which = np.asarray([kinds.setdefault(_kind(degrees), len(kinds)) for degrees in bases])
     passes = [_passes_alone(model, kind, options) for kind in kinds]
     work_s = np.asarray([each.work_s for each in passes])[which]
     fixed_s = np.asarray([each.fixed_s for each in passes])[which]
-    p = np.asarray([d.pp for d in shapes], dtype=np.float64)
-    m = np.asarray([d.num_micro_batches for d in shapes], dtype=np.float64)
-    codes = {schedule: index for index, schedule in enumerate(Schedule)}
-    factor = _factors(np.asarray([codes[d.schedule] for d in shapes]), p, m)
     if model.sharing is None:
-        whole: Floats = (work_s + fixed_s) * factor
+        whole: Floats = (work_s + fixed_s)[rows] * factor
         return whole
-    per_rank = np.asarray([d.world // d.pp for d in shapes])
+    m = np.asarray([d.num_micro_batches for d in bases], dtype=np.float64)
+    per_rank = np.asarray([d.world // d.pp for d in bases])
     slow = np.asarray([model.sharing.slowdown(n) for n in range(int(per_rank.max()) + 1)])[per_rank]
-    worlds = np.asarray([d.world for d in shapes])
+    worlds = np.asarray([d.world for d in bases])
     rates = {world: model.sharing.best_throughput(world) for world in set(worlds.tolist())}
     throughput = np.asarray([rates[world] for world in worlds.tolist()])
-    shared: Floats = np.maximum((work_s * slow + fixed_s) * factor, work_s * m * per_rank / throughput)
+    spread_s = work_s * m * per_rank / throughput
+    shared: Floats = np.maximum((work_s * slow + fixed_s)[rows] * factor, spread_s[rows])
     return shared
 
 
@@ -78,20 +108,10 @@ def _passes_alone(model: CostModel, kind: Kind, options: tuple[Recompute, ...]) 
     return forward + backward
 
 
-def _factors(schedules: Ints, p: Floats, m: Floats) -> Floats:
-    """`bounds.schedule_factor` of each: what a step takes at least, in passes of the whole model."""
+def _factors(shapes: Sequence[Degrees]) -> Floats:
+    """`bounds.schedule_factor` of each; few differ."""
     import numpy as np
 
-    one_f_one_b = np.where(m > p, (m + p - 1) / p, 1 + (m - 1) / (2 * p))
-    split = np.maximum(m / p, 0.5)
-    by_schedule = {
-        Schedule.GPIPE: 1 + (m - 1) / p,
-        Schedule.ONE_F_ONE_B: one_f_one_b,
-        Schedule.INTERLEAVED: np.maximum(m / p, 1.0),
-        Schedule.ZB_H1: split,
-        Schedule.ZBV: split,
-        Schedule.DUALPIPEV: split,
-    }
-    each = np.choose(schedules, [by_schedule[schedule] for schedule in Schedule])
-    factors: Floats = np.where(p == 1, m, each)
-    return factors
+    keys = [(d.schedule, d.pp, d.chunks, d.num_micro_batches) for d in shapes]
+    known = {key: schedule_factor(d) for key, d in dict(zip(keys, shapes, strict=True)).items()}
+    return np.asarray([known[key] for key in keys])

@@ -1,17 +1,27 @@
 """Stage recipes: for a stage and the blocks that it holds, the best mix of recompute options that fits.
 
-The mixes of n blocks over three options are few, (n + 1)(n + 2) / 2, and their times are sums: the fastest
-that fits is found by going through them in order of time. It is a column of the ILP. Options are dealt in
-layer order, so counts say everything; where all blocks are of one class, so does their number.
+The mixes of n blocks over three options are few, (n + 1)(n + 2) / 2, and their times are sums: all are costed
+at once, and the fastest that fits is the stage's column of the ILP. Options are dealt in layer order, so
+counts say everything; where all blocks are of one class, so does their number.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from planner.codec import noun
 from planner.cost.memory import resident_bytes, transient_bytes
+from planner.cost.simulate import kind_passes
 from planner.cost.stage import ShapeModel
 from planner.cost.stage_cost import StageCost
-from planner.strategy import Recompute, RecomputeCounts, Stage
+from planner.cost.table import KINDS
+from planner.strategy import Recompute, RecomputeCounts, Schedule, Stage
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Ints = np.ndarray[Any, np.dtype[np.int64]]
+    Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 MAX_MIXES = 16
 """Recomputation mixes of one stage and size that the ILP chooses from where a rank holds several stages."""
@@ -19,14 +29,16 @@ MAX_MIXES = 16
 
 @noun
 class Column:
-    """A recipe for stage `index`: its blocks and their options, and what they cost.
+    """A recipe of a stage: its blocks and their options, and what they cost.
 
-    Where all blocks are of one class it stands for any blocks as many, between the same ends.
+    Where all blocks are of one class it stands for any blocks as many, between the same ends. `passes_s` are
+    the seconds of its actions by kind (planner.cost.table.KINDS). `transient_bytes` hold for as many
+    micro-batches in flight as the stage has.
     """
 
-    index: int
     stage: Stage
     cost: StageCost
+    passes_s: tuple[float, ...]
     resident_bytes: float
     transient_bytes: float
 
@@ -34,70 +46,154 @@ class Column:
     def layers(self) -> int:
         return self.stage.layers
 
-
-def column(shape: ShapeModel, index: int, stage: Stage, in_flight: int) -> Column:
-    """The column of a stage, of which at most `in_flight` micro-batches are alive."""
-    cost = shape.stage(stage)
-    return Column(
-        index=index,
-        stage=stage,
-        cost=cost,
-        resident_bytes=resident_bytes(shape, cost),
-        transient_bytes=transient_bytes(shape, cost, in_flight),
-    )
+    def whole_s(self, schedule: Schedule) -> float:
+        """What one micro-batch takes at least under a schedule."""
+        forward_s, backward_s, inputs_s, weights_s, _ = self.passes_s
+        return forward_s + (inputs_s + weights_s if schedule.splits_every_backward else backward_s)
 
 
-def mixes(shape: ShapeModel, first: int, end: int, options: tuple[Recompute, ...]) -> list[Stage]:
-    """Every way to give the blocks [first, end) one of `options` each, the fastest first."""
-    layers = end - first
-    legal = [
-        RecomputeCounts(none=none, selective=layers - none - full, full=full)
-        for none in (range(layers, -1, -1) if Recompute.NONE in options else (0,))
-        for full in (range(layers - none + 1) if Recompute.FULL in options else (0,))
-        if Recompute.SELECTIVE in options or none + full == layers
-    ]
-    stages = [Stage(first=first, end=end, recompute=counts) for counts in legal]
-    stages.sort(key=lambda s: (shape.backward_s(s), s.recompute.full, s.recompute.selective))
-    return stages
+@noun
+class Mixes:
+    """Ways to give a stage's blocks an option each, the fastest first: their counts, and costs as arrays."""
+
+    full: Ints
+    selective: Ints
+    cost: StageCost
 
 
-def recipe(
-    shape: ShapeModel,
-    index: int,
-    first: int,
-    end: int,
-    in_flight: int,
-    limit_bytes: float,
-    options: tuple[Recompute, ...],
-) -> Column | None:
-    """The fastest column of the blocks [first, end) within `limit_bytes`, or None where none fits."""
-    for stage in mixes(shape, first, end, options):
-        candidate = column(shape, index, stage, in_flight)
-        used = shape.runtime_bytes + candidate.resident_bytes + candidate.transient_bytes
-        if used + in_flight * candidate.cost.saved_bytes <= limit_bytes:
-            return candidate
-    return None
+class RecipeBook:
+    """The recipes of one shape's stages, remembered by what they depend on.
 
-
-def pareto(
-    shape: ShapeModel, index: int, first: int, end: int, in_flight: int, options: tuple[Recompute, ...]
-) -> list[Column]:
-    """Columns of the blocks [first, end) none of which is both slower and larger than another.
-
-    Of more than MAX_MIXES, evenly many are kept from the fastest to the smallest: this narrows the space
-    that the certificate speaks of to strategies with these mixes.
+    Stages with equal numbers of blocks between the same ends share them, whatever the schedule, where all
+    blocks are of one class.
     """
-    kept: list[tuple[float, float]] = []
-    chosen = []
-    for stage in mixes(shape, first, end, options):
-        each = [(shape.block(*choice), count) for choice, count in shape.chosen(stage)]
-        size = sum(cost.saved_bytes * count for cost, count in each)
-        transient = max((cost.backward_transient_bytes for cost, _ in each), default=0.0)
-        if any(other <= size and wide <= transient for other, wide in kept):
-            continue
-        kept.append((size, transient))
-        chosen.append(stage)
-    if len(chosen) > MAX_MIXES:
-        step = (len(chosen) - 1) / (MAX_MIXES - 1)
-        chosen = [chosen[round(number * step)] for number in range(MAX_MIXES)]
-    return [column(shape, index, stage, in_flight) for stage in chosen]
+
+    def __init__(self, shape: ShapeModel, options: tuple[Recompute, ...]) -> None:
+        self.shape, self.options = shape, options
+        self.layers = shape.problem.model.layers
+        self.one_class = len(shape.classes) == 1
+        self._mixes: dict[tuple[int, int], Mixes] = {}
+        self._columns: dict[tuple[Stage, int], Column] = {}
+        self._recipes: dict[tuple[int, int, int, float], Column | None] = {}
+        self._paretos: dict[tuple[int, int, int], list[Column]] = {}
+
+    def blocks(self, first: int, end: int) -> tuple[int, int]:
+        """The blocks that stand for [first, end): of one class, the first as many between the same ends."""
+        if not self.one_class or first == 0 or end == self.layers:
+            return first, end
+        return 1, 1 + end - first
+
+    def column(self, stage: Stage, in_flight: int) -> Column:
+        """The column of a stage, of which at most `in_flight` micro-batches are alive."""
+        key = stage, in_flight
+        if key not in self._columns:
+            cost = self.shape.stage(stage)
+            passes = kind_passes(cost)
+            self._columns[key] = Column(
+                stage=stage,
+                cost=cost,
+                passes_s=tuple(passes[kind].total_s for kind in KINDS),
+                resident_bytes=resident_bytes(self.shape, cost),
+                transient_bytes=transient_bytes(self.shape, cost, in_flight),
+            )
+        return self._columns[key]
+
+    def pure(self, first: int, end: int, in_flight: int) -> list[Column]:
+        """The columns in which all blocks have the same option."""
+        layers = end - first
+        each = {
+            Recompute.NONE: RecomputeCounts(none=layers),
+            Recompute.SELECTIVE: RecomputeCounts(none=0, selective=layers),
+            Recompute.FULL: RecomputeCounts(none=0, full=layers),
+        }
+        stages = [Stage(first=first, end=end, recompute=each[option]) for option in self.options]
+        return [self.column(stage, in_flight) for stage in stages]
+
+    def recipe(self, first: int, end: int, in_flight: int, limit_bytes: float) -> Column | None:
+        """The fastest column of the blocks [first, end) within `limit_bytes`, or None where none fits."""
+        first, end = self.blocks(first, end)
+        key = first, end, in_flight, limit_bytes
+        if key not in self._recipes:
+            self._recipes[key] = self._recipe(*key)
+        return self._recipes[key]
+
+    def _recipe(self, first: int, end: int, in_flight: int, limit_bytes: float) -> Column | None:
+        fastest = self._fastest(first, end)
+        if fastest is not None:
+            column = self.column(fastest, in_flight)
+            if self._used_bytes(column.cost, in_flight) <= limit_bytes:
+                return column
+        mixes = self.mixes(first, end)
+        fits = (self._used_bytes(mixes.cost, in_flight) + 0.0 * mixes.full <= limit_bytes).nonzero()[0]
+        return self.column(self._stage(mixes, int(fits[0]), first, end), in_flight) if len(fits) else None
+
+    def _fastest(self, first: int, end: int) -> Stage | None:
+        """The mix that takes least time where that is known beforehand: nothing is recomputed."""
+        if Recompute.NONE not in self.options or self.shape.layer_model.samples:
+            return None
+        return Stage(first=first, end=end, recompute=RecomputeCounts(none=end - first))
+
+    def _used_bytes(self, cost: StageCost, in_flight: int) -> float:
+        used = self.shape.runtime_bytes + resident_bytes(self.shape, cost)
+        return used + transient_bytes(self.shape, cost, in_flight) + in_flight * cost.saved_bytes
+
+    @staticmethod
+    def _stage(mixes: Mixes, number: int, first: int, end: int) -> Stage:
+        full, selective = int(mixes.full[number]), int(mixes.selective[number])
+        counts = RecomputeCounts(none=end - first - full - selective, selective=selective, full=full)
+        return Stage(first=first, end=end, recompute=counts)
+
+    def mixes(self, first: int, end: int) -> Mixes:
+        """Every way to give the blocks [first, end) an option each."""
+        if (first, end) not in self._mixes:
+            self._mixes[first, end] = self._all_mixes(first, end)
+        return self._mixes[first, end]
+
+    def _all_mixes(self, first: int, end: int) -> Mixes:
+        import numpy as np
+
+        layers = end - first
+        full, selective = (each.ravel() for each in np.indices((layers + 1, layers + 1)))
+        legal = full + selective <= layers
+        if Recompute.NONE not in self.options:
+            legal &= full + selective == layers
+        if Recompute.SELECTIVE not in self.options:
+            legal &= selective == 0
+        if Recompute.FULL not in self.options:
+            legal &= full == 0
+        full, selective = full[legal], selective[legal]
+        backward_s = self.shape.mixed_stages(first, end, full, selective).backward.total_s + 0.0 * full
+        order = np.lexsort((selective, full, backward_s))
+        full, selective = full[order], selective[order]
+        return Mixes(
+            full=full, selective=selective, cost=self.shape.mixed_stages(first, end, full, selective)
+        )
+
+    def pareto(self, first: int, end: int, in_flight: int) -> list[Column]:
+        """Columns of the blocks [first, end) none of which is both slower and larger than another.
+
+        Of more than MAX_MIXES, evenly many are kept from the fastest to the smallest: this narrows the space
+        that the certificate speaks of to strategies with these mixes.
+        """
+        first, end = self.blocks(first, end)
+        key = first, end, in_flight
+        if key not in self._paretos:
+            self._paretos[key] = self._pareto(first, end, in_flight)
+        return self._paretos[key]
+
+    def _pareto(self, first: int, end: int, in_flight: int) -> list[Column]:
+        mixes = self.mixes(first, end)
+        zero = 0.0 * mixes.full
+        sizes = (mixes.cost.block_saved_bytes + zero).tolist()
+        transients = (mixes.cost.block_transient_bytes + zero).tolist()
+        kept: list[tuple[float, float]] = []
+        chosen = []
+        for number, (size, transient) in enumerate(zip(sizes, transients, strict=True)):
+            if any(other <= size and wide <= transient for other, wide in kept):
+                continue
+            kept.append((size, transient))
+            chosen.append(number)
+        if len(chosen) > MAX_MIXES:
+            step = (len(chosen) - 1) / (MAX_MIXES - 1)
+            chosen = [chosen[round(number * step)] for number in range(MAX_MIXES)]
+        return [self.column(self._stage(mixes, number, first, end), in_flight) for number in chosen]

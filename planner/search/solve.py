@@ -12,34 +12,44 @@ what lies between it and the plan.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter
 from functools import cache
 from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 from planner.codec import digest, noun
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.cost.schedule import print_table
+from planner.cost.stage import ShapeModel
 from planner.cost.verdict import safe_tensor_bytes
 from planner.errors import InfeasibleError
 from planner.estimate import Rejected
 from planner.not_modelled import not_modelled
 from planner.plan import Alternative, Certificate, Plan
 from planner.problem import PlanningProblem
-from planner.search.bounds import memory_bound_bytes, step_bound_s
-from planner.search.frontier import Candidate, Frontier, Legal
-from planner.search.quick_bounds import quick_bounds_s
+from planner.search.bounds import least_state_bytes, memory_bound_bytes, step_bound_s
+from planner.search.frontier import Candidate, Frontier
+from planner.search.quick_bounds import space_bounds_s
+from planner.search.recipes import RecipeBook
 from planner.search.shape_search import Budget, Found, ShapeSearch
-from planner.search.space import Pins, refuse_offload, shapes
+from planner.search.space import Pins, Space, refuse_offload, space_of
 from planner.search.verify import verify
-from planner.strategy import AXES, Degrees, Strategy
+from planner.strategy import AXES, Degrees, Schedule, Strategy
 from planner.units import format_bytes
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    Ints = np.ndarray[Any, np.dtype[np.int64]]
+
 OPTIMAL_GAP = 1e-6
-GREEDY_SHAPES = 32
-"""Shapes, in order of their bound, that get an even split first: a good incumbent prunes the rest."""
-FLAT_SHAPES = 16
-"""Shapes without a pipeline that get theirs as well: their bound is exact, so it stands behind loose ones."""
+GREEDY_SHAPES = 10
+"""Shapes of each schedule, in order of their bound, that get an even split first: a good incumbent prunes the
+rest. Of each, since the bounds of some schedules are closer than those of others."""
+DEALT_SHAPES = 6
+"""Shapes, in order of that split's time, whose blocks are dealt better before any is searched."""
 MAX_RUNNERS_UP = 64
 """Shapes, in order of their bound, that are tried for runners-up; more only where no plan was found."""
 MAX_TIMELINE = 4096
@@ -59,9 +69,9 @@ class SolveOptions:
     pins: Pins
     time_limit_s: float | None = None
     top: int = 5
-    gap_tolerance: float = 1e-3
-    rounds: int = 3
-    nodes: int | None = 20
+    gap_tolerance: float = 5e-3
+    rounds: int = 100
+    nodes: int | None = 100
     reproducible: bool = False
 
 
@@ -77,14 +87,23 @@ class Solver:
         self.shapes = self.milps = 0
         self.found: list[Found] = []
         self.bounds_s: list[float] = []
+        self._books: dict[Degrees, RecipeBook] = {}
+        self._least: dict[tuple[object, ...], float] = {}
 
     def solve(self) -> Plan:
         """The best plan. Raises InfeasibleError where no strategy keeps the rules and fits."""
-        legal = self._legal()
+        import numpy as np
+
+        self.space = self._legal()
+        quick_s, self.rows, self.places = space_bounds_s(self.model, self.space, self.options.pins.recomputes)
+        numbers = np.arange(len(quick_s))
         modelled = cache(self._candidate)
-        candidates = Frontier(legal, modelled)
-        flat = Frontier((shape for shape in legal if shape.degrees.pp == 1), modelled)
-        out_of_time = self._search(candidates, flat)
+        candidates = Frontier(quick_s, numbers, modelled)
+        kinds = self._kinds()
+        by_kind = [
+            Frontier(quick_s[kinds == kind], numbers[kinds == kind], modelled) for kind in np.unique(kinds)
+        ]
+        out_of_time = self._search(candidates, by_kind)
         self._add_runners_up(candidates)
         if not self.found:
             raise InfeasibleError(self._why_infeasible())
@@ -110,41 +129,66 @@ class Solver:
         others = self._alternatives(best)
         return make_plan(self.problem, evaluation, certificate, dict(sorted(self.rejected.items())), others)
 
-    def _legal(self) -> list[Legal]:
-        """Every legal shape with its quick bound."""
-        found: list[tuple[int, Degrees]] = []
-        for order, shape in enumerate(shapes(self.problem, self.options.pins)):
-            self.shapes += 1
-            if isinstance(shape, Rejected):
-                self._reject(shape, order)
+    def _legal(self) -> Space:
+        """Every legal base whose weights, gradients and optimizer state may fit."""
+        space = space_of(self.problem, self.options.pins)
+        for order, rejected in enumerate(space.rejected):
+            self._reject(rejected, order)
+        self.shapes = len(space.rejected) + sum(map(len, space.pipes))
+        kept = []
+        for number, (base, pipes) in enumerate(zip(space.bases, space.pipes, strict=True)):
+            least = self._least_bytes(base)
+            if least <= self.problem.memory_limit_bytes:
+                kept.append(number)
             else:
-                found.append((order, shape))
-        if not found:
-            return []
-        quick = quick_bounds_s(self.model, [degrees for _, degrees in found], self.options.pins.recomputes)
-        return [Legal(q, *each) for q, each in zip(quick.tolist(), found, strict=True)]
+                self._reject(
+                    self._too_large(base, least, self.problem.memory_limit_bytes), number, len(pipes)
+                )
+        return Space(
+            bases=tuple(space.bases[number] for number in kept),
+            pipes=tuple(space.pipes[number] for number in kept),
+            rejected=space.rejected,
+        )
 
-    def _candidate(self, shape: Legal) -> Candidate | None:
+    def _least_bytes(self, base: Degrees) -> float:
+        """The mean of weights, gradients and state over ranks, which shapes of one sharding share."""
+        d = base
+        key = d.tp, d.ep, d.etp, d.cp, d.pp, d.zero, d.dp_shard, d.dp_replicate, d.num_micro_batches > 1
+        if key not in self._least:
+            self._least[key] = least_state_bytes(self.model.layers, base)
+        return self._least[key]
+
+    def _candidate(self, number: int) -> Candidate | None:
         """The model of a shape and its bound; None where it cannot fit."""
-        search = ShapeSearch(self.model, shape.degrees, 0.0, self.options.pins.recomputes)
-        search.limit_bytes = self._safe_bytes(search)
+        row = int(self.rows[number])
+        schedule, chunks = self.space.pipes[row][int(self.places[number])]
+        degrees = dataclasses.replace(self.space.bases[row], schedule=schedule, chunks=chunks)
+        model = self.model.shape(degrees)
+        limit = self._safe_bytes(model)
+        search = ShapeSearch(self.model, model, limit, self._book(model))
         least = memory_bound_bytes(search.shape)
         if least > search.limit_bytes:
-            self._reject(self._too_large(shape.degrees, least, search.limit_bytes), shape.order)
+            self._reject(self._too_large(degrees, least, search.limit_bytes), number)
             return None
         bound_s = step_bound_s(self.model, search.shape, self.options.pins.recomputes, search.limit_bytes)
         if bound_s == float("inf"):
-            self._reject(self._no_recipe(search), shape.order)
+            self._reject(self._no_recipe(search), number)
             return None
-        return Candidate(bound_s, shape.order, search)
+        return Candidate(bound_s, number, search)
 
-    def _safe_bytes(self, search: ShapeSearch) -> float:
+    def _book(self, shape: ShapeModel) -> RecipeBook:
+        """The recipes of a shape's stages, which all schedules share."""
+        key = dataclasses.replace(shape.degrees, schedule=Schedule.ONE_F_ONE_B, chunks=1)
+        if key not in self._books:
+            self._books[key] = RecipeBook(shape, self.options.pins.recomputes)
+        return self._books[key]
+
+    def _safe_bytes(self, shape: ShapeModel) -> float:
         """The most that a rank's tensors and runtime may take for a peak that is still SAFE."""
-        shape = search.shape
         return safe_tensor_bytes(self.problem, self.model.coverage(shape), shape.runtime_bytes)
 
-    def _reject(self, rejected: Rejected, order: int) -> None:
-        self.rejected[rejected.rule] += 1
+    def _reject(self, rejected: Rejected, order: int, shapes: int = 1) -> None:
+        self.rejected[rejected.rule] += shapes
         known = self.nearest.setdefault(rejected.rule, (order, rejected))
         if order < known[0]:
             self.nearest[rejected.rule] = order, rejected
@@ -160,23 +204,40 @@ class Solver:
         limit = None if self.options.reproducible else self.options.time_limit_s
         return None if limit is None else limit - (time.monotonic() - self.started_s)
 
-    def _search(self, candidates: Frontier, flat: Frontier) -> bool:
+    def _kinds(self) -> Ints:
+        """The schedule of each shape as a number, 0 without a pipeline."""
+        import numpy as np
+
+        numbers = {schedule: number for number, schedule in enumerate(Schedule, 1)}
+        kinds = [
+            0 if base.pp == 1 else numbers[schedule]
+            for base, pipes in zip(self.space.bases, self.space.pipes, strict=True)
+            for schedule, _ in pipes
+        ]
+        return np.asarray(kinds, dtype=np.int64)
+
+    def _search(self, candidates: Frontier, by_kind: list[Frontier]) -> bool:
         """Searches shapes until none left can win. Returns whether time ran out first."""
-        incumbent_s = float("inf")
-        first = list(islice(candidates, GREEDY_SHAPES))
-        others = (candidate for candidate in flat if candidate not in first)
-        for candidate in (*first, *islice(others, FLAT_SHAPES)):
+        started: list[tuple[float, Candidate]] = []
+        for candidate in (each for kind in by_kind for each in islice(kind, GREEDY_SHAPES)):
             greedy = candidate.search.greedy()
             if greedy is not None:
                 self.found.append(greedy)
-                incumbent_s = min(incumbent_s, greedy.step_time_s)
+                started.append((greedy.step_time_s, candidate))
+        started.sort(key=lambda pair: (pair[0], pair[1].order))
+        self.found += [
+            dealt
+            for _, candidate in started[:DEALT_SHAPES]
+            if (dealt := candidate.search.dealt()) is not None
+        ]
+        incumbent_s = min((found.step_time_s for found in self.found), default=float("inf"))
         for candidate in candidates:
             left = self._seconds_left()
             to_beat_s = incumbent_s * (1 - self.options.gap_tolerance)
             if candidate.bound_s >= to_beat_s or (left is not None and left <= 0):
                 self.bounds_s.append(candidate.bound_s)  # the least of all that are left
                 return candidate.bound_s < to_beat_s
-            result = candidate.search.run(Budget(left, to_beat_s, self.options.rounds, self.options.nodes))
+            result = candidate.search.run(self._budget(to_beat_s))
             self.milps += result.milps
             self.bounds_s.append(max(result.bound_s, candidate.bound_s))
             if result.found is None:
@@ -186,6 +247,11 @@ class Solver:
             self.found.append(result.found)
             incumbent_s = min(incumbent_s, result.found.step_time_s)
         return False
+
+    def _budget(self, to_beat_s: float) -> Budget:
+        left, options = self._seconds_left(), self.options
+        deadline_s = None if left is None else time.monotonic() + left
+        return Budget(deadline_s, to_beat_s, options.rounds, options.nodes, options.gap_tolerance)
 
     def _no_recipe(self, search: ShapeSearch) -> Rejected:
         return Rejected(

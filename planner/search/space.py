@@ -1,27 +1,54 @@
 """Which global shapes exist for a problem: every legal combination of degrees, and why others are not.
 
-Candidates come from divisors; each is then asked to every rule, and the first rule that it breaks is
-counted. Pins narrow the candidates before they are made. Schedules that the runtime does not execute are
-candidates only where they are pinned (`--fix schedule=zb-h1`), so that a plan can be trained by default.
+Candidates come from divisors, one degree after the other. A rule is asked as soon as the degrees that it
+speaks of are chosen, so that what it cuts off is never made: that counts once, by the rule. What is left is a
+base, which all schedules of one pipeline share, with the schedules that it may run. Pins narrow the
+candidates before they are made.
+
+    tp, sequence parallelism, cp and its exchange, ep, expert tp      divisors
+    pp, data parallelism                                              divisors of what is left
+    micro-batch                                                       divisors up to MAX_MICRO_BATCH
+    ZeRO stage, shards over all data ranks, one node, or NVLink domain
+    schedule, stages a rank                                           up to MAX_CHUNKS
+
+Context parallelism is a candidate where every rank keeps MIN_TOKENS of a sequence, since below that no ring
+hides behind attention.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator
+from functools import cache
+from itertools import product
 
 from planner.codec import noun
 from planner.divisors import divisors
 from planner.errors import InputError, Problem
 from planner.estimate import Rejected
-from planner.execution import EXECUTED_SCHEDULES
 from planner.problem import PlanningProblem
-from planner.rules import broken_rule
+from planner.rules import (
+    EXPERT_RULES,
+    LAYER_RULES,
+    PIPELINE_RULES,
+    SEQUENCE_RULES,
+    DegreesRule,
+    batch_divides,
+    world_matches,
+    zero_matches_shards,
+)
+from planner.spread_rules import experts_within_replicas
 from planner.strategy import CpExchange, Degrees, Offload, Recompute, Schedule, Zero
 
 MAX_MICRO_BATCH = 64
 """Larger micro-batches than this are not tried: products are at full rate long before, memory is not."""
+MAX_TOKENS = 65536
+"""Nor are those with more tokens on a rank, but for single sequences."""
 MAX_CHUNKS = 4
 """More stages a rank than this cost more messages than the bubble that they save."""
+MIN_TOKENS = 2048
+"""Tokens of a sequence that context parallelism leaves to a rank at least, unless it is pinned."""
 
 
 @noun
@@ -108,83 +135,176 @@ def _pin(key: str, value: str) -> object:
     return int(value)
 
 
-def _candidates(pin: int | None, values: list[int]) -> list[int]:
-    return values if pin is None else [pin]
+Pipe = tuple[Schedule, int]
+"""A schedule and the stages that each rank holds under it."""
+
+
+@noun
+class Space:
+    """Bases, each with the schedules that it may run, and what rules cut off.
+
+    A base is the degrees of a shape under 1F1B, whether or not that is among its schedules.
+    """
+
+    bases: tuple[Degrees, ...]
+    pipes: tuple[tuple[Pipe, ...], ...]
+    rejected: tuple[Rejected, ...]
+
+    def shapes(self) -> Iterator[Degrees]:
+        """Every legal shape."""
+        for base, pipes in zip(self.bases, self.pipes, strict=True):
+            for schedule, chunks in pipes:
+                yield dataclasses.replace(base, schedule=schedule, chunks=chunks)
+
+
+def space_of(problem: PlanningProblem, pins: Pins) -> Space:
+    """All bases of a problem, and every cut by the first rule that made it."""
+    maker = _Maker(problem, pins)
+    bases = list(maker.bases())
+    return Space(
+        bases=tuple(base for base, _ in bases),
+        pipes=tuple(pipes for _, pipes in bases),
+        rejected=tuple(maker.rejected),
+    )
 
 
 def shapes(problem: PlanningProblem, pins: Pins) -> Iterator[Degrees | Rejected]:
-    """Every candidate: its degrees if legal, or the first rule that it breaks."""
-    devices = problem.cluster.devices
-    for tp in _candidates(pins.tp, divisors(devices)):
-        for pp in _candidates(pins.pp, [d for d in divisors(devices) if d <= problem.model.layers]):
-            if devices % (tp * pp):
-                yield Rejected(rule="world_size", detail=f"tp={tp} x pp={pp} does not divide {devices}.")
+    """Every legal shape, then what rules cut off."""
+    space = space_of(problem, pins)
+    yield from space.shapes()
+    yield from space.rejected
+
+
+class _Maker:
+    def __init__(self, problem: PlanningProblem, pins: Pins) -> None:
+        self.problem, self.pins = problem, pins
+        self.devices, self.batch = problem.cluster.devices, problem.workload.batch
+        self.rejected: list[Rejected] = []
+        self.pipes = cache(self._pipes)
+
+    def _keeps(self, rules: tuple[DegreesRule, ...], degrees: Degrees) -> bool:
+        """Whether degrees keep some rules; the first that they break is noted."""
+        for rule in rules:
+            rejected = rule(self.problem, degrees)
+            if rejected is not None:
+                self.rejected.append(rejected)
+                return False
+        return True
+
+    def bases(self) -> Iterator[tuple[Degrees, tuple[Pipe, ...]]]:
+        for layers in self._layers():
+            for pp in self._pps():
+                split = layers.tp * layers.cp * pp
+                dp = self.pins.dp if self.pins.dp is not None else max(1, self.devices // split)
+                whole = dataclasses.replace(layers, pp=pp, dp_replicate=dp)
+                if self._keeps((world_matches,), whole) and self._fills(whole):
+                    yield from self._with_data(whole)
+
+    def _fills(self, degrees: Degrees) -> bool:
+        """Whether data ranks have equal numbers of sequences."""
+        if self.batch % degrees.dp == 0:
+            return True
+        return self._keeps((batch_divides,), degrees)
+
+    def _layers(self) -> Iterator[Degrees]:
+        """How one layer is split: everything but the pipeline and data parallelism."""
+        pins, experts = self.pins, bool(self.problem.model.experts)
+        for tp in _candidates(pins.tp, divisors(self.devices)):
+            if not self._keeps(LAYER_RULES, Degrees(tp=tp)):
                 continue
-            dp = pins.dp if pins.dp is not None else devices // (tp * pp * (pins.cp or 1))
-            yield from _with_data(problem, pins, tp, pp, max(dp, 1))
+            for split in self._sequences(tp):
+                if not self._keeps(SEQUENCE_RULES, split):
+                    continue
+                etps = [pins.etp] if pins.etp is not None or not experts or tp == 1 else [None, 1]
+                for ep, etp in product(self._eps(), etps):
+                    degrees = dataclasses.replace(split, ep=ep, etp=etp)
+                    if self._keeps(EXPERT_RULES, degrees):
+                        yield degrees
+
+    def _sequences(self, tp: int) -> Iterator[Degrees]:
+        pins, seq = self.pins, self.problem.workload.seq
+        parallel = [False, True] if tp > 1 else [False]
+        if pins.sequence_parallel is not None:
+            parallel = [pins.sequence_parallel]
+        cps = [cp for cp in divisors(self.devices) if cp == 1 or seq // cp >= MIN_TOKENS]
+        for sequence_parallel, cp in product(parallel, _candidates(pins.cp, cps)):
+            exchanges = list(CpExchange) if cp > 1 else [CpExchange.RING]
+            for exchange in exchanges if pins.cp_exchange is None else [pins.cp_exchange]:
+                yield Degrees(tp=tp, sequence_parallel=sequence_parallel, cp=cp, cp_exchange=exchange)
+
+    def _eps(self) -> list[int]:
+        counts = [experts.count for experts in self.problem.model.experts]
+        if self.pins.ep is not None or not counts:
+            return [self.pins.ep or 1]
+        return [ep for ep in divisors(math.gcd(*counts)) if ep <= self.devices]
+
+    def _pps(self) -> list[int]:
+        most = self.problem.model.layers
+        return _candidates(self.pins.pp, [pp for pp in divisors(self.devices) if pp <= most])
+
+    def _with_data(self, whole: Degrees) -> Iterator[tuple[Degrees, tuple[Pipe, ...]]]:
+        """Micro-batches, and what is shared out over which data ranks."""
+        local = self.batch // whole.dp
+        tokens = self.problem.workload.seq / whole.cp
+        most = max(1, min(MAX_MICRO_BATCH, int(MAX_TOKENS / tokens)))
+        micro_batches = [size for size in divisors(local) if size <= most]
+        spreads = whole.ep > 1 or whole.expert_tp != whole.tp
+        shardings = [
+            dataclasses.replace(whole, zero=zero, dp_shard=shard, dp_replicate=whole.dp // shard)
+            for zero, shard in self._shardings(whole)
+        ]
+        shardings = [
+            degrees
+            for degrees in shardings
+            if self._keeps((zero_matches_shards, experts_within_replicas)[: 1 + spreads], degrees)
+        ]
+        for micro_batch in _candidates(self.pins.micro_batch, micro_batches):
+            m = max(1, local // micro_batch)
+            if local % micro_batch:
+                self._keeps((batch_divides,), dataclasses.replace(whole, micro_batch=micro_batch))
+                continue
+            pipes, cut = self.pipes(whole.pp, m)
+            self.rejected += cut
+            for degrees in shardings if pipes else []:
+                yield dataclasses.replace(degrees, micro_batch=micro_batch, num_micro_batches=m), pipes
+
+    def _shardings(self, whole: Degrees) -> list[tuple[Zero, int]]:
+        """ZeRO stages with their shard degree: all data ranks, or those of one node (hybrid sharding)."""
+        dp, pinned = whole.dp, self.pins.zero
+        zeros = list(Zero) if pinned is None else [Zero(pinned)]
+        if dp * whole.cp == 1:
+            return [(zero, 1) for zero in zeros if zero is Zero.NONE or pinned is not None]
+        within = self.problem.cluster.devices_per_node // (whole.tp * whole.cp)
+        shards = {dp} | ({within} if 1 < within < dp and dp % within == 0 else set())
+        return [(z, s) for z in zeros for s in (sorted(shards) if z is not Zero.NONE else [1])]
+
+    def _pipes(self, pp: int, m: int) -> tuple[tuple[Pipe, ...], list[Rejected]]:
+        """Schedules with their stages a rank; without a pipeline there is one, and it is nominal."""
+        before = len(self.rejected)
+        legal = []
+        for schedule, chunks in self._schedules(pp):
+            degrees = Degrees(pp=pp, num_micro_batches=m, schedule=schedule, chunks=chunks)
+            if self._keeps(PIPELINE_RULES, degrees):
+                legal.append((schedule, chunks))
+        cut = self.rejected[before:]
+        del self.rejected[before:]
+        return tuple(legal), cut
+
+    def _schedules(self, pp: int) -> Iterator[Pipe]:
+        pins = self.pins
+        if pp == 1 and pins.schedule is None:
+            yield Schedule.ONE_F_ONE_B, pins.chunks or 1
+            return
+        for schedule in Schedule if pins.schedule is None else [pins.schedule]:
+            if schedule is Schedule.INTERLEAVED:
+                counts = _candidates(pins.chunks, list(range(2, MAX_CHUNKS + 1)))
+            elif pins.chunks is not None and pins.schedule is not None:
+                counts = [pins.chunks]
+            else:
+                counts = [schedule.least_chunks] if pins.chunks in (None, schedule.least_chunks) else []
+            for count in counts:
+                yield schedule, count
 
 
-def _with_data(
-    problem: PlanningProblem, pins: Pins, tp: int, pp: int, dp: int
-) -> Iterator[Degrees | Rejected]:
-    probe = Degrees(tp=tp, pp=pp, dp_replicate=dp, cp=pins.cp or 1, ep=pins.ep or 1)
-    if problem.workload.batch % dp:
-        probe_rule = broken_rule(problem, probe)
-        assert probe_rule is not None
-        yield probe_rule
-        return
-    local = problem.workload.batch // dp
-    micro_batches = [d for d in divisors(local) if d <= MAX_MICRO_BATCH]
-    for micro_batch in _candidates(pins.micro_batch, micro_batches):
-        for zero, shard in _shardings(problem, pins, tp, dp):
-            for sequence_parallel in _sequence_parallels(pins, tp):
-                for schedule, chunks in _schedules(pins, pp):
-                    degrees = Degrees(
-                        tp=tp,
-                        pp=pp,
-                        chunks=chunks,
-                        schedule=schedule,
-                        dp_replicate=dp // shard if dp % shard == 0 else dp,
-                        dp_shard=shard if dp % shard == 0 else 1,
-                        cp=pins.cp or 1,
-                        ep=pins.ep or 1,
-                        zero=zero,
-                        micro_batch=micro_batch,
-                        num_micro_batches=max(1, local // micro_batch),
-                        sequence_parallel=sequence_parallel,
-                        cp_exchange=pins.cp_exchange or CpExchange.RING,
-                        etp=pins.etp,
-                    )
-                    yield broken_rule(problem, degrees) or degrees
-
-
-def _shardings(problem: PlanningProblem, pins: Pins, tp: int, dp: int) -> list[tuple[Zero, int]]:
-    """ZeRO stages with their shard degree: all data ranks, or those of one node (hybrid sharding)."""
-    if dp == 1:
-        return [(Zero(pins.zero or 0), 1)]
-    within = problem.cluster.devices_per_node // tp
-    shards = {dp} | ({within} if 1 < within < dp and dp % within == 0 else set())
-    zeros = list(Zero) if pins.zero is None else [Zero(pins.zero)]
-    return [(z, s) for z in zeros for s in (sorted(shards) if z is not Zero.NONE else [1])]
-
-
-def _sequence_parallels(pins: Pins, tp: int) -> list[bool]:
-    if pins.sequence_parallel is not None:
-        return [pins.sequence_parallel]
-    return [False, True] if tp > 1 else [False]
-
-
-def _schedules(pins: Pins, pp: int) -> list[tuple[Schedule, int]]:
-    """Schedules with their chunks a rank; without a pipeline there is one, and it is nominal."""
-    if pp == 1 and pins.schedule is None:
-        return [(Schedule.ONE_F_ONE_B, pins.chunks or 1)]
-    result = []
-    for schedule in EXECUTED_SCHEDULES if pins.schedule is None else [pins.schedule]:
-        if schedule is Schedule.INTERLEAVED:
-            counts = _candidates(pins.chunks, list(range(2, MAX_CHUNKS + 1)))
-        elif schedule.v_shaped:
-            counts = [pins.chunks or 2]
-        else:
-            counts = [1] if pins.schedule is None and pins.chunks in (None, 1) else [pins.chunks or 1]
-        result += [(schedule, count) for count in counts]
-    return result
+def _candidates(pin: int | None, values: list[int]) -> list[int]:
+    return values if pin is None else [pin]

@@ -1,0 +1,190 @@
+"""A good way to deal blocks to stages, found by moving one block at a time: the incumbent of a shape.
+
+From an even deal, every deal that moves one block from one stage to another is replayed at once, the best
+taken, and so on until none is better. Each stage has its fastest recipe that fits; where a rank holds
+several stages, its blocks recompute as little as fits, those of the stage with most micro-batches alive
+first. Nothing here is proven: the ILP, or a bound, says how far it may be from the best.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from planner.cost.longest_path import many_row_ends_s
+from planner.search.rank_floor import RankFloor
+from planner.search.recipes import Column
+from planner.strategy import Stage
+
+if TYPE_CHECKING:
+    from planner.search.shape_search import ShapeSearch
+
+MAX_PLACES = 8192
+"""Actions of a table beyond which no deal but the first is tried: each round would take long."""
+MAX_WORK = 4_000_000
+"""Actions of one round's replays together."""
+MAX_MOVES = 256
+"""Moves of one round; of more, those between near stages, and to and from the ends."""
+MAX_ROUNDS = 12
+MAX_PAIRS = 24
+"""Mixes of a rank that are tried, the fastest first, before its deal counts as too large."""
+
+Deal = tuple[int, ...]
+"""Blocks of each stage."""
+
+
+class Dealer:
+    """Deals of one shape whose blocks are of one class."""
+
+    def __init__(self, search: ShapeSearch, floor: RankFloor) -> None:
+        self.search, self.floor = search, floor
+        degrees = search.degrees
+        self.ranks = [
+            [s for s in range(degrees.stages) if degrees.pp_rank_of_stage(s) == rank]
+            for rank in range(degrees.pp)
+        ]
+        self._known: dict[tuple[int, Deal], tuple[Column, ...] | None] = {}
+
+    def columns(self, deal: Deal) -> tuple[Column, ...] | None:
+        """The recipes of a deal; None where some rank has none."""
+        chosen: dict[int, Column] = {}
+        for rank, stages in enumerate(self.ranks):
+            key = rank, tuple(deal[s] for s in stages)
+            if key not in self._known:
+                self._known[key] = self._of_rank(rank, key[1])
+            found = self._known[key]
+            if found is None:
+                return None
+            chosen |= dict(zip(stages, found, strict=True))
+        return tuple(chosen[s] for s in range(len(deal)))
+
+    def _of_rank(self, rank: int, sizes: Deal) -> tuple[Column, ...] | None:
+        search, stages = self.search, self.ranks[rank]
+        spans = [self._span(s, size) for s, size in zip(stages, sizes, strict=True)]
+        if len(stages) == 1:
+            only = search.book.recipe(*spans[0], search.alive[stages[0]], search.limit_bytes)
+            return None if only is None else (only,)
+        alive = [search.alive[s] for s in stages]
+        fullest = max(search.in_flight[rank], key=lambda v: sum(v.get(s, 0) for s in stages))
+        fastest = [search.book.recipe(*span, a, float("inf")) for span, a in zip(spans, alive, strict=True)]
+        chosen = tuple(column for column in fastest if column is not None)
+        if self._fits(rank, chosen):
+            return chosen
+        live = [fullest.get(s, 0) for s in stages]
+        free_bytes = self._free_bytes(alive, live, spans)
+        for mix in self.floor.fastest_mixes(sizes, live, free_bytes, MAX_PAIRS):
+            mixed = tuple(
+                search.book.column(Stage(first=first, end=end, recompute=counts), a)
+                for (first, end), counts, a in zip(spans, mix, alive, strict=True)
+            )
+            if self._fits(rank, mixed):
+                return mixed
+        return None
+
+    def _free_bytes(self, alive: list[int], live: list[int], spans: list[tuple[int, int]]) -> float:
+        """What blocks' activations may take at most at the rank's fullest moment, when `live` are alive."""
+        search = self.search
+        smallest = [
+            min(search.book.pure(*span, a), key=lambda column: column.cost.saved_bytes)
+            for span, a in zip(spans, alive, strict=True)
+        ]
+        standing = search.shape.runtime_bytes + sum(c.resident_bytes for c in smallest)
+        standing += max(c.transient_bytes for c in smallest)
+        ends = (c.cost.saved_bytes - c.cost.block_saved_bytes for c in smallest)
+        return search.limit_bytes - standing - sum(a * end for a, end in zip(live, ends, strict=True))
+
+    def _span(self, stage: int, size: int) -> tuple[int, int]:
+        layers, last = self.search.layers, self.search.degrees.stages - 1
+        if stage == 0:
+            return 0, size
+        return (layers - size, layers) if stage == last else (1, 1 + size)
+
+    def _fits(self, rank: int, columns: Sequence[Column]) -> bool:
+        search, stages = self.search, self.ranks[rank]
+        standing = search.shape.runtime_bytes + max(column.transient_bytes for column in columns)
+        standing += sum(column.resident_bytes for column in columns)
+        return all(
+            standing
+            + sum(moment.get(s, 0) * c.cost.saved_bytes for s, c in zip(stages, columns, strict=True))
+            <= search.limit_bytes
+            for moment in search.in_flight[rank]
+        )
+
+    def steps_s(self, deals: Sequence[tuple[Column, ...]]) -> list[float]:
+        """The replayed step time of each."""
+        import numpy as np
+
+        search, shape = self.search, self.search.shape
+        cells = np.array([[seconds for column in each for seconds in column.passes_s] for each in deals]).T
+        once = np.array(
+            [[[c.cost.unshard_s, c.cost.reduce_s, c.cost.optimizer_s] for c in each] for each in deals]
+        )
+        unshard_s, reduce_s, optimizer_s = (
+            np.array([once[:, stages, figure].sum(axis=1) for stages in self.ranks]) for figure in range(3)
+        )
+        ends_s = many_row_ends_s(search.table.order, cells, unshard_s, shape.messages.p2p_s())
+        steps = (ends_s + reduce_s).max(axis=0) + optimizer_s.max(axis=0) + shape.physics.step_s
+        return [float(step) for step in steps]
+
+    def best(self, start: Deal) -> tuple[tuple[Column, ...], float] | None:
+        """The deal at which no move of one block helps, and its step time."""
+        first = self.columns(start)
+        if first is None:
+            first, start = self._any(start)
+        if first is None:
+            return None
+        best, step_s, deal = first, self.steps_s([first])[0], start
+        if self.search.table.actions > MAX_PLACES:
+            return best, step_s
+        most = max(1, min(MAX_MOVES, MAX_WORK // self.search.table.actions))
+        for _ in range(MAX_ROUNDS):
+            tried = itertools.islice(self._moves(deal), most)
+            moves = [(d, c) for d in tried if (c := self.columns(d)) is not None]
+            if not moves:
+                break
+            steps = self.steps_s([columns for _, columns in moves])
+            number = min(range(len(steps)), key=steps.__getitem__)
+            if steps[number] >= step_s * (1 - 1e-12):
+                break
+            (deal, best), step_s = moves[number], steps[number]
+        return best, step_s
+
+    def _any(self, start: Deal) -> tuple[tuple[Column, ...] | None, Deal]:
+        """A deal near the first that fits where that does not."""
+        for deal in self._moves(start):
+            columns = self.columns(deal)
+            if columns is not None:
+                return columns, deal
+        return None, start
+
+    def _chunk_moves(self, deal: Deal) -> Iterator[Deal]:
+        """Deals in which every rank moves a block from one of its stages to another, the same on all."""
+        degrees, limits = self.search.degrees, self.search.size_limits
+        chunks = [range(degrees.pp * c, degrees.pp * (c + 1)) for c in range(degrees.chunks)]
+        for a, b in itertools.permutations(chunks, 2):
+            moved = list(deal)
+            for stages in self.ranks:
+                (one,), (other,) = set(stages) & set(a), set(stages) & set(b)
+                if deal[one] > limits[one][0] and deal[other] < limits[other][1]:
+                    moved[one], moved[other] = deal[one] - 1, deal[other] + 1
+            if tuple(moved) != deal:
+                yield tuple(moved)
+
+    def _moves(self, deal: Deal) -> Iterator[Deal]:
+        """Deals that move one block: by distance of the stages, so that cut lists keep the near ones."""
+        limits = self.search.size_limits
+        yield from self._chunk_moves(deal)
+        stages = len(deal)
+        pairs = sorted(
+            ((a, b) for a in range(stages) for b in range(stages) if a != b),
+            key=lambda pair: (
+                abs(pair[0] - pair[1]) if 0 not in pair and stages - 1 not in pair else 0,
+                pair,
+            ),
+        )
+        for a, b in pairs:
+            if deal[a] > limits[a][0] and deal[b] < limits[b][1]:
+                moved = list(deal)
+                moved[a], moved[b] = deal[a] - 1, deal[b] + 1
+                yield tuple(moved)
