@@ -52,15 +52,16 @@ def whole_passes(shape: ShapeModel, options: tuple[Recompute, ...]) -> tuple[Pas
     return forward, backward
 
 
-def recompute_bound_s(shape: ShapeModel, options: tuple[Recompute, ...], limit_bytes: float) -> float:
+def recompute_bound_s(
+    shape: ShapeModel, options: tuple[Recompute, ...], limit_bytes: float, alive: int
+) -> float:
     """Seconds a micro-batch must at least recompute for the shape to fit; infinite where it cannot fit.
 
-    All ranks together hold the resident bytes and, at one moment, at least one micro-batch of every layer
-    (all of them under GPipe). What exceeds p limits must be recomputed away, at best by the class and
-    option that save most bytes a second.
+    All ranks together hold the resident bytes and, at one moment, at least `alive` micro-batches of every
+    layer: one, or under GPipe all of them. What exceeds p limits must be recomputed away, at best by the
+    class and option that save most bytes a second.
     """
     degrees, model = shape.degrees, shape.problem.model
-    alive = degrees.num_micro_batches if degrees.schedule is Schedule.GPIPE and degrees.pp > 1 else 1
     kept_bytes = most_saving = 0.0
     rates = []
     for key in shape.classes:
@@ -82,26 +83,45 @@ def recompute_bound_s(shape: ShapeModel, options: tuple[Recompute, ...], limit_b
     return excess * min(rates) if excess <= most_saving else float("inf")
 
 
+class BaseBound:
+    """Lower bounds of the shapes that have a base in common, which differ in their schedules alone."""
+
+    def __init__(
+        self, model: CostModel, shape: ShapeModel, options: tuple[Recompute, ...], limit_bytes: float
+    ) -> None:
+        degrees = shape.degrees
+        per_rank = degrees.world // degrees.pp
+        slow = model.sharing.slowdown(per_rank) if model.sharing else 1.0
+        forward, backward = whole_passes(shape, options)
+        work_s = forward.work_s + backward.work_s
+        self.whole_s = work_s * slow + forward.fixed_s + backward.fixed_s
+        self.optimizer_s = _optimizer_bound_s(model, shape)
+        self.spread_s = 0.0
+        if model.sharing:
+            throughput = model.sharing.best_throughput(degrees.world)
+            self.spread_s = work_s * degrees.num_micro_batches * per_rank / throughput
+        self._again_s = {
+            alive: recompute_bound_s(shape, options, limit_bytes, alive)
+            for alive in {1, degrees.num_micro_batches}
+        }
+
+    def of(self, degrees: Degrees) -> float:
+        """No strategy of these degrees that fits has a shorter replay; infinite where none fits."""
+        all_alive = degrees.schedule is Schedule.GPIPE and degrees.pp > 1
+        again_s = self._again_s[degrees.num_micro_batches if all_alive else 1]
+        if degrees.schedule.splits_every_backward:
+            again_s *= constants.SPLIT_RECOMPUTES
+        if again_s == float("inf"):
+            return again_s
+        span_s = (self.whole_s + again_s) * schedule_factor(degrees)
+        return max(span_s, self.spread_s) + self.optimizer_s
+
+
 def step_bound_s(
     model: CostModel, shape: ShapeModel, options: tuple[Recompute, ...], limit_bytes: float = float("inf")
 ) -> float:
     """No strategy of this shape that fits into `limit_bytes` has a shorter replay."""
-    degrees = shape.degrees
-    again_s = recompute_bound_s(shape, options, limit_bytes)
-    if degrees.schedule.splits_every_backward:
-        again_s *= constants.SPLIT_RECOMPUTES
-    if again_s == float("inf"):
-        return again_s
-    per_rank = degrees.world // degrees.pp
-    slow = model.sharing.slowdown(per_rank) if model.sharing else 1.0
-    forward, backward = whole_passes(shape, options)
-    whole_s = (forward.work_s + backward.work_s) * slow + forward.fixed_s + backward.fixed_s + again_s
-    span_s = whole_s * schedule_factor(degrees)
-    if model.sharing:
-        throughput = model.sharing.best_throughput(degrees.world)
-        work_s = (forward.work_s + backward.work_s) * degrees.num_micro_batches * per_rank
-        span_s = max(span_s, work_s / throughput)
-    return span_s + _optimizer_bound_s(model, shape)
+    return BaseBound(model, shape, options, limit_bytes).of(shape.degrees)
 
 
 def split_again_s(schedule: Schedule, backward: Pass) -> float:

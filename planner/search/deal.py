@@ -127,15 +127,18 @@ class Dealer:
         steps = (ends_s + reduce_s).max(axis=0) + optimizer_s.max(axis=0) + shape.physics.step_s
         return [float(step) for step in steps]
 
-    def best(self, start: Deal) -> tuple[tuple[Column, ...], float] | None:
-        """The deal at which no move of one block helps, and its step time."""
+    def best(self, start: Deal, within_s: float) -> tuple[tuple[Column, ...], float] | None:
+        """The deal at which no move of one block helps, and its step time.
+
+        The first deal where that takes longer than `within_s`: it is not worth the moves.
+        """
         first = self.columns(start)
         if first is None:
             first, start = self._any(start)
         if first is None:
             return None
         best, step_s, deal = first, self.steps_s([first])[0], start
-        if self.search.table.actions > MAX_PLACES:
+        if self.search.table.actions > MAX_PLACES or step_s > within_s:
             return best, step_s
         most = max(1, min(MAX_MOVES, MAX_WORK // self.search.table.actions))
         for _ in range(MAX_ROUNDS):

@@ -13,13 +13,13 @@ pair. Unlike a mixture of recipes, which a linear relaxation may take, F and Q a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.moments import pass_bytes
 from planner.search.bounds import split_again_s
 from planner.search.recipes import Column, RecipeBook
 from planner.stack import Engine
-from planner.strategy import Recompute, RecomputeCounts, Schedule, Stage
+from planner.strategy import Degrees, Recompute, RecomputeCounts, Stage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,47 +27,86 @@ if TYPE_CHECKING:
     Ints = np.ndarray[Any, np.dtype[np.int64]]
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
-MOMENTS = 4
+MOMENTS = 2
 """Moments of a rank's row that are looked at, those with most alive first."""
+
+
+class _RankMoment(NamedTuple):
+    """Micro-batches alive on the n emptiest places of a rank together, and bytes left for its blocks."""
+
+    before: Floats
+    free_bytes: float
 
 
 class RankFloor:
     """The floors of one shape's ranks. Holds where all blocks are of one class."""
 
-    def __init__(self, book: RecipeBook, limit_bytes: float, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        book: RecipeBook,
+        limit_bytes: float,
+        degrees: Degrees,
+        in_flight: Sequence[Sequence[dict[int, int]]],
+        limits: Sequence[tuple[int, int]],
+    ) -> None:
         self.book, self.shape, self.limit_bytes = book, book.shape, limit_bytes
+        self.in_flight, self.limits = in_flight, limits
+        self.stages: list[list[int]] = [[] for _ in range(degrees.pp)]
+        for stage in range(degrees.stages):
+            self.stages[degrees.pp_rank_of_stage(stage)].append(stage)
+        self.last = degrees.stages - 1
         (self.key,) = self.shape.classes
         each = {option: self.shape.passes(self.key, option) for option in book.options}
         self.block_s = {
-            option: forward.total_s + backward.total_s + split_again_s(schedule, backward)
+            option: forward.total_s + backward.total_s + split_again_s(degrees.schedule, backward)
             for option, (forward, backward) in each.items()
         }
         self.saved = {option: self.shape.block(self.key, option).saved_bytes for option in book.options}
+        self._keeping = sorted(self.saved, key=lambda option: -self.saved[option])
+        one, two = (book.column(_of(size), 1) for size in (1, 2))
+        self._block_bytes = two.resident_bytes - one.resident_bytes
         # In Torchtitan's moments not all gradients exist, so that what is transient may be below 0.
         self.bounded = self.shape.problem.stack.engine is not Engine.TORCHTITAN
+        self._known: dict[tuple[int, int], float] = {}
+        self._known_ends: dict[tuple[bool, bool], tuple[float, float, float]] = {}
+        self._moments: dict[int, list[_RankMoment]] = {}
+        self._known_pairs: dict[int, tuple[Ints, Ints, Floats]] = {}
 
-    def least_s(
-        self, blocks: int, places: Sequence[tuple[int, int, bool, bool]], moments: Sequence[Sequence[int]]
-    ) -> float:
-        """Seconds that `blocks` blocks take at least; infinite where they cannot fit.
+    def least_s(self, rank: int, blocks: int) -> float:
+        """Seconds that `blocks` blocks on a rank take at least; infinite where they cannot fit."""
+        key = rank, blocks
+        if key not in self._known:
+            self._known[key] = self._least_s(rank, blocks)
+        return self._known[key]
 
-        `places` are the rank's stages: least and most blocks, whether the model starts and ends there;
-        `moments` the micro-batches alive on each of them, at several moments.
-        """
+    def _least_s(self, rank: int, blocks: int) -> float:
         if not self.bounded:
             return blocks * min(self.block_s.values())
-        return max(self._least_s(blocks, places, alive) for alive in list(moments)[:MOMENTS])
-
-    def _least_s(
-        self, blocks: int, places: Sequence[tuple[int, int, bool, bool]], alive: Sequence[int]
-    ) -> float:
-        weights = sorted(a for a, (_, most, _, _) in zip(alive, places, strict=True) for _ in range(most))
-        if len(weights) < blocks:
-            return float("inf")
+        if rank not in self._moments:
+            self._moments[rank] = self._moments_of(rank)
         full, selective, seconds = self._pairs(blocks)
-        free = self.limit_bytes - self._standing_bytes(blocks, places, alive)
-        fits = self._kept_bytes(blocks, full, selective, weights) <= free
+        fits = seconds < float("inf")
+        for moment in self._moments[rank]:
+            if len(moment.before) <= blocks:
+                return float("inf")
+            free = moment.free_bytes - blocks * self._block_bytes
+            fits = fits & (self._kept_bytes(blocks, full, selective, moment.before) <= free)
         return float(seconds[fits].min()) if fits.any() else float("inf")
+
+    def _moments_of(self, rank: int) -> list[_RankMoment]:
+        """The moments of a rank at which most is alive: places in ascending order, bytes left for blocks."""
+        import numpy as np
+
+        stages = self.stages[rank]
+        fullest = sorted(self.in_flight[rank], key=lambda v: -sum(v.values()))[:MOMENTS]
+        result = []
+        for vector in fullest:
+            alive = [vector.get(s, 0) for s in stages]
+            weights = sorted(a for a, s in zip(alive, stages, strict=True) for _ in range(self.limits[s][1]))
+            ends = [(s == 0, s == self.last) for s in stages]
+            before = np.concatenate([[0.0], np.cumsum(weights)])
+            result.append(_RankMoment(before, self.limit_bytes - self._standing_bytes(alive, ends)))
+        return result
 
     def fastest_mixes(
         self, sizes: Sequence[int], alive: Sequence[int], free_bytes: float, most: int
@@ -83,13 +122,13 @@ class RankFloor:
             (a, s) for s, (size, a) in enumerate(zip(sizes, alive, strict=True)) for _ in range(size)
         )
         full, selective, seconds = self._pairs(blocks)
-        used = self._kept_bytes(blocks, full, selective, [a for a, _ in places])
+        before = np.concatenate([[0.0], np.cumsum([a for a, _ in places])])
+        used = self._kept_bytes(blocks, full, selective, before)
         order = np.lexsort((used, seconds))
         order = order[used[order] <= free_bytes]
-        keeping = sorted(self.saved, key=lambda option: -self.saved[option])
         for number in order[:most].tolist():
             counts = self._counts(blocks, int(full[number]), int(selective[number]))
-            options = [option for option in keeping for _ in range(int(counts[option]))]
+            options = [option for option in self._keeping for _ in range(int(counts[option]))]
             dealt = [[0, 0, 0] for _ in sizes]
             for (_, stage), option in zip(places, options, strict=True):
                 dealt[stage][list(Recompute).index(option)] += 1
@@ -103,19 +142,23 @@ class RankFloor:
             Recompute.FULL: full,
         }
 
-    def _kept_bytes(self, blocks: int, full: Ints, selective: Ints, weights: Sequence[int]) -> Floats:
-        """What blocks keep at least, the places having `weights` micro-batches alive, ascending."""
+    def _kept_bytes(self, blocks: int, full: Ints, selective: Ints, before: Floats) -> Floats:
+        """What blocks keep at least; before[n] micro-batches are alive on the n emptiest places together."""
         import numpy as np
 
-        before = np.concatenate([[0.0], np.cumsum(weights[:blocks])])
         counts = self._counts(blocks, full, selective)
         at, used = np.zeros_like(full), np.zeros(len(full))
-        for option in sorted(self.saved, key=lambda o: -self.saved[o]):
+        for option in self._keeping:
             used += self.saved[option] * (before[at + counts[option]] - before[at])
             at = at + counts[option]
         return used
 
     def _pairs(self, blocks: int) -> tuple[Ints, Ints, Floats]:
+        if blocks not in self._known_pairs:
+            self._known_pairs[blocks] = self._all_pairs(blocks)
+        return self._known_pairs[blocks]
+
+    def _all_pairs(self, blocks: int) -> tuple[Ints, Ints, Floats]:
         import numpy as np
 
         full, selective = (each.ravel() for each in np.indices((blocks + 1, blocks + 1)))
@@ -137,24 +180,28 @@ class RankFloor:
         )
         return full, selective, seconds
 
-    def _standing_bytes(
-        self, blocks: int, places: Sequence[tuple[int, int, bool, bool]], alive: Sequence[int]
-    ) -> float:
-        """States of the rank's blocks and ends, what the ends keep, the least transient."""
-        one, two = (self.book.column(_of(size), 1) for size in (1, 2))
-        block_bytes = two.resident_bytes - one.resident_bytes
-        total = blocks * block_bytes
-        least_transient = 0.0
-        for count, (_, _, first, last) in zip(alive, places, strict=True):
-            option = min(self.saved, key=lambda o: self.saved[o])
-            each = [self._alone(first, last, option, count) for option in self.saved]
-            total += each[0].resident_bytes - block_bytes
-            total += count * (self._alone(first, last, option, count).cost.saved_bytes - self.saved[option])
-            passing = min(pass_bytes(self.shape, column.cost) for column in each)
-            least_transient = max(least_transient, passing)
+    def _standing_bytes(self, alive: Sequence[int], ends: Sequence[tuple[bool, bool]]) -> float:
+        """What a rank holds besides its blocks' states and activations: its ends, the least transient."""
+        total = least_transient = 0.0
+        for count, end in zip(alive, ends, strict=True):
+            if end not in self._known_ends:
+                self._known_ends[end] = self._end_bytes(*end)
+            resident, saved, transient = self._known_ends[end]
+            total += resident + count * saved
+            least_transient = max(least_transient, transient)
         return total + least_transient
 
-    def _alone(self, first: bool, last: bool, option: Recompute, alive: int) -> Column:
+    def _end_bytes(self, first: bool, last: bool) -> tuple[float, float, float]:
+        """Of the ends that a stage holds: states, what is kept of a micro-batch, the least transient."""
+        each = {option: self._alone(first, last, option) for option in self.saved}
+        option = self._keeping[-1]
+        return (
+            each[option].resident_bytes - self._block_bytes,
+            each[option].cost.saved_bytes - self.saved[option],
+            min(pass_bytes(self.shape, column.cost) for column in each.values()),
+        )
+
+    def _alone(self, first: bool, last: bool, option: Recompute) -> Column:
         layers = self.book.layers
         start = 0 if first else layers - 1 if last else 1
         counts = RecomputeCounts(
@@ -162,7 +209,7 @@ class RankFloor:
             selective=int(option is Recompute.SELECTIVE),
             full=int(option is Recompute.FULL),
         )
-        return self.book.column(Stage(first=start, end=start + 1, recompute=counts), alive)
+        return self.book.column(Stage(first=start, end=start + 1, recompute=counts), 1)
 
 
 def _of(size: int) -> Stage:

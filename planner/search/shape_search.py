@@ -35,9 +35,13 @@ MAX_SPLITS = 400
 """Ways to deal the blocks that are all replayed; of more, the ILP finds the best."""
 MAX_REPLAYED = 2_000_000
 """Actions of all these replays together."""
-MAX_COLUMNS = 200
+MAX_COLUMNS = 80
 """Columns of a programme beyond which it is not solved: where several stages share a rank's tight memory,
 their many mixes make relaxations loose. The shape's bound is then that of its sizes, its gap stays open."""
+DEALT_WITHIN = 1.1
+"""Blocks are dealt better where an even split is within this of the step time to beat."""
+MIXES_EACH = 5
+"""Columns that a stage and size have about, where memory is tight."""
 FLOOR_REACH, FLOOR_HALVINGS = 0.2, 7
 """How far below a step time the bound of sizes is looked for, as a share of it, and halvings of that."""
 SHARED_ROUNDS = 3
@@ -112,20 +116,24 @@ class ShapeSearch:
             return self._by_programme(columns, budget)
         if self._sizes(budget.to_beat_s) is None:
             return ShapeResult(None, budget.to_beat_s, 0)
-        dealt = self.dealt()
+        dealt = self.dealt(DEALT_WITHIN * budget.to_beat_s)
         to_beat_s = budget.to_beat_s
         if dealt is not None and dealt.step_time_s < to_beat_s:
             to_beat_s = dealt.step_time_s * (1 - budget.tolerance)
         else:
             dealt = None
         result = self._one_class(budget._replace(to_beat_s=to_beat_s))
-        return result if result.found is not None else result._replace(found=dealt)
+        each = [found for found in (result.found, dealt) if found is not None]
+        return result._replace(found=min(each, key=lambda found: found.step_time_s, default=None))
 
-    def dealt(self) -> Found | None:
-        """The best deal near an even one, found by moves. None where none fits, or none is tried."""
+    def dealt(self, within_s: float = float("inf")) -> Found | None:
+        """The best deal near an even one, found by moves where that takes at most `within_s`.
+
+        None where none fits, or none is tried.
+        """
         if self.degrees.pp == 1 or not self.one_class or self.model.sharing is not None:
             return None
-        deal = self.dealer.best(tuple(b - a for a, b in pairwise(self.even)))
+        deal = self.dealer.best(tuple(b - a for a, b in pairwise(self.even)), within_s)
         return None if deal is None else self._found(deal[0], self.replay(deal[0]).step_time_s)
 
     def _one_class(self, budget: Budget) -> ShapeResult:
@@ -133,15 +141,26 @@ class ShapeSearch:
         sizes = self._sizes(budget.to_beat_s)
         if sizes is None:
             return ShapeResult(None, budget.to_beat_s, 0)
+        if self._mixes_are_many(sizes):
+            return ShapeResult(None, self._floor_bound_s(budget.to_beat_s), 0)
         columns = [self._columns(s, budget.to_beat_s, sizes) for s in range(self.degrees.stages)]
         if not all(columns):
             return ShapeResult(None, budget.to_beat_s, 0)
         every = self._all_splits(sizes, columns, budget.to_beat_s)
         if every is not None:
             return every
-        if self.degrees.chunks > 1 and sum(map(len, columns)) > MAX_COLUMNS and not self._all_roomy(columns):
-            return ShapeResult(None, self._floor_bound_s(budget.to_beat_s), 0)
         return self._by_programme(columns, budget)
+
+    def _mixes_are_many(self, sizes: Sizes) -> bool:
+        """Whether stages that share a rank's tight memory would make a programme of too many columns."""
+        if self.degrees.chunks == 1:
+            return False
+        spans = [span for s in range(self.degrees.stages) for span in self._ranges(s, sizes)[0]]
+        if len(spans) * MIXES_EACH <= MAX_COLUMNS:
+            return False
+        return not all(
+            self._roomy(s, *span) for s in range(self.degrees.stages) for span in self._ranges(s, sizes)[0]
+        )
 
     def _floor_bound_s(self, to_beat_s: float) -> float:
         """The greatest step time, up to one, that no sizes of stages can beat by planner.search.sizes."""
@@ -190,6 +209,8 @@ class ShapeSearch:
 
     def greedy(self) -> Found | None:
         """An even split, each stage with its own recipe. None where one of them does not fit."""
+        if self.degrees.chunks > 1 and self.one_class and self.model.sharing is None:
+            return self.dealt(0.0)
         columns = [self._recipe(s, a, b, self._share_bytes()) for s, (a, b) in enumerate(pairwise(self.even))]
         if any(column is None for column in columns):
             return None
@@ -327,17 +348,11 @@ class ShapeSearch:
         self, by_rank: tuple[tuple[int, int], ...], held_s: list[float], left_s: float
     ) -> tuple[tuple[int, int], ...] | None:
         """The limits of ranks, less what takes too long with what memory makes them recompute."""
-        degrees = self.degrees
-        m, last = degrees.num_micro_batches, degrees.stages - 1
-        enter_s = self._enter_s()
-        result = []
+        m, enter_s, result = self.degrees.num_micro_batches, self._enter_s(), []
         for rank, (least, most) in enumerate(by_rank):
-            held = [s for s in range(degrees.stages) if degrees.pp_rank_of_stage(s) == rank]
-            places = [(*self.size_limits[s], s == 0, s == last) for s in held]
-            moments = [[vector.get(s, 0) for s in held] for vector in self.in_flight[rank]]
             while most >= least:
-                floor_s = self._floor.least_s(most, places, moments)
-                if m * (floor_s + held_s[rank]) + max(0, rank - 1) * enter_s < left_s:
+                own_s = self._floor.least_s(rank, most) + held_s[rank]
+                if m * own_s + max(0, rank - 1) * enter_s < left_s:
                     break
                 most -= 1
             result.append((least, most))
@@ -350,7 +365,7 @@ class ShapeSearch:
 
     @cached_property
     def _floor(self) -> RankFloor:
-        return RankFloor(self.book, self.limit_bytes, self.degrees.schedule)
+        return RankFloor(self.book, self.limit_bytes, self.degrees, self.in_flight, self.size_limits)
 
     def _enter_s(self) -> float:
         """What each of the ranks before adds, before a rank's first forward and after its last backward."""

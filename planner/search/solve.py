@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from functools import cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.codec import digest, noun
 from planner.cost.evaluate import CostModel, Evaluation
@@ -29,7 +29,7 @@ from planner.estimate import Rejected
 from planner.not_modelled import not_modelled
 from planner.plan import Alternative, Certificate, Plan
 from planner.problem import PlanningProblem
-from planner.search.bounds import least_state_bytes, memory_bound_bytes, step_bound_s
+from planner.search.bounds import BaseBound, least_state_bytes
 from planner.search.frontier import Candidate, Frontier
 from planner.search.quick_bounds import space_bounds_s
 from planner.search.recipes import RecipeBook
@@ -71,8 +71,16 @@ class SolveOptions:
     top: int = 5
     gap_tolerance: float = 5e-3
     rounds: int = 100
-    nodes: int | None = 100
+    nodes: int | None = 20
     reproducible: bool = False
+
+
+class _Base(NamedTuple):
+    """What the shapes of a base have in common: what is safe, their bound, their recipes."""
+
+    limit_bytes: float
+    bound: BaseBound
+    book: RecipeBook
 
 
 class Solver:
@@ -87,7 +95,7 @@ class Solver:
         self.shapes = self.milps = 0
         self.found: list[Found] = []
         self.bounds_s: list[float] = []
-        self._books: dict[Degrees, RecipeBook] = {}
+        self._bases: dict[int, _Base] = {}
         self._least: dict[tuple[object, ...], float] = {}
 
     def solve(self) -> Plan:
@@ -164,24 +172,21 @@ class Solver:
         schedule, chunks = self.space.pipes[row][int(self.places[number])]
         degrees = dataclasses.replace(self.space.bases[row], schedule=schedule, chunks=chunks)
         model = self.model.shape(degrees)
-        limit = self._safe_bytes(model)
-        search = ShapeSearch(self.model, model, limit, self._book(model))
-        least = memory_bound_bytes(search.shape)
-        if least > search.limit_bytes:
-            self._reject(self._too_large(degrees, least, search.limit_bytes), number)
+        if row not in self._bases:
+            limit = self._safe_bytes(model)
+            bound = BaseBound(self.model, model, self.options.pins.recomputes, limit)
+            self._bases[row] = _Base(limit, bound, RecipeBook(model, self.options.pins.recomputes))
+        base = self._bases[row]
+        least = self._least_bytes(degrees)
+        if least > base.limit_bytes:
+            self._reject(self._too_large(degrees, least, base.limit_bytes), number)
             return None
-        bound_s = step_bound_s(self.model, search.shape, self.options.pins.recomputes, search.limit_bytes)
+        search = ShapeSearch(self.model, model, base.limit_bytes, base.book)
+        bound_s = base.bound.of(degrees)
         if bound_s == float("inf"):
             self._reject(self._no_recipe(search), number)
             return None
         return Candidate(bound_s, number, search)
-
-    def _book(self, shape: ShapeModel) -> RecipeBook:
-        """The recipes of a shape's stages, which all schedules share."""
-        key = dataclasses.replace(shape.degrees, schedule=Schedule.ONE_F_ONE_B, chunks=1)
-        if key not in self._books:
-            self._books[key] = RecipeBook(shape, self.options.pins.recomputes)
-        return self._books[key]
 
     def _safe_bytes(self, shape: ShapeModel) -> float:
         """The most that a rank's tensors and runtime may take for a peak that is still SAFE."""
