@@ -58,7 +58,7 @@ def solve(
     from planner.errors import InputError, Problem
     from planner.plan import encode_plan, save_plan
     from planner.search.solve import SolveOptions
-    from planner.search.solve import solve as search
+    from planner.search.engine_search import solve_for_engine
     from planner.search.space import parse_pins
 
     if reproducible and time_limit_s is not None:
@@ -75,7 +75,7 @@ def solve(
     chosen = SolveOptions(
         pins=parse_pins(fixed), time_limit_s=time_limit_s, top=top, reproducible=reproducible
     )
-    plan = search(asked.problem, chosen)
+    plan = solve_for_engine(asked.problem, chosen)
     if output is not None:
         save_plan(plan, output)
         print(f"wrote {output}", file=sys.stderr)
