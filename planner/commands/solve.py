@@ -57,8 +57,8 @@ def solve(
     from planner.commands.text import print_json
     from planner.errors import InputError, Problem
     from planner.plan import encode_plan, save_plan
-    from planner.search.solve import SolveOptions
     from planner.search.engine_search import solve_for_engine
+    from planner.search.solve import SolveOptions
     from planner.search.space import parse_pins
 
     if reproducible and time_limit_s is not None:

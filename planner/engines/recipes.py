@@ -5,7 +5,8 @@ A family is a list of recipes from least to most recomputation: the first of it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from planner.stack import Engine
 from planner.strategy import Degrees, Recompute, RecomputeCounts, Stage, even_stages, sized_stages
@@ -57,6 +58,12 @@ def _with_full(sizes: Sequence[int], full: Sequence[int]) -> Stages:
     return tuple(result)
 
 
+UNIFORM: Mapping[Engine, tuple[Recompute, ...]] = MappingProxyType(
+    {Engine.DEEPSPEED: (Recompute.NONE, Recompute.FULL)}
+)
+"""Engines in which all blocks share one option, and which options those are."""
+
+
 def _native(degrees: Degrees, sizes: Sequence[int]) -> list[Family]:
     return [[sized_stages(sizes, option)] for option in Recompute]
 
@@ -76,7 +83,7 @@ def _deepspeed(degrees: Degrees, sizes: Sequence[int]) -> list[Family]:
     return [[even_stages(layers, len(sizes), option) for option in (Recompute.NONE, Recompute.FULL)]]
 
 
-_FAMILIES: dict[Engine, Callable[[Degrees, Sequence[int]], list[Family]]] = {
+_FAMILIES: Mapping[Engine, Callable[[Degrees, Sequence[int]], list[Family]]] = {
     Engine.NATIVE: _native,
     Engine.TORCHTITAN: _torchtitan,
     Engine.MEGATRON: _megatron,

@@ -17,8 +17,8 @@ TITLES = {
 def engine_stack(engine: Engine, profile: Profile | None) -> Stack:
     """The engine as its own recipes run it: flash attention, gradients reduced early where it can.
 
-    Megatron-LM can with --overlap-grad-reduce, which its guide recommends; DeepSpeed's pipeline and ZeRO 1 reduce
-    after the last backward pass.
+    Megatron-LM can with --overlap-grad-reduce, which its guide recommends; DeepSpeed reduces after the last
+    backward pass.
     """
     return Stack(
         engine=engine,
@@ -28,7 +28,7 @@ def engine_stack(engine: Engine, profile: Profile | None) -> Stack:
 
 
 def fitted_framework(engine: Engine, profile: Profile | None) -> str:
-    """The one framework of this engine that constants of the profile were fitted for; "" where none or several.
+    """The one framework of this engine that a profile's constants were fitted for; "" where none or several.
 
     Without one the constants of the engine's family hold. Megatron-DeepSpeed sums gradients in its own way
     (Stack.accumulates_beside), and stands for neither engine.

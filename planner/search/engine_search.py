@@ -2,9 +2,12 @@
 
 1. One search sets aside what the engine can express of stages and recomputation: its space is larger, so its
    bound holds for the engine's as well. Where its plan is one that the engine can express, it is the answer.
-2. Else one search for each option of recomputation, which all blocks then share, and for every shape that came
-   up, the recipes of the engine (planner.engines.recipes): in each family the one with least recomputation
-   that is SAFE. The fastest of all is the answer; its gap is to the bound of the first search.
+2. Else one search for each option of recomputation, which all blocks then share, and for every shape that
+   came up, the recipes of the engine (planner.engines.recipes): in each family the one with least
+   recomputation that is SAFE. The fastest of all is the answer; its gap is to the bound of the first search.
+
+Where an engine has no other recipes than one option for all blocks, the first search is left out: the least
+bound of the others is closer.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.engines.recipes import Family, Stages, recipe_families
+from planner.engines.recipes import UNIFORM, Family, Stages, recipe_families
 from planner.errors import InfeasibleError
 from planner.estimate import Verdict
 from planner.plan import Alternative, Certificate, Plan
@@ -49,22 +52,38 @@ class _EngineSearch:
         self.relaxed = dataclasses.replace(problem, limits=dataclasses.replace(problem.limits, whole=False))
         self.model = CostModel(problem)
         self.started_s = time.monotonic()
+        assert problem.limits.engine is not None
+        self.engine = problem.limits.engine
 
     def solve(self) -> Plan:
-        first = self._search(self.options)
-        if self._expressed(first.strategy):
-            return self._trimmed(first, [other for other in first.alternatives if self._kept(other)])
-        plans = [first]
-        for option in self.options.pins.recomputes if len(self.options.pins.recomputes) > 1 else ():
+        uniform = UNIFORM.get(self.engine, ())
+        if set(self.options.pins.recomputes) >= set(uniform) and uniform:
+            plans = self._of_one_option(uniform)
+            bound_s = min((_certificate_of(plan).lower_bound_s for plan in plans), default=0.0)
+        else:
+            plans = []
+        if not plans:
+            first = self._search(self.options)
+            if self._expressed(first.strategy):
+                kept = [other for other in first.alternatives if self._expressed(other.strategy)]
+                return self._trimmed(first, kept)
+            plans = [first, *self._of_one_option(self.options.pins.recomputes)]
+            bound_s = _certificate_of(first).lower_bound_s
+        found = self._evaluated(plans)
+        if not found:
+            raise InfeasibleError(self._why_none(plans[0]))
+        return self._plan(plans, found, bound_s)
+
+    def _of_one_option(self, options: Iterable[Recompute]) -> list[Plan]:
+        """The best plan in which all blocks share an option, for each that fits; none where one is pinned."""
+        plans = []
+        for option in options if self.options.pins.recompute is None else ():
             pins = dataclasses.replace(self.options.pins, recompute=option)
             try:
                 plans.append(self._search(dataclasses.replace(self.options, pins=pins)))
             except InfeasibleError:
-                continue  # that option alone does not fit
-        found = self._evaluated(plans)
-        if not found:
-            raise InfeasibleError(self._why_none(first))
-        return self._plan(plans, found)
+                continue
+        return plans
 
     def _search(self, options: SolveOptions) -> Plan:
         """A search of the larger space, in what is left of the time."""
@@ -77,15 +96,13 @@ class _EngineSearch:
     def _expressed(self, strategy: Strategy) -> bool:
         return not broken_rules(self.problem, strategy)
 
-    def _kept(self, other: Alternative) -> bool:
-        return self._expressed(other.strategy)
-
     def _trimmed(self, plan: Plan, others: Iterable[Alternative]) -> Plan:
         return dataclasses.replace(plan, alternatives=tuple(others)[: self.options.top])
 
     def _evaluated(self, plans: list[Plan]) -> list[Evaluation]:
         """SAFE strategies that the engine can express, of every shape that came up, the fastest first."""
-        strategies = [p.strategy for plan in plans for p in (plan, *plan.alternatives)]
+        strategies = [plan.strategy for plan in plans]
+        strategies += [other.strategy for plan in plans for other in plan.alternatives]
         kept = [strategy for strategy in strategies if self._expressed(strategy)]
         shapes = dict.fromkeys(
             Shape(strategy.degrees, tuple(stage.layers for stage in strategy.stages))
@@ -98,10 +115,8 @@ class _EngineSearch:
         return sorted(safe, key=lambda e: (e.estimate.step_time_s, e.strategy.degrees.label()))
 
     def _recipes(self, shape: Shape) -> list[Strategy]:
-        engine = self.problem.limits.engine
-        assert engine is not None
         allowed = set(self.options.pins.recomputes)
-        families = recipe_families(engine, shape.degrees, shape.sizes)
+        families = recipe_families(self.engine, shape.degrees, shape.sizes)
         least = [self._least(shape.degrees, _within(family, allowed)) for family in families]
         return [strategy for strategy in least if strategy is not None and self._expressed(strategy)]
 
@@ -117,24 +132,21 @@ class _EngineSearch:
                 low = middle + 1
         return Strategy(degrees=degrees, stages=family[low]) if low < len(family) else None
 
-    def _plan(self, plans: list[Plan], found: list[Evaluation]) -> Plan:
-        first, best = plans[0], found[0]
-        bound_s = _certificate_of(first).lower_bound_s
-        verify(self.problem, best, bound_s)
-        plan = make_plan(
-            self.problem, best, self._certificate(plans, best), first.rejected, self._others(found)
-        )
+    def _plan(self, plans: list[Plan], found: list[Evaluation], bound_s: float) -> Plan:
+        best = found[0]
+        certificate = self._certificate(plans, best.estimate.step_time_s, bound_s)
+        verify(self.problem, best, certificate.lower_bound_s)
+        plan = make_plan(self.problem, best, certificate, plans[0].rejected, self._others(found))
         return self._trimmed(plan, plan.alternatives)
 
-    def _certificate(self, plans: list[Plan], best: Evaluation) -> Certificate:
-        each = [_certificate_of(plan) for plan in plans]
-        step_s, tolerance = best.estimate.step_time_s, self.options.gap_tolerance
-        lower_s = min(each[0].lower_bound_s, step_s)
+    def _certificate(self, plans: list[Plan], step_s: float, bound_s: float) -> Certificate:
+        each, tolerance = [_certificate_of(plan) for plan in plans], self.options.gap_tolerance
+        lower_s = min(bound_s, step_s)
         gap = max(0.0, 1 - lower_s / step_s)
         proven = gap <= tolerance * (1 + OPTIMAL_GAP) + OPTIMAL_GAP
         return dataclasses.replace(
             each[0],
-            status="optimal" if proven and each[0].status == "optimal" else "gap",
+            status="optimal" if proven else "gap",
             objective_s=step_s,
             lower_bound_s=lower_s,
             gap=gap if gap > OPTIMAL_GAP else 0.0,
@@ -162,9 +174,7 @@ class _EngineSearch:
 
     def _why_none(self, first: Plan) -> str:
         broken = broken_rules(self.problem, first.strategy)
-        lines = [
-            f"no feasible plan that {self.problem.limits.engine} can express for {self.problem.model.name}."
-        ]
+        lines = [f"no feasible plan that {self.engine} can express for {self.problem.model.name}."]
         for rejected in broken:
             lines.append(f"  {rejected.rule}: {rejected.detail}")
             lines.append(f"    legal here: {rejected.legal}")
