@@ -9,9 +9,11 @@ from planner.codec import digest, noun
 from planner.cost.schedule import parse_table, table_faults
 from planner.errors import InputError
 from planner.estimate import Verdict
+from planner.limits import Limits
 from planner.plan import Plan
 from planner.problem import PlanningProblem
 from planner.rules import broken_rules
+from planner.stack import Engine
 from planner.strategy import AXES
 
 RELATIVE_TOLERANCE = 1e-6
@@ -42,6 +44,7 @@ def _rules(plan: Plan) -> list[str]:
         cluster=plan.cluster,
         profile=None,
         memory_limit_bytes=plan.estimate.memory_limit_bytes,
+        limits=Limits(engine=None if plan.engine is None else Engine(plan.engine)),
     )
     return [f"{rejected.rule}: {rejected.detail}" for rejected in broken_rules(problem, plan.strategy)]
 

@@ -38,6 +38,8 @@ BROKEN_RULE_EXIT = 3
 )
 def estimate(options: ProblemOptions, as_json: bool, fixed: tuple[str, ...], output: Path | None) -> int:
     """Estimate one given strategy."""
+    import dataclasses
+
     from planner.codec import encode
     from planner.commands.plan_text import plan_text
     from planner.commands.problem import read_problem
@@ -58,6 +60,7 @@ def estimate(options: ProblemOptions, as_json: bool, fixed: tuple[str, ...], out
             click.echo(violations_text(violations), err=True)
         return BROKEN_RULE_EXIT
     plan = make_plan(asked.problem, CostModel(asked.problem).evaluate(strategy), None, {}, ())
+    plan = dataclasses.replace(plan, engine=options.engine)
     if output is not None:
         save_plan(plan, output)
     if as_json:
