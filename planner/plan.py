@@ -16,6 +16,7 @@ from planner.errors import InputError, Problem
 from planner.estimate import MEMORY_TENANTS, Estimate, MemoryBreakdown, StageEstimate, TimelineEvent, Verdict
 from planner.model import ModelSpec
 from planner.objective import Objective
+from planner.stack import Engine
 from planner.strategy import CpExchange, Degrees, OffloadCounts, RecomputeCounts, Stage, Strategy
 from planner.workload import Workload
 
@@ -71,7 +72,7 @@ class Plan:
     digests: dict[str, str]
     not_modelled: tuple[str, ...] = ()
     timeline: tuple[TimelineEvent, ...] = ()
-    engine: str | None = None
+    engine: Engine | None = None
     objective: Objective | None = None
 
 
@@ -162,7 +163,7 @@ class _PlanDocument:
     inputs: _InputsDocument
     not_modelled: tuple[str, ...] = ()
     timeline: tuple[TimelineEvent, ...] = ()
-    engine: str | None = None
+    engine: Engine | None = None
     objective: Objective | None = None
     solver: Certificate | None = None
     rejected: dict[str, int] | None = None
@@ -227,7 +228,7 @@ def encode_plan(plan: Plan) -> dict[str, Any]:
         "timeline": [encode(event) for event in plan.timeline],
     }
     if plan.engine is not None:
-        document["engine"] = plan.engine
+        document["engine"] = str(plan.engine)
     if plan.objective is not None:
         document["objective"] = encode(plan.objective)
     if plan.solver is not None:

@@ -22,9 +22,9 @@ class Asked(NamedTuple):
 
 def read_problem(options: ProblemOptions) -> Asked:
     """Reads everything that the options name. Raises InputError with every fault."""
-    from planner.engines.stacks import engine_stack, priced_as
     from planner.limits import Limits
     from planner.problem import PlanningProblem
+    from planner.runs.engine_stack import engine_stack, priced_as
     from planner.stack import Engine
 
     inputs = load_problem(options)

@@ -1,4 +1,4 @@
-"""What an engine does where nothing is said: its stack, and defaults that complete a strategy."""
+"""What an engine does where nothing is said: defaults that complete a strategy."""
 
 from __future__ import annotations
 

@@ -61,8 +61,7 @@ def _usd(seconds: float, usd: float) -> float:
 def solve_for(problem: PlanningProblem, options: SolveOptions, goal: Goal) -> Plan:
     """The best plan by a goal. Raises InfeasibleError where none keeps rules, deadline and budget."""
     plan = solve_for_engine(problem, options) if goal.plain else NodeSearch(problem, options, goal).solve()
-    engine = problem.limits.engine
-    return dataclasses.replace(plan, engine=None if engine is None else str(engine))
+    return dataclasses.replace(plan, engine=problem.limits.engine)
 
 
 class NodeSearch:
