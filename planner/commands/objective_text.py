@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from planner.commands.text import pairs, table
 
 if TYPE_CHECKING:
-    from planner.objective import Objective
+    from planner.objective import NodesTried, Objective
 
 MOST_ROWS = 12
 """Numbers of nodes that the table shows: the cheapest or fastest first."""
@@ -58,13 +58,23 @@ def _nodes(o: Objective) -> str:
             each.nodes,
             _days(each.days) if each.days is not None else f"at least {_days(each.bound_days)}",
             money(each.cost_usd) if each.days is not None else f"at least {money(each.bound_usd)}",
-            "chosen" if each.nodes == o.nodes else STATUS[each.status],
+            _status(o, each),
         )
         for each in shown[:MOST_ROWS]
     ]
     left = len(shown) - len(rows)
     more = f"\n({left} more numbers of nodes in --json)" if left else ""
     return table(("nodes", "whole run", "dollars", "status"), rows, numbers=(0,)) + more
+
+
+def _status(o: Objective, each: NodesTried) -> str:
+    if each.nodes == o.nodes:
+        return "chosen"
+    if o.deadline_days is not None and (each.days or 0.0) > o.deadline_days:
+        return "too late"
+    if o.budget_usd is not None and (each.cost_usd or 0.0) > o.budget_usd:
+        return "too dear"
+    return STATUS[each.status]
 
 
 def _days(days: float | None) -> str:

@@ -25,6 +25,8 @@ from planner.search.nodes import StepBounds, dollars, parts, run_bound_s
 from planner.search.solve import SolveOptions
 from planner.units import DAY_S, format_seconds
 
+MOST_SHARES = 4
+"""Numbers of nodes among which the time that is left is shared out."""
 LEAST_SHARE = 0.05
 """Of the time limit, what a search on a number of nodes gets at least."""
 
@@ -138,11 +140,12 @@ class NodeSearch:
         return None if limit is None else max(0.0, limit - (time.monotonic() - self.started_s))
 
     def _share_s(self) -> float | None:
-        """An equal share of the time that is left for each number of nodes that is left."""
+        """A share of the time that is left: the first numbers of nodes are the likeliest to win."""
         left_s, limit_s = self._seconds_left(), self.options.time_limit_s
         if left_s is None or limit_s is None:
             return self.options.time_limit_s
-        return max(left_s / max(1, len(self.parts) - len(self.runs)), LEAST_SHARE * limit_s)
+        still_open = sum(part.nodes not in self.runs and self._open(part) for part in self.parts)
+        return max(left_s / max(1, min(MOST_SHARES, still_open)), LEAST_SHARE * limit_s)
 
     def _objective(self, best: Run) -> Objective:
         goal, figure = self.goal, self.key(best.seconds, best.usd)
