@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -44,12 +44,10 @@ from . import instances
 N, T, M, D = Engine.NATIVE, Engine.TORCHTITAN, Engine.MEGATRON, Engine.DEEPSPEED
 
 
-def held(
-    engine: Engine | None, problem: PlanningProblem | None = None, **workload: object
-) -> PlanningProblem:
+def held(engine: Engine | None, problem: PlanningProblem | None = None, **workload: Any) -> PlanningProblem:
     """A problem on two nodes of four devices that an engine must run."""
     base = problem or instances.problem(on=instances.cluster(nodes=2))
-    changed = dataclasses.replace(base.workload, **workload)  # type: ignore[arg-type]
+    changed = dataclasses.replace(base.workload, **workload)
     return dataclasses.replace(base, workload=changed, limits=Limits(engine=engine))
 
 
@@ -73,7 +71,7 @@ class Case(NamedTuple):
     illegal_problem: PlanningProblem | None = None
 
 
-LORA = {"method": Method.LORA, "adapters": Adapters(rank=8, modules=AdapterModules.ALL)}
+LORA: dict[str, Any] = {"method": Method.LORA, "adapters": Adapters(rank=8, modules=AdapterModules.ALL)}
 PP2 = Degrees(pp=2, dp_shard=4, zero=Zero.OPTIMIZER)
 ZERO3 = Degrees(dp_shard=8, zero=Zero.PARAMETERS)
 
