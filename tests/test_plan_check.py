@@ -115,7 +115,7 @@ def test_the_command_prints_the_checks_and_exits_4_on_a_fault(plan: Plan, tmp_pa
     file = tmp_path / "plan.json"
     save_plan(plan, file)
     good = CliRunner().invoke(cli, ["check", str(file)])
-    assert good.exit_code == 0 and good.stdout.count("holds") == 6
+    assert good.exit_code == 0 and good.stdout.count("holds") == 7
     document = json.loads(file.read_text())
     put("model.spec.vocab", 128257)(document)
     file.write_text(json.dumps(document))
