@@ -70,7 +70,7 @@ def put(path: str, value: Any) -> Callable[[Any], None]:
 
 
 def test_a_true_plan_holds_in_memory_and_from_its_file(plan: Plan, tmp_path: Path) -> None:
-    assert [check.faults for check in check_plan(plan)] == [()] * 6
+    assert [check.faults for check in check_plan(plan)] == [()] * 7
     save_plan(plan, tmp_path / "plan.json")
     again = load_plan(tmp_path / "plan.json")
     assert again == plan
@@ -123,4 +123,4 @@ def test_the_command_prints_the_checks_and_exits_4_on_a_fault(plan: Plan, tmp_pa
     assert bad.exit_code == 4
     assert "the model was changed" in bad.stdout and "digests" in bad.stderr
     report = json.loads(CliRunner().invoke(cli, ["check", str(file), "--json"]).stdout)
-    assert not report["ok"] and len(report["checks"]) == 6
+    assert not report["ok"] and len(report["checks"]) == 7

@@ -51,4 +51,7 @@ def priced_as(stack: Stack, profile: Profile | None) -> str:
     fitted = [f"its family ({family})"] if any(c.engine == family for c in constants) else []
     fitted += [stack.framework] if stack.framework else []
     known = f"by constants of {' and of '.join(fitted)}" if fitted else "of which no run was fitted"
-    return f"priced as {TITLES[stack.engine]}, {known}"
+    measured = profile is not None and profile.layers and family != Engine.NATIVE.family
+    return f"priced as {TITLES[stack.engine]}, {known}" + (
+        "; layers as measured natively" if measured else ""
+    )

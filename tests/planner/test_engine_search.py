@@ -17,7 +17,7 @@ from planner.objective import Goal
 from planner.plan import decode_plan, encode_plan
 from planner.plan_check import check_plan
 from planner.problem import PlanningProblem
-from planner.profile import PROFILE_SCHEMA, Constant, Profile
+from planner.profile import PROFILE_SCHEMA, Constant, LayerKind, LayerSample, Profile
 from planner.rules import broken_rules
 from planner.runs.engine_stack import engine_stack, fitted_framework, priced_as
 from planner.search.engine_search import solve_for_engine
@@ -25,7 +25,8 @@ from planner.search.objective import solve_for
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import parse_pins
 from planner.stack import Engine, Stack
-from planner.strategy import Strategy
+from planner.strategy import Recompute, Strategy
+from planner.workload import Precision
 
 from . import instances
 from .test_solver import EXACT, all_degrees, all_stages
@@ -210,3 +211,28 @@ def test_an_engine_is_priced_by_constants_that_were_fitted_to_it() -> None:
     assert fitted_framework(Engine.MEGATRON, both) == "" == fitted_framework(Engine.DEEPSPEED, None)
     assert "no run was fitted" in priced_as(engine_stack(Engine.MEGATRON, both), both)
     assert engine_stack(Engine.NATIVE, known) == Stack()
+
+
+def test_layers_that_were_measured_elsewhere_are_told() -> None:
+    """A measured profile is of native layers: for an engine of another family that is said."""
+    sample = LayerSample(
+        kind=LayerKind.BLOCK,
+        shape_key="x",
+        precision=Precision.BF16,
+        recompute=Recompute.NONE,
+        tp=1,
+        sequence_parallel=False,
+        micro_batch=1,
+        seq=1,
+        forward_s=1.0,
+        backward_s=1.0,
+        saved_bytes=1,
+        forward_transient_bytes=1,
+        backward_transient_bytes=1,
+        spread=0.0,
+        samples=1,
+    )
+    measured = dataclasses.replace(profile(), layers=(sample,))
+    for engine in Engine:
+        told = "measured natively" in priced_as(engine_stack(engine, measured), measured)
+        assert told == (engine in (Engine.MEGATRON, Engine.DEEPSPEED))

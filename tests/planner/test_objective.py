@@ -15,14 +15,18 @@ from planner.commands.objective_text import objective_text
 from planner.cost import constants
 from planner.cost.evaluate import CostModel
 from planner.errors import InfeasibleError
+from planner.limits import Limits
 from planner.objective import Goal, Minimise, Objective
 from planner.plan import Plan, decode_plan, encode_plan
 from planner.plan_check import check_plan
 from planner.problem import PlanningProblem
+from planner.rules import broken_rules
+from planner.search.engine_search import solve_for_engine
 from planner.search.nodes import StepBounds, node_counts, part_of, run_bound_s
 from planner.search.objective import run_seconds, solve_for
 from planner.search.solve import solve
 from planner.search.space import parse_pins
+from planner.stack import Engine
 from planner.strategy import Degrees, Recompute, Strategy, Zero, even_stages
 from planner.units import DAY_S
 from planner.upkeep import NOTHING_SAID, Upkeep
@@ -307,6 +311,25 @@ def test_a_part_of_a_cluster(name: str, part: str) -> None:
     assert part_of(whole, 4) == whole
     assert part_of(dataclasses.replace(whole, price_usd_per_hour=None), 2).price_usd_per_hour is None
     assert isinstance(three, ClusterSpec)
+
+
+def test_an_engine_is_kept_on_every_number_of_nodes() -> None:
+    """Least cost among plans that DeepSpeed can run equals the cheapest of each number of nodes."""
+    problem = dataclasses.replace(priced(7), limits=Limits(engine=Engine.DEEPSPEED))
+    plan = solve_for(problem, FEW, Goal(minimise=COST))
+    assert plan.engine is Engine.DEEPSPEED
+    each = []
+    for nodes in node_counts(problem.cluster, problem.workload.batch):
+        part = dataclasses.replace(problem, cluster=part_of(problem.cluster, nodes))
+        try:
+            each.append(
+                (part.cluster.price_usd_per_hour or 0.0) * run_seconds(solve_for_engine(part, FEW)) / 3600
+            )
+        except InfeasibleError:
+            continue
+    assert len(each) >= 2 and of(plan).cost_usd == pytest.approx(min(each), rel=1e-9)
+    used = dataclasses.replace(problem, cluster=plan.cluster)
+    assert not broken_rules(used, plan.strategy)
 
 
 def test_pins_hold_on_every_number_of_nodes() -> None:
