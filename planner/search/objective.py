@@ -221,6 +221,10 @@ class NodeSearch:
             lines.append(f"    {_too_much(cheapest.usd, budget_usd, _money)} too much.")
         if not late and not dear:
             lines += self._not_both()
+        if self.late:
+            lines.append(
+                "The time limit ended searches: with a longer --time-limit there may be a better plan."
+            )
         lines.append("What would help: " + self._help(late, dear) + ".")
         return InfeasibleError("\n".join(lines))
 

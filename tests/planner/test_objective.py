@@ -264,6 +264,8 @@ def test_a_time_limit_is_told() -> None:
         else:
             assert objective.cost_usd == pytest.approx(best, rel=1e-9)
     assert "not_searched" in seen
+    with pytest.raises(InfeasibleError, match="longer --time-limit"):
+        solve_for(priced(SEEDS[0]), options, Goal(minimise=COST, deadline_s=1.0))
     assert "time limit ended" in objective_text(dataclasses.replace(objective, status="time_limit"))
 
 
