@@ -1,6 +1,7 @@
 """Plan: the self-contained answer of the planner, and plan.json.
 
-`timeline` is the replay that the step time comes from; plans with very many actions leave it out.
+`timeline` is the replay that the step time comes from; plans with very many actions leave it out. `engine` is
+the one whose rules the plan keeps and whose software is priced; None: no particular one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from planner.codec import decode, encode, load_json_object, noun, write_atomic
 from planner.errors import InputError, Problem
 from planner.estimate import MEMORY_TENANTS, Estimate, MemoryBreakdown, StageEstimate, TimelineEvent, Verdict
 from planner.model import ModelSpec
+from planner.objective import Objective
+from planner.stack import Engine
 from planner.strategy import CpExchange, Degrees, OffloadCounts, RecomputeCounts, Stage, Strategy
 from planner.workload import Workload
 
@@ -69,6 +72,8 @@ class Plan:
     digests: dict[str, str]
     not_modelled: tuple[str, ...] = ()
     timeline: tuple[TimelineEvent, ...] = ()
+    engine: Engine | None = None
+    objective: Objective | None = None
 
 
 @noun
@@ -158,6 +163,8 @@ class _PlanDocument:
     inputs: _InputsDocument
     not_modelled: tuple[str, ...] = ()
     timeline: tuple[TimelineEvent, ...] = ()
+    engine: Engine | None = None
+    objective: Objective | None = None
     solver: Certificate | None = None
     rejected: dict[str, int] | None = None
     alternatives: tuple[_AlternativeDocument, ...] | None = None
@@ -220,6 +227,10 @@ def encode_plan(plan: Plan) -> dict[str, Any]:
         "not_modelled": list(plan.not_modelled),
         "timeline": [encode(event) for event in plan.timeline],
     }
+    if plan.engine is not None:
+        document["engine"] = str(plan.engine)
+    if plan.objective is not None:
+        document["objective"] = encode(plan.objective)
     if plan.solver is not None:
         document["solver"] = encode(plan.solver)
         document["rejected"] = plan.rejected
@@ -289,6 +300,8 @@ def decode_plan(data: object, *, source: str) -> Plan:
         digests=document.inputs.digests,
         not_modelled=document.not_modelled,
         timeline=document.timeline,
+        engine=document.engine,
+        objective=document.objective,
     )
 
 

@@ -9,6 +9,8 @@ from planner.codec import digest, noun
 from planner.cost.schedule import parse_table, table_faults
 from planner.errors import InputError
 from planner.estimate import Verdict
+from planner.limits import Limits
+from planner.objective import Minimise
 from planner.plan import Plan
 from planner.problem import PlanningProblem
 from planner.rules import broken_rules
@@ -42,6 +44,7 @@ def _rules(plan: Plan) -> list[str]:
         cluster=plan.cluster,
         profile=None,
         memory_limit_bytes=plan.estimate.memory_limit_bytes,
+        limits=Limits(engine=plan.engine),
     )
     return [f"{rejected.rule}: {rejected.detail}" for rejected in broken_rules(problem, plan.strategy)]
 
@@ -99,6 +102,37 @@ def _estimate(plan: Plan) -> list[str]:
     return faults
 
 
+def _objective(plan: Plan) -> list[str]:
+    """The nodes, days and dollars are those of the plan, within deadline and budget, above their bound."""
+    objective = plan.objective
+    if objective is None:
+        return []
+    faults = []
+    nodes = sum(group.nodes for group in plan.cluster.groups)
+    if objective.nodes != nodes:
+        faults.append(f"the plan runs on {nodes} nodes, the objective names {objective.nodes}")
+    if objective.nodes_unused < 0:
+        faults.append(f"{objective.nodes_unused} nodes are left unused")
+    job = plan.estimate.job
+    days, usd = (plan.estimate.days, plan.estimate.cost_usd) if job is None else (job.days, job.cost_usd)
+    for name, written, own in (("days", objective.days, days), ("cost_usd", objective.cost_usd, usd)):
+        if (written is None) != (own is None) or not math.isclose(
+            written or 0.0, own or 0.0, rel_tol=RELATIVE_TOLERANCE
+        ):
+            faults.append(f"{name} is {written}, the estimate has {own}")
+    limits = (
+        ("deadline_days", objective.deadline_days, objective.days),
+        ("budget_usd", objective.budget_usd, objective.cost_usd),
+    )
+    for name, limit, value in limits:
+        if limit is not None and (value is None or value > limit * (1 + RELATIVE_TOLERANCE)):
+            faults.append(f"{name} is {limit}, the run takes {value}")
+    figure = objective.cost_usd if objective.minimise is Minimise.COST else objective.days
+    if figure is not None and objective.lower_bound > figure * (1 + RELATIVE_TOLERANCE):
+        faults.append(f"the bound {objective.lower_bound} lies above {figure}")
+    return faults
+
+
 def _certificate(plan: Plan) -> list[str]:
     """The certificate is about this plan, and its bound lies below it."""
     solver = plan.solver
@@ -133,5 +167,6 @@ _CHECKS: tuple[tuple[str, Callable[[Plan], list[str]]], ...] = (
     ("schedule table", _schedule),
     ("estimate", _estimate),
     ("certificate", _certificate),
+    ("objective", _objective),
     ("digests", _digests),
 )

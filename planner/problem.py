@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from planner.cluster import ClusterSpec, Device
 from planner.codec import noun
+from planner.limits import NO_LIMITS, Limits
 from planner.model import ModelSpec
 from planner.profile import Profile
 from planner.stack import NATIVE, Stack
@@ -13,7 +14,8 @@ from planner.workload import Workload
 
 @noun
 class PlanningProblem:
-    """A model, a workload, a cluster, what is known of the device, its memory, the software, the upkeep."""
+    """A model, a workload, a cluster, what is known of the device, its memory, the software, the upkeep, and
+    what plans are held to by choice."""
 
     model: ModelSpec
     workload: Workload
@@ -22,6 +24,7 @@ class PlanningProblem:
     memory_limit_bytes: int
     stack: Stack = NATIVE
     upkeep: Upkeep = NOTHING_SAID
+    limits: Limits = NO_LIMITS
 
     @property
     def device(self) -> Device:

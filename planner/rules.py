@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from planner.divisors import divisors, legal_values
+from planner.engine_rules import engine_rules, engine_strategy_rules
 from planner.estimate import Rejected
 from planner.offload_rules import offload_possible
 from planner.problem import PlanningProblem
@@ -120,6 +121,20 @@ def tp_within_node(problem: PlanningProblem, degrees: Degrees) -> Rejected | Non
         "communicates over this group.",
         legal=legal_values(divisors(per_node), degrees.tp),
         fix="--fix tp=",
+    )
+
+
+def tp_within_limit(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """--max-tp: the largest tensor-parallel degree that was asked for."""
+    most = problem.limits.max_tp
+    if most is None or degrees.tp <= most:
+        return None
+    within = [tp for tp in divisors(problem.cluster.devices_per_node) if tp <= most]
+    return Rejected(
+        rule="max_tp",
+        detail=f"tp={degrees.tp} is above the --max-tp {most} that was asked for.",
+        legal=legal_values(within, degrees.tp),
+        fix=f"--max-tp {degrees.tp}, or --fix tp=",
     )
 
 
@@ -244,6 +259,7 @@ DEGREES_RULES: tuple[DegreesRule, ...] = (
     heads_divide,
     widths_divide,
     tp_within_node,
+    tp_within_limit,
     sequence_parallel_needs_tp,
     positions_cover,
     stages_fit,
@@ -259,6 +275,7 @@ LAYER_RULES: tuple[DegreesRule, ...] = (
     heads_divide,
     widths_divide,
     tp_within_node,
+    tp_within_limit,
     positions_cover,
 )
 """Those of the tensor-parallel degree alone."""
@@ -270,9 +287,13 @@ PIPELINE_RULES = (stages_fit, schedule_legal)
 """Those of the schedule, given pp and the micro-batches."""
 
 
+def _rules_of(problem: PlanningProblem) -> tuple[DegreesRule, ...]:
+    return DEGREES_RULES + engine_rules(problem.limits.engine)
+
+
 def broken_rule(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
     """The first rule that the degrees break, or None."""
-    for rule in DEGREES_RULES:
+    for rule in _rules_of(problem):
         rejected = rule(problem, degrees)
         if rejected is not None:
             return rejected
@@ -282,7 +303,8 @@ def broken_rule(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
 def broken_rules(problem: PlanningProblem, strategy: Strategy) -> list[Rejected]:
     """Every rule that a strategy breaks, its stages included."""
     degrees = strategy.degrees
-    found = [rejected for rule in DEGREES_RULES if (rejected := rule(problem, degrees)) is not None]
+    rules = _rules_of(problem)
+    found = [rejected for rule in rules if (rejected := rule(problem, degrees)) is not None]
     stages = strategy.stages
     bounds = [0, *(stage.end for stage in stages)]
     covers = all(stage.first == bound for stage, bound in zip(stages, bounds, strict=False))
@@ -303,4 +325,6 @@ def broken_rules(problem: PlanningProblem, strategy: Strategy) -> list[Rejected]
                     f"{stage.recompute.layers}.",
                 )
             )
+    held = engine_strategy_rules(problem.limits.engine) if problem.limits.whole and not found else ()
+    found += [rejected for rule in held if (rejected := rule(problem, strategy)) is not None]
     return found + offload_possible(problem, strategy)

@@ -46,7 +46,7 @@ LAYERS = (
         "cluster",
         "estimate",
     }
-    | {"stack", "upkeep"},
+    | {"stack", "upkeep", "limits", "objective"},
     {
         "profile",
         "plan",
@@ -54,6 +54,8 @@ LAYERS = (
         "rules",
         "spread_rules",
         "offload_rules",
+        "engine_rules",
+        "engines",
         "device_file",
         "network",
         "instance",

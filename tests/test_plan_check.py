@@ -70,7 +70,7 @@ def put(path: str, value: Any) -> Callable[[Any], None]:
 
 
 def test_a_true_plan_holds_in_memory_and_from_its_file(plan: Plan, tmp_path: Path) -> None:
-    assert [check.faults for check in check_plan(plan)] == [()] * 6
+    assert [check.faults for check in check_plan(plan)] == [()] * 7
     save_plan(plan, tmp_path / "plan.json")
     again = load_plan(tmp_path / "plan.json")
     assert again == plan
@@ -115,7 +115,7 @@ def test_the_command_prints_the_checks_and_exits_4_on_a_fault(plan: Plan, tmp_pa
     file = tmp_path / "plan.json"
     save_plan(plan, file)
     good = CliRunner().invoke(cli, ["check", str(file)])
-    assert good.exit_code == 0 and good.stdout.count("holds") == 6
+    assert good.exit_code == 0 and good.stdout.count("holds") == 7
     document = json.loads(file.read_text())
     put("model.spec.vocab", 128257)(document)
     file.write_text(json.dumps(document))
@@ -123,4 +123,4 @@ def test_the_command_prints_the_checks_and_exits_4_on_a_fault(plan: Plan, tmp_pa
     assert bad.exit_code == 4
     assert "the model was changed" in bad.stdout and "digests" in bad.stderr
     report = json.loads(CliRunner().invoke(cli, ["check", str(file), "--json"]).stdout)
-    assert not report["ok"] and len(report["checks"]) == 6
+    assert not report["ok"] and len(report["checks"]) == 7

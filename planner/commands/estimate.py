@@ -38,6 +38,8 @@ BROKEN_RULE_EXIT = 3
 )
 def estimate(options: ProblemOptions, as_json: bool, fixed: tuple[str, ...], output: Path | None) -> int:
     """Estimate one given strategy."""
+    import dataclasses
+
     from planner.codec import encode
     from planner.commands.plan_text import plan_text
     from planner.commands.problem import read_problem
@@ -58,6 +60,7 @@ def estimate(options: ProblemOptions, as_json: bool, fixed: tuple[str, ...], out
             click.echo(violations_text(violations), err=True)
         return BROKEN_RULE_EXIT
     plan = make_plan(asked.problem, CostModel(asked.problem).evaluate(strategy), None, {}, ())
+    plan = dataclasses.replace(plan, engine=asked.problem.limits.engine)
     if output is not None:
         save_plan(plan, output)
     if as_json:
@@ -69,8 +72,8 @@ def estimate(options: ProblemOptions, as_json: bool, fixed: tuple[str, ...], out
 
 def strategy_of(problem: PlanningProblem, pins: Pins) -> Strategy:
     """The strategy that pins describe: free degrees are 1, dp fills the cluster, stages are even."""
+    from planner.engines.defaults import usual_exchange, usual_sequence_parallel
     from planner.strategy import (
-        CpExchange,
         Degrees,
         Offload,
         Recompute,
@@ -86,6 +89,9 @@ def strategy_of(problem: PlanningProblem, pins: Pins) -> Strategy:
     zero = Zero(pins.zero if pins.zero is not None else 0)
     micro_batch = pins.micro_batch or 1
     schedule = pins.schedule or Schedule.ONE_F_ONE_B
+    engine, sequence_parallel = problem.limits.engine, pins.sequence_parallel
+    if sequence_parallel is None:
+        sequence_parallel = usual_sequence_parallel(engine, tp)
     degrees = Degrees(
         tp=tp,
         pp=pp,
@@ -98,8 +104,8 @@ def strategy_of(problem: PlanningProblem, pins: Pins) -> Strategy:
         zero=zero,
         micro_batch=micro_batch,
         num_micro_batches=max(1, problem.workload.batch // (dp * micro_batch)),
-        sequence_parallel=bool(pins.sequence_parallel),
-        cp_exchange=pins.cp_exchange or CpExchange.RING,
+        sequence_parallel=sequence_parallel,
+        cp_exchange=pins.cp_exchange or usual_exchange(engine),
         etp=pins.etp,
     )
     recompute = pins.recompute or Recompute.NONE

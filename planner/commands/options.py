@@ -56,6 +56,7 @@ class ProblemOptions:
     device_spread: float | None = None
     failures: float | None = None
     restart: str | None = None
+    engine: str | None = None
 
 
 class ProblemInputs(NamedTuple):
@@ -173,6 +174,12 @@ def _options() -> list[Callable[[Any], Any]]:
             help="A file that `plan profile` wrote. Default: the shipped profile that fits best.",
         ),
         click.option("--memory-limit", metavar="SIZE", help="Memory of a device to plan for, such as 72GiB."),
+        click.option(
+            "--engine",
+            type=click.Choice(["native", "torchtitan", "megatron", "deepspeed"]),
+            help="Plan only what this training engine can run, and price its own software. Default: any "
+            "strategy, priced as the native runtime.",
+        ),
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from planner.commands.objective_text import objective_text
 from planner.commands.text import WIDTH, pairs, table
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 def plan_text(plan: Plan, basis: str) -> str:
     """The whole answer, in sections."""
     sections = [_headline(plan), _stages(plan), _time(plan), _figures(plan, basis), _job(plan)]
+    sections.append(objective_text(plan.objective))
     if plan.solver is not None:
         sections += [_certificate(plan), _alternatives(plan)]
     sections.append(pairs([("not modelled", "; ".join(plan.not_modelled))], WIDTH))
@@ -94,6 +96,7 @@ def _figures(plan: Plan, basis: str) -> str:
             ("MFU", "unknown: the device's peak is not known" if e.mfu is None else f"{e.mfu:.1%}"),
             ("days", None if e.days is None else f"{e.days:.4g}"),
             ("cost", None if e.cost_usd is None else f"${e.cost_usd:,.0f}"),
+            ("engine", plan.engine),
             ("price an hour", "; ".join(plan.cluster.price_sources) or None),
             (
                 "memory",

@@ -22,7 +22,10 @@ class Asked(NamedTuple):
 
 def read_problem(options: ProblemOptions) -> Asked:
     """Reads everything that the options name. Raises InputError with every fault."""
+    from planner.limits import Limits
     from planner.problem import PlanningProblem
+    from planner.runs.engine_stack import engine_stack, priced_as
+    from planner.stack import Engine
 
     inputs = load_problem(options)
     usable = min(group.device.usable_memory_bytes for group in inputs.cluster.groups)
@@ -35,7 +38,13 @@ def read_problem(options: ProblemOptions) -> Asked:
         upkeep=inputs.upkeep,
     )
     profile, basis = _profile(inputs, problem.device)
-    return Asked(dataclasses.replace(problem, profile=profile), basis)
+    problem = dataclasses.replace(problem, profile=profile)
+    if options.engine is None:
+        return Asked(problem, basis)
+    engine = Engine(options.engine)
+    stack = engine_stack(engine, profile)
+    problem = dataclasses.replace(problem, stack=stack, limits=Limits(engine=engine))
+    return Asked(problem, f"{basis}; {priced_as(stack, profile)}")
 
 
 def _profile(inputs: ProblemInputs, device: Device) -> tuple[Profile | None, str]:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from planner.commands.options import ProblemOptions, problem_options
+
+if TYPE_CHECKING:
+    from planner.plan import Plan
+    from planner.problem import PlanningProblem
+    from planner.search.space import Pins
 
 TIME_LIMIT_EXIT = 5
 DEFAULT_TIME_LIMIT_S = 60.0
@@ -36,6 +42,24 @@ DEFAULT_TIME_LIMIT_S = 60.0
     "--reproducible", is_flag=True, help="Use no clock: the same inputs give the same bytes everywhere."
 )
 @click.option(
+    "--max-tp",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="The largest tensor-parallel degree to use.",
+)
+@click.option(
+    "--objective",
+    type=click.Choice(["time", "cost"]),
+    help="Least time (the default), or least dollars for all --tokens: then on as many of the cluster's "
+    "nodes as pay.",
+)
+@click.option("--deadline", metavar="DAYS", help="The whole run ends within: 30 (days), 30d, 12h.")
+@click.option(
+    "--budget",
+    metavar="USD",
+    help="The whole run costs at most so many dollars, such as 50000 or 1.5M: on as many nodes as that pays.",
+)
+@click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -49,17 +73,21 @@ def solve(
     time_limit_s: float | None,
     top: int,
     reproducible: bool,
+    max_tp: int | None,
+    objective: str | None,
+    deadline: str | None,
+    budget: str | None,
     output: Path | None,
 ) -> int:
     """Find the best plan and prove how good it is."""
+    from planner.commands.goal import read_goal
     from planner.commands.plan_text import plan_text
     from planner.commands.problem import read_problem
     from planner.commands.text import print_json
     from planner.errors import InputError, Problem
     from planner.plan import encode_plan, save_plan
+    from planner.search.objective import solve_for
     from planner.search.solve import SolveOptions
-    from planner.search.solve import solve as search
-    from planner.search.space import parse_pins
 
     if reproducible and time_limit_s is not None:
         raise InputError(
@@ -70,12 +98,13 @@ def solve(
             )
         )
     asked = read_problem(options)
+    problem = with_max_tp(asked.problem, max_tp)
+    goal = read_goal(objective, deadline, budget, problem)
     if time_limit_s is None and not reproducible:
         time_limit_s = DEFAULT_TIME_LIMIT_S
-    chosen = SolveOptions(
-        pins=parse_pins(fixed), time_limit_s=time_limit_s, top=top, reproducible=reproducible
-    )
-    plan = search(asked.problem, chosen)
+    pins = pins_for(fixed, problem)
+    chosen = SolveOptions(pins=pins, time_limit_s=time_limit_s, top=top, reproducible=reproducible)
+    plan = solve_for(problem, chosen, goal)
     if output is not None:
         save_plan(plan, output)
         print(f"wrote {output}", file=sys.stderr)
@@ -83,6 +112,31 @@ def solve(
         print_json(encode_plan(plan))
     else:
         click.echo(plan_text(plan, asked.basis))
+    return TIME_LIMIT_EXIT if _ended_by_time(plan, time_limit_s) else 0
+
+
+def with_max_tp(problem: PlanningProblem, max_tp: int | None) -> PlanningProblem:
+    """The problem, held to a largest tensor-parallel degree."""
+    import dataclasses
+
+    return dataclasses.replace(problem, limits=dataclasses.replace(problem.limits, max_tp=max_tp))
+
+
+def pins_for(fixed: tuple[str, ...], problem: PlanningProblem) -> Pins:
+    """The pinned choices; what context parallelism leaves open is the engine's way, where it has one."""
+    import dataclasses
+
+    from planner.engines.defaults import usual_exchange
+    from planner.search.space import parse_pins
+
+    pins = parse_pins(fixed)
+    if problem.limits.engine is None or pins.cp in (None, 1) or pins.cp_exchange is not None:
+        return pins
+    return dataclasses.replace(pins, cp_exchange=usual_exchange(problem.limits.engine))
+
+
+def _ended_by_time(plan: Plan, time_limit_s: float | None) -> bool:
+    if plan.objective is not None:
+        return plan.objective.status == "time_limit"
     assert plan.solver is not None
-    out_of_time = time_limit_s is not None and plan.solver.wall_s >= time_limit_s
-    return TIME_LIMIT_EXIT if plan.solver.status == "gap" and out_of_time else 0
+    return plan.solver.status == "gap" and time_limit_s is not None and plan.solver.wall_s >= time_limit_s

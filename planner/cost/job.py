@@ -49,7 +49,7 @@ def job_figures(
     every = upkeep.checkpoint_every
     checkpoint_s = wait_s / every if wait_s is not None and every is not None else 0.0
     whole_s = step_s + data_s + straggler_s + checkpoint_s
-    between_s = _between_failures_s(problem)
+    between_s = between_failures_s(problem)
     lost = 0.0
     if every is not None:
         lost = min(1.0, (upkeep.restart_s + every * whole_s / 2) / between_s)
@@ -107,7 +107,7 @@ def _wait_s(problem: PlanningProblem, written: float, fullest: float, step_s: fl
     return stage_s + max(0.0, write_s - (upkeep.checkpoint_every or math.inf) * step_s)
 
 
-def _between_failures_s(problem: PlanningProblem) -> float:
+def between_failures_s(problem: PlanningProblem) -> float:
     """Mean time between failures of the whole job: failures count by node."""
     nodes = sum(group.nodes for group in problem.cluster.groups)
     rate = problem.upkeep.failures_per_1000_node_days * nodes / (1000 * DAY_S)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 
 from planner.cluster import Device
+from planner.engines.defaults import USUAL_EXCHANGE
 from planner.estimate import Rejected
 from planner.kept import AttentionKernel
 from planner.runs.run import Run, RunRecompute
@@ -67,14 +68,6 @@ INTERLEAVES = r"nemo|bridge"
 it 175 do, most with two layers a chunk."""
 
 CHUNK_LAYERS = 2
-
-USUAL_EXCHANGE: Mapping[Engine, CpExchange] = {
-    Engine.MEGATRON: CpExchange.RING,
-    Engine.DEEPSPEED: CpExchange.ALL_TO_ALL,
-    Engine.TORCHTITAN: CpExchange.GATHER,
-    Engine.NATIVE: CpExchange.GATHER,
-}
-"""Megatron-LM's cp_comm_type is p2p, DeepSpeed's way is Ulysses, torch's context_parallel gathers."""
 
 ULYSSES = r"ulysses"
 DEDUPLICATES = r"\bdeepep\b|\bhybrid-?ep\b"

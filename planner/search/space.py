@@ -25,6 +25,7 @@ from itertools import product
 
 from planner.codec import noun
 from planner.divisors import divisors
+from planner.engine_rules import candidate_schedules, engine_rules
 from planner.errors import InputError, Problem
 from planner.estimate import Rejected
 from planner.problem import PlanningProblem
@@ -180,6 +181,7 @@ class _Maker:
         self.problem, self.pins = problem, pins
         self.devices, self.batch = problem.cluster.devices, problem.workload.batch
         self.rejected: list[Rejected] = []
+        self.engine_rules = engine_rules(problem.limits.engine)
         self.pipes = cache(self._pipes)
 
     def _keeps(self, rules: tuple[DegreesRule, ...], degrees: Degrees) -> bool:
@@ -266,7 +268,18 @@ class _Maker:
             pipes, cut = self.pipes(whole.pp, m)
             self.rejected += cut
             for degrees in shardings if pipes else []:
-                yield dataclasses.replace(degrees, micro_batch=micro_batch, num_micro_batches=m), pipes
+                base = dataclasses.replace(degrees, micro_batch=micro_batch, num_micro_batches=m)
+                kept = self._for_engine(base, pipes) if self.engine_rules else pipes
+                if kept:
+                    yield base, kept
+
+    def _for_engine(self, base: Degrees, pipes: tuple[Pipe, ...]) -> tuple[Pipe, ...]:
+        """The schedules of a base that the engine of the problem runs."""
+        return tuple(
+            (schedule, chunks)
+            for schedule, chunks in pipes
+            if self._keeps(self.engine_rules, dataclasses.replace(base, schedule=schedule, chunks=chunks))
+        )
 
     def _shardings(self, whole: Degrees) -> list[tuple[Zero, int]]:
         """ZeRO stages with their shard degree: all data ranks, or those of one node (hybrid sharding)."""
@@ -295,7 +308,8 @@ class _Maker:
         if pp == 1 and pins.schedule is None:
             yield Schedule.ONE_F_ONE_B, pins.chunks or 1
             return
-        for schedule in Schedule if pins.schedule is None else [pins.schedule]:
+        open_ = candidate_schedules(self.problem.limits.engine)
+        for schedule in open_ if pins.schedule is None else (pins.schedule,):
             if schedule is Schedule.INTERLEAVED:
                 counts = _candidates(pins.chunks, list(range(2, MAX_CHUNKS + 1)))
             elif pins.chunks is not None and pins.schedule is not None:

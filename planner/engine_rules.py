@@ -1,0 +1,67 @@
+"""Rules of the engine that must run a plan: every one a named predicate, with its reason and its source.
+
+The first table holds for degrees, the second for a whole strategy: the sizes of stages and what their blocks
+recompute. A rule that is not here is not one of the engine: what it can run by options that a plan has no
+word for (another batch on each rank, say) is left out of the space instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from planner.engines.deepspeed import DEEPSPEED_RULES, DEEPSPEED_STRATEGY_RULES
+from planner.engines.megatron import MEGATRON_RULES, MEGATRON_SCHEDULES, MEGATRON_STRATEGY_RULES
+from planner.engines.native import NATIVE_RULES, NATIVE_STRATEGY_RULES
+from planner.engines.torchtitan import TORCH_SCHEDULES, TORCHTITAN_RULES, TORCHTITAN_STRATEGY_RULES
+from planner.estimate import Rejected
+from planner.execution import EXECUTED_SCHEDULES
+from planner.problem import PlanningProblem
+from planner.stack import Engine
+from planner.strategy import Degrees, Schedule, Strategy
+
+EngineRule = Callable[[PlanningProblem, Degrees], Rejected | None]
+StrategyRule = Callable[[PlanningProblem, Strategy], Rejected | None]
+
+ENGINE_RULES: Mapping[Engine, tuple[EngineRule, ...]] = MappingProxyType(
+    {
+        Engine.NATIVE: NATIVE_RULES,
+        Engine.TORCHTITAN: TORCHTITAN_RULES,
+        Engine.MEGATRON: MEGATRON_RULES,
+        Engine.DEEPSPEED: DEEPSPEED_RULES,
+    }
+)
+
+ENGINE_STRATEGY_RULES: Mapping[Engine, tuple[StrategyRule, ...]] = MappingProxyType(
+    {
+        Engine.NATIVE: NATIVE_STRATEGY_RULES,
+        Engine.TORCHTITAN: TORCHTITAN_STRATEGY_RULES,
+        Engine.MEGATRON: MEGATRON_STRATEGY_RULES,
+        Engine.DEEPSPEED: DEEPSPEED_STRATEGY_RULES,
+    }
+)
+
+ENGINE_SCHEDULES: Mapping[Engine, tuple[Schedule, ...]] = MappingProxyType(
+    {
+        Engine.NATIVE: EXECUTED_SCHEDULES,
+        Engine.TORCHTITAN: TORCH_SCHEDULES,
+        Engine.MEGATRON: MEGATRON_SCHEDULES,
+        Engine.DEEPSPEED: (Schedule.ONE_F_ONE_B,),
+    }
+)
+"""Schedules that an engine has, which its rules name as legal."""
+
+
+def engine_rules(engine: Engine | None) -> tuple[EngineRule, ...]:
+    """The rules of degrees of an engine; none where a plan is for no particular one."""
+    return () if engine is None else ENGINE_RULES[engine]
+
+
+def engine_strategy_rules(engine: Engine | None) -> tuple[StrategyRule, ...]:
+    """The rules of a whole strategy of an engine; none where a plan is for no particular one."""
+    return () if engine is None else ENGINE_STRATEGY_RULES[engine]
+
+
+def candidate_schedules(engine: Engine | None) -> tuple[Schedule, ...]:
+    """Schedules that a search looks at unasked: the engine's, or all."""
+    return tuple(Schedule) if engine is None else ENGINE_SCHEDULES[engine]

@@ -1,0 +1,88 @@
+"""What this project's own runtime runs (`plan train`): planner.execution knows it."""
+
+from __future__ import annotations
+
+from planner.estimate import Rejected
+from planner.execution import (
+    EXECUTED_OPTIMIZERS,
+    EXECUTED_PRECISIONS,
+    EXECUTED_SCHEDULES,
+    EXECUTED_TYPES,
+    axes_not_executed,
+    not_executed,
+    not_executed_workload,
+    offload_not_executed,
+)
+from planner.problem import PlanningProblem
+from planner.strategy import Degrees, Strategy
+
+
+def native_schedule(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """The executor neither splits backward passes nor places stages as a V."""
+    if degrees.pp == 1 or degrees.schedule in EXECUTED_SCHEDULES:
+        return None
+    return Rejected(
+        rule="native_schedule",
+        detail=f"schedule={degrees.schedule}: the native runtime neither splits backward passes nor places "
+        "stages as a V.",
+        legal=", ".join(EXECUTED_SCHEDULES),
+        fix="--fix schedule=",
+    )
+
+
+def native_axes(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """The runtime has tensor, pipeline and data parallelism."""
+    faults = axes_not_executed(degrees)
+    if not faults:
+        return None
+    return Rejected(
+        rule="native_axes",
+        detail=f"the native runtime cannot spread a step so: {'; '.join(faults)}.",
+        legal="cp=1, ep=1 and no etp",
+        fix="--fix cp=1, ep=1",
+    )
+
+
+def native_workload(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """Precisions, optimizers and methods that the trainer has."""
+    faults = not_executed_workload(problem.workload)
+    if not faults:
+        return None
+    return Rejected(
+        rule="native_workload",
+        detail=f"the native runtime cannot train this workload: {'; '.join(faults)}.",
+        legal=f"--precision {' or '.join(EXECUTED_PRECISIONS)}, --optimizer "
+        f"{' or '.join(EXECUTED_OPTIMIZERS)}, --method pretrain or finetune",
+        fix="--precision, --optimizer, --method",
+    )
+
+
+def native_model(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """Blocks that the runtime builds."""
+    faults = not_executed(problem.model)
+    if not faults:
+        return None
+    return Rejected(
+        rule="native_model",
+        detail=f"the native runtime cannot build {problem.model.name}: {'; '.join(faults)}.",
+        legal=f"pre-norm decoders of the families {', '.join(EXECUTED_TYPES)}",
+        fix="--model, or another --engine",
+    )
+
+
+def native_offload(problem: PlanningProblem, strategy: Strategy) -> Rejected | None:
+    """The runtime keeps everything on the device."""
+    faults = offload_not_executed(strategy)
+    if not faults:
+        return None
+    return Rejected(
+        rule="native_offload",
+        detail=f"the native runtime keeps everything on the device, and the strategy offloads: "
+        f"{'; '.join(faults)}.",
+        legal="offload=none",
+        fix="--fix offload=none",
+    )
+
+
+NATIVE_RULES = (native_schedule, native_axes, native_workload, native_model)
+NATIVE_STRATEGY_RULES = (native_offload,)

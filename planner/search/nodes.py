@@ -1,0 +1,112 @@
+"""Parts of a cluster that a plan may use alone, and what no plan on them can beat.
+
+With C the price of an hour, T tokens in all, t of them a step, and s a bound of the step time,
+
+    seconds >= T / t x max(s, t / loader) / (1 - (restart + k s / 2) / M)        dollars >= C x seconds / 3600
+
+where k steps lie between checkpoints and M is the mean time between failures (planner.cost.job): waiting for
+checkpoints and for the slowest device only adds to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+from planner.cluster import ClusterSpec
+from planner.cost.compute import LayerModel
+from planner.cost.evaluate import CostModel
+from planner.cost.job import between_failures_s
+from planner.estimate import Rejected
+from planner.problem import PlanningProblem
+from planner.search.quick_bounds import quick_bounds_s
+from planner.search.space import Pins, shapes
+
+EVERY_COUNT = 16
+"""Up to this many nodes every number is tried."""
+MOST_BESIDE_BATCH = 8
+"""Beyond it, what of a number of nodes does not divide the batch is left to the pipeline: at most this."""
+
+_LEADING_COUNT = re.compile(r"^([0-9]+)(?=\s*[x*])")
+
+
+def node_counts(cluster: ClusterSpec, batch: int) -> list[int]:
+    """Numbers of nodes to try, of 1 up to all, which is last.
+
+    Of a cluster of several kinds only all: the price of a part is not known.
+    """
+    if len(cluster.groups) > 1:
+        return [sum(group.nodes for group in cluster.groups)]
+    whole = cluster.groups[0].nodes
+    return [n for n in range(1, whole + 1) if n <= EVERY_COUNT or _sensible(n, whole, batch)]
+
+
+def _sensible(nodes: int, whole: int, batch: int) -> bool:
+    return whole % nodes == 0 or nodes // math.gcd(nodes, batch) <= MOST_BESIDE_BATCH
+
+
+def part_of(cluster: ClusterSpec, nodes: int) -> ClusterSpec:
+    """So many nodes of a cluster, at their share of its price."""
+    whole = sum(group.nodes for group in cluster.groups)
+    if nodes == whole:
+        return cluster
+    (group,) = cluster.groups
+    price = cluster.price_usd_per_hour
+    return dataclasses.replace(
+        cluster,
+        name=_name(cluster.name, nodes, whole),
+        groups=(dataclasses.replace(group, nodes=nodes),),
+        price_usd_per_hour=None if price is None else price * nodes / whole,
+    )
+
+
+def _name(name: str, nodes: int, whole: int) -> str:
+    """The name with its own number of nodes changed, where it begins with that."""
+    found = _LEADING_COUNT.match(name)
+    if found and int(found.group(1)) == whole:
+        return f"{nodes}{name[found.end() :]}"
+    return f"{nodes} of {whole} nodes of {name}"
+
+
+class StepBounds:
+    """Times that no strategy of any shape on a part of the cluster beats. Parts share the costs of layers."""
+
+    def __init__(self, pins: Pins) -> None:
+        self.pins = pins
+        self._layers: dict[str, LayerModel] = {}
+
+    def of(self, problem: PlanningProblem) -> float:
+        """A bound of the step time; infinite where no shape is legal."""
+        network = problem.cluster.network
+        model = CostModel(problem, self._layers.get(network))
+        self._layers.setdefault(network, model.layers)
+        legal = [shape for shape in shapes(problem, self.pins) if not isinstance(shape, Rejected)]
+        return float(quick_bounds_s(model, legal, self.pins.recomputes).min()) if legal else math.inf
+
+
+def run_bound_s(problem: PlanningProblem, step_s: float) -> float:
+    """Seconds that the whole run takes at least with steps of `step_s`."""
+    workload, upkeep = problem.workload, problem.upkeep
+    assert workload.tokens is not None, "checked when the goal was read"
+    each_s = step_s
+    if upkeep.data_tokens_per_s is not None:
+        each_s = max(step_s, workload.tokens_per_step / upkeep.data_tokens_per_s)
+    lost = 0.0
+    if upkeep.checkpoint_every is not None:
+        lost = (upkeep.restart_s + upkeep.checkpoint_every * each_s / 2) / between_failures_s(problem)
+    steps = workload.tokens / workload.tokens_per_step
+    return steps * each_s / (1 - lost) if lost < 1 else math.inf
+
+
+def dollars(problem: PlanningProblem, seconds: float) -> float:
+    """What the cluster costs for so long; infinite where its price is not known."""
+    price = problem.cluster.price_usd_per_hour
+    return math.inf if price is None else price * seconds / 3600
+
+
+def parts(problem: PlanningProblem) -> Iterator[tuple[int, PlanningProblem]]:
+    """The problem on each number of nodes."""
+    for nodes in node_counts(problem.cluster, problem.workload.batch):
+        yield nodes, dataclasses.replace(problem, cluster=part_of(problem.cluster, nodes))
