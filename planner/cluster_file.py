@@ -64,9 +64,18 @@ def read_cluster_file(path: Path, market: Market | None = None) -> ClusterSpec:
     if problems:
         raise InputError(*problems)
     cluster = join(table.name or path.stem, parts, str(path))
+    groups = tuple(
+        dataclasses.replace(
+            group,
+            intra=None if table.intra else group.intra,
+            inter=None if table.inter else group.inter,
+        )
+        for group in cluster.groups
+    )
     changes = {
         key: value
         for key, value in (
+            ("groups", groups),
             ("intra", _link(table.intra)),
             ("inter", _link(table.inter)),
             ("price_usd_per_hour", table.price_usd_per_hour),

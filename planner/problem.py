@@ -13,7 +13,12 @@ from planner.workload import Workload
 
 @noun
 class PlanningProblem:
-    """A model, a workload, a cluster, what is known of the device, its memory, the software, the upkeep."""
+    """A model, a workload, a cluster, what is known of the device, its memory, the software, the upkeep.
+
+    Where the cluster's groups differ, `profile` is that of the slowest device and `memory_limit_bytes` the
+    least limit; `group_profiles` and `group_limits_bytes` are those of each group, in order. (): the one
+    limit for all, and the one profile, of whose samples only its own device knows (planner.placement).
+    """
 
     model: ModelSpec
     workload: Workload
@@ -22,6 +27,8 @@ class PlanningProblem:
     memory_limit_bytes: int
     stack: Stack = NATIVE
     upkeep: Upkeep = NOTHING_SAID
+    group_profiles: tuple[Profile | None, ...] = ()
+    group_limits_bytes: tuple[int, ...] = ()
 
     @property
     def device(self) -> Device:
