@@ -35,7 +35,8 @@ _LOCAL = re.compile(r"^local(?::([0-9]{1,12}))?$")
 class Part:
     """One part of a cluster text: equal nodes, their links, and their price and its source where known.
 
-    `beyond` is the link to other parts; None where it is not known.
+    `beyond` is the link to other parts; None where it is not known. `assumed` says why links between nodes
+    are taken to be these, where no network was named.
     """
 
     name: str
@@ -45,6 +46,11 @@ class Part:
     beyond: Link | None
     price_usd_per_hour: float | None
     price_source: str = ""
+    assumed: str = ""
+
+    def told(self, link: Link) -> Link:
+        """A link between nodes, with what was assumed of it among its sources."""
+        return dataclasses.replace(link, sources=(self.assumed, *link.sources)) if self.assumed else link
 
 
 def parse_cluster(text: str, where: str = "--cluster", market: Market | None = None) -> ClusterSpec:
@@ -99,12 +105,6 @@ def shaped_part(
     facts = load_device(device, where)
     chosen = load_network(network or facts.network, where)
     group, intra, inter = _links(facts, nodes, per_node, chosen, where)
-    beyond = chosen.link(group.devices_per_node)
-    if network is None:
-        note = f"assumed: no network was named for {facts.name}"
-        beyond = dataclasses.replace(beyond, sources=(note, *beyond.sources))
-        if nodes > 1:
-            inter = dataclasses.replace(inter, sources=(note, *inter.sources))
     name = f"{nodes}x{per_node}:{facts.name}"
     if network is not None or nodes > 1:
         name += f"@{chosen.name}"
@@ -114,7 +114,8 @@ def shaped_part(
         group=group,
         intra=intra,
         inter=inter,
-        beyond=beyond,
+        beyond=chosen.link(group.devices_per_node),
+        assumed="" if network else f"assumed: no network was named for {facts.name}",
         price_usd_per_hour=None if price is None else nodes * per_node * price.usd_per_hour,
         price_source=market.lacking(facts) if price is None else price.text(),
     )
@@ -211,13 +212,14 @@ def join(name: str, parts: list[Part], where: str) -> ClusterSpec:
 
 def _joined(parts: list[Part], where: str) -> Link:
     """The link between nodes: of several parts the slowest within and between them."""
+    within = [part.told(part.inter) for part in parts if part.group.nodes > 1]
     if len(parts) == 1:
-        return parts[0].inter
+        return within[0] if within else parts[0].inter
     unknown = [part for part in parts if part.beyond is None]
     if unknown:
         raise InputError(*(_unknown_network(part.name, where) for part in unknown))
-    beyond = [part.beyond for part in parts if part.beyond is not None]
-    return slowest_link([*(part.inter for part in parts if part.group.nodes > 1), *beyond])
+    beyond = [part.told(part.beyond) for part in parts if part.beyond is not None]
+    return slowest_link([*within, *beyond])
 
 
 def _with_links(part: Part, intra: Link, inter: Link) -> DeviceGroup:

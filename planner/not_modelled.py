@@ -46,6 +46,11 @@ def _one_profile(problem: PlanningProblem, strategy: Strategy) -> bool:
     return problem.profile is not None and not problem.group_profiles and len(devices) > 1
 
 
+def _known_unequally(problem: PlanningProblem, strategy: Strategy) -> bool:
+    several = len({group.device.name for group in problem.cluster.groups}) > 1
+    return several and len({profile is None for profile in problem.group_profiles}) > 1
+
+
 def _faster_hops(problem: PlanningProblem, strategy: Strategy) -> bool:
     return strategy.degrees.pp > 1 and any(group.inter for group in problem.cluster.groups)
 
@@ -87,6 +92,8 @@ _PHRASES: tuple[tuple[str, Predicate], ...] = (
     ("other programs on this machine", lambda p, s: not _accelerators(p)),
     ("devices of several kinds in one stage: all compute like the slowest", _straddles),
     ("what sets kinds of devices apart besides datasheets: one profile speaks for all", _one_profile),
+    ("what runs would tell of the kinds that are known by datasheet alone, beside those known by runs",
+     _known_unequally),
     ("faster links between some stages: each message takes what it takes over the slowest", _faster_hops),
     ("how unevenly tokens meet experts, which no run fitted", lambda p, s: _uneven_experts(p)),
     ("loss scaling, and steps that overflow", lambda p, s: p.workload.precision is Precision.FP16),

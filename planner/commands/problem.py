@@ -25,29 +25,57 @@ def read_problem(options: ProblemOptions) -> Asked:
     from planner.problem import PlanningProblem
 
     inputs = load_problem(options)
-    usable = min(group.device.usable_memory_bytes for group in inputs.cluster.groups)
+    limits = _limits_bytes(inputs)
     problem = PlanningProblem(
         model=inputs.model,
         workload=inputs.workload,
         cluster=inputs.cluster,
         profile=None,
-        memory_limit_bytes=inputs.memory_limit_bytes or usable,
+        memory_limit_bytes=min(limits),
         upkeep=inputs.upkeep,
     )
-    profile, basis = _profile(inputs, problem.device)
-    return Asked(dataclasses.replace(problem, profile=profile), basis)
+    known = _profiles(inputs)
+    profile, basis = known[problem.device]
+    if len(known) == 1:
+        return Asked(dataclasses.replace(problem, profile=profile), basis)
+    mixed = dataclasses.replace(
+        problem,
+        profile=profile,
+        group_profiles=tuple(known[group.device][0] for group in inputs.cluster.groups),
+        group_limits_bytes=limits,
+    )
+    return Asked(mixed, "; ".join(f"{device.name}: {basis}" for device, (_, basis) in known.items()))
 
 
-def _profile(inputs: ProblemInputs, device: Device) -> tuple[Profile | None, str]:
+def _limits_bytes(inputs: ProblemInputs) -> tuple[int, ...]:
+    """The memory limit of each group: what its device has; where given, the option's, of several at most."""
+    groups, stated = inputs.cluster.groups, inputs.memory_limit_bytes
+    usable = [group.device.usable_memory_bytes for group in groups]
+    if stated is None:
+        return tuple(usable)
+    if len({group.device for group in groups}) == 1:
+        return (stated,) * len(groups)
+    return tuple(min(stated, each) for each in usable)
+
+
+def _profiles(inputs: ProblemInputs) -> dict[Device, tuple[Profile | None, str]]:
+    """For each kind of device the profile that counts, and in words what its figures rest on.
+
+    A profile that was measured on one of several kinds counts for that one; one that was fitted, for all.
+    """
     from planner.profile import load_profile
 
-    if inputs.profile is not None:
-        profile = load_profile(inputs.profile)
-        _check_device(profile, device.name, inputs)
-        made = (
-            f"measured on {profile.device}" if profile.layers else f"fitted to runs on {profile.device_title}"
-        )
-        return profile, f"profile {inputs.profile}, {made}, {profile.created}"
+    devices = list(dict.fromkeys(group.device for group in inputs.cluster.groups))
+    given = None if inputs.profile is None else load_profile(inputs.profile)
+    if given is not None:
+        _check_device(given, [device.name for device in devices], inputs)
+    return {device: _profile(inputs, given, device) for device in devices}
+
+
+def _profile(inputs: ProblemInputs, given: Profile | None, device: Device) -> tuple[Profile | None, str]:
+    if given is not None and (not given.layers or given.device == device.name):
+        made = f"measured on {given.device}" if given.layers else f"fitted to runs on {given.device_title}"
+        return given, f"profile {inputs.profile}, {made}, {given.created}"
     shipped = _shipped(device.name)
     if shipped is not None:
         made = "measured" if shipped.layers else "fitted to runs"
@@ -55,15 +83,15 @@ def _profile(inputs: ProblemInputs, device: Device) -> tuple[Profile | None, str
     return None, f"datasheet of {device.title}: nothing was measured on it"
 
 
-def _check_device(profile: Profile, device: str, inputs: ProblemInputs) -> None:
+def _check_device(profile: Profile, devices: list[str], inputs: ProblemInputs) -> None:
     from planner.errors import InputError, Problem
 
-    if profile.layers and profile.device != device:
+    if profile.layers and profile.device not in devices:
         raise InputError(
             Problem(
                 where=f"--profile {inputs.profile}",
-                fault=f"was measured on {profile.device}, the cluster is made of {device}.",
-                legal=f"a profile of {device}",
+                fault=f"was measured on {profile.device}, the cluster is made of {' and '.join(devices)}.",
+                legal=f"a profile of {' or '.join(devices)}",
                 fix="plan profile on that device, or leave --profile out",
             )
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from importlib import metadata
 
 from planner.codec import noun
@@ -248,7 +249,10 @@ def certificate_sentences(certificate: Certificate) -> tuple[str, ...]:
 def model_facts(plan: Plan) -> tuple[Fact, ...]:
     """The inputs of the plan in short."""
     model, work = plan.model, plan.workload
-    group = plan.cluster.groups[0]
+    counts: Counter[str] = Counter()
+    for group in plan.cluster.groups:
+        counts[group.device.title] += group.devices
+    devices = " and ".join(f"{count} x {title}" for title, count in counts.items())
     facts = (
         ("Model", f"{model.name} ({model.model_type})"),
         ("Parameters", f"{model.params_total:,}"),
@@ -256,7 +260,7 @@ def model_facts(plan: Plan) -> tuple[Fact, ...]:
         ("Batch", f"{work.batch} sequences of {work.seq} tokens"),
         ("Numbers", f"{work.precision}, {work.optimizer}, {work.method}"),
         ("Tokens", f"{work.tokens:,}" if work.tokens else "open-ended"),
-        ("Cluster", f"{plan.cluster.name}: {plan.cluster.devices} x {group.device.title}"),
+        ("Cluster", f"{plan.cluster.name}: {devices}"),
         ("Links", f"{plan.cluster.intra.name} within a node, {plan.cluster.inter.name} between nodes"),
     )
     return tuple(Fact(name=name, value=value) for name, value in facts)
