@@ -8,6 +8,7 @@ limit. In a mixed cluster each pipeline rank has the costs and the limit of its 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
@@ -214,7 +215,7 @@ class CostModel:
         peaks = [group.device.peak_flops(workload.precision) for group in cluster.groups]
         if any(peak is None for peak in peaks):
             return None
-        total = sum((peak or 0.0) * g.devices for peak, g in zip(peaks, cluster.groups, strict=True))
+        total = math.fsum((peak or 0.0) * g.devices for peak, g in zip(peaks, cluster.groups, strict=True))
         return float(trained_flops_per_token(self.problem.model, workload) * tokens_per_s / total)
 
 
