@@ -272,7 +272,7 @@ def test_each_rank_has_its_own_limit() -> None:
     """A stage that fits into 80 GB and not into 40 GB."""
     of = named("2x8:a100-sxm-40gb+2x8:a100-sxm-80gb", "llama-13b", batch=16)
     degrees = Degrees(tp=8, pp=4, num_micro_batches=16)
-    heavy = sized_stages((4, 4, 6, 26), Recompute.NONE)
+    heavy = sized_stages((2, 4, 4, 30), Recompute.NONE)
     order = [dataclasses.replace(degrees, device_order=order) for order in ((0, 1), (1, 0))]
     full = dataclasses.replace(of, workload=dataclasses.replace(of.workload, seq=4 * 4096))
     fits, not_fits = (evaluated(full, each, heavy) for each in order)
@@ -304,7 +304,7 @@ def test_the_verdict_is_the_worst_of_all_ranks(seed: int) -> None:
     groups = random_groups(draw)
     degrees = pipeline(4, 16, num_micro_batches=16)
     work = Workload(seq=2048, batch=degrees.batch)
-    scale = 10 ** draw.uniform(-2.0, 0.0)
+    scale = 10 ** draw.uniform(-1.0, 0.7)
     limits = tuple(round(g.device.usable_memory_bytes * scale) for g in groups)
     of = problem(*groups, workload=work, memory_limit_bytes=min(limits), group_limits_bytes=limits)
     done = evaluated(of, degrees)
