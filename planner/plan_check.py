@@ -135,7 +135,7 @@ def _devices(plan: Plan) -> list[str]:
     ]
 
 
-def _certificate(plan: Plan) -> list[str]:
+def certificate_faults(plan: Plan) -> list[str]:
     """The certificate is about this plan, and its bound lies below it."""
     solver = plan.solver
     if solver is None:
@@ -168,6 +168,6 @@ _CHECKS: tuple[tuple[str, Callable[[Plan], list[str]]], ...] = (
     ("rank grid", _grid),
     ("schedule table", _schedule),
     ("estimate", _estimate),
-    ("certificate", _certificate),
+    ("certificate", certificate_faults),
     ("digests", _digests),
 )

@@ -55,8 +55,9 @@ def solve(
     from planner.commands.plan_text import plan_text
     from planner.commands.problem import read_problem
     from planner.commands.text import print_json
-    from planner.errors import InputError, Problem
+    from planner.errors import CheckError, InputError, Problem
     from planner.plan import encode_plan, save_plan
+    from planner.plan_check import certificate_faults
     from planner.search.solve import SolveOptions
     from planner.search.solve import solve as search
     from planner.search.space import parse_pins
@@ -76,6 +77,9 @@ def solve(
         pins=parse_pins(fixed), time_limit_s=time_limit_s, top=top, reproducible=reproducible
     )
     plan = search(asked.problem, chosen)
+    faults = certificate_faults(plan)
+    if faults:
+        raise CheckError("the certificate of the answer does not hold: " + "; ".join(faults))
     if output is not None:
         save_plan(plan, output)
         print(f"wrote {output}", file=sys.stderr)
