@@ -43,12 +43,12 @@ def _straddles(problem: PlanningProblem, strategy: Strategy) -> bool:
 
 def _one_profile(problem: PlanningProblem, strategy: Strategy) -> bool:
     devices = {group.device.name for group in problem.cluster.groups}
-    return problem.profile is not None and not problem.group_profiles and len(devices) > 1
+    return problem.profile is not None and not problem.device_profiles and len(devices) > 1
 
 
 def _known_unequally(problem: PlanningProblem, strategy: Strategy) -> bool:
     several = len({group.device.name for group in problem.cluster.groups}) > 1
-    return several and len({profile is None for profile in problem.group_profiles}) > 1
+    return several and len({profile is None for _, profile in problem.device_profiles}) > 1
 
 
 def _faster_hops(problem: PlanningProblem, strategy: Strategy) -> bool:

@@ -66,16 +66,18 @@ def seen_from(problem: PlanningProblem, groups: Groups) -> PlanningProblem:
     Of one kind, all nodes of the cluster count as such: what is sent leaves them by their own ports. Where no
     other kind exists it is the problem itself.
     """
-    cluster = problem.cluster
+    cluster, limits = problem.cluster, _limits_bytes(problem)
+    limit = min(limits[g] for g in groups)
     if len(groups) == len(cluster.groups) or _all_alike(problem):
-        return problem
-    profiles, limits = _profiles(problem), _limits_bytes(problem)
+        same = limit == problem.memory_limit_bytes
+        return problem if same else dataclasses.replace(problem, memory_limit_bytes=limit)
+    profiles = _profiles(problem)
     seen = dataclasses.replace(
         problem,
         cluster=_seen_cluster(cluster, groups),
-        memory_limit_bytes=min(limits[g] for g in groups),
-        group_profiles=(),
-        group_limits_bytes=(),
+        memory_limit_bytes=limit,
+        device_profiles=(),
+        device_limits_bytes=(),
     )
     slowest = next(g for g in groups if cluster.groups[g].device == seen.device)
     return dataclasses.replace(seen, profile=profiles[slowest])
@@ -139,14 +141,15 @@ def _seen_cluster(cluster: ClusterSpec, groups: Groups) -> ClusterSpec:
 
 
 def _limits_bytes(problem: PlanningProblem) -> tuple[int, ...]:
-    return problem.group_limits_bytes or (problem.memory_limit_bytes,) * len(problem.cluster.groups)
+    """The memory limit of each group."""
+    known = dict(problem.device_limits_bytes)
+    return tuple(known.get(g.device.name, problem.memory_limit_bytes) for g in problem.cluster.groups)
 
 
 def _profiles(problem: PlanningProblem) -> tuple[Profile | None, ...]:
     """The profile of each group: of one for all, samples hold for its own device alone."""
-    if problem.group_profiles:
-        return problem.group_profiles
-    return tuple(_of_device(problem.profile, group.device.name) for group in problem.cluster.groups)
+    known, names = dict(problem.device_profiles), [group.device.name for group in problem.cluster.groups]
+    return tuple(known[name] if name in known else _of_device(problem.profile, name) for name in names)
 
 
 def _of_device(profile: Profile | None, device: str) -> Profile | None:

@@ -15,9 +15,10 @@ from planner.workload import Workload
 class PlanningProblem:
     """A model, a workload, a cluster, what is known of the device, its memory, the software, the upkeep.
 
-    Where the cluster's groups differ, `profile` is that of the slowest device and `memory_limit_bytes` the
-    least limit; `group_profiles` and `group_limits_bytes` are those of each group, in order. (): the one
-    limit for all, and the one profile, of whose samples only its own device knows (planner.placement).
+    Where the cluster has several kinds of devices, `profile` is that of the slowest and `memory_limit_bytes`
+    the least limit; `device_profiles` and `device_limits_bytes` are those of each kind, by its name. For a
+    kind that is not named there the one limit holds, and of the one profile what was not measured on
+    another kind (planner.placement).
     """
 
     model: ModelSpec
@@ -27,8 +28,8 @@ class PlanningProblem:
     memory_limit_bytes: int
     stack: Stack = NATIVE
     upkeep: Upkeep = NOTHING_SAID
-    group_profiles: tuple[Profile | None, ...] = ()
-    group_limits_bytes: tuple[int, ...] = ()
+    device_profiles: tuple[tuple[str, Profile | None], ...] = ()
+    device_limits_bytes: tuple[tuple[str, int], ...] = ()
 
     @property
     def device(self) -> Device:

@@ -35,6 +35,12 @@ FIXED = ("tp=4", "pp=4", "zero=1")
 DEGREES = Degrees(tp=4, pp=4, dp_shard=2, zero=Zero.OPTIMIZER, num_micro_batches=32)
 
 
+GROUPS = (
+    "[[groups]]\nnodes=2\ndevices_per_node=8\ndevice='a100-sxm-80gb'\n{}"
+    "[[groups]]\nnodes=2\ndevices_per_node=8\ndevice='h100-sxm-80gb'\n{}"
+)
+
+
 def estimate(*words: str) -> Result:
     fixed = [word for text in FIXED for word in ("--fix", text)]
     return CliRunner().invoke(cli, [*WORDS.split(), *fixed, *words])
@@ -100,12 +106,26 @@ def test_parts_of_a_cluster_need_a_known_network() -> None:
 
 def test_a_link_that_a_file_states_holds_for_all_groups(tmp_path: Path) -> None:
     file = tmp_path / "lab.toml"
-    groups = [("a100-sxm-80gb", ""), ("h100-sxm-80gb", "")]
-    text = "".join(f"[[groups]]\nnodes=1\ndevices_per_node=8\ndevice='{name}'\n" for name, _ in groups)
-    file.write_text(text + "[intra]\ngb_per_s=100\nlatency_us=1\n")
+    file.write_text(GROUPS.format("", "") + "[intra]\ngb_per_s=100\nlatency_us=1\n")
     cluster = parse_cluster(str(file))
     assert cluster.intra.bytes_per_s == 100e9
     assert all(group.intra is None for group in cluster.groups)
+
+
+def test_a_file_states_the_links_of_a_group(tmp_path: Path) -> None:
+    file = tmp_path / "lab.toml"
+    link = "[groups.{}]\ngb_per_s={}\nlatency_us=3\n"
+    file.write_text(GROUPS.format("", link.format("intra", 200) + link.format("inter", 20)))
+    cluster = parse_cluster(str(file))
+    slow, fast = cluster.groups
+    assert (cluster.intra.bytes_per_s, cluster.inter.bytes_per_s) == (200e9, 20e9)
+    assert slow.intra is not None and slow.intra.bytes_per_s == 300e9
+    assert slow.inter is not None and slow.inter.bytes_per_s == 25e9
+    assert fast.intra is None, "it is the slowest, and so the cluster's"
+    assert fast.inter is not None and fast.inter.latency_s == 3e-6 < cluster.inter.latency_s
+    file.write_text(GROUPS.format("", link.format("inter", 0)))
+    with pytest.raises(InputError, match=r"groups\.1\.inter\.gb_per_s"):
+        parse_cluster(str(file))
 
 
 @pytest.mark.parametrize(
@@ -129,12 +149,12 @@ def test_a_wrong_order_names_the_groups(text: str) -> None:
 
 def test_each_kind_of_device_has_its_profile_and_limit() -> None:
     asked = read_problem(options())
-    slow, fast = asked.problem.group_profiles
+    slow, fast = (profile for _, profile in asked.problem.device_profiles)
     assert slow is None and fast is not None and fast.device == "h100-sxm-80gb"
     assert asked.problem.profile is None and asked.problem.device.name == "a100-sxm-40gb"
     assert "a100-sxm-40gb: datasheet" in asked.basis and "h100-sxm-80gb: shipped profile" in asked.basis
     usable = [group.device.usable_memory_bytes for group in asked.problem.cluster.groups]
-    assert list(asked.problem.group_limits_bytes) == usable
+    assert [limit for _, limit in asked.problem.device_limits_bytes] == usable
     assert asked.problem.memory_limit_bytes == min(usable)
     assert seen_from(asked.problem, (1,)).memory_limit_bytes == usable[1]
     assert seen_from(asked.problem, (1,)).profile is fast
@@ -142,7 +162,9 @@ def test_each_kind_of_device_has_its_profile_and_limit() -> None:
 
 def test_a_stated_limit_caps_every_kind() -> None:
     capped = read_problem(options(memory_limit="60GiB")).problem
-    assert capped.group_limits_bytes == (capped.cluster.groups[0].device.usable_memory_bytes, 60 * GIB)
+    small = capped.cluster.groups[0].device
+    limits = ((small.name, small.usable_memory_bytes), ("h100-sxm-80gb", 60 * GIB))
+    assert capped.device_limits_bytes == limits
     same = read_problem(options("1x8:h100-sxm-80gb+1x8:h100-sxm-80gb", memory_limit="100GiB")).problem
     alone = read_problem(options("2x8:h100-sxm-80gb", memory_limit="100GiB")).problem
     assert same.memory_limit_bytes == alone.memory_limit_bytes == 100 * GIB
@@ -157,7 +179,7 @@ def test_a_measured_profile_must_be_of_one_of_the_devices() -> None:
         read_problem(options(profile=path))
     fitted = next(path for path in profile_files() if not load_profile(path).layers)
     asked = read_problem(options(profile=fitted))
-    assert all(profile is not None for profile in asked.problem.group_profiles)
+    assert all(profile is not None for _, profile in asked.problem.device_profiles)
 
 
 # plan.json
@@ -251,3 +273,4 @@ def test_the_report_draws_each_limit(plan: Plan) -> None:
     assert figure.table is not None and figure.table.rows[3][0] == "stage 3 (a100-sxm-40gb)"
     page = render_page(ReportInput(plan=plan, run=None))
     assert "16 x A100-40GB SXM4 and 16 x H100-80GB SXM5" in page
+    assert "NVLink4 within a node and ndr400x8 between nodes of h100-sxm-80gb" in page

@@ -31,7 +31,7 @@ def read_problem(options: ProblemOptions) -> Asked:
         workload=inputs.workload,
         cluster=inputs.cluster,
         profile=None,
-        memory_limit_bytes=min(limits),
+        memory_limit_bytes=min(limits.values()),
         upkeep=inputs.upkeep,
     )
     known = _profiles(inputs)
@@ -41,21 +41,19 @@ def read_problem(options: ProblemOptions) -> Asked:
     mixed = dataclasses.replace(
         problem,
         profile=profile,
-        group_profiles=tuple(known[group.device][0] for group in inputs.cluster.groups),
-        group_limits_bytes=limits,
+        device_profiles=tuple((device.name, own) for device, (own, _) in known.items()),
+        device_limits_bytes=tuple((device.name, limit) for device, limit in limits.items()),
     )
     return Asked(mixed, "; ".join(f"{device.name}: {basis}" for device, (_, basis) in known.items()))
 
 
-def _limits_bytes(inputs: ProblemInputs) -> tuple[int, ...]:
-    """The memory limit of each group: what its device has; where given, the option's, of several at most."""
-    groups, stated = inputs.cluster.groups, inputs.memory_limit_bytes
-    usable = [group.device.usable_memory_bytes for group in groups]
+def _limits_bytes(inputs: ProblemInputs) -> dict[Device, int]:
+    """The memory limit of each kind of device: what it has, or what was asked for; of several, the less."""
+    usable = {group.device: group.device.usable_memory_bytes for group in inputs.cluster.groups}
+    stated = inputs.memory_limit_bytes
     if stated is None:
-        return tuple(usable)
-    if len({group.device for group in groups}) == 1:
-        return (stated,) * len(groups)
-    return tuple(min(stated, each) for each in usable)
+        return usable
+    return {device: stated if len(usable) == 1 else min(stated, own) for device, own in usable.items()}
 
 
 def _profiles(inputs: ProblemInputs) -> dict[Device, tuple[Profile | None, str]]:

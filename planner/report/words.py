@@ -6,6 +6,7 @@ import platform
 from collections import Counter
 from importlib import metadata
 
+from planner.cluster import ClusterSpec
 from planner.codec import noun
 from planner.estimate import Verdict
 from planner.plan import PLAN_SCHEMA, Certificate, Plan
@@ -246,6 +247,16 @@ def certificate_sentences(certificate: Certificate) -> tuple[str, ...]:
     )
 
 
+def _links_text(cluster: ClusterSpec) -> str:
+    """The cluster's links, and those of groups that have their own."""
+    text = f"{cluster.intra.name} within a node, {cluster.inter.name} between nodes"
+    for group in cluster.groups:
+        if group.intra or group.inter:
+            intra, inter = (group.intra or cluster.intra).name, (group.inter or cluster.inter).name
+            text += f"; {intra} within a node and {inter} between nodes of {group.device.name}"
+    return text
+
+
 def model_facts(plan: Plan) -> tuple[Fact, ...]:
     """The inputs of the plan in short."""
     model, work = plan.model, plan.workload
@@ -261,7 +272,7 @@ def model_facts(plan: Plan) -> tuple[Fact, ...]:
         ("Numbers", f"{work.precision}, {work.optimizer}, {work.method}"),
         ("Tokens", f"{work.tokens:,}" if work.tokens else "open-ended"),
         ("Cluster", f"{plan.cluster.name}: {devices}"),
-        ("Links", f"{plan.cluster.intra.name} within a node, {plan.cluster.inter.name} between nodes"),
+        ("Links", _links_text(plan.cluster)),
     )
     return tuple(Fact(name=name, value=value) for name, value in facts)
 

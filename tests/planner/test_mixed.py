@@ -74,15 +74,15 @@ def evaluated(of: PlanningProblem, degrees: Degrees, stages: tuple[Stage, ...] |
 def named(text: str, model: str = "llama-2-70b", batch: int = 128, **more: object) -> PlanningProblem:
     """A problem on catalog devices, with the memory limit of each group."""
     cluster = parse_cluster(text, "test")
-    limits = tuple(group.device.usable_memory_bytes for group in cluster.groups)
+    limits = {group.device.name: group.device.usable_memory_bytes for group in cluster.groups}
     return dataclasses.replace(
         PlanningProblem(
             model=load_model(model),
             workload=Workload(seq=4096, batch=batch),
             cluster=cluster,
             profile=None,
-            memory_limit_bytes=min(limits),
-            group_limits_bytes=limits,
+            memory_limit_bytes=min(limits.values()),
+            device_limits_bytes=tuple(limits.items()),
         ),
         **more,
     )
@@ -179,8 +179,8 @@ def random_groups(draw: random.Random) -> list[DeviceGroup]:
 
 
 def limits_of(groups: list[DeviceGroup]) -> dict[str, object]:
-    limits = tuple(group.device.usable_memory_bytes for group in groups)
-    return {"memory_limit_bytes": min(limits), "group_limits_bytes": limits}
+    limits = {group.device.name: group.device.usable_memory_bytes for group in groups}
+    return {"memory_limit_bytes": min(limits.values()), "device_limits_bytes": tuple(limits.items())}
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -288,7 +288,7 @@ def test_each_rank_has_its_own_limit() -> None:
 
 def test_the_fullest_rank_is_the_one_nearest_to_its_limit() -> None:
     """Not the one with most bytes; its limit is the estimate's."""
-    limits = {"memory_limit_bytes": 1 * GIB, "group_limits_bytes": (8 * GIB, 1 * GIB)}
+    limits = {"memory_limit_bytes": GIB, "device_limits_bytes": (("slow", 8 * GIB), ("fast", GIB))}
     done = evaluated(problem(SLOW, FAST, **limits), pipeline(), sized_stages((10, 2)))
     first, last = (stage.memory.total_bytes for stage in done.stages)
     assert first / 8 < last and done.estimate.peak_memory_bytes == last
@@ -305,8 +305,8 @@ def test_the_verdict_is_the_worst_of_all_ranks(seed: int) -> None:
     degrees = pipeline(4, 16, num_micro_batches=16)
     work = Workload(seq=2048, batch=degrees.batch)
     scale = 10 ** draw.uniform(-1.0, 0.7)
-    limits = tuple(round(g.device.usable_memory_bytes * scale) for g in groups)
-    of = problem(*groups, workload=work, memory_limit_bytes=min(limits), group_limits_bytes=limits)
+    limits = tuple((g.device.name, round(g.device.usable_memory_bytes * scale)) for g in groups)
+    of = problem(*groups, workload=work, memory_limit_bytes=GIB, device_limits_bytes=limits)
     done = evaluated(of, degrees)
     low, high = done.estimate.peak_memory_interval_bytes or (0, 0)
     peak = done.estimate.peak_memory_bytes
@@ -325,7 +325,7 @@ def test_the_verdict_is_the_worst_of_all_ranks(seed: int) -> None:
 def test_a_rank_that_straddles_groups_is_governed_by_the_slowest() -> None:
     """Its figures are those of the slow device and of the least limit; the other rank keeps its own."""
     groups = (dataclasses.replace(SLOW, nodes=1), dataclasses.replace(FAST, nodes=3))
-    limits = {"memory_limit_bytes": 4 * GIB, "group_limits_bytes": (4 * GIB, 9 * GIB)}
+    limits = {"memory_limit_bytes": 4 * GIB, "device_limits_bytes": (("fast", 9 * GIB),)}
     degrees = pipeline(2, 16, num_micro_batches=2)
     of = problem(*groups, **limits)
     done = evaluated(of, degrees)
@@ -392,7 +392,7 @@ def test_a_measured_profile_speaks_for_its_own_device() -> None:
     assert seen_from(of, (0,)).profile is own and seen_from(of, (1,)).profile is None
     of = problem(SLOW, FAST, profile=fitted)
     assert seen_from(of, (0,)).profile is fitted and seen_from(of, (1,)).profile is fitted
-    of = problem(SLOW, FAST, profile=None, group_profiles=(None, fitted))
+    of = problem(SLOW, FAST, profile=None, device_profiles=(("slow", None), ("fast", fitted)))
     assert seen_from(of, (0,)).profile is None and seen_from(of, (1,)).profile is fitted
 
 
@@ -401,7 +401,7 @@ def test_what_is_known_least_sets_the_interval() -> None:
     of = named("2x8:a100-sxm-80gb+2x8:h100-sxm-80gb")
     fitted = next(p for p in map(load_profile, profile_files()) if p.device == "h100-sxm-80gb")
     degrees = Degrees(tp=8, pp=4, num_micro_batches=128)
-    known = dataclasses.replace(of, group_profiles=(None, fitted))
+    known = dataclasses.replace(of, device_profiles=(("a100-sxm-80gb", None), ("h100-sxm-80gb", fitted)))
     done = evaluated(known, degrees).estimate
     half = done.step_time_interval_s[1] / done.step_time_s - 1
     alone = evaluated(named("4x8:h100-sxm-80gb", profile=fitted), degrees).estimate
