@@ -43,11 +43,12 @@ def rank_groups(cluster: ClusterSpec, degrees: Degrees) -> tuple[Groups, ...]:
 
 
 def stage_groups(cluster: ClusterSpec, degrees: Degrees, stages: int) -> tuple[Groups, ...]:
-    """The groups in which each stage has devices; all, where there are not as many stages as there should."""
-    if stages != degrees.stages:
-        return (tuple(range(len(cluster.groups))),) * stages
-    groups = rank_groups(cluster, degrees)
-    return tuple(groups[degrees.pp_rank_of_stage(stage)] for stage in range(stages))
+    """The groups in which each stage has devices; all, where degrees have no place for so many stages."""
+    every, groups = tuple(range(len(cluster.groups))), rank_groups(cluster, degrees)
+    ranks = [degrees.pp_rank_of_stage(stage) for stage in range(stages)] if degrees.pp > 0 else []
+    if stages != degrees.stages or not ranks or min(ranks) < 0 or max(ranks) >= degrees.pp:
+        return (every,) * stages
+    return tuple(groups[rank] for rank in ranks)
 
 
 def is_mixed(cluster: ClusterSpec) -> bool:

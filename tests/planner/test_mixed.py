@@ -14,7 +14,7 @@ from planner.cluster_grammar import parse_cluster
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.estimate import Verdict
 from planner.not_modelled import not_modelled
-from planner.placement import device_names, rank_groups, rank_limits_bytes, seen_from
+from planner.placement import device_names, rank_groups, rank_limits_bytes, seen_from, stage_groups
 from planner.problem import PlanningProblem
 from planner.profile import Op, load_profile
 from planner.rules import broken_rule, broken_rules
@@ -128,6 +128,29 @@ def test_all_stages_of_a_rank_are_on_its_devices(
     assert [stage.device for stage in done.stages] == expected
     inner = [stage.forward_s for stage in done.stages]
     assert (inner[1] < inner[0]) and len(inner) == 4
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"pp": 0},
+        {"pp": -2, "chunks": -1},
+        {"schedule": Schedule.ZBV, "pp": 1, "chunks": 4},
+        {"schedule": Schedule.ZBV, "pp": 2, "chunks": 3},
+        {"device_order": (0, 5)},
+        {"device_order": (7,)},
+    ],
+)
+def test_degrees_that_break_rules_have_a_place_too(wrong: dict[str, object]) -> None:
+    """Rules and checks ask for it before they know better: nothing is raised."""
+    degrees = dataclasses.replace(pipeline(), **wrong)
+    of = problem(SLOW, FAST)
+    for stages in (0, 2, 4, 6):
+        placed = stage_groups(of.cluster, degrees, stages)
+        assert len(placed) == stages and set(placed) <= {(0,), (1,), (0, 1)}
+    if degrees.pp > 0:
+        split = offloaded(even_stages(12, 2), Offload.OPTIMIZER)
+        assert broken_rules(of, Strategy(degrees=degrees, stages=split))
 
 
 # Laws
