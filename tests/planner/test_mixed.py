@@ -33,6 +33,7 @@ from planner.strategy import (
     sized_stages,
 )
 from planner.units import GIB
+from planner.upkeep import Upkeep
 from planner.workload import Workload
 from tests.planner import instances
 
@@ -431,6 +432,23 @@ def test_what_is_known_least_sets_the_interval() -> None:
     assert half > 1.5 * (alone.step_time_interval_s[1] / alone.step_time_s - 1)
     assert done.coverage.fitted > 0.2 and done.coverage.datasheet > 0.2
     assert "by runs" in "; ".join(not_modelled(known, Strategy(degrees=degrees, stages=even_stages(80, 4))))
+
+
+def test_what_a_job_loses_depends_on_the_devices_of_each_rank() -> None:
+    """Groups of one device lose what a uniform cluster does; each rank copies over its own host link."""
+    said = Upkeep(checkpoint_every=100, storage_bytes_per_s=1e18, device_spread=0.01)
+    degrees = Degrees(tp=8, pp=4, num_micro_batches=128)
+    texts = ("4x8:h100", "2x8:h100+2x8:h100", "2x8:a100-sxm-80gb+2x8:h100", "4x8:a100-sxm-80gb")
+    jobs = [evaluated(named(text, upkeep=said), degrees, sized_stages((8, 30, 21, 21))) for text in texts]
+    fast, split, mixed, slow = (done.estimate.job for done in jobs)
+    assert fast is not None and split == fast
+    turned = dataclasses.replace(degrees, device_order=(1, 0))
+    waits = [job.checkpoint_wait_s or 0.0 for job in (fast, mixed, slow) if job]
+    assert 0 < waits[0] < waits[1] == waits[2], "an A100 holds the largest stage"
+    light = evaluated(named(texts[2], upkeep=said), turned, sized_stages((36, 36, 4, 4))).estimate.job
+    heavy = evaluated(named(texts[2], upkeep=said), degrees, sized_stages((36, 36, 4, 4))).estimate.job
+    assert light and heavy and light.checkpoint_wait_s and heavy.checkpoint_wait_s
+    assert light.checkpoint_wait_s < 0.7 * heavy.checkpoint_wait_s
 
 
 # Rules
