@@ -392,6 +392,12 @@ def test_each_rank_sends_over_its_own_links() -> None:
         assert shape.reduces[shape.block_units[key]] == alone.reduces[alone.block_units[key]]
 
 
+def test_a_group_of_one_node_is_still_part_of_a_cluster() -> None:
+    """Constants that were fitted to a network hold for it, and those of one node alone do not."""
+    of = named("1x8:a100-sxm-80gb+1x8:h100-sxm-80gb")
+    assert {seen_from(of, (group,)).cluster.network for group in (0, 1)} == {"hdr200x8"}
+
+
 def test_costs_of_a_kind_are_shared() -> None:
     model = CostModel(problem(SLOW, FAST))
     first, second = model.rank_shapes(pipeline(4)), model.rank_shapes(pipeline(2))
