@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 from planner.codec import noun
 from planner.workload import Precision
 
@@ -56,9 +59,17 @@ class Link:
     share_origin: str = "datasheet"
 
 
+def slowest_link(links: Sequence[Link]) -> Link:
+    """The link that a message over all of them waits for: the least rate, the most latency."""
+    slowest = min(links, key=lambda link: float("inf") if link.bytes_per_s is None else link.bytes_per_s)
+    return dataclasses.replace(slowest, latency_s=max(link.latency_s for link in links))
+
+
 @noun
 class DeviceGroup:
     """Equal nodes of equal devices.
+
+    `intra` and `inter` are the group's own links, inside its nodes and between them; None: the cluster's.
 
     `slots_per_node` is the number of devices of a node that can compute at once at full speed: processes
     on a CPU share its cores. None means that every device has its own. `host_memory_bytes` is the memory of
@@ -70,6 +81,8 @@ class DeviceGroup:
     devices_per_node: int
     slots_per_node: int | None = None
     host_memory_bytes: int | None = None
+    intra: Link | None = None
+    inter: Link | None = None
 
     @property
     def devices(self) -> int:
@@ -81,7 +94,7 @@ ONE_NODE = "one node"
 
 @noun
 class ClusterSpec:
-    """Device groups, the link inside a node and the link between nodes.
+    """Device groups, the link inside a node and the link between nodes: of groups that differ, the slowest.
 
     `price_usd_per_hour` is for the whole cluster; None means unknown. `price_sources` say for each of its
     parts with a price which one it is, as of when and from where.

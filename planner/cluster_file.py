@@ -16,17 +16,6 @@ MAX_LATENCY_US = 1e6
 
 
 @noun
-class GroupTable:
-    """Equal nodes: `device` with `devices_per_node`, or `instance`. A device may be a path to its file."""
-
-    nodes: int
-    device: str | None = None
-    devices_per_node: int | None = None
-    instance: str | None = None
-    network: str | None = None
-
-
-@noun
 class LinkTable:
     """A link by its numbers: nominal, one direction, per device."""
 
@@ -37,8 +26,24 @@ class LinkTable:
 
 
 @noun
+class GroupTable:
+    """Equal nodes: `device` with `devices_per_node`, or `instance`. A device may be a path to its file.
+
+    `intra` and `inter` are its links, inside and between its nodes, where they are known by numbers.
+    """
+
+    nodes: int
+    device: str | None = None
+    devices_per_node: int | None = None
+    instance: str | None = None
+    network: str | None = None
+    intra: LinkTable | None = None
+    inter: LinkTable | None = None
+
+
+@noun
 class ClusterFile:
-    """The tables of a cluster file."""
+    """The tables of a cluster file. `intra` and `inter` are the links of all groups."""
 
     groups: tuple[GroupTable, ...]
     name: str | None = None
@@ -64,9 +69,18 @@ def read_cluster_file(path: Path, market: Market | None = None) -> ClusterSpec:
     if problems:
         raise InputError(*problems)
     cluster = join(table.name or path.stem, parts, str(path))
+    groups = tuple(
+        dataclasses.replace(
+            group,
+            intra=None if table.intra else group.intra,
+            inter=None if table.inter else group.inter,
+        )
+        for group in cluster.groups
+    )
     changes = {
         key: value
         for key, value in (
+            ("groups", groups),
             ("intra", _link(table.intra)),
             ("inter", _link(table.inter)),
             ("price_usd_per_hour", table.price_usd_per_hour),
@@ -78,6 +92,12 @@ def read_cluster_file(path: Path, market: Market | None = None) -> ClusterSpec:
 
 
 def _part(group: GroupTable, path: Path, where: str, market: Market) -> Part:
+    part, intra, inter = _unlinked(group, path, where, market), _link(group.intra), _link(group.inter)
+    stated = {} if inter is None else {"inter": inter, "beyond": inter, "assumed": ""}
+    return dataclasses.replace(part, intra=intra or part.intra, **stated)  # type: ignore[arg-type]  # as above
+
+
+def _unlinked(group: GroupTable, path: Path, where: str, market: Market) -> Part:
     if (group.device is None) == (group.instance is None):
         raise InputError(Problem(where=where, fault="needs either `device` or `instance`."))
     if group.instance is not None:
@@ -115,7 +135,10 @@ def _faults(table: ClusterFile, source: str) -> list[Problem]:
     if table.name is not None and (not 0 < len(table.name) <= 100 or table.name.startswith("local")):
         legal = "1 to 100 characters that do not begin with 'local', which is this machine"
         problems.append(Problem(where=f"{source}: name", fault="cannot be used.", legal=legal))
-    for key, link in (("intra", table.intra), ("inter", table.inter)):
+    links = [("intra", table.intra), ("inter", table.inter)]
+    for index, group in enumerate(table.groups):
+        links += [(f"groups.{index}.intra", group.intra), (f"groups.{index}.inter", group.inter)]
+    for key, link in links:
         if link is not None and not 0 < link.gb_per_s <= MAX_GB_PER_S:
             legal = f"above 0, at most {MAX_GB_PER_S:g}"
             problems.append(

@@ -1,7 +1,7 @@
 """The text of `--cluster`: `NODESxGPUS:DEVICE[@NETWORK]`, `COUNT*INSTANCE[@NETWORK]`, `+`, `local[:N]`, TOML.
 
 A mixed cluster's one link inside nodes, and one between them, is the slowest of its parts: a collective
-over all of them waits for that one.
+over all of them waits for that one. Each group keeps its own beside it, where it is another.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from planner.catalog import load_device, load_network
-from planner.cluster import ClusterSpec, DeviceGroup, Link
+from planner.cluster import ClusterSpec, DeviceGroup, Link, slowest_link
 from planner.device_file import DeviceFile
 from planner.errors import InputError, Problem
 from planner.market.market import Market, shipped_market
@@ -33,14 +33,24 @@ _LOCAL = re.compile(r"^local(?::([0-9]{1,12}))?$")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One part of a cluster text: equal nodes, their links, and their price and its source where known."""
+    """One part of a cluster text: equal nodes, their links, and their price and its source where known.
+
+    `beyond` is the link to other parts; None where it is not known. `assumed` says why links between nodes
+    are taken to be these, where no network was named.
+    """
 
     name: str
     group: DeviceGroup
     intra: Link
     inter: Link
+    beyond: Link | None
     price_usd_per_hour: float | None
     price_source: str = ""
+    assumed: str = ""
+
+    def told(self, link: Link) -> Link:
+        """A link between nodes, with what was assumed of it among its sources."""
+        return dataclasses.replace(link, sources=(self.assumed, *link.sources)) if self.assumed else link
 
 
 def parse_cluster(text: str, where: str = "--cluster", market: Market | None = None) -> ClusterSpec:
@@ -95,9 +105,6 @@ def shaped_part(
     facts = load_device(device, where)
     chosen = load_network(network or facts.network, where)
     group, intra, inter = _links(facts, nodes, per_node, chosen, where)
-    if network is None and nodes > 1:
-        note = f"assumed: no network was named for {facts.name}"
-        inter = dataclasses.replace(inter, sources=(note, *inter.sources))
     name = f"{nodes}x{per_node}:{facts.name}"
     if network is not None or nodes > 1:
         name += f"@{chosen.name}"
@@ -107,6 +114,8 @@ def shaped_part(
         group=group,
         intra=intra,
         inter=inter,
+        beyond=chosen.link(group.devices_per_node),
+        assumed="" if network else f"assumed: no network was named for {facts.name}",
         price_usd_per_hour=None if price is None else nodes * per_node * price.usd_per_hour,
         price_source=market.lacking(facts) if price is None else price.text(),
     )
@@ -117,20 +126,16 @@ def instance_part(count: int, name: str, network: str | None, where: str, market
     instance = market.instance(name, where)
     _check_counts(count, instance.devices, where)
     facts = load_device(instance.device, where)
-    text = network or instance.network
+    text, beyond = network or instance.network, None
     if text:
-        group, intra, inter = _links(facts, count, instance.devices, load_network(text, where), where)
+        chosen = load_network(text, where)
+        group, intra, inter = _links(facts, count, instance.devices, chosen, where)
+        beyond = chosen.link(group.devices_per_node)
     elif count == 1:
         group = DeviceGroup(device=facts.device(), nodes=1, devices_per_node=instance.devices)
         intra = inter = facts.link_of(instance.devices)
     else:
-        raise InputError(
-            Problem(
-                where=where,
-                fault=f"the network between instances of {instance.full_name} is not known.",
-                fix=f"name it, as in {count}*{instance.full_name}@eth25",
-            )
-        )
+        raise InputError(_unknown_network(f"{count}*{instance.full_name}", where))
     if instance.ram_gib is not None:
         nodes = group.devices_per_node / instance.devices  # a domain may join several instances
         group = dataclasses.replace(group, host_memory_bytes=round(nodes * instance.ram_gib * GIB))
@@ -140,8 +145,17 @@ def instance_part(count: int, name: str, network: str | None, where: str, market
         group=group,
         intra=intra,
         inter=inter,
+        beyond=beyond,
         price_usd_per_hour=None if price is None else count * price,
         price_source=market.price_text(instance),
+    )
+
+
+def _unknown_network(name: str, where: str) -> Problem:
+    return Problem(
+        where=where,
+        fault=f"the network between instances of {name.partition('*')[2]} is not known.",
+        fix=f"name it, as in {name}@eth25",
     )
 
 
@@ -182,19 +196,44 @@ def join(name: str, parts: list[Part], where: str) -> ClusterSpec:
         raise _fault(where, "one part has communication that takes no time (@none) and another has not.")
     prices = [part.price_usd_per_hour for part in parts]
     known = [price for price in prices if price is not None]
+    intra = slowest_link(
+        [part.intra for part in parts if part.group.devices_per_node > 1] or [parts[0].intra]
+    )
+    inter = _joined(parts, where)
     return ClusterSpec(
         name=name,
-        groups=tuple(part.group for part in parts),
-        intra=_slowest([part.intra for part in parts if part.group.devices_per_node > 1] or [parts[0].intra]),
-        inter=_slowest([part.inter for part in parts]),
+        groups=tuple(_with_links(part, intra, inter) for part in parts),
+        intra=intra,
+        inter=inter,
         price_usd_per_hour=sum(known) if len(known) == len(prices) else None,
         price_sources=tuple(dict.fromkeys(part.price_source for part in parts if part.price_source)),
     )
 
 
-def _slowest(links: list[Link]) -> Link:
-    slowest = min(links, key=lambda link: float("inf") if link.bytes_per_s is None else link.bytes_per_s)
-    return dataclasses.replace(slowest, latency_s=max(link.latency_s for link in links))
+def _joined(parts: list[Part], where: str) -> Link:
+    """The link between nodes: of several parts the slowest within and between them."""
+    within = [part.told(part.inter) for part in parts if part.group.nodes > 1]
+    if len(parts) == 1:
+        return within[0] if within else parts[0].inter
+    unknown = [part for part in parts if part.beyond is None]
+    if unknown:
+        raise InputError(*(_unknown_network(part.name, where) for part in unknown))
+    beyond = [part.told(part.beyond) for part in parts if part.beyond is not None]
+    return slowest_link([*within, *beyond])
+
+
+def _with_links(part: Part, intra: Link, inter: Link) -> DeviceGroup:
+    """The group of a part with its own links, where it has them and they are not the cluster's."""
+    group = part.group
+    return dataclasses.replace(
+        group,
+        intra=None if group.devices_per_node == 1 or _alike(part.intra, intra) else part.intra,
+        inter=None if group.nodes == 1 or _alike(part.inter, inter) else part.inter,
+    )
+
+
+def _alike(one: Link, other: Link) -> bool:
+    return dataclasses.replace(one, sources=()) == dataclasses.replace(other, sources=())
 
 
 def _check_counts(nodes: int, per_node: int, where: str) -> None:

@@ -91,12 +91,18 @@ class Coverage:
 
 @noun
 class StageEstimate:
-    """One stage's memory on each of its devices, and its time for all micro-batches of a step."""
+    """One stage's memory on each of its devices, and its time for all micro-batches of a step.
+
+    `device` names its devices, joined with `+` where it has several kinds, and `memory_limit_bytes` is what
+    each has; plans that were written before these were known have neither.
+    """
 
     memory: MemoryBreakdown
     time_s: float
     forward_s: float
     backward_s: float
+    device: str = ""
+    memory_limit_bytes: int | None = None
 
 
 @noun

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from planner.feed_forward import Experts
+from planner.placement import device_names, rank_groups
 from planner.problem import PlanningProblem
 from planner.strategy import Strategy
 from planner.traced import TracedLayer
@@ -35,8 +36,23 @@ def _accelerators(problem: PlanningProblem) -> bool:
     return all(group.slots_per_node is None for group in problem.cluster.groups)
 
 
-def _mixed(problem: PlanningProblem) -> bool:
-    return len({group.device.name for group in problem.cluster.groups}) > 1
+def _straddles(problem: PlanningProblem, strategy: Strategy) -> bool:
+    ranks = set(rank_groups(problem.cluster, strategy.degrees))
+    return any("+" in device_names(problem.cluster, groups) for groups in ranks)
+
+
+def _one_profile(problem: PlanningProblem, strategy: Strategy) -> bool:
+    devices = {group.device.name for group in problem.cluster.groups}
+    return problem.profile is not None and not problem.device_profiles and len(devices) > 1
+
+
+def _known_unequally(problem: PlanningProblem, strategy: Strategy) -> bool:
+    several = len({group.device.name for group in problem.cluster.groups}) > 1
+    return several and len({profile is None for _, profile in problem.device_profiles}) > 1
+
+
+def _faster_hops(problem: PlanningProblem, strategy: Strategy) -> bool:
+    return strategy.degrees.pp > 1 and any(group.inter for group in problem.cluster.groups)
 
 
 def _uneven_experts(problem: PlanningProblem) -> bool:
@@ -74,7 +90,11 @@ _PHRASES: tuple[tuple[str, Predicate], ...] = (
     ("communication, which was said to take no time", _free_messages),
     ("clocks that fall with heat or a cap on power", lambda p, s: _accelerators(p)),
     ("other programs on this machine", lambda p, s: not _accelerators(p)),
-    ("devices of several kinds: all compute like the first", lambda p, s: _mixed(p)),
+    ("devices of several kinds in one stage: all compute like the slowest", _straddles),
+    ("what sets kinds of devices apart besides datasheets: one profile speaks for all", _one_profile),
+    ("what runs would tell of the kinds that are known by datasheet alone, beside those known by runs",
+     _known_unequally),
+    ("faster links between some stages: each message takes what it takes over the slowest", _faster_hops),
     ("how unevenly tokens meet experts, which no run fitted", lambda p, s: _uneven_experts(p)),
     ("loss scaling, and steps that overflow", lambda p, s: p.workload.precision is Precision.FP16),
     (

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from planner.estimate import Rejected
+from planner.placement import seen_from, stage_groups
 from planner.problem import PlanningProblem
-from planner.strategy import Offload, Strategy
+from planner.strategy import Offload, OffloadCounts, Stage, Strategy
 from planner.units import GIB
 from planner.workload import Optimizer
 
@@ -23,9 +24,20 @@ def offload_possible(problem: PlanningProblem, strategy: Strategy) -> list[Rejec
     ]
 
 
+def _offloading(problem: PlanningProblem, strategy: Strategy) -> list[tuple[Stage, PlanningProblem]]:
+    """The stages that offload something, with the problem as their pipeline rank meets it."""
+    placed = stage_groups(problem.cluster, strategy.degrees, len(strategy.stages))
+    return [
+        (stage, seen_from(problem, groups))
+        for stage, groups in zip(strategy.stages, placed, strict=True)
+        if stage.offload != OffloadCounts()
+    ]
+
+
 def _link_known(problem: PlanningProblem, strategy: Strategy) -> list[Rejected]:
-    groups = problem.cluster.groups
-    unknown = [group.device.name for group in groups if not group.device.host_link_bytes_per_s]
+    groups = [group for _, seen in _offloading(problem, strategy) for group in seen.cluster.groups]
+    devices = dict.fromkeys(group.device for group in groups)
+    unknown = [device.name for device in devices if not device.host_link_bytes_per_s]
     if not unknown:
         return []
     why = f"the rate between {', '.join(unknown)} and the memory of its node is not known"
@@ -73,24 +85,26 @@ def _offload_counts(strategy: Strategy) -> list[Rejected]:
 
 
 def _host_memory(problem: PlanningProblem, strategy: Strategy) -> list[Rejected]:
-    """Masters and state alone: 4 bytes and the optimizer's for each parameter of the fullest stage."""
-    share, degrees = problem.cluster.host_memory_bytes_per_device, strategy.degrees
-    layers = max(stage.offload.optimizer for stage in strategy.stages)
-    model = problem.model
+    """Masters and state alone: 4 bytes and the optimizer's for each parameter that a stage offloads."""
+    found = [_too_full(seen, strategy, stage) for stage, seen in _offloading(problem, strategy)]
+    return [max(full, key=lambda each: each[0])[1]] if (full := [each for each in found if each]) else []
+
+
+def _too_full(problem: PlanningProblem, strategy: Strategy, stage: Stage) -> tuple[float, Rejected] | None:
+    """By how much a stage's state is over a device's share of host memory, and that in words."""
+    share, degrees, model = problem.cluster.host_memory_bytes_per_device, strategy.degrees, problem.model
     dense = (model.params_blocks - model.params_routed) / degrees.tp / degrees.weight_shards
     routed = model.params_routed / degrees.expert_ranks / degrees.expert_shards
-    params = (dense + routed) / model.layers * layers
+    params = (dense + routed) / model.layers * stage.offload.optimizer
     needed = params * (4 + problem.workload.optimizer.state_bytes)
     if share is None or needed <= share:
-        return []
+        return None
     devices, shards = problem.cluster.devices_per_node, degrees.weight_shards * needed / share
-    return [
-        Rejected(
-            rule="offload_fits_host",
-            detail=f"offload=optimizer puts {needed * devices / GIB:.0f} GiB into the memory of a node, "
-            f"which has {share * devices / GIB:.0f} GiB.",
-            legal=f"{math.ceil(shards)} or more shards of the optimizer's state (zero 1 to 3 over dp), or "
-            "offload=none",
-            fix="--fix zero= or tp=, pp=",
-        )
-    ]
+    return needed / share, Rejected(
+        rule="offload_fits_host",
+        detail=f"offload=optimizer puts {needed * devices / GIB:.0f} GiB into the memory of a node, "
+        f"which has {share * devices / GIB:.0f} GiB.",
+        legal=f"{math.ceil(shards)} or more shards of the optimizer's state (zero 1 to 3 over dp), or "
+        "offload=none",
+        fix="--fix zero= or tp=, pp=",
+    )

@@ -101,6 +101,7 @@ class _StrategyDocument:
     sequence_parallel: bool
     cp_exchange: str = CpExchange.RING
     etp: int | None = None
+    device_order: tuple[int, ...] = ()
 
 
 @noun
@@ -126,6 +127,8 @@ class _StageDocument:
     time_s: float
     forward_s: float
     backward_s: float
+    device: str = ""
+    memory_limit_bytes: int | None = None
 
 
 @noun
@@ -187,6 +190,7 @@ def _degrees_document(degrees: Degrees) -> dict[str, Any]:
         "sequence_parallel": degrees.sequence_parallel,
         "cp_exchange": str(degrees.cp_exchange),
         "etp": degrees.etp,
+        "device_order": list(degrees.device_order),
     }
 
 
@@ -203,6 +207,8 @@ def _stage_document(plan: Plan, index: int) -> dict[str, Any]:
         "time_s": estimate.time_s,
         "forward_s": estimate.forward_s,
         "backward_s": estimate.backward_s,
+        "device": estimate.device,
+        "memory_limit_bytes": estimate.memory_limit_bytes,
     }
 
 
@@ -276,6 +282,8 @@ def decode_plan(data: object, *, source: str) -> Plan:
                 time_s=s.time_s,
                 forward_s=s.forward_s,
                 backward_s=s.backward_s,
+                device=s.device,
+                memory_limit_bytes=s.memory_limit_bytes,
             )
             for s in document.stages
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 
 from planner.codec import digest, noun
@@ -11,6 +12,7 @@ from planner.errors import InputError
 from planner.estimate import Verdict
 from planner.limits import Limits
 from planner.objective import Minimise
+from planner.placement import device_names, stage_groups
 from planner.plan import Plan
 from planner.problem import PlanningProblem
 from planner.rules import broken_rules
@@ -50,7 +52,7 @@ def _rules(plan: Plan) -> list[str]:
 
 
 def _grid(plan: Plan) -> list[str]:
-    """The rank grid has the strategy's axes and sizes, and holds every device once."""
+    """The rank grid has the strategy's axes and sizes, holds every device once, and stages lie on theirs."""
     expected = plan.strategy.degrees.grid_shape()
     faults = []
     if plan.rank_axes != AXES:
@@ -62,7 +64,7 @@ def _grid(plan: Plan) -> list[str]:
         faults.append(
             f"the grid holds {math.prod(plan.rank_grid_shape)} ranks, the cluster {devices} devices"
         )
-    return faults
+    return faults + _devices(plan)
 
 
 def _schedule(plan: Plan) -> list[str]:
@@ -94,11 +96,31 @@ def _estimate(plan: Plan) -> list[str]:
     tokens_per_s = plan.workload.tokens_per_step / estimate.step_time_s if estimate.step_time_s > 0 else 0.0
     if not math.isclose(tokens_per_s, estimate.tokens_per_s, rel_tol=RELATIVE_TOLERANCE):
         faults.append(f"tokens_per_s is {estimate.tokens_per_s}; batch and step time make {tokens_per_s}")
-    fullest = max((stage.memory.total_bytes for stage in plan.stage_estimates), default=0)
-    if fullest > estimate.peak_memory_bytes:
-        faults.append(f"a stage holds {fullest} B, more than the peak of {estimate.peak_memory_bytes} B")
-    if estimate.verdict is Verdict.SAFE and estimate.peak_memory_bytes > estimate.memory_limit_bytes:
-        faults.append(f"SAFE, but the peak exceeds the limit of {estimate.memory_limit_bytes} B")
+    return faults + _memory(plan)
+
+
+def _memory(plan: Plan) -> list[str]:
+    """The peak is that of a kind of device with its limit; where SAFE, every rank is within its own."""
+    estimate, degrees = plan.estimate, plan.strategy.degrees
+    peak, limit = estimate.peak_memory_bytes, estimate.memory_limit_bytes
+    if len(plan.stage_estimates) != degrees.stages:
+        return []  # the rules say so
+    taken, kinds = Counter[int](), dict[int, tuple[str, int]]()
+    for index, stage in enumerate(plan.stage_estimates):
+        rank, own = degrees.pp_rank_of_stage(index), stage.memory_limit_bytes
+        taken[rank] += stage.memory.total_bytes
+        kinds[rank] = stage.device, limit if own is None else own
+    largest: dict[tuple[str, int], int] = {}
+    for rank, kind in kinds.items():
+        largest[kind] = max(largest.get(kind, 0), taken[rank])
+    faults = []
+    judged = [size for (_, own), size in largest.items() if own == limit]
+    if not any(size <= peak for size in judged):
+        faults.append(f"ranks of {limit} B take {min(judged, default=0)} B, the peak of them is {peak} B")
+    if estimate.verdict is Verdict.SAFE:
+        over = [(rank, own) for rank, (_, own) in kinds.items() if taken[rank] > own]
+        faults += [f"SAFE, but rank {rank} takes {taken[rank]} B of {own} B" for rank, own in over]
+        faults += [f"SAFE, but the peak exceeds the limit of {limit} B"] if peak > limit else []
     return faults
 
 
@@ -133,7 +155,21 @@ def _objective(plan: Plan) -> list[str]:
     return faults
 
 
-def _certificate(plan: Plan) -> list[str]:
+def _devices(plan: Plan) -> list[str]:
+    """Each stage is said to run on the devices on which its pipeline rank lies."""
+    placed = stage_groups(plan.cluster, plan.strategy.degrees, len(plan.stage_estimates))
+    named = [
+        (stage.device, device_names(plan.cluster, groups))
+        for stage, groups in zip(plan.stage_estimates, placed, strict=True)
+    ]
+    return [
+        f"stage {index} is said to run on {said}; its ranks are {lies_on}"
+        for index, (said, lies_on) in enumerate(named)
+        if said and said != lies_on
+    ]
+
+
+def certificate_faults(plan: Plan) -> list[str]:
     """The certificate is about this plan, and its bound lies below it."""
     solver = plan.solver
     if solver is None:
@@ -166,7 +202,7 @@ _CHECKS: tuple[tuple[str, Callable[[Plan], list[str]]], ...] = (
     ("rank grid", _grid),
     ("schedule table", _schedule),
     ("estimate", _estimate),
-    ("certificate", _certificate),
+    ("certificate", certificate_faults),
     ("objective", _objective),
     ("digests", _digests),
 )

@@ -15,7 +15,13 @@ from planner.workload import Workload
 @noun
 class PlanningProblem:
     """A model, a workload, a cluster, what is known of the device, its memory, the software, the upkeep, and
-    what plans are held to by choice."""
+    what plans are held to by choice.
+
+    Where the cluster has several kinds of devices, `profile` is that of the slowest and `memory_limit_bytes`
+    the least limit; `device_profiles` and `device_limits_bytes` are those of each kind, by its name. For a
+    kind that is not named there the one limit holds, and of the one profile what was not measured on
+    another kind (planner.placement).
+    """
 
     model: ModelSpec
     workload: Workload
@@ -25,6 +31,8 @@ class PlanningProblem:
     stack: Stack = NATIVE
     upkeep: Upkeep = NOTHING_SAID
     limits: Limits = NO_LIMITS
+    device_profiles: tuple[tuple[str, Profile | None], ...] = ()
+    device_limits_bytes: tuple[tuple[str, int], ...] = ()
 
     @property
     def device(self) -> Device:

@@ -6,6 +6,7 @@ the nearest legal values and the flag to change. Nothing here is an exception: i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from planner.divisors import divisors, legal_values
@@ -111,15 +112,15 @@ def widths_divide(problem: PlanningProblem, degrees: Degrees) -> Rejected | None
 
 
 def tp_within_node(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
-    """Tensor parallelism communicates in every layer: it stays on the fast link of a node."""
-    per_node = problem.cluster.devices_per_node
-    if degrees.tp == 1 or per_node % degrees.tp == 0:
+    """Tensor parallelism communicates in every layer: it stays on the fast link of a node, of every group."""
+    sizes = sorted({group.devices_per_node for group in problem.cluster.groups})
+    if degrees.tp == 1 or all(size % degrees.tp == 0 for size in sizes):
         return None
     return Rejected(
         rule="tp_within_node",
-        detail=f"tp={degrees.tp} does not fit into nodes of {per_node} devices; every layer "
-        "communicates over this group.",
-        legal=legal_values(divisors(per_node), degrees.tp),
+        detail=f"tp={degrees.tp} does not fit into nodes of {' and '.join(map(str, sizes))} devices; every "
+        "layer communicates over this group.",
+        legal=legal_values(divisors(math.gcd(*sizes)), degrees.tp),
         fix="--fix tp=",
     )
 
@@ -135,6 +136,21 @@ def tp_within_limit(problem: PlanningProblem, degrees: Degrees) -> Rejected | No
         detail=f"tp={degrees.tp} is above the --max-tp {most} that was asked for.",
         legal=legal_values(within, degrees.tp),
         fix=f"--max-tp {degrees.tp}, or --fix tp=",
+    )
+
+
+def groups_ordered(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """Ranks are laid over each group of the cluster once."""
+    groups = problem.cluster.groups
+    if not degrees.device_order or sorted(degrees.device_order) == list(range(len(groups))):
+        return None
+    listed = ", ".join(f"{index} ({group.device.name})" for index, group in enumerate(groups))
+    return Rejected(
+        rule="device_order",
+        detail=f"device_order={','.join(map(str, degrees.device_order))} is no order of the {len(groups)} "
+        f"groups of {problem.cluster.name}: each device holds one place of the grid.",
+        legal=f"each of {listed} once",
+        fix="--fix device_order=",
     )
 
 
@@ -260,6 +276,7 @@ DEGREES_RULES: tuple[DegreesRule, ...] = (
     widths_divide,
     tp_within_node,
     tp_within_limit,
+    groups_ordered,
     sequence_parallel_needs_tp,
     positions_cover,
     stages_fit,

@@ -145,6 +145,8 @@ class Degrees:
     share out the routed experts and `etp` ranks each expert (None: as many as tp); both are carved out of
     dp x cp x tp. `chunks` is the number of stages that
     each pipeline rank holds (one, two under V placement, any number when interleaved).
+    `device_order` are the groups of a cluster in the order in which ranks are laid over them, by their place
+    in `ClusterSpec.groups`; (): as they are listed there.
     """
 
     tp: int = 1
@@ -161,6 +163,7 @@ class Degrees:
     sequence_parallel: bool = False
     cp_exchange: CpExchange = CpExchange.RING
     etp: int | None = None
+    device_order: tuple[int, ...] = ()
 
     @property
     def dp(self) -> int:
@@ -243,6 +246,8 @@ class Degrees:
         parts.append(f"mb{self.micro_batch}x{self.num_micro_batches}")
         if self.pp > 1:
             parts.append(str(self.schedule))
+        if self.device_order:
+            parts.append("groups" + ",".join(map(str, self.device_order)))
         return " ".join(parts)
 
 

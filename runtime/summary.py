@@ -102,7 +102,7 @@ def summarize(plan: Plan, seen: Seen, *, wall_s: float, data: str) -> TrainSumma
         status=seen.status,
         plan=plan.strategy.degrees.label(),
         world=plan.strategy.degrees.world,
-        device=plan.cluster.groups[0].device.name,
+        device="+".join(dict.fromkeys(group.device.name for group in plan.cluster.groups)),
         first_step=seen.first_step + 1,
         last_step=seen.first_step + len(seen.losses),
         first_loss=_finite(seen.losses[0]) if seen.losses else None,

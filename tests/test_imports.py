@@ -51,6 +51,7 @@ LAYERS = (
         "profile",
         "plan",
         "problem",
+        "placement",
         "rules",
         "spread_rules",
         "offload_rules",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -123,4 +124,29 @@ def test_the_command_prints_the_checks_and_exits_4_on_a_fault(plan: Plan, tmp_pa
     assert bad.exit_code == 4
     assert "the model was changed" in bad.stdout and "digests" in bad.stderr
     report = json.loads(CliRunner().invoke(cli, ["check", str(file), "--json"]).stdout)
-    assert not report["ok"] and len(report["checks"]) == 7
+    assert not report["ok"] and len(report["checks"]) == 8
+
+
+def test_solve_hands_out_no_certificate_that_does_not_hold(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = [
+        "solve",
+        "--model",
+        "llama-3-8b",
+        "--cluster",
+        "2x8:h100",
+        "--seq",
+        "2048",
+        "--batch",
+        "16",
+        "-o",
+    ]
+    assert plan.solver is not None
+    for factor, code in ((1.0, 0), (0.9, 4)):
+        solver = dataclasses.replace(plan.solver, objective_s=factor * plan.solver.objective_s)
+        answer = dataclasses.replace(plan, solver=solver)
+        monkeypatch.setattr("planner.search.objective.solve_for", lambda *given, answer=answer: answer)
+        done = CliRunner().invoke(cli, [*words, str(tmp_path / f"{code}.json")])
+        assert done.exit_code == code
+        assert (tmp_path / f"{code}.json").exists() is (code == 0)

@@ -19,7 +19,8 @@ from typing import Any
 
 from planner.calibration.memory_band import memory_band
 from planner.calibration.predict import with_constants
-from planner.cost.evaluate import CostModel, RankMemory, memory_of_ranks
+from planner.cost.evaluate import CostModel, memory_of_ranks
+from planner.cost.judged import RankMemory
 from planner.cost.memory_constants import MEMORY_PRIORS, constant_name, fitted_constant, memory_prior
 from planner.cost.physics import Prior
 from planner.cost.schedule import build_table
@@ -290,7 +291,8 @@ class _Peaks:
         model = models[key]
         shape = model.shape(degrees)
         table = build_table(degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches)
-        ranks = memory_of_ranks(shape, table, model.stage_costs(shape, run.setup.strategy))
+        costs = model.stage_costs(shape, run.setup.strategy)
+        ranks = memory_of_ranks((shape,) * degrees.pp, table, costs)  # runs have devices of one kind
         return np.array([_of_kind(rank, run.kind, shape.memory.context_bytes) for rank in ranks])
 
 

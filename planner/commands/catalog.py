@@ -20,6 +20,7 @@ from planner.commands.options import (
 from planner.commands.text import WIDTH, pairs, print_json, table
 
 if TYPE_CHECKING:
+    from planner.cluster import Link
     from planner.market.market import Market
 
 
@@ -213,6 +214,12 @@ def _show_instance(name: str, market: Market) -> tuple[dict[str, Any], list[tupl
     return document, list(document.items())
 
 
+def _link_text(link: Link) -> str:
+    rate = "takes no time" if link.bytes_per_s is None else f"{link.bytes_per_s / 1e9:g} GB/s a device"
+    reached = "" if link.share is None else f", large collectives reach {link.share:.0%}"
+    return f"{link.name}, {rate}{reached}, {link.latency_s * 1e6:g} us"
+
+
 def _show_cluster(name: str, market: Market) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
     from planner.cluster_grammar import parse_cluster
     from planner.codec import digest, encode
@@ -225,10 +232,10 @@ def _show_cluster(name: str, market: Market) -> tuple[dict[str, Any], list[tuple
     for group in cluster.groups:
         shown.append(("group", f"{group.nodes} x {group.devices_per_node} {group.device.title}"))
         shown.append(("memory a device", format_bytes(group.device.usable_memory_bytes) + " usable"))
+        for key, own in (("inside its nodes", group.intra), ("between its nodes", group.inter)):
+            shown += [(key, _link_text(own))] if own is not None else []
     for key, link in (("inside a node", cluster.intra), ("between nodes", cluster.inter)):
-        rate = "takes no time" if link.bytes_per_s is None else f"{link.bytes_per_s / 1e9:g} GB/s a device"
-        reached = "" if link.share is None else f", large collectives reach {link.share:.0%}"
-        shown.append((key, f"{link.name}, {rate}{reached}, {link.latency_s * 1e6:g} us"))
+        shown.append((key, _link_text(link)))
     curves = [table_of(group.device.name, "collectives") for group in cluster.groups]
     if cluster.devices_per_node > 1 and all(curves):
         shown.append(

@@ -27,7 +27,8 @@ BROKEN_RULE_EXIT = 3
     metavar="KEY=VALUE",
     help="A degree of the strategy: tp, pp, chunks, schedule, dp, cp, cp_exchange (ring, gather, "
     "all_to_all), ep, etp (shards of one expert), zero, micro_batch, sequence_parallel, recompute, offload "
-    "(none, optimizer, activations). What is left out is 1, or follows from the rest.",
+    "(none, optimizer, activations), device_order (groups of a mixed cluster in pipeline order: 1,0). What "
+    "is left out is 1, or follows from the rest.",
 )
 @click.option(
     "-o",
@@ -51,7 +52,8 @@ def estimate(options: ProblemOptions, as_json: bool, fixed: tuple[str, ...], out
     from planner.search.space import parse_pins
 
     asked = read_problem(options)
-    strategy = strategy_of(asked.problem, parse_pins(fixed))
+    pins, order = _without_order(asked.problem, fixed)
+    strategy = strategy_of(asked.problem, parse_pins(pins), order)
     violations = broken_rules(asked.problem, strategy)
     if violations:
         if as_json:
@@ -70,7 +72,19 @@ def estimate(options: ProblemOptions, as_json: bool, fixed: tuple[str, ...], out
     return 0
 
 
-def strategy_of(problem: PlanningProblem, pins: Pins) -> Strategy:
+def _without_order(
+    problem: PlanningProblem, fixed: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The pins but for the order of the cluster's groups, and that."""
+    from planner.placement import parse_device_order
+
+    key = "device_order="
+    orders = [text.removeprefix(key) for text in fixed if text.startswith(key)]
+    order = parse_device_order(orders[-1].lower(), problem.cluster) if orders else ()
+    return tuple(text for text in fixed if not text.startswith(key)), order
+
+
+def strategy_of(problem: PlanningProblem, pins: Pins, device_order: tuple[int, ...] = ()) -> Strategy:
     """The strategy that pins describe: free degrees are 1, dp fills the cluster, stages are even."""
     from planner.engines.defaults import usual_exchange, usual_sequence_parallel
     from planner.strategy import (
@@ -107,6 +121,7 @@ def strategy_of(problem: PlanningProblem, pins: Pins) -> Strategy:
         sequence_parallel=sequence_parallel,
         cp_exchange=pins.cp_exchange or usual_exchange(engine),
         etp=pins.etp,
+        device_order=device_order,
     )
     recompute = pins.recompute or Recompute.NONE
     stages = even_stages(problem.model.layers, degrees.stages, recompute)

@@ -8,7 +8,7 @@ from planner.commands.objective_text import objective_text
 from planner.commands.text import WIDTH, pairs, table
 
 if TYPE_CHECKING:
-    from planner.estimate import Estimate
+    from planner.estimate import Estimate, StageEstimate
     from planner.plan import Plan
 
 
@@ -34,10 +34,11 @@ def _headline(plan: Plan) -> str:
 
 
 def _stages(plan: Plan) -> str:
+    from planner.placement import is_mixed
     from planner.units import format_bytes, format_seconds
 
     degrees, offloads = plan.strategy.degrees, bool(plan.strategy.offloads)
-    rows = []
+    mixed, rows = is_mixed(plan.cluster), []
     for index, (stage, cost) in enumerate(zip(plan.strategy.stages, plan.stage_estimates, strict=True)):
         ranks = degrees.ranks_of_pp_rank(degrees.pp_rank_of_stage(index))
         counts = stage.recompute
@@ -46,15 +47,24 @@ def _stages(plan: Plan) -> str:
                 index,
                 f"{stage.first}..{stage.end - 1}",
                 f"{ranks[0]}..{ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}",
+                *((cost.device,) if mixed else ()),
                 f"{counts.none}/{counts.selective}/{counts.full}",
                 *((f"{stage.offload.optimizer}/{stage.offload.activations}",) if offloads else ()),
                 format_seconds(cost.forward_s),
                 format_seconds(cost.backward_s),
-                format_bytes(cost.memory.total_bytes),
+                format_bytes(cost.memory.total_bytes) + (_of_limit(cost) if mixed else ""),
             )
         )
+    where = ("ranks", *(("devices",) if mixed else ()))
     counts_of = ("recompute none/sel/full", *(("offload optimizer/act.",) if offloads else ()))
-    return table(("stage", "layers", "ranks", *counts_of, "forward", "backward", "memory"), rows)
+    return table(("stage", "layers", *where, *counts_of, "forward", "backward", "memory"), rows)
+
+
+def _of_limit(stage: StageEstimate) -> str:
+    from planner.units import format_bytes
+
+    limit = stage.memory_limit_bytes
+    return "" if limit is None else f" of {format_bytes(limit)}"
 
 
 def _time(plan: Plan) -> str:

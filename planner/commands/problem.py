@@ -28,17 +28,25 @@ def read_problem(options: ProblemOptions) -> Asked:
     from planner.stack import Engine
 
     inputs = load_problem(options)
-    usable = min(group.device.usable_memory_bytes for group in inputs.cluster.groups)
+    limits = _limits_bytes(inputs)
     problem = PlanningProblem(
         model=inputs.model,
         workload=inputs.workload,
         cluster=inputs.cluster,
         profile=None,
-        memory_limit_bytes=inputs.memory_limit_bytes or usable,
+        memory_limit_bytes=min(limits.values()),
         upkeep=inputs.upkeep,
     )
-    profile, basis = _profile(inputs, problem.device)
+    known = _profiles(inputs)
+    profile, basis = known[problem.device]
     problem = dataclasses.replace(problem, profile=profile)
+    if len(known) > 1:
+        problem = dataclasses.replace(
+            problem,
+            device_profiles=tuple((device.name, own) for device, (own, _) in known.items()),
+            device_limits_bytes=tuple((device.name, limit) for device, limit in limits.items()),
+        )
+        basis = "; ".join(f"{device.name}: {basis}" for device, (_, basis) in known.items())
     if options.engine is None:
         return Asked(problem, basis)
     engine = Engine(options.engine)
@@ -47,16 +55,33 @@ def read_problem(options: ProblemOptions) -> Asked:
     return Asked(problem, f"{basis}; {priced_as(stack, profile)}")
 
 
-def _profile(inputs: ProblemInputs, device: Device) -> tuple[Profile | None, str]:
+def _limits_bytes(inputs: ProblemInputs) -> dict[Device, int]:
+    """The memory limit of each kind of device: what it has, or what was asked for; of several, the less."""
+    usable = {group.device: group.device.usable_memory_bytes for group in inputs.cluster.groups}
+    stated = inputs.memory_limit_bytes
+    if stated is None:
+        return usable
+    return {device: stated if len(usable) == 1 else min(stated, own) for device, own in usable.items()}
+
+
+def _profiles(inputs: ProblemInputs) -> dict[Device, tuple[Profile | None, str]]:
+    """For each kind of device the profile that counts, and in words what its figures rest on.
+
+    A profile that was measured on one of several kinds counts for that one; one that was fitted, for all.
+    """
     from planner.profile import load_profile
 
-    if inputs.profile is not None:
-        profile = load_profile(inputs.profile)
-        _check_device(profile, device.name, inputs)
-        made = (
-            f"measured on {profile.device}" if profile.layers else f"fitted to runs on {profile.device_title}"
-        )
-        return profile, f"profile {inputs.profile}, {made}, {profile.created}"
+    devices = list(dict.fromkeys(group.device for group in inputs.cluster.groups))
+    given = None if inputs.profile is None else load_profile(inputs.profile)
+    if given is not None:
+        _check_device(given, [device.name for device in devices], inputs)
+    return {device: _profile(inputs, given, device) for device in devices}
+
+
+def _profile(inputs: ProblemInputs, given: Profile | None, device: Device) -> tuple[Profile | None, str]:
+    if given is not None and (not given.layers or given.device == device.name):
+        made = f"measured on {given.device}" if given.layers else f"fitted to runs on {given.device_title}"
+        return given, f"profile {inputs.profile}, {made}, {given.created}"
     shipped = _shipped(device.name)
     if shipped is not None:
         made = "measured" if shipped.layers else "fitted to runs"
@@ -64,15 +89,15 @@ def _profile(inputs: ProblemInputs, device: Device) -> tuple[Profile | None, str
     return None, f"datasheet of {device.title}: nothing was measured on it"
 
 
-def _check_device(profile: Profile, device: str, inputs: ProblemInputs) -> None:
+def _check_device(profile: Profile, devices: list[str], inputs: ProblemInputs) -> None:
     from planner.errors import InputError, Problem
 
-    if profile.layers and profile.device != device:
+    if profile.layers and profile.device not in devices:
         raise InputError(
             Problem(
                 where=f"--profile {inputs.profile}",
-                fault=f"was measured on {profile.device}, the cluster is made of {device}.",
-                legal=f"a profile of {device}",
+                fault=f"was measured on {profile.device}, the cluster is made of {' and '.join(devices)}.",
+                legal=f"a profile of {' or '.join(devices)}",
                 fix="plan profile on that device, or leave --profile out",
             )
         )

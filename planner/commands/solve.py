@@ -84,8 +84,9 @@ def solve(
     from planner.commands.plan_text import plan_text
     from planner.commands.problem import read_problem
     from planner.commands.text import print_json
-    from planner.errors import InputError, Problem
+    from planner.errors import CheckError, InputError, Problem
     from planner.plan import encode_plan, save_plan
+    from planner.plan_check import certificate_faults
     from planner.search.objective import solve_for
     from planner.search.solve import SolveOptions
 
@@ -105,6 +106,9 @@ def solve(
     pins = pins_for(fixed, problem)
     chosen = SolveOptions(pins=pins, time_limit_s=time_limit_s, top=top, reproducible=reproducible)
     plan = solve_for(problem, chosen, goal)
+    faults = certificate_faults(plan)
+    if faults:
+        raise CheckError("the certificate of the answer does not hold: " + "; ".join(faults))
     if output is not None:
         save_plan(plan, output)
         print(f"wrote {output}", file=sys.stderr)

@@ -1,21 +1,24 @@
 """evaluate(): the estimate of one strategy, from the inputs alone. Pure.
 
-The step time is the replay of the strategy's own action table; the memory is that of the fullest rank.
+The step time is the replay of the strategy's own action table; the memory is that of the rank nearest to its
+limit. In a mixed cluster each pipeline rank has the costs and the limit of its own devices
+(planner.placement), and every message between ranks takes as long as over the slowest link.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 from planner.codec import noun
 from planner.cost import constants
 from planner.cost.comm import CommModel
 from planner.cost.compute import ORIGINS, LayerModel
 from planner.cost.job import job_figures
-from planner.cost.lifecycle import memory_figures
+from planner.cost.judged import RankMemory, most_pressed
 from planner.cost.memory import host_bytes, rank_memory
 from planner.cost.memory_constants import fitted_constant
 from planner.cost.offload import with_offload
@@ -26,16 +29,9 @@ from planner.cost.simulate import PathTimes, Replay, kind_passes, replay, sharin
 from planner.cost.stage import ShapeModel
 from planner.cost.stage_cost import StageCost
 from planner.cost.trained import trained_flops_per_token
-from planner.cost.verdict import ErrorBand, band, memory_band, verdict
-from planner.estimate import (
-    Coverage,
-    Estimate,
-    MemoryBreakdown,
-    MemoryFigures,
-    StageEstimate,
-    TimeBreakdown,
-    Verdict,
-)
+from planner.cost.verdict import band
+from planner.estimate import Coverage, Estimate, MemoryBreakdown, StageEstimate, TimeBreakdown
+from planner.placement import Groups, device_names, rank_groups, seen_from, stage_groups
 from planner.problem import PlanningProblem
 from planner.strategy import Degrees, Schedule, Strategy
 from planner.units import DAY_S
@@ -59,7 +55,8 @@ class CostModel:
     """The cost model of one planning problem. It remembers layer costs and tables between calls.
 
     `layers` are those of a problem that differs in its batch or its nodes at most, whose costs are shared;
-    without them they are made, with the constants that the problem's profile has.
+    without them they are made, with the constants that the problem's profile has. Kinds of devices of a mixed
+    cluster have models of their own, made when a pipeline rank lies on one.
     """
 
     def __init__(self, problem: PlanningProblem, layers: LayerModel | None = None) -> None:
@@ -70,18 +67,45 @@ class CostModel:
         self._tables = lru_cache(maxsize=TABLES)(build_table)
         self._shapes: dict[Degrees, ShapeModel] = {}
         self._in_flight: dict[tuple[Schedule, int, int, int], tuple[tuple[dict[int, int], ...], ...]] = {}
+        self._seen: dict[Groups, CostModel] = {}
 
     def shape(self, degrees: Degrees) -> ShapeModel:
-        """The stage costs under `degrees`. Schedules of one pipeline share them."""
+        """The stage costs under `degrees`, where the slowest devices govern all ranks.
+
+        Schedules of one pipeline share them.
+        """
         any_schedule = dataclasses.replace(degrees, schedule=Schedule.ONE_F_ONE_B, chunks=1)
         if any_schedule not in self._shapes:
             slow = self.sharing.slowdown(degrees.world) if self.sharing else 1.0
             self._shapes[any_schedule] = ShapeModel(self.problem, any_schedule, self.layers, self.comms, slow)
         return self._shapes[any_schedule].scheduled(degrees)
 
+    def rank_shapes(self, degrees: Degrees) -> tuple[ShapeModel, ...]:
+        """The stage costs of each pipeline rank, one object for ranks on equal devices.
+
+        In a cluster of one kind, and wherever all ranks touch all groups, it is that of `shape`.
+        """
+        models = [self.seen_from(groups) for groups in rank_groups(self.problem.cluster, degrees)]
+        shapes = {id(model): model.shape(degrees) for model in {id(m): m for m in models}.values()}
+        return tuple(shapes[id(model)] for model in models)
+
+    def seen_from(self, groups: Groups) -> CostModel:
+        """The model of ranks that lie on some groups of the cluster; itself where there is no other kind."""
+        if groups not in self._seen:
+            problem = seen_from(self.problem, groups)
+            known = (model for model in (self, *self._seen.values()) if model.problem == problem)
+            self._seen[groups] = next(known, None) or CostModel(problem)
+        return self._seen[groups]
+
     def stage_costs(self, shape: ShapeModel, strategy: Strategy) -> tuple[StageCost, ...]:
-        """The cost of each stage of a strategy."""
-        return tuple(with_offload(shape, stage, shape.stage(stage)) for stage in strategy.stages)
+        """The cost of each stage of a strategy of a shape, on the devices of its pipeline rank."""
+        return _placed_costs(self._placed(shape), strategy)
+
+    def _placed(self, shape: ShapeModel) -> tuple[ShapeModel, ...]:
+        """The shape of each pipeline rank, where `shape` is that of the slowest devices."""
+        if len(self.problem.cluster.groups) == 1:
+            return (shape,) * shape.degrees.pp
+        return self.rank_shapes(shape.degrees)
 
     def table(self, degrees: Degrees) -> Table:
         """The table of a shape. Shapes of one pipeline share it, with its order."""
@@ -116,53 +140,74 @@ class CostModel:
         """The estimate of a strategy that keeps the rules, run by its schedule's table or by another."""
         degrees = strategy.degrees
         shape = self.shape(degrees)
+        shapes = self._placed(shape)
         table = self.table(degrees) if table is None else table
-        costs = self.stage_costs(shape, strategy)
+        costs = _placed_costs(shapes, strategy)
         replayed = self.replay(shape, table, costs)
-        ranks = memory_of_ranks(shape, table, costs)
-        memory, fullest = _by_stage(ranks), max(ranks, key=lambda rank: rank.peak_bytes)
-        hosted = max(rank.host_bytes for rank in ranks)
-        figures = memory_figures(shape, fullest.held, fullest.parts, hosted)
+        ranks = memory_of_ranks(shapes, table, costs)
         breakdown = time_breakdown(replayed, table, costs, self._hops_s(shape, costs, replayed))
         return Evaluation(
             strategy=strategy,
             estimate=dataclasses.replace(
-                self._estimate(replayed, breakdown, fullest.peak_bytes, figures, self.coverage(shape)),
+                self._estimate(replayed, breakdown, shapes, ranks),
                 job=job_figures(shape, costs, replayed.step_time_s, breakdown),
             ),
-            stages=tuple(
-                StageEstimate(
-                    memory=memory[index],
-                    time_s=degrees.num_micro_batches * (cost.forward.total_s + cost.backward.total_s),
-                    forward_s=cost.forward.total_s,
-                    backward_s=cost.backward.total_s,
-                )
-                for index, cost in enumerate(costs)
-            ),
+            stages=self._stages(strategy, costs, ranks, shapes),
             table=table,
             replay=replayed,
         )
 
+    def _stages(
+        self,
+        strategy: Strategy,
+        costs: tuple[StageCost, ...],
+        ranks: list[RankMemory],
+        shapes: tuple[ShapeModel, ...],
+    ) -> tuple[StageEstimate, ...]:
+        memory, degrees = _by_stage(ranks), strategy.degrees
+        placed = stage_groups(self.problem.cluster, degrees, len(costs))
+        limits = [shape.problem.memory_limit_bytes for shape in shapes]
+        return tuple(
+            StageEstimate(
+                memory=memory[index],
+                time_s=degrees.num_micro_batches * (cost.forward.total_s + cost.backward.total_s),
+                forward_s=cost.forward.total_s,
+                backward_s=cost.backward.total_s,
+                device=device_names(self.problem.cluster, placed[index]),
+                memory_limit_bytes=limits[degrees.pp_rank_of_stage(index)],
+            )
+            for index, cost in enumerate(costs)
+        )
+
     def coverage(self, shape: ShapeModel) -> Coverage:
         """How much of a shape's time rests on which origin."""
-        seconds = shape.origins_s()
+        return self._coverage((shape,))
+
+    def _coverage(self, shapes: Sequence[ShapeModel]) -> Coverage:
+        """The same where each shape has an equal part of the model."""
+        counts = Counter(map(id, shapes))
+        seconds = dict.fromkeys(ORIGINS, 0.0)
+        for shape in {id(shape): shape for shape in shapes}.values():
+            share = counts[id(shape)] / len(shapes)
+            for origin, value in shape.origins_s().items():
+                seconds[origin] += share * value
         total = sum(seconds.values()) or 1.0
-        shares = {origin: seconds.get(origin, 0.0) / total for origin in ORIGINS}
-        return Coverage(**shares)
+        return Coverage(**{origin: seconds[origin] / total for origin in ORIGINS})
 
     def _estimate(
         self,
         replayed: Replay,
         breakdown: TimeBreakdown,
-        peak_bytes: int,
-        memory: MemoryFigures,
-        coverage: Coverage,
+        shapes: tuple[ShapeModel, ...],
+        ranks: list[RankMemory],
     ) -> Estimate:
         workload, cluster = self.problem.workload, self.problem.cluster
         step_s = replayed.step_time_s
         tokens_per_s = workload.tokens_per_step / step_s
-        error = self._time_error(breakdown, coverage)
-        memory_error = memory_band(self.problem, coverage)
+        kinds = {id(shape): shape for shape in shapes}.values()
+        known = [(shape, self.coverage(shape)) for shape in kinds]
+        error = max(_time_error(shape.problem, breakdown, coverage) for shape, coverage in known)
+        memory = most_pressed(shapes, ranks, known)
         seconds = workload.tokens / tokens_per_s if workload.tokens else None
         price = cluster.price_usd_per_hour
         return Estimate(
@@ -173,40 +218,13 @@ class CostModel:
             days=seconds / DAY_S if seconds is not None else None,
             cost_usd=price * seconds / 3600 if price is not None and seconds is not None else None,
             breakdown=breakdown,
-            peak_memory_bytes=peak_bytes,
-            memory_limit_bytes=self.problem.memory_limit_bytes,
-            verdict=self._verdict(peak_bytes, memory, memory_error),
-            coverage=coverage,
-            memory=memory,
-            peak_memory_interval_bytes=(
-                round(peak_bytes * (1 - memory_error.lower)),
-                round(peak_bytes * (1 + memory_error.upper)),
-            ),
+            peak_memory_bytes=memory.peak_bytes,
+            memory_limit_bytes=memory.limit_bytes,
+            verdict=memory.verdict,
+            coverage=self._coverage(shapes),
+            memory=memory.figures,
+            peak_memory_interval_bytes=memory.interval_bytes,
         )
-
-    def _verdict(self, peak_bytes: int, memory: MemoryFigures, error: ErrorBand) -> Verdict:
-        """The device's; NO where the memory of a node, if known, does not hold what is offloaded to it."""
-        cluster = self.problem.cluster
-        share = cluster.host_memory_bytes_per_device
-        if memory.hosted_bytes and share is not None and memory.host_bytes > share * cluster.devices_per_node:
-            return Verdict.NO
-        return verdict(peak_bytes, self.problem.memory_limit_bytes, error)
-
-    def _time_error(self, breakdown: TimeBreakdown, coverage: Coverage) -> float:
-        """Half width of the step time's interval, as a share of it.
-
-        What a calibration left out speaks for messages only where its runs told of some; else their share of
-        the step is as uncertain as any that no run of this cluster speaks for.
-        """
-        fitted = fitted_constant(self.problem, "time_error")
-        if fitted is None:
-            return band(constants.TIME_ERROR, coverage)
-        known = band(constants.TIME_ERROR | {"fitted": fitted}, coverage)
-        if any(fitted_constant(self.problem, name) is not None for name in ("tp_scale", "dp_scale")):
-            return known
-        sent_s = sum(getattr(breakdown, f"{axis}_comm_s") for axis in ("tp", "cp", "ep", "dp", "pp"))
-        share = sent_s / breakdown.total_s if breakdown.total_s else 0.0
-        return (1 - share) * known + share * constants.TIME_ERROR["fitted"]
 
     def _mfu(self, tokens_per_s: float) -> float | None:
         """Model FLOPs over the dense peak of all devices, where the peak is known."""
@@ -214,26 +232,39 @@ class CostModel:
         peaks = [group.device.peak_flops(workload.precision) for group in cluster.groups]
         if any(peak is None for peak in peaks):
             return None
-        total = sum((peak or 0.0) * g.devices for peak, g in zip(peaks, cluster.groups, strict=True))
+        total = math.fsum((peak or 0.0) * g.devices for peak, g in zip(peaks, cluster.groups, strict=True))
         return float(trained_flops_per_token(self.problem.model, workload) * tokens_per_s / total)
 
 
-class RankMemory(NamedTuple):
-    """The stages that a pipeline rank holds, their tenants, and what of them lies in host memory."""
-
-    held: dict[int, StageCost]
-    parts: dict[int, MemoryBreakdown]
-    host_bytes: float = 0.0
-
-    @property
-    def peak_bytes(self) -> int:
-        return sum(part.total_bytes for part in self.parts.values())
+def _placed_costs(shapes: tuple[ShapeModel, ...], strategy: Strategy) -> tuple[StageCost, ...]:
+    ranks = (strategy.degrees.pp_rank_of_stage(index) for index in range(len(strategy.stages)))
+    placed = ((shapes[rank], stage) for rank, stage in zip(ranks, strategy.stages, strict=True))
+    return tuple(with_offload(shape, stage, shape.stage(stage)) for shape, stage in placed)
 
 
-def memory_of_ranks(shape: ShapeModel, table: Table, costs: tuple[StageCost, ...]) -> list[RankMemory]:
-    """Memory of every pipeline rank."""
+def _time_error(problem: PlanningProblem, breakdown: TimeBreakdown, coverage: Coverage) -> float:
+    """Half width of the step time's interval, as a share of it.
+
+    What a calibration left out speaks for messages only where its runs told of some; else their share of
+    the step is as uncertain as any that no run of this cluster speaks for.
+    """
+    fitted = fitted_constant(problem, "time_error")
+    if fitted is None:
+        return band(constants.TIME_ERROR, coverage)
+    known = band(constants.TIME_ERROR | {"fitted": fitted}, coverage)
+    if any(fitted_constant(problem, name) is not None for name in ("tp_scale", "dp_scale")):
+        return known
+    sent_s = sum(getattr(breakdown, f"{axis}_comm_s") for axis in ("tp", "cp", "ep", "dp", "pp"))
+    share = sent_s / breakdown.total_s if breakdown.total_s else 0.0
+    return (1 - share) * known + share * constants.TIME_ERROR["fitted"]
+
+
+def memory_of_ranks(
+    shapes: Sequence[ShapeModel], table: Table, costs: tuple[StageCost, ...]
+) -> list[RankMemory]:
+    """Memory of every pipeline rank, each of its own shape."""
     ranks = []
-    for rank in range(len(table)):
+    for rank, shape in enumerate(shapes):
         held = {stage: costs[stage] for stage in table.stages_of(rank)}
         vectors = table.in_flight(rank)
         ranks.append(RankMemory(held, rank_memory(shape, vectors, held), host_bytes(vectors, held)))
@@ -243,8 +274,8 @@ def memory_of_ranks(shape: ShapeModel, table: Table, costs: tuple[StageCost, ...
 def stage_memory(
     shape: ShapeModel, table: Table, costs: tuple[StageCost, ...]
 ) -> tuple[list[MemoryBreakdown], int]:
-    """Memory of every stage on each of its devices, and the peak of the fullest rank."""
-    ranks = memory_of_ranks(shape, table, costs)
+    """Memory of every stage on each of its devices, and the peak of the fullest rank, on equal devices."""
+    ranks = memory_of_ranks((shape,) * len(table), table, costs)
     return _by_stage(ranks), max(rank.peak_bytes for rank in ranks)
 
 

@@ -1,7 +1,7 @@
 """What a job loses between its steps, and its goodput: the share of its time that goes into kept steps.
 
-With a step of t seconds, T tokens in it, a checkpoint of B bytes every k steps, of which the fullest device
-copies b over its host link, n devices and a mean time M between failures:
+With a step of t seconds, T tokens in it, a checkpoint of B bytes every k steps, of which the device that
+takes longest copies b over its host link, n devices and a mean time M between failures:
 
     data            max(0, T / loader - t)
     stragglers      spread x E_n x compute        E_n: the mean of the largest of n standard normals
@@ -27,6 +27,7 @@ from planner.cost.lifecycle import state_bytes
 from planner.cost.stage import ShapeModel
 from planner.cost.stage_cost import StageCost
 from planner.estimate import JobFigures, TimeBreakdown
+from planner.placement import Groups, rank_groups, seen_from
 from planner.problem import PlanningProblem
 from planner.units import DAY_S
 
@@ -44,8 +45,8 @@ def job_figures(
         data_s = max(0.0, workload.tokens_per_step / upkeep.data_tokens_per_s - step_s)
     compute_s = breakdown.compute_s + breakdown.recompute_s + breakdown.host_s
     straggler_s = (upkeep.device_spread or 0.0) * largest_of(shape.degrees.world) * compute_s
-    written, fullest = checkpoint_bytes(shape, stages)
-    wait_s = _wait_s(problem, written, fullest, step_s)
+    written, own = checkpoint_bytes(shape, stages)
+    wait_s = _wait_s(problem, written, _staging_s(shape, own), step_s)
     every = upkeep.checkpoint_every
     checkpoint_s = wait_s / every if wait_s is not None and every is not None else 0.0
     whole_s = step_s + data_s + straggler_s + checkpoint_s
@@ -73,35 +74,44 @@ def largest_of(n: int) -> float:
     return NormalDist().inv_cdf((n - 0.375) / (n + 0.25)) if n > 1 else 0.0
 
 
-def checkpoint_bytes(shape: ShapeModel, stages: Sequence[StageCost]) -> tuple[float, float]:
-    """Bytes of a checkpoint, and those of the pipeline rank whose devices write most of it.
+def checkpoint_bytes(shape: ShapeModel, stages: Sequence[StageCost]) -> tuple[float, tuple[float, ...]]:
+    """Bytes of a checkpoint, and those that a device of each pipeline rank writes of it.
 
     Replicas write once. Each device writes its shard of all stages that it holds.
     """
     degrees = shape.degrees
     each = [state_bytes(shape, stage) for stage in stages]
-    ranks: dict[int, float] = {}
+    own = [0.0] * degrees.pp
     for index, size in enumerate(each):
-        rank = degrees.pp_rank_of_stage(index)
-        ranks[rank] = ranks.get(rank, 0.0) + size
-    return degrees.tp * degrees.dp_shard * sum(each), max(ranks.values())
+        own[degrees.pp_rank_of_stage(index)] += size
+    return degrees.tp * degrees.dp_shard * sum(each), tuple(own)
 
 
 def host_link_bytes_per_s(problem: PlanningProblem) -> float | None:
     """One device's link to its host, nominal, of the slowest kind of the cluster; None: none is known."""
-    names = {group.device.name for group in problem.cluster.groups} & set(device_names())
-    facts = [load_device(name).pcie for name in sorted(names)]
+    names = {group.device.name for group in problem.cluster.groups}
+    facts = [load_device(name).pcie for name in sorted(names & set(device_names()))]
     rates = [pcie.gb_per_s * 1e9 for pcie in facts if pcie is not None]
-    return min(rates) if rates and len(rates) == len(problem.cluster.groups) else None
+    return min(rates) if rates and len(rates) == len(names) else None
 
 
-def _wait_s(problem: PlanningProblem, written: float, fullest: float, step_s: float) -> float | None:
+def _staging_s(shape: ShapeModel, own: Sequence[float]) -> float:
+    """Seconds until the last device has copied what it writes to its host; links that are not known: none."""
+    largest: dict[Groups, float] = {}
+    for groups, size in zip(rank_groups(shape.problem.cluster, shape.degrees), own, strict=True):
+        largest[groups] = max(size, largest.get(groups, 0.0))
+    return max(
+        size / link if (link := host_link_bytes_per_s(seen_from(shape.problem, groups))) else 0.0
+        for groups, size in largest.items()
+    )
+
+
+def _wait_s(problem: PlanningProblem, written: float, stage_s: float, step_s: float) -> float | None:
     """Seconds that steps wait for one checkpoint; None where the storage's rate was not said."""
-    upkeep, link = problem.upkeep, host_link_bytes_per_s(problem)
+    upkeep = problem.upkeep
     if upkeep.storage_bytes_per_s is None:
         return None
     write_s = written / upkeep.storage_bytes_per_s
-    stage_s = fullest / link if link is not None else 0.0
     if not upkeep.checkpoint_async:
         return max(write_s, stage_s)
     return stage_s + max(0.0, write_s - (upkeep.checkpoint_every or math.inf) * step_s)

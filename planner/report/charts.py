@@ -108,9 +108,12 @@ def _slice_row(s: Slice, row_titles: Sequence[str], end_s: float, factor: float)
 
 def draw_bars(
     bars: Sequence[Bar], rows: Sequence[str], unit: str, label: str, marks: Sequence[Mark] = (),
-    limit: float | None = None, limit_tip: str = "",
+    limit: float | None = None, limit_tip: str = "", own_limits: Sequence[Mark] = (),
 ) -> str:  # fmt: skip
-    """Bars in rows, with measured marks beside them and a dashed line at `limit` where it is given."""
+    """Bars in rows, with measured marks beside them and a dashed line at `limit` where it is given.
+
+    `own_limits` are dashes at the limits of rows that differ.
+    """
     y = _row_axis(rows)
     x_axis = alt.Axis(title=unit, tickCount=5)
     step_px = 44 if len(rows) <= 4 else 30
@@ -127,6 +130,13 @@ def draw_bars(
     ]
     if marks:
         layers.append(_draw_marks(marks, y))
+    if own_limits:
+        ticks = _chart([{"row": own.row, "value": own.value, "tip": own.tip} for own in own_limits])
+        layers.append(
+            ticks.mark_tick(color=variable("bad"), thickness=2, size=step_px * 0.8).encode(
+                y=y, x="value:Q", description="tip:N"
+            )
+        )
     if limit is not None:
         rule = _chart([{"limit": limit, "tip": limit_tip}])
         layers.append(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from planner.codec import noun
 from planner.estimate import MEMORY_TENANTS, TIME_CAUSES, MemoryBreakdown
+from planner.placement import device_names, is_mixed, rank_groups
 from planner.plan import Plan
 from planner.report import charts
 from planner.report.comparison import DISTINCT, ComparisonRow, judge_order
@@ -114,9 +115,8 @@ def _rank_title(plan: Plan, pp_rank: int) -> str:
     degrees = plan.strategy.degrees
     if degrees.pp == 1:
         return "all ranks"
-    if degrees.chunks == 1:
-        return f"stage {pp_rank}"
-    return f"pipeline rank {pp_rank}"
+    kind = f" ({_devices_by_pp_rank(plan)[pp_rank]})" if is_mixed(plan.cluster) else ""
+    return (f"stage {pp_rank}" if degrees.chunks == 1 else f"pipeline rank {pp_rank}") + kind
 
 
 def memory_figure(plan: Plan, run: RunRecord | None) -> Figure:
@@ -124,11 +124,11 @@ def memory_figure(plan: Plan, run: RunRecord | None) -> Figure:
     memories = _memory_by_pp_rank(plan)
     titles = [_rank_title(plan, index) for index in range(len(memories))]
     peaks = _measured_peaks(plan, run)
-    limit = plan.estimate.memory_limit_bytes
+    limit, limits = plan.estimate.memory_limit_bytes, _limits_by_pp_rank(plan)
     largest = max([*(m.total_bytes for m in memories), *(max(p, default=0) for p in peaks)])
-    near = 0 < limit <= FAR_LIMIT * largest
-    divisor, unit = charts.memory_unit(limit if near else largest)
-    caption = _limit_words(limit, largest, near)
+    near, several = 0 < limit <= FAR_LIMIT * largest, len(set(limits)) > 1
+    divisor, unit = charts.memory_unit(max(limits) if near else largest)
+    caption = _limits_words(plan, limits) if several else _limit_words(limit, largest, near)
     stacks = [_stack(title, memory, divisor) for title, memory in zip(titles, memories, strict=True)]
     svg = charts.draw_bars(
         [bar for stack in stacks for bar in stack],
@@ -140,8 +140,13 @@ def memory_figure(plan: Plan, run: RunRecord | None) -> Figure:
             for t, p in zip(titles, peaks, strict=True)
             if p
         ],
-        limit=limit / divisor if near else None,
+        limit=limit / divisor if near and not several else None,
         limit_tip=f"limit: {format_bytes(limit)}",
+        own_limits=[
+            charts.Mark(row=title, value=own / divisor, tip=f"{title}: limit {format_bytes(own)}")
+            for title, own in zip(titles, limits, strict=True)
+            if several
+        ],
     )
     used = [tenant for tenant in MEMORY_TENANTS if any(getattr(m, tenant) for m in memories)]
     legend = [LegendItem(colour=TENANT_COLOURS[t].name, title=TENANT_COLOURS[t].title) for t in used]
@@ -157,6 +162,25 @@ def _limit_words(limit: int, largest: int, near: bool) -> str:
     if near:
         return f"Limit {format_bytes(limit)} a device (dashed line)."
     return f"Limit {format_bytes(limit)} a device, far beyond: the fullest takes {percent(largest / limit)}."
+
+
+def _limits_words(plan: Plan, limits: list[int]) -> str:
+    placed = zip(_devices_by_pp_rank(plan), limits, strict=True)
+    each = [f"{format_bytes(limit)} on {device}" for device, limit in dict.fromkeys(placed)]
+    return f"Limit of a device (dash beside each bar): {', '.join(each)}."
+
+
+def _limits_by_pp_rank(plan: Plan) -> list[int]:
+    """The memory limit of each pipeline rank's devices."""
+    limits = [plan.estimate.memory_limit_bytes] * plan.strategy.degrees.pp
+    for index, stage in enumerate(plan.stage_estimates):
+        if stage.memory_limit_bytes is not None:
+            limits[plan.strategy.degrees.pp_rank_of_stage(index)] = stage.memory_limit_bytes
+    return limits
+
+
+def _devices_by_pp_rank(plan: Plan) -> list[str]:
+    return [device_names(plan.cluster, groups) for groups in rank_groups(plan.cluster, plan.strategy.degrees)]
 
 
 def _memory_by_pp_rank(plan: Plan) -> list[MemoryBreakdown]:

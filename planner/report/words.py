@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from importlib import metadata
 
+from planner.cluster import ClusterSpec
 from planner.codec import noun
 from planner.estimate import Verdict
 from planner.plan import PLAN_SCHEMA, Certificate, Plan
@@ -245,10 +247,23 @@ def certificate_sentences(certificate: Certificate) -> tuple[str, ...]:
     )
 
 
+def _links_text(cluster: ClusterSpec) -> str:
+    """The cluster's links, and those of groups that have their own."""
+    text = f"{cluster.intra.name} within a node, {cluster.inter.name} between nodes"
+    for group in cluster.groups:
+        if group.intra or group.inter:
+            intra, inter = (group.intra or cluster.intra).name, (group.inter or cluster.inter).name
+            text += f"; {intra} within a node and {inter} between nodes of {group.device.name}"
+    return text
+
+
 def model_facts(plan: Plan) -> tuple[Fact, ...]:
     """The inputs of the plan in short."""
     model, work = plan.model, plan.workload
-    group = plan.cluster.groups[0]
+    counts: Counter[str] = Counter()
+    for group in plan.cluster.groups:
+        counts[group.device.title] += group.devices
+    devices = " and ".join(f"{count} x {title}" for title, count in counts.items())
     facts = (
         ("Model", f"{model.name} ({model.model_type})"),
         ("Parameters", f"{model.params_total:,}"),
@@ -256,8 +271,8 @@ def model_facts(plan: Plan) -> tuple[Fact, ...]:
         ("Batch", f"{work.batch} sequences of {work.seq} tokens"),
         ("Numbers", f"{work.precision}, {work.optimizer}, {work.method}"),
         ("Tokens", f"{work.tokens:,}" if work.tokens else "open-ended"),
-        ("Cluster", f"{plan.cluster.name}: {plan.cluster.devices} x {group.device.title}"),
-        ("Links", f"{plan.cluster.intra.name} within a node, {plan.cluster.inter.name} between nodes"),
+        ("Cluster", f"{plan.cluster.name}: {devices}"),
+        ("Links", _links_text(plan.cluster)),
     )
     return tuple(Fact(name=name, value=value) for name, value in facts)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from planner.cost.evaluate import Evaluation
 from planner.cost.schedule import ActionKind, table_faults
 from planner.errors import CheckError
+from planner.placement import rank_limits_bytes
 from planner.problem import PlanningProblem
 from planner.rules import broken_rules
 
@@ -20,8 +23,7 @@ def verify(problem: PlanningProblem, evaluation: Evaluation, lower_bound_s: floa
     )
     faults += timeline_faults(evaluation)
     estimate = evaluation.estimate
-    if estimate.peak_memory_bytes > problem.memory_limit_bytes:
-        faults.append(f"peak {estimate.peak_memory_bytes} B exceeds {problem.memory_limit_bytes} B")
+    faults += memory_faults(problem, evaluation)
     if lower_bound_s > estimate.step_time_s * (1 + TOLERANCE):
         faults.append(f"bound {lower_bound_s} s lies above the step time {estimate.step_time_s} s")
     total_s = estimate.breakdown.total_s
@@ -29,6 +31,19 @@ def verify(problem: PlanningProblem, evaluation: Evaluation, lower_bound_s: floa
         faults.append(f"causes add up to {total_s} s, the step takes {estimate.step_time_s} s")
     if faults:
         raise CheckError("the plan fails its own verification:\n  " + "\n  ".join(faults))
+
+
+def memory_faults(problem: PlanningProblem, evaluation: Evaluation) -> list[str]:
+    """Whether the stages that a pipeline rank holds fit together into a device of its own kind."""
+    degrees, taken = evaluation.strategy.degrees, Counter[int]()
+    for index, stage in enumerate(evaluation.stages):
+        taken[degrees.pp_rank_of_stage(index)] += stage.memory.total_bytes
+    limits = rank_limits_bytes(problem, degrees)
+    return [
+        f"pipeline rank {rank}: peak {taken[rank]} B exceeds {limit} B"
+        for rank, limit in enumerate(limits)
+        if taken[rank] > limit
+    ]
 
 
 def timeline_faults(evaluation: Evaluation) -> list[str]:
