@@ -31,7 +31,7 @@ from planner.cost.stage_cost import StageCost
 from planner.cost.trained import trained_flops_per_token
 from planner.cost.verdict import band
 from planner.estimate import Coverage, Estimate, MemoryBreakdown, StageEstimate, TimeBreakdown
-from planner.placement import Groups, device_names, rank_groups, seen_from, stage_groups
+from planner.placement import Groups, device_names, is_mixed, rank_groups, seen_from, stage_groups
 from planner.problem import PlanningProblem
 from planner.strategy import Degrees, Schedule, Strategy
 from planner.units import DAY_S
@@ -89,6 +89,20 @@ class CostModel:
         shapes = {id(model): model.shape(degrees) for model in {id(m): m for m in models}.values()}
         return tuple(shapes[id(model)] for model in models)
 
+    @property
+    def kinds(self) -> list[CostModel]:
+        """The models of ranks in one group of the cluster, one for each kind of device; itself where one is."""
+        cluster = self.problem.cluster
+        if not is_mixed(cluster):
+            return [self]
+        models = [self.seen_from((group,)) for group in range(len(cluster.groups))]
+        return list({id(model): model for model in models}.values())
+
+    @property
+    def limits_bytes(self) -> list[int]:
+        """The memory limit of each kind of device."""
+        return [model.problem.memory_limit_bytes for model in self.kinds]
+
     def seen_from(self, groups: Groups) -> CostModel:
         """The model of ranks that lie on some groups of the cluster; itself where there is no other kind."""
         if groups not in self._seen:
@@ -122,7 +136,7 @@ class CostModel:
     def replay(self, shape: ShapeModel, table: Table, costs: tuple[StageCost, ...]) -> Replay:
         """The replay of a table under these costs."""
         per_rank = shape.degrees.world // shape.degrees.pp
-        step_s = shape.physics.step_s
+        step_s = max(kind.layers.physics.step_s for kind in self.kinds)
         return replay(table, costs, shape.messages.p2p_s(), self.sharing, per_rank, step_s)
 
     def _hops_s(self, shape: ShapeModel, costs: tuple[StageCost, ...], replayed: Replay) -> float:

@@ -29,6 +29,8 @@ rank make those of every t_j equal.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from planner.cost import constants
 from planner.cost.compute import LayerModel
 from planner.cost.evaluate import CostModel
@@ -38,18 +40,16 @@ from planner.cost.states import states_of
 from planner.strategy import Degrees, Recompute, Schedule
 
 
-def whole_passes(shape: ShapeModel, options: tuple[Recompute, ...]) -> tuple[Pass, Pass]:
-    """Forward and backward of the whole model for one micro-batch, every block at its cheapest option."""
+def whole_units(shape: ShapeModel, options: tuple[Recompute, ...]) -> list[Pass]:
+    """Both passes of the embedding, the head and all blocks of each class, with their cheapest options."""
     layers = shape.problem.model.layers
-    forward = shape.embedding_passes[0] + shape.head_passes[0]
-    backward = shape.embedding_passes[1] + shape.head_passes[1]
+    units = [forward + backward for forward, backward in (shape.embedding_passes, shape.head_passes)]
     for key in shape.classes:
-        count = shape.count(key, 0, layers)
-        block_forward, block_backward = min(
+        forward, backward = min(
             (shape.passes(key, option) for option in options), key=lambda passes: passes[1].total_s
         )
-        forward, backward = forward + block_forward * count, backward + block_backward * count
-    return forward, backward
+        units.append((forward + backward) * shape.count(key, 0, layers))
+    return units
 
 
 def recompute_bound_s(
@@ -84,26 +84,37 @@ def recompute_bound_s(
 
 
 class BaseBound:
-    """Lower bounds of the shapes that have a base in common, which differ in their schedules alone."""
+    """Lower bounds of the shapes that have a base in common, which differ in their schedules alone.
+
+    `shapes` are those of the pipeline ranks and `limits_bytes` what is safe on each. Where ranks lie on
+    different devices, with W of the fastest and a rank r that takes at least rho_r times as long for every
+    layer, no rank ends before m W / sum_r (1 / rho_r) either.
+    """
 
     def __init__(
-        self, model: CostModel, shape: ShapeModel, options: tuple[Recompute, ...], limit_bytes: float
+        self,
+        model: CostModel,
+        shapes: Sequence[ShapeModel],
+        options: tuple[Recompute, ...],
+        limits_bytes: Sequence[float],
     ) -> None:
-        degrees = shape.degrees
-        per_rank = degrees.world // degrees.pp
-        slow = model.sharing.slowdown(per_rank) if model.sharing else 1.0
-        forward, backward = whole_passes(shape, options)
-        work_s = forward.work_s + backward.work_s
-        self.whole_s = work_s * slow + forward.fixed_s + backward.fixed_s
-        self.optimizer_s = _optimizer_bound_s(model, shape)
+        kinds = {id(shape): (shape, limit) for shape, limit in zip(shapes, limits_bytes, strict=True)}
+        each = [_KindBound(model, shape, options, limit) for shape, limit in kinds.values()]
+        degrees = shapes[0].degrees
+        m, per_rank = degrees.num_micro_batches, degrees.world // degrees.pp
+        fastest = [min(units) for units in zip(*(kind.units_s for kind in each), strict=True)]
+        self.whole_s = sum(fastest)
+        self.optimizer_s = min(kind.optimizer_s for kind in each)
+        self._again_s = {alive: min(kind.again_s[alive] for kind in each) for alive in {1, m}}
         self.spread_s = 0.0
         if model.sharing:
-            throughput = model.sharing.best_throughput(degrees.world)
-            self.spread_s = work_s * degrees.num_micro_batches * per_rank / throughput
-        self._again_s = {
-            alive: recompute_bound_s(shape, options, limit_bytes, alive)
-            for alive in {1, degrees.num_micro_batches}
-        }
+            self.spread_s = each[0].work_s * m * per_rank / model.sharing.best_throughput(degrees.world)
+        elif len(each) > 1:
+            slower = {
+                key: min(own / best for own, best in zip(kind.units_s, fastest, strict=True) if best > 0)
+                for key, kind in zip(kinds, each, strict=True)
+            }
+            self.spread_s = m * self.whole_s / sum(1 / slower[id(shape)] for shape in shapes)
 
     def of(self, degrees: Degrees) -> float:
         """No strategy of these degrees that fits has a shorter replay; infinite where none fits."""
@@ -114,14 +125,33 @@ class BaseBound:
         if again_s == float("inf"):
             return again_s
         span_s = (self.whole_s + again_s) * schedule_factor(degrees)
-        return max(span_s, self.spread_s) + self.optimizer_s
+        return float(max(span_s, self.spread_s) + self.optimizer_s)
+
+
+class _KindBound:
+    """The figures of a bound where all ranks lie on one kind of device."""
+
+    def __init__(
+        self, model: CostModel, shape: ShapeModel, options: tuple[Recompute, ...], limit_bytes: float
+    ) -> None:
+        degrees = shape.degrees
+        slow = model.sharing.slowdown(degrees.world // degrees.pp) if model.sharing else 1.0
+        units = whole_units(shape, options)
+        self.units_s = [unit.work_s * slow + unit.fixed_s for unit in units]
+        self.work_s = sum(unit.work_s for unit in units)
+        self.optimizer_s = _optimizer_bound_s(model, shape)
+        self.again_s = {
+            alive: recompute_bound_s(shape, options, limit_bytes, alive)
+            for alive in {1, degrees.num_micro_batches}
+        }
 
 
 def step_bound_s(
     model: CostModel, shape: ShapeModel, options: tuple[Recompute, ...], limit_bytes: float = float("inf")
 ) -> float:
-    """No strategy of this shape that fits into `limit_bytes` has a shorter replay."""
-    return BaseBound(model, shape, options, limit_bytes).of(shape.degrees)
+    """No strategy of this shape, on equal devices, that fits into `limit_bytes` has a shorter replay."""
+    degrees = shape.degrees
+    return BaseBound(model, (shape,) * degrees.pp, options, (limit_bytes,) * degrees.pp).of(degrees)
 
 
 def split_again_s(schedule: Schedule, backward: Pass) -> float:

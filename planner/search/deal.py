@@ -10,15 +10,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from planner.cost.longest_path import many_row_ends_s
-from planner.search.rank_floor import RankFloor
 from planner.search.recipes import Column
+from planner.search.stage_space import StageSpace
 from planner.strategy import Stage
-
-if TYPE_CHECKING:
-    from planner.search.shape_search import ShapeSearch
 
 MAX_PLACES = 8192
 """Actions of a table beyond which no deal but the first is tried: each round would take long."""
@@ -37,13 +33,8 @@ Deal = tuple[int, ...]
 class Dealer:
     """Deals of one shape whose blocks are of one class."""
 
-    def __init__(self, search: ShapeSearch, floor: RankFloor) -> None:
-        self.search, self.floor = search, floor
-        degrees = search.degrees
-        self.ranks = [
-            [s for s in range(degrees.stages) if degrees.pp_rank_of_stage(s) == rank]
-            for rank in range(degrees.pp)
-        ]
+    def __init__(self, space: StageSpace) -> None:
+        self.space, self.ranks = space, space.stages_of
         self._known: dict[tuple[int, Deal], tuple[Column, ...] | None] = {}
 
     def columns(self, deal: Deal) -> tuple[Column, ...] | None:
@@ -60,62 +51,59 @@ class Dealer:
         return tuple(chosen[s] for s in range(len(deal)))
 
     def _of_rank(self, rank: int, sizes: Deal) -> tuple[Column, ...] | None:
-        search, stages = self.search, self.ranks[rank]
-        spans = [self._span(s, size) for s, size in zip(stages, sizes, strict=True)]
+        space, stages, book = self.space, self.ranks[rank], self.space.books[rank]
+        spans = [space.span(s, size) for s, size in zip(stages, sizes, strict=True)]
         if len(stages) == 1:
-            only = search.book.recipe(*spans[0], search.alive[stages[0]], search.limit_bytes)
+            only = space.recipe(stages[0], spans[0])
             return None if only is None else (only,)
-        alive = [search.alive[s] for s in stages]
-        fullest = max(search.in_flight[rank], key=lambda v: sum(v.get(s, 0) for s in stages))
-        fastest = [search.book.recipe(*span, a, float("inf")) for span, a in zip(spans, alive, strict=True)]
+        fastest = (space.recipe(s, span, float("inf")) for s, span in zip(stages, spans, strict=True))
         chosen = tuple(column for column in fastest if column is not None)
         if self._fits(rank, chosen):
             return chosen
+        alive = [space.alive[s] for s in stages]
+        fullest = max(space.in_flight[rank], key=lambda v: sum(v.get(s, 0) for s in stages))
         live = [fullest.get(s, 0) for s in stages]
-        free_bytes = self._free_bytes(alive, live, spans)
-        for mix in self.floor.fastest_mixes(sizes, live, free_bytes, MAX_PAIRS):
+        free_bytes = self._free_bytes(rank, live, spans)
+        for mix in space.floors[rank].fastest_mixes(sizes, live, free_bytes, MAX_PAIRS):
             mixed = tuple(
-                search.book.column(Stage(first=first, end=end, recompute=counts), a)
+                book.column(Stage(first=first, end=end, recompute=counts), a)
                 for (first, end), counts, a in zip(spans, mix, alive, strict=True)
             )
             if self._fits(rank, mixed):
                 return mixed
         return None
 
-    def _free_bytes(self, alive: list[int], live: list[int], spans: list[tuple[int, int]]) -> float:
+    def _free_bytes(self, rank: int, live: list[int], spans: list[tuple[int, int]]) -> float:
         """What blocks' activations may take at most at the rank's fullest moment, when `live` are alive."""
-        search = self.search
+        space, book = self.space, self.space.books[rank]
+        alive = [space.alive[s] for s in self.ranks[rank]]
         smallest = [
-            min(search.book.pure(*span, a), key=lambda column: column.cost.saved_bytes)
+            min(book.pure(*span, a), key=lambda column: column.cost.saved_bytes)
             for span, a in zip(spans, alive, strict=True)
         ]
-        standing = search.shape.runtime_bytes + sum(c.resident_bytes for c in smallest)
+        standing = book.shape.runtime_bytes + sum(c.resident_bytes for c in smallest)
         standing += max(c.transient_bytes for c in smallest)
         ends = (c.cost.saved_bytes - c.cost.block_saved_bytes for c in smallest)
-        return search.limit_bytes - standing - sum(a * end for a, end in zip(live, ends, strict=True))
-
-    def _span(self, stage: int, size: int) -> tuple[int, int]:
-        layers, last = self.search.layers, self.search.degrees.stages - 1
-        if stage == 0:
-            return 0, size
-        return (layers - size, layers) if stage == last else (1, 1 + size)
+        kept = sum(a * end for a, end in zip(live, ends, strict=True))
+        return float(space.limits_bytes[rank] - standing - kept)
 
     def _fits(self, rank: int, columns: Sequence[Column]) -> bool:
-        search, stages = self.search, self.ranks[rank]
-        standing = search.shape.runtime_bytes + max(column.transient_bytes for column in columns)
+        space, stages = self.space, self.ranks[rank]
+        standing = max(column.transient_bytes for column in columns)
+        standing += space.books[rank].shape.runtime_bytes
         standing += sum(column.resident_bytes for column in columns)
         return all(
             standing
             + sum(moment.get(s, 0) * c.cost.saved_bytes for s, c in zip(stages, columns, strict=True))
-            <= search.limit_bytes
-            for moment in search.in_flight[rank]
+            <= space.limits_bytes[rank]
+            for moment in space.in_flight[rank]
         )
 
     def steps_s(self, deals: Sequence[tuple[Column, ...]]) -> list[float]:
         """The replayed step time of each."""
         import numpy as np
 
-        search, shape = self.search, self.search.shape
+        space, shape = self.space, self.space.shape
         cells = np.array([[seconds for column in each for seconds in column.passes_s] for each in deals]).T
         once = np.array(
             [[[c.cost.unshard_s, c.cost.reduce_s, c.cost.optimizer_s] for c in each] for each in deals]
@@ -123,7 +111,7 @@ class Dealer:
         unshard_s, reduce_s, optimizer_s = (
             np.array([once[:, stages, figure].sum(axis=1) for stages in self.ranks]) for figure in range(3)
         )
-        ends_s = many_row_ends_s(search.table.order, cells, unshard_s, shape.messages.p2p_s())
+        ends_s = many_row_ends_s(space.table.order, cells, unshard_s, shape.messages.p2p_s())
         steps = (ends_s + reduce_s).max(axis=0) + optimizer_s.max(axis=0) + shape.physics.step_s
         return [float(step) for step in steps]
 
@@ -138,9 +126,9 @@ class Dealer:
         if first is None:
             return None
         best, step_s, deal = first, self.steps_s([first])[0], start
-        if self.search.table.actions > MAX_PLACES or step_s > within_s:
+        if self.space.table.actions > MAX_PLACES or step_s > within_s:
             return best, step_s
-        most = max(1, min(MAX_MOVES, MAX_WORK // self.search.table.actions))
+        most = max(1, min(MAX_MOVES, MAX_WORK // self.space.table.actions))
         for _ in range(MAX_ROUNDS):
             tried = itertools.islice(self._moves(deal), most)
             moves = [(d, c) for d in tried if (c := self.columns(d)) is not None]
@@ -163,7 +151,7 @@ class Dealer:
 
     def _chunk_moves(self, deal: Deal) -> Iterator[Deal]:
         """Deals in which every rank moves a block from one of its stages to another, the same on all."""
-        degrees, limits = self.search.degrees, self.search.size_limits
+        degrees, limits = self.space.degrees, self.space.size_limits
         chunks = [range(degrees.pp * c, degrees.pp * (c + 1)) for c in range(degrees.chunks)]
         for a, b in itertools.permutations(chunks, 2):
             moved = list(deal)
@@ -176,7 +164,7 @@ class Dealer:
 
     def _moves(self, deal: Deal) -> Iterator[Deal]:
         """Deals that move one block: by distance of the stages, so that cut lists keep the near ones."""
-        limits = self.search.size_limits
+        limits = self.space.size_limits
         yield from self._chunk_moves(deal)
         stages = len(deal)
         pairs = sorted(

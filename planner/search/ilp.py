@@ -26,7 +26,7 @@ subject to
     gpipe     T >= u(0) + sum f + (m-1) F + sum b + (m-1) B + 2 (p-1) h + g(0),  F >= f(s), B >= b(s)
     share     T >= sum_s m work(s) / throughput                                    where cores are shared
     opt_r     O >= o(r) + what a step takes besides                                for all ranks r
-    mem_rv    resident(r) + M_r + sum_s v_s saved(s) <= limit                      for all r, v in V_r
+    mem_rv    resident(r) + M_r + sum_s v_s saved(s) <= limit_r                    for all r, v in V_r
     beat      T + O <= the step time to beat
     cut_k     sum of x over assignment k <= |S| - 1                   assignments seen, where cores are shared
 
@@ -68,7 +68,7 @@ FORWARD, BACKWARD = KINDS.index(ActionKind.FORWARD), KINDS.index(ActionKind.BACK
 class StageProgramme:
     """The data of the programme for one shape.
 
-    `limit_bytes` is what a rank's stages may use. `work_scale` stretches work where ranks share cores.
+    `limits_bytes` are what each rank's stages may use. `work_scale` stretches work where ranks share cores.
     `step_s` is what a rank's optimizer step takes besides its stages'. Only assignments that may beat
     `to_beat_s` are looked for.
     """
@@ -79,7 +79,7 @@ class StageProgramme:
     columns: tuple[tuple[Column, ...], ...]
     in_flight: tuple[tuple[dict[int, int], ...], ...]
     hop_s: float
-    limit_bytes: float
+    limits_bytes: tuple[float, ...]
     work_scale: float = 1.0
     optimizer_scale: float = 1.0
     step_s: float = 0.0
@@ -278,7 +278,7 @@ class StageIlp:
                     return lambda c: (c.resident_bytes + alive * c.cost.saved_bytes) / GIB
 
                 total = self._weighted((s, used(vector.get(s, 0))) for s in stages)
-                self._add(total + transient <= programme.limit_bytes / GIB, f"mem_{rank}_{index}")
+                self._add(total + transient <= programme.limits_bytes[rank] / GIB, f"mem_{rank}_{index}")
 
     def exclude(self, assignment: tuple[Column, ...]) -> None:
         """cut_k: not this assignment again."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.cost.evaluate import CostModel
 from planner.cost.passes import Pass
-from planner.search.bounds import schedule_factor, whole_passes
+from planner.search.bounds import schedule_factor, whole_units
 from planner.search.space import Pipe, Space
 from planner.strategy import CpExchange, Degrees, Recompute
 
@@ -92,7 +92,7 @@ def _kind(d: Degrees) -> Kind:
 
 
 def _passes_alone(model: CostModel, kind: Kind, options: tuple[Recompute, ...]) -> Pass:
-    """Forward and backward of the whole model for one micro-batch, without data parallelism."""
+    """Both passes of the whole model for one micro-batch, without data parallelism, on the fastest kind."""
     tp, sequence_parallel, micro_batch, cp, exchange, ep, etp, devices = kind
     alone = Degrees(
         tp=tp,
@@ -104,8 +104,8 @@ def _passes_alone(model: CostModel, kind: Kind, options: tuple[Recompute, ...]) 
         ep=ep,
         etp=etp,
     )
-    forward, backward = whole_passes(model.shape(alone), options)
-    return forward + backward
+    each = [sum(whole_units(kind.shape(alone), options), Pass()) for kind in model.kinds]
+    return min(each, key=lambda passes: passes.total_s)
 
 
 def _factors(shapes: Sequence[Degrees]) -> Floats:

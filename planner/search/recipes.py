@@ -77,6 +77,11 @@ class RecipeBook:
         self._recipes: dict[tuple[int, int, int, float], Column | None] = {}
         self._paretos: dict[tuple[int, int, int], list[Column]] = {}
 
+    def least_block_s(self, key: str) -> float:
+        """A micro-batch's passes of a block of a class with its cheapest option."""
+        passes = (self.shape.passes(key, option) for option in self.options)
+        return min(forward.total_s + backward.total_s for forward, backward in passes)
+
     def blocks(self, first: int, end: int) -> tuple[int, int]:
         """The blocks that stand for [first, end): of one class, the first as many between the same ends."""
         if not self.one_class or first == 0 or end == self.layers:

@@ -21,14 +21,18 @@ TRIES = 20
 """Partial ways that are looked at for each way that is asked for, before there are too many."""
 
 
+Limits = tuple[tuple[int, int], ...]
+"""Least and most of each of some parts."""
+
+
 class Sizes(NamedTuple):
     """Blocks that each stage, and each rank with all its stages, may hold: least and most."""
 
-    stages: tuple[tuple[int, int], ...]
-    ranks: tuple[tuple[int, int], ...]
+    stages: Limits
+    ranks: Limits
 
 
-def narrowed(limits: Sequence[tuple[int, int]], total: int) -> tuple[tuple[int, int], ...] | None:
+def narrowed(limits: Sequence[tuple[int, int]], total: int) -> Limits | None:
     """Limits of parts of a total, less what the others' limits rule out. None where there is no way."""
     least, most = sum(low for low, _ in limits), sum(high for _, high in limits)
     if any(low > high for low, high in limits) or not least <= total <= most:

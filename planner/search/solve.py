@@ -35,6 +35,7 @@ from planner.search.quick_bounds import space_bounds_s
 from planner.search.recipes import RecipeBook
 from planner.search.shape_search import Budget, Found, ShapeSearch
 from planner.search.space import Pins, Space, refuse_offload, space_of
+from planner.search.stage_space import StageSpace
 from planner.search.verify import verify
 from planner.strategy import AXES, Degrees, Schedule, Strategy
 from planner.units import format_bytes
@@ -78,9 +79,9 @@ class SolveOptions:
 class _Base(NamedTuple):
     """What the shapes of a base have in common: what is safe, their bound, their recipes."""
 
-    limit_bytes: float
+    limits_bytes: tuple[float, ...]
     bound: BaseBound
-    book: RecipeBook
+    books: tuple[RecipeBook, ...]
 
 
 class Solver:
@@ -143,15 +144,13 @@ class Solver:
         for order, rejected in enumerate(space.rejected):
             self._reject(rejected, order)
         self.shapes = len(space.rejected) + sum(map(len, space.pipes))
-        kept = []
+        kept, most = [], max(self.model.limits_bytes)
         for number, (base, pipes) in enumerate(zip(space.bases, space.pipes, strict=True)):
             least = self._least_bytes(base)
-            if least <= self.problem.memory_limit_bytes:
+            if least <= most:
                 kept.append(number)
             else:
-                self._reject(
-                    self._too_large(base, least, self.problem.memory_limit_bytes), number, len(pipes)
-                )
+                self._reject(self._too_large(base, least, most), number, len(pipes))
         return Space(
             bases=tuple(space.bases[number] for number in kept),
             pipes=tuple(space.pipes[number] for number in kept),
@@ -173,24 +172,31 @@ class Solver:
         degrees = dataclasses.replace(self.space.bases[row], schedule=schedule, chunks=chunks)
         model = self.model.shape(degrees)
         if row not in self._bases:
-            limit = self._safe_bytes(model)
-            bound = BaseBound(self.model, model, self.options.pins.recomputes, limit)
-            self._bases[row] = _Base(limit, bound, RecipeBook(model, self.options.pins.recomputes))
+            self._bases[row] = self._base(self.space.bases[row])
         base = self._bases[row]
-        least = self._least_bytes(degrees)
-        if least > base.limit_bytes:
-            self._reject(self._too_large(degrees, least, base.limit_bytes), number)
+        least, most = self._least_bytes(degrees), max(base.limits_bytes)
+        if least > most:
+            self._reject(self._too_large(degrees, least, most), number)
             return None
-        search = ShapeSearch(self.model, model, base.limit_bytes, base.book)
+        search = ShapeSearch(StageSpace(self.model, model, base.limits_bytes, base.books))
         bound_s = base.bound.of(degrees)
         if bound_s == float("inf"):
             self._reject(self._no_recipe(search), number)
             return None
         return Candidate(bound_s, number, search)
 
+    def _base(self, degrees: Degrees) -> _Base:
+        shapes, options = self.model.rank_shapes(degrees), self.options.pins.recomputes
+        kinds = {id(shape): shape for shape in shapes}
+        limits = {key: self._safe_bytes(shape) for key, shape in kinds.items()}
+        books = {key: RecipeBook(shape, options) for key, shape in kinds.items()}
+        each = tuple(limits[id(shape)] for shape in shapes)
+        bound = BaseBound(self.model, shapes, options, each)
+        return _Base(each, bound, tuple(books[id(shape)] for shape in shapes))
+
     def _safe_bytes(self, shape: ShapeModel) -> float:
         """The most that a rank's tensors and runtime may take for a peak that is still SAFE."""
-        return safe_tensor_bytes(self.problem, self.model.coverage(shape), shape.runtime_bytes)
+        return safe_tensor_bytes(shape.problem, self.model.coverage(shape), shape.runtime_bytes)
 
     def _reject(self, rejected: Rejected, order: int, shapes: int = 1) -> None:
         self.rejected[rejected.rule] += shapes
@@ -262,7 +268,7 @@ class Solver:
         return Rejected(
             rule="memory",
             detail=f"{search.degrees.label()}: no mix of recomputation fits into "
-            f"{format_bytes(search.limit_bytes)} a device.",
+            f"{format_bytes(max(search.space.limits_bytes))} a device.",
         )
 
     def _add_runners_up(self, candidates: Frontier) -> None:

@@ -21,13 +21,14 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from functools import cache
-from itertools import product
+from itertools import permutations, product
 
 from planner.codec import noun
 from planner.divisors import divisors
 from planner.engine_rules import candidate_schedules, engine_rules
 from planner.errors import InputError, Problem
 from planner.estimate import Rejected
+from planner.placement import is_mixed
 from planner.problem import PlanningProblem
 from planner.rules import (
     EXPERT_RULES,
@@ -36,6 +37,7 @@ from planner.rules import (
     SEQUENCE_RULES,
     DegreesRule,
     batch_divides,
+    groups_ordered,
     world_matches,
     zero_matches_shards,
 )
@@ -48,6 +50,8 @@ MAX_TOKENS = 65536
 """Nor are those with more tokens on a rank, but for single sequences."""
 MAX_CHUNKS = 4
 """More stages a rank than this cost more messages than the bubble that they save."""
+MAX_ORDERED = 3
+"""Of more groups of devices than this, only the order of the cluster and its reverse are tried."""
 MIN_TOKENS = 2048
 """Tokens of a sequence that context parallelism leaves to a rank at least, unless it is pinned."""
 
@@ -70,6 +74,7 @@ class Pins:
     cp_exchange: CpExchange | None = None
     etp: int | None = None
     offload: Offload | None = None
+    device_order: tuple[int, ...] | None = None
 
     @property
     def recomputes(self) -> tuple[Recompute, ...]:
@@ -122,6 +127,11 @@ def _pin(key: str, value: str) -> object:
         if value not in list(choice):
             raise ValueError(f"'{value}' is not one of {', '.join(choice)}")
         return choice(value)
+    if key == "device_order":
+        places = value.split(",")
+        if not all(place.strip().isdigit() for place in places):
+            raise ValueError(f"'{value}' is no list of groups of the cluster by number, such as 1,0")
+        return tuple(int(place) for place in places)
     if key == "sequence_parallel":
         if value not in _BOOLEANS:
             raise ValueError(f"'{value}' is not true or false")
@@ -198,9 +208,21 @@ class _Maker:
             for pp in self._pps():
                 split = layers.tp * layers.cp * pp
                 dp = self.pins.dp if self.pins.dp is not None else max(1, self.devices // split)
-                whole = dataclasses.replace(layers, pp=pp, dp_replicate=dp)
-                if self._keeps((world_matches,), whole) and self._fills(whole):
-                    yield from self._with_data(whole)
+                for order in self._orders(pp):
+                    whole = dataclasses.replace(layers, pp=pp, dp_replicate=dp, device_order=order)
+                    if self._keeps((world_matches, groups_ordered), whole) and self._fills(whole):
+                        yield from self._with_data(whole)
+
+    def _orders(self, pp: int) -> list[tuple[int, ...]]:
+        """Orders of a mixed cluster's groups along the pipeline: all of up to MAX_ORDERED groups."""
+        groups = range(len(self.problem.cluster.groups))
+        if self.pins.device_order is not None:
+            return [self.pins.device_order]
+        if pp == 1 or not is_mixed(self.problem.cluster):
+            return [()]
+        if len(groups) > MAX_ORDERED:
+            return [(), tuple(reversed(groups))]
+        return [order if order != tuple(groups) else () for order in permutations(groups)]
 
     def _fills(self, degrees: Degrees) -> bool:
         """Whether data ranks have equal numbers of sequences."""

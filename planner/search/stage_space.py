@@ -1,0 +1,302 @@
+"""What the stages of one shape may hold, on which devices, and what rules some of it out.
+
+Every pipeline rank has the recipes and the memory of its own devices: in a mixed cluster they differ from
+rank to rank. Which numbers of blocks can still beat a step time follows from the bounds of
+planner.search.sizes, with what a rank's memory makes it recompute: exactly where it holds one stage, by
+planner.search.rank_floor where it holds several.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
+
+from planner.cost.evaluate import CostModel
+from planner.cost.schedule import Table
+from planner.cost.stage import ShapeModel
+from planner.search.rank_floor import RankFloor
+from planner.search.recipes import Column, RecipeBook
+from planner.search.sizes import Limits, Sizes, narrowed
+from planner.strategy import Schedule
+
+MAX_REACH = 4
+"""Layers that a boundary of stages may lie from the even split, in a model of several layer classes: this
+narrows the space that the certificate speaks of."""
+FLOOR_REACH, FLOOR_HALVINGS = 0.2, 7
+"""How far below a step time the bound of sizes is looked for, as a share of it, and halvings of that."""
+DUST = 1e-9
+
+
+class StageSpace:
+    """The stages of a shape.
+
+    `shape` has the messages between stages; `books` are the recipes of each pipeline rank's stages and
+    `limits_bytes` what is safe there, the same for ranks on equal devices.
+    """
+
+    def __init__(
+        self,
+        model: CostModel,
+        shape: ShapeModel,
+        limits_bytes: Sequence[float],
+        books: Sequence[RecipeBook],
+    ) -> None:
+        self.model, self.shape, self.degrees = model, shape, shape.degrees
+        self.limits_bytes, self.books = limits_bytes, books
+        self.layers, self.one_class = model.problem.model.layers, books[0].one_class
+        self.rank_of = [self.degrees.pp_rank_of_stage(s) for s in range(self.degrees.stages)]
+
+    @cached_property
+    def table(self) -> Table:
+        """The shape's table, made when it is first asked for: most shapes are never searched."""
+        return self.model.table(self.degrees)
+
+    @cached_property
+    def stages_of(self) -> list[list[int]]:
+        """The stages of each rank."""
+        stages: list[list[int]] = [[] for _ in range(self.degrees.pp)]
+        for stage, rank in enumerate(self.rank_of):
+            stages[rank].append(stage)
+        return stages
+
+    @cached_property
+    def in_flight(self) -> tuple[tuple[dict[int, int], ...], ...]:
+        """For every rank, the counts of live micro-batches by stage at its fullest moments."""
+        return self.model.in_flight(self.degrees)
+
+    @cached_property
+    def alive(self) -> list[int]:
+        """The most micro-batches that are alive on each stage."""
+        return [max(v.get(s, 0) for v in self.in_flight[rank]) for s, rank in enumerate(self.rank_of)]
+
+    # Recipes
+
+    def recipe(self, index: int, span: tuple[int, int], limit_bytes: float | None = None) -> Column | None:
+        """The fastest recipe of a stage that holds the blocks of a span, within its rank's memory or less."""
+        rank = self.rank_of[index]
+        limit = self.limits_bytes[rank] if limit_bytes is None else limit_bytes
+        return self.books[rank].recipe(*span, self.alive[index], limit)
+
+    def span(self, index: int, size: int) -> tuple[int, int]:
+        """Blocks that stand for any `size` of a stage, where all are of one class."""
+        if index == 0:
+            return 0, size
+        return (self.layers - size, self.layers) if index == self.degrees.stages - 1 else (1, 1 + size)
+
+    def share_bytes(self, index: int) -> float:
+        """An equal part of a rank's memory for each of its stages."""
+        rank = self.rank_of[index]
+        shared = self.books[rank].shape.runtime_bytes
+        return (self.limits_bytes[rank] - shared) / self.degrees.chunks + shared
+
+    def roomy(self, index: int, span: tuple[int, int]) -> bool:
+        """Whether the fastest recipe of these blocks fits in an equal part of the rank's memory."""
+        share = self.recipe(index, span, self.share_bytes(index))
+        return share is self.recipe(index, span, float("inf"))
+
+    def columns(self, index: int, to_beat_s: float, sizes: Sizes | None) -> list[Column]:
+        """Recipes of a stage by its blocks; those whose rank's work alone takes too long are left out."""
+        m, schedule, rank = self.degrees.num_micro_batches, self.degrees.schedule, self.rank_of[index]
+        others_s = (self.degrees.chunks - 1) * m * min(self.block_s)
+        columns: list[Column] = []
+        for spans in self.spans(index, sizes):
+            for span in spans:
+                if self.degrees.chunks > 1 and not self.roomy(index, span):
+                    found = self.books[rank].pareto(*span, self.alive[index])
+                else:
+                    single = self.recipe(index, span)
+                    found = [] if single is None else [single]
+                found = [column for column in found if m * column.whole_s(schedule) + others_s < to_beat_s]
+                if not found:
+                    break  # longer spans from the same layer take more time and memory
+                columns += found
+        return columns
+
+    def spans(self, index: int, sizes: Sizes | None) -> list[list[tuple[int, int]]]:
+        """The blocks [first, end) that a stage may hold: for each first layer, ends in ascending order.
+
+        Of one class, blocks between the same ends cost the same: only their number matters.
+        """
+        layers, last = self.layers, self.degrees.stages - 1
+        if sizes is None:
+            firsts = [0] if index == 0 else self._near(index)
+            ends = [layers] if index == last else self._near(index + 1)
+            return [[(first, end) for end in ends if end > first] for first in firsts]
+        least, most = sizes.stages[index]
+        return [[self.span(index, size) for size in range(least, most + 1)]]
+
+    def _near(self, boundary: int) -> list[int]:
+        """Layers near an even boundary where a stage may begin instead: an even stage to either side."""
+        layers, stages = self.layers, self.degrees.stages
+        reach = min(MAX_REACH, math.ceil(layers / stages))
+        middle = self.even[boundary]
+        low, high = max(boundary, middle - reach), min(layers - (stages - boundary), middle + reach)
+        return list(range(low, high + 1))
+
+    # Sizes
+
+    @cached_property
+    def even(self) -> list[int]:
+        """Where stages begin, and the end: as many blocks as the speed of devices allows, or as much time."""
+        layers, stages = self.layers, self.degrees.stages
+        if self.one_class:
+            return [0, *accumulate(self._even_sizes())]
+        each = {key: self.books[0].least_block_s(key) for key in self.shape.classes}
+        done = [0.0, *accumulate(each[key] for key in self.shape.layer_model.keys)]
+        speeds = list(accumulate((1 / self.block_s[rank] for rank in self.rank_of), initial=0.0))
+        bounds = [0]
+        for stage in range(1, stages):
+            wanted = done[-1] * speeds[stage] / speeds[-1]
+            nearest = min(range(layers + 1), key=lambda layer: abs(done[layer] - wanted))
+            bounds.append(min(max(nearest, bounds[-1] + 1), layers - (stages - stage)))
+        return [*bounds, layers]
+
+    def _even_sizes(self) -> list[int]:
+        sizes = [
+            min(max(low, int(n)), high) for n, (low, high) in zip(self._wanted, self.size_limits, strict=True)
+        ]
+        while sum(sizes) != self.layers:
+            step = 1 if sum(sizes) < self.layers else -1
+            free = [s for s, (low, high) in enumerate(self.size_limits) if low <= sizes[s] + step <= high]
+            sizes[max(free, key=lambda s: (step * (self._wanted[s] - sizes[s]), -s))] += step
+        return sizes
+
+    @cached_property
+    def _wanted(self) -> list[float]:
+        """Blocks of each stage in proportion to the speed of its devices, not rounded."""
+        speeds = [1 / self.block_s[rank] for rank in self.rank_of]
+        return [self.layers * speed / sum(speeds) for speed in speeds]
+
+    @cached_property
+    def size_limits(self) -> Limits:
+        """Sizes of each stage: any; with several stages a rank, within a block of its share.
+
+        Then the first and the last, which hold embedding and head besides, may hold fewer.
+        """
+        layers, stages = self.layers, self.degrees.stages
+        if self.degrees.chunks == 1:
+            return ((1, layers - stages + 1),) * stages
+        each = [(max(1, math.floor(n) - 1), math.ceil(n) + 1) for n in self._wanted]
+        return (1, each[0][1]), *each[1:-1], (1, each[-1][1])
+
+    def sizes(self, to_beat_s: float) -> Sizes | None:
+        """Blocks that stages and ranks may hold where a step is shorter; None where no cut is."""
+        limits, m, p = self.size_limits, self.degrees.num_micro_batches, self.degrees.pp
+        if self.model.sharing is not None or to_beat_s == float("inf"):
+            by_stage = narrowed(limits, self.layers)
+            return None if by_stage is None else Sizes(by_stage, ((self.degrees.chunks, self.layers),) * p)
+        left_s = to_beat_s - self._optimizer_s
+        within_s = left_s / m
+        if self._even_bound:
+            within_s = min(within_s, (left_s - self._twice_s) / (m - p - 1))
+        least = [sum(limits[s][0] for s in stages) for stages in self.stages_of]
+        highest = (sum(limits[s][1] for s in stages) for stages in self.stages_of)
+        each = zip(highest, self.held_s, self.block_s, strict=True)
+        most = [min(high, int(max(0.0, within_s - held) / block + DUST)) for high, held, block in each]
+        by_rank = narrowed(list(zip(least, most, strict=True)), self.layers)
+        by_rank = by_rank and self._with_memory(by_rank, left_s)
+        if by_rank is None:
+            return None
+        by_stage = narrowed(
+            [
+                (low, min(high, by_rank[r][1] - least[r] + low))
+                for (low, high), r in zip(limits, self.rank_of, strict=True)
+            ],
+            self.layers,
+        )
+        return None if by_stage is None else Sizes(by_stage, by_rank)
+
+    def _with_memory(self, by_rank: Limits, left_s: float) -> Limits | None:
+        """The limits of ranks, less what takes too long with what memory makes them recompute."""
+        m, p, result, entered_s = self.degrees.num_micro_batches, self.degrees.pp, [], 0.0
+        for rank, (least, most) in enumerate(by_rank):
+            while most >= least:
+                own_s = self._own_s(rank, most)
+                bound_s = m * own_s + entered_s
+                if self._even_bound:
+                    bound_s = max(bound_s, (m - p - 1) * own_s + self._twice_s)
+                if bound_s < left_s:
+                    break
+                most -= 1
+            result.append((least, most))
+            entered_s += self._enter_s(rank)
+        return narrowed(result, self.layers)
+
+    def _own_s(self, rank: int, blocks: int) -> float:
+        """What a rank that holds so many blocks takes at least for a micro-batch; infinite if it cannot."""
+        if self.degrees.chunks > 1:
+            return self.floors[rank].least_s(rank, blocks) + self.held_s[rank]
+        column = self.recipe(rank, self.span(rank, blocks))
+        return float("inf") if column is None else column.whole_s(self.degrees.schedule)
+
+    def floor_bound_s(self, to_beat_s: float) -> float:
+        """The greatest step time, up to one, that no sizes of stages can beat."""
+        low_s, high_s = to_beat_s * (1 - FLOOR_REACH), to_beat_s
+        if self.sizes(low_s) is not None:
+            return 0.0
+        for _ in range(FLOOR_HALVINGS):
+            middle_s = (low_s + high_s) / 2
+            if self.sizes(middle_s) is None:
+                low_s = middle_s
+            else:
+                high_s = middle_s
+        return low_s
+
+    @cached_property
+    def floors(self) -> list[RankFloor]:
+        """The floors of each rank."""
+        known: dict[int, RankFloor] = {}
+        for book, limit in zip(self.books, self.limits_bytes, strict=True):
+            if id(book) not in known:
+                known[id(book)] = RankFloor(book, limit, self.degrees, self.in_flight, self.size_limits)
+        return [known[id(book)] for book in self.books]
+
+    # Least seconds
+
+    @cached_property
+    def block_s(self) -> list[float]:
+        """A micro-batch's passes of the fastest block with its cheapest option, on each rank."""
+        known = {id(book): min(map(book.least_block_s, book.shape.classes)) for book in self.books}
+        return [known[id(book)] for book in self.books]
+
+    @cached_property
+    def held_s(self) -> list[float]:
+        """What each rank's passes of a micro-batch take besides its blocks."""
+        held_s, last = [0.0] * self.degrees.pp, self.degrees.stages - 1
+        for stage, rank in enumerate(self.rank_of):
+            shape = self.books[rank].shape
+            ends = [shape.embedding_passes] * (stage == 0) + [shape.head_passes] * (stage == last)
+            held_s[rank] += 2 * shape.action.total_s + sum(p.total_s for passes in ends for p in passes)
+        return held_s
+
+    @property
+    def _even_bound(self) -> bool:
+        """Whether the bound of 1F1B with more micro-batches than ranks holds."""
+        degrees = self.degrees
+        return degrees.schedule is Schedule.ONE_F_ONE_B and degrees.num_micro_batches > degrees.pp + 1
+
+    @cached_property
+    def _twice_s(self) -> float:
+        """Twice the least passes of the whole model, and the messages on the way."""
+        whole_s = self.layers * min(self.block_s) + sum(self.held_s)
+        return 2 * whole_s + 2 * (self.degrees.pp - 1) * self.shape.messages.p2p_s()
+
+    def _enter_s(self, rank: int) -> float:
+        """What a rank adds before the first forward of those after it, and after their last backward."""
+        low, book = self.size_limits[rank][0], self.books[rank]
+        shape, (key,) = book.shape, book.shape.classes
+        hop_s = self.shape.messages.p2p_s()
+        forward_s = shape.action.total_s + low * shape.passes(key, book.options[0])[0].total_s
+        if self.degrees.schedule.splits_backward:
+            return forward_s + hop_s
+        backward_s = min(shape.passes(key, option)[1].total_s for option in book.options)
+        return forward_s + shape.action.total_s + low * backward_s + 2 * hop_s
+
+    @cached_property
+    def _optimizer_s(self) -> float:
+        """The slowest rank's optimizer step is no faster than the mean over ranks."""
+        shapes = {id(book): book.shape for book in self.books}.values()
+        least_s = min(shape.optimizer_s(shape.all_units()) for shape in shapes)
+        return self.shape.physics.step_s + least_s / self.degrees.pp
