@@ -1,0 +1,399 @@
+"""Why a problem has no feasible plan, and the single changes that give it one.
+
+The binding limit is the memory of a device where some shape keeps all rules: the least memory limit at which
+a strategy is SAFE is exact (planner.least_memory), and what it exceeds the given one by is the shortfall.
+Where no shape keeps the rules, it is the rule that most shapes break first.
+
+A repair is one change, solved: its strategy keeps rules, pins and limit, asked again of a cost model of its
+own. Repairs are compared by device-seconds a token of the plan that each gives,
+
+    devices x step time / (sequences x tokens of a step)
+
+which is what the repaired run costs on rented devices, whatever a changed batch or sequence does to a step.
+The three cheapest of different kinds are `repairs`; a second optimizer, say, stands in `others` with what
+costs more. Once time is spent and three are found, no more are tried. A memory limit above what the device has is never among the three: it asks for other devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from planner.changes import Change, lora, narrower, nodes_of, other_optimizers, with_limit, with_nodes
+from planner.changes import with_workload as changed_workload
+from planner.choices import KEYS, chosen, freed, pinned, text
+from planner.codec import noun
+from planner.cost.evaluate import CostModel
+from planner.errors import InputError
+from planner.estimate import Verdict
+from planner.least_memory import Need, Survey, fitting, survey
+from planner.problem import PlanningProblem
+from planner.resolve import Clock, Effort, Solved, resolved, verified
+from planner.rules import broken_rules
+from planner.search.space import Pins, shapes
+from planner.strategy import Degrees, Offload, Recompute, Strategy, even_stages, offloaded
+from planner.units import MIB, format_bytes
+
+BEST = 3
+DOUBLINGS = 6
+"""Times that the number of nodes is doubled before more nodes are given up."""
+MAX_DEVICES = 8192
+FEW = 4
+"""Numbers of nodes or batches that are tried one by one; among more, the least is found by bisection."""
+SEQ_PARTS = 16
+"""Shorter sequences are tried in steps of this part of the given one, then by halves."""
+MIN_SEQ = 128
+MAX_BATCH_STEPS = 512
+SHAPE_KEYS = tuple(key for key in KEYS if key not in ("zero", "recompute", "offload"))
+"""Keys that fix a shape's degrees, besides its ZeRO stage."""
+
+
+@noun
+class Binding:
+    """What stands in the way. The bytes are of a device, None where it is not memory.
+
+    Raising the limit to `needed_bytes` makes the problem feasible; `short_bytes` is what it lacks.
+    """
+
+    rule: str
+    detail: str
+    needed_bytes: int | None = None
+    limit_bytes: int | None = None
+    short_bytes: int | None = None
+
+
+@noun
+class Repair:
+    """One change that makes the problem feasible, the flag for it, and the plan that it gives."""
+
+    change: str
+    flag: str
+    kind: str
+    step_time_s: float
+    device_seconds_per_token: float
+    strategy: Strategy
+    peak_memory_bytes: int
+    verified: bool
+
+
+@noun
+class Infeasible:
+    """The whole answer to a problem without a feasible plan."""
+
+    shapes: int
+    rejected: dict[str, int]
+    binding: Binding
+    repairs: tuple[Repair, ...]
+    others: tuple[Repair, ...]
+
+
+@noun
+class _Candidate:
+    """A change to try, with the pins that are left under it; `kind` is alike for changes of one flag."""
+
+    kind: str
+    change: Change
+    pins: Pins
+    hypothetical: bool = False
+
+
+def why_infeasible(problem: PlanningProblem, pins: Pins, effort: Effort) -> Infeasible:
+    """What binds, and repairs by rising cost."""
+    found, clock = survey(problem, pins), Clock(effort)
+    solved = []
+    for candidate in _candidates(problem, pins, found):
+        if clock.spent and len({repair.kind for over, repair in solved if not over}) >= BEST:
+            break
+        repair = _repaired(candidate, clock)
+        if repair is not None:
+            solved.append((candidate.hypothetical, repair))
+    if not solved and len(pinned(pins)) > 1:
+        last = _repaired(_all_freed(problem, pins), clock)
+        solved += [(False, last)] if last is not None else []
+    solved.sort(key=lambda each: (each[0], each[1].device_seconds_per_token, each[1].flag))
+    best: dict[str, Repair] = {}
+    for hypothetical, repair in solved:
+        if not hypothetical and len(best) < BEST:
+            best.setdefault(repair.kind, repair)
+    return Infeasible(
+        shapes=found.shapes,
+        rejected=found.rejected | ({"memory": found.legal} if found.legal else {}),
+        binding=binding(problem, found),
+        repairs=tuple(best.values()),
+        others=tuple(repair for _, repair in solved if repair not in best.values()),
+    )
+
+
+def binding(problem: PlanningProblem, found: Survey) -> Binding:
+    """The limit in the way: the memory of a device where a shape is legal, else the rule most break."""
+    if found.need is not None:
+        limit = problem.memory_limit_bytes
+        return Binding(
+            rule="memory",
+            detail=_memory_words(problem, found, found.need),
+            needed_bytes=found.need.limit_bytes,
+            limit_bytes=limit,
+            short_bytes=found.need.limit_bytes - limit,
+        )
+    broken = [rule for rule in found.rejected if rule != "world_size"] or list(found.rejected)
+    rule = broken[0] if broken else "memory"  # world_size is asked first: who breaks another kept it
+    nearest = found.nearest.get(rule)
+    if nearest is None:
+        return Binding(rule=rule, detail="no shape exists for these pins")
+    legal = f" Legal here: {nearest.legal}." if nearest.legal else ""
+    return Binding(rule=rule, detail=nearest.detail + legal)
+
+
+def _memory_words(problem: PlanningProblem, found: Survey, need: Need) -> str:
+    limit, devices = problem.memory_limit_bytes, problem.cluster.devices
+    safe = limit * need.peak_bytes / need.limit_bytes
+    short = (
+        f"SAFE takes {format_bytes(need.limit_bytes)}, the limit is {format_bytes(limit)}: short by "
+        f"{format_bytes(need.limit_bytes - limit)}"
+    )
+    memory = need.memory
+    parts = {
+        "states": need.state_bytes,
+        "activations": memory.activations_bytes,
+        "transient": memory.transient_bytes,
+        "communicators and allocator": memory.runtime_bytes + memory.allocator_bytes,
+    }
+    held = ", ".join(f"{format_bytes(size)} {name}" for name, size in parts.items() if size > 0)
+    least = f"the {'' if need.exact else 'nearly '}least demanding strategy, {need.strategy.degrees.label()}"
+    if found.least_state_bytes > safe:
+        return (
+            f"weights, gradients and optimizer state alone take "
+            f"{format_bytes(found.least_state_bytes * devices)} over {devices} devices: "
+            f"{format_bytes(found.least_state_bytes)} a device at best, {format_bytes(safe)} are safe. "
+            f"With what else {least}, holds, a device peaks at {format_bytes(need.peak_bytes)}; {short}"
+        )
+    return f"{least}, peaks at {format_bytes(need.peak_bytes)} a device ({held}); {short}"
+
+
+def _candidates(problem: PlanningProblem, pins: Pins, found: Survey) -> Iterator[_Candidate]:
+    """Every single change that may help, the cheapest to try first."""
+    yield from _freed(problem, pins)
+    same = [*other_optimizers(problem), *lora(problem), *narrower(problem)]
+    for change in same:
+        yield _Candidate(kind=change.flag.split()[0], change=change, pins=pins)
+    if found.need is None:
+        yield from _other_batches(problem, pins)
+    else:
+        yield _larger_limit(problem, pins, found.need)
+    yield from _other_nodes(problem, pins, fewer=found.need is None)
+    yield from _shorter(problem, pins)
+    if found.need is not None:
+        yield from _more_pins(problem, pins)
+
+
+def _freed(problem: PlanningProblem, pins: Pins) -> Iterator[_Candidate]:
+    for key, value in pinned(pins).items():
+        change = Change(
+            change=f"{key} free instead of {text(key, value).partition('=')[2]}",
+            flag=f"leave out --fix {text(key, value)}",
+            problem=problem,
+        )
+        yield _Candidate(kind=f"fix {key}", change=change, pins=freed(pins, key))
+
+
+def _all_freed(problem: PlanningProblem, pins: Pins) -> _Candidate:
+    change = Change(change="all pinned choices free", flag="leave out every --fix", problem=problem)
+    return _Candidate(kind="fix", change=change, pins=Pins())
+
+
+def _more_pins(problem: PlanningProblem, pins: Pins) -> Iterator[_Candidate]:
+    """Choices that the search takes only when they are asked for: context and expert ranks, host memory."""
+    devices, experts = problem.cluster.devices, [each.count for each in problem.model.experts]
+    degrees = [2**power for power in range(1, 8) if devices % 2**power == 0]
+    if pins.cp is None:
+        yield from _first_fitting(problem, pins, "cp", degrees, "ranks share out each sequence")
+    if pins.ep is None and experts:
+        legal = [degree for degree in degrees if experts[0] % degree == 0]
+        yield from _first_fitting(problem, pins, "ep", legal, "ranks share out the experts")
+    if pins.offload is None:
+        for offload, what in (
+            (Offload.OPTIMIZER, "optimizer state"),
+            (Offload.ACTIVATIONS, "kept activations"),
+        ):
+            change = Change(change=f"{what} in host memory", flag=f"--fix offload={offload}", problem=problem)
+            yield _Candidate(kind="offload", change=change, pins=dataclasses.replace(pins, offload=offload))
+
+
+def _first_fitting(
+    problem: PlanningProblem, pins: Pins, key: str, degrees: list[int], what: str
+) -> Iterator[_Candidate]:
+    for degree in degrees:
+        more = dataclasses.replace(pins, **{key: degree})  # type: ignore[arg-type]
+        if fitting(problem, more) is not None:
+            change = Change(change=f"{degree} {what}", flag=f"--fix {key}={degree}", problem=problem)
+            yield _Candidate(kind=f"fix {key}", change=change, pins=more)
+            return
+
+
+def _larger_limit(problem: PlanningProblem, pins: Pins, need: Need) -> _Candidate:
+    """The least limit that suffices; more than the device has is another device."""
+    usable = min(group.device.usable_memory_bytes for group in problem.cluster.groups)
+    flag = f"--memory-limit {need.limit_bytes // MIB}MiB"
+    words = f"a memory limit of {format_bytes(need.limit_bytes)}"
+    beyond = need.limit_bytes > usable
+    if beyond:
+        words = (
+            f"devices that give a program {format_bytes(need.limit_bytes)} each "
+            f"({problem.device.name} gives {format_bytes(usable)})"
+        )
+    change = Change(change=words, flag=flag, problem=with_limit(problem, need.limit_bytes))
+    return _Candidate(kind="--memory-limit", change=change, pins=pins, hypothetical=beyond)
+
+
+def _other_nodes(problem: PlanningProblem, pins: Pins, *, fewer: bool) -> Iterator[_Candidate]:
+    now = nodes_of(problem.cluster)
+    if now is None or pins.dp is not None:
+        return
+
+    def fits(nodes: int) -> bool:
+        changed = with_nodes(problem, nodes)
+        return changed is not None and fitting(changed, pins) is not None
+
+    numbers = [_least_nodes(now, problem.cluster.devices_per_node, fits)]
+    if fewer:
+        numbers.append(next((n for n in range(now - 1, max(0, now - 1 - FEW), -1) if fits(n)), None))
+    for nodes in numbers:
+        changed = None if nodes is None else with_nodes(problem, nodes)
+        if changed is not None:
+            change = Change(
+                change=f"{nodes} nodes ({changed.cluster.devices} devices) instead of {now}",
+                flag=f"--cluster {changed.cluster.name}",
+                problem=changed,
+            )
+            yield _Candidate(kind="--cluster", change=change, pins=pins)
+
+
+def _least_nodes(now: int, per_node: int, fits: Callable[[int], bool]) -> int | None:
+    """The least number above `now` that fits: by doubling, then one by one or by bisection between."""
+    low, high = now, 2 * now
+    for _ in range(DOUBLINGS):
+        if high * per_node > MAX_DEVICES:
+            return None
+        if fits(high):
+            break
+        low, high = high, 2 * high
+    else:
+        return None
+    while high - low > FEW:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return next((nodes for nodes in range(low + 1, high) if fits(nodes)), high)
+
+
+def _shorter(problem: PlanningProblem, pins: Pins) -> Iterator[_Candidate]:
+    """The longest sequence that fits, in steps of a sixteenth, then by halves."""
+    seq = problem.workload.seq
+    step = seq // SEQ_PARTS
+    lengths = [step * part for part in range(SEQ_PARTS - 1, 0, -1)] if seq % SEQ_PARTS == 0 else []
+    lengths += [seq >> power for power in range(1, 24) if seq >> power < min([seq, *lengths])]
+    lengths = [length for length in lengths if length >= MIN_SEQ]
+
+    def fits(length: int) -> bool:
+        return fitting(changed_workload(problem, seq=length), pins) is not None
+
+    if not lengths or not fits(lengths[-1]):
+        return
+    low, high = 0, len(lengths) - 1  # lengths fall: the first that fits is the longest
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(lengths[middle]) else (middle + 1, high)
+    change = Change(
+        change=f"sequences of {lengths[high]} tokens instead of {seq}",
+        flag=f"--seq {lengths[high]}",
+        problem=changed_workload(problem, seq=lengths[high]),
+    )
+    yield _Candidate(kind="--seq", change=change, pins=pins)
+
+
+def _other_batches(problem: PlanningProblem, pins: Pins) -> Iterator[_Candidate]:
+    """The nearest batches to either side for which a shape keeps the rules and fits."""
+    batch = problem.workload.batch
+
+    def legal(number: int) -> bool:
+        changed = changed_workload(problem, batch=number)
+        return any(isinstance(shape, Degrees) for shape in shapes(changed, pins))
+
+    steps = min(MAX_BATCH_STEPS, 2 * problem.cluster.devices)
+    for sign in (-1, 1):
+        numbers = (batch + sign * step for step in range(1, steps + 1) if batch + sign * step >= 1)
+        nearest = next((number for number in numbers if legal(number)), None)
+        if nearest is not None:
+            change = Change(
+                change=f"a batch of {nearest} sequences instead of {batch}",
+                flag=f"--batch {nearest}",
+                problem=changed_workload(problem, batch=nearest),
+            )
+            yield _Candidate(kind=f"--batch {sign}", change=change, pins=pins)
+
+
+def _repaired(candidate: _Candidate, clock: Clock) -> Repair | None:
+    """The change solved and verified; None where it does not make the problem feasible."""
+    change, pins = candidate.change, candidate.pins
+    need = fitting(change.problem, pins)
+    if need is None:
+        return None
+    words, flag = change.change, change.flag
+    try:
+        solved = _solved(change.problem, pins, clock, need)
+    except InputError:  # a pin that the search does not take yet, and an estimate does
+        solved = _estimated(change.problem, need.strategy)
+        flag = f"plan estimate {_fixes(solved.strategy)}" if solved is not None else flag
+    if solved is None:
+        return None
+    if flag.startswith("leave out"):
+        words, flag = _named(candidate, solved.strategy)
+    return Repair(
+        change=words,
+        flag=flag,
+        kind=candidate.kind,
+        step_time_s=solved.step_time_s,
+        device_seconds_per_token=solved.device_seconds_per_token,
+        strategy=solved.strategy,
+        peak_memory_bytes=solved.evaluation.estimate.peak_memory_bytes,
+        verified=verified(solved, pins),
+    )
+
+
+def _solved(problem: PlanningProblem, pins: Pins, clock: Clock, need: Need) -> Solved | None:
+    """The best plan of a short search; once time is spent, the best of the shape that fits."""
+    if clock.spent:
+        degrees = need.strategy.degrees
+        pins = dataclasses.replace(pins, **{key: getattr(degrees, key) for key in SHAPE_KEYS})
+        pins = dataclasses.replace(pins, zero=int(degrees.zero))
+    return resolved(problem, pins, clock.effort, [need.strategy])
+
+
+def _estimated(problem: PlanningProblem, strategy: Strategy) -> Solved | None:
+    """The fastest strategy of even stages that is SAFE with the degrees and the offloading of another."""
+    degrees = strategy.degrees
+    if degrees.dp_replicate > 1 and degrees.dp_shard > 1:
+        return None  # no --fix says how many ranks share out state
+    model, offload = CostModel(problem), strategy.offloads[0]
+    each = (even_stages(problem.model.layers, degrees.stages, option) for option in Recompute)
+    strategies = [Strategy(degrees=degrees, stages=offloaded(stages, offload)) for stages in each]
+    legal = [model.evaluate(each) for each in strategies if not broken_rules(problem, each)]
+    safe = [each for each in legal if each.estimate.verdict is Verdict.SAFE]
+    best = min(safe, key=lambda each: each.estimate.step_time_s, default=None)
+    return None if best is None else Solved(problem=problem, evaluation=best, lower_bound_s=0.0)
+
+
+def _fixes(strategy: Strategy) -> str:
+    """The flags of `plan estimate` for a strategy."""
+    nominal = {"chunks": 1, "cp": 1, "ep": 1, "cp_exchange": "ring", "etp": strategy.degrees.tp}
+    values = {key: chosen(strategy, key) for key in KEYS}
+    return " ".join(f"--fix {text(key, v)}" for key, v in values.items() if v != nominal.get(key))
+
+
+def _named(candidate: _Candidate, strategy: Strategy) -> tuple[str, str]:
+    """Words and flag of a freed choice: the value that the plan has for it, where it has one."""
+    change = candidate.change
+    key = candidate.kind.removeprefix("fix ")
+    value = chosen(strategy, key) if key in KEYS else None
+    if value is None:
+        return change.change, change.flag
+    return f"{text(key, value)} instead of {change.flag.rpartition('=')[2]}", f"--fix {text(key, value)}"
