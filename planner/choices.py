@@ -87,8 +87,9 @@ def nearest_first(values: list[Choice], wanted: Choice) -> list[Choice]:
     others = [value for value in values if value != wanted]
     if isinstance(wanted, bool) or not isinstance(wanted, int):
         return others
-    numbers, near = [value for value in others if isinstance(value, int)], wanted + 1
-    return list[Choice](sorted(numbers, key=lambda value: max(value + 1, near) / min(value + 1, near)))
+    near = wanted + 1
+    numbers = sorted((max(v + 1, near) / min(v + 1, near), v) for v in others if isinstance(v, int))
+    return [value for _, value in numbers]
 
 
 def parse_choice(typed: str, problem: PlanningProblem, flag: str) -> tuple[str, Pins]:

@@ -11,7 +11,8 @@ own. Repairs are compared by device-seconds a token of the plan that each gives,
 
 which is what the repaired run costs on rented devices, whatever a changed batch or sequence does to a step.
 The three cheapest of different kinds are `repairs`; a second optimizer, say, stands in `others` with what
-costs more. Once time is spent and three are found, no more are tried. A memory limit above what the device has is never among the three: it asks for other devices.
+costs more. Once time is spent and three are found, no more are tried. A memory limit above what the device
+has is never among the three: it asks for other devices.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class _Candidate:
 def why_infeasible(problem: PlanningProblem, pins: Pins, effort: Effort) -> Infeasible:
     """What binds, and repairs by rising cost."""
     found, clock = survey(problem, pins), Clock(effort)
-    solved = []
+    solved: list[tuple[bool, Repair]] = []
     for candidate in _candidates(problem, pins, found):
         if clock.spent and len({repair.kind for over, repair in solved if not over}) >= BEST:
             break
@@ -361,11 +362,13 @@ def _repaired(candidate: _Candidate, clock: Clock) -> Repair | None:
 
 def _solved(problem: PlanningProblem, pins: Pins, clock: Clock, need: Need) -> Solved | None:
     """The best plan of a short search; once time is spent, the best of the shape that fits."""
-    if clock.spent:
-        degrees = need.strategy.degrees
-        pins = dataclasses.replace(pins, **{key: getattr(degrees, key) for key in SHAPE_KEYS})
-        pins = dataclasses.replace(pins, zero=int(degrees.zero))
-    return resolved(problem, pins, clock.effort, [need.strategy])
+    if not clock.spent:
+        return resolved(problem, pins, clock, [need.strategy])
+    degrees = need.strategy.degrees
+    pins = dataclasses.replace(pins, **{key: getattr(degrees, key) for key in SHAPE_KEYS})
+    pins = dataclasses.replace(pins, zero=int(degrees.zero))
+    each_s = clock.effort.each_s
+    return resolved(problem, pins, Clock(Effort(each_s=each_s, total_s=each_s)), [need.strategy])
 
 
 def _estimated(problem: PlanningProblem, strategy: Strategy) -> Solved | None:

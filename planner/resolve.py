@@ -57,7 +57,7 @@ class Clock:
 
 @noun
 class Solved:
-    """The best strategy known of a problem, evaluated, and the bound below all (0: none is known)."""
+    """The best strategy known of a problem, evaluated, and the bound below all (0: nothing was searched)."""
 
     problem: PlanningProblem
     evaluation: Evaluation
@@ -72,9 +72,9 @@ class Solved:
         return self.evaluation.strategy
 
     @property
-    def gap(self) -> float:
-        """Share of the step time by which a better plan may still be faster."""
-        return max(0.0, 1 - self.lower_bound_s / self.step_time_s)
+    def gap(self) -> float | None:
+        """Share of the step time by which a better plan may still be faster; None: nothing was searched."""
+        return max(0.0, 1 - self.lower_bound_s / self.step_time_s) if self.lower_bound_s else None
 
     @property
     def tokens_per_s(self) -> float:
@@ -88,15 +88,22 @@ class Solved:
 
 
 def resolved(
-    problem: PlanningProblem, pins: Pins, effort: Effort, known: Iterable[Strategy] = ()
+    problem: PlanningProblem,
+    pins: Pins,
+    clock: Clock,
+    known: Iterable[Strategy] = (),
 ) -> Solved | None:
-    """The best of a short search and of known strategies; None where there is none that is SAFE."""
+    """The best of a short search and of known strategies; None where there is none that is SAFE.
+
+    Once the clock's time is spent, known strategies alone are asked.
+    """
     model = CostModel(problem)
     found, lower_s = [], 0.0
     try:
-        plan = search(problem, effort.options(pins))
-        found.append(model.evaluate(plan.strategy))
-        lower_s = plan.solver.lower_bound_s if plan.solver is not None else 0.0
+        plan = None if clock.spent else search(problem, clock.effort.options(pins))
+        if plan is not None:
+            found.append(model.evaluate(plan.strategy))
+            lower_s = plan.solver.lower_bound_s if plan.solver is not None else 0.0
     except InfeasibleError:
         pass
     for strategy in known:

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from planner.commands.options import ProblemInputs, ProblemOptions, load_problem
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from planner.cluster import Device
+    from planner.plan import Plan
     from planner.problem import PlanningProblem
     from planner.profile import Profile
 
@@ -36,6 +39,39 @@ def read_problem(options: ProblemOptions) -> Asked:
     )
     profile, basis = _profile(inputs, problem.device)
     return Asked(dataclasses.replace(problem, profile=profile), basis)
+
+
+def problem_of_plan(plan: Plan, profile: Path | None) -> Asked:
+    """The problem that a plan answers. The profile is the one given, else the one that it was made with.
+
+    A plan holds a digest of its profile, not the profile: where neither a file nor a shipped profile is that
+    one, the shipped profile of the device stands in, and the basis says so.
+    """
+    from planner.codec import digest
+    from planner.problem import PlanningProblem
+    from planner.profile import load_profile
+
+    problem = PlanningProblem(
+        model=plan.model,
+        workload=plan.workload,
+        cluster=plan.cluster,
+        profile=None,
+        memory_limit_bytes=plan.estimate.memory_limit_bytes,
+    )
+    made_with, device = plan.digests.get("profile"), problem.device
+    if profile is not None:
+        found: Profile | None = load_profile(profile)
+        basis = f"profile {profile}"
+    elif made_with is None:
+        return Asked(problem, f"datasheet of {device.title}: the plan was made without a profile")
+    else:
+        found = _shipped(device.name)
+        basis = f"shipped profile {found.name}" if found is not None else f"datasheet of {device.title}"
+    if (None if found is None else digest(found)) != made_with:
+        basis += (
+            "; the plan was made with another: name that with --profile, all figures here are by this one"
+        )
+    return Asked(dataclasses.replace(problem, profile=found), basis)
 
 
 def _profile(inputs: ProblemInputs, device: Device) -> tuple[Profile | None, str]:

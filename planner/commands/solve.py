@@ -52,10 +52,11 @@ def solve(
     output: Path | None,
 ) -> int:
     """Find the best plan and prove how good it is."""
+    from planner.commands.infeasible import tell_infeasible
     from planner.commands.plan_text import plan_text
     from planner.commands.problem import read_problem
     from planner.commands.text import print_json
-    from planner.errors import InputError, Problem
+    from planner.errors import InfeasibleError, InputError, Problem
     from planner.plan import encode_plan, save_plan
     from planner.search.solve import SolveOptions
     from planner.search.solve import solve as search
@@ -75,7 +76,10 @@ def solve(
     chosen = SolveOptions(
         pins=parse_pins(fixed), time_limit_s=time_limit_s, top=top, reproducible=reproducible
     )
-    plan = search(asked.problem, chosen)
+    try:
+        plan = search(asked.problem, chosen)
+    except InfeasibleError:
+        return tell_infeasible(asked.problem, chosen, as_json=as_json)
     if output is not None:
         save_plan(plan, output)
         print(f"wrote {output}", file=sys.stderr)
