@@ -117,7 +117,7 @@ ON_ONE_NODE = ("tp_scale", "dp_scale", "pp_scale", "cp_scale", "ep_scale")
 def faster_links(problem: PlanningProblem, factor: float) -> PlanningProblem | None:
     """Messages that stay in a node take 1/factor of their time, measured or not.
 
-    On several nodes these are the tensor-parallel ones, which never leave one.
+    On several nodes these are the tensor-parallel ones, which never leave one; the loss's small ones stay.
     """
     cluster = problem.cluster
     if cluster.intra.bytes_per_s is None or cluster.devices_per_node == 1:
@@ -190,9 +190,13 @@ def faster_devices(problem: PlanningProblem, factor: float) -> PlanningProblem:
         dataclasses.replace(s, forward_s=s.forward_s / factor, backward_s=s.backward_s / factor)
         for s in profile.layers
     )
-    rates = {c.name: c.value * factor for c in profile.constants if c.name in MEASURED_RATES}
-    changed = dataclasses.replace(changed, profile=dataclasses.replace(profile, layers=layers))
-    return _with_constants(changed, rates) if rates else changed
+    constants = tuple(
+        dataclasses.replace(c, value=c.value * factor) if c.name in MEASURED_RATES else c
+        for c in profile.constants
+    )
+    return dataclasses.replace(
+        changed, profile=dataclasses.replace(profile, layers=layers, constants=constants)
+    )
 
 
 MEASURED_RATES = ("gemm_flops", "memory_bytes_per_s")

@@ -110,6 +110,7 @@ def parse_choice(typed: str, problem: PlanningProblem, flag: str) -> tuple[str, 
     except InputError as error:
         fault = error.problems[0].fault
     values = values_of(problem, key)
-    order = nearest_first(values, int(value)) if value.lstrip("-").isdigit() and len(value) < 10 else values
+    number = value.lstrip("-").isdigit() and len(value) < 10 and key != "sequence_parallel"
+    order = nearest_first(values, int(value)) if number else values
     shown = ", ".join(text(key, each).partition("=")[2] for each in order[:8])
     raise InputError(Problem(where=where, fault=fault, legal=shown, fix=f"{flag} {key}=VALUE"))

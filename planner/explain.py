@@ -277,9 +277,9 @@ def _changes(problem: PlanningProblem) -> Iterable[Change]:
     if larger is not None:
         yield Change(change="one more node", flag=f"--cluster {larger.cluster.name}", problem=larger)
     for words, changed in (
-        ("network between nodes twice as fast", faster_network(problem, TWICE)),
-        ("messages in a node in half the time", faster_links(problem, TWICE)),
-        ("devices and their memory 10 % faster", faster_devices(problem, FASTER)),
+        ("network twice as fast", faster_network(problem, TWICE)),
+        ("links in a node twice as fast", faster_links(problem, TWICE)),
+        ("devices 10 % faster", faster_devices(problem, FASTER)),
     ):
         if changed is not None:
             yield Change(change=words, flag="", problem=changed)

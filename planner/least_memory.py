@@ -263,7 +263,13 @@ class _ShapeNeed:
         return self.shape.runtime_bytes + held + alive * cost.saved_bytes
 
     def bound(self) -> float:
-        """Below every need of the shape: a stage of one layer at either end, and the mean of states."""
+        """Below every need of the shape: a stage of one layer at either end, and the mean of states.
+
+        Infinite where offloading breaks a rule, which is asked before its cost can be.
+        """
+        even = Strategy(degrees=self.degrees, stages=self._even(self.pins.recomputes[0]))
+        if even.offloads and broken_rules(self.model.problem, even):
+            return math.inf
         if self.degrees.chunks > 1:
             return 0.0
         layers, stages = self.layers, self.degrees.stages
@@ -275,9 +281,6 @@ class _ShapeNeed:
 
     def need(self, to_beat_bytes: float) -> Need | None:
         """The least demanding strategy; None where it does not beat a limit or offloading breaks a rule."""
-        even = Strategy(degrees=self.degrees, stages=self._even(self.pins.recomputes[0]))
-        if even.offloads and broken_rules(self.model.problem, even):
-            return None
         if self.degrees.chunks > 1:
             return self._least([self._even(option) for option in self.pins.recomputes], exact=False)
         if to_beat_bytes < math.inf and self._fitting(self._within(to_beat_bytes)) is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def diff_text(found: PlanDiff, plans: list[Plan], names: tuple[str, str]) -> str
     heading = pairs(zip(("A", "B"), sides, strict=True), COLUMNS)
     sections = [
         heading,
-        pairs([("", found.statement)], COLUMNS).strip(),
+        textwrap.fill(found.statement, COLUMNS),
         _differences("inputs", found.inputs) or "The inputs are the same.",
         _differences("choices", found.strategy) or "The degrees are the same.",
         _differences("stages (layers, none/sel/full)", found.stages),

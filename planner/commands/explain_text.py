@@ -98,8 +98,9 @@ def _more(evaluation: Evaluation, found: Explanation) -> str:
     if best is None:
         return "No SAFE plan is known of this problem, so nothing is said of what more would buy."
     rows = [_more_row(more) for more in found.more]
-    header = ("what more would buy", "tokens/s", "gain", "a device", "same plan", "gap", "its plan")
-    text = table(header, rows)
+    header = ("what more would buy", "tokens/s", "gain", "each", "as is", "gap", "its plan")
+    text = wrapped_table(header, rows, COLUMNS)
+    text += "\neach: gain of a device; as is: a step of this plan; gap: what the search left open"
     details = [(more.change, more.detail) for more in found.more if more.detail]
     if details:
         text += "\n" + pairs(details, COLUMNS)

@@ -125,11 +125,9 @@ def test_stages_cover_the_layers_evenly_where_nothing_else_weighs() -> None:
     assert need is not None
     sizes = [stage.layers for stage in need.strategy.stages]
     assert sum(sizes) == 16 and sizes[0] <= sizes[-1]
-    moved = [list(sizes) for _ in range(2)]
-    for sizes_, (a, b) in zip(moved, itertools.pairwise((0, 3, 0)), strict=True):
-        sizes_[a], sizes_[b] = sizes_[a] + 1, sizes_[b] - 1
     model = CostModel(problem)
-    for other in moved:
-        strategy = Strategy(degrees=need.strategy.degrees, stages=sized_stages(other, Recompute.NONE))
+    for a, b in ((0, 3), (3, 0)):
+        moved = [size + (s == a) - (s == b) for s, size in enumerate(sizes)]
+        strategy = Strategy(degrees=need.strategy.degrees, stages=sized_stages(moved, Recompute.NONE))
         worse = need_of(model, strategy)
         assert worse is not None and worse.memory.total_bytes >= need.memory.total_bytes
