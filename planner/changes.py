@@ -6,15 +6,18 @@ Every function takes a problem and returns another, or None where the change has
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable
 
 from planner.cluster import ClusterSpec, Device
 from planner.codec import noun
+from planner.cost.comm import CommModel, Group
 from planner.cost.physics import usual_physics
 from planner.errors import InputError
 from planner.problem import PlanningProblem
-from planner.profile import PROFILE_SCHEMA, Constant, Profile
+from planner.profile import PROFILE_SCHEMA, Constant, Op, Profile
+from planner.strategy import Degrees
 from planner.workload import AdapterModules, Adapters, Method, Optimizer, Precision
 
 LORA_RANK = 16
@@ -109,23 +112,50 @@ def faster_network(problem: PlanningProblem, factor: float) -> PlanningProblem |
     return dataclasses.replace(problem, cluster=dataclasses.replace(cluster, inter=link))
 
 
-IN_NODE = ("tp_scale",)
 ON_ONE_NODE = ("tp_scale", "dp_scale", "pp_scale", "cp_scale", "ep_scale")
-"""Constants that scale messages which stay in a node: tensor-parallel ones always, all on one node."""
+"""Constants that scale messages which stay in a node where there is one node."""
+LARGE_BYTES = float(1 << 34)
+FAR = 1e3
+"""A message whose latency does not count, and how much a link is changed to see what the other bounds."""
 
 
-def faster_links(problem: PlanningProblem, factor: float) -> PlanningProblem | None:
+def faster_links(problem: PlanningProblem, factor: float, degrees: Degrees) -> PlanningProblem | None:
     """Messages that stay in a node take 1/factor of their time, measured or not.
 
-    On several nodes these are the tensor-parallel ones, which never leave one; the loss's small ones stay.
+    On several nodes these are the tensor-parallel ones, which never leave one (the loss's small ones stay),
+    and data-parallel ones as far as the ring of these degrees is bound by the links in nodes; that share is
+    taken for other degrees too.
     """
     cluster = problem.cluster
     if cluster.intra.bytes_per_s is None or cluster.devices_per_node == 1:
         return None
-    one = sum(group.nodes for group in cluster.groups) == 1
     physics = usual_physics(problem)
-    values = {name: getattr(physics, name) / factor for name in (ON_ONE_NODE if one else IN_NODE)}
-    return _with_constants(problem, values)
+    if sum(group.nodes for group in cluster.groups) == 1:
+        gains = dict.fromkeys(ON_ONE_NODE, factor)
+    else:
+        gains = {"tp_scale": factor, "dp_scale": _ring_gain(problem, factor, degrees)}
+    return _with_constants(problem, {name: getattr(physics, name) / gain for name, gain in gains.items()})
+
+
+def _ring_gain(problem: PlanningProblem, factor: float, degrees: Degrees) -> float:
+    """How much faster the data-parallel ring of these degrees is with so much faster links in nodes.
+
+    Its time is the longer of what either level takes: with the other made FAR faster or slower, each shows.
+    """
+    span = degrees.tp * degrees.replicas
+    per_node = problem.cluster.devices_per_node
+    if degrees.replicas == 1 or span <= per_node or problem.cluster.inter.bytes_per_s is None:
+        return factor
+    nodes = math.ceil(span / per_node)
+    group = Group(ranks=degrees.replicas, groups=1, spans_nodes=True, nodes=min(nodes, degrees.replicas))
+
+    def seconds(network: float) -> float:
+        changed = faster_network(problem, network)
+        assert changed is not None, "several nodes, whose messages take time"
+        return CommModel(changed).cost(Op.ALL_GATHER, LARGE_BYTES, group).seconds
+
+    inside_s, between_s = seconds(FAR), seconds(1 / FAR) / FAR
+    return min(factor, max(1.0, seconds(1.0) / max(inside_s / factor, between_s)))
 
 
 def _with_constants(problem: PlanningProblem, values: dict[str, float]) -> PlanningProblem:

@@ -79,7 +79,7 @@ def values_of(problem: PlanningProblem, key: str) -> list[Choice]:
         case "sequence_parallel":
             return [False, True]
     kinds = {"schedule": Schedule, "recompute": Recompute, "cp_exchange": CpExchange, "offload": Offload}
-    return [str(value) for value in kinds[key]]
+    return [str(value) for value in kinds.get(key, ())]
 
 
 def nearest_first(values: list[Choice], wanted: Choice) -> list[Choice]:

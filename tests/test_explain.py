@@ -132,6 +132,17 @@ def test_diff_of_estimates_has_no_certificate(tmp_path: Path) -> None:
     assert run("explain", files[0], "--why-not", "zero=3", "--time-limit", "0.5").exit_code == 0
 
 
+def test_a_plan_that_does_not_fit_is_explained_as_such(tmp_path: Path) -> None:
+    file = str(tmp_path / "no.json")
+    assert run("estimate", *TOO_LARGE, "--fix", "zero=1", "-o", file).exit_code == 0
+    result = run("explain", file)
+    assert result.exit_code == 0, result.output
+    assert "exceeds the" in result.stdout and "No SAFE plan is known" in result.stdout
+    front = run("explain", file, "--pareto", "--why-not", "recompute=full")
+    assert front.exit_code == 0, front.output
+    assert "No plan is SAFE within the limit" in front.stdout and "breaks memory" in front.stdout
+
+
 def test_an_infeasible_problem_is_answered(tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     document = run_json("solve", *TOO_LARGE, "--time-limit", "4", "-o", str(plan), code=3)

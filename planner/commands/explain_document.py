@@ -8,9 +8,10 @@ from planner.commands.infeasible import strategy_document
 
 if TYPE_CHECKING:
     from planner.cost.evaluate import Evaluation
-    from planner.explain import Explanation, More
+    from planner.explain import Explanation
     from planner.pareto import Front
     from planner.problem import PlanningProblem
+    from planner.what_more import More
     from planner.why_not import WhyNot
 
 

@@ -8,11 +8,12 @@ from planner.commands.text import pairs, table, wrapped_table
 
 if TYPE_CHECKING:
     from planner.cost.evaluate import Evaluation
-    from planner.explain import Explanation, More
+    from planner.explain import Explanation
     from planner.pareto import Front
     from planner.plan import Plan
     from planner.problem import PlanningProblem
     from planner.strategy import Strategy
+    from planner.what_more import More
     from planner.why_not import WhyNot
 
 COLUMNS = 100
@@ -46,6 +47,7 @@ def heading_text(problem: PlanningProblem, plan: Plan, evaluation: Evaluation, b
                 f"{format_seconds(estimate.step_time_s)}, {estimate.tokens_per_s:,.0f} tokens/s"
                 + (f"; {format_seconds(written_s)} in the file" if differs else ""),
             ),
+            ("verdict", str(estimate.verdict) if estimate.verdict != "SAFE" else None),
             ("basis", basis),
         ],
         COLUMNS,
@@ -62,7 +64,12 @@ def _binds(found: Explanation) -> str:
     from planner.units import format_seconds
 
     rows = [
-        (bind.resource, format_seconds(bind.seconds), f"{bind.share:.1%}", bind.detail)
+        (
+            bind.resource,
+            format_seconds(bind.seconds) if bind.seconds else "-",
+            f"{bind.share:.1%}",
+            bind.detail,
+        )
         for bind in found.binds
     ]
     return wrapped_table(("what binds", "", "share", ""), rows, COLUMNS)
@@ -199,7 +206,10 @@ def front_text(found: Front) -> str:
     """The front as a table, the fastest plan first."""
     from planner.units import format_bytes, format_seconds
 
-    fastest_s = found.points[0].step_time_s if found.points else 0.0
+    least = f"Below a limit of {format_bytes(found.least_bytes)} no plan is feasible."
+    if not found.points:
+        return f"No plan is SAFE within the limit. {least}"
+    fastest_s = found.points[0].step_time_s
     rows = [
         (
             format_seconds(point.step_time_s),
@@ -212,7 +222,7 @@ def front_text(found: Front) -> str:
         for point in found.points
     ]
     text = table(("step", "slower", "peak", "limit needed", "headroom", "plan"), rows, numbers=range(5))
-    text += f"\n\nBelow a limit of {format_bytes(found.least_bytes)} no plan is feasible."
+    text += f"\n\n{least}"
     if found.solved < found.asked:
         text += (
             f"\n{found.solved} of {found.asked} limits were solved for: a longer --time-limit solves more."

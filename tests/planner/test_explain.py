@@ -21,6 +21,7 @@ from planner.problem import PlanningProblem
 from planner.resolve import Clock, Effort, resolved
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import Pins, parse_pins
+from planner.strategy import Degrees, Strategy, Zero, even_stages
 from planner.units import GIB, MIB
 from planner.why_not import Answer, why_not
 
@@ -121,18 +122,34 @@ def test_faster_links_and_devices_speed_up_what_they_should() -> None:
         breakdown = CostModel(changed).evaluate(strategy).estimate.breakdown
         return {cause: getattr(breakdown, cause) for cause in TIME_CAUSES}
 
-    links = after(faster_links(problem, 2.0))
+    links = after(faster_links(problem, 2.0, strategy.degrees))
     assert links["tp_comm_s"] == pytest.approx(before.tp_comm_s / 2, rel=0.01)  # the loss's own stay
     assert links["compute_s"] == pytest.approx(before.compute_s)
+    assert links["dp_comm_s"] == pytest.approx(before.dp_comm_s)  # one rank a node: the network's alone
     assert after(faster_devices(problem, 1.1))["compute_s"] == pytest.approx(before.compute_s / 1.1)
     network = after(faster_network(problem, 2.0))
     assert network["dp_comm_s"] < before.dp_comm_s
     assert network["tp_comm_s"] == pytest.approx(before.tp_comm_s)
 
 
+@pytest.mark.parametrize(("network", "gain"), [(1e12, 2.0), (0.5e10, 1.5), (1e9, 1.0)])
+def test_faster_links_speed_up_a_ring_as_far_as_they_bind_it(network: float, gain: float) -> None:
+    """Four ranks on two nodes: a ring at the lesser of the link's 1e10 and three times a port."""
+    on = instances.cluster(nodes=2, per_node=2, inter_bytes_per_s=network, latency_s=1e-9)
+    problem = problem_of(on=on)
+    degrees = Degrees(dp_shard=4, zero=Zero.PARAMETERS, num_micro_batches=2)
+    strategy = Strategy(degrees=degrees, stages=even_stages(problem.model.layers, 1))
+    changed = faster_links(problem, 2.0, degrees)
+    assert changed is not None
+    sent = [CostModel(p).shape(degrees).messages.gather(1e9).dp_s for p in (problem, changed)]
+    assert sent[0] / sent[1] == pytest.approx(gain, rel=1e-3)
+    evaluated = [CostModel(p).evaluate(strategy).estimate.step_time_s for p in (problem, changed)]
+    assert evaluated[1] <= evaluated[0]
+
+
 def test_changes_without_meaning_are_none() -> None:
     one = instances.problem(on=instances.cluster(nodes=1, per_node=1))
-    assert faster_links(one, 2.0) is None and faster_network(one, 2.0) is None
+    assert faster_links(one, 2.0, Degrees()) is None and faster_network(one, 2.0) is None
     local = dataclasses.replace(one, cluster=dataclasses.replace(one.cluster, name="local:1"))
     assert with_nodes(local, 2) is None
 
