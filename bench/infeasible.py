@@ -35,7 +35,7 @@ def main(cases: int, first: int, out: Path | None) -> None:
         try:
             answer = check_case(seed)
         except AssertionError:
-            wrong[seed] = traceback.format_exc(limit=-2)
+            wrong[seed] = traceback.format_exc(limit=-1).splitlines()[-3].strip()
             continue
         rules[answer.binding.rule] += 1
         kinds.update(repair.kind for repair in answer.repairs)

@@ -18,7 +18,9 @@ has is never among the three: it asks for other devices.
 from __future__ import annotations
 
 import dataclasses
+import math
 
+from planner.changes import with_limit
 from planner.choices import KEYS, chosen, pinned, text
 from planner.codec import noun
 from planner.cost.evaluate import CostModel
@@ -30,8 +32,8 @@ from planner.repair_candidates import Candidate, all_freed, candidates
 from planner.resolve import Clock, Effort, Solved, resolved, verified
 from planner.rules import broken_rules
 from planner.search.space import Pins
-from planner.strategy import Degrees, Recompute, Strategy, even_stages, offloaded
-from planner.units import format_bytes
+from planner.strategy import Degrees, Strategy, even_stages, offloaded
+from planner.units import MIB, format_bytes
 
 BEST = 3
 SHAPE_KEYS = tuple(key for key in KEYS if key in {"dp", *Degrees.__dataclass_fields__} - {"zero"})
@@ -80,6 +82,8 @@ class Infeasible:
 def why_infeasible(problem: PlanningProblem, pins: Pins, effort: Effort) -> Infeasible:
     """What binds, and repairs by rising cost."""
     found, clock = survey(problem, pins), Clock(effort)
+    if found.need is not None and not found.need.exact:
+        found = dataclasses.replace(found, need=_from_search(problem, pins, found.need, clock))
     solved: list[tuple[bool, Repair]] = []
     for candidate in candidates(problem, pins, found):
         if clock.spent and len({repair.kind for over, repair in solved if not over}) >= BEST:
@@ -102,6 +106,23 @@ def why_infeasible(problem: PlanningProblem, pins: Pins, effort: Effort) -> Infe
         repairs=tuple(best.values()),
         others=tuple(repair for _, repair in solved if repair not in best.values()),
     )
+
+
+GROWTH = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0)
+"""Times an inexact least limit at which the search is asked for a plan, until it finds one."""
+
+
+def _from_search(problem: PlanningProblem, pins: Pins, need: Need, clock: Clock) -> Need:
+    """The need with the least limit of GROWTH at which the search, too, finds a plan.
+
+    Where a rank holds several stages it narrows which sizes and mixes it looks at.
+    """
+    for factor in GROWTH:
+        limit = math.ceil(need.limit_bytes * factor / MIB) * MIB
+        solved = resolved(with_limit(problem, limit), pins, clock)
+        if solved is not None:
+            return dataclasses.replace(need, limit_bytes=limit)
+    return need
 
 
 def binding(problem: PlanningProblem, found: Survey) -> Binding:
@@ -160,7 +181,7 @@ def _repaired(candidate: Candidate, clock: Clock) -> Repair | None:
     try:
         solved = _solved(change.problem, pins, clock, need)
     except InputError:  # a pin that the search does not take yet, and an estimate does
-        solved = _estimated(change.problem, need.strategy)
+        solved = _estimated(change.problem, pins, need.strategy)
         flag = f"plan estimate {_fixes(solved.strategy)}" if solved is not None else flag
     if solved is None:
         return None
@@ -179,23 +200,29 @@ def _repaired(candidate: Candidate, clock: Clock) -> Repair | None:
 
 
 def _solved(problem: PlanningProblem, pins: Pins, clock: Clock, need: Need) -> Solved | None:
-    """The best plan of a short search; once time is spent, the best of the shape that fits."""
+    """The best plan of a short search; else, or once time is spent, the best of the shape that fits.
+
+    None where the search finds none even of that shape: who follows the repair would be told the same.
+    """
     if not clock.spent:
-        return resolved(problem, pins, clock, [need.strategy])
+        solved = resolved(problem, pins, clock, [need.strategy])
+        if solved is not None and solved.gap is not None:
+            return solved
     degrees = need.strategy.degrees
     pins = dataclasses.replace(pins, **{key: getattr(degrees, key) for key in SHAPE_KEYS})
     pins = dataclasses.replace(pins, zero=int(degrees.zero))
     each_s = clock.effort.each_s
-    return resolved(problem, pins, Clock(Effort(each_s=each_s, total_s=each_s)), [need.strategy])
+    solved = resolved(problem, pins, Clock(Effort(each_s=each_s, total_s=each_s)), [need.strategy])
+    return solved if solved is not None and solved.gap is not None else None
 
 
-def _estimated(problem: PlanningProblem, strategy: Strategy) -> Solved | None:
+def _estimated(problem: PlanningProblem, pins: Pins, strategy: Strategy) -> Solved | None:
     """The fastest strategy of even stages that is SAFE with the degrees and the offloading of another."""
     degrees = strategy.degrees
     if degrees.dp_replicate > 1 and degrees.dp_shard > 1:
         return None  # no --fix says how many ranks share out state
     model, offload = CostModel(problem), strategy.offloads[0]
-    each = (even_stages(problem.model.layers, degrees.stages, option) for option in Recompute)
+    each = (even_stages(problem.model.layers, degrees.stages, option) for option in pins.recomputes)
     strategies = [Strategy(degrees=degrees, stages=offloaded(stages, offload)) for stages in each]
     legal = [model.evaluate(each) for each in strategies if not broken_rules(problem, each)]
     safe = [each for each in legal if each.estimate.verdict is Verdict.SAFE]
