@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from planner.commands.options import ProblemInputs, ProblemOptions, load_problem
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from planner.cluster import Device
+    from planner.plan import Plan
     from planner.problem import PlanningProblem
     from planner.profile import Profile
 
@@ -53,6 +56,56 @@ def read_problem(options: ProblemOptions) -> Asked:
     stack = engine_stack(engine, profile)
     problem = dataclasses.replace(problem, stack=stack, limits=Limits(engine=engine))
     return Asked(problem, f"{basis}; {priced_as(stack, profile)}")
+
+
+def problem_of_plan(plan: Plan, profile: Path | None) -> Asked:
+    """The problem that a plan answers. The profile is the one given, else the one that it was made with.
+
+    A plan holds a digest of its profile, not the profile: where neither a file nor a shipped profile is that
+    one, the shipped profile of the device stands in, and the basis says so.
+    """
+    from planner.codec import digest
+    from planner.limits import Limits
+    from planner.placement import is_mixed
+    from planner.problem import PlanningProblem
+    from planner.profile import load_profile
+
+    problem = PlanningProblem(
+        model=plan.model,
+        workload=plan.workload,
+        cluster=plan.cluster,
+        profile=None,
+        memory_limit_bytes=plan.estimate.memory_limit_bytes,
+        limits=Limits(engine=plan.engine),
+        device_limits_bytes=tuple(
+            {stage.device: stage.memory_limit_bytes or 0 for stage in plan.stage_estimates}.items()
+        )
+        if is_mixed(plan.cluster)
+        else (),
+    )
+    made_with, device = plan.digests.get("profile"), problem.device
+    if profile is not None:
+        found: Profile | None = load_profile(profile)
+        basis = f"profile {profile}"
+    elif made_with is None:
+        return Asked(_priced(problem), f"datasheet of {device.title}: the plan was made without a profile")
+    else:
+        found = _shipped(device.name)
+        basis = f"shipped profile {found.name}" if found is not None else f"datasheet of {device.title}"
+    if (None if found is None else digest(found)) != made_with:
+        basis += (
+            "; the plan was made with another: name that with --profile, all figures here are by this one"
+        )
+    return Asked(_priced(dataclasses.replace(problem, profile=found)), basis)
+
+
+def _priced(problem: PlanningProblem) -> PlanningProblem:
+    """The problem with the software of its engine, where it names one."""
+    from planner.runs.engine_stack import engine_stack
+
+    if problem.limits.engine is None:
+        return problem
+    return dataclasses.replace(problem, stack=engine_stack(problem.limits.engine, problem.profile))
 
 
 def _limits_bytes(inputs: ProblemInputs) -> dict[Device, int]:

@@ -81,10 +81,11 @@ def solve(
 ) -> int:
     """Find the best plan and prove how good it is."""
     from planner.commands.goal import read_goal
+    from planner.commands.infeasible import tell_infeasible
     from planner.commands.plan_text import plan_text
     from planner.commands.problem import read_problem
     from planner.commands.text import print_json
-    from planner.errors import CheckError, InputError, Problem
+    from planner.errors import CheckError, InfeasibleError, InputError, Problem
     from planner.plan import encode_plan, save_plan
     from planner.plan_check import certificate_faults
     from planner.search.objective import solve_for
@@ -105,7 +106,12 @@ def solve(
         time_limit_s = DEFAULT_TIME_LIMIT_S
     pins = pins_for(fixed, problem)
     chosen = SolveOptions(pins=pins, time_limit_s=time_limit_s, top=top, reproducible=reproducible)
-    plan = solve_for(problem, chosen, goal)
+    try:
+        plan = solve_for(problem, chosen, goal)
+    except InfeasibleError:
+        if goal.plain:
+            return tell_infeasible(problem, chosen, as_json=as_json)
+        raise
     faults = certificate_faults(plan)
     if faults:
         raise CheckError("the certificate of the answer does not hold: " + "; ".join(faults))

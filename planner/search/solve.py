@@ -25,7 +25,7 @@ from planner.cost.schedule import print_table
 from planner.cost.stage import ShapeModel
 from planner.cost.verdict import safe_tensor_bytes
 from planner.errors import InfeasibleError
-from planner.estimate import Rejected
+from planner.estimate import Rejected, Verdict
 from planner.not_modelled import not_modelled
 from planner.plan import Alternative, Certificate, Plan
 from planner.problem import PlanningProblem
@@ -116,8 +116,7 @@ class Solver:
         self._add_runners_up(candidates)
         if not self.found:
             raise InfeasibleError(self._why_infeasible())
-        best = min(self.found, key=lambda f: f.step_time_s)
-        evaluation = self.model.evaluate(best.strategy)
+        best, evaluation = self._best_safe()
         unmodelled = candidates.count_unmodelled(best.step_time_s * (1 - self.options.gap_tolerance))
         self.rejected.update({"step_time_bound": unmodelled} if unmodelled else {})
         lower_s = min([*self.bounds_s, best.step_time_s])
@@ -214,6 +213,17 @@ class Solver:
     def _seconds_left(self) -> float | None:
         limit = None if self.options.reproducible else self.options.time_limit_s
         return None if limit is None else limit - (time.monotonic() - self.started_s)
+
+    def _best_safe(self) -> tuple[Found, Evaluation]:
+        """The fastest of what was found whose own estimate is SAFE: bytes are rounded, so that few are not.
+
+        Raises InfeasibleError where none is.
+        """
+        for found in sorted(self.found, key=lambda f: f.step_time_s):
+            evaluation = self.model.evaluate(found.strategy)
+            if evaluation.estimate.verdict is Verdict.SAFE:
+                return found, evaluation
+        raise InfeasibleError(self._why_infeasible())
 
     def _kinds(self) -> Ints:
         """The schedule of each shape as a number, 0 without a pipeline."""
