@@ -91,7 +91,7 @@ class CostModel:
 
     @property
     def kinds(self) -> list[CostModel]:
-        """The models of ranks in one group of the cluster, one for each kind of device; itself of one kind."""
+        """The models of ranks in one group of the cluster, one for each kind; itself where one is."""
         cluster = self.problem.cluster
         if not is_mixed(cluster):
             return [self]
