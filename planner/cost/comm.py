@@ -71,7 +71,9 @@ class CommModel:
     """Communication costs of one planning problem."""
 
     def __init__(self, problem: PlanningProblem) -> None:
-        self.cluster = problem.cluster
+        self.cluster, self._profile = problem.cluster, problem.profile
+        self._known: dict[tuple[Op, float, Group], CommCost] = {}
+        self._constants: dict[str, float] = {}
         measured: dict[tuple[Op, int, int], list[CommSample]] = {}
         for sample in problem.profile.comms if problem.profile else ():
             measured.setdefault((sample.op, sample.ranks, sample.groups), []).append(sample)
@@ -81,6 +83,18 @@ class CommModel:
 
     def cost(self, op: Op, size_bytes: float, group: Group) -> CommCost:
         """Seconds of `op` over `group` for a full message of `size_bytes`."""
+        key = op, size_bytes, group
+        if key not in self._known:
+            self._known[key] = self._cost(op, size_bytes, group)
+        return self._known[key]
+
+    def constant(self, name: str) -> float:
+        """A constant that the profile measured, or 0."""
+        if name not in self._constants:
+            self._constants[name] = (self._profile.constant(name) or 0.0) if self._profile else 0.0
+        return self._constants[name]
+
+    def _cost(self, op: Op, size_bytes: float, group: Group) -> CommCost:
         if group.ranks == 1 or size_bytes <= 0:
             return FREE
         curve = self._curve(op, group)

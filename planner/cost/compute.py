@@ -23,6 +23,7 @@ from planner.cost.context import with_context_buffers
 from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.memory_constants import memory_constants
 from planner.cost.physics import Physics
+from planner.cost.wrapped import Units, units_of
 from planner.kept import AttentionKernel
 from planner.problem import PlanningProblem
 from planner.profile import LayerSample, shape_key
@@ -57,6 +58,7 @@ class LayerModel:
         self.keys = tuple(key for key, count in each for _ in range(count))
         self._before = {key: [0, *accumulate(k == key for k in self.keys)] for key in self.classes}
         self._known: dict[LayerShape, LayerCost] = {}
+        self._units: dict[tuple[int, int, int | None], Units] = {}
 
     def count(self, key: str, first: int, end: int) -> int:
         """Blocks of a class among the layers [first, end)."""
@@ -69,6 +71,13 @@ class LayerModel:
         before = np.asarray(self._before[key])
         counted: Ints = before[ends] - before[firsts]
         return counted
+
+    def units(self, degrees: Degrees) -> Units:
+        """What data parallelism wraps of the model."""
+        key = degrees.tp, degrees.ep, degrees.etp
+        if key not in self._units:
+            self._units[key] = units_of(self.problem, self.classes, degrees)
+        return self._units[key]
 
     def kernel(self, degrees: Degrees) -> AttentionKernel:
         """The attention kernel that runs: a fused softmax does not take every shape."""

@@ -26,7 +26,7 @@ from planner.cost.passes import Pass
 from planner.cost.physics import usual_physics
 from planner.cost.schedule import ActionKind, Table, build_table
 from planner.cost.simulate import PathTimes, Replay, kind_passes, replay, sharing_of
-from planner.cost.stage import ShapeModel
+from planner.cost.stage import AlonePasses, ShapeModel
 from planner.cost.stage_cost import StageCost
 from planner.cost.trained import trained_flops_per_token
 from planner.cost.verdict import band
@@ -66,6 +66,7 @@ class CostModel:
         self.sharing = sharing_of(problem)
         self._tables = lru_cache(maxsize=TABLES)(build_table)
         self._shapes: dict[Degrees, ShapeModel] = {}
+        self._alone: AlonePasses = {}
         self._in_flight: dict[tuple[Schedule, int, int, int], tuple[tuple[dict[int, int], ...], ...]] = {}
         self._seen: dict[Groups, CostModel] = {}
 
@@ -77,7 +78,9 @@ class CostModel:
         any_schedule = dataclasses.replace(degrees, schedule=Schedule.ONE_F_ONE_B, chunks=1)
         if any_schedule not in self._shapes:
             slow = self.sharing.slowdown(degrees.world) if self.sharing else 1.0
-            self._shapes[any_schedule] = ShapeModel(self.problem, any_schedule, self.layers, self.comms, slow)
+            self._shapes[any_schedule] = ShapeModel(
+                self.problem, any_schedule, self.layers, self.comms, slow, self._alone
+            )
         return self._shapes[any_schedule].scheduled(degrees)
 
     def rank_shapes(self, degrees: Degrees) -> tuple[ShapeModel, ...]:

@@ -31,8 +31,7 @@ class Messages:
 
     def constant(self, name: str) -> float:
         """A constant that the profile measured, or 0."""
-        profile = self.problem.profile
-        return (profile.constant(name) or 0.0) if profile else 0.0
+        return self.comm_model.constant(name)
 
     def seconds(self, op: Op, size_bytes: float, group: Group) -> float:
         """Seconds of a communication under these degrees."""

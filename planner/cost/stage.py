@@ -24,7 +24,6 @@ from planner.cost.seconds import larger, smaller
 from planner.cost.spread import exchanged, experts_s, sent_again, summed_sublayers
 from planner.cost.stage_cost import StageCost
 from planner.cost.states import States, states_of
-from planner.cost.wrapped import units_of
 from planner.problem import PlanningProblem
 from planner.profile import LayerKind, Op
 from planner.stack import Engine
@@ -39,6 +38,8 @@ STOPS_EARLY = (Engine.NATIVE, Engine.TORCHTITAN)
 """Engines that recompute by torch.utils.checkpoint. Megatron-LM runs a block's whole forward again, or of its
 selective kind only the core of attention, which sends nothing (arXiv 2205.05198)."""
 
+AlonePasses = dict[tuple[object, ...], tuple[Pass, Pass]]
+"""Passes of layers without data parallelism, which shapes of one model share, by all that they depend on."""
 Chosen = tuple[tuple[str, Recompute], int]
 """Blocks of one class with one option, and how many there are."""
 
@@ -53,16 +54,17 @@ class ShapeModel:
         layers: LayerModel,
         comms: CommModel,
         slow: float,
+        alone: AlonePasses,
     ) -> None:
         self.problem, self.degrees, self.slow = problem, degrees, slow
-        self.layer_model = layers
+        self.layer_model, self._alone = layers, alone
         self.physics, self.memory = layers.physics, layers.memory
         self.messages = Messages(problem, degrees, comms, layers.physics, layers.stream_width)
         self.overlaps = problem.cluster.groups[0].slots_per_node is None
         communicates = self.overlaps and degrees.world > 1
         self.runtime_bytes = round(self.memory.communicator_bytes * process_groups(degrees) * communicates)
         self.classes = layers.classes
-        units = units_of(problem, self.classes, degrees)
+        units = layers.units(degrees)
         self.block_units, self.embedding_unit, self.head_unit = units.blocks, units.embedding, units.head
         gather = self.messages.gather
         self.gathers = {unit: gather(unit.dense_params, unit.routed_params) for unit in units.all()}
@@ -127,6 +129,19 @@ class ShapeModel:
         return self._passes[key, option]
 
     def _block_passes(self, key: str, option: Recompute) -> tuple[Pass, Pass]:
+        known = (*self._kind, key, option)
+        if known not in self._alone:
+            self._alone[known] = self._block_alone(key, option)
+        return self._with_data_parallel(*self._alone[known], self.block_units[key])
+
+    @cached_property
+    def _kind(self) -> tuple[object, ...]:
+        """What the passes of a layer depend on besides data parallelism."""
+        d = self.degrees
+        return d.tp, d.sequence_parallel, d.micro_batch, d.cp, d.cp_exchange, d.ep, d.etp, d.world
+
+    def _block_alone(self, key: str, option: Recompute) -> tuple[Pass, Pass]:
+        """Forward and backward of a block without what data parallelism adds."""
         cost, plain = self.block(key, option), self.block(key)
         gather, scatter = self.messages.over_tp(Op.ALL_GATHER), self.messages.over_tp(Op.REDUCE_SCATTER)
         reduce = self.messages.over_tp(Op.ALL_REDUCE)
@@ -153,29 +168,33 @@ class ShapeModel:
             cp_s=cp.backward_s + cp_again * cp.forward_s,
             ep_s=ep_s + ep_again * ep_s,
         )
-        return self._with_data_parallel(forward, backward, self.block_units[key])
+        return forward, backward
 
     def _exchanged(self, key: str) -> Exchanged:
         shape = self.shape_of(LayerKind.BLOCK, Recompute.NONE, key)
         return exchanged(self.classes[key], shape, self.messages, self.layer_model)
 
     def _end_passes(self, kind: LayerKind) -> tuple[Pass, Pass]:
+        known = (*self._kind, kind)
+        if known not in self._alone:
+            self._alone[known] = self._end_alone(kind)
+        unit = self.embedding_unit if kind is LayerKind.EMBEDDING else self.head_unit
+        forward, backward = self._with_data_parallel(*self._alone[known], unit)
+        return forward, backward + Pass(compute_s=-self._spared_s(kind))
+
+    def _end_alone(self, kind: LayerKind) -> tuple[Pass, Pass]:
         cost = self.layer(kind)
         gather, scatter = self.messages.over_tp(Op.ALL_GATHER), self.messages.over_tp(Op.REDUCE_SCATTER)
         reduce = self.messages.over_tp(Op.ALL_REDUCE)
         sp = self.degrees.sequence_parallel
         if kind is LayerKind.EMBEDDING:
             forward_tp, backward_tp = (scatter, gather) if sp else (reduce, 0.0)
-            unit = self.embedding_unit
         else:
             row = 4.0 * self.messages.tokens
             loss = 3 * self.messages.seconds(Op.ALL_REDUCE, row, self.messages.tp_group())
             forward_tp, backward_tp = (gather + loss, scatter) if sp else (loss, reduce)
-            unit = self.head_unit
         forward = Pass(compute_s=cost.forward_s, tp_s=forward_tp)
-        backward = Pass(compute_s=cost.backward_s, tp_s=backward_tp)
-        forward, backward = self._with_data_parallel(forward, backward, unit)
-        return forward, backward + Pass(compute_s=-self._spared_s(kind))
+        return forward, Pass(compute_s=cost.backward_s, tp_s=backward_tp)
 
     def _spared_s(self, kind: LayerKind) -> float:
         """What the first block need not do where the embedding is frozen; counted with the embedding."""
