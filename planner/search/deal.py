@@ -18,7 +18,7 @@ from planner.strategy import Stage
 
 MAX_PLACES = 8192
 """Actions of a table beyond which no deal but the first is tried: each round would take long."""
-MAX_WORK = 4_000_000
+MAX_WORK = 1_000_000
 """Actions of one round's replays together."""
 MAX_MOVES = 256
 """Moves of one round; of more, those between near stages, and to and from the ends."""

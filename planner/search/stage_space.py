@@ -210,18 +210,20 @@ class StageSpace:
 
     def _with_memory(self, by_rank: Limits, left_s: float) -> Limits | None:
         """The limits of ranks, less what takes too long with what memory makes them recompute."""
-        m, p, result, entered_s = self.degrees.num_micro_batches, self.degrees.pp, [], 0.0
+        m, p, result = self.degrees.num_micro_batches, self.degrees.pp, []
+        spare = sum(most for _, most in by_rank) - self.layers
         for rank, (least, most) in enumerate(by_rank):
-            while most >= least:
+            while most >= least and spare >= 0:
                 own_s = self._own_s(rank, most)
-                bound_s = m * own_s + entered_s
+                bound_s = m * own_s + self._entered_s[rank]
                 if self._even_bound:
                     bound_s = max(bound_s, (m - p - 1) * own_s + self._twice_s)
                 if bound_s < left_s:
                     break
-                most -= 1
+                most, spare = most - 1, spare - 1
+            if most < least or spare < 0:
+                return None
             result.append((least, most))
-            entered_s += self._enter_s(rank)
         return narrowed(result, self.layers)
 
     def _own_s(self, rank: int, blocks: int) -> float:
@@ -283,16 +285,26 @@ class StageSpace:
         whole_s = self.layers * min(self.block_s) + sum(self.held_s)
         return 2 * whole_s + 2 * (self.degrees.pp - 1) * self.shape.messages.p2p_s()
 
-    def _enter_s(self, rank: int) -> float:
-        """What a rank adds before the first forward of those after it, and after their last backward."""
-        low, book = self.size_limits[rank][0], self.books[rank]
+    @cached_property
+    def _entered_s(self) -> list[float]:
+        """What the ranks before each take at least before its first forward, and after its last backward."""
+        known = {id(book): self._enter_s(book) for book in self.books}
+        low = [self.size_limits[rank][0] for rank in range(self.degrees.pp)]
+        each = [
+            fixed + n * block
+            for (fixed, block), n in zip((known[id(b)] for b in self.books), low, strict=True)
+        ]
+        return list(accumulate(each[:-1], initial=0.0))
+
+    def _enter_s(self, book: RecipeBook) -> tuple[float, float]:
+        """Of one stage: besides its blocks, and for each of them."""
         shape, (key,) = book.shape, book.shape.classes
-        hop_s = self.shape.messages.p2p_s()
-        forward_s = shape.action.total_s + low * shape.passes(key, book.options[0])[0].total_s
+        hop_s, action_s = self.shape.messages.p2p_s(), shape.action.total_s
+        forward_s = shape.passes(key, book.options[0])[0].total_s
         if self.degrees.schedule.splits_backward:
-            return forward_s + hop_s
+            return action_s + hop_s, forward_s
         backward_s = min(shape.passes(key, option)[1].total_s for option in book.options)
-        return forward_s + shape.action.total_s + low * backward_s + 2 * hop_s
+        return 2 * action_s + 2 * hop_s, forward_s + backward_s
 
     @cached_property
     def _optimizer_s(self) -> float:
