@@ -125,7 +125,9 @@ class Dealer:
             first, start = self._any(start)
         if first is None:
             return None
-        best, step_s, deal = first, self.steps_s([first])[0], start
+        costs = tuple(column.cost for column in first)
+        step_s = self.space.model.replay(self.space.shape, self.space.table, costs).step_time_s
+        best, deal = first, start
         if self.space.table.actions > MAX_PLACES or step_s > within_s:
             return best, step_s
         most = max(1, min(MAX_MOVES, MAX_WORK // self.space.table.actions))

@@ -69,7 +69,7 @@ def _times(
     if Recompute.NONE in options and not model.layers.samples:
         options = (Recompute.NONE,)  # by the formula, no other takes less time
     kinds: dict[Kind, int] = {}
-    which = np.asarray([kinds.setdefault(_kind(degrees), len(kinds)) for degrees in bases])
+    which = np.asarray([kinds.setdefault(kind_of(degrees), len(kinds)) for degrees in bases])
     passes = [_passes_alone(model, kind, options) for kind in kinds]
     work_s = np.asarray([each.work_s for each in passes])[which]
     fixed_s = np.asarray([each.fixed_s for each in passes])[which]
@@ -87,14 +87,15 @@ def _times(
     return shared
 
 
-def _kind(d: Degrees) -> Kind:
+def kind_of(d: Degrees) -> Kind:
+    """What a shape's passes depend on besides data parallelism."""
     return d.tp, d.sequence_parallel, d.micro_batch, d.cp, d.cp_exchange, d.ep, d.etp, d.world
 
 
-def _passes_alone(model: CostModel, kind: Kind, options: tuple[Recompute, ...]) -> Pass:
-    """Both passes of the whole model for one micro-batch, without data parallelism, on the fastest kind."""
+def alone(kind: Kind) -> Degrees:
+    """Degrees of a kind without data parallelism."""
     tp, sequence_parallel, micro_batch, cp, exchange, ep, etp, devices = kind
-    alone = Degrees(
+    return Degrees(
         tp=tp,
         pp=devices // (tp * cp),
         sequence_parallel=sequence_parallel,
@@ -104,7 +105,11 @@ def _passes_alone(model: CostModel, kind: Kind, options: tuple[Recompute, ...]) 
         ep=ep,
         etp=etp,
     )
-    each = [sum(whole_units(kind.shape(alone), options), Pass()) for kind in model.kinds]
+
+
+def _passes_alone(model: CostModel, kind: Kind, options: tuple[Recompute, ...]) -> Pass:
+    """Both passes of the whole model for one micro-batch, without data parallelism, on the fastest kind."""
+    each = [sum(whole_units(own.shape(alone(kind)), options), Pass()) for own in model.kinds]
     return min(each, key=lambda passes: passes.total_s)
 
 

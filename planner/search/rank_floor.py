@@ -38,6 +38,10 @@ class _RankMoment(NamedTuple):
     free_bytes: float
 
 
+_Signature = tuple[tuple[tuple[bool, bool], ...], tuple[int, ...], tuple[tuple[int, ...], ...]]
+"""Of a rank's stages: whether the model starts and ends there, the most blocks, the micro-batches alive."""
+
+
 class RankFloor:
     """The floors of one shape's ranks. Holds where all blocks are of one class."""
 
@@ -67,43 +71,57 @@ class RankFloor:
         self._block_bytes = two.resident_bytes - one.resident_bytes
         # In Torchtitan's moments not all gradients exist, so that what is transient may be below 0.
         self.bounded = self.shape.problem.stack.engine is not Engine.TORCHTITAN
-        self._known: dict[tuple[int, int], float] = {}
+        self._alike: dict[int, _Signature] = {}
+        self._known: dict[tuple[_Signature, int], float] = {}
         self._known_ends: dict[tuple[bool, bool], tuple[float, float, float]] = {}
-        self._moments: dict[int, list[_RankMoment]] = {}
+        self._moments: dict[_Signature, list[_RankMoment]] = {}
         self._known_pairs: dict[int, tuple[Ints, Ints, Floats]] = {}
 
     def least_s(self, rank: int, blocks: int) -> float:
         """Seconds that `blocks` blocks on a rank take at least; infinite where they cannot fit."""
-        key = rank, blocks
+        if rank not in self._alike:
+            self._alike[rank] = self._signature(rank)
+        key = self._alike[rank], blocks
         if key not in self._known:
-            self._known[key] = self._least_s(rank, blocks)
+            self._known[key] = self._least_s(*key)
         return self._known[key]
 
-    def _least_s(self, rank: int, blocks: int) -> float:
+    def _signature(self, rank: int) -> _Signature:
+        """What a rank's floors depend on: which ends it holds, its places, and its fullest moments."""
+        stages = self.stages[rank]
+        fullest = sorted(self.in_flight[rank], key=lambda v: -sum(v.values()))[:MOMENTS]
+        return (
+            tuple((s == 0, s == self.last) for s in stages),
+            tuple(self.limits[s][1] for s in stages),
+            tuple(tuple(vector.get(s, 0) for s in stages) for vector in fullest),
+        )
+
+    def _least_s(self, signature: _Signature, blocks: int) -> float:
         if not self.bounded:
             return blocks * min(self.block_s.values())
-        if rank not in self._moments:
-            self._moments[rank] = self._moments_of(rank)
+        if signature not in self._moments:
+            self._moments[signature] = self._moments_of(*signature)
         full, selective, seconds = self._pairs(blocks)
         fits = seconds < float("inf")
-        for moment in self._moments[rank]:
+        for moment in self._moments[signature]:
             if len(moment.before) <= blocks:
                 return float("inf")
             free = moment.free_bytes - blocks * self._block_bytes
             fits = fits & (self._kept_bytes(blocks, full, selective, moment.before) <= free)
         return float(seconds[fits].min()) if fits.any() else float("inf")
 
-    def _moments_of(self, rank: int) -> list[_RankMoment]:
+    def _moments_of(
+        self,
+        ends: tuple[tuple[bool, bool], ...],
+        places: tuple[int, ...],
+        vectors: tuple[tuple[int, ...], ...],
+    ) -> list[_RankMoment]:
         """The moments of a rank at which most is alive: places in ascending order, bytes left for blocks."""
         import numpy as np
 
-        stages = self.stages[rank]
-        fullest = sorted(self.in_flight[rank], key=lambda v: -sum(v.values()))[:MOMENTS]
         result = []
-        for vector in fullest:
-            alive = [vector.get(s, 0) for s in stages]
-            weights = sorted(a for a, s in zip(alive, stages, strict=True) for _ in range(self.limits[s][1]))
-            ends = [(s == 0, s == self.last) for s in stages]
+        for alive in vectors:
+            weights = sorted(a for a, most in zip(alive, places, strict=True) for _ in range(most))
             before = np.concatenate([[0.0], np.cumsum(weights)])
             result.append(_RankMoment(before, self.limit_bytes - self._standing_bytes(alive, ends)))
         return result

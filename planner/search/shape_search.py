@@ -32,7 +32,7 @@ MAX_COLUMNS, MIXES_EACH = 80, 5
 """Columns of a programme beyond which it is not solved, and how many a stage and size have about: where
 several stages share a rank's tight memory, their many mixes make relaxations loose. The shape's bound is then
 that of its sizes, and its gap stays open."""
-DEALT_WITHIN = 1.1
+DEALT_WITHIN = 1.05
 """Blocks are dealt better where an even split is within this of the step time to beat."""
 SHARED_ROUNDS = 3
 """ILPs that are solved for one shape where devices share cores."""

@@ -30,6 +30,7 @@ from planner.not_modelled import not_modelled
 from planner.plan import Alternative, Certificate, Plan
 from planner.problem import PlanningProblem
 from planner.search.bounds import BaseBound, least_state_bytes
+from planner.search.dominance import without_dominated
 from planner.search.frontier import Candidate, Frontier
 from planner.search.quick_bounds import space_bounds_s
 from planner.search.recipes import RecipeBook
@@ -150,11 +151,14 @@ class Solver:
                 kept.append(number)
             else:
                 self._reject(self._too_large(base, least, most), number, len(pipes))
-        return Space(
+        fitting = Space(
             bases=tuple(space.bases[number] for number in kept),
             pipes=tuple(space.pipes[number] for number in kept),
             rejected=space.rejected,
         )
+        left, dominated = without_dominated(self.model, fitting, self.options.pins.recomputes)
+        self.rejected.update({"dominated": dominated} if dominated else {})
+        return left
 
     def _least_bytes(self, base: Degrees) -> float:
         """The mean of weights, gradients and state over ranks, which shapes of one sharding share."""
