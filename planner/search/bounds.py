@@ -87,8 +87,11 @@ class BaseBound:
     """Lower bounds of the shapes that have a base in common, which differ in their schedules alone.
 
     `shapes` are those of the pipeline ranks and `limits_bytes` what is safe on each. Where ranks lie on
-    different devices, with W of the fastest and a rank r that takes at least rho_r times as long for every
-    layer, no rank ends before m W / sum_r (1 / rho_r) either.
+    different devices, let W be of the fastest, rank r take at least rho_r times as long for every layer, H be
+    the sum of 1 / rho_r and k the factor of the schedule. A step takes at least k sum_r R_r and m R_r, and the
+    combination of both in which work weighs the same on every rank gives
+
+        W k rho / (1 + k (rho H - p) / m)              rho the largest rho_r
     """
 
     def __init__(
@@ -109,12 +112,14 @@ class BaseBound:
         self.spread_s = 0.0
         if model.sharing:
             self.spread_s = each[0].work_s * m * per_rank / model.sharing.best_throughput(degrees.world)
-        elif len(each) > 1:
-            slower = {
-                key: min(own / best for own, best in zip(kind.units_s, fastest, strict=True) if best > 0)
-                for key, kind in zip(kinds, each, strict=True)
-            }
-            self.spread_s = m * self.whole_s / sum(1 / slower[id(shape)] for shape in shapes)
+        slower = {
+            key: min(
+                (own / best for own, best in zip(kind.units_s, fastest, strict=True) if best > 0), default=1.0
+            )
+            for key, kind in zip(kinds, each, strict=True)
+        }
+        self._slowest = max(slower.values())
+        self._beyond = self._slowest * sum(1 / slower[id(shape)] for shape in shapes) - degrees.pp
 
     def of(self, degrees: Degrees) -> float:
         """No strategy of these degrees that fits has a shorter replay; infinite where none fits."""
@@ -124,7 +129,10 @@ class BaseBound:
             again_s *= constants.SPLIT_RECOMPUTES
         if again_s == float("inf"):
             return again_s
-        span_s = (self.whole_s + again_s) * schedule_factor(degrees)
+        factor = schedule_factor(degrees)
+        if self._beyond > 0:
+            factor *= self._slowest / (1 + factor * self._beyond / degrees.num_micro_batches)
+        span_s = (self.whole_s + again_s) * factor
         return float(max(span_s, self.spread_s) + self.optimizer_s)
 
 

@@ -26,22 +26,25 @@ MAX_ROUNDS = 12
 MAX_PAIRS = 24
 """Mixes of a rank that are tried, the fastest first, before its deal counts as too large."""
 
+Span = tuple[int, int]
+"""Blocks [first, end)."""
 Deal = tuple[int, ...]
 """Blocks of each stage."""
 
 
 class Dealer:
-    """Deals of one shape whose blocks are of one class."""
+    """Deals of one shape whose blocks are of one class, or whose ranks hold one stage each."""
 
     def __init__(self, space: StageSpace) -> None:
         self.space, self.ranks = space, space.stages_of
-        self._known: dict[tuple[int, Deal], tuple[Column, ...] | None] = {}
+        self._known: dict[tuple[int, tuple[Span, ...]], tuple[Column, ...] | None] = {}
 
     def columns(self, deal: Deal) -> tuple[Column, ...] | None:
         """The recipes of a deal; None where some rank has none."""
         chosen: dict[int, Column] = {}
+        spans = self._spans(deal)
         for rank, stages in enumerate(self.ranks):
-            key = rank, tuple(deal[s] for s in stages)
+            key = rank, tuple(spans[s] for s in stages)
             if key not in self._known:
                 self._known[key] = self._of_rank(rank, key[1])
             found = self._known[key]
@@ -50,9 +53,14 @@ class Dealer:
             chosen |= dict(zip(stages, found, strict=True))
         return tuple(chosen[s] for s in range(len(deal)))
 
-    def _of_rank(self, rank: int, sizes: Deal) -> tuple[Column, ...] | None:
+    def _spans(self, deal: Deal) -> list[Span]:
+        """The blocks of each stage; of one class, those that stand for them."""
+        if self.space.one_class:
+            return [self.space.span(s, size) for s, size in enumerate(deal)]
+        return list(itertools.pairwise(itertools.accumulate(deal, initial=0)))
+
+    def _of_rank(self, rank: int, spans: tuple[Span, ...]) -> tuple[Column, ...] | None:
         space, stages, book = self.space, self.ranks[rank], self.space.books[rank]
-        spans = [space.span(s, size) for s, size in zip(stages, sizes, strict=True)]
         if len(stages) == 1:
             only = space.recipe(stages[0], spans[0])
             return None if only is None else (only,)
@@ -64,6 +72,7 @@ class Dealer:
         fullest = max(space.in_flight[rank], key=lambda v: sum(v.get(s, 0) for s in stages))
         live = [fullest.get(s, 0) for s in stages]
         free_bytes = self._free_bytes(rank, live, spans)
+        sizes = [end - first for first, end in spans]
         for mix in space.floors[rank].fastest_mixes(sizes, live, free_bytes, MAX_PAIRS):
             mixed = tuple(
                 book.column(Stage(first=first, end=end, recompute=counts), a)
@@ -73,7 +82,7 @@ class Dealer:
                 return mixed
         return None
 
-    def _free_bytes(self, rank: int, live: list[int], spans: list[tuple[int, int]]) -> float:
+    def _free_bytes(self, rank: int, live: list[int], spans: tuple[Span, ...]) -> float:
         """What blocks' activations may take at most at the rank's fullest moment, when `live` are alive."""
         space, book = self.space, self.space.books[rank]
         alive = [space.alive[s] for s in self.ranks[rank]]

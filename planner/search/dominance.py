@@ -8,6 +8,8 @@ the other, no strategy of the other is better: it is left out, unless it is pinn
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from planner.cost.evaluate import CostModel
 from planner.profile import LayerKind
 from planner.search.quick_bounds import Kind, alone, kind_of
@@ -18,8 +20,13 @@ Variant = tuple[bool, CpExchange]
 """Sequence parallelism and exchange."""
 
 
-def without_dominated(model: CostModel, space: Space, options: tuple[Recompute, ...]) -> tuple[Space, int]:
-    """The space without bases that others dominate, and how many shapes those had."""
+def without_dominated(
+    model: CostModel,
+    space: Space,
+    options: tuple[Recompute, ...],
+    expired: Callable[[], bool] = lambda: False,
+) -> tuple[Space, int]:
+    """The space without bases that others dominate, and how many shapes those had; all once time expired."""
     siblings: dict[tuple[object, ...], list[int]] = {}
     for number, base in enumerate(space.bases):
         siblings.setdefault(_but_variant(base), []).append(number)
@@ -27,6 +34,8 @@ def without_dominated(model: CostModel, space: Space, options: tuple[Recompute, 
     better: dict[tuple[Kind, Kind], bool] = {}
 
     def beats(one: Kind, other: Kind) -> bool:
+        if (one, other) not in better and expired():
+            return False
         if (one, other) not in better:
             for kind in (one, other):
                 if kind not in figures:
@@ -51,6 +60,7 @@ def without_dominated(model: CostModel, space: Space, options: tuple[Recompute, 
         bases=tuple(space.bases[number] for number in kept),
         pipes=tuple(space.pipes[number] for number in kept),
         rejected=space.rejected,
+        complete=space.complete,
     )
     return left, sum(map(len, space.pipes)) - sum(map(len, left.pipes))
 

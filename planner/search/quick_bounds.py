@@ -13,7 +13,7 @@ and where devices share cores, the work of all micro-batches over their throughp
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner.cost.evaluate import CostModel
@@ -37,15 +37,23 @@ def quick_bounds_s(model: CostModel, shapes: Sequence[Degrees], options: tuple[R
     import numpy as np
 
     rows = np.arange(len(shapes))
-    return _times(model, shapes, rows, _factors(shapes), options)
+    return _times(model, shapes, rows, _factors(shapes), options, lambda: False)
 
 
 def space_bounds_s(
-    model: CostModel, space: Space, options: tuple[Recompute, ...]
+    model: CostModel,
+    space: Space,
+    options: tuple[Recompute, ...],
+    expired: Callable[[], bool] = lambda: False,
 ) -> tuple[Floats, Ints, Ints]:
-    """The same of every shape of a space, with the numbers of its base and of its schedule there."""
+    """The same of every shape of a space, with the numbers of its base and of its schedule there.
+
+    What is not worked out when time has expired has a bound of 0.
+    """
     import numpy as np
 
+    if not space.bases:
+        return np.zeros(0), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     counts = np.asarray([len(pipes) for pipes in space.pipes])
     rows = np.repeat(np.arange(len(space.bases)), counts)
     places = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -57,11 +65,16 @@ def space_bounds_s(
             each = (dataclasses.replace(base, schedule=schedule, chunks=chunks) for schedule, chunks in pipes)
             known[key] = [schedule_factor(degrees) for degrees in each]
         factors += known[key]
-    return _times(model, space.bases, rows, np.asarray(factors), options), rows, places
+    return _times(model, space.bases, rows, np.asarray(factors), options, expired), rows, places
 
 
 def _times(
-    model: CostModel, bases: Sequence[Degrees], rows: Ints, factor: Floats, options: tuple[Recompute, ...]
+    model: CostModel,
+    bases: Sequence[Degrees],
+    rows: Ints,
+    factor: Floats,
+    options: tuple[Recompute, ...],
+    expired: Callable[[], bool],
 ) -> Floats:
     """The bound of each of some shapes, of which row n is one of base rows[n]."""
     import numpy as np
@@ -70,7 +83,7 @@ def _times(
         options = (Recompute.NONE,)  # by the formula, no other takes less time
     kinds: dict[Kind, int] = {}
     which = np.asarray([kinds.setdefault(kind_of(degrees), len(kinds)) for degrees in bases])
-    passes = [_passes_alone(model, kind, options) for kind in kinds]
+    passes = [Pass() if expired() else _passes_alone(model, kind, options) for kind in kinds]
     work_s = np.asarray([each.work_s for each in passes])[which]
     fixed_s = np.asarray([each.fixed_s for each in passes])[which]
     if model.sharing is None:

@@ -64,14 +64,14 @@ class Mixes:
 class RecipeBook:
     """The recipes of one shape's stages, remembered by what they depend on.
 
-    Stages with equal numbers of blocks between the same ends share them, whatever the schedule, where all
-    blocks are of one class.
+    Stages with blocks of the same classes between the same ends share them, whatever the schedule.
     """
 
     def __init__(self, shape: ShapeModel, options: tuple[Recompute, ...]) -> None:
         self.shape, self.options = shape, options
         self.layers = shape.problem.model.layers
         self.one_class = len(shape.classes) == 1
+        self._alike: dict[tuple[tuple[str, ...], bool, bool], tuple[int, int]] = {}
         self._mixes: dict[tuple[int, int], Mixes] = {}
         self._columns: dict[tuple[Stage, int], Column] = {}
         self._recipes: dict[tuple[int, int, int, float], Column | None] = {}
@@ -83,10 +83,11 @@ class RecipeBook:
         return min(forward.total_s + backward.total_s for forward, backward in passes)
 
     def blocks(self, first: int, end: int) -> tuple[int, int]:
-        """The blocks that stand for [first, end): of one class, the first as many between the same ends."""
-        if not self.one_class or first == 0 or end == self.layers:
-            return first, end
-        return 1, 1 + end - first
+        """The blocks that stand for [first, end): the first with the same classes between the same ends."""
+        if self.one_class:
+            return (first, end) if first == 0 or end == self.layers else (1, 1 + end - first)
+        key = self.shape.layer_model.keys[first:end], first == 0, end == self.layers
+        return self._alike.setdefault(key, (first, end))
 
     def column(self, stage: Stage, in_flight: int) -> Column:
         """The column of a stage, of which at most `in_flight` micro-batches are alive."""

@@ -32,6 +32,8 @@ MAX_COLUMNS, MIXES_EACH = 80, 5
 """Columns of a programme beyond which it is not solved, and how many a stage and size have about: where
 several stages share a rank's tight memory, their many mixes make relaxations loose. The shape's bound is then
 that of its sizes, and its gap stays open."""
+MAX_SEVERAL = 400
+"""The same where layers are of several classes and ranks hold several stages."""
 DEALT_WITHIN = 1.05
 """Blocks are dealt better where an even split is within this of the step time to beat."""
 SHARED_ROUNDS = 3
@@ -78,22 +80,26 @@ class ShapeSearch:
     def __init__(self, space: StageSpace) -> None:
         self.space, self.degrees = space, space.degrees
         self.model, self.shape = space.model, space.shape
-        self.dealable = space.one_class and space.model.sharing is None and self.degrees.pp > 1
+        self.dealable = (
+            self.degrees.pp > 1
+            and space.model.sharing is None
+            and (space.one_class or self.degrees.chunks == 1)
+        )
 
     def run(self, budget: Budget) -> ShapeResult:
         """The best strategy of the shape that can beat the incumbent, or proof that none does."""
         if self.degrees.pp == 1:
             return self._without_pipeline()
         if not self.dealable:
-            sizes = self.space.sizes(budget.to_beat_s) if self.space.one_class else None
-            return self._by_programme(self._columns(budget, sizes), budget)
-        if self.space.sizes(budget.to_beat_s) is None:
+            return self._not_dealt(budget)
+        if not self._may_beat(budget.to_beat_s):
             return ShapeResult(None, budget.to_beat_s, 0)
         dealt = self.dealt(DEALT_WITHIN * budget.to_beat_s)
         to_beat_s = budget.to_beat_s
         if dealt is not None and dealt.step_time_s < to_beat_s:
             to_beat_s = dealt.step_time_s * (1 - budget.tolerance)
-        result = self._of_one_class(budget._replace(to_beat_s=to_beat_s))
+        budget = budget._replace(to_beat_s=to_beat_s)
+        result = self._of_one_class(budget) if self.space.one_class else self._of_several(budget)
         each = [found for found in (result.found, dealt) if found is not None]
         return result._replace(found=min(each, key=lambda found: found.step_time_s, default=None))
 
@@ -143,6 +149,25 @@ class ShapeSearch:
 
     def _columns(self, budget: Budget, sizes: Sizes | None) -> list[list[Column]]:
         return [self.space.columns(s, budget.to_beat_s, sizes) for s in range(self.degrees.stages)]
+
+    def _not_dealt(self, budget: Budget) -> ShapeResult:
+        """The best of a shape whose blocks are not dealt: shared cores, or several classes and chunks."""
+        sizes = self.space.sizes(budget.to_beat_s) if self.space.one_class else None
+        columns = self._columns(budget, sizes)
+        if self.model.sharing is None and budget.tolerance and sum(map(len, columns)) > MAX_SEVERAL:
+            return ShapeResult(self.greedy(), 0.0, 0)
+        return self._by_programme(columns, budget)
+
+    def _may_beat(self, to_beat_s: float) -> bool:
+        if self.space.one_class:
+            return self.space.sizes(to_beat_s) is not None
+        return self.space.cuts_beat(to_beat_s)
+
+    def _of_several(self, budget: Budget) -> ShapeResult:
+        """The best cut of a model of several layer classes, or proof that none beats the incumbent."""
+        if not self.space.cuts_beat(budget.to_beat_s):
+            return ShapeResult(None, budget.to_beat_s, 0)
+        return self._by_programme(self._columns(budget, None), budget)
 
     def _of_one_class(self, budget: Budget) -> ShapeResult:
         """The best deal that can beat the incumbent, or proof that none does."""

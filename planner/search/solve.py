@@ -16,7 +16,7 @@ import dataclasses
 import time
 from collections import Counter
 from functools import cache
-from itertools import islice
+from itertools import islice, product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.codec import digest, noun
@@ -24,6 +24,7 @@ from planner.cost.evaluate import CostModel, Evaluation
 from planner.cost.schedule import print_table
 from planner.cost.stage import ShapeModel
 from planner.cost.verdict import safe_tensor_bytes
+from planner.divisors import divisors
 from planner.errors import InfeasibleError
 from planner.estimate import Rejected, Verdict
 from planner.not_modelled import not_modelled
@@ -52,6 +53,11 @@ GREEDY_SHAPES = 10
 rest. Of each, since the bounds of some schedules are closer than those of others."""
 DEALT_SHAPES = 6
 """Shapes, in order of that split's time, whose blocks are dealt better before any is searched."""
+PATIENCE = 250
+"""Shapes that are searched without a better plan, once the gap of one before them has stayed open: more could
+not close it, only find a better plan."""
+START_BELOW_S = 5.0
+"""Time limits below which a plain plan is made before anything else."""
 MAX_RUNNERS_UP = 64
 """Shapes, in order of their bound, that are tried for runners-up; more only where no plan was found."""
 MAX_TIMELINE = 4096
@@ -104,8 +110,14 @@ class Solver:
         """The best plan. Raises InfeasibleError where no strategy keeps the rules and fits."""
         import numpy as np
 
+        if self.options.time_limit_s is not None and self.options.time_limit_s < START_BELOW_S:
+            self._start()
         self.space = self._legal()
-        quick_s, self.rows, self.places = space_bounds_s(self.model, self.space, self.options.pins.recomputes)
+        quick_s, self.rows, self.places = space_bounds_s(
+            self.model, self.space, self.options.pins.recomputes, self._expired
+        )
+        if not self.space.complete:
+            self.bounds_s.append(0.0)
         numbers = np.arange(len(quick_s))
         modelled = cache(self._candidate)
         candidates = Frontier(quick_s, numbers, modelled)
@@ -138,9 +150,34 @@ class Solver:
         others = self._alternatives(best)
         return make_plan(self.problem, evaluation, certificate, dict(sorted(self.rejected.items())), others)
 
+    def _start(self) -> None:
+        """A plan to begin with, where time is too short for all: the first of some plain ones that fits."""
+        pins, cluster = self.options.pins, self.problem.cluster
+        pps = [pp for pp in divisors(cluster.devices) if pp <= self.problem.model.layers]
+        for zero, tp, pp in product((3, 1, 0), (1, cluster.devices_per_node), pps):
+            plain: dict[str, object] = {"zero": zero, "tp": tp, "pp": pp, "cp": 1, "ep": 1, "micro_batch": 1}
+            plain |= {"schedule": Schedule.ONE_F_ONE_B, "chunks": 1} if pp > 1 else {}
+            free = {key: value for key, value in plain.items() if getattr(pins, key) is None}
+            space = space_of(self.problem, dataclasses.replace(pins, **free))  # type: ignore[arg-type]
+            for base in space.bases[:1]:
+                if self._least_bytes(base) > max(self.model.limits_bytes):
+                    continue
+                model, own = self.model.shape(base), self._base(base)
+                greedy = ShapeSearch(StageSpace(self.model, model, own.limits_bytes, own.books)).greedy()
+                if greedy is not None:
+                    self.found.append(greedy)
+                    return
+            if self._expired() and self.found:
+                return
+
+    def _expired(self) -> bool:
+        """Whether the time is up and there is a plan to end with."""
+        left = self._seconds_left()
+        return left is not None and left <= 0 and bool(self.found)
+
     def _legal(self) -> Space:
         """Every legal base whose weights, gradients and optimizer state may fit."""
-        space = space_of(self.problem, self.options.pins)
+        space = space_of(self.problem, self.options.pins, self._expired)
         for order, rejected in enumerate(space.rejected):
             self._reject(rejected, order)
         self.shapes = len(space.rejected) + sum(map(len, space.pipes))
@@ -155,8 +192,10 @@ class Solver:
             bases=tuple(space.bases[number] for number in kept),
             pipes=tuple(space.pipes[number] for number in kept),
             rejected=space.rejected,
+            complete=space.complete,
         )
-        left, dominated = without_dominated(self.model, fitting, self.options.pins.recomputes)
+        options = self.options.pins.recomputes
+        left, dominated = without_dominated(self.model, fitting, options, self._expired)
         self.rejected.update({"dominated": dominated} if dominated else {})
         return left
 
@@ -245,7 +284,7 @@ class Solver:
         """Searches shapes until none left can win. Returns whether time ran out first."""
         started: list[tuple[float, Candidate]] = []
         for candidate in (each for kind in by_kind for each in islice(kind, GREEDY_SHAPES)):
-            greedy = candidate.search.greedy()
+            greedy = None if self._expired() else candidate.search.greedy()
             if greedy is not None:
                 self.found.append(greedy)
                 started.append((greedy.step_time_s, candidate))
@@ -253,24 +292,29 @@ class Solver:
         self.found += [
             dealt
             for _, candidate in started[:DEALT_SHAPES]
-            if (dealt := candidate.search.dealt()) is not None
+            if not self._expired() and (dealt := candidate.search.dealt()) is not None
         ]
         incumbent_s = min((found.step_time_s for found in self.found), default=float("inf"))
+        open_s, stale = float("inf"), 0
         for candidate in candidates:
-            left = self._seconds_left()
             to_beat_s = incumbent_s * (1 - self.options.gap_tolerance)
-            if candidate.bound_s >= to_beat_s or (left is not None and left <= 0):
+            patient = stale < PATIENCE or candidate.bound_s < open_s
+            if candidate.bound_s >= to_beat_s or self._expired() or not patient:
                 self.bounds_s.append(candidate.bound_s)  # the least of all that are left
-                return candidate.bound_s < to_beat_s
+                return candidate.bound_s < to_beat_s and patient
             result = candidate.search.run(self._budget(to_beat_s))
             self.milps += result.milps
             self.bounds_s.append(max(result.bound_s, candidate.bound_s))
+            if self.bounds_s[-1] < to_beat_s:
+                open_s = min(open_s, self.bounds_s[-1])
+            stale += 1
             if result.found is None:
                 if incumbent_s == float("inf"):
                     self._reject(self._no_recipe(candidate.search), self.shapes)
                 continue
             self.found.append(result.found)
-            incumbent_s = min(incumbent_s, result.found.step_time_s)
+            if result.found.step_time_s < incumbent_s:
+                incumbent_s, stale = result.found.step_time_s, 0
         return False
 
     def _budget(self, to_beat_s: float) -> Budget:
@@ -289,7 +333,8 @@ class Solver:
         """An even split of the next shapes that were not searched, so that there is something to compare."""
         known = {found.strategy.degrees for found in self.found}
         for tried, candidate in enumerate(candidates):
-            if len(known) > 4 * self.options.top or (self.found and tried >= MAX_RUNNERS_UP):
+            enough = len(known) > 4 * self.options.top or self._expired()
+            if enough or (self.found and tried >= MAX_RUNNERS_UP):
                 break
             if candidate.search.degrees not in known:
                 greedy = candidate.search.greedy()

@@ -11,15 +11,15 @@ candidates before they are made.
     ZeRO stage, shards over all data ranks, one node, or NVLink domain
     schedule, stages a rank                                           up to MAX_CHUNKS
 
-Context parallelism is a candidate where every rank keeps MIN_TOKENS of a sequence, since below that no ring
-hides behind attention.
+Context parallelism is a candidate where a sequence has MIN_SPLIT tokens and every rank keeps MIN_TOKENS of
+it, since below that no ring hides behind attention.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import permutations, product
 
@@ -48,12 +48,18 @@ MAX_MICRO_BATCH = 64
 """Larger micro-batches than this are not tried: products are at full rate long before, memory is not."""
 MAX_TOKENS = 65536
 """Nor are those with more tokens on a rank, but for single sequences."""
+MAX_ODD = 3
+"""Micro-batches are powers of two, or as much as this times one: products of odd sizes fill no tiles."""
 MAX_CHUNKS = 4
 """More stages a rank than this cost more messages than the bubble that they save."""
 MAX_ORDERED = 3
 """Of more groups of devices than this, only the order of the cluster and its reverse are tried."""
+CLOCKED = 64
+"""Bases that are made between two looks at the clock."""
 MIN_TOKENS = 2048
 """Tokens of a sequence that context parallelism leaves to a rank at least, unless it is pinned."""
+MIN_SPLIT = 8192
+"""Sequences below this are split where that is pinned only: micro-batches get small enough without."""
 
 
 @noun
@@ -154,12 +160,14 @@ Pipe = tuple[Schedule, int]
 class Space:
     """Bases, each with the schedules that it may run, and what rules cut off.
 
-    A base is the degrees of a shape under 1F1B, whether or not that is among its schedules.
+    A base is the degrees of a shape under 1F1B, whether or not that is among its schedules. A space that is
+    not `complete` was cut short by the clock.
     """
 
     bases: tuple[Degrees, ...]
     pipes: tuple[tuple[Pipe, ...], ...]
     rejected: tuple[Rejected, ...]
+    complete: bool = True
 
     def shapes(self) -> Iterator[Degrees]:
         """Every legal shape."""
@@ -168,11 +176,17 @@ class Space:
                 yield dataclasses.replace(base, schedule=schedule, chunks=chunks)
 
 
-def space_of(problem: PlanningProblem, pins: Pins) -> Space:
-    """All bases of a problem, and every cut by the first rule that made it."""
+def space_of(problem: PlanningProblem, pins: Pins, expired: Callable[[], bool] = lambda: False) -> Space:
+    """All bases of a problem that are made before time expires, and every cut by the rule that made it."""
     maker = _Maker(problem, pins)
-    bases = list(maker.bases())
+    bases, complete = [], True
+    for number, base in enumerate(maker.bases()):
+        bases.append(base)
+        if number % CLOCKED == 0 and expired():
+            complete = False
+            break
     return Space(
+        complete=complete,
         bases=tuple(base for base, _ in bases),
         pipes=tuple(pipes for _, pipes in bases),
         rejected=tuple(maker.rejected),
@@ -250,7 +264,7 @@ class _Maker:
         parallel = [False, True] if tp > 1 else [False]
         if pins.sequence_parallel is not None:
             parallel = [pins.sequence_parallel]
-        cps = [cp for cp in divisors(self.devices) if cp == 1 or seq // cp >= MIN_TOKENS]
+        cps = [cp for cp in divisors(self.devices) if cp == 1 or seq >= max(MIN_SPLIT, cp * MIN_TOKENS)]
         for sequence_parallel, cp in product(parallel, _candidates(pins.cp, cps)):
             exchanges = list(CpExchange) if cp > 1 else [CpExchange.RING]
             for exchange in exchanges if pins.cp_exchange is None else [pins.cp_exchange]:
@@ -271,7 +285,7 @@ class _Maker:
         local = self.batch // whole.dp
         tokens = self.problem.workload.seq / whole.cp
         most = max(1, min(MAX_MICRO_BATCH, int(MAX_TOKENS / tokens)))
-        micro_batches = [size for size in divisors(local) if size <= most]
+        micro_batches = [size for size in divisors(local) if size <= most and _odd_part(size) <= MAX_ODD]
         spreads = whole.ep > 1 or whole.expert_tp != whole.tp
         shardings = [
             dataclasses.replace(whole, zero=zero, dp_shard=shard, dp_replicate=whole.dp // shard)
@@ -340,6 +354,11 @@ class _Maker:
                 counts = [schedule.least_chunks] if pins.chunks in (None, schedule.least_chunks) else []
             for count in counts:
                 yield schedule, count
+
+
+def _odd_part(number: int) -> int:
+    """What is left of a number when it is halved as often as it can be."""
+    return number // (number & -number)
 
 
 def _candidates(pin: int | None, values: list[int]) -> list[int]:

@@ -8,7 +8,9 @@ planner.search.rank_floor where it holds several.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -24,9 +26,15 @@ from planner.strategy import Schedule
 MAX_REACH = 4
 """Layers that a boundary of stages may lie from the even split, in a model of several layer classes: this
 narrows the space that the certificate speaks of."""
-FLOOR_REACH, FLOOR_HALVINGS = 0.2, 7
+FLOOR_REACH, FLOOR_HALVINGS = 0.2, 5
 """How far below a step time the bound of sizes is looked for, as a share of it, and halvings of that."""
 DUST = 1e-9
+
+
+def _placed(column: Column, span: tuple[int, int]) -> Column:
+    """A recipe at the layers where it stands, not at those that stand for them."""
+    stage = dataclasses.replace(column.stage, first=span[0], end=span[1])
+    return dataclasses.replace(column, stage=stage)
 
 
 class StageSpace:
@@ -111,7 +119,7 @@ class StageSpace:
                 found = [column for column in found if m * column.whole_s(schedule) + others_s < to_beat_s]
                 if not found:
                     break  # longer spans from the same layer take more time and memory
-                columns += found
+                columns += found if self.one_class else [_placed(column, span) for column in found]
         return columns
 
     def spans(self, index: int, sizes: Sizes | None) -> list[list[tuple[int, int]]]:
@@ -119,10 +127,8 @@ class StageSpace:
 
         Of one class, blocks between the same ends cost the same: only their number matters.
         """
-        layers, last = self.layers, self.degrees.stages - 1
         if sizes is None:
-            firsts = [0] if index == 0 else self._near(index)
-            ends = [layers] if index == last else self._near(index + 1)
+            firsts, ends = self._near(index), self._near(index + 1)
             return [[(first, end) for end in ends if end > first] for first in firsts]
         least, most = sizes.stages[index]
         return [[self.span(index, size) for size in range(least, most + 1)]]
@@ -130,10 +136,39 @@ class StageSpace:
     def _near(self, boundary: int) -> list[int]:
         """Layers near an even boundary where a stage may begin instead: an even stage to either side."""
         layers, stages = self.layers, self.degrees.stages
+        if boundary in (0, stages):
+            return [self.even[boundary]]
         reach = min(MAX_REACH, math.ceil(layers / stages))
         middle = self.even[boundary]
         low, high = max(boundary, middle - reach), min(layers - (stages - boundary), middle + reach)
         return list(range(low, high + 1))
+
+    # Cuts, where layers are of several classes
+
+    def cuts_beat(self, to_beat_s: float) -> bool:
+        """Whether some cut near the even one may take less, each stage having one rank and its recipe.
+
+        Stage after stage, the layers at which it may end where none that came before takes too long.
+        """
+        m, p = self.degrees.num_micro_batches, self.degrees.pp
+        left_s, reached = to_beat_s - self._optimizer_s, {0}
+        for index in range(self.degrees.stages):
+            ends = set()
+            for first in reached:
+                for end in self._near(index + 1):
+                    column = self.recipe(index, (first, end)) if end > first else None
+                    if column is None:
+                        continue
+                    own_s = column.whole_s(self.degrees.schedule)
+                    bound_s = m * own_s
+                    if self._even_bound:
+                        bound_s = max(bound_s, (m - p - 1) * own_s + self._twice_s)
+                    if bound_s < left_s:
+                        ends.add(end)
+            reached = ends
+            if not reached:
+                return False
+        return True
 
     # Sizes
 
@@ -282,7 +317,12 @@ class StageSpace:
     @cached_property
     def _twice_s(self) -> float:
         """Twice the least passes of the whole model, and the messages on the way."""
-        whole_s = self.layers * min(self.block_s) + sum(self.held_s)
+        books = {id(book): book for book in self.books}.values()
+        blocks_s = sum(
+            count * min(book.least_block_s(key) for book in books)
+            for key, count in Counter(self.shape.layer_model.keys).items()
+        )
+        whole_s = blocks_s + sum(self.held_s)
         return 2 * whole_s + 2 * (self.degrees.pp - 1) * self.shape.messages.p2p_s()
 
     @cached_property
