@@ -31,6 +31,15 @@ DEFAULT_TIME_LIMIT_S = 60.0
     "Default: 60, or none with --reproducible.",
 )
 @click.option(
+    "--gap",
+    "gap_tolerance",
+    type=click.FloatRange(min=0, max=1),
+    default=0.005,
+    show_default=True,
+    metavar="SHARE",
+    help="Stop when nothing left can be faster by more than this share of the step time.",
+)
+@click.option(
     "--top",
     type=click.IntRange(min=0),
     default=5,
@@ -71,6 +80,7 @@ def solve(
     as_json: bool,
     fixed: tuple[str, ...],
     time_limit_s: float | None,
+    gap_tolerance: float,
     top: int,
     reproducible: bool,
     max_tp: int | None,
@@ -105,7 +115,13 @@ def solve(
     if time_limit_s is None and not reproducible:
         time_limit_s = DEFAULT_TIME_LIMIT_S
     pins = pins_for(fixed, problem)
-    chosen = SolveOptions(pins=pins, time_limit_s=time_limit_s, top=top, reproducible=reproducible)
+    chosen = SolveOptions(
+        pins=pins,
+        time_limit_s=time_limit_s,
+        top=top,
+        gap_tolerance=gap_tolerance,
+        reproducible=reproducible,
+    )
     try:
         plan = solve_for(problem, chosen, goal)
     except InfeasibleError:

@@ -88,7 +88,7 @@ class BaseBound:
 
     `shapes` are those of the pipeline ranks and `limits_bytes` what is safe on each. Where ranks lie on
     different devices, let W be of the fastest, rank r take at least rho_r times as long for every layer, H be
-    the sum of 1 / rho_r and k the factor of the schedule. A step takes at least k sum_r R_r and m R_r, and the
+    the sum of 1 / rho_r and k the factor of the schedule. A step takes at least k sum_r R_r and m R_r; the
     combination of both in which work weighs the same on every rank gives
 
         W k rho / (1 + k (rho H - p) / m)              rho the largest rho_r

@@ -35,16 +35,22 @@ class Frontier:
     """Candidates by rising bound, ties in order of shapes.
 
     `quick_s` are the quick bounds of the shapes `numbers`; `model` gives the candidate of a shape by its
-    number, or None where it cannot fit.
+    number, or None where it cannot fit. Once time has expired none is modelled, and there is no next one.
     """
 
-    def __init__(self, quick_s: Floats, numbers: Ints, model: Callable[[int], Candidate | None]) -> None:
+    def __init__(
+        self,
+        quick_s: Floats,
+        numbers: Ints,
+        model: Callable[[int], Candidate | None],
+        expired: Callable[[], bool] = lambda: False,
+    ) -> None:
         import numpy as np
 
         order = np.lexsort((numbers, quick_s))
         self._quick_s = quick_s[order] * (1 - DUST)
         self._numbers = numbers[order].tolist()
-        self._taken = 0
+        self._taken, self._expired = 0, expired
         self._heap: list[Candidate] = []
         self._model, self._known = model, list[Candidate]()
 
@@ -57,6 +63,8 @@ class Frontier:
     def _advance(self) -> bool:
         """Finds the next candidate; whether there is one."""
         while self._heap or self._taken < len(self._numbers):
+            if self._expired():
+                return False
             if self._taken < len(self._numbers):
                 number, quick_s = self._numbers[self._taken], float(self._quick_s[self._taken])
                 if not self._heap or (quick_s, number) < self._heap[0][:2]:

@@ -56,8 +56,10 @@ DEALT_SHAPES = 6
 PATIENCE = 250
 """Shapes that are searched without a better plan, once the gap of one before them has stayed open: more could
 not close it, only find a better plan."""
-START_BELOW_S = 5.0
-"""Time limits below which a plain plan is made before anything else."""
+START_BELOW_S = 30.0
+"""Time limits below which plain plans are made before anything else."""
+START_LEAVES = 0.7
+"""Part of the time that is left for the rest then."""
 MAX_RUNNERS_UP = 64
 """Shapes, in order of their bound, that are tried for runners-up; more only where no plan was found."""
 MAX_TIMELINE = 4096
@@ -120,10 +122,11 @@ class Solver:
             self.bounds_s.append(0.0)
         numbers = np.arange(len(quick_s))
         modelled = cache(self._candidate)
-        candidates = Frontier(quick_s, numbers, modelled)
+        candidates = Frontier(quick_s, numbers, modelled, self._expired)
         kinds = self._kinds()
         by_kind = [
-            Frontier(quick_s[kinds == kind], numbers[kinds == kind], modelled) for kind in np.unique(kinds)
+            Frontier(quick_s[kinds == kind], numbers[kinds == kind], modelled, self._expired)
+            for kind in np.unique(kinds)
         ]
         out_of_time = self._search(candidates, by_kind)
         self._add_runners_up(candidates)
@@ -151,7 +154,7 @@ class Solver:
         return make_plan(self.problem, evaluation, certificate, dict(sorted(self.rejected.items())), others)
 
     def _start(self) -> None:
-        """A plan to begin with, where time is too short for all: the first of some plain ones that fits."""
+        """Plans to begin with, where time may be too short for all: plain ones, in a part of the time."""
         pins, cluster = self.options.pins, self.problem.cluster
         pps = [pp for pp in divisors(cluster.devices) if pp <= self.problem.model.layers]
         for zero, tp, pp in product((3, 1, 0), (1, cluster.devices_per_node), pps):
@@ -166,8 +169,8 @@ class Solver:
                 greedy = ShapeSearch(StageSpace(self.model, model, own.limits_bytes, own.books)).greedy()
                 if greedy is not None:
                     self.found.append(greedy)
-                    return
-            if self._expired() and self.found:
+            left, limit = self._seconds_left(), self.options.time_limit_s
+            if self.found and left is not None and limit is not None and left < START_LEAVES * limit:
                 return
 
     def _expired(self) -> bool:
@@ -182,6 +185,8 @@ class Solver:
             self._reject(rejected, order)
         self.shapes = len(space.rejected) + sum(map(len, space.pipes))
         kept, most = [], max(self.model.limits_bytes)
+        if self._expired():
+            return dataclasses.replace(space, bases=(), pipes=(), complete=False)
         for number, (base, pipes) in enumerate(zip(space.bases, space.pipes, strict=True)):
             least = self._least_bytes(base)
             if least <= most:
@@ -315,7 +320,10 @@ class Solver:
             self.found.append(result.found)
             if result.found.step_time_s < incumbent_s:
                 incumbent_s, stale = result.found.step_time_s, 0
-        return False
+        if candidates.next_bound_s == float("inf"):
+            return False
+        self.bounds_s.append(candidates.next_bound_s)
+        return True
 
     def _budget(self, to_beat_s: float) -> Budget:
         left, options = self._seconds_left(), self.options
