@@ -46,7 +46,7 @@ def space_bounds_s(
     """The same of every shape of a space, with the numbers of its base and of its schedule there."""
     import numpy as np
 
-    counts = np.asarray([len(pipes) for pipes in space.pipes])
+    counts = np.asarray([len(pipes) for pipes in space.pipes], dtype=np.int64)
     rows = np.repeat(np.arange(len(space.bases)), counts)
     places = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
     known: dict[tuple[tuple[Pipe, ...], int, int], list[float]] = {}
@@ -66,6 +66,8 @@ def _times(
     """The bound of each of some shapes, of which row n is one of base rows[n]."""
     import numpy as np
 
+    if not bases:
+        return np.zeros(0)
     if Recompute.NONE in options and not model.layers.samples:
         options = (Recompute.NONE,)  # by the formula, no other takes less time
     kinds: dict[Kind, int] = {}
