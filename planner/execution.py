@@ -52,6 +52,11 @@ def not_executed(model: ModelSpec) -> list[str]:
     return [*faults, *(fault for fault, found in ends.items() if found)]
 
 
+def executed_widths(model: ModelSpec) -> tuple[tuple[int, str], ...]:
+    """Widths, and of what, that the runtime splits into equal parts: it does not pad a vocabulary."""
+    return (*model.widths_split, (model.vocab, "the vocabulary"))
+
+
 def schedule_not_executed(degrees: Degrees) -> list[str]:
     """What of a pipeline's schedule the runtime cannot run; empty where it can run all."""
     return [] if degrees.schedule in EXECUTED_SCHEDULES else [f"its schedule is {degrees.schedule}"]

@@ -7,6 +7,7 @@ exact; tied embeddings count once.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from enum import StrEnum
 from itertools import chain
@@ -19,6 +20,11 @@ from planner.matrix import Matrix
 from planner.mixers import Mixer
 from planner.strategy import Recompute
 from planner.traced import TracedLayer
+
+VOCAB_UNIT = 128
+"""Rows to a multiple of which engines pad each rank's part of a vocabulary that does not divide.
+
+Megatron-LM's --make-vocab-size-divisible-by (megatron/training/tokenizer/tokenizer.py)."""
 
 
 class Norm(StrEnum):
@@ -275,10 +281,19 @@ class ModelSpec:
 
     @property
     def widths_split(self) -> tuple[tuple[int, str], ...]:
-        """Widths, and of what they are, that tensor parallelism must divide."""
+        """Widths, and of what they are, that tensor parallelism must divide; a vocabulary is padded."""
         mlps = (block.mlp for block in self.transformer_blocks() if block.mlp)
-        widths = dict.fromkeys(split for mlp in mlps for split in mlp.widths_split)
-        return (*widths, (self.vocab, "the vocabulary"))
+        return tuple(dict.fromkeys(split for mlp in mlps for split in mlp.widths_split))
+
+    def vocab_shard(self, tp: int) -> int:
+        """Rows of the vocabulary on one of `tp` ranks: V / tp, or where that is not whole, the next multiple
+        of VOCAB_UNIT."""
+        return self.vocab // tp if self.vocab % tp == 0 else -(-self.vocab // (VOCAB_UNIT * tp)) * VOCAB_UNIT
+
+    def padded(self, tp: int) -> ModelSpec:
+        """The model with the vocabulary that `tp` ranks hold together."""
+        held = tp * self.vocab_shard(tp)
+        return self if held == self.vocab else dataclasses.replace(self, vocab=held)
 
     @property
     def experts(self) -> tuple[Experts, ...]:

@@ -99,7 +99,7 @@ def traced_layers_whole(problem: PlanningProblem, degrees: Degrees) -> Rejected 
 
 
 def widths_divide(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
-    """Shards of the MLP and of the vocabulary are equal."""
+    """Shards of the MLP are equal. Of the vocabulary they are padded: see ModelSpec.vocab_shard."""
     for width, what in problem.model.widths_split:
         if width % degrees.tp:
             return Rejected(

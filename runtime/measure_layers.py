@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor.parallel import loss_parallel
 
 from planner.codec import encode, noun
+from planner.execution import executed_widths
 from planner.model import ModelSpec
 from planner.profile import LayerKind, LayerSample, shape_key
 from planner.strategy import Degrees, Recompute
@@ -87,7 +88,7 @@ def layer_cases(
 
 def divides(model: ModelSpec, tp: int) -> bool:
     """Whether every size that tensor parallelism splits is a multiple of `tp`."""
-    return all(size % tp == 0 for size, _ in (*model.heads_split, *model.widths_split))
+    return all(size % tp == 0 for size, _ in (*model.heads_split, *executed_widths(model)))
 
 
 def measure_layers(

@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from planner.errors import InputError, Problem
-from planner.execution import check_executed_axes, check_executed_schedule
+from planner.execution import check_executed_axes, check_executed_schedule, executed_widths
 from planner.model import ModelSpec
 from planner.plan import Plan
 from planner.strategy import AXES, Degrees, Recompute, Stage, Zero
@@ -107,7 +107,7 @@ def _degree_problems(plan: Plan, degrees: Degrees) -> list[Problem]:
 
 def _tensor_problems(model: ModelSpec, seq: int, degrees: Degrees) -> list[Problem]:
     """What tensor parallelism must divide: whole heads, columns, vocabulary rows, and the sequence."""
-    sizes = {what: size for size, what in (*model.heads_split, *model.widths_split)}
+    sizes = {what: size for size, what in (*model.heads_split, *executed_widths(model))}
     if degrees.sequence_parallel:
         sizes["the sequence"] = seq
     return [

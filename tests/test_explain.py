@@ -58,7 +58,7 @@ def test_explain_json_has_every_part_and_adds_up(plans: tuple[str, str]) -> None
 
 
 def test_why_not_answers_each_choice(plans: tuple[str, str]) -> None:
-    asked = ("tp=1", "pp=2", "tp=2", "recompute=full")
+    asked = ("tp=1", "pp=2", "ep=2", "recompute=full")
     flags = [word for choice in asked for word in ("--why-not", choice)]
     document = run_json("explain", plans[0], *flags, "--time-limit", "0.5")
     answers = {each["choice"]: each for each in document["why_not"]}
@@ -66,8 +66,8 @@ def test_why_not_answers_each_choice(plans: tuple[str, str]) -> None:
     assert answers["tp=1"]["answer"] == "own"
     assert answers["pp=2"]["answer"] == "slower" and answers["pp=2"]["slower"] > 0
     assert answers["pp=2"]["strategy"]["pp"] == 2
-    assert answers["tp=2"]["answer"] == "infeasible" and answers["tp=2"]["legal"] == ["1"]
-    assert answers["tp=2"]["binding"]["rule"] == "tp_divides_widths"
+    assert answers["ep=2"]["answer"] == "infeasible" and answers["ep=2"]["legal"] == ["1"]
+    assert answers["ep=2"]["binding"]["rule"] == "ep_needs_experts"
     assert "more" not in document
     text = run("explain", plans[0], *flags, "--time-limit", "0.5").stdout
     assert "is the plan's own choice" in text and "slower" in text and "nearest first" in text

@@ -61,14 +61,15 @@ def _head_bytes(
     if stack.liger:
         return _chunked_bytes(cost, model, shape, constants)
     size = shape.precision.compute_bytes
-    logits = shape.tokens * model.vocab
-    own = logits if stack.gathers_logits else logits / shape.tp
+    shard = shape.tokens * model.vocab_shard(shape.tp)
+    logits = shard * shape.tp
+    own = logits if stack.gathers_logits else shard
     kept = 4.0 + (size if size < 4 else 0)
     beside = SHARDED_LOSS_BYTES * own if _dtensor(stack) and shape.tp > 1 else 0.0
     gathered = constants.gathered_logits_bytes * logits if shape.tp > 1 else 0.0
     return dataclasses.replace(
         cost,
-        saved_bytes=cost.saved_bytes + kept * (own - logits / shape.tp),
+        saved_bytes=cost.saved_bytes + kept * (own - shard),
         forward_transient_bytes=4.0 * own + gathered,
         backward_transient_bytes=max(constants.loss_bytes - kept, 0.0) * own + beside + gathered,
     )
@@ -83,7 +84,7 @@ def _chunked_bytes(
     Source: Liger Kernel, arXiv 2410.10989 (FusedLinearCrossEntropy: chunks of ceil(V/h) parts).
     """
     size = shape.precision.compute_bytes
-    vocab, kept = model.vocab / shape.tp, 4.0 + (size if size < 4 else 0)
+    vocab, kept = model.vocab_shard(shape.tp), 4.0 + (size if size < 4 else 0)
     chunk = constants.loss_bytes * vocab * shape.tokens / math.ceil(model.vocab / model.token_width)
     gradients = size * (shape.tokens * model.token_width + vocab * model.token_width)
     return dataclasses.replace(

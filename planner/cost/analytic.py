@@ -342,7 +342,7 @@ def _head_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates, *, froze
     """Final norm, projection, and cross-entropy in fp32 over the whole logits of this shard."""
     if model.vocab == 0:
         return NOTHING
-    tokens, vocab, size = shape.tokens, model.vocab / shape.tp, shape.precision.compute_bytes
+    tokens, vocab, size = shape.tokens, model.vocab_shard(shape.tp), shape.precision.compute_bytes
     projection_s = product_s(tokens, vocab, model.token_width, rates, precise=True)
     logits_s = rates.physics.head_scale * 4.0 * tokens * vocab * 4 / rates.memory_bytes_per_s
     stream = model.hidden / (shape.tp if shape.sequence_parallel else 1)
@@ -362,7 +362,7 @@ def _embedding_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates, *, 
     if model.vocab == 0:
         return NOTHING
     moved = shape.precision.compute_bytes * shape.tokens * model.hidden
-    table = 4.0 * model.vocab * model.hidden / shape.tp
+    table = 4.0 * model.vocab_shard(shape.tp) * model.hidden
     return LayerCost(
         forward_s=2 * moved / rates.memory_bytes_per_s,
         backward_s=0.0 if frozen else (2 * moved + table) / rates.memory_bytes_per_s,

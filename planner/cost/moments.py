@@ -171,7 +171,8 @@ def reserved_bytes(shape: ShapeModel, stage: StageCost, alive: float) -> float:
     if not shape.overlaps or problem.stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
         return tensors
     tokens = shape.messages.tokens
-    logits = size * tokens * problem.model.vocab / degrees.tp if stage.holds_head and size < 4 else 0.0
+    vocab = problem.model.vocab_shard(degrees.tp)
+    logits = size * tokens * vocab if stage.holds_head and size < 4 else 0.0
     if problem.stack.engine is Engine.NATIVE:
         return tensors + HOLE_SHARE * logits
     kept = resident(shape, stage)

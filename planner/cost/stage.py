@@ -377,7 +377,7 @@ class ShapeModel:
             shared = sum(s.count * s.block.shared_params for s in model.segments)
             return float(shared) if first and last else 0.0
         tied = model.tied_embeddings and first and last
-        return model.vocab * model.token_width / self.degrees.tp if tied else 0.0
+        return float(model.vocab_shard(self.degrees.tp) * model.token_width) if tied else 0.0
 
     def _unshard_s(self, units: list[tuple[Unit, int]]) -> float:
         """ZeRO 1 and 2 gather each unit once a step; where that overlaps, only the first one shows."""

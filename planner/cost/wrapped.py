@@ -26,7 +26,8 @@ class Units:
 
 def units_of(problem: PlanningProblem, classes: dict[str, Layer], degrees: Degrees) -> Units:
     """The units of a model; with adapters, a block trains these alone and the ends train nothing."""
-    model, adapters, tp = problem.model, problem.workload.adapters, degrees.tp
+    adapters, tp = problem.workload.adapters, degrees.tp
+    model = problem.model.padded(tp)
     projection = model.vocab * model.token_width if model.tied_embeddings else 0
     return Units(
         blocks={key: _block_unit(block, adapters, degrees) for key, block in classes.items()},

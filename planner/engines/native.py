@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from planner.divisors import divisors, legal_values
 from planner.estimate import Rejected
 from planner.execution import (
     EXECUTED_OPTIMIZERS,
@@ -15,6 +16,9 @@ from planner.execution import (
 )
 from planner.problem import PlanningProblem
 from planner.strategy import Degrees, Strategy
+
+MOST_TP = 64
+"""Larger tensor-parallel degrees are not named as legal: no node has as many devices."""
 
 
 def native_schedule(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
@@ -40,6 +44,20 @@ def native_axes(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
         detail=f"the native runtime cannot spread a step so: {'; '.join(faults)}.",
         legal="cp=1, ep=1 and no etp",
         fix="--fix cp=1, ep=1",
+    )
+
+
+def native_vocabulary(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """Tables of embedding and head are split into equal parts; other engines pad them."""
+    vocab = problem.model.vocab
+    if vocab % degrees.tp == 0:
+        return None
+    return Rejected(
+        rule="native_vocabulary",
+        detail=f"tp={degrees.tp} cannot split the vocabulary of {vocab} into equal shards, and the native "
+        "runtime does not pad it.",
+        legal=legal_values((d for d in divisors(vocab) if d <= MOST_TP), degrees.tp),
+        fix="--fix tp=, or a model with a padded vocabulary",
     )
 
 
@@ -84,5 +102,5 @@ def native_offload(problem: PlanningProblem, strategy: Strategy) -> Rejected | N
     )
 
 
-NATIVE_RULES = (native_schedule, native_axes, native_workload, native_model)
+NATIVE_RULES = (native_schedule, native_axes, native_vocabulary, native_workload, native_model)
 NATIVE_STRATEGY_RULES = (native_offload,)

@@ -50,9 +50,6 @@ from planner.workload import Precision, Workload
 MAX_ACTIONS = 2_000_000
 """Passes of a step that are replayed at most; tables of real runs stay under a tenth of it."""
 
-VOCAB_SHARD = 128
-"""Megatron-LM pads the vocabulary to a multiple of this for each tensor-parallel rank."""
-
 REMATERIALISES = r"\bjax\b|maxtext|paxml"
 """Frameworks that recompute a whole block unless told otherwise: MaxText's remat_policy is full."""
 
@@ -265,12 +262,10 @@ def _micro_batches(run: Run, dp: int, assumed: list[str]) -> tuple[int, int] | R
 
 def _padded(model: ModelSpec, degrees: Degrees, assumed: list[str]) -> ModelSpec:
     """The model with its vocabulary padded where tensor parallelism could not split it."""
-    if model.vocab % degrees.tp == 0:
-        return model
-    unit = VOCAB_SHARD * degrees.tp
-    vocab = -(-model.vocab // unit) * unit
-    assumed.append(f"vocab padded to {vocab}")
-    return dataclasses.replace(model, vocab=vocab)
+    padded = model.padded(degrees.tp)
+    if padded is not model:
+        assumed.append(f"vocab padded to {padded.vocab}")
+    return padded
 
 
 def _strategy(run: Run, model: ModelSpec, degrees: Degrees, assumed: list[str]) -> Strategy:

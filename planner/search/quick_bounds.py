@@ -79,6 +79,8 @@ def _times(
     """The bound of each of some shapes, of which row n is one of base rows[n]."""
     import numpy as np
 
+    if not bases:
+        return np.zeros(0)
     if Recompute.NONE in options and not model.layers.samples:
         options = (Recompute.NONE,)  # by the formula, no other takes less time
     kinds: dict[Kind, int] = {}

@@ -73,6 +73,8 @@ class Case(NamedTuple):
 
 LORA: dict[str, Any] = {"method": Method.LORA, "adapters": Adapters(rank=8, modules=AdapterModules.ALL)}
 PP2 = Degrees(pp=2, dp_shard=4, zero=Zero.OPTIMIZER)
+TP2 = Degrees(tp=2, dp_replicate=4)
+TWO_NODES = instances.cluster(nodes=2)
 ZERO3 = Degrees(dp_shard=8, zero=Zero.PARAMETERS)
 
 CASES = (
@@ -87,6 +89,10 @@ CASES = (
     Case(
         "native_workload", N, ZERO3, ZERO3, ("muon", "fp8", "lora", "adamw"),
         illegal_problem=held(N, precision=Precision.FP8, optimizer=Optimizer.MUON, **LORA),
+    ),
+    Case(
+        "native_vocabulary", N, TP2, TP2, ("tp=2", "vocabulary of 255", "1, 3, 5, 15, 17, 51"),
+        illegal_problem=held(N, instances.problem(of=instances.model(vocab=255), on=TWO_NODES)),
     ),
     Case("native_model", N, ZERO3, ZERO3, ("experts", "llama"), illegal_problem=experts()),
     Case(
