@@ -46,6 +46,8 @@ def space_bounds_s(
     """The same of every shape of a space, with the numbers of its base and of its schedule there."""
     import numpy as np
 
+    if not space.bases:
+        return np.zeros(0), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     counts = np.asarray([len(pipes) for pipes in space.pipes])
     rows = np.repeat(np.arange(len(space.bases)), counts)
     places = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
