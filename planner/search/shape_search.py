@@ -33,7 +33,8 @@ MAX_COLUMNS, MIXES_EACH = 80, 5
 several stages share a rank's tight memory, their many mixes make relaxations loose. The shape's bound is then
 that of its sizes, and its gap stays open."""
 MAX_SEVERAL = 400
-"""The same where layers are of several classes and ranks hold several stages."""
+"""Spans that stages may hold, all counted, beyond which a shape of several layer classes and several stages
+a rank has an even split alone, and its gap stays open."""
 DEALT_WITHIN = 1.05
 """Blocks are dealt better where an even split is within this of the step time to beat."""
 SHARED_ROUNDS = 3
@@ -153,10 +154,12 @@ class ShapeSearch:
     def _not_dealt(self, budget: Budget) -> ShapeResult:
         """The best of a shape whose blocks are not dealt: shared cores, or several classes and chunks."""
         sizes = self.space.sizes(budget.to_beat_s) if self.space.one_class else None
-        columns = self._columns(budget, sizes)
-        if self.model.sharing is None and budget.tolerance and sum(map(len, columns)) > MAX_SEVERAL:
-            return ShapeResult(self.greedy(), 0.0, 0)
-        return self._by_programme(columns, budget)
+        if self.model.sharing is None and budget.tolerance:
+            stages = range(self.degrees.stages)
+            spans = sum(len(ends) for s in stages for ends in self.space.spans(s, sizes))
+            if spans > MAX_SEVERAL:
+                return ShapeResult(self.greedy(), 0.0, 0)
+        return self._by_programme(self._columns(budget, sizes), budget)
 
     def _may_beat(self, to_beat_s: float) -> bool:
         if self.space.one_class:
