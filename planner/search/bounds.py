@@ -36,8 +36,8 @@ from planner.cost.compute import LayerModel
 from planner.cost.evaluate import CostModel
 from planner.cost.passes import Pass
 from planner.cost.stage import ShapeModel
-from planner.cost.states import states_of
-from planner.strategy import Degrees, Recompute, Schedule
+from planner.cost.states import offloaded_states, states_of
+from planner.strategy import Degrees, Offload, Recompute, Schedule
 
 
 def whole_units(shape: ShapeModel, options: tuple[Recompute, ...]) -> list[Pass]:
@@ -100,7 +100,10 @@ class BaseBound:
         shapes: Sequence[ShapeModel],
         options: tuple[Recompute, ...],
         limits_bytes: Sequence[float],
+        offload: Offload = Offload.NONE,
     ) -> None:
+        if offload is not Offload.NONE:
+            limits_bytes = [float("inf")] * len(limits_bytes)  # what the device need not hold is not counted
         kinds = {id(shape): (shape, limit) for shape, limit in zip(shapes, limits_bytes, strict=True)}
         each = [_KindBound(model, shape, options, limit) for shape, limit in kinds.values()]
         degrees = shapes[0].degrees
@@ -199,10 +202,13 @@ def memory_bound_bytes(shape: ShapeModel) -> float:
     return least_state_bytes(shape.layer_model, shape.degrees)
 
 
-def least_state_bytes(layers: LayerModel, degrees: Degrees) -> float:
+def least_state_bytes(layers: LayerModel, degrees: Degrees, offload: Offload = Offload.NONE) -> float:
     """Bytes of weights, gradients and optimizer state on a device, the mean over pipeline ranks."""
     model, shards = layers.problem.model, degrees.tp * degrees.pp
     ends = (model.params_embedding + model.params_head) / shards
     routed = layers.params_routed / (degrees.expert_ranks * degrees.pp)
     dense = (layers.params_total - layers.params_routed) / shards
-    return states_of(layers.problem, degrees).of(dense + routed, ends, routed).total
+    states = states_of(layers.problem, degrees)
+    if offload is Offload.OPTIMIZER:
+        states, _ = offloaded_states(layers.problem, degrees)
+    return states.of(dense + routed, ends, routed).total

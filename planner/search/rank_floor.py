@@ -19,7 +19,7 @@ from planner.cost.moments import pass_bytes
 from planner.search.bounds import split_again_s
 from planner.search.recipes import Column, RecipeBook
 from planner.stack import Engine
-from planner.strategy import Degrees, Recompute, RecomputeCounts, Stage
+from planner.strategy import Degrees, Offload, Recompute, RecomputeCounts, Stage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,7 +70,8 @@ class RankFloor:
         one, two = (book.column(_of(size), 1) for size in (1, 2))
         self._block_bytes = two.resident_bytes - one.resident_bytes
         # In Torchtitan's moments not all gradients exist, so that what is transient may be below 0.
-        self.bounded = self.shape.problem.stack.engine is not Engine.TORCHTITAN
+        titan = self.shape.problem.stack.engine is Engine.TORCHTITAN
+        self.bounded = not titan and book.offload is Offload.NONE
         self._alike: dict[int, _Signature] = {}
         self._known: dict[tuple[_Signature, int], float] = {}
         self._known_ends: dict[tuple[bool, bool], tuple[float, float, float]] = {}

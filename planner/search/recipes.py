@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from planner.codec import noun
 from planner.cost.memory import resident_bytes, transient_bytes
+from planner.cost.offload import with_offload
 from planner.cost.simulate import kind_passes
 from planner.cost.stage import ShapeModel
 from planner.cost.stage_cost import StageCost
 from planner.cost.table import KINDS
-from planner.strategy import Recompute, RecomputeCounts, Schedule, Stage
+from planner.strategy import Offload, Recompute, RecomputeCounts, Schedule, Stage, offloaded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,11 +65,15 @@ class Mixes:
 class RecipeBook:
     """The recipes of one shape's stages, remembered by what they depend on.
 
-    Stages with blocks of the same classes between the same ends share them, whatever the schedule.
+    Stages with blocks of the same classes between the same ends share them, whatever the schedule. What is
+    offloaded is so for all blocks of every stage; then recipes are the mixes of one option that recomputes
+    with blocks that do not.
     """
 
-    def __init__(self, shape: ShapeModel, options: tuple[Recompute, ...]) -> None:
-        self.shape, self.options = shape, options
+    def __init__(
+        self, shape: ShapeModel, options: tuple[Recompute, ...], offload: Offload = Offload.NONE
+    ) -> None:
+        self.shape, self.options, self.offload = shape, options, offload
         self.layers = shape.problem.model.layers
         self.one_class = len(shape.classes) == 1
         self._alike: dict[tuple[tuple[str, ...], bool, bool], tuple[int, int]] = {}
@@ -93,7 +98,8 @@ class RecipeBook:
         """The column of a stage, of which at most `in_flight` micro-batches are alive."""
         key = stage, in_flight
         if key not in self._columns:
-            cost = self.shape.stage(stage)
+            (stage,) = offloaded((stage,), self.offload)
+            cost = with_offload(self.shape, stage, self.shape.stage(stage))
             passes = kind_passes(cost)
             self._columns[key] = Column(
                 stage=stage,
@@ -129,9 +135,24 @@ class RecipeBook:
             column = self.column(fastest, in_flight)
             if self._used_bytes(column.cost, in_flight) <= limit_bytes:
                 return column
+        if self.offload is not Offload.NONE:
+            return self._offloaded(first, end, in_flight, limit_bytes)
         mixes = self.mixes(first, end)
         fits = (self._used_bytes(mixes.cost, in_flight) + 0.0 * mixes.full <= limit_bytes).nonzero()[0]
         return self.column(self._stage(mixes, int(fits[0]), first, end), in_flight) if len(fits) else None
+
+    def _offloaded(self, first: int, end: int, in_flight: int, limit_bytes: float) -> Column | None:
+        layers = end - first
+        counts = [RecomputeCounts(none=layers)] * (Recompute.NONE in self.options)
+        for again in range(layers if Recompute.NONE not in self.options else 1, layers + 1):
+            if Recompute.SELECTIVE in self.options:
+                counts.append(RecomputeCounts(none=layers - again, selective=again))
+            if Recompute.FULL in self.options:
+                counts.append(RecomputeCounts(none=layers - again, full=again))
+        stages = (Stage(first=first, end=end, recompute=each) for each in counts)
+        columns = (self.column(stage, in_flight) for stage in stages)
+        fitting = [c for c in columns if self._used_bytes(c.cost, in_flight) <= limit_bytes]
+        return min(fitting, key=lambda c: c.cost.backward.total_s, default=None)
 
     def _fastest(self, first: int, end: int) -> Stage | None:
         """The mix that takes least time where that is known beforehand: nothing is recomputed."""
@@ -188,6 +209,8 @@ class RecipeBook:
         return self._paretos[key]
 
     def _pareto(self, first: int, end: int, in_flight: int) -> list[Column]:
+        if self.offload is not Offload.NONE:
+            return self.pure(first, end, in_flight)
         mixes = self.mixes(first, end)
         zero = 0.0 * mixes.full
         sizes = (mixes.cost.block_saved_bytes + zero).tolist()

@@ -36,7 +36,7 @@ from planner.search.frontier import Candidate, Frontier
 from planner.search.quick_bounds import space_bounds_s
 from planner.search.recipes import RecipeBook
 from planner.search.shape_search import Budget, Found, ShapeSearch
-from planner.search.space import Pins, Space, refuse_offload, space_of
+from planner.search.space import Pins, Space, space_of
 from planner.search.stage_space import StageSpace
 from planner.search.verify import verify
 from planner.strategy import AXES, Degrees, Schedule, Strategy
@@ -209,7 +209,7 @@ class Solver:
         d = base
         key = d.tp, d.ep, d.etp, d.cp, d.pp, d.zero, d.dp_shard, d.dp_replicate, d.num_micro_batches > 1
         if key not in self._least:
-            self._least[key] = least_state_bytes(self.model.layers, base)
+            self._least[key] = least_state_bytes(self.model.layers, base, self.options.pins.offloaded)
         return self._least[key]
 
     def _candidate(self, number: int) -> Candidate | None:
@@ -236,9 +236,10 @@ class Solver:
         shapes, options = self.model.rank_shapes(degrees), self.options.pins.recomputes
         kinds = {id(shape): shape for shape in shapes}
         limits = {key: self._safe_bytes(shape) for key, shape in kinds.items()}
-        books = {key: RecipeBook(shape, options) for key, shape in kinds.items()}
+        offload = self.options.pins.offloaded
+        books = {key: RecipeBook(shape, options, offload) for key, shape in kinds.items()}
         each = tuple(limits[id(shape)] for shape in shapes)
-        bound = BaseBound(self.model, shapes, options, each)
+        bound = BaseBound(self.model, shapes, options, each, offload)
         return _Base(each, bound, tuple(books[id(shape)] for shape in shapes))
 
     def _safe_bytes(self, shape: ShapeModel) -> float:
@@ -446,5 +447,4 @@ def make_plan(
 
 def solve(problem: PlanningProblem, options: SolveOptions) -> Plan:
     """The best plan for a problem. Raises InfeasibleError with the rules that stand in the way."""
-    refuse_offload(options.pins)
     return Solver(problem, options).solve()

@@ -28,6 +28,7 @@ from planner.divisors import divisors
 from planner.engine_rules import candidate_schedules, engine_rules
 from planner.errors import InputError, Problem
 from planner.estimate import Rejected
+from planner.offload_rules import offload_possible
 from planner.placement import is_mixed
 from planner.problem import PlanningProblem
 from planner.rules import (
@@ -42,7 +43,17 @@ from planner.rules import (
     zero_matches_shards,
 )
 from planner.spread_rules import experts_within_replicas
-from planner.strategy import CpExchange, Degrees, Offload, Recompute, Schedule, Zero
+from planner.strategy import (
+    CpExchange,
+    Degrees,
+    Offload,
+    Recompute,
+    Schedule,
+    Strategy,
+    Zero,
+    even_stages,
+    offloaded,
+)
 
 MAX_MICRO_BATCH = 64
 """Larger micro-batches than this are not tried: products are at full rate long before, memory is not."""
@@ -83,6 +94,11 @@ class Pins:
     device_order: tuple[int, ...] | None = None
 
     @property
+    def offloaded(self) -> Offload:
+        """What lies in host memory: nothing, unless it is pinned."""
+        return self.offload or Offload.NONE
+
+    @property
     def recomputes(self) -> tuple[Recompute, ...]:
         """The recompute options that a recipe may use."""
         return tuple(Recompute) if self.recompute is None else (self.recompute,)
@@ -112,19 +128,6 @@ def parse_pins(texts: tuple[str, ...]) -> Pins:
     if problems:
         raise InputError(*problems)
     return Pins(**values)  # type: ignore[arg-type]
-
-
-def refuse_offload(pins: Pins) -> None:
-    """Raises InputError where offloading is pinned: the search does not know it."""
-    if pins.offload not in (None, Offload.NONE):
-        raise InputError(
-            Problem(
-                where=f"--fix offload={pins.offload}",
-                fault="cannot be solved for: the search weighs recomputation against memory, not yet copies "
-                "to host memory.",
-                fix="estimate a strategy with it: plan estimate --fix offload=... --fix tp=... and so on",
-            )
-        )
 
 
 def _pin(key: str, value: str) -> object:
@@ -303,11 +306,22 @@ class _Maker:
                 continue
             pipes, cut = self.pipes(whole.pp, m)
             self.rejected += cut
+            if not self._offloads(whole):
+                continue
             for degrees in shardings if pipes else []:
                 base = dataclasses.replace(degrees, micro_batch=micro_batch, num_micro_batches=m)
                 kept = self._for_engine(base, pipes) if self.engine_rules else pipes
                 if kept:
                     yield base, kept
+
+    def _offloads(self, whole: Degrees) -> bool:
+        """Whether what is pinned to host memory may lie there."""
+        if self.pins.offloaded is Offload.NONE:
+            return True
+        even = offloaded(even_stages(self.problem.model.layers, whole.pp), self.pins.offloaded)
+        broken = offload_possible(self.problem, Strategy(degrees=whole, stages=even))
+        self.rejected += broken[:1]
+        return not broken
 
     def _for_engine(self, base: Degrees, pipes: tuple[Pipe, ...]) -> tuple[Pipe, ...]:
         """The schedules of a base that the engine of the problem runs."""
