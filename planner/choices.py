@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import permutations
 
 from planner.divisors import divisors
 from planner.errors import InputError, Problem
 from planner.naming import nearest
 from planner.problem import PlanningProblem
-from planner.search.space import MAX_CHUNKS, MAX_MICRO_BATCH, Pins, parse_pins
+from planner.search.space import MAX_CHUNKS, MAX_MICRO_BATCH, MAX_ORDERED, Pins, parse_pins
 from planner.strategy import CpExchange, Offload, Recompute, Schedule, Strategy
 
 Choice = int | bool | str | None
-"""The value of a key; None where a strategy mixes several."""
+"""The value of a key; None where a strategy mixes several, or keeps the order of a cluster's groups."""
 
 KEYS = tuple(Pins.__dataclass_fields__)
 
@@ -32,6 +33,8 @@ def chosen(strategy: Strategy, key: str) -> Choice:
         return str(kind) if len(offloads) == 1 and whole else None
     if key == "etp":
         return degrees.expert_tp
+    if key == "device_order":
+        return _typed(degrees.device_order) if degrees.device_order else None
     value = getattr(degrees, key)
     return str(value) if isinstance(value, str) else int(value) if key == "zero" else value
 
@@ -39,7 +42,14 @@ def chosen(strategy: Strategy, key: str) -> Choice:
 def pinned(pins: Pins) -> dict[str, Choice]:
     """The keys that pins fix, with their values."""
     values = {key: getattr(pins, key) for key in KEYS}
-    return {key: str(v) if isinstance(v, str) else v for key, v in values.items() if v is not None}
+    return {key: _typed(v) for key, v in values.items() if v is not None}
+
+
+def _typed(value: Choice | tuple[int, ...]) -> Choice:
+    """A value as it is typed, where that is no number or truth value."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value) if isinstance(value, str) else value
 
 
 def keeps(strategy: Strategy, pins: Pins) -> bool:
@@ -78,6 +88,10 @@ def values_of(problem: PlanningProblem, key: str) -> list[Choice]:
             return [0, 1, 2, 3]
         case "sequence_parallel":
             return [False, True]
+        case "device_order":
+            groups = len(problem.cluster.groups)
+            orders = permutations(range(groups)) if 1 < groups <= MAX_ORDERED else ()
+            return [_typed(order) for order in orders]
     kinds = {"schedule": Schedule, "recompute": Recompute, "cp_exchange": CpExchange, "offload": Offload}
     return [str(value) for value in kinds.get(key, ())]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from planner.choices import Choice, chosen, nearest_first, parse_choice, text, values_of
+from planner.choices import Choice, chosen, nearest_first, parse_choice, pinned, text, values_of
 from planner.codec import noun
 from planner.cost.evaluate import Evaluation
 from planner.explain import cause_name, differences_s, format_difference
@@ -56,8 +56,7 @@ def why_not(
 ) -> WhyNot:
     """The answer to KEY=VALUE. Raises InputError where there is no such key or value."""
     key, pins = parse_choice(typed, problem, FLAG)
-    wanted: Choice = getattr(pins, key)
-    wanted = str(wanted) if isinstance(wanted, str) else wanted
+    wanted = pinned(pins)[key]
     choice = text(key, wanted)
     if chosen(evaluation.strategy, key) == wanted:
         return WhyNot(choice=choice, answer=Answer.OWN)

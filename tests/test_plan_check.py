@@ -124,7 +124,7 @@ def test_the_command_prints_the_checks_and_exits_4_on_a_fault(plan: Plan, tmp_pa
     assert bad.exit_code == 4
     assert "the model was changed" in bad.stdout and "digests" in bad.stderr
     report = json.loads(CliRunner().invoke(cli, ["check", str(file), "--json"]).stdout)
-    assert not report["ok"] and len(report["checks"]) == 8
+    assert not report["ok"] and len(report["checks"]) == 7
 
 
 def test_solve_hands_out_no_certificate_that_does_not_hold(

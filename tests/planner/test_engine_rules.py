@@ -359,7 +359,8 @@ def test_the_space_of_an_engine_keeps_its_rules(engine: Engine) -> None:
 
 
 def test_candidate_schedules() -> None:
-    assert candidate_schedules(None) == EXECUTED_SCHEDULES
+    assert candidate_schedules(None) == tuple(Schedule)
+    assert candidate_schedules(Engine.NATIVE) == EXECUTED_SCHEDULES
     for engine, schedules in ENGINE_SCHEDULES.items():
         rule = rule_named(engine, f"{engine}_schedule")
         for schedule in Schedule:

@@ -206,7 +206,7 @@ def test_an_infeasible_choice_names_values_that_have_a_plan(
 ) -> None:
     answer = why_not(problem, evaluation, "tp=3", Clock(EFFORT), ())
     assert answer.answer is Answer.INFEASIBLE and answer.binding is not None
-    assert answer.binding.rule == "world_size"
+    assert answer.binding.rule == "tp_divides_heads"
     assert answer.legal and "3" not in answer.legal
     for value in answer.legal:
         pins = parse_pins((f"tp={value}",))

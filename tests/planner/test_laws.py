@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
+from collections import Counter
 
 import pytest
 
@@ -64,15 +66,19 @@ def test_one_device_has_no_communication_and_no_bubble(
 
 
 def test_a_network_that_takes_no_time_leaves_no_communication() -> None:
-    """Identity: with free links no strategy communicates, and pipelines still have their bubble."""
+    """Identity: with free links no strategy communicates, and pipelines still have their bubble.
+
+    Where backward passes are split, the busiest rank may have none to wait for.
+    """
     free = Link(name="none", latency_s=0.0, bytes_per_s=None)
     on = dataclasses.replace(PROBLEM.cluster, intra=free, inter=free)
     problem, bubbles = dataclasses.replace(PROBLEM, cluster=on), 0
     for degrees in grid(problem)[::3]:
         breakdown = evaluated(problem, degrees, Recompute.NONE).estimate.breakdown
         assert breakdown.tp_comm_s == breakdown.dp_comm_s == breakdown.pp_comm_s == 0.0, degrees.label()
-        assert (breakdown.bubble_s > 0) is (degrees.pp > 1)
-        bubbles += degrees.pp > 1
+        if degrees.pp == 1 or not degrees.schedule.splits_backward:
+            assert (breakdown.bubble_s > 0) is (degrees.pp > 1), degrees.label()
+        bubbles += breakdown.bubble_s > 0
     assert bubbles >= 10
 
 
@@ -137,7 +143,11 @@ def test_every_pass_is_replayed_once() -> None:
         for rank in range(degrees.pp):
             held = [s for s in range(degrees.stages) if degrees.pp_rank_of_stage(s) == rank]
             events = [e for e in result.replay.rank_events(rank) if e.kind in ("forward", "backward")]
-            assert len({event.name for event in events}) == 2 * len(held) * degrees.num_micro_batches
+            passes = Counter(found for event in events for found in re.findall(r"\d+[FBIW]\d+", event.name))
+            for stage, micro_batch in itertools.product(held, range(degrees.num_micro_batches)):
+                forward, whole, inputs, weights = (passes.pop(f"{stage}{k}{micro_batch}", 0) for k in "FBIW")
+                assert forward == 1 and (whole, inputs, weights) in {(1, 0, 0), (0, 1, 1)}
+            assert not passes
             busy_s = sum(event.duration_s for event in events)
             assert busy_s == pytest.approx(sum(result.stages[s].time_s for s in held))
             for before, after in itertools.pairwise(events):
