@@ -9,7 +9,8 @@ from planner.commands.options import ProblemOptions
 from planner.commands.problem import read_problem
 from planner.plan import Plan
 from planner.problem import PlanningProblem
-from planner.search.solve import SolveOptions, solve
+from planner.search.engine_search import solve_for_engine
+from planner.search.solve import SolveOptions
 from planner.search.space import parse_pins
 
 GAP = 0.01
@@ -26,7 +27,7 @@ def problem(model: str, cluster: str, seq: int, batch: int, **more: Any) -> Plan
 
 def solved(of: PlanningProblem, *pins: str) -> Plan:
     """The best plan to within GAP with some choices pinned, by work and not by the clock."""
-    return solve(of, SolveOptions(pins=parse_pins(pins), gap_tolerance=GAP, reproducible=True))
+    return solve_for_engine(of, SolveOptions(pins=parse_pins(pins), gap_tolerance=GAP, reproducible=True))
 
 
 def solved_s(of: PlanningProblem, *pins: str) -> float:
