@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from itertools import product
+from itertools import combinations, pairwise, product
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from planner.cluster_grammar import parse_cluster
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.cost.offload import WINDOW
 from planner.cost.states import offloaded_states
-from planner.errors import InputError
+from planner.errors import InfeasibleError, InputError
 from planner.estimate import Verdict
 from planner.execution import check_executed_offload
 from planner.feed_forward import Activation, Experts, Mlp
@@ -33,6 +33,8 @@ from planner.strategy import (
     Offload,
     OffloadCounts,
     Recompute,
+    RecomputeCounts,
+    Stage,
     Strategy,
     Zero,
     even_stages,
@@ -262,12 +264,62 @@ def test_counts_come_back_from_plan_json() -> None:
         check_executed_offload(plan.strategy)
 
 
-def test_the_search_refuses_it_by_name() -> None:
-    with pytest.raises(InputError, match="offload=optimizer"):
-        solve(problem(), SolveOptions(pins=parse_pins(("offload=optimizer",))))
+def best_by_hand(asked: PlanningProblem, pins: Pins) -> float | None:
+    """The least step time of all SAFE strategies that offload so: every cut, blocks with one other option."""
+    model, found = CostModel(asked), []
+    for degrees in shapes(asked, pins):
+        if not isinstance(degrees, Degrees):
+            continue
+        for cut in combinations(range(1, asked.model.layers), degrees.stages - 1):
+            ranges = list(pairwise((0, *cut, asked.model.layers)))
+            for mix in product(*(one_option_mixes(end - first) for first, end in ranges)):
+                stages = tuple(
+                    Stage(first=first, end=end, recompute=counts)
+                    for (first, end), counts in zip(ranges, mix, strict=True)
+                )
+                strategy = Strategy(degrees=degrees, stages=offloaded(stages, pins.offloaded))
+                if not broken_rules(asked, strategy):
+                    found.append(model.evaluate(strategy).estimate)
+    return min((each.step_time_s for each in found if each.verdict is Verdict.SAFE), default=None)
+
+
+def one_option_mixes(layers: int) -> list[RecomputeCounts]:
+    """Blocks that keep all, beside blocks of one option that recomputes."""
+    mixes = [RecomputeCounts(none=layers - n, selective=n) for n in range(layers + 1)]
+    return mixes + [RecomputeCounts(none=layers - n, full=n) for n in range(1, layers + 1)]
+
+
+@pytest.mark.parametrize("offload", ["optimizer", "activations"])
+def test_the_search_finds_the_best_plan_that_offloads(offload: str) -> None:
+    """By all cuts and mixes of small problems, under memory limits from roomy to too tight."""
+    pins = parse_pins((f"offload={offload}", "schedule=1f1b", "tp=1"))
+    options = SolveOptions(pins=pins, gap_tolerance=0.0, nodes=None)
+    small = dataclasses.replace(problem(), model=instances.model(layers=3))
+    peak = CostModel(small).evaluate(solve(small, options).strategy).estimate.peak_memory_bytes
+    outcomes = []
+    for factor in (4.0, 1.3, 1.0, 0.8, 0.3):
+        tight = dataclasses.replace(small, memory_limit_bytes=int(factor * peak))
+        best = best_by_hand(tight, pins)
+        outcomes.append(best is not None)
+        if best is None:
+            with pytest.raises(InfeasibleError):
+                solve(tight, options)
+            continue
+        plan = solve(tight, options)
+        assert plan.estimate.step_time_s == pytest.approx(best, rel=1e-6)
+        assert plan.solver is not None and plan.solver.lower_bound_s <= best * (1 + 1e-9)
+        assert plan.strategy.offloads == (Offload(offload),)
+    assert any(outcomes) and not all(outcomes)
+
+
+def test_the_search_offloads_only_what_is_asked_for() -> None:
     assert solve(problem(), SolveOptions(pins=parse_pins(("offload=none",)))).strategy.offloads == ()
+    assert solve(problem(), SolveOptions(pins=Pins())).strategy.offloads == ()
     with pytest.raises(InputError, match="none, optimizer, activations"):
         parse_pins(("offload=everything",))
+    unlinked = dataclasses.replace(problem(), cluster=instances.cluster(nodes=2, per_node=2))
+    with pytest.raises(InfeasibleError, match="not known"):
+        solve(unlinked, SolveOptions(pins=parse_pins(("offload=optimizer",))))
 
 
 ESTIMATE = "estimate --model llama-3-8b --cluster 1*p5.48xlarge --seq 8192 --batch 8 --fix zero=2"
