@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -123,11 +124,14 @@ def solve(
         reproducible=reproducible,
     )
     try:
+        gc.disable()  # a search makes many small objects and hardly a cycle
         plan = solve_for(problem, chosen, goal)
     except InfeasibleError:
         if goal.plain:
             return tell_infeasible(problem, chosen, as_json=as_json)
         raise
+    finally:
+        gc.enable()
     faults = certificate_faults(plan)
     if faults:
         raise CheckError("the certificate of the answer does not hold: " + "; ".join(faults))
