@@ -203,7 +203,7 @@ def _certificate(plan: Plan) -> str:
     words = (
         "no other plan of this space is faster by more than the gap"
         if s.status == "optimal"
-        else "the search ended before the bound met the plan"
+        else "no plan of this space is faster by more; time or loose bounds left this open"
     )
     return pairs(
         [
