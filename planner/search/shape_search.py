@@ -37,6 +37,8 @@ MAX_SEVERAL = 400
 a rank has an even split alone, and its gap stays open."""
 DEALT_WITHIN = 1.05
 """Blocks are dealt better where an even split is within this of the step time to beat."""
+ROUNDING = 1e-6
+"""Share of a step time by which an ILP's bound may lie below its own optimum: HiGHS's tolerance."""
 SHARED_ROUNDS = 3
 """ILPs that are solved for one shape where devices share cores."""
 
@@ -228,7 +230,7 @@ class ShapeSearch:
             if best is None or replayed.step_time_s < best.step_time_s:
                 best = self._found(answer.columns, replayed.step_time_s)
             to_beat_s = min(best.step_time_s, to_beat_s)
-            if bound_s >= to_beat_s * (1 - budget.tolerance) or answer.status == "limit":
+            if bound_s >= to_beat_s * (1 - max(budget.tolerance, ROUNDING)) or answer.status == "limit":
                 break
             if self.model.sharing is None:
                 ilp.add_path(critical_path(replayed, programme.hop_s))
