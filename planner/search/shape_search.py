@@ -35,7 +35,7 @@ that of its sizes, and its gap stays open."""
 MAX_SEVERAL = 400
 """Spans that stages may hold, all counted, beyond which a shape of several layer classes and several stages
 a rank has an even split alone, and its gap stays open."""
-DEALT_WITHIN = 1.05
+DEALT_WITHIN = 1.15
 """Blocks are dealt better where an even split is within this of the step time to beat."""
 ROUNDING = 1e-6
 """Share of a step time by which an ILP's bound may lie below its own optimum: HiGHS's tolerance."""
