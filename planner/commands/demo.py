@@ -134,8 +134,10 @@ def _measure(cluster_text: str | None, run_dir: Path) -> PlanningProblem:
     from planner.codec import to_json, write_atomic
     from planner.commands.options import chosen_precision
     from planner.commands.profile import describe, measure
+    from planner.limits import Limits
     from planner.machine import accelerators
     from planner.problem import PlanningProblem
+    from planner.stack import Engine
     from planner.workload import Workload
 
     begun_s = time.monotonic()
@@ -151,6 +153,7 @@ def _measure(cluster_text: str | None, run_dir: Path) -> PlanningProblem:
         cluster=cluster,
         profile=profile,
         memory_limit_bytes=min(group.device.usable_memory_bytes for group in cluster.groups),
+        limits=Limits(engine=Engine.NATIVE),
     )
 
 

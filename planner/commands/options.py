@@ -176,9 +176,9 @@ def _options() -> list[Callable[[Any], Any]]:
         click.option("--memory-limit", metavar="SIZE", help="Memory of a device to plan for, such as 72GiB."),
         click.option(
             "--engine",
-            type=click.Choice(["native", "torchtitan", "megatron", "deepspeed"]),
+            type=click.Choice(["any", "native", "torchtitan", "megatron", "deepspeed"]),
             help="Plan only what this training engine can run, and price its own software. Default: any "
-            "strategy, priced as the native runtime.",
+            "strategy, priced as the native runtime; for this machine, `solve` keeps to what `plan train` runs.",
         ),
     ]
 

@@ -50,12 +50,30 @@ def read_problem(options: ProblemOptions) -> Asked:
             device_limits_bytes=tuple((device.name, limit) for device, limit in limits.items()),
         )
         basis = "; ".join(f"{device.name}: {basis}" for device, (_, basis) in known.items())
-    if options.engine is None:
+    if options.engine in (None, "any"):
         return Asked(problem, basis)
     engine = Engine(options.engine)
     stack = engine_stack(engine, profile)
     problem = dataclasses.replace(problem, stack=stack, limits=Limits(engine=engine))
     return Asked(problem, f"{basis}; {priced_as(stack, profile)}")
+
+
+def held_to_runtime(asked: Asked, engine: str | None) -> Asked:
+    """On this machine's own devices, where no engine is named: only what `plan train` runs there.
+
+    A model or workload that it does not train is planned without that limit.
+    """
+    from planner.execution import not_executed, not_executed_workload
+    from planner.limits import Limits
+    from planner.stack import Engine
+
+    problem = asked.problem
+    missing = not_executed(problem.model) + not_executed_workload(problem.workload)
+    if engine is not None or not problem.cluster.local or missing:
+        return asked
+    held = dataclasses.replace(problem, limits=Limits(engine=Engine.NATIVE))
+    words = "plans that `plan train` runs on this machine (--engine any for all)"
+    return Asked(held, f"{asked.basis}; {words}")
 
 
 def problem_of_plan(plan: Plan, profile: Path | None) -> Asked:
