@@ -178,7 +178,7 @@ def _options() -> list[Callable[[Any], Any]]:
             "--engine",
             type=click.Choice(["any", "native", "torchtitan", "megatron", "deepspeed"]),
             help="Plan only what this training engine can run, and price its own software. Default: any "
-            "strategy, priced as the native runtime; for this machine, `solve` keeps to what `plan train` runs.",
+            "strategy, priced as the native runtime; on this machine, solve keeps to what train runs.",
         ),
     ]
 
