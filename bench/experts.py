@@ -166,7 +166,7 @@ def held(problem: PlanningProblem) -> PlanningProblem:
     return dataclasses.replace(problem, limits=Limits(engine=problem.stack.engine))
 
 
-def planned(problem: PlanningProblem, limit_s: float) -> Plan | None:
+def planned(problem: PlanningProblem, limit_s: float | None) -> Plan | None:
     """The best plan, or None where none is found."""
     try:
         return solve_for_engine(problem, SolveOptions(pins=Pins(), time_limit_s=limit_s, gap_tolerance=GAP))
@@ -174,7 +174,7 @@ def planned(problem: PlanningProblem, limit_s: float) -> Plan | None:
         return None
 
 
-def judge(run: Run, setups: Setups, limit_s: float) -> dict[str, Any]:
+def judge(run: Run, setups: Setups, limit_s: float | None) -> dict[str, Any]:
     """Both sides of one run."""
     row: dict[str, Any] = {"id": run.id, "model": run.model, "source": run.source}
     row["measured_s"] = run.step_time_s
