@@ -173,7 +173,7 @@ def test_a_repair_works_as_typed() -> None:
 def test_an_infeasible_text_names_rule_shortfall_and_repairs() -> None:
     result = run("solve", *ASKED, "--fix", "tp=2", "--fix", "dp=2")
     assert result.exit_code == 3
-    assert "binding   tp_divides_widths" in result.stdout and "cheapest first" in result.stdout
+    assert "binding   world_size" in result.stdout and "cheapest first" in result.stdout
     assert "verified" in result.stdout
     assert "no feasible plan" in result.stderr and "Traceback" not in result.output
     assert all(len(line) <= COLUMNS for line in result.stdout.splitlines())
