@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from itertools import groupby
 
@@ -164,7 +165,49 @@ def random_problem(seed: int, *, layers: int = 4, mixed: bool = False) -> Planni
     weights = 16 * spec.params_total
     activations = 40 * seq * batch * hidden * spec.layers
     need = (weights + activations) * 10 ** draw.uniform(-0.7, 0.5)
-    groups = 2 if nodes * per_node == 4 else 1  # axes over which a device talks, of the tightest shapes
-    each = need / (nodes * per_node) ** 0.5 + groups * constants.COMMUNICATOR_BYTES
-    limit = int(each * (1 + constants.MEMORY_ERROR["datasheet"]))
-    return problem(of=spec, on=on, seq=seq, batch=batch, limit_bytes=limit)
+    return problem(of=spec, on=on, seq=seq, batch=batch, limit_bytes=_limit_bytes(need, nodes * per_node))
+
+
+def _limit_bytes(need_bytes: float, devices: int) -> int:
+    """A limit of each device, where all together need about so much besides their communicators."""
+    groups = 2 if devices == 4 else 1  # axes over which a device talks, of the tightest shapes
+    each = need_bytes / devices**0.5 + groups * constants.COMMUNICATOR_BYTES
+    return int(each * (1 + constants.MEMORY_ERROR["datasheet"]))
+
+
+def expert_problem(seed: int) -> PlanningProblem:
+    """A small model of experts, with sequences long enough to be split over ranks."""
+    drawn, draw = random_problem(seed, layers=3), random.Random(f"experts {seed}")
+    hidden, layers = drawn.model.hidden, drawn.model.layers
+    feed = Experts(
+        count=draw.choice([2, 4, 6]), topk=2, expert=Mlp(width=hidden, gated=True, activation=Activation.SILU)
+    )
+    block = dataclasses.replace(dense_block(hidden), mlp=feed)
+    spec = model(layers=layers, hidden=hidden, vocab=drawn.model.vocab, blocks=[block] * layers)
+    seq, batch = draw.choice([64, 4096, 8192]), draw.choice([2, 4])
+    need = (16 * spec.params_total + 80 * seq * batch * hidden * layers) * 10 ** draw.uniform(-0.5, 0.7)
+    limit = _limit_bytes(need, drawn.cluster.devices)
+    return problem(of=spec, on=drawn.cluster, seq=seq, batch=batch, limit_bytes=limit)
+
+
+def two_kinds(seed: int) -> PlanningProblem:
+    """A small problem on two kinds of devices, of which one may have more memory."""
+    drawn, draw = random_problem(seed), random.Random(f"kinds {seed}")
+    of = drawn.cluster.groups[0].device
+    other = device(
+        flops=(of.peak_bf16_flops or 0.0) * 10 ** draw.uniform(-0.5, 0.5),
+        bandwidth=(of.memory_bandwidth_bytes_per_s or 0.0) * 10 ** draw.uniform(-0.5, 0.5),
+        name="other",
+    )
+    sizes = draw.choice([((1, 1), (1, 1)), ((1, 2), (1, 2)), ((2, 1), (1, 1)), ((1, 2), (1, 1))])
+    groups = tuple(
+        DeviceGroup(device=kind, nodes=nodes, devices_per_node=per_node)
+        for kind, (nodes, per_node) in zip((of, other), sizes, strict=True)
+    )
+    limits = (drawn.memory_limit_bytes, int(drawn.memory_limit_bytes * draw.choice([0.8, 1.0, 1.5])))
+    return dataclasses.replace(
+        drawn,
+        cluster=dataclasses.replace(drawn.cluster, groups=groups),
+        memory_limit_bytes=min(limits),
+        device_limits_bytes=((of.name, limits[0]), (other.name, limits[1])),
+    )

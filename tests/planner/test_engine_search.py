@@ -29,7 +29,7 @@ from planner.strategy import Recompute, Strategy
 from planner.workload import Precision
 
 from . import instances
-from .test_solver import EXACT, all_degrees, all_stages
+from .brute_force import EXACT, all_stages, legal_degrees
 
 OTHERS = (Engine.TORCHTITAN, Engine.MEGATRON, Engine.DEEPSPEED)
 
@@ -68,7 +68,7 @@ def asked(seed: int, engine: Engine) -> PlanningProblem:
 def brute_force(problem: PlanningProblem) -> float | None:
     """The least step time of all strategies that keep every rule, the engine's too, and are judged SAFE."""
     model, best = CostModel(problem), None
-    for degrees in all_degrees(problem):
+    for degrees in legal_degrees(problem):
         for index, stages in enumerate(all_stages(problem.model.layers, degrees.stages)):
             strategy = Strategy(degrees=degrees, stages=stages)
             broken = broken_rules(problem, strategy)

@@ -18,13 +18,13 @@ from planner.strategy import Offload, Recompute, Strategy, sized_stages
 from planner.units import MIB
 
 from . import instances
-from .test_solver import all_degrees, all_stages
+from .brute_force import all_stages, legal_degrees
 
 
 def least_by_force(problem: PlanningProblem) -> int:
     """The least memory limit at which some strategy is SAFE, all of them asked."""
     model, least = CostModel(problem), 1 << 60
-    for degrees in all_degrees(problem):
+    for degrees in legal_degrees(problem):
         first = next(all_stages(problem.model.layers, degrees.stages), None)
         if first is None or broken_rules(problem, Strategy(degrees=degrees, stages=first)):
             continue
