@@ -22,6 +22,7 @@ from planner.cost.judged import RankMemory, most_pressed
 from planner.cost.memory import host_bytes, rank_memory
 from planner.cost.memory_constants import fitted_constant
 from planner.cost.offload import with_offload
+from planner.cost.origins import origins_s
 from planner.cost.passes import Pass
 from planner.cost.physics import usual_physics
 from planner.cost.schedule import ActionKind, Table, build_table
@@ -206,7 +207,7 @@ class CostModel:
         seconds = dict.fromkeys(ORIGINS, 0.0)
         for shape in {id(shape): shape for shape in shapes}.values():
             share = counts[id(shape)] / len(shapes)
-            for origin, value in shape.origins_s().items():
+            for origin, value in origins_s(shape).items():
                 seconds[origin] += share * value
         total = sum(seconds.values()) or 1.0
         return Coverage(**{origin: seconds[origin] / total for origin in ORIGINS})

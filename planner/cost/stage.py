@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from planner.cost import constants
-from planner.cost.comm import CommCost, CommModel
+from planner.cost.comm import CommModel
 from planner.cost.compute import LayerModel
 from planner.cost.context import Exchanged
 from planner.cost.layer import LayerCost, LayerShape
@@ -158,7 +158,7 @@ class ShapeModel:
         }
         extra_s = larger(cost.backward_s - plain.backward_s, 0.0)
         again_s = self.physics.recompute_scale * extra_s
-        cp, ep_s = self._exchanged(key), experts_s(self.classes[key], self.messages)
+        cp, ep_s = self.exchanged(key), experts_s(self.classes[key], self.messages)
         cp_again, ep_again = sent_again(option, self.problem.stack)
         forward = Pass(compute_s=cost.forward_s, tp_s=once, cp_s=cp.forward_s, ep_s=ep_s)
         backward = Pass(
@@ -170,7 +170,8 @@ class ShapeModel:
         )
         return forward, backward
 
-    def _exchanged(self, key: str) -> Exchanged:
+    def exchanged(self, key: str) -> Exchanged:
+        """What a block of a class shows of its context-parallel exchange."""
         shape = self.shape_of(LayerKind.BLOCK, Recompute.NONE, key)
         return exchanged(self.classes[key], shape, self.messages, self.layer_model)
 
@@ -434,38 +435,3 @@ class ShapeModel:
             "block_saved_bytes": saved,
             "block_transient_bytes": widest,
         }
-
-    def origins_s(self) -> dict[str, float]:
-        """Seconds of one micro-batch by origin: the layers of the model and their communication."""
-        seconds: dict[str, float] = {}
-        layers = self.problem.model.layers
-        blocks = {key: self.count(key, 0, layers) for key in self.classes}
-        counted = [(self.block(key), count) for key, count in blocks.items()]
-        counted += [(self.layer(LayerKind.EMBEDDING), 1), (self.layer(LayerKind.HEAD), 1)]
-        for cost, count in counted:
-            value = count * (cost.forward_s + cost.backward_s)
-            seconds[cost.origin] = seconds.get(cost.origin, 0.0) + value
-        messages: list[tuple[CommCost, float]] = []
-        if self.degrees.tp > 1:
-            op = Op.ALL_GATHER if self.degrees.sequence_parallel else Op.ALL_REDUCE
-            sums = sum(
-                2 * summed_sublayers(self.classes[key], self.degrees) * count for key, count in blocks.items()
-            )
-            messages.append(
-                (self.messages.comm(op, self.messages.hidden_bytes(), self.messages.tp_group()), float(sums))
-            )
-        if self.degrees.replicas > 1:
-            sharded = self.degrees.weight_shards > 1
-            group = self.messages.shard_group() if sharded else self.messages.replicate_group()
-            for key, count in blocks.items():
-                message = self.messages.comm(Op.ALL_REDUCE, 4.0 * self.block_units[key].trained, group)
-                messages.append((message, count / self.degrees.num_micro_batches))
-        for key, count in blocks.items():
-            cp = self._exchanged(key)
-            spread_s = cp.forward_s + cp.backward_s + 2 * experts_s(self.classes[key], self.messages)
-            if spread_s > 0:
-                origin = self.messages.spread_origin()
-                seconds[origin] = seconds.get(origin, 0.0) + count * spread_s
-        for message, times in messages:
-            seconds[message.origin] = seconds.get(message.origin, 0.0) + times * message.seconds
-        return seconds
