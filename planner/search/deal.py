@@ -80,7 +80,29 @@ class Dealer:
             )
             if self._fits(rank, mixed):
                 return mixed
-        return None
+        return self._at_all_moments(rank, sizes)
+
+    def _at_all_moments(self, rank: int, sizes: Sequence[int]) -> tuple[Column, ...] | None:
+        """A mix that fits as if all stages had most micro-batches alive at once; else what keeps least.
+
+        What fits at the fullest moment may not at another, at which as many are alive on other stages.
+        """
+        space, stages, book = self.space, self.ranks[rank], self.space.books[rank]
+        spans = [space.span(s, size) for s, size in zip(stages, sizes, strict=True)]
+        alive = [space.alive[s] for s in stages]
+        free_bytes = self._free_bytes(rank, alive, spans)
+        for mix in space.floors[rank].fastest_mixes(sizes, alive, free_bytes, MAX_PAIRS):
+            mixed = tuple(
+                book.column(Stage(first=first, end=end, recompute=counts), a)
+                for (first, end), counts, a in zip(spans, mix, alive, strict=True)
+            )
+            if self._fits(rank, mixed):
+                return mixed
+        least = tuple(
+            min(book.pure(*span, a), key=lambda column: column.cost.saved_bytes)
+            for span, a in zip(spans, alive, strict=True)
+        )
+        return least if self._fits(rank, least) else None
 
     def _free_bytes(self, rank: int, live: list[int], spans: tuple[Span, ...]) -> float:
         """What blocks' activations may take at most at the rank's fullest moment, when `live` are alive."""

@@ -1,4 +1,4 @@
-"""Layouts that experts trained with: no plan for the same job is slower (bench/experts.py judges them all)."""
+"""Layouts that experts trained with: no plan for the same job is slower. bench/experts.py judges them all."""
 
 from __future__ import annotations
 

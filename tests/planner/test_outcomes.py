@@ -139,3 +139,14 @@ def test_zero_bubble_schedules_fill_bubbles_where_memory_allows_and_not_where_it
     plan = solved(tight, *pins)
     assert any(recomputed(plan)) and not plan.strategy.degrees.schedule.splits_backward
     assert solved_s(tight, *pins, "schedule=zb-h1") > plan.estimate.step_time_s * (1 + GAP)
+
+
+@pytest.mark.parametrize("chunks", [2, 4])
+def test_a_free_choice_of_recomputation_is_never_worse_than_a_pinned_one(chunks: int) -> None:
+    """Where stages share a rank's tight memory, too: micro-batches pile up on each at other moments."""
+    of = problem("llama-3.1-405b", "64x8:h100-sxm-80gb@ndr400x8", 8192, 256, engine="megatron")
+    shape = ("tp=8", "pp=8", "cp=2", "cp_exchange=ring", "zero=1", "micro_batch=1", "sequence_parallel=true")
+    pins = (*shape, "schedule=interleaved", f"chunks={chunks}")
+    free, full = (solved(of, *pins, *more) for more in ((), ("recompute=full",)))
+    assert free.strategy.degrees.chunks == full.strategy.degrees.chunks == chunks
+    assert free.estimate.step_time_s <= full.estimate.step_time_s
