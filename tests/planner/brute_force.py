@@ -22,7 +22,7 @@ from planner.problem import PlanningProblem
 from planner.rules import broken_rule
 from planner.search.bounds import BaseBound, memory_bound_bytes
 from planner.search.solve import SolveOptions, solve
-from planner.search.space import MAX_CHUNKS, MIN_TOKENS, Pins
+from planner.search.space import MAX_CHUNKS, MIN_SPLIT, MIN_TOKENS, Pins
 from planner.strategy import CpExchange, Degrees, Recompute, RecomputeCounts, Schedule, Stage, Strategy, Zero
 
 from . import instances
@@ -39,7 +39,7 @@ DUST = 1e-9
 def all_degrees(problem: PlanningProblem) -> Iterator[Degrees]:
     """Every combination of small degrees, legal or not, made without the planner's own generator.
 
-    Context-parallel ranks keep MIN_TOKENS of a sequence at least; state is shared out over all data ranks or
+    Sequences of MIN_SPLIT tokens are split, and ranks keep MIN_TOKENS of one at least; state is shared out over all data ranks or
     those of one node.
     """
     devices, batch, seq = problem.cluster.devices, problem.workload.batch, problem.workload.seq
@@ -48,7 +48,7 @@ def all_degrees(problem: PlanningProblem) -> Iterator[Degrees]:
     parts = divisors(devices)
     for tp, cp, pp, replicate in itertools.product(parts, parts, parts, parts):
         shard, rest = divmod(devices, tp * cp * pp * replicate)
-        if rest or (cp > 1 and seq // cp < MIN_TOKENS) or pp > problem.model.layers:
+        if rest or (cp > 1 and seq < max(MIN_SPLIT, cp * MIN_TOKENS)) or pp > problem.model.layers:
             continue
         within = problem.cluster.devices_per_node // (tp * cp)
         if replicate > 1 and shard > 1 and shard != within:
