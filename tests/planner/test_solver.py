@@ -81,7 +81,7 @@ def test_every_schedule_is_searched_and_the_native_engine_holds_to_those_that_ar
     """Without a pin the search is over all schedules; for `plan train`, over those that it runs."""
     for engine, schedules in ((None, tuple(Schedule)), (Engine.NATIVE, EXECUTED_SCHEDULES)):
         found = set()
-        for seed in range(60):
+        for seed in range(100):
             problem = dataclasses.replace(instances.random_problem(seed), limits=Limits(engine=engine))
             found |= {shape.schedule for shape in shapes(problem, Pins()) if isinstance(shape, Degrees)}
             if engine is None or seed >= 20:
