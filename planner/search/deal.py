@@ -68,36 +68,19 @@ class Dealer:
         chosen = tuple(column for column in fastest if column is not None)
         if self._fits(rank, chosen):
             return chosen
-        alive = [space.alive[s] for s in stages]
+        alive, sizes = [space.alive[s] for s in stages], [end - first for first, end in spans]
         fullest = max(space.in_flight[rank], key=lambda v: sum(v.get(s, 0) for s in stages))
-        live = [fullest.get(s, 0) for s in stages]
-        free_bytes = self._free_bytes(rank, live, spans)
-        sizes = [end - first for first, end in spans]
-        for mix in space.floors[rank].fastest_mixes(sizes, live, free_bytes, MAX_PAIRS):
-            mixed = tuple(
-                book.column(Stage(first=first, end=end, recompute=counts), a)
-                for (first, end), counts, a in zip(spans, mix, alive, strict=True)
-            )
-            if self._fits(rank, mixed):
-                return mixed
-        return self._at_all_moments(rank, sizes)
-
-    def _at_all_moments(self, rank: int, sizes: Sequence[int]) -> tuple[Column, ...] | None:
-        """A mix that fits as if all stages had most micro-batches alive at once; else what keeps least.
-
-        What fits at the fullest moment may not at another, at which as many are alive on other stages.
-        """
-        space, stages, book = self.space, self.ranks[rank], self.space.books[rank]
-        spans = [space.span(s, size) for s, size in zip(stages, sizes, strict=True)]
-        alive = [space.alive[s] for s in stages]
-        free_bytes = self._free_bytes(rank, alive, spans)
-        for mix in space.floors[rank].fastest_mixes(sizes, alive, free_bytes, MAX_PAIRS):
-            mixed = tuple(
-                book.column(Stage(first=first, end=end, recompute=counts), a)
-                for (first, end), counts, a in zip(spans, mix, alive, strict=True)
-            )
-            if self._fits(rank, mixed):
-                return mixed
+        # What fits at the fullest moment may not at another, at which as many are alive on other stages: then
+        # as if all stages had most alive at once.
+        for live in ([fullest.get(s, 0) for s in stages], alive):
+            free_bytes = self._free_bytes(rank, live, spans)
+            for mix in space.floors[rank].fastest_mixes(sizes, live, free_bytes, MAX_PAIRS):
+                mixed = tuple(
+                    book.column(Stage(first=first, end=end, recompute=counts), a)
+                    for (first, end), counts, a in zip(spans, mix, alive, strict=True)
+                )
+                if self._fits(rank, mixed):
+                    return mixed
         least = tuple(
             min(book.pure(*span, a), key=lambda column: column.cost.saved_bytes)
             for span, a in zip(spans, alive, strict=True)

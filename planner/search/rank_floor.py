@@ -200,8 +200,8 @@ class RankFloor:
         return full, selective, seconds
 
     def _standing_bytes(self, alive: Sequence[int], ends: Sequence[tuple[bool, bool]]) -> float:
-        """What a rank holds besides its blocks' states and activations: its ends, the least transient."""
-        total = least_transient = 0.0
+        """What a rank holds besides its blocks' states and activations: runtime, ends, least transient."""
+        total, least_transient = float(self.shape.runtime_bytes), 0.0
         for count, end in zip(alive, ends, strict=True):
             if end not in self._known_ends:
                 self._known_ends[end] = self._end_bytes(*end)

@@ -1,0 +1,200 @@
+"""What stages of a shape may hold: splits, narrowed limits, floors of ranks, sizes, replays of deals."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from planner.problem import PlanningProblem
+from planner.search.shape_search import ShapeSearch
+from planner.search.sizes import Sizes, narrowed, splits
+from planner.search.solve import Solver
+from planner.search.space import parse_pins, shapes
+from planner.search.stage_space import StageSpace
+from planner.strategy import Degrees, Stage
+
+from . import instances
+from .brute_force import EXACT, all_cuts, mixes_of
+
+
+def spaces(problem: PlanningProblem, fix: tuple[str, ...] = ()) -> Iterator[StageSpace]:
+    """The stages of every shape with a pipeline."""
+    solver = Solver(problem, EXACT)
+    for degrees in shapes(problem, parse_pins(fix)):
+        if isinstance(degrees, Degrees) and degrees.pp > 1:
+            base = solver._base(dataclasses.replace(degrees, schedule="1f1b", chunks=1))  # type: ignore[arg-type]
+            yield StageSpace(solver.model, solver.model.shape(degrees), base.limits_bytes, base.books)
+
+
+def random_limits(draw: random.Random, parts: int) -> list[tuple[int, int]]:
+    lows = [draw.randint(0, 2) for _ in range(parts)]
+    return [(low, low + draw.randint(0, 3)) for low in lows]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_narrowed_limits_leave_out_what_is_in_no_split_and_no_more(seed: int) -> None:
+    draw = random.Random(seed)
+    limits, total = random_limits(draw, draw.randint(1, 4)), draw.randint(1, 12)
+    ways = [way for way in itertools.product(*(range(a, b + 1) for a, b in limits)) if sum(way) == total]
+    found = narrowed(limits, total)
+    assert (found is None) == (not ways)
+    if found is not None:
+        assert found == tuple((min(sizes), max(sizes)) for sizes in zip(*ways, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_splits_are_all_ways_within_the_limits_of_stages_and_ranks(seed: int) -> None:
+    draw = random.Random(seed)
+    pp, chunks = draw.randint(1, 3), draw.randint(1, 2)
+    rank_of = [stage % pp for stage in range(pp * chunks)]
+    stages, ranks = random_limits(draw, pp * chunks), random_limits(draw, pp)
+    ranks = [(low, high + draw.randint(0, 6)) for low, high in ranks]
+    total = draw.randint(pp, 12)
+    ways = [
+        way
+        for way in itertools.product(*(range(a, b + 1) for a, b in stages))
+        if sum(way) == total
+        and all(
+            ranks[r][0] <= sum(n for n, own in zip(way, rank_of, strict=True) if own == r) <= ranks[r][1]
+            for r in range(pp)
+        )
+    ]
+    sizes = Sizes(tuple(stages), tuple(ranks))
+    found = splits(sizes, total, rank_of, 10_000)
+    assert found is not None and sorted(found) == sorted(ways) and len(set(found)) == len(found)
+    assert len(ways) < 2 or splits(sizes, total, rank_of, len(ways) - 1) is None
+
+
+def used_bytes(space: StageSpace, rank: int, held: dict[int, Stage]) -> float:
+    """What a rank's stages take together at the fullest moment of its row."""
+    book = space.books[rank]
+    each = {s: book.column(stage, space.alive[s]) for s, stage in held.items()}
+    standing = book.shape.runtime_bytes + sum(column.resident_bytes for column in each.values())
+    standing += max(column.transient_bytes for column in each.values())
+    kept = [
+        sum(moment.get(s, 0) * column.cost.saved_bytes for s, column in each.items())
+        for moment in space.in_flight[rank]
+    ]
+    return standing + max(kept)
+
+
+def fits(space: StageSpace, rank: int, held: dict[int, Stage]) -> bool:
+    return used_bytes(space, rank, held) <= space.limits_bytes[rank]
+
+
+def own_s(space: StageSpace, rank: int, held: dict[int, Stage]) -> float:
+    columns = [space.books[rank].column(stage, space.alive[s]) for s, stage in held.items()]
+    return sum(column.whole_s(space.degrees.schedule) for column in columns)
+
+
+def placed(stage: int, stages: int, size: int, layers: int) -> tuple[int, int]:
+    first = 0 if stage == 0 else layers - size if stage == stages - 1 else 1
+    return first, first + size
+
+
+def ways_of(space: StageSpace, rank: int, blocks: int) -> list[dict[int, Stage]]:
+    """Every way to give a rank's blocks to its two stages, and every mix of recipes on them."""
+    own, layers, stages = space.stages_of[rank], space.layers, space.degrees.stages
+    ways = []
+    for size in range(1, blocks):
+        sizes = (size, blocks - size)
+        limits = [space.size_limits[s] for s in own]
+        if all(low <= n <= high for n, (low, high) in zip(sizes, limits, strict=True)):
+            mixes = [mixes_of(*placed(s, stages, n, layers)) for s, n in zip(own, sizes, strict=True)]
+            ways += [dict(zip(own, mix, strict=True)) for mix in itertools.product(*mixes)]
+    return ways
+
+
+@pytest.mark.parametrize("fix", ["schedule=zbv", "schedule=interleaved", "schedule=dualpipev"])
+def test_the_floor_of_a_rank_lies_below_all_its_mixes(fix: str) -> None:
+    """With memory between what its thriftiest and its fastest mix need; and it knows what memory forces."""
+    draw, compared, forced, exact = random.Random(fix), 0, 0, 0
+    for seed in range(50):
+        drawn = instances.random_problem(seed, layers=6)
+        workload = dataclasses.replace(drawn.workload, batch=4, seq=2048)
+        problem = dataclasses.replace(drawn, workload=workload, memory_limit_bytes=1 << 45)
+        if problem.model.layers < 5 or problem.cluster.devices % 2:
+            continue
+        for roomy in itertools.islice(spaces(problem, (fix, "pp=2", "chunks=2")), 2):
+            for rank, blocks in itertools.product(range(2), (2, 3, 4)):
+                ways = ways_of(roomy, rank, blocks)
+                if not ways:
+                    continue
+                used = [used_bytes(roomy, rank, held) for held in ways]
+                limit = min(used) + draw.random() * (max(used) - min(used))
+                space = StageSpace(roomy.model, roomy.shape, [limit] * 2, roomy.books)
+                best = min(own_s(space, rank, held) for held in ways if fits(space, rank, held))
+                floor = space.floors[rank].least_s(rank, blocks) + space.held_s[rank]
+                assert floor <= best * (1 + 1e-9), (seed, rank, blocks)
+                free_s = blocks * min(space.floors[rank].block_s.values()) + space.held_s[rank]
+                compared += 1
+                forced += free_s * (1 + 1e-9) < floor
+                exact += floor > best * (1 - 1e-9)
+    assert compared > 40 and forced > compared / 4 and exact > compared / 5, (compared, forced, exact)
+
+
+def test_sizes_never_leave_out_the_best_split() -> None:
+    """Of every shape: the fastest of its mixes lies within the sizes that may beat a little more than it."""
+    compared = cut = 0
+    for seed in range(30):
+        problem = instances.random_problem(seed, layers=5)
+        for space in itertools.islice(spaces(problem), 8):
+            best_s, best = float("inf"), ()
+            for spans in all_cuts(space.layers, space.degrees.stages):
+                found = best_of(space, spans)
+                if found < best_s:
+                    best_s, best = found, tuple(b - a for a, b in spans)
+            if not best:
+                continue
+            sizes = space.sizes(best_s * (1 + 1e-6))
+            assert sizes is not None, (seed, space.degrees.label())
+            assert all(low <= n <= high for n, (low, high) in zip(best, sizes.stages, strict=True))
+            held = [sum(best[s] for s in stages) for stages in space.stages_of]
+            assert all(low <= n <= high for n, (low, high) in zip(held, sizes.ranks, strict=True))
+            compared += 1
+            free = space.sizes(float("inf"))
+            cut += free is not None and free != sizes
+    assert compared > 30 and cut > 10, (compared, cut)
+
+
+def best_of(space: StageSpace, spans: tuple[tuple[int, int], ...]) -> float:
+    """The least step time of a split: each rank's stages with every mix that fits."""
+    best_s, search = float("inf"), ShapeSearch(space)
+    by_rank = []
+    for rank, own in enumerate(space.stages_of):
+        each = itertools.product(*(mixes_of(*spans[s]) for s in own))
+        ways = [dict(zip(own, mix, strict=True)) for mix in each]
+        by_rank.append([held for held in ways if fits(space, rank, held)])
+    for choice in itertools.islice(itertools.product(*by_rank), 400):
+        held = {s: stage for each in choice for s, stage in each.items()}
+        columns = tuple(
+            space.books[space.rank_of[s]].column(held[s], space.alive[s]) for s in range(len(spans))
+        )
+        best_s = min(best_s, search.replay(columns).step_time_s)
+    return best_s
+
+
+def test_a_dealers_step_times_are_those_of_the_replay() -> None:
+    """And its deals fit: what it hands out is SAFE by its own estimate."""
+    compared = 0
+    for seed in range(40):
+        problem = instances.random_problem(seed, layers=6)
+        for space in itertools.islice(spaces(problem), 8):
+            search = ShapeSearch(space)
+            if not search.dealable:
+                continue
+            ways = [tuple(b - a for a, b in cut) for cut in all_cuts(space.layers, space.degrees.stages)]
+            deals = [columns for way in ways[:6] if (columns := search.dealer.columns(way)) is not None]
+            if not deals:
+                continue
+            for step_s, columns in zip(search.dealer.steps_s(deals), deals, strict=True):
+                assert step_s == pytest.approx(search.replay(columns).step_time_s, rel=1e-12)
+                found = search._found(columns, step_s)
+                estimate = space.model.evaluate(found.strategy).estimate
+                assert estimate.step_time_s == pytest.approx(step_s, rel=1e-12)
+                compared += 1
+    assert compared > 100
