@@ -39,8 +39,8 @@ DUST = 1e-9
 def all_degrees(problem: PlanningProblem) -> Iterator[Degrees]:
     """Every combination of small degrees, legal or not, made without the planner's own generator.
 
-    Sequences of MIN_SPLIT tokens are split, and ranks keep MIN_TOKENS of one at least; state is shared out over
-    all data ranks or those of one node.
+    Sequences of MIN_SPLIT tokens are split, and ranks keep MIN_TOKENS of one at least; state is shared out
+    over all data ranks or those of one node.
     """
     devices, batch, seq = problem.cluster.devices, problem.workload.batch, problem.workload.seq
     counts = [experts.count for experts in problem.model.experts]
