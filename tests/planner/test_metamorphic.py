@@ -205,3 +205,18 @@ def test_more_work_for_the_search_is_never_worse(seed: int) -> None:
         assert plan.estimate.step_time_s >= exact_s * (1 - 1e-9)
         if plan.solver.status == "optimal":
             assert plan.estimate.step_time_s <= exact_s / (1 - gap) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("limit_s", [None, 0.1, 5.0])
+@pytest.mark.parametrize("schedule", ["gpipe", "interleaved", "zb-h1", "zbv"])
+def test_what_is_pinned_is_the_plans(schedule: str, limit_s: float | None) -> None:
+    """However short the time, and whatever is faster: here a backward that is split runs forward twice."""
+    on_four = instances.cluster(per_node=4, of=instances.device(flops=1e13, bandwidth=1e12))
+    of = instances.problem(of=instances.model(layers=8), on=on_four, batch=8)
+    pins = parse_pins(("pp=4", "micro_batch=1", "recompute=full", f"schedule={schedule}"))
+    plan = solve(of, SolveOptions(pins=pins, time_limit_s=limit_s))
+    assert plan.strategy.degrees.schedule == schedule
+    others = (plan.strategy, *(other.strategy for other in plan.alternatives))
+    for strategy in others:
+        assert strategy.degrees.schedule == schedule and strategy.degrees.pp == 4
+        assert all(stage.recompute.full == stage.layers for stage in strategy.stages)
