@@ -134,8 +134,10 @@ def _measure(cluster_text: str | None, run_dir: Path) -> PlanningProblem:
     from planner.codec import to_json, write_atomic
     from planner.commands.options import chosen_precision
     from planner.commands.profile import describe, measure
+    from planner.limits import Limits
     from planner.machine import accelerators
     from planner.problem import PlanningProblem
+    from planner.stack import Engine
     from planner.workload import Workload
 
     begun_s = time.monotonic()
@@ -151,20 +153,23 @@ def _measure(cluster_text: str | None, run_dir: Path) -> PlanningProblem:
         cluster=cluster,
         profile=profile,
         memory_limit_bytes=min(group.device.usable_memory_bytes for group in cluster.groups),
+        limits=Limits(engine=Engine.NATIVE),
     )
 
 
 def _solve(problem: PlanningProblem, fixed: tuple[str, ...], path: Path | None, *, shown: bool) -> Plan:
     from planner.commands.plan_text import plan_text
+    from planner.objective import Goal
     from planner.plan import save_plan
-    from planner.search.solve import SolveOptions, solve
+    from planner.search.objective import solve_for
+    from planner.search.solve import SolveOptions
     from planner.search.space import parse_pins
 
-    plan = solve(problem, SolveOptions(pins=parse_pins(fixed)))
+    plan = solve_for(problem, SolveOptions(pins=parse_pins(fixed)), Goal())
     if path is not None:
         save_plan(plan, path)
     if shown:
-        click.echo(plan_text(plan, "the profile just taken"))
+        click.echo(plan_text(plan, "the profile just taken; held to what plan train runs (--engine native)"))
     return plan
 
 

@@ -178,7 +178,7 @@ def _options() -> list[Callable[[Any], Any]]:
             "--engine",
             type=click.Choice(["native", "torchtitan", "megatron", "deepspeed"]),
             help="Plan only what this training engine can run, and price its own software. Default: any "
-            "strategy, priced as the native runtime.",
+            "strategy, priced as the native runtime; where solve plans for a local cluster, native.",
         ),
     ]
 

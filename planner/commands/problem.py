@@ -58,6 +58,19 @@ def read_problem(options: ProblemOptions) -> Asked:
     return Asked(problem, f"{basis}; {priced_as(stack, profile)}")
 
 
+def held_to_runtime(asked: Asked) -> Asked:
+    """Held to what `plan train` runs, where the cluster is this machine and no engine was named."""
+    from planner.limits import Limits
+    from planner.stack import Engine
+
+    problem = asked.problem
+    if problem.limits.engine is not None or not problem.cluster.local:
+        return asked
+    limits = Limits(engine=Engine.NATIVE, max_tp=problem.limits.max_tp)
+    basis = f"{asked.basis}; for this machine, held to what plan train runs (--engine native)"
+    return Asked(dataclasses.replace(problem, limits=limits), basis)
+
+
 def problem_of_plan(plan: Plan, profile: Path | None) -> Asked:
     """The problem that a plan answers. The profile is the one given, else the one that it was made with.
 

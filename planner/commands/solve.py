@@ -83,7 +83,7 @@ def solve(
     from planner.commands.goal import read_goal
     from planner.commands.infeasible import tell_infeasible
     from planner.commands.plan_text import plan_text
-    from planner.commands.problem import read_problem
+    from planner.commands.problem import held_to_runtime, read_problem
     from planner.commands.text import print_json
     from planner.errors import CheckError, InfeasibleError, InputError, Problem
     from planner.plan import encode_plan, save_plan
@@ -99,7 +99,7 @@ def solve(
                 fix="leave one of them out",
             )
         )
-    asked = read_problem(options)
+    asked = held_to_runtime(read_problem(options))
     problem = with_max_tp(asked.problem, max_tp)
     goal = read_goal(objective, deadline, budget, problem)
     if time_limit_s is None and not reproducible:
