@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from planner.cli import cli
 from planner.commands.goal import read_deadline_s, read_usd
 from planner.errors import InputError
+from planner.execution import EXECUTED_SCHEDULES
 
 MODEL = ("--model", "tinyllama-1.1b", "--seq", "1024", "--batch", "32")
 PRICED = (*MODEL, "--cluster", "2*p5.48xlarge", "--tokens", "1B")
@@ -205,3 +206,24 @@ def test_reproducible_plans_do_not_depend_on_the_process(extra: tuple[str, ...],
         assert done.returncode == 0, done.stderr
         written.append((path.read_bytes(), done.stdout))
     assert written[0] == written[1]
+
+
+def test_a_plan_for_this_machine_is_one_that_it_trains() -> None:
+    """On a local cluster solve is held to the native engine, says so, and yields to --engine."""
+    asked = ("--model", "shardwise-demo", "--cluster", "local:2", "--seq", "256", "--batch", "16")
+    document = solved(*asked)
+    assert document["engine"] == "native"
+    assert document["strategy"]["schedule"] in EXECUTED_SCHEDULES
+    assert document["strategy"]["cp"] == document["strategy"]["ep"] == 1
+    text = run("solve", *asked).stdout
+    assert "plans that `plan train` runs on this machine (--engine any for all)" in " ".join(text.split())
+    assert solved(*asked, "--engine", "torchtitan")["engine"] == "torchtitan"
+
+
+def test_what_this_machine_cannot_train_is_refused_there_and_planned_elsewhere() -> None:
+    pinned = ("--model", "shardwise-demo", "--seq", "256", "--batch", "16", "--fix", "schedule=zb-h1")
+    pinned += ("--fix", "pp=2", "--fix", "tp=1")
+    held = run("solve", *pinned, "--cluster", "local:2")
+    assert held.exit_code == 3 and "native_schedule" in held.stdout
+    assert "engine" not in solved(*pinned, "--cluster", "1x2:h100")
+    assert "engine" not in solved(*pinned, "--cluster", "local:2", "--engine", "any")

@@ -159,15 +159,17 @@ def _measure(cluster_text: str | None, run_dir: Path) -> PlanningProblem:
 
 def _solve(problem: PlanningProblem, fixed: tuple[str, ...], path: Path | None, *, shown: bool) -> Plan:
     from planner.commands.plan_text import plan_text
+    from planner.objective import Goal
     from planner.plan import save_plan
-    from planner.search.solve import SolveOptions, solve
+    from planner.search.objective import solve_for
+    from planner.search.solve import SolveOptions
     from planner.search.space import parse_pins
 
-    plan = solve(problem, SolveOptions(pins=parse_pins(fixed)))
+    plan = solve_for(problem, SolveOptions(pins=parse_pins(fixed)), Goal())
     if path is not None:
         save_plan(plan, path)
     if shown:
-        click.echo(plan_text(plan, "the profile just taken"))
+        click.echo(plan_text(plan, "the profile just taken; held to what plan train runs (--engine native)"))
     return plan
 
 
