@@ -162,10 +162,10 @@ class Solver:
             plain |= {"schedule": Schedule.ONE_F_ONE_B, "chunks": 1} if pp > 1 else {}
             free = {key: value for key, value in plain.items() if getattr(pins, key) is None}
             space = space_of(self.problem, dataclasses.replace(pins, **free))  # type: ignore[arg-type]
-            for base in space.bases[:1]:
-                if self._least_bytes(base) > max(self.model.limits_bytes):
+            for degrees in islice(space.shapes(), 1):
+                if self._least_bytes(degrees) > max(self.model.limits_bytes):
                     continue
-                model, own = self.model.shape(base), self._base(base)
+                model, own = self.model.shape(degrees), self._base(degrees)
                 greedy = ShapeSearch(StageSpace(self.model, model, own.limits_bytes, own.books)).greedy()
                 if greedy is not None:
                     self.found.append(greedy)
