@@ -37,7 +37,7 @@ def least_by_force(problem: PlanningProblem) -> int:
 
 def small(seed: int, *, mixed: bool = False) -> PlanningProblem:
     """A random problem whose strategies can all be asked, with communicators of no size to hide behind."""
-    drawn = instances.random_problem(seed, layers=4, mixed=mixed)
+    drawn = instances.random_problem(seed, layers=3, mixed=mixed)
     workload = dataclasses.replace(drawn.workload, batch=2, seq=4096)
     return dataclasses.replace(drawn, workload=workload)
 
