@@ -53,18 +53,16 @@ def rank_memory(
     """Memory by stage of one pipeline rank; their sum is the rank's peak.
 
     `vectors` are the in-flight counts of the rank's row, `held` its stages. Transients and runtime are
-    counted once, with the stage that has the larger transient. Where that depends on what is in flight, as
-    torchtitan's moments and offloaded activations do, every vector is looked at, and a stage with nothing in
-    flight runs no pass.
+    counted once, with the stage that has the larger transient at the worst of these moments. Where that
+    depends on what is in flight, as torchtitan's moments and offloaded activations do, a stage with nothing
+    in flight runs no pass.
     """
-    if shape.problem.stack.engine is Engine.TORCHTITAN or any(stage.hosted for stage in held.values()):
-        each = (
-            _divided(shape, vector, held, [index for index in held if vector.get(index, 0)])
-            for vector in vectors
-        )
-        return max(each, key=lambda parts: sum(part.total_bytes for part in parts.values()))
-    worst = max(vectors, key=lambda v: sum(count * held[s].saved_bytes for s, count in v.items()))
-    return _divided(shape, worst, held, list(held))
+    idle = shape.problem.stack.engine is Engine.TORCHTITAN or any(stage.hosted for stage in held.values())
+    each = (
+        _divided(shape, vector, held, [index for index in held if not idle or vector.get(index, 0)])
+        for vector in vectors
+    )
+    return max(each, key=lambda parts: sum(part.total_bytes for part in parts.values()))
 
 
 def host_bytes(vectors: Sequence[dict[int, int]], held: dict[int, StageCost]) -> float:

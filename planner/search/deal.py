@@ -102,16 +102,16 @@ class Dealer:
         return float(space.limits_bytes[rank] - standing - kept)
 
     def _fits(self, rank: int, columns: Sequence[Column]) -> bool:
-        space, stages = self.space, self.ranks[rank]
-        standing = max(column.transient_bytes for column in columns)
-        standing += space.books[rank].shape.runtime_bytes
-        standing += sum(column.resident_bytes for column in columns)
-        return all(
-            standing
-            + sum(moment.get(s, 0) * c.cost.saved_bytes for s, c in zip(stages, columns, strict=True))
-            <= space.limits_bytes[rank]
-            for moment in space.in_flight[rank]
-        )
+        space, book = self.space, self.space.books[rank]
+        standing = book.shape.runtime_bytes + sum(column.resident_bytes for column in columns)
+        for moment in space.in_flight[rank]:
+            live = [moment.get(s, 0) for s in self.ranks[rank]]
+            each = list(zip(columns, live, strict=True))
+            kept = sum(alive * column.cost.saved_bytes for column, alive in each)
+            passing = max(book.transient_bytes(column, alive) for column, alive in each)
+            if standing + kept + passing > space.limits_bytes[rank]:
+                return False
+        return True
 
     def steps_s(self, deals: Sequence[tuple[Column, ...]]) -> list[float]:
         """The replayed step time of each."""

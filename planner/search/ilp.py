@@ -14,7 +14,7 @@ Variables
     T >= 0          first forward to the last reduction
     O >= 0          the slowest optimizer step
     F, B >= 0       the slowest forward and backward (GPipe only)
-    M_r >= 0        the largest transient of rank r (several stages a rank only)
+    M_rv >= 0       the largest transient of rank r at moment v (several stages a rank only)
 
     minimise  T + O
 
@@ -26,7 +26,7 @@ subject to
     gpipe     T >= u(0) + sum f + (m-1) F + sum b + (m-1) B + 2 (p-1) h + g(0),  F >= f(s), B >= b(s)
     share     T >= sum_s m work(s) / throughput                                    where cores are shared
     opt_r     O >= o(r) + what a step takes besides                                for all ranks r
-    mem_rv    resident(r) + M_r + sum_s v_s saved(s) <= limit_r                    for all r, v in V_r
+    mem_rv    resident(r) + M_rv + sum_s v_s saved(s) <= limit_r                    for all r, v in V_r
     beat      T + O <= the step time to beat
     cut_k     sum of x over assignment k <= |S| - 1                   assignments seen, where cores are shared
 
@@ -68,7 +68,8 @@ FORWARD, BACKWARD = KINDS.index(ActionKind.FORWARD), KINDS.index(ActionKind.BACK
 class StageProgramme:
     """The data of the programme for one shape.
 
-    `limits_bytes` are what each rank's stages may use. `work_scale` stretches work where ranks share cores.
+    `limits_bytes` are what each rank's stages may use; `transient_bytes` what a stage's column holds for a
+    moment with so many micro-batches alive. `work_scale` stretches work where ranks share cores.
     `step_s` is what a rank's optimizer step takes besides its stages'. Only assignments that may beat
     `to_beat_s` are looked for.
     """
@@ -80,6 +81,7 @@ class StageProgramme:
     in_flight: tuple[tuple[dict[int, int], ...], ...]
     hop_s: float
     limits_bytes: tuple[float, ...]
+    transient_bytes: Callable[[int, Column, int], float]
     work_scale: float = 1.0
     optimizer_scale: float = 1.0
     step_s: float = 0.0
@@ -267,16 +269,19 @@ class StageIlp:
         if programme.degrees.chunks == 1:
             return
         for rank, vectors in enumerate(programme.in_flight):
-            transient = self.problem.add_variable(f"M_{rank}", 0)
             stages = programme.stages_of(rank)
-            for s in stages:
-                widest = self._sum(s, lambda c: c.transient_bytes / GIB)
-                self._add(transient >= widest, f"transient_{rank}_{s}")
             for index, vector in enumerate(vectors):
+                transient = self.problem.add_variable(f"M_{rank}_{index}", 0)
+
+                def widest(stage: int, alive: int) -> Callable[[Column], float]:
+                    return lambda c: programme.transient_bytes(stage, c, alive) / GIB
 
                 def used(alive: int) -> Callable[[Column], float]:
                     return lambda c: (c.resident_bytes + alive * c.cost.saved_bytes) / GIB
 
+                for s in stages:
+                    own = self._sum(s, widest(s, vector.get(s, 0)))
+                    self._add(transient >= own, f"transient_{rank}_{index}_{s}")
                 total = self._weighted((s, used(vector.get(s, 0))) for s in stages)
                 self._add(total + transient <= programme.limits_bytes[rank] / GIB, f"mem_{rank}_{index}")
 

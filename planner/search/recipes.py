@@ -79,6 +79,7 @@ class RecipeBook:
         self._alike: dict[tuple[tuple[str, ...], bool, bool], tuple[int, int]] = {}
         self._mixes: dict[tuple[int, int], Mixes] = {}
         self._columns: dict[tuple[Stage, int], Column] = {}
+        self._transients: dict[tuple[int, int], float] = {}
         self._recipes: dict[tuple[int, int, int, float], Column | None] = {}
         self._paretos: dict[tuple[int, int, int], list[Column]] = {}
 
@@ -109,6 +110,13 @@ class RecipeBook:
                 transient_bytes=transient_bytes(self.shape, cost, in_flight),
             )
         return self._columns[key]
+
+    def transient_bytes(self, column: Column, alive: int) -> float:
+        """What a column's stage holds for a moment while `alive` micro-batches are in flight."""
+        key = id(column.cost), alive  # the costs of columns live as long as the book
+        if key not in self._transients:
+            self._transients[key] = transient_bytes(self.shape, column.cost, alive)
+        return self._transients[key]
 
     def pure(self, first: int, end: int, in_flight: int) -> list[Column]:
         """The columns in which all blocks have the same option."""

@@ -180,7 +180,8 @@ class ShapeSearch:
         if sizes is None:
             return ShapeResult(None, budget.to_beat_s, 0)
         spans = [(s, span) for s in range(self.degrees.stages) for span in self.space.spans(s, sizes)[0]]
-        roomy = self.degrees.chunks == 1 or all(self.space.roomy(*each) for each in spans)
+        ranks = range(self.degrees.pp)
+        roomy = self.degrees.chunks == 1 or all(self.space.rank_roomy(rank, sizes) for rank in ranks)
         if not roomy and len(spans) * MIXES_EACH > MAX_COLUMNS:
             return ShapeResult(None, self.space.floor_bound_s(budget.to_beat_s), 0)
         columns = self._columns(budget, sizes)
@@ -251,6 +252,7 @@ class ShapeSearch:
             in_flight=space.in_flight,
             hop_s=self.shape.messages.p2p_s(),
             limits_bytes=tuple(limit - book.shape.runtime_bytes for limit, book in each),
+            transient_bytes=lambda s, c, alive: space.books[space.rank_of[s]].transient_bytes(c, alive),
             step_s=self.shape.physics.step_s,
             to_beat_s=to_beat_s,
             work_scale=sharing.slowdown(per_rank) if sharing else 1.0,

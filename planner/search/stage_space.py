@@ -54,6 +54,7 @@ class StageSpace:
         self.model, self.shape, self.degrees = model, shape, shape.degrees
         self.limits_bytes, self.books = limits_bytes, books
         self.layers, self.one_class = model.problem.model.layers, books[0].one_class
+        self._roomy: dict[tuple[int, Sizes | None], bool] = {}
         self.rank_of = [self.degrees.pp_rank_of_stage(s) for s in range(self.degrees.stages)]
 
     @cached_property
@@ -104,14 +105,27 @@ class StageSpace:
         share = self.recipe(index, span, self.share_bytes(index))
         return share is self.recipe(index, span, float("inf"))
 
+    def rank_roomy(self, rank: int, sizes: Sizes | None) -> bool:
+        """Whether that holds for all stages of a rank, whatever they hold: then none has to make room."""
+        key = rank, sizes
+        if key not in self._roomy:
+            self._roomy[key] = all(
+                self.roomy(s, span)
+                for s in self.stages_of[rank]
+                for spans in self.spans(s, sizes)
+                for span in spans
+            )
+        return self._roomy[key]
+
     def columns(self, index: int, to_beat_s: float, sizes: Sizes | None) -> list[Column]:
         """Recipes of a stage by its blocks; those whose rank's work alone takes too long are left out."""
         m, schedule, rank = self.degrees.num_micro_batches, self.degrees.schedule, self.rank_of[index]
         others_s = (self.degrees.chunks - 1) * m * min(self.block_s)
         columns: list[Column] = []
+        mixed = self.degrees.chunks > 1 and not self.rank_roomy(rank, sizes)
         for spans in self.spans(index, sizes):
             for span in spans:
-                if self.degrees.chunks > 1 and not self.roomy(index, span):
+                if mixed:
                     found = self.books[rank].pareto(*span, self.alive[index])
                 else:
                     single = self.recipe(index, span)

@@ -184,3 +184,10 @@ def test_a_time_limit_returns_a_legal_plan_with_its_gap() -> None:
     exact = solve(problem, SolveOptions(pins=Pins(), gap_tolerance=0.0))
     assert exact.solver is not None
     assert plan.solver.lower_bound_s <= exact.estimate.step_time_s * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("family", "seed"), [("layer classes", 145)])
+def test_solver_equals_brute_force_where_it_once_did_not(family: str, seed: int) -> None:
+    """A stage that has room recomputes for another stage of its rank that has none."""
+    compared = compare(FAMILIES[family](seed))
+    assert not compared.fault and compared.best_s is not None
