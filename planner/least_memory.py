@@ -33,11 +33,11 @@ from planner.cost.evaluate import CostModel, memory_of_ranks
 from planner.cost.memory import resident_bytes, transient_bytes
 from planner.cost.memory_constants import fitted_constant, process_groups
 from planner.cost.offload import with_offload
-from planner.cost.states import offloaded_states, states_of
 from planner.cost.verdict import memory_band
 from planner.estimate import Coverage, MemoryBreakdown, Rejected
 from planner.problem import PlanningProblem
 from planner.rules import broken_rules
+from planner.search.bounds import least_state_bytes
 from planner.search.space import Pins, Space, space_of
 from planner.strategy import (
     Degrees,
@@ -129,18 +129,6 @@ def fitting(problem: PlanningProblem, pins: Pins) -> Need | None:
     return least.search(_undominated(space_of(problem, pins)), problem.memory_limit_bytes)
 
 
-def state_bytes(problem: PlanningProblem, degrees: Degrees, offload: Offload | None = None) -> float:
-    """Weights, gradients and optimizer state of the mean device: none has less on its fullest rank."""
-    model, states = problem.model, states_of(problem, degrees)
-    if offload is Offload.OPTIMIZER:
-        states = offloaded_states(problem, degrees)[0]
-    shards = degrees.tp * degrees.pp
-    routed = model.params_routed / (degrees.expert_ranks * degrees.pp)
-    dense = (model.params_total - model.params_routed) / shards
-    ends = min(dense, (model.params_embedding + model.params_head) / shards)
-    return states.of(dense + routed, ends, routed).total
-
-
 class _Least:
     """The search over shapes by rising bound."""
 
@@ -174,12 +162,12 @@ class _Least:
         return best if enough_bytes is None else None
 
     def state_bytes(self, degrees: Degrees) -> float:
-        """The same as the function's, remembered by what it depends on."""
+        """Weights, gradients and optimizer state of the mean device, remembered by what they depend on."""
         whole = (degrees.num_micro_batches == 1, degrees.replicas == 1, degrees.world == 1)
         shards = (degrees.weight_shards, degrees.expert_shards, degrees.expert_ranks)
         key = (degrees.tp, degrees.pp, degrees.zero, *shards, *whole)
         if key not in self._states:
-            self._states[key] = state_bytes(self.problem, degrees, self.pins.offload)
+            self._states[key] = least_state_bytes(self.model.layers, degrees, self.pins.offloaded)
         return self._states[key]
 
     def _cheap_bound(self, degrees: Degrees) -> float:
@@ -269,7 +257,8 @@ class _ShapeNeed:
         if stages == 1:
             return self.limit(self.used(0, 0, layers)[0])
         ends = (self.used(0, 0, 1), self.used(stages - 1, layers - 1, layers))
-        states = state_bytes(self.model.problem, self.degrees, self.pins.offload) + self.shape.runtime_bytes
+        states = least_state_bytes(self.model.layers, self.degrees, self.pins.offloaded)
+        states += self.shape.runtime_bytes
         return self.limit(max(states, *(size for size, _ in ends)))
 
     def need(self, to_beat_bytes: float) -> Need | None:

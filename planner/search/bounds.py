@@ -205,9 +205,9 @@ def memory_bound_bytes(shape: ShapeModel) -> float:
 def least_state_bytes(layers: LayerModel, degrees: Degrees, offload: Offload = Offload.NONE) -> float:
     """Bytes of weights, gradients and optimizer state on a device, the mean over pipeline ranks."""
     model, shards = layers.problem.model, degrees.tp * degrees.pp
-    ends = (model.params_embedding + model.params_head) / shards
     routed = layers.params_routed / (degrees.expert_ranks * degrees.pp)
     dense = (layers.params_total - layers.params_routed) / shards
+    ends = min(dense, (model.params_embedding + model.params_head) / shards)  # tied ones count twice there
     states = states_of(layers.problem, degrees)
     if offload is Offload.OPTIMIZER:
         states, _ = offloaded_states(layers.problem, degrees)
