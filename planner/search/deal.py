@@ -76,27 +76,26 @@ class Dealer:
             free_bytes = self._free_bytes(rank, live, spans)
             for mix in space.floors[rank].fastest_mixes(sizes, live, free_bytes, MAX_PAIRS):
                 mixed = tuple(
-                    book.column(Stage(first=first, end=end, recompute=counts), a)
-                    for (first, end), counts, a in zip(spans, mix, alive, strict=True)
+                    book.column(Stage(first=first, end=end, recompute=counts))
+                    for (first, end), counts in zip(spans, mix, strict=True)
                 )
                 if self._fits(rank, mixed):
                     return mixed
-        least = tuple(
-            min(book.pure(*span, a), key=lambda column: column.cost.saved_bytes)
-            for span, a in zip(spans, alive, strict=True)
-        )
+        least = self._smallest(rank, spans)
         return least if self._fits(rank, least) else None
+
+    def _smallest(self, rank: int, spans: tuple[Span, ...]) -> tuple[Column, ...]:
+        """The columns that keep least, each stage's blocks having one option."""
+        book = self.space.books[rank]
+        return tuple(min(book.pure(*span), key=lambda column: column.cost.saved_bytes) for span in spans)
 
     def _free_bytes(self, rank: int, live: list[int], spans: tuple[Span, ...]) -> float:
         """What blocks' activations may take at most at the rank's fullest moment, when `live` are alive."""
         space, book = self.space, self.space.books[rank]
-        alive = [space.alive[s] for s in self.ranks[rank]]
-        smallest = [
-            min(book.pure(*span, a), key=lambda column: column.cost.saved_bytes)
-            for span, a in zip(spans, alive, strict=True)
-        ]
+        smallest = self._smallest(rank, spans)
+        alive = (space.alive[s] for s in self.ranks[rank])
         standing = book.shape.runtime_bytes + sum(c.resident_bytes for c in smallest)
-        standing += max(c.transient_bytes for c in smallest)
+        standing += max(book.transient_bytes(c, a) for c, a in zip(smallest, alive, strict=True))
         ends = (c.cost.saved_bytes - c.cost.block_saved_bytes for c in smallest)
         kept = sum(a * end for a, end in zip(live, ends, strict=True))
         return float(space.limits_bytes[rank] - standing - kept)

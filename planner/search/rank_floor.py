@@ -67,7 +67,7 @@ class RankFloor:
         }
         self.saved = {option: self.shape.block(self.key, option).saved_bytes for option in book.options}
         self._keeping = sorted(self.saved, key=lambda option: -self.saved[option])
-        one, two = (book.column(_of(size), 1) for size in (1, 2))
+        one, two = (book.column(_of(size)) for size in (1, 2))
         self._block_bytes = two.resident_bytes - one.resident_bytes
         # In Torchtitan's moments not all gradients exist, so that what is transient may be below 0.
         titan = self.shape.problem.stack.engine is Engine.TORCHTITAN
@@ -228,7 +228,7 @@ class RankFloor:
             selective=int(option is Recompute.SELECTIVE),
             full=int(option is Recompute.FULL),
         )
-        return self.book.column(Stage(first=start, end=start + 1, recompute=counts), 1)
+        return self.book.column(Stage(first=start, end=start + 1, recompute=counts))
 
 
 def _of(size: int) -> Stage:

@@ -33,15 +33,13 @@ class Column:
     """A recipe of a stage: its blocks and their options, and what they cost.
 
     Where all blocks are of one class it stands for any blocks as many, between the same ends. `passes_s` are
-    the seconds of its actions by kind (planner.cost.table.KINDS). `transient_bytes` hold for as many
-    micro-batches in flight as the stage has.
+    the seconds of its actions by kind (planner.cost.table.KINDS).
     """
 
     stage: Stage
     cost: StageCost
     passes_s: tuple[float, ...]
     resident_bytes: float
-    transient_bytes: float
 
     @property
     def layers(self) -> int:
@@ -78,10 +76,10 @@ class RecipeBook:
         self.one_class = len(shape.classes) == 1
         self._alike: dict[tuple[tuple[str, ...], bool, bool], tuple[int, int]] = {}
         self._mixes: dict[tuple[int, int], Mixes] = {}
-        self._columns: dict[tuple[Stage, int], Column] = {}
+        self._columns: dict[Stage, Column] = {}
         self._transients: dict[tuple[int, int], float] = {}
         self._recipes: dict[tuple[int, int, int, float], Column | None] = {}
-        self._paretos: dict[tuple[int, int, int], list[Column]] = {}
+        self._paretos: dict[tuple[int, int], list[Column]] = {}
 
     def least_block_s(self, key: str) -> float:
         """A micro-batch's passes of a block of a class with its cheapest option."""
@@ -95,21 +93,19 @@ class RecipeBook:
         key = self.shape.layer_model.keys[first:end], first == 0, end == self.layers
         return self._alike.setdefault(key, (first, end))
 
-    def column(self, stage: Stage, in_flight: int) -> Column:
-        """The column of a stage, of which at most `in_flight` micro-batches are alive."""
-        key = stage, in_flight
-        if key not in self._columns:
-            (stage,) = offloaded((stage,), self.offload)
-            cost = with_offload(self.shape, stage, self.shape.stage(stage))
+    def column(self, stage: Stage) -> Column:
+        """The column of a stage; what the book offloads is added to it."""
+        if stage not in self._columns:
+            (away,) = offloaded((stage,), self.offload)
+            cost = with_offload(self.shape, away, self.shape.stage(away))
             passes = kind_passes(cost)
-            self._columns[key] = Column(
-                stage=stage,
+            self._columns[stage] = Column(
+                stage=away,
                 cost=cost,
                 passes_s=tuple(passes[kind].total_s for kind in KINDS),
                 resident_bytes=resident_bytes(self.shape, cost),
-                transient_bytes=transient_bytes(self.shape, cost, in_flight),
             )
-        return self._columns[key]
+        return self._columns[stage]
 
     def transient_bytes(self, column: Column, alive: int) -> float:
         """What a column's stage holds for a moment while `alive` micro-batches are in flight."""
@@ -118,7 +114,7 @@ class RecipeBook:
             self._transients[key] = transient_bytes(self.shape, column.cost, alive)
         return self._transients[key]
 
-    def pure(self, first: int, end: int, in_flight: int) -> list[Column]:
+    def pure(self, first: int, end: int) -> list[Column]:
         """The columns in which all blocks have the same option."""
         layers = end - first
         each = {
@@ -127,7 +123,7 @@ class RecipeBook:
             Recompute.FULL: RecomputeCounts(none=0, full=layers),
         }
         stages = [Stage(first=first, end=end, recompute=each[option]) for option in self.options]
-        return [self.column(stage, in_flight) for stage in stages]
+        return [self.column(stage) for stage in stages]
 
     def recipe(self, first: int, end: int, in_flight: int, limit_bytes: float) -> Column | None:
         """The fastest column of the blocks [first, end) within `limit_bytes`, or None where none fits."""
@@ -140,14 +136,14 @@ class RecipeBook:
     def _recipe(self, first: int, end: int, in_flight: int, limit_bytes: float) -> Column | None:
         fastest = self._fastest(first, end)
         if fastest is not None:
-            column = self.column(fastest, in_flight)
+            column = self.column(fastest)
             if self._used_bytes(column.cost, in_flight) <= limit_bytes:
                 return column
         if self.offload is not Offload.NONE:
             return self._offloaded(first, end, in_flight, limit_bytes)
         mixes = self.mixes(first, end)
         fits = (self._used_bytes(mixes.cost, in_flight) + 0.0 * mixes.full <= limit_bytes).nonzero()[0]
-        return self.column(self._stage(mixes, int(fits[0]), first, end), in_flight) if len(fits) else None
+        return self.column(self._stage(mixes, int(fits[0]), first, end)) if len(fits) else None
 
     def _offloaded(self, first: int, end: int, in_flight: int, limit_bytes: float) -> Column | None:
         layers = end - first
@@ -158,7 +154,7 @@ class RecipeBook:
             if Recompute.FULL in self.options:
                 counts.append(RecomputeCounts(none=layers - again, full=again))
         stages = (Stage(first=first, end=end, recompute=each) for each in counts)
-        columns = (self.column(stage, in_flight) for stage in stages)
+        columns = (self.column(stage) for stage in stages)
         fitting = [c for c in columns if self._used_bytes(c.cost, in_flight) <= limit_bytes]
         return min(fitting, key=lambda c: c.cost.backward.total_s, default=None)
 
@@ -204,21 +200,20 @@ class RecipeBook:
             full=full, selective=selective, cost=self.shape.mixed_stages(first, end, full, selective)
         )
 
-    def pareto(self, first: int, end: int, in_flight: int) -> list[Column]:
+    def pareto(self, first: int, end: int) -> list[Column]:
         """Columns of the blocks [first, end) none of which is both slower and larger than another.
 
         Of more than MAX_MIXES, evenly many are kept from the fastest to the smallest: this narrows the space
         that the certificate speaks of to strategies with these mixes.
         """
         first, end = self.blocks(first, end)
-        key = first, end, in_flight
-        if key not in self._paretos:
-            self._paretos[key] = self._pareto(first, end, in_flight)
-        return self._paretos[key]
+        if (first, end) not in self._paretos:
+            self._paretos[first, end] = self._pareto(first, end)
+        return self._paretos[first, end]
 
-    def _pareto(self, first: int, end: int, in_flight: int) -> list[Column]:
+    def _pareto(self, first: int, end: int) -> list[Column]:
         if self.offload is not Offload.NONE:
-            return self.pure(first, end, in_flight)
+            return self.pure(first, end)
         mixes = self.mixes(first, end)
         zero = 0.0 * mixes.full
         sizes = (mixes.cost.block_saved_bytes + zero).tolist()
@@ -233,4 +228,4 @@ class RecipeBook:
         if len(chosen) > MAX_MIXES:
             step = (len(chosen) - 1) / (MAX_MIXES - 1)
             chosen = [chosen[round(number * step)] for number in range(MAX_MIXES)]
-        return [self.column(self._stage(mixes, number, first, end), in_flight) for number in chosen]
+        return [self.column(self._stage(mixes, number, first, end)) for number in chosen]

@@ -126,7 +126,7 @@ class StageSpace:
         for spans in self.spans(index, sizes):
             for span in spans:
                 if mixed:
-                    found = self.books[rank].pareto(*span, self.alive[index])
+                    found = self.books[rank].pareto(*span)
                 else:
                     single = self.recipe(index, span)
                     found = [] if single is None else [single]

@@ -72,9 +72,9 @@ def test_splits_are_all_ways_within_the_limits_of_stages_and_ranks(seed: int) ->
 def used_bytes(space: StageSpace, rank: int, held: dict[int, Stage]) -> float:
     """What a rank's stages take together at the fullest moment of its row."""
     book = space.books[rank]
-    each = {s: book.column(stage, space.alive[s]) for s, stage in held.items()}
+    each = {s: book.column(stage) for s, stage in held.items()}
     standing = book.shape.runtime_bytes + sum(column.resident_bytes for column in each.values())
-    standing += max(column.transient_bytes for column in each.values())
+    standing += max(book.transient_bytes(column, space.alive[s]) for s, column in each.items())
     kept = [
         sum(moment.get(s, 0) * column.cost.saved_bytes for s, column in each.items())
         for moment in space.in_flight[rank]
@@ -87,7 +87,7 @@ def fits(space: StageSpace, rank: int, held: dict[int, Stage]) -> bool:
 
 
 def own_s(space: StageSpace, rank: int, held: dict[int, Stage]) -> float:
-    columns = [space.books[rank].column(stage, space.alive[s]) for s, stage in held.items()]
+    columns = [space.books[rank].column(stage) for s, stage in held.items()]
     return sum(column.whole_s(space.degrees.schedule) for column in columns)
 
 
@@ -171,9 +171,7 @@ def best_of(space: StageSpace, spans: tuple[tuple[int, int], ...]) -> float:
         by_rank.append([held for held in ways if fits(space, rank, held)])
     for choice in itertools.islice(itertools.product(*by_rank), 400):
         held = {s: stage for each in choice for s, stage in each.items()}
-        columns = tuple(
-            space.books[space.rank_of[s]].column(held[s], space.alive[s]) for s in range(len(spans))
-        )
+        columns = tuple(space.books[space.rank_of[s]].column(held[s]) for s in range(len(spans)))
         best_s = min(best_s, search.replay(columns).step_time_s)
     return best_s
 
