@@ -30,8 +30,8 @@ from planner.cost.evaluate import CostModel
 from planner.cost.schedule import Action, ActionKind, Table, build_table
 from planner.cost.table import cell
 from planner.problem import PlanningProblem
-from planner.search.quick_bounds import quick_bounds_s
-from planner.search.space import Pins, shapes
+from planner.search.quick_bounds import space_bounds_s
+from planner.search.space import Pins, Space, space_of
 from planner.strategy import Degrees, Schedule, Strategy, even_stages
 from planner.workload import Precision, Workload
 
@@ -122,12 +122,13 @@ def bounds() -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for name in ("llama-3.3-70b", "gemma-3-27b-text"):
         problem = problem_of(name, "4x8:h100-sxm-80gb", seq=4096, batch=256)
-        legal = [shape for shape in shapes(problem, Pins()) if isinstance(shape, Degrees)]
-        many = list(islice(cycle(legal), SHAPES))
+        legal = [(shape, ((shape.schedule, shape.chunks),)) for shape in space_of(problem, Pins()).shapes()]
+        bases, pipes = zip(*islice(cycle(legal), SHAPES), strict=True)
+        many = Space(bases=bases, pipes=pipes, rejected=())
         rows.append(
             timed(
                 f"bounds {name}",
-                lambda p=problem, d=many: quick_bounds_s(CostModel(p), d, Pins().recomputes),  # type: ignore[misc]
+                lambda p=problem, d=many: space_bounds_s(CostModel(p), d, Pins().recomputes),  # type: ignore[misc]
                 BOUND_MS,
             )
         )

@@ -74,15 +74,13 @@ class CostModel:
     def shape(self, degrees: Degrees) -> ShapeModel:
         """The stage costs under `degrees`, where the slowest devices govern all ranks.
 
-        Schedules of one pipeline share them.
+        Schedules of one pipeline, and orders of groups, share them.
         """
-        any_schedule = dataclasses.replace(degrees, schedule=Schedule.ONE_F_ONE_B, chunks=1)
-        if any_schedule not in self._shapes:
+        plain = dataclasses.replace(degrees, schedule=Schedule.ONE_F_ONE_B, chunks=1, device_order=())
+        if plain not in self._shapes:
             slow = self.sharing.slowdown(degrees.world) if self.sharing else 1.0
-            self._shapes[any_schedule] = ShapeModel(
-                self.problem, any_schedule, self.layers, self.comms, slow, self._alone
-            )
-        return self._shapes[any_schedule].scheduled(degrees)
+            self._shapes[plain] = ShapeModel(self.problem, plain, self.layers, self.comms, slow, self._alone)
+        return self._shapes[plain].scheduled(degrees)
 
     def rank_shapes(self, degrees: Degrees) -> tuple[ShapeModel, ...]:
         """The stage costs of each pipeline rank, one object for ranks on equal devices.
@@ -287,14 +285,6 @@ def memory_of_ranks(
         vectors = table.in_flight(rank)
         ranks.append(RankMemory(held, rank_memory(shape, vectors, held), host_bytes(vectors, held)))
     return ranks
-
-
-def stage_memory(
-    shape: ShapeModel, table: Table, costs: tuple[StageCost, ...]
-) -> tuple[list[MemoryBreakdown], int]:
-    """Memory of every stage on each of its devices, and the peak of the fullest rank, on equal devices."""
-    ranks = memory_of_ranks((shape,) * len(table), table, costs)
-    return _by_stage(ranks), max(rank.peak_bytes for rank in ranks)
 
 
 def _by_stage(ranks: list[RankMemory]) -> list[MemoryBreakdown]:

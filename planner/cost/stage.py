@@ -78,7 +78,7 @@ class ShapeModel:
         self.head_passes = self._end_passes(LayerKind.HEAD)
 
     def scheduled(self, degrees: Degrees) -> ShapeModel:
-        """The same costs under degrees that differ in the schedule and its chunks at most."""
+        """The same costs under degrees that differ in schedule, chunks and order of groups at most."""
         model = copy.copy(self)
         model.degrees = degrees
         return model

@@ -14,10 +14,7 @@ from planner.cost.evaluate import CostModel
 from planner.profile import LayerKind
 from planner.search.quick_bounds import Kind, alone, kind_of
 from planner.search.space import Space
-from planner.strategy import CpExchange, Degrees, Recompute
-
-Variant = tuple[bool, CpExchange]
-"""Sequence parallelism and exchange."""
+from planner.strategy import Degrees, Recompute
 
 
 def without_dominated(

@@ -19,10 +19,9 @@ from planner.cluster import ClusterSpec
 from planner.cost.compute import LayerModel
 from planner.cost.evaluate import CostModel
 from planner.cost.job import between_failures_s
-from planner.estimate import Rejected
 from planner.problem import PlanningProblem
-from planner.search.quick_bounds import quick_bounds_s
-from planner.search.space import Pins, shapes
+from planner.search.quick_bounds import space_bounds_s
+from planner.search.space import Pins, space_of
 
 EVERY_COUNT = 16
 """Up to this many nodes every number is tried."""
@@ -82,8 +81,8 @@ class StepBounds:
         network = problem.cluster.network
         model = CostModel(problem, self._layers.get(network))
         self._layers.setdefault(network, model.layers)
-        legal = [shape for shape in shapes(problem, self.pins) if not isinstance(shape, Rejected)]
-        return float(quick_bounds_s(model, legal, self.pins.recomputes).min()) if legal else math.inf
+        quick_s, _, _ = space_bounds_s(model, space_of(problem, self.pins), self.pins.recomputes)
+        return float(quick_s.min(initial=math.inf))
 
 
 def run_bound_s(problem: PlanningProblem, step_s: float) -> float:

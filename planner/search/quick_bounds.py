@@ -32,21 +32,14 @@ Kind = tuple[int, bool, int, int, CpExchange, int, int | None, int]
 """tp, sequence parallelism, micro-batch, cp and its exchange, ep, etp, devices."""
 
 
-def quick_bounds_s(model: CostModel, shapes: Sequence[Degrees], options: tuple[Recompute, ...]) -> Floats:
-    """For each shape a time that no strategy of it beats. Shapes are legal, `options` as in recipes."""
-    import numpy as np
-
-    rows = np.arange(len(shapes))
-    return _times(model, shapes, rows, _factors(shapes), options, lambda: False)
-
-
 def space_bounds_s(
     model: CostModel,
     space: Space,
     options: tuple[Recompute, ...],
     expired: Callable[[], bool] = lambda: False,
 ) -> tuple[Floats, Ints, Ints]:
-    """The same of every shape of a space, with the numbers of its base and of its schedule there.
+    """For every shape of a space a time that no strategy of it beats, the number of its base, and of its
+    schedule there. `options` are as in recipes.
 
     What is not worked out when time has expired has a bound of 0.
     """
@@ -126,12 +119,3 @@ def _passes_alone(model: CostModel, kind: Kind, options: tuple[Recompute, ...]) 
     """Both passes of the whole model for one micro-batch, without data parallelism, on the fastest kind."""
     each = [sum(whole_units(own.shape(alone(kind)), options), Pass()) for own in model.kinds]
     return min(each, key=lambda passes: passes.total_s)
-
-
-def _factors(shapes: Sequence[Degrees]) -> Floats:
-    """`bounds.schedule_factor` of each; few differ."""
-    import numpy as np
-
-    keys = [(d.schedule, d.pp, d.chunks, d.num_micro_batches) for d in shapes]
-    known = {key: schedule_factor(d) for key, d in dict(zip(keys, shapes, strict=True)).items()}
-    return np.asarray([known[key] for key in keys])

@@ -6,9 +6,9 @@ import pytest
 
 from planner.cost.evaluate import CostModel
 from planner.search.bounds import step_bound_s
-from planner.search.quick_bounds import quick_bounds_s
-from planner.search.space import Pins, parse_pins, shapes
-from planner.strategy import Degrees, Schedule
+from planner.search.quick_bounds import space_bounds_s
+from planner.search.space import Pins, parse_pins, space_of
+from planner.strategy import Schedule
 
 from . import instances
 
@@ -21,10 +21,11 @@ def test_quick_bounds_lie_below_the_bounds(fixed: tuple[str, ...], mixed: bool) 
     for seed in range(12):
         problem = instances.random_problem(seed, layers=8, mixed=mixed)
         model = CostModel(problem)
-        legal = [degrees for degrees in shapes(problem, pins) if isinstance(degrees, Degrees)]
+        space = space_of(problem, pins)
+        legal = list(space.shapes())
         if not legal:
             continue
-        quick = quick_bounds_s(model, legal, Pins().recomputes).tolist()
+        quick = space_bounds_s(model, space, Pins().recomputes)[0].tolist()
         for degrees, bound_s in zip(legal, quick, strict=True):
             exact_s = step_bound_s(model, model.shape(degrees), Pins().recomputes)
             assert 0 < bound_s <= exact_s * (1 + 1e-9), degrees.label()
@@ -46,10 +47,11 @@ def test_quick_bounds_of_experts_lie_below_the_bounds(fixed: tuple[str, ...]) ->
     for seed in range(1, 60, 2):
         problem = instances.random_problem(seed, layers=8, mixed=True)
         model = CostModel(problem)
-        legal = [degrees for degrees in shapes(problem, parse_pins(fixed)) if isinstance(degrees, Degrees)]
+        space = space_of(problem, parse_pins(fixed))
+        legal = list(space.shapes())
         if not legal:
             continue
-        quick = quick_bounds_s(model, legal, Pins().recomputes).tolist()
+        quick = space_bounds_s(model, space, Pins().recomputes)[0].tolist()
         for degrees, bound_s in zip(legal, quick, strict=True):
             exact_s = step_bound_s(model, model.shape(degrees), Pins().recomputes)
             assert 0 < bound_s <= exact_s * (1 + 1e-9), degrees.label()
