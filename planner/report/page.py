@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from planner.codec import noun
 from planner.plan import Plan
-from planner.report import sections, words
+from planner.report import sections, verification, words
 from planner.report.palette import COLOURS, Colour
 from planner.report.picture import Picture, draw_plan
 from planner.report.record import ReportInput, RunRecord
@@ -54,7 +54,7 @@ class Page:
     time: sections.Figure
     run_facts: tuple[words.Fact, ...]
     training: tuple[sections.Figure, ...]
-    comparison: sections.Verification | None
+    comparison: verification.Verification | None
     certificate: tuple[str, ...]
     certificate_facts: tuple[words.Fact, ...]
     rules: tuple[RuleCount, ...]
@@ -108,7 +108,7 @@ def build_page(source: ReportInput) -> Page:
         time=sections.time_figure(plan, run),
         run_facts=words.run_facts(run) if run else (),
         training=sections.training_figures(plan, run) if run else (),
-        comparison=sections.verify(source.comparison) if source.comparison else None,
+        comparison=verification.verify(source.comparison) if source.comparison else None,
         certificate=words.certificate_sentences(solver) if solver else (),
         certificate_facts=_certificate_facts(plan),
         rules=_rule_counts(plan),
