@@ -227,3 +227,14 @@ def test_what_this_machine_cannot_train_is_refused_there_and_planned_elsewhere()
     assert held.exit_code == 3 and "native_schedule" in held.stdout
     assert "engine" not in solved(*pinned, "--cluster", "1x2:h100")
     assert "engine" not in solved(*pinned, "--cluster", "local:2", "--engine", "any")
+
+
+def test_a_wider_gap_ends_the_search_sooner() -> None:
+    """--gap is what the proof may leave open: at 0 more shapes are searched, and the plan is no slower."""
+    asked = ("--model", "gpt2", "--cluster", "1x4:h100", "--seq", "512", "--batch", "16", "--fix", "tp=1")
+    exact, loose = (solved(*asked, "--gap", gap) for gap in ("0", "0.5"))
+    assert exact["estimate"]["step_time_s"] <= loose["estimate"]["step_time_s"]
+    assert exact["solver"]["lower_bound_s"] > loose["solver"]["lower_bound_s"]
+    assert exact["rejected"]["step_time_bound"] < loose["rejected"]["step_time_bound"]
+    wrong = run("solve", *asked, "--gap", "2")
+    assert wrong.exit_code == 2 and "--gap" in wrong.output

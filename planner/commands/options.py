@@ -119,7 +119,7 @@ def warn_of(market: Market, names: str | None = None) -> None:
             click.echo(f"warning: {warning.text}", err=True)
 
 
-def _options() -> list[Callable[[Any], Any]]:
+def _job_options() -> list[Callable[[Any], Any]]:
     return [
         click.option(
             "--model",
@@ -168,6 +168,12 @@ def _options() -> list[Callable[[Any], Any]]:
             help="Weights that get adapters: query and value (and key), attention, or all linear layers. "
             f"{LORA_ONLY}all.",
         ),
+    ]
+
+
+def _options() -> list[Callable[[Any], Any]]:
+    return [
+        *_job_options(),
         click.option(
             "--profile",
             type=click.Path(path_type=Path),
