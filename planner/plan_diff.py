@@ -132,9 +132,10 @@ def _inputs(first: Plan, second: Plan) -> Iterator[Difference]:
     limits = (first.estimate.memory_limit_bytes, second.estimate.memory_limit_bytes)
     if limits[0] != limits[1]:
         yield Difference(path="memory_limit_bytes", first=limits[0], second=limits[1])
-    profiles = (first.digests.get("profile"), second.digests.get("profile"))
-    if profiles[0] != profiles[1]:
-        yield Difference(path="profile", first=profiles[0], second=profiles[1])
+    for name in sorted({*first.digests, *second.digests} - {"model", "workload", "cluster"}):
+        profiles = (first.digests.get(name), second.digests.get(name))
+        if profiles[0] != profiles[1]:
+            yield Difference(path=name, first=profiles[0], second=profiles[1])
 
 
 def _strategy(first: Plan, second: Plan) -> list[Difference]:

@@ -16,11 +16,11 @@ from planner.cluster import ClusterSpec
 from planner.cluster_grammar import parse_cluster
 from planner.codec import decode, encode
 from planner.commands.options import ProblemOptions
-from planner.commands.problem import read_problem
+from planner.commands.problem import problem_of_plan, read_problem
 from planner.cost.evaluate import CostModel
 from planner.errors import InputError
 from planner.placement import is_mixed, parse_device_order, seen_from
-from planner.plan import Plan, decode_plan, encode_plan
+from planner.plan import Plan, decode_plan, encode_plan, load_plan
 from planner.plan_check import check_plan
 from planner.report.page import render_page
 from planner.report.record import ReportInput
@@ -274,3 +274,22 @@ def test_the_report_draws_each_limit(plan: Plan) -> None:
     page = render_page(ReportInput(plan=plan, run=None))
     assert "16 x A100-40GB SXM4 and 16 x H100-80GB SXM5" in page
     assert "NVLink4 within a node and ndr400x8 between nodes of h100-sxm-80gb" in page
+
+
+def test_a_mixed_plan_is_explained_by_the_profiles_that_it_was_made_with(tmp_path: Path) -> None:
+    """Each kind's own: the figures are those of the file."""
+    file = tmp_path / "plan.json"
+    asked = f"solve --model llama-3-8b --cluster {MIXED} --seq 2048 --batch 64 --fix tp=1 --fix pp=4"
+    order = "device_order=h100-sxm-80gb,a100-sxm-40gb"
+    made = CliRunner().invoke(
+        cli, [*asked.split(), "--fix", "schedule=1f1b", "--fix", order, "-o", str(file)]
+    )
+    assert made.exit_code == 0, made.output
+    plan = load_plan(file)
+    assert plan.strategy.degrees.device_order == (1, 0)
+    assert "profile h100-sxm-80gb" in plan.digests and "profile a100-sxm-40gb" not in plan.digests
+    again = problem_of_plan(plan, None)
+    assert "datasheet of A100" in again.basis and "shipped profile h100" in again.basis
+    estimate = CostModel(again.problem).evaluate(plan.strategy).estimate
+    assert estimate.step_time_s == plan.estimate.step_time_s
+    assert estimate.verdict is plan.estimate.verdict

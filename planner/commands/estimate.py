@@ -52,8 +52,7 @@ def estimate(options: ProblemOptions, as_json: bool, fixed: tuple[str, ...], out
     from planner.search.space import parse_pins
 
     asked = read_problem(options)
-    pins, order = _without_order(asked.problem, fixed)
-    strategy = strategy_of(asked.problem, parse_pins(pins), order)
+    strategy = strategy_of(asked.problem, parse_pins(fixed, asked.problem.cluster))
     violations = broken_rules(asked.problem, strategy)
     if violations:
         if as_json:
@@ -72,19 +71,7 @@ def estimate(options: ProblemOptions, as_json: bool, fixed: tuple[str, ...], out
     return 0
 
 
-def _without_order(
-    problem: PlanningProblem, fixed: tuple[str, ...]
-) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The pins but for the order of the cluster's groups, and that."""
-    from planner.placement import parse_device_order
-
-    key = "device_order="
-    orders = [text.removeprefix(key) for text in fixed if text.startswith(key)]
-    order = parse_device_order(orders[-1].lower(), problem.cluster) if orders else ()
-    return tuple(text for text in fixed if not text.startswith(key)), order
-
-
-def strategy_of(problem: PlanningProblem, pins: Pins, device_order: tuple[int, ...] = ()) -> Strategy:
+def strategy_of(problem: PlanningProblem, pins: Pins) -> Strategy:
     """The strategy that pins describe: free degrees are 1, dp fills the cluster, stages are even."""
     from planner.engines.defaults import usual_exchange, usual_sequence_parallel
     from planner.strategy import (
@@ -121,7 +108,7 @@ def strategy_of(problem: PlanningProblem, pins: Pins, device_order: tuple[int, .
         sequence_parallel=sequence_parallel,
         cp_exchange=pins.cp_exchange or usual_exchange(engine),
         etp=pins.etp,
-        device_order=device_order,
+        device_order=pins.device_order or (),
     )
     recompute = pins.recompute or Recompute.NONE
     stages = even_stages(problem.model.layers, degrees.stages, recompute)

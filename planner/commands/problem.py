@@ -79,12 +79,10 @@ def held_to_runtime(asked: Asked, engine: str | None) -> Asked:
 def problem_of_plan(plan: Plan, profile: Path | None) -> Asked:
     """The problem that a plan answers. The profile is the one given, else the one that it was made with.
 
-    A plan holds a digest of its profile, not the profile: where neither a file nor a shipped profile is that
-    one, the shipped profile of the device stands in, and the basis says so.
+    A plan holds digests of its profiles, one of each kind of device, not the profiles: where neither a file
+    nor a shipped profile is the one, the shipped profile of the device stands in, and the basis says so.
     """
-    from planner.codec import digest
     from planner.limits import Limits
-    from planner.placement import is_mixed
     from planner.problem import PlanningProblem
     from planner.profile import load_profile
 
@@ -95,26 +93,51 @@ def problem_of_plan(plan: Plan, profile: Path | None) -> Asked:
         profile=None,
         memory_limit_bytes=plan.estimate.memory_limit_bytes,
         limits=Limits(engine=plan.engine),
-        device_limits_bytes=tuple(
-            {stage.device: stage.memory_limit_bytes or 0 for stage in plan.stage_estimates}.items()
-        )
-        if is_mixed(plan.cluster)
-        else (),
     )
-    made_with, device = plan.digests.get("profile"), problem.device
-    if profile is not None:
-        found: Profile | None = load_profile(profile)
-        basis = f"profile {profile}"
-    elif made_with is None:
-        return Asked(_priced(problem), f"datasheet of {device.title}: the plan was made without a profile")
-    else:
+    given = None if profile is None else load_profile(profile)
+    devices = list(dict.fromkeys(group.device for group in plan.cluster.groups))
+    if len(devices) == 1:
+        made_with = plan.digests.get("profile")
+        found, basis = _profile_of_plan(given, f"profile {profile}", made_with, problem.device)
+        return Asked(_priced(dataclasses.replace(problem, profile=found)), basis)
+    known = {}
+    for device in devices:
+        own = given if given is not None and _speaks_of(given, device) else None
+        made_with = plan.digests.get(f"profile {device.name}")
+        known[device] = _profile_of_plan(own, f"profile {profile}", made_with, device)
+    limits = {stage.device: stage.memory_limit_bytes or 0 for stage in plan.stage_estimates}
+    mixed = dataclasses.replace(
+        problem,
+        profile=known[problem.device][0],
+        device_profiles=tuple((device.name, found) for device, (found, _) in known.items()),
+        device_limits_bytes=tuple(limits.items()),
+    )
+    basis = "; ".join(f"{device.name}: {words}" for device, (_, words) in known.items())
+    return Asked(_priced(mixed), basis)
+
+
+def _profile_of_plan(
+    given: Profile | None, words: str, made_with: str | None, device: Device
+) -> tuple[Profile | None, str]:
+    """The profile that a plan's figures for a device rest on, and what is to be said of it."""
+    from planner.codec import digest
+
+    found, basis = given, words
+    if given is None and made_with is None:
+        return None, f"datasheet of {device.title}: the plan was made without a profile"
+    if given is None:
         found = _shipped(device.name)
         basis = f"shipped profile {found.name}" if found is not None else f"datasheet of {device.title}"
     if (None if found is None else digest(found)) != made_with:
         basis += (
             "; the plan was made with another: name that with --profile, all figures here are by this one"
         )
-    return Asked(_priced(dataclasses.replace(problem, profile=found)), basis)
+    return found, basis
+
+
+def _speaks_of(profile: Profile, device: Device) -> bool:
+    """Whether a profile counts for a device: if measured, for its own; if fitted, for all."""
+    return not profile.layers or profile.device == device.name
 
 
 def _priced(problem: PlanningProblem) -> PlanningProblem:
@@ -150,7 +173,7 @@ def _profiles(inputs: ProblemInputs) -> dict[Device, tuple[Profile | None, str]]
 
 
 def _profile(inputs: ProblemInputs, given: Profile | None, device: Device) -> tuple[Profile | None, str]:
-    if given is not None and (not given.layers or given.device == device.name):
+    if given is not None and _speaks_of(given, device):
         made = f"measured on {given.device}" if given.layers else f"fitted to runs on {given.device_title}"
         return given, f"profile {inputs.profile}, {made}, {given.created}"
     shipped = _shipped(device.name)

@@ -96,13 +96,14 @@ def solve(
     from planner.commands.plan_text import plan_text
     from planner.commands.problem import held_to_runtime, read_problem
     from planner.commands.text import print_json
-    from planner.errors import CheckError, InfeasibleError, InputError, Problem
+    from planner.errors import InfeasibleError, InputError, Problem
     from planner.plan import encode_plan, save_plan
-    from planner.plan_check import certificate_faults
     from planner.search.objective import solve_for
     from planner.search.solve import SolveOptions
 
-    if reproducible and time_limit_s is not None:
+    if time_limit_s is None and not reproducible:
+        time_limit_s = DEFAULT_TIME_LIMIT_S
+    elif reproducible and time_limit_s is not None:
         raise InputError(
             Problem(
                 where="--reproducible",
@@ -113,11 +114,8 @@ def solve(
     asked = held_to_runtime(read_problem(options), options.engine)
     problem = with_max_tp(asked.problem, max_tp)
     goal = read_goal(objective, deadline, budget, problem)
-    if time_limit_s is None and not reproducible:
-        time_limit_s = DEFAULT_TIME_LIMIT_S
-    pins = pins_for(fixed, problem)
     chosen = SolveOptions(
-        pins=pins,
+        pins=pins_for(fixed, problem),
         time_limit_s=time_limit_s,
         top=top,
         gap_tolerance=gap_tolerance,
@@ -132,9 +130,7 @@ def solve(
         raise
     finally:
         gc.enable()
-    faults = certificate_faults(plan)
-    if faults:
-        raise CheckError("the certificate of the answer does not hold: " + "; ".join(faults))
+    check_certificate(plan)
     if output is not None:
         save_plan(plan, output)
         print(f"wrote {output}", file=sys.stderr)
@@ -143,6 +139,16 @@ def solve(
     else:
         click.echo(plan_text(plan, asked.basis))
     return TIME_LIMIT_EXIT if _ended_by_time(plan, time_limit_s) else 0
+
+
+def check_certificate(plan: Plan) -> None:
+    """Raises CheckError where what the answer claims does not hold."""
+    from planner.errors import CheckError
+    from planner.plan_check import certificate_faults
+
+    faults = certificate_faults(plan)
+    if faults:
+        raise CheckError("the certificate of the answer does not hold: " + "; ".join(faults))
 
 
 def with_max_tp(problem: PlanningProblem, max_tp: int | None) -> PlanningProblem:
@@ -159,7 +165,7 @@ def pins_for(fixed: tuple[str, ...], problem: PlanningProblem) -> Pins:
     from planner.engines.defaults import usual_exchange
     from planner.search.space import parse_pins
 
-    pins = parse_pins(fixed)
+    pins = parse_pins(fixed, problem.cluster)
     if problem.limits.engine is None or pins.cp in (None, 1) or pins.cp_exchange is not None:
         return pins
     return dataclasses.replace(pins, cp_exchange=usual_exchange(problem.limits.engine))

@@ -426,6 +426,8 @@ def make_plan(
     digests = {name: digest(value) for name, value in inputs.items()}
     if problem.profile is not None:
         digests["profile"] = digest(problem.profile)
+    of_kinds = {f"profile {device}": profile for device, profile in problem.device_profiles}
+    digests |= {name: digest(profile) for name, profile in of_kinds.items() if profile is not None}
     return Plan(
         model=problem.model,
         workload=problem.workload,

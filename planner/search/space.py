@@ -23,13 +23,14 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import permutations, product
 
+from planner.cluster import ClusterSpec
 from planner.codec import noun
 from planner.divisors import divisors
 from planner.engine_rules import candidate_schedules, engine_rules
 from planner.errors import InputError, Problem
 from planner.estimate import Rejected
 from planner.offload_rules import offload_possible
-from planner.placement import is_mixed
+from planner.placement import is_mixed, parse_device_order
 from planner.problem import PlanningProblem
 from planner.rules import (
     EXPERT_RULES,
@@ -113,8 +114,11 @@ _CHOICES = {
 }
 
 
-def parse_pins(texts: tuple[str, ...]) -> Pins:
-    """Pins from `--fix KEY=VALUE` texts. Raises InputError listing every wrong one."""
+def parse_pins(texts: tuple[str, ...], cluster: ClusterSpec | None = None) -> Pins:
+    """Pins from `--fix KEY=VALUE` texts; an order of the cluster's groups may name their devices.
+
+    Raises InputError listing every wrong one.
+    """
     values: dict[str, object] = {}
     problems: list[Problem] = []
     for text in texts:
@@ -122,7 +126,12 @@ def parse_pins(texts: tuple[str, ...]) -> Pins:
         try:
             if not separator:
                 raise ValueError("needs the form KEY=VALUE")
-            values[key] = _pin(key, value.strip().lower())
+            if key == "device_order" and cluster is not None:
+                values[key] = parse_device_order(value.strip().lower(), cluster)
+            else:
+                values[key] = _pin(key, value.strip().lower())
+        except InputError as error:
+            problems += error.problems
         except ValueError as error:
             problems.append(Problem(where=f"--fix {text}", fault=f"{error}."))
     if problems:
