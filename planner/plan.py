@@ -14,8 +14,10 @@ from planner.cluster import ClusterSpec
 from planner.codec import decode, encode, load_json_object, noun, write_atomic
 from planner.errors import InputError, Problem
 from planner.estimate import MEMORY_TENANTS, Estimate, MemoryBreakdown, StageEstimate, TimelineEvent, Verdict
+from planner.limits import Limits
 from planner.model import ModelSpec
 from planner.objective import Objective
+from planner.problem import PlanningProblem
 from planner.stack import Engine
 from planner.strategy import CpExchange, Degrees, OffloadCounts, RecomputeCounts, Stage, Strategy
 from planner.workload import Workload
@@ -74,6 +76,18 @@ class Plan:
     timeline: tuple[TimelineEvent, ...] = ()
     engine: Engine | None = None
     objective: Objective | None = None
+
+    @property
+    def problem(self) -> PlanningProblem:
+        """The problem that the plan answers, without the profiles, of which it has digests alone."""
+        return PlanningProblem(
+            model=self.model,
+            workload=self.workload,
+            cluster=self.cluster,
+            profile=None,
+            memory_limit_bytes=self.estimate.memory_limit_bytes,
+            limits=Limits(engine=self.engine),
+        )
 
 
 @noun

@@ -10,11 +10,9 @@ from planner.codec import digest, noun
 from planner.cost.schedule import parse_table, table_faults
 from planner.errors import InputError
 from planner.estimate import Verdict
-from planner.limits import Limits
 from planner.objective import Minimise
 from planner.placement import device_names, stage_groups
 from planner.plan import Plan
-from planner.problem import PlanningProblem
 from planner.rules import broken_rules
 from planner.strategy import AXES
 
@@ -40,15 +38,8 @@ def check_plan(plan: Plan) -> tuple[PlanCheck, ...]:
 
 def _rules(plan: Plan) -> list[str]:
     """The strategy keeps every rule: world size, divisors, stages that cover the layers."""
-    problem = PlanningProblem(
-        model=plan.model,
-        workload=plan.workload,
-        cluster=plan.cluster,
-        profile=None,
-        memory_limit_bytes=plan.estimate.memory_limit_bytes,
-        limits=Limits(engine=plan.engine),
-    )
-    return [f"{rejected.rule}: {rejected.detail}" for rejected in broken_rules(problem, plan.strategy)]
+    broken = broken_rules(plan.problem, plan.strategy)
+    return [f"{rejected.rule}: {rejected.detail}" for rejected in broken]
 
 
 def _grid(plan: Plan) -> list[str]:

@@ -82,18 +82,9 @@ def problem_of_plan(plan: Plan, profile: Path | None) -> Asked:
     A plan holds digests of its profiles, one of each kind of device, not the profiles: where neither a file
     nor a shipped profile is the one, the shipped profile of the device stands in, and the basis says so.
     """
-    from planner.limits import Limits
-    from planner.problem import PlanningProblem
     from planner.profile import load_profile
 
-    problem = PlanningProblem(
-        model=plan.model,
-        workload=plan.workload,
-        cluster=plan.cluster,
-        profile=None,
-        memory_limit_bytes=plan.estimate.memory_limit_bytes,
-        limits=Limits(engine=plan.engine),
-    )
+    problem = plan.problem
     given = None if profile is None else load_profile(profile)
     devices = list(dict.fromkeys(group.device for group in plan.cluster.groups))
     if len(devices) == 1:
