@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 
 from planner.errors import CheckError, InputError, Problem
 from planner.plan import Plan
-from runtime.model import canonical_name
 from runtime.optimizer import (
     OptimizerOptions,
     build_optimizer,
@@ -22,10 +21,14 @@ from runtime.optimizer import (
     set_learning_rate,
     weighted_square_sum,
 )
-from runtime.parallelize import Meshes, build_meshes, build_stage, check_supported, whole_parameters
+from runtime.parallel.meshes import Meshes, build_meshes
+from runtime.parallel.supported import check_supported
+from runtime.parallel.tensor import whole_parameters
+from runtime.parallelize import build_stage
 from runtime.pipeline import Pipeline, Record, StageModule
 from runtime.readback import Executed, read_executed
 from runtime.recompute import WRAPPER_PREFIX
+from runtime.transformer.initial import canonical_name
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from planner.strategy import AXES, Degrees
-from runtime.parallelize import Meshes
+from runtime.parallel.meshes import Meshes
 
 
 @contextmanager

@@ -29,11 +29,14 @@ from runtime.children import Emit, run_children
 from runtime.fake_world import fake_world
 from runtime.measure_layers import DTYPES, to_precision
 from runtime.memory import rss_bytes
-from runtime.model import Transformer, build_transformer, materialize
 from runtime.optimizer import OptimizerOptions, build_optimizer, clip, weighted_square_sum
-from runtime.parallelize import Meshes, apply_data_parallel, apply_tensor_parallel, set_gradient_sync
+from runtime.parallel.data import apply_data_parallel, set_gradient_sync
+from runtime.parallel.meshes import Meshes
+from runtime.parallel.tensor import apply_tensor_parallel
 from runtime.pipeline import Record, StageModule, lower_schedule, micro_batch_loss
 from runtime.timing import Effort, Timing, time_call, time_phases
+from runtime.transformer.initial import materialize
+from runtime.transformer.model import Transformer, build_transformer
 
 _UNITS = 3
 _SEQ = 8

@@ -37,9 +37,13 @@ from planner.workload import Precision
 from runtime.children import Emit, run_children
 from runtime.fake_world import fake_world
 from runtime.memory import storage_bytes, trace_phases
-from runtime.model import Transformer, build_transformer, cross_entropy, materialize
-from runtime.parallelize import Meshes, apply_recompute, apply_tensor_parallel
+from runtime.parallel.meshes import Meshes
+from runtime.parallel.tensor import apply_tensor_parallel
+from runtime.parallelize import apply_recompute
 from runtime.timing import Effort, Reference, Timing, run_phases, summarize, time_phases
+from runtime.transformer.initial import materialize
+from runtime.transformer.loss import cross_entropy
+from runtime.transformer.model import Transformer, build_transformer
 
 DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 

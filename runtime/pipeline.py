@@ -24,8 +24,10 @@ from planner.cost.schedule import Action, ActionKind, parse_table
 from planner.plan import Plan
 from planner.strategy import Zero
 from planner.workload import Precision
-from runtime.model import Transformer, cross_entropy
-from runtime.parallelize import Meshes, reduces_gradients, set_gradient_sync
+from runtime.parallel.data import reduces_gradients, set_gradient_sync
+from runtime.parallel.meshes import Meshes
+from runtime.transformer.loss import cross_entropy
+from runtime.transformer.model import Transformer
 
 
 @dataclass

@@ -27,9 +27,10 @@ from planner.strategy import (
 )
 from runtime import recompute
 from runtime.exchange import gather_json
-from runtime.model import Transformer
-from runtime.parallelize import mesh_axes, unit_groups
+from runtime.parallel.data import unit_groups
+from runtime.parallel.meshes import mesh_axes
 from runtime.pipeline import Pipeline, StageModule
+from runtime.transformer.model import Transformer
 
 
 @noun

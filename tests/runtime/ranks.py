@@ -15,8 +15,9 @@ from planner.model import ModelSpec
 from planner.plan import Plan
 from runtime.executor import Executor
 from runtime.local_ranks import join_group, run_local
-from runtime.model import build_transformer, materialize
 from runtime.optimizer import OptimizerOptions
+from runtime.transformer.initial import materialize
+from runtime.transformer.model import build_transformer
 
 SEED = 7
 OPTIONS = OptimizerOptions(

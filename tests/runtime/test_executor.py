@@ -18,7 +18,7 @@ from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.committed import committed_folders, load_index
 from runtime.executor import Executor
 from runtime.optimizer import OptimizerOptions, learning_rate
-from runtime.parallelize import check_supported
+from runtime.parallel.supported import check_supported
 from tests.plans import make_plan, tiny_gpt2, tiny_llama
 from tests.runtime.ranks import batch_of, make_executor, on_ranks, single_process, slice_of, train
 

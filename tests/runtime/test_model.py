@@ -12,7 +12,9 @@ from torch.nn import functional
 
 from planner.feed_forward import Activation
 from planner.model import ModelSpec
-from runtime.model import Transformer, build_transformer, cross_entropy, materialize
+from runtime.transformer.initial import materialize
+from runtime.transformer.loss import cross_entropy
+from runtime.transformer.model import Transformer, build_transformer
 from tests.plans import tiny_gpt2, tiny_llama
 
 SEQ = 8

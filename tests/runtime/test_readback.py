@@ -11,8 +11,8 @@ from planner.codec import decode, encode
 from planner.cost.schedule import build_table, print_table
 from planner.plan import Plan
 from planner.strategy import Degrees, RecomputeCounts, Schedule, Stage, Zero
-from runtime.model import Attention
 from runtime.readback import Executed
+from runtime.transformer.attention import Attention
 from tests.plans import make_plan, tiny_llama
 from tests.runtime.ranks import make_executor, on_ranks, train
 

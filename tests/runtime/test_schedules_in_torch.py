@@ -26,7 +26,7 @@ from planner.cost.schedule import build_table, peak_in_flight, print_table
 from planner.errors import InputError
 from planner.execution import EXECUTED_SCHEDULES
 from planner.strategy import Degrees, Schedule
-from runtime.parallelize import check_supported
+from runtime.parallel.supported import check_supported
 from tests.plans import make_plan, tiny_llama
 from tests.runtime.ranks import on_ranks
 

@@ -22,8 +22,8 @@ from planner.traced import TracedLayer
 from planner.tracing.graph import Chain, boundary_values
 from planner.tracing.traced_model import layer_pieces
 from planner.workload import Precision, Workload
-from runtime.model import build_transformer
 from runtime.trace import trace_module, trace_operators
+from runtime.transformer.model import build_transformer
 from tests.plans import tiny_gpt2, tiny_llama
 
 from .modules import (

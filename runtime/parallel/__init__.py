@@ -1,0 +1,1 @@
+"""One file for each axis of parallelism: the `apply_*` verbs that `runtime.parallelize` puts in order."""

@@ -1,0 +1,69 @@
+"""Data parallelism: replicas and ZeRO stages 1 to 3, by FSDP2's units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from planner.strategy import Degrees, Zero
+from planner.workload import Precision
+from runtime.parallel.meshes import Meshes
+
+
+def apply_data_parallel(
+    unit: nn.Module | list[nn.Module], degrees: Degrees, precision: Precision, meshes: Meshes
+) -> None:
+    """Makes modules a unit of data parallelism: replicated (ZeRO 0) or sharded (ZeRO 1 to 3).
+
+    In bf16 even a single rank has such a unit, since it keeps the fp32 masters. ZeRO 1 and 2 keep the
+    gathered parameters until the step's last backward pass; ZeRO 3 frees them after each use.
+    """
+    modules = [m for m in (unit if isinstance(unit, list) else [unit]) if any(True for _ in m.parameters())]
+    if not modules:
+        return
+    policy = MixedPrecisionPolicy()
+    if precision is Precision.BF16:
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    if degrees.zero is not Zero.NONE:
+        fully_shard(
+            modules,
+            mesh=meshes.data,
+            reshard_after_forward=degrees.zero is Zero.PARAMETERS,
+            mp_policy=policy,
+        )
+    elif degrees.dp > 1 or precision is not Precision.FP32:
+        replicate(modules, mesh=meshes.replicate, mp_policy=policy)
+
+
+def set_gradient_sync(model: nn.Module, zero: Zero, *, last: bool) -> None:
+    """Says what the next backward pass does with gradients and gathered parameters.
+
+    ZeRO 0 and 1 reduce gradients in a step's last backward pass only; 2 and 3 in every one, so that whole
+    gradients never outlive a micro-batch. All but 3 keep gathered parameters until the last.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or zero >= Zero.GRADIENTS)
+        model.set_reshard_after_backward(last or zero is Zero.PARAMETERS)
+
+
+def reduces_gradients(model: nn.Module) -> bool:
+    """Whether the next backward pass will reduce gradients, read from FSDP's own state."""
+    return isinstance(model, FSDPModule) and all(group.reduce_grads for group in unit_groups(model))
+
+
+def unit_groups(model: nn.Module) -> list[Any]:
+    """The parameter groups of FSDP's units in a model, in module order; empty where there are none."""
+    found: list[Any] = []
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            # One group a unit up to torch 2.12, a list since.
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            found += [group for group in groups if group is not None and group not in found]
+    return found

@@ -1,0 +1,72 @@
+"""What of a plan the runtime refuses to execute, before it builds anything."""
+
+from __future__ import annotations
+
+from planner.errors import InputError, Problem
+from planner.execution import check_executed_axes, check_executed_schedule, executed_widths
+from planner.model import ModelSpec
+from planner.plan import Plan
+from planner.strategy import AXES, Degrees, Zero
+from planner.workload import Precision
+
+
+def check_supported(plan: Plan) -> None:
+    """Raises InputError with every part of the plan that this runtime cannot execute."""
+    degrees = plan.strategy.degrees
+    check_executed_schedule(degrees)
+    check_executed_axes(degrees)
+    problems = [*_degree_problems(plan, degrees), *_tensor_problems(plan.model, plan.workload.seq, degrees)]
+    if problems:
+        raise InputError(*problems)
+
+
+def _degree_problems(plan: Plan, degrees: Degrees) -> list[Problem]:
+    found = [
+        Problem(where=f"strategy.{axis}", fault=f"is {size}; this runtime executes 1 only.", legal="1")
+        for axis, size in (("cp", degrees.cp), ("ep", degrees.ep))
+        if size != 1
+    ]
+    if plan.workload.precision is Precision.FP16:
+        fault = "is fp16, which needs loss scaling; this runtime has none."
+        found.append(Problem(where="workload.precision", fault=fault, legal="bf16, fp32"))
+    if (degrees.zero is Zero.NONE) != (degrees.dp_shard == 1):
+        found.append(
+            Problem(
+                where="strategy.zero",
+                fault=f"is {int(degrees.zero)} with dp_shard={degrees.dp_shard}: a ZeRO stage shares out "
+                "over dp_shard ranks, and dp_shard ranks share something out.",
+                legal="zero=0 with dp_shard=1, zero=1, 2 or 3 with dp_shard over 1",
+            )
+        )
+    if degrees.chunks > 1 and degrees.pp == 1:
+        fault = f"is {degrees.chunks} with pp=1: chunks of one rank would be one stage."
+        found.append(Problem(where="strategy.chunks", fault=fault, legal="1"))
+    if plan.rank_axes != AXES or plan.rank_grid_shape != degrees.grid_shape():
+        fault = f"is {plan.rank_axes} {plan.rank_grid_shape}, not the strategy's {degrees.grid_shape()}."
+        found.append(Problem(where="ranks", fault=fault, legal=f"axes {AXES}"))
+    if degrees.batch != plan.workload.batch:
+        found.append(
+            Problem(
+                where="workload.batch",
+                fault=f"is {plan.workload.batch}, but micro_batch x num_micro_batches x dp is "
+                f"{degrees.micro_batch} x {degrees.num_micro_batches} x {degrees.dp}.",
+                legal=str(degrees.batch),
+            )
+        )
+    return found
+
+
+def _tensor_problems(model: ModelSpec, seq: int, degrees: Degrees) -> list[Problem]:
+    """What tensor parallelism must divide: whole heads, columns, vocabulary rows, and the sequence."""
+    sizes = {what: size for size, what in (*model.heads_split, *executed_widths(model))}
+    if degrees.sequence_parallel:
+        sizes["the sequence"] = seq
+    return [
+        Problem(
+            where=f"strategy.tp={degrees.tp}",
+            fault=f"cannot split {name} of {size}: each rank needs an equal part.",
+            legal=f"tp of {', '.join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)}",
+        )
+        for name, size in sizes.items()
+        if size % degrees.tp
+    ]

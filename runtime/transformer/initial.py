@@ -1,0 +1,57 @@
+"""Initial values of parameters: a function of the seed and the name, so the same in every layout."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from planner.model import ModelSpec
+from runtime.transformer.rotary import Rotary
+
+RESIDUAL_OUTPUTS = ("attention.wo.weight", "mlp.down.weight")
+"""Projections that write into the residual stream; their initial scale shrinks with depth (GPT-2 paper)."""
+
+
+def materialize(
+    module: nn.Module, spec: ModelSpec, *, prefix: str, seed: int, device: torch.device | str
+) -> None:
+    """Gives the parameters of a module on meta their initial values and moves it to `device`.
+
+    `prefix` is the module's name in the whole model, with its dot. Values are drawn on the CPU from
+    (seed, name), so they are the same in every layout and on every device.
+    """
+    module.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            fill_parameter(parameter, prefix + name, spec, seed)
+        for part in module.modules():
+            if isinstance(part, Rotary):
+                part.fill()
+    module.to(device)
+
+
+def fill_parameter(parameter: Tensor, name: str, spec: ModelSpec, seed: int) -> None:
+    """Initial values by name: norms 1, biases 0, the rest normal with the spec's initializer_range.
+
+    Projections into the residual stream are scaled by 1 / sqrt(2 * layers) (Radford et al. 2019).
+    """
+    name = canonical_name(name, spec)
+    if name.endswith(".bias"):
+        parameter.zero_()
+    elif "norm." in name:
+        parameter.fill_(1.0)
+    else:
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        scale = 1 / math.sqrt(2 * spec.layers) if name.endswith(RESIDUAL_OUTPUTS) else 1.0
+        parameter.normal_(0.0, spec.initializer_range * scale, generator=generator)
+
+
+def canonical_name(name: str, spec: ModelSpec) -> str:
+    """The name of a parameter in the whole model. A tied output projection is the token embedding."""
+    if spec.tied_embeddings and name == "output.weight":
+        return "tok_embeddings.weight"
+    return name
