@@ -1,0 +1,83 @@
+"""Plans over every axis, each executed on real ranks and compared with one process.
+
+    python -m bench.matrix [--model NAME ...] [--first N] [-o FILE]
+
+For each plan of `tests.runtime.matrix`: the losses and global gradient norms of STEPS steps beside those of
+one process in fp32, the largest relative difference, and whether what was executed (degrees, stages,
+recomputation, the table of actions) is what the plan says.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from planner.codec import write_atomic
+from planner.commands.text import table
+from tests.runtime.matrix import MODELS, TOLERANCE, Case, execute, matrix
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def _measure(case: Case) -> dict[str, Any]:
+    begin_s = time.monotonic()
+    try:
+        outcome = execute(case)
+    except Exception as error:
+        text = " ".join(str(error).split())[-300:]
+        return {"plan": case.name, "error": f"{type(error).__name__}: {text}"}
+    return {
+        "plan": case.name,
+        "ranks": case.plan.strategy.degrees.world,
+        "difference": outcome.difference,
+        "not_as_planned": outcome.not_as_planned,
+        "wall_s": round(time.monotonic() - begin_s, 2),
+    }
+
+
+def _good(row: dict[str, Any]) -> bool:
+    difference = row.get("difference")
+    return isinstance(difference, float) and difference <= TOLERANCE and not row["not_as_planned"]
+
+
+@click.command()
+@click.option("--model", "models", multiple=True, type=click.Choice(list(MODELS)), help="Only these.")
+@click.option("--first", type=int, default=None, help="Only so many of the plans.")
+@click.option("--only", default="", help="Only plans whose name holds this text.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=None, help="Where to write JSON.")
+def main(models: tuple[str, ...], first: int | None, only: str, output: Path | None) -> None:
+    """Runs the plans and prints a line for each."""
+    cases = [case for case in matrix(models or tuple(MODELS)) if only in case.name][:first]
+    rows = []
+    for number, case in enumerate(cases, start=1):
+        row = _measure(case)
+        rows.append(row)
+        told = row.get("error") or f"{row['difference']:.1e}" + (
+            " NOT AS PLANNED" * bool(row["not_as_planned"])
+        )
+        click.echo(f"{number:3d}/{len(cases)} {case.name}: {told}", err=True)
+    good = sum(map(_good, rows))
+    worst = max((row["difference"] for row in rows if "difference" in row), default=0.0)
+    click.echo(
+        table(("plans", "equal and as planned", "largest difference"), [(len(rows), good, f"{worst:.1e}")])
+    )
+    summary = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "torch": torch.__version__,
+        "tolerance": TOLERANCE,
+        "plans": len(rows),
+        "equal": good,
+        "rows": rows,
+    }
+    write_atomic(output or RESULTS / f"{summary['date']}-matrix.json", json.dumps(summary, indent=1) + "\n")
+    raise SystemExit(0 if good == len(rows) else 4)
+
+
+if __name__ == "__main__":
+    main()
