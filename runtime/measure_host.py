@@ -318,6 +318,7 @@ def _pipeline_action(device: torch.device, precision: Precision, effort: Effort)
     with fake_world(degrees, device.type) as meshes:
         stages = [_end_stage(model, index, precision, device) for index in range(2)]
         modules = [StageModule(stage, index, Zero.NONE, Record()) for index, stage in enumerate(stages)]
+        modules[-1].targets = tokens.chunk(_MICRO_BATCHES)
         schedule = lower_schedule(plan, modules, meshes, device, loss)
 
         def through() -> None:
@@ -327,7 +328,7 @@ def _pipeline_action(device: torch.device, precision: Precision, effort: Effort)
             for chunk in tokens.chunk(_MICRO_BATCHES):
                 hidden = stages[0](chunk)
                 received = hidden.detach().requires_grad_()
-                torch.autograd.backward(loss(stages[1](received), chunk))
+                torch.autograd.backward(loss(stages[1](received, chunk), chunk))
                 torch.autograd.backward(hidden, received.grad)
 
         scheduled, called = time_phases([through, direct], effort, device)

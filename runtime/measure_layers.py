@@ -21,12 +21,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor.parallel import loss_parallel
 
 from planner.codec import encode, noun
 from planner.execution import executed_widths
@@ -42,7 +40,6 @@ from runtime.parallel.tensor import apply_tensor_parallel
 from runtime.parallelize import apply_recompute
 from runtime.timing import Effort, Reference, Timing, run_phases, summarize, time_phases
 from runtime.transformer.initial import materialize
-from runtime.transformer.loss import cross_entropy
 from runtime.transformer.model import Transformer, build_transformer
 
 DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
@@ -140,10 +137,9 @@ def _sample(
 ) -> LayerSample:
     device = torch.device(meshes.world.device_type)
     layer = build_layer(case.kind, case.recompute, model, seq, precision, _degrees(case), meshes)
-    with loss_parallel() if case.tp > 1 else nullcontext():
-        bench = LayerBench(case, layer, model, seq, precision, device)
-        times = bench.times(effort)
-        saved, forward_peak, backward_peak = bench.memory()
+    bench = LayerBench(case, layer, model, seq, precision, device)
+    times = bench.times(effort)
+    saved, forward_peak, backward_peak = bench.memory()
     return LayerSample(
         kind=case.kind,
         shape_key=shape_key(model, case.kind),
@@ -242,8 +238,8 @@ class LayerBench:
 
     def forward(self) -> None:
         assert self.input is not None
-        out = self.layer(self.input)
-        self.output = cross_entropy(out, self.targets) if self.case.kind is LayerKind.HEAD else out
+        targets = self.targets if self.case.kind is LayerKind.HEAD else None
+        self.output = self.layer(self.input, targets)
 
     def backward(self) -> None:
         assert self.output is not None

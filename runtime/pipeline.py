@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _Action, _batch_p2p, _PipelineScheduleRuntime
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import loss_parallel
 
 from planner.cost.schedule import Action, ActionKind, parse_table
 from planner.plan import Plan
@@ -26,7 +24,6 @@ from planner.strategy import Zero
 from planner.workload import Precision
 from runtime.parallel.data import reduces_gradients, set_gradient_sync
 from runtime.parallel.meshes import Meshes
-from runtime.transformer.loss import cross_entropy
 from runtime.transformer.model import Transformer
 
 
@@ -71,6 +68,8 @@ class StageModule(nn.Module):
         super().__init__()
         self.model, self.index, self.zero, self.record = model, index, zero, record
         self.hidden_shape: tuple[int, ...] | None = None
+        self.targets: Sequence[Tensor] = ()
+        self._micro_batch = 0
         for layer in list(model.layers.values())[:1]:
             layer.register_forward_pre_hook(self._see_hidden)
 
@@ -78,10 +77,11 @@ class StageModule(nn.Module):
         self.hidden_shape = tuple(args[0].shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.model(x)
+        out: Tensor = self.model(x, self.targets[self._micro_batch]) if self.targets else self.model(x)
         return out
 
     def before_forward(self, micro_batch: int) -> None:
+        self._micro_batch = micro_batch
         self.record.actions.append(Action(self.index, ActionKind.FORWARD, micro_batch))
 
     def before_backward(self, micro_batch: int, *, last: bool) -> None:
@@ -221,16 +221,18 @@ def _boundary_examples(plan: Plan, index: int) -> tuple[Tensor, Tensor]:
     tokens = torch.empty(degrees.micro_batch, workload.seq, dtype=torch.int64, device="meta")
     hidden = torch.empty(hidden_shape(plan), dtype=dtype, device="meta", requires_grad=True)
     last = index == degrees.stages - 1
-    logits = torch.empty(*tokens.shape, plan.model.vocab, dtype=dtype, device="meta", requires_grad=True)
-    return tokens if index == 0 else hidden, logits if last else hidden
+    loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
+    return tokens if index == 0 else hidden, loss if last else hidden
 
 
 def micro_batch_loss(num_micro_batches: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """A micro-batch's part of the step's mean loss, so that gradients add up to the mean's."""
+    """A micro-batch's part of the step's mean loss, so that gradients add up to the mean's.
 
-    def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        value = cross_entropy(logits, targets) / num_micro_batches
-        return value.to_local() if isinstance(value, DTensor) else value
+    The last stage has been given the targets and returns the micro-batch's mean; torch passes them again.
+    """
+
+    def loss(mean: Tensor, _targets: Tensor) -> Tensor:
+        return mean / num_micro_batches
 
     return loss
 
@@ -243,7 +245,6 @@ class Pipeline:
         self.modules = list(modules)
         self.record = modules[0].record
         self.holds_last = modules[-1].index == degrees.stages - 1
-        self._tensor_parallel = degrees.tp > 1
         self._num_micro_batches = degrees.num_micro_batches
         self._row = parse_table(plan.schedule_table)[meshes.pp.get_local_rank()]
         self._loss = micro_batch_loss(degrees.num_micro_batches)
@@ -254,8 +255,9 @@ class Pipeline:
     def run(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Forward and backward of every micro-batch; the mean loss here, 0 without the last stage."""
         self.record.clear()
-        context: AbstractContextManager[None] = loss_parallel() if self._tensor_parallel else nullcontext()
-        with context, warnings.catch_warnings():
+        if self.holds_last:
+            self.modules[-1].targets = targets.chunk(self._num_micro_batches)
+        with warnings.catch_warnings():
             # The embedding's output is a view of a DTensor; nothing in the model writes to it in place.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
             if self._schedule is None:
@@ -277,7 +279,6 @@ class Pipeline:
     def _run_row(self, inputs: Tensor, targets: Tensor) -> Tensor:
         module = self.modules[0]
         input_chunks = inputs.chunk(self._num_micro_batches)
-        target_chunks = targets.chunk(self._num_micro_batches)
         alive: dict[int, Tensor] = {}
         total = _zero(inputs)
         for place, action in enumerate(self._row):
@@ -285,7 +286,7 @@ class Pipeline:
             if action.kind is ActionKind.FORWARD:
                 module.before_forward(mb)
                 with self.record.span():
-                    alive[mb] = self._loss(module(input_chunks[mb]), target_chunks[mb])
+                    alive[mb] = self._loss(module(input_chunks[mb]), targets)
             else:
                 module.before_backward(mb, last=place == len(self._row) - 1)
                 loss = alive.pop(mb)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -15,6 +19,7 @@ from torch.distributed.tensor.parallel import (
 from planner.strategy import Degrees
 from runtime.parallel.meshes import Meshes, mesh_axes
 from runtime.transformer.block import Block
+from runtime.transformer.head import Head
 
 
 def apply_tensor_parallel(name: str, part: nn.Module, degrees: Degrees, meshes: Meshes) -> None:
@@ -31,12 +36,33 @@ def apply_tensor_parallel(name: str, part: nn.Module, degrees: Degrees, meshes: 
         plan: ParallelStyle | dict[str, ParallelStyle] = _block_plan(part, between)
     elif name == "tok_embeddings":
         plan = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
-    elif name == "output":
-        plan = ColwiseParallel(input_layouts=between, output_layouts=Shard(-1), use_local_output=False)
+    elif isinstance(part, Head):
+        part.shard(meshes.tp, between)
+        return
     else:
         return
     # Every rank drew the same whole weights, so each takes its shard from its own copy.
     parallelize_module(part, meshes.tp, plan, src_data_rank=None)
+    if name == "tok_embeddings":
+        part.register_forward_hook(_finish)
+
+
+def _finish(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
+    """The embedding's result once its collective is done: compiled blocks do not take an unfinished one."""
+    done: Tensor = _Finished.apply(out)  # type: ignore[no-untyped-call]
+    return done
+
+
+class _Finished(Function):
+    @staticmethod
+    def forward(ctx: Any, unfinished: Tensor) -> Tensor:
+        waits = isinstance(unfinished, AsyncCollectiveTensor)
+        done: Tensor = unfinished.trigger_wait() if waits else unfinished  # type: ignore[attr-defined]
+        return done.view_as(done)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
 
 
 def _block_plan(block: Block, between: Shard | Replicate) -> dict[str, ParallelStyle]:

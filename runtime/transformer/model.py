@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from planner.execution import plain_parts
 from planner.model import ModelSpec
 from runtime.transformer.block import Block, norm
+from runtime.transformer.head import Head
 from runtime.transformer.rotary import Rotary
 
 
@@ -21,8 +22,9 @@ class Transformer(nn.Module):
     """A decoder-only language model, or the blocks [first, end) of it with the ends that belong to them.
 
     The input is tokens [B, S] where the embedding is held, else hidden states [B, S, H]; the output is
-    logits [B, S, V] where the head is held, else hidden states. Parts that are not held are None. Under
-    sequence parallelism, `sequence_rank` is the slice of the sequence that this rank's hidden states are.
+    hidden states, or where the head is held the mean loss of the targets given, else logits [B, S, V].
+    Parts that are not held are None. Under sequence parallelism, `sequence_rank` is the slice of the
+    sequence that this rank's hidden states are.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class Transformer(nn.Module):
         )
         self.layers = nn.ModuleDict({str(i): Block(spec.block(i), spec.norm_eps) for i in range(first, end)})
         self.norm = norm(spec.norm, hidden, spec.norm_eps) if with_head else None
-        self.output = nn.Linear(hidden, vocab, bias=False) if with_head else None
+        self.output = Head(hidden, vocab) if with_head else None
         self.tie()
 
     def tie(self) -> None:
@@ -63,7 +65,7 @@ class Transformer(nn.Module):
         for unit in self.units():
             yield from unit
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, targets_bs: Tensor | None = None) -> Tensor:
         if self.tok_embeddings is not None:
             x = self.tok_embeddings(x)
             if self.positions is not None:
@@ -72,7 +74,7 @@ class Transformer(nn.Module):
         for layer in self.layers.values():
             x = layer(x, cos, sin)
         if self.norm is not None and self.output is not None:
-            x = self.output(self.norm(x))
+            x = self.output(self.norm(x), targets_bs)
         return x
 
     def _positions_of(self, x_bsh: Tensor) -> Tensor:

@@ -8,12 +8,10 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from planner.feed_forward import Activation
 from planner.model import ModelSpec
 from runtime.transformer.initial import materialize
-from runtime.transformer.loss import cross_entropy
 from runtime.transformer.model import Transformer, build_transformer
 from tests.plans import tiny_gpt2, tiny_llama
 
@@ -138,12 +136,3 @@ def test_initial_values_are_of_seed_and_name() -> None:
     materialize(last, spec, prefix="", seed=1, device="cpu")
     assert last.output is not None and model.tok_embeddings is not None
     assert torch.equal(last.output.weight, model.tok_embeddings.weight)
-
-
-def test_loss_is_computed_in_fp32() -> None:
-    logits = torch.randn(2, 3, 50).bfloat16()
-    targets = torch.randint(50, (2, 3))
-    expected = functional.nll_loss(logits.float().log_softmax(-1).reshape(6, 50), targets.reshape(6))
-    found = cross_entropy(logits, targets)
-    assert found.dtype is torch.float32
-    torch.testing.assert_close(found, expected)

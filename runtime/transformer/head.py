@@ -1,0 +1,46 @@
+"""The output projection with the loss over it. Shapes: B micro-batch, S sequence, H hidden, V vocabulary."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from runtime.transformer.loss import Passes, cross_entropy
+
+
+class Head(nn.Linear):
+    """Hidden states [B, S, H] to logits [B, S, V], or with targets [B, S] to their mean loss, a scalar.
+
+    Over a tensor-parallel mesh each rank holds rows of the weight, so a shard of the vocabulary; hidden
+    states come whole, or as this rank's slice of the sequence. Logits are then not to be had.
+    """
+
+    def __init__(self, hidden: int, vocab: int) -> None:
+        super().__init__(hidden, vocab, bias=False)
+        self.mesh: DeviceMesh | None = None
+        self.between: Shard | Replicate = Replicate()
+        self.passes: Passes | None = None
+
+    def shard(self, mesh: DeviceMesh, between: Shard | Replicate) -> None:
+        """Leaves this rank its rows; hidden states are then laid out as `between` says."""
+        self.mesh, self.between = mesh, between
+        # Every rank drew the same whole weight, so each takes its shard from its own copy.
+        rows = distribute_tensor(self.weight, mesh, [Shard(0)], src_data_rank=None)
+        self.weight = nn.Parameter(rows)
+
+    def forward(self, x_bsh: Tensor, targets_bs: Tensor | None = None) -> Tensor:
+        if targets_bs is None:
+            assert self.mesh is None, "over tensor-parallel ranks the head gives the loss only"
+            return super().forward(x_bsh)
+        weight: Tensor = self.weight
+        group = None
+        if self.mesh is not None:
+            assert isinstance(weight, DTensor)
+            weight, group = weight.to_local(), self.mesh.get_group()
+            # Each rank's gradient of the hidden states is a part of a sum.
+            sliced = DTensor.from_local(x_bsh, self.mesh, [self.between], run_check=False)
+            x_bsh = sliced.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+        return cross_entropy(
+            x_bsh.flatten(0, 1), weight, targets_bs.flatten(), group=group, passes=self.passes
+        )
