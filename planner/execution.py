@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from planner.attention import CAUSAL, Attention, QkNorm, Reach, Span
 from planner.errors import InputError, Problem
-from planner.feed_forward import Mlp
+from planner.feed_forward import FeedForward
 from planner.model import Block, Layer, ModelSpec, Norm
 from planner.strategy import Degrees, Schedule, Strategy
 from planner.workload import Method, Optimizer, Precision, Workload
 
-EXECUTED_TYPES = ("llama", "mistral", "qwen2", "gpt2")
+EXECUTED_TYPES = ("llama", "mistral", "qwen2", "gpt2", "mixtral", "qwen2_moe")
 """Families whose arithmetic the runtime's blocks repeat: others scale, rotate or bias in their own ways,
 which does not change what they cost and is not in a ModelSpec."""
 
@@ -24,12 +24,15 @@ EXECUTED_SCHEDULES = (Schedule.GPIPE, Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED
 EXECUTED_NORMS = (Norm.RMSNORM, Norm.LAYERNORM)
 
 
-def plain_parts(layer: Layer) -> tuple[Block, Attention, Mlp]:
-    """A layer as the block that the runtime builds, its attention and its MLP. Raises InputError if not."""
+def plain_parts(layer: Layer) -> tuple[Block, Attention, FeedForward]:
+    """A layer as the block that the runtime builds, its attention, its MLP or experts.
+
+    Raises InputError for others.
+    """
     faults = _layer_faults(layer)
     if faults:
         raise InputError(*(Problem(where="--model", fault=f"{fault}.") for fault in faults))
-    assert isinstance(layer, Block) and isinstance(layer.mixer, Attention) and isinstance(layer.mlp, Mlp)
+    assert isinstance(layer, Block) and isinstance(layer.mixer, Attention) and layer.mlp is not None
     return layer, layer.mixer, layer.mlp
 
 
@@ -187,6 +190,4 @@ def _reach(span: Span) -> str:
 
 
 def _mlp_faults(block: Block) -> list[str]:
-    if not isinstance(block.mlp, Mlp):
-        return ["a block holds experts" if block.mlp else "a block has no MLP"]
-    return []
+    return [] if block.mlp else ["a block has no MLP"]

@@ -7,6 +7,7 @@ from enum import StrEnum
 from planner.codec import noun
 from planner.kept import Kept
 from planner.matrix import Matrix, Split
+from planner.routing import Routing
 
 
 class Activation(StrEnum):
@@ -64,7 +65,8 @@ class Experts:
 
     `shared` is the sum of all shared experts as one MLP; `shared_gate` weighs its result by one value a
     token. `latent` is the width that tokens are projected to before the routed experts, and back after.
-    Biases that only correct the router's choice are buffers, not parameters, and not counted.
+    Biases that only correct the router's choice are buffers, not parameters, and not counted. `routing` says
+    what is computed, not what it costs.
     """
 
     count: int
@@ -75,6 +77,7 @@ class Experts:
     shared_gate: bool = False
     latent: int | None = None
     latent_bias: bool = False
+    routing: Routing = Routing()
 
     @property
     def widths_split(self) -> tuple[tuple[int, str], ...]:

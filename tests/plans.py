@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from planner.attention import Attention
 from planner.cluster import ClusterSpec, Device, DeviceGroup, Link
 from planner.cost.schedule import build_table, print_table
 from planner.estimate import Coverage, Estimate, MemoryBreakdown, StageEstimate, TimeBreakdown, Verdict
-from planner.feed_forward import Activation, Mlp
+from planner.feed_forward import Activation, Experts, Mlp
 from planner.model import Block, ModelSpec, Norm, Segment
 from planner.plan import Plan
 from planner.strategy import AXES, Degrees, Recompute, RecomputeCounts, Stage, Strategy, even_stages
@@ -59,6 +61,17 @@ def tiny_gpt2(*, layers: int = 4, hidden: int = 32, vocab: int = 64) -> ModelSpe
         tied_embeddings=True,
         segments=(Segment(block=block, count=layers),),
     )
+
+
+def tiny_mixtral(*, layers: int = 4, hidden: int = 32, vocab: int = 64, **changes: object) -> ModelSpec:
+    """A mixtral of four layers with eight experts of which a token meets two; `changes` are the experts'."""
+    dense = tiny_llama(layers=layers, hidden=hidden, vocab=vocab)
+    block = dense.segments[0].block
+    assert isinstance(block, Block)
+    expert = Mlp(width=hidden, gated=True, activation=Activation.SILU)
+    mlp = dataclasses.replace(Experts(count=8, topk=2, expert=expert), **changes)  # type: ignore[arg-type]
+    segments = (Segment(block=dataclasses.replace(block, mlp=mlp), count=layers),)
+    return dataclasses.replace(dense, name="tiny-mixtral", model_type="mixtral", segments=segments)
 
 
 def split(*sizes: int, recompute: Recompute = Recompute.NONE) -> tuple[Stage, ...]:

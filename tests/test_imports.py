@@ -39,6 +39,7 @@ LAYERS = (
         "attention",
         "recurrent",
         "mixers",
+        "routing",
         "feed_forward",
         "traced",
         "strategy",

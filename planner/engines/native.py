@@ -37,6 +37,8 @@ def native_schedule(problem: PlanningProblem, degrees: Degrees) -> Rejected | No
 def native_axes(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
     """The runtime has tensor, pipeline and data parallelism."""
     faults = axes_not_executed(degrees)
+    if problem.model.experts and degrees.tp > 1:
+        faults.append(f"it splits experts by tensor parallelism ({degrees.tp})")
     if not faults:
         return None
     return Rejected(

@@ -26,6 +26,25 @@ from planner.hf.layers import (
 )
 from planner.hf.segments import decoder, sink_decoder
 from planner.model import Norm
+from planner.routing import Score, TopkMethod
+
+BALANCE: Mapping[str, Any] = MappingProxyType({"aux_loss": 0.001, "z_loss": 0.0, "capacity": None})
+"""What keeps loads even; z_loss and capacity are no keys of the classes, but ours may have them."""
+
+CORRECTED: Mapping[str, Any] = MappingProxyType(
+    {
+        **BALANCE,
+        "aux_loss": 0.0,
+        "bias_speed": 0.001,
+        "score": "sigmoid",
+        "topk_method": "noaux_tc",
+        "normalised": True,
+        "expert_scale": 1.0,
+        "expert_groups": 1,
+        "chosen_groups": 1,
+    }
+)
+"""Balanced by a bias: its speed is DeepSeek-V3's (arXiv 2412.19437, section 4.2)."""
 
 MIXTRAL: Mapping[str, Any] = MappingProxyType(
     {
@@ -37,6 +56,7 @@ MIXTRAL: Mapping[str, Any] = MappingProxyType(
         "rope_theta": 1e6,
         "experts": 8,
         "topk": 2,
+        **BALANCE,
     }
 )
 _QWEN_MOE: Mapping[str, Any] = MappingProxyType(
@@ -54,11 +74,16 @@ _QWEN_MOE: Mapping[str, Any] = MappingProxyType(
         "topk": 4,
         "sparse_every": 1,
         "dense_layers": None,
+        **BALANCE,
+        "normalised": False,
     }
 )
 QWEN_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType({"sparse_every": ("decoder_sparse_step",)})
 FIRST_DENSE_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"experts": ("n_routed_experts", "num_local_experts", "num_experts")}
+    {
+        "experts": ("n_routed_experts", "num_local_experts", "num_experts"),
+        "aux_loss": ("aux_loss_alpha", "router_aux_loss_coef"),
+    }
 )
 EXPERT_FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
@@ -70,7 +95,7 @@ EXPERT_FAMILIES: Mapping[str, Family] = MappingProxyType(
         ),
         "granitemoe": Family(
             build=decoder,
-            defaults={**LLAMA_KEYS, **BIASES, "experts": 8, "topk": 2},
+            defaults={**LLAMA_KEYS, **BIASES, "experts": 8, "topk": 2, **BALANCE},
             sparse=everywhere,
             inert=GRANITE_SCALARS,
         ),
@@ -89,8 +114,14 @@ EXPERT_FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "rope_theta": 5e6,
                 "experts": 256,
                 "topk": 8,
+                "bias_speed": 0.001,
             },
-            fixed={"qk_norm": QkNorm.WIDTH, "rotary": False},
+            fixed={
+                "qk_norm": QkNorm.WIDTH,
+                "rotary": False,
+                "score": Score.SIGMOID,
+                "topk_method": TopkMethod.CORRECTED,
+            },
             sparse=everywhere,
         ),
         "phimoe": Family(
@@ -123,6 +154,9 @@ EXPERT_FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "norm_eps": 1e-5,
                 "experts": 64,
                 "topk": 8,
+                **BALANCE,
+                "aux_loss": 0.01,
+                "normalised": False,
             },
             fixed={"qk_norm": QkNorm.WIDTH},
             sparse=everywhere,
@@ -145,6 +179,7 @@ EXPERT_FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "rope_theta": 150_000.0,
                 "experts": 128,
                 "topk": 4,
+                **BALANCE,
                 "window": 128,
                 "layer_types": None,
             },
@@ -255,6 +290,7 @@ EXPERT_FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "shared": 1,
                 "first_dense": 1,
                 "qk_normed": False,
+                **CORRECTED,
             },
             names=FIRST_DENSE_NAMES,
             fixed={"qk_norm": QkNorm.HEAD, "rotary": False},

@@ -11,6 +11,7 @@ from planner.attention import QkNorm
 from planner.feed_forward import Activation
 from planner.hf.keys import KEYS
 from planner.model import Norm, Segment
+from planner.routing import Score, TopkMethod
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -81,6 +82,16 @@ class Description:
     shared_ffn: int | None = None
     shared_gate: bool = False
     latent: int | None = None
+    score: Score = Score.SOFTMAX
+    topk_method: TopkMethod = TopkMethod.GREEDY
+    normalised: bool = True
+    expert_scale: float = 1.0
+    expert_groups: int | None = None
+    chosen_groups: int | None = None
+    aux_loss: float = 0.0
+    z_loss: float = 0.0
+    bias_speed: float = 0.0
+    capacity: float | None = None
     first_dense: int = 0
     sparse_every: int = 1
     dense_layers: tuple[int, ...] | None = None

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from planner.feed_forward import Activation
+from planner.routing import Score, TopkMethod
 
 MAX_LAYERS = 10_000
 MAX_WIDTH = 2**20
@@ -57,8 +58,8 @@ def _whole(*names: str, high: int, low: int = 1, needed: bool = False, nullable:
     return Key(names=names, kind=Kind.WHOLE, low=low, high=high, needed=needed, nullable=nullable)
 
 
-def _real(*names: str, low: float, high: float) -> Key:
-    return Key(names=names, kind=Kind.REAL, low=low, high=high)
+def _real(*names: str, low: float, high: float, nullable: bool = False) -> Key:
+    return Key(names=names, kind=Kind.REAL, low=low, high=high, nullable=nullable)
 
 
 def _flag(*names: str) -> Key:
@@ -120,6 +121,9 @@ LAYER_TYPES: Mapping[str, str] = MappingProxyType(
     | {"attention": FULL, "mamba": LINEAR, "deepseek_sparse_attention": INDEXED}
 )
 """Kinds of layer, with the names that older files use."""
+
+SCORES: Mapping[str, Score] = MappingProxyType({score.value: score for score in Score})
+TOPK_METHODS: Mapping[str, TopkMethod] = MappingProxyType({method.value: method for method in TopkMethod})
 
 _MLP_TYPES = MappingProxyType({"dense": DENSE, "sparse": SPARSE})
 _INDEXER_TYPES = MappingProxyType({"full": "full", "shared": "shared"})
@@ -188,6 +192,17 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "sparse_layers": _wholes("moe_layers", high=MAX_LAYERS),
         "sparse_flags": _wholes("moe_layer_freq", high=1),
         "mlp_types": _texts("mlp_layer_types", choices=_MLP_TYPES),
+        # routing
+        "score": _choice("scoring_func", choices=SCORES),
+        "topk_method": _choice("topk_method", choices=TOPK_METHODS),
+        "normalised": _flag("norm_topk_prob"),
+        "expert_scale": _real("routed_scaling_factor", low=0.0, high=1e6),
+        "expert_groups": _whole("n_group", high=MAX_EXPERTS, nullable=True),
+        "chosen_groups": _whole("topk_group", high=MAX_EXPERTS, nullable=True),
+        "aux_loss": _real("router_aux_loss_coef", low=0.0, high=1e3),
+        "z_loss": _real("router_z_loss_coef", low=0.0, high=1e3),
+        "bias_speed": _real("router_bias_update_rate", low=0.0, high=1.0),
+        "capacity": _real("capacity_factor", low=0.0, high=1e3, nullable=True),
         # latent attention
         "query_rank": _whole("q_lora_rank", high=MAX_WIDTH, nullable=True),
         "kv_rank": _whole("kv_lora_rank", high=MAX_WIDTH),

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from planner.hf.dense import BIASES, DELTA_FIXED, DELTA_NAMES, LLAMA_KEYS
-from planner.hf.experts import FIRST_DENSE_NAMES, MIXTRAL, QWEN_NAMES
+from planner.hf.experts import BALANCE, CORRECTED, FIRST_DENSE_NAMES, MIXTRAL, QWEN_NAMES
 from planner.hf.family import Family
 from planner.hf.keys import LINEAR
 from planner.hf.layers import (
@@ -73,8 +73,13 @@ _LATENT: Mapping[str, Any] = MappingProxyType(
         "shared": 1,
         "first_dense": 3,
         "sparse_every": 1,
+        **CORRECTED,
+        "expert_scale": 2.5,
+        "expert_groups": 8,
+        "chosen_groups": 4,
     }
 )
+_UNCORRECTED = frozenset({"bias_speed", "score", "normalised"})
 _LATENT_INERT = frozenset({"num_key_value_heads", "head_dim", "qk_head_dim", "rope_interleave"})
 _INDEXED: Mapping[str, Any] = MappingProxyType(
     {
@@ -181,7 +186,13 @@ MIXED_FAMILIES: Mapping[str, Family] = MappingProxyType(
         "deepseek_v2": Family(
             build=latent_decoder,
             defaults={
-                **_LATENT,
+                **{key: value for key, value in _LATENT.items() if key not in _UNCORRECTED},
+                **BALANCE,
+                "aux_loss": 0.001,
+                "topk_method": "greedy",
+                "expert_scale": 1.0,
+                "expert_groups": None,
+                "chosen_groups": None,
                 "hidden": 4096,
                 "layers": 32,
                 "heads": 32,
@@ -196,7 +207,7 @@ MIXED_FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "first_dense": 0,
             },
             names=FIRST_DENSE_NAMES,
-            fixed={"rotary": False},
+            fixed={"rotary": False, "normalised": False},
             sparse=after_first_dense,
             inert=_LATENT_INERT,
         ),

@@ -14,6 +14,7 @@ from planner.hf.layers import all_full, is_rotary, nowhere
 from planner.mixers import Mixer
 from planner.model import Block, Norm, Segment
 from planner.recurrent import DeltaNet, LightningAttention, StateSpace
+from planner.routing import Routing, TopkMethod
 
 ALL = Span(reach=Reach.ALL)
 
@@ -135,6 +136,26 @@ def experts(d: Description) -> Experts:
         shared_gate=d.shared_gate,
         latent=d.latent,
         latent_bias=d.latent is not None and d.mlp_bias,
+        routing=routing(d),
+    )
+
+
+def routing(d: Description) -> Routing:
+    """How tokens choose; groups count where the method limits the choice to some (DeepSeek)."""
+    limited = d.topk_method is not TopkMethod.GREEDY and (d.expert_groups or 1) > 1
+    corrected = d.topk_method is TopkMethod.CORRECTED
+    return Routing(
+        score=d.score,
+        normalised=d.normalised,
+        scale=d.expert_scale,
+        groups=(d.expert_groups or 1) if limited else 1,
+        chosen_groups=(d.chosen_groups or 1) if limited else 1,
+        group_experts=2 if limited and corrected else 1,
+        corrected=corrected,
+        bias_speed=d.bias_speed if corrected else 0.0,
+        aux_loss=d.aux_loss,
+        z_loss=d.z_loss,
+        capacity=d.capacity,
     )
 
 

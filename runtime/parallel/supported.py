@@ -38,6 +38,9 @@ def _degree_problems(plan: Plan, degrees: Degrees) -> list[Problem]:
                 legal="zero=0 with dp_shard=1, zero=1, 2 or 3 with dp_shard over 1",
             )
         )
+    if plan.model.experts and degrees.tp > 1:
+        fault = f"is {degrees.tp}: this runtime does not split experts yet."
+        found.append(Problem(where="strategy.tp", fault=fault, legal="1"))
     if degrees.chunks > 1 and degrees.pp == 1:
         fault = f"is {degrees.chunks} with pp=1: chunks of one rank would be one stage."
         found.append(Problem(where="strategy.chunks", fault=fault, legal="1"))

@@ -6,8 +6,10 @@ from torch import Tensor, nn
 
 from planner import model as spec_types
 from planner.execution import plain_parts
+from planner.feed_forward import Mlp as MlpSpec
 from planner.model import Norm
 from runtime.transformer.attention import Attention
+from runtime.transformer.experts import MixtureOfExperts
 from runtime.transformer.mlp import Mlp
 
 
@@ -24,7 +26,9 @@ class Block(nn.Module):
         self.attention_norm = norm(block.norm, block.hidden, norm_eps)
         self.attention = Attention(block.hidden, attention)
         self.mlp_norm = norm(block.norm, block.hidden, norm_eps)
-        self.mlp = Mlp(block.hidden, mlp)
+        self.mlp: Mlp | MixtureOfExperts = (
+            Mlp(block.hidden, mlp) if isinstance(mlp, MlpSpec) else MixtureOfExperts(block.hidden, mlp)
+        )
 
     def forward(self, x_bsh: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         middle: Tensor = x_bsh + self.attention(self.attention_norm(x_bsh), cos, sin)

@@ -9,9 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from planner.model import ModelSpec
+from runtime.transformer.experts import Experts
 from runtime.transformer.rotary import Rotary
+from runtime.transformer.router import Router
 
-RESIDUAL_OUTPUTS = ("attention.wo.weight", "mlp.down.weight")
+RESIDUAL_OUTPUTS = (
+    "attention.wo.weight",
+    "mlp.down.weight",
+    "mlp.shared.down.weight",
+    "mlp.experts.down",
+    "mlp.from_latent.weight",
+)
 """Projections that write into the residual stream; their initial scale shrinks with depth (GPT-2 paper)."""
 
 
@@ -25,10 +33,13 @@ def materialize(
     """
     module.to_empty(device="cpu")
     with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            fill_parameter(parameter, prefix + name, spec, seed)
-        for part in module.modules():
-            if isinstance(part, Rotary):
+        for path, part in module.named_modules(prefix=prefix.removesuffix(".")):
+            for name, parameter in part.named_parameters(prefix=path, recurse=False):
+                if isinstance(part, Experts):
+                    fill_experts(parameter, part.first, name, spec, seed)
+                else:
+                    fill_parameter(parameter, name, spec, seed)
+            if isinstance(part, Rotary | Router):
                 part.fill()
     module.to(device)
 
@@ -39,15 +50,28 @@ def fill_parameter(parameter: Tensor, name: str, spec: ModelSpec, seed: int) -> 
     Projections into the residual stream are scaled by 1 / sqrt(2 * layers) (Radford et al. 2019).
     """
     name = canonical_name(name, spec)
-    if name.endswith(".bias"):
+    if name.endswith("bias"):
         parameter.zero_()
     elif "norm." in name:
         parameter.fill_(1.0)
     else:
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        scale = 1 / math.sqrt(2 * spec.layers) if name.endswith(RESIDUAL_OUTPUTS) else 1.0
-        parameter.normal_(0.0, spec.initializer_range * scale, generator=generator)
+        _draw(parameter, name, name, spec, seed)
+
+
+def fill_experts(parameter: Tensor, first: int, name: str, spec: ModelSpec, seed: int) -> None:
+    """As `fill_parameter`, for stacked weights: each expert by its number, so that no rank draws others."""
+    for index, expert in enumerate(parameter):
+        if name.endswith("bias"):
+            expert.zero_()
+        else:
+            _draw(expert, name, f"{name}:{first + index}", spec, seed)
+
+
+def _draw(values: Tensor, name: str, stream: str, spec: ModelSpec, seed: int) -> None:
+    digest = hashlib.sha256(f"{seed}:{stream}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    scale = 1 / math.sqrt(2 * spec.layers) if name.endswith(RESIDUAL_OUTPUTS) else 1.0
+    values.normal_(0.0, spec.initializer_range * scale, generator=generator)
 
 
 def canonical_name(name: str, spec: ModelSpec) -> str:

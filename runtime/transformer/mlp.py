@@ -21,14 +21,15 @@ class Mlp(nn.Module):
 
     def forward(self, x_bsh: Tensor) -> Tensor:
         if self.gate is None:
-            inner = _activate(self.up(x_bsh), self.activation)
+            inner = activate(self.up(x_bsh), self.activation)
         else:
-            inner = _activate(self.gate(x_bsh), self.activation) * self.up(x_bsh)
+            inner = activate(self.gate(x_bsh), self.activation) * self.up(x_bsh)
         out: Tensor = self.down(inner)
         return out
 
 
-def _activate(x: Tensor, activation: Activation) -> Tensor:
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """The non-linearity of an MLP."""
     match activation:
         case Activation.SILU:
             return functional.silu(x)

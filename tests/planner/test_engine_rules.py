@@ -94,7 +94,12 @@ CASES = (
         "native_vocabulary", N, TP2, TP2, ("tp=2", "vocabulary of 255", "1, 3, 5, 15, 17, 51"),
         illegal_problem=held(N, instances.problem(of=instances.model(vocab=255), on=TWO_NODES)),
     ),
-    Case("native_model", N, ZERO3, ZERO3, ("experts", "llama"), illegal_problem=experts()),
+    Case(
+        "native_model", N, ZERO3, ZERO3, ("pooler", "llama"),
+        illegal_problem=held(
+            N, instances.problem(of=dataclasses.replace(instances.model(), pooler=True), on=TWO_NODES)
+        ),
+    ),
     Case(
         "torchtitan_sharding", T, ZERO3, dataclasses.replace(ZERO3, zero=Zero.OPTIMIZER),
         ("zero=1", "dp_shard=8", "= 8", "zero=3"),

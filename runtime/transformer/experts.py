@@ -1,0 +1,218 @@
+"""A mixture of experts: each token meets the few experts that a router chooses, and all shared ones.
+
+Shapes: B micro-batch, S sequence, H hidden (of the routed experts: their latent, where there is one), F width
+of an expert, E experts, K experts a token, T tokens, R rows: one for each token and each of its experts, in
+the order of experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+
+from planner.feed_forward import Experts as ExpertsSpec
+from planner.feed_forward import Mlp as MlpSpec
+from runtime.transformer.mlp import Mlp, activate
+from runtime.transformer.router import Router
+
+
+class Dispatch(Protocol):
+    """Takes rows to where their experts are, and results back."""
+
+    def send(self, rows_rh: Tensor, counts_e: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """The rows that the experts of this rank compute, how many each has, and what `take_back` needs."""
+
+    def take_back(self, rows_rh: Tensor, sent: Any) -> Tensor:
+        """The result of each row that this rank had sent, in the order of sending."""
+
+
+class AllHere:
+    """The dispatch of a rank that holds all experts."""
+
+    def send(self, rows_rh: Tensor, counts_e: Tensor) -> tuple[Tensor, Tensor, Any]:
+        return rows_rh, counts_e, None
+
+    def take_back(self, rows_rh: Tensor, sent: Any) -> Tensor:
+        return rows_rh
+
+
+class MixtureOfExperts(nn.Module):
+    """down(act(gate(x)) * up(x)) of a token's experts, weighed and summed; shared experts beside.
+
+    `enter` and `leave` are put around the tokens by tensor parallelism, `dispatch` by expert parallelism.
+    """
+
+    def __init__(self, hidden: int, spec: ExpertsSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.router = Router(hidden, spec)
+        bias, latent = spec.latent_bias, spec.latent
+        self.to_latent = nn.Linear(hidden, latent, bias=bias) if latent else None
+        self.from_latent = nn.Linear(latent, hidden, bias=bias) if latent else None
+        self.experts = Experts(latent or hidden, spec.count, spec.expert)
+        self.shared = Mlp(hidden, spec.shared) if spec.shared else None
+        self.shared_gate = nn.Linear(hidden, 1, bias=False) if spec.shared_gate else None
+        self.dispatch: Dispatch = AllHere()
+        self.enter: Callable[[Tensor], Tensor] = nn.Identity()
+        self.leave: Callable[[Tensor], Tensor] = nn.Identity()
+
+    def forward(self, x_bsh: Tensor) -> Tensor:
+        tokens_bsh = self.enter(x_bsh)
+        out = self._routed(tokens_bsh)
+        if self.shared is not None:
+            beside = self.shared(x_bsh)
+            if self.shared_gate is not None:
+                beside = self.shared_gate(tokens_bsh).sigmoid() * beside
+            out = out + beside
+        return self.leave(out)
+
+    def _routed(self, x_bsh: Tensor) -> Tensor:
+        weights, chosen = self.router(x_bsh)
+        kept = self._kept(chosen)
+        tokens = (x_bsh if self.to_latent is None else self.to_latent(x_bsh)).flatten(0, 1)
+        rows, counts, places = _copies_by_expert(tokens, chosen.flatten(0, 1), kept, self.spec.count)
+        rows, counts, sent = self.dispatch.send(rows, counts)
+        results = self.dispatch.take_back(self.experts(rows, counts), sent)
+        out = _weighed_sum(results, places, weights.flatten(0, 1)).view(*x_bsh.shape[:2], -1)
+        return out if self.from_latent is None else self.from_latent(out)
+
+    def _kept(self, chosen_bsk: Tensor) -> Tensor | None:
+        """Which choices are within their expert's capacity, [B S, K]; None where nothing is dropped."""
+        capacity = self.spec.routing.capacity
+        if capacity is None:
+            return None
+        return within_capacity(chosen_bsk, self.spec.count, capacity).flatten(0, 1)
+
+
+def within_capacity(chosen_bsk: Tensor, experts: int, factor: float) -> Tensor:
+    """Whether a choice is among the first ceil(factor S K / E) of its sequence for its expert, [B, S, K]."""
+    batch, seq, topk = chosen_bsk.shape
+    picked = chosen_bsk.new_zeros(batch, seq, experts, dtype=torch.int32).scatter_(2, chosen_bsk, 1)
+    earlier = picked.cumsum(1) - picked
+    return earlier.gather(2, chosen_bsk) < math.ceil(factor * seq * topk / experts)
+
+
+class Experts(nn.Module):
+    """Routed experts as stacked weights, [E, F, H] up and [E, H, F] down: `first` and those after it."""
+
+    def __init__(self, hidden: int, count: int, spec: MlpSpec) -> None:
+        super().__init__()
+        self.activation, self.width = spec.activation, spec.width
+        self.first = 0
+
+        def weight(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(count, *shape))
+
+        self.gate = weight(spec.width, hidden) if spec.gated else None
+        self.up, self.down = weight(spec.width, hidden), weight(hidden, spec.width)
+        self.gate_bias = weight(spec.width) if spec.gated and spec.bias else None
+        self.up_bias = weight(spec.width) if spec.bias else None
+        self.down_bias = weight(hidden) if spec.bias else None
+
+    def forward(self, rows_rh: Tensor, counts_e: Tensor) -> Tensor:
+        """The result of each row by its expert: the first counts[0] rows by the first, and so on."""
+        ends = counts_e.cumsum(0).to(torch.int32)
+        inner = _products(rows_rh, self.up, self.up_bias, ends)
+        if self.gate is None:
+            inner = activate(inner, self.activation)
+        else:
+            inner = activate(_products(rows_rh, self.gate, self.gate_bias, ends), self.activation) * inner
+        if self.down_bias is None:
+            return _products(inner, self.down, None, ends)
+        # Each of the ranks that share out one expert's width adds its part of the bias.
+        bias = _divided(_local(self.down_bias), self.width // inner.shape[1])
+        return _products(inner, self.down, bias, ends)
+
+
+def _local(weight: Tensor) -> Tensor:
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def _divided(bias: Tensor, parts: int) -> Tensor:
+    """bias / parts, with the gradient of bias."""
+    return bias if parts == 1 else bias + (1 / parts - 1) * bias.detach()
+
+
+def _products(rows_rh: Tensor, weight: Tensor, bias: Tensor | None, ends_e: Tensor) -> Tensor:
+    """rows @ weight^T (+ bias), each row by the weight of its expert: of e, the rows [ends[e-1], ends[e])."""
+    out = _grouped(rows_rh, _local(weight).transpose(1, 2), ends_e)
+    if bias is None:
+        return out
+    counts = torch.diff(ends_e, prepend=ends_e.new_zeros(1)).long()
+    return out + _local(bias).repeat_interleave(counts, dim=0, output_size=rows_rh.shape[0])
+
+
+def _grouped(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """A grouped matrix product, or one for each expert where this build of torch has none."""
+    grouped: Callable[..., Tensor] | None = getattr(functional, "grouped_mm", None)
+    grouped = grouped or getattr(torch, "_grouped_mm", None)
+    if grouped is not None:
+        return grouped(rows, weights, offs=ends)
+    bounds = [0, *ends.tolist()]
+    parts = [rows[bounds[e] : bounds[e + 1]] @ weights[e] for e in range(len(weights))]
+    return torch.cat(parts)
+
+
+def _copies_by_expert(
+    tokens_th: Tensor, chosen_tk: Tensor, kept_tk: Tensor | None, experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A row for every kept choice in the order of experts, how many each expert has, and the place of each
+    choice [T, K] among the rows: R for one that was dropped."""
+    keys = chosen_tk if kept_tk is None else chosen_tk.where(kept_tk, experts)
+    order = keys.flatten().argsort(stable=True)
+    counts = torch.bincount(keys.flatten(), minlength=experts)[:experts]
+    rows = order.numel() if kept_tk is None else int(counts.sum())
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    places = places.clamp(max=rows).view_as(chosen_tk)
+    copies: Tensor = _Copies.apply(tokens_th, order[:rows] // chosen_tk.shape[1], places)  # type: ignore[no-untyped-call]
+    return copies, counts, places
+
+
+def _weighed_sum(rows_rh: Tensor, places_tk: Tensor, weights_tk: Tensor) -> Tensor:
+    """sum_k weight[t, k] row[place[t, k]] for each token, [T, H]; a dropped choice adds nothing."""
+    results: Tensor = _Places.apply(rows_rh, places_tk)  # type: ignore[no-untyped-call]
+    return torch.bmm(weights_tk.to(results.dtype)[:, None], results)[:, 0]
+
+
+def _at(rows_rh: Tensor, places_tk: Tensor) -> Tensor:
+    """The row at each place, [T, K, H]; zero at place R."""
+    dropped = rows_rh.shape[0] < places_tk.numel()
+    return (functional.pad(rows_rh, (0, 0, 0, 1)) if dropped else rows_rh)[places_tk]
+
+
+class _Copies(torch.autograd.Function):
+    """The token of each row. Going back, each token sums its rows in the order of its choices: unlike
+    index_add, whose order on CUDA changes from run to run."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_th: Tensor, token_of_row: Tensor, places_tk: Tensor) -> Tensor:
+        ctx.save_for_backward(places_tk)
+        return tokens_th[token_of_row]
+
+    @staticmethod
+    def backward(ctx: Any, grad_rh: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return _at(grad_rh, places).sum(1), None, None
+
+
+class _Places(torch.autograd.Function):
+    """The row at each place [T, K, H]. Going back, every row has one place, or none."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_rh: Tensor, places_tk: Tensor) -> Tensor:
+        ctx.save_for_backward(places_tk)
+        ctx.rows = rows_rh.shape[0]
+        return _at(rows_rh, places_tk)
+
+    @staticmethod
+    def backward(ctx: Any, grad_tkh: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        grads = grad_tkh.new_empty(ctx.rows + 1, grad_tkh.shape[-1])
+        grads[places.flatten()] = grad_tkh.flatten(0, 1)
+        return grads[: ctx.rows], None
