@@ -1,4 +1,7 @@
-"""Sharded equals unsharded: in every layout, losses and gradient norms are those of one process."""
+"""Sharded equals unsharded: in every layout, losses and gradient norms are those of one process.
+
+A few layouts for each axis; `bench.matrix` runs many more, of every axis together.
+"""
 
 from __future__ import annotations
 
@@ -25,51 +28,26 @@ def batch8(**degrees: object) -> Degrees:
 
 
 CASES: dict[str, Plan] = {
-    "tp2": make_plan(LLAMA, batch8(tp=2, micro_batch=4)),
     "tp2-sp": make_plan(LLAMA, batch8(tp=2, micro_batch=4, sequence_parallel=True)),
     "tp4": make_plan(LLAMA, batch8(tp=4, micro_batch=4)),
-    "tp4-sp": make_plan(LLAMA, batch8(tp=4, micro_batch=4, sequence_parallel=True)),
-    "pp2-1f1b": make_plan(LLAMA, batch8(pp=2, micro_batch=2, schedule=ONE_F_ONE_B)),
-    "pp2-gpipe": make_plan(LLAMA, batch8(pp=2, micro_batch=2, schedule=GPIPE)),
     "pp2-interleaved": make_plan(LLAMA, batch8(pp=2, chunks=2, micro_batch=2, schedule=INTERLEAVED)),
-    "pp4": make_plan(LLAMA, batch8(pp=4, micro_batch=1)),
     "pp2-uneven": make_plan(LLAMA, batch8(pp=2, micro_batch=2), split(3, 1)),
     "dp2-zero0": make_plan(LLAMA, batch8(dp_replicate=2, micro_batch=2)),
     "dp2-zero1": make_plan(LLAMA, batch8(dp_shard=2, micro_batch=2, zero=Zero(1))),
     "dp2-zero2": make_plan(LLAMA, batch8(dp_shard=2, micro_batch=2, zero=Zero(2))),
     "dp2-zero3": make_plan(LLAMA, batch8(dp_shard=2, micro_batch=2, zero=Zero(3))),
     "hsdp": make_plan(LLAMA, batch8(dp_replicate=2, dp_shard=2, micro_batch=1, zero=Zero(3))),
-    "tp2-pp2": make_plan(LLAMA, batch8(tp=2, pp=2, micro_batch=2)),
-    "tp2-sp-pp2": make_plan(LLAMA, batch8(tp=2, pp=2, micro_batch=2, sequence_parallel=True)),
-    "tp2-dp2-zero0": make_plan(LLAMA, batch8(tp=2, dp_replicate=2, micro_batch=2)),
-    "tp2-sp-dp2-zero0": make_plan(LLAMA, batch8(tp=2, dp_replicate=2, micro_batch=2, sequence_parallel=True)),
-    "tp2-dp2-zero3": make_plan(LLAMA, batch8(tp=2, dp_shard=2, micro_batch=2, zero=Zero(3))),
     "tp2-sp-dp2-zero2": make_plan(
         LLAMA, batch8(tp=2, dp_shard=2, micro_batch=2, zero=Zero(2), sequence_parallel=True)
     ),
-    "pp2-dp2-zero0": make_plan(LLAMA, batch8(pp=2, dp_replicate=2, micro_batch=1)),
-    "pp2-dp2-zero1": make_plan(LLAMA, batch8(pp=2, dp_shard=2, micro_batch=1, zero=Zero(1))),
-    "pp2-dp2-zero2": make_plan(LLAMA, batch8(pp=2, dp_shard=2, micro_batch=1, zero=Zero(2))),
     "pp2-dp2-zero3": make_plan(LLAMA, batch8(pp=2, dp_shard=2, micro_batch=1, zero=Zero(3))),
-    "interleaved-dp2-zero3": make_plan(
-        LLAMA, batch8(pp=2, chunks=2, schedule=INTERLEAVED, dp_shard=2, micro_batch=1, zero=Zero(3))
-    ),
     "recompute-mixed": make_plan(
         LLAMA, batch8(dp_shard=2, micro_batch=2, zero=Zero(3)), (Stage(first=0, end=4, recompute=MIXED),)
-    ),
-    "recompute-tp2-sp": make_plan(
-        LLAMA,
-        batch8(tp=2, micro_batch=4, sequence_parallel=True),
-        (Stage(first=0, end=4, recompute=MIXED),),
     ),
     "recompute-pp2": make_plan(
         LLAMA, batch8(pp=2, micro_batch=2), split(3, 1, recompute=Recompute.SELECTIVE)
     ),
-    "gpt2-tp2": make_plan(GPT2, batch8(tp=2, micro_batch=4)),
-    "gpt2-tp2-sp": make_plan(GPT2, batch8(tp=2, micro_batch=4, sequence_parallel=True)),
-    "gpt2-pp2": make_plan(GPT2, batch8(pp=2, micro_batch=2)),
     "gpt2-tp2-sp-pp2": make_plan(GPT2, batch8(tp=2, pp=2, micro_batch=2, sequence_parallel=True)),
-    "gpt2-dp2-zero3": make_plan(GPT2, batch8(dp_shard=2, micro_batch=2, zero=Zero(3))),
     "gpt2-pp2-dp2-zero2": make_plan(GPT2, batch8(pp=2, dp_shard=2, micro_batch=1, zero=Zero(2))),
 }
 
