@@ -23,6 +23,7 @@ from planner.codec import encode
 from planner.errors import InputError, Problem
 from planner.plan import Plan
 from runtime.checkpoint import save_checkpoint
+from runtime.compiled import compiles
 from runtime.data import BatchReader, data_summary
 from runtime.exchange import gather_json
 from runtime.executor import Executor, StepResult
@@ -121,7 +122,13 @@ class _Loop:
             _check_steps_left(options.steps, resumed[1].step)
             saved = saved_options(resumed[1])
         chosen = resolve(options, plan, saved)
-        self.executor = Executor(plan, device=self.device, seed=options.seed, optimizer_options=chosen)
+        self.executor = Executor(
+            plan,
+            device=self.device,
+            seed=options.seed,
+            optimizer_options=chosen,
+            compiled=compiles(options.compile, self.device),
+        )
         if resumed is not None:
             restore(*resumed, self.executor, chosen)
             self._say_resumed(resumed[1].step, resumed[1].run, saved, chosen)

@@ -25,7 +25,7 @@ class TrainOptions:
     `steps` counts from the beginning of training, not from the resumed step. `data` None is the shipped
     corpus. `data_cache` is where
     tokenized data goes, for runs to share; None: the run's own folder. `checkpoint_every` 0 saves at the
-    end only.
+    end only. `compile` None compiles blocks on CUDA.
     """
 
     steps: int
@@ -43,6 +43,7 @@ class TrainOptions:
     decay_steps: int | None = None
     weight_decay: float | None = None
     clip: float | None = None
+    compile: bool | None = None
 
 
 def default_lr(model: ModelSpec) -> float:

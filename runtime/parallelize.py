@@ -1,6 +1,6 @@
 """Puts a plan onto modules: one `apply_*` verb for each axis, always in the same order.
 
-    materialize -> tensor parallel -> recompute -> data parallel, part by part, then the root.
+    materialize -> tensor parallel -> recompute -> compile -> data parallel, part by part, then the root.
 
 Part by part, so that a rank never holds more than one whole part besides its own shards.
 """
@@ -13,6 +13,7 @@ from torch import nn
 from planner.plan import Plan
 from planner.strategy import Recompute, Stage
 from runtime import recompute
+from runtime.compiled import apply_compile
 from runtime.parallel.data import apply_data_parallel
 from runtime.parallel.meshes import Meshes
 from runtime.parallel.tensor import apply_tensor_parallel
@@ -20,7 +21,15 @@ from runtime.transformer.initial import materialize
 from runtime.transformer.model import Transformer, build_transformer
 
 
-def build_stage(plan: Plan, index: int, meshes: Meshes, *, seed: int, device: torch.device) -> Transformer:
+def build_stage(
+    plan: Plan,
+    index: int,
+    meshes: Meshes,
+    *,
+    seed: int,
+    device: torch.device,
+    compiled: bool = False,
+) -> Transformer:
     """Stage `index` of the plan, initialised, sharded and ready to train on this rank."""
     degrees, stage = plan.strategy.degrees, plan.strategy.stages[index]
     model = build_transformer(
@@ -33,6 +42,8 @@ def build_stage(plan: Plan, index: int, meshes: Meshes, *, seed: int, device: to
             materialize(part, plan.model, prefix=f"{name}.", seed=seed, device=device)
             apply_tensor_parallel(name, part, degrees, meshes)
             modules.append(apply_recompute(model, name, part, options.get(name, Recompute.NONE)))
+            if compiled:
+                apply_compile(modules[-1])
         if not (model.tied and _holds_tied_weight(modules)):
             apply_data_parallel(modules, degrees, plan.workload.precision, meshes)
     model.tie()

@@ -68,6 +68,11 @@ if TYPE_CHECKING:
     help="Step at which the cosine ends. Default: the workload's tokens, else --steps but at least 1000.",
 )
 @click.option("--weight-decay", type=float, metavar="W", help="Of matrices. Default: 0.1.")
+@click.option(
+    "--compile/--no-compile",
+    default=None,
+    help="torch.compile for each block and the loss. Default: on CUDA where Triton is, not on a CPU.",
+)
 @click.option("--clip", type=float, metavar="NORM", help="Limit of the gradient norm. Default: 1.0.")
 @json_option
 def train(plan_file: Path, steps: int | None, as_json: bool, **given: Any) -> int:
