@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,14 +46,14 @@ _SILENT = ("recv_", "barrier", "wait_tensor", "monitored_barrier_", "_wrap_tenso
 _NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
-class MessageCount(TorchDispatchMode):
+class MessageCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While entered, counts this rank's messages by operation, mesh axis and bytes into `messages`.
 
     A group that is no axis of the mesh is named by its ranks, such as `0,3`; that of all ranks `world`.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.messages: Counter[Message] = Counter()
         self._axes = _axes_by_ranks(mesh)
 
@@ -86,7 +86,8 @@ class MessageCount(TorchDispatchMode):
 
 def count_messages(step: Callable[[], object], mesh: DeviceMesh) -> Counter[Message]:
     """The messages of one call of `step` on this rank."""
-    with MessageCount(mesh) as counting:
+    counting = MessageCount(mesh)
+    with counting:
         step()
     return counting.messages
 
@@ -110,7 +111,9 @@ def _group_of(args: tuple[Any, ...]) -> dist.ProcessGroup:
             return arg
     named = [arg for arg in args if isinstance(arg, str)]
     assert named, [type(arg) for arg in args]
-    return _resolve_process_group(named[-1])
+    resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    found: dist.ProcessGroup = resolve(named[-1])
+    return found
 
 
 def _bytes(value: Any) -> int:

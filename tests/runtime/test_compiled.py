@@ -13,7 +13,7 @@ from planner.strategy import Degrees, RecomputeCounts, Stage, Zero
 from runtime import compiled
 from runtime.executor import Executor
 from runtime.parallel import tensor
-from tests.plans import make_plan, tiny_llama
+from tests.plans import make_plan, tiny_llama, tiny_mixtral
 from tests.runtime.ranks import OPTIONS, SEED, on_ranks, single_process, train
 
 LLAMA = tiny_llama(layers=3)
@@ -21,6 +21,7 @@ MIXED = (Stage(first=0, end=3, recompute=RecomputeCounts(none=1, selective=1, fu
 PLANS = {
     "tp2-sp": make_plan(LLAMA, Degrees(tp=2, micro_batch=4, sequence_parallel=True)),
     "tp2": make_plan(LLAMA, Degrees(tp=2, micro_batch=4)),
+    "experts": make_plan(tiny_mixtral(layers=2), Degrees(micro_batch=4)),
     "zero3-recompute": make_plan(LLAMA, Degrees(dp_shard=2, micro_batch=2, zero=Zero(3)), MIXED),
 }
 
@@ -54,7 +55,7 @@ def test_compiled_steps_are_those_of_one_process(name: str) -> None:
         assert executor.executed().differences(plan) == ()
         return found, _compiled_frames()
 
-    for trajectory, frames in on_ranks(body, 2):
+    for trajectory, frames in on_ranks(body, plan.strategy.degrees.world):
         assert [v for pair in trajectory for v in pair] == pytest.approx(expected, rel=1e-5)
         assert frames > 0, "nothing was compiled"
 
