@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from planner.codec import digest, encode
 from planner.errors import InputError, Problem
@@ -21,6 +22,7 @@ from runtime.committed import (
     committed_folders,
     find_checkpoint,
     load_index,
+    set_aside,
     sweep,
 )
 from runtime.data import DataIndex, open_data, prepare_data
@@ -85,6 +87,7 @@ def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
                 )
             )
         checkpoint = str(found.path)
+        remarks += [f"kept aside: {set_aside(path)}" for path in found.damaged]
     elif steps := committed_folders(folder):
         raise InputError(
             Problem(
@@ -169,7 +172,13 @@ def training_state(executor: Executor, options: OptimizerOptions) -> dict[str, A
     return state
 
 
-def restore(path: Path, index: CheckpointIndex, executor: Executor, options: OptimizerOptions) -> None:
+def restore(
+    path: Path,
+    index: CheckpointIndex,
+    executor: Executor,
+    options: OptimizerOptions,
+    group: dist.ProcessGroup | None = None,
+) -> None:
     """Loads a checkpoint of any layout of the same model into the executor.
 
     Random states belong to ranks, so they are taken over only where the number of ranks is the same.
@@ -182,7 +191,7 @@ def restore(path: Path, index: CheckpointIndex, executor: Executor, options: Opt
     ):
         state.pop("random")
         state.pop("random-cuda", None)
-    state = load_checkpoint(path, index, state)
+    state = load_checkpoint(path, index, state, group=group)
     executor.load_state_dict(state["executor"])
     for rng in state.get("random", {}).values():
         torch.set_rng_state(rng)
