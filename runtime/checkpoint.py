@@ -46,21 +46,24 @@ def save_checkpoint(
     keep: int = 2,
     group: dist.ProcessGroup | None = None,
     staged: Callable[[], None] | None = None,
+    remembered: str | None = None,
 ) -> Path:
     """Writes `state` of all ranks as the checkpoint of `step`, publishes it, and drops all but the newest.
 
     Every rank of `group` (None: the default one) calls it. `keep` (at least 2) checkpoints stay. `staged` is
-    called when this rank's part is copied, so that training may go on before it is written. Raises
-    InputError on every rank if one of them cannot write; then the step does not exist and older ones are
-    untouched.
+    called when this rank's part is copied, so that training may go on before it is written. `remembered`:
+    see JsonSavePlanner. Raises InputError on every rank if one of them cannot write; then the step does not
+    exist and older ones are untouched.
     """
-    writer = SafetensorsWriter(folder, step=step, run=run, keep=keep, staged=staged)
+    planner = JsonSavePlanner(remembered)
+    writer = SafetensorsWriter(folder, planner, step=step, run=run, keep=keep, staged=staged)
     try:
-        with _reasons("written"), _quiet_alone():
+        quiet = contextlib.nullcontext() if dist.is_initialized() else _quiet_alone()
+        with _reasons("written"), quiet:
             state_dict_saver.save(
                 dict(_leaves(state)),
                 storage_writer=writer,
-                planner=JsonSavePlanner(),
+                planner=planner,
                 process_group=group,
                 no_dist=not dist.is_initialized(),
             )
@@ -71,26 +74,28 @@ def save_checkpoint(
     return writer.final
 
 
-def load_checkpoint(
-    path: Path, index: CheckpointIndex, state: State, *, group: dist.ProcessGroup | None = None
-) -> dict[str, Any]:
+def load_checkpoint(path: Path, index: CheckpointIndex, state: State) -> dict[str, Any]:
     """`state` with every tensor filled from the checkpoint, in place, and every plain value replaced.
 
-    The layout of `state` may be another one than that which was saved; a rank reads only what it holds.
-    Every rank of `group` calls it. Raises InputError on every rank with every tensor that the checkpoint
-    lacks or holds in another shape.
+    The layout of `state` may be another one than that which was saved. Each rank reads what it holds, and
+    plans that alone: DCP would send all ranks' plans to the first one and back, to change nothing in them.
+    Every rank calls it. Raises InputError on every rank with every tensor that the checkpoint lacks or
+    holds in another shape.
     """
     flat = dict(_leaves(state))
-    agree(lambda: _check_fit(path, index, flat))
     wanted = {name: leaf for name, leaf in flat.items() if not isinstance(leaf, Tensor) or leaf.numel()}
-    with _reasons("read"), _quiet_alone():
-        state_dict_loader.load(
-            wanted,
-            storage_reader=SafetensorsReader(path, index),
-            planner=JsonLoadPlanner(),
-            process_group=group,
-            no_dist=not dist.is_initialized(),
-        )
+
+    def load() -> None:
+        _check_fit(path, index, flat)
+        with _reasons("read"), _quiet_alone():
+            state_dict_loader.load(
+                wanted,
+                storage_reader=SafetensorsReader(path, index),
+                planner=JsonLoadPlanner(),
+                no_dist=True,
+            )
+
+    agree(load)
     result: dict[str, Any] = _rebuild(state, {**flat, **wanted})
     return result
 
@@ -165,10 +170,7 @@ def _reasons(done: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_alone() -> Iterator[None]:
-    """Without a process group DCP warns that there is none, which is meant."""
-    if dist.is_initialized():
-        yield
-        return
+    """Where ranks are not to meet, DCP warns that they do not, which is meant."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

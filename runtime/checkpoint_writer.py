@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     Metadata,
+    MetadataIndex,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
@@ -57,10 +57,20 @@ class JsonSavePlanner(DefaultSavePlanner):
 
     Where a tensor has fewer rows than ranks, some hold an empty box that begins where another's full one
     does, and DCP tells boxes apart by their beginnings.
+
+    `remembered` names plans that are kept from one save to the next: while no rank's boxes change, none is
+    sent again. For 70B parameters with AdamW over 64 ranks (140,000 boxes), the first rank was busy with
+    them for 25 s (measured on one core): once a launch instead of at every save.
     """
 
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+    def __init__(self, remembered: str | None = None) -> None:
+        super().__init__(
+            flatten_state_dict=False,
+            flatten_sharded_tensors=False,
+            enable_plan_caching=remembered is not None,
+        )
+        if remembered is not None:
+            self._cached_plans_key = remembered
 
     def create_local_plan(self) -> SavePlan:
         plan = super().create_local_plan()
@@ -78,18 +88,11 @@ def _elements(item: WriteItem) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a box was written, with the digest of its whole file."""
+class _Written:
+    """What one rank has written: its file, if it had tensors to write, and values for the index."""
 
-    file: str
-    digest: FileDigest
-
-
-@dataclass(frozen=True, slots=True)
-class _Plain:
-    """A value that belongs into the index."""
-
-    value: Value
+    digest: FileDigest | None
+    values: dict[str, Value]
 
 
 class SafetensorsWriter(StorageWriter):
@@ -102,6 +105,7 @@ class SafetensorsWriter(StorageWriter):
     def __init__(
         self,
         folder: Path,
+        planner: JsonSavePlanner,
         *,
         step: int,
         run: dict[str, Value],
@@ -111,6 +115,7 @@ class SafetensorsWriter(StorageWriter):
         assert keep >= 2, keep
         self.final = step_folder(folder, step)
         self.temporary = self.final.with_name(self.final.name + ".tmp")
+        self.planner = planner
         self.step, self.run, self.keep, self.staged = step, run, keep, staged
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -134,27 +139,22 @@ class SafetensorsWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Writes this rank's file, reads it back and compares."""
-        tensors = [item for item in plan.items if item.type is not WriteItemType.BYTE_IO]
-        results = [
-            WriteResult(item.index, 0, _plain(item, planner))
-            for item in plan.items
-            if item.type is WriteItemType.BYTE_IO
-        ]
-        entries = [_entry(item, planner) for item in tensors]
+        values = {
+            item.index.fqn: _value(item, planner) for item in plan.items if item.type is WriteItemType.BYTE_IO
+        }
+        entries = [_entry(item, planner) for item in plan.items if item.type is not WriteItemType.BYTE_IO]
         if self.staged is not None:
             entries = _stage(entries)
             self.staged()
-        if entries:
-            place = self._write(f"shard-{own_rank():05d}.safetensors", entries)
-            results += [
-                WriteResult(item.index, entry.bytes, place)
-                for item, entry in zip(tensors, entries, strict=True)
-            ]
+        name = shard_file(own_rank())
+        written = _Written(self._write(name, entries) if entries else None, values)
+        # One result a rank: where each box is, the first rank knows from the plan.
+        result = WriteResult(MetadataIndex(name), sum(entry.bytes for entry in entries), written)
         done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
+        done.set_result([result])
         return done
 
-    def _write(self, name: str, entries: Sequence[Entry]) -> _Place:
+    def _write(self, name: str, entries: Sequence[Entry]) -> FileDigest:
         digest = write_safetensors(self.temporary / name, entries)
         _forget_cached(self.temporary / name)
         if digest_file(self.temporary / name) != digest:
@@ -165,15 +165,14 @@ class SafetensorsWriter(StorageWriter):
                     fix="check the disk or file system, or choose another --run-dir",
                 )
             )
-        return _Place(name, digest)
+        return digest
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On the first rank, once every file of every rank is whole on the disk."""
-        written = list(itertools.chain.from_iterable(results))
-        places = [result.storage_data for result in written if isinstance(result.storage_data, _Place)]
-        index = self._index(metadata, written, world=len(results))
+        written: list[_Written] = [result.storage_data for of_rank in results for result in of_rank]
+        index = self._index(metadata, written)
         write_atomic(self.temporary / INDEX, index_text(index))
-        files = {place.file: place.digest for place in places}
+        files = {shard_file(rank): one.digest for rank, one in enumerate(written) if one.digest is not None}
         files[INDEX] = digest_file(self.temporary / INDEX)
         commit = Commit(schema_version=CHECKPOINT_SCHEMA, step=self.step, files=files)
         write_atomic(self.temporary / COMMIT, to_json(commit))
@@ -188,14 +187,13 @@ class SafetensorsWriter(StorageWriter):
         for old in committed_folders(self.final.parent)[self.keep :]:
             remove_step(old)
 
-    def _index(self, metadata: Metadata, written: list[WriteResult], *, world: int) -> CheckpointIndex:
-        files: dict[tuple[str, tuple[int, ...]], str] = {}
-        values: dict[str, Value] = {}
-        for result in written:
-            if isinstance(result.storage_data, _Plain):
-                values[result.index.fqn] = result.storage_data.value
-            else:
-                files[result.index.fqn, tuple(result.index.offset or ())] = result.storage_data.file
+    def _index(self, metadata: Metadata, written: list[_Written]) -> CheckpointIndex:
+        files = {
+            (item.index.fqn, tuple(item.index.offset or ())): shard_file(rank)
+            for rank, plan in enumerate(self.planner.global_plan)
+            for item in plan.items
+        }
+        values = {name: value for one in written for name, value in one.values.items()}
         tensors = {
             name: _stored(name, stored, files)
             for name, stored in sorted(metadata.state_dict_metadata.items())
@@ -204,17 +202,23 @@ class SafetensorsWriter(StorageWriter):
         return CheckpointIndex(
             schema_version=CHECKPOINT_SCHEMA,
             step=self.step,
-            world=world,
+            world=len(written),
             run=self.run,
             values=dict(sorted(values.items())),
             tensors=tensors,
         )
 
 
-def _plain(item: WriteItem, planner: SavePlanner) -> _Plain:
+def shard_file(rank: int) -> str:
+    """The name of the file that a rank writes."""
+    return f"shard-{rank:05d}.safetensors"
+
+
+def _value(item: WriteItem, planner: SavePlanner) -> Value:
     text = planner.resolve_data(item)
     assert isinstance(text, io.BytesIO)
-    return _Plain(json.loads(text.getvalue()))
+    value: Value = json.loads(text.getvalue())
+    return value
 
 
 def _entry(item: WriteItem, planner: SavePlanner) -> Entry:

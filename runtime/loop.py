@@ -127,7 +127,7 @@ class _Loop:
         chosen = resolve(options, plan, saved)
         self.executor = Executor(plan, device=self.device, seed=options.seed, optimizer_options=chosen)
         if resumed is not None:
-            restore(*resumed, self.executor, chosen, self.saver.group)
+            restore(*resumed, self.executor, chosen)
             self._say_resumed(resumed[1].step, resumed[1].run, saved, chosen)
         return chosen
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +37,7 @@ class Saver:
     def __init__(self, folder: Path, *, keep: int, behind: bool, device: torch.device) -> None:
         self.folder, self.keep, self.behind, self.device = folder, keep, behind, device
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=WRITE_TIMEOUT_S))
+        self._plans = uuid.uuid4().hex
         self.waited_s = 0.0
         self.published: Path | None = None
         self._thread: threading.Thread | None = None
@@ -100,4 +102,5 @@ class Saver:
             keep=self.keep,
             group=self.group,
             staged=None if copied is None else copied.set,
+            remembered=self._plans,
         )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from planner.codec import digest, encode
 from planner.errors import InputError, Problem
@@ -172,13 +171,7 @@ def training_state(executor: Executor, options: OptimizerOptions) -> dict[str, A
     return state
 
 
-def restore(
-    path: Path,
-    index: CheckpointIndex,
-    executor: Executor,
-    options: OptimizerOptions,
-    group: dist.ProcessGroup | None = None,
-) -> None:
+def restore(path: Path, index: CheckpointIndex, executor: Executor, options: OptimizerOptions) -> None:
     """Loads a checkpoint of any layout of the same model into the executor.
 
     Random states belong to ranks, so they are taken over only where the number of ranks is the same.
@@ -191,7 +184,7 @@ def restore(
     ):
         state.pop("random")
         state.pop("random-cuda", None)
-    state = load_checkpoint(path, index, state, group=group)
+    state = load_checkpoint(path, index, state)
     executor.load_state_dict(state["executor"])
     for rng in state.get("random", {}).values():
         torch.set_rng_state(rng)

@@ -81,6 +81,30 @@ def test_training_goes_on_while_its_copy_is_written(tmp_path: Path, monkeypatch:
     _check_whole(step_folder(tmp_path, 2), 2)
 
 
+def test_plans_are_sent_once_while_nothing_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def body(rank: int) -> list[int]:
+        sent: list[int] = []
+        plan = JsonSavePlanner.create_local_plan
+
+        def counted(self: JsonSavePlanner) -> Any:
+            found = plan(self)
+            sent.append(len(found.items))
+            return found
+
+        monkeypatch.setattr(JsonSavePlanner, "create_local_plan", counted)
+        saver = _saver(tmp_path)
+        for step in (1, 2, 3):
+            saver.save(_state(step), step=step, run={})
+        saver.save({**_state(4), "more": torch.ones(2)}, step=4, run={})
+        saver.wait()
+        return sent
+
+    assert on_ranks(body, 2) == [[3, 0, 0, 4]] * 2
+    _check_whole(step_folder(tmp_path, 3), 3)
+    _check_whole(step_folder(tmp_path, 4), 4)
+    assert load_index(step_folder(tmp_path, 4)).tensors["more"].shape == (2,)
+
+
 def test_without_a_thread_save_returns_with_the_step(tmp_path: Path) -> None:
     def body(rank: int) -> Any:
         saver = _saver(tmp_path, behind=False)
