@@ -26,6 +26,7 @@ class StepMetrics:
     purpose: the first ones, and those whose memory or timeline was recorded. `peak_memory_bytes` holds
     the allocated peak of every rank, in rank order, as last recorded. `mfu` is None where the device's peak
     is unknown. `wall_s` is the time that the run has taken so far, all its launches together.
+    `checkpoint_wait_s` is what training waited for checkpoints between the step before and this one.
     """
 
     step: int
@@ -38,6 +39,7 @@ class StepMetrics:
     peak_memory_bytes: tuple[int, ...]
     timed: bool
     wall_s: float
+    checkpoint_wait_s: float
 
 
 @noun

@@ -25,7 +25,8 @@ class TrainOptions:
     `steps` counts from the beginning of training, not from the resumed step. `data` None is the shipped
     corpus. `data_cache` is where
     tokenized data goes, for runs to share; None: the run's own folder. `checkpoint_every` 0 saves at the
-    end only. `compile` None compiles blocks on CUDA.
+    end only. `sync_checkpoints` makes training wait until a checkpoint is published, not only copied.
+    `compile` None compiles blocks on CUDA.
     """
 
     steps: int
@@ -37,6 +38,7 @@ class TrainOptions:
     tokenizer: TokenizerKind = TokenizerKind.BPE
     checkpoint_every: int = 0
     keep: int = 2
+    sync_checkpoints: bool = False
     lr: float | None = None
     min_lr_ratio: float | None = None
     warmup: int | None = None

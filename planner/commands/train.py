@@ -58,6 +58,11 @@ if TYPE_CHECKING:
     show_default=True,
 )
 @click.option("--keep", default=2, show_default=True, metavar="N", help="Checkpoints that stay, at least 2.")
+@click.option(
+    "--sync-checkpoints",
+    is_flag=True,
+    help="Wait until a checkpoint is on the disk. Default: copy the state, and write it behind the steps.",
+)
 @click.option("--lr", type=float, metavar="RATE", help="Peak learning rate. Default: by model size.")
 @click.option("--min-lr-ratio", type=float, metavar="R", help="The decay ends at R x lr. Default: 0.1.")
 @click.option("--warmup", type=int, metavar="N", help="Steps of linear warm-up. Default: 1 % of the decay.")
@@ -167,6 +172,7 @@ def _report(summary: TrainSummary, run_dir: str) -> str:
         ("cost", None if summary.cost_usd is None else f"${summary.cost_usd:,.2f}"),
         ("data", summary.data),
         ("checkpoint", summary.checkpoint),
+        ("checkpoints took", format_seconds(summary.checkpoint_wait_s)),
         ("run folder", run_dir),
     ]
     return pairs(facts) + "\n\n" + table(("", "predicted", "measured", "error"), rows)
