@@ -1,6 +1,6 @@
 """Puts a plan onto modules: one `apply_*` verb for each axis, always in the same order.
 
-    materialize -> tensor parallel -> recompute -> data parallel, part by part, then the root.
+    materialize -> tensor -> context parallel -> recompute -> data parallel, part by part, then the root.
 
 Part by part, so that a rank never holds more than one whole part besides its own shards.
 """
@@ -13,6 +13,7 @@ from torch import nn
 from planner.plan import Plan
 from planner.strategy import Recompute, Stage
 from runtime import recompute
+from runtime.parallel.context import apply_context_parallel, hidden_positions
 from runtime.parallel.data import apply_data_parallel
 from runtime.parallel.meshes import Meshes
 from runtime.parallel.tensor import apply_tensor_parallel
@@ -32,11 +33,13 @@ def build_stage(plan: Plan, index: int, meshes: Meshes, *, seed: int, device: to
         for name, part in unit:
             materialize(part, plan.model, prefix=f"{name}.", seed=seed, device=device)
             apply_tensor_parallel(name, part, degrees, meshes)
+            apply_context_parallel(part, plan.workload.seq, degrees, meshes)
             modules.append(apply_recompute(model, name, part, options.get(name, Recompute.NONE)))
         if not (model.tied and _holds_tied_weight(modules)):
             apply_data_parallel(modules, degrees, plan.workload.precision, meshes)
     model.tie()
-    model.sequence_rank = meshes.tp.get_local_rank() if degrees.sequence_parallel else 0
+    if degrees.sequence_parallel or degrees.cp > 1:
+        model.position_ids = hidden_positions(plan.workload.seq, degrees, meshes).to(device)
     apply_data_parallel(model, degrees, plan.workload.precision, meshes)
     return model
 
