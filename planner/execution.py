@@ -67,7 +67,7 @@ def schedule_not_executed(degrees: Degrees) -> list[str]:
 
 def axes_not_executed(degrees: Degrees) -> list[str]:
     """Parallel axes over which the runtime cannot spread a step; empty where it can over all."""
-    axes = {"context": degrees.cp, "expert": degrees.ep, "expert tensor": degrees.etp or 1}
+    axes = {"expert": degrees.ep, "expert tensor": degrees.etp or 1}
     return [f"it uses {name} parallelism ({size})" for name, size in axes.items() if size > 1]
 
 
@@ -79,8 +79,8 @@ def check_executed_axes(degrees: Degrees) -> None:
             Problem(
                 where="strategy",
                 fault=f"can be planned, but this version cannot train it: {faults}.",
-                legal="cp=1, ep=1 and no etp",
-                fix="solve without --fix cp, ep and etp",
+                legal="ep=1 and no etp",
+                fix="solve without --fix ep and etp",
             )
         )
 

@@ -22,6 +22,7 @@ from runtime.optimizer import (
     set_learning_rate,
     weighted_square_sum,
 )
+from runtime.parallel.context import held_positions
 from runtime.parallel.meshes import Meshes, build_meshes
 from runtime.parallel.supported import check_supported
 from runtime.parallel.tensor import whole_parameters
@@ -80,6 +81,8 @@ class Executor:
         if compiled:
             check_compiled_gradients(plan.strategy.degrees, self.meshes, device)
         self.modules = _build_modules(plan, self.meshes, seed, device, compiled=compiled)
+        cp_rank = self.meshes.cp.get_local_rank()
+        self._held = held_positions(plan.workload.seq, plan.strategy.degrees, cp_rank).to(device)
         self.pipeline = Pipeline(plan, self.modules, self.meshes, device)
         self.weights = self._collect_weights()
         self.optimizer = build_optimizer(
@@ -92,9 +95,8 @@ class Executor:
     @property
     def data_rank(self) -> int:
         """Which slice of the global batch this rank reads."""
-        return int(self.meshes.replicate.get_local_rank()) * self.plan.strategy.degrees.dp_shard + int(
-            self.meshes.world["dp_shard"].get_local_rank()
-        )
+        world, shards = self.meshes.world, self.plan.strategy.degrees.dp_shard
+        return world.get_local_rank("dp_replicate") * shards + world.get_local_rank("dp_shard")
 
     @property
     def data_size(self) -> int:
@@ -104,12 +106,14 @@ class Executor:
     def step(self, tokens: Tensor) -> StepResult:
         """One optimizer step on this rank's slice [batch / data_size, seq + 1] of the global batch.
 
-        Position s predicts token s + 1. The result is the same on every rank.
+        Position s predicts token s + 1; of the positions this rank computes those that it holds under context
+        parallelism. The result is the same on every rank.
         """
         workload = self.plan.workload
         assert tokens.shape == (workload.batch // self.data_size, workload.seq + 1), tokens.shape
         tokens = tokens.to(self.device)
-        loss = self.pipeline.run(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        held = self._held
+        loss = self.pipeline.run(tokens[:, held], tokens[:, held + 1])
         record = self.pipeline.record
         with record.span("gradient sums"):
             grads = self._take_gradients()
@@ -136,12 +140,12 @@ class Executor:
     def _reduce(self, loss: Tensor, grads: list[Tensor]) -> tuple[float, float]:
         """The mean loss and the gradient norm of the whole world, in one all-reduce.
 
-        Each rank with the last stage adds its loss over (dp * tp); each element of a gradient counts
+        Each rank with the last stage adds its loss over (dp * cp * tp); each element of a gradient counts
         once because every copy of it is weighted by its share.
         """
         degrees = self.plan.strategy.degrees
         square_sum = weighted_square_sum(grads, [weight.share for weight in self.weights])
-        totals = torch.stack((loss.double() / (degrees.dp * degrees.tp), square_sum))
+        totals = torch.stack((loss.double() / (degrees.replicas * degrees.tp), square_sum))
         dist.all_reduce(totals)
         mean_loss, total = totals.tolist()
         return mean_loss, math.sqrt(total)
@@ -244,14 +248,14 @@ def _check_averages(meshes: Meshes, device: torch.device) -> None:
     """
     if dist.get_backend() == "fake":  # rank 0 alone, to be measured: nothing is sent
         return
-    for mesh in (meshes.replicate, meshes.world["dp_shard"]):
-        ranks = mesh.size()
+    for axis in range(meshes.data.ndim):
+        group, ranks = meshes.data.get_group(axis), meshes.data.size(axis)
         whole, part = torch.full((ranks,), 3.0, device=device), torch.zeros(1, device=device)
         if ranks > 1:
-            dist.all_reduce(whole, op=dist.ReduceOp.AVG, group=mesh.get_group())
+            dist.all_reduce(whole, op=dist.ReduceOp.AVG, group=group)
             # The old name is deprecated since 2.13, the new one missing before.
             scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-            scatter(part, whole, op=dist.ReduceOp.AVG, group=mesh.get_group())
+            scatter(part, whole, op=dist.ReduceOp.AVG, group=group)
             if part.item() != 3.0:
                 raise CheckError(
                     f"torch {torch.__version__}: the mean of 3.0 over {ranks} data-parallel ranks came out "

@@ -11,10 +11,9 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
-from planner.strategy import AXES, Degrees
-from runtime.parallel.meshes import Meshes
+from planner.strategy import Degrees
+from runtime.parallel.meshes import Meshes, meshes_of
 
 
 @contextmanager
@@ -26,14 +25,6 @@ def fake_world(degrees: Degrees, device_type: str) -> Iterator[Meshes]:
     torch.set_flush_denormal(True)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=degrees.world)
     try:
-        world = init_device_mesh(device_type, degrees.grid_shape(), mesh_dim_names=AXES)
-        hybrid = degrees.dp_replicate > 1
-        yield Meshes(
-            world=world,
-            tp=world["tp"],
-            pp=world["pp"],
-            replicate=world["dp_replicate"],
-            data=world["dp_replicate", "dp_shard"] if hybrid else world["dp_shard"],
-        )
+        yield meshes_of(degrees, device_type)
     finally:
         dist.destroy_process_group()

@@ -1,8 +1,8 @@
 """Puts a plan onto modules: one `apply_*` verb for each axis, always in the same order.
 
-    materialize -> tensor parallel -> recompute -> compile -> data parallel, part by part, then the root.
+    materialize -> tensor -> context parallel -> recompute -> compile -> data parallel,
 
-Part by part, so that a rank never holds more than one whole part besides its own shards.
+part by part, then the root: a rank never holds more than one whole part besides its own shards.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from planner.plan import Plan
 from planner.strategy import Recompute, Stage
 from runtime import recompute
 from runtime.compiled import apply_compile
+from runtime.parallel.context import apply_context_parallel, hidden_positions
 from runtime.parallel.data import apply_data_parallel
 from runtime.parallel.meshes import Meshes
 from runtime.parallel.tensor import apply_tensor_parallel
@@ -41,13 +42,15 @@ def build_stage(
         for name, part in unit:
             materialize(part, plan.model, prefix=f"{name}.", seed=seed, device=device)
             apply_tensor_parallel(name, part, degrees, meshes)
+            apply_context_parallel(part, plan.workload.seq, degrees, meshes)
             modules.append(apply_recompute(model, name, part, options.get(name, Recompute.NONE)))
             if compiled:
                 apply_compile(modules[-1])
         if not (model.tied and _holds_tied_weight(modules)):
             apply_data_parallel(modules, degrees, plan.workload.precision, meshes)
     model.tie()
-    model.sequence_rank = meshes.tp.get_local_rank() if degrees.sequence_parallel else 0
+    if degrees.sequence_parallel or degrees.cp > 1:
+        model.position_ids = hidden_positions(plan.workload.seq, degrees, meshes).to(device)
     apply_data_parallel(model, degrees, plan.workload.precision, meshes)
     return model
 

@@ -20,8 +20,9 @@ from torch.distributed.pipelining.schedules import _Action, _batch_p2p, _Pipelin
 
 from planner.cost.schedule import Action, ActionKind, parse_table
 from planner.plan import Plan
-from planner.strategy import Zero
+from planner.strategy import CpExchange, Zero
 from planner.workload import Precision
+from runtime.parallel.context import ContextCore
 from runtime.parallel.data import reduces_gradients, set_gradient_sync
 from runtime.parallel.meshes import Meshes
 from runtime.transformer.model import Transformer
@@ -31,12 +32,14 @@ from runtime.transformer.model import Transformer
 class Record:
     """What a rank did in its last step: its actions, and whether each backward reduced gradients.
 
+    `exchanges` are the attentions over a sequence that ranks share out: how, and among how many.
     `spans` has the name, begin and end of each action and part of the step, if `clock` is set. It is set
     for one step of a run; on CUDA it waits for the device, so that step is slower than others.
     """
 
     actions: list[Action] = field(default_factory=list)
     reduced: list[bool] = field(default_factory=list)
+    exchanges: list[tuple[CpExchange, int]] = field(default_factory=list)
     clock: Callable[[], float] | None = None
     spans: list[tuple[str, float, float]] = field(default_factory=list)
 
@@ -53,6 +56,7 @@ class Record:
     def clear(self) -> None:
         self.actions.clear()
         self.reduced.clear()
+        self.exchanges.clear()
         self.spans.clear()
 
 
@@ -72,9 +76,16 @@ class StageModule(nn.Module):
         self._micro_batch = 0
         for layer in list(model.layers.values())[:1]:
             layer.register_forward_pre_hook(self._see_hidden)
+        for part in model.modules():
+            if isinstance(part, ContextCore):
+                part.register_forward_pre_hook(self._see_exchange)
 
     def _see_hidden(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         self.hidden_shape = tuple(args[0].shape)
+
+    def _see_exchange(self, core: nn.Module, _args: tuple[Any, ...]) -> None:
+        assert isinstance(core, ContextCore)
+        self.record.exchanges.append((core.exchange, core.ranks))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.model(x, self.targets[self._micro_batch]) if self.targets else self.model(x)
@@ -203,9 +214,9 @@ def _received(infos: Sequence[Any]) -> list[Any]:
 
 
 def hidden_shape(plan: Plan) -> tuple[int, int, int]:
-    """The hidden states of one micro-batch that one rank holds between parts: [B, S or S/tp, H]."""
+    """The hidden states of one micro-batch that one rank holds between parts: [B, S/cp or S/cp/tp, H]."""
     degrees = plan.strategy.degrees
-    seq = plan.workload.seq // (degrees.tp if degrees.sequence_parallel else 1)
+    seq = plan.workload.seq // degrees.cp // (degrees.tp if degrees.sequence_parallel else 1)
     return degrees.micro_batch, seq, plan.model.hidden
 
 
@@ -218,7 +229,7 @@ def _boundary_examples(plan: Plan, index: int) -> tuple[Tensor, Tensor]:
     """Input and output of a stage as meta tensors. Given, torch needs no extra pass to find them."""
     degrees, workload = plan.strategy.degrees, plan.workload
     dtype = hidden_dtype(plan)
-    tokens = torch.empty(degrees.micro_batch, workload.seq, dtype=torch.int64, device="meta")
+    tokens = torch.empty(degrees.micro_batch, workload.seq // degrees.cp, dtype=torch.int64, device="meta")
     hidden = torch.empty(hidden_shape(plan), dtype=dtype, device="meta", requires_grad=True)
     last = index == degrees.stages - 1
     loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)

@@ -1,22 +1,26 @@
 """What a running model really executes, read from its modules, shards and records, not from the plan.
 
 Each figure has its witness: degrees from the meshes that parameters live on and from what passed through
-the first block; the ZeRO stage from FSDP's units and from which backward passes reduced gradients;
+the first block; context parallelism from the exchanges that attention made and the groups that it made them
+in; the ZeRO stage from FSDP's units and from which backward passes reduced gradients;
 recomputation from the wrappers; stages from the blocks that each rank holds; the schedule table from the
 record of the last step.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch.distributed._composable.replicate_with_fsdp import ReplicateModule
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from planner.codec import decode, encode, noun
-from planner.cost.schedule import Table, build_table, parse_table, print_table
+from planner.cost.schedule import ActionKind, Table, build_table, parse_table, print_table
 from planner.execution import EXECUTED_SCHEDULES
 from planner.plan import Plan
 from planner.strategy import (
+    CpExchange,
     Degrees,
     Recompute,
     RecomputeCounts,
@@ -29,7 +33,7 @@ from runtime import recompute
 from runtime.exchange import gather_json
 from runtime.parallel.data import unit_groups
 from runtime.parallel.meshes import mesh_axes
-from runtime.pipeline import Pipeline, StageModule
+from runtime.pipeline import Pipeline, Record, StageModule
 from runtime.transformer.model import Transformer
 
 
@@ -61,6 +65,8 @@ class _RankReport:
     stages: dict[str, Stage]
     row: tuple[str, ...]
     axes: dict[str, int]
+    cp: int
+    cp_exchange: CpExchange
     zero: int
     micro_batch: int
     local_seq: int
@@ -90,10 +96,13 @@ def read_executed(pipeline: Pipeline, plan: Plan) -> Executed:
 def _report(pipeline: Pipeline) -> _RankReport:
     modules, record = pipeline.modules, pipeline.record
     shape = next(module.hidden_shape for module in modules if module.hidden_shape is not None)
+    cp_exchange, cp = read_exchange(modules, record)
     return _RankReport(
         stages={str(module.index): read_stage(module.model) for module in modules},
         row=tuple(str(action) for action in record.actions),
         axes=_axes(modules),
+        cp=cp,
+        cp_exchange=cp_exchange,
         zero=int(read_zero([module.model for module in modules], record.reduced)),
         micro_batch=shape[0],
         local_seq=shape[1],
@@ -109,6 +118,18 @@ def read_stage(model: Transformer) -> Stage:
     assert layers == list(range(stage.first, stage.end)), layers
     assert tuple(options) == stage.recompute.options(), options
     return stage
+
+
+def read_exchange(modules: list[StageModule], record: Record) -> tuple[CpExchange, int]:
+    """How attention exchanged keys and values, and over how many ranks: 1 where some block did not."""
+    forwards = {module.index: 0 for module in modules}
+    for action in record.actions:
+        forwards[action.stage] += action.kind is ActionKind.FORWARD
+    attentions = sum(forwards[module.index] * len(module.model.layers) for module in modules)
+    kinds = set(record.exchanges)
+    if len(record.exchanges) < attentions or len(kinds) != 1:
+        return CpExchange.RING, 1
+    return kinds.pop()
 
 
 def read_zero(models: list[Transformer], reduced: list[bool]) -> Zero:
@@ -139,11 +160,11 @@ def _axes(modules: list[StageModule]) -> dict[str, int]:
 
 
 def _degrees(reports: list[_RankReport], table: tuple[tuple[str, ...], ...], plan: Plan) -> Degrees:
-    """One set of degrees from all ranks' reports, which must agree."""
+    """One set of degrees from all ranks' reports, which must agree but for the rows of the schedule."""
     first = reports[0]
     for report in reports:
-        facts = (report.axes, report.zero, report.micro_batch, report.local_seq)
-        assert facts == (first.axes, first.zero, first.micro_batch, first.local_seq), (first, report)
+        assert replace(report, stages=first.stages, row=first.row) == first, (first, report)
+    replicate, shard = _data_axes(first.axes, first.cp)
     actions = parse_table(table)
     micro_batches = {action.micro_batch for row in actions for action in row}
     chunks = {len({action.stage for action in row}) for row in actions}
@@ -153,13 +174,29 @@ def _degrees(reports: list[_RankReport], table: tuple[tuple[str, ...], ...], pla
         pp=len(table),
         chunks=chunks.pop(),
         schedule=_schedule(actions, len(micro_batches), plan.strategy.degrees.schedule),
-        dp_replicate=first.axes.get("dp_replicate", 1),
-        dp_shard=first.axes.get("dp_shard", 1),
+        dp_replicate=replicate,
+        dp_shard=shard,
+        cp=first.cp,
+        cp_exchange=_exchange_of(first, plan.strategy.degrees.cp_exchange),
         zero=_zero_of(first.zero, len(micro_batches), plan.strategy.degrees.zero),
         micro_batch=first.micro_batch,
         num_micro_batches=len(micro_batches),
-        sequence_parallel=first.local_seq < plan.workload.seq,
+        sequence_parallel=first.local_seq * first.cp < plan.workload.seq,
     )
+
+
+def _data_axes(axes: dict[str, int], cp: int) -> tuple[int, int]:
+    """dp_replicate and dp_shard: the data axes that weights are on, without cp, which is folded into one."""
+    sizes = {axis: axes.get(axis, 1) for axis in ("dp_replicate", "dp_shard")}
+    folded = [axis for axis in sizes if f"{axis}_cp" in axes]
+    assert len(folded) == (cp > 1), (axes, cp)
+    sizes |= {axis: axes[f"{axis}_cp"] // cp for axis in folded}
+    return sizes["dp_replicate"], sizes["dp_shard"]
+
+
+def _exchange_of(report: _RankReport, expected: CpExchange) -> CpExchange:
+    """The exchange read; on one rank, which exchanges nothing, the expected one."""
+    return expected if report.cp == 1 else report.cp_exchange
 
 
 def _zero_of(zero: int, micro_batches: int, expected: Zero) -> Zero:

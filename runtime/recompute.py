@@ -15,6 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from planner.strategy import Recompute
+from runtime.parallel.context_attention import CONTEXT_OPERATORS
 
 WRAPPER_PREFIX = "_checkpoint_wrapped_module."
 """What the wrapper adds to the names of the parameters inside it."""
@@ -32,6 +33,7 @@ def _kept_operators() -> list[Any]:
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
+        *CONTEXT_OPERATORS,
     ]
 
 

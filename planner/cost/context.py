@@ -18,6 +18,7 @@ ring (Transformer Engine has them gathered). Heads that are fewer than ranks are
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 from planner.attention import Attention, LatentAttention, Reach
@@ -87,8 +88,12 @@ def exchange_of(mixer: Mixer, exchange: CpExchange) -> CpExchange:
 
 
 def copies_of_heads(mixer: Mixer, shape: LayerShape) -> float:
-    """How often each key and value head is sent by an all-to-all over more ranks than there are heads."""
-    return max(1.0, shape.cp * shape.tp / mixer.kv_heads)
+    """How often an all-to-all sends a tensor-parallel rank's key and value heads.
+
+    Where cp does not divide them, as often as gives every rank whole ones, as many each.
+    """
+    own = max(1, mixer.kv_heads // shape.tp)
+    return math.lcm(own, shape.cp) / own
 
 
 Seconds = Callable[[Op, float], float]

@@ -10,7 +10,7 @@ from planner.cost.messages import Messages
 from planner.feed_forward import Experts
 from planner.model import Block, Layer
 from planner.stack import Selective, Stack
-from planner.strategy import Degrees, Recompute
+from planner.strategy import CpExchange, Degrees, Recompute
 from planner.traced import TracedLayer
 
 
@@ -25,13 +25,18 @@ def summed_sublayers(layer: Layer, degrees: Degrees) -> int:
     return layer.sublayers - apart
 
 
-def sent_again(option: Recompute, stack: Stack) -> tuple[bool, bool]:
-    """Whether an option sends the exchange of attention, and that of experts, once more going back."""
+def sent_again(option: Recompute, stack: Stack, exchange: CpExchange) -> tuple[bool, bool]:
+    """Whether an option sends the exchange of attention, and that of experts, once more going back.
+
+    Where element-wise results are computed again, so are the ones that are traded for heads; a ring's or
+    gathered keys' result is kept as attention's.
+    """
     if option is Recompute.NONE:
         return False, False
     if option is Recompute.FULL:
         return True, True
-    return stack.recomputes is Selective.ATTENTION, stack.recomputes is Selective.MLP
+    traded = exchange is CpExchange.ALL_TO_ALL and stack.recomputes is Selective.ELEMENTWISE
+    return traded or stack.recomputes is Selective.ATTENTION, stack.recomputes is Selective.MLP
 
 
 def exchanged(layer: Layer, shape: LayerShape, messages: Messages, layers: LayerModel) -> Exchanged:

@@ -161,7 +161,7 @@ class ShapeModel:
         extra_s = larger(cost.backward_s - plain.backward_s, 0.0)
         again_s = self.physics.recompute_scale * extra_s
         cp, ep_s = self.exchanged(key), experts_s(self.classes[key], self.messages)
-        cp_again, ep_again = sent_again(option, self.problem.stack)
+        cp_again, ep_again = sent_again(option, self.problem.stack, self.degrees.cp_exchange)
         forward = Pass(compute_s=cost.forward_s, tp_s=once, cp_s=cp.forward_s, ep_s=ep_s)
         backward = Pass(
             compute_s=cost.backward_s - extra_s,

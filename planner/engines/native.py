@@ -35,7 +35,7 @@ def native_schedule(problem: PlanningProblem, degrees: Degrees) -> Rejected | No
 
 
 def native_axes(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
-    """The runtime has tensor, pipeline and data parallelism."""
+    """The runtime has tensor, context, pipeline and data parallelism."""
     faults = axes_not_executed(degrees)
     if problem.model.experts and degrees.tp > 1:
         faults.append(f"it splits experts by tensor parallelism ({degrees.tp})")
@@ -44,8 +44,8 @@ def native_axes(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
     return Rejected(
         rule="native_axes",
         detail=f"the native runtime cannot spread a step so: {'; '.join(faults)}.",
-        legal="cp=1, ep=1 and no etp",
-        fix="--fix cp=1, ep=1",
+        legal="ep=1 and no etp",
+        fix="--fix ep=1",
     )
 
 

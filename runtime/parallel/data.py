@@ -1,4 +1,4 @@
-"""Data parallelism: replicas and ZeRO stages 1 to 3, by FSDP2's units."""
+"""Data parallelism: replicas and ZeRO stages 1 to 3, by FSDP2's units, over dp x cp."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def apply_data_parallel(
             reshard_after_forward=degrees.zero is Zero.PARAMETERS,
             mp_policy=policy,
         )
-    elif degrees.dp > 1 or precision is not Precision.FP32:
-        replicate(modules, mesh=meshes.replicate, mp_policy=policy)
+    elif degrees.replicas > 1 or precision is not Precision.FP32:
+        replicate(modules, mesh=meshes.data, mp_policy=policy)
 
 
 def set_gradient_sync(model: nn.Module, zero: Zero, *, last: bool) -> None:

@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from planner.plan import Plan
+from planner.strategy import AXES, Degrees, Zero
 
 
 @dataclass(frozen=True)
@@ -17,22 +18,50 @@ class Meshes:
     world: DeviceMesh
     tp: DeviceMesh
     pp: DeviceMesh
-    replicate: DeviceMesh
+    cp: DeviceMesh
     data: DeviceMesh
-    """dp_replicate x dp_shard, or dp_shard alone where nothing is replicated."""
+    """The ranks that share out or copy this rank's weights: dp_replicate x dp_shard or one of these alone,
+    with cp folded into the last."""
 
 
 def build_meshes(plan: Plan, device_type: str) -> Meshes:
-    """The rank grid of the plan as a device mesh. Collective: every rank of the world calls it."""
-    world = init_device_mesh(device_type, plan.rank_grid_shape, mesh_dim_names=plan.rank_axes)
-    hybrid = plan.strategy.degrees.dp_replicate > 1
+    """The rank grid of the plan as device meshes. Collective: every rank of the world calls it."""
+    assert plan.rank_axes == AXES, plan.rank_axes
+    return meshes_of(plan.strategy.degrees, device_type)
+
+
+def meshes_of(degrees: Degrees, device_type: str) -> Meshes:
+    """The rank grid of these degrees as device meshes. Collective.
+
+    Where cp is folded into a data axis, weights live on a second grid that has them as one: a parameter's tp
+    and data axes must be slices of the same grid.
+    """
+    world = init_device_mesh(device_type, degrees.grid_shape(), mesh_dim_names=AXES)
+    names: tuple[str, ...] = ("dp_replicate",) if degrees.zero is Zero.NONE else ("dp_shard",)
+    if degrees.zero is not Zero.NONE and degrees.dp_replicate > 1:
+        names = ("dp_replicate", "dp_shard")
+    weights = world
+    if degrees.cp > 1:
+        weights = _folded(degrees, device_type)
+        names = (*names[:-1], f"{names[-1]}_cp")
     return Meshes(
         world=world,
-        tp=world["tp"],
+        tp=weights["tp"],
         pp=world["pp"],
-        replicate=world["dp_replicate"],
-        data=world["dp_replicate", "dp_shard"] if hybrid else world["dp_shard"],
+        cp=world["cp"],
+        data=weights[names] if len(names) > 1 else weights[names[0]],
     )
+
+
+def _folded(degrees: Degrees, device_type: str) -> DeviceMesh:
+    """The same ranks in the same order, with cp and the data axis before it as one axis."""
+    if degrees.zero is Zero.NONE:
+        shape: tuple[int, ...] = (degrees.pp, degrees.replicas, degrees.tp)
+        axes: tuple[str, ...] = ("pp", "dp_replicate_cp", "tp")
+    else:
+        shape = (degrees.pp, degrees.dp_replicate, degrees.dp_shard * degrees.cp, degrees.tp)
+        axes = ("pp", "dp_replicate", "dp_shard_cp", "tp")
+    return init_device_mesh(device_type, shape, mesh_dim_names=axes)
 
 
 def mesh_axes(parameter: DTensor) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from planner.errors import InputError, Problem
 from planner.execution import check_executed_axes, check_executed_schedule, executed_widths
 from planner.model import ModelSpec
 from planner.plan import Plan
+from planner.spread_rules import context_divides, context_heads
 from planner.strategy import AXES, Degrees, Zero
 from planner.workload import Precision
 
@@ -16,26 +17,27 @@ def check_supported(plan: Plan) -> None:
     check_executed_schedule(degrees)
     check_executed_axes(degrees)
     problems = [*_degree_problems(plan, degrees), *_tensor_problems(plan.model, plan.workload.seq, degrees)]
+    problems += _context_problems(plan)
     if problems:
         raise InputError(*problems)
 
 
 def _degree_problems(plan: Plan, degrees: Degrees) -> list[Problem]:
-    found = [
-        Problem(where=f"strategy.{axis}", fault=f"is {size}; this runtime executes 1 only.", legal="1")
-        for axis, size in (("cp", degrees.cp), ("ep", degrees.ep))
-        if size != 1
-    ]
+    found = []
+    if degrees.ep != 1:
+        fault = f"is {degrees.ep}; this runtime executes 1 only."
+        found.append(Problem(where="strategy.ep", fault=fault, legal="1"))
     if plan.workload.precision is Precision.FP16:
         fault = "is fp16, which needs loss scaling; this runtime has none."
         found.append(Problem(where="workload.precision", fault=fault, legal="bf16, fp32"))
-    if (degrees.zero is Zero.NONE) != (degrees.dp_shard == 1):
+    shards = degrees.dp_shard if degrees.zero is Zero.NONE else degrees.weight_shards
+    if (degrees.zero is Zero.NONE) != (shards == 1):
         found.append(
             Problem(
                 where="strategy.zero",
-                fault=f"is {int(degrees.zero)} with dp_shard={degrees.dp_shard}: a ZeRO stage shares out "
-                "over dp_shard ranks, and dp_shard ranks share something out.",
-                legal="zero=0 with dp_shard=1, zero=1, 2 or 3 with dp_shard over 1",
+                fault=f"is {int(degrees.zero)} with dp_shard={degrees.dp_shard} and cp={degrees.cp}: a ZeRO "
+                "stage shares out over dp_shard x cp ranks, and dp_shard ranks share something out.",
+                legal="zero=0 with dp_shard=1, zero=1, 2 or 3 with dp_shard x cp over 1",
             )
         )
     if plan.model.experts and degrees.tp > 1:
@@ -59,11 +61,21 @@ def _degree_problems(plan: Plan, degrees: Degrees) -> list[Problem]:
     return found
 
 
+def _context_problems(plan: Plan) -> list[Problem]:
+    """What context parallelism must divide: the sequence, and heads where they are traded for it."""
+    broken = (rule(plan.problem, plan.strategy.degrees) for rule in (context_divides, context_heads))
+    return [
+        Problem(where="strategy.cp", fault=rejected.detail, legal=rejected.legal, fix=rejected.fix)
+        for rejected in broken
+        if rejected is not None
+    ]
+
+
 def _tensor_problems(model: ModelSpec, seq: int, degrees: Degrees) -> list[Problem]:
     """What tensor parallelism must divide: whole heads, columns, vocabulary rows, and the sequence."""
     sizes = {what: size for size, what in (*model.heads_split, *executed_widths(model))}
     if degrees.sequence_parallel:
-        sizes["the sequence"] = seq
+        sizes["the sequence" if degrees.cp == 1 else "a context-parallel rank's tokens"] = seq // degrees.cp
     return [
         Problem(
             where=f"strategy.tp={degrees.tp}",

@@ -23,8 +23,8 @@ class Transformer(nn.Module):
 
     The input is tokens [B, S] where the embedding is held, else hidden states [B, S, H]; the output is
     hidden states, or where the head is held the mean loss of the targets given, else logits [B, S, V].
-    Parts that are not held are None. Under sequence parallelism, `sequence_rank` is the slice of the
-    sequence that this rank's hidden states are.
+    Parts that are not held are None. Where ranks share out the sequence, `position_ids` are those of this
+    rank's hidden states; None: all, in order.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Transformer(nn.Module):
         hidden, vocab = spec.hidden, spec.vocab
         learned = spec.learned_positions if with_embedding else 0
         self.tied = spec.tied_embeddings and with_embedding and with_head
-        self.sequence_rank = 0
+        self.position_ids: Tensor | None = None
         self.tok_embeddings = nn.Embedding(vocab, hidden) if with_embedding else None
         self.positions = nn.Embedding(learned, hidden) if learned else None
         self.rotary = (
@@ -78,10 +78,10 @@ class Transformer(nn.Module):
         return x
 
     def _positions_of(self, x_bsh: Tensor) -> Tensor:
-        """Positions [1, S] of the hidden states that this rank holds, the `sequence_rank`th slice."""
-        local_seq = x_bsh.shape[1]
-        first = self.sequence_rank * local_seq
-        return torch.arange(first, first + local_seq, device=x_bsh.device)[None]
+        """Positions [1, S] of the hidden states that this rank holds."""
+        if self.position_ids is not None:
+            return self.position_ids[None]
+        return torch.arange(x_bsh.shape[1], device=x_bsh.device)[None]
 
 
 def build_transformer(

@@ -25,6 +25,10 @@ class Rotary(nn.Module):
         self.cos.copy_(angles.cos())
         self.sin.copy_(angles.sin())
 
+    def hold(self, positions: Tensor) -> None:
+        """Keeps the rows of these positions alone, in their order."""
+        self.cos, self.sin = (table[positions.to(table.device)] for table in (self.cos, self.sin))
+
 
 def rotate(x_bsnd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`x` with each pair (i, i + D/2) of a head turned by its position's angle; fp32 inside."""

@@ -162,7 +162,9 @@ def test_groups_of_heads_send_less_and_few_heads_are_copied() -> None:
     assert widths_of(many, shape).kv == 2 * 2 * 16 * 32 / 2
     assert widths_of(few, shape).kv == 2 * 2 * 32, "each tensor-parallel rank needs the one head"
     assert copies_of_heads(many, shape) == 1
-    assert copies_of_heads(few, shape) == 8
+    assert copies_of_heads(few, shape) == 4, "one for each of cp ranks, which trade among themselves"
+    odd = Attention(heads=24, kv_heads=12, head_dim=32)
+    assert copies_of_heads(odd, shape) == 2, "six heads of a rank over four: twelve, three each"
 
 
 def test_windows_are_gathered_instead_of_going_round() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from planner.errors import InputError
 from planner.plan import Plan
-from planner.strategy import Degrees, Schedule, Zero
+from planner.strategy import CpExchange, Degrees, Schedule, Zero
 from planner.workload import Optimizer, Precision
 from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.committed import committed_folders, load_index
@@ -141,7 +141,12 @@ def test_learning_rate_warms_up_then_falls_by_a_cosine() -> None:
 @pytest.mark.parametrize(
     ("degrees", "words"),
     [
-        (Degrees(cp=2), ["strategy: can be planned"]),
+        (Degrees(ep=2), ["strategy: can be planned"]),
+        (Degrees(cp=3), ["strategy.cp: cp=3 cannot split a sequence of 16"]),
+        (
+            Degrees(cp=16, cp_exchange=CpExchange.ALL_TO_ALL),
+            ["strategy.cp: cp=16 by all_to_all cannot split the 8"],
+        ),
         (Degrees(tp=8), ["heads of 4", "tp of 1, 2, 4"]),
         (
             Degrees(tp=3, sequence_parallel=True),

@@ -1,0 +1,230 @@
+"""Attention of a block of queries to a block of keys, with its statistics, so that blocks can be merged.
+
+Softmax over a sequence of keys that is cut into blocks j: each block gives its own result o_j and the
+logarithm l_j of its sum of exponentials; then
+
+    l = log sum_j exp(l_j),    o = sum_j exp(l_j - l) o_j
+
+(Rabe and Staats 2021, arXiv 2112.05682; Ring Attention, arXiv 2310.01889). Going back, a block's gradients
+need only the whole o and l. What computes a block is torch's flash attention, whose operators give l: for a
+CPU, and for CUDA in 16 bits. Where there is none (fp32 on CUDA, keys and values of different widths) the same
+is written out, over QUERY_ROWS queries at a time. All uses of these private operators are in this file.
+
+Shapes: B micro-batch, S queries, T keys, N query heads, K key heads (N is a multiple of K), D head_dim,
+E value width. Statistics are [B, N, S], in fp32 for 16-bit and fp32 inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+QUERY_ROWS = 1024
+"""Queries whose probabilities are written out at a time, where no flash kernel is there."""
+FLASH_HEAD_DIM = 256
+"""The widest head of torch's flash kernel for CUDA. It also asks for a multiple of 8 (mha_fwd)."""
+
+
+class Kernel(Protocol):
+    """Attention of one block. `causal` blocks are square: query i meets the keys up to i."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Result [B, S, N, E] and statistics."""
+        ...
+
+    def backward(
+        self,
+        grad: Tensor,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+        scale: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v by a block; `out` and `lse` are those over all keys."""
+        ...
+
+
+def attend(
+    q_bsnd: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Result [B, S, N, E] and statistics of queries that meet these keys. Scale None: 1 / sqrt(D)."""
+    return kernel_for(q_bsnd, v).forward(q_bsnd, k, v, causal, scale)
+
+
+def attend_backward(
+    grad: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of the gradients of q, k and v that one block gives; `out` and `lse` are over all keys."""
+    return kernel_for(inputs[0], inputs[2]).backward(grad, inputs, out, lse, causal, scale)
+
+
+def kernel_for(q: Tensor, v: Tensor) -> Kernel:
+    """What computes a block of these."""
+    width = q.shape[-1]
+    if width != v.shape[-1]:
+        return WrittenOut()
+    if q.device.type == "cpu":
+        return FlashOnCpu()
+    if q.dtype in (torch.bfloat16, torch.float16) and width <= FLASH_HEAD_DIM and width % 8 == 0:
+        return FlashOnCuda()
+    return WrittenOut()
+
+
+class Merged:
+    """A result over the blocks of keys seen so far, in fp32 at least."""
+
+    def __init__(self, out: Tensor, lse: Tensor) -> None:
+        self.out, self.lse = out.to(lse.dtype), lse.clone(memory_format=torch.contiguous_format)
+
+    def add(self, out: Tensor, lse: Tensor, *, first: int = 0) -> None:
+        """Merges in one more block for the queries from `first` on."""
+        total, total_lse = self.out[:, first:], self.lse[..., first:]
+        weight = torch.sigmoid(lse - total_lse).transpose(1, 2).unsqueeze(-1)
+        total.lerp_(out.to(total.dtype), weight)
+        total_lse.copy_(torch.logaddexp(total_lse, lse))
+
+
+class FlashOnCpu:
+    """torch's flash attention for CPUs."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
+    ) -> tuple[Tensor, Tensor]:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        out, lse = flash(*_heads_first(q, k, v), 0.0, causal, scale=scale)
+        return out.transpose(1, 2), lse
+
+    def backward(
+        self,
+        grad: Tensor,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+        scale: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+        tensors = _heads_first(grad, *inputs, out)
+        return _heads_inside(*flash(*tensors, lse, 0.0, causal, scale=scale))
+
+
+class FlashOnCuda:
+    """torch's FlashAttention-2 for CUDA, fp16 and bf16."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
+    ) -> tuple[Tensor, Tensor]:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention.default
+        out, lse, *_ = flash(*_heads_first(q, k, v), 0.0, causal, scale=scale)
+        return out.transpose(1, 2), lse
+
+    def backward(
+        self,
+        grad: Tensor,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+        scale: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+        q, k = inputs[:2]
+        # The state of the random numbers is read with dropout only.
+        seed = torch.empty(2, dtype=torch.uint64, device=q.device)
+        offset = torch.empty((), dtype=torch.uint64, device=q.device)
+        lengths = (None, None, q.shape[1], k.shape[1])
+        tensors = _heads_first(grad, *inputs, out)
+        found = flash(*tensors, lse.contiguous(), *lengths, 0.0, causal, seed, offset, scale=scale)
+        return _heads_inside(*found)
+
+
+class WrittenOut:
+    """Plain products and exponentials, in fp32 at least, for some queries at a time."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
+    ) -> tuple[Tensor, Tensor]:
+        results, statistics = [], []
+        values = _per_query_head(v, q)
+        for _, scores in _scores(q, k, causal, scale):
+            lse = scores.logsumexp(-1)
+            results.append(torch.matmul((scores - lse.unsqueeze(-1)).exp(), values))
+            statistics.append(lse)
+        return torch.cat(results, 2).transpose(1, 2).to(q.dtype), torch.cat(statistics, 2)
+
+    def backward(
+        self,
+        grad: Tensor,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+        scale: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = inputs
+        keys, values = _per_query_head(k, q), _per_query_head(v, q)
+        queries, grads, results = (t.transpose(1, 2).to(keys.dtype) for t in (q, grad, out))
+        grad_q, grad_k, grad_v = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+        for rows, scores in _scores(q, k, causal, scale):
+            part = grads[:, :, rows]
+            probabilities = (scores - lse[..., rows].unsqueeze(-1)).exp()
+            grad_v += probabilities.transpose(-1, -2) @ part
+            change = part @ values.transpose(-1, -2) - (part * results[:, :, rows]).sum(-1, keepdim=True)
+            change = change * probabilities * _scale(q, scale)
+            grad_q[:, :, rows] = change @ keys
+            grad_k += change.transpose(-1, -2) @ queries[:, :, rows]
+        return (
+            grad_q.transpose(1, 2).to(q.dtype),
+            _summed_by_key_head(grad_k, k).to(k.dtype),
+            _summed_by_key_head(grad_v, v).to(v.dtype),
+        )
+
+
+def _scores(q: Tensor, k: Tensor, causal: bool, scale: float | None) -> Iterator[tuple[slice, Tensor]]:
+    """Scaled scores [B, N, rows, T] of QUERY_ROWS queries at a time; -inf where a query may not look."""
+    keys = _per_query_head(k, q)
+    queries = q.transpose(1, 2).to(keys.dtype) * _scale(q, scale)
+    places = torch.arange(k.shape[1], device=q.device)
+    for start in range(0, q.shape[1], QUERY_ROWS):
+        rows = slice(start, min(start + QUERY_ROWS, q.shape[1]))
+        scores = queries[:, :, rows] @ keys.transpose(-1, -2)
+        if causal:
+            scores = scores.masked_fill(places > places[rows, None], -torch.inf)
+        yield rows, scores
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return float(q.shape[-1] ** -0.5) if scale is None else scale
+
+
+def _per_query_head(x_btkd: Tensor, q: Tensor) -> Tensor:
+    """Keys or values [B, N, T, D], copied for each query head of a group, in fp32 at least."""
+    x = x_btkd.transpose(1, 2).to(torch.promote_types(x_btkd.dtype, torch.float32))
+    return x.repeat_interleave(q.shape[2] // x.shape[1], dim=1)
+
+
+def _summed_by_key_head(grad_bntd: Tensor, like: Tensor) -> Tensor:
+    """[B, T, K, D]: gradients of a key head's copies, summed."""
+    batch, tokens, heads = like.shape[:3]
+    return grad_bntd.reshape(batch, heads, -1, tokens, grad_bntd.shape[3]).sum(2).transpose(1, 2)
+
+
+def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.transpose(1, 2) for tensor in tensors)
+
+
+def _heads_inside(*tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (tensor.transpose(1, 2) for tensor in tensors)
+    return q, k, v
