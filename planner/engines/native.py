@@ -85,7 +85,7 @@ def native_model(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
     return Rejected(
         rule="native_model",
         detail=f"the native runtime cannot build {problem.model.name}: {'; '.join(faults)}.",
-        legal=f"pre-norm decoders of the families {', '.join(EXECUTED_TYPES)}",
+        legal=f"decoders of the families {', '.join(EXECUTED_TYPES)}",
         fix="--model, or another --engine",
     )
 
