@@ -25,6 +25,7 @@ EXECUTED_TYPES = (
     *("seed_oss", "ernie4_5", "smollm3", "phi", "phi3", "olmo", "olmo2", "olmo3", "cohere", "cohere2"),
     *("nemotron", "starcoder2", "stablelm", "glm", "glm4", "gpt2", "gpt_neo", "gpt_neox", "gptj", "codegen"),
     *("opt", "falcon", "deepseek_v2", "deepseek_v3", "kimi_k2", "mixtral", "qwen2_moe"),
+    *("qwen3_moe", "olmoe", "glm4_moe"),
 )
 """Families whose arithmetic the runtime repeats, as far as `ModelSpec.arithmetic` has words for it."""
 

@@ -20,7 +20,16 @@ from planner.hf.values import Values, lookup
 from planner.model import Block, Segment
 
 PARTIAL: Mapping[str, float] = MappingProxyType(
-    {"phi": 0.5, "stablelm": 0.25, "nemotron": 0.5, "glm": 0.5, "glm4": 0.5, "gpt_neox": 0.25, "phi3": 1.0}
+    {
+        "phi": 0.5,
+        "stablelm": 0.25,
+        "nemotron": 0.5,
+        "glm": 0.5,
+        "glm4": 0.5,
+        "gpt_neox": 0.25,
+        "phi3": 1.0,
+        "glm4_moe": 0.5,
+    }
 )
 """Families that turn a part of each head, with the class's part."""
 

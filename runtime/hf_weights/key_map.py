@@ -2,7 +2,8 @@
 
     ours [rows, ...]  =  pieces, each some consecutive rows of one tensor of theirs
 
-A weight that they store as [inputs, outputs] is meant transposed: its rows are its columns in the file.
+A weight that they store as [inputs, outputs] is meant transposed: its rows are its columns in the file. Of
+stacked experts each is a tensor of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
+from torch import Tensor, nn
+
 from planner.execution import plain_parts
+from planner.feed_forward import Mlp
 from planner.model import ModelSpec
 from runtime.hf_weights.names import Fused, Names, names_of
 from runtime.transformer.model import build_transformer
@@ -19,12 +23,14 @@ from runtime.transformer.model import build_transformer
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Our rows [first, first + rows) are the rows of `key` from `begin` on."""
+    """Our rows [first, first + rows) are the rows of `key` from `begin` on; our row `first` alone is the
+    whole of `key` where that is one of `stacked` tensors."""
 
     key: str
     first: int
     begin: int
     rows: int
+    stacked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +57,19 @@ def key_map(spec: ModelSpec) -> KeyMap:
     names = names_of(spec)
     model = build_transformer(spec, 0, spec.layers, True, True, seq=1)
     parameters, turned = [], set()
-    for name, parameter in model.named_parameters():
-        shape = tuple(parameter.shape)
+    for name, tensor in _weights(model):
+        shape = tuple(tensor.shape)
         pieces = tuple(_pieces(name, shape[0], names, spec))
         if len(shape) > 1 and _is_transposed(pieces[0].key, names):
             turned.add(pieces[0].key)
         parameters.append(Mapped(name, shape, pieces))
     return KeyMap(tuple(parameters), _shapes(parameters, turned), frozenset(turned))
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and what is kept beside them: the bias that corrects a router's choice."""
+    yield from model.named_parameters()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name.endswith(".correction"))
 
 
 def _pieces(name: str, rows: int, names: Names, spec: ModelSpec) -> Iterator[Piece]:
@@ -74,6 +86,14 @@ def _pieces(name: str, rows: int, names: Names, spec: ModelSpec) -> Iterator[Pie
     _, layer, inner = name.split(".", 2)
     module, leaf = inner.rsplit(".", 1)
     prefix = names.layer.format(layer)
+    if module == "mlp.experts":
+        for expert in range(rows):
+            key = f"{prefix}{names.expert[leaf].format(expert)}.weight"
+            yield Piece(key, expert, 0, 1, stacked=True)
+        return
+    if leaf == "correction":
+        yield Piece(f"{prefix}{names.correction}", 0, 0, rows)
+        return
     fused = next((fused for fused in names.fused if module in fused.members), None)
     if fused is None:
         yield Piece(f"{prefix}{names.block[module]}.{leaf}", 0, 0, rows)
@@ -96,6 +116,7 @@ def _fused_pieces(fused: Fused, module: str, key: str, spec: ModelSpec, layer: i
 def _rows_of(member: str, spec: ModelSpec, layer: int) -> int:
     _, mixer, mlp = plain_parts(spec.block(layer))
     if member.startswith("mlp."):
+        assert isinstance(mlp, Mlp), (member, mlp)
         return mlp.width
     return mixer.query_width if member == "attention.wq" else mixer.kv_heads * mixer.head_dim
 
@@ -109,6 +130,9 @@ def _shapes(parameters: list[Mapped], turned: set[str]) -> dict[str, tuple[int, 
     shapes: dict[str, tuple[int, ...]] = {}
     for mapped in parameters:
         for piece in mapped.pieces:
+            if piece.stacked:
+                shapes[piece.key] = mapped.shape[1:]
+                continue
             rows = shapes.get(piece.key, (0,))[-1 if piece.key in turned else 0]
             whole = (rows + piece.rows, *mapped.shape[1:])
             shapes[piece.key] = whole[::-1] if piece.key in turned else whole

@@ -13,6 +13,9 @@ from planner.errors import InputError, Problem
 from planner.model import Block, ModelSpec
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
+EXPERT: Mapping[str, str] = MappingProxyType(
+    {ours: f"mlp.experts.{{}}.{ours}_proj" for ours in ("gate", "up", "down")}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +35,8 @@ class Fused:
 class Names:
     """The names of one family. `block` maps our modules of a block to the family's, below `layer`.
 
-    `transposed` are modules whose weights lie as [inputs, outputs].
+    `transposed` are modules whose weights lie as [inputs, outputs]. `expert` has the names of one expert's
+    projections, by its number, and `correction` that of the bias of a router's choice.
     """
 
     embedding: str = "model.embed_tokens"
@@ -43,6 +47,8 @@ class Names:
     block: Mapping[str, str] = field(default_factory=lambda: NOTHING)
     fused: tuple[Fused, ...] = ()
     transposed: frozenset[str] = frozenset()
+    expert: Mapping[str, str] = field(default_factory=lambda: EXPERT)
+    correction: str = "mlp.gate.e_score_correction_bias"
 
     def renamed(self, **modules: str) -> Names:
         """These names with some modules of the block called otherwise; `__` stands for a dot."""
@@ -64,9 +70,14 @@ _ATTENTION = _projections(
     k_norm="self_attn.k_norm",
 )
 _MLP = _projections("mlp", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj")
+_MOE = {
+    "mlp.router": "mlp.gate",
+    "mlp.shared_gate": "mlp.shared_expert_gate",
+    **{f"mlp.shared.{ours}": f"mlp.shared_experts.{ours}_proj" for ours in ("gate", "up", "down")},
+}
 _NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 
-LLAMA = Names(block=MappingProxyType({**_ATTENTION, **_MLP, **_NORMS}))
+LLAMA = Names(block=MappingProxyType({**_ATTENTION, **_MLP, **_MOE, **_NORMS}))
 
 _SANDWICH = LLAMA.renamed(
     attention_out_norm="post_attention_layernorm",
@@ -97,6 +108,20 @@ _LATENT = LLAMA.renamed(
     attention__wkv_down="self_attn.kv_a_proj_with_mqa",
     attention__kv_norm="self_attn.kv_a_layernorm",
     attention__wkv_up="self_attn.kv_b_proj",
+)
+_MIXTRAL = replace(
+    LLAMA.renamed(mlp__router="block_sparse_moe.gate"),
+    expert=MappingProxyType(
+        {
+            ours: f"block_sparse_moe.experts.{{}}.{theirs}"
+            for ours, theirs in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+        }
+    ),
+)
+_QWEN2_MOE = LLAMA.renamed(
+    mlp__shared__gate="mlp.shared_expert.gate_proj",
+    mlp__shared__up="mlp.shared_expert.up_proj",
+    mlp__shared__down="mlp.shared_expert.down_proj",
 )
 _GPT2 = Names(
     embedding="transformer.wte",
@@ -177,6 +202,9 @@ FAMILY_NAMES: Mapping[str, Names] = MappingProxyType(
         **dict.fromkeys(("olmo2", "olmo3"), _SANDWICH),
         **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2"), _LATENT),
         **dict.fromkeys(("glm", "glm4"), replace(_GLM4, fused=(_GATE_UP,))),
+        **dict.fromkeys(("qwen3_moe", "olmoe", "glm4_moe"), LLAMA),
+        "mixtral": _MIXTRAL,
+        "qwen2_moe": _QWEN2_MOE,
         "phi": _PHI,
         "phi3": replace(LLAMA, fused=(Fused(name="self_attn.qkv_proj", members=_QKV), _GATE_UP)),
         "starcoder2": LLAMA.renamed(mlp__up="mlp.c_fc", mlp__down="mlp.c_proj"),

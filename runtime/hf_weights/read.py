@@ -57,6 +57,9 @@ class WeightFolder:
             low, high = max(first, piece.first), min(end, piece.first + piece.rows)
             if low >= high:
                 continue
+            if piece.stacked:
+                yield self._slice(piece.key, tuple(rest)), local[low - first]
+                continue
             shift = piece.begin - piece.first
             yield (
                 self._slice(piece.key, ((low + shift, high + shift), *rest)),

@@ -113,6 +113,8 @@ class _Assembler:
         shape = self.wanted.shapes[key]
         whole = torch.empty(shape[::-1] if turned else shape, dtype=self.dtype)
         for mapped, piece in self.parts[key]:
+            if piece.stacked:
+                return self._parameter(mapped.name)[piece.first].to(self.dtype).contiguous()
             rows = self._parameter(mapped.name)[piece.first : piece.first + piece.rows]
             whole[piece.begin : piece.begin + piece.rows] = rows.to(self.dtype)
         return whole.T.contiguous() if turned else whole

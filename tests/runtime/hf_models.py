@@ -61,6 +61,19 @@ _NEO = {
 }
 _OPT = {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}
 
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+GROUPED: dict[str, Any] = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {**SIZES, "attention_bias": True, "mlp_bias": True, "head_dim": 12},
     "llama-scaled": {**SIZES, "rope_parameters": LLAMA3},
@@ -113,6 +126,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "falcon-serial": {**SIZES, "multi_query": False, "parallel_attn": False, "bias": True, "alibi": False},
     "deepseek_v2": {**SIZES, **LATENT, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7}},
     "deepseek_v3": {**SIZES, **LATENT, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}},
+    "mixtral": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+    "qwen2_moe": {**SIZES, **_MOE, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1]},
+    "qwen3_moe": {**SIZES, **_MOE, "head_dim": 12, "norm_topk_prob": True},
+    "olmoe": {**SIZES, "num_experts": 4, "num_experts_per_tok": 2},
+    "glm4_moe": {**SIZES, **GROUPED, "head_dim": 8, "use_qk_norm": True},
+    "deepseek_v2-groups": {
+        **SIZES,
+        **LATENT,
+        **GROUPED,
+        "num_key_value_heads": 4,
+        "topk_method": "group_limited_greedy",
+        "routed_scaling_factor": 2.0,
+    },
+    "deepseek_v3-groups": {**SIZES, **LATENT, **GROUPED, "num_key_value_heads": 4},
     "deepseek_v3-direct": {**SIZES, **LATENT, "q_lora_rank": None},
 }
 """Keys of each config; a name is its model_type, and what is special behind a dash."""
@@ -128,7 +155,8 @@ def make_model(name: str) -> Any:
     make: Any = AutoModelForCausalLM.from_config
     model = make(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        corrections = [b for key, b in model.named_buffers() if key.endswith("correction_bias")]
+        for parameter in (*model.parameters(), *corrections):
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(parameter * (parameter.dim() == 1) + 0.15 * noise)
     return model

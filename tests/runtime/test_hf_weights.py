@@ -55,8 +55,14 @@ def whole(spec: ModelSpec) -> Transformer:
 def loaded(folder: Path) -> tuple[ModelSpec, Transformer]:
     spec = read_config_file(folder)
     model = whole(spec)
-    load_weights(dict(model.named_parameters()), spec, folder)
+    load_weights(weights_of(model), spec, folder)
     return spec, model
+
+
+def weights_of(model: Transformer) -> dict[str, Tensor]:
+    """Parameters, and the biases of routers, which are buffers."""
+    kept = {name: buffer for name, buffer in model.named_buffers() if name.endswith(".correction")}
+    return {**{name: p.detach() for name, p in model.named_parameters()}, **kept}
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -64,7 +70,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def write(model: Transformer, spec: ModelSpec, source: Path, folder: Path, **options: Any) -> None:
-    ours = {name: p.detach() for name, p in model.named_parameters()}
+    ours = weights_of(model)
     config = json.loads((source / "config.json").read_text())
     write_weights(ours.__getitem__, spec, folder, config=config, **{"dtype": torch.float32, **options})
 
