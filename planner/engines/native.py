@@ -44,8 +44,8 @@ def native_axes(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
     if context:
         return Rejected(
             rule="native_context",
-            detail=f"cp={degrees.cp} by {degrees.cp_exchange} meets keys block by block in the native runtime, "
-            f"and {'; '.join(context)}.",
+            detail=f"cp={degrees.cp} by {degrees.cp_exchange} meets keys block by block in the native "
+            f"runtime, and {'; '.join(context)}.",
             legal="cp=1, or cp_exchange=all_to_all",
             fix="--fix cp_exchange=all_to_all",
         )

@@ -78,7 +78,7 @@ def _context_problems(plan: Plan) -> list[Problem]:
     return problems + [
         Problem(
             where="strategy.cp_exchange",
-            fault=f"is {plan.strategy.degrees.cp_exchange}, by which keys are met block by block, and {fault}.",
+            fault=f"is {plan.strategy.degrees.cp_exchange}: keys are met block by block, and {fault}.",
             legal="all_to_all",
         )
         for fault in met
