@@ -21,7 +21,6 @@ def check(plan_file: Path, as_json: bool) -> None:
     """
     from planner.errors import CheckError
     from planner.execution import (
-        axes_not_executed,
         not_executed,
         offload_not_executed,
         schedule_not_executed,
@@ -31,7 +30,7 @@ def check(plan_file: Path, as_json: bool) -> None:
 
     plan = load_plan(plan_file)
     degrees = plan.strategy.degrees
-    missing = not_executed(plan.model) + schedule_not_executed(degrees) + axes_not_executed(degrees)
+    missing = not_executed(plan.model) + schedule_not_executed(degrees)
     missing += offload_not_executed(plan.strategy)
     checks = check_plan(plan)
     if as_json:

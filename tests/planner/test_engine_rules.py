@@ -83,10 +83,6 @@ CASES = (
         ("schedule=zb-h1", "1f1b", "gpipe"),
     ),
     Case(
-        "native_axes", N, Degrees(cp=2, dp_replicate=4), Degrees(ep=2, dp_replicate=8),
-        ("expert", "(2)", "ep=1"),
-    ),
-    Case(
         "native_workload", N, ZERO3, ZERO3, ("muon", "fp8", "lora", "adamw"),
         illegal_problem=held(N, precision=Precision.FP8, optimizer=Optimizer.MUON, **LORA),
     ),
