@@ -14,7 +14,7 @@ from planner.codec import load_json_object
 from planner.errors import InputError, Problem
 from planner.execution import check_executed
 from planner.plan import load_plan
-from runtime.checkpoint import Shard, load_checkpoint
+from runtime.checkpoint import load_checkpoint
 from runtime.committed import CheckpointIndex, committed_folders, find_checkpoint, load_index, verify
 from runtime.hf_weights.folder import CONFIG, KEPT, check_config, side_files
 from runtime.hf_weights.write import write_weights
@@ -92,7 +92,7 @@ def _read(path: Path, index: CheckpointIndex, name: str) -> Tensor:
     if stored is None:
         raise InputError(Problem(where=str(path), fault=f"lacks the tensor {name}."))
     whole = torch.empty(stored.shape, dtype=getattr(torch, stored.dtype))
-    load_checkpoint(path, index, {"executor": {key: Shard(whole, (0,) * whole.dim(), tuple(whole.shape))}})
+    load_checkpoint(path, index, {"executor": {key: whole}})
     return whole
 
 
