@@ -26,6 +26,7 @@ from runtime.compiled import compiles
 from runtime.data import BatchReader, data_summary
 from runtime.exchange import gather_json
 from runtime.executor import Executor, StepResult
+from runtime.hf_weights.folder import load_into
 from runtime.local_ranks import RunFailedError, Send, join_group
 from runtime.memory import measure_peak
 from runtime.metrics import MetricsLog, Probes, StepMetrics, TimelineEvent, mfu, write_timeline
@@ -136,6 +137,9 @@ class _Loop:
         if resumed is not None:
             restore(*resumed, self.executor, chosen)
             self._say_resumed(resumed[1].step, resumed[1].run, saved, chosen)
+        elif options.init_from is not None:
+            load_into(self.executor, Path(options.init_from))
+            self.send({"say": f"weights from {options.init_from}"})
         return chosen
 
     def _say_resumed(

@@ -24,9 +24,9 @@ class TrainOptions:
 
     `steps` counts from the beginning of training, not from the resumed step. `data` None is the shipped
     corpus. `data_cache` is where
-    tokenized data goes, for runs to share; None: the run's own folder. `checkpoint_every` 0 saves at the
-    end only. `sync_checkpoints` makes training wait until a checkpoint is published, not only copied.
-    `compile` None compiles blocks on CUDA.
+    tokenized data goes, for runs to share; None: the run's own folder. `init_from` is a folder of weights to
+    begin with. `checkpoint_every` 0 saves at the end only. `sync_checkpoints` makes training wait until a
+    checkpoint is published, not only copied. `compile` None compiles blocks on CUDA.
     """
 
     steps: int
@@ -34,6 +34,7 @@ class TrainOptions:
     data: str | None = None
     data_cache: str | None = None
     resume: bool = False
+    init_from: str | None = None
     seed: int = 0
     tokenizer: TokenizerKind = TokenizerKind.BPE
     checkpoint_every: int = 0

@@ -27,6 +27,7 @@ from runtime.committed import (
 from runtime.data import DataIndex, open_data, prepare_data
 from runtime.exchange import own_rank
 from runtime.executor import Executor
+from runtime.hf_weights.folder import check_folder, keep_files
 from runtime.metrics import prepare_run_dir
 from runtime.optimizer import OptimizerOptions
 from runtime.options import TrainOptions, check_options
@@ -95,11 +96,22 @@ def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
                 fix="go on with --resume, or name another folder",
             )
         )
+    if options.init_from is not None:
+        _begin_with(Path(options.init_from), plan, options)
     data = None if options.data is None else Path(options.data)
     cache = run_dir / "data" if options.data_cache is None else Path(options.data_cache)
     index = prepare_data(data, vocab=plan.model.vocab, cache=cache, kind=options.tokenizer)
     _keep_plan(plan, run_dir)
     return Setup(str(index), checkpoint, tuple(remarks))
+
+
+def _begin_with(folder: Path, plan: Plan, options: TrainOptions) -> None:
+    """Checks the folder that a new run takes its weights from, and keeps what export needs of it."""
+    if options.resume:
+        fault = "is given with --resume, which takes the weights from the run's own checkpoint."
+        raise InputError(Problem(where="--init-from", fault=fault, fix="give one of the two"))
+    check_folder(folder, plan.model)
+    keep_files(folder, Path(options.run_dir))
 
 
 def _keep_plan(plan: Plan, run_dir: Path) -> None:

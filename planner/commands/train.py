@@ -41,6 +41,11 @@ if TYPE_CHECKING:
 )
 @click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint in the run folder.")
 @click.option(
+    "--init-from",
+    metavar="FOLDER",
+    help="Begin with the weights of a Hugging Face folder (*.safetensors), not with random ones.",
+)
+@click.option(
     "--seed", default=0, show_default=True, metavar="N", help="Of the weights and the data's order."
 )
 @click.option(
