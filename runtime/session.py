@@ -24,13 +24,16 @@ from runtime.committed import (
     set_aside,
     sweep,
 )
-from runtime.data import DataIndex, open_data, prepare_data
+from runtime.data.index import DataIndex, open_data
+from runtime.data.order import shares
+from runtime.data.prepare import data_weights, prepare_data
 from runtime.exchange import own_rank
 from runtime.executor import Executor
 from runtime.hf_weights.folder import check_folder, keep_files
 from runtime.metrics import prepare_run_dir
 from runtime.optimizer import OptimizerOptions
 from runtime.options import TrainOptions, check_options
+from runtime.trackers import check_trackers
 
 CHECKPOINTS = "checkpoints"
 PLAN = "plan.json"
@@ -70,6 +73,7 @@ def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
     it is.
     """
     check_options(options)
+    check_trackers(options.log)
     run_dir = Path(options.run_dir)
     folder = run_dir / CHECKPOINTS
     sweep(folder)
@@ -98,9 +102,8 @@ def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
         )
     if options.init_from is not None:
         _begin_with(Path(options.init_from), plan, options)
-    data = None if options.data is None else Path(options.data)
     cache = run_dir / "data" if options.data_cache is None else Path(options.data_cache)
-    index = prepare_data(data, vocab=plan.model.vocab, cache=cache, kind=options.tokenizer)
+    index = prepare_data(options.data, vocab=plan.model.vocab, cache=cache)
     _keep_plan(plan, run_dir)
     return Setup(str(index), checkpoint, tuple(remarks))
 
@@ -128,6 +131,10 @@ def run_identity(plan: Plan, options: TrainOptions, data: DataIndex) -> dict[str
     return {
         **dict(_flat(facts, "")),
         "data.digest": data.digest,
+        "data.tokenizer": f"{data.tokenizer} {data.tokenizer_digest[:16]}",
+        "data.weights": " ".join(map(str, shares(weights)))
+        if (weights := data_weights(options.data))
+        else "",
         "seed": options.seed,
     }
 
