@@ -22,7 +22,7 @@ a longer one and can be continued exactly."""
 class TrainOptions:
     """The options of `plan train`. None: chosen by `resolve`, or taken from the resumed checkpoint.
 
-        `steps` counts from the beginning of training, not from the resumed step. `data_cache` is where
+    `steps` counts from the beginning of training, not from the resumed step. `data_cache` is where
     tokenized data goes, for runs to share; None: the run's own folder. `init_from` is a folder of weights to
     begin with. `checkpoint_every` 0 saves at the end only. `sync_checkpoints` makes training wait until a
     checkpoint is published, not only copied. `compile` None compiles blocks on CUDA. `hang_timeout` is after
