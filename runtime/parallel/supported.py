@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from planner.errors import InputError, Problem
-from planner.execution import (
-    check_executed_axes,
-    check_executed_schedule,
-    context_not_executed,
-    executed_widths,
-)
+from planner.execution import check_executed_axes, context_not_executed, executed_widths
 from planner.model import ModelSpec
 from planner.plan import Plan
+from planner.schedule_check import check_schedule_table
 from planner.spread_rules import context_divides, context_heads
 from planner.strategy import AXES, Degrees, Zero
 from planner.workload import Precision
@@ -19,7 +15,7 @@ from planner.workload import Precision
 def check_supported(plan: Plan) -> None:
     """Raises InputError with every part of the plan that this runtime cannot execute."""
     degrees = plan.strategy.degrees
-    check_executed_schedule(degrees)
+    check_schedule_table(plan)
     check_executed_axes(degrees)
     problems = [*_degree_problems(plan, degrees), *_tensor_problems(plan.model, plan.workload.seq, degrees)]
     problems += _context_problems(plan)
