@@ -6,7 +6,7 @@ from planner.attention import CAUSAL, Attention, LatentAttention, QkNorm, Reach,
 from planner.errors import InputError, Problem
 from planner.feed_forward import Experts, FeedForward
 from planner.model import Block, Layer, ModelSpec
-from planner.strategy import CpExchange, Degrees, Schedule, Strategy
+from planner.strategy import CpExchange, Degrees, Strategy
 from planner.workload import Method, Optimizer, Precision, Workload
 
 EXECUTED_TYPES = (
@@ -33,9 +33,6 @@ EXECUTED_PRECISIONS = (Precision.BF16, Precision.FP32)
 """fp16 needs loss scaling and fp8 scaled products, which the runtime does not have."""
 
 EXECUTED_OPTIMIZERS = (Optimizer.ADAMW, Optimizer.SGD)
-
-EXECUTED_SCHEDULES = (Schedule.GPIPE, Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED)
-"""Schedules whose tables the runtime runs; it does not split backward passes or place stages as a V."""
 
 EXECUTED_QK_NORMS = (QkNorm.NONE, QkNorm.HEAD, QkNorm.HEAD_LAYERNORM, QkNorm.WIDTH)
 
@@ -75,11 +72,6 @@ def executed_widths(model: ModelSpec) -> tuple[tuple[int, str], ...]:
     return (*model.widths_split, (model.vocab, "the vocabulary"))
 
 
-def schedule_not_executed(degrees: Degrees) -> list[str]:
-    """What of a pipeline's schedule the runtime cannot run; empty where it can run all."""
-    return [] if degrees.schedule in EXECUTED_SCHEDULES else [f"its schedule is {degrees.schedule}"]
-
-
 def context_not_executed(model: ModelSpec, degrees: Degrees) -> list[str]:
     """What of a model's attention ranks cannot share out by blocks of keys; empty where they can."""
     if degrees.cp == 1 or degrees.cp_exchange is CpExchange.ALL_TO_ALL:
@@ -94,20 +86,6 @@ def context_not_executed(model: ModelSpec, degrees: Degrees) -> list[str]:
     if model.arithmetic.attention_cap is not None:
         faults.append("scores are capped")
     return faults
-
-
-def check_executed_schedule(degrees: Degrees) -> None:
-    """Raises InputError where the runtime cannot run the schedule of these degrees."""
-    if schedule_not_executed(degrees):
-        raise InputError(
-            Problem(
-                where="strategy.schedule",
-                fault=f"is {degrees.schedule}, which can be planned; this runtime neither splits backward "
-                "passes nor places stages as a V.",
-                legal=", ".join(EXECUTED_SCHEDULES),
-                fix="solve without --fix schedule",
-            )
-        )
 
 
 def offload_not_executed(strategy: Strategy) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,9 @@ from runtime.pipeline import Pipeline, Record, StageModule
 from runtime.readback import Executed, read_executed
 from runtime.recompute import WRAPPER_PREFIX
 from runtime.transformer.initial import canonical_name
+
+TIED = "tok_embeddings.weight"
+"""The weight that embedding and head share where a model ties them."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ class Executor:
             plan.workload.optimizer, [weight.shard for weight in self.weights], optimizer_options
         )
         self._partial = self._partial_weights()
-        self._tied, self._tied_group = self._find_tied()
+        self._tied = [weight for weight in self.weights if weight.name == TIED]
+        self._tied_group = self._make_tied_group()
         self.steps_done = 0
 
     @property
@@ -141,8 +146,7 @@ class Executor:
                 weight.shard.grad.mul_(weight.gradient_scale)
         if self._partial:
             _sum_together([weight.shard.grad for weight in self._partial], self.meshes.tp.get_group())
-        if self._tied is not None:
-            dist.all_reduce(self._tied.shard.grad, group=self._tied_group)
+        self._sum_tied()
         return [weight.shard.grad for weight in self.weights if weight.shard.grad is not None]
 
     def _reduce(self, loss: Tensor, grads: list[Tensor]) -> tuple[float, float]:
@@ -196,19 +200,27 @@ class Executor:
         partial = {id(p) for module in self.modules for p in partial_parameters(module.model, degrees)}
         return [weight for weight in self.weights if id(weight.parameter) in partial]
 
-    def _find_tied(self) -> tuple[_Weight | None, dist.ProcessGroup | None]:
-        """The tied embedding if two stages hold it, and the group of the two ranks that do.
+    def _make_tied_group(self) -> dist.ProcessGroup | None:
+        """The group of the two ranks that hold a tied embedding's two copies; None where one rank has both.
 
         Collective: every rank makes every group.
         """
         degrees = self.plan.strategy.degrees
-        if not self.plan.model.tied_embeddings or degrees.pp == 1:
-            return None, None
+        first, last = degrees.pp_rank_of_stage(0), degrees.pp_rank_of_stage(degrees.stages - 1)
+        if not self.plan.model.tied_embeddings or first == last:
+            return None
         ranks = self.meshes.world.mesh.flatten(1).tolist()
-        groups = {pair: dist.new_group(list(pair)) for pair in zip(ranks[0], ranks[-1], strict=True)}
-        tied = [weight for weight in self.weights if weight.name == "tok_embeddings.weight"]
+        groups = {pair: dist.new_group(list(pair)) for pair in zip(ranks[first], ranks[last], strict=True)}
         own = [group for pair, group in groups.items() if dist.get_rank() in pair]
-        return (tied[0], own[0]) if tied else (None, None)
+        return own[0] if own else None
+
+    def _sum_tied(self) -> None:
+        """Gives both copies of a tied embedding the sum of their gradients."""
+        grads = [weight.shard.grad for weight in self._tied if weight.shard.grad is not None]
+        if self._tied_group is not None:
+            dist.all_reduce(grads[0], group=self._tied_group)
+        elif len(grads) == 2:
+            grads[1].copy_(grads[0].add_(grads[1]))
 
     def executed(self) -> Executed:
         """What the ranks executed in the last step, read from the running model. Collective."""
@@ -220,26 +232,28 @@ class Executor:
         Sharded tensors are DTensors over this rank's memory, so a checkpoint loads in place and into any
         other layout. `load_state_dict` must follow, for the step count.
         """
-        state: dict[str, Tensor] = {"step": torch.tensor(self.steps_done)}
-        state |= {f"model.{name}": bias for name, bias in self.balance.corrections.items()}
+        return {"step": torch.tensor(self.steps_done), **dict(self._named_state())}
+
+    def _named_state(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors of the state; two of a name where this rank holds both copies of a tied embedding."""
+        for name, bias in self.balance.corrections.items():
+            yield f"model.{name}", bias
         for weight in self.weights:
-            state[f"model.{weight.name}"] = weight.parameter.detach()
+            yield f"model.{weight.name}", weight.parameter.detach()
             for key, value in self.optimizer.state[weight.shard].items():
                 whole = value if value.dim() == 0 else _like(weight.parameter, value)
-                state[f"optimizer.{weight.name}.{key}"] = whole
-        return state
+                yield f"optimizer.{weight.name}.{key}", whole
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes over what `state_dict` gave, in this layout. Raises InputError for a missing tensor."""
-        own = self.state_dict()
-        missing = sorted(own.keys() - state.keys())
+        own = list(self._named_state())
+        missing = sorted({"step", *dict(own)} - state.keys())
         if missing:
             fault = f"has no {', '.join(missing[:5])} ({len(missing)} missing)."
             raise InputError(Problem(where="checkpoint", fault=fault, fix="resume with the model it is of"))
         with torch.no_grad():
-            for name, value in own.items():
-                if name != "step":
-                    _local(value).copy_(_local(state[name]))
+            for name, value in own:
+                _local(value).copy_(_local(state[name]))
         self.steps_done = int(state["step"])
 
 
@@ -283,7 +297,8 @@ def _build_modules(
     """The stages of this pipeline rank, in order, all writing to one record."""
     degrees = plan.strategy.degrees
     record = Record()
-    own = range(meshes.pp.get_local_rank(), degrees.stages, degrees.pp)
+    rank = meshes.pp.get_local_rank()
+    own = [stage for stage in range(degrees.stages) if degrees.pp_rank_of_stage(stage) == rank]
     return [
         StageModule(
             build_stage(plan, index, meshes, seed=seed, device=device, compiled=compiled),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from planner.errors import InputError, Problem
-from planner.execution import check_executed_schedule, context_not_executed, executed_widths
+from planner.execution import context_not_executed, executed_widths
 from planner.model import ModelSpec
 from planner.plan import Plan
+from planner.schedule_check import check_schedule_table
 from planner.spread_rules import (
     context_divides,
     context_heads,
@@ -22,7 +23,7 @@ EXPERT_RULES = (experts_divide, experts_within_replicas, experts_need_sequence_p
 def check_supported(plan: Plan) -> None:
     """Raises InputError with every part of the plan that this runtime cannot execute."""
     degrees = plan.strategy.degrees
-    check_executed_schedule(degrees)
+    check_schedule_table(plan)
     problems = [*_degree_problems(plan, degrees), *_tensor_problems(plan.model, plan.workload.seq, degrees)]
     problems += _context_problems(plan)
     if problems:
