@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from planner.errors import CheckError, InputError, Problem
 from planner.plan import Plan
+from runtime.balance import Balance
 from runtime.compiled import check_compiled_gradients
 from runtime.optimizer import (
     OptimizerOptions,
@@ -24,9 +25,9 @@ from runtime.optimizer import (
     weighted_square_sum,
 )
 from runtime.parallel.context import held_positions
-from runtime.parallel.meshes import Meshes, build_meshes
+from runtime.parallel.meshes import Meshes, build_meshes, mesh_axes
 from runtime.parallel.supported import check_supported
-from runtime.parallel.tensor import whole_parameters
+from runtime.parallel.tensor import partial_parameters
 from runtime.parallelize import build_stage
 from runtime.pipeline import Pipeline, Record, StageModule
 from runtime.readback import Executed, read_executed
@@ -51,12 +52,15 @@ class _Weight:
 
     `shard` shares the memory of its local part and is what the optimizer updates. `share` is 1 over the
     number of ranks of the world that hold the same element, 0 for a copy that another stage counts.
+    `gradient_scale` makes the mean over the ranks that FSDP averages the mean over replicas: routed experts
+    are on fewer ranks, to which others' tokens come.
     """
 
     name: str
     parameter: nn.Parameter
     shard: nn.Parameter
     share: float
+    gradient_scale: float
 
 
 class Executor:
@@ -89,6 +93,7 @@ class Executor:
         self._held = held_positions(plan.workload.seq, plan.strategy.degrees, cp_rank).to(device)
         self.pipeline = Pipeline(plan, self.modules, self.meshes, device)
         self.weights = self._collect_weights()
+        self.balance = Balance(plan.model, [module.model for module in self.modules])
         self.optimizer = build_optimizer(
             plan.workload.optimizer, [weight.shard for weight in self.weights], optimizer_options
         )
@@ -127,6 +132,7 @@ class Executor:
             clip(grads, norm, self.options.clip_norm)
             set_learning_rate(self.optimizer, learning_rate(self.options, self.steps_done))
             self.optimizer.step()
+            self.balance.update()
         for weight in self.weights:
             weight.shard.grad = weight.parameter.grad = None
         self.steps_done += 1
@@ -136,6 +142,8 @@ class Executor:
         """Gives every shard its gradient, complete but for clipping."""
         for weight in self.weights:
             weight.shard.grad = _local_gradient(weight.parameter)
+            if weight.gradient_scale != 1:
+                weight.shard.grad.mul_(weight.gradient_scale)
         if self._partial:
             _sum_together([weight.shard.grad for weight in self._partial], self.meshes.tp.get_group())
         self._sum_tied()
@@ -168,6 +176,7 @@ class Executor:
                         parameter=parameter,
                         shard=nn.Parameter(local.detach()),
                         share=0.0 if copy else self._share(parameter),
+                        gradient_scale=self._gradient_scale(parameter),
                     )
                 )
         return weights
@@ -180,12 +189,16 @@ class Executor:
         degrees = self.plan.strategy.degrees
         return shards * degrees.pp / degrees.world
 
+    def _gradient_scale(self, parameter: nn.Parameter) -> float:
+        degrees = self.plan.strategy.degrees
+        routed = isinstance(parameter, DTensor) and "ep" in mesh_axes(parameter)
+        return degrees.expert_replicas / degrees.replicas if routed else 1.0
+
     def _partial_weights(self) -> list[_Weight]:
-        """Weights whose gradient is a partial sum over tp: whole ones that saw a slice of the sequence."""
-        if not self.plan.strategy.degrees.sequence_parallel or self.plan.strategy.degrees.tp == 1:
-            return []
-        whole = {id(p) for module in self.modules for p in whole_parameters(module.model)}
-        return [weight for weight in self.weights if id(weight.parameter) in whole]
+        """Weights whose gradient is a partial sum over tp."""
+        degrees = self.plan.strategy.degrees
+        partial = {id(p) for module in self.modules for p in partial_parameters(module.model, degrees)}
+        return [weight for weight in self.weights if id(weight.parameter) in partial]
 
     def _make_tied_group(self) -> dist.ProcessGroup | None:
         """The group of the two ranks that hold a tied embedding's two copies; None where one rank has both.
@@ -223,6 +236,8 @@ class Executor:
 
     def _named_state(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors of the state; two of a name where this rank holds both copies of a tied embedding."""
+        for name, bias in self.balance.corrections.items():
+            yield f"model.{name}", bias
         for weight in self.weights:
             yield f"model.{weight.name}", weight.parameter.detach()
             for key, value in self.optimizer.state[weight.shard].items():

@@ -1,6 +1,6 @@
 """Puts a plan onto modules: one `apply_*` verb for each axis, always in the same order.
 
-    deferral -> materialize -> tensor -> context parallel -> recompute -> compile -> data parallel,
+    deferral -> materialize -> tensor -> context -> expert parallel -> recompute -> compile -> data parallel,
 
 part by part, then the root: a rank never holds more than one whole part besides its own shards.
 """
@@ -17,7 +17,8 @@ from runtime import recompute
 from runtime.compiled import apply_compile
 from runtime.deferred import apply_deferral
 from runtime.parallel.context import apply_context_parallel, hidden_positions
-from runtime.parallel.data import apply_data_parallel
+from runtime.parallel.data import apply_data_parallel, apply_expert_data_parallel
+from runtime.parallel.expert import apply_expert_parallel, keep_own_experts
 from runtime.parallel.meshes import Meshes
 from runtime.parallel.tensor import apply_tensor_parallel
 from runtime.transformer.initial import materialize
@@ -45,9 +46,12 @@ def build_stage(
         for name, part in unit:
             if name in deferring:
                 apply_deferral(part)
+            keep_own_experts(part, meshes)
             materialize(part, plan.model, prefix=f"{name}.", seed=seed, device=device)
             apply_tensor_parallel(name, part, degrees, meshes)
             apply_context_parallel(part, plan.workload.seq, degrees, meshes)
+            apply_expert_parallel(part, plan.workload.seq, degrees, meshes)
+            apply_expert_data_parallel(part, degrees, plan.workload.precision, meshes)
             modules.append(apply_recompute(model, name, part, options.get(name, Recompute.NONE)))
             if compiled:
                 apply_compile(modules[-1])

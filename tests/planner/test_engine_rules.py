@@ -78,10 +78,6 @@ ZERO3 = Degrees(dp_shard=8, zero=Zero.PARAMETERS)
 
 CASES = (
     Case(
-        "native_axes", N, Degrees(cp=2, dp_replicate=4), Degrees(ep=2, dp_replicate=8),
-        ("expert", "(2)", "ep=1"),
-    ),
-    Case(
         "native_workload", N, ZERO3, ZERO3, ("muon", "fp8", "lora", "adamw"),
         illegal_problem=held(N, precision=Precision.FP8, optimizer=Optimizer.MUON, **LORA),
     ),
