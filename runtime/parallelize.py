@@ -47,6 +47,7 @@ def build_stage(
             keep_own_experts(part, meshes)
             if name in deferring:
                 apply_deferral(part)
+            keep_own_experts(part, meshes)
             materialize(part, plan.model, prefix=f"{name}.", seed=seed, device=device)
             apply_tensor_parallel(name, part, degrees, meshes)
             apply_context_parallel(part, plan.workload.seq, degrees, meshes)

@@ -25,8 +25,7 @@ def check(plan_file: Path, as_json: bool) -> None:
     from planner.plan_check import check_plan
 
     plan = load_plan(plan_file)
-    missing = not_executed(plan.model)
-    missing += offload_not_executed(plan.strategy)
+    missing = not_executed(plan.model) + offload_not_executed(plan.strategy)
     checks = check_plan(plan)
     if as_json:
         print_json(
