@@ -23,7 +23,9 @@ from planner.codec import encode
 from planner.errors import InputError, Problem
 from planner.plan import Plan
 from runtime.compiled import compiles
-from runtime.data import BatchReader, data_summary
+from runtime.data.index import data_summary
+from runtime.data.order import BatchReader
+from runtime.data.prepare import data_weights
 from runtime.exchange import gather_json
 from runtime.executor import Executor, StepResult
 from runtime.local_ranks import RunFailedError, Send, join_group
@@ -103,7 +105,11 @@ class _Loop:
         data = open_run_data(job.setup, verify=self.first)
         self.data_text = data_summary(data.index)
         self.reader = BatchReader(
-            data=data, seed=options.seed, seq=plan.workload.seq, batch=plan.workload.batch
+            data=data,
+            seed=options.seed,
+            seq=plan.workload.seq,
+            batch=plan.workload.batch,
+            weights=data_weights(options.data),
         )
         self.identity = run_identity(plan, options, data.index)
         self.saver = Saver(

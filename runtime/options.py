@@ -10,7 +10,7 @@ from planner.codec import noun
 from planner.errors import InputError, Problem
 from planner.model import ModelSpec
 from planner.plan import Plan
-from runtime.data import TokenizerKind
+from runtime.data.prepare import DataOptions
 from runtime.optimizer import OptimizerOptions
 
 LEAST_DECAY_STEPS = 1000
@@ -22,8 +22,7 @@ a longer one and can be continued exactly."""
 class TrainOptions:
     """The options of `plan train`. None: chosen by `resolve`, or taken from the resumed checkpoint.
 
-    `steps` counts from the beginning of training, not from the resumed step. `data` None is the shipped
-    corpus. `data_cache` is where
+    `steps` counts from the beginning of training, not from the resumed step. `data_cache` is where
     tokenized data goes, for runs to share; None: the run's own folder. `checkpoint_every` 0 saves at the
     end only. `sync_checkpoints` makes training wait until a checkpoint is published, not only copied.
     `compile` None compiles blocks on CUDA.
@@ -31,11 +30,10 @@ class TrainOptions:
 
     steps: int
     run_dir: str
-    data: str | None = None
+    data: DataOptions = DataOptions()
     data_cache: str | None = None
     resume: bool = False
     seed: int = 0
-    tokenizer: TokenizerKind = TokenizerKind.BPE
     checkpoint_every: int = 0
     keep: int = 2
     sync_checkpoints: bool = False

@@ -24,7 +24,9 @@ from runtime.committed import (
     set_aside,
     sweep,
 )
-from runtime.data import DataIndex, open_data, prepare_data
+from runtime.data.index import DataIndex, open_data
+from runtime.data.order import shares
+from runtime.data.prepare import data_weights, prepare_data
 from runtime.exchange import own_rank
 from runtime.executor import Executor
 from runtime.metrics import prepare_run_dir
@@ -95,9 +97,8 @@ def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
                 fix="go on with --resume, or name another folder",
             )
         )
-    data = None if options.data is None else Path(options.data)
     cache = run_dir / "data" if options.data_cache is None else Path(options.data_cache)
-    index = prepare_data(data, vocab=plan.model.vocab, cache=cache, kind=options.tokenizer)
+    index = prepare_data(options.data, vocab=plan.model.vocab, cache=cache)
     _keep_plan(plan, run_dir)
     return Setup(str(index), checkpoint, tuple(remarks))
 
@@ -116,6 +117,10 @@ def run_identity(plan: Plan, options: TrainOptions, data: DataIndex) -> dict[str
     return {
         **dict(_flat(facts, "")),
         "data.digest": data.digest,
+        "data.tokenizer": f"{data.tokenizer} {data.tokenizer_digest[:16]}",
+        "data.weights": " ".join(map(str, shares(weights)))
+        if (weights := data_weights(options.data))
+        else "",
         "seed": options.seed,
     }
 

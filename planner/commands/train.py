@@ -11,6 +11,7 @@ from planner.commands.options import json_option
 
 if TYPE_CHECKING:
     from planner.plan import Plan
+    from runtime.data.prepare import DataOptions
     from runtime.summary import TrainSummary
 
 
@@ -24,9 +25,21 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--data",
-    metavar="PATH",
-    help="A text file, or a folder of .txt. Default: the public-domain novel that ships with this program.",
+    metavar="PATH[:WEIGHT]",
+    multiple=True,
+    help="A text, .jsonl, .jsonl.gz, .parquet or .arrow file, a folder of them, or a folder of "
+    "`datasets.save_to_disk`. Repeatable, with weights for a mixture. Default: the public-domain novel "
+    "that ships with this program.",
 )
+@click.option(
+    "--text-key", default="text", show_default=True, metavar="KEY", help="The key or column with the text."
+)
+@click.option(
+    "--prompt-key",
+    metavar="KEY",
+    help="Fine-tuning: what is read, but not trained on. With --completion-key.",
+)
+@click.option("--completion-key", metavar="KEY", help="Fine-tuning: what is trained on. With --prompt-key.")
 @click.option(
     "--data-cache",
     metavar="DIR",
@@ -45,10 +58,13 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--tokenizer",
-    type=click.Choice(["bpe", "byte"]),
     default="bpe",
     show_default=True,
-    help="Byte pairs merged up to the model's vocabulary, or plain bytes.",
+    metavar="bpe|byte|PATH",
+    help="Byte pairs merged up to the model's vocabulary, plain bytes, or a tokenizer.json or its folder.",
+)
+@click.option(
+    "--end-of-text", metavar="TOKEN", help="The token that ends a document. Default: as the tokenizer says."
 )
 @click.option(
     "--checkpoint-every",
@@ -107,11 +123,10 @@ def train(plan_file: Path, steps: int | None, as_json: bool, **given: Any) -> in
     check_executed_workload(plan.workload)
 
     from planner.codec import encode
-    from runtime.data import TokenizerKind
     from runtime.options import TrainOptions
     from runtime.train import run_training
 
-    given["tokenizer"] = TokenizerKind(given["tokenizer"])
+    given["data"] = _data_options(given)
     options = TrainOptions(steps=steps if steps is not None else _all_steps(plan), **given)
     summary = run_training(plan, options)
     if summary is None:  # another rank than 0 under torchrun
@@ -121,6 +136,20 @@ def train(plan_file: Path, steps: int | None, as_json: bool, **given: Any) -> in
     else:
         click.echo(_report(summary, options.run_dir))
     return 4 if summary.executed_differences else 0
+
+
+def _data_options(given: dict[str, Any]) -> DataOptions:
+    """The options that are about data, taken out of all that were given."""
+    from runtime.data.documents import Columns
+    from runtime.data.prepare import DataOptions
+
+    text, prompt, completion = (given.pop(f"{name}_key") for name in ("text", "prompt", "completion"))
+    return DataOptions(
+        data=given.pop("data"),
+        tokenizer=given.pop("tokenizer"),
+        end_of_text=given.pop("end_of_text"),
+        columns=Columns(text=text, prompt=prompt, completion=completion),
+    )
 
 
 def _all_steps(plan: Plan) -> int:

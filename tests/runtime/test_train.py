@@ -20,7 +20,8 @@ from planner.errors import InputError, PlannerError
 from planner.plan import Plan, load_plan, save_plan
 from planner.strategy import Degrees, Zero
 from runtime.committed import committed_folders
-from runtime.data import TokenizerKind, shipped_corpus
+from runtime.data.prepare import DataOptions
+from runtime.data.sources import shipped_corpus
 from runtime.local_ranks import RunFailedError
 from runtime.metrics import Probes
 from runtime.options import TrainOptions
@@ -43,7 +44,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _options(text: str, run_dir: Path, steps: int, **given: Any) -> TrainOptions:
-    defaults: dict[str, Any] = {"data": text, "lr": 1e-2, "warmup": 2, "tokenizer": TokenizerKind.BYTE}
+    data = DataOptions(data=(text,), tokenizer="byte")
+    defaults: dict[str, Any] = {"data": data, "lr": 1e-2, "warmup": 2}
     return TrainOptions(steps=steps, run_dir=str(run_dir), **{**defaults, **given})
 
 
