@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from planner.codec import digest, noun
+from planner.errors import InputError, Problem
 from planner.estimate import Verdict
 from planner.objective import Minimise
 from planner.placement import device_names, stage_groups
@@ -168,6 +169,22 @@ def _digests(plan: Plan) -> list[str]:
         elif written != digest(value):
             faults.append(f"the {name} was changed after the plan was made")
     return faults
+
+
+STRUCTURAL = ("rules", "rank grid", "schedule table")
+"""Checks of what is executed; the others are of what is predicted of it."""
+
+
+def check_sound(plan: Plan) -> None:
+    """Raises InputError with everything in a plan that cannot be executed as it is written."""
+    problems = [
+        Problem(where=f"plan: {check.name}", fault=fault, fix="solve again, or see `plan check`")
+        for check in check_plan(plan)
+        if check.name in STRUCTURAL
+        for fault in check.faults
+    ]
+    if problems:
+        raise InputError(*problems)
 
 
 _CHECKS: tuple[tuple[str, Callable[[Plan], list[str]]], ...] = (

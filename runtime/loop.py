@@ -48,9 +48,6 @@ from runtime.session import (
 )
 from runtime.summary import Seen, TrainSummary, summarize, write_summary
 
-GROUP_TIMEOUT_S = 600.0
-"""How long a rank waits for one that does not answer. One that died is noticed at once."""
-
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -62,15 +59,16 @@ class Job:
     launched_s: float
 
 
-def enter_group(device: str) -> torch.device:
+def enter_group(device: str, timeout_s: float) -> torch.device:
+    """Joins the group on this rank's own device. A collective that takes `timeout_s` fails."""
     if device == "cuda":
         local = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(local)
-        join_group("nccl", GROUP_TIMEOUT_S)
+        join_group("nccl", timeout_s)
         return local
     # One thread a rank, as `plan profile` measured.
     torch.set_num_threads(1)
-    join_group("gloo", GROUP_TIMEOUT_S)
+    join_group("gloo", timeout_s)
     return torch.device("cpu")
 
 
@@ -182,8 +180,8 @@ class _Loop:
             )
             result, own_s = self._one_step(offset, tokens)
             stopping = self._record(offset, step, result, own_s, log)
-            if not math.isfinite(result.loss):
-                self._diverged(step + 1, result.loss)
+            if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
+                self._diverged(step + 1, result)
             done = executor.steps_done
             every = options.checkpoint_every
             if stopping or done == options.steps or (every and done % every == 0):
@@ -280,15 +278,15 @@ class _Loop:
             run={**self.identity, **plan_facts(self.job.plan)},
         )
 
-    def _diverged(self, step: int, loss: float) -> None:
-        """Ends a run whose loss is no number: what was saved before stays, nothing is saved now."""
+    def _diverged(self, step: int, result: StepResult) -> None:
+        """Ends a run whose loss or gradient is no number: what was saved stays, nothing is saved now."""
         self.seen.status = "diverged"
         self.saver.wait()
         if self.first:
             write_summary(self.run_dir, self._summary())
         kept = self.saver.published or self.job.setup.checkpoint
         raise RunFailedError(
-            f"the loss is {loss} at step {step}. "
+            f"the loss is {result.loss} and the gradient norm {result.grad_norm} at step {step}. "
             + (f"The checkpoint {kept} is kept. " if kept else "No checkpoint was saved yet. ")
             + f"The learning rate was {learning_rate(self.optimizer, step - 1):.3g}: try a lower --lr or a "
             "longer --warmup."

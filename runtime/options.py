@@ -26,6 +26,8 @@ class TrainOptions:
     tokenized data goes, for runs to share; None: the run's own folder. `checkpoint_every` 0 saves at the
     end only. `sync_checkpoints` makes training wait until a checkpoint is published, not only copied.
     `compile` None compiles blocks on CUDA.
+    `hang_timeout` is after how many seconds a rank that does not answer ends the run; None: by
+    the plan's predicted times. `any_device` lets a plan run on other devices than it was made for.
     """
 
     steps: int
@@ -44,6 +46,8 @@ class TrainOptions:
     weight_decay: float | None = None
     clip: float | None = None
     compile: bool | None = None
+    hang_timeout: float | None = None
+    any_device: bool = False
 
 
 def default_lr(model: ModelSpec) -> float:
@@ -114,6 +118,12 @@ def check_options(options: TrainOptions) -> None:
             options.weight_decay,
             options.weight_decay is None or 0 <= options.weight_decay < math.inf,
             "0 or more",
+        ),
+        (
+            "--hang-timeout",
+            options.hang_timeout,
+            options.hang_timeout is None or 0 < options.hang_timeout < math.inf,
+            "above 0",
         ),
         ("--clip", options.clip, options.clip is None or options.clip > 0, "above 0"),
     ]

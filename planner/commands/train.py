@@ -95,6 +95,13 @@ if TYPE_CHECKING:
     help="torch.compile for each block and the loss. Default: on CUDA where Triton is, not on a CPU.",
 )
 @click.option("--clip", type=float, metavar="NORM", help="Limit of the gradient norm. Default: 1.0.")
+@click.option(
+    "--hang-timeout",
+    type=float,
+    metavar="SECONDS",
+    help="A rank that does not answer for so long ends the run. Default: by the predicted step time.",
+)
+@click.option("--any-device", is_flag=True, help="Run it on other devices than it was made for.")
 @json_option
 def train(plan_file: Path, steps: int | None, as_json: bool, **given: Any) -> int:
     """Execute a plan on real ranks: train, checkpoint, log, resume.
