@@ -28,6 +28,7 @@ class TrainOptions:
     `compile` None compiles blocks on CUDA.
     `hang_timeout` is after how many seconds a rank that does not answer ends the run; None: by
     the plan's predicted times. `any_device` lets a plan run on other devices than it was made for.
+    `log` names experiment trackers beside metrics.jsonl; torch's profiler traces `profile_steps` steps.
     """
 
     steps: int
@@ -48,6 +49,9 @@ class TrainOptions:
     compile: bool | None = None
     hang_timeout: float | None = None
     any_device: bool = False
+    log: tuple[str, ...] = ()
+    profile_steps: int = 0
+    memory_snapshot: bool = False
 
 
 def default_lr(model: ModelSpec) -> float:
@@ -98,6 +102,7 @@ def check_options(options: TrainOptions) -> None:
     rules = [
         ("--steps", options.steps, options.steps >= 1, "1 or more"),
         ("--checkpoint-every", options.checkpoint_every, options.checkpoint_every >= 0, "0 or more"),
+        ("--profile-steps", options.profile_steps, options.profile_steps >= 0, "0 or more"),
         ("--keep", options.keep, options.keep >= 2, "2 or more, so that a good one is always there"),
         ("--lr", options.lr, options.lr is None or 0 < options.lr < math.inf, "above 0"),
         ("--warmup", options.warmup, options.warmup is None or options.warmup >= 0, "0 or more"),

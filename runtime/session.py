@@ -32,6 +32,7 @@ from runtime.executor import Executor
 from runtime.metrics import prepare_run_dir
 from runtime.optimizer import OptimizerOptions
 from runtime.options import TrainOptions, check_options
+from runtime.trackers import check_trackers
 
 CHECKPOINTS = "checkpoints"
 PLAN = "plan.json"
@@ -71,6 +72,7 @@ def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
     it is.
     """
     check_options(options)
+    check_trackers(options.log)
     run_dir = Path(options.run_dir)
     folder = run_dir / CHECKPOINTS
     sweep(folder)

@@ -10,23 +10,20 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from planner.codec import decode
 from planner.plan import Plan
 from planner.plan_check import check_sound
+from runtime.audience import Audience
 from runtime.exchange import agree
 from runtime.local_ranks import RunFailedError, Send, run_local
 from runtime.loop import Job, catch_sigterm, enter_group, train_rank
-from runtime.metrics import StepMetrics
 from runtime.options import TrainOptions
 from runtime.patience import RollCall, group_timeout_s
 from runtime.present import check_fits_here, check_same_devices, check_world, pick_device
-from runtime.progress import Progress
 from runtime.session import Setup, lock_run_dir, prepare_run
 from runtime.summary import TrainSummary
 
@@ -56,7 +53,6 @@ def run_training(plan: Plan, options: TrainOptions, *, shown: bool = True) -> Tr
 
 def _run_forked(job: Job, device: str, *, shown: bool) -> TrainSummary:
     options = job.options
-    answers: list[TrainSummary] = []
 
     timeout_s = options.hang_timeout or group_timeout_s(job.plan)
 
@@ -64,28 +60,14 @@ def _run_forked(job: Job, device: str, *, shown: bool) -> TrainSummary:
         stop = catch_sigterm()
         train_rank(job, enter_group(device, timeout_s), send, stop)
 
-    with Progress(0, options.steps, shown=shown) as progress:
+    with Audience(job.plan, options, shown=shown) as audience:
         run_local(
             body,
             job.plan.strategy.degrees.world,
             log_dir=Path(options.run_dir) / "logs",
-            on_message=lambda _, message: _receive(message, progress, answers),
+            on_message=lambda _, message: audience.receive(message),
         )
-    return answers[0]
-
-
-def _receive(message: Mapping[str, Any], progress: Progress, answers: list[TrainSummary]) -> None:
-    if "step" in message:
-        progress.step(decode_step(message["step"]))
-    elif "say" in message:
-        progress.say(message["say"])
-    elif "summary" in message:
-        answers.append(decode(TrainSummary, message["summary"], source="summary"))
-
-
-def decode_step(values: Mapping[str, Any]) -> StepMetrics:
-    """A step that came through a pipe; its loss may be NaN there."""
-    return StepMetrics(**{**values, "peak_memory_bytes": tuple(values["peak_memory_bytes"])})
+        return audience.summary()
 
 
 def _run_as_rank(
@@ -99,7 +81,6 @@ def _run_as_rank(
     roll_call = RollCall(timeout_s)
     first = dist.get_rank() == 0
     locks: list[int] = []
-    answers: list[TrainSummary] = []
 
     def set_up() -> dict[str, Any]:
         locks.append(lock_run_dir(Path(options.run_dir)))
@@ -108,15 +89,15 @@ def _run_as_rank(
     facts = agree(set_up, first_only=True)[0]
     job = Job(plan, options, Setup(**{**facts, "remarks": tuple(facts["remarks"])}), started_s)
     try:
-        with Progress(0, options.steps, shown=shown and first) as progress:
-            train_rank(job, place, lambda message: _receive(message, progress, answers), stop)
+        with Audience(plan, options, shown=shown and first) as audience:
+            train_rank(job, place, audience.receive, stop)
     except RuntimeError as error:
         meaning = roll_call.explain(str(error))
         if meaning is None:
             raise
         raise RunFailedError(meaning) from error
     dist.destroy_process_group()
-    return answers[0] if answers else None
+    return audience.summary() if first else None
 
 
 if __name__ == "__main__":

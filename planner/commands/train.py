@@ -102,6 +102,24 @@ if TYPE_CHECKING:
     help="A rank that does not answer for so long ends the run. Default: by the predicted step time.",
 )
 @click.option("--any-device", is_flag=True, help="Run it on other devices than it was made for.")
+@click.option(
+    "--log",
+    multiple=True,
+    type=click.Choice(["tensorboard", "wandb", "mlflow"]),
+    help="A tracker beside metrics.jsonl. Repeatable.",
+)
+@click.option(
+    "--profile-steps",
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Steps that torch's profiler traces, into RUN_DIR/profile.",
+)
+@click.option(
+    "--memory-snapshot",
+    is_flag=True,
+    help="Write the allocations of a step to RUN_DIR/memory.",
+)
 @json_option
 def train(plan_file: Path, steps: int | None, as_json: bool, **given: Any) -> int:
     """Execute a plan on real ranks: train, checkpoint, log, resume.
@@ -204,6 +222,10 @@ def _report(summary: TrainSummary, run_dir: str) -> str:
         ("executed", f"NOT as planned: {differences}" if differences else "as planned (read back)"),
         ("steps", f"{summary.first_step} to {summary.last_step} ({summary.status})"),
         ("loss", f"{_loss(summary.first_loss)} -> {_loss(summary.last_loss)}"),
+        (
+            "MFU",
+            "unknown (no peak is known for this device)" if summary.mfu is None else f"{summary.mfu:.1%}",
+        ),
         ("goodput", f"{summary.goodput:.1%} of {format_seconds(summary.wall_s)}"),
         ("cost", None if summary.cost_usd is None else f"${summary.cost_usd:,.2f}"),
         ("data", summary.data),
@@ -211,7 +233,23 @@ def _report(summary: TrainSummary, run_dir: str) -> str:
         ("checkpoints took", format_seconds(summary.checkpoint_wait_s)),
         ("run folder", run_dir),
     ]
+    rows += _cause_rows(summary)
     return pairs(facts) + "\n\n" + table(("", "predicted", "measured", "error"), rows)
+
+
+def _cause_rows(summary: TrainSummary) -> list[tuple[str, str, str, str]]:
+    """Where the recorded step's time went, the mean of all ranks, beside the prediction."""
+    from planner.units import format_seconds
+
+    ranks, predicted = summary.causes_by_rank, summary.predicted_causes
+    rows = []
+    for cause in ("compute", "wait", "gradient_sums", "optimizer"):
+        seconds = [getattr(rank, f"{cause}_s") for rank in ranks]
+        measured = format_seconds(sum(seconds) / len(seconds)) if seconds else "-"
+        rows.append(
+            (f"  {cause.replace('_', ' ')}", format_seconds(getattr(predicted, f"{cause}_s")), measured, "")
+        )
+    return rows
 
 
 def _loss(value: float | None) -> str:
