@@ -32,7 +32,10 @@ class PlanCheck:
 
 
 def check_plan(plan: Plan) -> tuple[PlanCheck, ...]:
-    """Every check of a plan, in a fixed order."""
+    """Every check of a plan, in a fixed order. Degrees below 1 end it: nothing can be said of such a plan."""
+    degrees = plan.strategy.degrees
+    if min(*degrees.grid_shape(), degrees.chunks, degrees.micro_batch, degrees.num_micro_batches) < 1:
+        return (PlanCheck(name="rules", faults=(f"a degree is below 1: {degrees.label()}",)),)
     return tuple(PlanCheck(name=name, faults=tuple(check(plan))) for name, check in _CHECKS)
 
 

@@ -33,6 +33,7 @@ from runtime.pipeline import Pipeline, Record, StageModule
 from runtime.readback import Executed, read_executed
 from runtime.recompute import WRAPPER_PREFIX
 from runtime.transformer.initial import canonical_name
+from runtime.transformer.loss import IGNORED
 
 TIED = "tok_embeddings.weight"
 """The weight that embedding and head share where a model ties them."""
@@ -113,17 +114,21 @@ class Executor:
         """How many slices the global batch has."""
         return self.plan.strategy.degrees.dp
 
-    def step(self, tokens: Tensor) -> StepResult:
+    def step(self, tokens: Tensor, trained: Tensor | None = None) -> StepResult:
         """One optimizer step on this rank's slice [batch / data_size, seq + 1] of the global batch.
 
         Position s predicts token s + 1; of the positions this rank computes those that it holds under context
-        parallelism. The result is the same on every rank.
+        parallelism. `trained`, of the same shape, is true for tokens that count as targets; the loss is the
+        mean over those of the whole global batch. The result is the same on every rank.
         """
         workload = self.plan.workload
         assert tokens.shape == (workload.batch // self.data_size, workload.seq + 1), tokens.shape
         tokens = tokens.to(self.device)
         held = self._held
-        loss = self.pipeline.run(tokens[:, held], tokens[:, held + 1])
+        targets = tokens[:, held + 1]
+        if trained is not None:
+            targets = self._leave_out(targets, trained.to(self.device))
+        loss = self.pipeline.run(tokens[:, held], targets)
         record = self.pipeline.record
         with record.span("gradient sums"):
             grads = self._take_gradients()
@@ -137,6 +142,22 @@ class Executor:
             weight.shard.grad = weight.parameter.grad = None
         self.steps_done += 1
         return StepResult(loss=mean_loss, grad_norm=norm)
+
+    def _leave_out(self, targets: Tensor, trained: Tensor) -> Tensor:
+        """The targets that this rank holds without those that are not trained on.
+
+        Every micro-batch's sum is divided by the same number, so that a target counts alike wherever it
+        lies: targets of the global batch / (micro-batches x ranks that share the batch out).
+        """
+        degrees = self.plan.strategy.degrees
+        counted = trained[:, 1:].sum().double()
+        dist.all_reduce(counted)  # every slice of the batch is read by world / dp ranks
+        of_batch = counted.item() * degrees.dp / degrees.world
+        for module in self.modules:
+            head = module.model.output
+            if head is not None:
+                head.counted = max(of_batch, 1.0) / (degrees.num_micro_batches * degrees.replicas)
+        return targets.masked_fill(~trained[:, self._held + 1], IGNORED)
 
     def _take_gradients(self) -> list[Tensor]:
         """Gives every shard its gradient, complete but for clipping."""

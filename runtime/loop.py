@@ -187,11 +187,8 @@ class _Loop:
         saved_at = -1
         for offset in range(options.steps - executor.steps_done):
             step = executor.steps_done
-            tokens = torch.from_numpy(
-                self.reader.rows(step, data_rank=executor.data_rank, data_size=executor.data_size)
-            )
             results: list[StepResult] = []
-            take = functools.partial(self._step, tokens, results)
+            take = functools.partial(self._step, *self._batch(step), results)
             if self.recorder.probes.recorded(offset):
                 self.saver.wait()  # the copy that is being written is no part of a step
             own_s = self.recorder.run(offset, take)
@@ -211,8 +208,15 @@ class _Loop:
                 break
         assert saved_at == executor.steps_done
 
-    def _step(self, tokens: torch.Tensor, results: list[StepResult]) -> None:
-        results.append(self.executor.step(tokens))
+    def _batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """This rank's tokens, and which of them are trained on where not all are."""
+        place = {"data_rank": self.executor.data_rank, "data_size": self.executor.data_size}
+        trained = self.reader.trained(step, **place)
+        tokens = torch.from_numpy(self.reader.rows(step, **place))
+        return tokens, None if trained is None else torch.from_numpy(trained)
+
+    def _step(self, tokens: torch.Tensor, trained: torch.Tensor | None, results: list[StepResult]) -> None:
+        results.append(self.executor.step(tokens, trained))
 
     def _record(
         self, offset: int, step: int, result: StepResult, own_s: float, log: MetricsLog | None

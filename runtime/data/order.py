@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from planner.errors import InputError, Problem
 from runtime.data.index import TokenData
@@ -139,8 +139,17 @@ class BatchReader:
 
     def rows(self, step: int, *, data_rank: int, data_size: int) -> NDArray[np.int64]:
         """Token ids [batch / data_size, seq + 1] of one data rank at step `step`."""
+        return self._cut(self.data.tokens, step, data_rank, data_size).astype("int64")
+
+    def trained(self, step: int, *, data_rank: int, data_size: int) -> NDArray[np.bool_] | None:
+        """Which of the tokens of `rows` are trained on, as targets; None where all are."""
+        if self.data.mask is None:
+            return None
+        return self._cut(self.data.mask, step, data_rank, data_size).astype("bool")
+
+    def _cut(self, whole: NDArray[Any], step: int, data_rank: int, data_size: int) -> NDArray[Any]:
         import numpy as np
 
         positions = self.positions(step, data_rank=data_rank, data_size=data_size)
         starts = (self.start(position) for position in positions)
-        return np.stack([self.data.tokens[s : s + self.seq + 1] for s in starts]).astype(np.int64)
+        return np.stack([whole[start : start + self.seq + 1] for start in starts])

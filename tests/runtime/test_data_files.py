@@ -220,6 +220,12 @@ def test_only_completions_are_trained_on(tmp_path: Path) -> None:
     assert data.mask is not None
     assert list(zip(data.tokens.tolist(), data.mask.tolist(), strict=True)) == expected
     assert data.index.trained_tokens == 2 + 7
+    reader = BatchReader(data=data, seed=0, seq=3, batch=2)
+    trained = reader.trained(0, data_rank=0, data_size=1)
+    rows = reader.rows(0, data_rank=0, data_size=1)
+    for place, (row, marks) in enumerate(zip(rows, trained, strict=True)):
+        start = reader.start(place)
+        assert list(zip(row, marks, strict=True)) == expected[start : start + 4]
     with pytest.raises(InputError, match=r"has no 'text'.*--prompt-key prompt --completion-key completion"):
         load(tmp_path / "a.jsonl")
     with pytest.raises(InputError, match="only one of the two is given"):

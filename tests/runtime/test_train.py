@@ -310,7 +310,7 @@ def test_sigterm_and_ctrl_c_save_and_end_well(name: signal.Signals, text: str, t
 def _call(command: list[str], plan: Path, text: str, run_dir: Path, steps: int, *more: str) -> Any:
     arguments = [*command, str(plan), "--data", text, "--tokenizer", "byte", "--steps", str(steps)]
     return subprocess.run(
-        [*arguments, "--run-dir", str(run_dir), *more], capture_output=True, text=True, timeout=120
+        [*arguments, "--run-dir", str(run_dir), *more], capture_output=True, text=True, timeout=300
     )
 
 
