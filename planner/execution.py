@@ -16,7 +16,7 @@ which does not change what they cost and is not in a ModelSpec."""
 EXECUTED_PRECISIONS = (Precision.BF16, Precision.FP32)
 """fp16 needs loss scaling and fp8 scaled products, which the runtime does not have."""
 
-EXECUTED_OPTIMIZERS = (Optimizer.ADAMW, Optimizer.SGD)
+EXECUTED_OPTIMIZERS = tuple(Optimizer)
 
 EXECUTED_SCHEDULES = (Schedule.GPIPE, Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED)
 """Schedules whose tables the runtime runs; it does not split backward passes or place stages as a V."""

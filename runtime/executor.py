@@ -18,7 +18,6 @@ from runtime.optimizer import (
     build_optimizer,
     clip,
     learning_rate,
-    set_learning_rate,
     weighted_square_sum,
 )
 from runtime.parallel.context import held_positions
@@ -30,6 +29,7 @@ from runtime.pipeline import Pipeline, Record, StageModule
 from runtime.readback import Executed, read_executed
 from runtime.recompute import WRAPPER_PREFIX
 from runtime.transformer.initial import canonical_name
+from runtime.weights import Weight, local_part, sum_over
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,6 @@ class StepResult:
 
     loss: float
     grad_norm: float
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """One parameter on this rank.
-
-    `shard` shares the memory of its local part and is what the optimizer updates. `share` is 1 over the
-    number of ranks of the world that hold the same element, 0 for a copy that another stage counts.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    shard: nn.Parameter
-    share: float
 
 
 class Executor:
@@ -77,7 +63,7 @@ class Executor:
         self.pipeline = Pipeline(plan, self.modules, self.meshes, device)
         self.weights = self._collect_weights()
         self.optimizer = build_optimizer(
-            plan.workload.optimizer, [weight.shard for weight in self.weights], optimizer_options
+            plan.workload.optimizer, self.weights, optimizer_options, plan.workload.precision
         )
         self._partial = self._partial_weights()
         self._tied, self._tied_group = self._find_tied()
@@ -111,7 +97,7 @@ class Executor:
             mean_loss, norm = self._reduce(loss, grads)
         with record.span("optimizer"):
             clip(grads, norm, self.options.clip_norm)
-            set_learning_rate(self.optimizer, learning_rate(self.options, self.steps_done))
+            self.optimizer.set_learning_rate(learning_rate(self.options, self.steps_done))
             self.optimizer.step()
         for weight in self.weights:
             weight.shard.grad = weight.parameter.grad = None
@@ -123,7 +109,8 @@ class Executor:
         for weight in self.weights:
             weight.shard.grad = _local_gradient(weight.parameter)
         if self._partial:
-            _sum_together([weight.shard.grad for weight in self._partial], self.meshes.tp.get_group())
+            group = [self.meshes.tp.get_group()]
+            sum_over((w.shard.grad, group) for w in self._partial if w.shard.grad is not None)
         if self._tied is not None:
             dist.all_reduce(self._tied.shard.grad, group=self._tied_group)
         return [weight.shard.grad for weight in self.weights if weight.shard.grad is not None]
@@ -141,7 +128,7 @@ class Executor:
         mean_loss, total = totals.tolist()
         return mean_loss, math.sqrt(total)
 
-    def _collect_weights(self) -> list[_Weight]:
+    def _collect_weights(self) -> list[Weight]:
         weights = []
         for module in self.modules:
             for name, parameter in module.model.named_parameters():
@@ -150,7 +137,7 @@ class Executor:
                 local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
                 copy = canonical != clean and module.model.tok_embeddings is None
                 weights.append(
-                    _Weight(
+                    Weight(
                         name=canonical,
                         parameter=parameter,
                         shard=nn.Parameter(local.detach()),
@@ -167,14 +154,14 @@ class Executor:
         degrees = self.plan.strategy.degrees
         return shards * degrees.pp / degrees.world
 
-    def _partial_weights(self) -> list[_Weight]:
+    def _partial_weights(self) -> list[Weight]:
         """Weights whose gradient is a partial sum over tp: whole ones that saw a slice of the sequence."""
         if not self.plan.strategy.degrees.sequence_parallel or self.plan.strategy.degrees.tp == 1:
             return []
         whole = {id(p) for module in self.modules for p in whole_parameters(module.model)}
         return [weight for weight in self.weights if id(weight.parameter) in whole]
 
-    def _find_tied(self) -> tuple[_Weight | None, dist.ProcessGroup | None]:
+    def _find_tied(self) -> tuple[Weight | None, dist.ProcessGroup | None]:
         """The tied embedding if two stages hold it, and the group of the two ranks that do.
 
         Collective: every rank makes every group.
@@ -201,9 +188,8 @@ class Executor:
         state: dict[str, Tensor] = {"step": torch.tensor(self.steps_done)}
         for weight in self.weights:
             state[f"model.{weight.name}"] = weight.parameter.detach()
-            for key, value in self.optimizer.state[weight.shard].items():
-                whole = value if value.dim() == 0 else _like(weight.parameter, value)
-                state[f"optimizer.{weight.name}.{key}"] = whole
+            for key, value in self.optimizer.state_of(weight.shard).items():
+                state[f"optimizer.{weight.name}.{key}"] = weight.state(key, value)
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -216,7 +202,7 @@ class Executor:
         with torch.no_grad():
             for name, value in own.items():
                 if name != "step":
-                    _local(value).copy_(_local(state[name]))
+                    local_part(value).copy_(local_part(state[name]))
         self.steps_done = int(state["step"])
 
 
@@ -267,34 +253,7 @@ def _local_gradient(parameter: nn.Parameter) -> Tensor:
     """This rank's part of a gradient, laid out as the parameter is."""
     grad: Any = parameter.grad
     if grad is None:
-        return torch.zeros_like(_local(parameter.detach()))
+        return torch.zeros_like(local_part(parameter.detach()))
     if isinstance(parameter, DTensor) and grad.placements != parameter.placements:
         grad = grad.redistribute(placements=parameter.placements)
-    return _local(grad)
-
-
-def _local(value: Tensor) -> Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
-def _like(parameter: nn.Parameter, local: Tensor) -> Tensor:
-    """A local tensor as a DTensor laid out as the parameter is; itself where that is a plain tensor."""
-    if not isinstance(parameter, DTensor):
-        return local
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-
-
-def _sum_together(tensors: list[Tensor | None], group: dist.ProcessGroup) -> None:
-    """Sums each tensor over the group in place, in one all-reduce for all of them."""
-    present = [tensor for tensor in tensors if tensor is not None]
-    flat = torch.cat([tensor.flatten() for tensor in present])
-    dist.all_reduce(flat, group=group)
-    for tensor, part in zip(present, torch.split(flat, [t.numel() for t in present]), strict=True):
-        tensor.copy_(part.view_as(tensor))
+    return local_part(grad)

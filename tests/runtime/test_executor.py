@@ -114,7 +114,7 @@ def test_sgd_with_momentum_equals_torch_by_hand() -> None:
         losses = []
         for step in range(3):
             grads: list[torch.Tensor] = []
-            handle = executor.optimizer.register_step_pre_hook(
+            handle = executor.optimizer.parts[0].register_step_pre_hook(
                 lambda *_: grads.append(executor.weights[0].shard.grad.clone())  # type: ignore[union-attr] # noqa: B023
             )
             losses.append(executor.step(slice_of(executor, batch_of(plan, step))).loss)

@@ -1,0 +1,98 @@
+"""What one rank holds of the model's parameters, and who holds the rest of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Placement, Replicate
+
+REDUCED = {"row_var": -1, "col_var": -2}
+"""Optimizer states that are a mean over one dimension of their parameter, which has size 1 there."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One trained parameter on this rank.
+
+    `shard` is what the optimizer updates: it shares the memory of the parameter's local part, or is its
+    master in host memory. `share` is 1 over the number of ranks of the world that hold the same element, 0
+    for a copy that another stage counts.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    shard: nn.Parameter
+    share: float
+
+    @property
+    def matrix(self) -> bool:
+        """Whether it multiplies: a matrix, or a stack of them; not a norm, a bias or a stack of biases."""
+        return self.parameter.dim() >= 2 and not self.name.endswith("bias")
+
+    @property
+    def inner(self) -> bool:
+        """Whether it is a matrix of a block, not an embedding or an output projection."""
+        return self.matrix and self.name.startswith("layers.")
+
+    def groups(self, *dims: int) -> list[dist.ProcessGroup]:
+        """The groups of ranks that share out these dimensions of the parameter, counted from its end."""
+        if not isinstance(self.parameter, DTensor):
+            return []
+        wanted = {dim + self.parameter.dim() for dim in dims}
+        mesh, placements = self.parameter.device_mesh, self.parameter.placements
+        return [mesh.get_group(axis) for axis, place in enumerate(placements) if split_dim(place) in wanted]
+
+    def state(self, key: str, local: Tensor) -> Tensor:
+        """An optimizer state of this weight as a checkpoint sees it: its place in the whole tensor."""
+        if local.dim() == 0:
+            return local
+        return like(self.parameter, local, reduced=REDUCED.get(key))
+
+
+def split_dim(placement: Placement) -> int | None:
+    """The tensor dimension that a placement shares out; None where every rank has all of it."""
+    # Strided shards (tensor parallelism inside data parallelism) are no Shard in every torch.
+    return None if placement.is_replicate() else getattr(placement, "dim", None)
+
+
+def local_part(value: Tensor) -> Tensor:
+    """This rank's part of a tensor; a plain tensor is its own."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def like(parameter: Tensor, local: Tensor, *, reduced: int | None = None) -> Tensor:
+    """A local tensor as a DTensor laid out as the parameter is; itself where that is a plain tensor.
+
+    `reduced` is the dimension, counted from the end, in which the tensor has size 1.
+    """
+    if not isinstance(parameter, DTensor):
+        return local
+    shape, placements = list(parameter.shape), list(parameter.placements)
+    if reduced is not None:
+        shape[reduced] = 1
+        gone = reduced + len(shape)
+        placements = [Replicate() if split_dim(place) == gone else place for place in placements]
+    stride = torch.empty(shape, device="meta").stride() if reduced is not None else parameter.stride()
+    return DTensor.from_local(
+        local, parameter.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def sum_over(parts: Iterable[tuple[Tensor, Sequence[dist.ProcessGroup]]]) -> None:
+    """Sums each tensor over its groups in place: one all-reduce a group, for all tensors together.
+
+    The ranks of a group must pass the same tensors in the same order.
+    """
+    by_group: dict[str, tuple[dist.ProcessGroup, list[Tensor]]] = {}
+    for tensor, groups in parts:
+        for group in groups:
+            by_group.setdefault(group.group_name, (group, []))[1].append(tensor)
+    for group, tensors in by_group.values():
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat, group=group)
+        for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
