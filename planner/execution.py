@@ -100,20 +100,29 @@ def check_executed_schedule(degrees: Degrees) -> None:
 
 
 def offload_not_executed(strategy: Strategy) -> list[str]:
-    """What of a strategy's offloading the runtime cannot do; empty where there is none."""
-    return [f"it keeps {offload} in host memory" for offload in strategy.offloads]
+    """What of a strategy's offloading the runtime cannot do; empty where it can all.
+
+    Selective recomputation keeps results beside autograd, where they are not caught on their way to host
+    memory.
+    """
+    return [
+        f"of stage {index}, blocks that recompute selectively are among the {stage.offload.activations} whose "
+        "activations are in host memory"
+        for index, stage in enumerate(strategy.stages)
+        if stage.recompute.selective and stage.offload.activations > stage.recompute.full
+    ]
 
 
 def check_executed_offload(strategy: Strategy) -> None:
-    """Raises InputError where a strategy keeps something in host memory."""
-    if strategy.offloads:
+    """Raises InputError where a strategy keeps in host memory what the runtime cannot catch."""
+    faults = offload_not_executed(strategy)
+    if faults:
         raise InputError(
             Problem(
                 where="stages.offload",
-                fault=f"keeps {' and '.join(strategy.offloads)} in host memory, which can be estimated; this "
-                "runtime keeps everything on the device.",
-                legal="offload none",
-                fix="estimate again with --fix offload=none, or solve",
+                fault=f"can be estimated, but this version cannot train it: {'; '.join(faults)}.",
+                legal="offload none or optimizer, or recompute none or full",
+                fix="estimate again with --fix offload=none or --fix recompute=full, or solve",
             )
         )
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from planner.errors import CheckError, InputError, Problem
 from planner.plan import Plan
+from runtime.offload.states import HostWeight, apart, apply_state_offload, hosted_blocks, send_up
 from runtime.optimizer import (
     OptimizerOptions,
     build_optimizer,
@@ -26,6 +27,7 @@ from runtime.parallel.supported import check_supported
 from runtime.parallel.tensor import whole_parameters
 from runtime.parallelize import build_stage
 from runtime.pipeline import Pipeline, Record, StageModule
+from runtime.precision import compute_dtype
 from runtime.readback import Executed, read_executed
 from runtime.recompute import WRAPPER_PREFIX
 from runtime.transformer.initial import canonical_name
@@ -60,6 +62,7 @@ class Executor:
         self.modules = _build_modules(plan, self.meshes, seed, device)
         cp_rank = self.meshes.cp.get_local_rank()
         self._held = held_positions(plan.workload.seq, plan.strategy.degrees, cp_rank).to(device)
+        self._hosted = self._offload_states()
         self.pipeline = Pipeline(plan, self.modules, self.meshes, device)
         self.weights = self._collect_weights()
         self.optimizer = build_optimizer(
@@ -107,12 +110,13 @@ class Executor:
     def _take_gradients(self) -> list[Tensor]:
         """Gives every shard its gradient, complete but for clipping."""
         for weight in self.weights:
-            weight.shard.grad = _local_gradient(weight.parameter)
+            weight.shard.grad = _gradient(weight)
         if self._partial:
             group = [self.meshes.tp.get_group()]
             sum_over((w.shard.grad, group) for w in self._partial if w.shard.grad is not None)
         if self._tied is not None:
-            dist.all_reduce(self._tied.shard.grad, group=self._tied_group)
+            assert self._tied.shard.grad is not None and self._tied_group is not None
+            sum_over([(self._tied.shard.grad, [self._tied_group])])
         return [weight.shard.grad for weight in self.weights if weight.shard.grad is not None]
 
     def _reduce(self, loss: Tensor, grads: list[Tensor]) -> tuple[float, float]:
@@ -123,7 +127,9 @@ class Executor:
         """
         degrees = self.plan.strategy.degrees
         square_sum = weighted_square_sum(grads, [weight.share for weight in self.weights])
-        totals = torch.stack((loss.double() / (degrees.replicas * degrees.tp), square_sum))
+        totals = torch.stack(
+            (loss.double() / (degrees.replicas * degrees.tp), square_sum.to(loss.device))
+        )
         dist.all_reduce(totals)
         mean_loss, total = totals.tolist()
         return mean_loss, math.sqrt(total)
@@ -136,15 +142,25 @@ class Executor:
                 canonical = canonical_name(clean, self.plan.model)
                 local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
                 copy = canonical != clean and module.model.tok_embeddings is None
+                host = self._hosted.get(parameter)
                 weights.append(
                     Weight(
                         name=canonical,
                         parameter=parameter,
-                        shard=nn.Parameter(local.detach()),
+                        shard=nn.Parameter(local.detach()) if host is None else host.master,
                         share=0.0 if copy else self._share(parameter),
+                        host=host,
                     )
                 )
         return weights
+
+    def _offload_states(self) -> dict[nn.Parameter, HostWeight]:
+        """Moves to host memory the masters of the blocks that the plan says."""
+        dtype, stages = compute_dtype(self.plan.workload.precision), self.plan.strategy.stages
+        hosted: dict[nn.Parameter, HostWeight] = {}
+        for module in self.modules:
+            hosted |= apply_state_offload(module.model, stages[module.index], dtype)
+        return hosted
 
     def _share(self, parameter: nn.Parameter) -> float:
         shards = 1
@@ -177,7 +193,9 @@ class Executor:
 
     def executed(self) -> Executed:
         """What the ranks executed in the last step, read from the running model. Collective."""
-        return read_executed(self.pipeline, self.plan)
+        names = [weight.name for weight in self.weights]
+        away = [apart(weight.parameter, weight.shard) for weight in self.weights]
+        return read_executed(self.pipeline, self.plan, hosted_blocks(names, away))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Weights, optimizer state and step count under flat global names, for distributed checkpoints.
@@ -187,7 +205,7 @@ class Executor:
         """
         state: dict[str, Tensor] = {"step": torch.tensor(self.steps_done)}
         for weight in self.weights:
-            state[f"model.{weight.name}"] = weight.parameter.detach()
+            state[f"model.{weight.name}"] = weight.value
             for key, value in self.optimizer.state_of(weight.shard).items():
                 state[f"optimizer.{weight.name}.{key}"] = weight.state(key, value)
         return state
@@ -203,6 +221,7 @@ class Executor:
             for name, value in own.items():
                 if name != "step":
                     local_part(value).copy_(local_part(state[name]))
+        send_up(self._hosted.values())
         self.steps_done = int(state["step"])
 
 
@@ -247,6 +266,16 @@ def _build_modules(plan: Plan, meshes: Meshes, seed: int, device: torch.device) 
         StageModule(build_stage(plan, index, meshes, seed=seed, device=device), index, degrees.zero, record)
         for index in own
     ]
+
+
+def _gradient(weight: Weight) -> Tensor:
+    """This rank's part of a weight's gradient, beside the shard that the optimizer updates."""
+    if weight.host is None:
+        return _local_gradient(weight.parameter)
+    if weight.parameter.grad is not None:
+        weight.host.receive(_local_gradient(weight.parameter))
+        weight.parameter.grad = None
+    return weight.host.take_gradient()
 
 
 def _local_gradient(parameter: nn.Parameter) -> Tensor:

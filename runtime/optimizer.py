@@ -18,6 +18,7 @@ from planner.codec import noun
 from planner.workload import Optimizer, Precision
 from runtime.adafactor import Adafactor
 from runtime.muon import Muon
+from runtime.offload.states import HostWeight, block_of, send_up
 from runtime.weights import Weight
 
 
@@ -53,10 +54,19 @@ def learning_rate(options: OptimizerOptions, step: int) -> float:
 
 
 class ShardOptimizer:
-    """The optimizers that together update this rank's shards, each its own kind of them."""
+    """The optimizers that together update this rank's shards, each its own kind of them.
 
-    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
-        self.parts = list(parts)
+    `rounds` are done one after the other: those of shards on the device, then block by block those in host
+    memory, whose weights go up when their block is done.
+    """
+
+    def __init__(self, rounds: Sequence[tuple[list[torch.optim.Optimizer], list[HostWeight]]]) -> None:
+        self.rounds = list(rounds)
+
+    @property
+    def parts(self) -> list[torch.optim.Optimizer]:
+        """All optimizers, in the order in which they step."""
+        return [part for parts, _ in self.rounds for part in parts]
 
     def state_of(self, shard: nn.Parameter) -> dict[str, Tensor]:
         """The state that belongs to a shard."""
@@ -74,8 +84,10 @@ class ShardOptimizer:
 
     def step(self) -> None:
         """One update of every shard that has a gradient."""
-        for part in self.parts:
-            part.step()
+        for parts, hosts in self.rounds:
+            for part in parts:
+                part.step()
+            send_up(hosts)
 
 
 def build_optimizer(
@@ -84,25 +96,39 @@ def build_optimizer(
     options: OptimizerOptions,
     precision: Precision = Precision.FP32,
 ) -> ShardOptimizer:
-    """The optimizer over local shards, its state allocated at once.
+    """The optimizer over local shards, its state allocated at once beside them, on the device or not.
 
     Muon is for the blocks' matrices; embedding, head, norms and biases are AdamW's then. `precision` is
     that of the workload: where it is not fp32, Muon multiplies in bf16.
     """
+    blocks: dict[str | None, list[Weight]] = {None: []}
+    for weight in weights:
+        blocks.setdefault(None if weight.host is None else block_of(weight.name), []).append(weight)
+    return ShardOptimizer(
+        [
+            (_parts(kind, block, options, precision), [w.host for w in block if w.host is not None])
+            for block in blocks.values()
+            if block
+        ]
+    )
+
+
+def _parts(
+    kind: Optimizer, weights: Sequence[Weight], options: OptimizerOptions, precision: Precision
+) -> list[torch.optim.Optimizer]:
     match kind:
         case Optimizer.ADAMW:
-            parts = [_adamw(weights, options)]
+            return [_adamw(weights, options)]
         case Optimizer.SGD:
-            parts = [_sgd(weights, options)]
+            return [_sgd(weights, options)]
         case Optimizer.ADAFACTOR:
             groups = _groups(weights, options)
-            parts = [Adafactor(weights, lr=options.learning_rate, eps=options.eps, groups=groups)]
+            return [Adafactor(weights, lr=options.learning_rate, eps=options.eps, groups=groups)]
         case Optimizer.MUON:
             inner = [weight for weight in weights if weight.inner]
             rest = [weight for weight in weights if not weight.inner]
-            parts = [_muon(inner, options, precision)] if inner else []
-            parts += [_adamw(rest, options)] if rest else []
-    return ShardOptimizer(parts)
+            blocks: list[torch.optim.Optimizer] = [_muon(inner, options, precision)] if inner else []
+            return blocks + ([_adamw(rest, options)] if rest else [])
 
 
 def _groups(weights: Sequence[Weight], options: OptimizerOptions) -> list[dict[str, Any]]:
@@ -158,11 +184,22 @@ def weighted_square_sum(grads: Sequence[Tensor], weights: Sequence[float]) -> Te
     An element of a gradient that lies on c ranks has weight 1/c, so that the sum over all ranks counts
     it once, however the parameters are sharded.
     """
-    norms = torch.stack(torch._foreach_norm(list(grads))).double()
-    return (norms * norms * torch.tensor(weights, dtype=torch.float64, device=norms.device)).sum()
+    total = torch.zeros((), dtype=torch.float64)
+    for device in sorted({grad.device.type for grad in grads}):
+        here = [(g, w) for g, w in zip(grads, weights, strict=True) if g.device.type == device]
+        norms = torch.stack(torch._foreach_norm([grad for grad, _ in here])).double()
+        shares = torch.tensor([share for _, share in here], dtype=torch.float64, device=norms.device)
+        total = total.to(norms.device) + (norms * norms * shares).sum()
+    return total
 
 
 def clip(grads: Sequence[Tensor], norm: float, limit: float | None) -> None:
     """Scales the gradients in place so that their global norm is at most `limit`."""
     if limit is not None and norm > limit:
-        torch._foreach_mul_(list(grads), limit / (norm + 1e-6))
+        scale(grads, limit / (norm + 1e-6))
+
+
+def scale(grads: Sequence[Tensor], factor: float) -> None:
+    """Multiplies the gradients in place."""
+    for device in {grad.device.type for grad in grads}:
+        torch._foreach_mul_([grad for grad in grads if grad.device.type == device], factor)

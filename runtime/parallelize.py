@@ -1,6 +1,7 @@
 """Puts a plan onto modules: one `apply_*` verb for each axis, always in the same order.
 
-    materialize -> tensor -> context parallel -> recompute -> data parallel, part by part, then the root.
+    materialize -> tensor -> context parallel -> recompute -> activations offloaded -> data parallel,
+    part by part, then the root.
 
 Part by part, so that a rank never holds more than one whole part besides its own shards.
 """
@@ -13,6 +14,7 @@ from torch import nn
 from planner.plan import Plan
 from planner.strategy import Recompute, Stage
 from runtime import recompute
+from runtime.offload.activations import ActivationOffload, apply_activation_offload
 from runtime.parallel.context import apply_context_parallel, hidden_positions
 from runtime.parallel.data import apply_data_parallel
 from runtime.parallel.meshes import Meshes
@@ -28,6 +30,7 @@ def build_stage(plan: Plan, index: int, meshes: Meshes, *, seed: int, device: to
         plan.model, stage.first, stage.end, index == 0, index == degrees.stages - 1, seq=plan.workload.seq
     )
     options = _options_by_name(stage)
+    model.offload = ActivationOffload(device) if stage.offload.activations else None
     for unit in model.units():
         modules = []
         for name, part in unit:
@@ -35,6 +38,7 @@ def build_stage(plan: Plan, index: int, meshes: Meshes, *, seed: int, device: to
             apply_tensor_parallel(name, part, degrees, meshes)
             apply_context_parallel(part, plan.workload.seq, degrees, meshes)
             modules.append(apply_recompute(model, name, part, options.get(name, Recompute.NONE)))
+            apply_activation_offload(model.offload, stage, name, modules[-1])
         if not (model.tied and _holds_tied_weight(modules)):
             apply_data_parallel(modules, degrees, plan.workload.precision, meshes)
     model.tie()

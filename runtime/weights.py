@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+if TYPE_CHECKING:
+    from runtime.offload.states import HostWeight
 
 REDUCED = {"row_var": -1, "col_var": -2}
 """Optimizer states that are a mean over one dimension of their parameter, which has size 1 there."""
@@ -19,14 +24,20 @@ class Weight:
     """One trained parameter on this rank.
 
     `shard` is what the optimizer updates: it shares the memory of the parameter's local part, or is its
-    master in host memory. `share` is 1 over the number of ranks of the world that hold the same element, 0
-    for a copy that another stage counts.
+    master in host memory, which `host` keeps. `share` is 1 over the number of ranks of the world that hold
+    the same element, 0 for a copy that another stage counts.
     """
 
     name: str
     parameter: nn.Parameter
     shard: nn.Parameter
     share: float
+    host: HostWeight | None = None
+
+    @property
+    def value(self) -> Tensor:
+        """The weight in fp32 as a checkpoint sees it, over the memory that the optimizer updates."""
+        return self.parameter.detach() if self.host is None else like(self.parameter, self.shard.detach())
 
     @property
     def matrix(self) -> bool:
@@ -77,9 +88,14 @@ def like(parameter: Tensor, local: Tensor, *, reduced: int | None = None) -> Ten
         gone = reduced + len(shape)
         placements = [Replicate() if split_dim(place) == gone else place for place in placements]
     stride = torch.empty(shape, device="meta").stride() if reduced is not None else parameter.stride()
-    return DTensor.from_local(
-        local, parameter.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
+    meta = TensorMeta(torch.Size(shape), stride, local.dtype)
+    # Not from_local: it would move a tensor in host memory to the device.
+    return as_dtensor(local, DTensorSpec(parameter.device_mesh, tuple(placements), meta))
+
+
+def as_dtensor(local: Tensor, spec: DTensorSpec) -> DTensor:
+    """A local tensor as part of a whole one, wherever it lies."""
+    return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def sum_over(parts: Iterable[tuple[Tensor, Sequence[dist.ProcessGroup]]]) -> None:
@@ -92,7 +108,9 @@ def sum_over(parts: Iterable[tuple[Tensor, Sequence[dist.ProcessGroup]]]) -> Non
         for group in groups:
             by_group.setdefault(group.group_name, (group, []))[1].append(tensor)
     for group, tensors in by_group.values():
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        # NCCL sees no host memory.
+        device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+        flat = torch.cat([tensor.flatten().to(device) for tensor in tensors])
         dist.all_reduce(flat, group=group)
         for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))

@@ -91,16 +91,15 @@ def native_model(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
 
 
 def native_offload(problem: PlanningProblem, strategy: Strategy) -> Rejected | None:
-    """The runtime keeps everything on the device."""
+    """Selective recomputation keeps results where the runtime cannot send them to host memory."""
     faults = offload_not_executed(strategy)
     if not faults:
         return None
     return Rejected(
         rule="native_offload",
-        detail=f"the native runtime keeps everything on the device, and the strategy offloads: "
-        f"{'; '.join(faults)}.",
-        legal="offload=none",
-        fix="--fix offload=none",
+        detail=f"the native runtime cannot offload so: {'; '.join(faults)}.",
+        legal="offload=none or optimizer, or recompute=none or full",
+        fix="--fix offload=none or --fix recompute=full",
     )
 
 

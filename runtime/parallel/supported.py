@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from planner.errors import InputError, Problem
-from planner.execution import check_executed_axes, check_executed_schedule, executed_widths
+from planner.execution import (
+    check_executed_axes,
+    check_executed_offload,
+    check_executed_schedule,
+    executed_widths,
+)
 from planner.model import ModelSpec
 from planner.plan import Plan
 from planner.spread_rules import context_divides, context_heads
 from planner.strategy import AXES, Degrees, Zero
-from planner.workload import Precision
+from planner.workload import Optimizer, Precision
 
 
 def check_supported(plan: Plan) -> None:
@@ -16,6 +21,7 @@ def check_supported(plan: Plan) -> None:
     degrees = plan.strategy.degrees
     check_executed_schedule(degrees)
     check_executed_axes(degrees)
+    check_executed_offload(plan.strategy)
     problems = [*_degree_problems(plan, degrees), *_tensor_problems(plan.model, plan.workload.seq, degrees)]
     problems += _context_problems(plan)
     if problems:
@@ -30,6 +36,7 @@ def _degree_problems(plan: Plan, degrees: Degrees) -> list[Problem]:
     if plan.workload.precision is Precision.FP16:
         fault = "is fp16, which needs loss scaling; this runtime has none."
         found.append(Problem(where="workload.precision", fault=fault, legal="bf16, fp32"))
+    found += _offload_problems(plan)
     shards = degrees.dp_shard if degrees.zero is Zero.NONE else degrees.weight_shards
     if (degrees.zero is Zero.NONE) != (shards == 1):
         found.append(
@@ -69,6 +76,27 @@ def _context_problems(plan: Plan) -> list[Problem]:
         for rejected in broken
         if rejected is not None
     ]
+
+
+def _offload_problems(plan: Plan) -> list[Problem]:
+    """Offload that no plan of the planner has, but one edited by hand may."""
+    found = [
+        Problem(
+            where=f"stages[{index}].offload",
+            fault=f"is {stage.offload}, and the stage holds {stage.layers} layers.",
+            legal=f"0 to {stage.layers} each",
+        )
+        for index, stage in enumerate(plan.strategy.stages)
+        if not 0 <= min(stage.offload.optimizer, stage.offload.activations)
+        or max(stage.offload.optimizer, stage.offload.activations) > stage.layers
+    ]
+    by_elements = plan.workload.optimizer is not Optimizer.MUON and plan.workload.adapters is None
+    if any(stage.offload.optimizer for stage in plan.strategy.stages) and not by_elements:
+        fault = (
+            "keeps optimizer state in host memory, where updates are element by element: no muon, no LoRA."
+        )
+        found.append(Problem(where="stages.offload", fault=fault, legal="optimizer=0"))
+    return found
 
 
 def _tensor_problems(model: ModelSpec, seq: int, degrees: Degrees) -> list[Problem]:

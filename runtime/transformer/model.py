@@ -7,6 +7,7 @@ a Llama model; a GPT-2 differs by LayerNorm, biases, a learned position table an
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from planner.model import ModelSpec
 from runtime.transformer.block import Block, norm
 from runtime.transformer.head import Head
 from runtime.transformer.rotary import Rotary
+
+if TYPE_CHECKING:
+    from runtime.offload.activations import ActivationOffload
 
 
 class Transformer(nn.Module):
@@ -35,6 +39,7 @@ class Transformer(nn.Module):
         learned = spec.learned_positions if with_embedding else 0
         self.tied = spec.tied_embeddings and with_embedding and with_head
         self.position_ids: Tensor | None = None
+        self.offload: ActivationOffload | None = None
         self.tok_embeddings = nn.Embedding(vocab, hidden) if with_embedding else None
         self.positions = nn.Embedding(learned, hidden) if learned else None
         self.rotary = (
