@@ -13,8 +13,8 @@ EXECUTED_TYPES = ("llama", "mistral", "qwen2", "gpt2", "mixtral", "qwen2_moe")
 """Families whose arithmetic the runtime's blocks repeat: others scale, rotate or bias in their own ways,
 which does not change what they cost and is not in a ModelSpec."""
 
-EXECUTED_PRECISIONS = (Precision.BF16, Precision.FP32)
-"""fp16 needs loss scaling and fp8 scaled products, which the runtime does not have."""
+EXECUTED_PRECISIONS = (Precision.BF16, Precision.FP16, Precision.FP32)
+"""fp8 needs scaled products, which the runtime does not have."""
 
 EXECUTED_OPTIMIZERS = tuple(Optimizer)
 
@@ -106,8 +106,8 @@ def offload_not_executed(strategy: Strategy) -> list[str]:
     memory.
     """
     return [
-        f"of stage {index}, blocks that recompute selectively are among the {stage.offload.activations} whose "
-        "activations are in host memory"
+        f"blocks of stage {index} that recompute selectively are among the {stage.offload.activations} "
+        "whose activations are in host memory"
         for index, stage in enumerate(strategy.stages)
         if stage.recompute.selective and stage.offload.activations > stage.recompute.full
     ]

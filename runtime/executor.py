@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from planner.errors import CheckError, InputError, Problem
 from planner.plan import Plan
+from planner.workload import Precision
 from runtime.offload.states import HostWeight, apart, apply_state_offload, hosted_blocks, send_up
 from runtime.optimizer import (
     OptimizerOptions,
@@ -27,7 +28,7 @@ from runtime.parallel.supported import check_supported
 from runtime.parallel.tensor import whole_parameters
 from runtime.parallelize import build_stage
 from runtime.pipeline import Pipeline, Record, StageModule
-from runtime.precision import compute_dtype
+from runtime.precision import LossScaler, compute_dtype
 from runtime.readback import Executed, read_executed
 from runtime.recompute import WRAPPER_PREFIX
 from runtime.transformer.initial import canonical_name
@@ -36,10 +37,17 @@ from runtime.weights import Weight, local_part, sum_over
 
 @dataclass(frozen=True)
 class StepResult:
-    """The mean loss of the global batch, and the global gradient norm before clipping."""
+    """The mean loss of the global batch, and the global gradient norm before clipping.
+
+    `loss_scale` is what fp16 gradients were multiplied by, None in other formats. `skipped` says that they
+    were not finite and nothing was updated, `exhausted` that no scale is left to try.
+    """
 
     loss: float
     grad_norm: float
+    loss_scale: float | None = None
+    skipped: bool = False
+    exhausted: bool = False
 
 
 class Executor:
@@ -70,6 +78,7 @@ class Executor:
         )
         self._partial = self._partial_weights()
         self._tied, self._tied_group = self._find_tied()
+        self.scaler = LossScaler() if plan.workload.precision is Precision.FP16 else None
         self.steps_done = 0
 
     @property
@@ -92,20 +101,36 @@ class Executor:
         workload = self.plan.workload
         assert tokens.shape == (workload.batch // self.data_size, workload.seq + 1), tokens.shape
         tokens = tokens.to(self.device)
+        loss_scale = self._set_loss_scale()
         held = self._held
         loss = self.pipeline.run(tokens[:, held], tokens[:, held + 1])
         record = self.pipeline.record
         with record.span("gradient sums"):
             grads = self._take_gradients()
-            mean_loss, norm = self._reduce(loss, grads)
+            mean_loss, scaled_norm = self._reduce(loss, grads)
+            norm = scaled_norm / loss_scale
+        # An overflow anywhere makes the norm of the whole world infinite or no number on every rank.
+        skipped = self.scaler is not None and not math.isfinite(norm)
         with record.span("optimizer"):
-            clip(grads, norm, self.options.clip_norm)
-            self.optimizer.set_learning_rate(learning_rate(self.options, self.steps_done))
-            self.optimizer.step()
+            if not skipped:
+                clip(grads, norm, self.options.clip_norm, loss_scale)
+                self.optimizer.set_learning_rate(learning_rate(self.options, self.steps_done))
+                self.optimizer.step()
         for weight in self.weights:
             weight.shard.grad = weight.parameter.grad = None
         self.steps_done += 1
-        return StepResult(loss=mean_loss, grad_norm=norm)
+        if self.scaler is None:
+            return StepResult(loss=mean_loss, grad_norm=norm)
+        self.scaler.update(overflow=skipped)
+        return StepResult(mean_loss, norm, loss_scale, skipped, self.scaler.exhausted)
+
+    def _set_loss_scale(self) -> float:
+        """Has the head multiply the loss's gradients by the scale of this step."""
+        scale = 1.0 if self.scaler is None else self.scaler.scale
+        for module in self.modules:
+            if module.model.output is not None:
+                module.model.output.gradient_scale = scale
+        return scale
 
     def _take_gradients(self) -> list[Tensor]:
         """Gives every shard its gradient, complete but for clipping."""
@@ -204,6 +229,8 @@ class Executor:
         other layout. `load_state_dict` must follow, for the step count.
         """
         state: dict[str, Tensor] = {"step": torch.tensor(self.steps_done)}
+        if self.scaler is not None:
+            state |= {f"loss_scaler.{key}": value for key, value in self.scaler.state_dict().items()}
         for weight in self.weights:
             state[f"model.{weight.name}"] = weight.value
             for key, value in self.optimizer.state_of(weight.shard).items():
@@ -219,9 +246,12 @@ class Executor:
             raise InputError(Problem(where="checkpoint", fault=fault, fix="resume with the model it is of"))
         with torch.no_grad():
             for name, value in own.items():
-                if name != "step":
+                if name.startswith(("model.", "optimizer.")):
                     local_part(value).copy_(local_part(state[name]))
         send_up(self._hosted.values())
+        if self.scaler is not None:
+            saved = {key: state[f"loss_scaler.{key}"] for key in self.scaler.state_dict()}
+            self.scaler.load_state_dict(saved)
         self.steps_done = int(state["step"])
 
 

@@ -166,7 +166,9 @@ class _Loop:
             result, own_s = self._one_step(offset, tokens)
             stopping = self._record(offset, step, result, own_s, log)
             if not math.isfinite(result.loss):
-                self._diverged(step + 1, result.loss)
+                self._diverged(step + 1, f"the loss is {result.loss}")
+            if result.exhausted:
+                self._diverged(step + 1, "gradients overflow fp16 at every loss scale")
             done = executor.steps_done
             every = options.checkpoint_every
             if stopping or done == options.steps or (every and done % every == 0):
@@ -239,6 +241,8 @@ class _Loop:
             peak_memory_bytes=tuple(int(fact[1]) for fact in facts),
             timed=offset >= self.probes.timed_from,
             wall_s=self._wall_s(),
+            loss_scale=result.loss_scale,
+            skipped=result.skipped,
         )
         if log is not None:
             log.write(line)
@@ -256,14 +260,14 @@ class _Loop:
         )
         self.seen.checkpoint = str(path)
 
-    def _diverged(self, step: int, loss: float) -> None:
-        """Ends a run whose loss is no number: what was saved before stays, nothing is saved now."""
+    def _diverged(self, step: int, fault: str) -> None:
+        """Ends a run that left the numbers: what was saved before stays, nothing is saved now."""
         self.seen.status = "diverged"
         if self.first:
             write_summary(self.run_dir, self._summary())
         kept = self.seen.checkpoint or self.job.setup.checkpoint
         raise RunFailedError(
-            f"the loss is {loss} at step {step}. "
+            f"{fault} at step {step}. "
             + (f"The checkpoint {kept} is kept. " if kept else "No checkpoint was saved yet. ")
             + f"The learning rate was {learning_rate(self.optimizer, step - 1):.3g}: try a lower --lr or a "
             "longer --warmup."

@@ -25,7 +25,8 @@ class StepMetrics:
     `step_time_s` is that of the slowest rank. `timed` is false for steps that were slowed down on
     purpose: the first ones, and those whose memory or timeline was recorded. `peak_memory_bytes` holds
     the allocated peak of every rank, in rank order, as last recorded. `mfu` is None where the device's peak
-    is unknown. `wall_s` is the time that the run has taken so far, all its launches together.
+    is unknown. `wall_s` is the time that the run has taken so far, all its launches together. `loss_scale`
+    is that of fp16; a step whose gradients overflowed is `skipped`: nothing was updated.
     """
 
     step: int
@@ -38,6 +39,8 @@ class StepMetrics:
     peak_memory_bytes: tuple[int, ...]
     timed: bool
     wall_s: float
+    loss_scale: float | None = None
+    skipped: bool = False
 
 
 @noun

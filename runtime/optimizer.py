@@ -193,13 +193,15 @@ def weighted_square_sum(grads: Sequence[Tensor], weights: Sequence[float]) -> Te
     return total
 
 
-def clip(grads: Sequence[Tensor], norm: float, limit: float | None) -> None:
-    """Scales the gradients in place so that their global norm is at most `limit`."""
+def clip(grads: Sequence[Tensor], norm: float, limit: float | None, loss_scale: float = 1.0) -> None:
+    """Scales the gradients in place so that their global norm is at most `limit`.
+
+    They have been multiplied by `loss_scale`; `norm` is without it, and so are they afterwards.
+    """
+    factor = 1 / loss_scale
     if limit is not None and norm > limit:
-        scale(grads, limit / (norm + 1e-6))
-
-
-def scale(grads: Sequence[Tensor], factor: float) -> None:
-    """Multiplies the gradients in place."""
+        factor *= limit / (norm + 1e-6)
+    if factor == 1.0:
+        return
     for device in {grad.device.type for grad in grads}:
         torch._foreach_mul_([grad for grad in grads if grad.device.type == device], factor)

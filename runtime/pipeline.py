@@ -21,10 +21,10 @@ from torch.distributed.pipelining.schedules import _Action, _batch_p2p, _Pipelin
 from planner.cost.schedule import Action, ActionKind, parse_table
 from planner.plan import Plan
 from planner.strategy import CpExchange, Zero
-from planner.workload import Precision
 from runtime.parallel.context import ContextCore
 from runtime.parallel.data import reduces_gradients, set_gradient_sync
 from runtime.parallel.meshes import Meshes
+from runtime.precision import compute_dtype
 from runtime.transformer.model import Transformer
 
 
@@ -222,7 +222,7 @@ def hidden_shape(plan: Plan) -> tuple[int, int, int]:
 
 def hidden_dtype(plan: Plan) -> torch.dtype:
     """The number format of hidden states."""
-    return torch.float32 if plan.workload.precision is Precision.FP32 else torch.bfloat16
+    return compute_dtype(plan.workload.precision)
 
 
 def _boundary_examples(plan: Plan, index: int) -> tuple[Tensor, Tensor]:

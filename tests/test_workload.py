@@ -111,7 +111,6 @@ def test_flags_that_do_not_fit_are_refused(options: tuple[str, ...], words: str)
     "change",
     [
         {"precision": Precision.FP8},
-        {"precision": Precision.FP16},
         {"method": Method.LORA},
     ],
 )

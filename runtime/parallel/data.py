@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from planner.strategy import Degrees, Zero
 from planner.workload import Precision
 from runtime.parallel.meshes import Meshes
+from runtime.precision import compute_dtype
 
 
 def apply_data_parallel(
@@ -19,16 +20,16 @@ def apply_data_parallel(
 ) -> None:
     """Makes modules a unit of data parallelism: replicated (ZeRO 0) or sharded (ZeRO 1 to 3).
 
-    In bf16 even a single rank has such a unit, since it keeps the fp32 masters. ZeRO 1 and 2 keep the
+    In 16 bits even a single rank has such a unit, since it keeps the fp32 masters. ZeRO 1 and 2 keep the
     gathered parameters until the step's last backward pass; ZeRO 3 frees them after each use.
     """
     modules = [m for m in (unit if isinstance(unit, list) else [unit]) if any(True for _ in m.parameters())]
     if not modules:
         return
     policy = MixedPrecisionPolicy()
-    if precision is Precision.BF16:
+    if precision is not Precision.FP32:
         policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=compute_dtype(precision), reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     if degrees.zero is not Zero.NONE:
         fully_shard(

@@ -33,9 +33,9 @@ def _degree_problems(plan: Plan, degrees: Degrees) -> list[Problem]:
     if degrees.ep != 1:
         fault = f"is {degrees.ep}; this runtime executes 1 only."
         found.append(Problem(where="strategy.ep", fault=fault, legal="1"))
-    if plan.workload.precision is Precision.FP16:
-        fault = "is fp16, which needs loss scaling; this runtime has none."
-        found.append(Problem(where="workload.precision", fault=fault, legal="bf16, fp32"))
+    if plan.workload.precision is Precision.FP8:
+        fault = "is fp8, which needs scaled products; this runtime has none."
+        found.append(Problem(where="workload.precision", fault=fault, legal="bf16, fp16, fp32"))
     found += _offload_problems(plan)
     shards = degrees.dp_shard if degrees.zero is Zero.NONE else degrees.weight_shards
     if (degrees.zero is Zero.NONE) != (shards == 1):
@@ -87,7 +87,7 @@ def _offload_problems(plan: Plan) -> list[Problem]:
             legal=f"0 to {stage.layers} each",
         )
         for index, stage in enumerate(plan.strategy.stages)
-        if not 0 <= min(stage.offload.optimizer, stage.offload.activations)
+        if min(stage.offload.optimizer, stage.offload.activations) < 0
         or max(stage.offload.optimizer, stage.offload.activations) > stage.layers
     ]
     by_elements = plan.workload.optimizer is not Optimizer.MUON and plan.workload.adapters is None

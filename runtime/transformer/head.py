@@ -14,6 +14,7 @@ class Head(nn.Linear):
 
     Over a tensor-parallel mesh each rank holds rows of the weight, so a shard of the vocabulary; hidden
     states come whole, or as this rank's slice of the sequence. Logits are then not to be had.
+    `gradient_scale` multiplies the loss's gradients (runtime.precision).
     """
 
     def __init__(self, hidden: int, vocab: int) -> None:
@@ -21,6 +22,7 @@ class Head(nn.Linear):
         self.mesh: DeviceMesh | None = None
         self.between: Shard | Replicate = Replicate()
         self.passes: Passes | None = None
+        self.gradient_scale = 1.0
 
     def shard(self, mesh: DeviceMesh, between: Shard | Replicate) -> None:
         """Leaves this rank its rows; hidden states are then laid out as `between` says."""
@@ -42,5 +44,10 @@ class Head(nn.Linear):
             sliced = DTensor.from_local(x_bsh, self.mesh, [self.between], run_check=False)
             x_bsh = sliced.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
         return cross_entropy(
-            x_bsh.flatten(0, 1), weight, targets_bs.flatten(), group=group, passes=self.passes
+            x_bsh.flatten(0, 1),
+            weight,
+            targets_bs.flatten(),
+            group=group,
+            passes=self.passes,
+            scale=self.gradient_scale,
         )

@@ -254,6 +254,7 @@ def uneven(*counts: tuple[int, int, int]) -> tuple[Stage, ...]:
 
 PLAIN = even_stages(8, 2)
 FULL = even_stages(8, 2, Recompute.FULL)
+SELECTIVE = even_stages(8, 2, Recompute.SELECTIVE)
 OFF, KEPT = Offload.OPTIMIZER, Offload.ACTIVATIONS
 
 
@@ -271,7 +272,7 @@ class StageCase(NamedTuple):
 
 STAGE_CASES = (
     StageCase(
-        "native_offload", N, uneven((1, 1, 1), (2, 3, 0)), offloaded(PLAIN, OFF),
+        "native_offload", N, offloaded(FULL, KEPT), offloaded(SELECTIVE, KEPT),
         ("optimizer", "none"),
     ),
     StageCase(

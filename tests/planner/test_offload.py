@@ -260,8 +260,19 @@ def test_counts_come_back_from_plan_json() -> None:
     for stage in document["stages"]:
         stage["offload"] = {}  # as earlier versions wrote it
     assert not decode_plan(document, source="plan.json").strategy.offloads
-    with pytest.raises(InputError, match="optimizer and activations in host memory"):
-        check_executed_offload(plan.strategy)
+    check_executed_offload(plan.strategy)
+
+
+def test_the_runtime_offloads_no_activations_of_blocks_that_recompute_selectively() -> None:
+    kept = RecomputeCounts(none=1, selective=2, full=1)
+    for activations, legal in ((0, True), (1, True), (2, False), (4, False)):
+        stage = Stage(first=0, end=4, recompute=kept, offload=OffloadCounts(activations=activations))
+        strategy = Strategy(degrees=Degrees(), stages=(stage,))
+        if legal:
+            check_executed_offload(strategy)
+        else:
+            with pytest.raises(InputError, match="recompute selectively"):
+                check_executed_offload(strategy)
 
 
 def best_by_hand(asked: PlanningProblem, pins: Pins) -> float | None:
