@@ -7,7 +7,7 @@ from planner.errors import InputError, Problem
 from planner.feed_forward import FeedForward
 from planner.model import Block, Layer, ModelSpec, Norm
 from planner.strategy import Degrees, Schedule, Strategy
-from planner.workload import Method, Optimizer, Precision, Workload
+from planner.workload import Optimizer, Precision, Workload
 
 EXECUTED_TYPES = ("llama", "mistral", "qwen2", "gpt2", "mixtral", "qwen2_moe")
 """Families whose arithmetic the runtime's blocks repeat: others scale, rotate or bias in their own ways,
@@ -146,7 +146,6 @@ def not_executed_workload(workload: Workload) -> list[str]:
     faults = {
         f"its precision is {workload.precision}": workload.precision not in EXECUTED_PRECISIONS,
         f"its optimizer is {workload.optimizer}": workload.optimizer not in EXECUTED_OPTIMIZERS,
-        f"its method is {workload.method}": workload.method is Method.LORA,
     }
     return [fault for fault, found in faults.items() if found]
 
@@ -160,7 +159,7 @@ def check_executed_workload(workload: Workload) -> None:
                 where="workload",
                 fault=f"can be planned, but this version cannot train it: {'; '.join(faults)}.",
                 legal=f"--precision {' or '.join(EXECUTED_PRECISIONS)}, --optimizer "
-                f"{' or '.join(EXECUTED_OPTIMIZERS)}, --method pretrain or finetune",
+                f"{' or '.join(EXECUTED_OPTIMIZERS)}",
             )
         )
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from planner.errors import CheckError, InputError, Problem
 from planner.plan import Plan
 from planner.workload import Precision
+from runtime.lora import check_base, fingerprint
 from runtime.offload.states import HostWeight, apart, apply_state_offload, hosted_blocks, send_up
 from runtime.optimizer import (
     OptimizerOptions,
@@ -58,7 +59,13 @@ class Executor:
     """
 
     def __init__(
-        self, plan: Plan, *, device: torch.device | str, seed: int, optimizer_options: OptimizerOptions
+        self,
+        plan: Plan,
+        *,
+        device: torch.device | str,
+        seed: int,
+        optimizer_options: OptimizerOptions,
+        lora_alpha: float | None = None,
     ) -> None:
         device = torch.device(device)
         check_supported(plan)
@@ -67,12 +74,15 @@ class Executor:
         self.meshes = build_meshes(plan, device.type)
         self.device = device
         _check_averages(self.meshes, device)
-        self.modules = _build_modules(plan, self.meshes, seed, device)
+        self.modules = _build_modules(plan, self.meshes, seed, device, lora_alpha)
         cp_rank = self.meshes.cp.get_local_rank()
         self._held = held_positions(plan.workload.seq, plan.strategy.degrees, cp_rank).to(device)
         self._hosted = self._offload_states()
         self.pipeline = Pipeline(plan, self.modules, self.meshes, device)
-        self.weights = self._collect_weights()
+        held = self._collect_weights()
+        self.weights = [weight for weight in held if weight.parameter.requires_grad]
+        self.frozen = [weight for weight in held if not weight.parameter.requires_grad]
+        self._base = fingerprint(self.frozen, device) if self.frozen else None
         self.optimizer = build_optimizer(
             plan.workload.optimizer, self.weights, optimizer_options, plan.workload.precision
         )
@@ -172,7 +182,9 @@ class Executor:
                     Weight(
                         name=canonical,
                         parameter=parameter,
-                        shard=nn.Parameter(local.detach()) if host is None else host.master,
+                        shard=nn.Parameter(local.detach(), parameter.requires_grad)
+                        if host is None
+                        else host.master,
                         share=0.0 if copy else self._share(parameter),
                         host=host,
                     )
@@ -196,8 +208,10 @@ class Executor:
         return shards * degrees.pp / degrees.world
 
     def _partial_weights(self) -> list[Weight]:
-        """Weights whose gradient is a partial sum over tp: whole ones that saw a slice of the sequence."""
-        if not self.plan.strategy.degrees.sequence_parallel or self.plan.strategy.degrees.tp == 1:
+        """Weights whose gradient is a partial sum over tp: whole ones that saw a slice of the sequence, and
+        the halves of adapters that are not split with their projection."""
+        degrees, adapters = self.plan.strategy.degrees, self.plan.workload.adapters
+        if degrees.tp == 1 or (adapters is None and not degrees.sequence_parallel):
             return []
         whole = {id(p) for module in self.modules for p in whole_parameters(module.model)}
         return [weight for weight in self.weights if id(weight.parameter) in whole]
@@ -224,6 +238,7 @@ class Executor:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Weights, optimizer state and step count under flat global names, for distributed checkpoints.
+        Frozen weights are not among them, but a fingerprint of them is.
 
         Sharded tensors are DTensors over this rank's memory, so a checkpoint loads in place and into any
         other layout. `load_state_dict` must follow, for the step count.
@@ -231,6 +246,8 @@ class Executor:
         state: dict[str, Tensor] = {"step": torch.tensor(self.steps_done)}
         if self.scaler is not None:
             state |= {f"loss_scaler.{key}": value for key, value in self.scaler.state_dict().items()}
+        if self._base is not None:
+            state["base"] = self._base.clone()
         for weight in self.weights:
             state[f"model.{weight.name}"] = weight.value
             for key, value in self.optimizer.state_of(weight.shard).items():
@@ -244,6 +261,8 @@ class Executor:
         if missing:
             fault = f"has no {', '.join(missing[:5])} ({len(missing)} missing)."
             raise InputError(Problem(where="checkpoint", fault=fault, fix="resume with the model it is of"))
+        if self._base is not None:
+            check_base(state["base"], self._base)
         with torch.no_grad():
             for name, value in own.items():
                 if name.startswith(("model.", "optimizer.")):
@@ -287,13 +306,20 @@ def _check_averages(meshes: Meshes, device: torch.device) -> None:
                 )
 
 
-def _build_modules(plan: Plan, meshes: Meshes, seed: int, device: torch.device) -> list[StageModule]:
+def _build_modules(
+    plan: Plan, meshes: Meshes, seed: int, device: torch.device, lora_alpha: float | None
+) -> list[StageModule]:
     """The stages of this pipeline rank, in order, all writing to one record."""
     degrees = plan.strategy.degrees
     record = Record()
     own = range(meshes.pp.get_local_rank(), degrees.stages, degrees.pp)
     return [
-        StageModule(build_stage(plan, index, meshes, seed=seed, device=device), index, degrees.zero, record)
+        StageModule(
+            build_stage(plan, index, meshes, seed=seed, device=device, lora_alpha=lora_alpha),
+            index,
+            degrees.zero,
+            record,
+        )
         for index in own
     ]
 

@@ -1,6 +1,6 @@
 """Puts a plan onto modules: one `apply_*` verb for each axis, always in the same order.
 
-    materialize -> tensor -> context parallel -> recompute -> activations offloaded -> data parallel,
+    materialize -> tensor -> context parallel -> adapters -> recompute -> activations offloaded -> data parallel,
     part by part, then the root.
 
 Part by part, so that a rank never holds more than one whole part besides its own shards.
@@ -14,6 +14,7 @@ from torch import nn
 from planner.plan import Plan
 from planner.strategy import Recompute, Stage
 from runtime import recompute
+from runtime.lora import apply_lora
 from runtime.offload.activations import ActivationOffload, apply_activation_offload
 from runtime.parallel.context import apply_context_parallel, hidden_positions
 from runtime.parallel.data import apply_data_parallel
@@ -23,7 +24,15 @@ from runtime.transformer.initial import materialize
 from runtime.transformer.model import Transformer, build_transformer
 
 
-def build_stage(plan: Plan, index: int, meshes: Meshes, *, seed: int, device: torch.device) -> Transformer:
+def build_stage(
+    plan: Plan,
+    index: int,
+    meshes: Meshes,
+    *,
+    seed: int,
+    device: torch.device,
+    lora_alpha: float | None = None,
+) -> Transformer:
     """Stage `index` of the plan, initialised, sharded and ready to train on this rank."""
     degrees, stage = plan.strategy.degrees, plan.strategy.stages[index]
     model = build_transformer(
@@ -37,6 +46,7 @@ def build_stage(plan: Plan, index: int, meshes: Meshes, *, seed: int, device: to
             materialize(part, plan.model, prefix=f"{name}.", seed=seed, device=device)
             apply_tensor_parallel(name, part, degrees, meshes)
             apply_context_parallel(part, plan.workload.seq, degrees, meshes)
+            apply_lora(name, part, plan.workload, alpha=lora_alpha, seed=seed)
             modules.append(apply_recompute(model, name, part, options.get(name, Recompute.NONE)))
             apply_activation_offload(model.offload, stage, name, modules[-1])
         if not (model.tied and _holds_tied_weight(modules)):

@@ -111,7 +111,6 @@ def test_flags_that_do_not_fit_are_refused(options: tuple[str, ...], words: str)
     "change",
     [
         {"precision": Precision.FP8},
-        {"method": Method.LORA},
     ],
 )
 def test_what_the_runtime_cannot_train_is_named(change: dict[str, object]) -> None:

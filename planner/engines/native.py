@@ -64,7 +64,7 @@ def native_vocabulary(problem: PlanningProblem, degrees: Degrees) -> Rejected | 
 
 
 def native_workload(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
-    """Precisions, optimizers and methods that the trainer has."""
+    """Precisions and optimizers that the trainer has."""
     faults = not_executed_workload(problem.workload)
     if not faults:
         return None
@@ -72,8 +72,8 @@ def native_workload(problem: PlanningProblem, degrees: Degrees) -> Rejected | No
         rule="native_workload",
         detail=f"the native runtime cannot train this workload: {'; '.join(faults)}.",
         legal=f"--precision {' or '.join(EXECUTED_PRECISIONS)}, --optimizer "
-        f"{' or '.join(EXECUTED_OPTIMIZERS)}, --method pretrain or finetune",
-        fix="--precision, --optimizer, --method",
+        f"{' or '.join(EXECUTED_OPTIMIZERS)}",
+        fix="--precision, --optimizer",
     )
 
 

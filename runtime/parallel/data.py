@@ -21,11 +21,15 @@ def apply_data_parallel(
     """Makes modules a unit of data parallelism: replicated (ZeRO 0) or sharded (ZeRO 1 to 3).
 
     In 16 bits even a single rank has such a unit, since it keeps the fp32 masters. ZeRO 1 and 2 keep the
-    gathered parameters until the step's last backward pass; ZeRO 3 frees them after each use.
+    gathered parameters until the step's last backward pass; ZeRO 3 frees them after each use. Frozen weights
+    have no gradient to reduce and no master: they belong to a unit under ZeRO 3 alone, which shards them.
     """
-    modules = [m for m in (unit if isinstance(unit, list) else [unit]) if any(True for _ in m.parameters())]
-    if not modules:
+    modules = unit if isinstance(unit, list) else [unit]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    apart = {p for p in parameters if not p.requires_grad and degrees.zero is not Zero.PARAMETERS}
+    if len(apart) == len(set(parameters)):
         return
+    modules = [module for module in modules if any(p not in apart for p in module.parameters())]
     policy = MixedPrecisionPolicy()
     if precision is not Precision.FP32:
         policy = MixedPrecisionPolicy(
@@ -37,9 +41,10 @@ def apply_data_parallel(
             mesh=meshes.data,
             reshard_after_forward=degrees.zero is Zero.PARAMETERS,
             mp_policy=policy,
+            ignored_params=apart or None,
         )
     elif degrees.replicas > 1 or precision is not Precision.FP32:
-        replicate(modules, mesh=meshes.data, mp_policy=policy)
+        replicate(modules, mesh=meshes.data, mp_policy=policy, ignored_params=apart or None)
 
 
 def set_gradient_sync(model: nn.Module, zero: Zero, *, last: bool) -> None:

@@ -87,7 +87,7 @@ CASES = (
         ("expert", "(2)", "ep=1"),
     ),
     Case(
-        "native_workload", N, ZERO3, ZERO3, ("fp8", "lora", "bf16"),
+        "native_workload", N, ZERO3, ZERO3, ("fp8", "bf16"),
         illegal_problem=held(N, precision=Precision.FP8, **LORA),
     ),
     Case(

@@ -166,11 +166,6 @@ def test_what_cannot_be_executed_is_refused_with_all_reasons(degrees: Degrees, w
         assert word in str(caught.value)
 
 
-def test_fp16_is_refused() -> None:
-    with pytest.raises(InputError, match="loss scaling"):
-        check_supported(make_plan(LLAMA, Degrees(), precision=Precision.FP16))
-
-
 def test_a_plan_for_other_ranks_is_refused() -> None:
     def body(rank: int) -> str:
         with pytest.raises(InputError) as caught:
