@@ -7,16 +7,17 @@ from planner.errors import InputError, Problem
 from planner.feed_forward import FeedForward
 from planner.model import Block, Layer, ModelSpec, Norm
 from planner.strategy import Degrees, Schedule, Strategy
-from planner.workload import Optimizer, Precision, Workload
+from planner.workload import Precision, Workload
 
 EXECUTED_TYPES = ("llama", "mistral", "qwen2", "gpt2", "mixtral", "qwen2_moe")
 """Families whose arithmetic the runtime's blocks repeat: others scale, rotate or bias in their own ways,
 which does not change what they cost and is not in a ModelSpec."""
 
-EXECUTED_PRECISIONS = (Precision.BF16, Precision.FP16, Precision.FP32)
-"""fp8 needs scaled products, which the runtime does not have."""
+FP8_MULTIPLE = 16
+"""Tokens, inputs and outputs of a product in fp8 must be multiples of it (cuBLASLt)."""
 
-EXECUTED_OPTIMIZERS = tuple(Optimizer)
+WORKLOADS_EXECUTED = "--precision bf16, fp16 or fp32; --method pretrain or finetune"
+"""What can be said instead where a workload is not executed."""
 
 EXECUTED_SCHEDULES = (Schedule.GPIPE, Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED)
 """Schedules whose tables the runtime runs; it does not split backward passes or place stages as a V."""
@@ -141,25 +142,42 @@ def check_executed(model: ModelSpec, what: str) -> None:
         )
 
 
-def not_executed_workload(workload: Workload) -> list[str]:
-    """What of a workload the runtime cannot train with; empty where it can all."""
+def not_executed_workload(model: ModelSpec, workload: Workload) -> list[str]:
+    """What of training `model` as a workload says the runtime cannot do; empty where it can all."""
+    mixers = [mixer for block in model.transformer_blocks() for mixer in block.mixers]
+    plain = all(isinstance(mixer, Attention) for mixer in mixers)
     faults = {
-        f"its precision is {workload.precision}": workload.precision not in EXECUTED_PRECISIONS,
-        f"its optimizer is {workload.optimizer}": workload.optimizer not in EXECUTED_OPTIMIZERS,
+        "experts do not multiply in fp8": workload.precision is Precision.FP8 and bool(model.experts),
+        "adapters (LoRA) stand beside plain attention only": workload.adapters is not None and not plain,
     }
     return [fault for fault, found in faults.items() if found]
 
 
-def check_executed_workload(workload: Workload) -> None:
-    """Raises InputError with everything that keeps the runtime from training as `workload` says."""
-    faults = not_executed_workload(workload)
+def products_not_executed(model: ModelSpec, workload: Workload, degrees: Degrees) -> list[str]:
+    """Products in fp8 whose sizes no kernel has; empty where it has all, or the workload is in others."""
+    if workload.precision is not Precision.FP8:
+        return []
+    sizes = {"tokens of a micro-batch": degrees.micro_batch * workload.seq / degrees.cp}
+    for block in model.transformer_blocks():
+        for matrix in block.matrices():
+            inputs, outputs = matrix.shard(degrees.tp)
+            sizes |= {f"inputs of {inputs:g}": inputs, f"outputs of {outputs:g}": outputs}
+    return [
+        f"{name} are no multiple of {FP8_MULTIPLE}, as products in fp8 must be"
+        for name, size in sizes.items()
+        if size % FP8_MULTIPLE
+    ]
+
+
+def check_executed_workload(model: ModelSpec, workload: Workload, degrees: Degrees) -> None:
+    """Raises InputError with everything that keeps the runtime from training `model` as `workload` says."""
+    faults = not_executed_workload(model, workload) + products_not_executed(model, workload, degrees)
     if faults:
         raise InputError(
             Problem(
                 where="workload",
                 fault=f"can be planned, but this version cannot train it: {'; '.join(faults)}.",
-                legal=f"--precision {' or '.join(EXECUTED_PRECISIONS)}, --optimizer "
-                f"{' or '.join(EXECUTED_OPTIMIZERS)}",
+                legal=WORKLOADS_EXECUTED,
             )
         )
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from planner.errors import CheckError, InputError, Problem
 from planner.plan import Plan
 from planner.workload import Precision
+from runtime.fp8 import check_fp8
 from runtime.lora import check_base, fingerprint
 from runtime.offload.states import HostWeight, apart, apply_state_offload, hosted_blocks, send_up
 from runtime.optimizer import (
@@ -70,6 +71,8 @@ class Executor:
         device = torch.device(device)
         check_supported(plan)
         _check_world(plan)
+        if plan.workload.precision is Precision.FP8:
+            check_fp8(device)
         self.plan, self.options = plan, optimizer_options
         self.meshes = build_meshes(plan, device.type)
         self.device = device

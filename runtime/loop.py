@@ -22,6 +22,7 @@ import torch.distributed as dist
 from planner.codec import encode
 from planner.errors import InputError, Problem
 from planner.plan import Plan
+from runtime.adapter_files import say_export
 from runtime.checkpoint import save_checkpoint
 from runtime.data import BatchReader, data_summary
 from runtime.exchange import gather_json
@@ -44,6 +45,9 @@ from runtime.session import (
     training_state,
 )
 from runtime.summary import Seen, TrainSummary, summarize, write_summary
+
+ADAPTER = "adapter"
+"""The folder of a run that holds its adapters in PEFT's format."""
 
 GROUP_TIMEOUT_S = 600.0
 """How long a rank waits for one that does not answer. One that died is noticed at once."""
@@ -121,7 +125,13 @@ class _Loop:
             _check_steps_left(options.steps, resumed[1].step)
             saved = saved_options(resumed[1])
         chosen = resolve(options, plan, saved)
-        self.executor = Executor(plan, device=self.device, seed=options.seed, optimizer_options=chosen)
+        self.executor = Executor(
+            plan,
+            device=self.device,
+            seed=options.seed,
+            optimizer_options=chosen,
+            lora_alpha=options.lora_alpha,
+        )
         if resumed is not None:
             restore(*resumed, self.executor, chosen)
             self._say_resumed(resumed[1].step, resumed[1].run, saved, chosen)
@@ -274,10 +284,14 @@ class _Loop:
         )
 
     def _finish(self) -> None:
-        executed = self.executor.executed()
+        executed, plan = self.executor.executed(), self.job.plan
         self.seen.executed = encode(executed)
-        self.seen.executed_differences = executed.differences(self.job.plan)
+        self.seen.executed_differences = executed.differences(plan)
         if self.first:
+            if plan.workload.adapters is not None and self.seen.checkpoint is not None:
+                folder = self.run_dir / ADAPTER
+                alpha = self.job.options.lora_alpha
+                self.send({"say": say_export(Path(self.seen.checkpoint), plan, folder, alpha=alpha)})
             summary = self._summary()
             write_summary(self.run_dir, summary)
             self.send({"summary": encode(summary)})

@@ -29,9 +29,8 @@ class TrainOptions:
     """The options of `plan train`. None: chosen by `resolve`, or taken from the resumed checkpoint.
 
     `steps` counts from the beginning of training, not from the resumed step. `data` None is the shipped
-    corpus. `data_cache` is where
-    tokenized data goes, for runs to share; None: the run's own folder. `checkpoint_every` 0 saves at the
-    end only.
+    corpus. `data_cache` is where tokenized data goes, for runs to share; None: the run's own folder.
+    `checkpoint_every` 0 saves at the end only. `lora_alpha` None is twice the rank of the plan's adapters.
     """
 
     steps: int
@@ -49,6 +48,7 @@ class TrainOptions:
     decay_steps: int | None = None
     weight_decay: float | None = None
     clip: float | None = None
+    lora_alpha: float | None = None
 
 
 def default_lr(model: ModelSpec) -> float:
@@ -122,6 +122,7 @@ def check_options(options: TrainOptions) -> None:
             options.weight_decay is None or 0 <= options.weight_decay < math.inf,
             "0 or more",
         ),
+        ("--lora-alpha", options.lora_alpha, options.lora_alpha is None or options.lora_alpha > 0, "above 0"),
         ("--clip", options.clip, options.clip is None or options.clip > 0, "above 0"),
     ]
     problems = [

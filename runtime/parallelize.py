@@ -1,7 +1,7 @@
 """Puts a plan onto modules: one `apply_*` verb for each axis, always in the same order.
 
-    materialize -> tensor -> context parallel -> adapters -> recompute -> activations offloaded -> data parallel,
-    part by part, then the root.
+    materialize -> tensor -> context parallel -> fp8 -> adapters -> recompute -> activations offloaded ->
+    data parallel, part by part, then the root.
 
 Part by part, so that a rank never holds more than one whole part besides its own shards.
 """
@@ -14,6 +14,7 @@ from torch import nn
 from planner.plan import Plan
 from planner.strategy import Recompute, Stage
 from runtime import recompute
+from runtime.fp8 import apply_fp8
 from runtime.lora import apply_lora
 from runtime.offload.activations import ActivationOffload, apply_activation_offload
 from runtime.parallel.context import apply_context_parallel, hidden_positions
@@ -46,6 +47,7 @@ def build_stage(
             materialize(part, plan.model, prefix=f"{name}.", seed=seed, device=device)
             apply_tensor_parallel(name, part, degrees, meshes)
             apply_context_parallel(part, plan.workload.seq, degrees, meshes)
+            apply_fp8(part, plan.workload.precision)
             apply_lora(name, part, plan.workload, alpha=lora_alpha, seed=seed)
             modules.append(apply_recompute(model, name, part, options.get(name, Recompute.NONE)))
             apply_activation_offload(model.offload, stage, name, modules[-1])

@@ -68,6 +68,7 @@ def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
     it is.
     """
     check_options(options)
+    _check_adapters(plan, options)
     run_dir = Path(options.run_dir)
     folder = run_dir / CHECKPOINTS
     sweep(folder)
@@ -100,6 +101,17 @@ def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
     return Setup(str(index), checkpoint, tuple(remarks))
 
 
+def _check_adapters(plan: Plan, options: TrainOptions) -> None:
+    if options.lora_alpha is not None and plan.workload.adapters is None:
+        raise InputError(
+            Problem(
+                where="--lora-alpha",
+                fault=f"is given, but the plan trains all weights (method {plan.workload.method}).",
+                fix="leave it out, or solve with --method lora",
+            )
+        )
+
+
 def _keep_plan(plan: Plan, run_dir: Path) -> None:
     path = run_dir / PLAN
     if not (path.exists() and load_plan(path) == plan):
@@ -115,6 +127,7 @@ def run_identity(plan: Plan, options: TrainOptions, data: DataIndex) -> dict[str
         **dict(_flat(facts, "")),
         "data.digest": data.digest,
         "seed": options.seed,
+        **({} if plan.workload.adapters is None else {"lora_alpha": options.lora_alpha}),
     }
 
 

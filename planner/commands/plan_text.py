@@ -91,7 +91,7 @@ def _figures(plan: Plan, basis: str) -> str:
     from planner.units import format_bytes, format_seconds
 
     e = plan.estimate
-    missing = not_executed(plan.model) + not_executed_workload(plan.workload)
+    missing = not_executed(plan.model) + not_executed_workload(plan.model, plan.workload)
     missing += schedule_not_executed(plan.strategy.degrees) + axes_not_executed(plan.strategy.degrees)
     missing += offload_not_executed(plan.strategy)
     low, high = e.step_time_interval_s

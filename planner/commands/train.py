@@ -69,6 +69,9 @@ if TYPE_CHECKING:
 )
 @click.option("--weight-decay", type=float, metavar="W", help="Of matrices. Default: 0.1.")
 @click.option("--clip", type=float, metavar="NORM", help="Limit of the gradient norm. Default: 1.0.")
+@click.option(
+    "--lora-alpha", type=float, metavar="A", help="Adapters count A / rank times. Default: twice the rank."
+)
 @json_option
 def train(plan_file: Path, steps: int | None, as_json: bool, **given: Any) -> int:
     """Execute a plan on real ranks: train, checkpoint, log, resume.
@@ -94,7 +97,7 @@ def train(plan_file: Path, steps: int | None, as_json: bool, **given: Any) -> in
     check_executed_schedule(plan.strategy.degrees)
     check_executed_axes(plan.strategy.degrees)
     check_executed_offload(plan.strategy)
-    check_executed_workload(plan.workload)
+    check_executed_workload(plan.model, plan.workload, plan.strategy.degrees)
 
     from planner.codec import encode
     from runtime.data import TokenizerKind

@@ -5,14 +5,14 @@ from __future__ import annotations
 from planner.divisors import divisors, legal_values
 from planner.estimate import Rejected
 from planner.execution import (
-    EXECUTED_OPTIMIZERS,
-    EXECUTED_PRECISIONS,
     EXECUTED_SCHEDULES,
     EXECUTED_TYPES,
+    WORKLOADS_EXECUTED,
     axes_not_executed,
     not_executed,
     not_executed_workload,
     offload_not_executed,
+    products_not_executed,
 )
 from planner.problem import PlanningProblem
 from planner.strategy import Degrees, Strategy
@@ -64,16 +64,16 @@ def native_vocabulary(problem: PlanningProblem, degrees: Degrees) -> Rejected | 
 
 
 def native_workload(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
-    """Precisions and optimizers that the trainer has."""
-    faults = not_executed_workload(problem.workload)
+    """Products in fp8 that kernels have, and adapters beside what the trainer knows."""
+    faults = not_executed_workload(problem.model, problem.workload)
+    faults += products_not_executed(problem.model, problem.workload, degrees)
     if not faults:
         return None
     return Rejected(
         rule="native_workload",
         detail=f"the native runtime cannot train this workload: {'; '.join(faults)}.",
-        legal=f"--precision {' or '.join(EXECUTED_PRECISIONS)}, --optimizer "
-        f"{' or '.join(EXECUTED_OPTIMIZERS)}",
-        fix="--precision, --optimizer",
+        legal=WORKLOADS_EXECUTED,
+        fix="--precision, --method",
     )
 
 

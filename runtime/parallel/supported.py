@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from planner.errors import InputError, Problem
 from planner.execution import (
+    WORKLOADS_EXECUTED,
     check_executed_axes,
     check_executed_offload,
     check_executed_schedule,
     executed_widths,
+    not_executed_workload,
+    products_not_executed,
 )
 from planner.model import ModelSpec
 from planner.plan import Plan
 from planner.spread_rules import context_divides, context_heads
 from planner.strategy import AXES, Degrees, Zero
-from planner.workload import Optimizer, Precision
+from planner.workload import Optimizer
 
 
 def check_supported(plan: Plan) -> None:
@@ -33,9 +36,13 @@ def _degree_problems(plan: Plan, degrees: Degrees) -> list[Problem]:
     if degrees.ep != 1:
         fault = f"is {degrees.ep}; this runtime executes 1 only."
         found.append(Problem(where="strategy.ep", fault=fault, legal="1"))
-    if plan.workload.precision is Precision.FP8:
-        fault = "is fp8, which needs scaled products; this runtime has none."
-        found.append(Problem(where="workload.precision", fault=fault, legal="bf16, fp16, fp32"))
+    found += [
+        Problem(where="workload", fault=f"cannot be trained: {fault}.", legal=WORKLOADS_EXECUTED)
+        for fault in (
+            *not_executed_workload(plan.model, plan.workload),
+            *products_not_executed(plan.model, plan.workload, degrees),
+        )
+    ]
     found += _offload_problems(plan)
     shards = degrees.dp_shard if degrees.zero is Zero.NONE else degrees.weight_shards
     if (degrees.zero is Zero.NONE) != (shards == 1):

@@ -87,8 +87,8 @@ CASES = (
         ("expert", "(2)", "ep=1"),
     ),
     Case(
-        "native_workload", N, ZERO3, ZERO3, ("fp8", "bf16"),
-        illegal_problem=held(N, precision=Precision.FP8, **LORA),
+        "native_workload", N, ZERO3, ZERO3, ("fp8", "multiple of 16", "bf16"),
+        illegal_problem=held(N, precision=Precision.FP8, seq=1000, **LORA),
     ),
     Case(
         "native_vocabulary", N, TP2, TP2, ("tp=2", "vocabulary of 255", "1, 3, 5, 15, 17, 51"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -16,10 +18,14 @@ from planner.errors import InputError
 from planner.plan import Plan
 from planner.strategy import Degrees, RecomputeCounts, Stage, Zero
 from planner.workload import AdapterModules, Adapters, Precision
+from runtime.adapter_files import export_adapters
 from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.committed import committed_folders, load_index
+from runtime.data import TokenizerKind
 from runtime.executor import Executor
 from runtime.lora import merged
+from runtime.options import TrainOptions
+from runtime.train import run_training
 from runtime.transformer.initial import drawn
 from tests.plans import make_plan, tiny_gpt2, tiny_llama
 from tests.runtime.ranks import OPTIONS, SEED, make_executor, on_ranks, single_process, train
@@ -159,3 +165,43 @@ def test_merging_gives_what_projection_and_adapter_give_together() -> None:
     x = torch.randn(3, 24, generator=generator)
     whole = functional.linear(x, merged(linear.weight, beside.a, beside.b, 2.0), linear.bias)
     torch.testing.assert_close(whole, beside(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_leaves_its_adapters_where_peft_finds_them(tmp_path: Path) -> None:
+    model = tiny_llama(vocab=258)
+    plan = make_plan(model, Degrees(tp=2, dp_shard=2, zero=Zero(1)), adapters=ALL)
+    text = tmp_path / "text.txt"
+    text.write_text("It is a truth universally acknowledged. " * 200)
+    options = TrainOptions(
+        steps=2,
+        run_dir=str(tmp_path / "run"),
+        data=str(text),
+        lr=1e-2,
+        tokenizer=TokenizerKind.BYTE,
+        lora_alpha=12,
+    )
+    run_training(plan, options, shown=False)
+    folder = tmp_path / "run" / "adapter"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 12)
+    assert config["target_modules"] == sorted(
+        f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")
+    )
+    tensors = load_file(folder / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.{}.{}.lora_{}.weight"
+    assert len(tensors) == 2 * 7 * model.layers
+    assert tensors[key.format(3, "mlp.down_proj", "A")].shape == (4, 64)
+    assert tensors[key.format(0, "self_attn.k_proj", "B")].shape == (16, 4)
+    assert all(bool(value.any()) for value in tensors.values()), "every adapter was trained"
+
+
+def test_adapters_of_fused_projections_are_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="several projections in one matrix"):
+        export_adapters(tmp_path, GPT2, ALL, tmp_path, alpha=None)
+
+
+def test_alpha_without_adapters_is_refused(tmp_path: Path) -> None:
+    plan = make_plan(LLAMA, Degrees(micro_batch=2))
+    options = TrainOptions(steps=1, run_dir=str(tmp_path / "run"), lora_alpha=8.0)
+    with pytest.raises(InputError, match="--lora-alpha: is given, but the plan trains all weights"):
+        run_training(plan, options, shown=False)
