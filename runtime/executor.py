@@ -165,9 +165,7 @@ class Executor:
         """
         degrees = self.plan.strategy.degrees
         square_sum = weighted_square_sum(grads, [weight.share for weight in self.weights])
-        totals = torch.stack(
-            (loss.double() / (degrees.replicas * degrees.tp), square_sum.to(loss.device))
-        )
+        totals = torch.stack((loss.double() / (degrees.replicas * degrees.tp), square_sum.to(loss.device)))
         dist.all_reduce(totals)
         mean_loss, total = totals.tolist()
         return mean_loss, math.sqrt(total)
