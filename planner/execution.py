@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from planner.attention import CAUSAL, Attention, QkNorm, Reach, Span
+from planner.attention import CAUSAL, Attention, LatentAttention, QkNorm, Reach, Span
 from planner.errors import InputError, Problem
 from planner.feed_forward import FeedForward
-from planner.model import Block, Layer, ModelSpec, Norm
-from planner.strategy import Degrees, Schedule, Strategy
+from planner.model import Block, Layer, ModelSpec
+from planner.strategy import CpExchange, Degrees, Schedule, Strategy
 from planner.workload import Precision, Workload
 
-EXECUTED_TYPES = ("llama", "mistral", "qwen2", "gpt2", "mixtral", "qwen2_moe")
-"""Families whose arithmetic the runtime's blocks repeat: others scale, rotate or bias in their own ways,
-which does not change what they cost and is not in a ModelSpec."""
+EXECUTED_TYPES = (
+    *(
+        "llama",
+        "mistral",
+        "ministral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "granite",
+        "arcee",
+    ),
+    *("seed_oss", "ernie4_5", "smollm3", "phi", "phi3", "olmo", "olmo2", "olmo3", "cohere", "cohere2"),
+    *("nemotron", "starcoder2", "stablelm", "glm", "glm4", "gpt2", "gpt_neo", "gpt_neox", "gptj", "codegen"),
+    *("opt", "falcon", "deepseek_v2", "deepseek_v3", "kimi_k2", "mixtral", "qwen2_moe"),
+    *("qwen3_moe", "olmoe", "glm4_moe"),
+)
+"""Families whose arithmetic the runtime repeats, as far as `ModelSpec.arithmetic` has words for it."""
 
 FP8_MULTIPLE = 16
 """Tokens, inputs and outputs of a product in fp8 must be multiples of it (cuBLASLt)."""
@@ -22,10 +38,10 @@ WORKLOADS_EXECUTED = "--precision bf16, fp16 or fp32; --method pretrain or finet
 EXECUTED_SCHEDULES = (Schedule.GPIPE, Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED)
 """Schedules whose tables the runtime runs; it does not split backward passes or place stages as a V."""
 
-EXECUTED_NORMS = (Norm.RMSNORM, Norm.LAYERNORM)
+EXECUTED_QK_NORMS = (QkNorm.NONE, QkNorm.HEAD, QkNorm.HEAD_LAYERNORM, QkNorm.WIDTH)
 
 
-def plain_parts(layer: Layer) -> tuple[Block, Attention, FeedForward]:
+def plain_parts(layer: Layer) -> tuple[Block, Attention | LatentAttention, FeedForward]:
     """A layer as the block that the runtime builds, its attention, its MLP or experts.
 
     Raises InputError for others.
@@ -33,7 +49,8 @@ def plain_parts(layer: Layer) -> tuple[Block, Attention, FeedForward]:
     faults = _layer_faults(layer)
     if faults:
         raise InputError(*(Problem(where="--model", fault=f"{fault}.") for fault in faults))
-    assert isinstance(layer, Block) and isinstance(layer.mixer, Attention) and layer.mlp is not None
+    assert isinstance(layer, Block) and layer.mlp is not None
+    assert isinstance(layer.mixer, (Attention, LatentAttention))
     return layer, layer.mixer, layer.mlp
 
 
@@ -46,13 +63,11 @@ def not_executed(model: ModelSpec) -> list[str]:
         "the embedding is projected to the hidden size": model.embedding_width is not None,
         "the embedding is normed": model.embedding_norm,
         "it has a table of token types": model.token_types > 0,
-        "the output projection has a bias": model.head_bias,
         "it has a pooler": model.pooler,
         f"it has {model.final_norms} final norms": model.final_norms != 1,
         "an encoder precedes its decoder": model.encoder_layers > 0,
-        f"its norm is {model.norm}": model.norm not in EXECUTED_NORMS,
-        "its blocks are of several classes": len(model.segments) > 1,
     }
+    ends |= dict.fromkeys(model.arithmetic.unexpressed, True)
     return [*faults, *(fault for fault, found in ends.items() if found)]
 
 
@@ -70,6 +85,22 @@ def axes_not_executed(degrees: Degrees) -> list[str]:
     """Parallel axes over which the runtime cannot spread a step; empty where it can over all."""
     axes = {"expert": degrees.ep, "expert tensor": degrees.etp or 1}
     return [f"it uses {name} parallelism ({size})" for name, size in axes.items() if size > 1]
+
+
+def context_not_executed(model: ModelSpec, degrees: Degrees) -> list[str]:
+    """What of a model's attention ranks cannot share out by blocks of keys; empty where they can."""
+    if degrees.cp == 1 or degrees.cp_exchange is CpExchange.ALL_TO_ALL:
+        return []
+    spans = {
+        m.span
+        for b in model.transformer_blocks()
+        for m in b.mixers
+        if isinstance(m, Attention | LatentAttention)
+    }
+    faults = [_reach(span) for span in sorted(spans - {CAUSAL}, key=str)]
+    if model.arithmetic.attention_cap is not None:
+        faults.append("scores are capped")
+    return faults
 
 
 def check_executed_axes(degrees: Degrees) -> None:
@@ -137,7 +168,7 @@ def check_executed(model: ModelSpec, what: str) -> None:
             Problem(
                 where="--model",
                 fault=f"{model.name} can be planned, but this version cannot {what} it: {listed}.",
-                legal=f"pre-norm decoders of the families {', '.join(EXECUTED_TYPES)}",
+                legal=f"decoders of the families {', '.join(EXECUTED_TYPES)}",
             )
         )
 
@@ -186,9 +217,7 @@ def _layer_faults(layer: Layer) -> list[str]:
     if not isinstance(layer, Block):
         return ["its layers were traced from a module"]
     faults = {
-        f"its norm is {layer.norm}": layer.norm not in EXECUTED_NORMS,
-        f"a block has {layer.norms} norms": layer.norms != 2,
-        "attention and MLP are parallel": layer.parallel,
+        f"a block has {layer.norms} norms": layer.norms not in ((1, 2) if layer.parallel else (2, 4)),
         "a block attends to an encoder": layer.cross is not None,
     }
     return [fault for fault, found in faults.items() if found] + _mixer_faults(layer) + _mlp_faults(layer)
@@ -196,11 +225,13 @@ def _layer_faults(layer: Layer) -> list[str]:
 
 def _mixer_faults(block: Block) -> list[str]:
     mixer = block.mixer
+    if isinstance(mixer, LatentAttention):
+        return [_reach(mixer.span)] if mixer.span != CAUSAL else []
     if not isinstance(mixer, Attention):
         return [f"a block mixes tokens by {type(mixer).__name__}" if mixer else "a block has no attention"]
     faults = {
-        f"queries and keys are normed ({mixer.qk_norm})": mixer.qk_norm is not QkNorm.NONE,
-        _reach(mixer.span): mixer.span != CAUSAL,
+        f"queries and keys are normed ({mixer.qk_norm})": mixer.qk_norm not in EXECUTED_QK_NORMS,
+        _reach(mixer.span): mixer.span.reach not in (Reach.CAUSAL, Reach.WINDOW),
         "attention is gated": mixer.gated,
         "attention has sinks": mixer.sinks,
         "attention has a table of relative positions": mixer.position_buckets > 0,

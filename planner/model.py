@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from enum import StrEnum
 from itertools import chain
 
+from planner.arithmetic import PLAIN, Arithmetic
 from planner.attention import Attention, LatentAttention
 from planner.codec import noun
 from planner.feed_forward import Experts, FeedForward
@@ -218,6 +219,7 @@ class ModelSpec:
     embedding is projected. `final_norms` counts norms behind stacks of layers, `head_bias` is that of the
     output projection, `pooler` a dense layer over the first token beside it.
     `vocab` 0 means that there is neither embedding nor head. `sources` says where it came from.
+    `arithmetic` is what it computes beside what its sizes say, which no cost hangs on.
     """
 
     name: str
@@ -240,6 +242,7 @@ class ModelSpec:
     pooler: bool = False
     final_norms: int = 1
     encoder_layers: int = 0
+    arithmetic: Arithmetic = PLAIN
 
     @property
     def layers(self) -> int:

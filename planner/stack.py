@@ -91,6 +91,16 @@ class Stack:
         return self.selective or own.get(self.engine, Selective.ELEMENTWISE)
 
     @property
+    def own(self) -> bool:
+        """Whether this is the project's own runtime, not another program that runs on PyTorch as it does."""
+        return self.engine is Engine.NATIVE and not self.framework
+
+    @property
+    def chunks_loss(self) -> bool:
+        """Whether head and loss are one, over chunks of tokens, so that all logits never exist."""
+        return self.liger or self.own
+
+    @property
     def gathers_logits(self) -> bool:
         """Whether every tensor-parallel rank takes the loss over the whole vocabulary, not over its shard.
 

@@ -2,25 +2,36 @@
 
     CHECKPOINTS/step-00000120/shard-00003.safetensors   tensors of rank 3
                               index.json                what lies where, plain values, whose run it is
-                              COMMIT                    size and SHA-256 of every other file, written last
+                              COMMIT                    size and SHA-256 of every other file
 
-A step exists exactly if its COMMIT verifies.
+All of it is written in `step-00000120.tmp`, COMMIT last, and appears by one rename. A step exists exactly if
+its COMMIT verifies.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from planner.codec import load_json, noun
+from planner.codec import decode_json, encode, load_json, noun, read_text
 from planner.errors import InputError, Problem
 
 CHECKPOINT_SCHEMA = 1
 COMMIT = "COMMIT"
 INDEX = "index.json"
+DAMAGED = ".damaged"
+"""Suffix of the folder of a step that did not verify when a run went on from an older one."""
 BLOCK_BYTES = 1 << 20
+MAX_INDEX_BYTES = 1 << 32
+"""About 75 bytes a box: 70B parameters with AdamW, sharded over 512 ranks, need 110 MB."""
+MOST_READERS = 8
+"""Files that are hashed at once; SHA-256 lets go of the interpreter."""
 Value = bool | int | float | str | None
 
 
@@ -83,7 +94,13 @@ def step_folder(folder: Path, step: int) -> Path:
 
 def load_index(path: Path) -> CheckpointIndex:
     """The index of a step."""
-    return load_json(path / INDEX, CheckpointIndex)
+    text = read_text(path / INDEX, MAX_INDEX_BYTES)
+    return decode_json(CheckpointIndex, text, source=str(path / INDEX))
+
+
+def index_text(index: CheckpointIndex) -> str:
+    """An index as JSON without spaces: it has a line for every box of every tensor."""
+    return json.dumps(encode(index), separators=(",", ":"), allow_nan=False) + "\n"
 
 
 def digest_file(path: Path) -> FileDigest:
@@ -104,15 +121,22 @@ def remove_step(folder: Path) -> None:
 
 def committed_folders(folder: Path) -> list[Path]:
     """Folders of steps that carry a COMMIT, newest first. Their content is not verified yet."""
-    found = [path.parent for path in folder.glob(f"step-*/{COMMIT}") if not path.parent.name.endswith(".tmp")]
+    found = [path.parent for path in folder.glob(f"step-*/{COMMIT}") if not path.parent.suffix]
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 
 def sweep(folder: Path) -> None:
     """Removes what a save that was cut short left behind: `*.tmp`, and steps without COMMIT."""
     for path in folder.glob("step-*"):
-        if path.name.endswith(".tmp") or not (path / COMMIT).exists():
+        if path.suffix != DAMAGED and (path.suffix == ".tmp" or not (path / COMMIT).exists()):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Takes a damaged step out of the count of those that are kept; nothing of it is deleted."""
+    aside = path.with_name(path.name + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)
 
 
 def verify(path: Path) -> list[Problem]:
@@ -121,7 +145,9 @@ def verify(path: Path) -> list[Problem]:
         commit = load_json(path / COMMIT, Commit)
     except InputError as error:
         return list(error.problems)
-    return [problem for name, want in commit.files.items() for problem in _compare(path / name, want)]
+    with ThreadPoolExecutor(min(MOST_READERS, os.cpu_count() or 1)) as pool:
+        found = pool.map(lambda file: _compare(path / file[0], file[1]), commit.files.items())
+        return list(itertools.chain.from_iterable(found))
 
 
 def _compare(path: Path, want: FileDigest) -> list[Problem]:
@@ -137,18 +163,21 @@ def _compare(path: Path, want: FileDigest) -> list[Problem]:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The newest step that verifies (if there is one), and why newer ones were passed over."""
+    """The newest step that verifies (if there is one), and which newer ones were passed over and why."""
 
     path: Path | None
     refused: tuple[str, ...]
+    damaged: tuple[Path, ...] = ()
 
 
 def find_checkpoint(folder: Path) -> Found:
     """The newest whole step below `folder`; every file is read to verify it."""
     refused: list[str] = []
+    damaged: list[Path] = []
     for path in committed_folders(folder):
         problems = verify(path)
         if not problems:
-            return Found(path, tuple(refused))
+            return Found(path, tuple(refused), tuple(damaged))
         refused.extend(map(str, problems))
-    return Found(None, tuple(refused))
+        damaged.append(path)
+    return Found(None, tuple(refused), tuple(damaged))

@@ -23,7 +23,7 @@ from planner.codec import encode
 from planner.errors import InputError, Problem
 from planner.plan import Plan
 from runtime.adapter_files import say_export
-from runtime.checkpoint import save_checkpoint
+from runtime.compiled import compiles
 from runtime.data import BatchReader, data_summary
 from runtime.exchange import gather_json
 from runtime.executor import Executor, StepResult
@@ -32,6 +32,7 @@ from runtime.memory import measure_peak
 from runtime.metrics import MetricsLog, Probes, StepMetrics, TimelineEvent, mfu, write_timeline
 from runtime.optimizer import OptimizerOptions, learning_rate
 from runtime.options import TrainOptions, resolve
+from runtime.saver import Saver
 from runtime.session import (
     CHECKPOINTS,
     Setup,
@@ -109,6 +110,10 @@ class _Loop:
             data=data, seed=options.seed, seq=plan.workload.seq, batch=plan.workload.batch
         )
         self.identity = run_identity(plan, options, data.index)
+        self.saver = Saver(
+            self.run_dir / CHECKPOINTS, keep=options.keep, behind=not options.sync_checkpoints, device=device
+        )
+        self.told_s = 0.0
         self.optimizer = self._start()
         self.seen = Seen(first_step=self.executor.steps_done)
         count = max(0, options.steps - self.executor.steps_done)
@@ -131,6 +136,7 @@ class _Loop:
             seed=options.seed,
             optimizer_options=chosen,
             lora_alpha=options.lora_alpha,
+            compiled=compiles(options.compile, self.device),
         )
         if resumed is not None:
             restore(*resumed, self.executor, chosen)
@@ -185,6 +191,7 @@ class _Loop:
                 self._save()
                 saved_at = done
             if stopping:
+                self.saver.wait()
                 self.seen.status = "stopped" if done < options.steps else "finished"
                 self.send({"say": f"stopped by SIGTERM after step {done}; checkpoint saved"})
                 break
@@ -195,6 +202,8 @@ class _Loop:
         results: list[StepResult] = []
         record = self.executor.pipeline.record
         record.clock = self._clock if offset == self.probes.timeline else None
+        if record.clock is not None or offset in self.probes.memory:
+            self.saver.wait()  # the copy that is being written is no part of a step
         begin_s = self._clock()
         if offset in self.probes.memory:
             peak = measure_peak(lambda: results.append(self.executor.step(tokens)), self.device)
@@ -233,9 +242,12 @@ class _Loop:
     def _record(
         self, offset: int, step: int, result: StepResult, own_s: float, log: MetricsLog | None
     ) -> bool:
-        """Writes the step's line; whether any rank was asked to stop."""
-        own = torch.tensor([own_s, float(self.peak_bytes), float(self.stop())], dtype=torch.float64)
-        own = own.to(self.device)
+        """Writes the step's line; whether any rank was asked to stop.
+
+        Raises on every rank what the save that runs behind the steps has failed of.
+        """
+        facts_of_rank = (own_s, self.peak_bytes, self.stop(), self.saver.failed)
+        own = torch.tensor([float(fact) for fact in facts_of_rank], dtype=torch.float64).to(self.device)
         rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(rows, own)
         facts = [row.tolist() for row in rows]
@@ -253,29 +265,31 @@ class _Loop:
             wall_s=self._wall_s(),
             loss_scale=result.loss_scale,
             skipped=result.skipped,
+            checkpoint_wait_s=self.saver.waited_s - self.told_s,
         )
+        self.told_s = self.saver.waited_s
         if log is not None:
             log.write(line)
             self.send({"step": encode(line)})
         self.seen.note(line)
+        if any(fact[3] for fact in facts):
+            self.saver.wait()
         return any(fact[2] for fact in facts)
 
     def _save(self) -> None:
-        path = save_checkpoint(
-            self.run_dir / CHECKPOINTS,
+        self.saver.save(
             training_state(self.executor, self.optimizer),
             step=self.executor.steps_done,
             run={**self.identity, **plan_facts(self.job.plan)},
-            keep=self.job.options.keep,
         )
-        self.seen.checkpoint = str(path)
 
     def _diverged(self, step: int, fault: str) -> None:
         """Ends a run that left the numbers: what was saved before stays, nothing is saved now."""
         self.seen.status = "diverged"
+        self.saver.wait()
         if self.first:
             write_summary(self.run_dir, self._summary())
-        kept = self.seen.checkpoint or self.job.setup.checkpoint
+        kept = self.saver.published or self.job.setup.checkpoint
         raise RunFailedError(
             f"{fault} at step {step}. "
             + (f"The checkpoint {kept} is kept. " if kept else "No checkpoint was saved yet. ")
@@ -284,20 +298,23 @@ class _Loop:
         )
 
     def _finish(self) -> None:
+        self.saver.wait()
         executed, plan = self.executor.executed(), self.job.plan
         self.seen.executed = encode(executed)
         self.seen.executed_differences = executed.differences(plan)
         if self.first:
-            if plan.workload.adapters is not None and self.seen.checkpoint is not None:
-                folder = self.run_dir / ADAPTER
-                alpha = self.job.options.lora_alpha
-                self.send({"say": say_export(Path(self.seen.checkpoint), plan, folder, alpha=alpha)})
+            published = self.saver.published
+            if plan.workload.adapters is not None and published is not None:
+                folder, alpha = self.run_dir / ADAPTER, self.job.options.lora_alpha
+                self.send({"say": say_export(published, plan, folder, alpha=alpha)})
             summary = self._summary()
             write_summary(self.run_dir, summary)
             self.send({"summary": encode(summary)})
         dist.barrier()
 
     def _summary(self) -> TrainSummary:
+        self.seen.checkpoint = None if self.saver.published is None else str(self.saver.published)
+        self.seen.checkpoint_wait_s = self.saver.waited_s
         return summarize(self.job.plan, self.seen, wall_s=self._wall_s(), data=self.data_text)
 
     def _wall_s(self) -> float:

@@ -27,6 +27,7 @@ class StepMetrics:
     the allocated peak of every rank, in rank order, as last recorded. `mfu` is None where the device's peak
     is unknown. `wall_s` is the time that the run has taken so far, all its launches together. `loss_scale`
     is that of fp16; a step whose gradients overflowed is `skipped`: nothing was updated.
+    `checkpoint_wait_s` is what training waited for checkpoints between the step before and this one.
     """
 
     step: int
@@ -39,6 +40,7 @@ class StepMetrics:
     peak_memory_bytes: tuple[int, ...]
     timed: bool
     wall_s: float
+    checkpoint_wait_s: float
     loss_scale: float | None = None
     skipped: bool = False
 

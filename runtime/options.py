@@ -30,7 +30,9 @@ class TrainOptions:
 
     `steps` counts from the beginning of training, not from the resumed step. `data` None is the shipped
     corpus. `data_cache` is where tokenized data goes, for runs to share; None: the run's own folder.
-    `checkpoint_every` 0 saves at the end only. `lora_alpha` None is twice the rank of the plan's adapters.
+    `checkpoint_every` 0 saves at the end only. `sync_checkpoints` makes training wait until a checkpoint is
+    published, not only copied. `compile` None compiles blocks on CUDA. `lora_alpha` None is twice the rank of
+    the plan's adapters.
     """
 
     steps: int
@@ -42,6 +44,7 @@ class TrainOptions:
     tokenizer: TokenizerKind = TokenizerKind.BPE
     checkpoint_every: int = 0
     keep: int = 2
+    sync_checkpoints: bool = False
     lr: float | None = None
     min_lr_ratio: float | None = None
     warmup: int | None = None
@@ -49,6 +52,7 @@ class TrainOptions:
     weight_decay: float | None = None
     clip: float | None = None
     lora_alpha: float | None = None
+    compile: bool | None = None
 
 
 def default_lr(model: ModelSpec) -> float:

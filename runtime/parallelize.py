@@ -1,9 +1,9 @@
 """Puts a plan onto modules: one `apply_*` verb for each axis, always in the same order.
 
     materialize -> tensor -> context parallel -> fp8 -> adapters -> recompute -> activations offloaded ->
-    data parallel, part by part, then the root.
+    compile -> data parallel,
 
-Part by part, so that a rank never holds more than one whole part besides its own shards.
+part by part, then the root: a rank never holds more than one whole part besides its own shards.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import nn
 from planner.plan import Plan
 from planner.strategy import Recompute, Stage
 from runtime import recompute
+from runtime.compiled import apply_compile
 from runtime.fp8 import apply_fp8
 from runtime.lora import apply_lora
 from runtime.offload.activations import ActivationOffload, apply_activation_offload
@@ -33,6 +34,7 @@ def build_stage(
     seed: int,
     device: torch.device,
     lora_alpha: float | None = None,
+    compiled: bool = False,
 ) -> Transformer:
     """Stage `index` of the plan, initialised, sharded and ready to train on this rank."""
     degrees, stage = plan.strategy.degrees, plan.strategy.stages[index]
@@ -51,6 +53,8 @@ def build_stage(
             apply_lora(name, part, plan.workload, alpha=lora_alpha, seed=seed)
             modules.append(apply_recompute(model, name, part, options.get(name, Recompute.NONE)))
             apply_activation_offload(model.offload, stage, name, modules[-1])
+            if compiled:
+                apply_compile(modules[-1])
         if not (model.tied and _holds_tied_weight(modules)):
             apply_data_parallel(modules, degrees, plan.workload.precision, meshes)
     model.tie()

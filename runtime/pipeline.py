@@ -271,6 +271,8 @@ class Pipeline:
         with warnings.catch_warnings():
             # The embedding's output is a view of a DTensor; nothing in the model writes to it in place.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+            # torch.compile looks whether a block's input has one, each time it compiles.
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             if self._schedule is None:
                 return self._run_row(inputs, targets)
             return self._run_schedule(self._schedule, inputs, targets)

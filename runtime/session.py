@@ -21,6 +21,7 @@ from runtime.committed import (
     committed_folders,
     find_checkpoint,
     load_index,
+    set_aside,
     sweep,
 )
 from runtime.data import DataIndex, open_data, prepare_data
@@ -86,6 +87,7 @@ def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
                 )
             )
         checkpoint = str(found.path)
+        remarks += [f"kept aside: {set_aside(path)}" for path in found.damaged]
     elif steps := committed_folders(folder):
         raise InputError(
             Problem(

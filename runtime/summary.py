@@ -28,7 +28,8 @@ class TrainSummary:
     `measured_step_time_spread` its interquartile range over the median. Both are None without a timed
     step. `goodput` is the share of the run's wall time (`wall_s`, all
     launches) that went into steps that were kept. `cost_usd` is for that time, and None where
-    no price is known. `executed_differences` lists where the running model differs from its plan.
+    no price is known. `checkpoint_wait_s` is what training waited for checkpoints in this launch.
+    `executed_differences` lists where the running model differs from its plan.
     """
 
     schema_version: int
@@ -61,6 +62,7 @@ class TrainSummary:
     executed: dict[str, Any]
     executed_differences: tuple[str, ...]
     checkpoint: str | None
+    checkpoint_wait_s: float
     data: str
     versions: dict[str, str]
 
@@ -79,6 +81,7 @@ class Seen:
     wait_s: tuple[float, ...] = ()
     status: str = "finished"
     checkpoint: str | None = None
+    checkpoint_wait_s: float = 0.0
     executed: dict[str, Any] = field(default_factory=dict)
     executed_differences: tuple[str, ...] = ()
 
@@ -128,6 +131,7 @@ def summarize(plan: Plan, seen: Seen, *, wall_s: float, data: str) -> TrainSumma
         executed=seen.executed,
         executed_differences=seen.executed_differences,
         checkpoint=seen.checkpoint,
+        checkpoint_wait_s=seen.checkpoint_wait_s,
         data=data,
         versions={"python": platform.python_version(), "torch": torch.__version__},
     )

@@ -36,6 +36,7 @@ LAYERS = (
         "workload",
         "matrix",
         "kept",
+        "arithmetic",
         "attention",
         "recurrent",
         "mixers",

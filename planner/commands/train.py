@@ -58,6 +58,11 @@ if TYPE_CHECKING:
     show_default=True,
 )
 @click.option("--keep", default=2, show_default=True, metavar="N", help="Checkpoints that stay, at least 2.")
+@click.option(
+    "--sync-checkpoints",
+    is_flag=True,
+    help="Wait until a checkpoint is on the disk. Default: copy the state, and write it behind the steps.",
+)
 @click.option("--lr", type=float, metavar="RATE", help="Peak learning rate. Default: by model size.")
 @click.option("--min-lr-ratio", type=float, metavar="R", help="The decay ends at R x lr. Default: 0.1.")
 @click.option("--warmup", type=int, metavar="N", help="Steps of linear warm-up. Default: 1 % of the decay.")
@@ -68,6 +73,11 @@ if TYPE_CHECKING:
     help="Step at which the cosine ends. Default: the workload's tokens, else --steps but at least 1000.",
 )
 @click.option("--weight-decay", type=float, metavar="W", help="Of matrices. Default: 0.1.")
+@click.option(
+    "--compile/--no-compile",
+    default=None,
+    help="torch.compile for each block and the loss. Default: on CUDA where Triton is, not on a CPU.",
+)
 @click.option("--clip", type=float, metavar="NORM", help="Limit of the gradient norm. Default: 1.0.")
 @click.option(
     "--lora-alpha", type=float, metavar="A", help="Adapters count A / rank times. Default: twice the rank."
@@ -165,6 +175,7 @@ def _report(summary: TrainSummary, run_dir: str) -> str:
         ("cost", None if summary.cost_usd is None else f"${summary.cost_usd:,.2f}"),
         ("data", summary.data),
         ("checkpoint", summary.checkpoint),
+        ("checkpoints took", format_seconds(summary.checkpoint_wait_s)),
         ("run folder", run_dir),
     ]
     return pairs(facts) + "\n\n" + table(("", "predicted", "measured", "error"), rows)

@@ -21,6 +21,7 @@ import dataclasses
 import math
 
 from planner.attention import Attention
+from planner.cost.chunked_loss import chunk_tokens
 from planner.cost.layer import LayerCost, LayerShape, block_saved_bytes
 from planner.cost.memory_constants import MemoryConstants
 from planner.feed_forward import Mlp
@@ -58,8 +59,8 @@ def _head_bytes(
 
     K = 4 + c, fp32 and the compute precision, or 4 where they are one.
     """
-    if stack.liger:
-        return _chunked_bytes(cost, model, shape, constants)
+    if stack.chunks_loss:
+        return _chunked_bytes(cost, model, shape, stack, constants)
     size = shape.precision.compute_bytes
     shard = shape.tokens * model.vocab_shard(shape.tp)
     logits = shard * shape.tp
@@ -76,16 +77,22 @@ def _head_bytes(
 
 
 def _chunked_bytes(
-    cost: LayerCost, model: ModelSpec, shape: LayerShape, constants: MemoryConstants
+    cost: LayerCost, model: ModelSpec, shape: LayerShape, stack: Stack, constants: MemoryConstants
 ) -> LayerCost:
-    """The head and its loss over h/V of the tokens at a time, forward and backward at once.
+    """The head and its loss over a part of the tokens at a time, forward and backward at once.
 
     Instead of logits their gradients stay from the forward pass: of the head's input and of its weights.
-    Source: Liger Kernel, arXiv 2410.10989 (FusedLinearCrossEntropy: chunks of ceil(V/h) parts).
+    Source: Liger Kernel, arXiv 2410.10989 (FusedLinearCrossEntropy: h/V of the tokens at a time); the own
+    runtime's chunks are planner.cost.chunked_loss'. There a logit takes, besides what the product gives, its
+    value in fp32 and the exponential of it; compiled, the gradient alone.
     """
     size = shape.precision.compute_bytes
     vocab, kept = model.vocab_shard(shape.tp), 4.0 + (size if size < 4 else 0)
-    chunk = constants.loss_bytes * vocab * shape.tokens / math.ceil(model.vocab / model.token_width)
+    if stack.liger:
+        chunk = constants.loss_bytes * vocab * shape.tokens / math.ceil(model.vocab / model.token_width)
+    else:
+        beside = size if stack.compiled else 8.0 if size < 4 else 4.0
+        chunk = (size + beside) * vocab * chunk_tokens(math.ceil(shape.tokens), vocab)
     gradients = size * (shape.tokens * model.token_width + vocab * model.token_width)
     return dataclasses.replace(
         cost,

@@ -7,12 +7,14 @@ planner pick recipes exactly.
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from planner.cost import constants
+from planner.cost.chunked_loss import chunk_count
 from planner.cost.comm import CommModel
 from planner.cost.compute import LayerModel
 from planner.cost.context import Exchanged
@@ -191,11 +193,21 @@ class ShapeModel:
         if kind is LayerKind.EMBEDDING:
             forward_tp, backward_tp = (scatter, gather) if sp else (reduce, 0.0)
         else:
-            row = 4.0 * self.messages.tokens
-            loss = 3 * self.messages.seconds(Op.ALL_REDUCE, row, self.messages.tp_group())
+            loss = self._loss_messages_s()
             forward_tp, backward_tp = (gather + loss, scatter) if sp else (loss, reduce)
         forward = Pass(compute_s=cost.forward_s, tp_s=forward_tp)
         return forward, Pass(compute_s=cost.backward_s, tp_s=backward_tp)
+
+    def _loss_messages_s(self) -> float:
+        """What the loss over a sharded vocabulary sends: maximum, sum and the target's logit of each token.
+
+        The own runtime gathers the logarithm of the sum and the target's logit, chunk by chunk.
+        """
+        tokens, group = self.messages.tokens, self.messages.tp_group()
+        if not self.problem.stack.own:
+            return 3 * self.messages.seconds(Op.ALL_REDUCE, 4.0 * tokens, group)
+        chunks = chunk_count(math.ceil(tokens), self.problem.model.vocab_shard(self.degrees.tp))
+        return chunks * self.messages.seconds(Op.ALL_GATHER, 8.0 * tokens * group.ranks / chunks, group)
 
     def _spared_s(self, kind: LayerKind) -> float:
         """What the first block need not do where the embedding is frozen; counted with the embedding."""

@@ -28,11 +28,16 @@ def units_of(problem: PlanningProblem, classes: dict[str, Layer], degrees: Degre
     """The units of a model; with adapters, a block trains these alone and the ends train nothing."""
     adapters, tp = problem.workload.adapters, degrees.tp
     model = problem.model.padded(tp)
-    projection = model.vocab * model.token_width if model.tied_embeddings else 0
+    table = model.vocab * model.token_width
+    rows = table + model.head_bias * model.vocab
+    head = model.params_head + (table if model.tied_embeddings else 0)
+    # Rows of the vocabulary are shared out; norms and tables of positions are whole on every rank.
     return Units(
         blocks={key: _block_unit(block, adapters, degrees) for key, block in classes.items()},
-        embedding=_end_unit(model.params_embedding / tp, 1 + bool(model.learned_positions), adapters),
-        head=_end_unit((model.params_head + projection) / tp, 2, adapters),
+        embedding=_end_unit(
+            model.params_embedding - table + table / tp, 1 + bool(model.learned_positions), adapters
+        ),
+        head=_end_unit(head - rows + rows / tp, 2, adapters),
     )
 
 

@@ -9,6 +9,7 @@ from planner.execution import (
     EXECUTED_TYPES,
     WORKLOADS_EXECUTED,
     axes_not_executed,
+    context_not_executed,
     not_executed,
     not_executed_workload,
     offload_not_executed,
@@ -39,6 +40,15 @@ def native_axes(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
     faults = axes_not_executed(degrees)
     if problem.model.experts and degrees.tp > 1:
         faults.append(f"it splits experts by tensor parallelism ({degrees.tp})")
+    context = context_not_executed(problem.model, degrees)
+    if context:
+        return Rejected(
+            rule="native_context",
+            detail=f"cp={degrees.cp} by {degrees.cp_exchange} meets keys block by block in the native "
+            f"runtime, and {'; '.join(context)}.",
+            legal="cp=1, or cp_exchange=all_to_all",
+            fix="--fix cp_exchange=all_to_all",
+        )
     if not faults:
         return None
     return Rejected(
@@ -85,7 +95,7 @@ def native_model(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
     return Rejected(
         rule="native_model",
         detail=f"the native runtime cannot build {problem.model.name}: {'; '.join(faults)}.",
-        legal=f"pre-norm decoders of the families {', '.join(EXECUTED_TYPES)}",
+        legal=f"decoders of the families {', '.join(EXECUTED_TYPES)}",
         fix="--model, or another --engine",
     )
 

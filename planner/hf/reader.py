@@ -7,6 +7,7 @@ modelled are refused; keys that are not part of the description are named in the
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from planner.codec import load_json_object, load_toml_object
 from planner.errors import InputError, Problem
+from planner.hf.arithmetic import read_arithmetic
 from planner.hf.family import Description, Family
 from planner.hf.faults import contradictions
 from planner.hf.inert import CHANGES_COST, CODE_KEYS, INERT, NOTED
@@ -90,7 +92,11 @@ def read_config(
     if problems:
         raise InputError(*problems)
     notes = (*sources, *part.notes, *_notes(part))
-    return _spec(description, family, name[:100], part.model_type, notes)
+    spec = _spec(description, family, name[:100], part.model_type, notes)
+    arithmetic = read_arithmetic(values, part.model_type, description, spec.segments)
+    if values.problems:
+        raise InputError(*values.problems)
+    return dataclasses.replace(spec, arithmetic=arithmetic)
 
 
 def _contradiction(part: TextPart, fact: str, fault: str, legal: str) -> Problem:

@@ -15,8 +15,8 @@ from planner.strategy import CpExchange, Degrees
 from runtime.parallel.context_attention import gathered_attention, ring_attention
 from runtime.parallel.context_messages import heads_for_sequence, sequence_for_heads
 from runtime.parallel.meshes import Meshes
-from runtime.transformer.attention import CausalCore
 from runtime.transformer.block import Block
+from runtime.transformer.core import Core
 from runtime.transformer.rotary import Rotary
 
 
@@ -31,7 +31,7 @@ def apply_context_parallel(part: nn.Module, seq: int, degrees: Degrees, meshes: 
         part.hold(held_positions(seq, degrees, meshes.cp.get_local_rank()))
     elif isinstance(part, Block):
         core = part.attention.core
-        assert type(core) is CausalCore, core
+        assert isinstance(core, Core), core
         part.attention.core = make_core(core, degrees.cp_exchange, meshes.cp.get_group())
 
 
@@ -61,9 +61,9 @@ class ContextCore(nn.Module):
 
     exchange: CpExchange
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, scale: float | None) -> None:
         super().__init__()
-        self.group, self.ranks = group, dist.get_world_size(group)
+        self.group, self.ranks, self.scale = group, dist.get_world_size(group), scale
 
 
 class RingCore(ContextCore):
@@ -72,7 +72,7 @@ class RingCore(ContextCore):
     exchange = CpExchange.RING
 
     def forward(self, q_bsnd: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = ring_attention(q_bsnd, k, v, self.group.group_name, None)[0]
+        out: Tensor = ring_attention(q_bsnd, k, v, self.group.group_name, self.scale)[0]
         return out
 
 
@@ -82,7 +82,7 @@ class GatherCore(ContextCore):
     exchange = CpExchange.GATHER
 
     def forward(self, q_bsnd: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = gathered_attention(q_bsnd, k, v, self.group.group_name, None)[0]
+        out: Tensor = gathered_attention(q_bsnd, k, v, self.group.group_name, self.scale)[0]
         return out
 
 
@@ -94,8 +94,8 @@ class AllToAllCore(ContextCore):
 
     exchange = CpExchange.ALL_TO_ALL
 
-    def __init__(self, core: nn.Module, group: dist.ProcessGroup) -> None:
-        super().__init__(group)
+    def __init__(self, core: Core, group: dist.ProcessGroup) -> None:
+        super().__init__(group, core.scale)
         self.core = core
 
     def forward(self, q_bsnd: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -106,12 +106,12 @@ class AllToAllCore(ContextCore):
         return heads_for_sequence(self.core(*traded), self.group)
 
 
-def make_core(core: nn.Module, exchange: CpExchange, group: dist.ProcessGroup) -> ContextCore:
+def make_core(core: Core, exchange: CpExchange, group: dist.ProcessGroup) -> ContextCore:
     """What takes the place of `core` where the ranks of `group` share out each sequence."""
     match exchange:
         case CpExchange.RING:
-            return RingCore(group)
+            return RingCore(group, core.scale)
         case CpExchange.GATHER:
-            return GatherCore(group)
+            return GatherCore(group, core.scale)
         case CpExchange.ALL_TO_ALL:
             return AllToAllCore(core, group)

@@ -8,6 +8,7 @@ from planner.execution import (
     check_executed_axes,
     check_executed_offload,
     check_executed_schedule,
+    context_not_executed,
     executed_widths,
     not_executed_workload,
     products_not_executed,
@@ -78,10 +79,19 @@ def _degree_problems(plan: Plan, degrees: Degrees) -> list[Problem]:
 def _context_problems(plan: Plan) -> list[Problem]:
     """What context parallelism must divide: the sequence, and heads where they are traded for it."""
     broken = (rule(plan.problem, plan.strategy.degrees) for rule in (context_divides, context_heads))
-    return [
+    problems = [
         Problem(where="strategy.cp", fault=rejected.detail, legal=rejected.legal, fix=rejected.fix)
         for rejected in broken
         if rejected is not None
+    ]
+    met = context_not_executed(plan.model, plan.strategy.degrees)
+    return problems + [
+        Problem(
+            where="strategy.cp_exchange",
+            fault=f"is {plan.strategy.degrees.cp_exchange}: keys are met block by block, and {fault}.",
+            legal="all_to_all",
+        )
+        for fault in met
     ]
 
 

@@ -7,12 +7,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
+    SequenceParallel,
     parallelize_module,
 )
 
@@ -20,6 +22,8 @@ from planner.strategy import Degrees
 from runtime.parallel.meshes import Meshes, mesh_axes
 from runtime.transformer.block import Block
 from runtime.transformer.head import Head
+from runtime.transformer.latent import LatentAttention
+from runtime.transformer.norms import WidthNorm
 
 
 def apply_tensor_parallel(name: str, part: nn.Module, degrees: Degrees, meshes: Meshes) -> None:
@@ -72,17 +76,69 @@ def _block_plan(block: Block, between: Shard | Replicate) -> dict[str, ParallelS
         "attention": PrepareModuleInput(
             input_layouts=(between, None, None), desired_input_layouts=(whole, None, None)
         ),
-        "attention.wq": ColwiseParallel(),
-        "attention.wk": ColwiseParallel(),
-        "attention.wv": ColwiseParallel(),
         "attention.wo": RowwiseParallel(output_layouts=between),
         "mlp": PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(whole,)),
         "mlp.up": ColwiseParallel(),
         "mlp.down": RowwiseParallel(output_layouts=between),
     }
+    latent = isinstance(block.attention, LatentAttention)
+    plan |= _latent_plan(block.attention) if latent else _heads_plan(block.attention)
     if block.mlp.gate is not None:
         plan["mlp.gate"] = ColwiseParallel()
     return plan
+
+
+def _heads_plan(attention: nn.Module) -> dict[str, ParallelStyle]:
+    """Each rank projects to its heads, and norms them by themselves or over the width of all."""
+    plan: dict[str, ParallelStyle] = {f"attention.{name}": ColwiseParallel() for name in ("wq", "wk", "wv")}
+    for name in ("q_norm", "k_norm"):
+        norm = getattr(attention, name)
+        if isinstance(norm, WidthNorm):
+            plan[f"attention.{name}"] = WidthParallel()
+        elif any(True for _ in norm.parameters()):
+            plan[f"attention.{name}"] = SequenceParallel(sequence_dim=2, use_local_output=True)
+    return plan
+
+
+def _latent_plan(attention: nn.Module) -> dict[str, ParallelStyle]:
+    """Every rank computes the whole latents, and expands its heads from them."""
+    ups, downs = ("wq", "wq_up", "wkv_up"), ("wq_down", "q_norm", "wkv_down", "kv_norm")
+    styles: dict[str, ParallelStyle] = {
+        **{name: ColwiseParallel() for name in ups},
+        **{name: WholeParallel() for name in downs},
+    }
+    return {f"attention.{name}": style for name, style in styles.items() if hasattr(attention, name)}
+
+
+class WholeParallel(ParallelStyle):
+    """A module whose weights every rank of the axis holds whole, as DTensors, so that gradients that are
+    partial sums are known to be. Inputs are DTensors already."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return _place(module, device_mesh, Replicate())
+
+
+class WidthParallel(ParallelStyle):
+    """A norm over a width that the ranks of the axis share out: the mean of squares is summed over them."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def enter(_module: nn.Module, args: tuple[Any, ...]) -> DTensor:
+            return DTensor.from_local(args[0], device_mesh, [Shard(-1)], run_check=False)
+
+        def leave(_module: nn.Module, _args: Any, out: DTensor) -> Tensor:
+            return out.redistribute(placements=[Shard(out.dim() - 1)]).to_local()
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+        return _place(module, device_mesh, Shard(0))
+
+
+def _place(module: nn.Module, mesh: DeviceMesh, placement: Shard | Replicate) -> nn.Module:
+    """Makes the parameters of a module DTensors; each rank takes its part from its own copy."""
+    for name, parameter in list(module.named_parameters()):
+        placed = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(placed))
+    return module
 
 
 def whole_parameters(model: nn.Module) -> list[nn.Parameter]:

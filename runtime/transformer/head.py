@@ -6,19 +6,21 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from runtime.transformer.loss import Passes, cross_entropy
+from runtime.transformer.loss import Passes, capped, cross_entropy
 
 
 class Head(nn.Linear):
     """Hidden states [B, S, H] to logits [B, S, V], or with targets [B, S] to their mean loss, a scalar.
 
     Over a tensor-parallel mesh each rank holds rows of the weight, so a shard of the vocabulary; hidden
-    states come whole, or as this rank's slice of the sequence. Logits are then not to be had.
+    states come whole, or as this rank's slice of the sequence. Logits are then not to be had. With a `cap`
+    c logits are c tanh(logits / c) (Gemma 2, arXiv 2408.00118).
     `gradient_scale` multiplies the loss's gradients (runtime.precision).
     """
 
-    def __init__(self, hidden: int, vocab: int) -> None:
-        super().__init__(hidden, vocab, bias=False)
+    def __init__(self, hidden: int, vocab: int, *, bias: bool = False, cap: float | None = None) -> None:
+        super().__init__(hidden, vocab, bias=bias)
+        self.cap = cap
         self.mesh: DeviceMesh | None = None
         self.between: Shard | Replicate = Replicate()
         self.passes: Passes | None = None
@@ -28,18 +30,22 @@ class Head(nn.Linear):
         """Leaves this rank its rows; hidden states are then laid out as `between` says."""
         self.mesh, self.between = mesh, between
         # Every rank drew the same whole weight, so each takes its shard from its own copy.
-        rows = distribute_tensor(self.weight, mesh, [Shard(0)], src_data_rank=None)
-        self.weight = nn.Parameter(rows)
+        for name, parameter in list(self.named_parameters()):
+            rows = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
+            self.register_parameter(name, nn.Parameter(rows))
 
     def forward(self, x_bsh: Tensor, targets_bs: Tensor | None = None) -> Tensor:
         if targets_bs is None:
             assert self.mesh is None, "over tensor-parallel ranks the head gives the loss only"
-            return super().forward(x_bsh)
+            logits = super().forward(x_bsh)
+            return logits if self.cap is None else capped(logits, self.cap)
         weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         group = None
         if self.mesh is not None:
             assert isinstance(weight, DTensor)
             weight, group = weight.to_local(), self.mesh.get_group()
+            bias = bias.to_local() if isinstance(bias, DTensor) else None
             # Each rank's gradient of the hidden states is a part of a sum.
             sliced = DTensor.from_local(x_bsh, self.mesh, [self.between], run_check=False)
             x_bsh = sliced.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
@@ -47,6 +53,8 @@ class Head(nn.Linear):
             x_bsh.flatten(0, 1),
             weight,
             targets_bs.flatten(),
+            bias_v=bias,
+            cap=self.cap,
             group=group,
             passes=self.passes,
             scale=self.gradient_scale,

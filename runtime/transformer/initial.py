@@ -45,15 +45,15 @@ def materialize(
 
 
 def fill_parameter(parameter: Tensor, name: str, spec: ModelSpec, seed: int) -> None:
-    """Initial values by name: norms 1, biases 0, the rest normal with the spec's initializer_range.
-
-    Projections into the residual stream are scaled by 1 / sqrt(2 * layers) (Radford et al. 2019).
+    """Initial values by name: norms 1 (0 where they add 1), biases 0, the rest normal with the spec's
+    initializer_range. Projections into the residual stream are scaled by 1 / sqrt(2 * layers) (Radford et
+    al. 2019).
     """
     name = canonical_name(name, spec)
     if name.endswith("bias"):
         parameter.zero_()
     elif "norm." in name:
-        parameter.fill_(1.0)
+        parameter.fill_(0.0 if spec.arithmetic.unit_offset else 1.0)
     else:
         _draw(parameter, name, name, spec, seed)
 

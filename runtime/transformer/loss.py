@@ -33,11 +33,13 @@ IGNORED = -100
 
 
 class LossAndGradients(NamedTuple):
-    """The mean loss, an fp32 scalar, and, if asked for, its gradients of input [T, H] and weight [V, H]."""
+    """The mean loss, an fp32 scalar, and, if asked for, its gradients of input [T, H], weight [V, H] and
+    bias [V]."""
 
     loss: Tensor
     hidden: Tensor | None
     weight: Tensor | None
+    bias: Tensor | None = None
 
 
 class Passes(NamedTuple):
@@ -52,12 +54,15 @@ def cross_entropy(
     weight_vh: Tensor,
     targets_t: Tensor,
     *,
+    bias_v: Tensor | None = None,
+    cap: float | None = None,
     group: dist.ProcessGroup | None = None,
     passes: Passes | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """Mean cross-entropy of the logits x W^T against targets, those of `IGNORED` left out.
+    """Mean cross-entropy of the logits x W^T (+ bias) against targets, those of `IGNORED` left out.
 
+    With a cap the logits are cap tanh(logits / cap).
     With `group`, ranks hold equal shards of the vocabulary in rank order and the same tokens. All of them
     return the whole's loss; the gradient of x is then each rank's part, to be summed by the caller.
     Gradients, not the loss, are multiplied by `scale`, so that fp16 can hold them.
@@ -70,14 +75,16 @@ def cross_entropy(
             targets_t,
             of_hidden=asked[0],
             of_weight=asked[1],
+            bias_v=bias_v,
+            cap=cap,
             group=group,
             passes=passes,
             scale=scale,
         )
     loss = found.loss
     # Side by side, so that a backward pass split into inputs and weights runs each of them once.
-    for tensor, gradient in ((x_th, found.hidden), (weight_vh, found.weight)):
-        if gradient is not None:
+    for tensor, gradient in ((x_th, found.hidden), (weight_vh, found.weight), (bias_v, found.bias)):
+        if tensor is not None and gradient is not None:
             loss = loss + _Known.apply(tensor, gradient)  # type: ignore[no-untyped-call]
     return loss
 
@@ -106,6 +113,8 @@ def loss_and_gradients(
     of_hidden: bool,
     of_weight: bool,
     group: dist.ProcessGroup | None,
+    bias_v: Tensor | None = None,
+    cap: float | None = None,
     passes: Passes | None = None,
     scale: float = 1.0,
 ) -> LossAndGradients:
@@ -117,22 +126,39 @@ def loss_and_gradients(
     loss = torch.zeros((), dtype=torch.float32, device=x_th.device)
     hidden = torch.empty_like(x_th) if of_hidden else None
     weight = torch.empty_like(weight_vh) if of_weight else None
+    bias = torch.zeros_like(bias_v) if of_weight and bias_v is not None else None
     size = chunk_tokens(tokens, columns)
     for begin in range(0, tokens, size):
         part = slice(begin, begin + size)
         x, targets, share = x_th[part], targets_t[part] - first, share_t[part]
-        logits = x @ weight_vh.T
+        logits = x @ weight_vh.T if bias_v is None else torch.addmm(bias_v, x, weight_vh.T)
+        logits, slope = (logits, None) if cap is None else _with_slope(logits, cap)
         wanted = of_hidden or of_weight
         part_loss, gradient = _chunk(logits, targets, share, group, passes or EAGER, wanted, scale)
         del logits
         loss += part_loss
+        if slope is not None:
+            gradient = gradient * slope
+        if bias is not None:
+            bias += gradient.sum(0)
         if hidden is not None:
             torch.mm(gradient, weight_vh, out=hidden[part])
         if weight is not None and begin == 0:
             torch.mm(gradient.T, x, out=weight)
         elif weight is not None:
             weight.addmm_(gradient.T, x)
-    return LossAndGradients(loss, hidden, weight)
+    return LossAndGradients(loss, hidden, weight, bias)
+
+
+def capped(logits: Tensor, cap: float) -> Tensor:
+    """cap tanh(logits / cap), in fp32 inside."""
+    return (cap * torch.tanh(logits.float() / cap)).to(logits.dtype)
+
+
+def _with_slope(logits: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """Capped logits, and their slope 1 - (capped / cap)^2."""
+    found = capped(logits, cap)
+    return found, (1 - (found.float() / cap).square()).to(logits.dtype)
 
 
 def _chunk(

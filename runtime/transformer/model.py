@@ -1,7 +1,7 @@
 """A decoder-only language model, or one stage of it.
 
 Layers are keyed by their global index, so a parameter has the same name in every layout. Names are those of
-a Llama model; a GPT-2 differs by LayerNorm, biases, a learned position table and tied embeddings.
+a Llama model; `runtime.hf_weights` knows what other families call them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from planner.attention import LatentAttention, Reach
 from planner.execution import plain_parts
 from planner.model import ModelSpec
-from runtime.transformer.block import Block, norm
+from runtime.transformer.block import Block
 from runtime.transformer.head import Head
+from runtime.transformer.norms import make_norm
 from runtime.transformer.rotary import Rotary
 
 if TYPE_CHECKING:
@@ -35,21 +37,26 @@ class Transformer(nn.Module):
         self, spec: ModelSpec, first: int, end: int, *, with_embedding: bool, with_head: bool, seq: int
     ) -> None:
         super().__init__()
-        hidden, vocab = spec.hidden, spec.vocab
+        hidden, vocab, arithmetic = spec.hidden, spec.vocab, spec.arithmetic
+        self.arithmetic = arithmetic
         learned = spec.learned_positions if with_embedding else 0
         self.tied = spec.tied_embeddings and with_embedding and with_head
         self.position_ids: Tensor | None = None
         self.offload: ActivationOffload | None = None
         self.tok_embeddings = nn.Embedding(vocab, hidden) if with_embedding else None
         self.positions = nn.Embedding(learned, hidden) if learned else None
-        self.rotary = (
-            None
-            if spec.learned_positions
-            else Rotary(seq, plain_parts(spec.block(0))[1].head_dim, spec.rope_theta)
+        self.rotary = _rotary(spec, seq) if spec.learned_positions == 0 else None
+        own = arithmetic.window_rope_theta
+        self.window_rotary = Rotary(seq, _rope_dims(spec), own) if own is not None else None
+        self.layers = nn.ModuleDict(
+            {str(i): Block(spec.block(i), arithmetic, spec.norm_eps) for i in range(first, end)}
         )
-        self.layers = nn.ModuleDict({str(i): Block(spec.block(i), spec.norm_eps) for i in range(first, end)})
-        self.norm = norm(spec.norm, hidden, spec.norm_eps) if with_head else None
-        self.output = Head(hidden, vocab) if with_head else None
+        self.tables = {str(i): _table_of(spec, i) for i in range(first, end)}
+        offset = arithmetic.unit_offset
+        self.norm = make_norm(spec.norm, hidden, spec.norm_eps, unit_offset=offset) if with_head else None
+        self.output = (
+            Head(hidden, vocab, bias=spec.head_bias, cap=arithmetic.logit_cap) if with_head else None
+        )
         self.tie()
 
     def tie(self) -> None:
@@ -60,7 +67,11 @@ class Transformer(nn.Module):
     def units(self) -> Iterator[list[tuple[str, nn.Module]]]:
         """The embedding, each block, the head: lists of named modules, every parameter in exactly one."""
         blocks = [(f"layers.{index}",) for index in self.layers]
-        for names in (("tok_embeddings", "positions", "rotary"), *blocks, ("norm", "output")):
+        for names in (
+            ("tok_embeddings", "positions", "rotary", "window_rotary"),
+            *blocks,
+            ("norm", "output"),
+        ):
             held = [name for name in names if name in self._modules or name.startswith("layers.")]
             if held:
                 yield [(name, self.get_submodule(name)) for name in held]
@@ -71,22 +82,57 @@ class Transformer(nn.Module):
             yield from unit
 
     def forward(self, x: Tensor, targets_bs: Tensor | None = None) -> Tensor:
+        scale = self.arithmetic.embedding_scale
         if self.tok_embeddings is not None:
             x = self.tok_embeddings(x)
+            x = x if scale == 1.0 else x * scale
             if self.positions is not None:
                 x = x + self.positions(self._positions_of(x))
-        cos, sin = (self.rotary.cos, self.rotary.sin) if self.rotary is not None else (None, None)
-        for layer in self.layers.values():
-            x = layer(x, cos, sin)
+        for index, layer in self.layers.items():
+            x = layer(x, *self._table(index))
         if self.norm is not None and self.output is not None:
-            x = self.output(self.norm(x), targets_bs)
+            x = self.output(self._scaled(self.norm(x)), targets_bs)
         return x
+
+    def _table(self, index: str) -> tuple[Tensor | None, Tensor | None]:
+        """Cosines and sines of a layer; None where it does not turn queries and keys."""
+        name = self.tables[index]
+        table = getattr(self, name) if name else None
+        return (None, None) if table is None else (table.cos, table.sin)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """What the head reads, times the scale of logits: the same as scaling these."""
+        scale = self.arithmetic.logit_scale
+        return x if scale == 1.0 else x * scale
 
     def _positions_of(self, x_bsh: Tensor) -> Tensor:
         """Positions [1, S] of the hidden states that this rank holds."""
-        if self.position_ids is not None:
-            return self.position_ids[None]
-        return torch.arange(x_bsh.shape[1], device=x_bsh.device)[None]
+        if self.position_ids is None:
+            held = torch.arange(x_bsh.shape[1], device=x_bsh.device)
+        else:
+            held = self.position_ids
+        return held[None] + self.arithmetic.position_offset
+
+
+def _rope_dims(spec: ModelSpec) -> int:
+    """Dimensions of a head that rotary positions turn."""
+    _, mixer, _ = plain_parts(spec.block(0))
+    if isinstance(mixer, LatentAttention):
+        return mixer.rope_dim
+    return spec.arithmetic.rope_dims or mixer.head_dim
+
+
+def _rotary(spec: ModelSpec, seq: int) -> Rotary:
+    return Rotary(seq, _rope_dims(spec), spec.rope_theta, spec.arithmetic.rope_scaling)
+
+
+def _table_of(spec: ModelSpec, layer: int) -> str:
+    """The name of the rotary table that a layer turns queries and keys by; empty for none."""
+    if spec.learned_positions or layer in spec.arithmetic.unrotated_layers:
+        return ""
+    _, mixer, _ = plain_parts(spec.block(layer))
+    windowed = mixer.span.reach is Reach.WINDOW and spec.arithmetic.window_rope_theta is not None
+    return "window_rotary" if windowed else "rotary"
 
 
 def build_transformer(

@@ -13,8 +13,9 @@ import pytest
 from planner.calibration.memory import calibrate_memory
 from planner.calibration.predict import with_constants
 from planner.cost.activations import engine_bytes
+from planner.cost.chunked_loss import CHUNK_BYTES
 from planner.cost.evaluate import CostModel, Evaluation, predicted_memory_bytes
-from planner.cost.layer import LayerShape
+from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.memory_constants import MEMORY_PRIORS, memory_constants, process_groups
 from planner.cost.states import States, states_of
 from planner.cost.verdict import ErrorBand, memory_band, safe_peak_bytes, safe_tensor_bytes, verdict
@@ -208,6 +209,29 @@ def test_liger_keeps_no_logits_but_gradients() -> None:
     assert bytes_kept(Stack(), Recompute.NONE) - bytes_kept(Stack(liger=True), Recompute.NONE) == (
         2 * 2 * 128 * 3 * 64
     )
+
+
+def own_head(micro_batch: int, tp: int = 1, compiled: bool = False, framework: str = "") -> LayerCost:
+    """A head in bf16 on a device that runs this project's runtime, or another program alike."""
+    stack = Stack(compiled=compiled, framework=framework)
+    shape = LayerShape(
+        kind=LayerKind.HEAD, tp=tp, sequence_parallel=False, micro_batch=micro_batch, seq=128,
+        precision=Precision.BF16,
+    )  # fmt: skip
+    return CostModel(dataclasses.replace(instances.problem(), stack=stack)).layers.cost(shape)
+
+
+def test_the_own_runtime_keeps_gradients_of_the_head_and_a_chunk_of_logits() -> None:
+    model, tokens = instances.problem().model, 2 * 128
+    for tp in (1, 2):
+        cost, columns = own_head(2, tp), model.vocab // tp
+        stream = 2 * tokens * 2 * model.hidden
+        assert cost.saved_bytes == stream + 2 * model.hidden * (tokens + columns)
+        assert cost.forward_transient_bytes == 10 * columns * tokens, "one chunk, eager"
+        assert own_head(2, tp, compiled=True).forward_transient_bytes == 4 * columns * tokens
+    many = round(3.5 * CHUNK_BYTES / (4 * 128 * model.vocab))  # more than three chunks' worth: four
+    assert own_head(many).forward_transient_bytes == 10 * model.vocab * math.ceil(many * 128 / 4)
+    assert own_head(many, framework="another").saved_bytes > own_head(many).saved_bytes
 
 
 @pytest.mark.parametrize("engine", Engine)

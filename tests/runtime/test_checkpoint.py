@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from planner.errors import InputError
-from runtime import checkpoint
+from runtime import checkpoint_writer
 from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.committed import (
     COMMIT,
@@ -121,7 +121,7 @@ def test_a_step_without_commit_does_not_exist(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
-@pytest.mark.parametrize("crash_in", ["_write_shard", "_commit", "_sync"])
+@pytest.mark.parametrize("crash_in", ["write_safetensors", "write_atomic", "_sync"])
 def test_a_crash_before_the_commit_leaves_the_old_step(
     crash_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +131,7 @@ def test_a_crash_before_the_commit_leaves_the_old_step(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, crash_in, crash)
+        patch.setattr(checkpoint_writer, crash_in, crash)
         with pytest.raises(KeyboardInterrupt):
             _save(tmp_path, 2)
     assert find_checkpoint(tmp_path).path == step_folder(tmp_path, 1)
@@ -201,7 +201,7 @@ def test_a_full_disk_is_named_and_leaves_the_old_step(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "shard"))
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint_writer, "write_safetensors", full)
     with pytest.raises(InputError, match="shard: cannot be written: No space left on device"):
         _save(tmp_path, 2)
     assert find_checkpoint(tmp_path).path == step_folder(tmp_path, 1)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional_collectives
 
-from planner.attention import Attention
+from planner.attention import CAUSAL, Attention
 from planner.codec import decode, encode
 from planner.cost.context import copies_of_heads, widths_of
 from planner.cost.layer import LayerShape
@@ -26,12 +26,13 @@ from planner.strategy import CpExchange, Degrees, Recompute, RecomputeCounts, Sc
 from planner.workload import Precision
 from runtime.parallel.context import held_positions, make_core
 from runtime.readback import Executed
-from runtime.transformer.attention import CausalCore
+from runtime.transformer.core import Core
 from tests.plans import make_plan, split, tiny_gpt2, tiny_llama
 from tests.runtime.matrix import TOLERANCE
 from tests.runtime.ranks import make_executor, on_ranks, single_process, train
 
 LLAMA, GPT2 = tiny_llama(), tiny_gpt2()
+PLAIN_CORE = Core(CAUSAL, None, None)
 RING, GATHER, ALL_TO_ALL = CpExchange
 MIXED = (Stage(first=0, end=4, recompute=RecomputeCounts(none=1, selective=1, full=2)),)
 
@@ -107,11 +108,11 @@ def test_attention_over_ranks_is_attention_over_the_whole_sequence(
         held = held_positions(16, degrees, rank)
         *inputs, grad = (t[:, held].to(dtype) for t in whole)
         inputs = [t.requires_grad_() for t in inputs]
-        core = make_core(CausalCore(), exchange, dist.group.WORLD)  # type: ignore[arg-type]
+        core = make_core(PLAIN_CORE, exchange, dist.group.WORLD)  # type: ignore[arg-type]
         out = core(*inputs)
         found = (out.detach(), *torch.autograd.grad(out, inputs, grad))
         exact_inputs = [t.to(dtype).float().requires_grad_() for t in whole[:3]]
-        exact = CausalCore()(*exact_inputs)
+        exact = PLAIN_CORE(*exact_inputs)
         right = (exact.detach(), *torch.autograd.grad(exact, exact_inputs, whole[3].to(dtype).float()))
         for mine, all_tokens in zip(found, right, strict=True):
             assert mine.dtype is dtype
@@ -130,7 +131,7 @@ def test_every_token_feels_all_tokens_before_it_and_none_behind(exchange: CpExch
         held = held_positions(16, degrees, rank)
         q, k, v = (torch.randn(1, 4, 4, 8, generator=torch.Generator().manual_seed(rank)) for _ in range(3))
         v.requires_grad_()
-        out = make_core(CausalCore(), exchange, dist.group.WORLD)(q, k, v)  # type: ignore[arg-type]
+        out = make_core(PLAIN_CORE, exchange, dist.group.WORLD)(q, k, v)  # type: ignore[arg-type]
         met = []
         for query in range(16):
             own = (held == query).to(out.dtype)[None, :, None, None]
@@ -257,7 +258,7 @@ def test_a_block_that_met_only_its_own_tokens_is_read_as_not_parallel() -> None:
 
     def body(rank: int) -> str:
         executor = make_executor(plan)
-        executor.modules[0].model.get_submodule("layers.2.attention").core = CausalCore()
+        executor.modules[0].model.get_submodule("layers.2.attention").core = PLAIN_CORE
         train(executor, 0, 1)
         with pytest.raises(AssertionError) as caught:
             executor.executed()
