@@ -20,6 +20,7 @@ from planner.model import ModelSpec
 from planner.plan import Plan
 from planner.workload import Adapters
 from runtime.committed import load_index
+from runtime.hf_weights.names import Names, names_of
 from runtime.lora import A, B, scale_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -27,37 +28,17 @@ HALVES = {A: "lora_A", B: "lora_B"}
 PREFIX = "executor/model."
 """Of the names of weights in a run's checkpoints (runtime.session)."""
 
-LLAMA_MODULES = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "mlp.gate": "mlp.gate_proj",
-    "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
-}
-FAMILIES = ("llama", "mistral", "qwen2")
-"""Families with these names. GPT-2 holds query, key and value as one: adapters of each are none of it."""
-
 
 def export_adapters(
     checkpoint: Path, model: ModelSpec, adapters: Adapters, folder: Path, *, alpha: float | None
 ) -> Path:
     """Writes the adapters of a committed checkpoint to `folder`. One process does it.
 
-    Raises InputError for a family whose modules PEFT does not know one by one, and for a checkpoint without
-    adapters.
+    Raises InputError for a family that keeps several projections in one matrix, since adapters of each are no
+    adapter of it, and for a checkpoint without adapters.
     """
-    if model.model_type not in FAMILIES:
-        raise InputError(
-            Problem(
-                where="--model",
-                fault=f"its family, {model.model_type}, keeps several projections in one matrix: adapters of "
-                "each are no adapter of it.",
-                legal=f"families {', '.join(FAMILIES)}",
-            )
-        )
-    tensors = {peft_key(name): value for name, value in read_adapters(checkpoint).items()}
+    names = names_of(model)
+    tensors = {peft_key(name, names): value for name, value in read_adapters(checkpoint).items()}
     if not tensors:
         raise InputError(Problem(where=str(checkpoint), fault="holds no adapters.", fix="train with LoRA"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,11 +74,21 @@ def read_adapters(checkpoint: Path) -> dict[str, Tensor]:
     return found
 
 
-def peft_key(name: str) -> str:
+def peft_key(name: str, names: Names) -> str:
     """PEFT's key for one of our names, `layers.3.attention.wq.lora_a`."""
     _, layer, inner = name.split(".", 2)
     module, half = inner.rsplit(".", 1)
-    return f"base_model.model.model.layers.{layer}.{LLAMA_MODULES[module]}.{HALVES[half]}.weight"
+    fused = next((fused for fused in names.fused if module in fused.members), None)
+    if fused is not None:
+        raise InputError(
+            Problem(
+                where="--model",
+                fault=f"its family keeps {', '.join(fused.members)} in one matrix, {fused.name}: adapters of "
+                "each are no adapter of it.",
+                fix="merge them instead (runtime.lora.merged)",
+            )
+        )
+    return f"base_model.model.{names.layer.format(layer)}{names.block[module]}.{HALVES[half]}.weight"
 
 
 def _config(

@@ -259,6 +259,16 @@ class Executor:
                 state[f"optimizer.{weight.name}.{key}"] = weight.state(key, value)
         return state
 
+    def weight_tensors(self) -> dict[str, Tensor]:
+        """All weights that this rank holds, frozen ones too, by name, to be filled in place from elsewhere.
+        `weights_filled` must follow."""
+        return {weight.name: weight.value for weight in (*self.frozen, *self.weights)}
+
+    def weights_filled(self) -> None:
+        """Takes note of new weights: masters in host memory go up, frozen ones are known anew. Collective."""
+        send_up(self._hosted.values())
+        self._base = fingerprint(self.frozen, self.device) if self.frozen else None
+
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes over what `state_dict` gave, in this layout. Raises InputError for a missing tensor."""
         own = self.state_dict()

@@ -27,6 +27,7 @@ from planner.workload import AdapterModules, Adapters, Workload
 from runtime.precision import compute_dtype
 from runtime.transformer.block import Block
 from runtime.transformer.initial import drawn
+from runtime.transformer.mlp import Mlp
 from runtime.weights import Weight, local_part, split_dim
 
 A, B = "lora_a", "lora_b"
@@ -67,7 +68,7 @@ def scale_of(adapters: Adapters, alpha: float | None) -> float:
 def adapted_modules(block: Block, modules: AdapterModules) -> list[str]:
     """The paths of a block's projections that get adapters (planner.adapters)."""
     paths = [f"attention.{name}" for name in _ATTENTION[modules]]
-    if modules is AdapterModules.ALL:
+    if modules is AdapterModules.ALL and isinstance(block.mlp, Mlp):
         paths += [f"mlp.{key}" for key, child in block.mlp.named_children() if isinstance(child, nn.Linear)]
     return paths
 

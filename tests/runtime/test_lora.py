@@ -18,11 +18,12 @@ from planner.errors import InputError
 from planner.plan import Plan
 from planner.strategy import Degrees, RecomputeCounts, Stage, Zero
 from planner.workload import AdapterModules, Adapters, Precision
-from runtime.adapter_files import export_adapters
+from runtime.adapter_files import peft_key
 from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.committed import committed_folders, load_index
 from runtime.data import TokenizerKind
 from runtime.executor import Executor
+from runtime.hf_weights.names import names_of
 from runtime.lora import merged
 from runtime.options import TrainOptions
 from runtime.train import run_training
@@ -195,9 +196,13 @@ def test_a_run_leaves_its_adapters_where_peft_finds_them(tmp_path: Path) -> None
     assert all(bool(value.any()) for value in tensors.values()), "every adapter was trained"
 
 
-def test_adapters_of_fused_projections_are_not_exported(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="several projections in one matrix"):
-        export_adapters(tmp_path, GPT2, ALL, tmp_path, alpha=None)
+def test_adapters_of_fused_projections_are_not_exported() -> None:
+    names = names_of(GPT2)
+    with pytest.raises(InputError, match=r"keeps attention.wq, attention.wk, attention.wv in one matrix"):
+        peft_key("layers.0.attention.wv.lora_a", names)
+    assert peft_key("layers.0.mlp.down.lora_b", names) == (
+        "base_model.model.transformer.h.0.mlp.c_proj.lora_B.weight"
+    )
 
 
 def test_alpha_without_adapters_is_refused(tmp_path: Path) -> None:
