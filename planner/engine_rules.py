@@ -15,7 +15,6 @@ from planner.engines.megatron import MEGATRON_RULES, MEGATRON_SCHEDULES, MEGATRO
 from planner.engines.native import NATIVE_RULES, NATIVE_STRATEGY_RULES
 from planner.engines.torchtitan import TORCH_SCHEDULES, TORCHTITAN_RULES, TORCHTITAN_STRATEGY_RULES
 from planner.estimate import Rejected
-from planner.execution import EXECUTED_SCHEDULES
 from planner.problem import PlanningProblem
 from planner.stack import Engine
 from planner.strategy import Degrees, Schedule, Strategy
@@ -43,7 +42,7 @@ ENGINE_STRATEGY_RULES: Mapping[Engine, tuple[StrategyRule, ...]] = MappingProxyT
 
 ENGINE_SCHEDULES: Mapping[Engine, tuple[Schedule, ...]] = MappingProxyType(
     {
-        Engine.NATIVE: EXECUTED_SCHEDULES,
+        Engine.NATIVE: tuple(Schedule),
         Engine.TORCHTITAN: TORCH_SCHEDULES,
         Engine.MEGATRON: MEGATRON_SCHEDULES,
         Engine.DEEPSPEED: (Schedule.ONE_F_ONE_B,),

@@ -6,7 +6,7 @@ from planner.attention import CAUSAL, Attention, LatentAttention, QkNorm, Reach,
 from planner.errors import InputError, Problem
 from planner.feed_forward import FeedForward
 from planner.model import Block, Layer, ModelSpec
-from planner.strategy import CpExchange, Degrees, Schedule, Strategy
+from planner.strategy import CpExchange, Degrees, Strategy
 from planner.workload import Precision, Workload
 
 EXECUTED_TYPES = (
@@ -34,9 +34,6 @@ FP8_MULTIPLE = 16
 
 WORKLOADS_EXECUTED = "--precision bf16, fp16 or fp32; --method pretrain or finetune"
 """What can be said instead where a workload is not executed."""
-
-EXECUTED_SCHEDULES = (Schedule.GPIPE, Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED)
-"""Schedules whose tables the runtime runs; it does not split backward passes or place stages as a V."""
 
 EXECUTED_QK_NORMS = (QkNorm.NONE, QkNorm.HEAD, QkNorm.HEAD_LAYERNORM, QkNorm.WIDTH)
 
@@ -76,11 +73,6 @@ def executed_widths(model: ModelSpec) -> tuple[tuple[int, str], ...]:
     return (*model.widths_split, (model.vocab, "the vocabulary"))
 
 
-def schedule_not_executed(degrees: Degrees) -> list[str]:
-    """What of a pipeline's schedule the runtime cannot run; empty where it can run all."""
-    return [] if degrees.schedule in EXECUTED_SCHEDULES else [f"its schedule is {degrees.schedule}"]
-
-
 def axes_not_executed(degrees: Degrees) -> list[str]:
     """Parallel axes over which the runtime cannot spread a step; empty where it can over all."""
     axes = {"expert": degrees.ep, "expert tensor": degrees.etp or 1}
@@ -113,20 +105,6 @@ def check_executed_axes(degrees: Degrees) -> None:
                 fault=f"can be planned, but this version cannot train it: {faults}.",
                 legal="ep=1 and no etp",
                 fix="solve without --fix ep and etp",
-            )
-        )
-
-
-def check_executed_schedule(degrees: Degrees) -> None:
-    """Raises InputError where the runtime cannot run the schedule of these degrees."""
-    if schedule_not_executed(degrees):
-        raise InputError(
-            Problem(
-                where="strategy.schedule",
-                fault=f"is {degrees.schedule}, which can be planned; this runtime neither splits backward "
-                "passes nor places stages as a V.",
-                legal=", ".join(EXECUTED_SCHEDULES),
-                fix="solve without --fix schedule",
             )
         )
 
@@ -193,11 +171,14 @@ def products_not_executed(model: ModelSpec, workload: Workload, degrees: Degrees
         for matrix in block.matrices():
             inputs, outputs = matrix.shard(degrees.tp)
             sizes |= {f"inputs of {inputs:g}": inputs, f"outputs of {outputs:g}": outputs}
-    return [
+    faults = [
         f"{name} are no multiple of {FP8_MULTIPLE}, as products in fp8 must be"
         for name, size in sizes.items()
         if size % FP8_MULTIPLE
     ]
+    if degrees.pp > 1 and degrees.schedule.splits_backward:
+        faults.append(f"weight gradients in fp8 do not wait for a pass of their own ({degrees.schedule})")
+    return faults
 
 
 def check_executed_workload(model: ModelSpec, workload: Workload, degrees: Degrees) -> None:

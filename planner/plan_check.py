@@ -7,13 +7,12 @@ from collections import Counter
 from collections.abc import Callable
 
 from planner.codec import digest, noun
-from planner.cost.schedule import parse_table, table_faults
-from planner.errors import InputError
 from planner.estimate import Verdict
 from planner.objective import Minimise
 from planner.placement import device_names, stage_groups
 from planner.plan import Plan
 from planner.rules import broken_rules
+from planner.schedule_check import schedule_faults
 from planner.strategy import AXES
 
 RELATIVE_TOLERANCE = 1e-6
@@ -56,23 +55,6 @@ def _grid(plan: Plan) -> list[str]:
             f"the grid holds {math.prod(plan.rank_grid_shape)} ranks, the cluster {devices} devices"
         )
     return faults + _devices(plan)
-
-
-def _schedule(plan: Plan) -> list[str]:
-    """The schedule table runs every stage and micro-batch forward, then backward, on the right rank."""
-    degrees = plan.strategy.degrees
-    if len(plan.schedule_table) != degrees.pp:
-        return [f"has {len(plan.schedule_table)} rows for {degrees.pp} pipeline ranks"]
-    texts = sum(len(row) for row in plan.schedule_table)
-    passes = len(plan.strategy.stages) * degrees.num_micro_batches
-    if not passes <= texts <= 3 * passes:
-        return [f"has {texts} actions; forward and backward of each stage and micro-batch make {2 * passes}"]
-    try:
-        table = parse_table(plan.schedule_table)
-    except InputError as error:
-        return [str(problem) for problem in error.problems]
-    stages = len(plan.strategy.stages)
-    return table_faults(table, stages, degrees.num_micro_batches, degrees.pp_rank_of_stage)
 
 
 def _estimate(plan: Plan) -> list[str]:
@@ -191,7 +173,7 @@ def _digests(plan: Plan) -> list[str]:
 _CHECKS: tuple[tuple[str, Callable[[Plan], list[str]]], ...] = (
     ("rules", _rules),
     ("rank grid", _grid),
-    ("schedule table", _schedule),
+    ("schedule table", schedule_faults),
     ("estimate", _estimate),
     ("certificate", certificate_faults),
     ("objective", _objective),

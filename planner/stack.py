@@ -101,6 +101,11 @@ class Stack:
         return self.liger or self.own
 
     @property
+    def recomputes_once(self) -> bool:
+        """Whether a backward split into inputs and weights recomputes a block once, not for every weight."""
+        return self.own
+
+    @property
     def gathers_logits(self) -> bool:
         """Whether every tensor-parallel rank takes the loss over the whole vocabulary, not over its shard.
 

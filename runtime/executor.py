@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,9 @@ from runtime.readback import Executed, read_executed
 from runtime.recompute import WRAPPER_PREFIX
 from runtime.transformer.initial import canonical_name
 from runtime.weights import Weight, local_part, sum_over
+
+TIED = "tok_embeddings.weight"
+"""The weight that embedding and head share where a model ties them."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ class Executor:
             plan.workload.optimizer, self.weights, optimizer_options, plan.workload.precision
         )
         self._partial = self._partial_weights()
-        self._tied, self._tied_group = self._find_tied()
+        self._tied = [weight for weight in self.weights if weight.name == TIED]
+        self._tied_group = self._make_tied_group()
         self.scaler = LossScaler() if plan.workload.precision is Precision.FP16 else None
         self.steps_done = 0
 
@@ -156,9 +161,7 @@ class Executor:
         if self._partial:
             group = [self.meshes.tp.get_group()]
             sum_over((w.shard.grad, group) for w in self._partial if w.shard.grad is not None)
-        if self._tied is not None:
-            assert self._tied.shard.grad is not None and self._tied_group is not None
-            sum_over([(self._tied.shard.grad, [self._tied_group])])
+        self._sum_tied()
         return [weight.shard.grad for weight in self.weights if weight.shard.grad is not None]
 
     def _reduce(self, loss: Tensor, grads: list[Tensor]) -> tuple[float, float]:
@@ -221,19 +224,27 @@ class Executor:
         whole = {id(p) for module in self.modules for p in whole_parameters(module.model)}
         return [weight for weight in self.weights if id(weight.parameter) in whole]
 
-    def _find_tied(self) -> tuple[Weight | None, dist.ProcessGroup | None]:
-        """The tied embedding if two stages hold it, and the group of the two ranks that do.
+    def _make_tied_group(self) -> dist.ProcessGroup | None:
+        """The group of the two ranks that hold a tied embedding's two copies; None where one rank has both.
 
         Collective: every rank makes every group.
         """
         degrees = self.plan.strategy.degrees
-        if not self.plan.model.tied_embeddings or degrees.pp == 1:
-            return None, None
+        first, last = degrees.pp_rank_of_stage(0), degrees.pp_rank_of_stage(degrees.stages - 1)
+        if not self.plan.model.tied_embeddings or first == last:
+            return None
         ranks = self.meshes.world.mesh.flatten(1).tolist()
-        groups = {pair: dist.new_group(list(pair)) for pair in zip(ranks[0], ranks[-1], strict=True)}
-        tied = [weight for weight in self.weights if weight.name == "tok_embeddings.weight"]
+        groups = {pair: dist.new_group(list(pair)) for pair in zip(ranks[first], ranks[last], strict=True)}
         own = [group for pair, group in groups.items() if dist.get_rank() in pair]
-        return (tied[0], own[0]) if tied else (None, None)
+        return own[0] if own else None
+
+    def _sum_tied(self) -> None:
+        """Gives both copies of a tied embedding the sum of their gradients."""
+        grads = [weight.shard.grad for weight in self._tied if weight.shard.grad is not None]
+        if self._tied_group is not None:
+            sum_over((gradient, [self._tied_group]) for gradient in grads)
+        elif len(grads) == 2:
+            grads[1].copy_(grads[0].add_(grads[1].to(grads[0].device)))
 
     def executed(self) -> Executed:
         """What the ranks executed in the last step, read from the running model. Collective."""
@@ -248,21 +259,24 @@ class Executor:
         Sharded tensors are DTensors over this rank's memory, so a checkpoint loads in place and into any
         other layout. `load_state_dict` must follow, for the step count.
         """
-        state: dict[str, Tensor] = {"step": torch.tensor(self.steps_done)}
+        state: dict[str, Tensor] = {"step": torch.tensor(self.steps_done), **dict(self._named_state())}
         if self.scaler is not None:
             state |= {f"loss_scaler.{key}": value for key, value in self.scaler.state_dict().items()}
         if self._base is not None:
             state["base"] = self._base.clone()
-        for weight in self.weights:
-            state[f"model.{weight.name}"] = weight.value
-            for key, value in self.optimizer.state_of(weight.shard).items():
-                state[f"optimizer.{weight.name}.{key}"] = weight.state(key, value)
         return state
 
-    def weight_tensors(self) -> dict[str, Tensor]:
+    def _named_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Tensors of weights and optimizer; two of a name where this rank holds both copies of a tied one."""
+        for weight in self.weights:
+            yield f"model.{weight.name}", weight.value
+            for key, value in self.optimizer.state_of(weight.shard).items():
+                yield f"optimizer.{weight.name}.{key}", weight.state(key, value)
+
+    def weight_tensors(self) -> list[tuple[str, Tensor]]:
         """All weights that this rank holds, frozen ones too, by name, to be filled in place from elsewhere.
         `weights_filled` must follow."""
-        return {weight.name: weight.value for weight in (*self.frozen, *self.weights)}
+        return [(weight.name, weight.value) for weight in (*self.frozen, *self.weights)]
 
     def weights_filled(self) -> None:
         """Takes note of new weights: masters in host memory go up, frozen ones are known anew. Collective."""
@@ -271,17 +285,16 @@ class Executor:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes over what `state_dict` gave, in this layout. Raises InputError for a missing tensor."""
-        own = self.state_dict()
-        missing = sorted(own.keys() - state.keys())
+        own = list(self._named_state())
+        missing = sorted({"step", *dict(own)} - state.keys())
         if missing:
             fault = f"has no {', '.join(missing[:5])} ({len(missing)} missing)."
             raise InputError(Problem(where="checkpoint", fault=fault, fix="resume with the model it is of"))
         if self._base is not None:
             check_base(state["base"], self._base)
         with torch.no_grad():
-            for name, value in own.items():
-                if name.startswith(("model.", "optimizer.")):
-                    local_part(value).copy_(local_part(state[name]))
+            for name, value in own:
+                local_part(value).copy_(local_part(state[name]))
         send_up(self._hosted.values())
         if self.scaler is not None:
             saved = {key: state[f"loss_scaler.{key}"] for key in self.scaler.state_dict()}
@@ -329,7 +342,8 @@ def _build_modules(
     """The stages of this pipeline rank, in order, all writing to one record."""
     degrees = plan.strategy.degrees
     record = Record()
-    own = range(meshes.pp.get_local_rank(), degrees.stages, degrees.pp)
+    rank = meshes.pp.get_local_rank()
+    own = [stage for stage in range(degrees.stages) if degrees.pp_rank_of_stage(stage) == rank]
     return [
         StageModule(
             build_stage(

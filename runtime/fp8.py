@@ -38,7 +38,7 @@ def apply_fp8(part: nn.Module, precision: Precision) -> None:
     if precision is not Precision.FP8 or not isinstance(part, Block):
         return
     for module in (*part.attention.children(), *part.mlp.children()):
-        if type(module) is nn.Linear:
+        if isinstance(module, nn.Linear):
             module.__class__ = Fp8Linear
 
 

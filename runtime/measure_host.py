@@ -30,10 +30,10 @@ from runtime.fake_world import fake_world
 from runtime.measure_layers import DTYPES, to_precision
 from runtime.memory import rss_bytes
 from runtime.optimizer import OptimizerOptions, build_optimizer, clip, weighted_square_sum
-from runtime.parallel.data import apply_data_parallel, set_gradient_sync
+from runtime.parallel.data import apply_data_parallel, set_unit, units_of
 from runtime.parallel.meshes import Meshes
 from runtime.parallel.tensor import apply_tensor_parallel
-from runtime.pipeline import Record, StageModule, lower_schedule, micro_batch_loss
+from runtime.pipeline import Pipeline, Record, StageModule
 from runtime.timing import Effort, Timing, time_call, time_phases
 from runtime.transformer.initial import materialize
 from runtime.transformer.model import Transformer, build_transformer
@@ -215,10 +215,12 @@ def _wrapper_costs(
         bare = _blocks(hidden, None, precision, device, meshes)
         times[accumulate] = _time_unit(bare, hidden, precision, device, effort, accumulate=accumulate)
     wrapped = _blocks(hidden, degrees, precision, device, meshes)
-    set_gradient_sync(wrapped, degrees.zero, last=False)
+    for unit in units_of(wrapped):
+        set_unit(unit, reduce=False, reshard=False)
     hooks = _time_unit(wrapped, hidden, precision, device, effort, accumulate=True) - times[True]
     wrapped = _blocks(hidden, degrees, precision, device, meshes)
-    set_gradient_sync(wrapped, degrees.zero, last=True)
+    for unit in units_of(wrapped):
+        set_unit(unit, reduce=True, reshard=True)
     synced = _time_unit(wrapped, hidden, precision, device, effort, accumulate=False) - times[False]
     block = _model(hidden, 1).segments[0].block
     return _WrapperCosts(
@@ -314,22 +316,21 @@ def _pipeline_action(device: torch.device, precision: Precision, effort: Effort)
     degrees = Degrees(chunks=2, schedule=Schedule.INTERLEAVED, num_micro_batches=_MICRO_BATCHES)
     model = _model(_SMALL_HIDDEN, 2)
     plan = bench_plan(model, degrees, _SEQ, precision)
-    loss = micro_batch_loss(_MICRO_BATCHES)
     tokens = torch.zeros(degrees.batch, _SEQ, dtype=torch.int64, device=device)
     with fake_world(degrees, device.type) as meshes:
         stages = [_end_stage(model, index, precision, device) for index in range(2)]
-        modules = [StageModule(stage, index, Zero.NONE, Record()) for index, stage in enumerate(stages)]
-        modules[-1].targets = tokens.chunk(_MICRO_BATCHES)
-        schedule = lower_schedule(plan, modules, meshes, device, loss)
+        record = Record()
+        modules = [StageModule(stage, index, Zero.NONE, record) for index, stage in enumerate(stages)]
+        pipeline = Pipeline(plan, modules, meshes, device)
 
         def through() -> None:
-            schedule.step(tokens, target=tokens, losses=[], return_outputs=False)
+            pipeline.run(tokens, tokens)
 
         def direct() -> None:
             for chunk in tokens.chunk(_MICRO_BATCHES):
                 hidden = stages[0](chunk)
                 received = hidden.detach().requires_grad_()
-                torch.autograd.backward(loss(stages[1](received, chunk), chunk))
+                torch.autograd.backward(stages[1](received, chunk) / _MICRO_BATCHES)
                 torch.autograd.backward(hidden, received.grad)
 
         scheduled, called = time_phases([through, direct], effort, device)

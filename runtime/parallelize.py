@@ -1,7 +1,7 @@
 """Puts a plan onto modules: one `apply_*` verb for each axis, always in the same order.
 
-    materialize -> tensor -> context parallel -> fp8 -> adapters -> recompute -> activations offloaded ->
-    compile -> data parallel,
+    deferral -> materialize -> tensor -> context parallel -> fp8 -> adapters -> recompute ->
+    activations offloaded -> compile -> data parallel,
 
 part by part, then the root: a rank never holds more than one whole part besides its own shards.
 """
@@ -11,10 +11,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from planner.cost.schedule import ActionKind
 from planner.plan import Plan
 from planner.strategy import Recompute, Stage
 from runtime import recompute
 from runtime.compiled import apply_compile
+from runtime.deferred import apply_deferral
 from runtime.fp8 import apply_fp8
 from runtime.lora import apply_lora
 from runtime.offload.activations import ActivationOffload, apply_activation_offload
@@ -43,9 +45,12 @@ def build_stage(
     )
     options = _options_by_name(stage)
     model.offload = ActivationOffload(device) if stage.offload.activations else None
+    deferring = _deferring(plan, index, options)
     for unit in model.units():
         modules = []
         for name, part in unit:
+            if name in deferring:
+                apply_deferral(part)
             materialize(part, plan.model, prefix=f"{name}.", seed=seed, device=device)
             apply_tensor_parallel(name, part, degrees, meshes)
             apply_context_parallel(part, plan.workload.seq, degrees, meshes)
@@ -62,6 +67,14 @@ def build_stage(
         model.position_ids = hidden_positions(plan.workload.seq, degrees, meshes).to(device)
     apply_data_parallel(model, degrees, plan.workload.precision, meshes)
     return model
+
+
+def _deferring(plan: Plan, index: int, options: dict[str, Recompute]) -> set[str]:
+    """The blocks whose weight gradients wait for the stage's W actions: those that recompute nothing."""
+    row = plan.schedule_table[plan.strategy.degrees.pp_rank_of_stage(index)]
+    if not any(text.startswith(f"{index}{ActionKind.WEIGHT_GRAD}") for text in row):
+        return set()
+    return {name for name, option in options.items() if option is Recompute.NONE}
 
 
 def _holds_tied_weight(modules: list[nn.Module]) -> bool:

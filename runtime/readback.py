@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 
 from planner.codec import decode, encode, noun
 from planner.cost.schedule import ActionKind, Table, build_table, parse_table, print_table
-from planner.execution import EXECUTED_SCHEDULES
 from planner.plan import Plan
 from planner.strategy import (
     CpExchange,
@@ -84,8 +83,12 @@ def read_executed(pipeline: Pipeline, plan: Plan, hosted: Collection[int] = ()) 
         decode(_RankReport, value, source=f"rank {rank}")
         for rank, value in enumerate(gather_json(encode(report)))
     ]
-    rows = {min(int(index) for index in report.stages): report.row for report in reports}
-    table = tuple(rows[first] for first in sorted(rows))
+    held = [sorted(int(index) for index in report.stages) for report in reports]
+    # The pipeline axis is the outermost: neighbouring ranks hold the same stages and ran the same row.
+    firsts = [rank for rank, own in enumerate(held) if rank == 0 or own != held[rank - 1]]
+    assert all(held.count(held[rank]) == len(held) // len(firsts) for rank in firsts), held
+    table = tuple(reports[rank].row for rank in firsts)
+    assert all(report.row in table for report in reports), reports
     stages = {int(index): stage for report in reports for index, stage in report.stages.items()}
     return Executed(
         strategy=Strategy(
@@ -102,11 +105,11 @@ def _report(pipeline: Pipeline, hosted: Collection[int]) -> _RankReport:
     cp_exchange, cp = read_exchange(modules, record)
     return _RankReport(
         stages={str(module.index): read_stage(module.model, hosted) for module in modules},
-        row=tuple(str(action) for action in record.actions),
+        row=print_table(Table.of([tuple(record.actions)]))[0],
         axes=_axes(modules),
         cp=cp,
         cp_exchange=cp_exchange,
-        zero=int(read_zero([module.model for module in modules], record.reduced)),
+        zero=int(read_zero([module.model for module in modules], record)),
         micro_batch=shape[0],
         local_seq=shape[1],
     )
@@ -146,8 +149,8 @@ def _leading(layers: list[int], chosen: Collection[int]) -> int:
     return len(own)
 
 
-def read_zero(models: list[Transformer], reduced: list[bool]) -> Zero:
-    """The ZeRO stage, from FSDP's units and from which backward passes reduced gradients.
+def read_zero(models: list[Transformer], record: Record) -> Zero:
+    """The ZeRO stage, from FSDP's units and from which passes that completed gradients reduced them.
 
     With one micro-batch, stages 1 and 2 do the same: both reduce in the only pass, and read as 1.
     """
@@ -157,8 +160,8 @@ def read_zero(models: list[Transformer], reduced: list[bool]) -> Zero:
     groups = [group for model in models for group in unit_groups(model)]
     if all(group.post_forward_mesh_info is not None for group in groups):
         return Zero.PARAMETERS
-    several = len(reduced) > len(models)
-    return Zero.GRADIENTS if several and all(reduced) else Zero.OPTIMIZER
+    several = len({action.micro_batch for action in record.actions}) > 1
+    return Zero.GRADIENTS if several and all(record.reduced) else Zero.OPTIMIZER
 
 
 def _axes(modules: list[StageModule]) -> dict[str, int]:
@@ -221,14 +224,21 @@ def _zero_of(zero: int, micro_batches: int, expected: Zero) -> Zero:
 
 
 def _schedule(table: Table, micro_batches: int, expected: Schedule) -> Schedule:
-    """The schedule that has this table; the expected one first, as small tables can be of several."""
+    """The schedule that has this table; the expected one first, as small tables can be of several.
+
+    A table that is of none is a custom one, which only the placement of its stages ties to a schedule's name.
+    """
     pp, chunks = len(table), len({action.stage for action in table[0]})
-    candidates: tuple[Schedule, ...] = (expected, *EXECUTED_SCHEDULES)
+    candidates: tuple[Schedule, ...] = (expected, *Schedule)
     for schedule in candidates:
-        if chunks > 1 and schedule is not Schedule.INTERLEAVED:
+        try:
+            named = build_table(schedule, pp, chunks, micro_batches) == table
+        except ValueError:  # it has none of this size
             continue
-        if schedule is Schedule.INTERLEAVED and micro_batches % pp:
-            continue
-        if build_table(schedule, pp, chunks, micro_batches) == table:
+        if named:
             return schedule
-    raise AssertionError(f"no schedule has the table {print_table(table)}")
+    v_shaped = pp > 1 and chunks == 2 and 2 * pp - 1 in table.stages_of(0)
+    if expected.v_shaped == v_shaped:
+        return expected
+    others = Schedule.INTERLEAVED if chunks > 1 else Schedule.ONE_F_ONE_B
+    return Schedule.ZBV if v_shaped else others

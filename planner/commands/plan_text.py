@@ -86,13 +86,12 @@ def _figures(plan: Plan, basis: str) -> str:
         not_executed,
         not_executed_workload,
         offload_not_executed,
-        schedule_not_executed,
     )
     from planner.units import format_bytes, format_seconds
 
     e = plan.estimate
     missing = not_executed(plan.model) + not_executed_workload(plan.model, plan.workload)
-    missing += schedule_not_executed(plan.strategy.degrees) + axes_not_executed(plan.strategy.degrees)
+    missing += axes_not_executed(plan.strategy.degrees)
     missing += offload_not_executed(plan.strategy)
     low, high = e.step_time_interval_s
     share = {name: getattr(e.coverage, name) for name in type(e.coverage).__dataclass_fields__}

@@ -96,15 +96,15 @@ def train(plan_file: Path, steps: int | None, as_json: bool, **given: Any) -> in
         check_executed,
         check_executed_axes,
         check_executed_offload,
-        check_executed_schedule,
         check_executed_workload,
     )
     from planner.plan import load_plan
+    from planner.schedule_check import check_schedule_table
 
     require_torch("train")
     plan = load_plan(plan_file)
     check_executed(plan.model, "train")
-    check_executed_schedule(plan.strategy.degrees)
+    check_schedule_table(plan)
     check_executed_axes(plan.strategy.degrees)
     check_executed_offload(plan.strategy)
     check_executed_workload(plan.model, plan.workload, plan.strategy.degrees)

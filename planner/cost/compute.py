@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from planner.cost import constants
 from planner.cost.activations import engine_bytes
-from planner.cost.analytic import analytic_cost, core_s, device_rates
+from planner.cost.analytic import analytic_cost, core_s, deferrable_share, device_rates
 from planner.cost.context import with_context_buffers
 from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.memory_constants import memory_constants
 from planner.cost.physics import Physics
+from planner.cost.seconds import smaller
 from planner.cost.wrapped import Units, units_of
 from planner.kept import AttentionKernel
 from planner.problem import PlanningProblem
@@ -127,6 +128,14 @@ class LayerModel:
     def core_s(self, shape: LayerShape) -> tuple[float, float]:
         """Forward and backward between a block's projections; (0, 0) where the device's rates are unknown."""
         return core_s(self.problem.model, shape, self.rates) if self.rates else (0.0, 0.0)
+
+    def deferrable_s(self, shape: LayerShape) -> float:
+        """Seconds of a block's weight gradients that can be left for later, at most half of its backward."""
+        cost = self.cost(shape)
+        if self.problem.workload.adapters is not None or self.rates is None:
+            return 0.0
+        share = deferrable_share(self.problem.model, shape, self.rates)
+        return smaller(cost.forward_s * share, cost.backward_s / 2)
 
     def _cost(self, shape: LayerShape) -> LayerCost:
         key = shape.block or shape_key(self.problem.model, shape.kind)

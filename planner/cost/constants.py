@@ -93,7 +93,7 @@ COMMUNICATOR_BYTES = 392 * 1024 * 1024
 outside `usable_memory_bytes`."""
 
 SPLIT_RECOMPUTES = 8
-"""Times that a block is recomputed where its backward is split into input and weight gradients: each group
-of weights walks the graph by itself. Measured with torch 2.13 on gloo (2 ranks, Llama blocks): 6.6 to 11
-forwards of each layer and micro-batch under zbv and the interleaved zero bubble, 2.08 under 1f1b
+"""Times that a block is recomputed where torch splits its backward into input and weight gradients: each
+group of weights walks the graph by itself. Measured with torch 2.13 on gloo (2 ranks, Llama blocks): 6.6
+to 11 forwards of each layer and micro-batch under zbv and the interleaved zero bubble, 2.08 under 1f1b
 (github.com/pytorch/pytorch/issues/136766)."""

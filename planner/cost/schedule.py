@@ -149,6 +149,8 @@ def table_faults(
             home = homes.setdefault(action.stage, rank) if rank_of is None else rank_of(action.stage)
             if home != rank or action.stage >= stages:
                 faults.append(f"{action} stands in row {rank}, which does not hold that stage")
+            if action.micro_batch >= num_micro_batches:
+                faults.append(f"{action} in row {rank} is of no micro-batch: there are {num_micro_batches}")
             key = (action.stage, action.micro_batch)
             before = seen.get(key, "")
             if action.kind not in _NEXT.get(before, ()):

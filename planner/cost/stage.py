@@ -60,6 +60,7 @@ class ShapeModel:
     ) -> None:
         self.problem, self.degrees, self.slow = problem, degrees, slow
         self.layer_model, self._alone = layers, alone
+        self._deferrable: dict[str, float] = {}
         self.physics, self.memory = layers.physics, layers.memory
         self.messages = Messages(problem, degrees, comms, layers.physics, layers.stream_width)
         self.overlaps = problem.cluster.groups[0].slots_per_node is None
@@ -369,8 +370,26 @@ class ShapeModel:
             holds_head=last and self.problem.model.vocab > 0,
             frozen=self.problem.workload.adapters is not None,
             hosted=None,
+            deferred_s=self._deferred_s(chosen),
             **self._memory(chosen, blocks, first=first, last=last),
         )
+
+    def _deferred_s(self, chosen: Sequence[Chosen]) -> float | None:
+        """Weight gradients that the native runtime leaves for later: those of blocks that recompute nothing.
+
+        None for engines that split a backward pass as torch does.
+        """
+        if not self.problem.stack.recomputes_once:
+            return None
+        each = (
+            count * self._deferrable_s(key) for (key, option), count in chosen if option is Recompute.NONE
+        )
+        return sum(each, 0.0)
+
+    def _deferrable_s(self, key: str) -> float:
+        if key not in self._deferrable:
+            self._deferrable[key] = self.layer_model.deferrable_s(self.shape_of(LayerKind.BLOCK, block=key))
+        return self._deferrable[key]
 
     def units(self, blocks: Counter[str], *, first: bool, last: bool) -> list[tuple[Unit, int]]:
         """The units of a stage with their counts: blocks by class, and the ends that it holds."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from planner.divisors import divisors, legal_values
 from planner.estimate import Rejected
 from planner.execution import (
-    EXECUTED_SCHEDULES,
     EXECUTED_TYPES,
     WORKLOADS_EXECUTED,
     axes_not_executed,
@@ -20,19 +19,6 @@ from planner.strategy import Degrees, Strategy
 
 MOST_TP = 64
 """Larger tensor-parallel degrees are not named as legal: no node has as many devices."""
-
-
-def native_schedule(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
-    """The executor neither splits backward passes nor places stages as a V."""
-    if degrees.pp == 1 or degrees.schedule in EXECUTED_SCHEDULES:
-        return None
-    return Rejected(
-        rule="native_schedule",
-        detail=f"schedule={degrees.schedule}: the native runtime neither splits backward passes nor places "
-        "stages as a V.",
-        legal=", ".join(EXECUTED_SCHEDULES),
-        fix="--fix schedule=",
-    )
 
 
 def native_axes(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
@@ -113,5 +99,5 @@ def native_offload(problem: PlanningProblem, strategy: Strategy) -> Rejected | N
     )
 
 
-NATIVE_RULES = (native_schedule, native_axes, native_vocabulary, native_workload, native_model)
+NATIVE_RULES = (native_axes, native_vocabulary, native_workload, native_model)
 NATIVE_STRATEGY_RULES = (native_offload,)

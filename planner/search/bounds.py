@@ -37,6 +37,7 @@ from planner.cost.evaluate import CostModel
 from planner.cost.passes import Pass
 from planner.cost.stage import ShapeModel
 from planner.cost.states import offloaded_states, states_of
+from planner.stack import Stack
 from planner.strategy import Degrees, Offload, Recompute, Schedule
 
 
@@ -110,6 +111,7 @@ class BaseBound:
         m, per_rank = degrees.num_micro_batches, degrees.world // degrees.pp
         fastest = [min(units) for units in zip(*(kind.units_s for kind in each), strict=True)]
         self.whole_s = sum(fastest)
+        self._once = shapes[0].problem.stack.recomputes_once
         self.optimizer_s = min(kind.optimizer_s for kind in each)
         self._again_s = {alive: min(kind.again_s[alive] for kind in each) for alive in {1, m}}
         self.spread_s = 0.0
@@ -128,7 +130,7 @@ class BaseBound:
         """No strategy of these degrees that fits has a shorter replay; infinite where none fits."""
         all_alive = degrees.schedule is Schedule.GPIPE and degrees.pp > 1
         again_s = self._again_s[degrees.num_micro_batches if all_alive else 1]
-        if degrees.schedule.splits_every_backward:
+        if degrees.schedule.splits_every_backward and not self._once:
             again_s *= constants.SPLIT_RECOMPUTES
         if again_s == float("inf"):
             return again_s
@@ -165,9 +167,9 @@ def step_bound_s(
     return BaseBound(model, (shape,) * degrees.pp, options, (limit_bytes,) * degrees.pp).of(degrees)
 
 
-def split_again_s(schedule: Schedule, backward: Pass) -> float:
+def split_again_s(stack: Stack, schedule: Schedule, backward: Pass) -> float:
     """What recomputing takes more where every backward pass is split (planner.cost.simulate)."""
-    if not schedule.splits_every_backward:
+    if stack.recomputes_once or not schedule.splits_every_backward:
         return 0.0
     return backward.recompute_s * (constants.SPLIT_RECOMPUTES - 1)
 

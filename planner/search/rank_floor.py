@@ -61,8 +61,9 @@ class RankFloor:
         self.last = degrees.stages - 1
         (self.key,) = self.shape.classes
         each = {option: self.shape.passes(self.key, option) for option in book.options}
+        stack = self.shape.problem.stack
         self.block_s = {
-            option: forward.total_s + backward.total_s + split_again_s(degrees.schedule, backward)
+            option: forward.total_s + backward.total_s + split_again_s(stack, degrees.schedule, backward)
             for option, (forward, backward) in each.items()
         }
         self.saved = {option: self.shape.block(self.key, option).saved_bytes for option in book.options}

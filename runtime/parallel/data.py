@@ -47,29 +47,39 @@ def apply_data_parallel(
         replicate(modules, mesh=meshes.data, mp_policy=policy, ignored_params=apart or None)
 
 
-def set_gradient_sync(model: nn.Module, zero: Zero, *, last: bool) -> None:
-    """Says what the next backward pass does with gradients and gathered parameters.
+def set_unit(unit: FSDPModule, *, reduce: bool, reshard: bool) -> None:
+    """Says what the next backward pass does with a unit's gradients and its gathered parameters."""
+    unit.set_requires_gradient_sync(reduce, recurse=False)
+    unit.set_reshard_after_backward(reshard, recurse=False)
 
-    ZeRO 0 and 1 reduce gradients in a step's last backward pass only; 2 and 3 in every one, so that whole
-    gradients never outlive a micro-batch. All but 3 keep gathered parameters until the last.
-    """
+
+def end_unit(unit: FSDPModule) -> None:
+    """What FSDP does with a unit's gradients after its backward pass, for gradients that came later."""
+    for group in groups_of(unit):
+        group.post_backward()
+
+
+def end_backward(model: nn.Module) -> None:
+    """What FSDP does when a backward pass is over: the device waits for the reductions that it began."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last or zero >= Zero.GRADIENTS)
-        model.set_reshard_after_backward(last or zero is Zero.PARAMETERS)
+        model._get_fsdp_state()._root_post_backward_final_callback()
 
 
-def reduces_gradients(model: nn.Module) -> bool:
-    """Whether the next backward pass will reduce gradients, read from FSDP's own state."""
-    return isinstance(model, FSDPModule) and all(group.reduce_grads for group in unit_groups(model))
+def groups_of(unit: FSDPModule) -> list[Any]:
+    """The parameter groups of one unit; one up to torch 2.12, a list since."""
+    state = unit._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
 
 
 def unit_groups(model: nn.Module) -> list[Any]:
     """The parameter groups of FSDP's units in a model, in module order; empty where there are none."""
     found: list[Any] = []
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            state = module._get_fsdp_state()
-            # One group a unit up to torch 2.12, a list since.
-            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-            found += [group for group in groups if group is not None and group not in found]
+    for unit in units_of(model):
+        found += [group for group in groups_of(unit) if group not in found]
     return found
+
+
+def units_of(model: nn.Module) -> list[FSDPModule]:
+    """FSDP's units in a model, in module order."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -7,7 +7,6 @@ from planner.execution import (
     WORKLOADS_EXECUTED,
     check_executed_axes,
     check_executed_offload,
-    check_executed_schedule,
     context_not_executed,
     executed_widths,
     not_executed_workload,
@@ -15,6 +14,7 @@ from planner.execution import (
 )
 from planner.model import ModelSpec
 from planner.plan import Plan
+from planner.schedule_check import check_schedule_table
 from planner.spread_rules import context_divides, context_heads
 from planner.strategy import AXES, Degrees, Zero
 from planner.workload import Optimizer
@@ -23,7 +23,7 @@ from planner.workload import Optimizer
 def check_supported(plan: Plan) -> None:
     """Raises InputError with every part of the plan that this runtime cannot execute."""
     degrees = plan.strategy.degrees
-    check_executed_schedule(degrees)
+    check_schedule_table(plan)
     check_executed_axes(degrees)
     check_executed_offload(plan.strategy)
     problems = [*_degree_problems(plan, degrees), *_tensor_problems(plan.model, plan.workload.seq, degrees)]

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from planner.cost.schedule import build_table
+from planner.engine_rules import ENGINE_SCHEDULES
 from planner.errors import InfeasibleError
-from planner.execution import EXECUTED_SCHEDULES
 from planner.limits import Limits
 from planner.plan import decode_plan, encode_plan
 from planner.rules import broken_rules
@@ -77,9 +77,10 @@ def test_solver_equals_brute_force_where_a_schedule_is_pinned(pinned: Schedule) 
     assert feasible >= 5
 
 
-def test_every_schedule_is_searched_and_the_native_engine_holds_to_those_that_are_trained() -> None:
-    """Without a pin the search is over all schedules; for `plan train`, over those that it runs."""
-    for engine, schedules in ((None, tuple(Schedule)), (Engine.NATIVE, EXECUTED_SCHEDULES)):
+def test_every_schedule_is_searched_and_an_engine_holds_to_its_own() -> None:
+    """Without a pin the search is over all schedules; for DeepSpeed, over 1F1B."""
+    each = ((None, tuple(Schedule)), (Engine.DEEPSPEED, ENGINE_SCHEDULES[Engine.DEEPSPEED]))
+    for engine, schedules in each:
         found = set()
         for seed in range(200):
             problem = dataclasses.replace(instances.random_problem(seed), limits=Limits(engine=engine))

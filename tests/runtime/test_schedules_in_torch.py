@@ -23,11 +23,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from planner.cost.schedule import build_table, peak_in_flight, print_table
-from planner.errors import InputError
-from planner.execution import EXECUTED_SCHEDULES
 from planner.strategy import Degrees, Schedule
-from runtime.parallel.supported import check_supported
-from tests.plans import make_plan, tiny_llama
 from tests.runtime.ranks import on_ranks
 
 IN_TORCH: dict[Schedule, Any] = {
@@ -168,11 +164,3 @@ def test_as_much_is_kept_as_in_torch(schedule: Schedule, pp: int, micro_batches:
     for peaks in on_ranks(peaks_in_torch(schedule, degrees), pp):
         found |= {int(stage): peak for stage, peak in peaks.items()}
     assert found == expected
-
-
-@pytest.mark.parametrize("schedule", [s for s in Schedule if s not in EXECUTED_SCHEDULES])
-def test_a_plan_with_another_schedule_is_refused(schedule: Schedule) -> None:
-    """The runtime says which schedules it executes, before it builds anything."""
-    degrees = Degrees(pp=2, chunks=schedule.least_chunks, schedule=schedule, num_micro_batches=4)
-    with pytest.raises(InputError, match=rf"strategy.schedule: is {schedule}.*\n?.*gpipe, 1f1b, interleaved"):
-        check_supported(make_plan(tiny_llama(), degrees))
