@@ -82,7 +82,7 @@ def build_plan(problem: PlanningProblem, pins: str, layers: tuple[int, ...]) -> 
 
 def train(plan: Plan, steps: int, cache: Path) -> Run:
     """Trains a plan for a few steps in a folder that is thrown away."""
-    from runtime.data import TokenizerKind
+    from runtime.data.prepare import DataOptions
     from runtime.options import TrainOptions
     from runtime.timing import reference_s
     from runtime.train import run_training
@@ -90,7 +90,7 @@ def train(plan: Plan, steps: int, cache: Path) -> Run:
     before_s = reference_s()
     with tempfile.TemporaryDirectory() as folder:
         options = TrainOptions(
-            steps=steps, run_dir=folder, data_cache=str(cache), tokenizer=TokenizerKind.BYTE
+            steps=steps, run_dir=folder, data_cache=str(cache), data=DataOptions(tokenizer="byte")
         )
         summary = run_training(plan, options, shown=False)
     assert summary is not None

@@ -36,6 +36,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "explain": ("planner.commands.explain:explain", "Why this plan; what any other choice would cost."),
         "diff": ("planner.commands.diff:diff", "Two plans side by side, and which is faster by what."),
         "train": ("planner.commands.train:train", "Execute a plan on real ranks; checkpoint, log, resume."),
+        "export-weights": (
+            "planner.commands.export_weights:export_weights",
+            "A run's weights as a Hugging Face folder.",
+        ),
         "report": ("planner.commands.report:report", "One offline HTML page and a Perfetto trace."),
         "calibrate": (
             "planner.commands.calibrate:calibrate",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from planner.attention import CAUSAL, Attention, LatentAttention, QkNorm, Reach, Span
 from planner.errors import InputError, Problem
-from planner.feed_forward import FeedForward
+from planner.feed_forward import Experts, FeedForward
 from planner.model import Block, Layer, ModelSpec
 from planner.strategy import CpExchange, Degrees, Strategy
 from planner.workload import Precision, Workload
@@ -73,12 +73,6 @@ def executed_widths(model: ModelSpec) -> tuple[tuple[int, str], ...]:
     return (*model.widths_split, (model.vocab, "the vocabulary"))
 
 
-def axes_not_executed(degrees: Degrees) -> list[str]:
-    """Parallel axes over which the runtime cannot spread a step; empty where it can over all."""
-    axes = {"expert": degrees.ep, "expert tensor": degrees.etp or 1}
-    return [f"it uses {name} parallelism ({size})" for name, size in axes.items() if size > 1]
-
-
 def context_not_executed(model: ModelSpec, degrees: Degrees) -> list[str]:
     """What of a model's attention ranks cannot share out by blocks of keys; empty where they can."""
     if degrees.cp == 1 or degrees.cp_exchange is CpExchange.ALL_TO_ALL:
@@ -93,20 +87,6 @@ def context_not_executed(model: ModelSpec, degrees: Degrees) -> list[str]:
     if model.arithmetic.attention_cap is not None:
         faults.append("scores are capped")
     return faults
-
-
-def check_executed_axes(degrees: Degrees) -> None:
-    """Raises InputError where the runtime cannot spread a step as these degrees say."""
-    faults = "; ".join(axes_not_executed(degrees))
-    if faults:
-        raise InputError(
-            Problem(
-                where="strategy",
-                fault=f"can be planned, but this version cannot train it: {faults}.",
-                legal="ep=1 and no etp",
-                fix="solve without --fix ep and etp",
-            )
-        )
 
 
 def offload_not_executed(strategy: Strategy) -> list[str]:
@@ -228,4 +208,6 @@ def _reach(span: Span) -> str:
 
 
 def _mlp_faults(block: Block) -> list[str]:
+    if isinstance(block.mlp, Experts) and block.mlp.latent is not None:
+        return ["its experts read a latent of the tokens"]
     return [] if block.mlp else ["a block has no MLP"]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from planner.codec import digest, noun
+from planner.errors import InputError, Problem
 from planner.estimate import Verdict
 from planner.objective import Minimise
 from planner.placement import device_names, stage_groups
@@ -31,7 +32,10 @@ class PlanCheck:
 
 
 def check_plan(plan: Plan) -> tuple[PlanCheck, ...]:
-    """Every check of a plan, in a fixed order."""
+    """Every check of a plan, in a fixed order. Degrees below 1 end it: nothing can be said of such a plan."""
+    degrees = plan.strategy.degrees
+    if min(*degrees.grid_shape(), degrees.chunks, degrees.micro_batch, degrees.num_micro_batches) < 1:
+        return (PlanCheck(name="rules", faults=(f"a degree is below 1: {degrees.label()}",)),)
     return tuple(PlanCheck(name=name, faults=tuple(check(plan))) for name, check in _CHECKS)
 
 
@@ -168,6 +172,22 @@ def _digests(plan: Plan) -> list[str]:
         elif written != digest(value):
             faults.append(f"the {name} was changed after the plan was made")
     return faults
+
+
+STRUCTURAL = ("rules", "rank grid", "schedule table")
+"""Checks of what is executed; the others are of what is predicted of it."""
+
+
+def check_sound(plan: Plan) -> None:
+    """Raises InputError with everything in a plan that cannot be executed as it is written."""
+    problems = [
+        Problem(where=f"plan: {check.name}", fault=fault, fix="solve again, or see `plan check`")
+        for check in check_plan(plan)
+        if check.name in STRUCTURAL
+        for fault in check.faults
+    ]
+    if problems:
+        raise InputError(*problems)
 
 
 _CHECKS: tuple[tuple[str, Callable[[Plan], list[str]]], ...] = (

@@ -113,7 +113,7 @@ def _expert_widths(problem: PlanningProblem, degrees: Degrees) -> Rejected | Non
 
 def experts_within_replicas(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
     """Experts are shared out over ranks that hold copies of the dense weights, or shards by tp."""
-    if degrees.ep == 1 and degrees.expert_tp == degrees.tp:
+    if not degrees.spreads_experts:
         return None
     ranks = degrees.dp_shard * degrees.cp * degrees.tp
     if degrees.dp_shard == 1:

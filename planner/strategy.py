@@ -194,6 +194,11 @@ class Degrees:
         return self.ep * self.expert_tp
 
     @property
+    def spreads_experts(self) -> bool:
+        """Whether routed experts are shared out otherwise than other weights are."""
+        return self.ep > 1 or self.expert_tp != self.tp
+
+    @property
     def expert_replicas(self) -> int:
         """Ranks that meet other tokens with the same routed experts."""
         return max(1, self.replicas * self.tp // self.expert_ranks)

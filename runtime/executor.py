@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from planner.errors import CheckError, InputError, Problem
 from planner.plan import Plan
 from planner.workload import Precision
+from runtime.balance import Balance
 from runtime.compiled import check_compiled_gradients
 from runtime.fp8 import check_fp8
 from runtime.lora import check_base, fingerprint
@@ -27,16 +28,17 @@ from runtime.optimizer import (
     weighted_square_sum,
 )
 from runtime.parallel.context import held_positions
-from runtime.parallel.meshes import Meshes, build_meshes
+from runtime.parallel.meshes import Meshes, build_meshes, mesh_axes
 from runtime.parallel.supported import check_supported
-from runtime.parallel.tensor import whole_parameters
+from runtime.parallel.tensor import partial_parameters
 from runtime.parallelize import build_stage
 from runtime.pipeline import Pipeline, Record, StageModule
 from runtime.precision import LossScaler, compute_dtype
 from runtime.readback import Executed, read_executed
 from runtime.recompute import WRAPPER_PREFIX
 from runtime.transformer.initial import canonical_name
-from runtime.weights import Weight, local_part, sum_over
+from runtime.transformer.loss import IGNORED
+from runtime.weights import Weight, local_part, on_axis, sum_over
 
 TIED = "tok_embeddings.weight"
 """The weight that embedding and head share where a model ties them."""
@@ -94,6 +96,7 @@ class Executor:
         self.weights = [weight for weight in held if weight.parameter.requires_grad]
         self.frozen = [weight for weight in held if not weight.parameter.requires_grad]
         self._base = fingerprint(self.frozen, device) if self.frozen else None
+        self.balance = Balance(plan.model, [module.model for module in self.modules])
         self.optimizer = build_optimizer(
             plan.workload.optimizer, self.weights, optimizer_options, plan.workload.precision
         )
@@ -114,18 +117,22 @@ class Executor:
         """How many slices the global batch has."""
         return self.plan.strategy.degrees.dp
 
-    def step(self, tokens: Tensor) -> StepResult:
+    def step(self, tokens: Tensor, trained: Tensor | None = None) -> StepResult:
         """One optimizer step on this rank's slice [batch / data_size, seq + 1] of the global batch.
 
         Position s predicts token s + 1; of the positions this rank computes those that it holds under context
-        parallelism. The result is the same on every rank.
+        parallelism. `trained`, of the same shape, is true for tokens that count as targets; the loss is the
+        mean over those of the whole global batch. The result is the same on every rank.
         """
         workload = self.plan.workload
         assert tokens.shape == (workload.batch // self.data_size, workload.seq + 1), tokens.shape
         tokens = tokens.to(self.device)
         loss_scale = self._set_loss_scale()
         held = self._held
-        loss = self.pipeline.run(tokens[:, held], tokens[:, held + 1])
+        targets = tokens[:, held + 1]
+        if trained is not None:
+            targets = self._leave_out(targets, trained.to(self.device))
+        loss = self.pipeline.run(tokens[:, held], targets)
         record = self.pipeline.record
         with record.span("gradient sums"):
             grads = self._take_gradients()
@@ -138,6 +145,7 @@ class Executor:
                 clip(grads, norm, self.options.clip_norm, loss_scale)
                 self.optimizer.set_learning_rate(learning_rate(self.options, self.steps_done))
                 self.optimizer.step()
+            self.balance.update()
         for weight in self.weights:
             weight.shard.grad = weight.parameter.grad = None
         self.steps_done += 1
@@ -154,10 +162,28 @@ class Executor:
                 module.model.output.gradient_scale = scale
         return scale
 
+    def _leave_out(self, targets: Tensor, trained: Tensor) -> Tensor:
+        """The targets that this rank holds without those that are not trained on.
+
+        Every micro-batch's sum is divided by the same number, so that a target counts alike wherever it
+        lies: targets of the global batch / (micro-batches x ranks that share the batch out).
+        """
+        degrees = self.plan.strategy.degrees
+        counted = trained[:, 1:].sum().double()
+        dist.all_reduce(counted)  # every slice of the batch is read by world / dp ranks
+        of_batch = counted.item() * degrees.dp / degrees.world
+        for module in self.modules:
+            head = module.model.output
+            if head is not None:
+                head.counted = max(of_batch, 1.0) / (degrees.num_micro_batches * degrees.replicas)
+        return targets.masked_fill(~trained[:, self._held + 1], IGNORED)
+
     def _take_gradients(self) -> list[Tensor]:
         """Gives every shard its gradient, complete but for clipping."""
         for weight in self.weights:
             weight.shard.grad = _gradient(weight)
+            if weight.gradient_scale != 1:
+                weight.shard.grad.mul_(weight.gradient_scale)
         if self._partial:
             group = [self.meshes.tp.get_group()]
             sum_over((w.shard.grad, group) for w in self._partial if w.shard.grad is not None)
@@ -195,6 +221,7 @@ class Executor:
                         else host.master,
                         share=0.0 if copy else self._share(parameter),
                         host=host,
+                        gradient_scale=self._gradient_scale(parameter),
                     )
                 )
         return weights
@@ -215,14 +242,18 @@ class Executor:
         degrees = self.plan.strategy.degrees
         return shards * degrees.pp / degrees.world
 
+    def _gradient_scale(self, parameter: nn.Parameter) -> float:
+        degrees = self.plan.strategy.degrees
+        routed = isinstance(parameter, DTensor) and "ep" in mesh_axes(parameter)
+        return degrees.expert_replicas / degrees.replicas if routed else 1.0
+
     def _partial_weights(self) -> list[Weight]:
-        """Weights whose gradient is a partial sum over tp: whole ones that saw a slice of the sequence, and
-        the halves of adapters that are not split with their projection."""
+        """Weights whose gradient is a partial sum over tp; of adapters, the halves that are not split."""
         degrees, adapters = self.plan.strategy.degrees, self.plan.workload.adapters
-        if degrees.tp == 1 or (adapters is None and not degrees.sequence_parallel):
-            return []
-        whole = {id(p) for module in self.modules for p in whole_parameters(module.model)}
-        return [weight for weight in self.weights if id(weight.parameter) in whole]
+        if adapters is not None:
+            return [w for w in self.weights if degrees.tp > 1 and not on_axis(w.parameter, "tp")]
+        partial = {id(p) for module in self.modules for p in partial_parameters(module.model, degrees)}
+        return [weight for weight in self.weights if id(weight.parameter) in partial]
 
     def _make_tied_group(self) -> dist.ProcessGroup | None:
         """The group of the two ranks that hold a tied embedding's two copies; None where one rank has both.
@@ -268,6 +299,8 @@ class Executor:
 
     def _named_state(self) -> Iterator[tuple[str, Tensor]]:
         """Tensors of weights and optimizer; two of a name where this rank holds both copies of a tied one."""
+        for name, bias in self.balance.corrections.items():
+            yield f"model.{name}", bias
         for weight in self.weights:
             yield f"model.{weight.name}", weight.value
             for key, value in self.optimizer.state_of(weight.shard).items():
@@ -276,7 +309,8 @@ class Executor:
     def weight_tensors(self) -> list[tuple[str, Tensor]]:
         """All weights that this rank holds, frozen ones too, by name, to be filled in place from elsewhere.
         `weights_filled` must follow."""
-        return [(weight.name, weight.value) for weight in (*self.frozen, *self.weights)]
+        own = [(weight.name, weight.value) for weight in (*self.frozen, *self.weights)]
+        return [*own, *self.balance.corrections.items()]
 
     def weights_filled(self) -> None:
         """Takes note of new weights: masters in host memory go up, frozen ones are known anew. Collective."""

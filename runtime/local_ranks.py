@@ -28,6 +28,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, 
 
 from planner.codec import encode
 from planner.errors import InputError, PlannerError, Problem
+from runtime.patience import describe_hang, lost_peer, process_state, timed_out
 
 Message = dict[str, Any]
 Send = Callable[[Message], None]
@@ -63,6 +64,11 @@ class _Rank:
     @property
     def failed(self) -> bool:
         return self.status is not None and self.status != 0
+
+    @property
+    def said(self) -> str:
+        """The error that it raised, in words."""
+        return str(self.fault["text"]) if self.fault else ""
 
     @property
     def killed_by(self) -> str | None:
@@ -140,8 +146,9 @@ def _child(
         with os.fdopen(writer, "w", encoding="utf-8", buffering=1) as pipe:
             code = _guard(body, rank, lambda message: print(json.dumps(message), file=pipe, flush=True))
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # the disk is full
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
 
 
@@ -157,9 +164,9 @@ def _guard(body: Body, rank: int, send: Send) -> int:
         send({"fault": "planner", "type": type(error).__name__, "text": str(error), "problems": problems})
         return error.exit_code
     except BaseException as error:
-        traceback.print_exc()
         text = " ".join(str(error).split())[:500]
         send({"fault": "error", "type": type(error).__name__, "text": text})
+        traceback.print_exc()  # last: the disk may be full
         return 1
 
 
@@ -278,19 +285,16 @@ def _raise_fault(ranks: list[_Rank], signals: list[int]) -> None:
     for rank in failed:
         if rank.fault is not None and rank.fault["fault"] == "planner":
             raise decode_fault(rank.fault)
-    first = min(failed, key=lambda rank: (rank.killed_by is None, _lost_peer(rank), rank.ended_s))
+    first = min(failed, key=lambda rank: (rank.killed_by is None, lost_peer(rank.said), rank.ended_s))
     if signals and first.killed_by in ("SIGTERM", "SIGKILL"):
         name = signal.Signals(signals[0]).name
         raise RunFailedError(f"the run was ended by {name} before its ranks could save.")
+    waited = [rank.rank for rank in failed if timed_out(rank.said) or rank.killed_by == "SIGABRT"]
+    silent = {rank.rank: process_state(rank.pid) for rank in ranks if rank.status is None}
+    if waited and silent:
+        logs = ", ".join(str(rank.log) for rank in ranks if rank.status is None)
+        raise RunFailedError(f"{describe_hang(silent, waited)} All ranks were ended. See {logs}")
     raise RunFailedError(_describe(first))
-
-
-def _lost_peer(rank: _Rank) -> bool:
-    """Whether a rank only reports that another one is gone."""
-    text = rank.fault["text"] if rank.fault else ""
-    return any(
-        word in text for word in ("closed by peer", "reset by peer", "Connection closed", "Broken pipe")
-    )
 
 
 def decode_fault(fault: Message) -> PlannerError:

@@ -6,9 +6,11 @@ rank starting together. The slowest rank's time counts.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import signal
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,15 +25,18 @@ from planner.codec import encode
 from planner.errors import InputError, Problem
 from planner.plan import Plan
 from runtime.adapter_files import say_export
+from runtime.causes import mean_causes
 from runtime.compiled import compiles
-from runtime.data import BatchReader, data_summary
-from runtime.exchange import gather_json
+from runtime.data.index import data_summary
+from runtime.data.order import BatchReader
+from runtime.data.prepare import data_weights
 from runtime.executor import Executor, StepResult
+from runtime.hf_weights.folder import load_into
 from runtime.local_ranks import RunFailedError, Send, join_group
-from runtime.memory import measure_peak
-from runtime.metrics import MetricsLog, Probes, StepMetrics, TimelineEvent, mfu, write_timeline
+from runtime.metrics import MetricsLog, Probes, StepMetrics, mfu
 from runtime.optimizer import OptimizerOptions, learning_rate
 from runtime.options import TrainOptions, resolve
+from runtime.recording import Recorder
 from runtime.saver import Saver
 from runtime.session import (
     CHECKPOINTS,
@@ -45,13 +50,13 @@ from runtime.session import (
     saved_options,
     training_state,
 )
-from runtime.summary import Seen, TrainSummary, summarize, write_summary
+from runtime.summary import Seen, TrainSummary, cost_usd, summarize, write_summary
 
 ADAPTER = "adapter"
 """The folder of a run that holds its adapters in PEFT's format."""
 
-GROUP_TIMEOUT_S = 600.0
-"""How long a rank waits for one that does not answer. One that died is noticed at once."""
+PACE_STEPS = 100
+"""The time that is left is told by the median of so many timed steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +69,16 @@ class Job:
     launched_s: float
 
 
-def enter_group(device: str) -> torch.device:
+def enter_group(device: str, timeout_s: float) -> torch.device:
+    """Joins the group on this rank's own device. A collective that takes `timeout_s` fails."""
     if device == "cuda":
         local = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(local)
-        join_group("nccl", GROUP_TIMEOUT_S)
+        join_group("nccl", timeout_s)
         return local
     # One thread a rank, as `plan profile` measured.
     torch.set_num_threads(1)
-    join_group("gloo", GROUP_TIMEOUT_S)
+    join_group("gloo", timeout_s)
     return torch.device("cpu")
 
 
@@ -107,7 +113,11 @@ class _Loop:
         data = open_run_data(job.setup, verify=self.first)
         self.data_text = data_summary(data.index)
         self.reader = BatchReader(
-            data=data, seed=options.seed, seq=plan.workload.seq, batch=plan.workload.batch
+            data=data,
+            seed=options.seed,
+            seq=plan.workload.seq,
+            batch=plan.workload.batch,
+            weights=data_weights(options.data),
         )
         self.identity = run_identity(plan, options, data.index)
         self.saver = Saver(
@@ -117,8 +127,11 @@ class _Loop:
         self.optimizer = self._start()
         self.seen = Seen(first_step=self.executor.steps_done)
         count = max(0, options.steps - self.executor.steps_done)
-        self.probes = Probes.over(count)
-        self.peak_bytes = 0
+        probes = Probes.over(count, profile_steps=options.profile_steps, snapshot=options.memory_snapshot)
+        if options.profile_steps > len(probes.profile):
+            fault = f"only {len(probes.profile)} of {options.profile_steps} steps are profiled"
+            self.send({"say": f"{fault}: the launch has {count}, and the first {probes.timed_from} warm up"})
+        self.recorder = Recorder(probes, self.executor.pipeline.record, device, self.run_dir)
 
     def _start(self) -> OptimizerOptions:
         """Builds the executor, and fills it where the run goes on."""
@@ -138,6 +151,9 @@ class _Loop:
             lora_alpha=options.lora_alpha,
             compiled=compiles(options.compile, self.device),
         )
+        if options.init_from is not None:
+            load_into(self.executor, Path(options.init_from))
+            self.send({"say": f"weights from {options.init_from}"})
         if resumed is not None:
             restore(*resumed, self.executor, chosen)
             self._say_resumed(resumed[1].step, resumed[1].run, saved, chosen)
@@ -176,13 +192,16 @@ class _Loop:
         saved_at = -1
         for offset in range(options.steps - executor.steps_done):
             step = executor.steps_done
-            tokens = torch.from_numpy(
-                self.reader.rows(step, data_rank=executor.data_rank, data_size=executor.data_size)
-            )
-            result, own_s = self._one_step(offset, tokens)
+            results: list[StepResult] = []
+            take = functools.partial(self._step, *self._batch(step), results)
+            if self.recorder.probes.recorded(offset):
+                self.saver.wait()  # the copy that is being written is no part of a step
+            own_s = self.recorder.run(offset, take)
+            result = results[0]
             stopping = self._record(offset, step, result, own_s, log)
-            if not math.isfinite(result.loss):
-                self._diverged(step + 1, f"the loss is {result.loss}")
+            if not math.isfinite(result.loss) or not (result.skipped or math.isfinite(result.grad_norm)):
+                fault = f"the loss is {result.loss} and the gradient norm {result.grad_norm}"
+                self._diverged(step + 1, fault)
             if result.exhausted:
                 self._diverged(step + 1, "gradients overflow fp16 at every loss scale")
             done = executor.steps_done
@@ -197,47 +216,15 @@ class _Loop:
                 break
         assert saved_at == executor.steps_done
 
-    def _one_step(self, offset: int, tokens: torch.Tensor) -> tuple[StepResult, float]:
-        """One step and its seconds on this rank, with what the probes record of it."""
-        results: list[StepResult] = []
-        record = self.executor.pipeline.record
-        record.clock = self._clock if offset == self.probes.timeline else None
-        if record.clock is not None or offset in self.probes.memory:
-            self.saver.wait()  # the copy that is being written is no part of a step
-        begin_s = self._clock()
-        if offset in self.probes.memory:
-            peak = measure_peak(lambda: results.append(self.executor.step(tokens)), self.device)
-            self.peak_bytes = peak.allocated_bytes
-        else:
-            results.append(self.executor.step(tokens))
-        own_s = self._clock() - begin_s
-        if self.device.type == "cuda":
-            self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
-        if record.clock is not None:
-            self._keep_timeline(list(record.spans), begin_s, own_s)
-        return results[0], own_s
+    def _batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """This rank's tokens, and which of them are trained on where not all are."""
+        place = {"data_rank": self.executor.data_rank, "data_size": self.executor.data_size}
+        trained = self.reader.trained(step, **place)
+        tokens = torch.from_numpy(self.reader.rows(step, **place))
+        return tokens, None if trained is None else torch.from_numpy(trained)
 
-    def _clock(self) -> float:
-        """Seconds of the machine's monotonic clock, which all its processes share."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.monotonic()
-
-    def _keep_timeline(self, spans: list[tuple[str, float, float]], begin_s: float, own_s: float) -> None:
-        """Gathers the recorded step of all ranks. Gradient sums wait for others, so they are not busy."""
-        busy_s = sum(end - begin for name, begin, end in spans if name != "gradient sums")
-        parts = gather_json({"spans": spans, "begin_s": begin_s, "busy_s": busy_s, "own_s": own_s})
-        if not self.first:
-            return
-        start_s = min(part["begin_s"] for part in parts)
-        events = [
-            TimelineEvent(rank=rank, name=name, start_s=begin - start_s, duration_s=end - begin)
-            for rank, part in enumerate(parts)
-            for name, begin, end in part["spans"]
-        ]
-        write_timeline(self.run_dir, events)
-        self.seen.busy_s = tuple(part["busy_s"] for part in parts)
-        self.seen.wait_s = tuple(max(0.0, part["own_s"] - part["busy_s"]) for part in parts)
+    def _step(self, tokens: torch.Tensor, trained: torch.Tensor | None, results: list[StepResult]) -> None:
+        results.append(self.executor.step(tokens, trained))
 
     def _record(
         self, offset: int, step: int, result: StepResult, own_s: float, log: MetricsLog | None
@@ -246,12 +233,13 @@ class _Loop:
 
         Raises on every rank what the save that runs behind the steps has failed of.
         """
-        facts_of_rank = (own_s, self.peak_bytes, self.stop(), self.saver.failed)
+        facts_of_rank = (own_s, self.recorder.peak_bytes, self.stop(), self.saver.failed)
         own = torch.tensor([float(fact) for fact in facts_of_rank], dtype=torch.float64).to(self.device)
         rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(rows, own)
         facts = [row.tolist() for row in rows]
         step_time_s = max(fact[0] for fact in facts)
+        self.seen.causes = causes = tuple(self.recorder.causes)
         line = StepMetrics(
             step=step + 1,
             loss=result.loss,
@@ -261,11 +249,15 @@ class _Loop:
             tokens_per_s=self.job.plan.workload.tokens_per_step / step_time_s,
             mfu=mfu(self.job.plan, step_time_s),
             peak_memory_bytes=tuple(int(fact[1]) for fact in facts),
-            timed=offset >= self.probes.timed_from,
-            wall_s=self._wall_s(),
+            timed=self.recorder.probes.timed(offset),
+            wall_s=(wall_s := self._wall_s()),
             loss_scale=result.loss_scale,
             skipped=result.skipped,
             checkpoint_wait_s=self.saver.waited_s - self.told_s,
+            predicted_step_time_s=self.job.plan.estimate.step_time_s,
+            left_s=self._pace_s(step_time_s) * (self.job.options.steps - step - 1),
+            cost_usd=cost_usd(self.job.plan, wall_s),
+            causes=mean_causes(causes) if offset == self.recorder.probes.timeline else None,
         )
         self.told_s = self.saver.waited_s
         if log is not None:
@@ -284,7 +276,7 @@ class _Loop:
         )
 
     def _diverged(self, step: int, fault: str) -> None:
-        """Ends a run that left the numbers: what was saved before stays, nothing is saved now."""
+        """Ends a run whose loss or gradient is no number: what was saved stays, nothing is saved now."""
         self.seen.status = "diverged"
         self.saver.wait()
         if self.first:
@@ -316,6 +308,10 @@ class _Loop:
         self.seen.checkpoint = None if self.saver.published is None else str(self.saver.published)
         self.seen.checkpoint_wait_s = self.saver.waited_s
         return summarize(self.job.plan, self.seen, wall_s=self._wall_s(), data=self.data_text)
+
+    def _pace_s(self, step_time_s: float) -> float:
+        """Seconds of a step: the median of those timed so far, or the last one before any is timed."""
+        return statistics.median(self.seen.timed_s[-PACE_STEPS:]) if self.seen.timed_s else step_time_s
 
     def _wall_s(self) -> float:
         """Seconds of the run so far, all launches together."""

@@ -70,15 +70,22 @@ class PhaseMemory:
     end_bytes: int
 
 
-def measure_peak(work: Callable[[], object], device: torch.device) -> PeakMemory:
+def measure_peak(
+    work: Callable[[], object], device: torch.device, *, timeline: list[tuple[float, int]] | None = None
+) -> PeakMemory:
     """Runs `work` once and returns the peak memory of this process on `device` meanwhile.
+
+    On a CPU, `timeline` is filled with (seconds since its start, live bytes) after every change.
 
     Before and after it, what is alive must be in reach of Python: call it for whole steps.
     """
     gc.collect()
     start_bytes = live_bytes(device)
     _reset_peak_rss()
-    (phase,) = trace_phases([work], device, whole=True)
+    changes: list[tuple[int, int]] = []
+    (phase,) = trace_phases([work], device, whole=True, changes=changes)
+    if timeline is not None and changes:
+        timeline += _live(changes, start_bytes)
     on_cuda = device.type == "cuda"
     free_bytes, total_bytes = torch.cuda.mem_get_info(device) if on_cuda else (0, 0)
     return PeakMemory(
@@ -88,6 +95,14 @@ def measure_peak(work: Callable[[], object], device: torch.device) -> PeakMemory
         device_used_bytes=total_bytes - free_bytes if on_cuda else None,
         rss_bytes=peak_rss_bytes(),
     )
+
+
+def _live(changes: Sequence[tuple[int, int]], start_bytes: int) -> Iterator[tuple[float, int]]:
+    """(Seconds since the first change, live bytes after it) of each change."""
+    live = start_bytes
+    for time_ns, change in changes:
+        live += change
+        yield (time_ns - changes[0][0]) / 1e9, live
 
 
 def live_bytes(device: torch.device) -> int:
@@ -109,15 +124,25 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def trace_phases(
-    phases: Sequence[Callable[[], object]], device: torch.device, *, whole: bool = False
+    phases: Sequence[Callable[[], object]],
+    device: torch.device,
+    *,
+    whole: bool = False,
+    changes: list[tuple[int, int]] | None = None,
 ) -> list[PhaseMemory]:
     """Runs the phases one after another and returns the live bytes of each.
 
     Values that phases return are dropped; what shall stay alive must be held by the caller. `whole` says
     that after the last phase nothing is alive that Python cannot reach, such as a graph's saved tensors.
+    On a CPU, `changes` is filled with (nanoseconds, change of live bytes) in the order of time.
     """
     gc.collect()
-    return _trace_cuda(phases, device) if device.type == "cuda" else _trace_cpu(phases, whole)
+    if device.type == "cuda":
+        return _trace_cuda(phases, device)
+    found, phase_memory = _trace_cpu(phases, whole)
+    if changes is not None:
+        changes += found
+    return phase_memory
 
 
 def _trace_cuda(phases: Sequence[Callable[[], object]], device: torch.device) -> list[PhaseMemory]:
@@ -137,7 +162,9 @@ def _trace_cuda(phases: Sequence[Callable[[], object]], device: torch.device) ->
     return result
 
 
-def _trace_cpu(phases: Sequence[Callable[[], object]], whole: bool) -> list[PhaseMemory]:
+def _trace_cpu(
+    phases: Sequence[Callable[[], object]], whole: bool
+) -> tuple[list[tuple[int, int]], list[PhaseMemory]]:
     live = _live_storages()
     released: list[tuple[int, int]] = []
     watches = [_watch(storage, released) for storage in live.values()]
@@ -155,7 +182,7 @@ def _trace_cpu(phases: Sequence[Callable[[], object]], whole: bool) -> list[Phas
     )
     left = set(_live_storages()) if whole else None
     changes = _changes(events, released, sizes, left)
-    return [_phase(changes, begin, end) for begin, end in bounds]
+    return changes, [_phase(changes, begin, end) for begin, end in bounds]
 
 
 def _watch(storage: torch.UntypedStorage, released: list[tuple[int, int]]) -> weakref.ref[Any]:

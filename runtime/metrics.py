@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from planner.codec import encode, noun, write_atomic
 from planner.errors import InputError, Problem
 from planner.plan import Plan
+from runtime.causes import StepCauses
 
 METRICS = "metrics.jsonl"
 TIMELINE = "timeline.json"
@@ -25,9 +26,11 @@ class StepMetrics:
     `step_time_s` is that of the slowest rank. `timed` is false for steps that were slowed down on
     purpose: the first ones, and those whose memory or timeline was recorded. `peak_memory_bytes` holds
     the allocated peak of every rank, in rank order, as last recorded. `mfu` is None where the device's peak
-    is unknown. `wall_s` is the time that the run has taken so far, all its launches together. `loss_scale`
-    is that of fp16; a step whose gradients overflowed is `skipped`: nothing was updated.
+    is unknown. `wall_s` is the time that the run has taken so far, all its launches together, `cost_usd` what
+    that costs where a price is known, and `left_s` what its remaining steps take at the pace of this launch.
+    `loss_scale` is that of fp16; a step whose gradients overflowed is `skipped`: nothing was updated.
     `checkpoint_wait_s` is what training waited for checkpoints between the step before and this one.
+    `causes` is where the time went, the mean of all ranks; only in the step whose timeline was recorded.
     """
 
     step: int
@@ -41,6 +44,10 @@ class StepMetrics:
     timed: bool
     wall_s: float
     checkpoint_wait_s: float
+    predicted_step_time_s: float
+    left_s: float
+    cost_usd: float | None
+    causes: StepCauses | None = None
     loss_scale: float | None = None
     skipped: bool = False
 
@@ -59,6 +66,9 @@ class TimelineEvent:
 class Probes:
     """Which steps of a launch are recorded, counted from 0 at its start; the rest are timed.
 
+    A profiler's trace, where asked for, is of the `profile` steps, and the snapshot of allocations of step
+    `snapshot`.
+
     The first step pays for allocations and shape inference. Memory is recorded in the first and again in
     the second, whose figure is that of every later step. The timeline is that of the third.
     """
@@ -66,15 +76,34 @@ class Probes:
     memory: frozenset[int]
     timeline: int | None
     timed_from: int
+    profile: range = range(0)
+    snapshot: int | None = None
 
     @classmethod
-    def over(cls, steps: int) -> Probes:
+    def over(cls, steps: int, *, profile_steps: int = 0, snapshot: bool = False) -> Probes:
         """Probes for a launch of `steps` steps; short ones record less so that something is timed."""
-        if steps >= 5:
-            return cls(frozenset({0, 1}), 2, 3)
-        if steps >= 3:
-            return cls(frozenset({0}), 1, 2)
-        return cls(frozenset({0}), None, 1)
+        memory, timeline, timed_from = (
+            (frozenset({0, 1}), 2, 3)
+            if steps >= 5
+            else (frozenset({0}), 1, 2)
+            if steps >= 3
+            else (frozenset({0}), None, 1)
+        )
+        return cls(
+            memory,
+            timeline,
+            timed_from,
+            range(timed_from, min(timed_from + profile_steps, steps)),
+            max(memory) if snapshot else None,
+        )
+
+    def recorded(self, offset: int) -> bool:
+        """Whether memory, timeline or trace of this step are recorded."""
+        return offset in self.memory or offset == self.timeline or offset in self.profile
+
+    def timed(self, offset: int) -> bool:
+        """Whether the time of this step counts."""
+        return offset >= self.timed_from and offset not in self.profile
 
 
 class MetricsLog:

@@ -11,7 +11,7 @@ from planner.errors import InputError, Problem
 from planner.model import ModelSpec
 from planner.plan import Plan
 from planner.workload import Optimizer
-from runtime.data import TokenizerKind
+from runtime.data.prepare import DataOptions
 from runtime.optimizer import OptimizerOptions
 
 LEAST_DECAY_STEPS = 1000
@@ -28,20 +28,23 @@ MUON_MOMENTUM = 0.95
 class TrainOptions:
     """The options of `plan train`. None: chosen by `resolve`, or taken from the resumed checkpoint.
 
-    `steps` counts from the beginning of training, not from the resumed step. `data` None is the shipped
-    corpus. `data_cache` is where tokenized data goes, for runs to share; None: the run's own folder.
-    `checkpoint_every` 0 saves at the end only. `sync_checkpoints` makes training wait until a checkpoint is
-    published, not only copied. `compile` None compiles blocks on CUDA. `lora_alpha` None is twice the rank of
-    the plan's adapters.
+    `steps` counts from the beginning of training, not from the resumed step. `data_cache` is where
+    tokenized data goes, for runs to share; None: the run's own folder. `init_from` is a folder of weights to
+    begin with. `checkpoint_every` 0 saves at the end only. `sync_checkpoints` makes training wait until a
+    checkpoint is published, not only copied. `compile` None compiles blocks on CUDA. `hang_timeout` is after
+    how many seconds a rank that does not answer ends the run; None: by the plan's predicted times.
+    `any_device` lets a plan run on other devices than it was made for. `log` names experiment trackers beside
+    metrics.jsonl; torch's profiler traces `profile_steps` steps. `lora_alpha` None is
+    twice the rank of the plan's adapters.
     """
 
     steps: int
     run_dir: str
-    data: str | None = None
+    data: DataOptions = DataOptions()
     data_cache: str | None = None
     resume: bool = False
+    init_from: str | None = None
     seed: int = 0
-    tokenizer: TokenizerKind = TokenizerKind.BPE
     checkpoint_every: int = 0
     keep: int = 2
     sync_checkpoints: bool = False
@@ -53,6 +56,11 @@ class TrainOptions:
     clip: float | None = None
     lora_alpha: float | None = None
     compile: bool | None = None
+    hang_timeout: float | None = None
+    any_device: bool = False
+    log: tuple[str, ...] = ()
+    profile_steps: int = 0
+    memory_snapshot: bool = False
 
 
 def default_lr(model: ModelSpec) -> float:
@@ -105,6 +113,7 @@ def check_options(options: TrainOptions) -> None:
     rules = [
         ("--steps", options.steps, options.steps >= 1, "1 or more"),
         ("--checkpoint-every", options.checkpoint_every, options.checkpoint_every >= 0, "0 or more"),
+        ("--profile-steps", options.profile_steps, options.profile_steps >= 0, "0 or more"),
         ("--keep", options.keep, options.keep >= 2, "2 or more, so that a good one is always there"),
         ("--lr", options.lr, options.lr is None or 0 < options.lr < math.inf, "above 0"),
         ("--warmup", options.warmup, options.warmup is None or options.warmup >= 0, "0 or more"),
@@ -127,6 +136,12 @@ def check_options(options: TrainOptions) -> None:
             "0 or more",
         ),
         ("--lora-alpha", options.lora_alpha, options.lora_alpha is None or options.lora_alpha > 0, "above 0"),
+        (
+            "--hang-timeout",
+            options.hang_timeout,
+            options.hang_timeout is None or 0 < options.hang_timeout < math.inf,
+            "above 0",
+        ),
         ("--clip", options.clip, options.clip is None or options.clip > 0, "above 0"),
     ]
     problems = [

@@ -1,6 +1,6 @@
 """Puts a plan onto modules: one `apply_*` verb for each axis, always in the same order.
 
-    deferral -> materialize -> tensor -> context parallel -> fp8 -> adapters -> recompute ->
+    deferral -> materialize -> tensor -> context -> expert parallel -> fp8 -> adapters -> recompute ->
     activations offloaded -> compile -> data parallel,
 
 part by part, then the root: a rank never holds more than one whole part besides its own shards.
@@ -21,7 +21,8 @@ from runtime.fp8 import apply_fp8
 from runtime.lora import apply_lora
 from runtime.offload.activations import ActivationOffload, apply_activation_offload
 from runtime.parallel.context import apply_context_parallel, hidden_positions
-from runtime.parallel.data import apply_data_parallel
+from runtime.parallel.data import apply_data_parallel, apply_expert_data_parallel
+from runtime.parallel.expert import apply_expert_parallel, keep_own_experts
 from runtime.parallel.meshes import Meshes
 from runtime.parallel.tensor import apply_tensor_parallel
 from runtime.transformer.initial import materialize
@@ -49,13 +50,17 @@ def build_stage(
     for unit in model.units():
         modules = []
         for name, part in unit:
+            keep_own_experts(part, meshes)
             if name in deferring:
                 apply_deferral(part)
+            keep_own_experts(part, meshes)
             materialize(part, plan.model, prefix=f"{name}.", seed=seed, device=device)
             apply_tensor_parallel(name, part, degrees, meshes)
             apply_context_parallel(part, plan.workload.seq, degrees, meshes)
+            apply_expert_parallel(part, plan.workload.seq, degrees, meshes)
             apply_fp8(part, plan.workload.precision)
             apply_lora(name, part, plan.workload, alpha=lora_alpha, seed=seed)
+            apply_expert_data_parallel(part, degrees, plan.workload.precision, meshes)
             modules.append(apply_recompute(model, name, part, options.get(name, Recompute.NONE)))
             apply_activation_offload(model.offload, stage, name, modules[-1])
             if compiled:

@@ -21,17 +21,26 @@ def describe(line: StepMetrics, steps: int, width: int | None = None) -> str:
     parts = [
         f"step {line.step}/{steps}",
         f"loss {line.loss:.4f}",
-        format_seconds(line.step_time_s),
+        _beside_prediction(line),
         f"{format_count(line.tokens_per_s)} tok/s",
+        "MFU unknown" if line.mfu is None else f"MFU {line.mfu:.1%}",
         f"peak {format_bytes(max(line.peak_memory_bytes, default=0))}",
+        *([] if line.cost_usd is None else [f"${line.cost_usd:,.2f}"]),
+        *([] if width is not None or not line.left_s else [f"{format_seconds(line.left_s)} left"]),
         f"grad {line.grad_norm:.3g}",
         f"lr {line.lr:.2e}",
     ]
-    if line.mfu is not None:
-        parts.insert(4, f"MFU {line.mfu:.1%}")
     while width is not None and len(parts) > 1 and len("  ".join(parts)) > width:
         parts.pop()
     return "  ".join(parts)
+
+
+def _beside_prediction(line: StepMetrics) -> str:
+    """The step time, and what was predicted where something was."""
+    predicted = (
+        f" ({format_seconds(line.predicted_step_time_s)} predicted)" if line.predicted_step_time_s else ""
+    )
+    return format_seconds(line.step_time_s) + predicted
 
 
 class Progress:

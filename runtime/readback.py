@@ -195,6 +195,8 @@ def _degrees(reports: list[_RankReport], table: tuple[tuple[str, ...], ...], pla
         dp_shard=shard,
         cp=first.cp,
         cp_exchange=_exchange_of(first, plan.strategy.degrees.cp_exchange),
+        ep=first.axes.get("ep", 1),
+        etp=_expert_tp(first.axes, plan.strategy.degrees),
         zero=_zero_of(first.zero, len(micro_batches), plan.strategy.degrees.zero),
         micro_batch=first.micro_batch,
         num_micro_batches=len(micro_batches),
@@ -214,6 +216,12 @@ def _data_axes(axes: dict[str, int], cp: int) -> tuple[int, int]:
 def _exchange_of(report: _RankReport, expected: CpExchange) -> CpExchange:
     """The exchange read; on one rank, which exchanges nothing, the expected one."""
     return expected if report.cp == 1 else report.cp_exchange
+
+
+def _expert_tp(axes: dict[str, int], expected: Degrees) -> int | None:
+    """The ranks that share out one expert: those of tp without a mesh of their own. None is tp as well."""
+    found = axes.get("etp", axes.get("tp", 1))
+    return expected.etp if found == expected.expert_tp else found
 
 
 def _zero_of(zero: int, micro_batches: int, expected: Zero) -> Zero:

@@ -24,12 +24,16 @@ from runtime.committed import (
     set_aside,
     sweep,
 )
-from runtime.data import DataIndex, open_data, prepare_data
+from runtime.data.index import DataIndex, open_data
+from runtime.data.order import shares
+from runtime.data.prepare import data_weights, prepare_data
 from runtime.exchange import own_rank
 from runtime.executor import Executor
+from runtime.hf_weights.folder import check_folder, keep_files
 from runtime.metrics import prepare_run_dir
 from runtime.optimizer import OptimizerOptions
 from runtime.options import TrainOptions, check_options
+from runtime.trackers import check_trackers
 
 CHECKPOINTS = "checkpoints"
 PLAN = "plan.json"
@@ -70,6 +74,7 @@ def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
     """
     check_options(options)
     _check_adapters(plan, options)
+    check_trackers(options.log)
     run_dir = Path(options.run_dir)
     folder = run_dir / CHECKPOINTS
     sweep(folder)
@@ -96,9 +101,10 @@ def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
                 fix="go on with --resume, or name another folder",
             )
         )
-    data = None if options.data is None else Path(options.data)
+    if options.init_from is not None:
+        _begin_with(Path(options.init_from), plan, options)
     cache = run_dir / "data" if options.data_cache is None else Path(options.data_cache)
-    index = prepare_data(data, vocab=plan.model.vocab, cache=cache, kind=options.tokenizer)
+    index = prepare_data(options.data, vocab=plan.model.vocab, cache=cache)
     _keep_plan(plan, run_dir)
     return Setup(str(index), checkpoint, tuple(remarks))
 
@@ -112,6 +118,18 @@ def _check_adapters(plan: Plan, options: TrainOptions) -> None:
                 fix="leave it out, or solve with --method lora",
             )
         )
+
+
+def _begin_with(folder: Path, plan: Plan, options: TrainOptions) -> None:
+    """Checks the folder that a new run takes its weights from, and keeps what export needs of it.
+
+    A run of adapters takes them from there each time it goes on: its checkpoints do not hold them.
+    """
+    if options.resume and plan.workload.adapters is None:
+        fault = "is given with --resume, which takes the weights from the run's own checkpoint."
+        raise InputError(Problem(where="--init-from", fault=fault, fix="give one of the two"))
+    check_folder(folder, plan.model)
+    keep_files(folder, Path(options.run_dir))
 
 
 def _keep_plan(plan: Plan, run_dir: Path) -> None:
@@ -128,6 +146,10 @@ def run_identity(plan: Plan, options: TrainOptions, data: DataIndex) -> dict[str
     return {
         **dict(_flat(facts, "")),
         "data.digest": data.digest,
+        "data.tokenizer": f"{data.tokenizer} {data.tokenizer_digest[:16]}",
+        "data.weights": " ".join(map(str, shares(weights)))
+        if (weights := data_weights(options.data))
+        else "",
         "seed": options.seed,
         **({} if plan.workload.adapters is None else {"lora_alpha": options.lora_alpha}),
     }

@@ -14,6 +14,7 @@ import torch
 
 from planner.codec import noun, to_json, write_atomic
 from planner.plan import Plan
+from runtime.causes import StepCauses, predicted_causes
 from runtime.metrics import StepMetrics, mfu
 
 SUMMARY = "summary.json"
@@ -26,9 +27,10 @@ class TrainSummary:
 
     `measured_step_time_s` is the median over the timed steps of the slowest rank's time;
     `measured_step_time_spread` its interquartile range over the median. Both are None without a timed
-    step. `goodput` is the share of the run's wall time (`wall_s`, all
-    launches) that went into steps that were kept. `cost_usd` is for that time, and None where
-    no price is known. `checkpoint_wait_s` is what training waited for checkpoints in this launch.
+    step. `goodput` is the share of the run's wall time (`wall_s`, all launches) that went into steps that
+    were kept. `cost_usd` is for that time, and None where no price is known. `causes_by_rank` is where the
+    time of the recorded step went, empty where none was recorded; what a rank was busy with and what it
+    waited for are sums of these. `checkpoint_wait_s` is what training waited for checkpoints in this launch.
     `executed_differences` lists where the running model differs from its plan.
     """
 
@@ -56,6 +58,8 @@ class TrainSummary:
     peak_memory_error: float | None
     busy_s_by_rank: tuple[float, ...]
     wait_s_by_rank: tuple[float, ...]
+    causes_by_rank: tuple[StepCauses, ...]
+    predicted_causes: StepCauses
     goodput: float
     wall_s: float
     cost_usd: float | None
@@ -77,8 +81,7 @@ class Seen:
     earlier_wall_s: float = 0.0
     timed_s: list[float] = field(default_factory=list)
     peaks: tuple[int, ...] = ()
-    busy_s: tuple[float, ...] = ()
-    wait_s: tuple[float, ...] = ()
+    causes: tuple[StepCauses, ...] = ()
     status: str = "finished"
     checkpoint: str | None = None
     checkpoint_wait_s: float = 0.0
@@ -123,8 +126,10 @@ def summarize(plan: Plan, seen: Seen, *, wall_s: float, data: str) -> TrainSumma
         measured_peak_memory_bytes=peak,
         measured_peak_memory_bytes_by_rank=seen.peaks,
         peak_memory_error=_error(plan.estimate.peak_memory_bytes, peak),
-        busy_s_by_rank=seen.busy_s,
-        wait_s_by_rank=seen.wait_s,
+        busy_s_by_rank=tuple(rank.compute_s + rank.optimizer_s for rank in seen.causes),
+        wait_s_by_rank=tuple(rank.wait_s + rank.gradient_sums_s for rank in seen.causes),
+        causes_by_rank=seen.causes,
+        predicted_causes=predicted_causes(plan),
         goodput=min(1.0, seen.steps_s / wall_s),
         wall_s=wall_s,
         cost_usd=cost_usd(plan, wall_s),

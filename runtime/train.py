@@ -10,22 +10,20 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from planner.codec import decode
-from planner.errors import InputError, Problem
 from planner.plan import Plan
+from planner.plan_check import check_sound
+from runtime.audience import Audience
 from runtime.exchange import agree
-from runtime.local_ranks import Send, run_local
+from runtime.local_ranks import RunFailedError, Send, run_local
 from runtime.loop import Job, catch_sigterm, enter_group, train_rank
-from runtime.metrics import StepMetrics
 from runtime.options import TrainOptions
-from runtime.progress import Progress
+from runtime.patience import RollCall, group_timeout_s
+from runtime.present import check_fits_here, check_same_devices, check_world, pick_device
 from runtime.session import Setup, lock_run_dir, prepare_run
 from runtime.summary import TrainSummary
 
@@ -38,10 +36,13 @@ def run_training(plan: Plan, options: TrainOptions, *, shown: bool = True) -> Tr
     RunFailedError where a rank died or the loss was not finite.
     """
     started_s = time.monotonic()
+    check_sound(plan)
     device = pick_device(plan)
+    if not options.any_device:
+        check_same_devices(plan, device)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return _run_as_rank(plan, options, device, started_s, shown=shown)
-    _check_fits_here(plan, device)
+    check_fits_here(plan, device)
     lock = lock_run_dir(Path(options.run_dir))
     try:
         job = Job(plan, options, prepare_run(plan, options), started_s)
@@ -52,34 +53,21 @@ def run_training(plan: Plan, options: TrainOptions, *, shown: bool = True) -> Tr
 
 def _run_forked(job: Job, device: str, *, shown: bool) -> TrainSummary:
     options = job.options
-    answers: list[TrainSummary] = []
+
+    timeout_s = options.hang_timeout or group_timeout_s(job.plan)
 
     def body(rank: int, send: Send) -> None:
         stop = catch_sigterm()
-        train_rank(job, enter_group(device), send, stop)
+        train_rank(job, enter_group(device, timeout_s), send, stop)
 
-    with Progress(0, options.steps, shown=shown) as progress:
+    with Audience(job.plan, options, shown=shown) as audience:
         run_local(
             body,
             job.plan.strategy.degrees.world,
             log_dir=Path(options.run_dir) / "logs",
-            on_message=lambda _, message: _receive(message, progress, answers),
+            on_message=lambda _, message: audience.receive(message),
         )
-    return answers[0]
-
-
-def _receive(message: Mapping[str, Any], progress: Progress, answers: list[TrainSummary]) -> None:
-    if "step" in message:
-        progress.step(decode_step(message["step"]))
-    elif "say" in message:
-        progress.say(message["say"])
-    elif "summary" in message:
-        answers.append(decode(TrainSummary, message["summary"], source="summary"))
-
-
-def decode_step(values: Mapping[str, Any]) -> StepMetrics:
-    """A step that came through a pipe; its loss may be NaN there."""
-    return StepMetrics(**{**values, "peak_memory_bytes": tuple(values["peak_memory_bytes"])})
+        return audience.summary()
 
 
 def _run_as_rank(
@@ -88,10 +76,11 @@ def _run_as_rank(
     """This process as one rank under torchrun; rank 0 sets the run up and shows its progress."""
     check_world(plan, int(os.environ["WORLD_SIZE"]))
     stop = catch_sigterm()
-    place = enter_group(device)
+    timeout_s = options.hang_timeout or group_timeout_s(plan)
+    place = enter_group(device, timeout_s)
+    roll_call = RollCall(timeout_s)
     first = dist.get_rank() == 0
     locks: list[int] = []
-    answers: list[TrainSummary] = []
 
     def set_up() -> dict[str, Any]:
         locks.append(lock_run_dir(Path(options.run_dir)))
@@ -99,56 +88,16 @@ def _run_as_rank(
 
     facts = agree(set_up, first_only=True)[0]
     job = Job(plan, options, Setup(**{**facts, "remarks": tuple(facts["remarks"])}), started_s)
-    with Progress(0, options.steps, shown=shown and first) as progress:
-        train_rank(job, place, lambda message: _receive(message, progress, answers), stop)
+    try:
+        with Audience(plan, options, shown=shown and first) as audience:
+            train_rank(job, place, audience.receive, stop)
+    except RuntimeError as error:
+        meaning = roll_call.explain(str(error))
+        if meaning is None:
+            raise
+        raise RunFailedError(meaning) from error
     dist.destroy_process_group()
-    return answers[0] if answers else None
-
-
-def pick_device(plan: Plan) -> str:
-    """`cpu` or `cuda`, as the plan's devices are. Raises InputError where this machine has none."""
-    names = {group.device.name for group in plan.cluster.groups}
-    if names == {"cpu"}:
-        return "cpu"
-    # The count comes from the driver's library and leaves CUDA alone, so forking stays possible.
-    if torch.cuda.device_count() == 0:
-        raise InputError(
-            Problem(
-                where="cluster",
-                fault=f"the plan is for {', '.join(sorted(names))}; this machine has no CUDA device.",
-                fix="run it there, or solve again with --cluster local:4 for processes on this CPU",
-            )
-        )
-    return "cuda"
-
-
-def check_world(plan: Plan, world: int) -> None:
-    """Raises InputError where torchrun started another number of ranks than the plan needs."""
-    needed = plan.strategy.degrees.world
-    if world != needed:
-        raise InputError(
-            Problem(
-                where="WORLD_SIZE",
-                fault=f"torchrun started {world} ranks, but the plan ({plan.strategy.degrees.label()}) "
-                f"needs {needed}.",
-                legal=str(needed),
-                fix=f"start {needed} ranks, or solve again for {world} devices",
-            )
-        )
-
-
-def _check_fits_here(plan: Plan, device: str) -> None:
-    needed = plan.strategy.degrees.world
-    here = torch.cuda.device_count() if device == "cuda" else needed
-    if here < needed:
-        raise InputError(
-            Problem(
-                where="cluster",
-                fault=f"the plan needs {needed} devices; this machine has {here}.",
-                fix="start it on every node: torchrun --nnodes N --nproc-per-node "
-                f"{plan.cluster.devices_per_node} --rdzv-endpoint HOST:PORT -m runtime.train PLAN ...",
-            )
-        )
+    return audience.summary() if first else None
 
 
 if __name__ == "__main__":

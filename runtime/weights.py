@@ -25,13 +25,16 @@ class Weight:
 
     `shard` is what the optimizer updates: it shares the memory of the parameter's local part, or is its
     master in host memory, which `host` keeps. `share` is 1 over the number of ranks of the world that hold
-    the same element, 0 for a copy that another stage counts.
+    the same element, 0 for a copy that another stage counts. `gradient_scale` makes the mean over the ranks
+    that FSDP averages the mean over replicas: routed experts are on fewer ranks, to which others' tokens
+    come.
     """
 
     name: str
     parameter: nn.Parameter
     shard: nn.Parameter
     share: float
+    gradient_scale: float = 1.0
     host: HostWeight | None = None
 
     @property
@@ -62,6 +65,11 @@ class Weight:
         if local.dim() == 0:
             return local
         return like(self.parameter, local, reduced=REDUCED.get(key))
+
+
+def on_axis(parameter: Tensor, axis: str) -> bool:
+    """Whether a parameter lives on a mesh with this axis."""
+    return isinstance(parameter, DTensor) and axis in (parameter.device_mesh.mesh_dim_names or ())
 
 
 def split_dim(placement: Placement) -> int | None:

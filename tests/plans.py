@@ -11,6 +11,7 @@ from planner.estimate import Coverage, Estimate, MemoryBreakdown, StageEstimate,
 from planner.feed_forward import Activation, Experts, Mlp
 from planner.model import Block, ModelSpec, Norm, Segment
 from planner.plan import Plan
+from planner.routing import Routing, Score
 from planner.strategy import AXES, Degrees, Recompute, RecomputeCounts, Stage, Strategy, even_stages
 from planner.workload import Adapters, Method, Optimizer, Precision, Workload
 
@@ -72,6 +73,26 @@ def tiny_mixtral(*, layers: int = 4, hidden: int = 32, vocab: int = 64, **change
     mlp = dataclasses.replace(Experts(count=8, topk=2, expert=expert), **changes)  # type: ignore[arg-type]
     segments = (Segment(block=dataclasses.replace(block, mlp=mlp), count=layers),)
     return dataclasses.replace(dense, name="tiny-mixtral", model_type="mixtral", segments=segments)
+
+
+def tiny_deepseek_experts(*, layers: int = 4) -> ModelSpec:
+    """The same with DeepSeek-V3's routing, and shared experts whose result is gated."""
+    return tiny_mixtral(
+        layers=layers,
+        topk=3,
+        shared=Mlp(width=32, gated=True, activation=Activation.SILU),
+        shared_gate=True,
+        routing=Routing(
+            score=Score.SIGMOID,
+            scale=2.5,
+            groups=4,
+            chosen_groups=2,
+            group_experts=2,
+            corrected=True,
+            bias_speed=0.01,
+            aux_loss=0.02,
+        ),
+    )
 
 
 def split(*sizes: int, recompute: Recompute = Recompute.NONE) -> tuple[Stage, ...]:

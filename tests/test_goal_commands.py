@@ -142,7 +142,6 @@ def test_engines_have_prices_of_their_own() -> None:
         ("deepspeed", ("pp=2", "zero=3"), "deepspeed_pipeline_sharding"),
         ("megatron", ("pp=2", "schedule=gpipe"), "megatron_schedule"),
         ("torchtitan", ("zero=1",), "torchtitan_sharding"),
-        ("native", ("ep=2",), "native_axes"),
         ("deepspeed", ("recompute=selective",), "deepspeed_recompute"),
     ],
 )

@@ -26,7 +26,7 @@ HEAVY = {
     "altair",
     "plotly",
 }
-MEETS_RUNTIME = {"profile", "train", "demo", "rehearse", "trace"}
+MEETS_RUNTIME = {"profile", "train", "demo", "rehearse", "trace", "export_weights"}
 """Commands whose bodies may import runtime; nothing else in planner may."""
 
 LAYERS = (

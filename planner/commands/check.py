@@ -20,14 +20,12 @@ def check(plan_file: Path, as_json: bool) -> None:
     one of them does not hold.
     """
     from planner.errors import CheckError
-    from planner.execution import axes_not_executed, not_executed, offload_not_executed
+    from planner.execution import not_executed, offload_not_executed
     from planner.plan import load_plan
     from planner.plan_check import check_plan
 
     plan = load_plan(plan_file)
-    degrees = plan.strategy.degrees
-    missing = not_executed(plan.model) + axes_not_executed(degrees)
-    missing += offload_not_executed(plan.strategy)
+    missing = not_executed(plan.model) + offload_not_executed(plan.strategy)
     checks = check_plan(plan)
     if as_json:
         print_json(

@@ -198,7 +198,7 @@ def _other_plans(problem: PlanningProblem, chosen: Plan) -> list[Plan]:
 
 
 def _train(plan: Plan, run_dir: Path, cache: Path, steps: int) -> _Run:
-    from runtime.data import TokenizerKind
+    from runtime.data.prepare import DataOptions
     from runtime.options import TrainOptions
     from runtime.train import run_training
 
@@ -206,7 +206,7 @@ def _train(plan: Plan, run_dir: Path, cache: Path, steps: int) -> _Run:
         steps=steps,
         run_dir=str(run_dir),
         data_cache=str(cache),
-        tokenizer=TokenizerKind.BYTE,
+        data=DataOptions(tokenizer="byte"),
         lr=LEARNING_RATE,
         warmup=WARMUP,
     )

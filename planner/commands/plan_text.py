@@ -82,7 +82,6 @@ def _time(plan: Plan) -> str:
 
 def _figures(plan: Plan, basis: str) -> str:
     from planner.execution import (
-        axes_not_executed,
         not_executed,
         not_executed_workload,
         offload_not_executed,
@@ -91,7 +90,6 @@ def _figures(plan: Plan, basis: str) -> str:
 
     e = plan.estimate
     missing = not_executed(plan.model) + not_executed_workload(plan.model, plan.workload)
-    missing += axes_not_executed(plan.strategy.degrees)
     missing += offload_not_executed(plan.strategy)
     low, high = e.step_time_interval_s
     share = {name: getattr(e.coverage, name) for name in type(e.coverage).__dataclass_fields__}

@@ -11,6 +11,7 @@ from planner.commands.options import json_option
 
 if TYPE_CHECKING:
     from planner.plan import Plan
+    from runtime.data.prepare import DataOptions
     from runtime.summary import TrainSummary
 
 
@@ -24,9 +25,21 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--data",
-    metavar="PATH",
-    help="A text file, or a folder of .txt. Default: the public-domain novel that ships with this program.",
+    metavar="PATH[:WEIGHT]",
+    multiple=True,
+    help="A text, .jsonl, .jsonl.gz, .parquet or .arrow file, a folder of them, or a folder of "
+    "`datasets.save_to_disk`. Repeatable, with weights for a mixture. Default: the public-domain novel "
+    "that ships with this program.",
 )
+@click.option(
+    "--text-key", default="text", show_default=True, metavar="KEY", help="The key or column with the text."
+)
+@click.option(
+    "--prompt-key",
+    metavar="KEY",
+    help="Fine-tuning: what is read, but not trained on. With --completion-key.",
+)
+@click.option("--completion-key", metavar="KEY", help="Fine-tuning: what is trained on. With --prompt-key.")
 @click.option(
     "--data-cache",
     metavar="DIR",
@@ -41,14 +54,22 @@ if TYPE_CHECKING:
 )
 @click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint in the run folder.")
 @click.option(
+    "--init-from",
+    metavar="FOLDER",
+    help="Begin with the weights of a Hugging Face folder (*.safetensors), not with random ones.",
+)
+@click.option(
     "--seed", default=0, show_default=True, metavar="N", help="Of the weights and the data's order."
 )
 @click.option(
     "--tokenizer",
-    type=click.Choice(["bpe", "byte"]),
     default="bpe",
     show_default=True,
-    help="Byte pairs merged up to the model's vocabulary, or plain bytes.",
+    metavar="bpe|byte|PATH",
+    help="Byte pairs merged up to the model's vocabulary, plain bytes, or a tokenizer.json or its folder.",
+)
+@click.option(
+    "--end-of-text", metavar="TOKEN", help="The token that ends a document. Default: as the tokenizer says."
 )
 @click.option(
     "--checkpoint-every",
@@ -82,6 +103,31 @@ if TYPE_CHECKING:
 @click.option(
     "--lora-alpha", type=float, metavar="A", help="Adapters count A / rank times. Default: twice the rank."
 )
+@click.option(
+    "--hang-timeout",
+    type=float,
+    metavar="SECONDS",
+    help="A rank that does not answer for so long ends the run. Default: by the predicted step time.",
+)
+@click.option("--any-device", is_flag=True, help="Run it on other devices than it was made for.")
+@click.option(
+    "--log",
+    multiple=True,
+    type=click.Choice(["tensorboard", "wandb", "mlflow"]),
+    help="A tracker beside metrics.jsonl. Repeatable.",
+)
+@click.option(
+    "--profile-steps",
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Steps that torch's profiler traces, into RUN_DIR/profile.",
+)
+@click.option(
+    "--memory-snapshot",
+    is_flag=True,
+    help="Write the allocations of a step to RUN_DIR/memory.",
+)
 @json_option
 def train(plan_file: Path, steps: int | None, as_json: bool, **given: Any) -> int:
     """Execute a plan on real ranks: train, checkpoint, log, resume.
@@ -94,7 +140,6 @@ def train(plan_file: Path, steps: int | None, as_json: bool, **given: Any) -> in
     from planner.commands.with_torch import require_torch
     from planner.execution import (
         check_executed,
-        check_executed_axes,
         check_executed_offload,
         check_executed_workload,
     )
@@ -105,16 +150,14 @@ def train(plan_file: Path, steps: int | None, as_json: bool, **given: Any) -> in
     plan = load_plan(plan_file)
     check_executed(plan.model, "train")
     check_schedule_table(plan)
-    check_executed_axes(plan.strategy.degrees)
     check_executed_offload(plan.strategy)
     check_executed_workload(plan.model, plan.workload, plan.strategy.degrees)
 
     from planner.codec import encode
-    from runtime.data import TokenizerKind
     from runtime.options import TrainOptions
     from runtime.train import run_training
 
-    given["tokenizer"] = TokenizerKind(given["tokenizer"])
+    given["data"] = _data_options(given)
     options = TrainOptions(steps=steps if steps is not None else _all_steps(plan), **given)
     summary = run_training(plan, options)
     if summary is None:  # another rank than 0 under torchrun
@@ -124,6 +167,20 @@ def train(plan_file: Path, steps: int | None, as_json: bool, **given: Any) -> in
     else:
         click.echo(_report(summary, options.run_dir))
     return 4 if summary.executed_differences else 0
+
+
+def _data_options(given: dict[str, Any]) -> DataOptions:
+    """The options that are about data, taken out of all that were given."""
+    from runtime.data.documents import Columns
+    from runtime.data.prepare import DataOptions
+
+    text, prompt, completion = (given.pop(f"{name}_key") for name in ("text", "prompt", "completion"))
+    return DataOptions(
+        data=given.pop("data"),
+        tokenizer=given.pop("tokenizer"),
+        end_of_text=given.pop("end_of_text"),
+        columns=Columns(text=text, prompt=prompt, completion=completion),
+    )
 
 
 def _all_steps(plan: Plan) -> int:
@@ -171,6 +228,10 @@ def _report(summary: TrainSummary, run_dir: str) -> str:
         ("executed", f"NOT as planned: {differences}" if differences else "as planned (read back)"),
         ("steps", f"{summary.first_step} to {summary.last_step} ({summary.status})"),
         ("loss", f"{_loss(summary.first_loss)} -> {_loss(summary.last_loss)}"),
+        (
+            "MFU",
+            "unknown (no peak is known for this device)" if summary.mfu is None else f"{summary.mfu:.1%}",
+        ),
         ("goodput", f"{summary.goodput:.1%} of {format_seconds(summary.wall_s)}"),
         ("cost", None if summary.cost_usd is None else f"${summary.cost_usd:,.2f}"),
         ("data", summary.data),
@@ -178,7 +239,23 @@ def _report(summary: TrainSummary, run_dir: str) -> str:
         ("checkpoints took", format_seconds(summary.checkpoint_wait_s)),
         ("run folder", run_dir),
     ]
+    rows += _cause_rows(summary)
     return pairs(facts) + "\n\n" + table(("", "predicted", "measured", "error"), rows)
+
+
+def _cause_rows(summary: TrainSummary) -> list[tuple[str, str, str, str]]:
+    """Where the recorded step's time went, the mean of all ranks, beside the prediction."""
+    from planner.units import format_seconds
+
+    ranks, predicted = summary.causes_by_rank, summary.predicted_causes
+    rows = []
+    for cause in ("compute", "wait", "gradient_sums", "optimizer"):
+        seconds = [getattr(rank, f"{cause}_s") for rank in ranks]
+        measured = format_seconds(sum(seconds) / len(seconds)) if seconds else "-"
+        rows.append(
+            (f"  {cause.replace('_', ' ')}", format_seconds(getattr(predicted, f"{cause}_s")), measured, "")
+        )
+    return rows
 
 
 def _loss(value: float | None) -> str:

@@ -29,7 +29,7 @@ from planner.strategy import Degrees
 def spreads_experts(layer: Layer, degrees: Degrees) -> bool:
     """Whether a layer's experts are shared out otherwise than its other weights."""
     own = isinstance(layer, Block) and isinstance(layer.mlp, Experts)
-    return own and (degrees.ep > 1 or degrees.expert_tp != degrees.tp)
+    return own and degrees.spreads_experts
 
 
 def distinct_parts(count: int, topk: int, parts: int) -> float:

@@ -17,11 +17,13 @@ from planner.traced import TracedLayer
 def summed_sublayers(layer: Layer, degrees: Degrees) -> int:
     """Sublayers of a block whose results tensor parallelism sums over its ranks.
 
-    Experts that are shared out in their own way are not among them, unless shared experts are beside.
+    Experts that are shared out in their own way are not among them where each rank sends its own tokens,
+    unless shared experts are beside.
     """
     if isinstance(layer, TracedLayer):
         return 0
     apart = isinstance(layer.mlp, Experts) and not layer.mlp.shared and spreads_experts(layer, degrees)
+    apart = apart and degrees.sequence_parallel
     return layer.sublayers - apart
 
 

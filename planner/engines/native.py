@@ -7,7 +7,6 @@ from planner.estimate import Rejected
 from planner.execution import (
     EXECUTED_TYPES,
     WORKLOADS_EXECUTED,
-    axes_not_executed,
     context_not_executed,
     not_executed,
     not_executed_workload,
@@ -21,27 +20,17 @@ MOST_TP = 64
 """Larger tensor-parallel degrees are not named as legal: no node has as many devices."""
 
 
-def native_axes(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
-    """The runtime has tensor, context, pipeline and data parallelism."""
-    faults = axes_not_executed(degrees)
-    if problem.model.experts and degrees.tp > 1:
-        faults.append(f"it splits experts by tensor parallelism ({degrees.tp})")
-    context = context_not_executed(problem.model, degrees)
-    if context:
-        return Rejected(
-            rule="native_context",
-            detail=f"cp={degrees.cp} by {degrees.cp_exchange} meets keys block by block in the native "
-            f"runtime, and {'; '.join(context)}.",
-            legal="cp=1, or cp_exchange=all_to_all",
-            fix="--fix cp_exchange=all_to_all",
-        )
+def native_context(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """Ranks that share out a sequence meet keys block by block."""
+    faults = context_not_executed(problem.model, degrees)
     if not faults:
         return None
     return Rejected(
-        rule="native_axes",
-        detail=f"the native runtime cannot spread a step so: {'; '.join(faults)}.",
-        legal="ep=1 and no etp",
-        fix="--fix ep=1",
+        rule="native_context",
+        detail=f"cp={degrees.cp} by {degrees.cp_exchange} meets keys block by block in the native "
+        f"runtime, and {'; '.join(faults)}.",
+        legal="cp=1, or cp_exchange=all_to_all",
+        fix="--fix cp_exchange=all_to_all",
     )
 
 
@@ -99,5 +88,5 @@ def native_offload(problem: PlanningProblem, strategy: Strategy) -> Rejected | N
     )
 
 
-NATIVE_RULES = (native_axes, native_vocabulary, native_workload, native_model)
+NATIVE_RULES = (native_context, native_vocabulary, native_workload, native_model)
 NATIVE_STRATEGY_RULES = (native_offload,)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from planner.strategy import Degrees, Zero
 from planner.workload import Precision
 from runtime.parallel.meshes import Meshes
 from runtime.precision import compute_dtype
+from runtime.transformer.experts import Experts
 
 
 def apply_data_parallel(
@@ -24,7 +28,23 @@ def apply_data_parallel(
     gathered parameters until the step's last backward pass; ZeRO 3 frees them after each use. Frozen weights
     have no gradient to reduce and no master: they belong to a unit under ZeRO 3 alone, which shards them.
     """
-    modules = unit if isinstance(unit, list) else [unit]
+    _wrap(unit if isinstance(unit, list) else [unit], degrees, precision, meshes.data)
+
+
+def apply_expert_data_parallel(
+    part: nn.Module, degrees: Degrees, precision: Precision, meshes: Meshes
+) -> None:
+    """Makes routed experts a unit of their own where they are on meshes of their own, even of one rank.
+
+    FSDP then averages their gradients over `expert_replicas`; the executor makes that the mean over tokens.
+    """
+    if meshes.experts is not None:
+        for module in part.modules():
+            if isinstance(module, Experts):
+                _wrap([module], degrees, precision, meshes.experts.data)
+
+
+def _wrap(modules: list[nn.Module], degrees: Degrees, precision: Precision, data: DeviceMesh) -> None:
     parameters = [parameter for module in modules for parameter in module.parameters()]
     apart = {p for p in parameters if not p.requires_grad and degrees.zero is not Zero.PARAMETERS}
     if len(apart) == len(set(parameters)):
@@ -38,13 +58,27 @@ def apply_data_parallel(
     if degrees.zero is not Zero.NONE:
         fully_shard(
             modules,
-            mesh=meshes.data,
+            mesh=data,
             reshard_after_forward=degrees.zero is Zero.PARAMETERS,
+            shard_placement_fn=partial(_expert_placement, data.size(-1)),
             mp_policy=policy,
             ignored_params=apart or None,
         )
-    elif degrees.replicas > 1 or precision is not Precision.FP32:
-        replicate(modules, mesh=meshes.data, mp_policy=policy, ignored_params=apart or None)
+    elif max(degrees.replicas, degrees.expert_replicas) > 1 or precision is not Precision.FP32:
+        replicate(modules, mesh=data, mp_policy=policy, ignored_params=apart or None)
+
+
+def _expert_placement(ranks: int, parameter: nn.Parameter) -> Shard | None:
+    """Stacked experts that do not divide over the ranks are split along the hidden size, which tensor
+    parallelism leaves whole: else few ranks would hold whole experts, and the others none."""
+    local: Tensor = parameter
+    split: set[int] = set()
+    if isinstance(parameter, DTensor):
+        local, split = parameter.to_local(), {p.dim for p in parameter.placements if isinstance(p, Shard)}
+    if local.dim() != 3 or local.shape[0] % ranks == 0:
+        return None
+    free = (dim for dim in (2, 1) if dim not in split and local.shape[dim] % ranks == 0)
+    return next((Shard(dim) for dim in free), None)
 
 
 def set_unit(unit: FSDPModule, *, reduce: bool, reshard: bool) -> None:

@@ -12,6 +12,18 @@ from planner.strategy import AXES, Degrees, Zero
 
 
 @dataclass(frozen=True)
+class ExpertMeshes:
+    """The slices that this rank belongs to of the grid (pp, edp_replicate, edp_shard, ep, etp)."""
+
+    ep: DeviceMesh
+    etp: DeviceMesh
+    both: DeviceMesh
+    """ep x etp: the ranks that hold all experts once."""
+    data: DeviceMesh
+    """The ranks that share out or copy this rank's experts: edp_replicate x edp_shard or one of these."""
+
+
+@dataclass(frozen=True)
 class Meshes:
     """The rank grid, and the slices of it that this rank belongs to."""
 
@@ -22,6 +34,8 @@ class Meshes:
     data: DeviceMesh
     """The ranks that share out or copy this rank's weights: dp_replicate x dp_shard or one of these alone,
     with cp folded into the last."""
+    experts: ExpertMeshes | None = None
+    """None where experts are shared out as all other weights are."""
 
 
 def build_meshes(plan: Plan, device_type: str) -> Meshes:
@@ -50,7 +64,20 @@ def meshes_of(degrees: Degrees, device_type: str) -> Meshes:
         pp=world["pp"],
         cp=world["cp"],
         data=weights[names] if len(names) > 1 else weights[names[0]],
+        experts=_expert_meshes(degrees, device_type) if degrees.spreads_experts else None,
     )
+
+
+def _expert_meshes(degrees: Degrees, device_type: str) -> ExpertMeshes:
+    """The same ranks in the same order as the grid of experts."""
+    replicas = degrees.expert_replicas // degrees.expert_shards
+    shape = (degrees.pp, replicas, degrees.expert_shards, degrees.ep, degrees.expert_tp)
+    axes = ("pp", "edp_replicate", "edp_shard", "ep", "etp")
+    world = init_device_mesh(device_type, shape, mesh_dim_names=axes)
+    data = world["edp_replicate"] if degrees.zero is Zero.NONE else world["edp_shard"]
+    if degrees.zero is not Zero.NONE and replicas > 1:
+        data = world["edp_replicate", "edp_shard"]
+    return ExpertMeshes(ep=world["ep"], etp=world["etp"], both=world["ep", "etp"], data=data)
 
 
 def _folded(degrees: Degrees, device_type: str) -> DeviceMesh:

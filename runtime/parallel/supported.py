@@ -5,7 +5,6 @@ from __future__ import annotations
 from planner.errors import InputError, Problem
 from planner.execution import (
     WORKLOADS_EXECUTED,
-    check_executed_axes,
     check_executed_offload,
     context_not_executed,
     executed_widths,
@@ -15,16 +14,23 @@ from planner.execution import (
 from planner.model import ModelSpec
 from planner.plan import Plan
 from planner.schedule_check import check_schedule_table
-from planner.spread_rules import context_divides, context_heads
+from planner.spread_rules import (
+    context_divides,
+    context_heads,
+    experts_divide,
+    experts_need_sequence_parallel,
+    experts_within_replicas,
+)
 from planner.strategy import AXES, Degrees, Zero
 from planner.workload import Optimizer
+
+EXPERT_RULES = (experts_divide, experts_within_replicas, experts_need_sequence_parallel)
 
 
 def check_supported(plan: Plan) -> None:
     """Raises InputError with every part of the plan that this runtime cannot execute."""
     degrees = plan.strategy.degrees
     check_schedule_table(plan)
-    check_executed_axes(degrees)
     check_executed_offload(plan.strategy)
     problems = [*_degree_problems(plan, degrees), *_tensor_problems(plan.model, plan.workload.seq, degrees)]
     problems += _context_problems(plan)
@@ -34,9 +40,6 @@ def check_supported(plan: Plan) -> None:
 
 def _degree_problems(plan: Plan, degrees: Degrees) -> list[Problem]:
     found = []
-    if degrees.ep != 1:
-        fault = f"is {degrees.ep}; this runtime executes 1 only."
-        found.append(Problem(where="strategy.ep", fault=fault, legal="1"))
     found += [
         Problem(where="workload", fault=f"cannot be trained: {fault}.", legal=WORKLOADS_EXECUTED)
         for fault in (
@@ -55,9 +58,12 @@ def _degree_problems(plan: Plan, degrees: Degrees) -> list[Problem]:
                 legal="zero=0 with dp_shard=1, zero=1, 2 or 3 with dp_shard x cp over 1",
             )
         )
-    if plan.model.experts and degrees.tp > 1:
-        fault = f"is {degrees.tp}: this runtime does not split experts yet."
-        found.append(Problem(where="strategy.tp", fault=fault, legal="1"))
+    broken = (rule(plan.problem, degrees) for rule in EXPERT_RULES)
+    found += [
+        Problem(where="strategy", fault=each.detail, legal=each.legal, fix=each.fix)
+        for each in broken
+        if each is not None
+    ]
     if degrees.chunks > 1 and degrees.pp == 1:
         fault = f"is {degrees.chunks} with pp=1: chunks of one rank would be one stage."
         found.append(Problem(where="strategy.chunks", fault=fault, legal="1"))

@@ -19,8 +19,10 @@ from torch.distributed.tensor.parallel import (
 )
 
 from planner.strategy import Degrees
+from runtime.parallel.expert import mixtures, shared_expert_plan
 from runtime.parallel.meshes import Meshes, mesh_axes
 from runtime.transformer.block import Block
+from runtime.transformer.experts import MixtureOfExperts
 from runtime.transformer.head import Head
 from runtime.transformer.latent import LatentAttention
 from runtime.transformer.norms import WidthNorm
@@ -37,7 +39,7 @@ def apply_tensor_parallel(name: str, part: nn.Module, degrees: Degrees, meshes: 
         return
     between = Shard(1) if degrees.sequence_parallel else Replicate()
     if isinstance(part, Block):
-        plan: ParallelStyle | dict[str, ParallelStyle] = _block_plan(part, between)
+        plan: ParallelStyle | dict[str, ParallelStyle] = _block_plan(part, between, degrees)
     elif name == "tok_embeddings":
         plan = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
     elif isinstance(part, Head):
@@ -69,7 +71,7 @@ class _Finished(Function):
         return grads[0]
 
 
-def _block_plan(block: Block, between: Shard | Replicate) -> dict[str, ParallelStyle]:
+def _block_plan(block: Block, between: Shard | Replicate, degrees: Degrees) -> dict[str, ParallelStyle]:
     """Columns of the projections that widen, rows of those that narrow; one gather for each pair."""
     whole = Replicate()
     plan: dict[str, ParallelStyle] = {
@@ -77,12 +79,17 @@ def _block_plan(block: Block, between: Shard | Replicate) -> dict[str, ParallelS
             input_layouts=(between, None, None), desired_input_layouts=(whole, None, None)
         ),
         "attention.wo": RowwiseParallel(output_layouts=between),
+    }
+    latent = isinstance(block.attention, LatentAttention)
+    plan |= _latent_plan(block.attention) if latent else _heads_plan(block.attention)
+    if isinstance(block.mlp, MixtureOfExperts):
+        below = shared_expert_plan(block.mlp, between, degrees)
+        return plan | {f"mlp.{name}".removesuffix("."): style for name, style in below.items()}
+    plan |= {
         "mlp": PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(whole,)),
         "mlp.up": ColwiseParallel(),
         "mlp.down": RowwiseParallel(output_layouts=between),
     }
-    latent = isinstance(block.attention, LatentAttention)
-    plan |= _latent_plan(block.attention) if latent else _heads_plan(block.attention)
     if block.mlp.gate is not None:
         plan["mlp.gate"] = ColwiseParallel()
     return plan
@@ -141,6 +148,14 @@ def _place(module: nn.Module, mesh: DeviceMesh, placement: Shard | Replicate) ->
     return module
 
 
-def whole_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that tensor parallelism left whole on every rank of the tp axis."""
-    return [p for p in model.parameters() if not (isinstance(p, DTensor) and "tp" in mesh_axes(p))]
+def partial_parameters(model: nn.Module, degrees: Degrees) -> list[nn.Parameter]:
+    """Parameters that are whole on every rank of tp, whose gradient is a partial sum over it.
+
+    Those that saw a slice of the sequence; and those of routers, which weigh what each rank has of an
+    expert's result, or see the tokens of a slice.
+    """
+    if degrees.tp == 1:
+        return []
+    roots = [model] if degrees.sequence_parallel else mixtures(model)
+    found = {id(p): p for root in roots for p in root.parameters()}
+    return [p for p in found.values() if not (isinstance(p, DTensor) and {"tp", "etp"} & set(mesh_axes(p)))]

@@ -1,8 +1,7 @@
 """A mixture of experts: each token meets the few experts that a router chooses, and all shared ones.
 
-Shapes: B micro-batch, S sequence, H hidden (of the routed experts: their latent, where there is one), F width
-of an expert, E experts, K experts a token, T tokens, R rows: one for each token and each of its experts, in
-the order of experts.
+Shapes: B micro-batch, S sequence, H hidden, F width of an expert, E experts, K experts a token, T tokens, and
+R rows: one for each token and each of its experts, in the order of experts.
 """
 
 from __future__ import annotations
@@ -23,7 +22,12 @@ from runtime.transformer.router import Router
 
 
 class Dispatch(Protocol):
-    """Takes rows to where their experts are, and results back."""
+    """Takes tokens to where their experts are, and results back."""
+
+    def gather(
+        self, tokens_th: Tensor, weights_tk: Tensor, chosen_tk: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens that this rank makes rows of, with weights and experts."""
 
     def send(self, rows_rh: Tensor, counts_e: Tensor) -> tuple[Tensor, Tensor, Any]:
         """The rows that the experts of this rank compute, how many each has, and what `take_back` needs."""
@@ -31,15 +35,26 @@ class Dispatch(Protocol):
     def take_back(self, rows_rh: Tensor, sent: Any) -> Tensor:
         """The result of each row that this rank had sent, in the order of sending."""
 
+    def scatter(self, out_th: Tensor) -> Tensor:
+        """The results of this rank's own tokens, of those that `gather` gave."""
+
 
 class AllHere:
     """The dispatch of a rank that holds all experts."""
+
+    def gather(
+        self, tokens_th: Tensor, weights_tk: Tensor, chosen_tk: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return tokens_th, weights_tk, chosen_tk
 
     def send(self, rows_rh: Tensor, counts_e: Tensor) -> tuple[Tensor, Tensor, Any]:
         return rows_rh, counts_e, None
 
     def take_back(self, rows_rh: Tensor, sent: Any) -> Tensor:
         return rows_rh
+
+    def scatter(self, out_th: Tensor) -> Tensor:
+        return out_th
 
 
 class MixtureOfExperts(nn.Module):
@@ -52,15 +67,12 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.spec = spec
         self.router = Router(hidden, spec)
-        bias, latent = spec.latent_bias, spec.latent
-        self.to_latent = nn.Linear(hidden, latent, bias=bias) if latent else None
-        self.from_latent = nn.Linear(latent, hidden, bias=bias) if latent else None
-        self.experts = Experts(latent or hidden, spec.count, spec.expert)
+        self.experts = Experts(hidden, spec.count, spec.expert)
         self.shared = Mlp(hidden, spec.shared) if spec.shared else None
         self.shared_gate = nn.Linear(hidden, 1, bias=False) if spec.shared_gate else None
         self.dispatch: Dispatch = AllHere()
-        self.enter: Callable[[Tensor], Tensor] = nn.Identity()
-        self.leave: Callable[[Tensor], Tensor] = nn.Identity()
+        self.enter: Callable[[Tensor], Tensor] = _unchanged
+        self.leave: Callable[[Tensor], Tensor] = _unchanged
 
     def forward(self, x_bsh: Tensor) -> Tensor:
         tokens_bsh = self.enter(x_bsh)
@@ -74,20 +86,23 @@ class MixtureOfExperts(nn.Module):
 
     def _routed(self, x_bsh: Tensor) -> Tensor:
         weights, chosen = self.router(x_bsh)
-        kept = self._kept(chosen)
-        tokens = (x_bsh if self.to_latent is None else self.to_latent(x_bsh)).flatten(0, 1)
-        rows, counts, places = _copies_by_expert(tokens, chosen.flatten(0, 1), kept, self.spec.count)
+        if self.spec.routing.capacity is not None:
+            chosen = self._with_drops(chosen, self.spec.routing.capacity)
+        tokens, weights, chosen = self.dispatch.gather(*(t.flatten(0, 1) for t in (x_bsh, weights, chosen)))
+        rows, counts, places = _copies_by_expert(tokens, chosen, self.spec)
         rows, counts, sent = self.dispatch.send(rows, counts)
         results = self.dispatch.take_back(self.experts(rows, counts), sent)
-        out = _weighed_sum(results, places, weights.flatten(0, 1)).view(*x_bsh.shape[:2], -1)
-        return out if self.from_latent is None else self.from_latent(out)
+        return self.dispatch.scatter(_weighed_sum(results, places, weights)).view_as(x_bsh)
 
-    def _kept(self, chosen_bsk: Tensor) -> Tensor | None:
-        """Which choices are within their expert's capacity, [B S, K]; None where nothing is dropped."""
-        capacity = self.spec.routing.capacity
-        if capacity is None:
-            return None
-        return within_capacity(chosen_bsk, self.spec.count, capacity).flatten(0, 1)
+    def _with_drops(self, chosen_bsk: Tensor, capacity: float) -> Tensor:
+        """The choices, those beyond an expert's capacity replaced by E."""
+        whole = self.router.whole_sequences(chosen_bsk)
+        kept = within_capacity(whole, self.spec.count, capacity)
+        return self.router.own_part(whole.where(kept, self.spec.count))
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def within_capacity(chosen_bsk: Tensor, experts: int, factor: float) -> Tensor:
@@ -160,17 +175,18 @@ def _grouped(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 def _copies_by_expert(
-    tokens_th: Tensor, chosen_tk: Tensor, kept_tk: Tensor | None, experts: int
+    tokens_th: Tensor, chosen_tk: Tensor, spec: ExpertsSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A row for every kept choice in the order of experts, how many each expert has, and the place of each
-    choice [T, K] among the rows: R for one that was dropped."""
-    keys = chosen_tk if kept_tk is None else chosen_tk.where(kept_tk, experts)
-    order = keys.flatten().argsort(stable=True)
-    counts = torch.bincount(keys.flatten(), minlength=experts)[:experts]
-    rows = order.numel() if kept_tk is None else int(counts.sum())
-    places = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    """A row for every choice in the order of experts, how many each expert has, and the place of each choice
+    [T, K] among the rows. Choices of E, which are dropped, have no row and the place R."""
+    keys = chosen_tk.flatten()
+    order = keys.argsort(stable=True)
+    counts = torch.bincount(keys, minlength=spec.count + 1)[: spec.count]
+    rows = len(order) if spec.routing.capacity is None else int(counts.sum())
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     places = places.clamp(max=rows).view_as(chosen_tk)
-    copies: Tensor = _Copies.apply(tokens_th, order[:rows] // chosen_tk.shape[1], places)  # type: ignore[no-untyped-call]
+    of_row = order[:rows] // chosen_tk.shape[1]
+    copies: Tensor = _Copies.apply(tokens_th, of_row, places)  # type: ignore[no-untyped-call]
     return copies, counts, places
 
 

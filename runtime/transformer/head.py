@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from runtime.transformer.loss import Passes, capped, cross_entropy
+from runtime.transformer.loss import IGNORED, Passes, capped, cross_entropy
 
 
 class Head(nn.Linear):
@@ -25,6 +25,8 @@ class Head(nn.Linear):
         self.between: Shard | Replicate = Replicate()
         self.passes: Passes | None = None
         self.gradient_scale = 1.0
+        self.counted: float | None = None
+        """What the sum of losses is divided by; None: the number of targets that count."""
 
     def shard(self, mesh: DeviceMesh, between: Shard | Replicate) -> None:
         """Leaves this rank its rows; hidden states are then laid out as `between` says."""
@@ -49,7 +51,7 @@ class Head(nn.Linear):
             # Each rank's gradient of the hidden states is a part of a sum.
             sliced = DTensor.from_local(x_bsh, self.mesh, [self.between], run_check=False)
             x_bsh = sliced.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-        return cross_entropy(
+        loss = cross_entropy(
             x_bsh.flatten(0, 1),
             weight,
             targets_bs.flatten(),
@@ -59,3 +61,4 @@ class Head(nn.Linear):
             passes=self.passes,
             scale=self.gradient_scale,
         )
+        return loss if self.counted is None else loss * ((targets_bs != IGNORED).sum() / self.counted)

@@ -18,7 +18,6 @@ RESIDUAL_OUTPUTS = (
     "mlp.down.weight",
     "mlp.shared.down.weight",
     "mlp.experts.down",
-    "mlp.from_latent.weight",
 )
 """Projections that write into the residual stream; their initial scale shrinks with depth (GPT-2 paper)."""
 

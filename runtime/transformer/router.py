@@ -26,7 +26,8 @@ class Router(nn.Module):
     `correction` is the bias of the choice (fp32, not trained). `counts` [E] are the tokens that chose each
     expert, dropped ones included, since they were last zeroed; a pass counts when it goes backward, so once
     however often recomputation runs it. `loss_scale` multiplies the router's own losses, as a step's loss is
-    divided by its micro-batches. `sequence_groups` are ranks that hold other tokens of the same sequences.
+    divided by its micro-batches. `sequence_groups` are ranks that hold other tokens of the same sequences,
+    and `positions` [S] those of all their tokens, rank after rank; None where they are in order.
     """
 
     counts: Tensor
@@ -39,6 +40,7 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.empty(spec.count)) if spec.router_bias else None
         self.loss_scale = 1.0
         self.sequence_groups: tuple[dist.ProcessGroup, ...] = ()
+        self.positions: Tensor | None = None
         self.register_buffer("counts", torch.zeros(spec.count), persistent=False)
         if spec.routing.corrected:
             self.register_buffer("correction", torch.zeros(spec.count))
@@ -61,6 +63,24 @@ class Router(nn.Module):
         counts = _count(chosen, self.experts)
         loss = self._loss(logits, scores, counts)
         return _Balanced.apply(weights, loss, counts.sum(0), self), chosen  # type: ignore[no-untyped-call]
+
+    def whole_sequences(self, x_bsk: Tensor) -> Tensor:
+        """Values of this rank's part of each sequence as those of whole sequences, in order of position."""
+        for group in self.sequence_groups:
+            parts = [torch.empty_like(x_bsk) for _ in range(group.size())]
+            dist.all_gather(parts, x_bsk.contiguous(), group=group)
+            x_bsk = torch.cat(parts, dim=1)
+        return (
+            x_bsk if self.positions is None else torch.empty_like(x_bsk).index_copy_(1, self.positions, x_bsk)
+        )
+
+    def own_part(self, x_bsk: Tensor) -> Tensor:
+        """The inverse of `whole_sequences`."""
+        if self.positions is not None:
+            x_bsk = x_bsk.index_select(1, self.positions)
+        for group in reversed(self.sequence_groups):
+            x_bsk = x_bsk.chunk(group.size(), dim=1)[group.rank()]
+        return x_bsk
 
     def _choose(self, scores_bse: Tensor) -> Tensor:
         """The best experts [B, S, K], of the best groups where experts are in groups."""

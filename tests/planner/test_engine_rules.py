@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from planner.attention import Attention, Reach, Span
 from planner.engine_rules import (
     ENGINE_RULES,
     ENGINE_SCHEDULES,
@@ -76,10 +77,21 @@ TP2 = Degrees(tp=2, dp_replicate=4)
 TWO_NODES = instances.cluster(nodes=2)
 ZERO3 = Degrees(dp_shard=8, zero=Zero.PARAMETERS)
 
+
+def windowed() -> PlanningProblem:
+    """The same with windows of 64 keys in every layer."""
+    block = instances.dense_block(64)
+    assert isinstance(block.mixer, Attention)
+    mixer = dataclasses.replace(block.mixer, span=Span(reach=Reach.WINDOW, size=64))
+    spec = instances.model(blocks=[dataclasses.replace(block, mixer=mixer)] * 4)
+    return held(N, instances.problem(of=spec, on=TWO_NODES))
+
+
 CASES = (
     Case(
-        "native_axes", N, Degrees(cp=2, dp_replicate=4), Degrees(ep=2, dp_replicate=8),
-        ("expert", "(2)", "ep=1"),
+        "native_context", N, Degrees(cp=2, dp_replicate=4, cp_exchange=CpExchange.ALL_TO_ALL),
+        Degrees(cp=2, dp_replicate=4), ("cp=2", "ring", "window of 64", "all_to_all"),
+        legal_problem=windowed(), illegal_problem=windowed(),
     ),
     Case(
         "native_workload", N, ZERO3, ZERO3, ("fp8", "multiple of 16", "bf16"),

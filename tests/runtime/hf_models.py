@@ -145,12 +145,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 """Keys of each config; a name is its model_type, and what is special behind a dash."""
 
 
-def make_model(name: str) -> Any:
+def make_model(name: str, **keys: Any) -> Any:
     """The model of transformers with random weights: norms and biases too, so that none may be forgotten."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(name.split("-")[0], **{**QUIET, **CONFIGS[name]})
+    config = AutoConfig.for_model(name.split("-")[0], **{**QUIET, **CONFIGS[name], **keys})
     generator = torch.Generator().manual_seed(11)
     make: Any = AutoModelForCausalLM.from_config
     model = make(config, attn_implementation="eager").eval()

@@ -32,7 +32,7 @@ from planner.strategy import (
     even_stages,
 )
 from planner.workload import Precision, Workload
-from tests.plans import local_cluster, make_plan, tiny_gpt2, tiny_llama
+from tests.plans import local_cluster, make_plan, tiny_deepseek_experts, tiny_gpt2, tiny_llama
 from tests.runtime.ranks import Trajectory, make_executor, on_ranks, single_process, train
 
 TOLERANCE = 1e-5
@@ -45,6 +45,7 @@ DRAWS = 40_000
 MODELS: Mapping[str, Callable[[int], ModelSpec]] = {
     "llama": lambda layers: tiny_llama(layers=layers),
     "gpt2": lambda layers: tiny_gpt2(layers=layers),
+    "experts": lambda layers: tiny_deepseek_experts(layers=layers),
 }
 
 CHOICES: Mapping[str, Sequence[Any]] = {

@@ -19,6 +19,7 @@ from runtime.local_ranks import join_group, run_local
 from runtime.optimizer import OptimizerOptions
 from runtime.transformer.initial import materialize
 from runtime.transformer.model import build_transformer
+from runtime.transformer.router import Router
 
 SEED = 7
 OPTIONS = OptimizerOptions(
@@ -90,6 +91,9 @@ def single_process(plan: Plan, steps: int, make: MakeOptimizers = by_adamw) -> T
     # The warm-up of 2 steps to 0.01, then a cosine over 6 steps to a tenth of it, written out.
     rates = (0.005, 0.01, 0.01, 0.0093971143, 0.00775, 0.0055)
     trajectory: Trajectory = []
+    chosen: dict[Router, list[torch.Tensor]] = {m: [] for m in model.modules() if isinstance(m, Router)}
+    for router, choices in chosen.items():
+        router.register_forward_hook(lambda _m, _in, out, choices=choices: choices.append(out[1]))
     for step in range(steps):
         tokens = batch_of(plan, step)
         logits = model(tokens[:, :-1])
@@ -101,5 +105,16 @@ def single_process(plan: Plan, steps: int, make: MakeOptimizers = by_adamw) -> T
             for group in optimizer.param_groups:
                 group["lr"] = rates[step]
             optimizer.step()
+        for router, choices in chosen.items():
+            balance(router, choices.pop())
         trajectory.append((loss.item(), norm.item()))
     return trajectory
+
+
+def balance(router: Router, chosen: torch.Tensor) -> None:
+    """What a step does to the correction of the choice: up where an expert had few tokens, else down."""
+    counts = [int((chosen == expert).sum()) for expert in range(router.experts)]
+    mean = sum(counts) / len(counts)
+    for expert, count in enumerate(counts if router.routing.corrected else ()):
+        step = router.routing.bias_speed
+        router.correction[expert] += step if count < mean else -step if count > mean else 0.0

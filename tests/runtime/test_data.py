@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 from planner.errors import InputError
-from runtime.data import (
-    BatchReader,
-    TokenizerKind,
-    open_data,
-    permute,
-    prepare_data,
-    shipped_corpus,
-    text_files,
-)
+from runtime.data.index import open_data
+from runtime.data.order import BatchReader, permute
+from runtime.data.prepare import DataOptions, prepare_data
+from runtime.data.sources import find_sources, shipped_corpus
 
 VOCAB = 300
+
+
+def prepare(data: Path | None, cache: Path, *, vocab: int = VOCAB, tokenizer: str = "bpe") -> Path:
+    given = () if data is None else (str(data),)
+    return prepare_data(DataOptions(data=given, tokenizer=tokenizer), vocab=vocab, cache=cache)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def index_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = (shipped_corpus() / "pride_and_prejudice.txt").read_text()[:40_000]
     (folder / "one.txt").write_text(text[:25_000])
     (folder / "two.txt").write_text(text[25_000:] + "é — ünïcode\n")
-    return prepare_data(folder, vocab=VOCAB, cache=folder / "cache")
+    return prepare(folder, folder / "cache")
 
 
 def _reader(index_path: Path, *, seed: int = 7, seq: int = 32, batch: int = 8) -> BatchReader:
@@ -50,7 +50,7 @@ def test_tokens_decode_to_the_text(index_path: Path) -> None:
 def test_byte_tokens_are_as_many_as_bytes(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("abc é\n" * 50)
-    data = open_data(prepare_data(file, vocab=256, cache=tmp_path / "c", kind=TokenizerKind.BYTE))
+    data = open_data(prepare(file, tmp_path / "c", vocab=256, tokenizer="byte"))
     assert data.index.tokens == file.stat().st_size
     assert len(np.unique(data.tokens)) == 7
 
@@ -58,12 +58,12 @@ def test_byte_tokens_are_as_many_as_bytes(tmp_path: Path) -> None:
 def test_prepared_data_is_used_again_and_follows_its_text(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("the cat sat on the mat\n" * 40)
-    first = prepare_data(file, vocab=300, cache=tmp_path / "c")
+    first = prepare(file, tmp_path / "c")
     stamp = first.with_suffix(".tokens").stat().st_mtime_ns
-    assert prepare_data(file, vocab=300, cache=tmp_path / "c") == first
+    assert prepare(file, tmp_path / "c") == first
     assert first.with_suffix(".tokens").stat().st_mtime_ns == stamp
     file.write_text("the dog sat on the mat\n" * 40)
-    assert prepare_data(file, vocab=300, cache=tmp_path / "c") != first
+    assert prepare(file, tmp_path / "c") != first
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 100, 1000])
@@ -92,7 +92,7 @@ def test_an_epoch_holds_every_sample_once_and_epochs_differ(index_path: Path) ->
     count = reader.epoch_samples
     first = [reader.sample(position) for position in range(count)]
     second = [reader.sample(position) for position in range(count, 2 * count)]
-    assert sorted(first) == sorted(second) == list(range(count))
+    assert sorted(first) == sorted(second) == [(0, sample) for sample in range(count)]
     assert first != second
 
 
@@ -140,7 +140,7 @@ def test_a_damaged_cache_is_made_again(index_path: Path) -> None:
     tokens = index_path.with_suffix(".tokens")
     whole = tokens.read_bytes()
     tokens.write_bytes(whole[:100])
-    assert prepare_data(index_path.parent.parent, vocab=VOCAB, cache=index_path.parent) == index_path
+    assert prepare(index_path.parent.parent, index_path.parent) == index_path
     assert tokens.read_bytes() == whole
 
 
@@ -153,21 +153,21 @@ def test_an_index_with_unknown_keys_is_refused(index_path: Path, tmp_path: Path)
 
 def test_faults_of_the_input_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file or folder"):
-        text_files(tmp_path / "missing")
-    with pytest.raises(InputError, match=r"holds no \.txt file"):
-        text_files(tmp_path)
+        find_sources((str(tmp_path / "missing"),))
+    with pytest.raises(InputError, match=r"holds no \.txt, .*\.parquet, \.arrow file"):
+        find_sources((str(tmp_path),))
     with pytest.raises(InputError, match=r"model\.vocab: is 100; byte-level tokens need 256"):
-        prepare_data(None, vocab=100, cache=tmp_path / "c")
+        prepare(None, tmp_path / "c", vocab=100)
     binary = tmp_path / "b.txt"
     binary.write_bytes(b"abc\xff\xfe")
     with pytest.raises(InputError, match="is not UTF-8 text"):
-        prepare_data(binary, vocab=300, cache=tmp_path / "c")
+        prepare(binary, tmp_path / "c")
 
 
 def test_text_shorter_than_a_sample_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("hello\n")
-    index = prepare_data(file, vocab=256, cache=tmp_path / "c", kind=TokenizerKind.BYTE)
+    index = prepare(file, tmp_path / "c", vocab=256, tokenizer="byte")
     with pytest.raises(InputError, match="holds 6 tokens; one sample needs 65"):
         BatchReader(data=open_data(index), seed=0, seq=64, batch=1)
 
@@ -175,4 +175,4 @@ def test_text_shorter_than_a_sample_is_refused(tmp_path: Path) -> None:
 def test_an_unwritable_cache_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="cannot be written"):
-        prepare_data(None, vocab=256, cache=tmp_path / "file", kind=TokenizerKind.BYTE)
+        prepare(None, tmp_path / "file", vocab=256, tokenizer="byte")

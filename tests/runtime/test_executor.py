@@ -141,7 +141,7 @@ def test_learning_rate_warms_up_then_falls_by_a_cosine() -> None:
 @pytest.mark.parametrize(
     ("degrees", "words"),
     [
-        (Degrees(ep=2), ["strategy: can be planned"]),
+        (Degrees(ep=2), ["strategy: ep=2 and etp=1 share out experts", "strategy: ep=2"]),
         (Degrees(cp=3), ["strategy.cp: cp=3 cannot split a sequence of 16"]),
         (
             Degrees(cp=16, cp_exchange=CpExchange.ALL_TO_ALL),

@@ -27,7 +27,6 @@ CASES = {
     "shared-gate": replace(PLAIN, shared=SWIGLU, shared_gate=True),
     "biases": replace(PLAIN, router_bias=True, expert=replace(SWIGLU, bias=True)),
     "not-gated": replace(PLAIN, expert=replace(SWIGLU, gated=False, activation=Activation.RELU2)),
-    "latent": replace(PLAIN, latent=8, latent_bias=True),
     "deepseek-v2": replace(PLAIN, routing=Routing(normalised=False, groups=4, chosen_groups=2)),
     "deepseek-v3": replace(
         PLAIN,
@@ -90,14 +89,13 @@ def by_hand(module: MixtureOfExperts, x_bsh: Tensor) -> Tensor:
         taken = dict.fromkeys(range(spec.count), 0)
         for s in range(SEQ):
             x = x_bsh[b, s]
-            routed = x if module.to_latent is None else module.to_latent(x)
-            total = torch.zeros_like(routed)
+            total = torch.zeros_like(x)
             for e, weight in choice_by_hand(module, x).items():
                 taken[e] += 1
                 if taken[e] <= capacity:
                     w = {name: p[e] for name, p in module.experts.named_parameters()}
-                    total += weight * mlp_by_hand(spec.expert, w, routed)
-            out[b, s] = total if module.from_latent is None else module.from_latent(total)
+                    total += weight * mlp_by_hand(spec.expert, w, x)
+            out[b, s] = total
             if module.shared is not None and spec.shared is not None:
                 w = {n.removesuffix(".weight"): p for n, p in module.shared.named_parameters()}
                 gate = 1.0 if module.shared_gate is None else (module.shared_gate.weight @ x).sigmoid()

@@ -8,10 +8,12 @@ import pytest
 
 from planner.arithmetic import Arithmetic, RopeKind, RopeScaling
 from planner.attention import Attention, LatentAttention, QkNorm, Reach, Span
+from planner.errors import InputError
 from planner.feed_forward import Activation, Mlp
 from planner.model import Block, ModelSpec, Norm, Segment
 from planner.plan import Plan
-from planner.strategy import Degrees, Recompute, Zero
+from planner.strategy import CpExchange, Degrees, Recompute, Zero
+from runtime.parallel.supported import check_supported
 from tests.plans import make_plan, split, tiny_llama
 from tests.runtime.ranks import make_executor, on_ranks, single_process, train
 
@@ -94,6 +96,8 @@ CASES: dict[str, Plan] = {
         batch8(tp=2, dp_shard=2, micro_batch=2, zero=Zero(3), **SP),
         split(3, recompute=Recompute.SELECTIVE),
     ),
+    "mla-ring": make_plan(DEEPSEEK, batch8(cp=2, micro_batch=4)),
+    "gemma-traded-heads": make_plan(GEMMA, batch8(cp=2, micro_batch=4, cp_exchange=CpExchange.ALL_TO_ALL)),
     "mla-pp2-uneven": make_plan(DEEPSEEK, batch8(pp=2, micro_batch=2), split(2, 1)),
 }
 
@@ -106,3 +110,10 @@ def test_losses_and_gradient_norms_are_those_of_one_process(name: str) -> None:
         lambda rank: train(make_executor(plan), 0, STEPS), plan.strategy.degrees.world
     ):
         assert [value for pair in trajectory for value in pair] == pytest.approx(expected, rel=1e-5)
+
+
+def test_windows_and_caps_are_not_met_block_by_block() -> None:
+    with pytest.raises(InputError) as caught:
+        check_supported(make_plan(GEMMA, batch8(cp=2, micro_batch=4)))
+    assert "attention reaches a window of 5 keys" in str(caught.value)
+    assert "scores are capped. Legal here: all_to_all" in str(caught.value)

@@ -15,7 +15,8 @@ from planner.strategy import Degrees, Schedule, Zero
 from runtime.checkpoint import save_checkpoint
 from runtime.checkpoint_reader import JsonLoadPlanner, SafetensorsReader
 from runtime.committed import find_checkpoint, load_index, step_folder
-from runtime.data import TokenizerKind, shipped_corpus
+from runtime.data.prepare import DataOptions
+from runtime.data.sources import shipped_corpus
 from runtime.exchange import own_rank
 from runtime.options import TrainOptions
 from runtime.session import restore, training_state
@@ -43,7 +44,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def _train(plan: Plan, text: str, run_dir: Path, steps: int, **given: Any) -> None:
     options = TrainOptions(
-        steps=steps, run_dir=str(run_dir), data=text, lr=1e-2, warmup=2, tokenizer=TokenizerKind.BYTE
+        steps=steps,
+        run_dir=str(run_dir),
+        data=DataOptions(data=(text,), tokenizer="byte"),
+        lr=1e-2,
+        warmup=2,
     )
     run_training(plan, replace(options, **given), shown=False)
 

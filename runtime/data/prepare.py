@@ -1,0 +1,244 @@
+"""From what `--data` names to a prepared data set: documents, tokens, index.
+
+Documents are packed: one after another, each ended by the end-of-text token, and cut into samples of equal
+length. Attention does not stop at their borders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from planner.codec import noun, to_json, write_atomic
+from planner.errors import InputError, Problem
+from runtime.data.documents import Columns, documents, needs_pyarrow
+from runtime.data.index import DATA_SCHEMA, DataIndex, DataPart, SourceText, describe_file, open_data
+from runtime.data.sources import DataFile, DataSource, find_sources, split_weight
+from runtime.data.tokenizer import Tokenizer, TokenizerChoice, choose_tokenizer, make_tokenizer
+from runtime.packages import require_package
+
+TRAINING_CHARACTERS = 1 << 28
+"""Byte pairs are learned from so much of the text at most: more changes few merges and takes memory."""
+BATCH_CHARACTERS = 1 << 22
+"""Text is encoded in batches of about this size, which the tokenizer spreads over its threads."""
+
+
+@noun
+class DataOptions:
+    """What `plan train` is told of its data: sources as `PATH[:WEIGHT]`, the tokenizer, and the columns."""
+
+    data: tuple[str, ...] = ()
+    tokenizer: str = "bpe"
+    end_of_text: str | None = None
+    columns: Columns = Columns()
+
+
+def prepare_data(options: DataOptions, *, vocab: int, cache: Path) -> Path:
+    """The index of the tokenized data set, made in the folder `cache` if it is not there already.
+
+    Raises InputError where data is missing, empty or broken, where the tokenizer does not fit the
+    vocabulary, or where the disk is full.
+    """
+    columns = options.columns
+    if (columns.prompt is None) != (columns.completion is None):
+        raise InputError(
+            Problem(
+                where="--prompt-key, --completion-key", fault="only one of the two is given.", fix="give both"
+            )
+        )
+    choice = choose_tokenizer(options.tokenizer, vocab, options.end_of_text)
+    sources = find_sources(options.data)
+    parts = _parts(sources)
+    files = [file for _, own in parts for file in own]
+    if needs_pyarrow(files):
+        require_package("pyarrow", "data", f"reading {files[0].name}")
+    described = tuple(describe_file(Path(file.path), file.name) for file in files)
+    digest = _digest(parts, described, choice, columns, vocab)
+    index_path = cache / f"{digest[:16]}.json"
+    if not _usable(index_path, digest):
+        _build(_Work(parts, described, choice, columns, vocab, digest), index_path)
+    return index_path
+
+
+def data_weights(options: DataOptions) -> tuple[float, ...]:
+    """The weights of the parts of the data that `prepare_data` makes; none where there is one part."""
+    weights = [split_weight(text)[1] for text in options.data]
+    return tuple(w for w in weights if w is not None) if len(weights) > 1 else ()
+
+
+Parts = list[tuple[str, tuple[DataFile, ...]]]
+
+
+def _parts(sources: tuple[DataSource, ...]) -> Parts:
+    """Sources with weights are read apart; without, all of them are one part."""
+    if len(sources) > 1 and sources[0].weight is not None:
+        return [(source.name, source.files) for source in sources]
+    return [(sources[0].name, tuple(file for source in sources for file in source.files))]
+
+
+def _digest(
+    parts: Parts,
+    described: tuple[SourceText, ...],
+    choice: TokenizerChoice,
+    columns: Columns,
+    vocab: int,
+) -> str:
+    facts = [DATA_SCHEMA, choice.digest, vocab, *columns.names, [len(files) for _, files in parts]]
+    lines = [*map(str, facts), *(f"{source.sha256} {source.bytes}" for source in described)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _usable(index_path: Path, digest: str) -> bool:
+    """Whether a whole data set of this digest lies in the cache; a damaged one is made again."""
+    try:
+        return open_data(index_path).index.digest == digest
+    except InputError:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What is to be made."""
+
+    parts: Parts
+    described: tuple[SourceText, ...]
+    choice: TokenizerChoice
+    columns: Columns
+    vocab: int
+    digest: str
+
+    @property
+    def token_bytes(self) -> int:
+        return 2 if self.vocab <= 1 << 16 else 4
+
+
+def _build(work: _Work, index_path: Path) -> None:
+    stem = index_path.with_suffix("")
+    suffixes = (".tokens", ".mask") if work.columns.masked else (".tokens",)
+    temporary = [stem.with_name(f".{stem.name}.{os.getpid()}{suffix}.tmp") for suffix in suffixes]
+    try:
+        index_path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            handles = [stack.enter_context(path.open("wb")) for path in temporary]
+            tokenizer = make_tokenizer(work.choice, work.vocab, _training_text(work))
+            written = _write(work, tokenizer, handles[0], handles[1] if len(handles) > 1 else None)
+        for path, suffix in zip(temporary, suffixes, strict=True):
+            path.replace(stem.with_suffix(suffix))
+    except OSError as error:
+        raise InputError(
+            Problem(where=str(index_path.parent), fault=f"cannot be written: {error.strerror}.")
+        ) from None
+    finally:
+        if index_path.parent.is_dir():
+            for path in temporary:
+                path.unlink(missing_ok=True)
+    write_atomic(stem.with_suffix(".tokenizer.json"), tokenizer.model.to_str())
+    write_atomic(index_path, to_json(_index(work, written)))
+
+
+def _index(work: _Work, written: _Written) -> DataIndex:
+    return DataIndex(
+        schema_version=DATA_SCHEMA,
+        digest=work.digest,
+        tokenizer=work.choice.kind,
+        tokenizer_digest=hashlib.sha256(work.choice.digest.encode()).hexdigest(),
+        vocab=work.vocab,
+        token_bytes=work.token_bytes,
+        tokens=sum(written.parts),
+        trained_tokens=written.trained,
+        parts=tuple(
+            DataPart(name=name, tokens=tokens)
+            for (name, _), tokens in zip(work.parts, written.parts, strict=True)
+        ),
+        sha256=written.digest.hexdigest(),
+        mask_sha256=written.mask_digest.hexdigest() if work.columns.masked else None,
+        sources=work.described,
+    )
+
+
+def _training_text(work: _Work) -> Iterator[str]:
+    """The first TRAINING_CHARACTERS of the text, in pieces."""
+    left = TRAINING_CHARACTERS
+    for _, files in work.parts:
+        for file in files:
+            for text, _ in itertools.chain.from_iterable(documents(file, work.columns)):
+                yield text
+                left -= len(text)
+                if left <= 0:
+                    return
+
+
+@dataclass(slots=True)
+class _Written:
+    """What was written so far."""
+
+    parts: list[int] = field(default_factory=list)
+    trained: int = 0
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    mask_digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+
+
+def _write(work: _Work, tokenizer: Tokenizer, tokens: BinaryIO, mask: BinaryIO | None) -> _Written:
+    """Writes the tokens of all parts, and which of them are trained on."""
+    import numpy as np
+
+    written, dtype = _Written(), np.dtype(f"<u{work.token_bytes}")
+    for _, files in work.parts:
+        count = 0
+        for ids, trained in _encoded(files, work.columns, tokenizer):
+            block = np.asarray(ids, dtype=dtype).tobytes()
+            tokens.write(block)
+            written.digest.update(block)
+            if mask is not None:
+                marks = bytes([trained]) * len(ids)
+                mask.write(marks)
+                written.mask_digest.update(marks)
+            count += len(ids)
+            written.trained += len(ids) if trained else 0
+        written.parts.append(count)
+    for handle in (tokens, mask):
+        if handle is not None:
+            handle.flush()
+            os.fsync(handle.fileno())
+    return written
+
+
+def _encoded(
+    files: tuple[DataFile, ...], columns: Columns, tokenizer: Tokenizer
+) -> Iterator[tuple[array[int] | list[int], bool]]:
+    """The token ids of every piece in order, an end-of-text token after each document that is not empty."""
+    ends = [] if tokenizer.end is None else [([tokenizer.end], True)]
+    batch: list[str | None] = []
+    trained: list[bool] = []
+    size = 0
+
+    def encode() -> Iterator[tuple[list[int], bool]]:
+        texts = [text for text in batch if text is not None]
+        found = iter(tokenizer.model.encode_batch(texts, add_special_tokens=False))
+        for text, mark in zip(batch, trained, strict=True):
+            yield from ends if text is None else [(next(found).ids, mark)]
+        batch.clear()
+        trained.clear()
+
+    for file in files:
+        for document in documents(file, columns):
+            held = False
+            for text, mark in document:
+                held = held or bool(text)
+                batch.append(text)
+                trained.append(mark)
+                size += len(text)
+                if size >= BATCH_CHARACTERS:
+                    yield from encode()
+                    size = 0
+            if held:
+                batch.append(None)
+                trained.append(True)
+    yield from encode()
