@@ -21,7 +21,7 @@ from planner.workload import AdapterModules, Adapters, Precision
 from runtime.adapter_files import peft_key
 from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.committed import committed_folders, load_index
-from runtime.data import TokenizerKind
+from runtime.data.prepare import DataOptions
 from runtime.executor import Executor
 from runtime.hf_weights.names import names_of
 from runtime.lora import merged
@@ -176,9 +176,8 @@ def test_a_run_leaves_its_adapters_where_peft_finds_them(tmp_path: Path) -> None
     options = TrainOptions(
         steps=2,
         run_dir=str(tmp_path / "run"),
-        data=str(text),
+        data=DataOptions(data=(str(text),), tokenizer="byte"),
         lr=1e-2,
-        tokenizer=TokenizerKind.BYTE,
         lora_alpha=12,
     )
     run_training(plan, options, shown=False)
