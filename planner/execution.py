@@ -7,7 +7,7 @@ from planner.errors import InputError, Problem
 from planner.feed_forward import Experts, FeedForward
 from planner.model import Block, Layer, ModelSpec
 from planner.strategy import CpExchange, Degrees, Strategy
-from planner.workload import Method, Optimizer, Precision, Workload
+from planner.workload import Precision, Workload
 
 EXECUTED_TYPES = (
     *(
@@ -29,10 +29,11 @@ EXECUTED_TYPES = (
 )
 """Families whose arithmetic the runtime repeats, as far as `ModelSpec.arithmetic` has words for it."""
 
-EXECUTED_PRECISIONS = (Precision.BF16, Precision.FP32)
-"""fp16 needs loss scaling and fp8 scaled products, which the runtime does not have."""
+FP8_MULTIPLE = 16
+"""Tokens, inputs and outputs of a product in fp8 must be multiples of it (cuBLASLt)."""
 
-EXECUTED_OPTIMIZERS = (Optimizer.ADAMW, Optimizer.SGD)
+WORKLOADS_EXECUTED = "--precision bf16, fp16 or fp32; --method pretrain or finetune"
+"""What can be said instead where a workload is not executed."""
 
 EXECUTED_QK_NORMS = (QkNorm.NONE, QkNorm.HEAD, QkNorm.HEAD_LAYERNORM, QkNorm.WIDTH)
 
@@ -89,20 +90,29 @@ def context_not_executed(model: ModelSpec, degrees: Degrees) -> list[str]:
 
 
 def offload_not_executed(strategy: Strategy) -> list[str]:
-    """What of a strategy's offloading the runtime cannot do; empty where there is none."""
-    return [f"it keeps {offload} in host memory" for offload in strategy.offloads]
+    """What of a strategy's offloading the runtime cannot do; empty where it can all.
+
+    Selective recomputation keeps results beside autograd, where they are not caught on their way to host
+    memory.
+    """
+    return [
+        f"blocks of stage {index} that recompute selectively are among the {stage.offload.activations} "
+        "whose activations are in host memory"
+        for index, stage in enumerate(strategy.stages)
+        if stage.recompute.selective and stage.offload.activations > stage.recompute.full
+    ]
 
 
 def check_executed_offload(strategy: Strategy) -> None:
-    """Raises InputError where a strategy keeps something in host memory."""
-    if strategy.offloads:
+    """Raises InputError where a strategy keeps in host memory what the runtime cannot catch."""
+    faults = offload_not_executed(strategy)
+    if faults:
         raise InputError(
             Problem(
                 where="stages.offload",
-                fault=f"keeps {' and '.join(strategy.offloads)} in host memory, which can be estimated; this "
-                "runtime keeps everything on the device.",
-                legal="offload none",
-                fix="estimate again with --fix offload=none, or solve",
+                fault=f"can be estimated, but this version cannot train it: {'; '.join(faults)}.",
+                legal="offload none or optimizer, or recompute none or full",
+                fix="estimate again with --fix offload=none or --fix recompute=full, or solve",
             )
         )
 
@@ -121,26 +131,45 @@ def check_executed(model: ModelSpec, what: str) -> None:
         )
 
 
-def not_executed_workload(workload: Workload) -> list[str]:
-    """What of a workload the runtime cannot train with; empty where it can all."""
+def not_executed_workload(model: ModelSpec, workload: Workload) -> list[str]:
+    """What of training `model` as a workload says the runtime cannot do; empty where it can all."""
+    mixers = [mixer for block in model.transformer_blocks() for mixer in block.mixers]
+    plain = all(isinstance(mixer, Attention) for mixer in mixers)
     faults = {
-        f"its precision is {workload.precision}": workload.precision not in EXECUTED_PRECISIONS,
-        f"its optimizer is {workload.optimizer}": workload.optimizer not in EXECUTED_OPTIMIZERS,
-        f"its method is {workload.method}": workload.method is Method.LORA,
+        "experts do not multiply in fp8": workload.precision is Precision.FP8 and bool(model.experts),
+        "adapters (LoRA) stand beside plain attention only": workload.adapters is not None and not plain,
     }
     return [fault for fault, found in faults.items() if found]
 
 
-def check_executed_workload(workload: Workload) -> None:
-    """Raises InputError with everything that keeps the runtime from training as `workload` says."""
-    faults = not_executed_workload(workload)
+def products_not_executed(model: ModelSpec, workload: Workload, degrees: Degrees) -> list[str]:
+    """Products in fp8 whose sizes no kernel has; empty where it has all, or the workload is in others."""
+    if workload.precision is not Precision.FP8:
+        return []
+    sizes = {"tokens of a micro-batch": degrees.micro_batch * workload.seq / degrees.cp}
+    for block in model.transformer_blocks():
+        for matrix in block.matrices():
+            inputs, outputs = matrix.shard(degrees.tp)
+            sizes |= {f"inputs of {inputs:g}": inputs, f"outputs of {outputs:g}": outputs}
+    faults = [
+        f"{name} are no multiple of {FP8_MULTIPLE}, as products in fp8 must be"
+        for name, size in sizes.items()
+        if size % FP8_MULTIPLE
+    ]
+    if degrees.pp > 1 and degrees.schedule.splits_backward:
+        faults.append(f"weight gradients in fp8 do not wait for a pass of their own ({degrees.schedule})")
+    return faults
+
+
+def check_executed_workload(model: ModelSpec, workload: Workload, degrees: Degrees) -> None:
+    """Raises InputError with everything that keeps the runtime from training `model` as `workload` says."""
+    faults = not_executed_workload(model, workload) + products_not_executed(model, workload, degrees)
     if faults:
         raise InputError(
             Problem(
                 where="workload",
                 fault=f"can be planned, but this version cannot train it: {'; '.join(faults)}.",
-                legal=f"--precision {' or '.join(EXECUTED_PRECISIONS)}, --optimizer "
-                f"{' or '.join(EXECUTED_OPTIMIZERS)}, --method pretrain or finetune",
+                legal=WORKLOADS_EXECUTED,
             )
         )
 

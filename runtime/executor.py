@@ -14,14 +14,17 @@ from torch.distributed.tensor import DTensor
 
 from planner.errors import CheckError, InputError, Problem
 from planner.plan import Plan
+from planner.workload import Precision
 from runtime.balance import Balance
 from runtime.compiled import check_compiled_gradients
+from runtime.fp8 import check_fp8
+from runtime.lora import check_base, fingerprint
+from runtime.offload.states import HostWeight, apart, apply_state_offload, hosted_blocks, send_up
 from runtime.optimizer import (
     OptimizerOptions,
     build_optimizer,
     clip,
     learning_rate,
-    set_learning_rate,
     weighted_square_sum,
 )
 from runtime.parallel.context import held_positions
@@ -30,10 +33,12 @@ from runtime.parallel.supported import check_supported
 from runtime.parallel.tensor import partial_parameters
 from runtime.parallelize import build_stage
 from runtime.pipeline import Pipeline, Record, StageModule
+from runtime.precision import LossScaler, compute_dtype
 from runtime.readback import Executed, read_executed
 from runtime.recompute import WRAPPER_PREFIX
 from runtime.transformer.initial import canonical_name
 from runtime.transformer.loss import IGNORED
+from runtime.weights import Weight, local_part, on_axis, sum_over
 
 TIED = "tok_embeddings.weight"
 """The weight that embedding and head share where a model ties them."""
@@ -41,27 +46,17 @@ TIED = "tok_embeddings.weight"
 
 @dataclass(frozen=True)
 class StepResult:
-    """The mean loss of the global batch, and the global gradient norm before clipping."""
+    """The mean loss of the global batch, and the global gradient norm before clipping.
+
+    `loss_scale` is what fp16 gradients were multiplied by, None in other formats. `skipped` says that they
+    were not finite and nothing was updated, `exhausted` that no scale is left to try.
+    """
 
     loss: float
     grad_norm: float
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """One parameter on this rank.
-
-    `shard` shares the memory of its local part and is what the optimizer updates. `share` is 1 over the
-    number of ranks of the world that hold the same element, 0 for a copy that another stage counts.
-    `gradient_scale` makes the mean over the ranks that FSDP averages the mean over replicas: routed experts
-    are on fewer ranks, to which others' tokens come.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    shard: nn.Parameter
-    share: float
-    gradient_scale: float
+    loss_scale: float | None = None
+    skipped: bool = False
+    exhausted: bool = False
 
 
 class Executor:
@@ -78,29 +73,37 @@ class Executor:
         device: torch.device | str,
         seed: int,
         optimizer_options: OptimizerOptions,
+        lora_alpha: float | None = None,
         compiled: bool = False,
     ) -> None:
         device = torch.device(device)
         check_supported(plan)
         _check_world(plan)
+        if plan.workload.precision is Precision.FP8:
+            check_fp8(device)
         self.plan, self.options = plan, optimizer_options
         self.meshes = build_meshes(plan, device.type)
         self.device = device
         _check_averages(self.meshes, device)
         if compiled:
             check_compiled_gradients(plan.strategy.degrees, self.meshes, device)
-        self.modules = _build_modules(plan, self.meshes, seed, device, compiled=compiled)
+        self.modules = _build_modules(plan, self.meshes, seed, device, lora_alpha, compiled=compiled)
         cp_rank = self.meshes.cp.get_local_rank()
         self._held = held_positions(plan.workload.seq, plan.strategy.degrees, cp_rank).to(device)
+        self._hosted = self._offload_states()
         self.pipeline = Pipeline(plan, self.modules, self.meshes, device)
-        self.weights = self._collect_weights()
+        held = self._collect_weights()
+        self.weights = [weight for weight in held if weight.parameter.requires_grad]
+        self.frozen = [weight for weight in held if not weight.parameter.requires_grad]
+        self._base = fingerprint(self.frozen, device) if self.frozen else None
         self.balance = Balance(plan.model, [module.model for module in self.modules])
         self.optimizer = build_optimizer(
-            plan.workload.optimizer, [weight.shard for weight in self.weights], optimizer_options
+            plan.workload.optimizer, self.weights, optimizer_options, plan.workload.precision
         )
         self._partial = self._partial_weights()
         self._tied = [weight for weight in self.weights if weight.name == TIED]
         self._tied_group = self._make_tied_group()
+        self.scaler = LossScaler() if plan.workload.precision is Precision.FP16 else None
         self.steps_done = 0
 
     @property
@@ -124,6 +127,7 @@ class Executor:
         workload = self.plan.workload
         assert tokens.shape == (workload.batch // self.data_size, workload.seq + 1), tokens.shape
         tokens = tokens.to(self.device)
+        loss_scale = self._set_loss_scale()
         held = self._held
         targets = tokens[:, held + 1]
         if trained is not None:
@@ -132,16 +136,31 @@ class Executor:
         record = self.pipeline.record
         with record.span("gradient sums"):
             grads = self._take_gradients()
-            mean_loss, norm = self._reduce(loss, grads)
+            mean_loss, scaled_norm = self._reduce(loss, grads)
+            norm = scaled_norm / loss_scale
+        # An overflow anywhere makes the norm of the whole world infinite or no number on every rank.
+        skipped = self.scaler is not None and not math.isfinite(norm)
         with record.span("optimizer"):
-            clip(grads, norm, self.options.clip_norm)
-            set_learning_rate(self.optimizer, learning_rate(self.options, self.steps_done))
-            self.optimizer.step()
+            if not skipped:
+                clip(grads, norm, self.options.clip_norm, loss_scale)
+                self.optimizer.set_learning_rate(learning_rate(self.options, self.steps_done))
+                self.optimizer.step()
             self.balance.update()
         for weight in self.weights:
             weight.shard.grad = weight.parameter.grad = None
         self.steps_done += 1
-        return StepResult(loss=mean_loss, grad_norm=norm)
+        if self.scaler is None:
+            return StepResult(loss=mean_loss, grad_norm=norm)
+        self.scaler.update(overflow=skipped)
+        return StepResult(mean_loss, norm, loss_scale, skipped, self.scaler.exhausted)
+
+    def _set_loss_scale(self) -> float:
+        """Has the head multiply the loss's gradients by the scale of this step."""
+        scale = 1.0 if self.scaler is None else self.scaler.scale
+        for module in self.modules:
+            if module.model.output is not None:
+                module.model.output.gradient_scale = scale
+        return scale
 
     def _leave_out(self, targets: Tensor, trained: Tensor) -> Tensor:
         """The targets that this rank holds without those that are not trained on.
@@ -162,11 +181,12 @@ class Executor:
     def _take_gradients(self) -> list[Tensor]:
         """Gives every shard its gradient, complete but for clipping."""
         for weight in self.weights:
-            weight.shard.grad = _local_gradient(weight.parameter)
+            weight.shard.grad = _gradient(weight)
             if weight.gradient_scale != 1:
                 weight.shard.grad.mul_(weight.gradient_scale)
         if self._partial:
-            _sum_together([weight.shard.grad for weight in self._partial], self.meshes.tp.get_group())
+            group = [self.meshes.tp.get_group()]
+            sum_over((w.shard.grad, group) for w in self._partial if w.shard.grad is not None)
         self._sum_tied()
         return [weight.shard.grad for weight in self.weights if weight.shard.grad is not None]
 
@@ -178,12 +198,12 @@ class Executor:
         """
         degrees = self.plan.strategy.degrees
         square_sum = weighted_square_sum(grads, [weight.share for weight in self.weights])
-        totals = torch.stack((loss.double() / (degrees.replicas * degrees.tp), square_sum))
+        totals = torch.stack((loss.double() / (degrees.replicas * degrees.tp), square_sum.to(loss.device)))
         dist.all_reduce(totals)
         mean_loss, total = totals.tolist()
         return mean_loss, math.sqrt(total)
 
-    def _collect_weights(self) -> list[_Weight]:
+    def _collect_weights(self) -> list[Weight]:
         weights = []
         for module in self.modules:
             for name, parameter in module.model.named_parameters():
@@ -191,16 +211,28 @@ class Executor:
                 canonical = canonical_name(clean, self.plan.model)
                 local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
                 copy = canonical != clean and module.model.tok_embeddings is None
+                host = self._hosted.get(parameter)
                 weights.append(
-                    _Weight(
+                    Weight(
                         name=canonical,
                         parameter=parameter,
-                        shard=nn.Parameter(local.detach()),
+                        shard=nn.Parameter(local.detach(), parameter.requires_grad)
+                        if host is None
+                        else host.master,
                         share=0.0 if copy else self._share(parameter),
+                        host=host,
                         gradient_scale=self._gradient_scale(parameter),
                     )
                 )
         return weights
+
+    def _offload_states(self) -> dict[nn.Parameter, HostWeight]:
+        """Moves to host memory the masters of the blocks that the plan says."""
+        dtype, stages = compute_dtype(self.plan.workload.precision), self.plan.strategy.stages
+        hosted: dict[nn.Parameter, HostWeight] = {}
+        for module in self.modules:
+            hosted |= apply_state_offload(module.model, stages[module.index], dtype)
+        return hosted
 
     def _share(self, parameter: nn.Parameter) -> float:
         shards = 1
@@ -215,9 +247,11 @@ class Executor:
         routed = isinstance(parameter, DTensor) and "ep" in mesh_axes(parameter)
         return degrees.expert_replicas / degrees.replicas if routed else 1.0
 
-    def _partial_weights(self) -> list[_Weight]:
-        """Weights whose gradient is a partial sum over tp."""
-        degrees = self.plan.strategy.degrees
+    def _partial_weights(self) -> list[Weight]:
+        """Weights whose gradient is a partial sum over tp; of adapters, the halves that are not split."""
+        degrees, adapters = self.plan.strategy.degrees, self.plan.workload.adapters
+        if adapters is not None:
+            return [w for w in self.weights if degrees.tp > 1 and not on_axis(w.parameter, "tp")]
         partial = {id(p) for module in self.modules for p in partial_parameters(module.model, degrees)}
         return [weight for weight in self.weights if id(weight.parameter) in partial]
 
@@ -239,31 +273,49 @@ class Executor:
         """Gives both copies of a tied embedding the sum of their gradients."""
         grads = [weight.shard.grad for weight in self._tied if weight.shard.grad is not None]
         if self._tied_group is not None:
-            dist.all_reduce(grads[0], group=self._tied_group)
+            sum_over((gradient, [self._tied_group]) for gradient in grads)
         elif len(grads) == 2:
-            grads[1].copy_(grads[0].add_(grads[1]))
+            grads[1].copy_(grads[0].add_(grads[1].to(grads[0].device)))
 
     def executed(self) -> Executed:
         """What the ranks executed in the last step, read from the running model. Collective."""
-        return read_executed(self.pipeline, self.plan)
+        names = [weight.name for weight in self.weights]
+        away = [apart(weight.parameter, weight.shard) for weight in self.weights]
+        return read_executed(self.pipeline, self.plan, hosted_blocks(names, away))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Weights, optimizer state and step count under flat global names, for distributed checkpoints.
+        Frozen weights are not among them, but a fingerprint of them is.
 
         Sharded tensors are DTensors over this rank's memory, so a checkpoint loads in place and into any
         other layout. `load_state_dict` must follow, for the step count.
         """
-        return {"step": torch.tensor(self.steps_done), **dict(self._named_state())}
+        state: dict[str, Tensor] = {"step": torch.tensor(self.steps_done), **dict(self._named_state())}
+        if self.scaler is not None:
+            state |= {f"loss_scaler.{key}": value for key, value in self.scaler.state_dict().items()}
+        if self._base is not None:
+            state["base"] = self._base.clone()
+        return state
 
     def _named_state(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors of the state; two of a name where this rank holds both copies of a tied embedding."""
+        """Tensors of weights and optimizer; two of a name where this rank holds both copies of a tied one."""
         for name, bias in self.balance.corrections.items():
             yield f"model.{name}", bias
         for weight in self.weights:
-            yield f"model.{weight.name}", weight.parameter.detach()
-            for key, value in self.optimizer.state[weight.shard].items():
-                whole = value if value.dim() == 0 else _like(weight.parameter, value)
-                yield f"optimizer.{weight.name}.{key}", whole
+            yield f"model.{weight.name}", weight.value
+            for key, value in self.optimizer.state_of(weight.shard).items():
+                yield f"optimizer.{weight.name}.{key}", weight.state(key, value)
+
+    def weight_tensors(self) -> list[tuple[str, Tensor]]:
+        """All weights that this rank holds, frozen ones too, by name, to be filled in place from elsewhere.
+        `weights_filled` must follow."""
+        own = [(weight.name, weight.value) for weight in (*self.frozen, *self.weights)]
+        return [*own, *self.balance.corrections.items()]
+
+    def weights_filled(self) -> None:
+        """Takes note of new weights: masters in host memory go up, frozen ones are known anew. Collective."""
+        send_up(self._hosted.values())
+        self._base = fingerprint(self.frozen, self.device) if self.frozen else None
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes over what `state_dict` gave, in this layout. Raises InputError for a missing tensor."""
@@ -272,9 +324,15 @@ class Executor:
         if missing:
             fault = f"has no {', '.join(missing[:5])} ({len(missing)} missing)."
             raise InputError(Problem(where="checkpoint", fault=fault, fix="resume with the model it is of"))
+        if self._base is not None:
+            check_base(state["base"], self._base)
         with torch.no_grad():
             for name, value in own:
-                _local(value).copy_(_local(state[name]))
+                local_part(value).copy_(local_part(state[name]))
+        send_up(self._hosted.values())
+        if self.scaler is not None:
+            saved = {key: state[f"loss_scaler.{key}"] for key in self.scaler.state_dict()}
+            self.scaler.load_state_dict(saved)
         self.steps_done = int(state["step"])
 
 
@@ -313,7 +371,7 @@ def _check_averages(meshes: Meshes, device: torch.device) -> None:
 
 
 def _build_modules(
-    plan: Plan, meshes: Meshes, seed: int, device: torch.device, *, compiled: bool
+    plan: Plan, meshes: Meshes, seed: int, device: torch.device, lora_alpha: float | None, *, compiled: bool
 ) -> list[StageModule]:
     """The stages of this pipeline rank, in order, all writing to one record."""
     degrees = plan.strategy.degrees
@@ -322,7 +380,9 @@ def _build_modules(
     own = [stage for stage in range(degrees.stages) if degrees.pp_rank_of_stage(stage) == rank]
     return [
         StageModule(
-            build_stage(plan, index, meshes, seed=seed, device=device, compiled=compiled),
+            build_stage(
+                plan, index, meshes, seed=seed, device=device, lora_alpha=lora_alpha, compiled=compiled
+            ),
             index,
             degrees.zero,
             record,
@@ -331,38 +391,21 @@ def _build_modules(
     ]
 
 
+def _gradient(weight: Weight) -> Tensor:
+    """This rank's part of a weight's gradient, beside the shard that the optimizer updates."""
+    if weight.host is None:
+        return _local_gradient(weight.parameter)
+    if weight.parameter.grad is not None:
+        weight.host.receive(_local_gradient(weight.parameter))
+        weight.parameter.grad = None
+    return weight.host.take_gradient()
+
+
 def _local_gradient(parameter: nn.Parameter) -> Tensor:
     """This rank's part of a gradient, laid out as the parameter is."""
     grad: Any = parameter.grad
     if grad is None:
-        return torch.zeros_like(_local(parameter.detach()))
+        return torch.zeros_like(local_part(parameter.detach()))
     if isinstance(parameter, DTensor) and grad.placements != parameter.placements:
         grad = grad.redistribute(placements=parameter.placements)
-    return _local(grad)
-
-
-def _local(value: Tensor) -> Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
-def _like(parameter: nn.Parameter, local: Tensor) -> Tensor:
-    """A local tensor as a DTensor laid out as the parameter is; itself where that is a plain tensor."""
-    if not isinstance(parameter, DTensor):
-        return local
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-
-
-def _sum_together(tensors: list[Tensor | None], group: dist.ProcessGroup) -> None:
-    """Sums each tensor over the group in place, in one all-reduce for all of them."""
-    present = [tensor for tensor in tensors if tensor is not None]
-    flat = torch.cat([tensor.flatten() for tensor in present])
-    dist.all_reduce(flat, group=group)
-    for tensor, part in zip(present, torch.split(flat, [t.numel() for t in present]), strict=True):
-        tensor.copy_(part.view_as(tensor))
+    return local_part(grad)

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from planner.codec import encode
 from planner.errors import InputError, Problem
 from planner.plan import Plan
+from runtime.adapter_files import say_export
 from runtime.causes import mean_causes
 from runtime.compiled import compiles
 from runtime.data.index import data_summary
@@ -50,6 +51,9 @@ from runtime.session import (
     training_state,
 )
 from runtime.summary import Seen, TrainSummary, cost_usd, summarize, write_summary
+
+ADAPTER = "adapter"
+"""The folder of a run that holds its adapters in PEFT's format."""
 
 PACE_STEPS = 100
 """The time that is left is told by the median of so many timed steps."""
@@ -144,14 +148,15 @@ class _Loop:
             device=self.device,
             seed=options.seed,
             optimizer_options=chosen,
+            lora_alpha=options.lora_alpha,
             compiled=compiles(options.compile, self.device),
         )
+        if options.init_from is not None:
+            load_into(self.executor, Path(options.init_from))
+            self.send({"say": f"weights from {options.init_from}"})
         if resumed is not None:
             restore(*resumed, self.executor, chosen)
             self._say_resumed(resumed[1].step, resumed[1].run, saved, chosen)
-        elif options.init_from is not None:
-            load_into(self.executor, Path(options.init_from))
-            self.send({"say": f"weights from {options.init_from}"})
         return chosen
 
     def _say_resumed(
@@ -194,8 +199,11 @@ class _Loop:
             own_s = self.recorder.run(offset, take)
             result = results[0]
             stopping = self._record(offset, step, result, own_s, log)
-            if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
-                self._diverged(step + 1, result)
+            if not math.isfinite(result.loss) or not (result.skipped or math.isfinite(result.grad_norm)):
+                fault = f"the loss is {result.loss} and the gradient norm {result.grad_norm}"
+                self._diverged(step + 1, fault)
+            if result.exhausted:
+                self._diverged(step + 1, "gradients overflow fp16 at every loss scale")
             done = executor.steps_done
             every = options.checkpoint_every
             if stopping or done == options.steps or (every and done % every == 0):
@@ -243,6 +251,8 @@ class _Loop:
             peak_memory_bytes=tuple(int(fact[1]) for fact in facts),
             timed=self.recorder.probes.timed(offset),
             wall_s=(wall_s := self._wall_s()),
+            loss_scale=result.loss_scale,
+            skipped=result.skipped,
             checkpoint_wait_s=self.saver.waited_s - self.told_s,
             predicted_step_time_s=self.job.plan.estimate.step_time_s,
             left_s=self._pace_s(step_time_s) * (self.job.options.steps - step - 1),
@@ -265,7 +275,7 @@ class _Loop:
             run={**self.identity, **plan_facts(self.job.plan)},
         )
 
-    def _diverged(self, step: int, result: StepResult) -> None:
+    def _diverged(self, step: int, fault: str) -> None:
         """Ends a run whose loss or gradient is no number: what was saved stays, nothing is saved now."""
         self.seen.status = "diverged"
         self.saver.wait()
@@ -273,7 +283,7 @@ class _Loop:
             write_summary(self.run_dir, self._summary())
         kept = self.saver.published or self.job.setup.checkpoint
         raise RunFailedError(
-            f"the loss is {result.loss} and the gradient norm {result.grad_norm} at step {step}. "
+            f"{fault} at step {step}. "
             + (f"The checkpoint {kept} is kept. " if kept else "No checkpoint was saved yet. ")
             + f"The learning rate was {learning_rate(self.optimizer, step - 1):.3g}: try a lower --lr or a "
             "longer --warmup."
@@ -281,10 +291,14 @@ class _Loop:
 
     def _finish(self) -> None:
         self.saver.wait()
-        executed = self.executor.executed()
+        executed, plan = self.executor.executed(), self.job.plan
         self.seen.executed = encode(executed)
-        self.seen.executed_differences = executed.differences(self.job.plan)
+        self.seen.executed_differences = executed.differences(plan)
         if self.first:
+            published = self.saver.published
+            if plan.workload.adapters is not None and published is not None:
+                folder, alpha = self.run_dir / ADAPTER, self.job.options.lora_alpha
+                self.send({"say": say_export(published, plan, folder, alpha=alpha)})
             summary = self._summary()
             write_summary(self.run_dir, summary)
             self.send({"summary": encode(summary)})

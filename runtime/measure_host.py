@@ -37,6 +37,7 @@ from runtime.pipeline import Pipeline, Record, StageModule
 from runtime.timing import Effort, Timing, time_call, time_phases
 from runtime.transformer.initial import materialize
 from runtime.transformer.model import Transformer, build_transformer
+from runtime.weights import Weight
 
 _UNITS = 3
 _SEQ = 8
@@ -369,7 +370,8 @@ def _optimizer_times(count: int, size: int, device: torch.device, effort: Effort
     grads = [torch.randn_like(shard) for shard in shards]
     for shard, grad in zip(shards, grads, strict=True):
         shard.grad = grad
-    optimizer = build_optimizer(Optimizer.ADAMW, shards, OptimizerOptions())
+    weights = [Weight(name="", parameter=shard, shard=shard, share=1.0) for shard in shards]
+    optimizer = build_optimizer(Optimizer.ADAMW, weights, OptimizerOptions())
 
     def norm_and_clip() -> None:
         norm = float(weighted_square_sum(grads, [1.0] * count).sqrt())

@@ -28,6 +28,7 @@ class StepMetrics:
     the allocated peak of every rank, in rank order, as last recorded. `mfu` is None where the device's peak
     is unknown. `wall_s` is the time that the run has taken so far, all its launches together, `cost_usd` what
     that costs where a price is known, and `left_s` what its remaining steps take at the pace of this launch.
+    `loss_scale` is that of fp16; a step whose gradients overflowed is `skipped`: nothing was updated.
     `checkpoint_wait_s` is what training waited for checkpoints between the step before and this one.
     `causes` is where the time went, the mean of all ranks; only in the step whose timeline was recorded.
     """
@@ -47,6 +48,8 @@ class StepMetrics:
     left_s: float
     cost_usd: float | None
     causes: StepCauses | None = None
+    loss_scale: float | None = None
+    skipped: bool = False
 
 
 @noun

@@ -10,12 +10,18 @@ from planner.codec import noun
 from planner.errors import InputError, Problem
 from planner.model import ModelSpec
 from planner.plan import Plan
+from planner.workload import Optimizer
 from runtime.data.prepare import DataOptions
 from runtime.optimizer import OptimizerOptions
 
 LEAST_DECAY_STEPS = 1000
 """A run without a token budget decays over at least this many steps, so that a short run is the start of
 a longer one and can be continued exactly."""
+
+ADAFACTOR_LR = 1e-2
+"""Relative to a weight's own size, so the same for every model (arXiv 1804.04235, algorithm 6)."""
+MUON_MOMENTUM = 0.95
+"""Jordan 2024; arXiv 2502.16982."""
 
 
 @noun
@@ -28,7 +34,8 @@ class TrainOptions:
     checkpoint is published, not only copied. `compile` None compiles blocks on CUDA. `hang_timeout` is after
     how many seconds a rank that does not answer ends the run; None: by the plan's predicted times.
     `any_device` lets a plan run on other devices than it was made for. `log` names experiment trackers beside
-    metrics.jsonl; torch's profiler traces `profile_steps` steps.
+    metrics.jsonl; torch's profiler traces `profile_steps` steps. `lora_alpha` None is
+    twice the rank of the plan's adapters.
     """
 
     steps: int
@@ -47,6 +54,7 @@ class TrainOptions:
     decay_steps: int | None = None
     weight_decay: float | None = None
     clip: float | None = None
+    lora_alpha: float | None = None
     compile: bool | None = None
     hang_timeout: float | None = None
     any_device: bool = False
@@ -88,8 +96,10 @@ def _defaults(options: TrainOptions, plan: Plan) -> OptimizerOptions:
     tokens = plan.workload.tokens
     by_tokens = None if tokens is None else max(1, tokens // plan.workload.tokens_per_step)
     total_steps = options.decay_steps or by_tokens or max(options.steps, LEAST_DECAY_STEPS)
+    kind = plan.workload.optimizer
     return OptimizerOptions(
-        learning_rate=default_lr(plan.model),
+        learning_rate=ADAFACTOR_LR if kind is Optimizer.ADAFACTOR else default_lr(plan.model),
+        momentum=MUON_MOMENTUM if kind is Optimizer.MUON else 0.9,
         min_lr_ratio=0.1,
         warmup_steps=min(2000, max(10, total_steps // 100)),
         total_steps=total_steps,
@@ -125,6 +135,7 @@ def check_options(options: TrainOptions) -> None:
             options.weight_decay is None or 0 <= options.weight_decay < math.inf,
             "0 or more",
         ),
+        ("--lora-alpha", options.lora_alpha, options.lora_alpha is None or options.lora_alpha > 0, "above 0"),
         (
             "--hang-timeout",
             options.hang_timeout,

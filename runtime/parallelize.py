@@ -1,6 +1,7 @@
 """Puts a plan onto modules: one `apply_*` verb for each axis, always in the same order.
 
-    deferral -> materialize -> tensor -> context -> expert parallel -> recompute -> compile -> data parallel,
+    deferral -> materialize -> tensor -> context -> expert parallel -> fp8 -> adapters -> recompute ->
+    activations offloaded -> compile -> data parallel,
 
 part by part, then the root: a rank never holds more than one whole part besides its own shards.
 """
@@ -16,6 +17,9 @@ from planner.strategy import Recompute, Stage
 from runtime import recompute
 from runtime.compiled import apply_compile
 from runtime.deferred import apply_deferral
+from runtime.fp8 import apply_fp8
+from runtime.lora import apply_lora
+from runtime.offload.activations import ActivationOffload, apply_activation_offload
 from runtime.parallel.context import apply_context_parallel, hidden_positions
 from runtime.parallel.data import apply_data_parallel, apply_expert_data_parallel
 from runtime.parallel.expert import apply_expert_parallel, keep_own_experts
@@ -32,6 +36,7 @@ def build_stage(
     *,
     seed: int,
     device: torch.device,
+    lora_alpha: float | None = None,
     compiled: bool = False,
 ) -> Transformer:
     """Stage `index` of the plan, initialised, sharded and ready to train on this rank."""
@@ -40,6 +45,7 @@ def build_stage(
         plan.model, stage.first, stage.end, index == 0, index == degrees.stages - 1, seq=plan.workload.seq
     )
     options = _options_by_name(stage)
+    model.offload = ActivationOffload(device) if stage.offload.activations else None
     deferring = _deferring(plan, index, options)
     for unit in model.units():
         modules = []
@@ -52,8 +58,11 @@ def build_stage(
             apply_tensor_parallel(name, part, degrees, meshes)
             apply_context_parallel(part, plan.workload.seq, degrees, meshes)
             apply_expert_parallel(part, plan.workload.seq, degrees, meshes)
+            apply_fp8(part, plan.workload.precision)
+            apply_lora(name, part, plan.workload, alpha=lora_alpha, seed=seed)
             apply_expert_data_parallel(part, degrees, plan.workload.precision, meshes)
             modules.append(apply_recompute(model, name, part, options.get(name, Recompute.NONE)))
+            apply_activation_offload(model.offload, stage, name, modules[-1])
             if compiled:
                 apply_compile(modules[-1])
         if not (model.tied and _holds_tied_weight(modules)):

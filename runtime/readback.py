@@ -9,6 +9,7 @@ record of the last step.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from torch.distributed._composable.replicate_with_fsdp import ReplicateModule
@@ -21,6 +22,7 @@ from planner.plan import Plan
 from planner.strategy import (
     CpExchange,
     Degrees,
+    OffloadCounts,
     Recompute,
     RecomputeCounts,
     Schedule,
@@ -71,11 +73,12 @@ class _RankReport:
     local_seq: int
 
 
-def read_executed(pipeline: Pipeline, plan: Plan) -> Executed:
+def read_executed(pipeline: Pipeline, plan: Plan, hosted: Collection[int] = ()) -> Executed:
     """What all ranks executed in their last step. Collective. The plan gives only the world's shape:
     the sequence length that slices are compared with, and a name for tables that several schedules share.
+    `hosted` are this rank's blocks whose optimizer updates host memory.
     """
-    report = _report(pipeline)
+    report = _report(pipeline, hosted)
     reports = [
         decode(_RankReport, value, source=f"rank {rank}")
         for rank, value in enumerate(gather_json(encode(report)))
@@ -96,12 +99,12 @@ def read_executed(pipeline: Pipeline, plan: Plan) -> Executed:
     )
 
 
-def _report(pipeline: Pipeline) -> _RankReport:
+def _report(pipeline: Pipeline, hosted: Collection[int]) -> _RankReport:
     modules, record = pipeline.modules, pipeline.record
     shape = next(module.hidden_shape for module in modules if module.hidden_shape is not None)
     cp_exchange, cp = read_exchange(modules, record)
     return _RankReport(
-        stages={str(module.index): read_stage(module.model) for module in modules},
+        stages={str(module.index): read_stage(module.model, hosted) for module in modules},
         row=print_table(Table.of([tuple(record.actions)]))[0],
         axes=_axes(modules),
         cp=cp,
@@ -112,12 +115,16 @@ def _report(pipeline: Pipeline) -> _RankReport:
     )
 
 
-def read_stage(model: Transformer) -> Stage:
-    """The blocks that a model holds, and what each recomputes."""
+def read_stage(model: Transformer, hosted: Collection[int] = ()) -> Stage:
+    """The blocks that a model holds, what each recomputes, and what of each went to host memory."""
     layers = [int(index) for index in model.layers]
     options = [recompute.read(layer) for layer in model.layers.values()]
     counts = {str(option): options.count(option) for option in Recompute}
-    stage = Stage(first=layers[0], end=layers[-1] + 1, recompute=RecomputeCounts(**counts))
+    sent = model.offload.sent_bytes if model.offload is not None else {}
+    offload = OffloadCounts(
+        optimizer=_leading(layers, hosted), activations=_leading(layers, [i for i, n in sent.items() if n])
+    )
+    stage = Stage(first=layers[0], end=layers[-1] + 1, recompute=RecomputeCounts(**counts), offload=offload)
     assert layers == list(range(stage.first, stage.end)), layers
     assert tuple(options) == stage.recompute.options(), options
     return stage
@@ -133,6 +140,13 @@ def read_exchange(modules: list[StageModule], record: Record) -> tuple[CpExchang
     if len(record.exchanges) < attentions or len(kinds) != 1:
         return CpExchange.RING, 1
     return kinds.pop()
+
+
+def _leading(layers: list[int], chosen: Collection[int]) -> int:
+    """How many of a stage's first blocks are chosen; no other may be."""
+    own = [layer for layer in layers if layer in chosen]
+    assert own == layers[: len(own)], (layers, own)
+    return len(own)
 
 
 def read_zero(models: list[Transformer], record: Record) -> Zero:

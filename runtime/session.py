@@ -73,6 +73,7 @@ def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
     it is.
     """
     check_options(options)
+    _check_adapters(plan, options)
     check_trackers(options.log)
     run_dir = Path(options.run_dir)
     folder = run_dir / CHECKPOINTS
@@ -108,9 +109,23 @@ def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
     return Setup(str(index), checkpoint, tuple(remarks))
 
 
+def _check_adapters(plan: Plan, options: TrainOptions) -> None:
+    if options.lora_alpha is not None and plan.workload.adapters is None:
+        raise InputError(
+            Problem(
+                where="--lora-alpha",
+                fault=f"is given, but the plan trains all weights (method {plan.workload.method}).",
+                fix="leave it out, or solve with --method lora",
+            )
+        )
+
+
 def _begin_with(folder: Path, plan: Plan, options: TrainOptions) -> None:
-    """Checks the folder that a new run takes its weights from, and keeps what export needs of it."""
-    if options.resume:
+    """Checks the folder that a new run takes its weights from, and keeps what export needs of it.
+
+    A run of adapters takes them from there each time it goes on: its checkpoints do not hold them.
+    """
+    if options.resume and plan.workload.adapters is None:
         fault = "is given with --resume, which takes the weights from the run's own checkpoint."
         raise InputError(Problem(where="--init-from", fault=fault, fix="give one of the two"))
     check_folder(folder, plan.model)
@@ -136,6 +151,7 @@ def run_identity(plan: Plan, options: TrainOptions, data: DataIndex) -> dict[str
         if (weights := data_weights(options.data))
         else "",
         "seed": options.seed,
+        **({} if plan.workload.adapters is None else {"lora_alpha": options.lora_alpha}),
     }
 
 

@@ -13,7 +13,7 @@ from planner.model import Block, ModelSpec, Norm, Segment
 from planner.plan import Plan
 from planner.routing import Routing, Score
 from planner.strategy import AXES, Degrees, Recompute, RecomputeCounts, Stage, Strategy, even_stages
-from planner.workload import Optimizer, Precision, Workload
+from planner.workload import Adapters, Method, Optimizer, Precision, Workload
 
 
 def tiny_llama(*, layers: int = 4, hidden: int = 32, vocab: int = 64, tied: bool = False) -> ModelSpec:
@@ -133,6 +133,7 @@ def make_plan(
     precision: Precision = Precision.FP32,
     optimizer: Optimizer = Optimizer.ADAMW,
     recompute: Recompute = Recompute.NONE,
+    adapters: Adapters | None = None,
 ) -> Plan:
     """The plan that runs `spec` by these degrees; stages are even where none are given."""
     stages = stages or even_stages(spec.layers, degrees.stages, recompute)
@@ -140,7 +141,14 @@ def make_plan(
     zero = StageEstimate(memory=MemoryBreakdown(), time_s=0.0, forward_s=0.0, backward_s=0.0)
     return Plan(
         model=spec,
-        workload=Workload(seq=seq, batch=degrees.batch, precision=precision, optimizer=optimizer),
+        workload=Workload(
+            seq=seq,
+            batch=degrees.batch,
+            precision=precision,
+            optimizer=optimizer,
+            method=Method.LORA if adapters else Method.PRETRAIN,
+            adapters=adapters,
+        ),
         cluster=local_cluster(degrees.world),
         strategy=Strategy(degrees=degrees, stages=stages),
         stage_estimates=(zero,) * len(stages),

@@ -14,8 +14,9 @@ from planner.catalog import load_model
 from planner.cli import cli
 from planner.codec import decode, encode
 from planner.errors import InputError
-from planner.execution import check_executed_workload, not_executed_workload
+from planner.execution import check_executed_workload, not_executed_workload, products_not_executed
 from planner.plan import load_plan
+from planner.strategy import Degrees
 from planner.workload import AdapterModules, Adapters, Method, Optimizer, Precision, Workload
 
 ASK = ["--model", "llama-3-8b", "--cluster", "1x8:h100-sxm-80gb", "--seq", "4096", "--batch", "16"]
@@ -107,33 +108,46 @@ def test_flags_that_do_not_fit_are_refused(options: tuple[str, ...], words: str)
     assert code == 2 and words in text
 
 
+EXPERTS, LATENT = "mixtral-8x7b-v0.1", "deepseek-v2-236b"
+LORA = {"method": Method.LORA, "adapters": Adapters(rank=16, modules=AdapterModules.ALL)}
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("model", "change", "words"),
     [
-        {"precision": Precision.FP8},
-        {"precision": Precision.FP16},
-        {"optimizer": Optimizer.ADAFACTOR},
-        {"optimizer": Optimizer.MUON},
-        {"method": Method.LORA},
+        (EXPERTS, {"precision": Precision.FP8}, "experts do not multiply in fp8"),
+        (LATENT, LORA, "adapters .* stand beside plain attention"),
+        ("llama-3-8b", {"precision": Precision.FP8}, ""),
+        ("llama-3-8b", {"precision": Precision.FP16, "optimizer": Optimizer.MUON, **LORA}, ""),
     ],
 )
-def test_what_the_runtime_cannot_train_is_named(change: dict[str, object]) -> None:
-    workload = Workload(seq=1, batch=1)
-    assert not_executed_workload(workload) == []
-    check_executed_workload(workload)
-    asked = dataclasses.replace(workload, **change)  # type: ignore[arg-type]
-    (value,) = change.values()
-    assert [str(value) in fault for fault in not_executed_workload(asked)] == [True]
-    with pytest.raises(InputError, match=str(value)):
-        check_executed_workload(asked)
+def test_what_the_runtime_cannot_train_is_named(model: str, change: dict[str, object], words: str) -> None:
+    workload = dataclasses.replace(Workload(seq=1, batch=1), **change)  # type: ignore[arg-type]
+    spec = load_model(model)
+    assert len(not_executed_workload(spec, workload)) == bool(words)
+    if words:
+        with pytest.raises(InputError, match=words):
+            check_executed_workload(spec, workload, Degrees(micro_batch=16))
+    else:
+        check_executed_workload(spec, workload, Degrees(micro_batch=16))
+
+
+def test_products_in_fp8_have_the_sizes_of_kernels() -> None:
+    workload = Workload(seq=1000, batch=1, precision=Precision.FP8)
+    llama = load_model("llama-3-8b")
+    assert products_not_executed(llama, workload, Degrees(micro_batch=2)) == []
+    assert products_not_executed(llama, workload, Degrees(micro_batch=1)) == [
+        "tokens of a micro-batch are no multiple of 16, as products in fp8 must be"
+    ]
+    bf16 = dataclasses.replace(workload, precision=Precision.BF16)
+    assert products_not_executed(llama, bf16, Degrees()) == []
 
 
 def test_train_refuses_a_plan_of_such_a_workload(tmp_path: Path) -> None:
     """It is planned and written, and `plan train` says why it will not run it."""
     path = tmp_path / "plan.json"
-    code, text = estimate("--optimizer", "muon", "--precision", "fp8", "-o", str(path))
-    assert code == 0 and "not yet trained" in text
+    code, text = estimate("--optimizer", "muon", "--seq", "1000", "--precision", "fp8", "-o", str(path))
+    assert code == 0, text
     assert load_plan(path).workload.optimizer is Optimizer.MUON
     result = CliRunner().invoke(cli, ["train", str(path), "--steps", "1"])
-    assert result.exit_code == 2
-    assert "its precision is fp8; its optimizer is muon" in result.output
+    assert result.exit_code == 2 and "multiple of 16" in result.output

@@ -89,7 +89,7 @@ def _figures(plan: Plan, basis: str) -> str:
     from planner.units import format_bytes, format_seconds
 
     e = plan.estimate
-    missing = not_executed(plan.model) + not_executed_workload(plan.workload)
+    missing = not_executed(plan.model) + not_executed_workload(plan.model, plan.workload)
     missing += offload_not_executed(plan.strategy)
     low, high = e.step_time_interval_s
     share = {name: getattr(e.coverage, name) for name in type(e.coverage).__dataclass_fields__}

@@ -68,7 +68,7 @@ def held_to_runtime(asked: Asked, engine: str | None) -> Asked:
     from planner.stack import Engine
 
     problem = asked.problem
-    missing = not_executed(problem.model) + not_executed_workload(problem.workload)
+    missing = not_executed(problem.model) + not_executed_workload(problem.model, problem.workload)
     if engine is not None or not problem.cluster.local or missing:
         return asked
     held = dataclasses.replace(problem, limits=Limits(engine=Engine.NATIVE))

@@ -101,6 +101,9 @@ if TYPE_CHECKING:
 )
 @click.option("--clip", type=float, metavar="NORM", help="Limit of the gradient norm. Default: 1.0.")
 @click.option(
+    "--lora-alpha", type=float, metavar="A", help="Adapters count A / rank times. Default: twice the rank."
+)
+@click.option(
     "--hang-timeout",
     type=float,
     metavar="SECONDS",
@@ -148,7 +151,7 @@ def train(plan_file: Path, steps: int | None, as_json: bool, **given: Any) -> in
     check_executed(plan.model, "train")
     check_schedule_table(plan)
     check_executed_offload(plan.strategy)
-    check_executed_workload(plan.workload)
+    check_executed_workload(plan.model, plan.workload, plan.strategy.degrees)
 
     from planner.codec import encode
     from runtime.options import TrainOptions

@@ -62,12 +62,16 @@ def _window_bytes(stage: StageCost) -> float:
 def step_temporaries_bytes(shape: ShapeModel, stage: StageCost) -> float:
     """What the optimizer's step needs for a moment, by the largest unit's shard u or the stage's P/n.
 
-    Fused AdamW and SGD work in place. Adafactor forms an update (4 u), muon orthogonalises matrices in bf16
-    with two products beside (6 U). DeepSpeed unscales into an fp32 copy of its gradients (4 P/n).
+    Fused AdamW and SGD work in place. Adafactor forms an update (4 u), muon orthogonalises matrices in the
+    compute precision of c bytes with two products beside (3 c U). DeepSpeed unscales into an fp32 copy of
+    its gradients (4 P/n).
     """
     degrees, workload = shape.degrees, shape.problem.workload
     unit = stage.largest_unit_params
-    extra = {Optimizer.ADAFACTOR: 4 * unit / degrees.weight_shards, Optimizer.MUON: 6 * unit}
+    extra = {
+        Optimizer.ADAFACTOR: 4 * unit / degrees.weight_shards,
+        Optimizer.MUON: 3 * workload.precision.compute_bytes * unit,
+    }
     bytes_ = extra.get(workload.optimizer, 0.0)
     if shape.problem.stack.engine is Engine.DEEPSPEED and workload.precision.compute_bytes < 4:
         there = stage.hosted.state_params if stage.hosted is not None else 0.0

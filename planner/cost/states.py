@@ -108,13 +108,14 @@ def states_of(problem: PlanningProblem, degrees: Degrees) -> States:
 def offloaded_states(problem: PlanningProblem, degrees: Degrees) -> tuple[States, States]:
     """Bytes a parameter on the device, and in host memory, where the optimizer's state lies there.
 
-    The device keeps weights in the compute precision, shared out under ZeRO 3, and gradients that ZeRO does
-    not share out; the host masters in fp32, the state, and fp32 gradients under ZeRO 2 and 3 (ZeRO-Offload,
-    arXiv 2101.06840).
+    The device keeps weights in the compute precision, shared out under ZeRO 3 (native: as resident ones, with
+    that precision in the master's place), and gradients that ZeRO does not share out; the host masters in
+    fp32, the state, and fp32 gradients under ZeRO 2 and 3 (ZeRO-Offload, arXiv 2101.06840).
     """
     resident, size = states_of(problem, degrees), problem.workload.precision.compute_bytes
     block, end = state_rates(problem.workload.optimizer, problem.model)
     shared, parameters = degrees.zero >= Zero.GRADIENTS, degrees.zero is Zero.PARAMETERS
+    native = problem.stack.engine is Engine.NATIVE
     kinds = {
         "block": (resident.block, block, degrees.weight_shards),
         "end": (resident.end, end, degrees.weight_shards),
@@ -122,7 +123,9 @@ def offloaded_states(problem: PlanningProblem, degrees: Degrees) -> tuple[States
     }
     device = {
         kind: ParamBytes(
-            weights=size / (n if parameters else 1), grads=0.0 if shared else kept.grads, optimizer=0.0
+            weights=kept.weights - (4 - size) / n if native else size / (n if parameters else 1),
+            grads=0.0 if shared else kept.grads,
+            optimizer=0.0,
         )
         for kind, (kept, _, n) in kinds.items()
     }

@@ -5,13 +5,13 @@ from __future__ import annotations
 from planner.divisors import divisors, legal_values
 from planner.estimate import Rejected
 from planner.execution import (
-    EXECUTED_OPTIMIZERS,
-    EXECUTED_PRECISIONS,
     EXECUTED_TYPES,
+    WORKLOADS_EXECUTED,
     context_not_executed,
     not_executed,
     not_executed_workload,
     offload_not_executed,
+    products_not_executed,
 )
 from planner.problem import PlanningProblem
 from planner.strategy import Degrees, Strategy
@@ -49,16 +49,16 @@ def native_vocabulary(problem: PlanningProblem, degrees: Degrees) -> Rejected | 
 
 
 def native_workload(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
-    """Precisions, optimizers and methods that the trainer has."""
-    faults = not_executed_workload(problem.workload)
+    """Products in fp8 that kernels have, and adapters beside what the trainer knows."""
+    faults = not_executed_workload(problem.model, problem.workload)
+    faults += products_not_executed(problem.model, problem.workload, degrees)
     if not faults:
         return None
     return Rejected(
         rule="native_workload",
         detail=f"the native runtime cannot train this workload: {'; '.join(faults)}.",
-        legal=f"--precision {' or '.join(EXECUTED_PRECISIONS)}, --optimizer "
-        f"{' or '.join(EXECUTED_OPTIMIZERS)}, --method pretrain or finetune",
-        fix="--precision, --optimizer, --method",
+        legal=WORKLOADS_EXECUTED,
+        fix="--precision, --method",
     )
 
 
@@ -76,16 +76,15 @@ def native_model(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
 
 
 def native_offload(problem: PlanningProblem, strategy: Strategy) -> Rejected | None:
-    """The runtime keeps everything on the device."""
+    """Selective recomputation keeps results where the runtime cannot send them to host memory."""
     faults = offload_not_executed(strategy)
     if not faults:
         return None
     return Rejected(
         rule="native_offload",
-        detail=f"the native runtime keeps everything on the device, and the strategy offloads: "
-        f"{'; '.join(faults)}.",
-        legal="offload=none",
-        fix="--fix offload=none",
+        detail=f"the native runtime cannot offload so: {'; '.join(faults)}.",
+        legal="offload=none or optimizer, or recompute=none or full",
+        fix="--fix offload=none or --fix recompute=full",
     )
 
 

@@ -7,8 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from planner.codec import encode
 from planner.errors import InputError, Problem
 from planner.hf import read_config_file
@@ -81,8 +79,7 @@ def load_into(executor: Executor, folder: Path) -> None:
     """Fills the weights of this rank from the folder; optimizer and step stay at the beginning."""
     source = WeightFolder(folder, executor.plan.model)
     known = {mapped.name for mapped in source.map.parameters}
-    for key, tensor in executor.state_dict().items():
-        name = key.removeprefix("model.")
-        if key.startswith("model.") and name in known:
-            assert isinstance(tensor, Tensor)
+    for name, tensor in executor.weight_tensors():
+        if name in known:
             source.fill(name, tensor)
+    executor.weights_filled()

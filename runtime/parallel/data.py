@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 from planner.strategy import Degrees, Zero
 from planner.workload import Precision
 from runtime.parallel.meshes import Meshes
+from runtime.precision import compute_dtype
 from runtime.transformer.experts import Experts
 
 
@@ -23,12 +24,11 @@ def apply_data_parallel(
 ) -> None:
     """Makes modules a unit of data parallelism: replicated (ZeRO 0) or sharded (ZeRO 1 to 3).
 
-    In bf16 even a single rank has such a unit, since it keeps the fp32 masters. ZeRO 1 and 2 keep the
-    gathered parameters until the step's last backward pass; ZeRO 3 frees them after each use.
+    In 16 bits even a single rank has such a unit, since it keeps the fp32 masters. ZeRO 1 and 2 keep the
+    gathered parameters until the step's last backward pass; ZeRO 3 frees them after each use. Frozen weights
+    have no gradient to reduce and no master: they belong to a unit under ZeRO 3 alone, which shards them.
     """
-    modules = [m for m in (unit if isinstance(unit, list) else [unit]) if any(True for _ in m.parameters())]
-    if modules:
-        _wrap(modules, degrees, precision, meshes.data)
+    _wrap(unit if isinstance(unit, list) else [unit], degrees, precision, meshes.data)
 
 
 def apply_expert_data_parallel(
@@ -45,10 +45,15 @@ def apply_expert_data_parallel(
 
 
 def _wrap(modules: list[nn.Module], degrees: Degrees, precision: Precision, data: DeviceMesh) -> None:
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    apart = {p for p in parameters if not p.requires_grad and degrees.zero is not Zero.PARAMETERS}
+    if len(apart) == len(set(parameters)):
+        return
+    modules = [module for module in modules if any(p not in apart for p in module.parameters())]
     policy = MixedPrecisionPolicy()
-    if precision is Precision.BF16:
+    if precision is not Precision.FP32:
         policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=compute_dtype(precision), reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     if degrees.zero is not Zero.NONE:
         fully_shard(
@@ -57,9 +62,10 @@ def _wrap(modules: list[nn.Module], degrees: Degrees, precision: Precision, data
             reshard_after_forward=degrees.zero is Zero.PARAMETERS,
             shard_placement_fn=partial(_expert_placement, data.size(-1)),
             mp_policy=policy,
+            ignored_params=apart or None,
         )
     elif max(degrees.replicas, degrees.expert_replicas) > 1 or precision is not Precision.FP32:
-        replicate(modules, mesh=data, mp_policy=policy)
+        replicate(modules, mesh=data, mp_policy=policy, ignored_params=apart or None)
 
 
 def _expert_placement(ranks: int, parameter: nn.Parameter) -> Shard | None:

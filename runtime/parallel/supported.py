@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from planner.errors import InputError, Problem
-from planner.execution import context_not_executed, executed_widths
+from planner.execution import (
+    WORKLOADS_EXECUTED,
+    check_executed_offload,
+    context_not_executed,
+    executed_widths,
+    not_executed_workload,
+    products_not_executed,
+)
 from planner.model import ModelSpec
 from planner.plan import Plan
 from planner.schedule_check import check_schedule_table
@@ -15,7 +22,7 @@ from planner.spread_rules import (
     experts_within_replicas,
 )
 from planner.strategy import AXES, Degrees, Zero
-from planner.workload import Precision
+from planner.workload import Optimizer
 
 EXPERT_RULES = (experts_divide, experts_within_replicas, experts_need_sequence_parallel)
 
@@ -24,6 +31,7 @@ def check_supported(plan: Plan) -> None:
     """Raises InputError with every part of the plan that this runtime cannot execute."""
     degrees = plan.strategy.degrees
     check_schedule_table(plan)
+    check_executed_offload(plan.strategy)
     problems = [*_degree_problems(plan, degrees), *_tensor_problems(plan.model, plan.workload.seq, degrees)]
     problems += _context_problems(plan)
     if problems:
@@ -32,9 +40,14 @@ def check_supported(plan: Plan) -> None:
 
 def _degree_problems(plan: Plan, degrees: Degrees) -> list[Problem]:
     found = []
-    if plan.workload.precision is Precision.FP16:
-        fault = "is fp16, which needs loss scaling; this runtime has none."
-        found.append(Problem(where="workload.precision", fault=fault, legal="bf16, fp32"))
+    found += [
+        Problem(where="workload", fault=f"cannot be trained: {fault}.", legal=WORKLOADS_EXECUTED)
+        for fault in (
+            *not_executed_workload(plan.model, plan.workload),
+            *products_not_executed(plan.model, plan.workload, degrees),
+        )
+    ]
+    found += _offload_problems(plan)
     shards = degrees.dp_shard if degrees.zero is Zero.NONE else degrees.weight_shards
     if (degrees.zero is Zero.NONE) != (shards == 1):
         found.append(
@@ -86,6 +99,27 @@ def _context_problems(plan: Plan) -> list[Problem]:
         )
         for fault in met
     ]
+
+
+def _offload_problems(plan: Plan) -> list[Problem]:
+    """Offload that no plan of the planner has, but one edited by hand may."""
+    found = [
+        Problem(
+            where=f"stages[{index}].offload",
+            fault=f"is {stage.offload}, and the stage holds {stage.layers} layers.",
+            legal=f"0 to {stage.layers} each",
+        )
+        for index, stage in enumerate(plan.strategy.stages)
+        if min(stage.offload.optimizer, stage.offload.activations) < 0
+        or max(stage.offload.optimizer, stage.offload.activations) > stage.layers
+    ]
+    by_elements = plan.workload.optimizer is not Optimizer.MUON and plan.workload.adapters is None
+    if any(stage.offload.optimizer for stage in plan.strategy.stages) and not by_elements:
+        fault = (
+            "keeps optimizer state in host memory, where updates are element by element: no muon, no LoRA."
+        )
+        found.append(Problem(where="stages.offload", fault=fault, legal="optimizer=0"))
+    return found
 
 
 def _tensor_problems(model: ModelSpec, seq: int, degrees: Degrees) -> list[Problem]:

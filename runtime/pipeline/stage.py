@@ -11,10 +11,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from planner.cost.schedule import Action, Row
 from planner.plan import Plan
 from planner.strategy import Zero
-from planner.workload import Precision
 from runtime.parallel.context import ContextCore
 from runtime.pipeline.gradient_units import GradientUnits
 from runtime.pipeline.record import Record
+from runtime.precision import compute_dtype
 from runtime.transformer.model import Transformer
 
 
@@ -111,4 +111,4 @@ def hidden_shape(plan: Plan) -> tuple[int, int, int]:
 
 def hidden_dtype(plan: Plan) -> torch.dtype:
     """The number format of hidden states."""
-    return torch.float32 if plan.workload.precision is Precision.FP32 else torch.bfloat16
+    return compute_dtype(plan.workload.precision)

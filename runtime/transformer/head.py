@@ -15,6 +15,7 @@ class Head(nn.Linear):
     Over a tensor-parallel mesh each rank holds rows of the weight, so a shard of the vocabulary; hidden
     states come whole, or as this rank's slice of the sequence. Logits are then not to be had. With a `cap`
     c logits are c tanh(logits / c) (Gemma 2, arXiv 2408.00118).
+    `gradient_scale` multiplies the loss's gradients (runtime.precision).
     """
 
     def __init__(self, hidden: int, vocab: int, *, bias: bool = False, cap: float | None = None) -> None:
@@ -23,6 +24,7 @@ class Head(nn.Linear):
         self.mesh: DeviceMesh | None = None
         self.between: Shard | Replicate = Replicate()
         self.passes: Passes | None = None
+        self.gradient_scale = 1.0
         self.counted: float | None = None
         """What the sum of losses is divided by; None: the number of targets that count."""
 
@@ -57,5 +59,6 @@ class Head(nn.Linear):
             cap=self.cap,
             group=group,
             passes=self.passes,
+            scale=self.gradient_scale,
         )
         return loss if self.counted is None else loss * ((targets_bs != IGNORED).sum() / self.counted)

@@ -67,8 +67,7 @@ def fill_experts(parameter: Tensor, first: int, name: str, spec: ModelSpec, seed
 
 
 def _draw(values: Tensor, name: str, stream: str, spec: ModelSpec, seed: int) -> None:
-    digest = hashlib.sha256(f"{seed}:{stream}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = _generator(stream, seed)
     scale = 1 / math.sqrt(2 * spec.layers) if name.endswith(RESIDUAL_OUTPUTS) else 1.0
     values.normal_(0.0, spec.initializer_range * scale, generator=generator)
 
@@ -78,3 +77,13 @@ def canonical_name(name: str, spec: ModelSpec) -> str:
     if spec.tied_embeddings and name == "output.weight":
         return "tok_embeddings.weight"
     return name
+
+
+def drawn(name: str, shape: tuple[int, ...], *, scale: float, seed: int) -> Tensor:
+    """Normal values with standard deviation `scale`, by (seed, name), on the CPU."""
+    return torch.empty(shape).normal_(0.0, scale, generator=_generator(name, seed))
+
+
+def _generator(stream: str, seed: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{stream}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -58,12 +58,14 @@ def cross_entropy(
     cap: float | None = None,
     group: dist.ProcessGroup | None = None,
     passes: Passes | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
     """Mean cross-entropy of the logits x W^T (+ bias) against targets, those of `IGNORED` left out.
 
     With a cap the logits are cap tanh(logits / cap).
     With `group`, ranks hold equal shards of the vocabulary in rank order and the same tokens. All of them
     return the whole's loss; the gradient of x is then each rank's part, to be summed by the caller.
+    Gradients, not the loss, are multiplied by `scale`, so that fp16 can hold them.
     """
     asked = (x_th.requires_grad, weight_vh.requires_grad) if torch.is_grad_enabled() else (False, False)
     with torch.no_grad():
@@ -77,6 +79,7 @@ def cross_entropy(
             cap=cap,
             group=group,
             passes=passes,
+            scale=scale,
         )
     loss = found.loss
     # Side by side, so that a backward pass split into inputs and weights runs each of them once.
@@ -113,6 +116,7 @@ def loss_and_gradients(
     bias_v: Tensor | None = None,
     cap: float | None = None,
     passes: Passes | None = None,
+    scale: float = 1.0,
 ) -> LossAndGradients:
     """The loop over chunks, outside autograd."""
     tokens, columns = x_th.shape[0], weight_vh.shape[0]
@@ -129,7 +133,8 @@ def loss_and_gradients(
         x, targets, share = x_th[part], targets_t[part] - first, share_t[part]
         logits = x @ weight_vh.T if bias_v is None else torch.addmm(bias_v, x, weight_vh.T)
         logits, slope = (logits, None) if cap is None else _with_slope(logits, cap)
-        part_loss, gradient = _chunk(logits, targets, share, group, passes or EAGER, of_hidden or of_weight)
+        wanted = of_hidden or of_weight
+        part_loss, gradient = _chunk(logits, targets, share, group, passes or EAGER, wanted, scale)
         del logits
         loss += part_loss
         if slope is not None:
@@ -163,6 +168,7 @@ def _chunk(
     group: dist.ProcessGroup | None,
     passes: Passes,
     with_gradient: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """A chunk's part of the loss and the gradient of its logits, in whose memory it may lie.
 
@@ -182,9 +188,9 @@ def _chunk(
     loss = torch.where(share > 0, (lse - target) * share, 0.0).sum()
     if not with_gradient:
         return loss, logits
-    gradient = passes.softmax(logits, lse, share)
+    gradient = passes.softmax(logits, lse, scale * share)
     # Set, not subtracted: the difference of two numbers near each other is formed in fp32.
-    at_target = torch.expm1(target - lse) * share
+    at_target = torch.expm1(target - lse) * (scale * share)
     kept = gradient.gather(1, place)[:, 0]
     gradient.scatter_(1, place, torch.where(own, at_target.to(kept.dtype), kept)[:, None])
     return loss, gradient

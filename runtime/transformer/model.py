@@ -7,6 +7,7 @@ a Llama model; `runtime.hf_weights` knows what other families call them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from runtime.transformer.block import Block
 from runtime.transformer.head import Head
 from runtime.transformer.norms import make_norm
 from runtime.transformer.rotary import Rotary
+
+if TYPE_CHECKING:
+    from runtime.offload.activations import ActivationOffload
 
 
 class Transformer(nn.Module):
@@ -38,6 +42,7 @@ class Transformer(nn.Module):
         learned = spec.learned_positions if with_embedding else 0
         self.tied = spec.tied_embeddings and with_embedding and with_head
         self.position_ids: Tensor | None = None
+        self.offload: ActivationOffload | None = None
         self.tok_embeddings = nn.Embedding(vocab, hidden) if with_embedding else None
         self.positions = nn.Embedding(learned, hidden) if learned else None
         self.rotary = _rotary(spec, seq) if spec.learned_positions == 0 else None

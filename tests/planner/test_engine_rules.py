@@ -94,8 +94,8 @@ CASES = (
         legal_problem=windowed(), illegal_problem=windowed(),
     ),
     Case(
-        "native_workload", N, ZERO3, ZERO3, ("muon", "fp8", "lora", "adamw"),
-        illegal_problem=held(N, precision=Precision.FP8, optimizer=Optimizer.MUON, **LORA),
+        "native_workload", N, ZERO3, ZERO3, ("fp8", "multiple of 16", "bf16"),
+        illegal_problem=held(N, precision=Precision.FP8, seq=1000, **LORA),
     ),
     Case(
         "native_vocabulary", N, TP2, TP2, ("tp=2", "vocabulary of 255", "1, 3, 5, 15, 17, 51"),
@@ -261,6 +261,7 @@ def uneven(*counts: tuple[int, int, int]) -> tuple[Stage, ...]:
 
 PLAIN = even_stages(8, 2)
 FULL = even_stages(8, 2, Recompute.FULL)
+SELECTIVE = even_stages(8, 2, Recompute.SELECTIVE)
 OFF, KEPT = Offload.OPTIMIZER, Offload.ACTIVATIONS
 
 
@@ -278,7 +279,7 @@ class StageCase(NamedTuple):
 
 STAGE_CASES = (
     StageCase(
-        "native_offload", N, uneven((1, 1, 1), (2, 3, 0)), offloaded(PLAIN, OFF),
+        "native_offload", N, offloaded(FULL, KEPT), offloaded(SELECTIVE, KEPT),
         ("optimizer", "none"),
     ),
     StageCase(

@@ -159,11 +159,12 @@ def test_more_memory_never_makes_a_plan_infeasible() -> None:
 
 
 def test_bytes_a_parameter_are_those_of_zero_offload() -> None:
-    """16 bits on the device; 12 bytes on the host, 4 more of gradients where they are shared out."""
+    """16 bits on the device, native: and a shard of them; 12 bytes on the host, 4 more of gradients where
+    they are shared out."""
     for engine, (zero, n) in product(Engine, ((Zero.NONE, 1), (Zero.OPTIMIZER, 4), (Zero.GRADIENTS, 4))):
         degrees = Degrees(dp_shard=n, dp_replicate=4 // n, zero=zero, micro_batch=2)
         device, host = (s.block for s in offloaded_states(problem(engine), degrees))
-        assert device.weights == 2 and device.optimizer == 0
+        assert device.weights == (2 + 2 / n if engine is Engine.NATIVE else 2) and device.optimizer == 0
         assert (device.grads == 0) == (zero is Zero.GRADIENTS)
         assert host.total == (16 if zero is Zero.GRADIENTS else 12) / n
 
@@ -260,8 +261,19 @@ def test_counts_come_back_from_plan_json() -> None:
     for stage in document["stages"]:
         stage["offload"] = {}  # as earlier versions wrote it
     assert not decode_plan(document, source="plan.json").strategy.offloads
-    with pytest.raises(InputError, match="optimizer and activations in host memory"):
-        check_executed_offload(plan.strategy)
+    check_executed_offload(plan.strategy)
+
+
+def test_the_runtime_offloads_no_activations_of_blocks_that_recompute_selectively() -> None:
+    kept = RecomputeCounts(none=1, selective=2, full=1)
+    for activations, legal in ((0, True), (1, True), (2, False), (4, False)):
+        stage = Stage(first=0, end=4, recompute=kept, offload=OffloadCounts(activations=activations))
+        strategy = Strategy(degrees=Degrees(), stages=(stage,))
+        if legal:
+            check_executed_offload(strategy)
+        else:
+            with pytest.raises(InputError, match="recompute selectively"):
+                check_executed_offload(strategy)
 
 
 def best_by_hand(asked: PlanningProblem, pins: Pins) -> float | None:

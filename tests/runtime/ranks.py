@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn import functional
 
 from planner.model import ModelSpec
@@ -69,20 +70,24 @@ def train(executor: Executor, first: int, steps: int) -> Trajectory:
     return [(result.loss, result.grad_norm) for result in results]
 
 
-def single_process(plan: Plan, steps: int) -> Trajectory:
-    """The same training in one process: whole model, whole batch, torch's own loss, clipping and AdamW."""
+MakeOptimizers = Callable[[nn.Module], list[torch.optim.Optimizer]]
+"""The optimizers of a whole model in one process."""
+
+
+def by_adamw(model: nn.Module) -> list[torch.optim.Optimizer]:
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return [torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-3, foreach=False)]
+
+
+def single_process(plan: Plan, steps: int, make: MakeOptimizers = by_adamw) -> Trajectory:
+    """The same training in one process: whole model, whole batch, torch's own loss and optimizers."""
     spec: ModelSpec = plan.model
     model = build_transformer(spec, 0, spec.layers, True, True, seq=plan.workload.seq)
     materialize(model, spec, prefix="", seed=SEED, device="cpu")
     model.tie()
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        betas=(0.9, 0.95),
-        eps=1e-3,
-        foreach=False,
-    )
+    optimizers = make(model)
     # The warm-up of 2 steps to 0.01, then a cosine over 6 steps to a tenth of it, written out.
     rates = (0.005, 0.01, 0.01, 0.0093971143, 0.00775, 0.0055)
     trajectory: Trajectory = []
@@ -93,12 +98,13 @@ def single_process(plan: Plan, steps: int) -> Trajectory:
         tokens = batch_of(plan, step)
         logits = model(tokens[:, :-1])
         loss = functional.cross_entropy(logits.reshape(-1, spec.vocab), tokens[:, 1:].reshape(-1))
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        for group in optimizer.param_groups:
-            group["lr"] = rates[step]
-        optimizer.step()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rates[step]
+            optimizer.step()
         for router, choices in chosen.items():
             balance(router, choices.pop())
         trajectory.append((loss.item(), norm.item()))
