@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench import cli_speed, local_plans, model_counts, replay_speed, search_speed
+from bench import cli_speed, local_plans, model_counts, overhead, replay_speed, search_speed
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -17,6 +17,7 @@ def main() -> None:
     cli_speed.main(["--out", str(RESULTS / f"{today}-cli-speed.json")], standalone_mode=False)
     replay_speed.main(["--out", str(RESULTS / f"{today}-replay-speed.json")], standalone_mode=False)
     search_speed.main(["--out", str(RESULTS / f"{today}-search-speed.json")], standalone_mode=False)
+    overhead.main(["--out", str(RESULTS / f"{today}-overhead.json")], standalone_mode=False)
     local_plans.main(["--out", str(RESULTS / f"{today}-local-plans.json")], standalone_mode=False)
 
 

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from planner.cost.charged import Message
 from planner.profile import Op
+from runtime.parallel.meshes import Meshes
 
 # Which argument of an operator is the whole message: what is gathered into, or what goes in.
 _WHOLE: Mapping[str, tuple[Op, int]] = {
@@ -52,10 +52,10 @@ class MessageCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
     A group that is no axis of the mesh is named by its ranks, such as `0,3`; that of all ranks `world`.
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
+    def __init__(self, meshes: Meshes) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.messages: Counter[Message] = Counter()
-        self._axes = _axes_by_ranks(mesh)
+        self._axes = _axes_by_ranks(meshes)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -84,21 +84,25 @@ class MessageCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._axes.get(ranks) or ",".join(map(str, ranks))
 
 
-def count_messages(step: Callable[[], object], mesh: DeviceMesh) -> Counter[Message]:
+def count_messages(step: Callable[[], object], meshes: Meshes) -> Counter[Message]:
     """The messages of one call of `step` on this rank."""
-    counting = MessageCount(mesh)
+    counting = MessageCount(meshes)
     with counting:
         step()
     return counting.messages
 
 
-def _axes_by_ranks(mesh: DeviceMesh) -> dict[tuple[int, ...], str]:
-    """The groups that this rank is in, by their ranks; of axes with the same ranks the first."""
+def _axes_by_ranks(meshes: Meshes) -> dict[tuple[int, ...], str]:
+    """The groups that this rank is in, by their ranks; of axes with the same ranks the last of the grid.
+
+    A data axis that cp is folded into goes by its own name.
+    """
     names = {tuple(range(dist.get_world_size())): "world"}
-    for name in reversed(mesh.mesh_dim_names or ()):
-        ranks = tuple(sorted(dist.get_process_group_ranks(mesh[name].get_group())))
-        if len(ranks) > 1:
-            names[ranks] = name
+    for mesh in (meshes.data, meshes.world):
+        for place, name in enumerate(mesh.mesh_dim_names or ()):
+            ranks = tuple(sorted(dist.get_process_group_ranks(mesh.get_group(place))))
+            if len(ranks) > 1:
+                names[ranks] = name.removesuffix("_cp")
     return names
 
 

@@ -19,6 +19,7 @@ from planner.errors import CheckError, InputError, Problem
 from planner.feed_forward import Activation, Mlp
 from planner.model import Block, ModelSpec, Norm, Segment
 from planner.strategy import Degrees
+from runtime.parallel.context import ContextCore
 from runtime.parallel.meshes import Meshes
 from runtime.parallel.tensor import apply_tensor_parallel
 from runtime.transformer.experts import MixtureOfExperts
@@ -26,6 +27,10 @@ from runtime.transformer.head import Head
 from runtime.transformer.initial import materialize
 from runtime.transformer.loss import compiled_passes
 from runtime.transformer.model import build_transformer
+
+EAGER = (MixtureOfExperts, ContextCore)
+"""Parts of a block that are not compiled: how many tokens an expert gets differs every time, and messages
+between neighbours are nothing that a graph can hold."""
 
 TOLERANCE = 1e-4
 """Relative difference of gradients, compiled against eager, that rounding in fp32 explains in one block."""
@@ -60,7 +65,7 @@ def apply_compile(part: nn.Module, *, backend: str = "inductor") -> None:
         part.passes = compiled_passes(backend)
     elif _is_block(part):
         for module in part.modules():
-            if isinstance(module, MixtureOfExperts):  # how many tokens an expert gets differs every time
+            if isinstance(module, EAGER):
                 module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign, no-untyped-call]
         # Shapes never change in a run; symbolic ones make torch 2.13 recurse without end in DTensor's views.
         part.forward = torch.compile(part.forward, backend=backend, dynamic=False)

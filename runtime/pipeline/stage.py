@@ -29,7 +29,9 @@ class StageModule(nn.Module):
             layer.register_forward_pre_hook(self._see_hidden)
         for part in model.modules():
             if isinstance(part, ContextCore):
-                part.register_forward_pre_hook(self._see_exchange)
+                # What grows with every pass is no input of a compiled block.
+                eager = torch.compiler.disable(self._see_exchange)  # type: ignore[no-untyped-call]
+                part.register_forward_pre_hook(eager)
 
     def _see_hidden(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         self.hidden_shape = tuple(args[0].shape)

@@ -8,10 +8,11 @@ from typing import Any
 from planner.cost.charged import Message, charged_messages
 from planner.plan import Plan
 from planner.profile import Op
+from planner.strategy import Zero
 from runtime.comm_count import count_messages
 from tests.runtime.ranks import batch_of, make_executor, on_ranks, slice_of
 
-AXES = ("tp", "cp", "dp_shard", "dp_replicate", "pp")
+AXES = ("cp", "tp", "dp_shard", "dp_replicate", "pp")
 
 
 def expected_messages(plan: Plan) -> list[Counter[Message]]:
@@ -28,8 +29,10 @@ def _beside(plan: Plan, pp_rank: int) -> Counter[Message]:
     gradients of norms, which each rank has of its slice, as one all-reduce over tp.
     """
     degrees, model = plan.strategy.degrees, plan.model
+    folded = degrees.cp > 1 and degrees.cp * degrees.dp_shard * degrees.dp_replicate == degrees.world
+    data = "dp_replicate" if degrees.zero is Zero.NONE else "dp_shard"
     whole = [axis for axis in AXES if getattr(degrees, axis) == degrees.world]
-    found = Counter({Message(Op.ALL_REDUCE, (*whole, "world")[0], 16): 1})
+    found = Counter({Message(Op.ALL_REDUCE, (*whole, *[data] * folded, "world")[0], 16): 1})
     if degrees.tp > 1 and degrees.sequence_parallel:
         stages = [s for s in range(degrees.stages) if degrees.pp_rank_of_stage(s) == pp_rank]
         layers = sum(plan.strategy.stages[s].end - plan.strategy.stages[s].first for s in stages)
@@ -46,7 +49,7 @@ def sent_messages(plan: Plan) -> list[Counter[Message]]:
         executor = make_executor(plan)
         executor.step(slice_of(executor, batch_of(plan, 0)))
         tokens = slice_of(executor, batch_of(plan, 1))
-        counted = count_messages(lambda: executor.step(tokens), executor.meshes.world)
+        counted = count_messages(lambda: executor.step(tokens), executor.meshes)
         return [[*message, count] for message, count in counted.items()]
 
     return [

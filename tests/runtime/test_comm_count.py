@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from planner.plan import Plan
-from planner.strategy import Degrees, Recompute, Schedule, Stage, Zero
+from planner.strategy import CpExchange, Degrees, Recompute, Schedule, Stage, Zero
 from tests.plans import make_plan, split, tiny_llama
 from tests.runtime.messages import expected_messages, sent_messages
 
@@ -30,6 +30,8 @@ PLANS = {
     "zero3": plan_of(dp_shard=2, zero=Zero(3)),
     "hsdp": plan_of(dp_shard=2, dp_replicate=2, zero=Zero(3)),
     "pp2-tp2-sp": plan_of(pp=2, tp=2, sequence_parallel=True, schedule=Schedule.GPIPE),
+    "cp2": plan_of(cp=2, cp_exchange=CpExchange.ALL_TO_ALL),
+    "cp2-zero3": plan_of(cp=2, dp_shard=2, zero=Zero(3), cp_exchange=CpExchange.GATHER),
     "tp2-zero2": plan_of(tp=2, dp_shard=2, zero=Zero(2)),
 }
 

@@ -9,7 +9,7 @@ import torch
 
 from planner.errors import CheckError, InputError
 from planner.plan import Plan
-from planner.strategy import Degrees, RecomputeCounts, Stage, Zero
+from planner.strategy import CpExchange, Degrees, RecomputeCounts, Stage, Zero
 from runtime import compiled
 from runtime.executor import Executor
 from runtime.parallel import tensor
@@ -20,7 +20,7 @@ LLAMA = tiny_llama(layers=3)
 MIXED = (Stage(first=0, end=3, recompute=RecomputeCounts(none=1, selective=1, full=1)),)
 PLANS = {
     "tp2-sp": make_plan(LLAMA, Degrees(tp=2, micro_batch=4, sequence_parallel=True)),
-    "tp2": make_plan(LLAMA, Degrees(tp=2, micro_batch=4)),
+    "cp2": make_plan(LLAMA, Degrees(cp=2, micro_batch=4, cp_exchange=CpExchange.RING)),
     "experts": make_plan(tiny_mixtral(layers=2), Degrees(micro_batch=4)),
     "zero3-recompute": make_plan(LLAMA, Degrees(dp_shard=2, micro_batch=2, zero=Zero(3)), MIXED),
 }
