@@ -7,7 +7,8 @@ the engine does otherwise:
   rank, (1 - 1/tp) h more than its shard; Megatron gathers it again instead (arXiv 2205.05198).
 - A compiled block recomputes the result of its activation function, one MLP width a token, since it fuses
   into what reads it; so do Megatron's fused SwiGLU and GELU.
-- Selective recomputation is the engine's own (planner.stack.Selective).
+- Selective recomputation is the engine's own (planner.stack.Selective). What is traded for heads
+  (planner.cost.context.traded_bytes) it trades again, unless it recomputes the MLP alone.
 - The loss over a sharded vocabulary takes 6 bytes a logit more at its worst than the whole one does in
   torch's loss_parallel (18, not 12: shifted logits, their exponentials and a copy for the sum). Where ranks
   gather the logits instead, each holds all of them.
@@ -22,6 +23,7 @@ import math
 
 from planner.attention import Attention
 from planner.cost.chunked_loss import chunk_tokens
+from planner.cost.context import traded_bytes
 from planner.cost.layer import LayerCost, LayerShape, block_saved_bytes
 from planner.cost.memory_constants import MemoryConstants
 from planner.feed_forward import Mlp
@@ -147,7 +149,7 @@ def _kept_bytes(block: Block, shape: LayerShape, stack: Stack, constants: Memory
     kept = (kept - probabilities - _fused_bytes(block, shape, stack)) * constants.activation_scale
     stream = block.hidden / (shape.tp if shape.sequence_parallel else 1)
     norms = constants.norm_bytes * size / 2 * block.norms * shape.tokens * stream
-    return kept + norms + constants.probability_scale * probabilities
+    return kept + norms + constants.probability_scale * probabilities + traded_bytes(block, shape)
 
 
 def _probability_bytes(block: Block, shape: LayerShape) -> float:
@@ -186,9 +188,11 @@ def _selective_bytes(
             dropped = block_saved_bytes(block, shape, Recompute.NONE) - block_saved_bytes(
                 block, shape, Recompute.SELECTIVE
             )
-            return whole - scale * max(dropped - _fused_bytes(block, shape, stack), 0.0)
+            again = traded_bytes(block, shape)
+            return whole - again - scale * max(dropped - _fused_bytes(block, shape, stack), 0.0)
         case Selective.ATTENTION:
-            return whole - constants.probability_scale * _probability_bytes(block, shape)
+            probabilities = constants.probability_scale * _probability_bytes(block, shape)
+            return whole - traded_bytes(block, shape) - probabilities
         case Selective.MLP:
             kept = block.mlp.kept(block.hidden) if block.mlp else None
             values = _mlp_values(kept, shape) if kept else 0.0

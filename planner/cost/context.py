@@ -28,7 +28,7 @@ from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.seconds import smaller
 from planner.model import Block, ModelSpec
 from planner.profile import LayerKind, Op
-from planner.strategy import CpExchange
+from planner.strategy import CpExchange, Recompute
 
 CORRECTION_BYTES = 10
 """Bytes moved for each value of attention's result behind a part of a ring: fp32 read and written, and a new
@@ -149,7 +149,10 @@ def behind(message_s: float, work_s: float) -> float:
 
 
 def with_context_buffers(cost: LayerCost, model: ModelSpec, shape: LayerShape) -> LayerCost:
-    """A block's cost with the buffers of its exchange, which live for a moment in either pass."""
+    """A block's cost with the buffers of its exchange, which live for a moment in either pass.
+
+    Without recomputation `traded_bytes` are kept besides.
+    """
     if shape.cp == 1 or shape.kind is not LayerKind.BLOCK:
         return cost
     block = model.classes()[shape.block] if shape.block else model.segments[0].block
@@ -157,11 +160,26 @@ def with_context_buffers(cost: LayerCost, model: ModelSpec, shape: LayerShape) -
         return cost
     mixers = [m for m in block.mixers if isinstance(m, (Attention, LatentAttention))]
     each = [_buffer_bytes(mixer, shape) for mixer in mixers]
+    traded = traded_bytes(block, shape) if shape.recompute is Recompute.NONE else 0.0
     return dataclasses.replace(
         cost,
+        saved_bytes=cost.saved_bytes + traded,
         forward_transient_bytes=cost.forward_transient_bytes + max((f for f, _ in each), default=0.0),
         backward_transient_bytes=cost.backward_transient_bytes + max((b for _, b in each), default=0.0),
     )
+
+
+def traded_bytes(block: Block, shape: LayerShape) -> float:
+    """What an all-to-all adds to what a block keeps: attention's result as it was before it was traded back,
+    and copies of key and value heads."""
+    if shape.cp == 1 or shape.cp_exchange is not CpExchange.ALL_TO_ALL:
+        return 0.0
+    kept = 0.0
+    for mixer in block.mixers:
+        if isinstance(mixer, (Attention, LatentAttention)):
+            widths, copies = widths_of(mixer, shape), copies_of_heads(mixer, shape)
+            kept += shape.tokens * (widths.out + (copies - 1) * widths.kv)
+    return kept
 
 
 def _buffer_bytes(mixer: Mixer, shape: LayerShape) -> tuple[float, float]:

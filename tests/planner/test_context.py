@@ -78,7 +78,9 @@ def test_flops_over_ranks_add_up_and_attention_is_balanced(cp: int) -> None:
 @pytest.mark.parametrize("exchange", list(CpExchange))
 def test_activations_are_shared_out_and_weights_are_not(exchange: CpExchange) -> None:
     one, four = (evaluated(problem(), shared(cp, exchange)).stages[0].memory for cp in (1, 4))
-    assert four.activations_bytes == pytest.approx(one.activations_bytes / 4, rel=1e-6)
+    # Where heads were traded for, every block keeps attention's result a second time.
+    again = 4 * 2 * SEQ / 4 * 512 if exchange is CpExchange.ALL_TO_ALL else 0.0
+    assert four.activations_bytes == pytest.approx(one.activations_bytes / 4 + again, rel=1e-6)
     assert four.weights_bytes == one.weights_bytes
     assert four.grads_bytes == one.grads_bytes
 
