@@ -111,7 +111,7 @@ def test_experts_that_do_not_divide_are_split_along_the_hidden_size() -> None:
 
 def imbalance(executor: Executor, steps: int) -> float:
     """Tokens of the busiest expert over the mean, in the last of some steps that train nothing else."""
-    executor.optimizer.param_groups.clear()
+    executor.optimizer.step = lambda: None  # type: ignore[method-assign]
     (router, *_) = (m for m in executor.modules[0].model.modules() if hasattr(m, "correction"))
     loads = []
     update = executor.balance.update
