@@ -144,10 +144,12 @@ def train(plan_file: Path, steps: int | None, as_json: bool, **given: Any) -> in
         check_executed_workload,
     )
     from planner.plan import load_plan
+    from planner.plan_check import check_sound
     from planner.schedule_check import check_schedule_table
 
     require_torch("train")
     plan = load_plan(plan_file)
+    check_sound(plan)
     check_executed(plan.model, "train")
     check_schedule_table(plan)
     check_executed_offload(plan.strategy)

@@ -21,7 +21,6 @@ from planner.cost import constants
 from planner.cost.action import Action, ActionKind
 from planner.cost.longest_path import Durations
 from planner.cost.passes import Pass
-from planner.cost.seconds import smaller
 from planner.cost.stage_cost import StageCost
 from planner.cost.table import KINDS, Table
 from planner.estimate import TimelineEvent
@@ -224,19 +223,20 @@ def split_backward(stage: StageCost) -> tuple[Pass, Pass]:
     Weight gradients are the products that the forward did, once more: no messages, half of the kernels.
     Where weights are frozen, what little their adapters have is counted with the input's.
 
-    The native runtime leaves `deferred_s` for later, those of blocks that recompute nothing, and the two add
-    up to the backward. torch splits all; then each of the passes over the graph that split autograd makes
-    recomputes the blocks: SPLIT_RECOMPUTES times in all, once for the inputs.
+    The own runtime leaves those of blocks that recompute nothing for later, and the two add up to the
+    backward. A block that recomputes does all in I; its W is charged all the same, so that recomputing never
+    makes an action shorter, which the search relies on: too much by one product of its four.
+
+    torch splits all; then each of the passes over the graph that split autograd makes recomputes the blocks:
+    SPLIT_RECOMPUTES times in all, once for the inputs.
     """
     backward, again_s = stage.backward, 0.0
-    if stage.deferred_s is not None:
-        products_s = smaller(stage.deferred_s, backward.compute_s)
+    if stage.deferred_s is not None and stage.weights_s is not None:
+        left_s, products_s = stage.deferred_s, stage.weights_s
     else:
         products_s = 0.0 if stage.frozen else min(backward.compute_s / 2, stage.forward.compute_s)
-        again_s = backward.recompute_s * (constants.SPLIT_RECOMPUTES - 1)
-    inputs = dataclasses.replace(
-        backward, compute_s=backward.compute_s - products_s, host_s=backward.host_s / 2
-    )
+        left_s, again_s = products_s, backward.recompute_s * (constants.SPLIT_RECOMPUTES - 1)
+    inputs = dataclasses.replace(backward, compute_s=backward.compute_s - left_s, host_s=backward.host_s / 2)
     return inputs, Pass(compute_s=products_s, recompute_s=again_s, host_s=backward.host_s / 2)
 
 

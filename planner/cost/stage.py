@@ -370,21 +370,16 @@ class ShapeModel:
             holds_head=last and self.problem.model.vocab > 0,
             frozen=self.problem.workload.adapters is not None,
             hosted=None,
-            deferred_s=self._deferred_s(chosen),
+            weights_s=self._weights_s(chosen),
+            deferred_s=self._weights_s([each for each in chosen if each[0][1] is Recompute.NONE]),
             **self._memory(chosen, blocks, first=first, last=last),
         )
 
-    def _deferred_s(self, chosen: Sequence[Chosen]) -> float | None:
-        """Weight gradients that the native runtime leaves for later: those of blocks that recompute nothing.
-
-        None for engines that split a backward pass as torch does.
-        """
+    def _weights_s(self, chosen: Sequence[Chosen]) -> float | None:
+        """Weight gradients of blocks that the own runtime can leave for later; None for other engines."""
         if not self.problem.stack.recomputes_once:
             return None
-        each = (
-            count * self._deferrable_s(key) for (key, option), count in chosen if option is Recompute.NONE
-        )
-        return sum(each, 0.0)
+        return sum((count * self._deferrable_s(key) for (key, _), count in chosen), 0.0)
 
     def _deferrable_s(self, key: str) -> float:
         if key not in self._deferrable:

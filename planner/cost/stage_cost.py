@@ -35,8 +35,8 @@ class StageCost:
     among them, `routed_params` those of routed experts. `saved_bytes` are kept for each micro-batch;
     `block_saved_bytes` of them by blocks. `frozen` weights have no gradients: those of adapters beside them
     alone. `hosted` says what of the stage lies in host memory, where something does (planner.cost.offload).
-    `deferred_s` are the weight gradients of the backward that the engine can leave for later, None where it
-    splits a backward as torch does.
+    `weights_s` are the blocks' weight gradients that the engine can leave for later, `deferred_s` those that
+    it does: of blocks that recompute nothing. None where it splits a backward as torch does.
     """
 
     forward: Pass
@@ -58,4 +58,5 @@ class StageCost:
     holds_head: bool = False
     frozen: bool = False
     hosted: Hosted | None = None
+    weights_s: float | None = None
     deferred_s: float | None = None

@@ -46,7 +46,7 @@ def _set(path: str, value: Any) -> Edit:
 EDITS: dict[str, tuple[Edit, str]] = {
     "more ranks than devices": (_set("strategy.tp", 2), "2"),
     "a degree of zero": (_set("strategy.tp", 0), "below 1: tp0"),
-    "a negative degree": (_set("strategy.pp", -2), "pp"),
+    "a negative degree": (_set("strategy.pp", -2), "below 1: tp1 pp-2"),
     "a tensor degree that splits no heads": (_set("strategy.tp", 3), "3"),
     "another number of stages": (_set("strategy.chunks", 2), "chunks|stages|schedule"),
     "another micro-batch": (_set("strategy.micro_batch", 3), "batch"),
