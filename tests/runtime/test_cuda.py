@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from planner.strategy import Degrees, Recompute
 from planner.workload import Precision
+from runtime.attention_blocks import Merged, WrittenOut, attend, attend_backward
 from runtime.executor import Executor
 from runtime.launch import init_from_env
 from tests.plans import make_plan, tiny_gpt2, tiny_llama
@@ -61,3 +62,23 @@ def test_bf16_recompute_saves_memory_and_gives_the_same_loss(device: torch.devic
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-3)
     assert peaks == sorted(peaks, reverse=True)
     assert len(set(peaks)) == 3
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocks_of_attention_are_torchs_attention(causal: bool) -> None:
+    """The flash kernel's operators, forward and backward, with groups of heads; keys in two blocks."""
+    q, k, v, grad = (
+        torch.randn(2, 256, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2, 8)
+    )
+    out, lse = attend(q, k, v, causal=causal, scale=None)
+    found = (out, *attend_backward(grad, (q, k, v), out, lse, causal=causal, scale=None))
+    exact = WrittenOut()
+    right_out, right_lse = exact.forward(q, k, v, causal, None)
+    right = (right_out, *exact.backward(grad, (q, k, v), right_out, right_lse, causal, None))
+    for mine, expected in zip(found, right, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(lse, right_lse, rtol=1e-3, atol=1e-3)
+    if not causal:
+        merged = Merged(*attend(q, k[:, :128], v[:, :128], causal=False, scale=None))
+        merged.add(*attend(q, k[:, 128:], v[:, 128:], causal=False, scale=None))
+        torch.testing.assert_close(merged.out, right_out.float(), rtol=2e-2, atol=2e-2)
