@@ -6,15 +6,17 @@ loads the checkpoints of all sources one after another into the same executor.
 
 from __future__ import annotations
 
+import base64
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from planner.plan import Plan
 from runtime.checkpoint import load_checkpoint, save_checkpoint
@@ -55,20 +57,48 @@ class Pair:
 def state_digest(executor: Executor) -> str:
     """SHA-256 of the whole state, gathered from all ranks: weights, optimizer, step. Collective.
 
-    Ranks that hold the same tensor must hold the same bits.
+    Ranks that hold the same part must hold the same bits, and the parts must cover every tensor.
     """
-    own = {name: _digest(value) for name, value in executor.state_dict().items()}
-    whole: dict[str, str] = {}
-    for part in gather_json(own):
-        for name, digest in part.items():
-            assert whole.setdefault(name, digest) == digest, f"ranks differ in {name}"
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    own = {name: _box(value) for name, value in executor.state_dict().items()}
+    parts = gather_json(own)
+    whole = hashlib.sha256()
+    for name in sorted({name for part in parts for name in part}):
+        boxes = [part[name] for part in parts if name in part]
+        whole.update(f"{name} {boxes[0]['dtype']} {boxes[0]['whole']}".encode())
+        whole.update(_assemble(name, boxes).tobytes())
+    return whole.hexdigest()
 
 
-def _digest(value: torch.Tensor) -> str:
-    whole = value.full_tensor() if isinstance(value, DTensor) else value
-    content = whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(f"{whole.dtype} {tuple(whole.shape)}".encode() + content).hexdigest()
+def _box(value: torch.Tensor) -> dict[str, Any]:
+    """This rank's part of a tensor, as plain data."""
+    local, offset = value, (0,) * value.dim()
+    if isinstance(value, DTensor):
+        local = value.to_local()
+        _, offset = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
+    content = local.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return {
+        "dtype": str(value.dtype),
+        "bytes": value.dtype.itemsize,
+        "whole": tuple(value.shape),
+        "shape": tuple(local.shape),
+        "offset": tuple(offset),
+        "content": base64.b64encode(content).decode(),
+    }
+
+
+def _assemble(name: str, boxes: Sequence[Mapping[str, Any]]) -> np.ndarray[Any, Any]:
+    """The bytes of a tensor of which `boxes` are parts: its shape, and the bytes of an element."""
+    size = boxes[0]["bytes"]
+    whole = np.zeros((*boxes[0]["whole"], size), dtype=np.uint8)
+    seen = np.zeros((*boxes[0]["whole"], 1), dtype=bool)
+    for box in boxes:
+        place = tuple(slice(o, o + n) for o, n in zip(box["offset"], box["shape"], strict=True))
+        content = np.frombuffer(base64.b64decode(box["content"]), dtype=np.uint8)
+        content = content.reshape(*box["shape"], size)
+        assert ((whole[place] == content) | ~seen[place]).all(), f"ranks differ in {name}"
+        whole[place], seen[place] = content, True
+    assert seen.all(), f"parts of {name} are missing"
+    return whole
 
 
 def load_newest(executor: Executor, folder: Path) -> None:
