@@ -19,7 +19,16 @@ def expected_messages(plan: Plan) -> list[Counter[Message]]:
     """What each rank should send: what its stage is charged for, and what is left out of that."""
     degrees, charged = plan.strategy.degrees, charged_messages(plan)
     stages = [rank * degrees.pp // degrees.world for rank in range(degrees.world)]
-    return [charged[stage] + _beside(plan, stage) for stage in stages]
+    return [_named(plan, charged[stage]) + _beside(plan, stage) for stage in stages]
+
+
+def _named(plan: Plan, charged: Counter[Message]) -> Counter[Message]:
+    """Messages over a data axis that is nothing but the cp folded into it go by the name of cp."""
+    degrees = plan.strategy.degrees
+    axis, size = ("dp_shard", degrees.dp_shard) if degrees.zero else ("dp_replicate", degrees.dp_replicate)
+    if degrees.cp == 1 or size > 1:
+        return charged
+    return Counter({m._replace(axis="cp") if m.axis == axis else m: n for m, n in charged.items()})
 
 
 def _beside(plan: Plan, pp_rank: int) -> Counter[Message]:
