@@ -20,8 +20,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 from planner.errors import InputError, Problem
+from runtime.transformer.head import Head
 
 TESTED = ("gemma2", "gpt2", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3")
 """Types that tests run against their own whole model. Others hold state between layers or scale the
@@ -56,8 +65,8 @@ class NoPositions(nn.Module):
 class TransformersStage(nn.Module):
     """The layers [first, end) of a Hugging Face model, with the ends that belong to them, on meta.
 
-    The input is tokens [B, S] on the first stage, else hidden states [B, S, H]; the output is logits
-    [B, S, V] on the last stage, else hidden states.
+    The input is tokens [B, S] on the first stage, else hidden states [B, S, H]. The output is, on the last
+    stage, the mean loss over targets [B, S], or logits [B, S, V] without these; else hidden states.
     """
 
     def __init__(self, config: Any, first: int, end: int, *, with_embedding: bool, with_head: bool) -> None:
@@ -71,14 +80,18 @@ class TransformersStage(nn.Module):
         layers = Layers({first + place: layer for place, layer in enumerate(own)})
         setattr(base, self._names.layers, layers)
         ties = bool(config.tie_word_embeddings)
-        if with_head and ties:
-            whole.lm_head.weight = nn.Parameter(torch.empty_like(whole.lm_head.weight, device="meta"))
         self._padding = getattr(base, self._names.embedding).padding_idx
         if not with_embedding:
             setattr(base, self._names.embedding, None)
             if self._names.positions is not None:
                 setattr(base, self._names.positions, NoPositions())
-        if not with_head:
+        if with_head:
+            cap = getattr(config, "final_logit_softcapping", None)
+            with torch.device("meta"):
+                whole.lm_head = Head(
+                    config.hidden_size, config.vocab_size, bias=whole.lm_head.bias is not None, cap=cap
+                )
+        else:
             setattr(base, self._names.norm, nn.Identity())
             whole.lm_head = None
         self.whole = whole
@@ -142,13 +155,20 @@ class TransformersStage(nn.Module):
                     module.weight[self._padding] = 0  # as an embedding leaves the row of padding
         part.to(device)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def apply_tensor_parallel(self, part: nn.Module, mesh: DeviceMesh) -> None:
+        """Shards a part as the config's own plan for its family says; the head by rows, for the loss."""
+        if isinstance(part, Head):
+            part.shard(mesh, Replicate())
+        elif part in self.layers.values():
+            parallelize_module(part, mesh, dict(_styles(self.whole.config)), src_data_rank=None)
+
+    def forward(self, x: Tensor, targets_bs: Tensor | None = None) -> Tensor:
         tokens = {"input_ids": x} if self.with_embedding else {"inputs_embeds": x}
-        if self.with_head:
-            logits: Tensor = self.whole(**tokens, use_cache=False).logits
-            return logits
         hidden: Tensor = self.base(**tokens, use_cache=False).last_hidden_state
-        return hidden
+        if not self.with_head:
+            return hidden
+        out: Tensor = self.whole.lm_head(hidden, targets_bs)
+        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +197,25 @@ class _Names:
             positions=embeddings[1] if len(embeddings) > 1 else None,
             rotary=rotary[0] if rotary else None,
         )
+
+
+def _styles(config: Any) -> Iterator[tuple[str, ParallelStyle]]:
+    """The projections of a layer and how they are split, by the config's `base_model_tp_plan`."""
+    for pattern, style in (config.base_model_tp_plan or {}).items():
+        _, _, name = pattern.partition("layers.*.")
+        if style in _SPLITS:
+            yield name, _SPLITS[style]()
+
+
+def tensor_parallel_faults(config: Any) -> list[str]:
+    """What of a family's own tensor-parallel plan is not plain columns and rows; empty where all is."""
+    plan = config.base_model_tp_plan
+    if not plan:
+        return [f"{config.model_type} names no projections to split"]
+    return [f"{name} is split as {style}" for name, style in plan.items() if style not in _SPLITS]
+
+
+_SPLITS = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
 
 
 def _config_of_layers(config: Any, first: int, end: int) -> Any:
@@ -221,7 +260,9 @@ def load_config(path: Path) -> Any:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
         text = " ".join(str(error).split())[:300]
-        raise InputError(Problem(where=str(folder / "config.json"), fault=f"cannot be read: {text}")) from None
+        raise InputError(
+            Problem(where=str(folder / "config.json"), fault=f"cannot be read: {text}")
+        ) from None
     if config.model_type not in TESTED:
         raise InputError(
             Problem(
