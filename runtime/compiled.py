@@ -59,23 +59,16 @@ def _missing_compiler(device: torch.device) -> str | None:
     return None if shutil.which("g++") or shutil.which("clang++") else "a C++ compiler (g++)"
 
 
-def apply_compile(part: nn.Module, *, backend: str = "inductor") -> None:
+def apply_compile(part: nn.Module, *, block: bool, backend: str = "inductor") -> None:
     """Compiles a block, with its recomputation, or the passes of the head's loss over its logits."""
     if isinstance(part, Head):
         part.passes = compiled_passes(backend)
-    elif _is_block(part):
+    elif block:
         for module in part.modules():
             if isinstance(module, EAGER):
                 module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign, no-untyped-call]
         # Shapes never change in a run; symbolic ones make torch 2.13 recurse without end in DTensor's views.
         part.forward = torch.compile(part.forward, backend=backend, dynamic=False)
-
-
-def _is_block(part: nn.Module) -> bool:
-    """Whether a part of a model is a layer, wrapped or not; the ends and norms are left as they are."""
-    from runtime.transformer.block import Block as BlockModule
-
-    return any(isinstance(module, BlockModule) for module in part.modules())
 
 
 def check_compiled_gradients(degrees: Degrees, meshes: Meshes, device: torch.device) -> None:
@@ -118,7 +111,7 @@ def _tiny_gradients(
         materialize(part, spec, prefix=f"{name}.", seed=0, device=device)
         apply_tensor_parallel(name, part, degrees, meshes)
         if compiled:
-            apply_compile(part, backend="aot_eager")
+            apply_compile(part, block=name.startswith("layers."), backend="aot_eager")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         model(tokens, tokens.roll(1)).backward()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from planner.errors import CheckError, InputError, Problem
 from planner.plan import Plan
 from planner.workload import Precision
+from runtime.backends import Backend, StageModel
 from runtime.balance import Balance
 from runtime.compiled import check_compiled_gradients
 from runtime.fp8 import check_fp8
@@ -36,12 +38,8 @@ from runtime.pipeline import Pipeline, Record, StageModule
 from runtime.precision import LossScaler, compute_dtype
 from runtime.readback import Executed, read_executed
 from runtime.recompute import WRAPPER_PREFIX
-from runtime.transformer.initial import canonical_name
 from runtime.transformer.loss import IGNORED
 from runtime.weights import Weight, local_part, on_axis, sum_over
-
-TIED = "tok_embeddings.weight"
-"""The weight that embedding and head share where a model ties them."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,7 @@ class Executor:
         device: torch.device | str,
         seed: int,
         optimizer_options: OptimizerOptions,
+        backend: Backend | None = None,
         lora_alpha: float | None = None,
         compiled: bool = False,
     ) -> None:
@@ -87,7 +86,12 @@ class Executor:
         _check_averages(self.meshes, device)
         if compiled:
             check_compiled_gradients(plan.strategy.degrees, self.meshes, device)
-        self.modules = _build_modules(plan, self.meshes, seed, device, lora_alpha, compiled=compiled)
+        build = functools.partial(
+            build_stage, plan, meshes=self.meshes, seed=seed, device=device, backend=backend
+        )
+        self.modules = _build_modules(
+            plan, self.meshes, functools.partial(build, lora_alpha=lora_alpha, compiled=compiled)
+        )
         cp_rank = self.meshes.cp.get_local_rank()
         self._held = held_positions(plan.workload.seq, plan.strategy.degrees, cp_rank).to(device)
         self._hosted = self._offload_states()
@@ -101,7 +105,7 @@ class Executor:
             plan.workload.optimizer, self.weights, optimizer_options, plan.workload.precision
         )
         self._partial = self._partial_weights()
-        self._tied = [weight for weight in self.weights if weight.name == TIED]
+        self._tied = [weight for weight in self.weights if weight.name == self.modules[0].model.tied_name]
         self._tied_group = self._make_tied_group()
         self.scaler = LossScaler() if plan.workload.precision is Precision.FP16 else None
         self.steps_done = 0
@@ -208,9 +212,9 @@ class Executor:
         for module in self.modules:
             for name, parameter in module.model.named_parameters():
                 clean = name.replace(WRAPPER_PREFIX, "")
-                canonical = canonical_name(clean, self.plan.model)
+                canonical = module.model.global_name(clean)
                 local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-                copy = canonical != clean and module.model.tok_embeddings is None
+                copy = canonical == module.model.tied_name and module.model.tok_embeddings is None
                 host = self._hosted.get(parameter)
                 weights.append(
                     Weight(
@@ -370,25 +374,13 @@ def _check_averages(meshes: Meshes, device: torch.device) -> None:
                 )
 
 
-def _build_modules(
-    plan: Plan, meshes: Meshes, seed: int, device: torch.device, lora_alpha: float | None, *, compiled: bool
-) -> list[StageModule]:
+def _build_modules(plan: Plan, meshes: Meshes, build: Callable[[int], StageModel]) -> list[StageModule]:
     """The stages of this pipeline rank, in order, all writing to one record."""
     degrees = plan.strategy.degrees
     record = Record()
     rank = meshes.pp.get_local_rank()
     own = [stage for stage in range(degrees.stages) if degrees.pp_rank_of_stage(stage) == rank]
-    return [
-        StageModule(
-            build_stage(
-                plan, index, meshes, seed=seed, device=device, lora_alpha=lora_alpha, compiled=compiled
-            ),
-            index,
-            degrees.zero,
-            record,
-        )
-        for index in own
-    ]
+    return [StageModule(build(index), index, degrees.zero, record) for index in own]
 
 
 def _gradient(weight: Weight) -> Tensor:

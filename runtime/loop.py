@@ -25,6 +25,8 @@ from planner.codec import encode
 from planner.errors import InputError, Problem
 from planner.plan import Plan
 from runtime.adapter_files import say_export
+from runtime.backends.transformers import backend_of
+from runtime.backends.transformers import load_into as load_their_names
 from runtime.causes import mean_causes
 from runtime.compiled import compiles
 from runtime.data.index import data_summary
@@ -148,11 +150,13 @@ class _Loop:
             device=self.device,
             seed=options.seed,
             optimizer_options=chosen,
+            backend=backend_of(options),
             lora_alpha=options.lora_alpha,
             compiled=compiles(options.compile, self.device),
         )
         if options.init_from is not None:
-            load_into(self.executor, Path(options.init_from))
+            fill = load_into if options.hf_config is None else load_their_names
+            fill(self.executor, Path(options.init_from))
             self.send({"say": f"weights from {options.init_from}"})
         if resumed is not None:
             restore(*resumed, self.executor, chosen)

@@ -34,7 +34,8 @@ class TrainOptions:
     checkpoint is published, not only copied. `compile` None compiles blocks on CUDA. `hang_timeout` is after
     how many seconds a rank that does not answer ends the run; None: by the plan's predicted times.
     `any_device` lets a plan run on other devices than it was made for. `log` names experiment trackers beside
-    metrics.jsonl; torch's profiler traces `profile_steps` steps. `lora_alpha` None is
+    metrics.jsonl. `hf_config` makes the modules Hugging Face Transformers', of this config. torch's profiler
+    traces `profile_steps` steps. `lora_alpha` None is
     twice the rank of the plan's adapters.
     """
 
@@ -44,6 +45,7 @@ class TrainOptions:
     data_cache: str | None = None
     resume: bool = False
     init_from: str | None = None
+    hf_config: str | None = None
     seed: int = 0
     checkpoint_every: int = 0
     keep: int = 2

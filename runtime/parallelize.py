@@ -15,6 +15,7 @@ from planner.cost.schedule import ActionKind
 from planner.plan import Plan
 from planner.strategy import Recompute, Stage
 from runtime import recompute
+from runtime.backends import Backend, StageModel
 from runtime.compiled import apply_compile
 from runtime.deferred import apply_deferral
 from runtime.fp8 import apply_fp8
@@ -25,7 +26,6 @@ from runtime.parallel.data import apply_data_parallel, apply_expert_data_paralle
 from runtime.parallel.expert import apply_expert_parallel, keep_own_experts
 from runtime.parallel.meshes import Meshes
 from runtime.parallel.tensor import apply_tensor_parallel
-from runtime.transformer.initial import materialize
 from runtime.transformer.model import Transformer, build_transformer
 
 
@@ -36,26 +36,25 @@ def build_stage(
     *,
     seed: int,
     device: torch.device,
+    backend: Backend | None = None,
     lora_alpha: float | None = None,
     compiled: bool = False,
-) -> Transformer:
+) -> StageModel:
     """Stage `index` of the plan, initialised, sharded and ready to train on this rank."""
     degrees, stage = plan.strategy.degrees, plan.strategy.stages[index]
-    model = build_transformer(
-        plan.model, stage.first, stage.end, index == 0, index == degrees.stages - 1, seq=plan.workload.seq
-    )
+    backend = backend or NATIVE
+    model = backend.stage(plan, index)
     options = _options_by_name(stage)
     model.offload = ActivationOffload(device) if stage.offload.activations else None
     deferring = _deferring(plan, index, options)
     for unit in model.units():
         modules = []
         for name, part in unit:
-            keep_own_experts(part, meshes)
             if name in deferring:
                 apply_deferral(part)
             keep_own_experts(part, meshes)
-            materialize(part, plan.model, prefix=f"{name}.", seed=seed, device=device)
-            apply_tensor_parallel(name, part, degrees, meshes)
+            model.materialize(name, part, seed=seed, device=device)
+            backend.tensor_parallel(model, name, part, degrees, meshes)
             apply_context_parallel(part, plan.workload.seq, degrees, meshes)
             apply_expert_parallel(part, plan.workload.seq, degrees, meshes)
             apply_fp8(part, plan.workload.precision)
@@ -64,7 +63,7 @@ def build_stage(
             modules.append(apply_recompute(model, name, part, options.get(name, Recompute.NONE)))
             apply_activation_offload(model.offload, stage, name, modules[-1])
             if compiled:
-                apply_compile(modules[-1])
+                apply_compile(modules[-1], block=name in options)
         if not (model.tied and _holds_tied_weight(modules)):
             apply_data_parallel(modules, degrees, plan.workload.precision, meshes)
     model.tie()
@@ -72,6 +71,23 @@ def build_stage(
         model.position_ids = hidden_positions(plan.workload.seq, degrees, meshes).to(device)
     apply_data_parallel(model, degrees, plan.workload.precision, meshes)
     return model
+
+
+def _native_stage(plan: Plan, index: int) -> Transformer:
+    stage, last = plan.strategy.stages[index], plan.strategy.degrees.stages - 1
+    return build_transformer(
+        plan.model, stage.first, stage.end, index == 0, index == last, seq=plan.workload.seq
+    )
+
+
+NATIVE = Backend(
+    name="native",
+    stage=_native_stage,
+    tensor_parallel=lambda _model, name, part, degrees, meshes: apply_tensor_parallel(
+        name, part, degrees, meshes
+    ),
+)
+"""Our own transformer."""
 
 
 def _deferring(plan: Plan, index: int, options: dict[str, Recompute]) -> set[str]:
@@ -92,7 +108,7 @@ def _options_by_name(stage: Stage) -> dict[str, Recompute]:
     return {f"layers.{i}": option for i, option in zip(layers, stage.recompute.options(), strict=True)}
 
 
-def apply_recompute(model: Transformer, name: str, part: nn.Module, option: Recompute) -> nn.Module:
+def apply_recompute(model: nn.Module, name: str, part: nn.Module, option: Recompute) -> nn.Module:
     """Puts the part's recompute option around it, in its place in the model."""
     wrapped = recompute.wrap(part, option)
     if wrapped is not part:

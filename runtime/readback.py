@@ -117,7 +117,7 @@ def _report(pipeline: Pipeline, hosted: Collection[int]) -> _RankReport:
 
 def read_stage(model: Transformer, hosted: Collection[int] = ()) -> Stage:
     """The blocks that a model holds, what each recomputes, and what of each went to host memory."""
-    layers = [int(index) for index in model.layers]
+    layers = [int(index) for index, _ in model.layers.items()]
     options = [recompute.read(layer) for layer in model.layers.values()]
     counts = {str(option): options.count(option) for option in Recompute}
     sent = model.offload.sent_bytes if model.offload is not None else {}

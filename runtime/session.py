@@ -14,6 +14,7 @@ import torch
 from planner.codec import digest, encode
 from planner.errors import InputError, Problem
 from planner.plan import Plan, load_plan, save_plan
+from runtime.backends.transformers import check_backend
 from runtime.checkpoint import load_checkpoint
 from runtime.committed import (
     CheckpointIndex,
@@ -101,6 +102,8 @@ def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
                 fix="go on with --resume, or name another folder",
             )
         )
+    if options.hf_config is not None:
+        check_backend(plan, Path(options.hf_config))
     if options.init_from is not None:
         _begin_with(Path(options.init_from), plan, options)
     cache = run_dir / "data" if options.data_cache is None else Path(options.data_cache)
@@ -128,7 +131,8 @@ def _begin_with(folder: Path, plan: Plan, options: TrainOptions) -> None:
     if options.resume and plan.workload.adapters is None:
         fault = "is given with --resume, which takes the weights from the run's own checkpoint."
         raise InputError(Problem(where="--init-from", fault=fault, fix="give one of the two"))
-    check_folder(folder, plan.model)
+    if options.hf_config is None:
+        check_folder(folder, plan.model)
     keep_files(folder, Path(options.run_dir))
 
 
@@ -145,6 +149,7 @@ def run_identity(plan: Plan, options: TrainOptions, data: DataIndex) -> dict[str
     facts = {"model": encode(model), "workload": encode(workload)}
     return {
         **dict(_flat(facts, "")),
+        "backend": "native" if options.hf_config is None else "transformers",
         "data.digest": data.digest,
         "data.tokenizer": f"{data.tokenizer} {data.tokenizer_digest[:16]}",
         "data.weights": " ".join(map(str, shares(weights)))

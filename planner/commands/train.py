@@ -124,6 +124,18 @@ if TYPE_CHECKING:
     help="Steps that torch's profiler traces, into RUN_DIR/profile.",
 )
 @click.option(
+    "--backend",
+    type=click.Choice(["native", "transformers"]),
+    default="native",
+    show_default=True,
+    help="Whose modules are trained: this program's, or Hugging Face Transformers'.",
+)
+@click.option(
+    "--hf-config",
+    metavar="PATH",
+    help="The config.json, or its folder, that --backend transformers builds from.",
+)
+@click.option(
     "--memory-snapshot",
     is_flag=True,
     help="Write the allocations of a step to RUN_DIR/memory.",
@@ -150,7 +162,9 @@ def train(plan_file: Path, steps: int | None, as_json: bool, **given: Any) -> in
     require_torch("train")
     plan = load_plan(plan_file)
     check_sound(plan)
-    check_executed(plan.model, "train")
+    _check_backend(given.pop("backend"), given["hf_config"])
+    if given["hf_config"] is None:
+        check_executed(plan.model, "train")
     check_schedule_table(plan)
     check_executed_offload(plan.strategy)
     check_executed_workload(plan.model, plan.workload, plan.strategy.degrees)
@@ -169,6 +183,18 @@ def train(plan_file: Path, steps: int | None, as_json: bool, **given: Any) -> in
     else:
         click.echo(_report(summary, options.run_dir))
     return 4 if summary.executed_differences else 0
+
+
+def _check_backend(backend: str, hf_config: str | None) -> None:
+    """Raises InputError where one of the two options is given without the other."""
+    from planner.errors import InputError, Problem
+
+    if backend == "transformers" and hf_config is None:
+        fault = "builds from a config.json, and none is named."
+        raise InputError(Problem(where="--backend transformers", fault=fault, fix="add --hf-config PATH"))
+    if backend == "native" and hf_config is not None:
+        fault = "is given, and the native backend builds from the plan's own model."
+        raise InputError(Problem(where="--hf-config", fault=fault, fix="add --backend transformers"))
 
 
 def _data_options(given: dict[str, Any]) -> DataOptions:

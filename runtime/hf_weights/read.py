@@ -37,7 +37,7 @@ class WeightFolder:
         """Opens the folder. Raises InputError with every key that is missing, left over or mis-shaped."""
         self.folder, self.map = folder, key_map(spec)
         self._files: dict[str, Any] = {}
-        found = {key: file for file, keys in _files_of(folder).items() for key in keys}
+        found = {key: file for file, keys in files_of(folder).items() for key in keys}
         self._stored = _stored_names(found, self.map)
         self._file_of = {key: found[stored] for key, stored in self._stored.items()}
         _check_keys(folder, set(found), self._stored, self.map, tied=spec.tied_embeddings)
@@ -46,7 +46,7 @@ class WeightFolder:
     def fill(self, name: str, tensor: Tensor) -> None:
         """Fills this rank's part of our parameter `name`, in place, in the tensor's own precision."""
         mapped = next(m for m in self.map.parameters if m.name == name)
-        local, box = _local_box(tensor)
+        local, box = local_box(tensor)
         with torch.no_grad():
             for piece, target in self._pieces_within(mapped, local, box):
                 target.copy_(piece)
@@ -75,7 +75,7 @@ class WeightFolder:
     def _open(self, key: str) -> Any:
         file = self._file_of[key]
         if file not in self._files:
-            self._files[file] = _open(self.folder / file)
+            self._files[file] = open_file(self.folder / file)
         return self._files[file]
 
     def _check_shapes(self) -> None:
@@ -100,7 +100,7 @@ def load_weights(state: Mapping[str, Tensor], spec: ModelSpec, folder: Path) -> 
         source.fill(name, tensor)
 
 
-def _local_box(tensor: Tensor) -> tuple[Tensor, Box]:
+def local_box(tensor: Tensor) -> tuple[Tensor, Box]:
     """What this rank holds of a tensor, and which part of the whole it is."""
     if not isinstance(tensor, DTensor):
         return tensor.detach(), tuple((0, size) for size in tensor.shape)
@@ -109,7 +109,7 @@ def _local_box(tensor: Tensor) -> tuple[Tensor, Box]:
     return tensor.to_local().detach(), box
 
 
-def _open(path: Path) -> Any:
+def open_file(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
@@ -118,7 +118,7 @@ def _open(path: Path) -> Any:
         raise InputError(Problem(where=str(path), fault=f"cannot be read as safetensors: {error}.")) from None
 
 
-def _files_of(folder: Path) -> dict[str, list[str]]:
+def files_of(folder: Path) -> dict[str, list[str]]:
     """The keys in each file: by the index where there is one, else by the files' own headers."""
     if not folder.is_dir():
         raise InputError(Problem(where=str(folder), fault="is not a folder."))
@@ -134,7 +134,7 @@ def _files_of(folder: Path) -> dict[str, list[str]]:
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:
         raise _no_weights(folder)
-    return {name: list(_open(folder / name).keys()) for name in names}
+    return {name: list(open_file(folder / name).keys()) for name in names}
 
 
 def _is_plain(name: Any) -> bool:
@@ -143,7 +143,7 @@ def _is_plain(name: Any) -> bool:
 
 def _held(path: Path, keys: list[str]) -> list[str]:
     """Keys that the index promises of a file. Raises InputError where the file does not hold them."""
-    missing = sorted(set(keys) - set(_open(path).keys()))
+    missing = sorted(set(keys) - set(open_file(path).keys()))
     if missing:
         fault = f"lacks {', '.join(missing[:SHOWN])}, which the index promises ({len(missing)} keys)."
         raise InputError(Problem(where=str(path), fault=fault))

@@ -17,6 +17,7 @@ from planner.execution import plain_parts
 from planner.model import ModelSpec
 from runtime.transformer.block import Block
 from runtime.transformer.head import Head
+from runtime.transformer.initial import canonical_name, materialize
 from runtime.transformer.norms import make_norm
 from runtime.transformer.rotary import Rotary
 
@@ -37,6 +38,7 @@ class Transformer(nn.Module):
         self, spec: ModelSpec, first: int, end: int, *, with_embedding: bool, with_head: bool, seq: int
     ) -> None:
         super().__init__()
+        self.spec = spec
         hidden, vocab, arithmetic = spec.hidden, spec.vocab, spec.arithmetic
         self.arithmetic = arithmetic
         learned = spec.learned_positions if with_embedding else 0
@@ -63,6 +65,17 @@ class Transformer(nn.Module):
         """Makes the output projection share the embedding's weight, where the spec ties them."""
         if self.tied and self.output is not None and self.tok_embeddings is not None:
             self.output.weight = self.tok_embeddings.weight
+
+    tied_name = "tok_embeddings.weight"
+    """The global name of the weight that embedding and head share where the model ties them."""
+
+    def global_name(self, name: str) -> str:
+        """The name in the whole model of a parameter of this stage."""
+        return canonical_name(name, self.spec)
+
+    def materialize(self, name: str, part: nn.Module, *, seed: int, device: torch.device | str) -> None:
+        """Gives a part on meta its initial values and moves it to `device`."""
+        materialize(part, self.spec, prefix=f"{name}.", seed=seed, device=device)
 
     def units(self) -> Iterator[list[tuple[str, nn.Module]]]:
         """The embedding, each block, the head: lists of named modules, every parameter in exactly one."""
