@@ -226,6 +226,8 @@ MIXED_FAMILIES: Mapping[str, Family] = MappingProxyType(
             build=latent_decoder,
             defaults={
                 **_INDEXED,
+                "expert_groups": 1,
+                "chosen_groups": 1,
                 "hidden": 6144,
                 "layers": 78,
                 "heads": 64,

@@ -15,7 +15,8 @@ from planner.errors import InputError
 from planner.hf import read_config_file
 from planner.plan import Plan
 from planner.strategy import Degrees, Zero
-from runtime.data import TokenizerKind, shipped_corpus
+from runtime.data.prepare import DataOptions
+from runtime.data.sources import shipped_corpus
 from runtime.options import TrainOptions
 from runtime.train import run_training
 from tests.plans import make_plan
@@ -54,9 +55,8 @@ def options(run_dir: Path, source: Path, **given: Any) -> TrainOptions:
     text.write_text((shipped_corpus() / "pride_and_prejudice.txt").read_text()[:5_000])
     facts = {
         "steps": 1,
-        "data": str(text),
+        "data": DataOptions(data=(str(text),), tokenizer="byte"),
         "lr": UNCHANGED,
-        "tokenizer": TokenizerKind.BYTE,
         "init_from": str(source),
     }
     return TrainOptions(run_dir=str(run_dir), **{**facts, **given})
