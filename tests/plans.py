@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from planner.attention import Attention
+from planner.arithmetic import Arithmetic
+from planner.attention import Attention, LatentAttention
 from planner.cluster import ClusterSpec, Device, DeviceGroup, Link
 from planner.cost.schedule import build_table, print_table
 from planner.estimate import Coverage, Estimate, MemoryBreakdown, StageEstimate, TimeBreakdown, Verdict
@@ -61,6 +62,24 @@ def tiny_gpt2(*, layers: int = 4, hidden: int = 32, vocab: int = 64) -> ModelSpe
         initializer_range=0.1,
         tied_embeddings=True,
         segments=(Segment(block=block, count=layers),),
+    )
+
+
+def tiny_mla(*, layers: int = 4, hidden: int = 32) -> ModelSpec:
+    """A dense model with DeepSeek's latent attention: latents of queries and keys, a turned part of each."""
+    llama = tiny_llama(layers=layers, hidden=hidden)
+    block = llama.block(0)
+    assert isinstance(block, Block)
+    mixer = LatentAttention(
+        heads=4, query_rank=12, kv_rank=8, nope_dim=hidden // 4, rope_dim=4, value_dim=hidden // 4
+    )
+    latent = Segment(block=dataclasses.replace(block, mixer=mixer), count=layers)
+    return dataclasses.replace(
+        llama,
+        name="tiny-mla",
+        model_type="deepseek_v3",
+        segments=(latent,),
+        arithmetic=Arithmetic(rope_interleaved=True),
     )
 
 

@@ -32,19 +32,20 @@ from planner.strategy import (
     even_stages,
 )
 from planner.workload import Precision, Workload
-from tests.plans import local_cluster, make_plan, tiny_deepseek_experts, tiny_gpt2, tiny_llama
+from tests.plans import local_cluster, make_plan, tiny_deepseek_experts, tiny_gpt2, tiny_llama, tiny_mla
 from tests.runtime.ranks import Trajectory, make_executor, on_ranks, single_process, train
 
 TOLERANCE = 1e-5
 """Relative. What is left is the order of sums in fp32: differences are 1e-7 to 2e-6."""
 MOST_RANKS = 8
 BATCH, SEQ, LAYERS = 8, 16, 4
-DRAWS = 40_000
+DRAWS = 150_000
 """Combinations drawn for each model, of which about one in a hundred is legal."""
 
 MODELS: Mapping[str, Callable[[int], ModelSpec]] = {
     "llama": lambda layers: tiny_llama(layers=layers),
     "gpt2": lambda layers: tiny_gpt2(layers=layers),
+    "mla": lambda layers: tiny_mla(layers=layers),
     "experts": lambda layers: tiny_deepseek_experts(layers=layers),
 }
 
