@@ -30,6 +30,11 @@ class Balance:
             if router.routing.corrected
         }
 
+    def set_gradient_scale(self, scale: float) -> None:
+        """What the gradients of the routers' own losses are multiplied by, as the head's are."""
+        for router in self._routers.values():
+            router.gradient_scale = scale
+
     def update(self) -> None:
         """Moves every correction by the tokens of the whole world, and counts from zero again. Collective.
 

@@ -159,11 +159,12 @@ class Executor:
         return StepResult(mean_loss, norm, loss_scale, skipped, self.scaler.exhausted)
 
     def _set_loss_scale(self) -> float:
-        """Has the head multiply the loss's gradients by the scale of this step."""
+        """Has head and routers multiply the loss's gradients by the scale of this step."""
         scale = 1.0 if self.scaler is None else self.scaler.scale
         for module in self.modules:
             if module.model.output is not None:
                 module.model.output.gradient_scale = scale
+        self.balance.set_gradient_scale(scale)
         return scale
 
     def _leave_out(self, targets: Tensor, trained: Tensor) -> Tensor:

@@ -145,6 +145,8 @@ class _Loop:
             _check_steps_left(options.steps, resumed[1].step)
             saved = saved_options(resumed[1])
         chosen = resolve(options, plan, saved)
+        for remark in self.job.setup.remarks:
+            self.send({"say": remark})
         self.executor = Executor(
             plan,
             device=self.device,
@@ -166,8 +168,6 @@ class _Loop:
     def _say_resumed(
         self, step: int, run: Mapping[str, Any], saved: OptimizerOptions | None, chosen: OptimizerOptions
     ) -> None:
-        for remark in self.job.setup.remarks:
-            self.send({"say": remark})
         self.send({"say": f"resumed from step {step}"})
         now = plan_facts(self.job.plan)
         if run.get("plan.digest") != now["plan.digest"]:

@@ -133,8 +133,3 @@ def check_base(saved: Tensor, own: Tensor) -> None:
                 fix="resume with the same model weights (and --seed, where they are drawn)",
             )
         )
-
-
-def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """The weight that gives what a projection and its adapter give together, in fp32."""
-    return weight.float() + scale * (b.float() @ a.float())

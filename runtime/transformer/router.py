@@ -26,7 +26,7 @@ class Router(nn.Module):
     `correction` is the bias of the choice (fp32, not trained). `counts` [E] are the tokens that chose each
     expert, dropped ones included, since they were last zeroed; a pass counts when it goes backward, so once
     however often recomputation runs it. `loss_scale` multiplies the router's own losses, as a step's loss is
-    divided by its micro-batches. `sequence_groups` are ranks that hold other tokens of the same sequences,
+    divided by its micro-batches, and `gradient_scale` their gradients, as fp16 has all. `sequence_groups` are ranks that hold other tokens of the same sequences,
     and `positions` [S] those of all their tokens, rank after rank; None where they are in order.
     """
 
@@ -38,7 +38,7 @@ class Router(nn.Module):
         self.experts, self.topk, self.routing = spec.count, spec.topk, spec.routing
         self.weight = nn.Parameter(torch.empty(spec.count, hidden))
         self.bias = nn.Parameter(torch.empty(spec.count)) if spec.router_bias else None
-        self.loss_scale = 1.0
+        self.loss_scale = self.gradient_scale = 1.0
         self.sequence_groups: tuple[dist.ProcessGroup, ...] = ()
         self.positions: Tensor | None = None
         self.register_buffer("counts", torch.zeros(spec.count), persistent=False)
@@ -135,4 +135,4 @@ class _Balanced(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         ctx.router.counts += ctx.counts
-        return grad, grad.new_tensor(ctx.router.loss_scale), None, None
+        return grad, grad.new_tensor(ctx.router.loss_scale * ctx.router.gradient_scale), None, None

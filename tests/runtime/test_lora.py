@@ -24,7 +24,6 @@ from runtime.committed import committed_folders, load_index
 from runtime.data.prepare import DataOptions
 from runtime.executor import Executor
 from runtime.hf_weights.names import names_of
-from runtime.lora import merged
 from runtime.options import TrainOptions
 from runtime.train import run_training
 from runtime.transformer.initial import drawn
@@ -164,7 +163,8 @@ def test_merging_gives_what_projection_and_adapter_give_together() -> None:
     with torch.no_grad():
         beside.b.normal_(generator=generator)
     x = torch.randn(3, 24, generator=generator)
-    whole = functional.linear(x, merged(linear.weight, beside.a, beside.b, 2.0), linear.bias)
+    together = linear.weight + 2.0 * (beside.b @ beside.a)
+    whole = functional.linear(x, together, linear.bias)
     torch.testing.assert_close(whole, beside(x), rtol=1e-5, atol=1e-5)
 
 
