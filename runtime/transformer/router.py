@@ -26,8 +26,9 @@ class Router(nn.Module):
     `correction` is the bias of the choice (fp32, not trained). `counts` [E] are the tokens that chose each
     expert, dropped ones included, since they were last zeroed; a pass counts when it goes backward, so once
     however often recomputation runs it. `loss_scale` multiplies the router's own losses, as a step's loss is
-    divided by its micro-batches, and `gradient_scale` their gradients, as fp16 has all. `sequence_groups` are ranks that hold other tokens of the same sequences,
-    and `positions` [S] those of all their tokens, rank after rank; None where they are in order.
+    divided by its micro-batches, and `gradient_scale` their gradients, as fp16 has all. `sequence_groups`
+    are ranks that hold other tokens of the same sequences, and `positions` [S] those of all their tokens,
+    rank after rank; None where they are in order.
     """
 
     counts: Tensor
