@@ -22,7 +22,7 @@ import dataclasses
 import math
 
 from planner.attention import Attention
-from planner.cost.chunked_loss import chunk_tokens
+from planner.cost.chunked_loss import chunk_logits
 from planner.cost.context import traded_bytes
 from planner.cost.layer import LayerCost, LayerShape, block_saved_bytes
 from planner.cost.memory_constants import MemoryConstants
@@ -94,7 +94,7 @@ def _chunked_bytes(
         chunk = constants.loss_bytes * vocab * shape.tokens / math.ceil(model.vocab / model.token_width)
     else:
         beside = size if stack.compiled else 8.0 if size < 4 else 4.0
-        chunk = (size + beside) * vocab * chunk_tokens(math.ceil(shape.tokens), vocab)
+        chunk = (size + beside) * chunk_logits(shape.tokens, vocab)
     gradients = size * (shape.tokens * model.token_width + vocab * model.token_width)
     return dataclasses.replace(
         cost,

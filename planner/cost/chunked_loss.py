@@ -13,11 +13,16 @@ CHUNK_BYTES = 2**30
 a chunk's part to the weight's gradient (2 c V h bytes moved) is a fifth of its product on an H100."""
 
 
-def chunk_count(tokens: int, columns: int) -> int:
-    """Into how many chunks, equal but for the last, `tokens` are cut for `columns` of the vocabulary."""
-    return max(1, math.ceil(tokens * columns * 4 / CHUNK_BYTES))
-
-
 def chunk_tokens(tokens: int, columns: int) -> int:
-    """Tokens of the largest chunk."""
-    return math.ceil(tokens / chunk_count(tokens, columns))
+    """Tokens of a chunk, of `tokens` in all and `columns` of the vocabulary; the last has what is left."""
+    return min(tokens, max(1, CHUNK_BYTES // (4 * columns)))
+
+
+def chunk_count(tokens: int, columns: int) -> int:
+    """Into how many chunks tokens are cut."""
+    return max(1, math.ceil(tokens / max(1, chunk_tokens(tokens, columns))))
+
+
+def chunk_logits(tokens: float, columns: float) -> float:
+    """Logits of a chunk, at most: of whole tokens there may be fewer, by less than one of them."""
+    return min(tokens * columns, max(columns, CHUNK_BYTES / 4))

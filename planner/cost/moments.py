@@ -20,9 +20,7 @@ block before, in fp32, in flight. Of offloaded activations, those of a window of
 
 from __future__ import annotations
 
-import math
-
-from planner.cost.chunked_loss import chunk_tokens
+from planner.cost.chunked_loss import chunk_logits
 from planner.cost.seconds import larger
 from planner.cost.stage import ShapeModel
 from planner.cost.stage_cost import StageCost
@@ -179,8 +177,8 @@ def reserved_bytes(shape: ShapeModel, stage: StageCost, alive: float) -> float:
         return tensors
     tokens = shape.messages.tokens
     vocab = problem.model.vocab_shard(degrees.tp)
-    together = chunk_tokens(math.ceil(tokens), vocab) if problem.stack.own else tokens
-    logits = size * together * vocab if stage.holds_head and size < 4 else 0.0
+    together = chunk_logits(tokens, vocab) if problem.stack.own else tokens * vocab
+    logits = size * together if stage.holds_head and size < 4 else 0.0
     if problem.stack.engine is Engine.NATIVE:
         return tensors + HOLE_SHARE * logits
     kept = resident(shape, stage)
