@@ -13,7 +13,7 @@ from planner.cost import constants
 from planner.cost.gemm import GemmModel
 from planner.cost.layer import NOTHING, LayerCost, LayerShape, block_saved_bytes
 from planner.cost.physics import Physics, fitted_to_runs
-from planner.cost.products import cast_s, deferrable_s, matrices_s, product_s
+from planner.cost.products import cast_s, matrices_s, product_s
 from planner.cost.seconds import larger
 from planner.cost.trained import Trained, beside_frozen, without_lowest
 from planner.errors import InputError, Problem
@@ -133,14 +133,6 @@ def core_s(model: ModelSpec, shape: LayerShape, rates: DeviceRates) -> tuple[flo
     """Seconds between a block's projections, forward and backward: what a ring hides its hops behind."""
     block = _class_of(model, shape)
     return _attention_s(block, shape, rates) if isinstance(block, Block) else (0.0, 0.0)
-
-
-def deferrable_share(model: ModelSpec, shape: LayerShape, rates: DeviceRates) -> float:
-    """What a block's weight gradients that can be left for later take, over its forward."""
-    block = _class_of(model, shape)
-    if not isinstance(block, Block):
-        return 0.0
-    return deferrable_s(block, shape, rates) / analytic_cost(model, shape, rates).forward_s
 
 
 def _layer_cost(

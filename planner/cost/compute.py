@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.cost import constants
 from planner.cost.activations import engine_bytes
-from planner.cost.analytic import analytic_cost, core_s, deferrable_share, device_rates
+from planner.cost.analytic import analytic_cost, core_s, device_rates
 from planner.cost.context import with_context_buffers
 from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.memory_constants import memory_constants
@@ -130,12 +130,16 @@ class LayerModel:
         return core_s(self.problem.model, shape, self.rates) if self.rates else (0.0, 0.0)
 
     def deferrable_s(self, shape: LayerShape) -> float:
-        """Seconds of a block's weight gradients that can be left for later, at most half of its backward."""
-        cost = self.cost(shape)
-        if self.problem.workload.adapters is not None or self.rates is None:
+        """Seconds of a block's weight gradients that can be left for later: as its forward takes, at most half
+        of its backward.
+
+        Attention's part of the forward, which has no weights, is in it: a share that follows the sequence or
+        the device's rates would let a pass take longer where its work or its time falls.
+        """
+        if self.problem.workload.adapters is not None:
             return 0.0
-        share = deferrable_share(self.problem.model, shape, self.rates)
-        return smaller(cost.forward_s * share, cost.backward_s / 2)
+        cost = self.cost(shape)
+        return smaller(cost.forward_s, cost.backward_s / 2)
 
     def _cost(self, shape: LayerShape) -> LayerCost:
         key = shape.block or shape_key(self.problem.model, shape.kind)

@@ -42,15 +42,6 @@ def matrices_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
     return total_s
 
 
-def deferrable_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
-    """Seconds of a block's weight gradients that a split backward leaves for later: all but routed experts'.
-
-    Each is a product of as many operations as the forward's.
-    """
-    shards = (matrix.shard(shape.tp) for matrix in block.matrices() if not matrix.routed)
-    return sum(product_s(shape.tokens, outputs, inputs, rates) for inputs, outputs in shards)
-
-
 def _products(block: Block, rates: DeviceRates) -> tuple[Matrix, ...]:
     """A block's matrices, those of a sublayer that have one input as one where the engine fuses them.
 

@@ -3,7 +3,7 @@ recomputation can keep their results (`runtime.recompute`)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 _ops = torch.ops._c10d_functional
+
+Linear = Callable[[Tensor], Tensor]
 
 
 def _exchanged(
@@ -32,20 +34,21 @@ def exchange_rows(
     rows: Tensor, out_splits: Sequence[int], in_splits: Sequence[int], group: dist.ProcessGroup
 ) -> Tensor:
     """As many rows to and from each rank as the splits say; gradients go the other way."""
-    received: Tensor = _Exchange.apply(rows, out_splits, in_splits, group)  # type: ignore[no-untyped-call]
-    return received
+    return with_transpose(
+        rows,
+        lambda x: _exchanged(x, out_splits, in_splits, group),
+        lambda grad: _exchanged(grad, in_splits, out_splits, group),
+    )
 
 
 def gather_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The tensors of all ranks one after another along dim 0; gradients are summed and scattered."""
-    gathered: Tensor = _Gather.apply(x, group)  # type: ignore[no-untyped-call]
-    return gathered
+    return with_transpose(x, lambda x: _gathered(x, group), lambda grad: _summed(grad, group))
 
 
 def sum_to_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of all ranks' tensors, of which each gets its equal part along dim 0."""
-    own: Tensor = _SumToRanks.apply(x, group)  # type: ignore[no-untyped-call]
-    return own
+    return with_transpose(x, lambda x: _summed(x, group), lambda grad: _gathered(grad, group))
 
 
 def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -60,36 +63,18 @@ def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return received
 
 
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, out_splits: Sequence[int], in_splits: Sequence[int], group: dist.ProcessGroup
-    ) -> Tensor:
-        ctx.back = (in_splits, out_splits, group)
-        return _exchanged(rows, out_splits, in_splits, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchanged(grads[0], *ctx.back), None, None, None
+def with_transpose(x: Tensor, there: Linear, back: Linear) -> Tensor:
+    """`there(x)`, a linear map over ranks whose gradient goes through its transpose `back`."""
+    mapped: Tensor = _Transposed.apply(x, there, back)  # type: ignore[no-untyped-call]
+    return mapped
 
 
-class _Gather(torch.autograd.Function):
+class _Transposed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _gathered(x, group)
+    def forward(ctx: Any, x: Tensor, there: Linear, back: Linear) -> Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _summed(grads[0], ctx.group), None
-
-
-class _SumToRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _summed(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _gathered(grads[0], ctx.group), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(grads[0]), None, None

@@ -14,6 +14,8 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor
 
+from runtime.parallel.collectives import with_transpose
+
 
 class Ring:
     """The ranks of a group in a circle: each sends to the next one and receives from the one before."""
@@ -95,36 +97,12 @@ def _views(whole: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def sequence_for_heads(x_bsnd: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[B, s, N, D] of every head and this rank's positions -> [B, S, N/c, D] of this rank's heads and all."""
-    traded: Tensor = _SequenceForHeads.apply(x_bsnd, group)  # type: ignore[no-untyped-call]
-    return traded
+    return with_transpose(x_bsnd, lambda x: _to_heads(x, group), lambda grad: _to_sequence(grad, group))
 
 
 def heads_for_sequence(x_bsnd: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[B, S, N/c, D] of this rank's heads -> [B, s, N, D] of every head and this rank's positions."""
-    traded: Tensor = _HeadsForSequence.apply(x_bsnd, group)  # type: ignore[no-untyped-call]
-    return traded
-
-
-class _SequenceForHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_bsnd: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _to_heads(x_bsnd, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        return _to_sequence(grads[0], ctx.group), None
-
-
-class _HeadsForSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_bsnd: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _to_sequence(x_bsnd, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        return _to_heads(grads[0], ctx.group), None
+    return with_transpose(x_bsnd, lambda x: _to_sequence(x, group), lambda grad: _to_heads(grad, group))
 
 
 def _to_heads(x_bsnd: Tensor, group: dist.ProcessGroup) -> Tensor:

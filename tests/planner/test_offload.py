@@ -337,17 +337,15 @@ def test_the_search_offloads_only_what_is_asked_for() -> None:
 ESTIMATE = "estimate --model llama-3-8b --cluster 1*p5.48xlarge --seq 8192 --batch 8 --fix zero=2"
 
 
-def test_estimate_offloads_and_train_refuses(tmp_path: Path) -> None:
+def test_estimate_offloads_and_says_so(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     options = [*ESTIMATE.split(), "--fix", "offload=optimizer", "-o", str(file)]
     ran = CliRunner().invoke(cli, options)
     assert ran.exit_code == 0, ran.output
-    assert "of it offloaded" in ran.output and "it keeps optimizer in host memory" in ran.output
+    assert "of it offloaded" in ran.output and "not yet trained" not in ran.output
     assert load_plan(file).strategy.stages[0].offload == OffloadCounts(optimizer=32)
-    ran = CliRunner().invoke(cli, ["train", str(file), "--steps", "1"])
-    assert ran.exit_code == 2 and "optimizer in host memory" in ran.output
     ran = CliRunner().invoke(cli, ["check", str(file)])
-    assert ran.exit_code == 0 and "keeps optimizer in host memory" in ran.output
+    assert ran.exit_code == 0, ran.output
 
 
 def test_estimate_of_processes_on_a_cpu_refuses() -> None:
