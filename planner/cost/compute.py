@@ -130,7 +130,7 @@ class LayerModel:
         return core_s(self.problem.model, shape, self.rates) if self.rates else (0.0, 0.0)
 
     def deferrable_s(self, shape: LayerShape) -> float:
-        """Seconds of a block's weight gradients that can be left for later: as its forward takes, at most half
+        """Seconds of a block's weight gradients that can wait for W: as its forward takes, at most half
         of its backward.
 
         Attention's part of the forward, which has no weights, is in it: a share that follows the sequence or
