@@ -33,11 +33,6 @@ def gather_json(value: Any) -> list[Any]:
     ]
 
 
-def from_first(value: Any) -> Any:
-    """What rank 0 passes, on every rank."""
-    return gather_json(value if own_rank() == 0 else None)[0]
-
-
 def own_rank() -> int:
     """The global rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0

@@ -81,7 +81,6 @@ def _native_stage(plan: Plan, index: int) -> Transformer:
 
 
 NATIVE = Backend(
-    name="native",
     stage=_native_stage,
     tensor_parallel=lambda _model, name, part, degrees, meshes: apply_tensor_parallel(
         name, part, degrees, meshes

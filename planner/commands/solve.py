@@ -96,21 +96,12 @@ def solve(
     from planner.commands.plan_text import plan_text
     from planner.commands.problem import held_to_runtime, read_problem
     from planner.commands.text import print_json
-    from planner.errors import InfeasibleError, InputError, Problem
+    from planner.errors import InfeasibleError
     from planner.plan import encode_plan, save_plan
     from planner.search.objective import solve_for
     from planner.search.solve import SolveOptions
 
-    if time_limit_s is None and not reproducible:
-        time_limit_s = DEFAULT_TIME_LIMIT_S
-    elif reproducible and time_limit_s is not None:
-        raise InputError(
-            Problem(
-                where="--reproducible",
-                fault="uses no clock, and --time-limit does.",
-                fix="leave one of them out",
-            )
-        )
+    time_limit_s = _time_limit_s(time_limit_s, reproducible=reproducible)
     asked = held_to_runtime(read_problem(options), options.engine)
     problem = with_max_tp(asked.problem, max_tp)
     goal = read_goal(objective, deadline, budget, problem)
@@ -139,6 +130,18 @@ def solve(
     else:
         click.echo(plan_text(plan, asked.basis))
     return TIME_LIMIT_EXIT if _ended_by_time(plan, time_limit_s) else 0
+
+
+def _time_limit_s(given_s: float | None, *, reproducible: bool) -> float | None:
+    """The limit of a search: as given, else the default; none where it shall be reproducible."""
+    from planner.errors import InputError, Problem
+
+    if not reproducible:
+        return DEFAULT_TIME_LIMIT_S if given_s is None else given_s
+    if given_s is not None:
+        fault = "uses no clock, and --time-limit does."
+        raise InputError(Problem(where="--reproducible", fault=fault, fix="leave one of them out"))
+    return None
 
 
 def check_certificate(plan: Plan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from planner.cost.chunked_loss import chunk_count
 from planner.cost.comm import CommCost, CommModel, Group
 from planner.cost.passes import Pass, Unit
 from planner.cost.physics import Physics
@@ -54,6 +55,17 @@ class Messages:
     def tp_group(self) -> Group:
         """The tensor-parallel group: neighbouring ranks."""
         return self._group(self.degrees.tp, self.degrees.tp)
+
+    def loss_s(self) -> float:
+        """What the loss over a sharded vocabulary sends: maximum, sum and the target's logit of each token.
+
+        The own runtime gathers the logarithm of the sum and the target's logit, chunk by chunk.
+        """
+        if not self.problem.stack.own:
+            return 3 * self.seconds(Op.ALL_REDUCE, 4.0 * self.tokens, self.tp_group())
+        chunks = chunk_count(math.ceil(self.tokens), self.problem.model.vocab_shard(self.degrees.tp))
+        size = 8.0 * self.tokens * self.degrees.tp / chunks
+        return chunks * self.seconds(Op.ALL_GATHER, size, self.tp_group())
 
     @property
     def _sharding(self) -> int:

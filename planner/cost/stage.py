@@ -7,14 +7,12 @@ planner pick recipes exactly.
 from __future__ import annotations
 
 import copy
-import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from planner.cost import constants
-from planner.cost.chunked_loss import chunk_count
 from planner.cost.comm import CommModel
 from planner.cost.compute import LayerModel
 from planner.cost.context import Exchanged
@@ -60,7 +58,6 @@ class ShapeModel:
     ) -> None:
         self.problem, self.degrees, self.slow = problem, degrees, slow
         self.layer_model, self._alone = layers, alone
-        self._deferrable: dict[str, float] = {}
         self.physics, self.memory = layers.physics, layers.memory
         self.messages = Messages(problem, degrees, comms, layers.physics, layers.stream_width)
         self.overlaps = problem.cluster.groups[0].slots_per_node is None
@@ -194,21 +191,10 @@ class ShapeModel:
         if kind is LayerKind.EMBEDDING:
             forward_tp, backward_tp = (scatter, gather) if sp else (reduce, 0.0)
         else:
-            loss = self._loss_messages_s()
+            loss = self.messages.loss_s()
             forward_tp, backward_tp = (gather + loss, scatter) if sp else (loss, reduce)
         forward = Pass(compute_s=cost.forward_s, tp_s=forward_tp)
         return forward, Pass(compute_s=cost.backward_s, tp_s=backward_tp)
-
-    def _loss_messages_s(self) -> float:
-        """What the loss over a sharded vocabulary sends: maximum, sum and the target's logit of each token.
-
-        The own runtime gathers the logarithm of the sum and the target's logit, chunk by chunk.
-        """
-        tokens, group = self.messages.tokens, self.messages.tp_group()
-        if not self.problem.stack.own:
-            return 3 * self.messages.seconds(Op.ALL_REDUCE, 4.0 * tokens, group)
-        chunks = chunk_count(math.ceil(tokens), self.problem.model.vocab_shard(self.degrees.tp))
-        return chunks * self.messages.seconds(Op.ALL_GATHER, 8.0 * tokens * group.ranks / chunks, group)
 
     def _spared_s(self, kind: LayerKind) -> float:
         """What the first block need not do where the embedding is frozen; counted with the embedding."""
@@ -379,12 +365,12 @@ class ShapeModel:
         """Weight gradients of blocks that the own runtime can leave for later; None for other engines."""
         if not self.problem.stack.recomputes_once:
             return None
-        return sum((count * self._deferrable_s(key) for (key, _), count in chosen), 0.0)
+        return sum((count * self._deferrable_s[key] for (key, _), count in chosen), 0.0)
 
-    def _deferrable_s(self, key: str) -> float:
-        if key not in self._deferrable:
-            self._deferrable[key] = self.layer_model.deferrable_s(self.shape_of(LayerKind.BLOCK, block=key))
-        return self._deferrable[key]
+    @cached_property
+    def _deferrable_s(self) -> dict[str, float]:
+        shapes = {key: self.shape_of(LayerKind.BLOCK, block=key) for key in self.layer_model.keys}
+        return {key: self.layer_model.deferrable_s(shape) for key, shape in shapes.items()}
 
     def units(self, blocks: Counter[str], *, first: bool, last: bool) -> list[tuple[Unit, int]]:
         """The units of a stage with their counts: blocks by class, and the ends that it holds."""

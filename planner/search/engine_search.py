@@ -24,7 +24,8 @@ from planner.estimate import Verdict
 from planner.plan import Alternative, Certificate, Plan
 from planner.problem import PlanningProblem
 from planner.rules import broken_rules
-from planner.search.solve import OPTIMAL_GAP, SolveOptions, make_plan, solve, why_slower
+from planner.search.alternatives import why_slower
+from planner.search.solve import OPTIMAL_GAP, SolveOptions, make_plan, solve
 from planner.search.verify import verify
 from planner.strategy import Degrees, Recompute, Strategy
 

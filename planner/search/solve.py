@@ -30,6 +30,7 @@ from planner.estimate import Rejected, Verdict
 from planner.not_modelled import not_modelled
 from planner.plan import Alternative, Certificate, Plan
 from planner.problem import PlanningProblem
+from planner.search.alternatives import distinct, why_slower
 from planner.search.bounds import BaseBound, least_state_bytes
 from planner.search.dominance import without_dominated
 from planner.search.frontier import Candidate, Frontier
@@ -356,7 +357,7 @@ class Solver:
         others = {f.strategy.degrees: f for f in sorted(self.found, key=lambda f: -f.step_time_s)}
         others.pop(best.strategy.degrees, None)
         nearest = sorted(others.values(), key=lambda f: (f.step_time_s, f.strategy.degrees.label()))
-        return tuple(self._alternative(f.strategy, best) for f in _distinct(nearest)[: self.options.top])
+        return tuple(self._alternative(f.strategy, best) for f in distinct(nearest)[: self.options.top])
 
     def _alternative(self, strategy: Strategy, best: Found) -> Alternative:
         evaluation = self.model.evaluate(strategy)
@@ -387,31 +388,6 @@ class Solver:
                 "with less state."
             )
         return "\n".join(lines)
-
-
-def _distinct(found: list[Found]) -> list[Found]:
-    """One strategy for each choice of tp, pp, dp, ZeRO and schedule, so that runners-up differ."""
-    seen = set()
-    result = []
-    for item in found:
-        degrees = item.strategy.degrees
-        key = (degrees.tp, degrees.pp, degrees.dp, degrees.zero, degrees.schedule)
-        if key not in seen:
-            seen.add(key)
-            result.append(item)
-    return result
-
-
-def why_slower(best: Evaluation, other: Evaluation) -> str:
-    """The cause in which the other strategy loses most, in words and numbers."""
-    ours, theirs = best.estimate.breakdown, other.estimate.breakdown
-    extra = {
-        name.removesuffix("_s").replace("_", " "): getattr(theirs, name) - getattr(ours, name)
-        for name in type(ours).__dataclass_fields__
-    }
-    cause, seconds = max(extra.items(), key=lambda item: item[1])
-    total = other.estimate.step_time_s - best.estimate.step_time_s
-    return f"{total / best.estimate.step_time_s:+.1%} step time, mostly {cause} ({seconds * 1e3:+.3g} ms)"
 
 
 def make_plan(

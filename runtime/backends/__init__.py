@@ -21,6 +21,5 @@ StageModel = Any
 class Backend:
     """How the stage of a plan is made, and how tensor parallelism splits a part of it."""
 
-    name: str
     stage: Callable[[Plan, int], StageModel]
     tensor_parallel: Callable[[StageModel, str, nn.Module, Degrees, Meshes], None]

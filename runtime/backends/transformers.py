@@ -320,7 +320,7 @@ def transformers_backend(config: Any) -> Backend:
             config, own.first, own.end, with_embedding=index == 0, with_head=index == last
         )
 
-    return Backend(name="transformers", stage=stage, tensor_parallel=TransformersStage.apply_tensor_parallel)
+    return Backend(stage=stage, tensor_parallel=TransformersStage.apply_tensor_parallel)
 
 
 def check_backend(plan: Plan, path: Path) -> None:

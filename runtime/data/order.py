@@ -104,11 +104,6 @@ class BatchReader:
         if problems:
             raise InputError(*problems)
 
-    @property
-    def epoch_samples(self) -> int:
-        """Samples of all parts together."""
-        return sum(self.data.samples(self.seq))
-
     def sample(self, position: int) -> tuple[int, int]:
         """Part and sample in it at a global position: a new permutation of each part in its every epoch.
 

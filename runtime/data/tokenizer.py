@@ -18,8 +18,6 @@ BYTES = 256
 TOKENIZER_FILE = "tokenizer.json"
 USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>")
 """End-of-text tokens of gpt2, llama 3, llama 2 and mistral, gemma, and others, asked for in this order."""
-NEAR = 0.9
-"""A tokenizer with fewer tokens than this share of the model's vocabulary is remarked on."""
 
 
 class TokenizerKind(StrEnum):

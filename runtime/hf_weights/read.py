@@ -93,13 +93,6 @@ class WeightFolder:
             raise InputError(*_few(problems, str(self.folder), "tensors of another shape"))
 
 
-def load_weights(state: Mapping[str, Tensor], spec: ModelSpec, folder: Path) -> None:
-    """Fills the weights in `state` (our names, sharded or whole) from a Hugging Face folder, in place."""
-    source = WeightFolder(folder, spec)
-    for name, tensor in state.items():
-        source.fill(name, tensor)
-
-
 def local_box(tensor: Tensor) -> tuple[Tensor, Box]:
     """What this rank holds of a tensor, and which part of the whole it is."""
     if not isinstance(tensor, DTensor):

@@ -14,6 +14,8 @@ from torch.nn import functional
 
 from planner.model import ModelSpec
 from planner.plan import Plan
+from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime.committed import committed_folders, load_index
 from runtime.executor import Executor
 from runtime.local_ranks import join_group, run_local
 from runtime.optimizer import OptimizerOptions
@@ -79,6 +81,28 @@ def by_adamw(model: nn.Module) -> list[torch.optim.Optimizer]:
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     return [torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-3, foreach=False)]
+
+
+def interrupted(before: Plan, after: Plan) -> tuple[list[Trajectory], list[Trajectory]]:
+    """Three steps under one plan, a checkpoint, two steps under another: what each rank saw of either."""
+    with tempfile.TemporaryDirectory() as text:
+        folder = Path(text)
+
+        def start(rank: int) -> Trajectory:
+            executor = make_executor(before)
+            found = train(executor, 0, 3)
+            save_checkpoint(folder, executor.state_dict(), step=3, run={})
+            return found
+
+        def go_on(rank: int) -> Trajectory:
+            executor = make_executor(after)
+            path = committed_folders(folder)[0]
+            executor.load_state_dict(load_checkpoint(path, load_index(path), executor.state_dict()))
+            assert executor.steps_done == 3
+            return train(executor, 3, 2)
+
+        first = on_ranks(start, before.strategy.degrees.world)
+        return first, on_ranks(go_on, after.strategy.degrees.world)
 
 
 def single_process(plan: Plan, steps: int, make: MakeOptimizers = by_adamw) -> Trajectory:

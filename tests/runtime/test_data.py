@@ -89,7 +89,7 @@ def test_ranks_cover_the_global_batch_once_in_any_layout(index_path: Path, sizes
 
 def test_an_epoch_holds_every_sample_once_and_epochs_differ(index_path: Path) -> None:
     reader = _reader(index_path)
-    count = reader.epoch_samples
+    (count,) = reader.data.samples(reader.seq)
     first = [reader.sample(position) for position in range(count)]
     second = [reader.sample(position) for position in range(count, 2 * count)]
     assert sorted(first) == sorted(second) == [(0, sample) for sample in range(count)]

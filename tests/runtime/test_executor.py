@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +12,19 @@ from planner.errors import InputError
 from planner.plan import Plan
 from planner.strategy import CpExchange, Degrees, Schedule, Zero
 from planner.workload import Optimizer, Precision
-from runtime.checkpoint import load_checkpoint, save_checkpoint
-from runtime.committed import committed_folders, load_index
 from runtime.executor import Executor
 from runtime.optimizer import OptimizerOptions, learning_rate
 from runtime.parallel.supported import check_supported
 from tests.plans import make_plan, tiny_gpt2, tiny_llama
-from tests.runtime.ranks import batch_of, make_executor, on_ranks, single_process, slice_of, train
+from tests.runtime.ranks import (
+    batch_of,
+    interrupted,
+    make_executor,
+    on_ranks,
+    single_process,
+    slice_of,
+    train,
+)
 
 LLAMA, GPT2 = tiny_llama(), tiny_gpt2()
 RESHARDINGS = {
@@ -47,24 +51,7 @@ RESHARDINGS = {
 def test_training_goes_on_in_another_layout(name: str) -> None:
     """Three steps, a checkpoint, two steps under another plan: five steps of one process."""
     before, after = RESHARDINGS[name]
-    with tempfile.TemporaryDirectory() as text:
-        folder = Path(text)
-
-        def start(rank: int) -> Any:
-            executor = make_executor(before)
-            found = train(executor, 0, 3)
-            save_checkpoint(folder, executor.state_dict(), step=3, run={})
-            return found
-
-        def go_on(rank: int) -> Any:
-            executor = make_executor(after)
-            path = committed_folders(folder)[0]
-            executor.load_state_dict(load_checkpoint(path, load_index(path), executor.state_dict()))
-            assert executor.steps_done == 3
-            return train(executor, 3, 2)
-
-        first = on_ranks(start, before.strategy.degrees.world)
-        second = on_ranks(go_on, after.strategy.degrees.world)
+    first, second = interrupted(before, after)
     expected = [value for pair in single_process(before, 5) for value in pair]
     for early in first:
         for late in second:

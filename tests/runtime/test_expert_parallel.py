@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +12,11 @@ from planner.feed_forward import Activation, Mlp
 from planner.plan import Plan
 from planner.routing import Routing, Score
 from planner.strategy import Degrees, RecomputeCounts, Schedule, Stage, Zero
-from runtime.checkpoint import load_checkpoint, save_checkpoint
-from runtime.committed import committed_folders, load_index
 from runtime.executor import Executor
 from runtime.parallel.supported import check_supported
 from tests.plans import make_plan, tiny_deepseek_experts, tiny_mixtral
 from tests.runtime.matrix import TOLERANCE
-from tests.runtime.ranks import make_executor, on_ranks, single_process, train
+from tests.runtime.ranks import interrupted, make_executor, on_ranks, single_process, train
 
 STEPS = 5
 SHARED = Mlp(width=32, gated=True, activation=Activation.SILU)
@@ -148,23 +144,7 @@ def test_the_correction_evens_out_the_loads() -> None:
 )
 def test_training_goes_on_under_another_ep(before: Plan, after: Plan) -> None:
     """Three steps, a checkpoint, two steps under another plan: five of one process, correction and all."""
-    with tempfile.TemporaryDirectory() as text:
-        folder = Path(text)
-
-        def start(rank: int) -> Any:
-            executor = make_executor(before)
-            found = train(executor, 0, 3)
-            save_checkpoint(folder, executor.state_dict(), step=3, run={})
-            return found
-
-        def go_on(rank: int) -> Any:
-            executor = make_executor(after)
-            path = committed_folders(folder)[0]
-            executor.load_state_dict(load_checkpoint(path, load_index(path), executor.state_dict()))
-            return train(executor, 3, 2)
-
-        first = on_ranks(start, before.strategy.degrees.world)
-        second = on_ranks(go_on, after.strategy.degrees.world)
+    first, second = interrupted(before, after)
     expected = [value for pair in single_process(before, STEPS) for value in pair]
     for early in first:
         for late in second:

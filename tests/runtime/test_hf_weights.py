@@ -20,7 +20,7 @@ from planner.hf import read_config_file
 from planner.model import ModelSpec
 from planner.strategy import Degrees, Zero
 from runtime.hf_weights.names import FAMILY_NAMES
-from runtime.hf_weights.read import INDEX, load_weights
+from runtime.hf_weights.read import INDEX, WeightFolder
 from runtime.hf_weights.write import write_weights
 from runtime.transformer.initial import materialize
 from runtime.transformer.model import Transformer, build_transformer
@@ -57,6 +57,13 @@ def loaded(folder: Path) -> tuple[ModelSpec, Transformer]:
     model = whole(spec)
     load_weights(weights_of(model), spec, folder)
     return spec, model
+
+
+def load_weights(state: dict[str, Tensor], spec: ModelSpec, folder: Path) -> None:
+    """Fills the weights in `state` (our names, sharded or whole) from a folder."""
+    source = WeightFolder(folder, spec)
+    for name, tensor in state.items():
+        source.fill(name, tensor)
 
 
 def weights_of(model: Transformer) -> dict[str, Tensor]:

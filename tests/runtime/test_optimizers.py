@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,11 +13,9 @@ from planner.plan import Plan
 from planner.problem import PlanningProblem
 from planner.strategy import Degrees, Zero
 from planner.workload import Optimizer
-from runtime.checkpoint import load_checkpoint, save_checkpoint
-from runtime.committed import committed_folders, load_index
 from runtime.muon import orthogonalize
 from tests.plans import make_plan, tiny_gpt2, tiny_llama
-from tests.runtime.ranks import make_executor, on_ranks, single_process, train
+from tests.runtime.ranks import interrupted, make_executor, on_ranks, single_process, train
 
 STEPS = 5
 LLAMA, GPT2 = tiny_llama(), tiny_gpt2()
@@ -92,22 +87,7 @@ def test_losses_and_gradient_norms_are_those_of_one_process(kind: Optimizer, lay
 def test_training_goes_on_in_another_layout(kind: Optimizer) -> None:
     before = make_plan(LLAMA, LAYOUTS["tp2-zero3"], optimizer=kind)
     after = make_plan(LLAMA, Degrees(pp=2, dp_shard=2, micro_batch=2, zero=Zero(1)), optimizer=kind)
-    with tempfile.TemporaryDirectory() as text:
-        folder = Path(text)
-
-        def start(rank: int) -> Any:
-            executor = make_executor(before)
-            found = train(executor, 0, 3)
-            save_checkpoint(folder, executor.state_dict(), step=3, run={})
-            return found
-
-        def go_on(rank: int) -> Any:
-            executor = make_executor(after)
-            path = committed_folders(folder)[0]
-            executor.load_state_dict(load_checkpoint(path, load_index(path), executor.state_dict()))
-            return train(executor, 3, 2)
-
-        early, late = on_ranks(start, 4)[0], on_ranks(go_on, 4)[0]
+    (early, *_), (late, *_) = interrupted(before, after)
     expected = [value for pair in single_process(before, 5, KINDS[kind]) for value in pair]
     assert [v for pair in early + late for v in pair] == pytest.approx(expected, rel=1e-5)
 
