@@ -220,6 +220,7 @@ class Executor:
                 weights.append(
                     Weight(
                         name=canonical,
+                        path=clean,
                         parameter=parameter,
                         shard=nn.Parameter(local.detach(), parameter.requires_grad)
                         if host is None
@@ -284,9 +285,9 @@ class Executor:
 
     def executed(self) -> Executed:
         """What the ranks executed in the last step, read from the running model. Collective."""
-        names = [weight.name for weight in self.weights]
+        paths = [weight.path for weight in self.weights]
         away = [apart(weight.parameter, weight.shard) for weight in self.weights]
-        return read_executed(self.pipeline, self.plan, hosted_blocks(names, away))
+        return read_executed(self.pipeline, self.plan, hosted_blocks(paths, away))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Weights, optimizer state and step count under flat global names, for distributed checkpoints.

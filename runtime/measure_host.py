@@ -370,7 +370,7 @@ def _optimizer_times(count: int, size: int, device: torch.device, effort: Effort
     grads = [torch.randn_like(shard) for shard in shards]
     for shard, grad in zip(shards, grads, strict=True):
         shard.grad = grad
-    weights = [Weight(name="", parameter=shard, shard=shard, share=1.0) for shard in shards]
+    weights = [Weight(name="", path="", parameter=shard, shard=shard, share=1.0) for shard in shards]
     optimizer = build_optimizer(Optimizer.ADAMW, weights, OptimizerOptions())
 
     def norm_and_clip() -> None:

@@ -103,7 +103,7 @@ def build_optimizer(
     """
     blocks: dict[str | None, list[Weight]] = {None: []}
     for weight in weights:
-        blocks.setdefault(None if weight.host is None else block_of(weight.name), []).append(weight)
+        blocks.setdefault(None if weight.host is None else block_of(weight.path), []).append(weight)
     return ShardOptimizer(
         [
             (_parts(kind, block, options, precision), [w.host for w in block if w.host is not None])

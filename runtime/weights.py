@@ -27,10 +27,11 @@ class Weight:
     master in host memory, which `host` keeps. `share` is 1 over the number of ranks of the world that hold
     the same element, 0 for a copy that another stage counts. `gradient_scale` makes the mean over the ranks
     that FSDP averages the mean over replicas: routed experts are on fewer ranks, to which others' tokens
-    come.
+    come. `path` is its place in the stage, in our own transformer's words whatever the backend calls it.
     """
 
     name: str
+    path: str
     parameter: nn.Parameter
     shard: nn.Parameter
     share: float
@@ -50,7 +51,7 @@ class Weight:
     @property
     def inner(self) -> bool:
         """Whether it is a matrix of a block, not an embedding or an output projection."""
-        return self.matrix and self.name.startswith("layers.")
+        return self.matrix and self.path.startswith("layers.")
 
     def groups(self, *dims: int) -> list[dist.ProcessGroup]:
         """The groups of ranks that share out these dimensions of the parameter, counted from its end."""

@@ -122,12 +122,12 @@ def block_of(name: str) -> str:
     return parts[1] if parts[0] == "layers" else "ends"
 
 
-def hosted_blocks(names: Sequence[str], hosted: Sequence[bool]) -> set[int]:
+def hosted_blocks(paths: Sequence[str], hosted: Sequence[bool]) -> set[int]:
     """The blocks all of whose weights have their masters elsewhere than the parameter."""
     found: dict[int, bool] = {}
-    for name, away in zip(names, hosted, strict=True):
-        if name.startswith("layers."):
-            block = int(name.split(".")[1])
+    for path, away in zip(paths, hosted, strict=True):
+        if path.startswith("layers."):
+            block = int(path.split(".")[1])
             found[block] = found.get(block, True) and away
     return {block for block, away in found.items() if away}
 

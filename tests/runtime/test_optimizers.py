@@ -129,7 +129,8 @@ def test_muon_and_adafactor_are_those_of_torch() -> None:
 
     def weight(values: Tensor) -> Weight:
         shard = nn.Parameter(values.clone())
-        return Weight(name="layers.0.mlp.up.weight", parameter=shard, shard=shard, share=1.0)
+        name = "layers.0.mlp.up.weight"
+        return Weight(name=name, path=name, parameter=shard, shard=shard, share=1.0)
 
     start = torch.randn(24, 40, generator=torch.Generator().manual_seed(1))
     mine, theirs = [weight(start) for _ in range(2)], [nn.Parameter(start.clone()) for _ in range(2)]

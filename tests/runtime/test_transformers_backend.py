@@ -13,7 +13,8 @@ import torch
 from planner.errors import InputError
 from planner.hf import read_config_file
 from planner.plan import Plan
-from planner.strategy import Degrees, Recompute, Schedule, Zero
+from planner.strategy import Degrees, Offload, Recompute, Schedule, Zero, even_stages, offloaded
+from planner.workload import Optimizer
 from runtime.backends.transformers import check_backend, load_config, transformers_backend
 from runtime.executor import Executor
 from tests.plans import make_plan, split
@@ -161,6 +162,36 @@ def test_training_is_that_of_their_own_model(family: str, layout: str, tmp_path:
     for answer in on_ranks(body, plan.strategy.degrees.world):
         assert [value for pair in answer["seen"] for value in pair] == pytest.approx(expected, rel=TOLERANCE)
         assert answer["faults"] == []
+
+
+@pytest.mark.parametrize("what", [Offload.OPTIMIZER, Offload.ACTIVATIONS])
+def test_offload_changes_nothing_but_the_place(what: Offload, tmp_path: Path) -> None:
+    path = write_config(tmp_path, "llama")
+    degrees = batch8(dp_shard=2, micro_batch=2, zero=Zero(2))
+    spec = read_config_file(path)
+    here, away = make_plan(spec, degrees), make_plan(spec, degrees, offloaded(even_stages(4, 1), what))
+
+    def body(rank: int) -> Any:
+        executors = make(here, path), make(away, path)
+        seen = [train(executor, 0, STEPS) for executor in executors]
+        return seen, executors[1].executed().differences(away)
+
+    for (expected, found), faults in on_ranks(body, 2):
+        assert found == expected
+        assert faults == []
+
+
+def test_muon_is_for_the_matrices_of_blocks(tmp_path: Path) -> None:
+    path = write_config(tmp_path, "llama")
+    plan = make_plan(read_config_file(path), batch8(micro_batch=4), optimizer=Optimizer.MUON)
+
+    def body(rank: int) -> list[str]:
+        executor = make(plan, path)
+        return [w.name for w in executor.weights if "momentum_buffer" in executor.optimizer.state_of(w.shard)]
+
+    (names,) = on_ranks(body, 1)
+    assert len(names) == 4 * 7, "queries, keys, values, output; gate, up, down"
+    assert all(name.startswith("model.layers.") and "proj" in name for name in names)
 
 
 @pytest.mark.parametrize(
