@@ -25,7 +25,7 @@ demo: $(STAMP)
 	$(BIN)/plan demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

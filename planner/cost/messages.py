@@ -59,11 +59,15 @@ class Messages:
     def loss_s(self) -> float:
         """What the loss over a sharded vocabulary sends: maximum, sum and the target's logit of each token.
 
-        The own runtime gathers the logarithm of the sum and the target's logit, chunk by chunk.
+        The own runtime gathers the logarithm of the sum and the target's logit, chunk by chunk. A model
+        without a vocabulary sends nothing.
         """
+        columns = self.problem.model.vocab_shard(self.degrees.tp)
+        if not columns:
+            return 0.0
         if not self.problem.stack.own:
             return 3 * self.seconds(Op.ALL_REDUCE, 4.0 * self.tokens, self.tp_group())
-        chunks = chunk_count(math.ceil(self.tokens), self.problem.model.vocab_shard(self.degrees.tp))
+        chunks = chunk_count(math.ceil(self.tokens), columns)
         size = 8.0 * self.tokens * self.degrees.tp / chunks
         return chunks * self.seconds(Op.ALL_GATHER, size, self.tp_group())
 
