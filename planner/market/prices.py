@@ -18,7 +18,7 @@
     purchase_usd = 11000
 
 These win over every other price. Commitments of clouds are kept apart, in `price_terms.toml`: ranges for a
-provider in general, shown and never computed with.
+provider in general, from which planner.sizing.rates makes reserved rates with their interval.
 """
 
 from __future__ import annotations
