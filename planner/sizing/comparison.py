@@ -47,7 +47,9 @@ class Sensitivity:
 class BreakEven:
     """Buying against renting one device: the share of hours in use above which buying is cheaper.
 
-    `utilisation` is None where renting is cheaper even at full use.
+    `utilisation` is None where renting is cheaper even at full use, and 0 where the rent runs on through idle
+    hours and is dearer. `months` until owning has paid for itself at `owned_at_utilisation`; None: not within
+    the years that it is used for.
     """
 
     device: str
