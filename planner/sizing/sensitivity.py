@@ -1,0 +1,225 @@
+"""Sensitivity: which option is best, in how many days and for how much, where an input is not what it is.
+
+Each input moves to both its ends for all options at once, with everything else as it is:
+
+    prices                  p x 0.8, p x 1.2; only those of the best option; each to the ends of its range
+    step times              t to the ends of its interval: days and dollars x end / t
+    failures                their rate halved and doubled: days and dollars x goodput / goodput there
+    utilisation on premises 20 points down and up, at most all hours: dollars x owned(u') / owned(u)
+
+with owned(u) of planner.sizing.break_even. The best is by the goal: of the options that keep deadline and
+budget the soonest or the cheapest; where none keeps them the same of all, and its name says so. The interval
+between checkpoints stays as it is when failures change, so their share of the time is proportional to their
+rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from planner.objective import Goal, Minimise
+from planner.sizing.break_even import Owned
+from planner.sizing.comparison import Sensitivity
+from planner.sizing.offer import Pricing
+from planner.sizing.option import Option
+from planner.units import DAY_S
+
+PRICE_CHANGE = 0.2
+"""As asked for: what contracts and months change a listed price by."""
+FAILURE_FACTOR = 2.0
+UTILISATION_POINTS = 0.2
+
+
+class Figures(NamedTuple):
+    """Days and dollars of an option; None: no price is known."""
+
+    days: float
+    usd: float | None
+
+
+Change = Callable[[Option], Figures]
+"""The figures of an option at one end of an input."""
+
+
+def sensitivities(
+    options: Sequence[Option], goal: Goal, owned: Iterable[Owned] = (), utilisation: float | None = None
+) -> tuple[Sensitivity, ...]:
+    """What changes with each input that any of the options depends on.
+
+    `owned` are the devices of options on premises, `utilisation` what their rates were made with.
+    """
+    if not options:
+        return ()
+    best = best_of(options, goal)
+    rows = [
+        *_prices(options, goal, best),
+        *_step_times(options, goal),
+        *_failures(options, goal),
+        *_utilisation(options, goal, {device.device: device for device in owned}, utilisation),
+    ]
+    return tuple(rows)
+
+
+def best_of(options: Sequence[Option], goal: Goal) -> Option:
+    """The best option as things are."""
+    return _best(options, goal, _as_is)[0]
+
+
+def _as_is(option: Option) -> Figures:
+    return Figures(option.days, option.cost_usd)
+
+
+def _keeps(goal: Goal, figures: Figures) -> bool:
+    usd = float("inf") if figures.usd is None else figures.usd
+    return goal.meets(figures.days * DAY_S, usd)
+
+
+def _best(options: Sequence[Option], goal: Goal, change: Change) -> tuple[Option, Figures]:
+    """The best option under a change and its figures there; of equal ones the first."""
+
+    def order(pair: tuple[Option, Figures]) -> tuple[bool, float, float]:
+        usd = float("inf") if pair[1].usd is None else pair[1].usd
+        figures = (usd, pair[1].days) if goal.minimise is Minimise.COST else (pair[1].days, usd)
+        return (not _keeps(goal, pair[1]), *figures)
+
+    return min(((option, change(option)) for option in options), key=order)
+
+
+def _row(
+    options: Sequence[Option], goal: Goal, what: str, low: tuple[str, Change], high: tuple[str, Change]
+) -> Sensitivity:
+    best = best_of(options, goal)
+    at_low, low_figures = _best(options, goal, low[1])
+    at_high, high_figures = _best(options, goal, high[1])
+    return Sensitivity(
+        what=what,
+        low=low[0],
+        high=high[0],
+        low_days=low_figures.days,
+        high_days=high_figures.days,
+        low_cost_usd=low_figures.usd,
+        high_cost_usd=high_figures.usd,
+        best_stays=at_low is best and at_high is best,
+        best_at_low=_told(at_low, goal, low_figures),
+        best_at_high=_told(at_high, goal, high_figures),
+    )
+
+
+def _told(option: Option, goal: Goal, figures: Figures) -> str:
+    return option.name if _keeps(goal, figures) else f"none keeps the limits; nearest {option.name}"
+
+
+def _priced(option: Option, factor: float) -> Figures:
+    return Figures(option.days, None if option.cost_usd is None else option.cost_usd * factor)
+
+
+def _slowed(option: Option, factor: float) -> Figures:
+    return Figures(option.days * factor, None if option.cost_usd is None else option.cost_usd * factor)
+
+
+def _prices(options: Sequence[Option], goal: Goal, best: Option) -> Iterable[Sensitivity]:
+    if all(option.cost_usd is None for option in options):
+        return
+    down, up = 1 - PRICE_CHANGE, 1 + PRICE_CHANGE
+    low, high = f"-{PRICE_CHANGE:.0%}", f"+{PRICE_CHANGE:.0%}"
+    yield _row(
+        options,
+        goal,
+        "all prices",
+        (low, lambda option: _priced(option, down)),
+        (high, lambda option: _priced(option, up)),
+    )
+    if best.cost_usd is not None:
+        own = (best.provider, best.instance, best.device, best.rate.pricing)
+
+        def alone(factor: float) -> Change:
+            return lambda option: _priced(
+                option,
+                factor
+                if (option.provider, option.instance, option.device, option.rate.pricing) == own
+                else 1.0,
+            )
+
+        named = best.name.partition(" x ")[2]
+        yield _row(options, goal, f"the price of {named} alone", (low, alone(down)), (high, alone(up)))
+    if any(option.rate.low_usd_per_node_hour is not None for option in options):
+        yield _row(
+            options,
+            goal,
+            "prices that their sources give as a range",
+            ("low ends", lambda option: _priced(option, _rate_factor(option, low=True))),
+            ("high ends", lambda option: _priced(option, _rate_factor(option, low=False))),
+        )
+
+
+def _rate_factor(option: Option, *, low: bool) -> float:
+    rate = option.rate
+    end = rate.low_usd_per_node_hour if low else rate.high_usd_per_node_hour
+    return end / rate.usd_per_node_hour if end is not None and rate.usd_per_node_hour else 1.0
+
+
+def _step_times(options: Sequence[Option], goal: Goal) -> Iterable[Sensitivity]:
+    def end(index: int) -> Change:
+        return lambda option: _slowed(
+            option, option.plan.step_time_interval_s[index] / option.plan.step_time_s
+        )
+
+    yield _row(
+        options,
+        goal,
+        "step times and so the share of the peak, within their intervals",
+        ("fast ends", end(0)),
+        ("slow ends", end(1)),
+    )
+
+
+def _failures(options: Sequence[Option], goal: Goal) -> Iterable[Sensitivity]:
+    if not any(option.losses is not None and option.losses.failure_share > 0 for option in options):
+        return
+    low, high = 1 / FAILURE_FACTOR, FAILURE_FACTOR
+    yield _row(
+        options,
+        goal,
+        "failures of nodes",
+        ("half the rate", lambda option: _slowed(option, failure_factor(option, low))),
+        ("twice the rate", lambda option: _slowed(option, failure_factor(option, high))),
+    )
+
+
+def failure_factor(option: Option, factor: float) -> float:
+    """Time with `factor` times the failures over time as it is: (1 - lost) / (1 - factor x lost).
+
+    Infinite where nothing would be kept.
+    """
+    lost = option.losses.failure_share if option.losses is not None else 0.0
+    kept = 1 - factor * lost
+    return (1 - lost) / kept if kept > 0 else float("inf")
+
+
+def _utilisation(
+    options: Sequence[Option], goal: Goal, owned: Mapping[str, Owned], utilisation: float | None
+) -> Iterable[Sensitivity]:
+    if utilisation is None:
+        return
+    on_premises = [option for option in options if option.rate.pricing is Pricing.ON_PREMISES]
+    if not any(option.device in owned for option in on_premises):
+        return
+
+    def at(share: float) -> Change:
+        def change(option: Option) -> Figures:
+            device = owned.get(option.device)
+            if option.rate.pricing is not Pricing.ON_PREMISES or device is None:
+                return _as_is(option)
+            return _priced(option, device.usd_per_used_hour(share) / device.usd_per_used_hour(utilisation))
+
+        return change
+
+    less, more = max(0.05, utilisation - UTILISATION_POINTS), min(1.0, utilisation + UTILISATION_POINTS)
+    yield _row(
+        options,
+        goal,
+        "hours in use of hardware on premises",
+        (f"{less:.0%}", at(less)),
+        (f"{more:.0%}", at(more)),
+    )
