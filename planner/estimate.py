@@ -134,11 +134,15 @@ class MemoryFigures:
 
 @noun
 class JobFigures:
-    """What a job loses between its steps: seconds a step by cause, and the share lost to failures.
+    """What a job loses between its steps: seconds a step by cause, and the shares lost to interruptions.
 
-    `checkpoint_wait_s` is what steps wait for one checkpoint, None where the storage's rate was not said.
-    `goodput` is the share of the job's time that goes into steps that are kept; `days` and `cost_usd` are of
-    the whole run at it. `between_failures_s` is None where failures were said not to happen.
+    `checkpoint_every` is the interval that was counted with, `best_checkpoint_every` the one that loses
+    least, where that is known. `checkpoint_wait_s` is what steps wait for one checkpoint, None where the
+    storage's rate was not said. `goodput` is the share of the job's time that goes into steps that are kept;
+    `days` and `cost_usd` are of the whole run at it, with its ramp-up and its spare nodes.
+    `between_failures_s` is None where failures were said not to happen. Shares are of all time: lost to
+    failures, to preemptions, and to waiting for a node while more are out than there are spares. Plans that
+    were written before these were known have none of them.
     """
 
     data_stall_s: float
@@ -152,6 +156,14 @@ class JobFigures:
     goodput: float
     days: float | None
     cost_usd: float | None
+    checkpoint_every: int | None = None
+    evaluation_s: float = 0.0
+    restart_s: float | None = None
+    preemption_share: float = 0.0
+    between_preemptions_s: float | None = None
+    waiting_share: float = 0.0
+    spares: int = 0
+    ramp_up_s: float = 0.0
 
 
 @noun

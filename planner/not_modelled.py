@@ -85,7 +85,23 @@ _PHRASES: tuple[tuple[str, Predicate], ...] = (
         "devices slower than others (--device-spread)",
         lambda p, s: _communicates(p, s) and p.upkeep.device_spread is None,
     ),
-    ("evaluation between steps; the first steps, which compile and warm up", lambda p, s: True),
+    (
+        "the repair of failed nodes: they are replaced while the job restarts (--repair, --spares)",
+        lambda p, s: p.upkeep.checkpoint_every is not None and p.upkeep.repair_s is None,
+    ),
+    (
+        "nodes that the provider takes back (--preemptions)",
+        lambda p, s: p.upkeep.checkpoint_every is not None
+        and p.upkeep.preemptions_per_1000_node_days is None,
+    ),
+    (
+        "evaluation between steps (--eval-every, --eval-time)",
+        lambda p, s: p.upkeep.eval_every is None or p.upkeep.eval_s is None,
+    ),
+    (
+        "the start of the job and its first steps, which compile and warm up (--ramp-up)",
+        lambda p, s: p.upkeep.ramp_up_s is None,
+    ),
     ("traffic of other jobs on the network", _between_nodes),
     ("communication, which was said to take no time", _free_messages),
     ("clocks that fall with heat or a cap on power", lambda p, s: _accelerators(p)),

@@ -67,7 +67,7 @@ LAYERS = (
     {"hf", "tables"},
     {"tracing"},
     {"catalog"},
-    {"market"},
+    {"market", "failures"},
     {"machine", "cluster_grammar"},
     {"cluster_file"},
 )

@@ -50,12 +50,20 @@ class ProblemOptions:
     lora_rank: int | None = None
     lora_modules: str | None = None
     data_rate: str | None = None
-    checkpoint_every: int | None = None
+    checkpoint_every: str | None = None
     storage: str | None = None
     checkpoint_async: bool = False
     device_spread: float | None = None
     failures: float | None = None
     restart: str | None = None
+    repair: str | None = None
+    spares: int | None = None
+    preemptions: str | None = None
+    preemption_notice: str | None = None
+    preemption_restart: str | None = None
+    ramp_up: str | None = None
+    eval_every: int | None = None
+    eval_time: str | None = None
     engine: str | None = None
 
 

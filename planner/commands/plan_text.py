@@ -8,7 +8,7 @@ from planner.commands.objective_text import objective_text
 from planner.commands.text import WIDTH, pairs, table
 
 if TYPE_CHECKING:
-    from planner.estimate import Estimate, StageEstimate
+    from planner.estimate import Estimate, JobFigures, StageEstimate
     from planner.plan import Plan
 
 
@@ -129,7 +129,7 @@ def _memory_interval(e: Estimate) -> str:
 
 def _job(plan: Plan) -> str:
     """What is lost between steps, where something was said of it."""
-    from planner.units import format_bytes, format_seconds
+    from planner.units import format_seconds
 
     job = plan.estimate.job
     if job is None:
@@ -138,26 +138,73 @@ def _job(plan: Plan) -> str:
         (job.data_stall_s, "waiting for data"),
         (job.straggler_s, "for the slowest device"),
         (job.checkpoint_stall_s, "for checkpoints"),
+        (job.evaluation_s, "for evaluation"),
     ]
     lost = [f"{format_seconds(seconds)} {cause}" for seconds, cause in causes if seconds > 0]
-    wait = job.checkpoint_wait_s
-    best = job.best_checkpoint_every
     return pairs(
         [
             ("between steps", f"{', '.join(lost)}, a step" if lost else "nothing is lost"),
-            ("failures", f"{job.failure_share:.2%} of all time" if job.failure_share > 0 else None),
-            (
-                "a checkpoint",
-                f"{format_bytes(job.checkpoint_bytes)}"
-                + (f", {format_seconds(wait)} that steps wait" if wait is not None else "")
-                + (f"; every {best:,} steps loses least" if best is not None else ""),
-            ),
+            *_interruptions(job),
+            ("failure rate", _rate_source(plan, job) if job.failure_share > 0 else None),
+            ("a checkpoint", _checkpoint(job)),
+            ("spare nodes", f"{job.spares}, paid like the others" if job.spares else None),
+            ("ramp-up", format_seconds(job.ramp_up_s) if job.ramp_up_s else None),
             ("goodput", f"{job.goodput:.1%}"),
             ("days in all", None if job.days is None else f"{job.days:.4g}"),
             ("cost in all", None if job.cost_usd is None else f"${job.cost_usd:,.0f}"),
         ],
         WIDTH,
     )
+
+
+def _interruptions(job: JobFigures) -> list[tuple[str, str]]:
+    """What is lost to what stops the job, by cause."""
+    from planner.units import format_seconds
+
+    between, taken = job.between_failures_s, job.between_preemptions_s
+    restart = f", {format_seconds(job.restart_s)} to restart" if job.restart_s is not None else ""
+    causes = (
+        ("failures", job.failure_share, f"one in {format_seconds(between)}{restart}" if between else ""),
+        ("preemptions", job.preemption_share, f"one in {format_seconds(taken)}" if taken else ""),
+        ("without a node", job.waiting_share, "more are out than there are spares"),
+    )
+    return [
+        (name, f"{share:.2%} of all time" + (f" ({why})" if why else ""))
+        for name, share, why in causes
+        if share > 0
+    ]
+
+
+def _rate_source(plan: Plan, job: JobFigures) -> str | None:
+    """Where the rate of failures is from, where it is that of the devices and not one that was stated."""
+    from math import isclose
+
+    from planner.failures import failure_file, usual_failures_per_s
+
+    if not job.between_failures_s or not isclose(
+        usual_failures_per_s(plan.cluster) * job.between_failures_s, 1.0, rel_tol=1e-6
+    ):
+        return None
+    file = failure_file()
+    names = dict.fromkeys(group.device.name for group in plan.cluster.groups)
+    rates = [(name, file.of(name)) for name in names]
+    each = (f"{name}: {r.per_1000_node_days:g} ({r.low:g} to {r.high:g}; {r.source})" for name, r in rates)
+    return f"in 1000 days of a node of {file.node_devices}, {'; '.join(each)}"
+
+
+def _checkpoint(job: JobFigures) -> str:
+    """Its size and what it costs, the interval that was counted with, and the best."""
+    from planner.units import format_bytes, format_seconds
+
+    wait, every, best = job.checkpoint_wait_s, job.checkpoint_every, job.best_checkpoint_every
+    text = format_bytes(job.checkpoint_bytes)
+    if wait is not None:
+        text += f", {format_seconds(wait)} that steps wait"
+    if every is not None and every == best:
+        return f"{text}; every {every:,} steps, which loses least"
+    if every is not None:
+        text += f"; every {every:,} steps"
+    return text if best is None else f"{text}; every {best:,} steps loses least"
 
 
 def _memory_figures(e: Estimate) -> list[tuple[str, str]]:

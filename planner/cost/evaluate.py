@@ -17,7 +17,8 @@ from planner.codec import noun
 from planner.cost import constants
 from planner.cost.comm import CommModel
 from planner.cost.compute import ORIGINS, LayerModel
-from planner.cost.job import job_figures
+from planner.cost.goodput import Job
+from planner.cost.job import job_figures, job_of
 from planner.cost.judged import RankMemory, most_pressed
 from planner.cost.memory import host_bytes, rank_memory
 from planner.cost.memory_constants import fitted_constant
@@ -172,6 +173,13 @@ class CostModel:
             table=table,
             replay=replayed,
         )
+
+    def job(self, done: Evaluation) -> Job:
+        """What an evaluated strategy's goodput is computed from: another upkeep or price needs no more than
+        planner.cost.goodput.figures_of."""
+        shape = self.shape(done.strategy.degrees)
+        costs = self.stage_costs(shape, done.strategy)
+        return job_of(shape, costs, done.estimate.step_time_s, done.estimate.breakdown)
 
     def _stages(
         self,

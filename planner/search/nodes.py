@@ -2,10 +2,12 @@
 
 With C the price of an hour, T tokens in all, t of them a step, and s a bound of the step time,
 
-    seconds >= T / t x max(s, t / loader) / (1 - (restart + k s / 2) / M)        dollars >= C x seconds / 3600
+    seconds >= ramp-up + T / t x u / share kept      u = max(s, t / loader) and evaluation
+    dollars >= C x seconds / 3600                    C with the spare nodes
 
-where k steps lie between checkpoints and M is the mean time between failures (planner.cost.job): waiting for
-checkpoints and for the slowest device only adds to it.
+with the share kept of planner.cost.goodput for k steps between checkpoints (one, where the best interval was
+asked for), restarts that load nothing, and nodes in repair: waiting for checkpoints and for the slowest
+device only adds to it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from collections.abc import Iterator
 from planner.cluster import ClusterSpec
 from planner.cost.compute import LayerModel
 from planner.cost.evaluate import CostModel
-from planner.cost.job import between_failures_s
+from planner.cost.goodput import evaluation_s, spares_factor
+from planner.cost.job import most_kept
 from planner.problem import PlanningProblem
 from planner.search.quick_bounds import space_bounds_s
 from planner.search.space import Pins, space_of
@@ -92,17 +95,19 @@ def run_bound_s(problem: PlanningProblem, step_s: float) -> float:
     each_s = step_s
     if upkeep.data_tokens_per_s is not None:
         each_s = max(step_s, workload.tokens_per_step / upkeep.data_tokens_per_s)
-    lost = 0.0
-    if upkeep.checkpoint_every is not None:
-        lost = (upkeep.restart_s + upkeep.checkpoint_every * each_s / 2) / between_failures_s(problem)
+    each_s += evaluation_s(upkeep)
     steps = workload.tokens / workload.tokens_per_step
-    return steps * each_s / (1 - lost) if lost < 1 else math.inf
+    kept = most_kept(problem.cluster, upkeep, steps, each_s)
+    return (upkeep.ramp_up_s or 0.0) + steps * each_s / kept if kept > 0 else math.inf
 
 
 def dollars(problem: PlanningProblem, seconds: float) -> float:
-    """What the cluster costs for so long; infinite where its price is not known."""
-    price = problem.cluster.price_usd_per_hour
-    return math.inf if price is None else price * seconds / 3600
+    """What the cluster and its spare nodes cost for so long; infinite where its price is not known."""
+    cluster = problem.cluster
+    if cluster.price_usd_per_hour is None:
+        return math.inf
+    nodes = sum(group.nodes for group in cluster.groups)
+    return cluster.price_usd_per_hour * spares_factor(problem.upkeep, nodes) * seconds / 3600
 
 
 def parts(problem: PlanningProblem) -> Iterator[tuple[int, PlanningProblem]]:

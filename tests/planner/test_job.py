@@ -13,7 +13,8 @@ from planner.catalog import load_model
 from planner.cli import cli
 from planner.cluster_grammar import parse_cluster
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.cost.job import checkpoint_bytes, host_link_bytes_per_s, largest_of
+from planner.cost.goodput import figures_of, largest_of
+from planner.cost.job import checkpoint_bytes, host_link_bytes_per_s
 from planner.estimate import JobFigures
 from planner.not_modelled import not_modelled
 from planner.plan import decode_plan
@@ -140,7 +141,9 @@ def test_failures_cost_a_restart_and_half_an_interval() -> None:
     figures = job(said)
     between_s = 1000 * 86400 / 4.0 / 2  # two nodes
     assert figures.between_failures_s == pytest.approx(between_s)
-    assert figures.failure_share == pytest.approx((600 + 500 * STEP_S) / between_s)
+    assert figures.failure_share == pytest.approx(
+        (600 + 500 * STEP_S) / between_s, rel=1e-3
+    )  # to first order
     assert figures.goodput == pytest.approx(1 - figures.failure_share)
     never = job(dataclasses.replace(said, failures_per_1000_node_days=0.0))
     assert never.between_failures_s is None and never.goodput == 1.0
@@ -174,8 +177,13 @@ def listed(given: PlanningProblem, degrees: Degrees = DEGREES) -> str:
 
 def test_what_is_counted_is_not_listed() -> None:
     all_said = Upkeep(data_tokens_per_s=1e9, checkpoint_every=1, storage_bytes_per_s=1e9, device_spread=0.0)
-    for flag in ("--data-rate", "--checkpoint-every", "--device-spread"):
+    all_said = dataclasses.replace(all_said, ramp_up_s=0.0, eval_every=1, eval_s=0.0)
+    for flag in ("--data-rate", "--checkpoint-every", "--device-spread", "--ramp-up", "--eval-every"):
         assert flag in listed(problem()) and flag not in listed(problem(all_said))
+    for flag in ("--repair", "--preemptions"):
+        assert flag in listed(problem(all_said)) and flag not in listed(problem())
+    stopped = dataclasses.replace(all_said, repair_s=0.0, preemptions_per_1000_node_days=0.0)
+    assert "--repair" not in listed(problem(stopped)) and "--preemptions" not in listed(problem(stopped))
     assert "--storage" in listed(problem(Upkeep(checkpoint_every=5))) and "--storage" not in listed(problem())
 
 
@@ -240,6 +248,51 @@ def test_the_answer_says_what_is_lost_in_text_and_json() -> None:
     assert "not modelled" in text
 
 
+ALL_OF_IT = (
+    *(
+        "--checkpoint-every",
+        "best",
+        "--storage",
+        "10GB/s",
+        "--checkpoint-async",
+        "--repair",
+        "4h",
+        "--spares",
+        "1",
+    ),
+    *("--preemptions", "spot", "--preemption-notice", "2min", "--ramp-up", "20min"),
+    *("--eval-every", "500", "--eval-time", "2min"),
+)
+
+
+def test_all_that_stops_a_job_is_counted_in_text_and_json() -> None:
+    text = estimate(*ALL_OF_IT).stdout
+    for words in (
+        "for evaluation, a step",
+        "of all time (one in",
+        "preemptions",
+        "without a node",
+        "h100-sxm-80gb: 3.8 (2.3 to 8.4; Llama 3",
+        "steps, which loses least",
+        "spare nodes",
+        "ramp-up",
+    ):
+        assert words in text
+    assert "--repair" not in text and "--preemptions" not in text
+    found = json.loads(estimate(*ALL_OF_IT, "--json").stdout)["estimate"]["job"]
+    assert found["checkpoint_every"] == found["best_checkpoint_every"] > 1
+    assert found["between_preemptions_s"] == pytest.approx(1000 * 86400 / 100 / 4)
+    assert found["spares"] == 1 and found["ramp_up_s"] == 1200 and found["evaluation_s"] == 0.24
+    assert 0 < found["waiting_share"] < found["failure_share"] + found["preemption_share"] < 0.1
+
+
+def test_another_upkeep_needs_no_other_evaluation() -> None:
+    said = Upkeep(checkpoint_every=200, storage_bytes_per_s=1e9, device_spread=0.02, repair_s=600.0)
+    model = CostModel(problem())
+    again = model.job(model.evaluate(strategy()))
+    assert figures_of(again, said) == job(said)
+
+
 def test_every_figure_carries_an_interval_and_an_origin() -> None:
     document = json.loads(estimate("--json").stdout)
     found = document["estimate"]
@@ -254,6 +307,16 @@ def test_every_figure_carries_an_interval_and_an_origin() -> None:
     ("options", "faults"),
     [
         (("--storage", "10GB/s"), ["--storage: says nothing without --checkpoint-every"]),
+        (("--checkpoint-every", "best"), ["--checkpoint-every best: says nothing without --storage"]),
+        (("--checkpoint-every", "0"), ["'0' is no interval", "a whole number of steps from 1, or best"]),
+        (("--checkpoint-every", "-3", "--eval-time", "1h"), ["'-3' is no interval", "without --eval-every"]),
+        (("--eval-every", "3"), ["--eval-every: says nothing without --eval-time"]),
+        (
+            ("--spares", "2", "--preemptions", "often"),
+            ["--spares: says nothing without --repair", "--preemptions: 'often'", "without --checkpoint"],
+        ),
+        (("--preemption-notice", "2min"), ["--preemption-notice: says nothing without --preemptions"]),
+        (("--ramp-up", "soon", "--repair", "1y"), ["--ramp-up: 'soon'", "--repair: '1y'"]),
         (("--failures", "3", "--restart", "1h"), ["--failures: says nothing", "--restart: says nothing"]),
         (("--data-rate", "fast"), ["--data-rate: 'fast' is not a quantity"]),
         (("--data-rate", "0"), ["--data-rate: '0' is no rate at all"]),

@@ -37,6 +37,19 @@ from .test_solver import EXACT
 NODES = 4
 COST = Minimise.COST
 BUSY = Upkeep(data_tokens_per_s=5e5, checkpoint_every=50, storage_bytes_per_s=1e9, device_spread=0.05)
+STOPPED = Upkeep(
+    checkpoint_every="best",
+    checkpoint_async=True,
+    storage_bytes_per_s=1e6,
+    failures_per_1000_node_days=2000.0,
+    repair_s=3600.0,
+    spares=1,
+    preemptions_per_1000_node_days=500.0,
+    ramp_up_s=1800.0,
+    eval_every=10,
+    eval_s=1.0,
+)
+"""Stopped every few hours, with a spare node, whose dollars weigh most where nodes are few."""
 FEW = dataclasses.replace(EXACT, pins=parse_pins(("schedule=1f1b", "sequence_parallel=false")))
 """A smaller space, so that many numbers of nodes can be searched."""
 
@@ -87,11 +100,12 @@ def every_count(seed: int, upkeep: Upkeep = NOTHING_SAID) -> list[Alone]:
     for nodes in node_counts(problem.cluster, problem.workload.batch):
         part = dataclasses.replace(problem, cluster=part_of(problem.cluster, nodes))
         try:
-            seconds = run_seconds(solve(part, FEW))
+            plan = solve(part, FEW)
         except InfeasibleError:
             continue
-        assert part.cluster.price_usd_per_hour is not None
-        found.append(Alone(nodes, seconds, part.cluster.price_usd_per_hour * seconds / 3600))
+        usd = (plan.estimate.job or plan.estimate).cost_usd
+        assert usd is not None
+        found.append(Alone(nodes, run_seconds(plan), usd))
     return found
 
 
@@ -119,6 +133,16 @@ def test_least_cost_equals_a_search_of_every_number_of_nodes(seed: int, upkeep: 
     assert objective.lower_bound <= cheapest.usd * (1 + 1e-9)
     whole = [alone.usd for alone in each if alone.nodes == NODES]
     assert all(objective.cost_usd is not None and objective.cost_usd <= usd * (1 + 1e-9) for usd in whole)
+
+
+@pytest.mark.parametrize("seed", SEEDS[1:4])
+def test_spare_nodes_are_paid_where_cost_is_least(seed: int) -> None:
+    problem = priced(seed, STOPPED)
+    cheapest = min(every_count(seed, STOPPED), key=lambda alone: (alone.usd, alone.nodes))
+    found = of(solve_for(problem, FEW, Goal(minimise=COST)))
+    assert found.cost_usd == pytest.approx(cheapest.usd, rel=1e-9)
+    assert found.days is not None
+    assert found.cost_usd == pytest.approx(8.0 / NODES * (found.nodes + STOPPED.spares) * 24 * found.days)
 
 
 def test_cost_is_not_least_on_one_number_of_nodes_alone() -> None:
@@ -170,7 +194,7 @@ def test_a_tighter_deadline_is_never_cheaper(seed: int) -> None:
         last = cost_usd
 
 
-@pytest.mark.parametrize("upkeep", [NOTHING_SAID, BUSY], ids=["silent", "busy"])
+@pytest.mark.parametrize("upkeep", [NOTHING_SAID, BUSY, STOPPED], ids=["silent", "busy", "stopped"])
 def test_no_run_beats_its_bound(upkeep: Upkeep) -> None:
     """The bound of a part lies below what its best plan takes, stalls and failures included."""
     for seed in SEEDS[::2]:
