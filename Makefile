@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@if [ -z "$(PYTHON)" ]; then echo "Python 3.11 or newer is needed: install it, or name it with make PYTHON=..." >&2; exit 1; fi
 	@echo "Installing into $(VENV); this takes some minutes the first time"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[runtime,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[runtime,web,dev]'
 	@touch $@
 
 demo: $(STAMP)

@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -30,8 +29,8 @@ from planner.report.trace import build_trace, print_trace
 from planner.report.words import describe_error, headline
 from planner.strategy import Degrees, Schedule, Zero
 from tests import report_samples as samples
+from tests.html_reader import Reader
 
-VOID = {"meta", "link", "br", "hr", "img", "input"}
 HOSTILE = "</style><script>alert('x')</script><img src=x onerror=alert(1)>&\"'{{ 7*7 }}{% raw %}"
 LARGE = Degrees(
     tp=8,
@@ -44,38 +43,6 @@ LARGE = Degrees(
     num_micro_batches=256,
     sequence_parallel=True,
 )
-
-
-class Reader(HTMLParser):
-    """Collects every element and attribute, and checks that elements nest."""
-
-    def __init__(self, document: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.ids: list[str] = []
-        self.texts: list[str] = []
-        self._open: list[str] = []
-        self.feed(document)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        self.ids += [value or "" for name, value in attrs if name == "id"]
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open and self._open.pop() == tag, f"</{tag}> closes another element"
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.texts).split())
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from planner.report import sections, verification, words
 from planner.report.palette import COLOURS, Colour
 from planner.report.picture import Picture, draw_plan
 from planner.report.record import ReportInput, RunRecord
+from planner.report.templating import template
 from planner.report.timeline import Slice, first_rank_of_each, slices_of
 from planner.units import format_seconds
 
@@ -76,16 +77,7 @@ COVERAGE_WORDS = (
 
 def render_page(source: ReportInput) -> str:
     """The report as HTML."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("planner.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.j2").render(page=build_page(source))
+    return template("page.html.j2").render(page=build_page(source))
 
 
 def build_page(source: ReportInput) -> Page:

@@ -44,6 +44,18 @@ COLOURS = (
     Colour(name="measured", light="#c2410c", dark="#fb923c", title="measured"),
 )
 
+MARK_COLOURS = (
+    Colour(name="mark_0", light="#0072b2", dark="#5aa9e6"),
+    Colour(name="mark_1", light="#d55e00", dark="#ff9a4d"),
+    Colour(name="mark_2", light="#00805c", dark="#3fd0a4"),
+    Colour(name="mark_3", light="#b5568c", dark="#ef9fc9"),
+    Colour(name="mark_4", light="#9a6b00", dark="#e6b84d"),
+    Colour(name="mark_5", light="#6a4a9c", dark="#b99cec"),
+    Colour(name="mark_6", light="#2b8cc4", dark="#8fd6ff"),
+    Colour(name="mark_7", light="#5a6068", dark="#c4cad2"),
+)
+"""One for each shape of the plot of hardware: Okabe and Ito's, darker where needed on white."""
+
 
 def colour_of(field: str) -> Colour:
     """The colour of a field of TimeBreakdown or MemoryBreakdown, or of a name in the table."""

@@ -17,8 +17,9 @@
     return mark.dataset.tip || mark.getAttribute("aria-label") || "";
   };
   const hide = () => { tip.hidden = true; };
-  const show = (text, x, y) => {
+  const show = (text, x, y, spoken) => {
     if (!text) { hide(); return; }
+    tip.setAttribute("aria-hidden", String(Boolean(spoken)));  // a focused mark is read by its own label
     tip.textContent = text;
     tip.hidden = false;
     const left = Math.min(x + 12, window.innerWidth - tip.offsetWidth - 8);
@@ -30,7 +31,7 @@
   document.addEventListener("pointerdown", (event) => show(textOf(event.target), event.clientX, event.clientY));
   document.addEventListener("focusin", (event) => {
     const box = event.target.getBoundingClientRect();
-    show(event.target.dataset.tip || "", box.left, box.bottom - 10);
+    show(textOf(event.target), box.left, box.bottom - 10, event.target.hasAttribute("aria-label"));
   });
   document.addEventListener("focusout", hide);
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });

@@ -1,0 +1,184 @@
+"""The bars of the page of hardware choices: memory, a step's time, and what a job's time goes to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from planner.codec import noun
+from planner.estimate import TIME_CAUSES, JobFigures
+from planner.report import options_words as words
+from planner.report.palette import CAUSE_COLOURS
+from planner.report.words import Table, percent
+from planner.sizing.option import Option
+from planner.units import format_bytes, format_seconds
+
+LOSS_COLOURS = {
+    "kept steps": "compute",
+    "waiting for data": "host",
+    "stragglers": "bubble",
+    "checkpoints": "transient",
+    "failures and restarts": "dp_comm",
+    "other": "allocator",
+}
+KEPT = "kept steps"
+
+
+@noun
+class Piece:
+    """A part of a bar; `share` is of the bar's full length."""
+
+    colour: str
+    title: str
+    share: float
+    tip: str
+
+
+@noun
+class BarRow:
+    """A stacked bar with its name; `pieces` follow each other from the left."""
+
+    title: str
+    detail: str
+    pieces: tuple[Piece, ...]
+
+
+@noun
+class Bars:
+    """Bars with their legend (colour, title) and the same numbers as a table."""
+
+    rows: tuple[BarRow, ...]
+    legend: tuple[tuple[str, str], ...]
+    table: Table
+
+
+@noun
+class Meter:
+    """A quantity against its limit."""
+
+    title: str
+    detail: str
+    share: float
+    text: str
+    verdict: str
+
+
+def memory_meters(chosen: Sequence[tuple[str, Option]]) -> tuple[Meter, ...]:
+    return tuple(
+        Meter(
+            title=option.name,
+            detail=why,
+            share=option.plan.peak_memory_bytes / option.plan.memory_limit_bytes,
+            text=words.memory_words(option),
+            verdict=str(option.plan.verdict),
+        )
+        for why, option in chosen
+        if option.plan.memory_limit_bytes
+    )
+
+
+def step_bars(chosen: Sequence[tuple[str, Option]]) -> Bars | None:
+    """Where a step's time goes; each bar is one step, whole."""
+    used = [cause for cause in TIME_CAUSES if any(getattr(o.plan.breakdown, cause) for _, o in chosen)]
+    rows, lines = [], []
+    for why, option in chosen:
+        parts = {cause: getattr(option.plan.breakdown, cause) for cause in used}
+        whole = sum(parts.values())
+        if whole <= 0:
+            continue
+        rows.append(
+            BarRow(
+                title=option.name,
+                detail=f"{why}; step {format_seconds(option.step_time_s)}",
+                pieces=tuple(
+                    _piece(CAUSE_COLOURS[cause].name, CAUSE_COLOURS[cause].title, seconds / whole,
+                           format_seconds(seconds))
+                    for cause, seconds in parts.items()
+                    if seconds > 0
+                ),
+            )
+        )  # fmt: skip
+        lines.append((option.name, *(percent(parts[cause] / whole) for cause in used)))
+    if not rows:
+        return None
+    legend = tuple((CAUSE_COLOURS[cause].name, CAUSE_COLOURS[cause].title) for cause in used)
+    return Bars(
+        rows=tuple(rows),
+        legend=legend,
+        table=Table(header=("option", *(title for _, title in legend)), rows=tuple(lines)),
+    )
+
+
+def _piece(colour: str, title: str, share: float, amount: str) -> Piece:
+    tip = f"{title}: {percent(share)}" + (f" ({amount})" if amount else "")
+    return Piece(colour=colour, title=title, share=share, tip=tip)
+
+
+def loss_shares(option: Option) -> dict[str, float] | None:
+    """Shares of a job's time by what it goes to; they sum to 1. None where nothing is counted.
+
+    With a step of t seconds, stalls of s seconds a step and a share f lost to failures, a stall takes
+    s / (t + all stalls) x (1 - f). What goodput loses beyond these is `other`.
+    """
+    losses = option.losses
+    if losses is None:
+        return None
+    stalls = _stalls(losses)
+    whole_s = option.step_time_s + sum(stalls.values())
+    running = 1 - losses.failure_share
+    shares = {KEPT: option.goodput}
+    shares |= {name: seconds / whole_s * running for name, seconds in stalls.items()}
+    shares["failures and restarts"] = losses.failure_share
+    other = 1 - sum(shares.values())
+    if other > 0.0005:
+        shares["other"] = other
+    return shares
+
+
+def _stalls(losses: JobFigures) -> dict[str, float]:
+    return {
+        "waiting for data": losses.data_stall_s,
+        "stragglers": losses.straggler_s,
+        "checkpoints": losses.checkpoint_stall_s,
+    }
+
+
+def loss_bars(chosen: Sequence[tuple[str, Option]]) -> Bars | None:
+    """What goodput is lost to; each bar is all of the job's time."""
+    known = [(why, option, shares) for why, option in chosen if (shares := loss_shares(option)) is not None]
+    if not known:
+        return None
+    used = [name for name in LOSS_COLOURS if any(shares.get(name, 0) > 0 for _, _, shares in known)]
+    rows = tuple(
+        BarRow(
+            title=option.name,
+            detail=f"{why}; goodput {percent(option.goodput)}{_failures_words(option.losses)}",
+            pieces=tuple(
+                _piece(LOSS_COLOURS[name], name, shares[name], "") for name in used if shares.get(name, 0) > 0
+            ),
+        )
+        for why, option, shares in known
+    )
+    table = Table(
+        header=("option", *used, "checkpoint", "best interval"),
+        rows=tuple(
+            (
+                option.name,
+                *(percent(shares.get(name, 0.0)) for name in used),
+                format_bytes(option.losses.checkpoint_bytes) if option.losses else "",
+                _interval_words(option),
+            )
+            for _, option, shares in known
+        ),
+    )
+    return Bars(rows=rows, legend=tuple((LOSS_COLOURS[name], name) for name in used), table=table)
+
+
+def _failures_words(losses: JobFigures | None) -> str:
+    if losses is None or losses.between_failures_s is None:
+        return ""
+    return f", a failure every {format_seconds(losses.between_failures_s)}"
+
+
+def _interval_words(option: Option) -> str:
+    every = None if option.losses is None else option.losses.best_checkpoint_every
+    return words.UNKNOWN if every is None else f"{every:,} steps"
