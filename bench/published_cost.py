@@ -8,9 +8,10 @@ shipped profile of the device, else its datasheet), and with constants fitted to
 which are in bench/data/published_cost_profile.json (`--calibrate` fits them anew to the rows of FITTED_ON in
 bench/data/tables.csv; none of them is of a run that is predicted).
 
-A layout is the published one; degrees that are not published are those of a search over all that fit, `chosen`
-in the file, which `--search` makes anew. With T tokens, S of them in a step of t seconds on n GPUs, and a
-goodput g (1 where the published figure was derived from the time of steps alone):
+A layout is the published one; degrees that are not published are a search's over all that fit, `chosen` in
+the file, which `--search` makes anew. Goodput is that of what runs usually suffer, as `plan size` counts it
+(planner.sizing.usual_upkeep). With T tokens, S of them in a step of t seconds on n GPUs, and a goodput g (1
+where the published figure was derived from the time of steps alone):
 
     days = T / S x t / g / 86400      GPU-hours = 24 n x days      dollars = GPU-hours x the published price
 """
@@ -38,8 +39,8 @@ from planner.estimate import Estimate, Rejected, Verdict
 from planner.profile import Profile, load_profile
 from planner.runs.run import Run, RunRecompute
 from planner.runs.setup import RunSetup, Setups
+from planner.sizing.usual_upkeep import usual_upkeep
 from planner.units import DAY_S
-from planner.upkeep import Upkeep
 
 DATA = Path(__file__).parent / "data" / "published_costs.toml"
 FITTED = Path(__file__).parent / "data" / "published_cost_profile.json"
@@ -148,11 +149,6 @@ def row_of(cost: PublishedCost, **degrees: Any) -> Run:
     return decode(Run, {**values, **cost.chosen, **degrees}, source=cost.id)
 
 
-def upkeep_of(cost: PublishedCost, step_s: float) -> Upkeep:
-    """What the job does between its steps: with a checkpoint an hour, the failures of its nodes."""
-    return Upkeep(checkpoint_every=max(1, round(3600 / step_s)))
-
-
 class Bases(NamedTuple):
     """The two ways to predict: as shipped, and with constants fitted to other runs."""
 
@@ -218,12 +214,15 @@ def predict(cost: PublishedCost, on: Bases) -> PredictedCost:
 
 
 def estimate_of(cost: PublishedCost, setup: RunSetup) -> tuple[Estimate, float]:
-    """The estimate of a run, and its goodput where the published figure holds lost time."""
+    """The estimate of a run, and its usual goodput where the published figure holds lost time."""
     plain = CostModel(setup.problem).evaluate(setup.strategy).estimate
     if cost.losses is Losses.STEPS:
         return plain, 1.0
-    upkeep = upkeep_of(cost, plain.step_time_s)
-    problem = dataclasses.replace(setup.problem, upkeep=upkeep)
+    problem = dataclasses.replace(
+        setup.problem,
+        upkeep=usual_upkeep(setup.problem.cluster.devices),
+        workload=dataclasses.replace(setup.problem.workload, tokens=round(cost.tokens)),
+    )
     job = CostModel(problem).evaluate(setup.strategy).estimate.job
     assert job is not None
     return plain, job.goodput
@@ -304,7 +303,8 @@ def print_rows(rows: Sequence[PredictedCost]) -> None:
         )
         for row in rows
     ]
-    header = "run,of,published,predicted,error,fitted,error,MFU,goodput,memory,layout".split(",")
+    header = ("run", "of", "published", "predicted", "error", "fitted", "error")
+    header += ("MFU", "goodput", "memory", "layout")
     print(table(header, lines, numbers=(2, 3, 4, 5, 6, 7, 8)))
     for index, name in enumerate(("as shipped", "with a fit to other runs")):
         within = sum(row.within[index] for row in rows)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 
 import pytest
 
 from planner import catalog
+from planner.cost.goodput import Job, figures_of
 from planner.estimate import Coverage, JobFigures, TimeBreakdown, Verdict
 from planner.market.market import on_premises_inputs
 from planner.objective import Goal, Minimise
@@ -16,6 +18,7 @@ from planner.sizing.comparison import Sensitivity
 from planner.sizing.offer import Pricing, Rate
 from planner.sizing.option import Option, SizedPlan
 from planner.sizing.sensitivity import best_of, failure_factor, sensitivities
+from planner.sizing.usual_upkeep import usual_upkeep
 from planner.strategy import Degrees, RecomputeCounts, Stage, Strategy
 from planner.units import DAY_S
 
@@ -49,6 +52,7 @@ LOSSES = JobFigures(
     goodput=0.9,
     days=None,
     cost_usd=None,
+    checkpoint_every=1000,
 )
 
 
@@ -117,15 +121,52 @@ def test_step_times_by_hand() -> None:
 
 
 def test_failures_by_hand() -> None:
-    """A tenth of the time lost: with half the rate a twentieth, with twice a fifth."""
+    """Checkpoints 10,000 s apart, a failure in 100,000 s, a tenth of the time lost in all.
+
+    A tenth of the time between failures: x / (exp(x) - 1) is 0.9508 of it kept, so restarts keep 0.9465.
+    """
     failing = option(10, 1000, losses=LOSSES)
     found = row(sensitivities([failing], COST), "failures")
-    assert found.low_days == pytest.approx(10 * 0.9 / 0.95) and found.high_days == pytest.approx(
-        10 * 0.9 / 0.8
-    )
-    assert found.high_cost_usd == pytest.approx(1000 * 0.9 / 0.8)
-    assert failure_factor(failing, 10.0) == float("inf")
+    restarts = 0.9 / (0.1 / math.expm1(0.1))
+    fewer = 0.05 / math.expm1(0.05) * math.sqrt(restarts)
+    more = 0.2 / math.expm1(0.2) * restarts**2
+    assert found.low_days == pytest.approx(10 * 0.9 / fewer) and found.low_days < 10
+    assert found.high_days == pytest.approx(10 * 0.9 / more) and found.high_days > 10
+    assert found.high_cost_usd == pytest.approx(1000 * 0.9 / more)
     assert not [r for r in sensitivities([option(10, 1000)], COST) if "failures" in r.what]
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0, 7.0])
+@pytest.mark.parametrize("devices", [8, 256, 16_384])
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_failures_as_the_goodput_model_has_them(factor: float, devices: int, asynchronous: bool) -> None:
+    """The same interval, the rate of failures stated: the days of both are those of figures_of."""
+    rate = 5.0
+    job = Job(
+        step_s=10.0,
+        compute_s=8.0,
+        tokens_per_step=1_000_000,
+        tokens=100_000_000_000,
+        devices=devices,
+        nodes=devices // 8,
+        rated_nodes=devices / 8,
+        usual_failures_per_s=0.0,
+        checkpoint_bytes=1e12,
+        staging_s=2.0,
+    )
+    said = dataclasses.replace(usual_upkeep(devices), failures_per_1000_node_days=rate, device_spread=0.01)
+    said = dataclasses.replace(said, checkpoint_async=asynchronous)
+    now = figures_of(job, said)
+    assert now.checkpoint_every is not None and now.days is not None
+    there = figures_of(
+        job,
+        dataclasses.replace(
+            said, checkpoint_every=now.checkpoint_every, failures_per_1000_node_days=factor * rate
+        ),
+    )
+    assert there.days is not None
+    sized = dataclasses.replace(option(now.days, 1000, losses=now), goodput=now.goodput)
+    assert failure_factor(sized, factor) == pytest.approx(there.days / now.days, rel=1e-9)
 
 
 def test_use_of_hardware_on_premises_by_hand() -> None:

@@ -9,12 +9,12 @@ Each input moves to both its ends for all options at once, with everything else 
 
 with owned(u) of planner.sizing.break_even. The best is by the goal: of the options that keep deadline and
 budget the soonest or the cheapest; where none keeps them the same of all, and its name says so. The interval
-between checkpoints stays as it is when failures change, so their share of the time is proportional to their
-rate.
+between checkpoints stays as it is when failures change, which a job may not know beforehand.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -188,13 +188,29 @@ def _failures(options: Sequence[Option], goal: Goal) -> Iterable[Sensitivity]:
 
 
 def failure_factor(option: Option, factor: float) -> float:
-    """Time with `factor` times the failures over time as it is: (1 - lost) / (1 - factor x lost).
+    """Time with `factor` times the failures over time as it is, by planner.cost.goodput.
 
-    Infinite where nothing would be kept.
+    With an interval of P seconds between checkpoints and f failures a second, kept(f) = f P / (exp(f P) - 1)
+    x exp(-f R). What a failure costs besides lost steps, R, follows from the share that is lost as things
+    are. 1 where no failures are counted, infinite where nothing would be kept.
     """
-    lost = option.losses.failure_share if option.losses is not None else 0.0
-    kept = 1 - factor * lost
-    return (1 - lost) / kept if kept > 0 else float("inf")
+    losses = option.losses
+    if losses is None or losses.checkpoint_every is None or losses.between_failures_s is None:
+        return 1.0
+    stalls_s = losses.data_stall_s + losses.straggler_s + losses.checkpoint_stall_s + losses.evaluation_s
+    steps = min(losses.checkpoint_every, option.days * DAY_S * option.goodput / option.step_time_s)
+    lost = steps * (option.step_time_s + stalls_s) / losses.between_failures_s
+    now = 1 - losses.failure_share
+    if now <= 0:
+        return 1.0
+    restarts = now / _kept_of_steps(lost)
+    there = _kept_of_steps(factor * lost) * restarts**factor
+    return now / there if there > 0 else float("inf")
+
+
+def _kept_of_steps(lost: float) -> float:
+    """x / (exp(x) - 1): what is kept of intervals that are x times as long as failures lie apart."""
+    return 1.0 if lost == 0 else lost / math.expm1(min(lost, 700.0))
 
 
 def _utilisation(
