@@ -261,7 +261,7 @@ SAMPLES = {
 
 
 def main() -> None:
-    from planner.report.options_page import render_comparison
+    from planner.report.comparison_page import render_comparison
 
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,11 +16,17 @@ LOSS_COLOURS = {
     "kept steps": "compute",
     "waiting for data": "host",
     "stragglers": "bubble",
+    "evaluation": "optimizer",
     "checkpoints": "transient",
-    "failures and restarts": "dp_comm",
+    "failures": "dp_comm",
+    "preemptions": "ep_comm",
+    "waiting for a node": "pp_comm",
+    "ramp-up": "recompute",
     "other": "allocator",
 }
 KEPT = "kept steps"
+LEAST_SHARE = 1e-6
+"""Less than this is what numbers were rounded by."""
 
 
 @noun
@@ -116,21 +122,26 @@ def _piece(colour: str, title: str, share: float, amount: str) -> Piece:
 def loss_shares(option: Option) -> dict[str, float] | None:
     """Shares of a job's time by what it goes to; they sum to 1. None where nothing is counted.
 
-    With a step of t seconds, stalls of s seconds a step and a share f lost to failures, a stall takes
-    s / (t + all stalls) x (1 - f). What goodput loses beyond these is `other`.
+    With a step of t seconds and goodput g, a stall of s seconds a step takes g s / t. Failures, preemptions
+    and the wait for nodes take their shares of what is left of the time after the ramp-up, which is
+    g (t + all stalls) / t / (1 - these shares); what is missing to the whole is the ramp-up.
     """
     losses = option.losses
     if losses is None:
         return None
-    stalls = _stalls(losses)
-    whole_s = option.step_time_s + sum(stalls.values())
-    running = 1 - losses.failure_share
-    shares = {KEPT: option.goodput}
-    shares |= {name: seconds / whole_s * running for name, seconds in stalls.items()}
-    shares["failures and restarts"] = losses.failure_share
-    other = 1 - sum(shares.values())
-    if other > 0.0005:
-        shares["other"] = other
+    each_s = option.goodput / option.step_time_s
+    shares = {KEPT: option.goodput, **{name: each_s * s for name, s in _stalls(losses).items()}}
+    lost = {
+        "failures": losses.failure_share,
+        "preemptions": losses.preemption_share,
+        "waiting for a node": losses.waiting_share,
+    }
+    running = 1 - sum(lost.values())
+    after_ramp_up = min(1.0, sum(shares.values()) / running) if running > 0 else 1.0
+    shares |= {name: share * after_ramp_up for name, share in lost.items()}
+    missing = max(0.0, 1 - sum(shares.values()))
+    if missing > LEAST_SHARE:
+        shares["ramp-up" if losses.ramp_up_s > 0 else "other"] = missing
     return shares
 
 
@@ -138,6 +149,7 @@ def _stalls(losses: JobFigures) -> dict[str, float]:
     return {
         "waiting for data": losses.data_stall_s,
         "stragglers": losses.straggler_s,
+        "evaluation": losses.evaluation_s,
         "checkpoints": losses.checkpoint_stall_s,
     }
 
@@ -159,13 +171,14 @@ def loss_bars(chosen: Sequence[tuple[str, Option]]) -> Bars | None:
         for why, option, shares in known
     )
     table = Table(
-        header=("option", *used, "checkpoint", "best interval"),
+        header=("option", *used, "checkpoint", "one every", "spare nodes"),
         rows=tuple(
             (
                 option.name,
                 *(percent(shares.get(name, 0.0)) for name in used),
                 format_bytes(option.losses.checkpoint_bytes) if option.losses else "",
                 _interval_words(option),
+                f"{option.losses.spares:,}" if option.losses else "",
             )
             for _, option, shares in known
         ),
@@ -174,11 +187,13 @@ def loss_bars(chosen: Sequence[tuple[str, Option]]) -> Bars | None:
 
 
 def _failures_words(losses: JobFigures | None) -> str:
-    if losses is None or losses.between_failures_s is None:
+    if losses is None:
         return ""
-    return f", a failure every {format_seconds(losses.between_failures_s)}"
+    words_of = (("a failure", losses.between_failures_s), ("a preemption", losses.between_preemptions_s))
+    return "".join(f", {what} every {format_seconds(s)}" for what, s in words_of if s is not None)
 
 
 def _interval_words(option: Option) -> str:
-    every = None if option.losses is None else option.losses.best_checkpoint_every
+    losses = option.losses
+    every = None if losses is None else losses.checkpoint_every or losses.best_checkpoint_every
     return words.UNKNOWN if every is None else f"{every:,} steps"

@@ -11,6 +11,7 @@ from planner.report.words import Tile, percent
 from planner.sizing.comparison import Comparison
 from planner.sizing.offer import Pricing
 from planner.sizing.option import Option
+from planner.sizing.sensitivity import best_of
 from planner.units import DAY_S, GIB, format_bytes, format_count, format_seconds
 from planner.workload import Method
 
@@ -149,9 +150,7 @@ def pick(comparison: Comparison) -> Picks:
         key=lambda o: (o.devices, o.nodes, dear if o.cost_usd is None else o.cost_usd, o.days),
         default=None,
     )
-    goal = comparison.goal
-    soon = goal.minimise is Minimise.TIME and goal.budget_usd is not None
-    best = (fastest if soon or cheapest is None else cheapest) if met else None
+    best = best_of(met, comparison.goal) if met else None
     return Picks(best=best, cheapest=cheapest, fastest=fastest, smallest=smallest)
 
 
@@ -163,8 +162,8 @@ def headline(comparison: Comparison, picks: Picks) -> str:
     best = picks.best
     if best is None:
         return _nothing_meets(asked, picks)
-    which = "soonest" if best is picks.fastest and best is not picks.cheapest else "cheapest"
-    if best.cost_usd is None:
+    which = "soonest" if comparison.goal.minimise is Minimise.TIME else "cheapest"
+    if best.cost_usd is None and which == "cheapest":
         which = "soonest (no price is known)"
     where = f" that keeps {asked}" if asked else ""
     return (

@@ -11,16 +11,18 @@ from collections.abc import Callable
 
 import pytest
 
+from planner.cost.goodput import Job, figures_of
 from planner.objective import Goal, Minimise
 from planner.report import options_bars as bars
 from planner.report import options_plot as plots
 from planner.report import options_tables as tables
 from planner.report import options_words as words
-from planner.report.options_page import render_comparison
+from planner.report.comparison_page import render_comparison
 from planner.report.palette import MARK_COLOURS
 from planner.sizing.comparison import Comparison
 from planner.sizing.offer import Pricing
 from planner.units import DAY_S
+from planner.upkeep import BEST, Upkeep
 from tests import comparison_samples as samples
 from tests.html_reader import Reader
 
@@ -248,8 +250,27 @@ def test_shares_of_a_jobs_time_sum_to_one(usual: Comparison) -> None:
         assert shares is not None
         assert sum(shares.values()) == pytest.approx(1, abs=1e-9)
         assert shares["kept steps"] == option.goodput
-    less = dataclasses.replace(usual.options[0], goodput=usual.options[0].goodput - 0.1)
-    assert bars.loss_shares(less)["other"] == pytest.approx(0.1)  # type: ignore[index]
+
+
+def test_every_loss_of_the_goodput_model_has_its_share(usual: Comparison) -> None:
+    """Against the model's own figures: evaluation, ramp-up, preemptions, spares, checkpoints, failures."""
+    option = usual.options[0]
+    job = Job(
+        step_s=option.step_time_s, compute_s=0.7 * option.step_time_s, tokens_per_step=4_194_304,
+        tokens=samples.TOKENS, devices=1024, nodes=128, rated_nodes=128, usual_failures_per_s=5e-6,
+        checkpoint_bytes=1e12, staging_s=3.0,
+    )  # fmt: skip
+    upkeep = Upkeep(
+        checkpoint_every=BEST, storage_bytes_per_s=4e10, device_spread=0.01, ramp_up_s=40_000.0,
+        repair_s=30_000.0, eval_s=60.0, eval_every=500, preemptions_per_1000_node_days=9.0,
+    )  # fmt: skip
+    figures = figures_of(job, upkeep)
+    shares = bars.loss_shares(dataclasses.replace(option, losses=figures, goodput=figures.goodput))
+    assert shares is not None and figures.days is not None
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-9)
+    assert shares["ramp-up"] == pytest.approx(40_000 / (figures.days * DAY_S), rel=1e-6)
+    others = {"failures", "preemptions", "waiting for a node", "evaluation", "checkpoints", "stragglers"}
+    assert all(shares[name] > 0 for name in others) and "other" not in shares
 
 
 def test_a_steps_pieces_are_the_whole_step(usual: Comparison) -> None:

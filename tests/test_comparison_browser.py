@@ -11,7 +11,7 @@ import pytest
 
 from planner.report import options_tables as tables
 from planner.report import options_words as words
-from planner.report.options_page import render_comparison
+from planner.report.comparison_page import render_comparison
 from planner.sizing.comparison import Comparison
 from tests import comparison_samples as samples
 from tests.browser import CONTRAST, Watched, open_browser
