@@ -112,8 +112,10 @@ class PredictedCost:
     published: float
     predicted: float
     error: float
+    interval: tuple[float, float]
     fitted_predicted: float
     fitted_error: float
+    fitted_interval: tuple[float, float]
     steps_only: bool
     step_time_s: float
     fitted_step_time_s: float
@@ -130,6 +132,13 @@ class PredictedCost:
     def within(self) -> tuple[bool, bool]:
         """Whether the predictions, without and with a fit, keep the aim."""
         return abs(self.error) <= WITHIN, abs(self.fitted_error) <= WITHIN
+
+    @property
+    def inside(self) -> tuple[bool, bool]:
+        """Whether the published figure lies in the intervals of the step times, without and with a fit."""
+        low, high = self.interval
+        fitted_low, fitted_high = self.fitted_interval
+        return low <= self.published <= high, fitted_low <= self.published <= fitted_high
 
 
 def load_costs(path: Path = DATA) -> tuple[PublishedCost, ...]:
@@ -170,6 +179,12 @@ class Cost(NamedTuple):
     goodput: float
     setup: RunSetup
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The figure at both ends of the step time's interval."""
+        low, high = (end / self.estimate.step_time_s for end in self.estimate.step_time_interval_s)
+        return self.figure * low, self.figure * high
+
 
 def cost_of(cost: PublishedCost, setups: Setups) -> Cost:
     """The predicted figure of a run whose layout is known or chosen."""
@@ -197,8 +212,10 @@ def predict(cost: PublishedCost, on: Bases) -> PredictedCost:
         published=cost.published,
         predicted=shipped.figure,
         error=shipped.figure / cost.published - 1,
+        interval=shipped.interval,
         fitted_predicted=fitted.figure,
         fitted_error=fitted.figure / cost.published - 1,
+        fitted_interval=fitted.interval,
         steps_only=cost.losses is Losses.STEPS,
         step_time_s=shipped.estimate.step_time_s,
         fitted_step_time_s=fitted.estimate.step_time_s,
@@ -308,7 +325,8 @@ def print_rows(rows: Sequence[PredictedCost]) -> None:
     print(table(header, lines, numbers=(2, 3, 4, 5, 6, 7, 8)))
     for index, name in enumerate(("as shipped", "with a fit to other runs")):
         within = sum(row.within[index] for row in rows)
-        print(f"{name}: {within} of {len(rows)} within {WITHIN:.0%}")
+        inside = sum(row.inside[index] for row in rows)
+        print(f"{name}: {within} of {len(rows)} within {WITHIN:.0%}, {inside} inside the interval")
     for row in rows:
         if not all(row.within):
             print(
