@@ -24,6 +24,7 @@ import torch.distributed as dist
 from planner.codec import encode
 from planner.errors import InputError, Problem
 from planner.plan import Plan
+from planner.plan_cost import usd_of
 from runtime.adapter_files import say_export
 from runtime.backends.transformers import backend_of
 from runtime.backends.transformers import load_into as load_their_names
@@ -52,7 +53,7 @@ from runtime.session import (
     saved_options,
     training_state,
 )
-from runtime.summary import Seen, TrainSummary, cost_usd, summarize, write_summary
+from runtime.summary import Seen, TrainSummary, summarize, write_summary
 
 ADAPTER = "adapter"
 """The folder of a run that holds its adapters in PEFT's format."""
@@ -259,8 +260,9 @@ class _Loop:
             skipped=result.skipped,
             checkpoint_wait_s=self.saver.waited_s - self.told_s,
             predicted_step_time_s=self.job.plan.estimate.step_time_s,
-            left_s=self._pace_s(step_time_s) * (self.job.options.steps - step - 1),
-            cost_usd=cost_usd(self.job.plan, wall_s),
+            left_s=(left_s := self._left_s(step_time_s, step + 1)),
+            cost_usd=usd_of(self.job.plan, wall_s),
+            expected_cost_usd=usd_of(self.job.plan, wall_s + left_s),
             causes=mean_causes(causes) if offset == self.recorder.probes.timeline else None,
         )
         self.told_s = self.saver.waited_s
@@ -311,7 +313,13 @@ class _Loop:
     def _summary(self) -> TrainSummary:
         self.seen.checkpoint = None if self.saver.published is None else str(self.saver.published)
         self.seen.checkpoint_wait_s = self.saver.waited_s
-        return summarize(self.job.plan, self.seen, wall_s=self._wall_s(), data=self.data_text)
+        done = self.executor.steps_done
+        left_s = self._left_s(self.job.plan.estimate.step_time_s, done)
+        return summarize(self.job.plan, self.seen, wall_s=self._wall_s(), left_s=left_s, data=self.data_text)
+
+    def _left_s(self, step_time_s: float, done: int) -> float:
+        """Seconds that the steps after `done` take at this launch's pace."""
+        return self._pace_s(step_time_s) * max(0, self.job.options.steps - done)
 
     def _pace_s(self, step_time_s: float) -> float:
         """Seconds of a step: the median of those timed so far, or the last one before any is timed."""

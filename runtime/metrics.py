@@ -27,7 +27,8 @@ class StepMetrics:
     purpose: the first ones, and those whose memory or timeline was recorded. `peak_memory_bytes` holds
     the allocated peak of every rank, in rank order, as last recorded. `mfu` is None where the device's peak
     is unknown. `wall_s` is the time that the run has taken so far, all its launches together, `cost_usd` what
-    that costs where a price is known, and `left_s` what its remaining steps take at the pace of this launch.
+    that costs where a price is known, `left_s` what its remaining steps take at the pace of this launch, and
+    `expected_cost_usd` what the run will have cost with them.
     `loss_scale` is that of fp16; a step whose gradients overflowed is `skipped`: nothing was updated.
     `checkpoint_wait_s` is what training waited for checkpoints between the step before and this one.
     `causes` is where the time went, the mean of all ranks; only in the step whose timeline was recorded.
@@ -50,6 +51,7 @@ class StepMetrics:
     causes: StepCauses | None = None
     loss_scale: float | None = None
     skipped: bool = False
+    expected_cost_usd: float | None = None
 
 
 @noun

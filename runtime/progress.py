@@ -25,7 +25,7 @@ def describe(line: StepMetrics, steps: int, width: int | None = None) -> str:
         f"{format_count(line.tokens_per_s)} tok/s",
         "MFU unknown" if line.mfu is None else f"MFU {line.mfu:.1%}",
         f"peak {format_bytes(max(line.peak_memory_bytes, default=0))}",
-        *([] if line.cost_usd is None else [f"${line.cost_usd:,.2f}"]),
+        *([] if line.cost_usd is None else [_dollars(line.cost_usd, line.expected_cost_usd)]),
         *([] if width is not None or not line.left_s else [f"{format_seconds(line.left_s)} left"]),
         f"grad {line.grad_norm:.3g}",
         f"lr {line.lr:.2e}",
@@ -41,6 +41,11 @@ def _beside_prediction(line: StepMetrics) -> str:
         f" ({format_seconds(line.predicted_step_time_s)} predicted)" if line.predicted_step_time_s else ""
     )
     return format_seconds(line.step_time_s) + predicted
+
+
+def _dollars(so_far: float, expected: float | None) -> str:
+    """Dollars so far, and those that the whole run will have cost."""
+    return f"${so_far:,.2f}" + ("" if expected is None else f" of ${expected:,.2f}")
 
 
 class Progress:

@@ -14,6 +14,7 @@ import torch
 
 from planner.codec import noun, to_json, write_atomic
 from planner.plan import Plan
+from planner.plan_cost import predicted_usd, usd_of
 from runtime.causes import StepCauses, predicted_causes
 from runtime.metrics import StepMetrics, mfu
 
@@ -28,7 +29,9 @@ class TrainSummary:
     `measured_step_time_s` is the median over the timed steps of the slowest rank's time;
     `measured_step_time_spread` its interquartile range over the median. Both are None without a timed
     step. `goodput` is the share of the run's wall time (`wall_s`, all launches) that went into steps that
-    were kept. `cost_usd` is for that time, and None where no price is known. `causes_by_rank` is where the
+    were kept. `cost_usd` is for that time, `predicted_cost_usd` what the plan says of the steps up to the
+    last, `expected_cost_usd` what the run costs with the steps that are left of those asked for, at this
+    launch's pace; all are None where no price is known. `causes_by_rank` is where the
     time of the recorded step went, empty where none was recorded; what a rank was busy with and what it
     waited for are sums of these. `checkpoint_wait_s` is what training waited for checkpoints in this launch.
     `executed_differences` lists where the running model differs from its plan.
@@ -63,6 +66,8 @@ class TrainSummary:
     goodput: float
     wall_s: float
     cost_usd: float | None
+    predicted_cost_usd: float | None
+    expected_cost_usd: float | None
     executed: dict[str, Any]
     executed_differences: tuple[str, ...]
     checkpoint: str | None
@@ -97,8 +102,9 @@ class Seen:
             self.timed_s.append(line.step_time_s)
 
 
-def summarize(plan: Plan, seen: Seen, *, wall_s: float, data: str) -> TrainSummary:
-    """The summary of a launch up to now. `wall_s` is the time of the run so far, all its launches."""
+def summarize(plan: Plan, seen: Seen, *, wall_s: float, left_s: float, data: str) -> TrainSummary:
+    """The summary of a launch up to now. `wall_s` is the time of the run so far, all its launches, `left_s`
+    what the steps that are left of it would take."""
     step_time_s = statistics.median(seen.timed_s) if seen.timed_s else None
     predicted_s = plan.estimate.step_time_s
     predicted = predicted_memory_by_rank(plan)
@@ -132,7 +138,9 @@ def summarize(plan: Plan, seen: Seen, *, wall_s: float, data: str) -> TrainSumma
         predicted_causes=predicted_causes(plan),
         goodput=min(1.0, seen.steps_s / wall_s),
         wall_s=wall_s,
-        cost_usd=cost_usd(plan, wall_s),
+        cost_usd=usd_of(plan, wall_s),
+        predicted_cost_usd=predicted_usd(plan, seen.first_step + len(seen.losses)),
+        expected_cost_usd=usd_of(plan, wall_s + left_s),
         executed=seen.executed,
         executed_differences=seen.executed_differences,
         checkpoint=seen.checkpoint,
@@ -149,14 +157,6 @@ def _finite(value: float) -> float | None:
 def _error(predicted: float, measured: float | None) -> float | None:
     """(predicted - measured) / measured; None where either is unknown."""
     return (predicted - measured) / measured if measured and predicted else None
-
-
-def cost_usd(plan: Plan, wall_s: float) -> float | None:
-    """Dollars of `wall_s` at the rate that the plan's own estimate of days and cost implies."""
-    estimate = plan.estimate
-    if estimate.cost_usd is None or not estimate.days:
-        return None
-    return estimate.cost_usd / estimate.days * wall_s / 86_400
 
 
 def predicted_memory_by_rank(plan: Plan) -> tuple[int, ...]:

@@ -15,9 +15,11 @@ from click.testing import CliRunner
 
 from planner.codec import write_atomic
 from planner.commands.report import report, write_report
+from planner.cost.goodput import Job, figures_of
 from planner.errors import InputError
 from planner.estimate import MEMORY_TENANTS, TIME_CAUSES
 from planner.plan import Plan, save_plan
+from planner.plan_cost import predicted_usd, usd_per_hour
 from planner.report.comparison import ComparisonRow, judge_order, load_comparison
 from planner.report.page import render_page
 from planner.report.palette import CAUSE_COLOURS, COLOURS, TENANT_COLOURS
@@ -28,6 +30,7 @@ from planner.report.timeline import Slice, SliceKind, classify, first_rank_of_ea
 from planner.report.trace import build_trace, print_trace
 from planner.report.words import describe_error, headline
 from planner.strategy import Degrees, Schedule, Zero
+from planner.upkeep import Upkeep
 from tests import report_samples as samples
 from tests.html_reader import Reader
 
@@ -165,6 +168,88 @@ def test_days_dollars_and_mfu_where_they_are_known() -> None:
     text = Reader(plan_page(dataclasses.replace(plan, estimate=estimate))).text
     assert "MFU 41.3 %" in text and "Whole run 12.5 days" in text and "Cost $98,765.40" in text
     assert "Cost" not in Reader(plan_page(plan)).text
+
+
+def priced_run(folder: Path, usd_per_hour: float | None, *, finished: bool = True) -> Path:
+    """A run of 40 steps of which the summary, or only the last line of a killed run, knows the dollars."""
+    sample = samples.plan()
+    cluster = dataclasses.replace(sample.cluster, price_usd_per_hour=usd_per_hour)
+    samples.write_run(folder, dataclasses.replace(sample, cluster=cluster))
+    spent = None if usd_per_hour is None else usd_per_hour * 60 / 3600
+    expected = None if spent is None else 2 * spent
+    dollars = {"cost_usd": spent, "expected_cost_usd": expected}
+    if finished:
+        summary = json.loads((folder / "summary.json").read_text())
+        text = json.dumps({**summary, "last_step": 40, "predicted_cost_usd": 1.0, **dollars})
+        (folder / "summary.json").write_text(text)
+    else:
+        (folder / "summary.json").unlink()
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        text = "".join(json.dumps({**line, "step": line["step"] + 1, **dollars}) + "\n" for line in lines)
+        (folder / "metrics.jsonl").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_dollars_spent_stand_beside_those_predicted(tmp_path: Path, finished: bool) -> None:
+    """$90 an hour: 40 steps of 1.11 s are $1.11, a minute is $1.50."""
+    folder = priced_run(tmp_path, 90.0, finished=finished)
+    text = Reader(render_page(load_report_input(folder))).text
+    assert "Cost of 40 steps $1.11 predicted" in text and "$1.50" in text
+    assert "Cost so far $1.50" in text and "Cost expected in all $3.00" in text
+    result = CliRunner().invoke(report, [str(folder)])
+    assert "cost   $1.50 spent in 40 steps, $1.11 predicted for them; $3.00 expected in all" in result.stdout
+    document = json.loads(CliRunner().invoke(report, [str(folder), "--json"]).stdout)
+    assert document["dollars"] == {
+        "steps": 40,
+        "spent_usd": 1.5,
+        "predicted_usd": pytest.approx(1.11),
+        "expected_usd": 3.0,
+    }
+
+
+def test_dollars_of_a_run_without_a_price_are_unknown_and_never_0(tmp_path: Path) -> None:
+    folder = priced_run(tmp_path, None)
+    text = Reader(render_page(load_report_input(folder))).text
+    assert "Cost so far unknown" in text and "Cost of" not in text and "$" not in text
+    stdout = CliRunner().invoke(report, [str(folder)]).stdout
+    assert "cost   unknown spent in 40 steps, unknown predicted" in stdout and "$" not in stdout
+    dollars = json.loads(CliRunner().invoke(report, [str(folder), "--json"]).stdout)["dollars"]
+    assert (dollars["spent_usd"], dollars["predicted_usd"], dollars["expected_usd"]) == (None, None, None)
+
+
+def test_the_whole_run_is_told_at_its_goodput_with_its_spare_nodes() -> None:
+    sample = samples.plan()
+    job = figures_of(
+        Job(
+            step_s=sample.estimate.step_time_s,
+            compute_s=0.0,
+            tokens_per_step=4096,
+            tokens=10**9,
+            devices=4,
+            nodes=1,
+            rated_nodes=0.5,
+            usual_failures_per_s=1e-5,
+            checkpoint_bytes=1e9,
+            staging_s=0.0,
+            usd_per_hour=10.0,
+        ),
+        Upkeep(checkpoint_every=100, restart_s=1000.0, repair_s=3600.0, spares=1),
+    )
+    cluster = dataclasses.replace(sample.cluster, price_usd_per_hour=10.0)
+    estimate = dataclasses.replace(sample.estimate, days=3.0, cost_usd=720.0, job=job)
+    priced = dataclasses.replace(sample, cluster=cluster, estimate=estimate)
+    assert job.days is not None and job.cost_usd is not None and job.cost_usd > 1440
+    text = Reader(plan_page(priced)).text
+    assert f"Cost ${job.cost_usd:,.2f}" in text and f"goodput of {100 * job.goodput:.1f} %" in text
+    assert usd_per_hour(priced) == 20.0
+    assert predicted_usd(priced, 100) == pytest.approx(20 * 111 / 3600 / job.goodput)
+    unknown = dataclasses.replace(
+        priced,
+        cluster=sample.cluster,
+        estimate=dataclasses.replace(estimate, cost_usd=None, job=dataclasses.replace(job, cost_usd=None)),
+    )
+    assert "Cost unknown local:4 has no price" in Reader(plan_page(unknown)).text
 
 
 def test_a_page_of_a_plan_alone_has_no_measured_part() -> None:

@@ -102,7 +102,7 @@ def _figures(plan: Plan, basis: str) -> str:
             ("tokens/s", f"{e.tokens_per_s:,.0f}"),
             ("MFU", "unknown: the device's peak is not known" if e.mfu is None else f"{e.mfu:.1%}"),
             ("days", None if e.days is None else f"{e.days:.4g}"),
-            ("cost", None if e.cost_usd is None else f"${e.cost_usd:,.0f}"),
+            ("cost", _cost(e, plan.cluster.name)),
             ("engine", plan.engine),
             ("price an hour", "; ".join(plan.cluster.price_sources) or None),
             (
@@ -116,6 +116,13 @@ def _figures(plan: Plan, basis: str) -> str:
             ("not yet trained", "; ".join(missing) or None),
         ]
     )
+
+
+def _cost(figures: Estimate | JobFigures, cluster: str) -> str | None:
+    """Dollars of the whole run; unknown where there is no price, nothing where tokens are unknown."""
+    if figures.cost_usd is not None:
+        return f"${figures.cost_usd:,.0f}"
+    return None if figures.days is None else f"unknown: {cluster} has no price (--prices, --on-premises)"
 
 
 def _memory_interval(e: Estimate) -> str:
@@ -151,7 +158,7 @@ def _job(plan: Plan) -> str:
             ("ramp-up", format_seconds(job.ramp_up_s) if job.ramp_up_s else None),
             ("goodput", f"{job.goodput:.1%}"),
             ("days in all", None if job.days is None else f"{job.days:.4g}"),
-            ("cost in all", None if job.cost_usd is None else f"${job.cost_usd:,.0f}"),
+            ("cost in all", _cost(job, plan.cluster.name)),
         ],
         WIDTH,
     )

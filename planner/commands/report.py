@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -41,12 +41,42 @@ def report(source: Path, output: Path | None, trace: Path | None, as_json: bool)
     if trace is None and source.is_dir():
         trace = page_path.parent / "trace.json"
     write_report(document, page_path, trace)
+    dollars = run_dollars(document)
     if as_json:
-        print_json({"page": str(page_path), "trace": str(trace) if trace else None})
+        told = {} if dollars is None else {"dollars": dollars}
+        print_json({"page": str(page_path), "trace": str(trace) if trace else None, **told})
         return
     click.echo(f"page   {page_path}")
     if trace is not None:
         click.echo(f"trace  {trace} (open it at ui.perfetto.dev or chrome://tracing)")
+    if dollars is not None:
+        from planner.plan_cost import told_usd
+
+        click.echo(
+            f"cost   {told_usd(dollars['spent_usd'])} spent in {dollars['steps']:,} steps, "
+            f"{told_usd(dollars['predicted_usd'])} predicted for them; "
+            f"{told_usd(dollars['expected_usd'])} expected in all"
+        )
+
+
+def run_dollars(document: ReportInput) -> dict[str, Any] | None:
+    """Dollars of a run so far beside those predicted for its steps; each None where it is not known.
+
+    None for a plan alone, and for files that say neither a price nor how far the run came.
+    """
+    from planner.plan_cost import predicted_usd, usd_per_hour
+
+    run = document.run
+    if run is None or not run.steps_done:
+        return None
+    if usd_per_hour(document.plan) is None and (run.summary is None or run.summary.last_step is None):
+        return None
+    return {
+        "steps": run.steps_done,
+        "spent_usd": run.cost_usd,
+        "predicted_usd": predicted_usd(document.plan, run.steps_done),
+        "expected_usd": run.expected_cost_usd,
+    }
 
 
 def write_report(document: ReportInput, page_path: Path, trace_path: Path | None) -> None:

@@ -261,14 +261,37 @@ def _report(summary: TrainSummary, run_dir: str) -> str:
             "unknown (no peak is known for this device)" if summary.mfu is None else f"{summary.mfu:.1%}",
         ),
         ("goodput", f"{summary.goodput:.1%} of {format_seconds(summary.wall_s)}"),
-        ("cost", None if summary.cost_usd is None else f"${summary.cost_usd:,.2f}"),
+        ("cost", _dollars(summary)),
         ("data", summary.data),
         ("checkpoint", summary.checkpoint),
         ("checkpoints took", format_seconds(summary.checkpoint_wait_s)),
         ("run folder", run_dir),
     ]
+    if summary.cost_usd is not None:
+        rows.append(_cost_row(summary))
     rows += _cause_rows(summary)
     return pairs(facts) + "\n\n" + table(("", "predicted", "measured", "error"), rows)
+
+
+def _dollars(summary: TrainSummary) -> str:
+    """What the run has cost, and what it will where it is not over."""
+    from planner.plan_cost import told_usd
+
+    if summary.cost_usd is None:
+        return "unknown: the plan's cluster has no price (solve with --prices FILE)"
+    spent = f"{told_usd(summary.cost_usd)} for {summary.wall_s / 3600:,.2f} h"
+    if summary.status == "finished":
+        return spent
+    return f"{spent}, {told_usd(summary.expected_cost_usd)} expected for all steps"
+
+
+def _cost_row(summary: TrainSummary) -> tuple[str, str, str, str]:
+    """Dollars predicted for the steps that were done, beside those spent."""
+    from planner.plan_cost import told_usd
+
+    predicted, spent = summary.predicted_cost_usd, summary.cost_usd
+    error = f"{predicted / spent - 1:+.1%}" if predicted is not None and spent else "-"
+    return (f"cost of {summary.last_step} steps", told_usd(predicted), told_usd(spent), error)
 
 
 def _cause_rows(summary: TrainSummary) -> list[tuple[str, str, str, str]]:

@@ -38,6 +38,8 @@ class StepRecord:
     mfu: float | None = None
     peak_memory_bytes: tuple[int, ...] = ()
     timed: bool = True
+    cost_usd: float | None = None
+    expected_cost_usd: float | None = None
 
 
 @noun
@@ -45,6 +47,7 @@ class RunSummary:
     """What the report uses of summary.json. Everything in it is optional."""
 
     status: str | None = None
+    last_step: int | None = None
     measured_step_time_s: float | None = None
     measured_step_time_spread: float | None = None
     timed_steps: int | None = None
@@ -54,6 +57,7 @@ class RunSummary:
     measured_peak_memory_bytes_by_rank: tuple[int, ...] = ()
     goodput: float | None = None
     cost_usd: float | None = None
+    expected_cost_usd: float | None = None
     executed_differences: tuple[str, ...] = ()
     versions: dict[str, str] | None = None
 
@@ -100,6 +104,26 @@ class RunRecord:
         if self.summary is not None and self.summary.mfu is not None:
             return self.summary.mfu
         return _median([step.mfu for step in self.timed_steps])
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of the run so far, earlier launches included."""
+        done = self.summary.last_step if self.summary is not None else None
+        return done if done is not None else max((step.step for step in self.steps), default=0)
+
+    @property
+    def cost_usd(self) -> float | None:
+        """Dollars so far: the summary's, else those of the last step; None: no price is known."""
+        if self.summary is not None and self.summary.cost_usd is not None:
+            return self.summary.cost_usd
+        return self.steps[-1].cost_usd if self.steps else None
+
+    @property
+    def expected_cost_usd(self) -> float | None:
+        """Dollars that the whole run will have cost, as last expected."""
+        if self.summary is not None and self.summary.expected_cost_usd is not None:
+            return self.summary.expected_cost_usd
+        return self.steps[-1].expected_cost_usd if self.steps else None
 
     @property
     def peak_memory_by_rank(self) -> tuple[int, ...]:

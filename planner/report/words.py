@@ -10,6 +10,7 @@ from planner.cluster import ClusterSpec
 from planner.codec import noun
 from planner.estimate import Verdict
 from planner.plan import PLAN_SCHEMA, Certificate, Plan
+from planner.plan_cost import predicted_usd, told_usd, usd_per_hour
 from planner.report.record import RunRecord
 from planner.strategy import Degrees, Schedule, Zero
 from planner.units import format_bytes, format_count, format_seconds
@@ -126,6 +127,8 @@ def headline_tiles(plan: Plan, run: RunRecord | None) -> tuple[Tile, ...]:
     run = run or RunRecord()
     tiles = [_step_tile(plan, run), _memory_tile(plan, run), _rate_tile(plan, run), _mfu_tile(plan, run)]
     tiles += _budget_tiles(plan)
+    if run.steps_done and usd_per_hour(plan) is not None:
+        tiles.append(_spent_tile(plan, run))
     return tuple(tiles)
 
 
@@ -183,14 +186,32 @@ def _mfu_tile(plan: Plan, run: RunRecord) -> Tile:
 
 
 def _budget_tiles(plan: Plan) -> list[Tile]:
-    estimate, tokens = plan.estimate, plan.workload.tokens
-    tiles = []
-    if estimate.days is not None:
-        detail = f"for {format_count(tokens)} tokens" if tokens else ""
-        tiles.append(Tile(title="Whole run", value=format_seconds(estimate.days * 86_400), detail=detail))
-    if estimate.cost_usd is not None:
-        tiles.append(Tile(title="Cost", value=f"${estimate.cost_usd:,.2f}", detail="at the listed price"))
-    return tiles
+    """Days and dollars of the whole run, with what is lost between steps where the plan counts that."""
+    job, tokens = plan.estimate.job, plan.workload.tokens
+    days, usd = (plan.estimate.days, plan.estimate.cost_usd) if job is None else (job.days, job.cost_usd)
+    if days is None:
+        return []
+    detail = f"for {format_count(tokens)} tokens" if tokens else ""
+    detail += f" at a goodput of {percent(job.goodput)}" if job is not None else ""
+    cost = "at the listed price" if usd is not None else f"{plan.cluster.name} has no price"
+    return [
+        Tile(title="Whole run", value=format_seconds(days * 86_400), detail=detail),
+        Tile(title="Cost", value=told_usd(usd), detail=cost),
+    ]
+
+
+def _spent_tile(plan: Plan, run: RunRecord) -> Tile:
+    """Dollars predicted for the steps that were done, beside those spent."""
+    predicted, spent = predicted_usd(plan, run.steps_done), run.cost_usd
+    error, tone = describe_error(predicted, spent) if predicted is not None else ("", "")
+    return Tile(
+        title=f"Cost of {run.steps_done:,} steps",
+        value=told_usd(predicted),
+        detail="predicted",
+        measured=told_usd(spent),
+        error=error,
+        tone=tone,
+    )
 
 
 def plan_sentences(plan: Plan) -> tuple[str, ...]:
@@ -293,9 +314,12 @@ def run_facts(run: RunRecord) -> tuple[Fact, ...]:
             if summary.measured_step_time_spread is not None
             else None,
             "Goodput": percent(summary.goodput) if summary.goodput is not None else None,
-            "Cost so far": f"${summary.cost_usd:,.2f}" if summary.cost_usd is not None else None,
         }
         facts += [Fact(name=name, value=value) for name, value in known.items() if value is not None]
+    if run.steps_done:
+        facts.append(Fact(name="Cost so far", value=told_usd(run.cost_usd)))
+    if run.expected_cost_usd is not None:
+        facts.append(Fact(name="Cost expected in all", value=told_usd(run.expected_cost_usd)))
     return tuple(facts)
 
 

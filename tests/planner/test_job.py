@@ -286,6 +286,14 @@ def test_all_that_stops_a_job_is_counted_in_text_and_json() -> None:
     assert 0 < found["waiting_share"] < found["failure_share"] + found["preemption_share"] < 0.1
 
 
+def test_a_run_without_a_price_costs_an_unknown_sum() -> None:
+    for more in ((), SAID):
+        text = estimate(*more).stdout
+        assert "unknown: 4x8:h100-sxm-80gb@ndr400x8 has no price (--prices, --on-premises)" in text
+        figures = json.loads(estimate(*more, "--json").stdout)["estimate"]
+        assert figures["cost_usd"] is None and (figures["job"] or {}).get("cost_usd") is None
+
+
 def test_another_upkeep_needs_no_other_evaluation() -> None:
     said = Upkeep(checkpoint_every=200, storage_bytes_per_s=1e9, device_spread=0.02, repair_s=600.0)
     model = CostModel(problem())

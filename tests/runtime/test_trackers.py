@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from planner.commands.train import _report
 from planner.errors import InputError
 from planner.estimate import TimeBreakdown
 from planner.strategy import Degrees
@@ -63,6 +64,7 @@ def test_a_step_is_told_with_its_prediction_dollars_and_time_left() -> None:
     text = describe(LINE, 60)
     for part in ("500 ms (250 ms predicted)", "MFU unknown", "$1.00", "left"):
         assert part in text, text
+    assert "$1.00 of $1.02" in describe(dataclasses.replace(LINE, expected_cost_usd=1.02), 60)
     known = describe(dataclasses.replace(LINE, mfu=0.412, cost_usd=None, left_s=0.0), 60)
     assert "MFU 41.2%" in known
     assert "$" not in known
@@ -229,6 +231,12 @@ def test_a_run_writes_causes_traces_and_allocations(tmp_path: Path) -> None:
     assert lines[0]["left_s"] == pytest.approx(5 * lines[0]["step_time_s"])
     assert lines[-1]["left_s"] == 0
     assert lines[-1]["cost_usd"] == pytest.approx(24.0 * lines[-1]["wall_s"] / 86_400)
+    assert lines[-1]["expected_cost_usd"] == lines[-1]["cost_usd"]
+    assert lines[0]["expected_cost_usd"] == pytest.approx((lines[0]["wall_s"] + lines[0]["left_s"]) / 3600)
+    assert summary.cost_usd == summary.expected_cost_usd == pytest.approx(summary.wall_s / 3600)
+    assert summary.predicted_cost_usd == pytest.approx(6 * 0.25 / 3600)
+    told = _report(summary, str(tmp_path))
+    assert "cost of 6 steps" in told and "unknown" not in told.split("cost", 1)[1].splitlines()[0]
     assert len(summary.causes_by_rank) == 2
     for rank, causes in enumerate(summary.causes_by_rank):
         assert summary.busy_s_by_rank[rank] + summary.wait_s_by_rank[rank] == pytest.approx(causes.total_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from planner.cluster import ClusterSpec
+from planner.commands.train import _report
 from planner.errors import InputError, PlannerError
 from planner.plan import Plan, load_plan, save_plan
 from planner.strategy import Degrees, Zero
@@ -87,6 +89,18 @@ def test_a_run_writes_what_the_contract_lists(straight: tuple[Path, TrainSummary
     assert written["measured_peak_memory_bytes"] == max(lines[-1]["peak_memory_bytes"])
     assert (written["goodput"] > 0, written["cost_usd"], written["status"]) == (True, None, "finished")
     assert load_plan(run_dir / "plan.json") == PP2
+
+
+def test_dollars_without_a_price_are_unknown_and_never_0(straight: tuple[Path, TrainSummary]) -> None:
+    run_dir, summary = straight
+    for line in _metrics(run_dir):
+        assert line["cost_usd"] is None and line["expected_cost_usd"] is None
+    written = json.loads((run_dir / "summary.json").read_text())
+    for key in ("cost_usd", "predicted_cost_usd", "expected_cost_usd"):
+        assert key in written and written[key] is None
+    told = _report(summary, str(run_dir))
+    assert re.search(r"cost +unknown: the plan's cluster has no price", told)
+    assert "$" not in told
 
 
 def test_the_executed_plan_is_read_back(straight: tuple[Path, TrainSummary]) -> None:
