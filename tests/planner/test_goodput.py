@@ -172,6 +172,41 @@ def test_goodput_is_what_a_simulation_of_failures_finds(of: Job, upkeep: Upkeep)
     assert figures_of(of, upkeep).goodput == pytest.approx(found, rel=0.015)
 
 
+def simulated_behind(of: Job, upkeep: Upkeep, periods: int, seed: int) -> float:
+    """The same where checkpoints are written behind the steps: one counts once it is whole."""
+    draw = random.Random(seed)
+    figures = figures_of(of, upkeep)
+    every, restart_s, between_s = figures.checkpoint_every, figures.restart_s, figures.between_failures_s
+    assert every is not None and restart_s is not None and between_s is not None
+    assert figures.checkpoint_wait_s == of.staging_s, "no writing takes longer than an interval"
+    assert upkeep.storage_bytes_per_s is not None
+    write_s = of.checkpoint_bytes / upkeep.storage_bytes_per_s
+    now, whole, done, written_s = 0.0, 0, 0, math.inf
+    stops = draw.expovariate(1 / between_s)
+    while whole < periods:
+        end = now + every * of.step_s + of.staging_s
+        if written_s <= min(end, stops):
+            whole = done
+        if end < stops:
+            now, done = end, done + 1
+            written_s = now + write_s
+            continue
+        now = stops
+        while (stops := now + draw.expovariate(1 / between_s)) < now + restart_s:
+            now = stops
+        now, done, written_s = now + restart_s, whole, math.inf
+    return whole * every * of.step_s / now
+
+
+@pytest.mark.parametrize("every", [40, BEST], ids=["stated", "best"])
+def test_goodput_behind_the_steps_is_what_a_simulation_finds(every: Any) -> None:
+    """100 s of writing: what is lost reaches back to the last checkpoint that was whole."""
+    said = Upkeep(checkpoint_every=every, checkpoint_async=True, storage_bytes_per_s=1e10, restart_s=600.0)
+    of = job(2000, staging_s=5.0)
+    found = simulated_behind(of, said, periods=60_000, seed=3)
+    assert figures_of(of, said).goodput == pytest.approx(found, rel=0.004)
+
+
 def test_waiting_for_nodes_is_what_a_simulation_of_repairs_finds() -> None:
     """Repairs take equally long; the formula holds for any distribution."""
     draw, rate, repair_s, spares = random.Random(5), 1 / 1000.0, 1500.0, 1
