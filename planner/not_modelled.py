@@ -86,6 +86,10 @@ _PHRASES: tuple[tuple[str, Predicate], ...] = (
         lambda p, s: _communicates(p, s) and p.upkeep.device_spread is None,
     ),
     (
+        "what the writing of checkpoints takes from the steps that run meanwhile",
+        lambda p, s: p.upkeep.checkpoint_every is not None and p.upkeep.checkpoint_async,
+    ),
+    (
         "the repair of failed nodes: they are replaced while the job restarts (--repair, --spares)",
         lambda p, s: p.upkeep.checkpoint_every is not None and p.upkeep.repair_s is None,
     ),

@@ -183,6 +183,8 @@ def test_what_is_counted_is_not_listed() -> None:
     for flag in ("--repair", "--preemptions"):
         assert flag in listed(problem(all_said)) and flag not in listed(problem())
     stopped = dataclasses.replace(all_said, repair_s=0.0, preemptions_per_1000_node_days=0.0)
+    behind = dataclasses.replace(stopped, checkpoint_async=True)
+    assert "run meanwhile" in listed(problem(behind)) and "run meanwhile" not in listed(problem(stopped))
     assert "--repair" not in listed(problem(stopped)) and "--preemptions" not in listed(problem(stopped))
     assert "--storage" in listed(problem(Upkeep(checkpoint_every=5))) and "--storage" not in listed(problem())
 
