@@ -234,7 +234,12 @@ def test_text_stands_out(browser: Browser, folder: Path, scheme: str) -> None:
     page.close()
 
 
-def test_paper_has_all_rows_and_nothing_to_click(page: Page, usual: Comparison) -> None:
+def test_paper_has_the_rows_of_the_screen_and_nothing_to_click(page: Page, usual: Comparison) -> None:
+    page.emulate_media(media="print")
+    assert len(column(page, "name")) == 100
+    assert page.inner_text("#count") == f"{len(usual.options)} options, the first 100 shown"
+    page.emulate_media(media="screen")
+    show_all(page)
     page.emulate_media(media="print")
     assert len(column(page, "name")) == len(usual.options)
     for selector in ("#filters", "#more", "#mode", "nav", ".skip"):

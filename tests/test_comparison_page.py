@@ -74,7 +74,7 @@ def test_the_same_comparison_gives_the_same_bytes(page: str) -> None:
 
 def test_hostile_text_stays_text() -> None:
     document = Reader(render_comparison(samples.hostile()))
-    assert document.tags.count("script") == 1 and document.tags.count("style") == 1
+    assert document.tags.count("script") == 2 and document.tags.count("style") == 1
     assert "img" not in document.tags
     assert document.text.count(samples.HOSTILE) > 50
 
@@ -222,6 +222,14 @@ def test_axes_have_a_few_round_ticks(low: float, factor: float) -> None:
     assert all(0 <= tick.at <= 100 for tick in ticks)
 
 
+def test_options_without_end_do_not_press_the_others_together(usual: Comparison) -> None:
+    endless = dataclasses.replace(usual.options[-1], days=1e14, cost_usd=1e19, pareto=False)
+    plot = plots.build_plot(dataclasses.replace(usual, options=(*usual.options, endless)))
+    before = plots.build_plot(usual)
+    assert plot is not None and before is not None
+    assert plot.points == before.points and (plot.beyond, before.beyond) == (1, 0)
+
+
 def test_providers_beyond_the_shapes_share_one() -> None:
     options = [
         dataclasses.replace(
@@ -283,7 +291,7 @@ def test_a_steps_pieces_are_the_whole_step(usual: Comparison) -> None:
 def test_break_even_and_sensitivity_say_what_is_unknown(usual: Comparison) -> None:
     rows = tables.break_even_table(usual).rows
     assert rows[0][4] == "from 31 % in use" and rows[0][5] == "11.0 months"
-    assert rows[1][4] == "never: renting is cheaper at full use" and rows[1][5] == ""
+    assert rows[1][4] == "never: renting is cheaper at full use" and rows[1][5] == "not in its years of use"
     assert "unknown to unknown" in tables.sensitivity_table(samples.unpriced()).rows[0]
 
 

@@ -36,6 +36,11 @@ SHAPES = (
 """Outlines around the origin: a circle, a square, triangles, a diamond, a cross, a star, a pentagon."""
 
 
+BEYOND = 30.0
+"""Options that take or cost more than so many times the most of the Pareto front are told in words: an
+option that is interrupted without end takes millions of days."""
+
+
 @noun
 class PlotMark:
     """How the points of one provider look; `shape` is an index of SHAPES and of the mark colours."""
@@ -98,6 +103,7 @@ class Plot:
     budget: Limit | None
     marks: tuple[PlotMark, ...]
     unpriced: int
+    beyond: int
     pale: bool
     label: str
 
@@ -117,10 +123,8 @@ class LogAxis:
 
 def build_plot(comparison: Comparison) -> Plot | None:
     """The plot of all options with a price and a time; None where there are none."""
-    shown = [
-        (row, o) for row, o in enumerate(comparison.options) if o.cost_usd is not None and o.cost_usd > 0
-    ]
-    shown = [(row, option) for row, option in shown if option.days > 0]
+    priced = [(row, o) for row, o in enumerate(comparison.options) if (o.cost_usd or 0.0) > 0 and o.days > 0]
+    shown = within_reach(priced)
     if not shown:
         return None
     goal = comparison.goal
@@ -156,10 +160,19 @@ def build_plot(comparison: Comparison) -> Plot | None:
         ),
         budget=_limit(goal.budget_usd, y_axis, "budget", usd(goal.budget_usd), upward=True),
         marks=marks,
-        unpriced=len(comparison.options) - len(shown),
+        unpriced=len(comparison.options) - len(priced),
+        beyond=len(priced) - len(shown),
         pale=not all(point.meets for point in points),
         label=f"Dollars against days of {len(shown):,} options, {len(front):,} of them on the Pareto front",
     )
+
+
+def within_reach(priced: Sequence[tuple[int, Option]]) -> list[tuple[int, Option]]:
+    """Those that are not far beyond the Pareto front."""
+    front = [option for _, option in priced if option.pareto] or [option for _, option in priced]
+    most_days = BEYOND * max((option.days for option in front), default=0.0)
+    most_usd = BEYOND * max((option.cost_usd or 0.0 for option in front), default=0.0)
+    return [each for each in priced if each[1].days <= most_days and (each[1].cost_usd or 0.0) <= most_usd]
 
 
 def axis_of(values: Sequence[float], limit: float | None) -> LogAxis:

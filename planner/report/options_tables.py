@@ -15,6 +15,10 @@ LECTURE = ("aws", "azure", "gcp", words.ON_PREMISES)
 """The choices that stand side by side on every page."""
 
 
+LEAST_TOLD = 0.005
+"""Shares below this are not told: they would read 0 %."""
+
+
 @noun
 class Cell:
     """A cell: its text, a line of detail below, and the number that it sorts by (None: unknown, the last)."""
@@ -223,10 +227,8 @@ def break_even_table(comparison: Comparison) -> Table:
             row.rented,
             words.usd(row.rented_usd_per_device_hour),
             f"{words.usd(row.owned_usd_per_device_hour)} at {percent(row.owned_at_utilisation, 0)} in use",
-            "never: renting is cheaper at full use"
-            if row.utilisation is None
-            else f"from {percent(row.utilisation, 0)} in use",
-            "" if row.months is None else f"{words.short_number(row.months)} months",
+            _cheaper_from(row.utilisation),
+            "not in its years of use" if row.months is None else f"{words.short_number(row.months)} months",
         )
         for row in comparison.break_even
     )
@@ -235,6 +237,14 @@ def break_even_table(comparison: Comparison) -> Table:
         "buying is cheaper", "pays back after",
     )  # fmt: skip
     return Table(header=header, rows=rows, numbers=(2, 4))
+
+
+def _cheaper_from(utilisation: float | None) -> str:
+    if utilisation is None:
+        return "never: renting is cheaper at full use"
+    if utilisation == 0:
+        return "always: the rent runs on while idle"
+    return f"from {percent(utilisation, 0)} in use"
 
 
 def price_table(options: Iterable[Option]) -> Table:
@@ -291,7 +301,7 @@ def coverage_words(option: Option) -> str:
             ("from fitted constants", coverage.fitted),
             ("from datasheets", coverage.datasheet),
         )
-        if share > 0
+        if share >= LEAST_TOLD
     ]
     gap = option.plan.step_time_s / option.plan.lower_bound_s - 1 if option.plan.lower_bound_s > 0 else None
     more = (

@@ -215,7 +215,7 @@ def pick_tiles(comparison: Comparison, picks: Picks) -> tuple[Tile, ...]:
         value, rest = {
             "Cheapest": (cost, days(option.days)),
             "Soonest": (days(option.days), cost),
-            "Fewest devices": (f"{option.devices:,}", f"{days(option.days)}, {cost}"),
+            "Fewest devices": (f"{option.devices:,} devices", f"{days(option.days)}, {cost}"),
         }[title]
         tiles.append(Tile(title=f"{title} {among}", value=value, detail=f"{option.name}: {rest}"))
     return tuple(tiles)

@@ -5,7 +5,8 @@ function startOptions() {
   if (!table) return;
   const body = table.tBodies[0];
   const rows = Array.from(body.rows).map((node) => ({
-    node, text: node.textContent.toLowerCase(), devices: Number(node.dataset.devices),
+    node, text: node.textContent.toLowerCase(), devices: Number(node.cells[3].dataset.v),
+    pricing: node.cells[2].textContent,
     point: null, fits: true,
   }));
   const points = Array.from(document.querySelectorAll("#points use"));
@@ -55,7 +56,7 @@ function startOptions() {
       const data = row.node.dataset;
       row.fits = (field("provider").value === "" || data.provider === field("provider").value)
         && (field("device").value === "" || data.device === field("device").value)
-        && (field("pricing").value === "" || data.pricing === field("pricing").value)
+        && (field("pricing").value === "" || row.pricing === field("pricing").value)
         && row.devices >= low && row.devices <= high
         && (!pareto || "pareto" in data) && (!meets || "meets" in data)
         && text.every((word) => row.text.includes(word));
@@ -154,4 +155,5 @@ function startOptions() {
     if (row && row.point) row.point.classList.add("here");
   });
   draw();
+  document.documentElement.classList.add("ready");
 }
