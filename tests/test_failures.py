@@ -9,6 +9,9 @@ import pytest
 from planner.catalog import data_folder, device_names, load_device
 from planner.cluster_grammar import parse_cluster
 from planner.codec import load_toml
+from planner.commands.options import ProblemOptions
+from planner.commands.upkeep_options import read_upkeep
+from planner.errors import Problem
 from planner.failures import FailureFile, failure_file, rated_nodes, usual_failures_per_s
 from planner.sizing.usual_upkeep import upkeep_assumptions, usual_storage_bytes_per_s, usual_upkeep
 from planner.units import DAY_S
@@ -131,6 +134,41 @@ def test_a_rate_that_was_published_for_a_kin_says_so() -> None:
     assert sources["h100"].startswith("Llama 3")
     assert sources["h200"].startswith("assumed as for h100-sxm-80gb: Llama 3")
     assert sources["mi300x"].startswith("assumed for this device")
+
+
+def test_options_that_need_others_count_alone_where_the_rest_is_filled_in() -> None:
+    options = ProblemOptions(
+        model="llama-3-8b",
+        cluster="1x8:h100",
+        seq=1,
+        batch=1,
+        tokens=None,
+        precision=None,
+        optimizer="adamw",
+        method="pretrain",
+        profile=None,
+        memory_limit=None,
+        failures=2.0,
+        storage="1GB/s",
+        restart="5min",
+        preemptions="spot",
+    )
+    refused: list[Problem] = []
+    read_upkeep(options, refused)
+    assert {problem.where for problem in refused} == {"--storage", "--failures", "--restart", "--preemptions"}
+    kept: list[Problem] = []
+    said = read_upkeep(options, kept, completed=True)
+    assert not kept
+    usual = usual_upkeep(8, said)
+    assert (usual.failures_per_1000_node_days, usual.restart_s, usual.storage_bytes_per_s) == (
+        2.0,
+        300.0,
+        1e9,
+    )
+    assert usual.checkpoint_every == BEST and usual.checkpoint_async
+    assert not usual_upkeep(8, dataclasses.replace(said, checkpoint_every=9)).checkpoint_async
+    read_upkeep(dataclasses.replace(options, spares=1, eval_every=3), kept, completed=True)
+    assert {problem.where for problem in kept} == {"--spares", "--eval-every"}
 
 
 def test_the_flags_that_are_told_are_those_of_the_command() -> None:

@@ -13,7 +13,8 @@ longest copies b over its host link (c seconds), and of which storage takes S by
 Interruptions come at random, independently: failures at a rate f, preemptions at p (Poisson). Each stops all,
 takes R seconds until the job runs, and loses what was done since the last whole checkpoint; restarts are
 interrupted as well. A period of P = k u + w then takes exp(sum of rate x R) x (exp(L P) - 1) / L on average,
-where L is the rate of interruptions that lose steps (Daly 2006: his complete cost function, for two kinds):
+where L = f + p, less what is saved in time (Daly 2006: his complete cost function, for two kinds; 1 / (f + p)
+is the mean time between interruptions, p being nodes over the time between preemptions of one):
 
     share kept      L P / (exp(L P) - 1) x exp(-f R_f - p R_p)
     restart R_f     as stated, or time until it is started again + B / S (or c, if longer) + warm-up

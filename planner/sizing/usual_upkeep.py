@@ -21,9 +21,8 @@ def usual_upkeep(devices: int, said: Upkeep = NOTHING_SAID, *, spot: bool = Fals
     """The upkeep of a run on so many devices: what was said, and for the rest what is usual.
 
     An interval that was said without a rate of storage stays: its writing is then counted at the usual rate.
-    Writing is asynchronous unless an interval or a rate was said, which then say whether it is.
+    Checkpoints are written behind the steps, but for an interval that was said without saying that.
     """
-    stated = said.checkpoint_every is not None or said.storage_bytes_per_s is not None
     preemptions = said.preemptions_per_1000_node_days
     if preemptions is None and spot:
         preemptions = failure_file().spot.per_1000_node_days
@@ -31,7 +30,7 @@ def usual_upkeep(devices: int, said: Upkeep = NOTHING_SAID, *, spot: bool = Fals
         said,
         storage_bytes_per_s=said.storage_bytes_per_s or usual_storage_bytes_per_s(devices),
         checkpoint_every=said.checkpoint_every or BEST,
-        checkpoint_async=said.checkpoint_async if stated else True,
+        checkpoint_async=said.checkpoint_async or said.checkpoint_every is None,
         preemptions_per_1000_node_days=preemptions,
     )
 
