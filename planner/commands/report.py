@@ -50,13 +50,20 @@ def report(source: Path, output: Path | None, trace: Path | None, as_json: bool)
     if trace is not None:
         click.echo(f"trace  {trace} (open it at ui.perfetto.dev or chrome://tracing)")
     if dollars is not None:
-        from planner.plan_cost import told_usd
+        click.echo(f"cost   {_told(dollars, document.plan.cluster.name)}")
 
-        click.echo(
-            f"cost   {told_usd(dollars['spent_usd'])} spent in {dollars['steps']:,} steps, "
-            f"{told_usd(dollars['predicted_usd'])} predicted for them; "
-            f"{told_usd(dollars['expected_usd'])} expected in all"
-        )
+
+def _told(dollars: dict[str, Any], cluster: str) -> str:
+    """Dollars spent beside those predicted, in words."""
+    from planner.plan_cost import told_usd
+
+    if dollars["spent_usd"] is None and dollars["predicted_usd"] is None:
+        return f"unknown: {cluster} has no price"
+    return (
+        f"{told_usd(dollars['spent_usd'])} spent in {dollars['steps']:,} steps, "
+        f"{told_usd(dollars['predicted_usd'])} predicted for them; "
+        f"{told_usd(dollars['expected_usd'])} expected in all"
+    )
 
 
 def run_dollars(document: ReportInput) -> dict[str, Any] | None:

@@ -276,10 +276,11 @@ def _report(summary: TrainSummary, run_dir: str) -> str:
 def _dollars(summary: TrainSummary) -> str:
     """What the run has cost, and what it will where it is not over."""
     from planner.plan_cost import told_usd
+    from planner.units import format_seconds
 
     if summary.cost_usd is None:
         return "unknown: the plan's cluster has no price (solve with --prices FILE)"
-    spent = f"{told_usd(summary.cost_usd)} for {summary.wall_s / 3600:,.2f} h"
+    spent = f"{told_usd(summary.cost_usd)} for {format_seconds(summary.wall_s)}"
     if summary.status == "finished":
         return spent
     return f"{spent}, {told_usd(summary.expected_cost_usd)} expected for all steps"
