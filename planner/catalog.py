@@ -7,6 +7,7 @@ device may also be a TOML file.
 
 from __future__ import annotations
 
+import functools
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -91,14 +92,18 @@ def load_model(text: str, where: str = "--model", arch: str | None = None) -> Mo
 
 def device_names() -> list[str]:
     """Names of all devices, sorted."""
-    return sorted(path.stem for path in (data_folder() / "devices").glob("*.toml"))
+    return list(_device_names())
+
+
+@functools.cache
+def _device_names() -> tuple[str, ...]:
+    return tuple(sorted(path.stem for path in (data_folder() / "devices").glob("*.toml")))
 
 
 def load_device(text: str, where: str = "--cluster") -> DeviceFile:
     """The device that `text` names: a catalog name, one of its aliases, or a TOML file."""
     if text.endswith(".toml"):
         return load_device_file(Path(text))
-    folder = data_folder() / "devices"
     known = device_names()
     name = _find(text, dict.fromkeys(known, ()))
     if name is None:
@@ -108,7 +113,12 @@ def load_device(text: str, where: str = "--cluster") -> DeviceFile:
             raise unknown(
                 where, "device", text, [*known, *(alias for own in aliases.values() for alias in own)]
             )
-    return load_device_file(folder / f"{name}.toml")
+    return _shipped_device(name)
+
+
+@functools.cache
+def _shipped_device(name: str) -> DeviceFile:
+    return load_device_file(data_folder() / "devices" / f"{name}.toml")
 
 
 def device_reported_as(reported: str) -> DeviceFile | None:
@@ -129,6 +139,7 @@ def _device_aliases(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return {name: tuple(table.get("aliases", ())) for name, table in _device_tables(names).items()}
 
 
+@functools.cache
 def networks() -> NetworkFile:
     """The kinds of network and their common names."""
     return load_networks(data_folder() / "clusters" / "networks.toml")

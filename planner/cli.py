@@ -33,6 +33,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "trace": ("planner.commands.trace:trace", "A torch module of one's own as a model, to plan it."),
         "estimate": ("planner.commands.estimate:estimate", "Time, memory and verdict of a given strategy."),
         "solve": ("planner.commands.solve:solve", "The best plan, with a certificate; writes plan.json."),
+        "size": ("planner.commands.size:size", "The smallest and the cheapest cluster for a run."),
+        "compare": ("planner.commands.compare:compare", "Hardware choices: dollars against days, one page."),
         "explain": ("planner.commands.explain:explain", "Why this plan; what any other choice would cost."),
         "diff": ("planner.commands.diff:diff", "Two plans side by side, and which is faster by what."),
         "train": ("planner.commands.train:train", "Execute a plan on real ranks; checkpoint, log, resume."),

@@ -187,7 +187,7 @@ class _PlanDocument:
     alternatives: tuple[_AlternativeDocument, ...] | None = None
 
 
-def _degrees_document(degrees: Degrees) -> dict[str, Any]:
+def degrees_document(degrees: Degrees) -> dict[str, Any]:
     return {
         "tp": degrees.tp,
         "pp": degrees.pp,
@@ -238,7 +238,7 @@ def encode_plan(plan: Plan) -> dict[str, Any]:
         },
         "workload": encode(plan.workload),
         "cluster": encode(plan.cluster),
-        "strategy": _degrees_document(plan.strategy.degrees),
+        "strategy": degrees_document(plan.strategy.degrees),
         "stages": [_stage_document(plan, index) for index in range(len(plan.strategy.stages))],
         "estimate": encode(plan.estimate),
         "ranks": {"axes": list(plan.rank_axes), "shape": list(plan.rank_grid_shape)},
@@ -256,7 +256,7 @@ def encode_plan(plan: Plan) -> dict[str, Any]:
         document["rejected"] = plan.rejected
         document["alternatives"] = [
             {
-                "strategy": _degrees_document(other.strategy.degrees),
+                "strategy": degrees_document(other.strategy.degrees),
                 "stages": [encode(stage) for stage in other.strategy.stages],
                 "step_time_s": other.step_time_s,
                 "peak_memory_bytes": other.peak_memory_bytes,

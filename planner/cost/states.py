@@ -34,6 +34,8 @@ optimizer: planner/workload.py.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from planner.adapters import layer_adapter_params
 from planner.codec import noun
 from planner.cost.memory_constants import memory_constants
@@ -136,6 +138,7 @@ def offloaded_states(problem: PlanningProblem, degrees: Degrees) -> tuple[States
     return States(**device), States(**host)
 
 
+@lru_cache(maxsize=64)
 def state_rates(optimizer: Optimizer, model: ModelSpec) -> tuple[float, float]:
     """Bytes of state a parameter: the mean over blocks, and over embedding and head."""
     blocks = sum(s.count * _layer_state_bytes(optimizer, s.block) for s in model.segments)

@@ -243,6 +243,15 @@ def optimum(law: Law, flops: float) -> Optimum:
     )
 
 
+def optimal_tokens(law: Law, params: float) -> float:
+    """Tokens of the budget for which a model of `params` parameters is the optimum, found by halving."""
+    low, high = LEAST_BUDGET_FLOPS, MOST_BUDGET_FLOPS
+    for _ in range(80):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if law.optimal_params(middle) < params else (low, middle)
+    return low / FLOPS_PER_PARAM_TOKEN / params
+
+
 def hyperparameters(fit: HyperFit, flops: float) -> Hyperparameters:
     """Batch and learning rate of a budget, with how far outside their fit it lies."""
     return Hyperparameters(

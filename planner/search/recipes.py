@@ -65,13 +65,18 @@ class RecipeBook:
 
     Stages with blocks of the same classes between the same ends share them, whatever the schedule. What is
     offloaded is so for all blocks of every stage; then recipes are the mixes of one option that recomputes
-    with blocks that do not.
+    with blocks that do not. Of a stage's blocks about one in `parts` at a time changes its option: with fewer
+    parts there are fewer mixes to cost, and up to so large a part of the blocks recomputes needlessly.
     """
 
     def __init__(
-        self, shape: ShapeModel, options: tuple[Recompute, ...], offload: Offload = Offload.NONE
+        self,
+        shape: ShapeModel,
+        options: tuple[Recompute, ...],
+        offload: Offload = Offload.NONE,
+        parts: int | None = None,
     ) -> None:
-        self.shape, self.options, self.offload = shape, options, offload
+        self.shape, self.options, self.offload, self.parts = shape, options, offload, parts
         self.layers = shape.problem.model.layers
         self.one_class = len(shape.classes) == 1
         self._alike: dict[tuple[tuple[str, ...], bool, bool], tuple[int, int]] = {}
@@ -186,6 +191,10 @@ class RecipeBook:
         layers = end - first
         full, selective = (each.ravel() for each in np.indices((layers + 1, layers + 1)))
         legal = full + selective <= layers
+        if self.parts is not None and layers > self.parts:
+            grain = -(-layers // self.parts)
+            legal &= (full % grain == 0) | (full == layers)
+            legal &= (selective % grain == 0) | (full + selective == layers)
         if Recompute.NONE not in self.options:
             legal &= full + selective == layers
         if Recompute.SELECTIVE not in self.options:

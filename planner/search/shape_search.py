@@ -132,6 +132,13 @@ class ShapeSearch:
         chosen = tuple(column for column in columns if column is not None)
         return self._found(chosen, self.replay(chosen).step_time_s)
 
+    def even(self) -> Found | None:
+        """An even split and no other: None where a rank has no recipe for it that fits."""
+        if self.degrees.chunks == 1 or not self.dealable:
+            return self.greedy()
+        columns = self.dealer.columns(tuple(b - a for a, b in pairwise(self.space.even)))
+        return None if columns is None else self._found(columns, self.replay(columns).step_time_s)
+
     def replay(self, columns: tuple[Column, ...]) -> Replay:
         """The replay of an assignment."""
         return self.model.replay(self.shape, self.space.table, tuple(column.cost for column in columns))

@@ -28,6 +28,7 @@ from planner.divisors import divisors
 from planner.errors import InfeasibleError
 from planner.estimate import Rejected, Verdict
 from planner.not_modelled import not_modelled
+from planner.placement import is_mixed
 from planner.plan import Alternative, Certificate, Plan
 from planner.problem import PlanningProblem
 from planner.search.alternatives import distinct, why_slower
@@ -36,6 +37,7 @@ from planner.search.dominance import without_dominated
 from planner.search.frontier import Candidate, Frontier
 from planner.search.quick_bounds import space_bounds_s
 from planner.search.recipes import RecipeBook
+from planner.search.scout import Scout
 from planner.search.shape_search import Budget, Found, ShapeSearch
 from planner.search.space import Pins, Space, space_of
 from planner.search.stage_space import StageSpace
@@ -113,7 +115,9 @@ class Solver:
         """The best plan. Raises InfeasibleError where no strategy keeps the rules and fits."""
         import numpy as np
 
-        if self.options.time_limit_s is not None and self.options.time_limit_s < START_BELOW_S:
+        limit_s = self.options.time_limit_s
+        self._scout()
+        if not self.found and limit_s is not None and limit_s < START_BELOW_S:
             self._start()
         self.space = self._legal()
         quick_s, self.rows, self.places = space_bounds_s(
@@ -153,6 +157,15 @@ class Solver:
         )
         others = self._alternatives(best)
         return make_plan(self.problem, evaluation, certificate, dict(sorted(self.rejected.items())), others)
+
+    def _scout(self) -> None:
+        """A good plan of usual choices to begin with, where devices are of one kind and share no cores."""
+        if is_mixed(self.problem.cluster) or self.model.sharing is not None:
+            return
+        scouted = Scout(self.problem, self.options.pins).plan(self.problem.cluster)
+        if scouted is not None:
+            evaluation = scouted.evaluation
+            self.found.append(Found(evaluation.strategy, evaluation.estimate.step_time_s))
 
     def _start(self) -> None:
         """Plans to begin with, where time may be too short for all: plain ones, in a part of the time."""

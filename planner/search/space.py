@@ -64,6 +64,11 @@ MAX_ODD = 3
 """Micro-batches are powers of two, or as much as this times one: products of odd sizes fill no tiles."""
 MAX_CHUNKS = 4
 """More stages a rank than this cost more messages than the bubble that they save."""
+USUAL_MICRO_BATCH, USUAL_CHUNKS, USUAL_PIPELINE = 8, 2, 32
+USUAL_SPLIT, USUAL_TOKENS = 32768, 8192
+USUAL_EPS = (4, 8, 16, 32, 64)
+USUAL_SCHEDULES = (Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED)
+"""What a search among usual choices has: see space_of."""
 MAX_ORDERED = 3
 """Of more groups of devices than this, only the order of the cluster and its reverse are tried."""
 CLOCKED = 64
@@ -188,9 +193,18 @@ class Space:
                 yield dataclasses.replace(base, schedule=schedule, chunks=chunks)
 
 
-def space_of(problem: PlanningProblem, pins: Pins, expired: Callable[[], bool] = lambda: False) -> Space:
-    """All bases of a problem that are made before time expires, and every cut by the rule that made it."""
-    maker = _Maker(problem, pins)
+def space_of(
+    problem: PlanningProblem, pins: Pins, expired: Callable[[], bool] = lambda: False, *, usual: bool = False
+) -> Space:
+    """All bases of a problem that are made before time expires, and every cut by the rule that made it.
+
+    `usual` leaves out what seldom wins: tp beyond a node or without sequence parallelism, cp for sequences
+    below USUAL_SPLIT and in other ways than a ring, ep besides USUAL_EPS, experts split by tp, ZeRO 0 and 2
+    where there is data parallelism, micro-batches above USUAL_MICRO_BATCH, pipelines longer than
+    USUAL_PIPELINE, and schedules besides 1F1B and
+    interleaving by USUAL_CHUNKS. What is pinned is not left out.
+    """
+    maker = _Maker(problem, pins, usual=usual)
     bases, complete = [], True
     for number, base in enumerate(maker.bases()):
         bases.append(base)
@@ -213,8 +227,8 @@ def shapes(problem: PlanningProblem, pins: Pins) -> Iterator[Degrees | Rejected]
 
 
 class _Maker:
-    def __init__(self, problem: PlanningProblem, pins: Pins) -> None:
-        self.problem, self.pins = problem, pins
+    def __init__(self, problem: PlanningProblem, pins: Pins, *, usual: bool = False) -> None:
+        self.problem, self.pins, self.usual = problem, pins, usual
         self.devices, self.batch = problem.cluster.devices, problem.workload.batch
         self.rejected: list[Rejected] = []
         self.engine_rules = engine_rules(problem.limits.engine)
@@ -259,13 +273,15 @@ class _Maker:
     def _layers(self) -> Iterator[Degrees]:
         """How one layer is split: everything but the pipeline and data parallelism."""
         pins, experts = self.pins, bool(self.problem.model.experts)
-        for tp in _candidates(pins.tp, divisors(self.devices)):
+        most = self.problem.cluster.devices_per_node if self.usual else self.devices
+        for tp in _candidates(pins.tp, [tp for tp in divisors(self.devices) if tp <= most]):
             if not self._keeps(LAYER_RULES, Degrees(tp=tp)):
                 continue
             for split in self._sequences(tp):
                 if not self._keeps(SEQUENCE_RULES, split):
                     continue
-                etps = [pins.etp] if pins.etp is not None or not experts or tp == 1 else [None, 1]
+                etps = [pins.etp] if pins.etp is not None or not experts or tp == 1 else [1, None]
+                etps = etps[:1] if self.usual else etps
                 for ep, etp in product(self._eps(), etps):
                     degrees = dataclasses.replace(split, ep=ep, etp=etp)
                     if self._keeps(EXPERT_RULES, degrees):
@@ -273,12 +289,13 @@ class _Maker:
 
     def _sequences(self, tp: int) -> Iterator[Degrees]:
         pins, seq = self.pins, self.problem.workload.seq
-        parallel = [False, True] if tp > 1 else [False]
+        parallel = [False, True][self.usual :] if tp > 1 else [False]
         if pins.sequence_parallel is not None:
             parallel = [pins.sequence_parallel]
-        cps = [cp for cp in divisors(self.devices) if cp == 1 or seq >= max(MIN_SPLIT, cp * MIN_TOKENS)]
+        least, kept = (USUAL_SPLIT, USUAL_TOKENS) if self.usual else (MIN_SPLIT, MIN_TOKENS)
+        cps = [cp for cp in divisors(self.devices) if cp == 1 or seq >= max(least, cp * kept)]
         for sequence_parallel, cp in product(parallel, _candidates(pins.cp, cps)):
-            exchanges = list(CpExchange) if cp > 1 else [CpExchange.RING]
+            exchanges = list(CpExchange) if cp > 1 and not self.usual else [CpExchange.RING]
             for exchange in exchanges if pins.cp_exchange is None else [pins.cp_exchange]:
                 yield Degrees(tp=tp, sequence_parallel=sequence_parallel, cp=cp, cp_exchange=exchange)
 
@@ -286,17 +303,20 @@ class _Maker:
         counts = [experts.count for experts in self.problem.model.experts]
         if self.pins.ep is not None or not counts:
             return [self.pins.ep or 1]
-        return [ep for ep in divisors(math.gcd(*counts)) if ep <= self.devices]
+        eps = [ep for ep in divisors(math.gcd(*counts)) if ep <= self.devices]
+        return [ep for ep in eps if ep == 1 or ep in USUAL_EPS] if self.usual else eps
 
     def _pps(self) -> list[int]:
-        most = self.problem.model.layers
+        layers = self.problem.model.layers
+        most = min(layers, USUAL_PIPELINE) if self.usual else layers
         return _candidates(self.pins.pp, [pp for pp in divisors(self.devices) if pp <= most])
 
     def _with_data(self, whole: Degrees) -> Iterator[tuple[Degrees, tuple[Pipe, ...]]]:
         """Micro-batches, and what is shared out over which data ranks."""
         local = self.batch // whole.dp
         tokens = self.problem.workload.seq / whole.cp
-        most = max(1, min(MAX_MICRO_BATCH, int(MAX_TOKENS / tokens)))
+        largest = USUAL_MICRO_BATCH if self.usual else MAX_MICRO_BATCH
+        most = max(1, min(largest, int(MAX_TOKENS / tokens)))
         micro_batches = [size for size in divisors(local) if size <= most and _odd_part(size) <= MAX_ODD]
         spreads = whole.ep > 1 or whole.expert_tp != whole.tp
         shardings = [
@@ -344,6 +364,8 @@ class _Maker:
         """ZeRO stages with their shard degree: all data ranks, or those of one node (hybrid sharding)."""
         dp, pinned = whole.dp, self.pins.zero
         zeros = list(Zero) if pinned is None else [Zero(pinned)]
+        if self.usual and pinned is None and dp * whole.cp > 1:
+            zeros = [Zero.OPTIMIZER, Zero.PARAMETERS]
         if dp * whole.cp == 1:
             return [(zero, 1) for zero in zeros if zero is Zero.NONE or pinned is not None]
         within = self.problem.cluster.devices_per_node // (whole.tp * whole.cp)
@@ -368,9 +390,12 @@ class _Maker:
             yield Schedule.ONE_F_ONE_B, pins.chunks or 1
             return
         open_ = candidate_schedules(self.problem.limits.engine)
+        if self.usual:
+            open_ = tuple(s for s in open_ if s in USUAL_SCHEDULES) or open_
+        most = USUAL_CHUNKS if self.usual else MAX_CHUNKS
         for schedule in open_ if pins.schedule is None else (pins.schedule,):
             if schedule is Schedule.INTERLEAVED:
-                counts = _candidates(pins.chunks, list(range(2, MAX_CHUNKS + 1)))
+                counts = _candidates(pins.chunks, list(range(2, most + 1)))
             elif pins.chunks is not None and pins.schedule is not None:
                 counts = [pins.chunks]
             else:

@@ -63,7 +63,8 @@ class BreakEven:
 
 @noun
 class Comparison:
-    """All options of a run, the cheapest first; those without a price come last, the soonest first."""
+    """All options of a run: those that keep the goal first, of them the cheapest first; of equal standing
+    those without a price come last, the soonest first."""
 
     model: str
     params_total: int

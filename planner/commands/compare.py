@@ -1,0 +1,63 @@
+"""`plan compare`: dollars against days, for devices, counts, providers and ways to pay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from planner.commands.sizing_options import sizing_options
+
+if TYPE_CHECKING:
+    from planner.sizing.comparison import Comparison
+
+
+@click.command()
+@sizing_options
+@click.option("--all", "show_all", is_flag=True, help="Show every option, not only the best of each offer.")
+@click.option(
+    "--csv",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write all options as a table.",
+)
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write one page that needs no network: the plot, the table, what it all rests on.",
+)
+def compare(asked: dict[str, Any], as_json: bool, show_all: bool, csv: Path | None, html: Path | None) -> int:
+    """Hardware choices for one run: dollars against days, and which no other beats."""
+    import sys
+
+    from planner.codec import write_atomic
+    from planner.commands.sizing_document import comparison_document, options_csv
+    from planner.commands.sizing_options import read_sizing
+    from planner.commands.sizing_progress import showing_progress
+    from planner.commands.sizing_text import comparison_text, nothing_text
+    from planner.commands.text import print_json
+    from planner.errors import InfeasibleError
+    from planner.sizing.compare import compare as compared
+
+    request, market = read_sizing(asked, least=False)
+    with showing_progress("offers") as progress:
+        found = compared(request, market, progress)
+    for path, written in ((csv, options_csv), (html, _page)):
+        if path is not None:
+            write_atomic(path, written(found))
+            print(f"wrote {path}", file=sys.stderr)
+    if as_json:
+        print_json(comparison_document(found))
+    elif found.options:
+        click.echo(comparison_text(found, show_all=show_all))
+    if not any(option.meets for option in found.options):
+        raise InfeasibleError(nothing_text(found))
+    return 0
+
+
+def _page(found: Comparison) -> str:
+    from planner.report.comparison_page import render_comparison
+
+    return render_comparison(found)

@@ -1,0 +1,62 @@
+"""`plan size`: the smallest and the cheapest cluster for a run, or what a cluster can do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from planner.commands.sizing_options import sizing_options
+
+if TYPE_CHECKING:
+    from planner.sizing.option import Option
+
+
+@click.command()
+@sizing_options
+@click.option(
+    "--cluster",
+    metavar="CLUSTER",
+    help="What can be done with this: the days of the run, the longest sequence, the largest model.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the plan of the best option to FILE, searched for like `plan solve` does.",
+)
+def size(asked: dict[str, Any], as_json: bool, cluster: str | None, output: Path | None) -> int:
+    """The smallest and the cheapest cluster that do a run by a deadline, for a budget."""
+    import sys
+
+    from planner.commands.sizing_document import size_document
+    from planner.commands.sizing_options import read_sizing
+    from planner.commands.sizing_progress import showing_progress
+    from planner.commands.sizing_text import nothing_text, size_text
+    from planner.commands.text import print_json
+    from planner.errors import InfeasibleError
+    from planner.objective import Minimise
+    from planner.plan import save_plan
+    from planner.sizing.answer import answers_of
+    from planner.sizing.compare import compare
+    from planner.sizing.whole_plan import whole_plan
+
+    request, market = read_sizing(asked, least=True)
+    with showing_progress("offers") as progress:
+        found = compare(request, market, progress)
+    answers = answers_of(found)
+    if as_json:
+        print_json(size_document(found, answers))
+    elif answers.soonest is not None:
+        click.echo(size_text(found, answers))
+    best: Option | None = answers.soonest
+    if request.goal.minimise is Minimise.COST:
+        best = answers.cheapest or answers.soonest
+    if best is None:
+        raise InfeasibleError(nothing_text(found))
+    if output is not None:
+        save_plan(whole_plan(request, market, best), output)
+        print(f"wrote {output}: {best.name}", file=sys.stderr)
+    return 0

@@ -1,0 +1,199 @@
+"""Outlook: about how long a step of each of thousands of shapes takes, all at once, before any is replayed.
+
+With W the passes of the whole model for one micro-batch without data parallelism, p ranks of v stages, m
+micro-batches, and t the slowest rank's part of W (blocks are whole, and the last rank has the head):
+
+    step ~ (m - 1) t + W + (p - 1) (1 / v - 1) W / p + (m + (p - 1) / v) R + D
+
+since filling and draining the pipeline takes (p - 1) W / p over v. R is what the first rank recomputes, which
+has most in flight: it holds states s and n micro-batches of 1 / p of the activations a, n = min(m, p), and of
+several stages a rank p + (p - 1) / v. What exceeds its limit is recomputed away by the option that saves most
+bytes a second, r seconds a byte:
+
+    R = r max(0, s + a n / p - limit) / n
+
+D, messages of data parallelism that do not hide: under ZeRO 3 gathers and reductions of every pass beyond its
+compute, else the gradients of a step beyond the last backward. Shapes that cannot fit take for ever. It is no
+bound: what is replayed says how near it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from planner.cost import constants
+from planner.cost.evaluate import CostModel
+from planner.cost.stage import ShapeModel
+from planner.cost.verdict import safe_tensor_bytes
+from planner.search.bounds import schedule_factor
+from planner.search.quick_bounds import alone, kind_of
+from planner.search.space import Pins, Pipe, Space
+from planner.strategy import Degrees, Recompute, Zero
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+MOST_LOOKED_AT = 24
+"""Shapes, in order of their outlook without messages of data parallelism, whose messages are looked at."""
+
+Kind = tuple[object, ...]
+
+
+class Activations(NamedTuple):
+    """Of a kind of shape, for one micro-batch: passes without recomputation, of all, of a block on average
+    and of the head; bytes that blocks keep, the most of them that recomputing saves, what a byte costs; and
+    what a device holds safely."""
+
+    passes_s: float
+    forward_s: float
+    block_s: float
+    head_s: float
+    kept_bytes: float
+    savable_bytes: float
+    seconds_per_byte: float
+    safe_bytes: float
+
+
+class Shapes(NamedTuple):
+    """Shapes that promise most with their outlooks in seconds, how full a device is at least under each, as a
+    share of what is safe, and the least bound of all."""
+
+    degrees: list[Degrees]
+    seconds: Floats
+    fullness: Floats
+    bound_s: float
+
+
+class Outlook:
+    """Outlooks on one offer's nodes. What does not depend on their number is remembered."""
+
+    def __init__(self, pins: Pins) -> None:
+        self.pins = pins
+        self._kinds: dict[Kind, Activations] = {}
+        self._factors: dict[tuple[object, ...], float] = {}
+
+    def of(self, model: CostModel, space: Space, states_bytes: Sequence[float]) -> Shapes:
+        """The outlooks of a space's shapes; `states_bytes` are what a device holds of weights, gradients and
+        optimizer state under each base."""
+        import numpy as np
+
+        shapes: list[tuple[Degrees, Pipe]] = []
+        rows: list[tuple[float, ...]] = []
+        for base, pipes, state in zip(space.bases, space.pipes, states_bytes, strict=True):
+            kind, m = self._kind(model, base), base.num_micro_batches
+            for pipe in pipes:
+                shapes.append((base, pipe))
+                rows.append((*kind, state, self._factor(base, pipe), base.pp, m, pipe[1]))
+        if not rows:
+            return Shapes([], np.zeros(0), np.zeros(0), math.inf)
+        return self._shapes(model, shapes, np.asarray(rows).T)
+
+    def _shapes(self, model: CostModel, shapes: list[tuple[Degrees, Pipe]], columns: Floats) -> Shapes:
+        import numpy as np
+
+        passes, forward, block, head, kept, savable, rate, limit, state, factor, p, m, v = columns
+        alive = np.minimum(m, p + (p - 1) / v * (v > 1))
+        excess = np.maximum(state + kept * alive / p - limit, 0.0)
+        again = np.where(excess > 0, rate * excess / alive, 0.0)
+        layers = model.problem.model.layers
+        most, least = np.ceil(layers / (p * v)) * v, np.floor(layers / (p * v)) * v
+        slowest = np.maximum(passes / p, np.maximum(most * block, least * block + head * (p > 1)))
+        seconds = (m - 1) * slowest + passes + (p - 1) * (1 / v - 1) * passes / p + (m + (p - 1) / v) * again
+        seconds[excess > savable * alive / p] = math.inf
+        fullness = (state + (kept - savable) * alive / p) / limit
+        bound_s = float((passes * factor).min())
+        kept_ones = seconds.argsort(kind="stable")[:MOST_LOOKED_AT]
+        whole = passes + p * again
+        sent: dict[tuple[object, ...], tuple[float, float]] = {}
+        for number in kept_ones[np.isfinite(seconds[kept_ones])]:
+            each, once = self._sent(model, shapes[number][0], sent)
+            behind_s = (whole[number] - forward[number]) / p[number]
+            shown_s = _shown_s(each, whole[number]) * m[number] / p[number] + _shown_s(once, behind_s)
+            seconds[number] += shown_s
+        degrees = [
+            dataclasses.replace(shapes[number][0], schedule=shapes[number][1][0], chunks=shapes[number][1][1])
+            for number in kept_ones
+        ]
+        return Shapes(degrees, seconds[kept_ones], fullness[kept_ones], bound_s)
+
+    @staticmethod
+    def _sent(
+        model: CostModel, degrees: Degrees, known: dict[tuple[object, ...], tuple[float, float]]
+    ) -> tuple[float, float]:
+        d = degrees
+        key = d.tp, d.cp, d.ep, d.etp, d.pp, d.dp_shard, d.dp_replicate, d.zero
+        if key not in known:
+            known[key] = _sent_s(model, degrees)
+        return known[key]
+
+    def _factor(self, base: Degrees, pipe: Pipe) -> float:
+        key = *pipe, base.pp, base.num_micro_batches
+        if key not in self._factors:
+            schedule, chunks = pipe
+            self._factors[key] = schedule_factor(dataclasses.replace(base, schedule=schedule, chunks=chunks))
+        return self._factors[key]
+
+    def _kind(self, model: CostModel, base: Degrees) -> Activations:
+        kind = kind_of(base)
+        key = model.problem.cluster.network, *(kind if model.sharing else kind[:-1])
+        if key not in self._kinds:
+            shape = model.shape(alone(kind))
+            safe = safe_tensor_bytes(model.problem, model.coverage(shape), shape.runtime_bytes)
+            self._kinds[key] = _activations(shape, self.pins.recomputes, safe)
+        return self._kinds[key]
+
+
+def _activations(shape: ShapeModel, options: tuple[Recompute, ...], safe_bytes: float) -> Activations:
+    """The figures of the whole model under degrees without data parallelism."""
+    layers = shape.problem.model.layers
+    ends = (shape.embedding_passes, shape.head_passes)
+    passes_s = sum(forward.total_s + backward.total_s for forward, backward in ends)
+    forward_s = sum(forward.total_s for forward, _ in ends)
+    kept = savable = 0.0
+    rates = []
+    for key in shape.classes:
+        count = shape.count(key, 0, layers)
+        costs = {
+            option: (shape.passes(key, option), shape.block(key, option).saved_bytes) for option in options
+        }
+        fastest = min(costs.values(), key=lambda cost: cost[0][1].total_s)
+        forward, backward = fastest[0]
+        passes_s += count * (forward.total_s + backward.total_s)
+        forward_s += count * forward.total_s
+        kept += count * fastest[1]
+        savable += count * (fastest[1] - min(size for _, size in costs.values()))
+        rates += [
+            (again.total_s - backward.total_s) / (fastest[1] - size)
+            for (_, again), size in costs.values()
+            if size < fastest[1]
+        ]
+    head_s = sum(passes.total_s for passes in shape.head_passes)
+    block_s = (passes_s - sum(f.total_s + b.total_s for f, b in ends)) / layers
+    rate = min(rates, default=math.inf)
+    return Activations(passes_s, forward_s, block_s, head_s, kept, savable, rate, safe_bytes)
+
+
+def _shown_s(message_s: float, behind_s: float) -> float:
+    """What messages show beside compute: what is longer, and what they slow it down by."""
+    hidden_s = min(message_s, behind_s)
+    return message_s - hidden_s + constants.OVERLAP_SLOWDOWN * hidden_s
+
+
+def _sent_s(model: CostModel, base: Degrees) -> tuple[float, float]:
+    """Seconds of all messages of data parallelism: in each micro-batch's passes, and once a step."""
+    if base.replicas == 1:
+        return 0.0, 0.0
+    shape = model.shape(base)
+    units = shape.all_units()
+    gathers = sum(shape.gathers[unit].total_s * count for unit, count in units)
+    reduces = sum(shape.reduces[unit].total_s * count for unit, count in units)
+    if base.zero is Zero.PARAMETERS:
+        return 2 * gathers + reduces, 0.0
+    if base.zero is Zero.GRADIENTS:
+        return reduces, gathers / base.pp
+    return 0.0, (reduces + gathers * (base.zero is Zero.OPTIMIZER)) / base.pp

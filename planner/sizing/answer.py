@@ -1,0 +1,96 @@
+"""What a sizing answers: the smallest, the cheapest and the soonest option that keep the goal, and of each
+offer its best, or by how much it misses."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from enum import StrEnum
+
+from planner.codec import noun
+from planner.objective import Goal
+from planner.sizing.comparison import Comparison
+from planner.sizing.option import Option
+from planner.units import DAY_S
+
+
+class Standing(StrEnum):
+    """What stands between an offer and the goal."""
+
+    KEEPS = "keeps the goal"
+    LATE = "misses the deadline"
+    DEAR = "is beyond the budget"
+    EITHER = "keeps the deadline or the budget, not both"
+    NEITHER = "misses the deadline and the budget"
+    UNPRICED = "keeps the deadline; its price is unknown"
+
+
+@noun
+class Outcome:
+    """One offer at one rate: its best option by the goal, and where it misses, the nearest to it."""
+
+    offer: str
+    standing: Standing
+    best: Option
+    smallest: Option | None = None
+
+
+@noun
+class Answers:
+    """The options that matter among those that keep the goal; None where none does."""
+
+    smallest: Option | None
+    cheapest: Option | None
+    soonest: Option | None
+    outcomes: tuple[Outcome, ...]
+
+
+def answers_of(found: Comparison) -> Answers:
+    """The answers that a comparison holds; offers that keep the goal first, the best of them first."""
+    kept = [option for option in found.options if option.meets]
+    priced = [option for option in kept if option.cost_usd is not None]
+    groups: dict[str, list[Option]] = defaultdict(list)
+    for option in found.options:
+        groups[option.name.partition(" x ")[2]].append(option)
+    outcomes = [_outcome(name, options, found.goal) for name, options in groups.items()]
+    order = list(Standing)
+    return Answers(
+        smallest=_least(kept, lambda o: (o.devices, _usd(o), o.days)),
+        cheapest=_least(priced, lambda o: (_usd(o), o.days)),
+        soonest=_least(kept, lambda o: (o.days, _usd(o))),
+        outcomes=tuple(
+            sorted(outcomes, key=lambda o: (order.index(o.standing), _usd(o.best), o.best.days, o.offer))
+        ),
+    )
+
+
+def _outcome(name: str, options: Sequence[Option], goal: Goal) -> Outcome:
+    kept = [option for option in options if option.meets]
+    if kept:
+        return Outcome(
+            offer=name,
+            standing=Standing.KEEPS,
+            best=min(kept, key=lambda o: (_usd(o), o.days)),
+            smallest=min(kept, key=lambda o: (o.devices, _usd(o))),
+        )
+    in_time = [option for option in options if _in_time(option, goal)]
+    cheap = any(_usd(option) <= (goal.budget_usd or float("inf")) for option in options)
+    if not in_time:
+        late = Standing.LATE if cheap or goal.budget_usd is None else Standing.NEITHER
+        return Outcome(offer=name, standing=late, best=min(options, key=lambda o: (o.days, _usd(o))))
+    best = min(in_time, key=lambda o: (_usd(o), o.days))
+    if best.cost_usd is None:
+        return Outcome(offer=name, standing=Standing.UNPRICED, best=best)
+    return Outcome(offer=name, standing=Standing.EITHER if cheap else Standing.DEAR, best=best)
+
+
+def _in_time(option: Option, goal: Goal) -> bool:
+    return goal.deadline_s is None or option.days * DAY_S <= goal.deadline_s
+
+
+def _usd(option: Option) -> float:
+    return float("inf") if option.cost_usd is None else option.cost_usd
+
+
+def _least(options: Iterable[Option], key: Callable[[Option], tuple[float, ...]]) -> Option | None:
+    return min(options, key=key, default=None)

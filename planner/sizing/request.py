@@ -1,0 +1,40 @@
+"""SizingRequest: what is asked of a sizing: the run, its limits, and which hardware may do it."""
+
+from __future__ import annotations
+
+from planner.codec import noun
+from planner.limits import NO_LIMITS, Limits
+from planner.model import ModelSpec
+from planner.objective import Goal
+from planner.profile import Profile
+from planner.search.space import Pins
+from planner.sizing.offer import Offer
+from planner.upkeep import NOTHING_SAID, Upkeep
+from planner.workload import Precision, Workload
+
+
+@noun
+class SizingRequest:
+    """A run, and the offers that may do it.
+
+    `workload.tokens` is the whole run; where `precision` is None, each device computes in its usual one.
+    What `upkeep` does not say is as usual (planner.sizing.usual_upkeep). `counts` are numbers of nodes to
+    try; None: a ladder up to `most_devices`, of which `least` asks for the fewest that keep the deadline.
+    `profile` counts for its own device alone; other devices have their shipped ones.
+    """
+
+    model: ModelSpec
+    workload: Workload
+    offers: tuple[Offer, ...]
+    goal: Goal
+    tokens_note: str = ""
+    precision: Precision | None = None
+    upkeep: Upkeep = NOTHING_SAID
+    counts: tuple[int, ...] | None = None
+    most_devices: int = 16384
+    least: bool = False
+    memory_limit_bytes: int | None = None
+    profile: Profile | None = None
+    limits: Limits = NO_LIMITS
+    pins: Pins = Pins()
+    utilisation: float | None = None

@@ -1,0 +1,312 @@
+"""compare(): every option of a run, on all offers that are asked for.
+
+Offers whose nodes are equal in device, number and network share their plans: providers differ in price. Each
+such kind is scouted up its ladder of node counts (planner.sizing.ladder):
+
+    all of them     until twice the nodes make steps no shorter: what a comparison shows
+    the least       from the first that may keep the deadline at the devices' peak to the first that does,
+                    then counts between two rungs: what a sizing asks for
+
+Kinds are independent: they are scouted on all cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+from planner.catalog import profile_files
+from planner.cluster import ClusterSpec, Device
+from planner.cluster_grammar import parse_cluster
+from planner.cost.goodput import figures_of
+from planner.cost.trained import trained_flops_per_token
+from planner.market.market import Market
+from planner.not_modelled import not_modelled
+from planner.problem import PlanningProblem
+from planner.profile import Profile, load_profile
+from planner.search.scout import Learned, Scout
+from planner.sizing.ladder import between, ladder
+from planner.sizing.offer import Offer
+from planner.sizing.request import SizingRequest
+from planner.sizing.sized import Sized, sized
+from planner.sizing.usual_upkeep import usual_upkeep
+from planner.units import DAY_S
+from planner.workload import Precision
+
+Progress = Callable[[int, int], None]
+"""Called with the kinds that are done and all of them."""
+
+MOST_NODES = 2048
+"""Nodes of the largest published runs, such as Llama 3's (arXiv 2407.21783): ladders end there."""
+NO_DEARER = 1.02
+"""Nodes whose devices cost up to this much of another's cost no more."""
+FASTER = 0.98
+"""Twice the nodes are worth trying on where they take less than this of the step time."""
+REFINED = 6
+"""Counts between two rungs that are scouted at most."""
+BESIDE = 2
+"""Rungs beyond the first that fits that are scouted where no deadline asks for more."""
+ALONE_KINDS = 8
+"""Fewer kinds than this are scouted in this process: starting others takes as long."""
+
+
+class Kind(NamedTuple):
+    """What tells offers apart but their price; `offer` stands for all of them, of `most` nodes at most."""
+
+    device: str
+    devices_per_node: int
+    network: str
+    offer: Offer
+    most: int
+
+
+class Scouting(NamedTuple):
+    """The plans of a kind by number of nodes, and why others have none."""
+
+    plans: dict[int, Sized]
+    why_not: dict[int, str]
+
+    def up_to(self, nodes: int) -> Scouting:
+        """The part on at most so many nodes, and one reason beyond where there is no plan."""
+        plans = {count: sized for count, sized in self.plans.items() if count <= nodes}
+        why_not = {count: why for count, why in self.why_not.items() if count <= nodes}
+        return Scouting(plans, why_not or {nodes: "more are no better than larger nodes of the provider"})
+
+
+def scout_all(request: SizingRequest, market: Market, progress: Progress) -> list[tuple[Offer, Scouting]]:
+    """What was found on each offer, in their order."""
+    most = most_nodes(request.offers, request.most_devices)
+    kinds: dict[tuple[str, int, str], list[Offer]] = defaultdict(list)
+    for offer in request.offers:
+        kinds[offer.device.name, offer.devices_per_node, offer.network].append(offer)
+    each = [Kind(*key, offers[0], max(most[offer.name] for offer in offers)) for key, offers in kinds.items()]
+    task = partial(scout_device, dataclasses.replace(request, offers=()), market, profiles_for(request))
+    devices: dict[str, list[Kind]] = defaultdict(list)
+    for kind in sorted(each, key=lambda kind: -kind.devices_per_node):
+        devices[kind.device].append(kind)
+    found: dict[tuple[str, int, str], Scouting] = {}
+    for done in _mapped(task, sorted(devices.values(), key=len, reverse=True)):
+        found |= {kind[:3]: scouting for kind, scouting in done}
+        progress(len(found), len(each))
+    scoutings = (found[o.device.name, o.devices_per_node, o.network] for o in request.offers)
+    pairs = zip(request.offers, scoutings, strict=True)
+    return [(offer, scouting.up_to(most[offer.name])) for offer, scouting in pairs]
+
+
+def most_nodes(offers: Sequence[Offer], most_devices: int) -> dict[str, int]:
+    """How many nodes of each offer are tried at most, by its name.
+
+    Where the provider has larger nodes of the device that cost no more a device, as many devices in smaller
+    nodes are no better: only numbers below one larger node are tried.
+    """
+    most = {}
+    for offer in offers:
+        larger = [
+            other.devices_per_node
+            for other in offers
+            if (other.provider, other.device) == (offer.provider, offer.device)
+            and other.devices_per_node > offer.devices_per_node
+            and _dollars(other) <= _dollars(offer) * NO_DEARER
+        ]
+        devices = min([most_devices, *(size - 1 for size in larger)])
+        most[offer.name] = max(1, min(MOST_NODES, devices // offer.devices_per_node))
+    return most
+
+
+def _dollars(offer: Offer) -> float:
+    """Dollars of a device-hour at the first rate; unknown ones are the dearest."""
+    price = offer.rates[0].usd_per_node_hour
+    return math.inf if price is None else price / offer.devices_per_node
+
+
+def _mapped(
+    task: Callable[[list[Kind]], list[tuple[Kind, Scouting]]], devices: list[list[Kind]]
+) -> Iterator[list[tuple[Kind, Scouting]]]:
+    """The results of a task, as they come."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores, len(devices))
+    if workers < 2 or sum(map(len, devices)) < ALONE_KINDS:
+        yield from map(task, devices)
+        return
+    import multiprocessing
+    import threading
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+
+    alone = threading.active_count() == 1 and "fork" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("fork" if alone else "spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for future in as_completed([pool.submit(task, kinds) for kinds in devices]):
+            yield future.result()
+
+
+def profiles_for(request: SizingRequest) -> dict[str, Profile]:
+    """The newest shipped profile of each device; the one that was given, for its own."""
+    known: dict[str, Profile] = {}
+    for profile in sorted(map(load_profile, profile_files()), key=lambda p: p.created):
+        known[profile.device] = profile
+    if request.profile is not None:
+        known[request.profile.device] = request.profile
+    return known
+
+
+def scout_device(
+    request: SizingRequest, market: Market, profiles: dict[str, Profile], kinds: list[Kind]
+) -> list[tuple[Kind, Scouting]]:
+    """The plans on each kind of node of one device: what is learned on one helps on the next."""
+    learned, profile, collected = Learned(), profiles.get(kinds[0].device), gc.isenabled()
+    gc.disable()  # plans make many small objects and hardly a cycle
+    try:
+        return [(kind, _Climb(request, market, profile, kind, learned).scouting()) for kind in kinds]
+    finally:
+        if collected:
+            gc.enable()
+
+
+class _Climb:
+    """The scouting of one kind, from few nodes to many."""
+
+    def __init__(
+        self,
+        request: SizingRequest,
+        market: Market,
+        profile: Profile | None,
+        kind: Kind,
+        learned: Learned,
+    ) -> None:
+        self.request, self.market, self.profile, self.learned = request, market, profile, learned
+        self.offer, self.most = kind.offer, kind.most
+        self.found = Scouting({}, {})
+        self.scout: Scout | None = None
+        self.precision = request.precision or usual_precision(kind.offer.device)
+
+    def scouting(self) -> Scouting:
+        lacking = self._lacking()
+        if lacking:
+            self.found.why_not[1] = lacking
+            return self.found
+        counts = self.request.counts or ladder(self.most)
+        if not self.offer.network:
+            counts = tuple(nodes for nodes in counts if nodes == 1)
+            self.found.why_not[2] = "what connects several of its nodes is not known"
+        if self.request.counts is not None:
+            for nodes in counts:
+                self._plan(nodes)
+        elif self.request.least:
+            self._least(counts)
+        else:
+            self._all(counts)
+        return self.found
+
+    def _lacking(self) -> str:
+        """What is not known of the device and must be."""
+        device = self.offer.device
+        if device.peak_flops(self.precision) is None:
+            return f"no {self.precision} peak of {device.title} is known"
+        if device.memory_bandwidth_bytes_per_s is None:
+            return f"no memory bandwidth of {device.title} is known"
+        return ""
+
+    def _all(self, counts: Iterable[int]) -> None:
+        before_s = math.inf
+        for nodes in counts:
+            found = self._plan(nodes)
+            if found is None:
+                continue
+            if found.plan.step_time_s > FASTER * before_s:
+                break
+            before_s = found.plan.step_time_s
+
+    def _least(self, counts: Iterable[int]) -> None:
+        """The rungs about the fewest nodes that keep the deadline, and counts between the last two."""
+        deadline_s, fitting = self.request.goal.deadline_s, 0
+        below, before_s = 0, math.inf
+        for nodes in counts:
+            peak_s = self._peak_s(nodes)
+            if deadline_s is not None and peak_s > deadline_s:
+                self.found.why_not[nodes] = (
+                    f"{peak_s / DAY_S:,.0f} days even if all devices were at their peak"
+                )
+                below = nodes
+                continue
+            found = self._plan(nodes)
+            if found is None:
+                below = nodes
+                continue
+            fitting += 1
+            if self._keeps(found):
+                self._refine(below, nodes)
+                if deadline_s is not None or fitting > BESIDE:
+                    break
+            if found.plan.step_time_s > FASTER * before_s:
+                break
+            below, before_s = nodes, found.plan.step_time_s
+
+    def _keeps(self, sized: Sized) -> bool:
+        """Whether the deadline, if there is one, is kept at the usual upkeep."""
+        deadline_s = self.request.goal.deadline_s
+        if deadline_s is None:
+            return True
+        figures = figures_of(sized.job, usual_upkeep(sized.job.devices, self.request.upkeep))
+        return figures.days is not None and figures.days * DAY_S <= deadline_s
+
+    def _refine(self, below: int, enough: int) -> None:
+        """Halves the counts between one that is too few and one that is enough."""
+        counts = between(below, enough, self.request.workload.batch, self.offer.devices_per_node)
+        for _ in range(REFINED):
+            if not counts:
+                return
+            middle = len(counts) // 2
+            found = self._plan(counts[middle])
+            counts = counts[:middle] if found is not None and self._keeps(found) else counts[middle + 1 :]
+
+    def _peak_s(self, nodes: int) -> float:
+        """Seconds of the whole run at the devices' dense peak, which no plan beats."""
+        workload = dataclasses.replace(self.request.workload, precision=self.precision)
+        flops = trained_flops_per_token(self.request.model, workload) * (workload.tokens or 0)
+        peak = self.offer.device.peak_flops(self.precision) or math.inf
+        return flops / (peak * nodes * self.offer.devices_per_node)
+
+    def _plan(self, nodes: int) -> Sized | None:
+        if nodes in self.found.plans:
+            return self.found.plans[nodes]
+        cluster = parse_cluster(self.offer.cluster_text(nodes), market=self.market)
+        problem = problem_on(self.request, cluster, self.offer.device, self.profile)
+        if self.scout is None:
+            self.scout = Scout(problem, self.request.pins, self.learned)
+        scouted = self.scout.plan(cluster)
+        if scouted is None:
+            self.found.why_not[nodes] = self.scout.why_not[cluster.name]
+            return None
+        left_out = not_modelled(problem, scouted.evaluation.strategy)
+        self.found.plans[nodes] = found = sized(scouted, left_out)
+        return found
+
+
+def problem_on(
+    request: SizingRequest, cluster: ClusterSpec, device: Device, profile: Profile | None
+) -> PlanningProblem:
+    """The request as a problem on one cluster of a device."""
+    usable = device.usable_memory_bytes
+    precision = request.precision or usual_precision(device)
+    return PlanningProblem(
+        model=request.model,
+        workload=dataclasses.replace(request.workload, precision=precision),
+        cluster=cluster,
+        profile=profile,
+        memory_limit_bytes=min(usable, request.memory_limit_bytes or usable),
+        upkeep=usual_upkeep(cluster.devices, request.upkeep),
+        limits=request.limits,
+    )
+
+
+def usual_precision(device: Device) -> Precision:
+    """The narrowest that a device is made for, as other commands choose it."""
+    if device.peak_bf16_flops is None and device.peak_fp16_flops is not None:
+        return Precision.FP16
+    return Precision.BF16

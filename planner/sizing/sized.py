@@ -1,0 +1,147 @@
+"""Options of a plan on some nodes: the same plan at every rate of its offer, with days, dollars and energy.
+
+With s seconds of a step, t tokens in it, T tokens in all, g the goodput of the job and r dollars a node-hour:
+
+    days = T / t x s / g / 86,400        dollars = (nodes + spares) x r x 24 days
+
+The interval of the days is that of the step time; that of the dollars also spans the rate's own range.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from planner.catalog import load_device
+from planner.cost.goodput import Job, figures_of
+from planner.market.on_premises import OnPremises
+from planner.objective import Goal
+from planner.search.scout import Scouted
+from planner.sizing.energy import EnergyFacts, run_energy
+from planner.sizing.offer import Offer, Rate
+from planner.sizing.option import Option, SizedPlan
+from planner.sizing.usual_upkeep import usual_upkeep
+from planner.units import DAY_S
+from planner.upkeep import Upkeep
+
+BILLION = 1e9
+
+
+class Sized(NamedTuple):
+    """A plan on a number of nodes, its job, and what its estimate does not count."""
+
+    plan: SizedPlan
+    job: Job
+    not_modelled: tuple[str, ...]
+
+
+def sized(scouted: Scouted, not_modelled: tuple[str, ...]) -> Sized:
+    """A scout's plan, short."""
+    estimate, strategy = scouted.evaluation.estimate, scouted.evaluation.strategy
+    plan = SizedPlan(
+        label=strategy.degrees.label(),
+        strategy=strategy,
+        step_time_s=estimate.step_time_s,
+        step_time_interval_s=estimate.step_time_interval_s,
+        lower_bound_s=scouted.bound_s,
+        tokens_per_s=estimate.tokens_per_s,
+        mfu=estimate.mfu,
+        verdict=estimate.verdict,
+        peak_memory_bytes=estimate.peak_memory_bytes,
+        memory_limit_bytes=estimate.memory_limit_bytes,
+        breakdown=estimate.breakdown,
+        coverage=estimate.coverage,
+    )
+    return Sized(plan, scouted.job, not_modelled)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Costing:
+    """What options of all offers have in common: the upkeep that was said, the goal, and facts of energy."""
+
+    said: Upkeep
+    goal: Goal
+    energy: EnergyFacts
+    inputs: OnPremises
+
+    def options(self, offer: Offer, nodes: int, sized: Sized) -> list[Option]:
+        """The option at each rate of an offer that makes progress."""
+        found = (self._option(offer, nodes, sized.plan, sized.job, rate) for rate in offer.rates)
+        return [option for option in found if option is not None]
+
+    def _option(self, offer: Offer, nodes: int, plan: SizedPlan, job: Job, rate: Rate) -> Option | None:
+        devices = nodes * offer.devices_per_node
+        upkeep = usual_upkeep(devices, self.said, spot=rate.pricing.interruptible)
+        usd_per_hour = None if rate.usd_per_node_hour is None else nodes * rate.usd_per_node_hour
+        losses = figures_of(dataclasses.replace(job, usd_per_hour=usd_per_hour), upkeep)
+        if losses.days is None:
+            return None
+        low, high = (losses.days * end / plan.step_time_s for end in plan.step_time_interval_s)
+        usd, tokens = losses.cost_usd, job.tokens
+        hours = losses.days * DAY_S / 3600
+        energy = run_energy(
+            load_device(offer.device.name),
+            devices,
+            hours,
+            provider=offer.provider if offer.instance else "",
+            region=offer.region,
+            pricing=rate.pricing,
+            facts=self.energy,
+            inputs=self.inputs,
+        )
+        return Option(
+            cluster=offer.cluster_text(nodes),
+            provider=offer.provider,
+            instance=offer.instance,
+            device=offer.device.name,
+            nodes=nodes,
+            devices=devices,
+            devices_per_node=offer.devices_per_node,
+            network=offer.network,
+            region=offer.region,
+            rate=rate,
+            plan=plan,
+            step_time_s=plan.step_time_s,
+            days=losses.days,
+            days_interval=(low, high),
+            cost_usd=usd,
+            cost_interval_usd=None if usd is None else _interval(usd, rate, plan),
+            usd_per_billion_tokens=None if usd is None or not tokens else usd / tokens * BILLION,
+            goodput=losses.goodput,
+            losses=losses,
+            energy_kwh=None if energy is None else energy.kwh,
+            carbon_kg=None if energy is None else energy.carbon_kg,
+            meets=self.goal.meets(losses.days * DAY_S, float("inf") if usd is None else usd),
+        )
+
+
+def _interval(usd: float, rate: Rate, plan: SizedPlan) -> tuple[float, float]:
+    """Dollars where step time and rate are at their low ends, and where both are at their high ends."""
+    low, high = (end / plan.step_time_s for end in plan.step_time_interval_s)
+    price = rate.usd_per_node_hour
+    least, most = rate.low_usd_per_node_hour, rate.high_usd_per_node_hour
+    down = least / price if least is not None and price else 1.0
+    up = most / price if most is not None and price else 1.0
+    return usd * low * down, usd * high * up
+
+
+def with_pareto(options: list[Option]) -> tuple[Option, ...]:
+    """Those that keep the goal first, of them the cheapest, and those without a price last; marked are those
+    that no other beats in both dollars and days.
+
+    Where some have a price, only such are marked: of others nothing is known.
+    """
+    ordered = sorted(options, key=_by_dollars)
+    priced = any(option.cost_usd is not None for option in ordered)
+    soonest = float("inf")
+    marked = []
+    for option in ordered:
+        best = option.days < soonest and (option.cost_usd is not None or not priced)
+        soonest = min(soonest, option.days) if best else soonest
+        marked.append(dataclasses.replace(option, pareto=best) if best else option)
+    return tuple(sorted(marked, key=lambda option: not option.meets))
+
+
+def _by_dollars(option: Option) -> tuple[bool, float, float, int, str]:
+    usd = option.cost_usd
+    return usd is None, usd or 0.0, option.days, option.devices, option.name
