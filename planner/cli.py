@@ -42,6 +42,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
             "planner.commands.export_weights:export_weights",
             "A run's weights as a Hugging Face folder.",
         ),
+        "web": ("planner.commands.web:web", "The page of hardware choices with its inputs, on 127.0.0.1."),
         "report": ("planner.commands.report:report", "One offline HTML page and a Perfetto trace."),
         "calibrate": (
             "planner.commands.calibrate:calibrate",

@@ -25,6 +25,9 @@ HEAVY = {
     "scipy",
     "altair",
     "plotly",
+    "jinja2",
+    "starlette",
+    "uvicorn",
 }
 MEETS_RUNTIME = {"profile", "train", "demo", "rehearse", "trace", "export_weights"}
 """Commands whose bodies may import runtime; nothing else in planner may."""

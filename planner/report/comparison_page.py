@@ -53,7 +53,7 @@ class OptionsPage:
 
 def render_comparison(comparison: Comparison) -> str:
     """The comparison as HTML."""
-    return template("options.html.j2").render(page=build_options_page(comparison))
+    return template("options.html.j2").render(page=build_options_page(comparison), web=None)
 
 
 def build_options_page(comparison: Comparison) -> OptionsPage:

@@ -49,6 +49,7 @@ class Row:
     region: str
     cells: tuple[Cell, ...]
     goal: str
+    cluster: str
 
 
 COLUMNS = (
@@ -98,6 +99,7 @@ def _row(index: int, option: Option, comparison: Comparison) -> Row:
             Cell(text=words.mfu_words(option), value=plan.mfu),
         ),
         goal=words.goal_words(option, comparison.goal),
+        cluster=option.cluster,
     )
 
 

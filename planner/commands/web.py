@@ -1,0 +1,152 @@
+"""`plan web`: the page of `plan compare` with its inputs, served to this machine alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from planner.commands.sizing_options import sizing_options
+
+if TYPE_CHECKING:
+    from planner.sizing.comparison import Comparison
+    from planner.web.app import Answers
+    from planner.web.asked import Asked
+
+DEFAULT_PORT = 8421
+PLAN_TIME_LIMIT_S = 20.0
+"""A search for a plan that is downloaded; its gap is in the file."""
+
+
+@click.command()
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=DEFAULT_PORT,
+    show_default=True,
+    metavar="N",
+    help="Port on 127.0.0.1; 0 for any that is free.",
+)
+@click.option("--no-open", is_flag=True, help="Print the address and open no browser.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="MODEL",
+    help="A config.json, its folder or a TOML file that the page may name besides the catalog; repeatable.",
+)
+@click.option(
+    "--prices", type=click.Path(path_type=Path), metavar="FILE",
+    help="A TOML file with prices of your own, which win over all others.",
+)  # fmt: skip
+def web(port: int, no_open: bool, models: tuple[str, ...], prices: Path | None) -> None:
+    """Serve the page of sizes and hardware choices on 127.0.0.1, until Ctrl-C.
+
+    It only reads: every request is a GET, from this machine, to this address.
+    """
+    from planner.commands.with_web import require_web
+
+    require_web("web")
+    from planner.catalog import load_model
+    from planner.web.app import build_app
+    from planner.web.serve import listen, server
+
+    for model in models:
+        load_model(model)
+    listening = listen(port)
+    port = listening.getsockname()[1]
+    address = f"http://127.0.0.1:{port}/"
+    click.echo(f"plan web  {address}  (Ctrl-C ends it)")
+    if not no_open:
+        import webbrowser
+
+        webbrowser.open(address)
+    server(build_app(answers(models, prices), port)).run(sockets=[listening])
+
+
+def answers(models: Sequence[str], prices: Path | None) -> Answers:
+    """What the page asks of the planner."""
+    import json
+
+    from planner.catalog import device_names, model_index
+    from planner.commands.options import open_market
+    from planner.commands.sizing_document import comparison_document, options_csv
+    from planner.commands.sizing_options import PRICINGS
+    from planner.web.app import Answers
+
+    def choices() -> dict[str, Sequence[str]]:
+        providers = {instance.provider for instance in open_market(prices, False).instances}
+        return {
+            "Devices": device_names(),
+            "Providers": [*sorted(providers), "on-premises"],
+            "Pricing": PRICINGS,
+        }
+
+    known = choices()
+    return Answers(
+        compare=lambda asked, stopped: compared(asked, prices, stopped),
+        plan=lambda asked, cluster: planned(asked, cluster, prices),
+        csv=options_csv,
+        json=lambda found: json.dumps(comparison_document(found), indent=1, allow_nan=False),
+        models=(*models, *sorted(model_index())),
+        choices=lambda: known,
+    )
+
+
+def typed(words: Sequence[str]) -> dict[str, Any]:
+    """The options of `plan compare` as it would be called with. Raises InputError."""
+    from planner.errors import InputError, Problem
+
+    kept: dict[str, Any] = {}
+
+    @click.command("compare", add_help_option=False)
+    @sizing_options
+    def command(asked: dict[str, Any], as_json: bool) -> None:
+        kept.update(asked)
+
+    try:
+        command.main(list(words), prog_name="plan compare", standalone_mode=False)
+    except click.ClickException as error:
+        raise InputError(Problem(where="plan compare", fault=error.format_message())) from None
+    return kept
+
+
+def compared(asked: Asked, prices: Path | None, stopped: Callable[[], bool]) -> Comparison:
+    """The comparison that the page asks for. Raises InputError with every fault."""
+    from planner.commands.sizing_options import read_sizing
+    from planner.sizing.compare import compare
+    from planner.web.asked import arguments
+    from planner.web.latest import SupersededError
+
+    def progress(done: int, of: int) -> None:
+        if stopped():
+            raise SupersededError
+
+    request, market = read_sizing({**typed(arguments(asked)), "prices": prices}, least=False)
+    return compare(request, market, progress)
+
+
+def planned(asked: Asked, cluster: str, prices: Path | None) -> str:
+    """plan.json of the best plan on a cluster. Raises PlannerError."""
+    import json
+
+    from planner.commands.options import ProblemOptions
+    from planner.commands.problem import read_problem
+    from planner.commands.sizing_options import read_sizing
+    from planner.plan import encode_plan
+    from planner.search.solve import SolveOptions, solve
+    from planner.search.space import Pins
+    from planner.web.asked import arguments
+
+    words = {**typed(arguments(asked)), "prices": prices}
+    run = read_sizing(words, least=False).request.workload
+    options = ProblemOptions(
+        model=words["model"], cluster=cluster, seq=run.seq, batch=run.batch, tokens=str(run.tokens),
+        precision=words["precision"], optimizer=words["optimizer"], method=words["method"], profile=None,
+        memory_limit=None, prices=prices, on_premises="*" not in cluster,
+    )  # fmt: skip
+    problem = read_problem(options).problem
+    plan = solve(problem, SolveOptions(pins=Pins(), time_limit_s=PLAN_TIME_LIMIT_S))
+    return json.dumps(encode_plan(plan), indent=1, allow_nan=False)
