@@ -254,8 +254,13 @@ def many() -> Comparison:
     return comparison(counts=tuple(range(8, 8 + 84 * 4, 4)))
 
 
+def short() -> Comparison:
+    """Fewer options than the table shows at first."""
+    return comparison(counts=(64, 128))
+
+
 SAMPLES = {
-    "usual": comparison, "hostile": hostile, "unpriced": unpriced, "none-meets": none_meets,
+    "usual": comparison, "short": short, "hostile": hostile, "unpriced": unpriced, "none-meets": none_meets,
     "single": single, "empty": empty, "many": many,
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,16 +40,28 @@ def usual() -> Comparison:
     return samples.comparison()
 
 
+@contextmanager
+def opened(browser: Browser, address: str) -> Iterator[Page]:
+    """A page; what it says to the console or asks of the network fails the test."""
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    watched = Watched(page)
+    page.goto(address)
+    yield page
+    assert watched.errors == []
+    assert watched.requests == [address]
+    page.close()
+
+
 @pytest.fixture
 def page(browser: Browser, folder: Path) -> Iterator[Page]:
-    """The usual page; what it says to the console or asks of the network fails the test."""
-    opened = browser.new_page(viewport={"width": 1400, "height": 900})
-    watched = Watched(opened)
-    opened.goto((folder / "usual.html").as_uri())
-    yield opened
-    assert watched.errors == []
-    assert watched.requests == [(folder / "usual.html").as_uri()]
-    opened.close()
+    with opened(browser, (folder / "usual.html").as_uri()) as usual:
+        yield usual
+
+
+@pytest.fixture
+def short(browser: Browser, folder: Path) -> Iterator[Page]:
+    with opened(browser, (folder / "short.html").as_uri()) as page:
+        yield page
 
 
 def column(page: Page, key: str) -> list[str]:
@@ -79,8 +92,8 @@ def visible_points(page: Page) -> int:
 # Sorting and filtering
 
 
-def test_columns_of_numbers_sort_both_ways_and_unknown_stays_last(page: Page) -> None:
-    show_all(page)
+def test_columns_of_numbers_sort_both_ways_and_unknown_stays_last(short: Page) -> None:
+    page, rows = short, len(samples.short().options)
     keys = ("devices", *(key for _, key in tables.COLUMNS), "memory")
     for key, (way, sign) in itertools.product(keys, (("ascending", 1), ("descending", -1))):
         head = page.locator(f"#all-options th[data-key={key}]")
@@ -89,12 +102,12 @@ def test_columns_of_numbers_sort_both_ways_and_unknown_stays_last(page: Page) ->
         assert page.locator("#all-options th[aria-sort]").count() == 1
         cells = column(page, key)
         known = [sign * float(cell) for cell in cells if cell]
-        assert known == sorted(known) and len(known) >= 175
+        assert known == sorted(known) and len(cells) == rows and len(known) >= rows - 2
         assert cells[len(known) :] == [""] * (len(cells) - len(known))
 
 
-def test_columns_of_words_sort_both_ways(page: Page) -> None:
-    show_all(page)
+def test_columns_of_words_sort_both_ways(short: Page) -> None:
+    page = short
     for key in ("name", "provider", "pricing", "verdict", "goal"):
         button = page.locator(f"#all-options th[data-key={key}] button")
         button.click()

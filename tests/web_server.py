@@ -52,7 +52,7 @@ class Sampled:
     def answers(self) -> Answers:
         return Answers(
             compare=self.compare,
-            plan=lambda asked, cluster: json.dumps({"cluster": cluster, "model": asked["model"]}),
+            plan=lambda asked, option: json.dumps({"cluster": option.cluster, "model": asked["model"]}),
             csv=lambda found: "cluster\n" + "".join(f"{o.cluster}\n" for o in found.options),
             json=to_json,
             models=("llama-3-8b", "llama-3-70b"),

@@ -12,12 +12,11 @@ from planner.commands.sizing_options import sizing_options
 
 if TYPE_CHECKING:
     from planner.sizing.comparison import Comparison
+    from planner.sizing.option import Option
     from planner.web.app import Answers
     from planner.web.asked import Asked
 
 DEFAULT_PORT = 8421
-PLAN_TIME_LIMIT_S = 20.0
-"""A search for a plan that is downloaded; its gap is in the file."""
 
 
 @click.command()
@@ -87,7 +86,7 @@ def answers(models: Sequence[str], prices: Path | None) -> Answers:
     known = choices()
     return Answers(
         compare=lambda asked, stopped: compared(asked, prices, stopped),
-        plan=lambda asked, cluster: planned(asked, cluster, prices),
+        plan=lambda asked, option: planned(asked, option, prices),
         csv=options_csv,
         json=lambda found: json.dumps(comparison_document(found), indent=1, allow_nan=False),
         models=(*models, *sorted(model_index())),
@@ -128,25 +127,14 @@ def compared(asked: Asked, prices: Path | None, stopped: Callable[[], bool]) -> 
     return compare(request, market, progress)
 
 
-def planned(asked: Asked, cluster: str, prices: Path | None) -> str:
-    """plan.json of the best plan on a cluster. Raises PlannerError."""
+def planned(asked: Asked, option: Option, prices: Path | None) -> str:
+    """plan.json of the whole plan of an option, by a longer search. Raises PlannerError."""
     import json
 
-    from planner.commands.options import ProblemOptions
-    from planner.commands.problem import read_problem
     from planner.commands.sizing_options import read_sizing
     from planner.plan import encode_plan
-    from planner.search.solve import SolveOptions, solve
-    from planner.search.space import Pins
+    from planner.sizing.whole_plan import whole_plan
     from planner.web.asked import arguments
 
-    words = {**typed(arguments(asked)), "prices": prices}
-    run = read_sizing(words, least=False).request.workload
-    options = ProblemOptions(
-        model=words["model"], cluster=cluster, seq=run.seq, batch=run.batch, tokens=str(run.tokens),
-        precision=words["precision"], optimizer=words["optimizer"], method=words["method"], profile=None,
-        memory_limit=None, prices=prices, on_premises="*" not in cluster,
-    )  # fmt: skip
-    problem = read_problem(options).problem
-    plan = solve(problem, SolveOptions(pins=Pins(), time_limit_s=PLAN_TIME_LIMIT_S))
-    return json.dumps(encode_plan(plan), indent=1, allow_nan=False)
+    request, market = read_sizing({**typed(arguments(asked)), "prices": prices}, least=False)
+    return json.dumps(encode_plan(whole_plan(request, market, option)), indent=1, allow_nan=False)

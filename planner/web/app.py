@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from planner.errors import InputError, PlannerError, Problem
 from planner.sizing.comparison import Comparison
+from planner.sizing.option import Option
 from planner.web.asked import Asked, at_first, check_model, read_query
 from planner.web.guard import POLICY, App, guarded
 from planner.web.latest import Latest, SupersededError
@@ -27,12 +28,12 @@ SUPERSEDED = 409
 class Answers:
     """What the server can answer. Each raises PlannerError for what the user can mend.
 
-    `compare(asked, stopped)` raises SupersededError where `stopped()` says so. `plan(asked, cluster)` is the
-    text of plan.json of the best plan on a cluster; `csv` and `json` are a comparison as text.
+    `compare(asked, stopped)` raises SupersededError where `stopped()` says so. `plan(asked, option)` is the
+    text of plan.json of an option's whole plan; `csv` and `json` are a comparison as text.
     """
 
     compare: Callable[[Asked, Callable[[], bool]], Comparison]
-    plan: Callable[[Asked, str], str]
+    plan: Callable[[Asked, Option], str]
     csv: Callable[[Comparison], str]
     json: Callable[[Comparison], str]
     models: Sequence[str]
@@ -58,7 +59,15 @@ class _Server:
     def __init__(self, answers: Answers) -> None:
         self.answers = answers
         self.comparisons: Latest[Asked, Comparison] = Latest(answers.compare)
-        self.plans: Latest[tuple[Asked, str], str] = Latest(lambda key, stopped: answers.plan(*key))
+        self.plans: Latest[tuple[Asked, str], str] = Latest(self._plan)
+
+    def _plan(self, key: tuple[Asked, str], stopped: Callable[[], bool]) -> str:
+        asked, cluster = key
+        found = self.comparisons.known(asked)
+        option = next((o for o in found.options if o.cluster == cluster), None) if found else None
+        if option is None:
+            raise SupersededError
+        return self.answers.plan(asked, option)
 
     def _asked(self, request: Request, but: Sequence[str] = ()) -> Asked:
         pairs = [pair for pair in request.query_params.multi_items() if pair[0] not in but]
@@ -118,7 +127,7 @@ class _Server:
             if len(clusters) != 1 or not 0 < len(clusters[0]) <= 200:
                 raise InputError(Problem(where="cluster", fault="is missing, too long or given twice."))
             found = await self.comparisons.get(asked)
-            if clusters[0] not in {option.cluster for option in found.options}:
+            if not any(option.cluster == clusters[0] for option in found.options):
                 raise InputError(Problem(where="cluster", fault="is none of this comparison's options."))
             text = await self.plans.get((asked, clusters[0]))
         except SupersededError:

@@ -30,6 +30,10 @@ class Latest(Generic[K, V]):
         self._turn = asyncio.Lock()
         self._newest: K | None = None
 
+    def known(self, key: K) -> V | None:
+        """What is remembered."""
+        return self._known.get(key)
+
     async def get(self, key: K) -> V:
         """The value, remembered or computed. Raises SupersededError, or what `compute` raises."""
         if key in self._known:
