@@ -13,10 +13,13 @@ from planner.commands.sizing_options import sizing_options
 if TYPE_CHECKING:
     from planner.sizing.comparison import Comparison
     from planner.sizing.option import Option
+    from planner.sizing.search import Known
     from planner.web.app import Answers
     from planner.web.asked import Asked
 
 DEFAULT_PORT = 8421
+MOST_KNOWN = 400
+"""Kinds of nodes whose plans are remembered, some 30 KB each: all of the catalog are about 100."""
 
 
 @click.command()
@@ -83,14 +86,15 @@ def answers(models: Sequence[str], prices: Path | None) -> Answers:
             "Pricing": PRICINGS,
         }
 
-    known = choices()
+    named = choices()
+    known: Known = {}
     return Answers(
-        compare=lambda asked, stopped: compared(asked, prices, stopped),
+        compare=lambda asked, stopped: compared(asked, prices, stopped, known),
         plan=lambda asked, option: planned(asked, option, prices),
         csv=options_csv,
         json=lambda found: json.dumps(comparison_document(found), indent=1, allow_nan=False),
         models=(*models, *sorted(model_index())),
-        choices=lambda: known,
+        choices=lambda: named,
     )
 
 
@@ -112,8 +116,11 @@ def typed(words: Sequence[str]) -> dict[str, Any]:
     return kept
 
 
-def compared(asked: Asked, prices: Path | None, stopped: Callable[[], bool]) -> Comparison:
-    """The comparison that the page asks for. Raises InputError with every fault."""
+def compared(asked: Asked, prices: Path | None, stopped: Callable[[], bool], known: Known) -> Comparison:
+    """The comparison that the page asks for. Raises InputError with every fault.
+
+    `known` remembers plans: limits, prices and tokens change without a new search.
+    """
     from planner.commands.sizing_options import read_sizing
     from planner.sizing.compare import compare
     from planner.web.asked import arguments
@@ -124,7 +131,9 @@ def compared(asked: Asked, prices: Path | None, stopped: Callable[[], bool]) -> 
             raise SupersededError
 
     request, market = read_sizing({**typed(arguments(asked)), "prices": prices}, least=False)
-    return compare(request, market, progress)
+    while len(known) > MOST_KNOWN:
+        known.pop(next(iter(known)))
+    return compare(request, market, progress, known)
 
 
 def planned(asked: Asked, option: Option, prices: Path | None) -> str:

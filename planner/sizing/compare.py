@@ -16,7 +16,7 @@ from planner.sizing.energy import energy_facts
 from planner.sizing.offer import Offer, Pricing
 from planner.sizing.option import Option
 from planner.sizing.request import SizingRequest
-from planner.sizing.search import Progress, Scouting, scout_all
+from planner.sizing.search import Known, Progress, Scouting, scout_all
 from planner.sizing.sensitivity import sensitivities
 from planner.sizing.sized import Costing, with_pareto
 
@@ -27,11 +27,19 @@ NOT_COUNTED = (
 """What no option counts, whatever its plan."""
 
 
-def compare(request: SizingRequest, market: Market, progress: Progress = lambda done, of: None) -> Comparison:
-    """Every option of a run. Offers without one are left out with their reason."""
+def compare(
+    request: SizingRequest,
+    market: Market,
+    progress: Progress = lambda done, of: None,
+    known: Known | None = None,
+) -> Comparison:
+    """Every option of a run. Offers without one are left out with their reason.
+
+    `known` remembers plans between comparisons of the same run: with other limits, prices, tokens or offers.
+    """
     inputs = market.on_premises or on_premises_inputs()
     costing = Costing(said=request.upkeep, goal=request.goal, energy=energy_facts(), inputs=inputs)
-    found = scout_all(request, market, progress)
+    found = scout_all(request, market, progress, known)
     options = with_pareto(
         [
             option

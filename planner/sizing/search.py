@@ -17,7 +17,7 @@ import gc
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from planner.cost.goodput import figures_of
 from planner.cost.trained import trained_flops_per_token
 from planner.market.market import Market
 from planner.not_modelled import not_modelled
+from planner.objective import Goal
 from planner.problem import PlanningProblem
 from planner.profile import Profile, load_profile
 from planner.search.scout import Learned, Scout
@@ -78,25 +79,53 @@ class Scouting(NamedTuple):
         why_not = {count: why for count, why in self.why_not.items() if count <= nodes}
         return Scouting(plans, why_not or {nodes: "more are no better than larger nodes of the provider"})
 
+    def for_tokens(self, tokens: int | None) -> Scouting:
+        """The same plans for a run of so many tokens."""
+        plans = {
+            nodes: each._replace(job=dataclasses.replace(each.job, tokens=tokens))
+            for nodes, each in self.plans.items()
+        }
+        return Scouting(plans, self.why_not)
 
-def scout_all(request: SizingRequest, market: Market, progress: Progress) -> list[tuple[Offer, Scouting]]:
-    """What was found on each offer, in their order."""
+
+Known = MutableMapping[Hashable, Scouting]
+"""What was found before, by what it depends on: neither prices nor limits nor tokens."""
+
+
+def scout_all(
+    request: SizingRequest, market: Market, progress: Progress, known: Known | None = None
+) -> list[tuple[Offer, Scouting]]:
+    """What was found on each offer, in their order. What is `known` is not searched for again."""
     most = most_nodes(request.offers, request.most_devices)
     kinds: dict[tuple[str, int, str], list[Offer]] = defaultdict(list)
     for offer in request.offers:
         kinds[offer.device.name, offer.devices_per_node, offer.network].append(offer)
     each = [Kind(*key, offers[0], max(most[offer.name] for offer in offers)) for key, offers in kinds.items()]
     task = partial(scout_device, dataclasses.replace(request, offers=()), market, profiles_for(request))
+    known = {} if known is None or request.least else known
+    keys = {kind: (_regardless(request), market.prices, *kind[:3], kind.most) for kind in each}
     devices: dict[str, list[Kind]] = defaultdict(list)
     for kind in sorted(each, key=lambda kind: -kind.devices_per_node):
-        devices[kind.device].append(kind)
-    found: dict[tuple[str, int, str], Scouting] = {}
+        if keys[kind] not in known:
+            devices[kind.device].append(kind)
+    found = {
+        kind[:3]: known[keys[kind]].for_tokens(request.workload.tokens)
+        for kind in each
+        if keys[kind] in known
+    }
     for done in _mapped(task, sorted(devices.values(), key=len, reverse=True)):
         found |= {kind[:3]: scouting for kind, scouting in done}
+        known.update({keys[kind]: scouting for kind, scouting in done})
         progress(len(found), len(each))
     scoutings = (found[o.device.name, o.devices_per_node, o.network] for o in request.offers)
     pairs = zip(request.offers, scoutings, strict=True)
     return [(offer, scouting.up_to(most[offer.name])) for offer, scouting in pairs]
+
+
+def _regardless(request: SizingRequest) -> SizingRequest:
+    """The request without what a search for all plans does not depend on."""
+    workload = dataclasses.replace(request.workload, tokens=None)
+    return dataclasses.replace(request, workload=workload, offers=(), goal=Goal(), tokens_note="")
 
 
 def most_nodes(offers: Sequence[Offer], most_devices: int) -> dict[str, int]:
