@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from planner.codec import encode
-from planner.plan import degrees_document
-
 if TYPE_CHECKING:
     from planner.sizing.answer import Answers
     from planner.sizing.comparison import Comparison
@@ -15,6 +12,9 @@ if TYPE_CHECKING:
 
 def option_document(option: Option) -> dict[str, Any]:
     """An option with its plan's degrees as in plan.json, and how many blocks each stage recomputes."""
+    from planner.codec import encode
+    from planner.plan import degrees_document
+
     document: dict[str, Any] = encode(option)
     strategy = option.plan.strategy
     document["plan"]["strategy"] = degrees_document(strategy.degrees)
@@ -28,6 +28,8 @@ def option_document(option: Option) -> dict[str, Any]:
 
 def comparison_document(found: Comparison) -> dict[str, Any]:
     """The whole comparison; `options` come first, the cheapest first."""
+    from planner.codec import encode
+
     document: dict[str, Any] = encode(found)
     return {"options": [option_document(option) for option in found.options], **_rest(document)}
 
