@@ -189,6 +189,26 @@ def test_hovering_shows_the_plan(page: Page, usual: Comparison) -> None:
     assert page.locator("#tip").is_hidden()
 
 
+@pytest.mark.parametrize("name", ["usual", "many"])
+@pytest.mark.parametrize("width", [360, 1400])
+def test_marks_stand_where_the_axes_say(browser: Browser, folder: Path, name: str, width: int) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto((folder / f"{name}.html").as_uri())
+    off = page.evaluate(
+        """() => {
+          const box = document.querySelector(".plot-area").getBoundingClientRect();
+          return Array.from(document.querySelectorAll("#points use"), (point) => {
+            const own = point.getBoundingClientRect();
+            const part = (name) => parseFloat(point.getAttribute(name)) / 100;
+            return Math.max(Math.abs(own.left + own.width / 2 - box.left - part("x") * box.width),
+                            Math.abs(own.top + own.height / 2 - box.top - part("y") * box.height));
+          });
+        }"""
+    )
+    assert len(off) > 100 and max(off) < 3
+    page.close()
+
+
 def test_the_keyboard_reaches_points_and_their_rows(page: Page, usual: Comparison) -> None:
     def focused() -> int:
         return int(page.evaluate("Number(document.activeElement.dataset.row ?? -1)"))

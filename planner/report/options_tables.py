@@ -90,7 +90,7 @@ def _row(index: int, option: Option, comparison: Comparison) -> Row:
             Cell(text=words.usd(option.usd_per_billion_tokens), value=option.usd_per_billion_tokens),
             Cell(
                 text=words.usd(rate.usd_per_node_hour),
-                detail=rate.as_of,
+                detail=rate.as_of.partition(" (")[0],
                 value=rate.usd_per_node_hour,
                 doubt=rate.doubtful,
             ),

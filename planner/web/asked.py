@@ -25,7 +25,7 @@ FIELDS: Mapping[str, tuple[str, str, str]] = MappingProxyType(
         "deadline": ("Deadline", "--deadline", "30d"),
         "budget": ("Budget", "--budget", ""),
         "objective": ("Best is", "--objective", "cost"),
-        "device": ("Devices", "--device", "h100-sxm-80gb, h200-sxm-141gb, b200-sxm, a100-sxm-80gb"),
+        "device": ("Devices", "--device", "h100-sxm-80gb"),
         "instance": ("Instances or clusters", "--instance", ""),
         "provider": ("Providers", "--provider", "aws, azure, gcp, on-premises"),
         "pricing": ("Pricing", "--pricing", ""),
