@@ -43,6 +43,8 @@ def size(asked: dict[str, Any], as_json: bool, cluster: str | None, output: Path
     from planner.sizing.compare import compare
     from planner.sizing.whole_plan import whole_plan
 
+    if cluster is not None:
+        return _with(cluster, asked, output, as_json=as_json)
     request, market = read_sizing(asked, least=True)
     with showing_progress("offers") as progress:
         found = compare(request, market, progress)
@@ -59,4 +61,29 @@ def size(asked: dict[str, Any], as_json: bool, cluster: str | None, output: Path
     if output is not None:
         save_plan(whole_plan(request, market, best), output)
         print(f"wrote {output}: {best.name}", file=sys.stderr)
+    return 0
+
+
+def _with(cluster: str, asked: dict[str, Any], output: Path | None, *, as_json: bool) -> int:
+    """What a given cluster can do."""
+    import sys
+
+    from planner.commands.ability_text import ability_document, ability_text
+    from planner.commands.sizing_options import read_on_cluster
+    from planner.commands.text import print_json
+    from planner.errors import InfeasibleError
+    from planner.plan import save_plan
+    from planner.sizing.ability import ability_of
+
+    problem, goal = read_on_cluster(cluster, asked)
+    found = ability_of(problem)
+    if as_json:
+        print_json(ability_document(found, problem, goal))
+    else:
+        click.echo(ability_text(found, problem, goal))
+    if found.plan is None:
+        raise InfeasibleError(found.why_not)
+    if output is not None:
+        save_plan(found.plan, output)
+        print(f"wrote {output}", file=sys.stderr)
     return 0

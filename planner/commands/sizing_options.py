@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from planner.market.market import Market
     from planner.model import ModelSpec
     from planner.objective import Goal
+    from planner.problem import PlanningProblem
     from planner.sizing.request import SizingRequest
     from planner.upkeep import Upkeep
     from planner.workload import Workload
@@ -204,6 +205,38 @@ def read_sizing(asked: dict[str, Any], *, least: bool) -> SizingAsked:
         profile=profile,
     )
     return SizingAsked(request, market)
+
+
+OFFERED = ("devices", "providers", "instances", "pricings", "counts")
+
+
+def read_on_cluster(text: str, asked: dict[str, Any]) -> tuple[PlanningProblem, Goal]:
+    """The run as a problem on a given cluster, with the upkeep that is usual, and its goal."""
+    import dataclasses
+
+    from planner.commands.options import ProblemOptions
+    from planner.commands.problem import read_problem
+    from planner.commands.quantities import Reading
+    from planner.sizing.usual_upkeep import usual_upkeep
+
+    reading = Reading()
+    for name, flag in zip(OFFERED, ("device", "provider", "instance", "pricing", "nodes"), strict=True):
+        if asked[name]:
+            reading.add(f"--{flag}", "asks for other hardware than --cluster names.", fix="leave one out")
+    batch = reading.read(lambda: read_batch(asked["batch"], asked["seq"]))
+    goal = reading.read(lambda: _goal(asked))
+    reading.finish()
+    assert batch is not None and goal is not None
+    known = ProblemOptions.__dataclass_fields__
+    values = {name: value for name, value in asked.items() if name in known} | {
+        "batch": batch,
+        "tokens": None,
+    }
+    problem = read_problem(ProblemOptions(cluster=text, **values)).problem
+    tokens, _ = _tokens(asked, problem.model)
+    upkeep = usual_upkeep(problem.cluster.devices, _upkeep(asked))
+    workload = dataclasses.replace(problem.workload, tokens=tokens)
+    return dataclasses.replace(problem, workload=workload, upkeep=upkeep), goal
 
 
 def _goal(asked: dict[str, Any]) -> Goal:

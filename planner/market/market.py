@@ -7,6 +7,7 @@ else, where it is asked for, its cost on premises, else none.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import tomllib
@@ -175,10 +176,14 @@ def on_premises_inputs() -> OnPremises:
 
 def price_terms(provider: str) -> tuple[PriceTerm, ...]:
     """What a provider takes off for a commitment, in general."""
+    return tuple(term for term in _price_terms() if term.provider == provider)
+
+
+@functools.cache
+def _price_terms() -> tuple[PriceTerm, ...]:
     from planner.market.prices import load_price_terms
 
-    terms = load_price_terms(data_folder() / "price_terms.toml")
-    return tuple(term for term in terms if term.provider == provider)
+    return load_price_terms(data_folder() / "price_terms.toml")
 
 
 def device_memory_mib() -> dict[str, int]:

@@ -174,7 +174,7 @@ def _activations(shape: ShapeModel, options: tuple[Recompute, ...], safe_bytes: 
         ]
     head_s = sum(passes.total_s for passes in shape.head_passes)
     block_s = (passes_s - sum(f.total_s + b.total_s for f, b in ends)) / layers
-    rate = min(rates, default=math.inf)
+    rate = min(rates, default=0.0)
     return Activations(passes_s, forward_s, block_s, head_s, kept, savable, rate, safe_bytes)
 
 

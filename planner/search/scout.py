@@ -23,6 +23,7 @@ from planner.cluster import ClusterSpec
 from planner.cost.compute import LayerModel
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.cost.goodput import Job
+from planner.cost.physics import Physics, usual_physics
 from planner.cost.verdict import safe_tensor_bytes
 from planner.estimate import Verdict
 from planner.problem import PlanningProblem
@@ -65,6 +66,14 @@ class Learned:
     def __init__(self) -> None:
         self.ratios: dict[Cell, float] = {}
         self.fullest: dict[Cell, float] = {}
+        self._layers: dict[Physics, LayerModel] = {}
+
+    def layers_of(self, problem: PlanningProblem) -> LayerModel:
+        """The costs of layers, which networks share unless runs told them apart."""
+        physics = usual_physics(problem)
+        if physics not in self._layers:
+            self._layers[physics] = LayerModel(problem, physics)
+        return self._layers[physics]
 
 
 class Scout:
@@ -78,15 +87,12 @@ class Scout:
         self.problem, self.pins = problem, pins
         self.learned = learned or Learned()
         self.why_not: dict[str, str] = {}
-        self._layers: dict[str, LayerModel] = {}
         self._outlook = Outlook(pins)
 
     def plan(self, cluster: ClusterSpec) -> Scouted | None:
         """A plan on a cluster; None where no usual choice keeps the rules and fits."""
         problem = dataclasses.replace(self.problem, cluster=cluster)
-        network = cluster.network
-        model = CostModel(problem, self._layers.get(network))
-        self._layers.setdefault(network, model.layers)
+        model = CostModel(problem, self.learned.layers_of(problem))
         space = space_of(problem, self.pins, usual=True)
         states = self._states_bytes(model, space)
         kept = [number for number, size in enumerate(states) if size <= problem.memory_limit_bytes]

@@ -65,6 +65,7 @@ MAX_ODD = 3
 MAX_CHUNKS = 4
 """More stages a rank than this cost more messages than the bubble that they save."""
 USUAL_MICRO_BATCH, USUAL_CHUNKS, USUAL_PIPELINE = 8, 2, 32
+USUAL_TOKENS_OF_RANK = 16384
 USUAL_SPLIT, USUAL_TOKENS = 32768, 8192
 USUAL_EPS = (4, 8, 16, 32, 64)
 USUAL_SCHEDULES = (Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED)
@@ -200,9 +201,9 @@ def space_of(
 
     `usual` leaves out what seldom wins: tp beyond a node or without sequence parallelism, cp for sequences
     below USUAL_SPLIT and in other ways than a ring, ep besides USUAL_EPS, experts split by tp, ZeRO 0 and 2
-    where there is data parallelism, micro-batches above USUAL_MICRO_BATCH, pipelines longer than
-    USUAL_PIPELINE, and schedules besides 1F1B and
-    interleaving by USUAL_CHUNKS. What is pinned is not left out.
+    where there is data parallelism, micro-batches above USUAL_MICRO_BATCH or USUAL_TOKENS_OF_RANK, pipelines
+    longer than USUAL_PIPELINE, and schedules besides 1F1B and interleaving by USUAL_CHUNKS. What is pinned is
+    not left out.
     """
     maker = _Maker(problem, pins, usual=usual)
     bases, complete = [], True
@@ -316,7 +317,7 @@ class _Maker:
         local = self.batch // whole.dp
         tokens = self.problem.workload.seq / whole.cp
         largest = USUAL_MICRO_BATCH if self.usual else MAX_MICRO_BATCH
-        most = max(1, min(largest, int(MAX_TOKENS / tokens)))
+        most = max(1, min(largest, int((USUAL_TOKENS_OF_RANK if self.usual else MAX_TOKENS) / tokens)))
         micro_batches = [size for size in divisors(local) if size <= most and _odd_part(size) <= MAX_ODD]
         spreads = whole.ep > 1 or whole.expert_tp != whole.tp
         shardings = [
