@@ -189,8 +189,7 @@ def test_hovering_shows_the_plan(page: Page, usual: Comparison) -> None:
     assert page.locator("#tip").is_hidden()
 
 
-@pytest.mark.parametrize("name", ["usual", "many"])
-@pytest.mark.parametrize("width", [360, 1400])
+@pytest.mark.parametrize(("name", "width"), [("many", 360), ("usual", 1400)])
 def test_marks_stand_where_the_axes_say(browser: Browser, folder: Path, name: str, width: int) -> None:
     page = browser.new_page(viewport={"width": width, "height": 900})
     page.goto((folder / f"{name}.html").as_uri())

@@ -170,8 +170,12 @@ def _mapped(
     alone = threading.active_count() == 1 and "fork" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("fork" if alone else "spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        for future in as_completed([pool.submit(task, kinds) for kinds in devices]):
-            yield future.result()
+        futures = [pool.submit(task, kinds) for kinds in devices]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:  # whoever asked may have stopped asking
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def profiles_for(request: SizingRequest) -> dict[str, Profile]:
