@@ -22,6 +22,7 @@ from planner.sizing import search
 from planner.web.asked import Asked, arguments, read_query
 from planner.web.latest import SupersededError
 from planner.web.serve import listen
+from tests.html_reader import Reader
 
 SMALL = {
     "model": "tinyllama-1.1b", "seq": "2048", "batch": "64", "tokens": "1B", "device": "",
@@ -46,6 +47,18 @@ def test_the_answer_is_that_of_plan_compare() -> None:
     assert [o["cluster"] for o in options] == [o.cluster for o in found.options]
     assert [o["cost_usd"] for o in options] == [o.cost_usd for o in found.options]
     assert {o.nodes for o in found.options} == {1, 2}
+
+
+def test_the_page_of_plan_compare_is_a_file(tmp_path: Path) -> None:
+    page = tmp_path / "choices.html"
+    line = ["compare", *arguments(asked()), "--html", str(page), "--json"]
+    result = CliRunner().invoke(cli, line, prog_name="plan")
+    assert result.exit_code == 0, result.output
+    document = Reader(page.read_text(encoding="utf-8"))
+    rows = [value for value in document.ids if value.startswith("o") and value[1:].isdigit()]
+    assert len(rows) == len(json.loads(result.stdout)["options"]) > 2
+    assert "The cheapest way that keeps a deadline of 30 days is " in document.text
+    assert not [value for _, name, value in document.attributes if name == "href" and value[:1] not in "#d"]
 
 
 def test_limits_tokens_and_pricing_change_without_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
