@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from planner.codec import encode
 from planner.commands.objective_text import money
 from planner.commands.sizing_text import days_text
 from planner.commands.text import WIDTH, pairs
-from planner.plan import degrees_document
-from planner.units import DAY_S, format_count, format_seconds
 
 if TYPE_CHECKING:
     from planner.objective import Goal
@@ -19,6 +16,8 @@ if TYPE_CHECKING:
 
 def ability_text(found: Ability, problem: PlanningProblem, goal: Goal) -> str:
     """The run on the cluster, then what else fits there."""
+    from planner.units import format_count
+
     model, workload = problem.model, problem.workload
     lines = [
         f"{model.name} ({format_count(model.params_total)} parameters), {workload.method} on "
@@ -29,6 +28,8 @@ def ability_text(found: Ability, problem: PlanningProblem, goal: Goal) -> str:
 
 
 def _run(found: Ability, goal: Goal) -> list[tuple[str, str]]:
+    from planner.units import DAY_S, format_count, format_seconds
+
     plan, losses = found.plan, found.losses
     if plan is None:
         return [("this run", "does not fit; the largest that does stands below")]
@@ -57,6 +58,8 @@ def _against(value: float, limit: float, told: str) -> str:
 
 
 def _most(found: Ability) -> list[tuple[str, str]]:
+    from planner.units import format_count
+
     longest, largest = found.longest, found.largest
     return [
         (
@@ -76,6 +79,10 @@ def _most(found: Ability) -> list[tuple[str, str]]:
 
 def ability_document(found: Ability, problem: PlanningProblem, goal: Goal) -> dict[str, Any]:
     """The answer as JSON; `options` has the cluster itself where the run fits on it."""
+    from planner.codec import encode
+    from planner.plan import degrees_document
+    from planner.units import DAY_S
+
     plan, losses, cluster = found.plan, found.losses, problem.cluster
     options = []
     if plan is not None:
