@@ -24,7 +24,7 @@ def smaller(first: float, *others: float) -> float:
 
 def _pick(a: float, b: float, *, largest: bool) -> float:
     if isinstance(a, (float, int)) and isinstance(b, (float, int)):
-        return a if (a >= b) is largest else b
+        return a if bool(a >= b) is largest else b
     import numpy as np
 
     picked: float = np.maximum(a, b) if largest else np.minimum(a, b)  # an array stands for a float

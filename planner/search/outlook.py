@@ -1,14 +1,14 @@
 """Outlook: about how long a step of each of thousands of shapes takes, all at once, before any is replayed.
 
 With W the passes of the whole model for one micro-batch without data parallelism, p ranks of v stages, m
-micro-batches, and t the slowest rank's part of W (blocks are whole, and the last rank has the head):
+micro-batches, f the factor of the schedule (planner.search.bounds), and t the slowest rank's part of W, whose
+blocks are whole and of which the last has the head:
 
-    step ~ (m - 1) t + W + (p - 1) (1 / v - 1) W / p + (m + (p - 1) / v) R + D
+    step ~ m t + (f - m / p) W + f p R + D
 
-since filling and draining the pipeline takes (p - 1) W / p over v. R is what the first rank recomputes, which
-has most in flight: it holds states s and n micro-batches of 1 / p of the activations a, n = min(m, p), and of
-several stages a rank p + (p - 1) / v. What exceeds its limit is recomputed away by the option that saves most
-bytes a second, r seconds a byte:
+R is what the first rank recomputes, which has most in flight: it holds states s and n micro-batches of 1 / p
+of the activations a, n = min(m, p), and interleaved p + (p - 1) / v. What exceeds its limit is recomputed
+away by the option that saves most bytes a second, r seconds a byte:
 
     R = r max(0, s + a n / p - limit) / n
 
@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost import constants
 from planner.cost.evaluate import CostModel
+from planner.cost.seconds import smaller
 from planner.cost.stage import ShapeModel
 from planner.cost.verdict import safe_tensor_bytes
 from planner.search.bounds import schedule_factor
 from planner.search.quick_bounds import alone, kind_of
 from planner.search.space import Pins, Pipe, Space
-from planner.strategy import Degrees, Recompute, Zero
+from planner.strategy import Degrees, Recompute, Schedule, Zero
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,9 +87,12 @@ class Outlook:
         rows: list[tuple[float, ...]] = []
         for base, pipes, state in zip(space.bases, space.pipes, states_bytes, strict=True):
             kind, m = self._kind(model, base), base.num_micro_batches
+            rough = _rough_s(model, base)
             for pipe in pipes:
+                interleaved = pipe[0] is Schedule.INTERLEAVED
+                factor = self._factor(base, pipe)
                 shapes.append((base, pipe))
-                rows.append((*kind, state, self._factor(base, pipe), base.pp, m, pipe[1]))
+                rows.append((*kind, state, *rough, factor, base.pp, m, pipe[1], interleaved))
         if not rows:
             return Shapes([], np.zeros(0), np.zeros(0), math.inf)
         return self._shapes(model, shapes, np.asarray(rows).T)
@@ -96,24 +100,26 @@ class Outlook:
     def _shapes(self, model: CostModel, shapes: list[tuple[Degrees, Pipe]], columns: Floats) -> Shapes:
         import numpy as np
 
-        passes, forward, block, head, kept, savable, rate, limit, state, factor, p, m, v = columns
-        alive = np.minimum(m, p + (p - 1) / v * (v > 1))
+        passes, forward, block, head, kept, savable, rate, limit = columns[:8]
+        state, each, once, factor, p, m, v, interleaved = columns[8:]
+        alive = np.minimum(m, p + (p - 1) / v * (interleaved > 0))
         excess = np.maximum(state + kept * alive / p - limit, 0.0)
         again = np.where(excess > 0, rate * excess / alive, 0.0)
         layers = model.problem.model.layers
         most, least = np.ceil(layers / (p * v)) * v, np.floor(layers / (p * v)) * v
         slowest = np.maximum(passes / p, np.maximum(most * block, least * block + head * (p > 1)))
-        seconds = (m - 1) * slowest + passes + (p - 1) * (1 / v - 1) * passes / p + (m + (p - 1) / v) * again
+        seconds = m * slowest + (factor - m / p) * passes + factor * p * again
         seconds[excess > savable * alive / p] = math.inf
         fullness = (state + (kept - savable) * alive / p) / limit
         bound_s = float((passes * factor).min())
-        kept_ones = seconds.argsort(kind="stable")[:MOST_LOOKED_AT]
         whole = passes + p * again
+        rough_s = seconds + _shown_s(each, whole) * m / p + _shown_s(once, (whole - forward) / p)
+        kept_ones = rough_s.argsort(kind="stable")[:MOST_LOOKED_AT]
         sent: dict[tuple[object, ...], tuple[float, float]] = {}
         for number in kept_ones[np.isfinite(seconds[kept_ones])]:
-            each, once = self._sent(model, shapes[number][0], sent)
+            each_s, once_s = self._sent(model, shapes[number][0], sent)
             behind_s = (whole[number] - forward[number]) / p[number]
-            shown_s = _shown_s(each, whole[number]) * m[number] / p[number] + _shown_s(once, behind_s)
+            shown_s = _shown_s(each_s, whole[number]) * m[number] / p[number] + _shown_s(once_s, behind_s)
             seconds[number] += shown_s
         degrees = [
             dataclasses.replace(shapes[number][0], schedule=shapes[number][1][0], chunks=shapes[number][1][1])
@@ -178,10 +184,27 @@ def _activations(shape: ShapeModel, options: tuple[Recompute, ...], safe_bytes: 
     return Activations(passes_s, forward_s, block_s, head_s, kept, savable, rate, safe_bytes)
 
 
-def _shown_s(message_s: float, behind_s: float) -> float:
-    """What messages show beside compute: what is longer, and what they slow it down by."""
-    hidden_s = min(message_s, behind_s)
+def _shown_s(message_s: Any, behind_s: Any) -> Any:
+    """What messages show beside compute, of one shape or of many: what is longer, and how they slow it."""
+    hidden_s = smaller(message_s, behind_s)
     return message_s - hidden_s + constants.OVERLAP_SLOWDOWN * hidden_s
+
+
+def _rough_s(model: CostModel, base: Degrees) -> tuple[float, float]:
+    """About what `_sent_s` says, from bytes and nominal rates alone: ranks of a node send side by side."""
+    if base.replicas == 1:
+        return 0.0, 0.0
+    cluster, layers = model.problem.cluster, model.layers
+    rate, beside = cluster.intra.bytes_per_s, base.tp * base.cp
+    if base.weight_shards * base.tp > cluster.devices_per_node and rate and cluster.inter.bytes_per_s:
+        rate = min(rate, cluster.inter.bytes_per_s * max(1, cluster.devices_per_node // beside))
+    if not rate:
+        return 0.0, 0.0
+    params = (layers.params_total - layers.params_routed) / base.tp + layers.params_routed / base.expert_ranks
+    size = model.problem.workload.precision.compute_bytes
+    if base.zero is Zero.PARAMETERS:
+        return params * (2 * size + 4) / rate, 0.0
+    return 0.0, params * (size + 4) / rate / base.pp
 
 
 def _sent_s(model: CostModel, base: Degrees) -> tuple[float, float]:
