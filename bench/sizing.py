@@ -26,7 +26,7 @@ from planner.problem import PlanningProblem
 from planner.search.scout import Scout
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import Pins
-from planner.sizing.search import usual_precision
+from planner.sizing.problems import usual_precision
 from planner.workload import Workload
 
 COMMANDS = (

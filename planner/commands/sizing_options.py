@@ -201,6 +201,7 @@ def read_sizing(asked: dict[str, Any], *, least: bool) -> SizingAsked:
         counts=tuple(sorted(set(asked["counts"]))) or None,
         most_devices=asked["max_devices"],
         least=least,
+        thorough=bool(asked["devices"] or asked["providers"] or asked["instances"]),
         memory_limit_bytes=limit_bytes,
         profile=profile,
     )

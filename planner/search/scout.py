@@ -39,7 +39,7 @@ from planner.units import format_bytes
 if TYPE_CHECKING:
     from planner.search.outlook import Floats
 
-FIRST_REPLAYED, LATER_REPLAYED, ENOUGH_LEARNED = 6, 4, 12
+FIRST_REPLAYED, LATER_REPLAYED, ENOUGH_LEARNED = 6, 3, 12
 """Shapes that are replayed for one number of nodes at most: the second number where so many kinds of shapes
 were replayed before, of this model on this device."""
 PROMISE, HOPE = 0.995, 0.95

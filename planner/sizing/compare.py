@@ -13,10 +13,12 @@ from planner.sizing.assumptions import assumptions_of
 from planner.sizing.break_even import break_evens, owned
 from planner.sizing.comparison import BreakEven, Comparison, LeftOut, Sensitivity
 from planner.sizing.energy import energy_facts
+from planner.sizing.floors import RULED_OUT
+from planner.sizing.kinds import Scouting
 from planner.sizing.offer import Offer, Pricing
 from planner.sizing.option import Option
 from planner.sizing.request import SizingRequest
-from planner.sizing.search import Known, Progress, Scouting, scout_all
+from planner.sizing.search import Known, Progress, scout_all
 from planner.sizing.sensitivity import sensitivities
 from planner.sizing.sized import Costing, with_pareto
 
@@ -68,6 +70,8 @@ def compare(
 
 def _left_out(offer: Offer, scouting: Scouting) -> LeftOut:
     """Why an offer has no option: on the fewest nodes that were tried, and on the most."""
+    if RULED_OUT in scouting.why_not.values():
+        return LeftOut(offer=offer.name, reason=RULED_OUT)
     told = [f"{_nodes(nodes)}: {scouting.why_not[nodes]}" for nodes in sorted(scouting.why_not)]
     return LeftOut(offer=offer.name, reason="; ".join(dict.fromkeys((told[0], told[-1]))))
 

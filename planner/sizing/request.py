@@ -20,7 +20,8 @@ class SizingRequest:
     `workload.tokens` is the whole run; where `precision` is None, each device computes in its usual one.
     What `upkeep` does not say is as usual (planner.sizing.usual_upkeep). `counts` are numbers of nodes to
     try; None: a ladder up to `most_devices`, of which `least` asks for the fewest that keep the deadline.
-    `profile` counts for its own device alone; other devices have their shipped ones.
+    `profile` counts for its own device alone; other devices have their shipped ones. Unless `thorough`, what
+    can neither be the cheapest nor the smallest even at its devices' peak is not planned for `least`.
     """
 
     model: ModelSpec
@@ -33,6 +34,7 @@ class SizingRequest:
     counts: tuple[int, ...] | None = None
     most_devices: int = 16384
     least: bool = False
+    thorough: bool = True
     memory_limit_bytes: int | None = None
     profile: Profile | None = None
     limits: Limits = NO_LIMITS

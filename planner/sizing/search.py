@@ -17,36 +17,29 @@ import gc
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping
 from functools import partial
-from typing import NamedTuple
 
-from planner.catalog import profile_files
-from planner.cluster import ClusterSpec, Device
 from planner.cluster_grammar import parse_cluster
 from planner.cost.goodput import figures_of
-from planner.cost.trained import trained_flops_per_token
 from planner.market.market import Market
 from planner.not_modelled import not_modelled
 from planner.objective import Goal
-from planner.problem import PlanningProblem
-from planner.profile import Profile, load_profile
+from planner.profile import Profile
 from planner.search.scout import Learned, Scout
+from planner.sizing.floors import Floors
+from planner.sizing.kinds import Kind, Scouting, most_nodes
 from planner.sizing.ladder import between, ladder
 from planner.sizing.offer import Offer
+from planner.sizing.problems import peak_device_s, problem_on, profiles_for, usual_precision
 from planner.sizing.request import SizingRequest
 from planner.sizing.sized import Sized, sized
 from planner.sizing.usual_upkeep import usual_upkeep
 from planner.units import DAY_S
-from planner.workload import Precision
 
 Progress = Callable[[int, int], None]
 """Called with the kinds that are done and all of them."""
 
-MOST_NODES = 2048
-"""Nodes of the largest published runs, such as Llama 3's (arXiv 2407.21783): ladders end there."""
-NO_DEARER = 1.02
-"""Nodes whose devices cost up to this much of another's cost no more."""
 FASTER = 0.98
 """Twice the nodes are worth trying on where they take less than this of the step time."""
 REFINED = 6
@@ -55,37 +48,6 @@ BESIDE = 2
 """Rungs beyond the first that fits that are scouted where no deadline asks for more."""
 ALONE_KINDS = 8
 """Fewer kinds than this are scouted in this process: starting others takes as long."""
-
-
-class Kind(NamedTuple):
-    """What tells offers apart but their price; `offer` stands for all of them, of `most` nodes at most."""
-
-    device: str
-    devices_per_node: int
-    network: str
-    offer: Offer
-    most: int
-
-
-class Scouting(NamedTuple):
-    """The plans of a kind by number of nodes, and why others have none."""
-
-    plans: dict[int, Sized]
-    why_not: dict[int, str]
-
-    def up_to(self, nodes: int) -> Scouting:
-        """The part on at most so many nodes, and one reason beyond where there is no plan."""
-        plans = {count: sized for count, sized in self.plans.items() if count <= nodes}
-        why_not = {count: why for count, why in self.why_not.items() if count <= nodes}
-        return Scouting(plans, why_not or {nodes: "more are no better than larger nodes of the provider"})
-
-    def for_tokens(self, tokens: int | None) -> Scouting:
-        """The same plans for a run of so many tokens."""
-        plans = {
-            nodes: each._replace(job=dataclasses.replace(each.job, tokens=tokens))
-            for nodes, each in self.plans.items()
-        }
-        return Scouting(plans, self.why_not)
 
 
 Known = MutableMapping[Hashable, Scouting]
@@ -113,10 +75,21 @@ def scout_all(
         for kind in each
         if keys[kind] in known
     }
-    for done in _mapped(task, sorted(devices.values(), key=len, reverse=True)):
-        found |= {kind[:3]: scouting for kind, scouting in done}
-        known.update({keys[kind]: scouting for kind, scouting in done})
-        progress(len(found), len(each))
+    rounds = [[kind for kinds in devices.values() for kind in kinds]]
+    floors = Floors(request, kinds)
+    if request.least and not request.thorough:
+        rounds = floors.likeliest(rounds[0])
+    for number, asked in enumerate(rounds):
+        if number:
+            asked, ruled_out = floors.open(asked, found)
+            found |= ruled_out
+        groups: dict[str, list[Kind]] = defaultdict(list)
+        for kind in asked:
+            groups[kind.device].append(kind)
+        for done in _mapped(task, sorted(groups.values(), key=len, reverse=True)):
+            found |= {kind[:3]: scouting for kind, scouting in done}
+            known.update({keys[kind]: scouting for kind, scouting in done})
+            progress(len(found), len(each))
     scoutings = (found[o.device.name, o.devices_per_node, o.network] for o in request.offers)
     pairs = zip(request.offers, scoutings, strict=True)
     return [(offer, scouting.up_to(most[offer.name])) for offer, scouting in pairs]
@@ -126,32 +99,6 @@ def _regardless(request: SizingRequest) -> SizingRequest:
     """The request without what a search for all plans does not depend on."""
     workload = dataclasses.replace(request.workload, tokens=None)
     return dataclasses.replace(request, workload=workload, offers=(), goal=Goal(), tokens_note="")
-
-
-def most_nodes(offers: Sequence[Offer], most_devices: int) -> dict[str, int]:
-    """How many nodes of each offer are tried at most, by its name.
-
-    Where the provider has larger nodes of the device that cost no more a device, as many devices in smaller
-    nodes are no better: only numbers below one larger node are tried.
-    """
-    most = {}
-    for offer in offers:
-        larger = [
-            other.devices_per_node
-            for other in offers
-            if (other.provider, other.device) == (offer.provider, offer.device)
-            and other.devices_per_node > offer.devices_per_node
-            and _dollars(other) <= _dollars(offer) * NO_DEARER
-        ]
-        devices = min([most_devices, *(size - 1 for size in larger)])
-        most[offer.name] = max(1, min(MOST_NODES, devices // offer.devices_per_node))
-    return most
-
-
-def _dollars(offer: Offer) -> float:
-    """Dollars of a device-hour at the first rate; unknown ones are the dearest."""
-    price = offer.rates[0].usd_per_node_hour
-    return math.inf if price is None else price / offer.devices_per_node
 
 
 def _mapped(
@@ -176,16 +123,6 @@ def _mapped(
                 yield future.result()
         finally:  # whoever asked may have stopped asking
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def profiles_for(request: SizingRequest) -> dict[str, Profile]:
-    """The newest shipped profile of each device; the one that was given, for its own."""
-    known: dict[str, Profile] = {}
-    for profile in sorted(map(load_profile, profile_files()), key=lambda p: p.created):
-        known[profile.device] = profile
-    if request.profile is not None:
-        known[request.profile.device] = request.profile
-    return known
 
 
 def scout_device(
@@ -260,7 +197,7 @@ class _Climb:
         deadline_s, fitting = self.request.goal.deadline_s, 0
         below, before_s = 0, math.inf
         for nodes in counts:
-            peak_s = self._peak_s(nodes)
+            peak_s = peak_device_s(self.request, self.offer.device) / (nodes * self.offer.devices_per_node)
             if deadline_s is not None and peak_s > deadline_s:
                 self.found.why_not[nodes] = (
                     f"{peak_s / DAY_S:,.0f} days even if all devices were at their peak"
@@ -298,13 +235,6 @@ class _Climb:
             found = self._plan(counts[middle])
             counts = counts[:middle] if found is not None and self._keeps(found) else counts[middle + 1 :]
 
-    def _peak_s(self, nodes: int) -> float:
-        """Seconds of the whole run at the devices' dense peak, which no plan beats."""
-        workload = dataclasses.replace(self.request.workload, precision=self.precision)
-        flops = trained_flops_per_token(self.request.model, workload) * (workload.tokens or 0)
-        peak = self.offer.device.peak_flops(self.precision) or math.inf
-        return flops / (peak * nodes * self.offer.devices_per_node)
-
     def _plan(self, nodes: int) -> Sized | None:
         if nodes in self.found.plans:
             return self.found.plans[nodes]
@@ -319,27 +249,3 @@ class _Climb:
         left_out = not_modelled(problem, scouted.evaluation.strategy)
         self.found.plans[nodes] = found = sized(scouted, left_out)
         return found
-
-
-def problem_on(
-    request: SizingRequest, cluster: ClusterSpec, device: Device, profile: Profile | None
-) -> PlanningProblem:
-    """The request as a problem on one cluster of a device."""
-    usable = device.usable_memory_bytes
-    precision = request.precision or usual_precision(device)
-    return PlanningProblem(
-        model=request.model,
-        workload=dataclasses.replace(request.workload, precision=precision),
-        cluster=cluster,
-        profile=profile,
-        memory_limit_bytes=min(usable, request.memory_limit_bytes or usable),
-        upkeep=usual_upkeep(cluster.devices, request.upkeep),
-        limits=request.limits,
-    )
-
-
-def usual_precision(device: Device) -> Precision:
-    """The narrowest that a device is made for, as other commands choose it."""
-    if device.peak_bf16_flops is None and device.peak_fp16_flops is not None:
-        return Precision.FP16
-    return Precision.BF16

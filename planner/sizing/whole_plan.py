@@ -7,8 +7,8 @@ from planner.market.market import Market
 from planner.plan import Plan
 from planner.search.solve import SolveOptions, solve
 from planner.sizing.option import Option
+from planner.sizing.problems import problem_on, profiles_for
 from planner.sizing.request import SizingRequest
-from planner.sizing.search import problem_on, profiles_for
 
 TIME_LIMIT_S = 60.0
 """Seconds of the search, as of `plan solve`."""

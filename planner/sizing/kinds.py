@@ -1,0 +1,73 @@
+"""Kinds of nodes: what tells offers apart but their price, and what was found on each."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from planner.sizing.offer import Offer
+from planner.sizing.sized import Sized
+
+MOST_NODES = 2048
+"""Nodes of the largest published runs, such as Llama 3's (arXiv 2407.21783): ladders end there."""
+NO_DEARER = 1.02
+"""Nodes whose devices cost up to this much of another's cost no more."""
+
+
+class Kind(NamedTuple):
+    """What tells offers apart but their price; `offer` stands for all of them, of `most` nodes at most."""
+
+    device: str
+    devices_per_node: int
+    network: str
+    offer: Offer
+    most: int
+
+
+class Scouting(NamedTuple):
+    """The plans of a kind by number of nodes, and why others have none."""
+
+    plans: dict[int, Sized]
+    why_not: dict[int, str]
+
+    def up_to(self, nodes: int) -> Scouting:
+        """The part on at most so many nodes, and one reason beyond where there is no plan."""
+        plans = {count: sized for count, sized in self.plans.items() if count <= nodes}
+        why_not = {count: why for count, why in self.why_not.items() if count <= nodes}
+        return Scouting(plans, why_not or {nodes: "more are no better than larger nodes of the provider"})
+
+    def for_tokens(self, tokens: int | None) -> Scouting:
+        """The same plans for a run of so many tokens."""
+        plans = {
+            nodes: each._replace(job=dataclasses.replace(each.job, tokens=tokens))
+            for nodes, each in self.plans.items()
+        }
+        return Scouting(plans, self.why_not)
+
+
+def most_nodes(offers: Sequence[Offer], most_devices: int) -> dict[str, int]:
+    """How many nodes of each offer are tried at most, by its name.
+
+    Where the provider has larger nodes of the device that cost no more a device, as many devices in smaller
+    nodes are no better: only numbers below one larger node are tried.
+    """
+    most = {}
+    for offer in offers:
+        larger = [
+            other.devices_per_node
+            for other in offers
+            if (other.provider, other.device) == (offer.provider, offer.device)
+            and other.devices_per_node > offer.devices_per_node
+            and _dollars(other) <= _dollars(offer) * NO_DEARER
+        ]
+        devices = min([most_devices, *(size - 1 for size in larger)])
+        most[offer.name] = max(1, min(MOST_NODES, devices // offer.devices_per_node))
+    return most
+
+
+def _dollars(offer: Offer) -> float:
+    """Dollars of a device-hour at the first rate; unknown ones are the dearest."""
+    price = offer.rates[0].usd_per_node_hour
+    return math.inf if price is None else price / offer.devices_per_node

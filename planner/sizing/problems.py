@@ -1,0 +1,57 @@
+"""A sizing request as planning problems: on which device in which precision, by which profile."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from planner.catalog import profile_files
+from planner.cluster import ClusterSpec, Device
+from planner.cost.trained import trained_flops_per_token
+from planner.problem import PlanningProblem
+from planner.profile import Profile, load_profile
+from planner.sizing.request import SizingRequest
+from planner.sizing.usual_upkeep import usual_upkeep
+from planner.workload import Precision
+
+
+def profiles_for(request: SizingRequest) -> dict[str, Profile]:
+    """The newest shipped profile of each device; the one that was given, for its own."""
+    known: dict[str, Profile] = {}
+    for profile in sorted(map(load_profile, profile_files()), key=lambda p: p.created):
+        known[profile.device] = profile
+    if request.profile is not None:
+        known[request.profile.device] = request.profile
+    return known
+
+
+def peak_device_s(request: SizingRequest, device: Device) -> float:
+    """Device-seconds of the whole run at a device's dense peak, which no plan beats; 0: no peak is known."""
+    precision = request.precision or usual_precision(device)
+    workload = dataclasses.replace(request.workload, precision=precision)
+    peak = device.peak_flops(precision)
+    flops = trained_flops_per_token(request.model, workload) * (workload.tokens or 0)
+    return flops / peak if peak else 0.0
+
+
+def problem_on(
+    request: SizingRequest, cluster: ClusterSpec, device: Device, profile: Profile | None
+) -> PlanningProblem:
+    """The request as a problem on one cluster of a device."""
+    usable = device.usable_memory_bytes
+    precision = request.precision or usual_precision(device)
+    return PlanningProblem(
+        model=request.model,
+        workload=dataclasses.replace(request.workload, precision=precision),
+        cluster=cluster,
+        profile=profile,
+        memory_limit_bytes=min(usable, request.memory_limit_bytes or usable),
+        upkeep=usual_upkeep(cluster.devices, request.upkeep),
+        limits=request.limits,
+    )
+
+
+def usual_precision(device: Device) -> Precision:
+    """The narrowest that a device is made for, as other commands choose it."""
+    if device.peak_bf16_flops is None and device.peak_fp16_flops is not None:
+        return Precision.FP16
+    return Precision.BF16
