@@ -1,4 +1,4 @@
-"""Floors: which kinds of nodes can neither be the cheapest nor the smallest, before any plan is made there."""
+"""Floors: which kinds of nodes can be neither the cheapest nor the smallest, before any is planned."""
 
 from __future__ import annotations
 
