@@ -5,8 +5,8 @@
 prints every run of bench/data/published_costs.toml with its published figure and two predicted ones, and
 writes bench/results/DATE-published-cost.json: as `plan estimate` predicts it where no profile is given (the
 shipped profile of the device, else its datasheet), and with constants fitted to measured steps of other runs,
-which are in bench/data/published_cost_profile.json (`--calibrate` fits them anew to the rows of FITTED_ON in
-bench/data/tables.csv; none of them is of a run that is predicted).
+which are in profiles/measured/a100-published-runs.json, the shipped profile of A100 (`--calibrate` fits them
+anew to the rows of FITTED_ON in bench/data/tables.csv; none of them is of a run that is predicted).
 
 A layout is the published one; degrees that are not published are a search's over all that fit, `chosen` in
 the file, which `--search` makes anew. Goodput is that of what runs usually suffer, as `plan size` counts it
@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from planner.catalog import profile_files
+from planner.catalog import data_folder
 from planner.codec import decode, encode, load_toml, noun, write_atomic
 from planner.commands.text import table
 from planner.cost.evaluate import CostModel
@@ -39,11 +39,12 @@ from planner.estimate import Estimate, Rejected, Verdict
 from planner.profile import Profile, load_profile
 from planner.runs.run import Run, RunRecompute
 from planner.runs.setup import RunSetup, Setups
+from planner.shipped_profile import shipped_profile
 from planner.sizing.usual_upkeep import usual_upkeep
 from planner.units import DAY_S
 
 DATA = Path(__file__).parent / "data" / "published_costs.toml"
-FITTED = Path(__file__).parent / "data" / "published_cost_profile.json"
+FITTED = data_folder() / "measured" / "a100-published-runs.json"
 FITTED_ON = ("mosaic", "fmsfsdp", "korth")
 """Prefixes of rows: FSDP of llm-foundry and of IBM on A100 and H100, Megatron-LM on A100."""
 WITHIN = 0.20
@@ -144,12 +145,6 @@ class PredictedCost:
 def load_costs(path: Path = DATA) -> tuple[PublishedCost, ...]:
     """The runs of the file. Raises InputError."""
     return load_toml(path, PublishedCosts).runs
-
-
-def shipped_profile(device: str) -> Profile | None:
-    """The profile that `plan estimate` takes where none is given: the newest shipped one of the device."""
-    fitting = [profile for profile in map(load_profile, profile_files()) if profile.device == device]
-    return max(fitting, key=lambda profile: profile.created, default=None)
 
 
 def row_of(cost: PublishedCost, **degrees: Any) -> Run:

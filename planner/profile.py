@@ -145,6 +145,11 @@ class Profile:
     cores: int | None = None
     skipped: tuple[str, ...] = ()
 
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices it tells of: the one it was measured on, or those whose runs it was fitted to."""
+        return (self.device,) if self.device else tuple(self.device_title.split(", "))
+
     def constant(self, name: str) -> float | None:
         """The value of a constant that holds for any software, or None where the profile has none."""
         return self.constant_of(name)

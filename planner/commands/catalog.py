@@ -113,7 +113,7 @@ def _profiles() -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": path.stem,
-                "device": profile.device,
+                "device": ", ".join(profile.devices),
                 "backend": profile.backend,
                 "created": profile.created,
                 "layer_samples": len(profile.layers),

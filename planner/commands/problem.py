@@ -112,12 +112,13 @@ def _profile_of_plan(
 ) -> tuple[Profile | None, str]:
     """The profile that a plan's figures for a device rest on, and what is to be said of it."""
     from planner.codec import digest
+    from planner.shipped_profile import shipped_profile
 
     found, basis = given, words
     if given is None and made_with is None:
         return None, f"datasheet of {device.title}: the plan was made without a profile"
     if given is None:
-        found = _shipped(device.name)
+        found = shipped_profile(device.name)
         basis = f"shipped profile {found.name}" if found is not None else f"datasheet of {device.title}"
     if (None if found is None else digest(found)) != made_with:
         basis += (
@@ -164,10 +165,12 @@ def _profiles(inputs: ProblemInputs) -> dict[Device, tuple[Profile | None, str]]
 
 
 def _profile(inputs: ProblemInputs, given: Profile | None, device: Device) -> tuple[Profile | None, str]:
+    from planner.shipped_profile import shipped_profile
+
     if given is not None and _speaks_of(given, device):
         made = f"measured on {given.device}" if given.layers else f"fitted to runs on {given.device_title}"
         return given, f"profile {inputs.profile}, {made}, {given.created}"
-    shipped = _shipped(device.name)
+    shipped = shipped_profile(device.name)
     if shipped is not None:
         made = "measured" if shipped.layers else "fitted to runs"
         return shipped, f"shipped profile {shipped.name}, {made} on {shipped.device_title}, {shipped.created}"
@@ -186,11 +189,3 @@ def _check_device(profile: Profile, devices: list[str], inputs: ProblemInputs) -
                 fix="plan profile on that device, or leave --profile out",
             )
         )
-
-
-def _shipped(device: str) -> Profile | None:
-    from planner.catalog import profile_files
-    from planner.profile import load_profile
-
-    fitting = [profile for profile in map(load_profile, profile_files()) if profile.device == device]
-    return max(fitting, key=lambda profile: profile.created, default=None)

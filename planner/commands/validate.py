@@ -90,19 +90,13 @@ def profile_choice(path: Path | None) -> Callable[[str], Profile | None]:
     A named profile with samples of layers speaks for the device it was measured on; one with constants
     alone was fitted over devices and speaks for all.
     """
-    from planner.catalog import profile_files
     from planner.profile import load_profile
+    from planner.shipped_profile import shipped_profile
 
     if path is not None:
         named = load_profile(path)
         return lambda device: named if named.device == device or not named.layers else None
-    shipped = [load_profile(file) for file in profile_files()]
-
-    def newest(device: str) -> Profile | None:
-        fitting = (profile for profile in shipped if profile.device == device)
-        return max(fitting, key=lambda profile: profile.created, default=None)
-
-    return newest
+    return shipped_profile
 
 
 def _progress() -> Callable[[int, int], None]:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 
-from planner.catalog import profile_files
+from planner.catalog import device_names
 from planner.cluster import ClusterSpec, Device
 from planner.cost.trained import trained_flops_per_token
 from planner.problem import PlanningProblem
-from planner.profile import Profile, load_profile
+from planner.profile import Profile
+from planner.shipped_profile import shipped_profile, shipped_profiles
 from planner.sizing.request import SizingRequest
 from planner.sizing.usual_upkeep import usual_upkeep
 from planner.workload import Precision
 
 
 def profiles_for(request: SizingRequest) -> dict[str, Profile]:
-    """The newest shipped profile of each device; the one that was given, for its own."""
-    known: dict[str, Profile] = {}
-    for profile in sorted(map(load_profile, profile_files()), key=lambda p: p.created):
-        known[profile.device] = profile
-    if request.profile is not None:
-        known[request.profile.device] = request.profile
-    return known
+    """The shipped profile of each device that has one; the one that was given, for the device it was measured
+    on, or if it was fitted for all."""
+    names = {name for profile in shipped_profiles() for name in profile.devices}
+    known = {name: found for name in names if (found := shipped_profile(name)) is not None}
+    given = request.profile
+    if given is None:
+        return known
+    return known | dict.fromkeys(given.devices if given.layers else device_names(), given)
 
 
 def peak_device_s(request: SizingRequest, device: Device) -> float:
