@@ -54,7 +54,7 @@ def test_the_best_known_runs_are_within_a_fifth(name: str, rows: dict[str, Predi
 
 
 def test_intervals_hold_no_fewer_than_they_did(rows: dict[str, PredictedCost]) -> None:
-    """Of 29 published figures 12 lie in the interval: it is that of steps, and cards count more than steps."""
+    """Of 29 published figures 12 lie in the interval, which is that of steps: cards count more than steps."""
     inside = [row.inside for row in rows.values()]
     assert sum(shipped for shipped, _ in inside) >= 12
     assert sum(fitted for _, fitted in inside) >= 12
