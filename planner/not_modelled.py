@@ -11,6 +11,8 @@ from planner.strategy import Strategy
 from planner.traced import TracedLayer
 from planner.workload import Optimizer, Precision
 
+TAKEN_BACK = "nodes that the provider takes back (--preemptions)"
+
 Predicate = Callable[[PlanningProblem, Strategy], bool]
 
 
@@ -94,7 +96,7 @@ _PHRASES: tuple[tuple[str, Predicate], ...] = (
         lambda p, s: p.upkeep.checkpoint_every is not None and p.upkeep.repair_s is None,
     ),
     (
-        "nodes that the provider takes back (--preemptions)",
+        TAKEN_BACK,
         lambda p, s: p.upkeep.checkpoint_every is not None
         and p.upkeep.preemptions_per_1000_node_days is None,
     ),

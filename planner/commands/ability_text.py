@@ -9,20 +9,22 @@ from planner.commands.sizing_text import days_text
 from planner.commands.text import WIDTH, pairs
 
 if TYPE_CHECKING:
+    from planner.commands.sizing_options import OnCluster
     from planner.objective import Goal
-    from planner.problem import PlanningProblem
     from planner.sizing.ability import Ability
 
 
-def ability_text(found: Ability, problem: PlanningProblem, goal: Goal) -> str:
+def ability_text(found: Ability, given: OnCluster) -> str:
     """The run on the cluster, then what else fits there."""
     from planner.units import format_count
 
-    model, workload = problem.model, problem.workload
+    model, workload = given.problem.model, given.problem.workload
     lines = [
         f"{model.name} ({format_count(model.params_total)} parameters), {workload.method} on "
-        f"{format_count(workload.tokens or 0)} tokens, on {found.cluster}",
-        pairs([*_run(found, goal), *_most(found)], WIDTH),
+        f"{format_count(workload.tokens or 0)} tokens"
+        + (f" ({given.tokens_note})" if given.tokens_note else "")
+        + f"\n  {workload.batch} x {workload.seq} tokens a step, on {found.cluster}",
+        pairs([*_run(found, given.goal), *_most(found)], WIDTH),
     ]
     return "\n\n".join(lines)
 
@@ -77,13 +79,15 @@ def _most(found: Ability) -> list[tuple[str, str]]:
     ]
 
 
-def ability_document(found: Ability, problem: PlanningProblem, goal: Goal) -> dict[str, Any]:
+def ability_document(found: Ability, given: OnCluster) -> dict[str, Any]:
     """The answer as JSON; `options` has the cluster itself where the run fits on it."""
     from planner.codec import encode
     from planner.plan import degrees_document
     from planner.units import DAY_S
 
-    plan, losses, cluster = found.plan, found.losses, problem.cluster
+    plan, losses, cluster = found.plan, found.losses, given.problem.cluster
+    rented = cluster.name.partition("*")[2] if "+" not in cluster.name else ""
+    provider, _, instance = rented.partition("/")
     options = []
     if plan is not None:
         estimate = plan.estimate
@@ -93,8 +97,8 @@ def ability_document(found: Ability, problem: PlanningProblem, goal: Goal) -> di
         options.append(
             {
                 "cluster": cluster.name,
-                "instance": "",
-                "provider": "",
+                "instance": instance,
+                "provider": provider,
                 "nodes": sum(group.nodes for group in cluster.groups),
                 "devices": cluster.devices,
                 "plan": {
@@ -111,12 +115,16 @@ def ability_document(found: Ability, problem: PlanningProblem, goal: Goal) -> di
                 "cost_interval_usd": None if usd is None else [usd * low, usd * high],
                 "goodput": None if losses is None else losses.goodput,
                 "pareto": True,
-                "meets": days is not None and goal.meets(days * DAY_S, float("inf") if usd is None else usd),
+                "meets": days is not None
+                and given.goal.meets(days * DAY_S, float("inf") if usd is None else usd),
             }
         )
     return {
         "options": options,
         "why_not": found.why_not,
+        "model": given.problem.model.name,
+        "workload": encode(given.problem.workload),
+        "tokens_note": given.tokens_note,
         "longest": None if found.longest is None else encode(found.longest),
         "largest": None if found.largest is None else encode(found.largest),
     }

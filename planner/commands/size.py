@@ -45,7 +45,7 @@ def size(asked: dict[str, Any], as_json: bool, cluster: str | None, output: Path
 
     if cluster is not None:
         return _with(cluster, asked, output, as_json=as_json)
-    request, market = read_sizing(asked, least=True)
+    request, market = read_sizing(asked, least=asked["objective"] == "cost")
     with showing_progress("offers") as progress:
         found = compare(request, market, progress)
     answers = answers_of(found)
@@ -75,12 +75,12 @@ def _with(cluster: str, asked: dict[str, Any], output: Path | None, *, as_json: 
     from planner.plan import save_plan
     from planner.sizing.ability import ability_of
 
-    problem, goal = read_on_cluster(cluster, asked)
-    found = ability_of(problem)
+    given = read_on_cluster(cluster, asked)
+    found = ability_of(given.problem)
     if as_json:
-        print_json(ability_document(found, problem, goal))
+        print_json(ability_document(found, given))
     else:
-        click.echo(ability_text(found, problem, goal))
+        click.echo(ability_text(found, given))
     if found.plan is None:
         raise InfeasibleError(found.why_not)
     if output is not None:

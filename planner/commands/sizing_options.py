@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from planner.upkeep import Upkeep
     from planner.workload import Workload
 
+MOST_DEVICES = 16384
+"""Devices of one option, where nobody says how many at most."""
 CLOSE = 0.05
 """A batch in tokens is rounded to sequences within this share of it, to the number that halves most often."""
 MOST_COUNTS = 50
@@ -35,6 +37,14 @@ class SizingAsked(NamedTuple):
 
     request: SizingRequest
     market: Market
+
+
+class OnCluster(NamedTuple):
+    """A run on a given cluster, its limits, and where its tokens are from where nobody stated them."""
+
+    problem: PlanningProblem
+    goal: Goal
+    tokens_note: str
 
 
 def sizing_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,7 +160,8 @@ def _hardware_options() -> list[Callable[[Any], Any]]:
             "so on, and what lies between where a limit asks for it.",
         ),
         click.option(
-            "--max-devices", type=click.IntRange(1, 2**20), default=16384, show_default=True, metavar="N",
+            "--max-devices", type=click.IntRange(1, 2**20), default=MOST_DEVICES, show_default=True,
+            metavar="N",
             help="The most devices of one option.",
         ),
     ]  # fmt: skip
@@ -161,6 +172,7 @@ def read_sizing(asked: dict[str, Any], *, least: bool) -> SizingAsked:
     from planner.catalog import load_model
     from planner.commands.options import open_market
     from planner.commands.quantities import Reading
+    from planner.market.market import shipped_market
     from planner.profile import load_profile
     from planner.sizing.offer import Pricing
     from planner.sizing.offers import Wanted, find_offers
@@ -178,11 +190,11 @@ def read_sizing(asked: dict[str, Any], *, least: bool) -> SizingAsked:
         instances=asked["instances"],
         pricings=tuple(Pricing(name) for name in asked["pricings"]),
     )
-    offers = None if market is None else reading.read(lambda: find_offers(market, wanted))
+    offers = reading.read(lambda: find_offers(market or shipped_market(), wanted))
     limit = asked["memory_limit"]
     limit_bytes = None if limit is None else reading.read(lambda: parse_bytes(limit))
     profile = None if asked["profile"] is None else reading.read(lambda: load_profile(asked["profile"]))
-    workload = None if model is None else reading.read(lambda: _workload(asked, model))
+    workload = reading.read(lambda: _workload(asked, model))
     upkeep = reading.read(lambda: _upkeep(asked))
     if len(asked["counts"]) > MOST_COUNTS:
         fault = f"{len(asked['counts'])} numbers of nodes are given."
@@ -211,10 +223,12 @@ def read_sizing(asked: dict[str, Any], *, least: bool) -> SizingAsked:
 OFFERED = ("devices", "providers", "instances", "pricings", "counts")
 
 
-def read_on_cluster(text: str, asked: dict[str, Any]) -> tuple[PlanningProblem, Goal]:
-    """The run as a problem on a given cluster, with the upkeep that is usual, and its goal."""
+def read_on_cluster(text: str, asked: dict[str, Any]) -> OnCluster:
+    """The run as a problem on a given cluster, with the upkeep that is usual. Raises InputError with every
+    fault."""
     import dataclasses
 
+    from planner.catalog import load_model
     from planner.commands.options import ProblemOptions
     from planner.commands.problem import read_problem
     from planner.commands.quantities import Reading
@@ -224,20 +238,20 @@ def read_on_cluster(text: str, asked: dict[str, Any]) -> tuple[PlanningProblem, 
     for name, flag in zip(OFFERED, ("device", "provider", "instance", "pricing", "nodes"), strict=True):
         if asked[name]:
             reading.add(f"--{flag}", "asks for other hardware than --cluster names.", fix="leave one out")
-    batch = reading.read(lambda: read_batch(asked["batch"], asked["seq"]))
+    if asked["max_devices"] != MOST_DEVICES:
+        reading.add("--max-devices", "limits other hardware than --cluster names.", fix="leave one out")
     goal = reading.read(lambda: _goal(asked))
+    model = reading.read(lambda: load_model(asked["model"], arch=asked["arch"]))
+    run = reading.read(lambda: _workload(asked, model))
     reading.finish()
-    assert batch is not None and goal is not None
+    assert goal is not None and run is not None
     known = ProblemOptions.__dataclass_fields__
-    values = {name: value for name, value in asked.items() if name in known} | {
-        "batch": batch,
-        "tokens": None,
-    }
+    values = {name: value for name, value in asked.items() if name in known}
+    values |= {"batch": run.workload.batch, "tokens": None}
     problem = read_problem(ProblemOptions(cluster=text, **values)).problem
-    tokens, _ = _tokens(asked, problem.model)
     upkeep = usual_upkeep(problem.cluster.devices, _upkeep(asked))
-    workload = dataclasses.replace(problem.workload, tokens=tokens)
-    return dataclasses.replace(problem, workload=workload, upkeep=upkeep), goal
+    workload = dataclasses.replace(problem.workload, tokens=run.workload.tokens)
+    return OnCluster(dataclasses.replace(problem, workload=workload, upkeep=upkeep), goal, run.note)
 
 
 def _goal(asked: dict[str, Any]) -> Goal:
@@ -259,7 +273,8 @@ class Run(NamedTuple):
     note: str
 
 
-def _workload(asked: dict[str, Any], model: ModelSpec) -> Run:
+def _workload(asked: dict[str, Any], model: ModelSpec | None) -> Run:
+    """The workload. Raises InputError with every fault; without a model, with those that show without it."""
     from planner.commands.options import LORA_RANK
     from planner.commands.quantities import Reading
     from planner.workload import AdapterModules, Adapters, Method, Optimizer, Precision, Workload
@@ -267,8 +282,8 @@ def _workload(asked: dict[str, Any], model: ModelSpec) -> Run:
     reading, method = Reading(), Method(asked["method"])
     batch = reading.read(lambda: read_batch(asked["batch"], asked["seq"]))
     tokens = reading.read(lambda: _tokens(asked, model))
-    longest = min(model.learned_positions, model.max_positions)
-    if longest and asked["seq"] > longest:
+    longest = 0 if model is None else min(model.learned_positions, model.max_positions)
+    if model is not None and longest and asked["seq"] > longest:
         fault = f"{asked['seq']} is longer than the {longest} learned positions of {model.name}."
         reading.add("--seq", fault, legal=f"1 to {longest}")
     for flag, value in (("--lora-rank", asked["lora_rank"]), ("--lora-modules", asked["lora_modules"])):
@@ -301,6 +316,7 @@ def read_batch(text: str, seq: int, flag: str = "--batch") -> int:
     batches that many ranks share out.
     """
     from planner.commands.quantities import read_count
+    from planner.errors import InputError, Problem
 
     plain = text.strip().lower().replace(" ", "")
     for ending in ("tokens", "token", "toks", "tok"):
@@ -308,11 +324,13 @@ def read_batch(text: str, seq: int, flag: str = "--batch") -> int:
             asked = read_count(plain.removesuffix(ending), flag, seq, 10**12) / seq
             near = range(max(1, round(asked * (1 - CLOSE))), max(2, int(asked * (1 + CLOSE)) + 1))
             return min(near, key=lambda count: (-(count & -count), abs(count - asked)))
+    if plain.replace(".", "", 1).isdigit() and not float(plain).is_integer():
+        raise InputError(Problem(where=flag, fault=f"'{text[:40]}' is no whole number of sequences."))
     return read_count(plain, flag, 1, 10**9)
 
 
-def _tokens(asked: dict[str, Any], model: ModelSpec) -> tuple[int, str]:
-    """Tokens of the whole run, and where they are from."""
+def _tokens(asked: dict[str, Any], model: ModelSpec | None) -> tuple[int, str]:
+    """Tokens of the whole run, and where they are from; 0 where that takes a model and there is none."""
     from planner.commands.quantities import read_count
     from planner.errors import InputError, Problem
     from planner.principles.scaling import load_laws, optimal_tokens, recommended
@@ -328,6 +346,8 @@ def _tokens(asked: dict[str, Any], model: ModelSpec) -> tuple[int, str]:
         fault = "needs the tokens of the data, which are not known."
         flag = "--epochs" if epochs is not None else f"--method {asked['method']}"
         raise InputError(Problem(where=flag, fault=fault, fix="add --tokens, such as 50M"))
+    if model is None:
+        return 0, ""
     law = recommended(load_laws())
     tokens = round(optimal_tokens(law, model.params_total))
     return tokens, f"compute-optimal for {format_count(model.params_total)} parameters by {law.title}"

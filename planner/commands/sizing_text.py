@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 MOST_ROWS = 25
 """Lines of a table of options or offers; --json, --csv and --html have them all."""
 FEW_ROWS = 8
+SOONEST = "More nodes may be sooner still: --objective time tries all numbers of them, this the cheapest."
+DATE = re.compile(r"[0-9]{4}(-[0-9]{2}){0,2}")
+"""Dates of prices that say so; others are words such as "undated"."""
 
 
 def comparison_text(found: Comparison, *, show_all: bool) -> str:
@@ -27,6 +32,7 @@ def comparison_text(found: Comparison, *, show_all: bool) -> str:
     sections = [
         run_text(found),
         "no option is both cheaper and sooner than\n" + options_table(front),
+        plans_text(front),
         f"{title}\n" + options_table(shown if show_all else shown[:MOST_ROWS]) + _more(shown, show_all),
         _sensitivity(found),
         _break_even(found),
@@ -38,6 +44,8 @@ def comparison_text(found: Comparison, *, show_all: bool) -> str:
 
 def size_text(found: Comparison, answers: Answers) -> str:
     """The answer of `plan size`: the smallest, the cheapest and the soonest, then each offer."""
+    from planner.objective import Minimise
+
     named = [
         ("smallest", answers.smallest),
         ("cheapest", answers.cheapest),
@@ -47,9 +55,11 @@ def size_text(found: Comparison, answers: Answers) -> str:
     sections = [
         run_text(found),
         options_table([option for _, option in picks], [name for name, _ in picks]),
+        plans_text([option for _, option in picks]),
         _offers_text(answers.outcomes, found),
         left_out_text(found.left_out),
         basis_text(found, [option for _, option in picks]),
+        "" if found.goal.minimise is Minimise.TIME else SOONEST,
     ]
     return "\n\n".join(section for section in sections if section)
 
@@ -73,26 +83,42 @@ def run_text(found: Comparison) -> str:
 
 def options_table(options: Sequence[Option], names: Sequence[str] = ()) -> str:
     """Options in lines: dollars and days first, what they are last."""
-    header = ["dollars", "from", "to", "days", "devices", "MFU", "kept", "memory", "plan", "option"]
-    rows = [[*_figures(option), option.plan.label, option.name] for option in options]
+    header = ["dollars", "from", "to", "days", "devices", "MFU", "kept", "memory", "option"]
+    rows = [[*_figures(option), option.name] for option in options]
     if names:
         header, rows = ["", *header], [[name, *row] for name, row in zip(names, rows, strict=True)]
     return table(header, rows, numbers=range(len(names[:1]), len(names[:1]) + 8))
+
+
+def plans_text(options: Sequence[Option]) -> str:
+    """The plan of each cluster, once."""
+    plans = {option.cluster: option.plan.label for option in options}
+    return table(("cluster", "plan"), list(plans.items()), numbers=()) if plans else ""
 
 
 def _figures(option: Option) -> list[str]:
     low, high = option.cost_interval_usd or (None, None)
     plan = option.plan
     return [
-        money(option.cost_usd) + ("?" if option.rate.doubtful else ""),
-        "" if low is None else money(low),
-        "" if high is None else money(high),
+        short_money(option.cost_usd) + ("?" if option.rate.doubtful else ""),
+        "" if low is None else short_money(low),
+        "" if high is None else short_money(high),
         days_text(option.days),
         f"{option.devices:,}",
         "-" if plan.mfu is None else f"{plan.mfu:.0%}",
         f"{option.goodput:.1%}",
         f"{plan.peak_memory_bytes / plan.memory_limit_bytes:.0%}",
     ]
+
+
+def short_money(usd: float | None) -> str:
+    """Dollars in at most three digits where thousands and millions can be told: `$192K`, `$1.74M`."""
+    if usd is None or usd < 9_995:
+        return money(usd)
+    for unit, size in (("K", 1e3), ("M", 1e6), ("B", 1e9)):
+        if usd < 999.5 * size:
+            return f"${usd / size:#.3g}".rstrip(".") + unit
+    return money(usd)
 
 
 def days_text(days: float) -> str:
@@ -130,11 +156,16 @@ def _offers_text(outcomes: Sequence[Outcome], found: Comparison) -> str:
         )  # fmt: skip
     if missed:
         rows = [
-            (str(o.standing), days_text(o.best.days), money(o.best.cost_usd), o.best.name, help_for(o, found))
+            (
+                days_text(o.best.days),
+                short_money(o.best.cost_usd),
+                o.best.name,
+                f"{o.standing}: {help_for(o, found)}",
+            )
             for o in missed[:FEW_ROWS]
         ]
-        header = ("fits in memory, but", "days", "dollars", "nearest", "what would help")
-        text = wrapped_table(header, rows, WIDTH + 40)
+        header = ("days", "dollars", "the nearest of other offers", "what stands in the way: what would help")
+        text = wrapped_table(header, rows, WIDTH)
         parts.append(text + (f"\n  and {len(missed) - FEW_ROWS} more" if len(missed) > FEW_ROWS else ""))
     return "\n\n".join(parts)
 
@@ -144,41 +175,51 @@ def help_for(outcome: Outcome, found: Comparison) -> str:
     best, goal = outcome.best, found.goal
     late = goal.deadline_s is not None and best.days * 86400 > goal.deadline_s
     dear = best.cost_usd is not None and goal.budget_usd is not None and best.cost_usd > goal.budget_usd
-    helps = [f"--deadline {best.days * 1.005:.1f}d"] if late else []
-    helps += [f"--budget {best.cost_usd * 1.005:.0f}"] if dear and best.cost_usd else []
+    helps = [f"--deadline {_enough(best.days)}d"] if late else []
+    helps += [f"--budget {_enough(best.cost_usd)}"] if dear and best.cost_usd else []
     helps += ["a price: --prices FILE"] if best.cost_usd is None else []
     return " and ".join(helps) or "fewer --tokens"
+
+
+def _enough(value: float) -> str:
+    """A limit of three digits that a value keeps."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.ceil(value / unit + 1e-6) * unit:.10g}"
 
 
 def left_out_text(left_out: Sequence[LeftOut]) -> str:
     """Offers without an option, those with the same reason together."""
     if not left_out:
         return ""
+    rows = _by_reason(left_out)
+    more = len(rows) - FEW_ROWS
+    text = wrapped_table(("offers", "without a plan", "why"), rows[:FEW_ROWS], WIDTH)
+    return text + (f"\n  and {more} more reasons: --json" if more > 0 else "")
+
+
+def _by_reason(left_out: Sequence[LeftOut]) -> list[tuple[int, str, str]]:
+    """How many offers have the same reason, one of them, and the reason; the most frequent first."""
     reasons = Counter(each.reason for each in left_out)
     first = {each.reason: each.offer for each in reversed(left_out)}
-    rows = [
+    return [
         (count, first[reason] + (" and others" if count > 1 else ""), reason)
-        for reason, count in reasons.most_common(FEW_ROWS)
+        for reason, count in reasons.most_common()
     ]
-    more = len(reasons) - FEW_ROWS
-    text = wrapped_table(("offers", "without a plan", "why"), rows, WIDTH)
-    return text + (f"\n  and {more} more reasons: --json" if more > 0 else "")
 
 
 def _sensitivity(found: Comparison) -> str:
     rows = [
-        (each.what, f"{each.low}: {_ends(each.low_cost_usd, each.low_days)}",
+        (f"{each.low}: {_ends(each.low_cost_usd, each.low_days)}",
          f"{each.high}: {_ends(each.high_cost_usd, each.high_days)}",
-         "the same option" if each.best_stays else f"{each.best_at_low}; {each.best_at_high}")
+         f"{each.what}: " + ("the same" if each.best_stays else f"{each.best_at_low}; {each.best_at_high}"))
         for each in found.sensitivity
     ]  # fmt: skip
-    return (
-        "" if not rows else wrapped_table(("if this changes", "low", "high", "best then"), rows, WIDTH + 40)
-    )
+    header = ("low", "high", "what changes: the best option then, at the low and at the high end")
+    return "" if not rows else wrapped_table(header, rows, WIDTH)
 
 
 def _ends(usd: float | None, days: float) -> str:
-    return f"{money(usd)}, {days_text(days)} d"
+    return f"{short_money(usd)}, {days_text(days)} d"
 
 
 def _break_even(found: Comparison) -> str:
@@ -202,8 +243,11 @@ def _break_even(found: Comparison) -> str:
 
 def basis_text(found: Comparison, shown: Sequence[Option]) -> str:
     """What the figures rest on and leave out, short."""
-    dates = sorted({option.rate.as_of for option in shown if option.rate.as_of})
+    known = [option.rate.as_of for option in shown if option.cost_usd is not None]
+    dates = sorted({as_of for as_of in known if DATE.fullmatch(as_of)})
     span = "" if not dates else f", as of {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "")
+    undated = sum(not DATE.fullmatch(as_of) for as_of in known)
+    span += f"{' and' if span else ','} some of unknown date" if undated else ""
     return pairs(
         [
             (
@@ -228,9 +272,10 @@ def nothing_text(found: Comparison) -> str:
     from planner.units import format_seconds
 
     if not found.options:
-        reasons = "\n".join(f"  {each.offer}: {each.reason}" for each in found.left_out[:FEW_ROWS])
-        helps = "more --max-devices, or larger devices"
-        return f"no offer has a plan for {found.model}.\n{reasons}\nWhat would help: {helps}."
+        reasons = [f"  {offer}: {reason}" for _, offer, reason in _by_reason(found.left_out)[:FEW_ROWS]]
+        helps = "other --device or --instance, more --nodes or --max-devices, or fewer tokens in --seq"
+        helps = helps if found.goal.deadline_s is None else f"a later --deadline, fewer --tokens, {helps}"
+        return "\n".join([f"no offer has a plan for {found.model}.", *reasons, f"What would help: {helps}."])
     goal = found.goal
     soonest = min(found.options, key=lambda option: option.days)
     priced = [option for option in found.options if option.cost_usd is not None]

@@ -1,16 +1,19 @@
 """Scout: a good plan in milliseconds for any number of one offer's nodes.
 
 A search with a certificate takes seconds; a comparison asks of hundreds of clusters. The scout tries usual
-choices alone (planner.search.space), an even split of the blocks, and few recomputation mixes, and learns
-from one number of nodes for the next:
+choices alone (planner.search.space), an even split of the blocks, and few recomputation mixes:
 
-1. Every usual shape gets its quick bound, all at once; passes are shared between numbers of nodes.
-2. Each bound times the ratio that replays of the same choices (all but data parallelism) had to theirs, at
-   other numbers of nodes, says what to replay first. Choices never replayed count by the least ratio seen.
+1. Every usual shape gets its outlook, all at once (planner.search.outlook); passes are shared between numbers
+   of nodes.
+2. Each outlook times the ratio that replays of the same choices (all but data parallelism) had to theirs says
+   what to replay next. Choices never replayed count by the least ratio seen.
 3. Shapes are replayed in that order, until none left promises less than the best.
 
+What replays teach counts for one cluster alone: its plan does not depend on what was asked of others before.
+Ratios of other numbers of nodes or other networks misled it: steps took up to twice as long.
+
 Its plan is an estimate of the same cost model as every other; only the choice may be worse than a search's.
-`bench/scout.py` measures by how much.
+`bench/sizing.py` measures by how much.
 """
 
 from __future__ import annotations
@@ -39,9 +42,8 @@ from planner.units import format_bytes
 if TYPE_CHECKING:
     from planner.search.outlook import Floats
 
-FIRST_REPLAYED, LATER_REPLAYED, ENOUGH_LEARNED = 6, 3, 12
-"""Shapes that are replayed for one number of nodes at most: the second number where so many kinds of shapes
-were replayed before, of this model on this device."""
+REPLAYED = 6
+"""Shapes that are replayed for one cluster at most, of those that fit."""
 PROMISE, HOPE = 0.995, 0.95
 """A shape is replayed where it promises less than PROMISE of the best step time. One of a cell that was never
 replayed is taken for HOPE times the least ratio of others."""
@@ -60,20 +62,43 @@ class Scouted(NamedTuple):
     bound_s: float
 
 
-class Learned:
-    """What replays taught of one model on one device, whatever connects its nodes."""
+class Layers:
+    """The costs of one model's layers on one device, which networks share unless runs told them apart."""
 
     def __init__(self) -> None:
-        self.ratios: dict[Cell, float] = {}
-        self.fullest: dict[Cell, float] = {}
         self._layers: dict[Physics, LayerModel] = {}
 
-    def layers_of(self, problem: PlanningProblem) -> LayerModel:
-        """The costs of layers, which networks share unless runs told them apart."""
+    def of(self, problem: PlanningProblem) -> LayerModel:
         physics = usual_physics(problem)
         if physics not in self._layers:
             self._layers[physics] = LayerModel(problem, physics)
         return self._layers[physics]
+
+
+class Learned:
+    """What replays teach of the other shapes of a cluster."""
+
+    def __init__(self) -> None:
+        self._ratios: dict[Cell, float] = {}
+        self._fullest: dict[Cell, float] = {}
+
+    def promised_s(self, shapes: Shapes) -> Floats:
+        """The step times that replays lead to expect; infinite where one as full did not fit."""
+        import numpy as np
+
+        unseen = HOPE * min(self._ratios.values(), default=1.0)
+        ratios = np.asarray([self._ratios.get(_cell(d), unseen) for d in shapes.degrees])
+        fullest = np.asarray([self._fullest.get(_family(d), math.inf) for d in shapes.degrees])
+        return np.where(shapes.fullness < fullest, shapes.seconds * ratios, math.inf)
+
+    def took(self, shapes: Shapes, number: int, step_time_s: float) -> None:
+        """Remembers a shape's step time."""
+        self._ratios[_cell(shapes.degrees[number])] = step_time_s / float(shapes.seconds[number])
+
+    def full(self, shapes: Shapes, number: int) -> None:
+        """Remembers that a shape did not fit: of its family, none that is as full does."""
+        family = _family(shapes.degrees[number])
+        self._fullest[family] = min(self._fullest.get(family, math.inf), float(shapes.fullness[number]))
 
 
 class Scout:
@@ -83,16 +108,16 @@ class Scout:
     the way.
     """
 
-    def __init__(self, problem: PlanningProblem, pins: Pins, learned: Learned | None = None) -> None:
+    def __init__(self, problem: PlanningProblem, pins: Pins, layers: Layers | None = None) -> None:
         self.problem, self.pins = problem, pins
-        self.learned = learned or Learned()
+        self.layers = layers or Layers()
         self.why_not: dict[str, str] = {}
         self._outlook = Outlook(pins)
 
     def plan(self, cluster: ClusterSpec) -> Scouted | None:
         """A plan on a cluster; None where no usual choice keeps the rules and fits."""
         problem = dataclasses.replace(self.problem, cluster=cluster)
-        model = CostModel(problem, self.learned.layers_of(problem))
+        model = CostModel(problem, self.layers.of(problem))
         space = space_of(problem, self.pins, usual=True)
         states = self._states_bytes(model, space)
         kept = [number for number, size in enumerate(states) if size <= problem.memory_limit_bytes]
@@ -127,10 +152,9 @@ class Scout:
         import numpy as np
 
         best: Found | None = None
-        open_, replayed = np.isfinite(shapes.seconds), 0
-        most = FIRST_REPLAYED if len(self.learned.ratios) < ENOUGH_LEARNED else LATER_REPLAYED
-        while replayed < most and open_.any():
-            promised_s = np.where(open_, self._promised_s(shapes), math.inf)
+        open_, learned, replayed = np.isfinite(shapes.seconds), Learned(), 0
+        while replayed < REPLAYED and open_.any():
+            promised_s = np.where(open_, learned.promised_s(shapes), math.inf)
             number = int(promised_s.argmin())
             to_beat_s = math.inf if best is None else best.step_time_s * PROMISE
             if not promised_s[number] < to_beat_s:
@@ -138,32 +162,14 @@ class Scout:
             open_[number] = False
             found = self._replayed(model, shapes.degrees[number])
             if found is None:
-                self._full(shapes, number)
+                learned.full(shapes, number)
                 continue
             replayed += 1
-            self.learned.ratios[_cell(found.strategy.degrees)] = found.step_time_s / float(
-                shapes.seconds[number]
-            )
+            learned.took(shapes, number, found.step_time_s)
             if best is None or found.step_time_s < best.step_time_s:
                 best = found
         evaluation = None if best is None else model.evaluate(best.strategy)
         return evaluation if evaluation and evaluation.estimate.verdict is Verdict.SAFE else None
-
-    def _promised_s(self, shapes: Shapes) -> Floats:
-        """The step times that replays lead to expect; infinite where one as full did not fit."""
-        import numpy as np
-
-        unseen = HOPE * min(self.learned.ratios.values(), default=1.0)
-        ratios = np.asarray([self.learned.ratios.get(_cell(d), unseen) for d in shapes.degrees])
-        fullest = np.asarray([self.learned.fullest.get(_family(d), math.inf) for d in shapes.degrees])
-        return np.where(shapes.fullness < fullest, shapes.seconds * ratios, math.inf)
-
-    def _full(self, shapes: Shapes, number: int) -> None:
-        """Remembers that a shape did not fit: of its family, none that is as full does."""
-        family = _family(shapes.degrees[number])
-        self.learned.fullest[family] = min(
-            self.learned.fullest.get(family, math.inf), float(shapes.fullness[number])
-        )
 
     def _replayed(self, model: CostModel, degrees: Degrees) -> Found | None:
         """An even split of a shape with recipes that are SAFE; None where none is."""

@@ -18,7 +18,7 @@ from planner.sizing.kinds import Scouting
 from planner.sizing.offer import Offer, Pricing
 from planner.sizing.option import Option
 from planner.sizing.request import SizingRequest
-from planner.sizing.search import Known, Progress, scout_all
+from planner.sizing.search import AT_PEAK, Known, Progress, scout_all
 from planner.sizing.sensitivity import sensitivities
 from planner.sizing.sized import Costing, with_pareto
 
@@ -72,8 +72,11 @@ def _left_out(offer: Offer, scouting: Scouting) -> LeftOut:
     """Why an offer has no option: on the fewest nodes that were tried, and on the most."""
     if RULED_OUT in scouting.why_not.values():
         return LeftOut(offer=offer.name, reason=RULED_OUT)
-    told = [f"{_nodes(nodes)}: {scouting.why_not[nodes]}" for nodes in sorted(scouting.why_not)]
-    return LeftOut(offer=offer.name, reason="; ".join(dict.fromkeys((told[0], told[-1]))))
+    first, last = min(scouting.why_not), max(scouting.why_not)
+    told = [f"{_nodes(nodes)}: {scouting.why_not[nodes]}" for nodes in dict.fromkeys((first, last))]
+    if len(told) > 1 and all(scouting.why_not[nodes].endswith(AT_PEAK) for nodes in (first, last)):
+        told = told[1:]
+    return LeftOut(offer=offer.name, reason="; ".join(told))
 
 
 def _nodes(count: int) -> str:

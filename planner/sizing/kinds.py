@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from planner.sizing.offer import Offer
+from planner.sizing.offer import Offer, Rate
 from planner.sizing.sized import Sized
 
 MOST_NODES = 2048
@@ -50,8 +50,8 @@ class Scouting(NamedTuple):
 def most_nodes(offers: Sequence[Offer], most_devices: int) -> dict[str, int]:
     """How many nodes of each offer are tried at most, by its name.
 
-    Where the provider has larger nodes of the device that cost no more a device, as many devices in smaller
-    nodes are no better: only numbers below one larger node are tried.
+    Where the provider has larger nodes of the device that cost no more a device under any pricing, as many
+    devices in smaller nodes are no better: only numbers below one larger node are tried.
     """
     most = {}
     for offer in offers:
@@ -60,14 +60,24 @@ def most_nodes(offers: Sequence[Offer], most_devices: int) -> dict[str, int]:
             for other in offers
             if (other.provider, other.device) == (offer.provider, offer.device)
             and other.devices_per_node > offer.devices_per_node
-            and _dollars(other) <= _dollars(offer) * NO_DEARER
+            and (other.network or not offer.network)
+            and _no_dearer(other, offer)
         ]
         devices = min([most_devices, *(size - 1 for size in larger)])
         most[offer.name] = max(1, min(MOST_NODES, devices // offer.devices_per_node))
     return most
 
 
-def _dollars(offer: Offer) -> float:
-    """Dollars of a device-hour at the first rate; unknown ones are the dearest."""
-    price = offer.rates[0].usd_per_node_hour
-    return math.inf if price is None else price / offer.devices_per_node
+def _no_dearer(larger: Offer, smaller: Offer) -> bool:
+    """Whether a device costs no more in a larger node, under each pricing of a smaller one."""
+    theirs = {rate.pricing: _dollars(rate, larger.devices_per_node) for rate in larger.rates}
+    return all(
+        theirs.get(rate.pricing, math.inf) <= _dollars(rate, smaller.devices_per_node) * NO_DEARER
+        for rate in smaller.rates
+    )
+
+
+def _dollars(rate: Rate, devices_per_node: int) -> float:
+    """Dollars of a device-hour; unknown ones are the dearest."""
+    price = rate.usd_per_node_hour
+    return math.inf if price is None else price / devices_per_node

@@ -15,7 +15,7 @@ from typing import TypeVar
 from planner.catalog import device_names, load_device
 from planner.cluster import Device
 from planner.codec import noun
-from planner.errors import InputError
+from planner.errors import InputError, Problem
 from planner.instance import Instance, find_instance
 from planner.market.market import Market
 from planner.naming import squash, unknown
@@ -28,6 +28,8 @@ ON_PREMISES = "on-premises"
 """What hardware of one's own is called where a provider is."""
 OWN_NODE = 8
 """Devices of a node of one's own, where no instance tells."""
+FEW = 6
+"""Names that an error lists."""
 
 
 @noun
@@ -61,7 +63,7 @@ def find_offers(market: Market, wanted: Wanted) -> tuple[Offer, ...]:
     offers = [_priced(offer, wanted.pricings) for offer in offers]
     kept = tuple(offer for offer in offers if offer.rates)
     if not kept:
-        raise unknown("--device, --provider, --instance, --pricing", "offer", _asked(wanted), _known(market))
+        raise _none(wanted, market)
     return kept
 
 
@@ -83,13 +85,43 @@ def _provider(text: str, market: Market) -> str:
     raise unknown("--provider", "provider", text, names, fix=f"one of {', '.join(names)}")
 
 
-def _asked(wanted: Wanted) -> str:
-    parts = (*wanted.devices, *wanted.providers, *wanted.instances, *wanted.pricings)
-    return " with ".join(parts)
+def _none(wanted: Wanted, market: Market) -> InputError:
+    """The error where names that are known alone have no offer together: which flag to leave out."""
+    given = {
+        "devices": "--device",
+        "providers": "--provider",
+        "instances": "--instance",
+        "pricings": "--pricing",
+    }
+    given = {name: flag for name, flag in given.items() if getattr(wanted, name)}
+    fixes = []
+    for name, flag in given.items():
+        try:
+            offers = find_offers(market, dataclasses.replace(wanted, **{name: ()}))
+        except InputError:
+            continue
+        values = ", ".join(_values(offers, name))
+        fixes.append(f"{flag} ({values})" if values else flag)
+    asked = " with ".join("/".join(getattr(wanted, name)) for name in given)
+    return InputError(
+        Problem(
+            where=", ".join(given.values()),
+            fault=f"there is no offer of {asked}.",
+            fix=f"leave out or change {' or '.join(fixes)}" if fixes else "name fewer of them",
+        )
+    )
 
 
-def _known(market: Market) -> list[str]:
-    return [instance.full_name for instance in market.instances]
+def _values(offers: Iterable[Offer], name: str) -> list[str]:
+    """What offers have of what was asked for, the first few."""
+    by_name: dict[str, Callable[[Offer], list[str]]] = {
+        "devices": lambda offer: [offer.device.name],
+        "providers": lambda offer: [offer.provider],
+        "instances": lambda offer: [offer.name] if offer.instance else [],
+        "pricings": lambda offer: [str(rate.pricing) for rate in offer.rates],
+    }
+    found = list(dict.fromkeys(value for offer in offers for value in by_name[name](offer)))
+    return found[:FEW] + (["..."] if len(found) > FEW else [])
 
 
 @cache

@@ -19,10 +19,10 @@ class SizingRequest:
 
     `workload.tokens` is the whole run; where `precision` is None, each device computes in its usual one.
     What `upkeep` does not say is as usual (planner.sizing.usual_upkeep). `counts` are numbers of nodes to
-    try; None: a ladder up to `most_devices`, of which `least` asks for the fewest that keep the deadline.
-    `profile` counts for the device it was measured on, or if it was fitted for all; other devices have their
-    shipped ones. Unless `thorough`, what
-    can neither be the cheapest nor the smallest even at its devices' peak is not planned for `least`.
+    try; None: a ladder up to `most_devices`, of which `least` asks for the fewest that keep the deadline and
+    the cheapest; unless `thorough`, what can neither be the cheapest nor the smallest even at its devices'
+    peak is not planned then. `profile` counts for the device it was measured on, or if it was fitted for all;
+    other devices have their shipped ones.
     """
 
     model: ModelSpec

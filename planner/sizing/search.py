@@ -5,7 +5,7 @@ such kind is scouted up its ladder of node counts (planner.sizing.ladder):
 
     all of them     until twice the nodes make steps no shorter: what a comparison shows
     the least       from the first that may keep the deadline at the devices' peak to the first that does,
-                    then counts between two rungs: what a sizing asks for
+                    with counts between two rungs, and on while node-hours fall: what a sizing asks for
 
 Kinds are independent: they are scouted on all cores.
 """
@@ -23,10 +23,10 @@ from functools import partial
 from planner.cluster_grammar import parse_cluster
 from planner.cost.goodput import figures_of
 from planner.market.market import Market
-from planner.not_modelled import not_modelled
+from planner.not_modelled import TAKEN_BACK, not_modelled
 from planner.objective import Goal
 from planner.profile import Profile
-from planner.search.scout import Learned, Scout
+from planner.search.scout import Layers, Scout
 from planner.sizing.floors import Floors
 from planner.sizing.kinds import Kind, Scouting, most_nodes
 from planner.sizing.ladder import between, ladder
@@ -45,7 +45,9 @@ FASTER = 0.98
 REFINED = 6
 """Counts between two rungs that are scouted at most."""
 BESIDE = 2
-"""Rungs beyond the first that fits that are scouted where no deadline asks for more."""
+"""Rungs in a row that take no fewer node-hours than fewer nodes do, after which a sizing asks for no more."""
+AT_PEAK = "days even if all devices were at their peak"
+"""How the reason ends where nodes are too few for the deadline whatever their plan."""
 ALONE_KINDS = 8
 """Fewer kinds than this are scouted in this process: starting others takes as long."""
 
@@ -128,14 +130,19 @@ def _mapped(
 def scout_device(
     request: SizingRequest, market: Market, profiles: dict[str, Profile], kinds: list[Kind]
 ) -> list[tuple[Kind, Scouting]]:
-    """The plans on each kind of node of one device: what is learned on one helps on the next."""
-    learned, profile, collected = Learned(), profiles.get(kinds[0].device), gc.isenabled()
+    """The plans on each kind of node of one device, which share the costs of layers."""
+    layers, profile, collected = Layers(), profiles.get(kinds[0].device), gc.isenabled()
     gc.disable()  # plans make many small objects and hardly a cycle
     try:
-        return [(kind, _Climb(request, market, profile, kind, learned).scouting()) for kind in kinds]
+        return [(kind, _Climb(request, market, profile, kind, layers).scouting()) for kind in kinds]
     finally:
         if collected:
             gc.enable()
+
+
+def _days(seconds: float) -> str:
+    days = seconds / DAY_S
+    return f"{days:,.0f}" if days >= 100 else f"{days:.3g}"
 
 
 class _Climb:
@@ -147,9 +154,9 @@ class _Climb:
         market: Market,
         profile: Profile | None,
         kind: Kind,
-        learned: Learned,
+        layers: Layers,
     ) -> None:
-        self.request, self.market, self.profile, self.learned = request, market, profile, learned
+        self.request, self.market, self.profile, self.layers = request, market, profile, layers
         self.offer, self.most = kind.offer, kind.most
         self.found = Scouting({}, {})
         self.scout: Scout | None = None
@@ -193,37 +200,41 @@ class _Climb:
             before_s = found.plan.step_time_s
 
     def _least(self, counts: Iterable[int]) -> None:
-        """The rungs about the fewest nodes that keep the deadline, and counts between the last two."""
-        deadline_s, fitting = self.request.goal.deadline_s, 0
-        below, before_s = 0, math.inf
+        """The rungs from the fewest nodes that may keep the deadline, the counts just below the first that
+        does, and rungs beyond it until several in a row are no cheaper than the cheapest."""
+        deadline_s = self.request.goal.deadline_s
+        below, before_s, least_s, dearer = 0, math.inf, math.inf, 0
         for nodes in counts:
             peak_s = peak_device_s(self.request, self.offer.device) / (nodes * self.offer.devices_per_node)
             if deadline_s is not None and peak_s > deadline_s:
-                self.found.why_not[nodes] = (
-                    f"{peak_s / DAY_S:,.0f} days even if all devices were at their peak"
-                )
+                self.found.why_not[nodes] = f"{_days(peak_s)} {AT_PEAK}"
                 below = nodes
                 continue
             found = self._plan(nodes)
             if found is None:
                 below = nodes
                 continue
-            fitting += 1
             if self._keeps(found):
-                self._refine(below, nodes)
-                if deadline_s is not None or fitting > BESIDE:
+                if least_s == math.inf:
+                    self._refine(below, nodes)
+                used_s = nodes * self._run_s(found)
+                dearer = 0 if used_s < least_s else dearer + 1
+                least_s = min(used_s, least_s)
+                if dearer == BESIDE:
                     break
             if found.plan.step_time_s > FASTER * before_s:
                 break
             below, before_s = nodes, found.plan.step_time_s
 
+    def _run_s(self, sized: Sized) -> float:
+        """Seconds of the whole run at the usual upkeep; infinite where no step is kept."""
+        figures = figures_of(sized.job, usual_upkeep(sized.job.devices, self.request.upkeep))
+        return math.inf if figures.days is None else figures.days * DAY_S
+
     def _keeps(self, sized: Sized) -> bool:
         """Whether the deadline, if there is one, is kept at the usual upkeep."""
         deadline_s = self.request.goal.deadline_s
-        if deadline_s is None:
-            return True
-        figures = figures_of(sized.job, usual_upkeep(sized.job.devices, self.request.upkeep))
-        return figures.days is not None and figures.days * DAY_S <= deadline_s
+        return deadline_s is None or self._run_s(sized) <= deadline_s
 
     def _refine(self, below: int, enough: int) -> None:
         """Halves the counts between one that is too few and one that is enough."""
@@ -241,11 +252,12 @@ class _Climb:
         cluster = parse_cluster(self.offer.cluster_text(nodes), market=self.market)
         problem = problem_on(self.request, cluster, self.offer.device, self.profile)
         if self.scout is None:
-            self.scout = Scout(problem, self.request.pins, self.learned)
+            self.scout = Scout(problem, self.request.pins, self.layers)
         scouted = self.scout.plan(cluster)
         if scouted is None:
             self.found.why_not[nodes] = self.scout.why_not[cluster.name]
             return None
         left_out = not_modelled(problem, scouted.evaluation.strategy)
-        self.found.plans[nodes] = found = sized(scouted, left_out)
+        kept = tuple(phrase for phrase in left_out if phrase != TAKEN_BACK)  # at spot rates they are counted
+        self.found.plans[nodes] = found = sized(scouted, kept)
         return found
