@@ -42,7 +42,7 @@ from planner.units import format_bytes
 if TYPE_CHECKING:
     from planner.search.outlook import Floats
 
-REPLAYED = 6
+REPLAYED = 4
 """Shapes that are replayed for one cluster at most, of those that fit."""
 PROMISE, HOPE = 0.995, 0.95
 """A shape is replayed where it promises less than PROMISE of the best step time. One of a cell that was never
