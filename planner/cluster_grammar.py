@@ -97,6 +97,33 @@ def _parse_part(text: str, where: str, market: Market) -> Part:
     raise _fault(where, f"'{text[:80]}' cannot be read.")
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EqualNodes:
+    """A cluster text of equal nodes as it stands: of an instance, or of so many devices each."""
+
+    nodes: int
+    instance: str = ""
+    devices_per_node: int = 0
+    device: str = ""
+    network: str = ""
+
+
+def read_equal_nodes(text: str) -> EqualNodes | None:
+    """The parts of a text of one kind of node; None for any other: mixed, local, a file, or none at all."""
+    instances, shape = _INSTANCES.match(text.strip()), _SHAPE.match(text.strip())
+    if "+" in text:
+        return None
+    if instances:
+        count, name, network = instances.groups()
+        return EqualNodes(nodes=int(count), instance=name, network=network or "")
+    if shape:
+        nodes, per_node, device, network = shape.groups()
+        return EqualNodes(
+            nodes=int(nodes), devices_per_node=int(per_node), device=device, network=network or ""
+        )
+    return None
+
+
 def shaped_part(
     nodes: int, per_node: int, device: str, network: str | None, where: str, market: Market
 ) -> Part:

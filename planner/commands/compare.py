@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 
 @click.command()
 @sizing_options
+@click.option(
+    "--cluster",
+    "clusters",
+    multiple=True,
+    metavar="CLUSTER",
+    help="A cluster of one kind of node to look at, such as 8*p5.48xlarge or 16x8:h100-sxm-80gb; repeat for "
+    "several. Default: offers by the options above.",
+)
 @click.option("--all", "show_all", is_flag=True, help="Show every option, not only the best of each offer.")
 @click.option(
     "--csv",
@@ -28,7 +36,14 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Write one page that needs no network: the plot, the table, what it all rests on.",
 )
-def compare(asked: dict[str, Any], as_json: bool, show_all: bool, csv: Path | None, html: Path | None) -> int:
+def compare(
+    asked: dict[str, Any],
+    as_json: bool,
+    clusters: tuple[str, ...],
+    show_all: bool,
+    csv: Path | None,
+    html: Path | None,
+) -> int:
     """Hardware choices for one run: dollars against days, and which no other beats."""
     import sys
 
@@ -41,7 +56,7 @@ def compare(asked: dict[str, Any], as_json: bool, show_all: bool, csv: Path | No
     from planner.errors import InfeasibleError
     from planner.sizing.compare import compare as compared
 
-    request, market = read_sizing(asked, least=False)
+    request, market = read_sizing(asked, least=False, clusters=clusters)
     with showing_progress("offers") as progress:
         found = compared(request, market, progress)
     for path, written in ((csv, options_csv), (html, _page)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -13,6 +14,7 @@ from planner.commands.options import LORA_ONLY, ProblemOptions, arch_option, jso
 from planner.commands.upkeep_options import upkeep_options
 
 if TYPE_CHECKING:
+    from planner.commands.quantities import Reading
     from planner.errors import Problem
     from planner.market.market import Market
     from planner.model import ModelSpec
@@ -167,15 +169,18 @@ def _hardware_options() -> list[Callable[[Any], Any]]:
     ]  # fmt: skip
 
 
-def read_sizing(asked: dict[str, Any], *, least: bool) -> SizingAsked:
-    """The request that the options describe. Raises InputError with every fault."""
+def read_sizing(asked: dict[str, Any], *, least: bool, clusters: tuple[str, ...] = ()) -> SizingAsked:
+    """The request that the options describe; `clusters` stand in place of offers by device or provider.
+
+    Raises InputError with every fault.
+    """
     from planner.catalog import load_model
     from planner.commands.options import open_market
     from planner.commands.quantities import Reading
     from planner.market.market import shipped_market
     from planner.profile import load_profile
     from planner.sizing.offer import Pricing
-    from planner.sizing.offers import Wanted, find_offers
+    from planner.sizing.offers import Wanted, find_offers, offers_of_clusters
     from planner.sizing.request import SizingRequest
     from planner.units import parse_bytes
     from planner.workload import Precision
@@ -190,7 +195,12 @@ def read_sizing(asked: dict[str, Any], *, least: bool) -> SizingAsked:
         instances=asked["instances"],
         pricings=tuple(Pricing(name) for name in asked["pricings"]),
     )
-    offers = reading.read(lambda: find_offers(market or shipped_market(), wanted))
+    known = market or shipped_market()
+    if clusters:
+        _no_other_hardware(asked, reading, but=("pricings",))
+        offers = reading.read(lambda: offers_of_clusters(known, clusters, wanted.pricings))
+    else:
+        offers = reading.read(lambda: find_offers(known, wanted))
     limit = asked["memory_limit"]
     limit_bytes = None if limit is None else reading.read(lambda: parse_bytes(limit))
     profile = None if asked["profile"] is None else reading.read(lambda: load_profile(asked["profile"]))
@@ -220,7 +230,25 @@ def read_sizing(asked: dict[str, Any], *, least: bool) -> SizingAsked:
     return SizingAsked(request, market)
 
 
-OFFERED = ("devices", "providers", "instances", "pricings", "counts")
+def _no_other_hardware(asked: dict[str, Any], reading: Reading, but: tuple[str, ...] = ()) -> None:
+    """Keeps a problem for each option that asks for hardware beside --cluster."""
+    for name, flag in OFFERED.items():
+        if asked[name] and name not in but:
+            reading.add(flag, "asks for other hardware than --cluster names.", fix="leave one out")
+    if asked["max_devices"] != MOST_DEVICES:
+        reading.add("--max-devices", "limits other hardware than --cluster names.", fix="leave one out")
+
+
+OFFERED = MappingProxyType(
+    {
+        "devices": "--device",
+        "providers": "--provider",
+        "instances": "--instance",
+        "pricings": "--pricing",
+        "counts": "--nodes",
+    }
+)
+"""Options that name hardware, by their name as a value."""
 
 
 def read_on_cluster(text: str, asked: dict[str, Any]) -> OnCluster:
@@ -235,11 +263,7 @@ def read_on_cluster(text: str, asked: dict[str, Any]) -> OnCluster:
     from planner.sizing.usual_upkeep import usual_upkeep
 
     reading = Reading()
-    for name, flag in zip(OFFERED, ("device", "provider", "instance", "pricing", "nodes"), strict=True):
-        if asked[name]:
-            reading.add(f"--{flag}", "asks for other hardware than --cluster names.", fix="leave one out")
-    if asked["max_devices"] != MOST_DEVICES:
-        reading.add("--max-devices", "limits other hardware than --cluster names.", fix="leave one out")
+    _no_other_hardware(asked, reading)
     goal = reading.read(lambda: _goal(asked))
     model = reading.read(lambda: load_model(asked["model"], arch=asked["arch"]))
     run = reading.read(lambda: _workload(asked, model))

@@ -17,13 +17,15 @@ NO_DEARER = 1.02
 
 
 class Kind(NamedTuple):
-    """What tells offers apart but their price; `offer` stands for all of them, of `most` nodes at most."""
+    """What tells offers apart but their price; `offer` stands for all of them, of `most` nodes at most, or of
+    `counts` alone, where some were named."""
 
     device: str
     devices_per_node: int
     network: str
     offer: Offer
     most: int
+    counts: tuple[int, ...] = ()
 
 
 class Scouting(NamedTuple):
@@ -31,6 +33,13 @@ class Scouting(NamedTuple):
 
     plans: dict[int, Sized]
     why_not: dict[int, str]
+
+    def of(self, offer: Offer, most: int) -> Scouting:
+        """The part that an offer of the kind has: at the numbers of nodes that it names, or up to a most."""
+        if not offer.counts:
+            return self.up_to(most)
+        plans = {nodes: self.plans[nodes] for nodes in offer.counts if nodes in self.plans}
+        return Scouting(plans, {nodes: why for nodes, why in self.why_not.items() if nodes in offer.counts})
 
     def up_to(self, nodes: int) -> Scouting:
         """The part on at most so many nodes, and one reason beyond where there is no plan."""
@@ -55,6 +64,9 @@ def most_nodes(offers: Sequence[Offer], most_devices: int) -> dict[str, int]:
     """
     most = {}
     for offer in offers:
+        if offer.counts:
+            most[offer.name] = max(offer.counts)
+            continue
         larger = [
             other.devices_per_node
             for other in offers

@@ -48,7 +48,8 @@ class Offer:
     alone, since nothing is known of what connects several.
 
     `instance` is empty where devices are named without one: then nodes are of `devices_per_node` and stand
-    on one's own premises or have a price of the user's.
+    on one's own premises or have a price of the user's. `counts` are the only numbers of nodes to look at,
+    where some were named; of an instance, `named_network` says that its network was named too.
     """
 
     provider: str
@@ -58,6 +59,8 @@ class Offer:
     network: str
     rates: tuple[Rate, ...]
     region: str = ""
+    counts: tuple[int, ...] = ()
+    named_network: bool = False
 
     @property
     def name(self) -> str:
@@ -69,6 +72,7 @@ class Offer:
     def cluster_text(self, nodes: int) -> str:
         """So many nodes of it as `--cluster` takes them."""
         if self.instance:
-            return f"{nodes}*{self.provider}/{self.instance}"
+            named = f"@{self.network}" if self.named_network else ""
+            return f"{nodes}*{self.provider}/{self.instance}{named}"
         network = f"@{self.network}" if self.network else ""
         return f"{nodes}x{self.devices_per_node}:{self.device.name}{network}"

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from planner.catalog import device_names, load_device
 from planner.cluster import Device
+from planner.cluster_grammar import parse_cluster, read_equal_nodes
 from planner.codec import noun
 from planner.errors import InputError, Problem
 from planner.instance import Instance, find_instance
@@ -65,6 +66,55 @@ def find_offers(market: Market, wanted: Wanted) -> tuple[Offer, ...]:
     if not kept:
         raise _none(wanted, market)
     return kept
+
+
+def offers_of_clusters(
+    market: Market, texts: Sequence[str], pricings: tuple[Pricing, ...] = ()
+) -> tuple[Offer, ...]:
+    """The offers of which clusters are made, each at the numbers of nodes that were named.
+
+    Raises InputError with every fault.
+    """
+    problems: list[InputError] = []
+    named: dict[Offer, list[int]] = {}
+    for offer, nodes in _each(texts, lambda text: _of_cluster(text, market), problems):
+        named.setdefault(offer, []).append(nodes)
+    if problems:
+        raise InputError(*(fault for error in problems for fault in error.problems))
+    offers = (
+        _priced(dataclasses.replace(offer, counts=tuple(sorted(set(counts)))), pricings)
+        for offer, counts in named.items()
+    )
+    kept = tuple(offer for offer in offers if offer.rates)
+    if not kept:
+        fault = f"none of {', '.join(texts)} is sold {' or '.join(pricings)}."
+        raise InputError(Problem(where="--pricing", fault=fault, fix="leave it out"))
+    return kept
+
+
+def _of_cluster(text: str, market: Market) -> tuple[Offer, int]:
+    parsed = parse_cluster(text, market=market)  # every fault of the text is told by its own reader
+    nodes = read_equal_nodes(text)
+    if nodes is None:
+        fault = f"'{text[:80]}' is not of one kind of node, and options are compared by their number."
+        fix = "`plan size --cluster` or `plan solve` plan any cluster"
+        legal = "NODESxGPUS:DEVICE[@NETWORK], COUNT*INSTANCE[@NETWORK]"
+        raise InputError(Problem(where="--cluster", fault=fault, legal=legal, fix=fix))
+    if nodes.instance:
+        offer = _rented(market.instance(nodes.instance), market)
+        if nodes.network:
+            offer = dataclasses.replace(offer, network=nodes.network, named_network=True)
+        return offer, nodes.nodes
+    facts, per_node = load_device(parsed.groups[0].device.name), nodes.devices_per_node
+    offer = Offer(
+        provider=ON_PREMISES,
+        instance="",
+        device=facts.device(),
+        devices_per_node=per_node,
+        network=nodes.network or facts.network,
+        rates=rates_of_device(facts, market, per_node),
+    )
+    return offer, nodes.nodes
 
 
 def _each(texts: Sequence[str], read: Callable[[str], T], problems: list[InputError]) -> list[T]:

@@ -61,13 +61,23 @@ def scout_all(
 ) -> list[tuple[Offer, Scouting]]:
     """What was found on each offer, in their order. What is `known` is not searched for again."""
     most = most_nodes(request.offers, request.most_devices)
+    if request.counts is not None:
+        most = {name: max(nodes, *request.counts) for name, nodes in most.items()}
     kinds: dict[tuple[str, int, str], list[Offer]] = defaultdict(list)
     for offer in request.offers:
         kinds[offer.device.name, offer.devices_per_node, offer.network].append(offer)
-    each = [Kind(*key, offers[0], max(most[offer.name] for offer in offers)) for key, offers in kinds.items()]
+    each = [
+        Kind(
+            *key,
+            offers[0],
+            max(most[offer.name] for offer in offers),
+            tuple(sorted({nodes for offer in offers for nodes in offer.counts})),
+        )
+        for key, offers in kinds.items()
+    ]
     task = partial(scout_device, dataclasses.replace(request, offers=()), market, profiles_for(request))
     known = {} if known is None or request.least else known
-    keys = {kind: (_regardless(request), market.prices, *kind[:3], kind.most) for kind in each}
+    keys = {kind: (_regardless(request), market.prices, *kind[:3], kind.most, kind.counts) for kind in each}
     devices: dict[str, list[Kind]] = defaultdict(list)
     for kind in sorted(each, key=lambda kind: -kind.devices_per_node):
         if keys[kind] not in known:
@@ -94,7 +104,7 @@ def scout_all(
             progress(len(found), len(each))
     scoutings = (found[o.device.name, o.devices_per_node, o.network] for o in request.offers)
     pairs = zip(request.offers, scoutings, strict=True)
-    return [(offer, scouting.up_to(most[offer.name])) for offer, scouting in pairs]
+    return [(offer, scouting.of(offer, most[offer.name])) for offer, scouting in pairs]
 
 
 def _regardless(request: SizingRequest) -> SizingRequest:
@@ -157,7 +167,7 @@ class _Climb:
         layers: Layers,
     ) -> None:
         self.request, self.market, self.profile, self.layers = request, market, profile, layers
-        self.offer, self.most = kind.offer, kind.most
+        self.offer, self.most, self.named = kind.offer, kind.most, kind.counts
         self.found = Scouting({}, {})
         self.scout: Scout | None = None
         self.precision = request.precision or usual_precision(kind.offer.device)
@@ -167,11 +177,12 @@ class _Climb:
         if lacking:
             self.found.why_not[1] = lacking
             return self.found
-        counts = self.request.counts or ladder(self.most)
+        named = self.named or self.request.counts
+        counts = named or ladder(self.most)
         if not self.offer.network:
             counts = tuple(nodes for nodes in counts if nodes == 1)
             self.found.why_not[2] = "what connects several of its nodes is not known"
-        if self.request.counts is not None:
+        if named:
             for nodes in counts:
                 self._plan(nodes)
         elif self.request.least:
