@@ -46,6 +46,8 @@ REFINED = 6
 """Counts between two rungs that are scouted at most."""
 BESIDE = 2
 """Rungs in a row that take no fewer node-hours than fewer nodes do, after which a sizing asks for no more."""
+ENDLESS_S = 1000 * DAY_S
+"""Runs of which even the devices' peak takes longer are no options, unless their nodes are named."""
 AT_PEAK = "days even if all devices were at their peak"
 """How the reason ends where nodes are too few for the deadline whatever their plan."""
 ALONE_KINDS = 8
@@ -203,6 +205,10 @@ class _Climb:
     def _all(self, counts: Iterable[int]) -> None:
         before_s = math.inf
         for nodes in counts:
+            peak_s = self._peak_s(nodes)
+            if peak_s > ENDLESS_S:
+                self.found.why_not[nodes] = f"{_days(peak_s)} {AT_PEAK}"
+                continue
             found = self._plan(nodes)
             if found is None:
                 continue
@@ -216,7 +222,7 @@ class _Climb:
         deadline_s = self.request.goal.deadline_s
         below, before_s, least_s, dearer = 0, math.inf, math.inf, 0
         for nodes in counts:
-            peak_s = peak_device_s(self.request, self.offer.device) / (nodes * self.offer.devices_per_node)
+            peak_s = self._peak_s(nodes)
             if deadline_s is not None and peak_s > deadline_s:
                 self.found.why_not[nodes] = f"{_days(peak_s)} {AT_PEAK}"
                 below = nodes
@@ -241,6 +247,10 @@ class _Climb:
         """Seconds of the whole run at the usual upkeep; infinite where no step is kept."""
         figures = figures_of(sized.job, usual_upkeep(sized.job.devices, self.request.upkeep))
         return math.inf if figures.days is None else figures.days * DAY_S
+
+    def _peak_s(self, nodes: int) -> float:
+        """Seconds of the whole run on so many nodes at their peak."""
+        return peak_device_s(self.request, self.offer.device) / (nodes * self.offer.devices_per_node)
 
     def _keeps(self, sized: Sized) -> bool:
         """Whether the deadline, if there is one, is kept at the usual upkeep."""

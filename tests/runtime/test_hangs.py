@@ -103,7 +103,7 @@ def _lines(run_dir: Path) -> int:
 
 
 def _wait_for(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 120
+    deadline_s = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline_s
         time.sleep(0.1)
