@@ -19,12 +19,15 @@ from planner.objective import Goal, Minimise
 from planner.principles.scaling import load_laws, optimal_tokens, recommended
 from planner.search.scout import Scout
 from planner.search.space import Pins
+from planner.sizing import floors
 from planner.sizing.ability import SEQ_PART, ability_of
 from planner.sizing.answer import Answers, Standing, answers_of
+from planner.sizing.floors import RULED_OUT
+from planner.sizing.offers import Wanted, find_offers
 from planner.sizing.option import Option
 from planner.units import DAY_S, parse_count
 from tests.planner.catalog_problems import problem as catalog_problem
-from tests.sizing_cases import BILLION, compared, document, request, run
+from tests.sizing_cases import BILLION, MARKET, compared, document, request, run
 
 H100, A100, B200 = "p5.48xlarge", "p4d.24xlarge", "p6-b200.48xlarge"
 BETWEEN = 1.03
@@ -111,6 +114,37 @@ def test_the_answers_are_the_least_by_brute_force() -> None:
     order = [list(Standing).index(outcome.standing) for outcome in answers.outcomes]
     assert order == sorted(order)
     assert len({outcome.offer for outcome in answers.outcomes}) == len(answers.outcomes)
+
+
+SOME = Wanted(devices=("h100", "a100-sxm-40gb", "l4", "t4"), providers=("aws", "gcp"))
+RACKS = Wanted(devices=("gb300", "h100"), providers=("azure", "oci", "lambda"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "model", "tokens", "days", "budget"),
+    [(SOME, "tinyllama-1.1b", 100 * BILLION, None, None), (SOME, "llama-3-8b", 10 * BILLION, 10, 2500.0),
+     (RACKS, "tinyllama-1.1b", 10 * BILLION, 3, None), (RACKS, "llama-3-8b", 100 * BILLION, 10, None),
+     (RACKS, "tinyllama-1.1b", 10 * BILLION, 1, None)],
+)  # fmt: skip
+def test_what_is_ruled_out_before_is_neither_the_cheapest_nor_the_smallest(
+    wanted: Wanted,
+    model: str,
+    tokens: int,
+    days: float | None,
+    budget: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(floors, "LIKELIEST", 1)  # so that few kinds rule the others out
+    goal = Goal(minimise=Minimise.COST, deadline_s=None if days is None else days * DAY_S, budget_usd=budget)
+    some = find_offers(MARKET, wanted)
+    asked = request(model, offers=some, tokens=tokens, goal=goal, least=True, most_devices=1024)
+    few = compared(dataclasses.replace(asked, thorough=False))
+    assert sum(RULED_OUT in each.reason for each in few.left_out) > 0
+    whole, part = answers_of(compared(asked)), answers_of(few)
+    assert part.cheapest is not None and usd(part.cheapest) == usd(whole.cheapest)
+    assert part.smallest is not None and whole.smallest is not None
+    assert part.smallest.devices == whole.smallest.devices
+    assert usd(part.smallest) == usd(whole.smallest)
 
 
 def test_fewer_nodes_than_the_smallest_do_not_keep_the_deadline() -> None:

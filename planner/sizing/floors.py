@@ -52,14 +52,15 @@ class Floors:
         self, kinds: Sequence[Kind], found: Mapping[tuple[str, int, str], Scouting]
     ) -> tuple[list[Kind], dict[tuple[str, int, str], Scouting]]:
         """The kinds that may still be the cheapest or the smallest, and why the others are not."""
-        usd, devices = self._best(found)
-        left = [kind for kind in kinds if self.usd(kind) < usd or self.devices(kind) < devices]
+        usd, smallest = self._best(found)
+        left = [k for k in kinds if self.usd(k) < usd or (self.devices(k), self.usd(k)) < smallest]
         ruled_out = {kind[:3]: Scouting({}, {1: RULED_OUT}) for kind in kinds if kind not in left}
         return left, ruled_out
 
-    def _best(self, found: Mapping[tuple[str, int, str], Scouting]) -> tuple[float, float]:
-        """The least dollars and devices of what was found that keeps the goal."""
-        usd = devices = math.inf
+    def _best(self, found: Mapping[tuple[str, int, str], Scouting]) -> tuple[float, tuple[float, float]]:
+        """The least dollars, and the least devices with their dollars, of what was found that keeps the
+        goal."""
+        usd, smallest = math.inf, (math.inf, math.inf)
         goal = self.request.goal
         for key, scouting in found.items():
             for nodes, plan in scouting.plans.items():
@@ -70,5 +71,5 @@ class Floors:
                     figures = figures_of(dataclasses.replace(plan.job, usd_per_hour=usd_per_hour), upkeep)
                     cost = math.inf if figures.cost_usd is None else figures.cost_usd
                     if figures.days is not None and goal.meets(figures.days * DAY_S, cost):
-                        usd, devices = min(usd, cost), min(devices, count)
-        return usd, devices
+                        usd, smallest = min(usd, cost), min(smallest, (count, cost))
+        return usd, smallest
