@@ -138,3 +138,9 @@ def test_small_nodes_are_tried_only_below_a_larger_one_that_is_no_dearer() -> No
     elsewhere = dataclasses.replace(offer("large", 8, "ndr400x8", {demand: 1.0, spot: 1.0}), provider="q")
     assert most(elsewhere) == MOST_NODES
     assert most(elsewhere, devices=100) == 100
+
+
+def test_names_with_commas_are_names_one_by_one() -> None:
+    from planner.commands.sizing_options import _each_of
+
+    assert _each_of(("h100, a100-sxm-80gb", "l4", ",")) == ("h100", "a100-sxm-80gb", "l4")

@@ -142,15 +142,16 @@ def _hardware_options() -> list[Callable[[Any], Any]]:
     return [
         click.option(
             "--device", "devices", multiple=True, metavar="DEVICE",
-            help="A device to look at; repeat for several. Default: all of the catalog.",
+            help="A device to look at; several with commas, or repeated. Default: all of the catalog.",
         ),
         click.option(
             "--provider", "providers", multiple=True, metavar="PROVIDER",
-            help="A provider to look at, or on-premises; repeat for several. Default: all.",
+            help="A provider to look at, or on-premises; several with commas, or repeated. Default: all.",
         ),
         click.option(
             "--instance", "instances", multiple=True, metavar="INSTANCE",
-            help="An instance to look at, such as p5.48xlarge; repeat for several. Default: all.",
+            help="An instance to look at, such as p5.48xlarge; several with commas, or repeated. "
+            "Default: all.",
         ),
         click.option(
             "--pricing", "pricings", multiple=True, type=click.Choice(PRICINGS),
@@ -190,9 +191,9 @@ def read_sizing(asked: dict[str, Any], *, least: bool, clusters: tuple[str, ...]
     market = reading.read(lambda: open_market(asked["prices"], False))
     goal = reading.read(lambda: _goal(asked))
     wanted = Wanted(
-        devices=asked["devices"],
-        providers=asked["providers"],
-        instances=asked["instances"],
+        devices=_each_of(asked["devices"]),
+        providers=_each_of(asked["providers"]),
+        instances=_each_of(asked["instances"]),
         pricings=tuple(Pricing(name) for name in asked["pricings"]),
     )
     known = market or shipped_market()
@@ -228,6 +229,11 @@ def read_sizing(asked: dict[str, Any], *, least: bool, clusters: tuple[str, ...]
         profile=profile,
     )
     return SizingAsked(request, market)
+
+
+def _each_of(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of an option that is given several times, or once with commas."""
+    return tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
 
 
 def _no_other_hardware(asked: dict[str, Any], reading: Reading, but: tuple[str, ...] = ()) -> None:

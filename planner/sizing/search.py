@@ -127,16 +127,22 @@ def _mapped(
     import multiprocessing
     import threading
     from concurrent.futures import ProcessPoolExecutor, as_completed
+    from concurrent.futures.process import BrokenProcessPool
 
     alone = threading.active_count() == 1 and "fork" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("fork" if alone else "spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures = [pool.submit(task, kinds) for kinds in devices]
+        left = {pool.submit(task, kinds): kinds for kinds in devices}
         try:
-            for future in as_completed(futures):
-                yield future.result()
+            for future in as_completed(tuple(left)):
+                found = future.result()
+                del left[future]
+                yield found
+        except BrokenProcessPool:
+            pass  # no worker can start, as under a script without a main guard: what is left is done here
         finally:  # whoever asked may have stopped asking
             pool.shutdown(wait=False, cancel_futures=True)
+    yield from map(task, left.values())
 
 
 def scout_device(
