@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Iterable
 
 from planner.errors import InputError, Problem
 
 
+@functools.lru_cache(maxsize=4096)
 def squash(name: str) -> str:
     """A name without case and separators: `GPT3-175B` and `gpt-3-175b` are the same.
 
