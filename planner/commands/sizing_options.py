@@ -61,10 +61,9 @@ def sizing_options(command: Callable[..., Any]) -> Callable[..., Any]:
         kept = {name: values.pop(name) for name in list(values) if name in names}
         return command(asked=kept, as_json=as_json, **values)
 
-    wrapped: Callable[..., Any] = arch_option(prices_option(call))
+    wrapped: Callable[..., Any] = arch_option(prices_option(upkeep_options(call)))
     for option in reversed(own):
         wrapped = option(wrapped)
-    wrapped = upkeep_options(wrapped)
     names = _names(wrapped) - before
     return json_option(wrapped)
 
