@@ -26,7 +26,6 @@ from planner.problem import PlanningProblem
 from planner.search.scout import Scout
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import Pins
-from planner.sizing.problems import usual_precision
 from planner.workload import Workload
 
 COMMANDS = (
@@ -81,7 +80,7 @@ def against_search(model: str, cluster: str, seq: int, batch: int, limit_s: floa
     problem = PlanningProblem(
         model=spec,
         workload=Workload(
-            seq=seq, batch=batch, tokens=10**12, precision=usual_precision(parsed.groups[0].device)
+            seq=seq, batch=batch, tokens=10**12, precision=parsed.groups[0].device.usual_precision
         ),
         cluster=parsed,
         profile=None,

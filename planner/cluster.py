@@ -33,6 +33,14 @@ class Device:
     peak_fp8_flops: float | None = None
     host_link_bytes_per_s: float | None = None
 
+    @property
+    def usual_precision(self) -> Precision:
+        """The narrowest format that it is made for: fp32 on a CPU, fp16 where it has that and no bf16."""
+        if self.name == "cpu":
+            return Precision.FP32
+        lacking = self.peak_bf16_flops is None and self.peak_fp16_flops is not None
+        return Precision.FP16 if lacking else Precision.BF16
+
     def peak_flops(self, precision: Precision) -> float | None:
         """Dense peak FLOP/s in `precision`, or None where unknown."""
         return {

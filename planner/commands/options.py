@@ -317,9 +317,5 @@ def chosen_precision(text: str | None, cluster: ClusterSpec) -> Precision:
 
     if text is not None:
         return Precision(text)
-    devices = [group.device for group in cluster.groups]
-    if any(device.name == "cpu" for device in devices):
-        return Precision.FP32
-    if any(device.peak_bf16_flops is None and device.peak_fp16_flops is not None for device in devices):
-        return Precision.FP16
-    return Precision.BF16
+    usual = {group.device.usual_precision for group in cluster.groups}
+    return next(each for each in (Precision.FP32, Precision.FP16, Precision.BF16) if each in usual)

@@ -28,10 +28,13 @@ def option_document(option: Option) -> dict[str, Any]:
 
 def comparison_document(found: Comparison) -> dict[str, Any]:
     """The whole comparison; `options` come first, the cheapest first."""
+    import dataclasses
+
     from planner.codec import encode
 
-    document: dict[str, Any] = encode(found)
-    return {"options": [option_document(option) for option in found.options], **_rest(document)}
+    rest: dict[str, Any] = encode(dataclasses.replace(found, options=()))
+    del rest["options"]
+    return {"options": [option_document(option) for option in found.options], **rest}
 
 
 def size_document(found: Comparison, answers: Answers) -> dict[str, Any]:
@@ -56,10 +59,6 @@ def _short(option: Option) -> dict[str, Any]:
         "days": option.days,
         "cost_usd": option.cost_usd,
     }
-
-
-def _rest(document: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in document.items() if key != "options"}
 
 
 def options_csv(found: Comparison) -> str:

@@ -146,8 +146,10 @@ def _more(shown: Sequence[Option], show_all: bool) -> str:
 
 def _offers_text(outcomes: Sequence[Outcome], found: Comparison) -> str:
     """Each offer's best option, then by how much others miss."""
-    kept = [outcome for outcome in outcomes if outcome.standing == "keeps the goal"]
-    missed = [outcome for outcome in outcomes if outcome.standing != "keeps the goal"]
+    from planner.sizing.answer import Standing
+
+    kept = [outcome for outcome in outcomes if outcome.standing is Standing.KEEPS]
+    missed = [outcome for outcome in outcomes if outcome.standing is not Standing.KEEPS]
     parts = []
     if kept:
         parts.append(
@@ -172,8 +174,10 @@ def _offers_text(outcomes: Sequence[Outcome], found: Comparison) -> str:
 
 def help_for(outcome: Outcome, found: Comparison) -> str:
     """What would let an offer keep the goal."""
+    from planner.units import DAY_S
+
     best, goal = outcome.best, found.goal
-    late = goal.deadline_s is not None and best.days * 86400 > goal.deadline_s
+    late = goal.deadline_s is not None and best.days * DAY_S > goal.deadline_s
     dear = best.cost_usd is not None and goal.budget_usd is not None and best.cost_usd > goal.budget_usd
     helps = [f"--deadline {_enough(best.days)}d"] if late else []
     helps += [f"--budget {_enough(best.cost_usd)}"] if dear and best.cost_usd else []

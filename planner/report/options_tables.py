@@ -309,7 +309,7 @@ def coverage_words(option: Option) -> str:
     more = (
         ""
         if gap is None
-        else f" A longer search could shorten its step by at most {percent(gap / (1 + gap))}."
+        else f" No other plan of usual choices shortens its step by more than {percent(gap / (1 + gap))}."
     )
     speed = f"{format_count(option.plan.tokens_per_s)} tokens/s"
     return f"Times of {option.name} ({speed}): {', '.join(parts)}.{more}"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from planner.codec import noun
 from planner.objective import Goal, Minimise
 from planner.report.words import Tile, percent
+from planner.sizing.answer import extremes
 from planner.sizing.comparison import Comparison
 from planner.sizing.offer import Pricing
 from planner.sizing.option import Option
@@ -141,17 +142,9 @@ def pick(comparison: Comparison) -> Picks:
     """The best, the cheapest, the soonest and the smallest."""
     met = [option for option in comparison.options if option.meets]
     pool = met or list(comparison.options)
-    priced = [option for option in pool if option.cost_usd is not None]
-    dear = math.inf
-    cheapest = min(priced, key=lambda o: (o.cost_usd or 0.0, o.days), default=None)
-    fastest = min(pool, key=lambda o: (o.days, dear if o.cost_usd is None else o.cost_usd), default=None)
-    smallest = min(
-        pool,
-        key=lambda o: (o.devices, o.nodes, dear if o.cost_usd is None else o.cost_usd, o.days),
-        default=None,
-    )
+    found = extremes(pool)
     best = best_of(met, comparison.goal) if met else None
-    return Picks(best=best, cheapest=cheapest, fastest=fastest, smallest=smallest)
+    return Picks(best=best, cheapest=found.cheapest, fastest=found.soonest, smallest=found.smallest)
 
 
 def headline(comparison: Comparison, picks: Picks) -> str:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 MOST_LOOKED_AT = 16
-"""Shapes, in order of their outlook without messages of data parallelism, whose messages are looked at."""
+"""Shapes, in order of an outlook with messages by bytes and nominal rates, whose messages are looked at."""
 
 Kind = tuple[object, ...]
 

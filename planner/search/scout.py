@@ -65,8 +65,8 @@ class Scouted(NamedTuple):
 class Layers:
     """The costs of one model's layers on one device, which networks share unless runs told them apart."""
 
-    def __init__(self) -> None:
-        self._layers: dict[Physics, LayerModel] = {}
+    def __init__(self, *known: LayerModel) -> None:
+        self._layers: dict[Physics, LayerModel] = {layers.physics: layers for layers in known}
 
     def of(self, problem: PlanningProblem) -> LayerModel:
         physics = usual_physics(problem)

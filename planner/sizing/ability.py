@@ -96,8 +96,8 @@ def longest_sequence(problem: PlanningProblem) -> Longest | None:
             problem, workload=dataclasses.replace(problem.workload, seq=seq, batch=batch)
         )
 
-    length = 1024
-    if not _fits(at(min(length, learned))):
+    length = min(1024, learned)
+    if not _fits(at(length)):
         return None
     while 2 * length <= learned and _fits(at(2 * length)):
         length *= 2

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
+from typing import NamedTuple
 
 from planner.codec import noun
 from planner.objective import Goal
@@ -32,7 +33,15 @@ class Outcome:
     offer: str
     standing: Standing
     best: Option
-    smallest: Option | None = None
+
+
+class Extremes(NamedTuple):
+    """Of some options the one with the fewest devices, the fewest dollars (of those with a price), the fewest
+    days; None where there is none."""
+
+    smallest: Option | None
+    cheapest: Option | None
+    soonest: Option | None
 
 
 @noun
@@ -45,19 +54,26 @@ class Answers:
     outcomes: tuple[Outcome, ...]
 
 
+def extremes(options: Sequence[Option]) -> Extremes:
+    """The extremes; of equal ones the cheaper, then the sooner."""
+    priced = [option for option in options if option.cost_usd is not None]
+    return Extremes(
+        smallest=_least(options, lambda o: (o.devices, _usd(o), o.days)),
+        cheapest=_least(priced, lambda o: (_usd(o), o.days)),
+        soonest=_least(options, lambda o: (o.days, _usd(o))),
+    )
+
+
 def answers_of(found: Comparison) -> Answers:
     """The answers that a comparison holds; offers that keep the goal first, the best of them first."""
-    kept = [option for option in found.options if option.meets]
-    priced = [option for option in kept if option.cost_usd is not None]
+    best = extremes([option for option in found.options if option.meets])
     groups: dict[str, list[Option]] = defaultdict(list)
     for option in found.options:
         groups[option.name.partition(" x ")[2]].append(option)
     outcomes = [_outcome(name, options, found.goal) for name, options in groups.items()]
     order = list(Standing)
     return Answers(
-        smallest=_least(kept, lambda o: (o.devices, _usd(o), o.days)),
-        cheapest=_least(priced, lambda o: (_usd(o), o.days)),
-        soonest=_least(kept, lambda o: (o.days, _usd(o))),
+        **best._asdict(),
         outcomes=tuple(
             sorted(outcomes, key=lambda o: (order.index(o.standing), _usd(o.best), o.best.days, o.offer))
         ),
@@ -67,12 +83,7 @@ def answers_of(found: Comparison) -> Answers:
 def _outcome(name: str, options: Sequence[Option], goal: Goal) -> Outcome:
     kept = [option for option in options if option.meets]
     if kept:
-        return Outcome(
-            offer=name,
-            standing=Standing.KEEPS,
-            best=min(kept, key=lambda o: (_usd(o), o.days)),
-            smallest=min(kept, key=lambda o: (o.devices, _usd(o))),
-        )
+        return Outcome(offer=name, standing=Standing.KEEPS, best=min(kept, key=lambda o: (_usd(o), o.days)))
     in_time = [option for option in options if _in_time(option, goal)]
     cheap = any(_usd(option) <= (goal.budget_usd or float("inf")) for option in options)
     if not in_time:

@@ -25,11 +25,10 @@ from collections.abc import Iterable
 
 from planner.codec import noun
 from planner.device_file import DeviceFile
-from planner.market.on_premises import HOURS_PER_YEAR, OnPremises, cost_per_device_hour
+from planner.market.on_premises import OnPremises, cost_per_device_hour
 from planner.sizing.comparison import BreakEven
 from planner.sizing.offer import Offer, Pricing, Rate
 
-HOURS_PER_MONTH = HOURS_PER_YEAR / 12
 COMMITTED = frozenset({Pricing.RESERVED_1Y, Pricing.RESERVED_3Y})
 """Pricings that are paid for in idle hours too."""
 

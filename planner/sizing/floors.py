@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from planner.cost.goodput import figures_of
 from planner.sizing.kinds import Kind, Scouting
 from planner.sizing.offer import Offer
 from planner.sizing.problems import peak_device_s
 from planner.sizing.request import SizingRequest
-from planner.sizing.usual_upkeep import usual_upkeep
+from planner.sizing.sized import losses_at
 from planner.units import DAY_S
 
 LIKELIEST = 4
@@ -65,11 +63,8 @@ class Floors:
         for key, scouting in found.items():
             for nodes, plan in scouting.plans.items():
                 for rate in (rate for offer in self.kinds[key] for rate in offer.rates):
-                    count, price = nodes * self.kinds[key][0].devices_per_node, rate.usd_per_node_hour
-                    upkeep = usual_upkeep(count, self.request.upkeep, spot=rate.pricing.interruptible)
-                    usd_per_hour = None if price is None else nodes * price
-                    figures = figures_of(dataclasses.replace(plan.job, usd_per_hour=usd_per_hour), upkeep)
+                    figures = losses_at(plan.job, nodes, rate, self.request.upkeep)
                     cost = math.inf if figures.cost_usd is None else figures.cost_usd
                     if figures.days is not None and goal.meets(figures.days * DAY_S, cost):
-                        usd, smallest = min(usd, cost), min(smallest, (count, cost))
+                        usd, smallest = min(usd, cost), min(smallest, (plan.job.devices, cost))
         return usd, smallest

@@ -12,8 +12,8 @@ from planner.strategy import Strategy
 class SizedPlan:
     """The plan of an option, short: what it does, how long a step takes, and whether it fits.
 
-    `lower_bound_s` is a time that no step on these nodes beats; between it and the step time lies what a
-    longer search might find.
+    `lower_bound_s` is a time that no step of usual choices (planner.search.space) beats on these nodes; what
+    other choices may reach `plan solve` bounds.
     """
 
     label: str

@@ -12,7 +12,6 @@ from planner.profile import Profile
 from planner.shipped_profile import shipped_profile, shipped_profiles
 from planner.sizing.request import SizingRequest
 from planner.sizing.usual_upkeep import usual_upkeep
-from planner.workload import Precision
 
 
 def profiles_for(request: SizingRequest) -> dict[str, Profile]:
@@ -28,7 +27,7 @@ def profiles_for(request: SizingRequest) -> dict[str, Profile]:
 
 def peak_device_s(request: SizingRequest, device: Device) -> float:
     """Device-seconds of the whole run at a device's dense peak, which no plan beats; 0: no peak is known."""
-    precision = request.precision or usual_precision(device)
+    precision = request.precision or device.usual_precision
     workload = dataclasses.replace(request.workload, precision=precision)
     peak = device.peak_flops(precision)
     flops = trained_flops_per_token(request.model, workload) * (workload.tokens or 0)
@@ -40,7 +39,7 @@ def problem_on(
 ) -> PlanningProblem:
     """The request as a problem on one cluster of a device."""
     usable = device.usable_memory_bytes
-    precision = request.precision or usual_precision(device)
+    precision = request.precision or device.usual_precision
     return PlanningProblem(
         model=request.model,
         workload=dataclasses.replace(request.workload, precision=precision),
@@ -48,12 +47,4 @@ def problem_on(
         profile=profile,
         memory_limit_bytes=min(usable, request.memory_limit_bytes or usable),
         upkeep=usual_upkeep(cluster.devices, request.upkeep),
-        limits=request.limits,
     )
-
-
-def usual_precision(device: Device) -> Precision:
-    """The narrowest that a device is made for, as other commands choose it."""
-    if device.peak_bf16_flops is None and device.peak_fp16_flops is not None:
-        return Precision.FP16
-    return Precision.BF16

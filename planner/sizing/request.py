@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from planner.codec import noun
-from planner.limits import NO_LIMITS, Limits
 from planner.model import ModelSpec
 from planner.objective import Goal
 from planner.profile import Profile
-from planner.search.space import Pins
 from planner.sizing.offer import Offer
 from planner.upkeep import NOTHING_SAID, Upkeep
 from planner.workload import Precision, Workload
@@ -38,6 +36,3 @@ class SizingRequest:
     thorough: bool = True
     memory_limit_bytes: int | None = None
     profile: Profile | None = None
-    limits: Limits = NO_LIMITS
-    pins: Pins = Pins()
-    utilisation: float | None = None

@@ -27,11 +27,12 @@ from planner.not_modelled import TAKEN_BACK, not_modelled
 from planner.objective import Goal
 from planner.profile import Profile
 from planner.search.scout import Layers, Scout
+from planner.search.space import Pins
 from planner.sizing.floors import Floors
 from planner.sizing.kinds import Kind, Scouting, most_nodes
 from planner.sizing.ladder import between, ladder
 from planner.sizing.offer import Offer
-from planner.sizing.problems import peak_device_s, problem_on, profiles_for, usual_precision
+from planner.sizing.problems import peak_device_s, problem_on, profiles_for
 from planner.sizing.request import SizingRequest
 from planner.sizing.sized import Sized, sized
 from planner.sizing.usual_upkeep import usual_upkeep
@@ -178,7 +179,7 @@ class _Climb:
         self.offer, self.most, self.named = kind.offer, kind.most, kind.counts
         self.found = Scouting({}, {})
         self.scout: Scout | None = None
-        self.precision = request.precision or usual_precision(kind.offer.device)
+        self.precision = request.precision or kind.offer.device.usual_precision
 
     def scouting(self) -> Scouting:
         lacking = self._lacking()
@@ -279,7 +280,7 @@ class _Climb:
         cluster = parse_cluster(self.offer.cluster_text(nodes), market=self.market)
         problem = problem_on(self.request, cluster, self.offer.device, self.profile)
         if self.scout is None:
-            self.scout = Scout(problem, self.request.pins, self.layers)
+            self.scout = Scout(problem, Pins(), self.layers)
         scouted = self.scout.plan(cluster)
         if scouted is None:
             self.found.why_not[nodes] = self.scout.why_not[cluster.name]

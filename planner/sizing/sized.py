@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from planner.catalog import load_device
 from planner.cost.goodput import Job, figures_of
+from planner.estimate import JobFigures
 from planner.market.on_premises import OnPremises
 from planner.objective import Goal
 from planner.search.scout import Scouted
@@ -55,6 +56,13 @@ def sized(scouted: Scouted, not_modelled: tuple[str, ...]) -> Sized:
     return Sized(plan, scouted.job, not_modelled)
 
 
+def losses_at(job: Job, nodes: int, rate: Rate, said: Upkeep) -> JobFigures:
+    """What a job loses on so many nodes at a rate, and its days and dollars: spot nodes are taken back."""
+    price = rate.usd_per_node_hour
+    upkeep = usual_upkeep(job.devices, said, spot=rate.pricing.interruptible)
+    return figures_of(dataclasses.replace(job, usd_per_hour=None if price is None else nodes * price), upkeep)
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Costing:
     """What options of all offers have in common: the upkeep that was said, the goal, and facts of energy."""
@@ -70,10 +78,7 @@ class Costing:
         return [option for option in found if option is not None]
 
     def _option(self, offer: Offer, nodes: int, plan: SizedPlan, job: Job, rate: Rate) -> Option | None:
-        devices = nodes * offer.devices_per_node
-        upkeep = usual_upkeep(devices, self.said, spot=rate.pricing.interruptible)
-        usd_per_hour = None if rate.usd_per_node_hour is None else nodes * rate.usd_per_node_hour
-        losses = figures_of(dataclasses.replace(job, usd_per_hour=usd_per_hour), upkeep)
+        devices, losses = job.devices, losses_at(job, nodes, rate, self.said)
         if losses.days is None:
             return None
         low, high = (losses.days * end / plan.step_time_s for end in plan.step_time_interval_s)

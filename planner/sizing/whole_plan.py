@@ -6,6 +6,7 @@ from planner.cluster_grammar import parse_cluster
 from planner.market.market import Market
 from planner.plan import Plan
 from planner.search.solve import SolveOptions, solve
+from planner.search.space import Pins
 from planner.sizing.option import Option
 from planner.sizing.problems import problem_on, profiles_for
 from planner.sizing.request import SizingRequest
@@ -19,4 +20,4 @@ def whole_plan(request: SizingRequest, market: Market, option: Option) -> Plan:
     cluster = parse_cluster(option.cluster, market=market)
     device = cluster.groups[0].device
     problem = problem_on(request, cluster, device, profiles_for(request).get(device.name))
-    return solve(problem, SolveOptions(pins=request.pins, time_limit_s=TIME_LIMIT_S))
+    return solve(problem, SolveOptions(pins=Pins(), time_limit_s=TIME_LIMIT_S))
