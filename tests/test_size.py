@@ -437,3 +437,24 @@ def test_a_cluster_and_other_hardware_are_refused_together() -> None:
     assert result.exit_code == 2 and not result.stdout
     for flag in ("--device", "--nodes", "--max-devices", "--batch", "--tokens", "--deadline"):
         assert f"{flag}: " in result.stderr, flag
+
+
+def test_no_sequence_is_longer_than_the_positions_that_are_learned() -> None:
+    from planner.catalog import load_model
+    from planner.cluster_grammar import parse_cluster
+    from planner.problem import PlanningProblem
+    from planner.sizing.ability import longest_sequence
+    from planner.workload import Workload
+
+    model = dataclasses.replace(load_model("gpt2"), learned_positions=512, max_positions=512)
+    cluster = parse_cluster("1x1:h100-sxm-80gb")
+    limit = cluster.groups[0].device.usable_memory_bytes
+    problem = PlanningProblem(
+        model=model,
+        workload=Workload(seq=256, batch=8),
+        cluster=cluster,
+        profile=None,
+        memory_limit_bytes=limit,
+    )
+    longest = longest_sequence(problem)
+    assert longest is not None and longest.seq == 512 and "512 learned positions" in longest.bound
