@@ -15,9 +15,10 @@ a small collective costs there. On 2 cores, an all-reduce of 4 KiB over 4 ranks 
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from planner.codec import encode
+from planner.codec import encode, noun
 from planner.profile import CommSample, Op
 from runtime.children import Emit, run_children
 from runtime.timing import Effort, summarize, synchronize
@@ -71,31 +72,47 @@ def sizes_of(op: Op, layout: Layout, world: int, sizes_bytes: tuple[int, ...]) -
     return sizes_bytes if used else sizes_bytes[::2]
 
 
-def count_samples(world: int, sizes_bytes: tuple[int, ...]) -> int:
-    """How many samples `measure_comm` yields."""
-    return sum(
-        len(sizes_of(op, layout, world, sizes_bytes)) for layout in layouts(world) for op in ops(layout)
-    )
+@noun
+class CommCase:
+    """One sample to take: an operation over a layout with a full message of `bytes`."""
+
+    op: Op
+    layout: Layout
+    bytes: int
+
+    def label(self) -> str:
+        """A short name for progress and messages."""
+        return f"{self.op} of {self.bytes} bytes over {self.layout.ranks} ranks, {self.layout.groups} at once"
+
+
+def comm_cases(world: int, sizes_bytes: tuple[int, ...]) -> list[CommCase]:
+    """All cases of a world, those of one layout together."""
+    return [
+        CommCase(op=op, layout=layout, bytes=size_bytes)
+        for layout in layouts(world)
+        for op in ops(layout)
+        for size_bytes in sizes_of(op, layout, world, sizes_bytes)
+    ]
 
 
 def measure_comm(
-    world: int, device_type: str, sizes_bytes: tuple[int, ...], effort: Effort
+    cases: Sequence[CommCase], world: int, device_type: str, effort: Effort
 ) -> Iterator[dict[str, Any]]:
-    """Yields every CommSample (encoded) of a world of processes on this machine."""
+    """Yields the CommSample (encoded) of each case, in a world of processes on this machine."""
     with tempfile.TemporaryDirectory(prefix="shardwise-") as folder:
 
         def body(rank: int, emit: Emit) -> None:
-            _rank(rank, world, device_type, Path(folder) / "store", sizes_bytes, effort, emit)
+            _rank(cases, rank, world, device_type, Path(folder) / "store", effort, emit)
 
         yield from run_children(body, world)
 
 
 def _rank(
+    cases: Sequence[CommCase],
     rank: int,
     world: int,
     device_type: str,
     store_path: Path,
-    sizes_bytes: tuple[int, ...],
     effort: Effort,
     emit: Emit,
 ) -> None:
@@ -107,19 +124,23 @@ def _rank(
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_TIMEOUT)
     control = dist.new_group(backend="gloo", timeout=_TIMEOUT)
-    for layout in layouts(world):
-        groups = [
-            dist.new_group(list(range(first, first + layout.ranks)), timeout=_TIMEOUT)
-            for first in range(0, layout.ranks * layout.groups, layout.ranks)
-        ]
-        mine = groups[rank // layout.ranks] if rank < layout.ranks * layout.groups else None
-        for op in ops(layout):
-            for size_bytes in sizes_of(op, layout, world, sizes_bytes):
-                sample = _sample(op, layout, size_bytes, mine, control, device, effort)
-                if rank == 0:
-                    emit(encode(sample))
+    for layout, group in itertools.groupby(cases, key=lambda case: case.layout):
+        mine = _own_group(layout, rank)
+        for case in group:
+            sample = _sample(case.op, layout, case.bytes, mine, control, device, effort)
+            if rank == 0:
+                emit(encode(sample))
     dist.barrier(control)
     dist.destroy_process_group()
+
+
+def _own_group(layout: Layout, rank: int) -> dist.ProcessGroup | None:
+    """Makes the groups of a layout, as all ranks must; this rank's, None where it is in none."""
+    groups = [
+        dist.new_group(list(range(first, first + layout.ranks)), timeout=_TIMEOUT)
+        for first in range(0, layout.ranks * layout.groups, layout.ranks)
+    ]
+    return groups[rank // layout.ranks] if rank < layout.ranks * layout.groups else None
 
 
 def _sample(

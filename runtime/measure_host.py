@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,19 +45,17 @@ _SMALL_HIDDEN, _LARGE_HIDDEN = 64, 512
 _MICRO_BATCHES = 8
 
 
-HOST_CONSTANTS = 22
-"""About how many constants `measure_host` yields, for a progress bar."""
-
-
-def measure_host(device_type: str, precision: Precision, effort: Effort) -> Iterator[dict[str, Any]]:
-    """Yields constants (encoded), one family after another."""
+def measure_host(
+    groups: Sequence[str], device_type: str, precision: Precision, effort: Effort
+) -> Iterator[dict[str, Any]]:
+    """Yields `{"constants": [...]}` (encoded) of each of these groups of CONSTANTS."""
 
     def body(rank: int, emit: Emit) -> None:
         torch.set_num_threads(1)
         device = torch.device(device_type)
-        for family in (_rates, _launches, _wrappers, _pipeline_action, _optimizer):
-            for constant in family(device, precision, effort):
-                emit(encode(constant))
+        for group in groups:
+            found = CONSTANTS[group](device, precision, effort)
+            emit({"constants": [encode(constant) for constant in found]})
 
     yield from run_children(body)
 
@@ -385,6 +383,16 @@ def _two_unknowns(a: tuple[int, int, float], b: tuple[int, int, float]) -> tuple
     """Seconds per tensor and per parameter from two (tensors, parameters, seconds), none below zero."""
     per_param = max((b[2] - a[2] * b[0] / a[0]) / (b[1] - a[1] * b[0] / a[0]), 0.0)
     return max((a[2] - per_param * a[1]) / a[0], 0.0), per_param
+
+
+CONSTANTS: dict[str, Callable[[torch.device, Precision, Effort], Iterator[Constant]]] = {
+    "rates": _rates,
+    "launches": _launches,
+    "wrappers": _wrappers,
+    "pipeline actions": _pipeline_action,
+    "the optimizer": _optimizer,
+}
+"""What measures each group of constants."""
 
 
 # Contention

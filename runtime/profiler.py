@@ -9,32 +9,29 @@ from __future__ import annotations
 import datetime
 import itertools
 import platform
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import metadata
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from planner.cluster import ClusterSpec
-from planner.codec import decode, noun
+from planner.codec import noun
 from planner.errors import InputError, Problem
 from planner.machine import usable_cores
 from planner.model import ModelSpec
-from planner.profile import (
-    PROFILE_SCHEMA,
-    CommSample,
-    Constant,
-    ContentionSample,
-    LayerSample,
-    Profile,
-)
+from planner.profile import PROFILE_SCHEMA, Profile
+from planner.profile_merge import Sample, by_field
 from planner.workload import Precision
 from runtime.children import ChildFailed
-from runtime.measure_comm import QUICK_SIZES_BYTES, SIZES_BYTES, count_samples, measure_comm
-from runtime.measure_host import HOST_CONSTANTS, measure_contention, measure_host
-from runtime.measure_layers import LayerCase, divides, layer_cases, measure_layers
+from runtime.comm_family import CommFamily
+from runtime.families import Case, Family, Reading
+from runtime.host_families import ContentionFamily, HostFamily
+from runtime.layer_family import LayerFamily
+from runtime.measure_comm import QUICK_SIZES_BYTES, SIZES_BYTES
+from runtime.measure_layers import divides
 from runtime.timing import Effort
 
-Sample = TypeVar("Sample")
+FAILURES = 3
+"""Processes that fail one after another at their first case: the rest would fail as they did."""
 
 
 class Progress(Protocol):
@@ -96,30 +93,48 @@ def take_profile(
 
     Widths that do not divide the model are left out.
     """
-    run = _Run(model, cluster, seq, precision, scope, progress)
-    progress.begin(run.total())
-    layers = run.layers()
-    constants = run.constants()
-    contention = run.contention()
-    comms = run.comms()
+    families = families_of(model, cluster, seq, precision, scope)
+    run = _Run(progress)
+    progress.begin(sum(len(family.cases()) for family in families))
+    for family in families:
+        run.measure(family)
+    if cluster.devices == 1:
+        run.skip("collectives: one device has nobody to talk to")
     group = cluster.groups[0]
     return Profile(
         schema_version=PROFILE_SCHEMA,
         name=f"{cluster.name} {model.name} seq {seq} {precision}",
         device=group.device.name,
         device_title=group.device.title,
-        backend="nccl" if run.on_cuda else "gloo",
+        backend="nccl" if _on_cuda(cluster) else "gloo",
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions=_versions(),
         devices_per_node=group.devices_per_node,
         slots_per_node=group.slots_per_node,
-        layers=tuple(layers),
-        comms=tuple(comms),
-        contention=tuple(contention),
-        constants=tuple(constants),
+        **by_field(run.samples),
         cores=usable_cores(),
         skipped=tuple(run.skipped),
     )
+
+
+def families_of(
+    model: ModelSpec, cluster: ClusterSpec, seq: int, precision: Precision, scope: Scope
+) -> list[Family[Any]]:
+    """What is measured, in this order."""
+    on_cuda = _on_cuda(cluster)
+    device_type = "cuda" if on_cuda else "cpu"
+    return [
+        LayerFamily(
+            model, seq, precision, device_type, scope.widths, scope.micro_batches, scope.layer_effort
+        ),
+        HostFamily(device_type, precision, scope.host_effort),
+        ContentionFamily(model, seq, cluster.devices, precision, scope.contention_window_s, on_cuda),
+        CommFamily(cluster.devices, device_type, scope.sizes_bytes, scope.comm_effort),
+    ]
+
+
+def _on_cuda(cluster: ClusterSpec) -> bool:
+    return cluster.groups[0].device.name != "cpu"
 
 
 def check_widths(model: ModelSpec, widths: Sequence[int]) -> None:
@@ -145,123 +160,52 @@ def _versions() -> dict[str, str]:
 
 
 class _Run:
-    """One profile on its way: the inputs, who watches, and what was skipped."""
+    """One profile on its way: who watches, what was taken and what was skipped."""
 
-    def __init__(
-        self,
-        model: ModelSpec,
-        cluster: ClusterSpec,
-        seq: int,
-        precision: Precision,
-        scope: Scope,
-        progress: Progress,
-    ) -> None:
-        self.model, self.seq, self.precision = model, seq, precision
-        self.scope, self.progress = scope, progress
-        self.devices = cluster.devices
-        self.on_cuda = cluster.groups[0].device.name != "cpu"
-        self.device_type = "cuda" if self.on_cuda else "cpu"
-        self.cases = layer_cases(model, seq, scope.widths, scope.micro_batches)
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.samples: list[Sample] = []
         self.skipped: list[str] = []
 
-    def total(self) -> int:
-        """How many steps the progress will see, about."""
-        contention = 0 if self.on_cuda else self.devices
-        return (
-            len(self.cases)
-            + HOST_CONSTANTS
-            + contention
-            + count_samples(self.devices, self.scope.sizes_bytes)
-        )
-
-    def layers(self) -> list[LayerSample]:
-        """Every layer case; a process that dies costs the case that it was at."""
-        samples: list[LayerSample] = []
-        for _, group in itertools.groupby(self.cases, key=lambda case: (case.tp, case.sequence_parallel)):
-            cases = list(group)
+    def measure(self, family: Family[Any]) -> None:
+        """Every case of a family, those of one `together` in one process."""
+        for _, alike in itertools.groupby(family.cases(), key=family.together):
+            cases, failures = list(alike), 0
             while cases:
-                done = self._some_layers(cases, samples)
-                cases = cases[done:]
-        return samples
+                settled, failed = self._some(family, cases)
+                failures = failures + 1 if failed and settled == 1 else int(failed)
+                cases = cases[settled:]
+                if cases and failures == FAILURES:
+                    self.skip(
+                        f"{cases[0].label()} and {len(cases) - 1} more like it: {FAILURES} in a row failed"
+                    )
+                    break
 
-    def _some_layers(self, cases: Sequence[LayerCase], samples: list[LayerSample]) -> int:
-        """Measures cases in one process until it ends; how many are settled, measured or skipped."""
+    def _some(self, family: Family[Any], cases: Sequence[Case]) -> tuple[int, bool]:
+        """Measures cases in one process until it ends.
+
+        How many are settled, measured or skipped, and whether it failed, which costs the case it was at.
+        """
         settled = 0
-        messages = measure_layers(
-            cases, self.model, self.seq, self.precision, self.device_type, self.scope.layer_effort
-        )
         try:
-            for case, message in zip(cases, messages, strict=False):
-                self._take(message, LayerSample, samples, case.label())
+            for case, reading in zip(cases, family.measure(cases), strict=False):
+                self._take(case, reading)
                 settled += 1
         except ChildFailed as failure:
-            self._skip(f"{cases[settled].label()}: the process {failure}")
-            settled += 1
-        return settled
+            self.skip(f"{cases[settled].label()}: the process {failure}")
+            return settled + 1, True
+        if settled < len(cases):
+            self.skip(f"{cases[settled].label()}: the process reported nothing")
+            return settled + 1, True
+        return settled, False
 
-    def constants(self) -> list[Constant]:
-        """Constants of the host and the device."""
-        found: list[Constant] = []
-        messages = measure_host(self.device_type, self.precision, self.scope.host_effort)
-        self._gather(messages, Constant, found, "host")
-        return found
-
-    def contention(self) -> list[ContentionSample]:
-        """Slowdown of compute by the number of ranks at work; accelerators do not share theirs."""
-        if self.on_cuda:
-            return [ContentionSample(active=n, slowdown=1.0) for n in range(1, self.devices + 1)]
-        seconds: dict[int, list[float]] = {}
-        messages = measure_contention(
-            self.model, self.seq, self.devices, self.precision, self.scope.contention_window_s
-        )
-        try:
-            for message in messages:
-                seconds.setdefault(message["active"], []).append(message["seconds"])
-                if len(seconds[message["active"]]) == message["active"]:
-                    self.progress.step(f"contention: {message['active']} ranks compute")
-        except ChildFailed as failure:
-            self._skip(f"contention: {failure}")
-            return []
-        alone = statistics.fmean(seconds[1])
-        return [
-            ContentionSample(active=active, slowdown=max(statistics.fmean(seconds[active]) / alone, 1.0))
-            for active in sorted(seconds)
-        ]
-
-    def comms(self) -> list[CommSample]:
-        """Collectives over the real backend; a single device has none."""
-        found: list[CommSample] = []
-        if self.devices == 1:
-            self._skip("collectives: one device has nobody to talk to")
-            return found
-        messages = measure_comm(
-            self.devices, self.device_type, self.scope.sizes_bytes, self.scope.comm_effort
-        )
-        self._gather(messages, CommSample, found, "collectives")
-        return found
-
-    def _gather(
-        self, messages: Iterator[dict[str, Any]], kind: type[Sample], into: list[Sample], what: str
-    ) -> None:
-        try:
-            for message in messages:
-                self._take(message, kind, into, _label(what, message))
-        except ChildFailed as failure:
-            self._skip(f"{what}, after {len(into)} samples: {failure}")
-
-    def _take(self, message: dict[str, Any], kind: type[Sample], into: list[Sample], label: str) -> None:
-        if "skipped" in message:
-            self._skip(message["skipped"])
+    def _take(self, case: Case, reading: Reading) -> None:
+        if reading.skipped:
+            self.skip(reading.skipped)
         else:
-            into.append(decode(kind, message, source="a measuring process"))
-            self.progress.step(label)
+            self.samples += reading.samples
+            self.progress.step(case.label())
 
-    def _skip(self, text: str) -> None:
+    def skip(self, text: str) -> None:
         self.skipped.append(text)
         self.progress.say(f"skipped: {text}")
-
-
-def _label(what: str, message: dict[str, Any]) -> str:
-    if "op" in message:
-        return f"{message['op']} over {message['ranks']} ranks, {message['groups']} at once"
-    return f"{what}: {message['name']}"

@@ -1,0 +1,101 @@
+"""Constants of host and device, and contention, as families of the profiler."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+from planner.codec import decode, noun
+from planner.model import ModelSpec
+from planner.profile import Constant, ContentionSample
+from planner.workload import Precision
+from runtime.families import Reading
+from runtime.measure_host import CONSTANTS, measure_contention, measure_host
+from runtime.timing import Effort
+
+
+@noun
+class HostCase:
+    """One group of constants that are measured together."""
+
+    group: str
+
+    def label(self) -> str:
+        return f"constants of {self.group}"
+
+
+@dataclass(frozen=True)
+class HostFamily:
+    """Rates, wrappers, pipeline actions, optimizer."""
+
+    device_type: str
+    precision: Precision
+    effort: Effort
+
+    @property
+    def name(self) -> str:
+        return "host"
+
+    def cases(self) -> Sequence[HostCase]:
+        return [HostCase(group=group) for group in CONSTANTS]
+
+    def together(self, case: HostCase) -> Hashable:
+        return None
+
+    def measure(self, cases: Sequence[HostCase]) -> Iterator[Reading]:
+        groups = [case.group for case in cases]
+        for message in measure_host(groups, self.device_type, self.precision, self.effort):
+            constants = (
+                decode(Constant, each, source="a measuring process") for each in message["constants"]
+            )
+            yield Reading(samples=tuple(constants))
+
+
+@noun
+class ContentionCase:
+    """Up to `ranks` ranks of a node at work at once."""
+
+    ranks: int
+
+    def label(self) -> str:
+        return f"contention of up to {self.ranks} ranks"
+
+
+@dataclass(frozen=True)
+class ContentionFamily:
+    """Slowdown of compute by the number of ranks at work. Accelerators do not share theirs."""
+
+    model: ModelSpec
+    seq: int
+    ranks: int
+    precision: Precision
+    window_s: float
+    on_cuda: bool
+
+    @property
+    def name(self) -> str:
+        return "contention"
+
+    def cases(self) -> Sequence[ContentionCase]:
+        return [ContentionCase(ranks=self.ranks)]
+
+    def together(self, case: ContentionCase) -> Hashable:
+        return None
+
+    def measure(self, cases: Sequence[ContentionCase]) -> Iterator[Reading]:
+        for case in cases:
+            yield Reading(samples=tuple(self._free(case) if self.on_cuda else self._measured(case)))
+
+    def _free(self, case: ContentionCase) -> list[ContentionSample]:
+        return [ContentionSample(active=n, slowdown=1.0) for n in range(1, case.ranks + 1)]
+
+    def _measured(self, case: ContentionCase) -> list[ContentionSample]:
+        seconds: dict[int, list[float]] = {}
+        for message in measure_contention(self.model, self.seq, case.ranks, self.precision, self.window_s):
+            seconds.setdefault(message["active"], []).append(message["seconds"])
+        alone = statistics.fmean(seconds[1])
+        return [
+            ContentionSample(active=active, slowdown=max(statistics.fmean(seconds[active]) / alone, 1.0))
+            for active in sorted(seconds)
+        ]

@@ -1,0 +1,40 @@
+"""The layers of a model at one sequence length, as a family of the profiler."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+from planner.model import ModelSpec
+from planner.profile import LayerSample
+from planner.workload import Precision
+from runtime.families import Reading, readings
+from runtime.measure_layers import LayerCase, layer_cases, measure_layers
+from runtime.timing import Effort
+
+
+@dataclass(frozen=True)
+class LayerFamily:
+    """Each layer class by micro-batch, shard width and recompute."""
+
+    model: ModelSpec
+    seq: int
+    precision: Precision
+    device_type: str
+    widths: tuple[int, ...]
+    micro_batches: tuple[int, ...]
+    effort: Effort
+
+    @property
+    def name(self) -> str:
+        return f"layers of {self.model.name} at {self.seq} tokens"
+
+    def cases(self) -> Sequence[LayerCase]:
+        return layer_cases(self.model, self.seq, self.widths, self.micro_batches)
+
+    def together(self, case: LayerCase) -> Hashable:
+        return case.tp, case.sequence_parallel
+
+    def measure(self, cases: Sequence[LayerCase]) -> Iterator[Reading]:
+        messages = measure_layers(cases, self.model, self.seq, self.precision, self.device_type, self.effort)
+        return readings(LayerSample, messages)
