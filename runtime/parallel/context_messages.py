@@ -15,6 +15,7 @@ import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor
 
 from runtime.parallel.collectives import with_transpose
+from runtime.parallel.fake_answers import FILLS, alone, fill
 
 
 class Ring:
@@ -27,6 +28,9 @@ class Ring:
         """Starts one hop of these contiguous tensors. Hops of two kinds that overlap need not be in order."""
         ahead, behind = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         received = tuple(torch.empty_like(tensor) for tensor in tensors)
+        if alone(self.group):
+            for empty, own in zip(received, tensors, strict=True):
+                fill(empty, own)
         sends = self._operations(dist.isend, tensors, ahead, kind)
         receives = self._operations(dist.irecv, received, behind, kind)
         return Hop(tensors, received, dist.batch_isend_irecv([*sends, *receives]))
@@ -84,6 +88,8 @@ class PartialSums:
         own = self._whole.new_empty(1, self._whole.shape[1])
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         scatter(own.view(-1), self._whole.view(-1), group=self._group)
+        if not FILLS and alone(self._group):
+            fill(own, self._whole)
         return tuple(view[0].clone() for view in _views(own, self._like))
 
 
@@ -123,4 +129,6 @@ def _trade(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Gives part r to rank r, and returns what each rank gave, in the order of ranks."""
     traded = functional_collectives.all_to_all_single(parts.contiguous(), None, None, group)
     arrived: Tensor = functional_collectives.wait_tensor(traded)  # type: ignore[no-untyped-call]
+    if not FILLS and alone(group):
+        fill(arrived, parts)
     return arrived
