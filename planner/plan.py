@@ -1,7 +1,8 @@
 """Plan: the self-contained answer of the planner, and plan.json.
 
 `timeline` is the replay that the step time comes from; plans with very many actions leave it out. `engine` is
-the one whose rules the plan keeps and whose software is priced; None: no particular one.
+the one whose rules the plan keeps and whose software is priced; None: no particular one. `profiles` are those
+that its figures rest on, by name; what was made without one, or before they were noted, has none.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from planner.limits import Limits
 from planner.model import ModelSpec
 from planner.objective import Objective
 from planner.problem import PlanningProblem
+from planner.profile_use import ProfileUse
 from planner.stack import Engine
 from planner.strategy import CpExchange, Degrees, OffloadCounts, RecomputeCounts, Stage, Strategy
 from planner.workload import Workload
@@ -76,6 +78,7 @@ class Plan:
     timeline: tuple[TimelineEvent, ...] = ()
     engine: Engine | None = None
     objective: Objective | None = None
+    profiles: tuple[ProfileUse, ...] = ()
 
     @property
     def problem(self) -> PlanningProblem:
@@ -154,6 +157,7 @@ class _RanksDocument:
 @noun
 class _InputsDocument:
     digests: dict[str, str]
+    profiles: tuple[ProfileUse, ...] = ()
 
 
 @noun
@@ -243,7 +247,7 @@ def encode_plan(plan: Plan) -> dict[str, Any]:
         "estimate": encode(plan.estimate),
         "ranks": {"axes": list(plan.rank_axes), "shape": list(plan.rank_grid_shape)},
         "schedule_table": [list(row) for row in plan.schedule_table],
-        "inputs": {"digests": plan.digests},
+        "inputs": {"digests": plan.digests, "profiles": [encode(each) for each in plan.profiles]},
         "not_modelled": list(plan.not_modelled),
         "timeline": [encode(event) for event in plan.timeline],
     }
@@ -320,6 +324,7 @@ def decode_plan(data: object, *, source: str) -> Plan:
             for other in document.alternatives or ()
         ),
         digests=document.inputs.digests,
+        profiles=document.inputs.profiles,
         not_modelled=document.not_modelled,
         timeline=document.timeline,
         engine=document.engine,

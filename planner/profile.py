@@ -150,6 +150,11 @@ class Profile:
         """The devices it tells of: the one it was measured on, or those whose runs it was fitted to."""
         return (self.device,) if self.device else tuple(self.device_title.split(", "))
 
+    @property
+    def measured(self) -> bool:
+        """Whether it was measured on its device; else it was fitted to runs and has constants alone."""
+        return bool(self.backend or self.layers or self.comms)
+
     def constant(self, name: str) -> float | None:
         """The value of a constant that holds for any software, or None where the profile has none."""
         return self.constant_of(name)

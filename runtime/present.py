@@ -8,6 +8,7 @@ from planner.catalog import device_reported_as
 from planner.errors import InputError, Problem
 from planner.machine import accelerators, cpu_title, physical_memory_bytes
 from planner.plan import Plan
+from planner.profile_use import release
 from planner.units import format_bytes
 from runtime.summary import predicted_memory_by_rank
 
@@ -78,6 +79,15 @@ def foreign_cpu(plan: Plan) -> str | None:
     if plan.cluster.groups[0].device.name != "cpu" or title == cpu_title():
         return None
     return f"the plan was made for processes on {title}, this is {cpu_title()}: times will differ"
+
+
+def foreign_torch(plan: Plan) -> str | None:
+    """A remark where the plan's figures were measured with another release of torch than runs it."""
+    here = torch.__version__
+    taken = [use.torch for use in plan.profiles if use.torch and release(use.torch) != release(here)]
+    if not taken:
+        return None
+    return f"the plan's profile was taken with torch {', '.join(taken)}, this is {here}: times may differ"
 
 
 def check_world(plan: Plan, world: int) -> None:

@@ -34,7 +34,7 @@ from runtime.hf_weights.folder import check_folder, keep_files
 from runtime.metrics import prepare_run_dir
 from runtime.optimizer import OptimizerOptions
 from runtime.options import TrainOptions, check_options
-from runtime.present import foreign_cpu
+from runtime.present import foreign_cpu, foreign_torch
 from runtime.trackers import check_trackers
 
 CHECKPOINTS = "checkpoints"
@@ -80,7 +80,7 @@ def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
     run_dir = Path(options.run_dir)
     folder = run_dir / CHECKPOINTS
     sweep(folder)
-    remarks = [remark] if (remark := foreign_cpu(plan)) else []
+    remarks = [remark for remark in (foreign_cpu(plan), foreign_torch(plan)) if remark is not None]
     checkpoint = None
     if options.resume:
         found = find_checkpoint(folder)

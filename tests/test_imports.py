@@ -54,6 +54,7 @@ LAYERS = (
     | {"stack", "upkeep", "limits", "objective"},
     {
         "profile",
+        "profile_use",
         "plan",
         "problem",
         "placement",

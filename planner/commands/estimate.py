@@ -61,7 +61,7 @@ def estimate(options: ProblemOptions, as_json: bool, fixed: tuple[str, ...], out
             click.echo(violations_text(violations), err=True)
         return BROKEN_RULE_EXIT
     plan = make_plan(asked.problem, CostModel(asked.problem).evaluate(strategy), None, {}, ())
-    plan = dataclasses.replace(plan, engine=asked.problem.limits.engine)
+    plan = dataclasses.replace(plan, engine=asked.problem.limits.engine, profiles=asked.profiles)
     if output is not None:
         save_plan(plan, output)
     if as_json:

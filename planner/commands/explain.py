@@ -69,10 +69,10 @@ def explain(
     from planner.resolve import Effort
 
     plan = load_plan(plan_file)
-    problem, basis = problem_of_plan(plan, profile)
+    problem, basis, profiles = problem_of_plan(plan, profile)
     evaluation = evaluated(problem, plan, plan_file)
     effort = Effort(each_s=time_limit_s, total_s=SEARCHES * time_limit_s)
-    document = heading_document(problem, evaluation, basis)
+    document = heading_document(problem, evaluation, basis, profiles)
     sections = [heading_text(problem, plan, evaluation, basis)]
     if asked:
         _add_why_not(document, sections, problem, plan, evaluation, asked, effort)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner.commands.infeasible import strategy_document
@@ -11,11 +12,14 @@ if TYPE_CHECKING:
     from planner.explain import Explanation
     from planner.pareto import Front
     from planner.problem import PlanningProblem
+    from planner.profile_use import ProfileUse
     from planner.what_more import More
     from planner.why_not import WhyNot
 
 
-def heading_document(problem: PlanningProblem, evaluation: Evaluation, basis: str) -> dict[str, Any]:
+def heading_document(
+    problem: PlanningProblem, evaluation: Evaluation, basis: str, profiles: Sequence[ProfileUse]
+) -> dict[str, Any]:
     """The plan explained, evaluated again, and what its figures rest on."""
     from planner.codec import encode
 
@@ -24,6 +28,7 @@ def heading_document(problem: PlanningProblem, evaluation: Evaluation, basis: st
         "model": problem.model.name,
         "cluster": problem.cluster.name,
         "basis": basis,
+        "profiles": [encode(use) for use in profiles],
         "strategy": strategy_document(evaluation.strategy),
         "step_time_s": estimate.step_time_s,
         "tokens_per_s": estimate.tokens_per_s,

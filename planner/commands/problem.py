@@ -14,13 +14,23 @@ if TYPE_CHECKING:
     from planner.plan import Plan
     from planner.problem import PlanningProblem
     from planner.profile import Profile
+    from planner.profile_use import ProfileUse
 
 
 class Asked(NamedTuple):
-    """A problem, and in words what its figures rest on."""
+    """A problem, in words what its figures rest on, and the profiles among that."""
 
     problem: PlanningProblem
     basis: str
+    profiles: tuple[ProfileUse, ...] = ()
+
+
+class Known(NamedTuple):
+    """What is known of one kind of device: its profile, where it has one, in words, and its use."""
+
+    profile: Profile | None
+    basis: str
+    use: ProfileUse | None = None
 
 
 def read_problem(options: ProblemOptions) -> Asked:
@@ -41,21 +51,32 @@ def read_problem(options: ProblemOptions) -> Asked:
         upkeep=inputs.upkeep,
     )
     known = _profiles(inputs)
-    profile, basis = known[problem.device]
+    profile = known[problem.device].profile
     problem = dataclasses.replace(problem, profile=profile)
     if len(known) > 1:
         problem = dataclasses.replace(
             problem,
-            device_profiles=tuple((device.name, own) for device, (own, _) in known.items()),
+            device_profiles=tuple((device.name, own.profile) for device, own in known.items()),
             device_limits_bytes=tuple((device.name, limit) for device, limit in limits.items()),
         )
-        basis = "; ".join(f"{device.name}: {basis}" for device, (_, basis) in known.items())
+    asked = Asked(problem, _basis(known), _uses(known))
     if options.engine in (None, "any"):
-        return Asked(problem, basis)
+        return asked
     engine = Engine(options.engine)
     stack = engine_stack(engine, profile)
     problem = dataclasses.replace(problem, stack=stack, limits=Limits(engine=engine))
-    return Asked(problem, f"{basis}; {priced_as(stack, profile)}")
+    return asked._replace(problem=problem, basis=f"{asked.basis}; {priced_as(stack, profile)}")
+
+
+def _basis(known: dict[Device, Known]) -> str:
+    """In words what the figures of each kind of device rest on."""
+    if len(known) == 1:
+        return next(iter(known.values())).basis
+    return "; ".join(f"{device.name}: {own.basis}" for device, own in known.items())
+
+
+def _uses(known: dict[Device, Known]) -> tuple[ProfileUse, ...]:
+    return tuple(own.use for own in known.values() if own.use is not None)
 
 
 def held_to_runtime(asked: Asked, engine: str | None) -> Asked:
@@ -73,7 +94,7 @@ def held_to_runtime(asked: Asked, engine: str | None) -> Asked:
         return asked
     held = dataclasses.replace(problem, limits=Limits(engine=Engine.NATIVE))
     words = "plans that `plan train` runs on this machine (--engine any for all)"
-    return Asked(held, f"{asked.basis}; {words}")
+    return asked._replace(problem=held, basis=f"{asked.basis}; {words}")
 
 
 def problem_of_plan(plan: Plan, profile: Path | None) -> Asked:
@@ -81,42 +102,44 @@ def problem_of_plan(plan: Plan, profile: Path | None) -> Asked:
 
     A plan holds digests of its profiles, one of each kind of device, not the profiles: where neither a file
     nor a shipped profile is the one, the shipped profile of the device stands in, and the basis says so.
+    Raises InputError where the one given was measured on another device.
     """
     from planner.profile import load_profile
+    from planner.profile_use import check_device, speaks_of
 
     problem = plan.problem
     given = None if profile is None else load_profile(profile)
     devices = list(dict.fromkeys(group.device for group in plan.cluster.groups))
-    if len(devices) == 1:
-        made_with = plan.digests.get("profile")
-        found, basis = _profile_of_plan(given, f"profile {profile}", made_with, problem.device)
-        return Asked(_priced(dataclasses.replace(problem, profile=found)), basis)
+    if given is not None:
+        names = [device.name for device in devices]
+        check_device(given, names, f"--profile {profile}", "the plan's cluster is made")
     known = {}
     for device in devices:
-        own = given if given is not None and _speaks_of(given, device) else None
-        made_with = plan.digests.get(f"profile {device.name}")
-        known[device] = _profile_of_plan(own, f"profile {profile}", made_with, device)
-    limits = {stage.device: stage.memory_limit_bytes or 0 for stage in plan.stage_estimates}
-    mixed = dataclasses.replace(
-        problem,
-        profile=known[problem.device][0],
-        device_profiles=tuple((device.name, found) for device, (found, _) in known.items()),
-        device_limits_bytes=tuple(limits.items()),
-    )
-    basis = "; ".join(f"{device.name}: {words}" for device, (_, words) in known.items())
-    return Asked(_priced(mixed), basis)
+        own = given if given is not None and speaks_of(given, device.name) else None
+        made_with = plan.digests.get("profile" if len(devices) == 1 else f"profile {device.name}")
+        known[device] = _profile_of_plan(plan, own, f"profile {profile}", made_with, device)
+    problem = dataclasses.replace(problem, profile=known[problem.device].profile)
+    if len(devices) > 1:
+        limits = {stage.device: stage.memory_limit_bytes or 0 for stage in plan.stage_estimates}
+        problem = dataclasses.replace(
+            problem,
+            device_profiles=tuple((device.name, own.profile) for device, own in known.items()),
+            device_limits_bytes=tuple(limits.items()),
+        )
+    return Asked(_priced(problem), _basis(known), _uses(known))
 
 
 def _profile_of_plan(
-    given: Profile | None, words: str, made_with: str | None, device: Device
-) -> tuple[Profile | None, str]:
+    plan: Plan, given: Profile | None, words: str, made_with: str | None, device: Device
+) -> Known:
     """The profile that a plan's figures for a device rest on, and what is to be said of it."""
     from planner.codec import digest
+    from planner.profile_use import use_of
     from planner.shipped_profile import shipped_profile
 
-    found, basis = given, words
     if given is None and made_with is None:
-        return None, f"datasheet of {device.title}: the plan was made without a profile"
+        return Known(None, f"datasheet of {device.title}: the plan was made without a profile")
+    found, basis = given, words
     if given is None:
         found = shipped_profile(device.name)
         basis = f"shipped profile {found.name}" if found is not None else f"datasheet of {device.title}"
@@ -124,12 +147,16 @@ def _profile_of_plan(
         basis += (
             "; the plan was made with another: name that with --profile, all figures here are by this one"
         )
-    return found, basis
+    if found is None:
+        return Known(None, basis)
+    precision = plan.workload.precision
+    use = use_of(found, device, model=plan.model, precision=precision, cluster=plan.cluster)
+    return Known(found, basis + _minded(use), use)
 
 
-def _speaks_of(profile: Profile, device: Device) -> bool:
-    """Whether a profile counts for a device: if measured, for its own; if fitted, for all."""
-    return not profile.layers or profile.device == device.name
+def _minded(use: ProfileUse) -> str:
+    """What is to be said of a profile that does not quite fit, behind its name."""
+    return f"; mind: {'; '.join(use.remarks)}" if use.remarks else ""
 
 
 def _priced(problem: PlanningProblem) -> PlanningProblem:
@@ -150,42 +177,35 @@ def _limits_bytes(inputs: ProblemInputs) -> dict[Device, int]:
     return {device: stated if len(usable) == 1 else min(stated, own) for device, own in usable.items()}
 
 
-def _profiles(inputs: ProblemInputs) -> dict[Device, tuple[Profile | None, str]]:
+def _profiles(inputs: ProblemInputs) -> dict[Device, Known]:
     """For each kind of device the profile that counts, and in words what its figures rest on.
 
     A profile that was measured on one of several kinds counts for that one; one that was fitted, for all.
+    Raises InputError where the one given was measured on none of them.
     """
     from planner.profile import load_profile
+    from planner.profile_use import check_device
 
     devices = list(dict.fromkeys(group.device for group in inputs.cluster.groups))
     given = None if inputs.profile is None else load_profile(inputs.profile)
     if given is not None:
-        _check_device(given, [device.name for device in devices], inputs)
-    return {device: _profile(inputs, given, device) for device in devices}
+        names = [device.name for device in devices]
+        check_device(given, names, f"--profile {inputs.profile}", "the cluster is made")
+    return {device: _known(inputs, given, device) for device in devices}
 
 
-def _profile(inputs: ProblemInputs, given: Profile | None, device: Device) -> tuple[Profile | None, str]:
+def _known(inputs: ProblemInputs, given: Profile | None, device: Device) -> Known:
+    from planner.profile_use import speaks_of, use_of
     from planner.shipped_profile import shipped_profile
 
-    if given is not None and _speaks_of(given, device):
-        made = f"measured on {given.device}" if given.layers else f"fitted to runs on {given.device_title}"
-        return given, f"profile {inputs.profile}, {made}, {given.created}"
-    shipped = shipped_profile(device.name)
-    if shipped is not None:
-        made = "measured" if shipped.layers else "fitted to runs"
-        return shipped, f"shipped profile {shipped.name}, {made} on {shipped.device_title}, {shipped.created}"
-    return None, f"datasheet of {device.title}: nothing was measured on it"
-
-
-def _check_device(profile: Profile, devices: list[str], inputs: ProblemInputs) -> None:
-    from planner.errors import InputError, Problem
-
-    if profile.layers and profile.device not in devices:
-        raise InputError(
-            Problem(
-                where=f"--profile {inputs.profile}",
-                fault=f"was measured on {profile.device}, the cluster is made of {' and '.join(devices)}.",
-                legal=f"a profile of {' or '.join(devices)}",
-                fix="plan profile on that device, or leave --profile out",
-            )
-        )
+    own = given is not None and speaks_of(given, device.name)
+    found = given if own else shipped_profile(device.name)
+    if found is None:
+        return Known(None, f"datasheet of {device.title}: nothing was measured on it")
+    precision = inputs.workload.precision
+    use = use_of(found, device, model=inputs.model, precision=precision, cluster=inputs.cluster)
+    name = f"profile {inputs.profile}" if own else f"shipped profile {found.name}"
+    made = "measured" if found.measured else "fitted to runs"
+    torch = f" with torch {use.torch}" if use.torch else ""
+    where = found.device if own and found.measured else found.device_title
+    return Known(found, f"{name}, {made} on {where}{torch}, {found.created}{_minded(use)}", use)

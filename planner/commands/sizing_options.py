@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from planner.model import ModelSpec
     from planner.objective import Goal
     from planner.problem import PlanningProblem
+    from planner.profile import Profile
+    from planner.sizing.offer import Offer
     from planner.sizing.request import SizingRequest
     from planner.upkeep import Upkeep
     from planner.workload import Workload
@@ -204,6 +206,8 @@ def read_sizing(asked: dict[str, Any], *, least: bool, clusters: tuple[str, ...]
     limit = asked["memory_limit"]
     limit_bytes = None if limit is None else reading.read(lambda: parse_bytes(limit))
     profile = None if asked["profile"] is None else reading.read(lambda: load_profile(asked["profile"]))
+    if profile is not None and offers is not None:
+        reading.read(lambda: _check_profile(profile, asked["profile"], offers))
     workload = reading.read(lambda: _workload(asked, model))
     upkeep = reading.read(lambda: _upkeep(asked))
     if len(asked["counts"]) > MOST_COUNTS:
@@ -228,6 +232,14 @@ def read_sizing(asked: dict[str, Any], *, least: bool, clusters: tuple[str, ...]
         profile=profile,
     )
     return SizingAsked(request, market)
+
+
+def _check_profile(profile: Profile, path: Path, offers: tuple[Offer, ...]) -> None:
+    """Raises InputError where a profile was measured on a device that no offer has."""
+    from planner.profile_use import check_device
+
+    names = [offer.device.name for offer in offers]
+    check_device(profile, names, f"--profile {path}", "what is looked at is made")
 
 
 def _each_of(texts: tuple[str, ...]) -> tuple[str, ...]:

@@ -247,6 +247,8 @@ def _break_even(found: Comparison) -> str:
 
 def basis_text(found: Comparison, shown: Sequence[Option]) -> str:
     """What the figures rest on and leave out, short."""
+    from planner.sizing.assumptions import PROFILE_OF
+
     known = [option.rate.as_of for option in shown if option.cost_usd is not None]
     dates = sorted({as_of for as_of in known if DATE.fullmatch(as_of)})
     span = "" if not dates else f", as of {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "")
@@ -263,6 +265,7 @@ def basis_text(found: Comparison, shown: Sequence[Option]) -> str:
                 "kept",
                 "the share of time that goes into kept steps: failures, checkpoints, restarts, preemptions",
             ),
+            *((a.what, a.source) for a in found.assumptions if a.what.startswith(PROFILE_OF)),
             ("assumed", f"{len(found.assumptions)} figures with their sources: --json or --html"),
             ("not modelled", "; ".join(found.not_modelled)),
         ],

@@ -91,6 +91,8 @@ def solve(
     output: Path | None,
 ) -> int:
     """Find the best plan and prove how good it is."""
+    import dataclasses
+
     from planner.commands.goal import read_goal
     from planner.commands.infeasible import tell_infeasible
     from planner.commands.plan_text import plan_text
@@ -121,6 +123,7 @@ def solve(
         raise
     finally:
         gc.enable()
+    plan = dataclasses.replace(plan, profiles=asked.profiles)
     check_certificate(plan)
     if output is not None:
         save_plan(plan, output)

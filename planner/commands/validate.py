@@ -77,7 +77,7 @@ def _told(
         if found is None:
             basis[device] = "datasheet"
         else:
-            made = "measured" if found.layers else "fitted to runs"
+            made = "measured" if found.measured else "fitted to runs"
             basis[device] = f"profile {named or found.name}, {made} on {found.device_title}"
         return found
 
@@ -91,11 +91,12 @@ def profile_choice(path: Path | None) -> Callable[[str], Profile | None]:
     alone was fitted over devices and speaks for all.
     """
     from planner.profile import load_profile
+    from planner.profile_use import speaks_of
     from planner.shipped_profile import shipped_profile
 
     if path is not None:
         named = load_profile(path)
-        return lambda device: named if named.device == device or not named.layers else None
+        return lambda device: named if speaks_of(named, device) else None
     return shipped_profile
 
 

@@ -6,13 +6,18 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from planner.catalog import load_device
 from planner.market.on_premises import BOUNDS, OnPremises
+from planner.profile_use import use_of
 from planner.sizing.comparison import Assumption
 from planner.sizing.energy import energy_facts
 from planner.sizing.offer import Pricing
 from planner.sizing.option import Option
+from planner.sizing.problems import profiles_for
 from planner.sizing.request import SizingRequest
 from planner.sizing.usual_upkeep import upkeep_assumptions, usual_upkeep
 from planner.units import format_count
+
+PROFILE_OF = "profile of"
+"""How the assumption begins that names the profile of a device."""
 
 
 def assumptions_of(
@@ -20,7 +25,7 @@ def assumptions_of(
 ) -> tuple[Assumption, ...]:
     """Of the run as a whole, and of the options that nothing beats; equal ones are told once."""
     shown = [option for option in options if option.pareto]
-    found = [*_of_run(request), *_of_plans(shown), *_of_prices(shown), *_of_upkeep(request, shown)]
+    found = [*_of_run(request), *_of_plans(request, shown), *_of_prices(shown), *_of_upkeep(request, shown)]
     if any(option.rate.pricing is Pricing.ON_PREMISES for option in shown):
         found += _of_premises(inputs)
     found += _of_energy(shown)
@@ -45,9 +50,22 @@ def _of_run(request: SizingRequest) -> Iterator[Assumption]:
         )
 
 
-def _of_plans(shown: Iterable[Option]) -> Iterator[Assumption]:
-    """How much of the step times rests on measurements of the device."""
+def _of_plans(request: SizingRequest, shown: Iterable[Option]) -> Iterator[Assumption]:
+    """How much of the step times rests on measurements of the device, and whose."""
+    profiles = profiles_for(request)
     for option in shown:
+        device = load_device(option.device).device()
+        profile = profiles.get(device.name)
+        if profile is not None:
+            precision = request.precision or device.usual_precision
+            use = use_of(profile, device, model=request.model, precision=precision)
+            yield Assumption(
+                what=f"{PROFILE_OF} {device.title}",
+                value=use.name,
+                source=use.text(),
+                as_of=use.created[:10],
+                flag="--profile",
+            )
         coverage = option.plan.coverage
         known = {
             "measured or interpolated": coverage.measured + coverage.interpolated,

@@ -22,7 +22,7 @@ def profiles_for(request: SizingRequest) -> dict[str, Profile]:
     given = request.profile
     if given is None:
         return known
-    return known | dict.fromkeys(given.devices if given.layers else device_names(), given)
+    return known | dict.fromkeys(given.devices if given.measured else device_names(), given)
 
 
 def peak_device_s(request: SizingRequest, device: Device) -> float:

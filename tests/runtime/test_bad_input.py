@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from planner.cli import cli
 from planner.errors import InputError
 from planner.plan import load_plan, save_plan
+from planner.profile_use import ProfileUse
 from planner.strategy import Degrees
 from runtime.committed import committed_folders
 from runtime.data.prepare import DataOptions
 from runtime.data.sources import shipped_corpus
 from runtime.options import TrainOptions
-from runtime.present import check_same_devices, foreign_cpu
+from runtime.present import check_same_devices, foreign_cpu, foreign_torch
 from runtime.train import run_training
 from tests.plans import make_plan, tiny_llama
 
@@ -130,6 +132,16 @@ def test_a_plan_larger_than_this_machine_or_for_another_gpu_is_refused(
     monkeypatch.setattr("runtime.present.accelerators", lambda: [("NVIDIA H100 80GB HBM3", 81559)])
     check_same_devices(plan, "cuda")
     assert "times will differ" in (foreign_cpu(PP2) or "")
+
+
+def test_a_profile_of_another_release_of_torch_is_remarked_on() -> None:
+    use = ProfileUse(device="cpu", name="x", devices=("cpu",), measured=True, created="2026-11-24")
+    assert foreign_torch(PP2) is None and foreign_torch(dataclasses.replace(PP2, profiles=(use,))) is None
+    same = dataclasses.replace(use, torch=torch.__version__.partition("+")[0] + "+cu130")
+    assert foreign_torch(dataclasses.replace(PP2, profiles=(same,))) is None
+    other = dataclasses.replace(use, torch="1.0.0")
+    told = foreign_torch(dataclasses.replace(PP2, profiles=(other,))) or ""
+    assert "taken with torch 1.0.0" in told and torch.__version__ in told
 
 
 # ------------------------------------------------------------------------------------------- full disk
