@@ -122,6 +122,20 @@ class Constant:
 
 
 @noun
+class FamilyFit:
+    """How well a family of cases is known: `taken` of `cases` were measured.
+
+    `error` is the mean relative error with which samples are predicted from the others; None where the
+    family does not predict.
+    """
+
+    family: str
+    cases: int
+    taken: int
+    error: float | None = None
+
+
+@noun
 class Profile:
     """All samples of a device and software stack, with versions and date.
 
@@ -144,6 +158,8 @@ class Profile:
     constants: tuple[Constant, ...]
     cores: int | None = None
     skipped: tuple[str, ...] = ()
+    precision: Precision | None = None
+    fits: tuple[FamilyFit, ...] = ()
 
     @property
     def devices(self) -> tuple[str, ...]:

@@ -6,8 +6,9 @@ profiler asks for `cases()` once, hands some of them (of one `together`) to `mea
 of each reading, whatever nouns they are (`planner.profile_merge.FIELDS` says where they go in a Profile).
 
 A family that can predict its samples from each other is `Adaptive`: the profiler takes its `seeds` first,
-then always the cases that it is least sure of, until `held_out_error` is under the target. Any other family
-is measured whole. To plug one in, add it to `runtime.profiler.families_of`.
+then always cases that it is least sure of, until both `held_out_error` and the mean `uncertainty` of the
+cases left are under the target. Any other family is measured whole. To plug one in, add it to
+`runtime.profiler.families_of`.
 """
 
 from __future__ import annotations

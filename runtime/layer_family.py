@@ -10,7 +10,7 @@ from planner.profile import LayerSample
 from planner.workload import Precision
 from runtime.families import Reading, readings
 from runtime.measure_layers import LayerCase, layer_cases, measure_layers
-from runtime.timing import Effort
+from runtime.scope import Scope
 
 
 @dataclass(frozen=True)
@@ -21,20 +21,19 @@ class LayerFamily:
     seq: int
     precision: Precision
     device_type: str
-    widths: tuple[int, ...]
-    micro_batches: tuple[int, ...]
-    effort: Effort
+    scope: Scope
 
     @property
     def name(self) -> str:
         return f"layers of {self.model.name} at {self.seq} tokens"
 
     def cases(self) -> Sequence[LayerCase]:
-        return layer_cases(self.model, self.seq, self.widths, self.micro_batches)
+        return layer_cases(self.model, self.seq, self.scope.widths, self.scope.micro_batches)
 
     def together(self, case: LayerCase) -> Hashable:
         return case.tp, case.sequence_parallel
 
     def measure(self, cases: Sequence[LayerCase]) -> Iterator[Reading]:
-        messages = measure_layers(cases, self.model, self.seq, self.precision, self.device_type, self.effort)
+        effort = self.scope.layer_effort
+        messages = measure_layers(cases, self.model, self.seq, self.precision, self.device_type, effort)
         return readings(LayerSample, messages)

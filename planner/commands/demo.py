@@ -133,7 +133,8 @@ def _measure(cluster_text: str | None, run_dir: Path) -> PlanningProblem:
     from planner.cluster_grammar import parse_cluster
     from planner.codec import to_json, write_atomic
     from planner.commands.options import chosen_precision
-    from planner.commands.profile import describe, measure
+    from planner.commands.profile import measure
+    from planner.commands.profile_text import describe
     from planner.limits import Limits
     from planner.machine import accelerators
     from planner.problem import PlanningProblem

@@ -1,43 +1,88 @@
-"""`plan profile`: measures this machine for a model and writes a profile."""
+"""`plan profile`: measures this machine for some models and writes a profile."""
 
 from __future__ import annotations
 
-import sys
+import dataclasses
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from planner.commands.options import arch_option, json_option
+from planner.commands.profile_text import describe
 
 if TYPE_CHECKING:
     from planner.cluster import ClusterSpec
     from planner.model import ModelSpec
     from planner.profile import Profile
     from planner.workload import Precision
+    from runtime.scope import Scope
 
-PLAIN_INTERVAL_S = 2.0
-"""Off a terminal, a line of progress at most this often."""
+STANDARD_MODELS = {
+    "cuda": ("llama-3.1-8b", "llama-3.1-70b", "qwen3-30b-a3b"),
+    "cpu": ("shardwise-demo", "gpt-2-124m"),
+}
+"""Measured where no model is named: the shapes that most plans need, for what a device can hold. Dense blocks
+of two widths (8B, 70B) and fine-grained experts on an accelerator; on a CPU what is trained there."""
+
+STANDARD_SEQS = {"cuda": (2048, 8192), "cpu": (128, 512)}
+"""Tokens of a sequence where none is given: two, so that every length between is interpolated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions:
+    """The options as typed."""
+
+    models: tuple[str, ...]
+    cluster: str
+    seqs: tuple[int, ...]
+    precision: str | None
+    widths: tuple[int, ...]
+    micro_batches: tuple[int, ...]
+    quick: bool
+    target: float
+    time_limit_s: float | None
+    output: Path
+    arch: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked for, read and checked."""
+
+    models: tuple[ModelSpec, ...]
+    cluster: ClusterSpec
+    seqs: tuple[int, ...]
+    precision: Precision
 
 
 @click.command()
 @click.option(
     "--model",
-    "model_text",
-    required=True,
+    "models",
+    multiple=True,
     metavar="MODEL",
-    help="A catalog name, a config.json or its folder, or a TOML file.",
+    help="A catalog name, a config.json or its folder, or a TOML file; repeat for several. Default: a "
+    "standard set, by what the device can hold.",
 )
 @click.option(
     "--cluster",
-    "cluster_text",
     default="local",
     show_default=True,
     metavar="local[:N]",
     help="This machine: all its accelerators, N of them, or N processes on its CPU.",
 )
-@click.option("--seq", required=True, type=click.IntRange(min=1), metavar="N", help="Tokens of one sequence.")
+@click.option(
+    "--seq",
+    "seqs",
+    multiple=True,
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens of one sequence; repeat for several. Default: two usual lengths.",
+)
 @click.option(
     "--precision",
     type=click.Choice(["bf16", "fp16", "fp32"]),
@@ -49,7 +94,8 @@ PLAIN_INTERVAL_S = 2.0
     multiple=True,
     type=click.IntRange(min=1),
     metavar="N",
-    help="A shard width to measure; repeat for several. Default: powers of two up to the cluster's size.",
+    help="A shard width to measure, on one device by its shapes; repeat for several. Default: powers of two "
+    "up to the cluster's size.",
 )
 @click.option(
     "--micro-batch",
@@ -61,6 +107,21 @@ PLAIN_INTERVAL_S = 2.0
 )
 @click.option("--quick", is_flag=True, help="Few samples of few cases, in seconds: a rough profile.")
 @click.option(
+    "--target",
+    type=click.FloatRange(min=0, min_open=True, max=100),
+    default=5.0,
+    show_default=True,
+    metavar="PERCENT",
+    help="Enough is measured when held-out samples are predicted with no more than this error.",
+)
+@click.option(
+    "--time-limit",
+    "time_limit_s",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="The most that measuring takes. Default: 900, with --quick 120.",
+)
+@click.option(
     "-o",
     "--output",
     required=True,
@@ -70,72 +131,81 @@ PLAIN_INTERVAL_S = 2.0
 )
 @arch_option
 @json_option
-def profile(
-    model_text: str,
-    cluster_text: str,
-    seq: int,
-    precision: str | None,
-    widths: tuple[int, ...],
-    micro_batches: tuple[int, ...],
-    quick: bool,
-    output: Path,
-    arch: str | None,
-    as_json: bool,
-) -> None:
+def profile(as_json: bool, **typed: Any) -> None:
     """Measure layers, collectives, memory and host overhead on this machine.
 
     Writes FILE whole at the end, or not at all.
     """
-    from planner.catalog import load_model
-    from planner.cluster_grammar import parse_cluster
     from planner.codec import to_json, write_atomic
-    from planner.commands.options import chosen_precision
     from planner.commands.with_torch import require_torch
-    from planner.execution import check_executed
 
-    model, cluster = load_model(model_text, arch=arch), parse_cluster(cluster_text)
-    check_executed(model, "measure")
-    _check(model, cluster, cluster_text, seq, output)
+    options = ProfileOptions(**typed)
+    request = _read(options)
     require_torch("profile")
     begun_s = time.monotonic()
-    result = measure(
-        model,
-        cluster,
-        seq,
-        chosen_precision(precision, cluster),
-        quick=quick,
-        widths=widths,
-        micro_batches=micro_batches,
-    )
-    write_atomic(output, to_json(result))
-    click.echo(to_json(result) if as_json else describe(result, output, time.monotonic() - begun_s), nl=False)
+    result = _take(request, _scope(request, options))
+    write_atomic(options.output, to_json(result))
+    if as_json:
+        click.echo(to_json(result), nl=False)
+    else:
+        click.echo(describe(result, options.output, time.monotonic() - begun_s), nl=False)
 
 
 def measure(
-    model: ModelSpec,
-    cluster: ClusterSpec,
-    seq: int,
-    precision: Precision,
-    *,
-    quick: bool = False,
-    widths: tuple[int, ...] = (),
-    micro_batches: tuple[int, ...] = (),
+    model: ModelSpec, cluster: ClusterSpec, seq: int, precision: Precision, *, quick: bool = False
 ) -> Profile:
-    """Takes a profile with progress on stderr. Empty widths and micro-batches: the default ones."""
-    from runtime.profiler import check_widths, default_scope, take_profile
+    """Takes the usual profile of one model, with progress on stderr."""
+    from runtime.scope import default_scope
 
-    check_widths(model, widths)
-    scope = default_scope(
-        cluster.devices,
-        quick=quick,
-        widths=sorted(set(widths)),
-        micro_batches=sorted(set(micro_batches)),
+    request = Request(models=(model,), cluster=cluster, seqs=(seq,), precision=precision)
+    return _take(request, default_scope(cluster.devices, (seq,), quick=quick))
+
+
+def _take(request: Request, scope: Scope) -> Profile:
+    from planner.commands.profile_progress import ProfileProgress
+    from runtime.profiler import take_profile
+
+    with ProfileProgress() as progress:
+        return take_profile(request.models, request.cluster, request.precision, scope, progress)
+
+
+def _scope(request: Request, options: ProfileOptions) -> Scope:
+    """What is measured. Raises InputError for widths that no model can be split by."""
+    from runtime.scope import check_widths, default_scope
+
+    check_widths(request.models, options.widths)
+    usual = default_scope(
+        request.cluster.devices,
+        request.seqs,
+        quick=options.quick,
+        widths=options.widths,
+        micro_batches=options.micro_batches,
     )
-    with _Progress() as progress:
-        return take_profile(model, cluster, seq, precision, scope, progress)
+    limit_s = options.time_limit_s or usual.time_limit_s
+    return dataclasses.replace(usual, target=options.target / 100, time_limit_s=limit_s)
 
 
-def _check(model: ModelSpec, cluster: ClusterSpec, cluster_text: str, seq: int, output: Path) -> None:
+def _read(options: ProfileOptions) -> Request:
+    """Reads what the options name. Raises InputError with every fault that shows before measuring."""
+    from planner.catalog import load_model
+    from planner.cluster_grammar import parse_cluster
+    from planner.commands.options import chosen_precision
+    from planner.execution import check_executed
+
+    cluster = parse_cluster(options.cluster)
+    kind = "cpu" if cluster.groups[0].device.name == "cpu" else "cuda"
+    models = tuple(load_model(text, arch=options.arch) for text in options.models or STANDARD_MODELS[kind])
+    for model in models:
+        check_executed(model, "measure")
+    seqs = tuple(sorted(set(options.seqs or STANDARD_SEQS[kind])))
+    _check(models, cluster, options, seqs)
+    precision = chosen_precision(options.precision, cluster)
+    return Request(models=models, cluster=cluster, seqs=seqs, precision=precision)
+
+
+def _check(
+    models: Sequence[ModelSpec], cluster: ClusterSpec, options: ProfileOptions, seqs: Sequence[int]
+) -> None:
     """Raises InputError with everything that would only show after the measurement."""
     from planner.errors import InputError, Problem
 
@@ -144,90 +214,19 @@ def _check(model: ModelSpec, cluster: ClusterSpec, cluster_text: str, seq: int, 
         problems.append(
             Problem(
                 where="--cluster",
-                fault=f"'{cluster_text}' is not this machine, and only this machine can be measured.",
+                fault=f"'{options.cluster}' is not this machine, and only this machine can be measured.",
                 legal="local, local:N",
             )
         )
-    if model.learned_positions and seq > model.learned_positions:
-        problems.append(
-            Problem(
-                where="--seq",
-                fault=f"{seq} is longer than the {model.learned_positions} learned positions of the model.",
-                legal=f"1 to {model.learned_positions}",
-            )
-        )
-    if not output.resolve().parent.is_dir():
-        problems.append(Problem(where="-o", fault=f"the folder {output.parent} does not exist."))
+    for model in models:
+        longest = model.learned_positions
+        if longest and seqs[-1] > longest:
+            fault = f"{seqs[-1]} is longer than the {longest} learned positions of {model.name}."
+            problems.append(Problem(where="--seq", fault=fault, legal=f"1 to {longest}"))
+    if len({model.name for model in models}) < len(models):
+        fault = f"two of {', '.join(model.name for model in models)} have one name."
+        problems.append(Problem(where="--model", fault=fault, fix="name each once, or rename a folder"))
+    if not options.output.resolve().parent.is_dir():
+        problems.append(Problem(where="-o", fault=f"the folder {options.output.parent} does not exist."))
     if problems:
         raise InputError(*problems)
-
-
-def describe(profile: Profile, output: Path, wall_s: float) -> str:
-    """What was measured, for people."""
-    from planner.commands.text import pairs
-    from planner.units import format_bytes, format_count, format_seconds
-
-    flops, copy = profile.constant("gemm_flops"), profile.constant("memory_bytes_per_s")
-    facts: list[tuple[str, Any]] = [
-        ("profile", str(output)),
-        ("device", f"{profile.device} ({profile.devices_per_node} ranks, {profile.backend})"),
-        ("layers", f"{len(profile.layers)} samples"),
-        ("collectives", f"{len(profile.comms)} samples"),
-        ("constants", str(len(profile.constants))),
-        ("products", f"{format_count(flops)}FLOP/s a rank" if flops else None),
-        ("copies", f"{format_bytes(copy)}/s" if copy else None),
-        ("contention", ", ".join(f"{c.active}: {c.slowdown:.2f}x" for c in profile.contention)),
-        ("taken in", format_seconds(wall_s)),
-    ]
-    facts += [("skipped", text) for text in profile.skipped]
-    return pairs(facts) + "\n"
-
-
-class _Progress:
-    """A bar on a terminal, plain lines elsewhere, on stderr. No thread: measuring forks this process."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._task: Any = None
-        self._total, self._done, self._said_s = 0, 0, 0.0
-
-    def __enter__(self) -> _Progress:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-            self._bar = Progress(
-                TextColumn("measuring"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.completed}/{task.total}"),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[text]}", markup=False),
-                console=Console(stderr=True),
-                auto_refresh=False,
-            )
-            self._task = self._bar.add_task("measuring", total=None, text="")
-            self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def begin(self, total: int) -> None:
-        self._total = total
-        if self._bar is not None:
-            self._bar.update(self._task, total=total, refresh=True)
-
-    def step(self, text: str) -> None:
-        self._done += 1
-        if self._bar is not None:
-            self._bar.update(self._task, advance=1, text=text, refresh=True)
-        elif time.monotonic() - self._said_s >= PLAIN_INTERVAL_S:
-            self._said_s = time.monotonic()
-            click.echo(f"measuring {self._done}/{self._total}: {text}", err=True)
-
-    def say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            click.echo(text, err=True)

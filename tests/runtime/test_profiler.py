@@ -27,7 +27,8 @@ from runtime.fake_world import fake_world  # noqa: E402
 from runtime.measure_comm import Layout, layouts  # noqa: E402
 from runtime.measure_layers import LayerBench, LayerCase, build_layer  # noqa: E402
 from runtime.memory import storage_bytes  # noqa: E402
-from runtime.profiler import Scope, take_profile  # noqa: E402
+from runtime.profiler import take_profile  # noqa: E402
+from runtime.scope import Scope  # noqa: E402
 from runtime.timing import Effort, summarize, time_phases  # noqa: E402
 from tests.plans import local_cluster, tiny_llama  # noqa: E402
 
@@ -43,8 +44,8 @@ class Silence:
         self.total, self.steps = 0, 0
         self.said: list[str] = []
 
-    def begin(self, total: int) -> None:
-        self.total = total
+    def ahead(self, cases: int, left_s: float | None) -> None:
+        self.total = max(self.total, cases)
 
     def step(self, text: str) -> None:
         self.steps += 1
@@ -55,6 +56,7 @@ class Silence:
 
 def scope(widths: tuple[int, ...] = (1, 2)) -> Scope:
     return Scope(
+        seqs=(SEQ,),
         widths=widths,
         micro_batches=(1, 2),
         sizes_bytes=(4096, 65536),
@@ -69,7 +71,7 @@ def scope(widths: tuple[int, ...] = (1, 2)) -> Scope:
 def watched() -> tuple[Profile, Silence]:
     progress = Silence()
     model = tiny_llama(hidden=HIDDEN, vocab=VOCAB)
-    return take_profile(model, local_cluster(2), SEQ, Precision.FP32, scope(), progress), progress
+    return take_profile([model], local_cluster(2), Precision.FP32, scope(), progress), progress
 
 
 def sample(
@@ -209,12 +211,13 @@ def test_what_fails_is_skipped_and_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(measure_layers, "_sample", failing_sample)
     progress = Silence()
     model = tiny_llama(hidden=HIDDEN, vocab=VOCAB)
-    profile = take_profile(model, local_cluster(1), SEQ, Precision.FP32, scope((1,)), progress)
+    profile = take_profile([model], local_cluster(1), Precision.FP32, scope((1,)), progress)
     assert len(profile.layers) == 2 + 2 + 3 * 2 - 3
     skipped = list(profile.skipped)
     assert skipped == progress.said or [f"skipped: {text}" for text in skipped] == progress.said
-    assert "block tp1 micro-batch 1 recompute full: the process was killed by SIGKILL" in skipped
-    assert "head tp1 micro-batch 1: not enough memory" in skipped
+    layers = f"layers of tiny-llama at {SEQ} tokens"
+    assert f"{layers}: block tp1 micro-batch 1 recompute full: the process was killed by SIGKILL" in skipped
+    assert f"{layers}: head tp1 micro-batch 1: not enough memory" in skipped
     assert any("one device has nobody" in text for text in skipped)
     assert len(skipped) == 4 and profile.comms == ()
 

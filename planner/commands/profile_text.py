@@ -1,0 +1,35 @@
+"""A profile that was just taken, for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from planner.profile import FamilyFit, Profile
+
+
+def describe(profile: Profile, output: Path, wall_s: float) -> str:
+    """What was measured, for people."""
+    from planner.commands.text import pairs
+    from planner.units import format_bytes, format_count, format_seconds
+
+    flops, copy = profile.constant("gemm_flops"), profile.constant("memory_bytes_per_s")
+    facts: list[tuple[str, Any]] = [
+        ("profile", str(output)),
+        ("device", f"{profile.device} ({profile.devices_per_node} ranks, {profile.backend})"),
+        ("layers", f"{len(profile.layers)} samples"),
+        ("collectives", f"{len(profile.comms)} samples"),
+        ("constants", str(len(profile.constants))),
+        ("products", f"{format_count(flops)}FLOP/s a rank" if flops else None),
+        ("copies", f"{format_bytes(copy)}/s" if copy else None),
+        ("contention", ", ".join(f"{c.active}: {c.slowdown:.2f}x" for c in profile.contention)),
+        *(("known to", _fit_text(fit, fit.error)) for fit in profile.fits if fit.error is not None),
+        ("taken in", format_seconds(wall_s)),
+    ]
+    facts += [("skipped", text) for text in profile.skipped]
+    return pairs(facts) + "\n"
+
+
+def _fit_text(fit: FamilyFit, error: float) -> str:
+    return f"{error:.1%}, {fit.family}: {fit.taken} of {fit.cases} cases measured"

@@ -1,0 +1,84 @@
+"""How much a profile measures: the dimensions of its cases, how often each, and when it is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from planner.codec import noun
+from planner.errors import InputError, Problem
+from planner.model import ModelSpec
+from runtime.measure_comm import QUICK_SIZES_BYTES, SIZES_BYTES
+from runtime.measure_layers import divides
+from runtime.timing import Effort
+
+TARGET = 0.05
+"""Held-out error at which a family of cases is known well enough: the spread of one sample on a quiet
+machine, below which more samples tell of noise."""
+
+TIME_LIMIT_S, QUICK_TIME_LIMIT_S = 900.0, 120.0
+"""The most a profile takes: what people wait for, once for a device and once in between."""
+
+
+@noun
+class Scope:
+    """What is measured of layers (lengths, widths, micro-batches, how they are compiled) and collectives.
+
+    `widths`, `cps` and `eps` are ranks of tensor, context and expert parallelism: on one device, the shapes
+    of one rank's shard. Families that predict their samples stop at `target`, a relative held-out error; all
+    stop when `time_limit_s` is over.
+    """
+
+    seqs: tuple[int, ...]
+    widths: tuple[int, ...]
+    micro_batches: tuple[int, ...]
+    sizes_bytes: tuple[int, ...]
+    layer_effort: Effort
+    comm_effort: Effort
+    host_effort: Effort
+    contention_window_s: float
+    cps: tuple[int, ...] = (1,)
+    eps: tuple[int, ...] = (1,)
+    compiled: tuple[bool, ...] = (False,)
+    target: float = TARGET
+    time_limit_s: float = TIME_LIMIT_S
+
+
+def default_scope(
+    devices: int,
+    seqs: Sequence[int],
+    *,
+    quick: bool,
+    widths: Sequence[int] = (),
+    micro_batches: Sequence[int] = (),
+) -> Scope:
+    """The usual scope for a world of `devices`: widths are powers of two within it."""
+    powers = tuple(1 << step for step in range(devices.bit_length()) if 1 << step <= devices)
+    once = Effort(warmup=1, least=2, most=4, budget_s=0.01)
+    return Scope(
+        seqs=tuple(sorted(set(seqs))),
+        widths=tuple(sorted(set(widths))) or powers,
+        micro_batches=tuple(sorted(set(micro_batches))) or ((1, 2) if quick else (1, 2, 4, 8)),
+        sizes_bytes=QUICK_SIZES_BYTES if quick else SIZES_BYTES,
+        layer_effort=once if quick else Effort(warmup=1, least=3, most=30, budget_s=0.10),
+        comm_effort=once if quick else Effort(warmup=2, least=3, most=40, budget_s=0.08),
+        host_effort=once if quick else Effort(warmup=2, least=7, most=40, budget_s=0.15),
+        contention_window_s=0.1 if quick else 0.5,
+        time_limit_s=QUICK_TIME_LIMIT_S if quick else TIME_LIMIT_S,
+    )
+
+
+def check_widths(models: Sequence[ModelSpec], widths: Sequence[int]) -> None:
+    """Raises InputError with every width asked for by which no model's sizes can be split."""
+    names = " or ".join(model.name for model in models)
+    able = [tp for tp in range(1, 65) if any(divides(model, tp) for model in models)]
+    problems = [
+        Problem(
+            where="--tp",
+            fault=f"{tp} does not divide {names} into equal shards.",
+            legal=", ".join(map(str, able)),
+        )
+        for tp in widths
+        if not any(divides(model, tp) for model in models)
+    ]
+    if problems:
+        raise InputError(*problems)
