@@ -8,7 +8,7 @@ from pathlib import Path
 from planner.codec import load_json, noun
 from planner.errors import InputError, Problem
 from planner.model import Layer, ModelSpec
-from planner.strategy import Recompute
+from planner.strategy import CpExchange, Recompute
 from planner.workload import Precision
 
 PROFILE_SCHEMA = 1
@@ -56,7 +56,13 @@ class LayerSample:
     - `forward_transient_bytes` is the peak of the forward pass above `saved_bytes`, the output included.
     - `backward_transient_bytes` is the peak of the backward pass above `saved_bytes`: gradients of output
       and input, what is recomputed, a parameter's gradient on its way to being added.
+
     `reference_s` is what a fixed piece of work took beside this sample, where speeds drift (a CPU).
+
+    Shards are those of `planner.strategy.Degrees`: `seq` are the tokens of whole sequences, which `cp` ranks
+    share out; `etp` None is as many as tp. Experts are as busy as balanced routing makes them. `compiled`
+    is torch.compile. Where an accelerator was measured, the times are the device's alone and the two host
+    times what the host needs to begin each pass; None: they are one, or the host waits meanwhile.
     """
 
     kind: LayerKind
@@ -75,6 +81,13 @@ class LayerSample:
     spread: float
     samples: int
     reference_s: float | None = None
+    cp: int = 1
+    cp_exchange: CpExchange | None = None
+    ep: int = 1
+    etp: int | None = None
+    compiled: bool = False
+    host_forward_s: float | None = None
+    host_backward_s: float | None = None
 
 
 @noun

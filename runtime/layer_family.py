@@ -1,4 +1,4 @@
-"""The layers of a model at one sequence length, as a family of the profiler."""
+"""The layers of a model, as a family of the profiler."""
 
 from __future__ import annotations
 
@@ -9,31 +9,40 @@ from planner.model import ModelSpec
 from planner.profile import LayerSample
 from planner.workload import Precision
 from runtime.families import Reading, readings
-from runtime.measure_layers import LayerCase, layer_cases, measure_layers
+from runtime.layer_grid import layer_cases
+from runtime.measure_layers import LayerCase, measure_layers
 from runtime.scope import Scope
 
 
 @dataclass(frozen=True)
 class LayerFamily:
-    """Each layer class by micro-batch, shard width and recompute."""
+    """Each layer class by sequence length, micro-batch, ways to shard and recompute."""
 
     model: ModelSpec
-    seq: int
     precision: Precision
     device_type: str
     scope: Scope
 
     @property
     def name(self) -> str:
-        return f"layers of {self.model.name} at {self.seq} tokens"
+        return f"layers of {self.model.name}"
 
     def cases(self) -> Sequence[LayerCase]:
-        return layer_cases(self.model, self.seq, self.scope.widths, self.scope.micro_batches)
+        scope = self.scope
+        return layer_cases(
+            self.model,
+            scope.seqs,
+            scope.widths,
+            scope.micro_batches,
+            scope.cps,
+            scope.eps,
+            scope.compiled,
+        )
 
     def together(self, case: LayerCase) -> Hashable:
-        return case.tp, case.sequence_parallel
+        return case.compiled  # the compiler leaves its mark on a process
 
     def measure(self, cases: Sequence[LayerCase]) -> Iterator[Reading]:
         effort = self.scope.layer_effort
-        messages = measure_layers(cases, self.model, self.seq, self.precision, self.device_type, effort)
+        messages = measure_layers(cases, self.model, self.precision, self.device_type, effort)
         return readings(LayerSample, messages)

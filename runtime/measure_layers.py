@@ -1,7 +1,8 @@
-"""Time and memory of each layer class: embedding, block, head, by micro-batch, shard width and recompute.
+"""Time and memory of each layer class: embedding, blocks of every kind, head, by shape, shards and recompute.
 
-A layer is measured as the runtime runs it: as a stage that holds nothing else, with the tensor-parallel
-hooks of a real plan on a fake world (their host time is part of the truth, communication is not).
+A layer is measured as the runtime runs it: as a stage that holds nothing else, with the hooks of tensor,
+context and expert parallelism of a real plan on a fake world. Their host time is part of the truth; messages
+are answered at once (`runtime.parallel.fake_answers`), with experts as busy as balanced routers make them.
 
 Memory, all relative to just before the layer's input exists, by the real allocator:
 
@@ -19,6 +20,7 @@ The backward pass adds to gradients that exist, as all micro-batches of a step b
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -30,15 +32,21 @@ from planner.codec import encode, noun
 from planner.execution import executed_widths
 from planner.model import ModelSpec
 from planner.profile import LayerKind, LayerSample, shape_key
-from planner.strategy import Degrees, Recompute
+from planner.strategy import CpExchange, Degrees, Recompute
 from planner.workload import Precision
 from runtime.children import Emit, run_children
+from runtime.compiled import apply_compile
+from runtime.device_time import time_apart
 from runtime.fake_world import fake_world
+from runtime.fp8 import apply_fp8
 from runtime.memory import storage_bytes, trace_phases
+from runtime.parallel.context import apply_context_parallel, hidden_positions
+from runtime.parallel.expert import apply_expert_parallel, keep_own_experts
 from runtime.parallel.meshes import Meshes
 from runtime.parallel.tensor import apply_tensor_parallel
 from runtime.parallelize import apply_recompute
-from runtime.timing import Effort, Reference, Timing, run_phases, summarize, time_phases
+from runtime.precision import compute_dtype
+from runtime.timing import Effort, Reference, Timing, run_phases, summarize
 from runtime.transformer.initial import materialize
 from runtime.transformer.model import Transformer, build_transformer
 
@@ -51,40 +59,48 @@ ATTEMPTS = 2
 
 @noun
 class LayerCase:
-    """One sample to take."""
+    """One sample to take. `block` is the class of a block, by its key; empty: the model's first.
+
+    `seq` are the tokens of whole sequences, which cp ranks share out; `etp` None: as many as tp.
+    """
 
     kind: LayerKind
     recompute: Recompute
     tp: int
     sequence_parallel: bool
     micro_batch: int
+    seq: int
+    block: str = ""
+    cp: int = 1
+    cp_exchange: CpExchange = CpExchange.RING
+    ep: int = 1
+    etp: int | None = None
+    compiled: bool = False
 
     def label(self) -> str:
-        """A short name for progress and messages."""
-        width = f"tp{self.tp}" + ("+sp" if self.sequence_parallel else "")
-        again = "" if self.recompute is Recompute.NONE else f" recompute {self.recompute}"
-        return f"{self.kind} {width} micro-batch {self.micro_batch}{again}"
+        """A short name for progress and messages; the whole key where the class is not the first."""
+        parts = [str(self.kind), f"tp{self.tp}" + ("+sp" if self.sequence_parallel else "")]
+        parts += [f"cp{self.cp}-{self.cp_exchange}"] if self.cp > 1 else []
+        parts += [f"ep{self.ep}"] if self.ep > 1 else []
+        parts += [f"etp{self.etp}"] if self.etp is not None else []
+        parts.append(f"micro-batch {self.micro_batch} of {self.seq} tokens")
+        parts += [] if self.recompute is Recompute.NONE else [f"recompute {self.recompute}"]
+        parts += ["compiled"] if self.compiled else []
+        return " ".join([*parts, *([f"({self.block})"] if self.block else [])])
 
-
-def layer_cases(
-    model: ModelSpec, seq: int, widths: Sequence[int], micro_batches: Sequence[int]
-) -> list[LayerCase]:
-    """All cases of a model whose sizes the widths divide, those of one width together.
-
-    Recomputing blocks are measured at two micro-batches only, the first and (of more than two) the last
-    but one: their time and bytes are lines, like those of blocks that keep everything.
-    """
-    fewer = [micro_batches[0], *micro_batches[1:][-2:][:1]]
-    return [
-        LayerCase(kind=kind, recompute=recompute, tp=tp, sequence_parallel=parallel, micro_batch=micro_batch)
-        for tp in widths
-        if divides(model, tp)
-        for parallel in (False, True)
-        if not parallel or (tp > 1 and seq % tp == 0)
-        for kind in LayerKind
-        for recompute in (Recompute if kind is LayerKind.BLOCK else [Recompute.NONE])
-        for micro_batch in (micro_batches if recompute is Recompute.NONE else fewer)
-    ]
+    def degrees(self) -> Degrees:
+        """The smallest world in which a rank runs this: enough replicas to share out the experts."""
+        ranks = self.ep * (self.etp or self.tp)
+        return Degrees(
+            tp=self.tp,
+            sequence_parallel=self.sequence_parallel,
+            cp=self.cp,
+            cp_exchange=self.cp_exchange,
+            ep=self.ep,
+            etp=self.etp,
+            dp_replicate=ranks // math.gcd(ranks, self.cp * self.tp),
+            micro_batch=self.micro_batch,
+        )
 
 
 def divides(model: ModelSpec, tp: int) -> bool:
@@ -93,21 +109,16 @@ def divides(model: ModelSpec, tp: int) -> bool:
 
 
 def measure_layers(
-    cases: Sequence[LayerCase],
-    model: ModelSpec,
-    seq: int,
-    precision: Precision,
-    device_type: str,
-    effort: Effort,
+    cases: Sequence[LayerCase], model: ModelSpec, precision: Precision, device_type: str, effort: Effort
 ) -> Iterator[dict[str, Any]]:
-    """Yields the sample of each case (encoded), or `{"skipped": why}`. All cases have one width."""
+    """Yields the sample of each case (encoded), or `{"skipped": why}`, all from one process."""
 
     def body(rank: int, emit: Emit) -> None:
         torch.set_num_threads(1)
         for case in cases:
-            with fake_world(_degrees(case), device_type) as meshes:
+            with fake_world(case.degrees(), device_type) as meshes:
                 try:
-                    emit(encode(_sample(case, model, seq, precision, meshes, effort)))
+                    emit(encode(_sample(case, model, precision, meshes, effort)))
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
                         raise
@@ -128,27 +139,22 @@ def _free(device_type: str) -> None:
         torch.cuda.empty_cache()
 
 
-def _degrees(case: LayerCase) -> Degrees:
-    return Degrees(tp=case.tp, sequence_parallel=case.sequence_parallel)
-
-
 def _sample(
-    case: LayerCase, model: ModelSpec, seq: int, precision: Precision, meshes: Meshes, effort: Effort
+    case: LayerCase, model: ModelSpec, precision: Precision, meshes: Meshes, effort: Effort
 ) -> LayerSample:
-    device = torch.device(meshes.world.device_type)
-    layer = build_layer(case.kind, case.recompute, model, seq, precision, _degrees(case), meshes)
-    bench = LayerBench(case, layer, model, seq, precision, device)
+    bench = LayerBench(case, build_layer(case, model, precision, meshes), model, precision)
     times = bench.times(effort)
     saved, forward_peak, backward_peak = bench.memory()
+    block = model.classes()[case.block] if case.block else None
     return LayerSample(
         kind=case.kind,
-        shape_key=shape_key(model, case.kind),
+        shape_key=shape_key(model, case.kind, block),
         precision=precision,
         recompute=case.recompute,
         tp=case.tp,
         sequence_parallel=case.sequence_parallel,
         micro_batch=case.micro_batch,
-        seq=seq,
+        seq=case.seq,
         forward_s=times.forward.median_s,
         backward_s=times.backward.median_s,
         saved_bytes=saved,
@@ -157,43 +163,73 @@ def _sample(
         spread=times.spread,
         samples=times.forward.samples,
         reference_s=times.reference_s,
+        cp=case.cp,
+        cp_exchange=case.cp_exchange if case.cp > 1 else None,
+        ep=case.ep,
+        etp=case.etp,
+        compiled=case.compiled,
+        host_forward_s=times.host_forward_s,
+        host_backward_s=times.host_backward_s,
     )
 
 
-def build_layer(
-    kind: LayerKind,
-    recompute: Recompute,
-    model: ModelSpec,
-    seq: int,
-    precision: Precision,
-    degrees: Degrees,
-    meshes: Meshes,
-) -> Transformer:
-    """A stage with one layer class in it, sharded over tp, in the compute precision, with gradients."""
-    first, end = (0, 1) if kind is LayerKind.BLOCK else (0, 0)
-    layer = build_transformer(model, first, end, kind is LayerKind.EMBEDDING, kind is LayerKind.HEAD, seq=seq)
+def build_layer(case: LayerCase, model: ModelSpec, precision: Precision, meshes: Meshes) -> Transformer:
+    """A stage with one layer in it, sharded as the case says, in the compute precision, with gradients.
+
+    Steps and their order are those of `runtime.parallelize.build_stage`, data parallelism left out.
+    """
+    first, end = _layers_of(case, model)
+    ends = (case.kind is LayerKind.EMBEDDING, case.kind is LayerKind.HEAD)
+    layer, degrees = build_transformer(model, first, end, *ends, seq=case.seq), case.degrees()
+    if case.compiled:
+        torch._dynamo.reset()  # it keeps few compilations of one function, and runs the next ones eagerly
     for name, part in layer.parts():
+        block = name.startswith("layers.")
+        keep_own_experts(part, meshes)
         materialize(part, model, prefix=f"{name}.", seed=0, device=meshes.world.device_type)
         to_precision(part, precision)
         apply_tensor_parallel(name, part, degrees, meshes)
-        apply_recompute(layer, name, part, recompute if name.startswith("layers.") else Recompute.NONE)
+        apply_context_parallel(part, case.seq, degrees, meshes)
+        apply_expert_parallel(part, case.seq, degrees, meshes)
+        apply_fp8(part, precision)
+        wrapped = apply_recompute(layer, name, part, case.recompute if block else Recompute.NONE)
+        if case.compiled:
+            apply_compile(wrapped, block=block)
+    if degrees.sequence_parallel or degrees.cp > 1:
+        layer.position_ids = hidden_positions(case.seq, degrees, meshes).to(meshes.world.device_type)
     for parameter in layer.parameters():
         parameter.grad = torch.zeros_like(parameter)
     return layer
 
 
+def _layers_of(case: LayerCase, model: ModelSpec) -> tuple[int, int]:
+    """The first layer of the class, as a range; none for embedding and head."""
+    if case.kind is not LayerKind.BLOCK:
+        return 0, 0
+    keys = [segment.block.shape_key for segment in model.segments]
+    segment = keys.index(case.block) if case.block else 0
+    first = sum(before.count for before in model.segments[:segment])
+    return first, first + 1
+
+
 def to_precision(module: nn.Module, precision: Precision) -> None:
     """Parameters in the compute precision. Buffers stay: the rotary tables are fp32 in every precision."""
     for parameter in module.parameters():
-        parameter.data = parameter.data.to(DTYPES[precision])
+        parameter.data = parameter.data.to(compute_dtype(precision))
 
 
 class Times(NamedTuple):
-    """Passes of a layer, and the seconds of the reference beside them (None on an accelerator)."""
+    """Passes of a layer.
+
+    Beside them, on a CPU, the seconds of the reference; on an accelerator those that the host takes to begin
+    each pass, None where it waits for the device meanwhile.
+    """
 
     forward: Timing
     backward: Timing
-    reference_s: float | None
+    reference_s: float | None = None
+    host_forward_s: float | None = None
+    host_backward_s: float | None = None
 
     @property
     def spread(self) -> float:
@@ -203,30 +239,23 @@ class Times(NamedTuple):
 class LayerBench:
     """One micro-batch of one layer, pass by pass; holds what a pipeline stage would hold."""
 
-    def __init__(
-        self,
-        case: LayerCase,
-        layer: Transformer,
-        model: ModelSpec,
-        seq: int,
-        precision: Precision,
-        device: torch.device,
-    ) -> None:
-        self.case, self.layer, self.device = case, layer, device
+    def __init__(self, case: LayerCase, layer: Transformer, model: ModelSpec, precision: Precision) -> None:
+        self.case, self.layer = case, layer
+        self.device = next(layer.parameters()).device
         self.reference = Reference()
-        shape = (case.micro_batch, seq)
-        local_seq = seq // case.tp if case.sequence_parallel else seq
-        hidden = (case.micro_batch, local_seq, model.hidden)
-        dtype = DTYPES[precision]
+        tokens = case.seq // case.cp
+        shape = (case.micro_batch, tokens)
+        hidden = (case.micro_batch, tokens // case.tp if case.sequence_parallel else tokens, model.hidden)
+        dtype = compute_dtype(precision)
         self.source = (
-            torch.randint(0, model.vocab, shape, device=device)
+            torch.randint(0, model.vocab, shape, device=self.device)
             if case.kind is LayerKind.EMBEDDING
-            else torch.randn(hidden, device=device, dtype=dtype).requires_grad_()
+            else torch.randn(hidden, device=self.device, dtype=dtype).requires_grad_()
         )
-        self.targets = torch.randint(0, model.vocab, shape, device=device)
+        self.targets = torch.randint(0, model.vocab, shape, device=self.device)
         # The next layer's gradient; its bytes are counted with the backward pass.
         self.output_grad = (
-            None if case.kind is LayerKind.HEAD else torch.full(hidden, 1e-3, device=device, dtype=dtype)
+            None if case.kind is LayerKind.HEAD else torch.full(hidden, 1e-3, device=self.device, dtype=dtype)
         )
         self.input: Tensor | None = None
         self.output: Tensor | None = None
@@ -262,8 +291,8 @@ class LayerBench:
 
     def _times(self, effort: Effort) -> Times:
         if self.device.type != "cpu":
-            _, *passes = time_phases([self.prepare, self.forward, self.backward], effort, self.device)
-            return Times(passes[0], passes[1], None)
+            _, ahead, back = time_apart([self.prepare, self.forward, self.backward], effort, self.device)
+            return Times(ahead.device, back.device, None, ahead.host_s, back.host_s)
         _, beside, forward, backward = run_phases(
             [self.prepare, self.reference, self.forward, self.backward], effort, self.device
         )

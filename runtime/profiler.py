@@ -89,7 +89,7 @@ def families_of(
         HostFamily(device_type, precision, scope.host_effort),
         ContentionFamily(models[0], scope.seqs[0], cluster.devices, precision, window_s, on_cuda),
         CommFamily(cluster.devices, device_type, scope.sizes_bytes, scope.comm_effort),
-        *(LayerFamily(model, seq, precision, device_type, scope) for model in models for seq in scope.seqs),
+        *(LayerFamily(model, precision, device_type, scope) for model in models),
     ]
 
 

@@ -173,10 +173,12 @@ def test_saved_bytes_are_those_that_autograd_packs(kind: LayerKind) -> None:
     """An independent count: the storages that autograd saves, without parameters and buffers, and the
     gradients that the head's loss has formed already."""
     model = tiny_llama(hidden=HIDDEN, vocab=VOCAB)
-    case = LayerCase(kind=kind, recompute=Recompute.NONE, tp=1, sequence_parallel=False, micro_batch=2)
+    case = LayerCase(
+        kind=kind, recompute=Recompute.NONE, tp=1, sequence_parallel=False, micro_batch=2, seq=SEQ
+    )
     with fake_world(Degrees(), "cpu") as meshes:
-        layer = build_layer(kind, Recompute.NONE, model, SEQ, Precision.FP32, Degrees(), meshes)
-        bench = LayerBench(case, layer, model, SEQ, Precision.FP32, CPU)
+        layer = build_layer(case, model, Precision.FP32, meshes)
+        bench = LayerBench(case, layer, model, Precision.FP32)
         saved, _, _ = bench.memory()
         packed: list[Any] = []
         bench.prepare()
@@ -215,9 +217,11 @@ def test_what_fails_is_skipped_and_named(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(profile.layers) == 2 + 2 + 3 * 2 - 3
     skipped = list(profile.skipped)
     assert skipped == progress.said or [f"skipped: {text}" for text in skipped] == progress.said
-    layers = f"layers of tiny-llama at {SEQ} tokens"
-    assert f"{layers}: block tp1 micro-batch 1 recompute full: the process was killed by SIGKILL" in skipped
-    assert f"{layers}: head tp1 micro-batch 1: not enough memory" in skipped
+    block, head = (
+        f"layers of tiny-llama: {kind} tp1 micro-batch 1 of {SEQ} tokens" for kind in ("block", "head")
+    )
+    assert f"{block} recompute full: the process was killed by SIGKILL" in skipped
+    assert f"{head}: not enough memory" in skipped
     assert any("one device has nobody" in text for text in skipped)
     assert len(skipped) == 4 and profile.comms == ()
 

@@ -1,0 +1,108 @@
+"""Which cases of a model's layers there are: every class at several lengths, micro-batches and ways to shard.
+
+Embedding and head do not see context and expert parallelism, whose ranks are measured of blocks alone: those
+with attention by every exchange, those with experts as whole experts and, under sequence parallelism, in no
+shards besides. Blocks that recompute, that share out a sequence or experts, or that are compiled are measured
+at two micro-batches, the first and (of more than two) the last but one: their times and bytes are lines, like
+those of the plain ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+from planner.execution import context_not_executed
+from planner.feed_forward import Experts
+from planner.model import Block, ModelSpec
+from planner.profile import LayerKind
+from planner.spread_rules import SPREAD_RULES
+from planner.strategy import CpExchange, Recompute
+from planner.workload import Precision
+from runtime.bench_plan import bench_plan
+from runtime.measure_layers import LayerCase, divides
+
+
+def layer_cases(
+    model: ModelSpec,
+    seqs: Sequence[int],
+    widths: Sequence[int],
+    micro_batches: Sequence[int],
+    cps: Sequence[int] = (1,),
+    eps: Sequence[int] = (1,),
+    compiled: Sequence[bool] = (False,),
+) -> list[LayerCase]:
+    """All cases whose sizes the shards divide; those that can share a fake world are together."""
+    fewer = [micro_batches[0], *micro_batches[1:][-2:][:1]]
+    found = []
+    for seq in seqs:
+        plain = list(_plain(model, seq, widths))
+        found += [
+            dataclasses.replace(case, micro_batch=micro_batch)
+            for case in plain
+            for micro_batch in (micro_batches if case.recompute is Recompute.NONE else fewer)
+        ]
+        special = [*_spread(plain, model, cps, eps), *(_compiled(plain) if True in compiled else [])]
+        found += [
+            dataclasses.replace(case, micro_batch=micro_batch) for case in special for micro_batch in fewer
+        ]
+    if False not in compiled:
+        found = [case for case in found if case.compiled]
+    return [case for case in found if _legal(case, model)]
+
+
+def _plain(model: ModelSpec, seq: int, widths: Sequence[int]) -> Iterator[LayerCase]:
+    """One micro-batch of each layer class, with each width and recompute."""
+    first = next(iter(model.classes()))
+    blocks = ["" if key == first else key for key in model.classes()]
+    kinds = [(LayerKind.EMBEDDING, ""), *((LayerKind.BLOCK, key) for key in blocks), (LayerKind.HEAD, "")]
+    for tp, parallel, (kind, block) in itertools.product(widths, (False, True), kinds):
+        if not divides(model, tp) or (parallel and (tp == 1 or seq % tp)):
+            continue
+        for recompute in Recompute if kind is LayerKind.BLOCK else [Recompute.NONE]:
+            yield LayerCase(
+                kind=kind,
+                recompute=recompute,
+                tp=tp,
+                sequence_parallel=parallel,
+                micro_batch=1,
+                seq=seq,
+                block=block,
+            )
+
+
+def _spread(
+    plain: Sequence[LayerCase], model: ModelSpec, cps: Sequence[int], eps: Sequence[int]
+) -> Iterator[LayerCase]:
+    """The blocks of ranks that share out sequences, or experts."""
+    blocks = [c for c in plain if c.kind is LayerKind.BLOCK and c.recompute is Recompute.NONE]
+    for case, cp, exchange in itertools.product(blocks, (cp for cp in cps if cp > 1), CpExchange):
+        yield dataclasses.replace(case, cp=cp, cp_exchange=exchange)
+    routed = [case for case in blocks if isinstance(_mlp(case, model), Experts)]
+    for case, ep in itertools.product(routed, (ep for ep in eps if ep > 1)):
+        yield dataclasses.replace(case, ep=ep)
+        if case.tp > 1:
+            yield dataclasses.replace(case, ep=ep, etp=1)
+
+
+def _compiled(plain: Sequence[LayerCase]) -> Iterator[LayerCase]:
+    """The layers that torch.compile changes: blocks, and the passes of the head's loss."""
+    for case in plain:
+        if case.kind is not LayerKind.EMBEDDING:
+            yield dataclasses.replace(case, compiled=True)
+
+
+def _mlp(case: LayerCase, model: ModelSpec) -> object:
+    block = model.classes()[case.block] if case.block else model.segments[0].block
+    return block.mlp if isinstance(block, Block) else None
+
+
+def _legal(case: LayerCase, model: ModelSpec) -> bool:
+    """Whether a plan with these shards could be trained."""
+    degrees = case.degrees()
+    if case.sequence_parallel and case.seq // case.cp % case.tp:
+        return False
+    problem = bench_plan(model, degrees, case.seq, Precision.FP32).problem
+    broken = any(rule(problem, degrees) for rule in SPREAD_RULES)
+    return not broken and not context_not_executed(model, degrees)
