@@ -57,7 +57,8 @@ class LayerSample:
     - `backward_transient_bytes` is the peak of the backward pass above `saved_bytes`: gradients of output
       and input, what is recomputed, a parameter's gradient on its way to being added.
 
-    `reference_s` is what a fixed piece of work took beside this sample, where speeds drift (a CPU).
+    `reference_s` is what a fixed piece of work took beside this sample, where speeds drift (a CPU). `taken`
+    is when, empty where unknown.
 
     Shards are those of `planner.strategy.Degrees`: `seq` are the tokens of whole sequences, which `cp` ranks
     share out; `etp` None is as many as tp. Experts are as busy as balanced routing makes them. `compiled`
@@ -88,6 +89,7 @@ class LayerSample:
     compiled: bool = False
     host_forward_s: float | None = None
     host_backward_s: float | None = None
+    taken: str = ""
 
 
 @noun
@@ -96,7 +98,7 @@ class CommSample:
 
     `bytes` is the full message: the tensor of an all-reduce, the gathered tensor of an all-gather, the
     input of a reduce-scatter or all-to-all, the message of a send. `seconds` is the median over bursts of
-    calls, of a burst's time over its calls.
+    calls, of a burst's time over its calls. `taken` is when, empty where unknown.
     """
 
     op: Op
@@ -106,6 +108,7 @@ class CommSample:
     seconds: float
     spread: float
     samples: int
+    taken: str = ""
 
 
 @noun
@@ -114,6 +117,7 @@ class ContentionSample:
 
     active: int
     slowdown: float
+    taken: str = ""
 
 
 @noun
@@ -132,6 +136,7 @@ class Constant:
     kernels: str = ""
     engine: str = ""
     network: str = ""
+    taken: str = ""
 
 
 @noun

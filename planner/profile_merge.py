@@ -1,12 +1,18 @@
-"""Samples of a profile: where each kind is kept, and which of two speak of the same thing."""
+"""Profiles of one device and software, taken at different times, as one.
+
+A sample's fields say what it is of, apart from FIGURES, which were measured: two samples with one key are two
+measurements of one thing, of which a merged profile keeps the later.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from typing import Any
 
-from planner.profile import CommSample, Constant, ContentionSample, LayerSample
+from planner.codec import noun
+from planner.profile import CommSample, Constant, ContentionSample, FamilyFit, LayerSample, Profile
+from planner.workload import Precision
 
 Sample = LayerSample | CommSample | ContentionSample | Constant
 
@@ -31,7 +37,7 @@ FIGURES = frozenset(
     {
         *("forward_s", "backward_s", "seconds", "reference_s", "spread", "samples", "slowdown"),
         *("saved_bytes", "forward_transient_bytes", "backward_transient_bytes", "value", "origin"),
-        *("host_forward_s", "host_backward_s"),
+        *("host_forward_s", "host_backward_s", "taken"),
     }
 )
 """Names of what was measured. All other fields of a sample say of what, and are its key."""
@@ -41,3 +47,72 @@ def key_of(sample: Sample) -> Hashable:
     """What the sample is of: two with one key are two measurements of the same thing."""
     names = (field.name for field in dataclasses.fields(sample))
     return type(sample).__name__, *((name, getattr(sample, name)) for name in names if name not in FIGURES)
+
+
+@noun
+class Stack:
+    """What times depend on besides the work: the device, the libraries, the format of products.
+
+    `precision` is None where a profile does not say.
+    """
+
+    device: str
+    device_title: str
+    backend: str
+    torch: str
+    precision: Precision | None
+
+    def differences(self, other: Stack) -> list[str]:
+        """In what another stack differs, both values named; what either does not know is no difference."""
+        names = {
+            "device": "device",
+            "device_title": "device title",
+            "backend": "backend",
+            "torch": "torch",
+            "precision": "precision",
+        }
+        pairs = [(label, getattr(self, name), getattr(other, name)) for name, label in names.items()]
+        return [f"{label} {own} against {its}" for label, own, its in pairs if own and its and own != its]
+
+
+def stack_of(profile: Profile) -> Stack:
+    """The stack that a profile was measured on."""
+    formats = {sample.precision for sample in profile.layers}
+    return Stack(
+        device=profile.device,
+        device_title=profile.device_title,
+        backend=profile.backend,
+        torch=profile.versions.get("torch", ""),
+        precision=profile.precision or (formats.pop() if len(formats) == 1 else None),
+    )
+
+
+def merge(old: Profile, new: Profile, measured: Collection[str] = ()) -> Profile:
+    """The samples of both; where they have one of the same thing, that of `new`.
+
+    Both are of one stack, and `new` is the later. `measured` are the cases, `family: case`, that `new` took:
+    that `old` had skipped them is no longer true.
+    """
+    names = dict.fromkeys(sorted({*old.name.split("; "), *new.name.split("; ")}))
+    fields: dict[str, Any] = {
+        name: _merged(getattr(old, name), getattr(new, name)) for name in FIELDS.values()
+    }
+    skipped = [text for text in old.skipped if not any(text.startswith(f"{case}: ") for case in measured)]
+    return dataclasses.replace(
+        new,
+        name="; ".join(names),
+        created=max(old.created, new.created),
+        devices_per_node=max(old.devices_per_node, new.devices_per_node),
+        **fields,
+        skipped=tuple(dict.fromkeys([*skipped, *new.skipped])),
+        fits=_merged_fits(old.fits, new.fits),
+    )
+
+
+def _merged(old: Iterable[Sample], new: Iterable[Sample]) -> tuple[Sample, ...]:
+    """By key, in the order of `old`, what only `new` has after it."""
+    return tuple(({key_of(s): s for s in old} | {key_of(s): s for s in new}).values())
+
+
+def _merged_fits(old: Iterable[FamilyFit], new: Iterable[FamilyFit]) -> tuple[FamilyFit, ...]:
+    return tuple(({fit.family: fit for fit in old} | {fit.family: fit for fit in new}).values())

@@ -73,7 +73,8 @@ def _child(body: Body, rank: int, writer: int) -> None:
     try:
         _die_with_parent()
         gc.freeze()  # nothing that was imported is garbage: collections and walks skip it from here
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent, which gets it too, ends us
+        for ending in (signal.SIGINT, signal.SIGTERM):  # the parent, which gets them too, ends us
+            signal.signal(ending, signal.SIG_IGN)
         with os.fdopen(writer, "w", encoding="utf-8", buffering=1) as pipe:
             try:
                 body(rank, lambda message: print(json.dumps(message), file=pipe, flush=True))

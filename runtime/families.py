@@ -14,6 +14,7 @@ cases left are under the target. Any other family is measured whole. To plug one
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from planner.codec import decode, noun
@@ -36,6 +37,11 @@ class Reading:
 
     samples: tuple[Sample, ...] = ()
     skipped: str = ""
+
+    def dated(self, now: str) -> Reading:
+        """The same, with the time at which the samples were taken, where their nouns have a place for it."""
+        dated = (replace(s, taken=now) if hasattr(s, "taken") else s for s in self.samples)
+        return Reading(samples=tuple(dated), skipped=self.skipped)
 
 
 class Family(Protocol[C]):

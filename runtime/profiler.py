@@ -16,12 +16,13 @@ from planner.cluster import ClusterSpec
 from planner.machine import usable_cores
 from planner.model import ModelSpec
 from planner.profile import PROFILE_SCHEMA, Profile
-from planner.profile_merge import Sample, by_field
+from planner.profile_merge import Sample, Stack, by_field
 from planner.workload import Precision
 from runtime.comm_family import CommFamily
 from runtime.families import Family, Reading
 from runtime.host_families import ContentionFamily, HostFamily
 from runtime.layer_family import LayerFamily
+from runtime.record import Record
 from runtime.scheduler import Scheduler
 from runtime.scope import Scope
 
@@ -45,28 +46,31 @@ def take_profile(
     precision: Precision,
     scope: Scope,
     progress: Progress,
+    record: Record | None = None,
 ) -> Profile:
     """Measures this machine, which `cluster` describes. A sample that fails is skipped and named.
 
-    Widths that do not divide a model are left out.
+    Widths that do not divide a model are left out. Each reading goes to `record` as it comes, and what that
+    has already is not taken again.
     """
-    gathering = _Gathering(progress)
+    gathering = _Gathering(progress, record)
     families = families_of(models, cluster, precision, scope)
-    scheduler = Scheduler(families, scope.target, scope.time_limit_s, gathering)
+    done = {family: dict(cases) for family, cases in record.readings.items()} if record else {}
+    scheduler = Scheduler(families, scope.target, scope.time_limit_s, gathering, done)
     if not scheduler.run():
         for text in scheduler.unsettled():
             gathering.skip(f"{text}: no time was left")
     if cluster.devices == 1:
         gathering.skip("collectives: one device has nobody to talk to")
-    group = cluster.groups[0]
+    group, stack = cluster.groups[0], stack_here(cluster, precision)
     names = "+".join(model.name for model in models)
     return Profile(
         schema_version=PROFILE_SCHEMA,
         name=f"{cluster.name} {names} seq {'+'.join(map(str, scope.seqs))} {precision}",
-        device=group.device.name,
-        device_title=group.device.title,
-        backend="nccl" if _on_cuda(cluster) else "gloo",
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        device=stack.device,
+        device_title=stack.device_title,
+        backend=stack.backend,
+        created=now_text(),
         versions=stack_versions(),
         devices_per_node=group.devices_per_node,
         slots_per_node=group.slots_per_node,
@@ -75,6 +79,18 @@ def take_profile(
         skipped=tuple(gathering.skipped),
         precision=precision,
         fits=tuple(course.fit() for course in scheduler.courses),
+    )
+
+
+def stack_here(cluster: ClusterSpec, precision: Precision) -> Stack:
+    """What times that are measured on this machine depend on."""
+    device = cluster.groups[0].device
+    return Stack(
+        device=device.name,
+        device_title=device.title,
+        backend="nccl" if _on_cuda(cluster) else "gloo",
+        torch=stack_versions()["torch"],
+        precision=precision,
     )
 
 
@@ -109,23 +125,40 @@ def stack_versions() -> dict[str, str]:
 
 
 class _Gathering:
-    """What was taken and what was skipped; passes it on to who watches."""
+    """What was taken and what was skipped, earlier and now; passes it on to who watches."""
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
+    def __init__(self, progress: Progress, record: Record | None) -> None:
+        self.progress, self.record = progress, record
         self.samples: list[Sample] = []
         self.skipped: list[str] = []
+        for family, cases in (record.readings if record else {}).items():
+            for case, reading in cases.items():
+                self._take(family, case, reading)
 
     def settled(self, family: str, case: str, reading: Reading) -> None:
+        dated = reading.dated(now_text())
+        if self.record:
+            self.record.add(family, case, dated)
+        self._take(family, case, dated)
         if reading.skipped:
-            self.skip(f"{family}: {case}: {reading.skipped.removeprefix(f'{case}: ')}")
+            self.progress.say(f"skipped: {self.skipped[-1]}")
         else:
-            self.samples += reading.samples
             self.progress.step(case)
 
     def ahead(self, cases: int, left_s: float | None) -> None:
         self.progress.ahead(cases, left_s)
 
     def skip(self, text: str) -> None:
+        """Notes what was not measured for a reason of its own."""
         self.skipped.append(text)
         self.progress.say(f"skipped: {text}")
+
+    def _take(self, family: str, case: str, reading: Reading) -> None:
+        self.samples += reading.samples
+        if reading.skipped:
+            self.skipped.append(f"{family}: {case}: {reading.skipped.removeprefix(f'{case}: ')}")
+
+
+def now_text() -> str:
+    """The time in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

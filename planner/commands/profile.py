@@ -16,9 +16,11 @@ from planner.commands.profile_text import describe
 
 if TYPE_CHECKING:
     from planner.cluster import ClusterSpec
+    from planner.commands.profile_session import ProfileSession
     from planner.model import ModelSpec
     from planner.profile import Profile
     from planner.workload import Precision
+    from runtime.record import Record
     from runtime.scope import Scope
 
 STANDARD_MODELS = {
@@ -46,6 +48,7 @@ class ProfileOptions:
     target: float
     time_limit_s: float | None
     output: Path
+    replace: bool
     arch: str | None
 
 
@@ -127,28 +130,39 @@ class Request:
     required=True,
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Where to write the profile.",
+    help="Where to write the profile. To one of the same device and software that is there, what is measured "
+    "is added.",
+)
+@click.option(
+    "--replace", is_flag=True, help="Overwrite FILE, and what an interrupted profile left, instead."
 )
 @arch_option
 @json_option
-def profile(as_json: bool, **typed: Any) -> None:
+def profile(as_json: bool, **typed: Any) -> int | None:
     """Measure layers, collectives, memory and host overhead on this machine.
 
-    Writes FILE whole at the end, or not at all.
+    Writes FILE whole at the end. When interrupted, what was measured is kept in FILE.partial, from which the
+    same command goes on.
     """
-    from planner.codec import to_json, write_atomic
+    from planner.codec import to_json
+    from planner.commands.profile_session import Terminated, terminable
     from planner.commands.with_torch import require_torch
 
     options = ProfileOptions(**typed)
     request = _read(options)
     require_torch("profile")
-    begun_s = time.monotonic()
-    result = _take(request, _scope(request, options))
-    write_atomic(options.output, to_json(result))
+    scope, begun_s = _scope(request, options), time.monotonic()
+    with _open_session(request, options) as session:
+        try:
+            with terminable():
+                result = session.write(_take(request, scope, session.record))
+        except (KeyboardInterrupt, Terminated) as ending:
+            return session.interrupted(ending)
     if as_json:
         click.echo(to_json(result), nl=False)
     else:
         click.echo(describe(result, options.output, time.monotonic() - begun_s), nl=False)
+    return None
 
 
 def measure(
@@ -161,12 +175,30 @@ def measure(
     return _take(request, default_scope(cluster.devices, (seq,), quick=quick))
 
 
-def _take(request: Request, scope: Scope) -> Profile:
+def _take(request: Request, scope: Scope, record: Record | None = None) -> Profile:
     from planner.commands.profile_progress import ProfileProgress
     from runtime.profiler import take_profile
 
     with ProfileProgress() as progress:
-        return take_profile(request.models, request.cluster, request.precision, scope, progress)
+        if record is not None and record.kept:
+            progress.say(f"going on from the {record.kept} cases in {record.path}")
+        return take_profile(request.models, request.cluster, request.precision, scope, progress, record)
+
+
+def _open_session(request: Request, options: ProfileOptions) -> ProfileSession:
+    """What is measured now is added to. Raises InputError where that is of another device or software."""
+    from planner.codec import digest
+    from planner.commands.profile_session import begin_session
+    from runtime.profiler import stack_here
+    from runtime.record import RECORD_SCHEMA, Header
+
+    header = Header(
+        record_schema=RECORD_SCHEMA,
+        stack=stack_here(request.cluster, request.precision),
+        quick=options.quick,
+        models={model.name: digest(model) for model in request.models},
+    )
+    return begin_session(options.output, header, replace=options.replace)
 
 
 def _scope(request: Request, options: ProfileOptions) -> Scope:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ torch = pytest.importorskip("torch")
 from planner.codec import decode_json, to_json  # noqa: E402
 from planner.commands.profile import profile as profile_command  # noqa: E402
 from planner.errors import InputError  # noqa: E402
-from planner.profile import LayerKind, LayerSample, Op, Profile, load_profile  # noqa: E402
+from planner.profile import Constant, LayerKind, LayerSample, Op, Profile, load_profile  # noqa: E402
 from planner.strategy import Degrees, Recompute  # noqa: E402
 from planner.workload import Precision  # noqa: E402
 from runtime import measure_layers  # noqa: E402
@@ -285,21 +286,86 @@ def arguments(tmp_path: Path) -> Iterator[list[str]]:
     yield ["--model", str(write_config(tmp_path)), "--seq", "16", "-o", str(tmp_path / "profile.json")]
 
 
-def test_an_interrupted_profile_leaves_no_file(arguments: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from planner.cli import main; main()", "profile", *arguments]
-    with subprocess.Popen(
-        [*command, "--cluster", "local:2"], stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+COMMAND = [sys.executable, "-c", "from planner.cli import main; main()", "profile"]
+
+
+def end_when_measuring(arguments: list[str], ending: signal.Signals) -> tuple[int, str]:
+    """Starts a profile of two ranks and ends it when the first samples are there; its exit code, and what it
+    said after. SIGKILL goes to the command alone, others to all of its processes, none of which is left."""
+    command = [*COMMAND, *arguments, "--cluster", "local:2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None
-        line = process.stderr.readline()
-        assert line.startswith("measuring"), line
-        os.killpg(process.pid, signal.SIGINT)
+        lines = [process.stderr.readline()]
+        while not lines[-1].startswith("measuring"):
+            assert lines[-1], lines
+            lines.append(process.stderr.readline())
+        if ending is signal.SIGKILL:
+            process.kill()
+        else:
+            os.killpg(process.pid, ending)
         rest = process.stderr.read()
-        assert process.wait(timeout=30) == 130
-    assert "Traceback" not in rest
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+        code = process.wait(timeout=30)
+    if ending is not signal.SIGKILL:  # orphans that were killed are in the hands of the system
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    return code, rest
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_an_interrupted_profile_goes_on(
+    arguments: list[str], tmp_path: Path, ending: signal.Signals, code: int
+) -> None:
+    """What was measured is kept, is not measured again, and nothing half is written."""
+    found, said = end_when_measuring([*arguments, "--quick"], ending)
+    assert found == code and "Traceback" not in said
+    partial = tmp_path / "profile.json.partial"
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", partial.name}
+    kept = [json.loads(line) for line in partial.read_text().splitlines()[1:]]
+    assert kept
+    if ending is not signal.SIGKILL:
+        assert f"interrupted: {len(kept)} cases are kept in {partial}: the same command goes on" in said
+    result = subprocess.run(
+        [*COMMAND, *arguments, "--quick", "--cluster", "local:2"], capture_output=True, text=True, check=True
+    )
+    assert f"going on from the {len(kept)} cases" in result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "profile.json"}
+    profile = load_profile(tmp_path / "profile.json")
+    first = [Constant(**data) for line in kept for name, data in line["samples"] if name == "constants"]
+    assert first and set(first) <= set(profile.constants)
+    assert {c.active for c in profile.contention} == {1, 2} and profile.layers and profile.comms
+
+
+def test_another_profile_is_added_to_the_first(arguments: list[str], tmp_path: Path) -> None:
+    """New cases beside old ones; another precision is refused, unless the file is to be replaced."""
+    path = tmp_path / "profile.json"
+    run = [*arguments, "--quick", "--cluster", "local:1"]
+    assert CliRunner().invoke(profile_command, run).exit_code == 0
+    first = load_profile(path)
+    again = [*run, "--micro-batch", "4"]
+    assert CliRunner().invoke(profile_command, again).exit_code == 0
+    both = load_profile(path)
+    assert {s.micro_batch for s in both.layers} == {1, 2, 4}
+    assert set(first.layers) < set(both.layers)
+    assert all(sample.taken for sample in both.layers)
+    assert len(both.constants) == len(first.constants)
+    refused = CliRunner().invoke(profile_command, [*run, "--precision", "bf16"])
+    assert isinstance(refused.exception, InputError)
+    assert "precision fp32 against bf16" in str(refused.exception) and "--replace" in str(refused.exception)
+    assert load_profile(path) == both
+    replaced = CliRunner().invoke(profile_command, [*run, "--precision", "bf16", "--replace"])
+    assert replaced.exit_code == 0
+    assert {s.precision for s in load_profile(path).layers} == {Precision.BF16}
+
+
+def test_a_file_that_is_no_profile_is_not_overwritten(arguments: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text('{"a": 1}')
+    result = CliRunner().invoke(profile_command, arguments)
+    assert isinstance(result.exception, InputError)
+    assert "no profile to add to" in str(result.exception)
+    assert path.read_text() == '{"a": 1}'
 
 
 def test_without_torch_the_command_says_how_to_get_it(
