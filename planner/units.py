@@ -77,6 +77,14 @@ def format_seconds(value_s: float) -> str:
     return f"{value_s * 1e6:.3g} us"
 
 
+def format_si(value: float, unit: str) -> str:
+    """A rate for people, in decimal units: `312 TFLOP/s`, `1.2 GB/s`."""
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
 def format_count(value: float) -> str:
     """A count for people: `8.03B`, `124M`."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -104,23 +105,9 @@ def _schedules() -> list[dict[str, Any]]:
 
 
 def _profiles() -> list[dict[str, Any]]:
-    from planner.catalog import profile_files
-    from planner.profile import load_profile
+    from planner.commands.list_profiles import profile_rows
 
-    rows = []
-    for path in profile_files():
-        profile = load_profile(path)
-        rows.append(
-            {
-                "name": path.stem,
-                "device": ", ".join(profile.devices),
-                "backend": profile.backend,
-                "created": profile.created,
-                "layer_samples": len(profile.layers),
-                "comm_samples": len(profile.comms),
-            }
-        )
-    return rows
+    return profile_rows(today())
 
 
 _LISTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
@@ -153,6 +140,7 @@ def list_command(what: str, prices: Path | None, as_json: bool) -> None:
 
 def _list_text(what: str, rows: list[dict[str, Any]]) -> str:
     """The table that people read: of devices, instances, networks and links one of their own."""
+    from planner.commands.list_profiles import profile_list
     from planner.commands.show_device import device_list
     from planner.commands.show_instance_list import instance_list
     from planner.commands.show_network import link_list, network_list
@@ -162,6 +150,7 @@ def _list_text(what: str, rows: list[dict[str, Any]]) -> str:
         "instances": instance_list,
         "networks": network_list,
         "links": link_list,
+        "profiles": profile_list,
     }
     if what in own:
         return own[what](rows)
@@ -194,6 +183,24 @@ def _show_device(name: str) -> tuple[dict[str, Any], str]:
     cost = cost_per_device_hour(facts, inputs)
     document["on_premises"] = None if cost is None else {**encode(cost), "total_usd": cost.total_usd}
     return document, f"{text}\n\n{pairs(on_premises_rows(facts, inputs), WIDTH)}".rstrip()
+
+
+def _show_profile(
+    name: str, models: tuple[str, ...], html: Path | None, arch: str | None
+) -> tuple[dict[str, Any], str]:
+    from planner.catalog import load_model
+    from planner.commands.show_profile import show_profile
+
+    own = [load_model(model, "--model", arch) for model in models]
+    document, text = show_profile(name, own, html, today())
+    if html is not None:
+        click.echo(f"wrote {html}", err=True)
+    return document, text
+
+
+def today() -> datetime.date:
+    """The date, in UTC: ages are told by it."""
+    return datetime.datetime.now(datetime.UTC).date()
 
 
 def _show_network(name: str) -> tuple[dict[str, Any], str]:
@@ -263,9 +270,22 @@ _PRICED_SHOWS: dict[str, Callable[[str, Market], Shown]] = {
 
 
 @click.command("show")
-@click.argument("kind", type=click.Choice(["model", *_SHOWS, *_PRICED_SHOWS]))
+@click.argument("kind", type=click.Choice(["model", "profile", *_SHOWS, *_PRICED_SHOWS]))
 @click.argument("name")
 @click.option("--seq", type=click.IntRange(min=1), help="Sequence length of a model's FLOPs a token.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="MODEL",
+    help="A model outside the catalog whose layers a profile has; repeat for several.",
+)
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write a profile's page: curves, spread, predicted against measured. It needs no network.",
+)
 @arch_option
 @prices_option
 @on_premises_option
@@ -274,14 +294,23 @@ def show_command(
     kind: str,
     name: str,
     seq: int | None,
+    models: tuple[str, ...],
+    html: Path | None,
     arch: str | None,
     prices: Path | None,
     on_premises: bool,
     as_json: bool,
 ) -> None:
-    """Show one entry of the catalog with its sources."""
-    if (seq is not None or arch is not None) and kind != "model":
-        raise click.UsageError(f"--seq and --arch belong to `show model`, not to `show {kind}`.")
+    """Show one entry of the catalog with its sources.
+
+    NAME of a profile may be a file that `plan profile` or `plan calibrate` wrote.
+    """
+    if seq is not None and kind != "model":
+        raise click.UsageError(f"--seq belongs to `show model`, not to `show {kind}`.")
+    if arch is not None and kind != "model" and not models:
+        raise click.UsageError("--arch belongs to `show model`, and to --model of `show profile`.")
+    if (models or html) and kind != "profile":
+        raise click.UsageError(f"--model and --html belong to `show profile`, not to `show {kind}`.")
     if (prices or on_premises) and kind not in _PRICED_SHOWS:
         raise click.UsageError(f"--prices and --on-premises belong to {' and '.join(_PRICED_SHOWS)}.")
     document: dict[str, Any]
@@ -292,6 +321,8 @@ def show_command(
         warn_of(market, str(document.get("provider", document["name"])) + "/")
     elif kind == "model":
         document, shown = _show_model(name, seq, arch)
+    elif kind == "profile":
+        document, shown = _show_profile(name, models, html, arch)
     else:
         document, shown = _SHOWS[kind](name)
     if as_json:

@@ -57,7 +57,7 @@ def doctor(as_json: bool) -> None:
     torch = _torch_facts()
     findings = [*_packages(PLANNING, "missing", GET_PLANNING), *_packages(RUNNING, "note", GET_RUNTIME)]
     findings += _solver() + _torch_findings(torch) + _machine_findings(machine)
-    findings += [_measured_tables(), _live_catalogs(), _own_prices()]
+    findings += [_own_profile(), _measured_tables(), _live_catalogs(), _own_prices()]
     if as_json:
         print_json(
             {
@@ -177,6 +177,34 @@ def _machine_findings(machine: dict[str, Any]) -> list[Finding]:
         fix = "ulimit -n 4096"
         findings.append(Finding("open files", "note", f"at most {machine['file_limit']}", fix))
     return findings
+
+
+MEASURE = "plan profile --cluster local -o profile.json measures it; then --profile profile.json"
+
+
+def _own_profile() -> Finding:
+    """Whether a shipped profile speaks for this machine's device, and how to take one."""
+    from planner.cluster_grammar import parse_cluster
+    from planner.errors import InputError
+    from planner.profile_use import use_of
+    from planner.shipped_profile import shipped_profile
+
+    try:
+        cluster = parse_cluster("local")
+    except InputError as error:
+        return Finding("profile", "note", str(error.problems[0]), MEASURE)
+    device = cluster.groups[0].device
+    found = shipped_profile(device.name)
+    if found is None:
+        detail = f"none is shipped for {device.title}: its times are taken from datasheets, if at all"
+        return Finding("profile", "note", detail, MEASURE)
+    use = use_of(found, device, cluster=cluster)
+    return Finding(
+        "profile",
+        "ok" if use.measured and not use.remarks else "note",
+        f"{use.name}, {use.text()}",
+        "" if use.measured and not use.remarks else MEASURE,
+    )
 
 
 def _measured_tables() -> Finding:

@@ -76,7 +76,7 @@ def draw_timeline(slices: Sequence[Slice], row_titles: Sequence[str], end_s: flo
     factor, unit = time_unit(end_s)
     values = [_slice_row(s, row_titles, end_s, factor) for s in slices]
     scale = alt.Scale(domain=[0, end_s * factor], nice=False)
-    chart = _chart(values).encode(y=_row_axis(row_titles))
+    chart = chart_of(values).encode(y=row_axis(row_titles))
     bars = chart.mark_bar(stroke=variable("card"), strokeWidth=0.6).encode(
         x=alt.X("start:Q", title=f"time ({unit})", scale=scale),
         x2="end:Q",
@@ -86,8 +86,8 @@ def draw_timeline(slices: Sequence[Slice], row_titles: Sequence[str], end_s: flo
     texts = chart.mark_text(fontSize=11, aria=False).encode(
         x=alt.X("middle:Q", scale=scale), text="text:N", color=alt.Color("ink:N", scale=None)
     )
-    layers = _layered(bars, texts).properties(width=WIDE_PX, height=alt.Step(30))
-    return _render(layers, label, "wide")
+    layers = layered(bars, texts).properties(width=WIDE_PX, height=alt.Step(30))
+    return render(layers, label, "wide")
 
 
 def _slice_row(s: Slice, row_titles: Sequence[str], end_s: float, factor: float) -> Row:
@@ -114,11 +114,11 @@ def draw_bars(
 
     `own_limits` are dashes at the limits of rows that differ.
     """
-    y = _row_axis(rows)
+    y = row_axis(rows)
     x_axis = alt.Axis(title=unit, tickCount=5)
     step_px = 44 if len(rows) <= 4 else 30
     layers: list[alt.Chart] = [
-        _chart([_bar_row(bar) for bar in bars])
+        chart_of([_bar_row(bar) for bar in bars])
         .mark_bar(size=step_px * 0.6, stroke=variable("card"), strokeWidth=0.6)
         .encode(
             y=y,
@@ -131,20 +131,20 @@ def draw_bars(
     if marks:
         layers.append(_draw_marks(marks, y))
     if own_limits:
-        ticks = _chart([{"row": own.row, "value": own.value, "tip": own.tip} for own in own_limits])
+        ticks = chart_of([{"row": own.row, "value": own.value, "tip": own.tip} for own in own_limits])
         layers.append(
             ticks.mark_tick(color=variable("bad"), thickness=2, size=step_px * 0.8).encode(
                 y=y, x="value:Q", description="tip:N"
             )
         )
     if limit is not None:
-        rule = _chart([{"limit": limit, "tip": limit_tip}])
+        rule = chart_of([{"limit": limit, "tip": limit_tip}])
         layers.append(
             rule.mark_rule(color=variable("bad"), strokeDash=[5, 4], strokeWidth=2).encode(
                 x="limit:Q", description="tip:N"
             )
         )
-    return _render(_layered(*layers).properties(width=NARROW_PX, height=alt.Step(step_px)), label, "narrow")
+    return render(layered(*layers).properties(width=NARROW_PX, height=alt.Step(step_px)), label, "narrow")
 
 
 def _bar_row(bar: Bar) -> Row:
@@ -160,7 +160,7 @@ def _bar_row(bar: Bar) -> Row:
 def _draw_marks(marks: Sequence[Mark], y: alt.Y) -> alt.Chart:
     rows = [{"row": mark.row, "value": mark.value, "tip": mark.tip} for mark in marks]
     marked: alt.Chart = (
-        _chart(rows)
+        chart_of(rows)
         .mark_point(
             shape="diamond", size=90, filled=True, opacity=1,
             color=variable("measured"), stroke=variable("card"), strokeWidth=1.5,
@@ -173,11 +173,11 @@ def _draw_marks(marks: Sequence[Mark], y: alt.Y) -> alt.Chart:
 def draw_loss(points: Sequence[tuple[int, float]], label: str) -> str:
     """The loss of each step."""
     values = [{"step": step, "loss": loss, "tip": f"step {step}: loss {loss:.4g}"} for step, loss in points]
-    chart = _chart(values).encode(
+    chart = chart_of(values).encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1), scale=alt.Scale(nice=False)),
         y=alt.Y("loss:Q", title="loss", scale=alt.Scale(zero=False)),
     )
-    return _render(_line_with_points(chart).properties(width=NARROW_PX, height=200), label, "narrow")
+    return render(_line_with_points(chart).properties(width=NARROW_PX, height=200), label, "narrow")
 
 
 def draw_step_times(
@@ -192,10 +192,10 @@ def draw_step_times(
     ]
     scale = alt.Scale(domain=[0, top_s * factor], nice=False)
     y = alt.Y("time:Q", title=f"step time ({unit})", scale=scale)
-    chart = _chart(values).encode(
+    chart = chart_of(values).encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1), scale=alt.Scale(nice=False)), y=y
     )
-    expected = _chart(
+    expected = chart_of(
         [
             {
                 "low": interval_s[0] * factor,
@@ -211,27 +211,27 @@ def draw_step_times(
     rule = expected.mark_rule(color=variable("predicted"), strokeDash=[5, 4], strokeWidth=2).encode(
         y=y, description="tip:N"
     )
-    layers = _layered(band, rule, _line_with_points(chart))
-    return _render(layers.properties(width=NARROW_PX, height=200), label, "narrow")
+    layers = layered(band, rule, _line_with_points(chart))
+    return render(layers.properties(width=NARROW_PX, height=200), label, "narrow")
 
 
 def _line_with_points(chart: alt.Chart) -> alt.LayerChart:
     line = chart.mark_line(color=variable("measured"), strokeWidth=2, aria=False)
     points = chart.mark_point(color=variable("measured"), filled=True, size=22, opacity=1)
-    return _layered(line, points.encode(description="tip:N"))
+    return layered(line, points.encode(description="tip:N"))
 
 
 def draw_pairs(pairs: Sequence[Pair], unit: str, label: str) -> str:
     """Predicted and measured values of each row as two points and the line between them."""
     rows = [pair.row for pair in pairs]
-    y = _row_axis(rows)
+    y = row_axis(rows)
     values: list[Row] = [
         {"row": p.row, "predicted": p.predicted, "measured": p.measured, "value": value, "kind": kind,
          "tip": f"{p.row}: {kind} {value:.4g} {unit}"}
         for p in pairs
         for kind, value in (("predicted", p.predicted), ("measured", p.measured))
     ]  # fmt: skip
-    chart = _chart(values).encode(y=y)
+    chart = chart_of(values).encode(y=y)
     axis = alt.Axis(title=unit, tickCount=5)
     line = chart.mark_rule(color=variable("axis"), strokeWidth=2, aria=False).encode(
         x=alt.X("predicted:Q", axis=axis), x2="measured:Q"
@@ -245,8 +245,8 @@ def draw_pairs(pairs: Sequence[Pair], unit: str, label: str) -> str:
         shape=alt.Shape("kind:N", scale=alt.Scale(domain=kinds, range=["circle", "diamond"]), legend=None),
         description="tip:N",
     )
-    layers = _layered(line, points).properties(width=NARROW_PX, height=alt.Step(36))
-    return _render(layers, label, "narrow")
+    layers = layered(line, points).properties(width=NARROW_PX, height=alt.Step(36))
+    return render(layers, label, "narrow")
 
 
 def thin_out(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -264,24 +264,24 @@ def describe_bytes(title: str, value_bytes: float, whole_bytes: float) -> str:
     return f"{title}: {format_bytes(value_bytes)}{share}"
 
 
-def _row_axis(titles: Sequence[str]) -> alt.Y:
+def row_axis(titles: Sequence[str]) -> alt.Y:
     # Readers' fonts differ in width from the one that the drawing is measured with, so labels get room.
     room_px = min(LABEL_LIMIT_PX, CHARACTER_PX * 1.15 * max((len(title) for title in titles), default=0))
     axis = alt.Axis(minExtent=room_px, labelLimit=LABEL_LIMIT_PX, grid=False)
     return alt.Y("row:N", title=None, sort=list(titles), scale=alt.Scale(domain=list(titles)), axis=axis)
 
 
-def _chart(rows: list[Row]) -> alt.Chart:
+def chart_of(rows: list[Row]) -> alt.Chart:
     return alt.Chart(alt.InlineData(values=rows))
 
 
-def _layered(*charts: alt.Chart | alt.LayerChart) -> alt.LayerChart:
+def layered(*charts: alt.Chart | alt.LayerChart) -> alt.LayerChart:
     layers = alt.layer(*charts)
     assert isinstance(layers, alt.LayerChart), "layers without facets make a layered chart"
     return layers
 
 
-def _render(chart: alt.LayerChart, label: str, size: str) -> str:
+def render(chart: alt.LayerChart, label: str, size: str) -> str:
     svg: str = vl_convert.vegalite_to_svg(_styled(chart))
     root = re.match(r"<svg[^>]*viewBox=\"0 0 ([\d.]+) ([\d.]+)\"[^>]*>", svg)
     assert root is not None, "vl_convert writes an svg element with a viewBox"

@@ -5,7 +5,6 @@ The page holds the drawings and their numbers and loads nothing.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
+from planner.report.ticks import log_ticks
 from planner.validation import Summary, ValidatedRow, Validation, summarise
 
 SIDE_PX = 620
@@ -28,6 +28,7 @@ OTHER = "other frameworks"
 OTHER_COLOUR = "#999999"
 BANDS = (0.9, 1.0, 1.1)
 MOST_GROUPS = 40
+MOST_TICKS = 15
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem;color:#222;"
     "background:#fff}figure{margin:0}svg{max-width:100%;height:auto}table{border-collapse:collapse}"
@@ -118,19 +119,11 @@ def _named_marks(svg: str) -> str:
     )
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 of every decade within a range; the ones alone where decades are many."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    steps = (1, 2, 5) if last - first <= 5 else (1,)
-    values = [step * 10.0**decade for decade in range(first, last + 1) for step in steps]
-    return [value for value in values if low <= value <= high]
-
-
 def _chart(marks: list[dict[str, Any]], names: dict[str, str], what: str, unit: str) -> alt.LayerChart:
     values = [mark[key] for mark in marks for key in ("predicted", "measured")]
     low, high = min(values) / 1.2, max(values) * 1.2
     scale = alt.Scale(type="log", domain=[low, high], nice=False)
-    axis = alt.Axis(values=_ticks(low, high), labelExpr="format(datum.value, '~g')")
+    axis = alt.Axis(values=log_ticks(low, high, MOST_TICKS), labelExpr="format(datum.value, '~g')")
     drawn = Counter(mark["framework"] for mark in marks)
     shown = sorted(drawn, key=lambda name: (name == OTHER, -drawn[name]))
     many = len(shown) > 1

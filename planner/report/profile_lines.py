@@ -1,0 +1,117 @@
+"""The cost model's own answers beside a profile's samples: by the samples, and from first principles."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from planner.catalog import device_names, load_device, load_model
+from planner.cluster import ClusterSpec, Device, DeviceGroup, Link
+from planner.cost.comm import CommModel, Group
+from planner.cost.compute import LayerModel
+from planner.cost.layer import LayerCost, LayerShape
+from planner.cost.physics import usual_physics
+from planner.model import ModelSpec
+from planner.problem import PlanningProblem
+from planner.profile import CommSample, LayerKind, LayerSample, Profile
+from planner.stack import Stack
+from planner.strategy import CpExchange
+from planner.workload import Precision, Workload
+
+ANY_MODEL = "shardwise-demo"
+"""Collectives do not depend on the model of the problem that they are part of."""
+
+FREE = Link(name="not shown", latency_s=0.0, bytes_per_s=None)
+
+
+class ProfileLines:
+    """What plans on one profile's device are charged for a layer or a collective."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile, self.device = profile, device_of(profile)
+        self._layers: dict[tuple[str, Precision, int, bool, bool], LayerModel] = {}
+        problem = self._problem(load_model(ANY_MODEL), Precision.FP32, 1, profile)
+        self._comms = CommModel(problem)
+
+    def cost(
+        self, model: ModelSpec, sample: LayerSample, micro_batch: float, *, sampled: bool = True
+    ) -> LayerCost | None:
+        """The cost of a sample's layer at some micro-batch; without any samples where `sampled` is not.
+
+        None where there are no samples and the device's rates are not known.
+        """
+        found = self._layer_model(model, sample, sampled)
+        if not sampled and found.rates is None:
+            return None
+        return found.cost(shape_of(model, sample, micro_batch))
+
+    def comm_s(self, sample: CommSample, size_bytes: float) -> float:
+        """Seconds of a sample's collective at some size, inside a node."""
+        group = Group(ranks=sample.ranks, groups=sample.groups, spans_nodes=False)
+        return self._comms.cost(sample.op, size_bytes, group).seconds
+
+    def _layer_model(self, model: ModelSpec, sample: LayerSample, sampled: bool) -> LayerModel:
+        key = model.name, sample.precision, sample.seq, sample.compiled, sampled
+        if key not in self._layers:
+            profile = self.profile if sampled else dataclasses.replace(self.profile, layers=())
+            problem = self._problem(model, sample.precision, sample.seq, profile)
+            problem = dataclasses.replace(problem, stack=Stack(compiled=sample.compiled))
+            self._layers[key] = LayerModel(problem, usual_physics(problem))
+        return self._layers[key]
+
+    def _problem(self, model: ModelSpec, precision: Precision, seq: int, profile: Profile) -> PlanningProblem:
+        return PlanningProblem(
+            model=model,
+            workload=Workload(seq=seq, batch=1, precision=precision),
+            cluster=_node(self.device, profile),
+            profile=profile,
+            memory_limit_bytes=self.device.usable_memory_bytes,
+        )
+
+
+def shape_of(model: ModelSpec, sample: LayerSample, micro_batch: float) -> LayerShape:
+    """A sample's layer at another micro-batch."""
+    return LayerShape(
+        kind=sample.kind,
+        tp=sample.tp,
+        sequence_parallel=sample.sequence_parallel,
+        micro_batch=micro_batch,
+        seq=sample.seq,
+        precision=sample.precision,
+        recompute=sample.recompute,
+        block=sample.shape_key if sample.kind is LayerKind.BLOCK else "",
+        rotary=model.rotary,
+        cp=sample.cp,
+        cp_exchange=sample.cp_exchange or CpExchange.RING,
+        ep=sample.ep,
+        etp=sample.etp,
+    )
+
+
+def device_of(profile: Profile) -> Device:
+    """The device of the catalog that a profile was measured on; one of unknown peaks where it has none."""
+    if profile.device in device_names():
+        return load_device(profile.device).device()
+    return Device(
+        name=profile.device,
+        title=profile.device_title,
+        vendor="",
+        memory_bytes=0,
+        usable_memory_bytes=0,
+        memory_bandwidth_bytes_per_s=None,
+        peak_fp32_flops=None,
+        peak_bf16_flops=None,
+        peak_fp16_flops=None,
+        link_bytes_per_s=None,
+    )
+
+
+def _node(device: Device, profile: Profile) -> ClusterSpec:
+    group = DeviceGroup(
+        device=device,
+        nodes=1,
+        devices_per_node=profile.devices_per_node,
+        slots_per_node=profile.slots_per_node,
+    )
+    return ClusterSpec(
+        name=f"1x{profile.devices_per_node}:{device.name}", groups=(group,), intra=FREE, inter=FREE
+    )

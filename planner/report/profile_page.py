@@ -1,0 +1,71 @@
+"""The page of `plan show profile`: what was measured on a device, one HTML document that needs nothing else.
+
+Like the report, its content security policy forbids every fetch and the template escapes all text.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+
+from planner.codec import noun
+from planner.model import ModelSpec
+from planner.profile import Profile
+from planner.report import profile_figures as figures
+from planner.report import profile_tables as tables
+from planner.report import profile_words as words
+from planner.report.palette import COLOURS, MARK_COLOURS, Colour
+from planner.report.profile_layers import LayerSection, formula_figures, layer_sections
+from planner.report.profile_lines import ProfileLines
+from planner.report.sections import Figure
+from planner.report.templating import template
+from planner.report.words import Fact, Tile
+from planner.sampled_layers import sampled_classes
+
+
+@noun
+class ProfilePage:
+    """All that the template shows. An empty tuple or None leaves its section out.
+
+    `drifts` says that times are told as if the machine had kept one speed.
+    """
+
+    name: str
+    where: str
+    headline: str
+    warnings: tuple[str, ...]
+    tiles: tuple[Tile, ...]
+    facts: tuple[Fact, ...]
+    layers: tuple[LayerSection, ...]
+    drifts: bool
+    comms: tuple[Figure, ...]
+    quality: tuple[Figure, ...]
+    constants: tuple[tables.ConstantRow, ...]
+    moved: Figure | None
+    colours: tuple[Colour, ...]
+
+
+def render_profile(profile: Profile, models: Sequence[ModelSpec], today: datetime.date) -> str:
+    """The profile as HTML; `models` beside those of the catalog say what its layers are."""
+    return template("profile.html.j2").render(page=build_profile_page(profile, models, today))
+
+
+def build_profile_page(profile: Profile, models: Sequence[ModelSpec], today: datetime.date) -> ProfilePage:
+    """Everything that the page says, in order."""
+    classes, lines = sampled_classes(profile, models), ProfileLines(profile)
+    spread = figures.spread_figure(profile, classes)
+    return ProfilePage(
+        name=profile.name,
+        where=profile.device_title or profile.device,
+        headline=words.headline(profile, classes, today),
+        warnings=words.warnings(profile, today),
+        tiles=words.tiles(profile, classes),
+        facts=words.facts(profile, classes, today),
+        layers=layer_sections(profile, classes, lines),
+        drifts=any(sample.reference_s for sample in profile.layers),
+        comms=figures.comm_figures(profile, lines),
+        quality=(*formula_figures(profile, classes, lines), *((spread,) if spread else ())),
+        constants=tables.constant_rows(profile),
+        moved=figures.constant_figure(profile),
+        colours=(*COLOURS, *MARK_COLOURS),
+    )

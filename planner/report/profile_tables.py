@@ -1,0 +1,102 @@
+"""The samples and constants of a profile as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from planner.codec import noun
+from planner.cost.meanings import meaning_of, told_value, usual_value
+from planner.profile import CommSample, Constant, LayerSample, Op, Profile
+from planner.report.profile_words import op_title
+from planner.report.words import Table, percent
+from planner.sampled_layers import SampledClass, bus_bytes_per_s, is_noisy, width_text
+from planner.strategy import Recompute
+from planner.units import format_bytes, format_seconds, format_si
+
+OPTIONS = tuple(Recompute)
+NOISY_MARK = "!"
+
+
+def spread_text(sample: LayerSample | CommSample) -> str:
+    """`12 %`, or `31 % !` where that is much."""
+    return percent(sample.spread, 0) + (f" {NOISY_MARK}" if is_noisy(sample) else "")
+
+
+def layer_table(found: SampledClass, samples: Sequence[LayerSample]) -> Table:
+    """All samples of a class, the narrowest first."""
+    ordered = sorted(
+        samples, key=lambda s: (s.tp, width_text(s), OPTIONS.index(s.recompute), s.seq, s.micro_batch)
+    )
+    return Table(
+        header=("width", "tokens", "recompute", "forward", "backward", "rate", "kept", "peak", "spread"),
+        rows=tuple(_row(found, sample) for sample in ordered),
+        numbers=(3, 9),
+    )
+
+
+def _row(found: SampledClass, sample: LayerSample) -> tuple[str, ...]:
+    rate = found.flops_per_s(sample) if sample.recompute is Recompute.NONE else None
+    peak = sample.saved_bytes + max(sample.forward_transient_bytes, sample.backward_transient_bytes)
+    return (
+        width_text(sample),
+        f"{sample.micro_batch} x {sample.seq:,}",
+        str(sample.recompute),
+        format_seconds(sample.forward_s),
+        format_seconds(sample.backward_s),
+        "" if rate is None else format_si(rate, "FLOP/s"),
+        format_bytes(sample.saved_bytes),
+        format_bytes(peak),
+        spread_text(sample),
+    )
+
+
+def comm_table(samples: Sequence[CommSample]) -> Table:
+    """Time and bandwidth of each operation and size."""
+    ordered = sorted(samples, key=lambda s: (list(Op).index(s.op), s.bytes))
+    rows = (
+        (
+            op_title(s.op),
+            format_bytes(s.bytes),
+            format_seconds(s.seconds),
+            format_si(bus_bytes_per_s(s), "B/s"),
+            spread_text(s),
+        )
+        for s in ordered
+    )
+    return Table(
+        header=("operation", "message", "time", "bus bandwidth", "spread"), rows=tuple(rows), numbers=(1, 5)
+    )
+
+
+@noun
+class ConstantRow:
+    """All values of one constant of a profile, each with what it holds for and how it came to be."""
+
+    name: str
+    meaning: str
+    usual: str
+    values: tuple[tuple[str, str, str], ...]
+
+
+def constant_rows(profile: Profile) -> tuple[ConstantRow, ...]:
+    """The constants by name, in the profile's order; the widest scope of each first."""
+    names = list(dict.fromkeys(constant.name for constant in profile.constants))
+    return tuple(_constant_row(name, [c for c in profile.constants if c.name == name]) for name in names)
+
+
+def _constant_row(name: str, constants: Sequence[Constant]) -> ConstantRow:
+    usual = usual_value(name)
+    return ConstantRow(
+        name=name,
+        meaning=meaning_of(name),
+        usual="" if usual is None else told_value(name, usual),
+        values=tuple((told_value(name, c.value), scope_text(c), c.origin) for c in constants),
+    )
+
+
+def scope_text(constant: Constant) -> str:
+    """What a constant holds for: `Megatron-LM on a100-sxm-80gb, ndr400x8`, or `everything`."""
+    software = constant.framework or constant.engine
+    software += f" ({constant.kernels})" if constant.kernels else ""
+    place = ", ".join(part for part in (constant.device, constant.network) if part)
+    return " on ".join(part for part in (software, place) if part) or "everything"

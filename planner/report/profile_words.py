@@ -1,0 +1,215 @@
+"""A profile in words: what it was taken on, what it holds, how good it is, what is to be said of it."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections import Counter
+from collections.abc import Mapping
+from statistics import median
+
+from planner.cost.comm import NOISY_SPREAD
+from planner.cost.meanings import told_value
+from planner.profile import FamilyFit, LayerSample, Op, Profile
+from planner.profile_use import OLD_MONTHS, months_old, told_age
+from planner.report.words import Fact, Tile, percent
+from planner.sampled_layers import ClassKey, SampledClass, covered_models, noisy, timed
+
+Classes = Mapping[ClassKey, SampledClass]
+MOST_NAMES = 6
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 layer`, `80 layers`, `3 classes`."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:,} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
+def op_title(op: Op) -> str:
+    """`all-gather`; `send` for p2p."""
+    return "send" if op is Op.P2P else op.replace("_", "-")
+
+
+def headline(profile: Profile, classes: Classes, today: datetime.date) -> str:
+    """One sentence: measured or fitted, on what, when, what it holds."""
+    age = told_age(profile.created, today)
+    where = profile.device_title or profile.device
+    if not profile.measured:
+        runs = fitted_runs(profile)
+        of = f"Fitted to {counted(runs, 'run')}" if runs else "Fitted to runs"
+        names = " and ".join((", ".join(profile.devices[:-1]), profile.devices[-1])).removeprefix(" and ")
+        return f"{of} on {names}, {age}: {counted(len(profile.constants), 'constant')} and no samples."
+    torch = profile.versions.get("torch", "")
+    software = f" with torch {torch}" if torch else ""
+    return f"Measured on {where}{software}, {age}: {holds(profile, classes)}."
+
+
+def fitted_runs(profile: Profile) -> int:
+    """The most runs that one of its fits rests on."""
+    found = (re.match(r"fitted to (\d+) runs", constant.origin) for constant in profile.constants)
+    return max((int(match[1]) for match in found if match), default=0)
+
+
+def holds(profile: Profile, classes: Classes) -> str:
+    """`80 layers of 3 classes, 56 collectives, 22 constants`."""
+    parts = [
+        f"{counted(len(profile.layers), 'layer')} of {counted(len(classes), 'class')}" if classes else "",
+        counted(len(profile.comms), "collective") if profile.comms else "",
+        counted(len(profile.constants), "constant") if profile.constants else "",
+    ]
+    return ", ".join(part for part in parts if part) or "nothing"
+
+
+def facts(profile: Profile, classes: Classes, today: datetime.date) -> tuple[Fact, ...]:
+    """What it was taken on and with, what it holds, how good it is."""
+    named = ", ".join(f"{name} {version}" for name, version in profile.versions.items())
+    formats = precisions(profile)
+    found = (
+        ("name", profile.name),
+        ("device", _device(profile)),
+        ("software", named),
+        ("taken", f"{profile.created}, {told_age(profile.created, today)}"),
+        ("holds", holds(profile, classes)),
+        ("formats", ", ".join(formats)),
+        ("shards", widths(profile)),
+        ("tokens", tokens(profile)),
+        ("models", models_text(classes)),
+        ("contention", contention(profile)),
+        ("spread", spread(profile)),
+        *((f"known to, {fit.family}", fit_text(fit)) for fit in profile.fits),
+    )
+    return tuple(Fact(name=name, value=value) for name, value in found if value)
+
+
+def _device(profile: Profile) -> str:
+    if not profile.measured:
+        return ", ".join(profile.devices)
+    ranks = counted(profile.devices_per_node, "rank")
+    cores = f" on {counted(profile.cores, 'core')}" if profile.cores else ""
+    return f"{profile.device} ({profile.device_title}), {ranks} a node{cores}, {profile.backend}"
+
+
+def precisions(profile: Profile) -> tuple[str, ...]:
+    """The number formats of its layers, or the one that it was taken in."""
+    found = sorted({str(sample.precision) for sample in profile.layers})
+    return tuple(found) or ((str(profile.precision),) if profile.precision else ())
+
+
+def widths(profile: Profile) -> str:
+    """`tp 1, 2, 4; ep 1, 8`: in how many shards layers were measured."""
+    parts = []
+    for axis in ("tp", "cp", "ep"):
+        sizes = sorted({getattr(sample, axis) for sample in profile.layers})
+        if sizes and (axis == "tp" or sizes != [1]):
+            parts.append(f"{axis} {', '.join(map(str, sizes))}")
+    return "; ".join(parts)
+
+
+def tokens(profile: Profile) -> str:
+    """`1, 2, 4, 8 sequences of 256`."""
+    batches = sorted({sample.micro_batch for sample in profile.layers})
+    lengths = sorted({sample.seq for sample in profile.layers})
+    if not lengths:
+        return ""
+    return f"{', '.join(map(str, batches))} sequences of {', '.join(f'{n:,}' for n in lengths)}"
+
+
+def models_text(classes: Classes) -> str:
+    """Models all of whose blocks are measured, else the classes that are."""
+    whole = covered_models(classes)
+    names = whole or tuple(found.title for found in classes.values())
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    part = "" if whole or not names else "parts alone: "
+    return f"{part}{', '.join(names[:MOST_NAMES])}{more}"
+
+
+def contention(profile: Profile) -> str:
+    """How much slower each rank is while so many compute."""
+    return ", ".join(f"{c.slowdown:.2f}x with {c.active} at once" for c in profile.contention)
+
+
+def spread(profile: Profile) -> str:
+    """The median spread, and how many samples lie beyond NOISY_SPREAD."""
+    spreads = [sample.spread for sample in timed(profile)]
+    if not spreads:
+        return ""
+    beyond = f"{len(noisy(profile))} of {len(spreads)} beyond {percent(NOISY_SPREAD, 0)}"
+    return f"{percent(median(spreads), 0)} in the median; {beyond}"
+
+
+def fit_text(fit: FamilyFit) -> str:
+    """How well samples of a family are predicted from the others, and how many cases were taken."""
+    error = (
+        "not predicted from each other" if fit.error is None else f"{percent(fit.error)} off when left out"
+    )
+    return f"{error}; {fit.taken} of {counted(fit.cases, 'case')} measured"
+
+
+def warnings(profile: Profile, today: datetime.date) -> tuple[str, ...]:
+    """What makes it doubtful: its age, samples that scatter, what was skipped."""
+    found = []
+    months = months_old(profile.created, today)
+    if months is None or months > OLD_MONTHS:
+        found.append(f"It was taken {told_age(profile.created, today)}: software has changed since.")
+    kinds = (str(s.kind) if isinstance(s, LayerSample) else op_title(s.op) for s in noisy(profile))
+    by_kind = Counter(kinds)
+    if by_kind:
+        listed = ", ".join(f"{counted(count, kind)}" for kind, count in by_kind.most_common())
+        found.append(f"Samples whose runs spread beyond {percent(NOISY_SPREAD, 0)}: {listed}.")
+    return (*found, *(f"Skipped: {text}" for text in profile.skipped))
+
+
+def tiles(profile: Profile, classes: Classes) -> tuple[Tile, ...]:
+    """The headline figures."""
+    if not profile.measured:
+        scopes = {(c.device, c.framework, c.kernels, c.engine, c.network) for c in profile.constants}
+        return (
+            Tile(title="Runs fitted to", value=f"{fitted_runs(profile):,}", detail="the most of one fit"),
+            Tile(title="Constants", value=f"{len({c.name for c in profile.constants}):,}",
+                 detail=f"{len(profile.constants):,} values for {counted(len(scopes), 'scope')}"),
+            *_error_tile(profile),
+        )  # fmt: skip
+    return (
+        Tile(title="Layers", value=f"{len(profile.layers):,}", detail=counted(len(classes), "class")),
+        Tile(title="Collectives", value=f"{len(profile.comms):,}", detail=profile.backend),
+        *_constant_tiles(profile),
+        *_spread_tile(profile),
+    )
+
+
+def _error_tile(profile: Profile) -> tuple[Tile, ...]:
+    errors = [constant for constant in profile.constants if constant.name == "time_error"]
+    if not errors:
+        return ()
+    best = min(errors, key=lambda constant: constant.value)
+    worst = max(errors, key=lambda constant: constant.value)
+    span = percent(best.value, 0)
+    if worst.value > best.value:
+        span += f" to {percent(worst.value, 0)}"
+    return (
+        Tile(title="Error of step times", value=span, detail="90 % of runs left out are within, by scope"),
+    )
+
+
+CONSTANT_TILES = (
+    ("gemm_flops", "Products", "one large product, a rank"),
+    ("memory_bytes_per_s", "Memory", "a copy, reads and writes"),
+    ("host_block_forward_s", "Host floor", "of a small block's forward"),
+)
+
+
+def _constant_tiles(profile: Profile) -> tuple[Tile, ...]:
+    return tuple(
+        Tile(title=title, value=told_value(name, value), detail=detail)
+        for name, title, detail in CONSTANT_TILES
+        if (value := profile.constant(name)) is not None
+    )
+
+
+def _spread_tile(profile: Profile) -> tuple[Tile, ...]:
+    spreads = [sample.spread for sample in timed(profile)]
+    if not spreads:
+        return ()
+    detail = f"{counted(len(noisy(profile)), 'sample')} beyond {percent(NOISY_SPREAD, 0)}"
+    return (Tile(title="Spread", value=percent(median(spreads), 0), detail=detail),)
