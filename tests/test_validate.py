@@ -17,7 +17,8 @@ from bench import accuracy
 from planner.cli import cli
 from planner.commands.validate import profile_choice
 from planner.estimate import Verdict
-from planner.report.scatter import _ticks, scatter_page
+from planner.report.scatter import scatter_page
+from planner.report.ticks import log_ticks
 from planner.runs.run import MemoryKind, Status
 from planner.runs.setup import RunSetup, run_problem
 from planner.runs.table import read_runs
@@ -248,8 +249,9 @@ def test_the_plot_is_one_page_that_loads_nothing_and_names_every_run(tmp_path: P
 
 
 def test_ticks_are_round_and_within_their_range() -> None:
-    assert _ticks(0.06, 1.2) == pytest.approx([0.1, 0.2, 0.5, 1.0])
-    assert _ticks(0.9, 1e8) == pytest.approx([10.0**n for n in range(9)])
+    assert log_ticks(0.06, 1.2) == pytest.approx([0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0])
+    assert log_ticks(0.09, 110.0) == pytest.approx([0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0])
+    assert log_ticks(0.9, 1e8) == pytest.approx([10.0**n for n in range(9)])
 
 
 def test_the_page_shows_the_worst_choice_first_and_escapes_groups() -> None:

@@ -18,6 +18,7 @@ from planner.calibration.memory import MemoryFit, calibrate_memory
 from planner.calibration.predict import Measured, with_constants
 from planner.errors import InputError, Problem
 from planner.profile import PROFILE_SCHEMA, Constant, Profile
+from planner.profile_use import check_device
 from planner.runs.run import Run, Status
 from planner.runs.setup import RunSetup, Setups
 
@@ -45,7 +46,10 @@ class Calibration:
 def calibrate(
     runs: Sequence[Run], *, name: str, base: Profile | None = None, progress: Callable[[str], None] = print
 ) -> Calibration:
-    """The profile of constants that explains the runs best. Raises InputError where none can be used."""
+    """The profile of constants that explains the runs best.
+
+    Raises InputError where no run can be used, or `base` was measured on another device than theirs.
+    """
     measured, unused = usable(runs, base)
     if len(measured) < MIN_RUNS:
         listed = ", ".join(f"{rule} ({count})" for rule, count in unused.items())
@@ -56,6 +60,8 @@ def calibrate(
                 legal=f"at least {MIN_RUNS} rows with a step time, model sizes, device and degrees",
             )
         )
+    if base is not None:
+        check_device(base, sorted({_device(run) for run in measured}), "--profile", "the runs are")
     profile = base or _empty(name, measured)
     fits = []
     for scope, chosen in scopes(measured):

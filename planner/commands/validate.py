@@ -47,6 +47,8 @@ def validate(runs: tuple[Path, ...], profile: Path | None, plot: Path | None, as
     """
     from planner.codec import encode, write_atomic
     from planner.commands.text import print_json
+    from planner.profile import load_profile
+    from planner.profile_use import check_device
     from planner.runs.table import read_runs
     from planner.validation import validate as compare
 
@@ -55,6 +57,8 @@ def validate(runs: tuple[Path, ...], profile: Path | None, plot: Path | None, as
         click.echo(f"warning: {warning}", err=True)
     choice, basis = _told(profile_choice(profile), profile)
     result = compare(table.runs, choice, _progress())
+    if profile is not None and basis:
+        check_device(load_profile(profile), sorted(basis), f"--profile {profile}", "the runs are")
     if plot is not None:
         from planner.report.scatter import scatter_page
 

@@ -28,7 +28,6 @@ OTHER = "other frameworks"
 OTHER_COLOUR = "#999999"
 BANDS = (0.9, 1.0, 1.1)
 MOST_GROUPS = 40
-MOST_TICKS = 15
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem;color:#222;"
     "background:#fff}figure{margin:0}svg{max-width:100%;height:auto}table{border-collapse:collapse}"
@@ -123,7 +122,7 @@ def _chart(marks: list[dict[str, Any]], names: dict[str, str], what: str, unit: 
     values = [mark[key] for mark in marks for key in ("predicted", "measured")]
     low, high = min(values) / 1.2, max(values) * 1.2
     scale = alt.Scale(type="log", domain=[low, high], nice=False)
-    axis = alt.Axis(values=log_ticks(low, high, MOST_TICKS), labelExpr="format(datum.value, '~g')")
+    axis = alt.Axis(values=log_ticks(low, high), labelExpr="format(datum.value, '~g')")
     drawn = Counter(mark["framework"] for mark in marks)
     shown = sorted(drawn, key=lambda name: (name == OTHER, -drawn[name]))
     many = len(shown) > 1

@@ -31,6 +31,7 @@ LOCAL = parse_cluster("local:4")
 HERE = dataclasses.replace(cpu_device(4), title=CPU.device_title)
 TORCH = installed_torch() or CPU.versions["torch"]
 
+ROOT = Path(__file__).parents[2]
 ESTIMATE = "estimate --seq 256 --batch 16"
 
 
@@ -171,3 +172,12 @@ def test_a_year_has_twelve_months() -> None:
     months = months_old("2024-03-01T00:00:00+00:00", datetime.date(2026, 3, 1))
     assert months == pytest.approx(24, abs=0.05)
     assert months_old("yesterday", DAY) is None
+
+
+@pytest.mark.parametrize("command", ["validate", "calibrate"])
+def test_runs_on_another_device_refuse_a_measured_profile(command: str, tmp_path: Path) -> None:
+    table = str(ROOT / "bench" / "data" / "h100_reference.csv")
+    output = ["-o", str(tmp_path / "fitted.json")] if command == "calibrate" else []
+    result = run(command, table, "--profile", written(CPU, tmp_path), *output)
+    assert result.exit_code == 2
+    assert "was measured on cpu" in result.stderr and "the runs are of h100-sxm-80gb" in result.stderr
