@@ -42,12 +42,17 @@ def sent_again(option: Recompute, stack: Stack, exchange: CpExchange) -> tuple[b
 
 
 def exchanged(layer: Layer, shape: LayerShape, messages: Messages, layers: LayerModel) -> Exchanged:
-    """What a block's context-parallel exchange shows in either pass."""
+    """What a block's context-parallel exchange shows in either pass.
+
+    What a rank does for it besides waiting is left out where the block's own cost has it already.
+    """
     if shape.cp == 1 or not isinstance(layer, Block):
         return Exchanged()
-    bandwidth = layers.rates.memory_bytes_per_s if layers.rates else None
+    bandwidth, step_s = layers.rates.memory_bytes_per_s if layers.rates else None, messages.physics.cp_step_s
+    if layers.exchange_measured(shape):
+        bandwidth, step_s = None, 0.0
     cost = ContextCost(shape, messages.cp_seconds, bandwidth)
-    return cost.block(layer, layers.core_s(shape), messages.physics.cp_step_s)
+    return cost.block(layer, layers.core_s(shape), step_s)
 
 
 def experts_s(layer: Layer, messages: Messages) -> float:
