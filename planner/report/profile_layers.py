@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 from planner.codec import noun
-from planner.cost.compute import at_usual_speed
+from planner.cost.samples import at_usual_speed
 from planner.profile import LayerKind, LayerSample, Profile
 from planner.report import curves
 from planner.report.curves import Axis, Curve, Dot, draw_curves, draw_scatter
