@@ -154,6 +154,23 @@ class FamilyFit:
 
 
 @noun
+class Clocks:
+    """How an accelerator ran while it was measured, sampled in between; its settings were left alone.
+
+    Medians, the lowest clock and the highest temperature of the samples in which it was at work. `throttled`
+    is the share of them in which the driver held clocks back, by its reason.
+    """
+
+    sm_hz: float
+    sm_lowest_hz: float
+    memory_hz: float
+    power_w: float
+    temperature_c: float
+    throttled: dict[str, float]
+    samples: int
+
+
+@noun
 class Profile:
     """All samples of a device and software stack, with versions and date.
 
@@ -178,6 +195,7 @@ class Profile:
     skipped: tuple[str, ...] = ()
     precision: Precision | None = None
     fits: tuple[FamilyFit, ...] = ()
+    clocks: Clocks | None = None
 
     @property
     def devices(self) -> tuple[str, ...]:

@@ -106,6 +106,7 @@ def merge(old: Profile, new: Profile, measured: Collection[str] = ()) -> Profile
         **fields,
         skipped=tuple(dict.fromkeys([*skipped, *new.skipped])),
         fits=_merged_fits(old.fits, new.fits),
+        clocks=new.clocks or old.clocks,
     )
 
 

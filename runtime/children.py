@@ -7,6 +7,7 @@ torch is imported before the fork: a child starts in milliseconds.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -17,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 Emit = Callable[[dict[str, Any]], None]
@@ -72,6 +74,7 @@ def _child(body: Body, rank: int, writer: int) -> None:
     code = 1
     try:
         _die_with_parent()
+        _die_first()
         gc.freeze()  # nothing that was imported is garbage: collections and walks skip it from here
         for ending in (signal.SIGINT, signal.SIGTERM):  # the parent, which gets them too, ends us
             signal.signal(ending, signal.SIG_IGN)
@@ -89,6 +92,12 @@ def _child(body: Body, rank: int, writer: int) -> None:
 def _die_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _die_first() -> None:
+    """Where memory runs out, the system is to kill the measuring process and not the one that gathers."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
 
 
 def _read(children: dict[int, int], silence_s: float) -> Iterator[dict[str, Any]]:

@@ -184,16 +184,20 @@ def _sample_between_work(
     control: dist.ProcessGroup,
     effort: Effort,
 ) -> CommSample:
-    """What a call adds to a piece of compute that all active ranks do before it."""
+    """What a call adds to a piece of compute that all active ranks do before it; no less than it takes alone.
+
+    What others do on the machine may make the compute alone seem as slow as with the call.
+    """
     factor = torch.randn(_WORK_DIM, _WORK_DIM)
     added: list[float] = []
     dist.barrier(control)
     if call is not None:
         call()
+        least_s = min(_run(call, bursts=2, calls=1, device=torch.device("cpu")))
         # Every rank runs as often: the number must not depend on a rank's own clock.
         for _ in range(effort.least * 2):
             work_s = _paired_s(lambda: None, factor)
-            added.append(max(_paired_s(call, factor) - work_s, 0.0))
+            added.append(max(_paired_s(call, factor) - work_s, least_s))
     dist.barrier(control)
     timing = summarize(added or [0.0])
     return CommSample(

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from planner.cluster import ClusterSpec
 from planner.machine import usable_cores
 from planner.model import ModelSpec
+from planner.nvidia import ClockWatch
 from planner.profile import PROFILE_SCHEMA, Profile
 from planner.profile_merge import Sample, Stack, by_field
 from planner.workload import Precision
@@ -25,6 +26,9 @@ from runtime.layer_family import LayerFamily
 from runtime.record import Record
 from runtime.scheduler import Scheduler
 from runtime.scope import Scope
+
+MOST_NAMED = 10
+"""Cases that a profile without time names one by one."""
 
 
 class Progress(Protocol):
@@ -53,13 +57,15 @@ def take_profile(
     Widths that do not divide a model are left out. Each reading goes to `record` as it comes, and what that
     has already is not taken again.
     """
-    gathering = _Gathering(progress, record)
+    watch = ClockWatch(cluster.devices if _on_cuda(cluster) else 0)
+    gathering = _Gathering(progress, record, watch)
     families = families_of(models, cluster, precision, scope)
     done = {family: dict(cases) for family, cases in record.readings.items()} if record else {}
     scheduler = Scheduler(families, scope.target, scope.time_limit_s, gathering, done)
-    if not scheduler.run():
-        for text in scheduler.unsettled():
-            gathering.skip(f"{text}: no time was left")
+    with watch:
+        complete = scheduler.run()
+    if not complete:
+        gathering.skip_rest(scheduler)
     if cluster.devices == 1:
         gathering.skip("collectives: one device has nobody to talk to")
     group, stack = cluster.groups[0], stack_here(cluster, precision)
@@ -79,6 +85,7 @@ def take_profile(
         skipped=tuple(gathering.skipped),
         precision=precision,
         fits=tuple(course.fit() for course in scheduler.courses),
+        clocks=watch.clocks(),
     )
 
 
@@ -127,8 +134,8 @@ def stack_versions() -> dict[str, str]:
 class _Gathering:
     """What was taken and what was skipped, earlier and now; passes it on to who watches."""
 
-    def __init__(self, progress: Progress, record: Record | None) -> None:
-        self.progress, self.record = progress, record
+    def __init__(self, progress: Progress, record: Record | None, watch: ClockWatch) -> None:
+        self.progress, self.record, self.watch = progress, record, watch
         self.samples: list[Sample] = []
         self.skipped: list[str] = []
         for family, cases in (record.readings if record else {}).items():
@@ -136,6 +143,7 @@ class _Gathering:
                 self._take(family, case, reading)
 
     def settled(self, family: str, case: str, reading: Reading) -> None:
+        self.watch.read()
         dated = reading.dated(now_text())
         if self.record:
             self.record.add(family, case, dated)
@@ -147,6 +155,18 @@ class _Gathering:
 
     def ahead(self, cases: int, left_s: float | None) -> None:
         self.progress.ahead(cases, left_s)
+
+    def skip_rest(self, scheduler: Scheduler) -> None:
+        """Says what the time was too short for: seeds by name, and what is not known to the target."""
+        unsettled = scheduler.unsettled()
+        for text in unsettled[:MOST_NAMED]:
+            self.skip(f"{text}: no time was left")
+        if len(unsettled) > MOST_NAMED:
+            self.skip(f"{len(unsettled) - MOST_NAMED} more cases: no time was left")
+        for fit in (course.fit() for course in scheduler.courses):
+            if fit.error is not None and fit.error > scheduler.target:
+                error = f"{fit.error:.1%}, not {scheduler.target:.1%}"
+                self.progress.say(f"{fit.family}: no time was left, known to {error}")
 
     def skip(self, text: str) -> None:
         """Notes what was not measured for a reason of its own."""

@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from planner.codec import noun
 from planner.errors import InputError, Problem
 from planner.model import ModelSpec
+from runtime.layer_grid import layer_cases
 from runtime.measure_comm import QUICK_SIZES_BYTES, SIZES_BYTES
 from runtime.measure_layers import divides
 from runtime.timing import Effort
+
+MOST_RANKS = 64
+"""Up to as many ranks are named where an axis cannot have what was asked for."""
 
 TARGET = 0.05
 """Held-out error at which a family of cases is known well enough: the spread of one sample on a quiet
@@ -67,18 +71,54 @@ def default_scope(
     )
 
 
-def check_widths(models: Sequence[ModelSpec], widths: Sequence[int]) -> None:
-    """Raises InputError with every width asked for by which no model's sizes can be split."""
-    names = " or ".join(model.name for model in models)
-    able = [tp for tp in range(1, 65) if any(divides(model, tp) for model in models)]
-    problems = [
+def check_shards(models: Sequence[ModelSpec], scope: Scope, *, widths: Sequence[int]) -> None:
+    """Raises InputError with everything asked for into which no layer of any model can be shared out.
+
+    `widths` are those that a user named: of the usual ones, those that do not divide a model are left out.
+    """
+    problems = _width_problems(models, widths)
+    if not problems:
+        problems = [
+            *_spread_problems(models, scope, "cp", scope.cps),
+            *_spread_problems(models, scope, "ep", scope.eps),
+        ]
+    if problems:
+        raise InputError(*problems)
+
+
+def _width_problems(models: Sequence[ModelSpec], widths: Sequence[int]) -> list[Problem]:
+    able = [tp for tp in range(1, MOST_RANKS + 1) if any(divides(model, tp) for model in models)]
+    return [
         Problem(
             where="--tp",
-            fault=f"{tp} does not divide {names} into equal shards.",
+            fault=f"{tp} does not divide {_either(models)} into equal shards.",
             legal=", ".join(map(str, able)),
         )
         for tp in widths
         if not any(divides(model, tp) for model in models)
     ]
-    if problems:
-        raise InputError(*problems)
+
+
+def _spread_problems(
+    models: Sequence[ModelSpec], scope: Scope, axis: str, asked: Sequence[int]
+) -> list[Problem]:
+    """Of context (cp) or expert (ep) parallelism."""
+    wrong = [ranks for ranks in asked if ranks > 1 and ranks not in _measured(models, scope, axis, (ranks,))]
+    if not wrong:
+        return []
+    powers = tuple(1 << step for step in range(1, MOST_RANKS.bit_length()))
+    legal = ", ".join(map(str, (1, *sorted(_measured(models, scope, axis, powers)))))
+    what = "sequences" if axis == "cp" else "experts"
+    fault = f"no block of {_either(models)} has {what} that {{}} ranks could share out at these lengths."
+    return [Problem(where=f"--{axis}", fault=fault.format(ranks), legal=legal) for ranks in wrong]
+
+
+def _measured(models: Sequence[ModelSpec], scope: Scope, axis: str, ranks: Sequence[int]) -> set[int]:
+    """Those ranks of an axis for which some case is measured."""
+    cps, eps = (ranks, (1,)) if axis == "cp" else ((1,), ranks)
+    each = (layer_cases(m, scope.seqs, scope.widths, scope.micro_batches, cps, eps) for m in models)
+    return {getattr(case, axis) for cases in each for case in cases} - {1}
+
+
+def _either(models: Sequence[ModelSpec]) -> str:
+    return " or ".join(model.name for model in models)

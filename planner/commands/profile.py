@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from planner.commands.options import arch_option, json_option
+from planner.commands.profile_request import (
+    ProfileOptions,
+    Request,
+    check_device,
+    read_request,
+    read_scope,
+)
 from planner.commands.profile_text import describe
 
 if TYPE_CHECKING:
@@ -22,44 +26,6 @@ if TYPE_CHECKING:
     from planner.workload import Precision
     from runtime.record import Record
     from runtime.scope import Scope
-
-STANDARD_MODELS = {
-    "cuda": ("llama-3.1-8b", "llama-3.1-70b", "qwen3-30b-a3b"),
-    "cpu": ("shardwise-demo", "gpt-2-124m"),
-}
-"""Measured where no model is named: the shapes that most plans need, for what a device can hold. Dense blocks
-of two widths (8B, 70B) and fine-grained experts on an accelerator; on a CPU what is trained there."""
-
-STANDARD_SEQS = {"cuda": (2048, 8192), "cpu": (128, 512)}
-"""Tokens of a sequence where none is given: two, so that every length between is interpolated."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProfileOptions:
-    """The options as typed."""
-
-    models: tuple[str, ...]
-    cluster: str
-    seqs: tuple[int, ...]
-    precision: str | None
-    widths: tuple[int, ...]
-    micro_batches: tuple[int, ...]
-    quick: bool
-    target: float
-    time_limit_s: float | None
-    output: Path
-    replace: bool
-    arch: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What is asked for, read and checked."""
-
-    models: tuple[ModelSpec, ...]
-    cluster: ClusterSpec
-    seqs: tuple[int, ...]
-    precision: Precision
 
 
 @click.command()
@@ -77,6 +43,11 @@ class Request:
     show_default=True,
     metavar="local[:N]",
     help="This machine: all its accelerators, N of them, or N processes on its CPU.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cuda", "cpu"]),
+    help="What of this machine to measure. Default: its accelerators, if there are any.",
 )
 @click.option(
     "--seq",
@@ -108,6 +79,27 @@ class Request:
     metavar="N",
     help="A micro-batch to measure; repeat for several. Default: 1, 2, 4, 8.",
 )
+@click.option(
+    "--cp",
+    "cps",
+    multiple=True,
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Ranks of context parallelism whose share of a block to measure, by every exchange; repeatable.",
+)
+@click.option(
+    "--ep",
+    "eps",
+    multiple=True,
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Ranks of expert parallelism whose share of a block to measure, under balanced routing; repeatable.",
+)
+@click.option(
+    "--compiled/--eager",
+    default=None,
+    help="Whether to measure compiled layers beside eager ones. Default: on an accelerator, without --quick.",
+)
 @click.option("--quick", is_flag=True, help="Few samples of few cases, in seconds: a rough profile.")
 @click.option(
     "--target",
@@ -136,6 +128,7 @@ class Request:
 @click.option(
     "--replace", is_flag=True, help="Overwrite FILE, and what an interrupted profile left, instead."
 )
+@click.option("--anyway", is_flag=True, help="Measure an accelerator although others use it.")
 @arch_option
 @json_option
 def profile(as_json: bool, **typed: Any) -> int | None:
@@ -149,9 +142,10 @@ def profile(as_json: bool, **typed: Any) -> int | None:
     from planner.commands.with_torch import require_torch
 
     options = ProfileOptions(**typed)
-    request = _read(options)
+    request = read_request(options)
     require_torch("profile")
-    scope, begun_s = _scope(request, options), time.monotonic()
+    scope, begun_s = read_scope(request, options), time.monotonic()
+    check_device(request, anyway=options.anyway)
     with _open_session(request, options) as session:
         try:
             with terminable():
@@ -199,66 +193,3 @@ def _open_session(request: Request, options: ProfileOptions) -> ProfileSession:
         models={model.name: digest(model) for model in request.models},
     )
     return begin_session(options.output, header, replace=options.replace)
-
-
-def _scope(request: Request, options: ProfileOptions) -> Scope:
-    """What is measured. Raises InputError for widths that no model can be split by."""
-    from runtime.scope import check_widths, default_scope
-
-    check_widths(request.models, options.widths)
-    usual = default_scope(
-        request.cluster.devices,
-        request.seqs,
-        quick=options.quick,
-        widths=options.widths,
-        micro_batches=options.micro_batches,
-    )
-    limit_s = options.time_limit_s or usual.time_limit_s
-    return dataclasses.replace(usual, target=options.target / 100, time_limit_s=limit_s)
-
-
-def _read(options: ProfileOptions) -> Request:
-    """Reads what the options name. Raises InputError with every fault that shows before measuring."""
-    from planner.catalog import load_model
-    from planner.cluster_grammar import parse_cluster
-    from planner.commands.options import chosen_precision
-    from planner.execution import check_executed
-
-    cluster = parse_cluster(options.cluster)
-    kind = "cpu" if cluster.groups[0].device.name == "cpu" else "cuda"
-    models = tuple(load_model(text, arch=options.arch) for text in options.models or STANDARD_MODELS[kind])
-    for model in models:
-        check_executed(model, "measure")
-    seqs = tuple(sorted(set(options.seqs or STANDARD_SEQS[kind])))
-    _check(models, cluster, options, seqs)
-    precision = chosen_precision(options.precision, cluster)
-    return Request(models=models, cluster=cluster, seqs=seqs, precision=precision)
-
-
-def _check(
-    models: Sequence[ModelSpec], cluster: ClusterSpec, options: ProfileOptions, seqs: Sequence[int]
-) -> None:
-    """Raises InputError with everything that would only show after the measurement."""
-    from planner.errors import InputError, Problem
-
-    problems = []
-    if not cluster.local:
-        problems.append(
-            Problem(
-                where="--cluster",
-                fault=f"'{options.cluster}' is not this machine, and only this machine can be measured.",
-                legal="local, local:N",
-            )
-        )
-    for model in models:
-        longest = model.learned_positions
-        if longest and seqs[-1] > longest:
-            fault = f"{seqs[-1]} is longer than the {longest} learned positions of {model.name}."
-            problems.append(Problem(where="--seq", fault=fault, legal=f"1 to {longest}"))
-    if len({model.name for model in models}) < len(models):
-        fault = f"two of {', '.join(model.name for model in models)} have one name."
-        problems.append(Problem(where="--model", fault=fault, fix="name each once, or rename a folder"))
-    if not options.output.resolve().parent.is_dir():
-        problems.append(Problem(where="-o", fault=f"the folder {options.output.parent} does not exist."))
-    if problems:
-        raise InputError(*problems)

@@ -390,3 +390,37 @@ def test_a_width_that_does_not_divide_is_refused(arguments: list[str]) -> None:
     assert isinstance(result.exception, InputError)
     (problem,) = result.exception.problems
     assert (problem.where, problem.legal) == ("--tp", "1, 2, 4")
+
+
+def test_shards_that_no_layer_has_are_refused(arguments: list[str]) -> None:
+    result = CliRunner().invoke(profile_command, [*arguments, "--cp", "3", "--cp", "2", "--ep", "2"])
+    assert isinstance(result.exception, InputError)
+    sequences, experts = result.exception.problems
+    assert (sequences.where, sequences.legal) == ("--cp", "1, 2, 4, 8")
+    assert "3 ranks" in sequences.fault
+    assert (experts.where, experts.legal) == ("--ep", "1")
+
+
+def test_shares_of_a_sequence_are_measured(arguments: list[str], tmp_path: Path) -> None:
+    run = [*arguments, "--quick", "--cluster", "local:1", "--micro-batch", "1", "--cp", "2"]
+    assert CliRunner().invoke(profile_command, run, catch_exceptions=False).exit_code == 0
+    samples = load_profile(tmp_path / "profile.json").layers
+    assert {s.cp for s in samples} == {1, 2}
+
+
+def test_a_device_that_is_not_there(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    result = CliRunner().invoke(profile_command, [*arguments, "--device", "cuda"])
+    assert isinstance(result.exception, InputError)
+    (problem,) = result.exception.problems
+    assert problem.where == "--device" and "CUDA_VISIBLE_DEVICES hides all" in problem.fault
+
+
+def test_little_time_leaves_the_rest_and_says_so(arguments: list[str], tmp_path: Path) -> None:
+    run = [*arguments, "--quick", "--cluster", "local:1", "--time-limit", "0.5"]
+    result = CliRunner().invoke(profile_command, run, catch_exceptions=False)
+    assert result.exit_code == 0
+    profile = load_profile(tmp_path / "profile.json")
+    assert profile.skipped and all(fit.taken <= fit.cases for fit in profile.fits)
+    assert any(text.endswith("no time was left") for text in profile.skipped)
+    assert sum(fit.taken for fit in profile.fits) < sum(fit.cases for fit in profile.fits)
