@@ -29,7 +29,10 @@ HEAVY = {
     "starlette",
     "uvicorn",
 }
-MEETS_RUNTIME = {"profile", "profile_session", "train", "demo", "rehearse", "trace", "export_weights"}
+MEETS_RUNTIME = {
+    *("profile", "profile_request", "profile_session"),
+    *("train", "demo", "rehearse", "trace", "export_weights"),
+}
 """Commands whose bodies may import runtime; nothing else in planner may."""
 
 LAYERS = (
