@@ -94,7 +94,9 @@ class LayerSample:
 
 @noun
 class CommSample:
-    """One collective over `ranks` ranks while `groups` such groups ran at once, all on one node.
+    """One collective over `ranks` ranks while `groups` such groups ran at once on the same `nodes` nodes.
+
+    The ranks of a group are `stride` apart, nodes being numbered through.
 
     `bytes` is the full message: the tensor of an all-reduce, the gathered tensor of an all-gather, the
     input of a reduce-scatter or all-to-all, the message of a send. `seconds` is the median over bursts of
@@ -108,6 +110,8 @@ class CommSample:
     seconds: float
     spread: float
     samples: int
+    nodes: int = 1
+    stride: int = 1
     taken: str = ""
 
 

@@ -1,13 +1,19 @@
-"""Collectives of a world on this machine, as a family of the profiler."""
+"""Collectives as a family of the profiler, among processes of this machine or ranks that were launched."""
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from planner.codec import decode, encode
 from planner.profile import CommSample
+from runtime.children import ChildFailed
 from runtime.families import Reading, readings
-from runtime.measure_comm import CommCase, comm_cases, measure_comm
+from runtime.joint_world import END, JointWorld
+from runtime.layouts import World
+from runtime.measure_comm import CommCase, comm_cases, measure_comm, measure_jointly
 from runtime.timing import Effort
 
 
@@ -15,20 +21,55 @@ from runtime.timing import Effort
 class CommFamily:
     """Every collective over every layout of groups at several sizes. A single device has none."""
 
-    world: int
+    world: World
     device_type: str
     sizes_bytes: tuple[int, ...]
     effort: Effort
+    joint: JointWorld | None = None
+    _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     @property
     def name(self) -> str:
-        return f"collectives of {self.world} ranks"
+        nodes = self.world.ranks // self.world.per_node
+        return f"collectives of {self.world.ranks} ranks" + (f" on {nodes} nodes" if nodes > 1 else "")
 
     def cases(self) -> Sequence[CommCase]:
-        return comm_cases(self.world, self.sizes_bytes)
+        # Processes of one CPU have one memory between them, however far apart their ranks.
+        strided = self.device_type == "cuda" or self.world.ranks > self.world.per_node
+        return comm_cases(self.world, self.sizes_bytes, strided=strided)
 
     def together(self, case: CommCase) -> Hashable:
         return None
 
     def measure(self, cases: Sequence[CommCase]) -> Iterator[Reading]:
-        return readings(CommSample, measure_comm(cases, self.world, self.device_type, self.effort))
+        if self.joint is None:
+            return readings(CommSample, measure_comm(cases, self.world, self.device_type, self.effort))
+        number = next(self._numbers)
+        order = {"device_type": self.device_type, "effort": encode(self.effort)}
+        order["cases"] = [encode(case) for case in cases]
+        self.joint.begin_round(number, json.dumps(order))
+        messages = measure_jointly(cases, self.joint, number, self.device_type, self.effort)
+        return readings(CommSample, messages)
+
+    def end(self) -> None:
+        """Lets the other ranks go."""
+        if self.joint is not None:
+            self.joint.begin_round(next(self._numbers), END)
+
+
+def attend(joint: JointWorld) -> Iterator[str]:
+    """Takes another rank's part in every round; yields what went wrong in each, or nothing."""
+    for number in itertools.count(1):
+        text = joint.await_round(number)
+        if text == END:
+            return
+        order = json.loads(text)
+        cases = [decode(CommCase, case, source="the first rank") for case in order["cases"]]
+        effort = decode(Effort, order["effort"], source="the first rank")
+        try:
+            for _ in measure_jointly(cases, joint, number, order["device_type"], effort):
+                pass
+        except ChildFailed as failure:
+            yield f"rank {joint.rank}: the process {failure}"
+        else:
+            yield ""

@@ -1,7 +1,8 @@
 """Collectives and point-to-point messages over the real backend, at several sizes.
 
-All groups of one size are measured twice: one group alone (the other ranks wait, idle), and every group
-of the world at once, because groups on one machine share its cores, memory and links.
+Groups are those of `runtime.layouts`. Inside a node all groups of one size are measured twice: one alone (the
+other ranks wait, idle), and every group of the world at once, because groups on one machine share its cores,
+memory and links.
 
 Calls follow one another in bursts, and a sample is a burst's time over its calls, on the first rank: the
 collectives synchronise their ranks themselves, and where ranks share cores the slow calls are as much a
@@ -20,56 +21,30 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed import FileStore, Store  # type: ignore[attr-defined]  # public, but not in __all__
 
 from planner.codec import encode, noun
 from planner.profile import CommSample, Op
 from runtime.children import Emit, run_children
+from runtime.joint_world import JointWorld
+from runtime.layouts import Layout, World, layouts, ops, sizes_of
 from runtime.timing import Effort, summarize, synchronize
 
-SIZES_BYTES = (4096, 65536, 1 << 20, 1 << 22, 1 << 24)
-"""4 KiB to 16 MiB."""
-QUICK_SIZES_BYTES = (4096, 1 << 20)
+SIZES_BYTES = (4096, 65536, 1 << 20, 1 << 22, 1 << 24, 1 << 26, 1 << 28, 1 << 30)
+"""4 KiB to 1 GiB: beyond it a message is in its bandwidth."""
+
+CPU_LARGEST_BYTES = 1 << 24
+"""The largest message between processes of a CPU unless a larger one is asked for: one of 1 GiB takes seconds
+there, and models that a CPU trains send none."""
 _TIMEOUT = timedelta(seconds=60)
 _BURST_S = 4e-3
 _BURST_CALLS = 16
 _WORK_PRODUCTS, _WORK_DIM = 12, 256
 """The compute before a call: about 5 ms of a core, as much as lies between the messages of a block."""
-
-
-class Layout(NamedTuple):
-    """`groups` groups of `ranks` consecutive ranks each, active at once."""
-
-    ranks: int
-    groups: int
-
-
-def layouts(world: int) -> list[Layout]:
-    """For every power of two of ranks that divides the world: one group alone, and all of them."""
-    found = []
-    ranks = 2
-    while ranks <= world:
-        if world % ranks == 0:
-            found.append(Layout(ranks, 1))
-            if world // ranks > 1:
-                found.append(Layout(ranks, world // ranks))
-        ranks *= 2
-    return found
-
-
-def ops(layout: Layout) -> list[Op]:
-    """What is measured over a layout; a message between two ranks needs groups of two."""
-    return [op for op in Op if op is not Op.P2P or layout.ranks == 2]
-
-
-def sizes_of(op: Op, layout: Layout, world: int, sizes_bytes: tuple[int, ...]) -> tuple[int, ...]:
-    """All sizes where every rank is at work, as in a step; every other size for what plans use less."""
-    used = layout.ranks * layout.groups == world and op is not Op.ALL_TO_ALL
-    return sizes_bytes if used else sizes_bytes[::2]
 
 
 @noun
@@ -82,65 +57,88 @@ class CommCase:
 
     def label(self) -> str:
         """A short name for progress and messages."""
-        return f"{self.op} of {self.bytes} bytes over {self.layout.ranks} ranks, {self.layout.groups} at once"
+        return f"{self.op} of {self.bytes} bytes over {self.layout.label()}"
 
 
-def comm_cases(world: int, sizes_bytes: tuple[int, ...]) -> list[CommCase]:
+def comm_cases(world: World, sizes_bytes: tuple[int, ...], *, strided: bool) -> list[CommCase]:
     """All cases of a world, those of one layout together."""
     return [
         CommCase(op=op, layout=layout, bytes=size_bytes)
-        for layout in layouts(world)
+        for layout in layouts(world, strided=strided)
         for op in ops(layout)
-        for size_bytes in sizes_of(op, layout, world, sizes_bytes)
+        for size_bytes in sizes_of(op, layout, sizes_bytes)
     ]
 
 
+class Place(NamedTuple):
+    """One rank in a world of `world.ranks`, and where they meet."""
+
+    rank: int
+    device: torch.device
+    world: World
+    store: Store
+
+
 def measure_comm(
-    cases: Sequence[CommCase], world: int, device_type: str, effort: Effort
+    cases: Sequence[CommCase], world: World, device_type: str, effort: Effort
 ) -> Iterator[dict[str, Any]]:
     """Yields the CommSample (encoded) of each case, in a world of processes on this machine."""
     with tempfile.TemporaryDirectory(prefix="shardwise-") as folder:
 
         def body(rank: int, emit: Emit) -> None:
-            _rank(cases, rank, world, device_type, Path(folder) / "store", effort, emit)
+            store = FileStore(f"{folder}/store", world.ranks)
+            _measure(cases, Place(rank, _device(device_type, rank), world, store), effort, emit)
 
-        yield from run_children(body, world)
+        yield from _samples(run_children(body, world.ranks))
 
 
-def _rank(
-    cases: Sequence[CommCase],
-    rank: int,
-    world: int,
-    device_type: str,
-    store_path: Path,
-    effort: Effort,
-    emit: Emit,
-) -> None:
+def measure_jointly(
+    cases: Sequence[CommCase], joint: JointWorld, number: int, device_type: str, effort: Effort
+) -> Iterator[dict[str, Any]]:
+    """The same by ranks that a launcher started, each of which calls this; the first rank's has samples."""
+
+    def body(_: int, emit: Emit) -> None:
+        device = _device(device_type, joint.local_rank)
+        store = joint.group_store(number)
+        _measure(cases, Place(joint.rank, device, joint.world, store), effort, emit)
+
+    yield from _samples(run_children(body))
+
+
+def _samples(messages: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Those of the first rank; of others come signs of life."""
+    return (message for message in messages if message)
+
+
+def _device(device_type: str, local_rank: int) -> torch.device:
+    return torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
+
+
+def _measure(cases: Sequence[CommCase], place: Place, effort: Effort, emit: Emit) -> None:
+    """One rank's part in all cases."""
     torch.set_num_threads(1)
-    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    rank, device, world, store = place
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = dist.FileStore(str(store_path), world)  # type: ignore[attr-defined]  # public, not in __all__
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world.ranks, timeout=_TIMEOUT)
     control = dist.new_group(backend="gloo", timeout=_TIMEOUT)
     for layout, group in itertools.groupby(cases, key=lambda case: case.layout):
-        mine = _own_group(layout, rank)
+        mine = _own_group(layout, rank, world)
         for case in group:
             sample = _sample(case.op, layout, case.bytes, mine, control, device, effort)
-            if rank == 0:
-                emit(encode(sample))
+            emit(encode(sample) if rank == 0 else {})
     dist.barrier(control)
     dist.destroy_process_group()
 
 
-def _own_group(layout: Layout, rank: int) -> dist.ProcessGroup | None:
+def _own_group(layout: Layout, rank: int, world: World) -> dist.ProcessGroup | None:
     """Makes the groups of a layout, as all ranks must; this rank's, None where it is in none."""
-    groups = [
-        dist.new_group(list(range(first, first + layout.ranks)), timeout=_TIMEOUT)
-        for first in range(0, layout.ranks * layout.groups, layout.ranks)
-    ]
-    return groups[rank // layout.ranks] if rank < layout.ranks * layout.groups else None
+    mine = None
+    for members in layout.members(world):
+        group = dist.new_group(members, timeout=_TIMEOUT)
+        mine = group if rank in members else mine
+    return mine
 
 
 def _sample(
@@ -169,6 +167,8 @@ def _sample(
         op=op,
         ranks=layout.ranks,
         groups=layout.groups,
+        nodes=layout.nodes,
+        stride=layout.stride,
         bytes=size_bytes,
         seconds=timing.median_s,
         spread=timing.spread,
@@ -204,6 +204,8 @@ def _sample_between_work(
         op=op,
         ranks=layout.ranks,
         groups=layout.groups,
+        nodes=layout.nodes,
+        stride=layout.stride,
         bytes=size_bytes,
         seconds=timing.median_s,
         spread=timing.spread,

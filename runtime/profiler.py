@@ -22,7 +22,9 @@ from planner.workload import Precision
 from runtime.comm_family import CommFamily
 from runtime.families import Family, Reading
 from runtime.host_families import ContentionFamily, HostFamily
+from runtime.joint_world import JointWorld
 from runtime.layer_family import LayerFamily
+from runtime.layouts import World
 from runtime.record import Record
 from runtime.scheduler import Scheduler
 from runtime.scope import Scope
@@ -51,22 +53,28 @@ def take_profile(
     scope: Scope,
     progress: Progress,
     record: Record | None = None,
+    joint: JointWorld | None = None,
 ) -> Profile:
     """Measures this machine, which `cluster` describes. A sample that fails is skipped and named.
 
     Widths that do not divide a model are left out. Each reading goes to `record` as it comes, and what that
-    has already is not taken again.
+    has already is not taken again. With `joint`, this is its first rank, and the others attend.
     """
     watch = ClockWatch(cluster.devices if _on_cuda(cluster) else 0)
     gathering = _Gathering(progress, record, watch)
-    families = families_of(models, cluster, precision, scope)
+    families = families_of(models, cluster, precision, scope, joint)
     done = {family: dict(cases) for family, cases in record.readings.items()} if record else {}
     scheduler = Scheduler(families, scope.target, scope.time_limit_s, gathering, done)
-    with watch:
-        complete = scheduler.run()
+    try:
+        with watch:
+            complete = scheduler.run()
+    finally:
+        for family in families:
+            if isinstance(family, CommFamily):
+                family.end()
     if not complete:
         gathering.skip_rest(scheduler)
-    if cluster.devices == 1:
+    if cluster.devices == 1 and joint is None:
         gathering.skip("collectives: one device has nobody to talk to")
     group, stack = cluster.groups[0], stack_here(cluster, precision)
     names = "+".join(model.name for model in models)
@@ -102,16 +110,21 @@ def stack_here(cluster: ClusterSpec, precision: Precision) -> Stack:
 
 
 def families_of(
-    models: Sequence[ModelSpec], cluster: ClusterSpec, precision: Precision, scope: Scope
+    models: Sequence[ModelSpec],
+    cluster: ClusterSpec,
+    precision: Precision,
+    scope: Scope,
+    joint: JointWorld | None = None,
 ) -> list[Family[Any]]:
     """What is measured, in this order: first what every prediction needs, last what there is most of."""
     on_cuda = _on_cuda(cluster)
     device_type = "cuda" if on_cuda else "cpu"
     window_s = scope.contention_window_s
+    world = joint.world if joint else World(ranks=cluster.devices, per_node=cluster.devices)
     return [
         HostFamily(device_type, precision, scope.host_effort),
         ContentionFamily(models[0], scope.seqs[0], cluster.devices, precision, window_s, on_cuda),
-        CommFamily(cluster.devices, device_type, scope.sizes_bytes, scope.comm_effort),
+        CommFamily(world, device_type, scope.sizes_bytes, scope.comm_effort, joint),
         *(LayerFamily(model, precision, device_type, scope) for model in models),
     ]
 

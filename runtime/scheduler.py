@@ -162,7 +162,10 @@ class Scheduler:
                 now = self.clock()
                 self._settle(course, case, reading, now - since)
                 settled, since = settled + 1, now
+            next(readings, None)  # lets the processes end by themselves
         except ChildFailed as failure:
+            if settled == len(cases):
+                return settled, False
             self._settle(course, cases[settled], Reading(skipped=f"the process {failure}"), 0.0)
             return settled + 1, True
         finally:

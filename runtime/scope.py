@@ -8,7 +8,7 @@ from planner.codec import noun
 from planner.errors import InputError, Problem
 from planner.model import ModelSpec
 from runtime.layer_grid import layer_cases
-from runtime.measure_comm import QUICK_SIZES_BYTES, SIZES_BYTES
+from runtime.measure_comm import CPU_LARGEST_BYTES, SIZES_BYTES
 from runtime.measure_layers import divides
 from runtime.timing import Effort
 
@@ -54,15 +54,16 @@ def default_scope(
     quick: bool,
     widths: Sequence[int] = (),
     micro_batches: Sequence[int] = (),
+    largest_bytes: int = CPU_LARGEST_BYTES,
 ) -> Scope:
-    """The usual scope for a world of `devices`: widths are powers of two within it."""
+    """The usual scope for a world of `devices`: widths are powers of two within it, messages up to a size."""
     powers = tuple(1 << step for step in range(devices.bit_length()) if 1 << step <= devices)
     once = Effort(warmup=1, least=2, most=4, budget_s=0.01)
     return Scope(
         seqs=tuple(sorted(set(seqs))),
         widths=tuple(sorted(set(widths))) or powers,
         micro_batches=tuple(sorted(set(micro_batches))) or ((1, 2) if quick else (1, 2, 4, 8)),
-        sizes_bytes=QUICK_SIZES_BYTES if quick else SIZES_BYTES,
+        sizes_bytes=tuple(size for size in SIZES_BYTES[:: 2 if quick else 1] if size <= largest_bytes),
         layer_effort=once if quick else Effort(warmup=1, least=3, most=30, budget_s=0.10),
         comm_effort=once if quick else Effort(warmup=2, least=3, most=40, budget_s=0.08),
         host_effort=once if quick else Effort(warmup=2, least=7, most=40, budget_s=0.15),

@@ -30,7 +30,7 @@ HEAVY = {
     "uvicorn",
 }
 MEETS_RUNTIME = {
-    *("profile", "profile_request", "profile_session"),
+    *("profile", "profile_ranks", "profile_request", "profile_session"),
     *("train", "demo", "rehearse", "trace", "export_weights"),
 }
 """Commands whose bodies may import runtime; nothing else in planner may."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from planner.commands.options import arch_option, json_option
+from planner.commands.profile_ranks import attend_ranks, join_ranks
 from planner.commands.profile_request import (
     ProfileOptions,
     Request,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from planner.model import ModelSpec
     from planner.profile import Profile
     from planner.workload import Precision
+    from runtime.joint_world import JointWorld
     from runtime.record import Record
     from runtime.scope import Scope
 
@@ -100,6 +102,11 @@ if TYPE_CHECKING:
     default=None,
     help="Whether to measure compiled layers beside eager ones. Default: on an accelerator, without --quick.",
 )
+@click.option(
+    "--max-message",
+    metavar="SIZE",
+    help="The largest message of collectives. Default: 1GiB; 16MiB between processes of a CPU.",
+)
 @click.option("--quick", is_flag=True, help="Few samples of few cases, in seconds: a rough profile.")
 @click.option(
     "--target",
@@ -134,6 +141,8 @@ if TYPE_CHECKING:
 def profile(as_json: bool, **typed: Any) -> int | None:
     """Measure layers, collectives, memory and host overhead on this machine.
 
+    Under torchrun, collectives are those of all its ranks, over nodes too; the first rank writes FILE.
+
     Writes FILE whole at the end. When interrupted, what was measured is kept in FILE.partial, from which the
     same command goes on.
     """
@@ -142,14 +151,17 @@ def profile(as_json: bool, **typed: Any) -> int | None:
     from planner.commands.with_torch import require_torch
 
     options = ProfileOptions(**typed)
-    request = read_request(options)
+    joint = join_ranks()
+    if joint is not None and joint.rank > 0:
+        return attend_ranks(joint)
+    request = read_request(options, joint)
     require_torch("profile")
     scope, begun_s = read_scope(request, options), time.monotonic()
     check_device(request, anyway=options.anyway)
     with _open_session(request, options) as session:
         try:
             with terminable():
-                result = session.write(_take(request, scope, session.record))
+                result = session.write(_take(request, scope, session.record, joint))
         except (KeyboardInterrupt, Terminated) as ending:
             return session.interrupted(ending)
     if as_json:
@@ -169,14 +181,18 @@ def measure(
     return _take(request, default_scope(cluster.devices, (seq,), quick=quick))
 
 
-def _take(request: Request, scope: Scope, record: Record | None = None) -> Profile:
+def _take(
+    request: Request, scope: Scope, record: Record | None = None, joint: JointWorld | None = None
+) -> Profile:
     from planner.commands.profile_progress import ProfileProgress
     from runtime.profiler import take_profile
 
     with ProfileProgress() as progress:
         if record is not None and record.kept:
             progress.say(f"going on from the {record.kept} cases in {record.path}")
-        return take_profile(request.models, request.cluster, request.precision, scope, progress, record)
+        return take_profile(
+            request.models, request.cluster, request.precision, scope, progress, record, joint
+        )
 
 
 def _open_session(request: Request, options: ProfileOptions) -> ProfileSession:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from planner.cluster import ClusterSpec
     from planner.model import ModelSpec
     from planner.workload import Precision
+    from runtime.joint_world import JointWorld
     from runtime.scope import Scope
 
 STANDARD_MODELS = {
@@ -48,6 +49,7 @@ class ProfileOptions:
     cps: tuple[int, ...]
     eps: tuple[int, ...]
     compiled: bool | None
+    max_message: str | None
     quick: bool
     target: float
     time_limit_s: float | None
@@ -82,6 +84,7 @@ def read_scope(request: Request, options: ProfileOptions) -> Scope:
         quick=options.quick,
         widths=options.widths,
         micro_batches=options.micro_batches,
+        largest_bytes=_largest_bytes(request, options),
     )
     compiled = request.on_cuda and not options.quick if options.compiled is None else options.compiled
     scope = dataclasses.replace(
@@ -96,7 +99,7 @@ def read_scope(request: Request, options: ProfileOptions) -> Scope:
     return scope
 
 
-def read_request(options: ProfileOptions) -> Request:
+def read_request(options: ProfileOptions, joint: JointWorld | None = None) -> Request:
     """Reads what the options name. Raises InputError with every fault that shows before measuring."""
     from planner.catalog import load_model
     from planner.cluster_grammar import parse_cluster
@@ -105,7 +108,7 @@ def read_request(options: ProfileOptions) -> Request:
 
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as for every program that is to see none
-    cluster = parse_cluster(options.cluster)
+    cluster = parse_cluster(_cluster_text(options, joint))
     kind = "cpu" if cluster.groups[0].device.name == "cpu" else "cuda"
     models = tuple(load_model(text, arch=options.arch) for text in options.models or STANDARD_MODELS[kind])
     for model in models:
@@ -114,6 +117,20 @@ def read_request(options: ProfileOptions) -> Request:
     _check(models, cluster, options, seqs)
     precision = chosen_precision(options.precision, cluster)
     return Request(models=models, cluster=cluster, seqs=seqs, precision=precision)
+
+
+def _largest_bytes(request: Request, options: ProfileOptions) -> int:
+    from planner.units import format_bytes, parse_bytes
+    from runtime.measure_comm import CPU_LARGEST_BYTES, SIZES_BYTES
+
+    if options.max_message is None:
+        return SIZES_BYTES[-1] if request.on_cuda else CPU_LARGEST_BYTES
+    largest_bytes = parse_bytes(options.max_message)
+    if not SIZES_BYTES[0] <= largest_bytes <= SIZES_BYTES[-1]:
+        legal = f"{format_bytes(SIZES_BYTES[0])} to {format_bytes(SIZES_BYTES[-1])}"
+        fault = f"{options.max_message} is no size that is measured."
+        raise InputError(Problem(where="--max-message", fault=fault, legal=legal))
+    return largest_bytes
 
 
 def _check(
@@ -143,6 +160,17 @@ def _check(
         problems.append(Problem(where="-o", fault=f"the folder {options.output.parent} does not exist."))
     if problems:
         raise InputError(*problems)
+
+
+def _cluster_text(options: ProfileOptions, joint: JointWorld | None) -> str:
+    """What is asked for; under a launcher, as many devices of this node as it started ranks here."""
+    if joint is None:
+        return options.cluster
+    own = f"local:{joint.world.per_node}"
+    if options.cluster not in ("local", own):
+        fault = f"is {options.cluster}, and {joint.world.per_node} ranks were started on this node."
+        raise InputError(Problem(where="--cluster", fault=fault, legal=f"local, {own}"))
+    return own
 
 
 def _no_accelerator() -> Problem:

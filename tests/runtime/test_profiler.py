@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,16 +17,20 @@ from click.testing import CliRunner
 
 torch = pytest.importorskip("torch")
 
+from torch.distributed import HashStore  # noqa: E402
+
 from planner.codec import decode_json, to_json  # noqa: E402
 from planner.commands.profile import profile as profile_command  # noqa: E402
 from planner.errors import InputError  # noqa: E402
 from planner.profile import Constant, LayerKind, LayerSample, Op, Profile, load_profile  # noqa: E402
+from planner.profile_merge import key_of  # noqa: E402
 from planner.strategy import Degrees, Recompute  # noqa: E402
 from planner.workload import Precision  # noqa: E402
 from runtime import measure_layers  # noqa: E402
 from runtime.children import ChildFailed, Emit, run_children  # noqa: E402
 from runtime.fake_world import fake_world  # noqa: E402
-from runtime.measure_comm import Layout, layouts  # noqa: E402
+from runtime.joint_world import JointWorld  # noqa: E402
+from runtime.layouts import World  # noqa: E402
 from runtime.measure_layers import LayerBench, LayerCase, build_layer  # noqa: E402
 from runtime.memory import storage_bytes  # noqa: E402
 from runtime.profiler import take_profile  # noqa: E402
@@ -249,12 +254,6 @@ def test_silent_children_are_ended() -> None:
         list(run_children(lambda rank, emit: signal.pause(), silence_s=0.2))
 
 
-def test_layouts_of_worlds() -> None:
-    assert layouts(1) == []
-    assert layouts(4) == [Layout(2, 1), Layout(2, 2), Layout(4, 1)]
-    assert layouts(6) == [Layout(2, 1), Layout(2, 3)]
-
-
 def test_summary_of_timings() -> None:
     timing = summarize([1.0, 2.0, 3.0, 4.0, 100.0])
     assert (timing.median_s, timing.samples) == (3.0, 5)
@@ -424,3 +423,58 @@ def test_little_time_leaves_the_rest_and_says_so(arguments: list[str], tmp_path:
     assert profile.skipped and all(fit.taken <= fit.cases for fit in profile.fits)
     assert any(text.endswith("no time was left") for text in profile.skipped)
     assert sum(fit.taken for fit in profile.fits) < sum(fit.cases for fit in profile.fits)
+
+
+def start_ranks(command: list[str], nodes: int, per_node: int) -> list[tuple[int, str, str]]:
+    """Runs a command as every rank of some nodes, all on this machine; exit code, stdout, stderr of each."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    ranks = []
+    for rank in range(nodes * per_node):
+        place = {"RANK": rank, "LOCAL_RANK": rank % per_node, "GROUP_RANK": rank // per_node}
+        sizes = {"WORLD_SIZE": nodes * per_node, "LOCAL_WORLD_SIZE": per_node, "MASTER_PORT": port}
+        environment = {name: str(value) for name, value in (place | sizes).items()}
+        ranks.append(
+            subprocess.Popen(
+                command,
+                env=os.environ | environment | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        said = [process.communicate(timeout=200) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(ranks, said, strict=True)]
+
+
+def test_ranks_of_a_launcher_measure_together(arguments: list[str], tmp_path: Path) -> None:
+    """Two nodes of two ranks: groups inside a node and over both; only the first rank writes and talks."""
+    run = [*COMMAND, *arguments, "--quick", "--micro-batch", "1", "--tp", "1", "--max-message", "64KiB"]
+    ranks = start_ranks(run, 2, 2)
+    assert [code for code, _, _ in ranks] == [0, 0, 0, 0], ranks
+    assert [bool(out) for _, out, _ in ranks] == [True, False, False, False]
+    assert all(error == "" for _, _, error in ranks[1:])
+    profile = load_profile(tmp_path / "profile.json")
+    shapes = {(s.ranks, s.groups, s.stride, s.nodes) for s in profile.comms}
+    assert shapes == {(2, 1, 1, 1), (2, 2, 2, 2), (4, 1, 1, 2)}
+    assert {s.op for s in profile.comms if s.nodes == 2} == set(Op)
+    assert profile.devices_per_node == 2 and profile.skipped == ()
+    assert len(profile.comms) == len({key_of(sample) for sample in profile.comms})
+
+
+def test_a_cluster_of_another_size_than_was_started_is_refused(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rank says so before anybody measures."""
+    joint = JointWorld(
+        rank=0, local_rank=0, world=World(ranks=4, per_node=2), host="", port=0, store=HashStore()
+    )
+    monkeypatch.setattr("planner.commands.profile.join_ranks", lambda: joint)
+    result = CliRunner().invoke(profile_command, [*arguments, "--cluster", "local:3"])
+    assert isinstance(result.exception, InputError)
+    (problem,) = result.exception.problems
+    assert (problem.where, problem.legal) == ("--cluster", "local, local:2")
