@@ -155,9 +155,11 @@ def sample_text(sample: LayerSample) -> str:
 
 
 def group_title(sample: CommSample) -> str:
-    """`groups of 2, 2 at once`."""
+    """`groups of 2, 2 at once`, and how far apart and on how many nodes, if on several."""
+    apart = f" {sample.stride} apart" if sample.stride > 1 else ""
+    nodes = f" on {sample.nodes} nodes" if sample.nodes > 1 else ""
     at_once = f", {sample.groups} at once" if sample.groups > 1 else ""
-    return f"groups of {sample.ranks}{at_once}"
+    return f"groups of {sample.ranks}{apart}{nodes}{at_once}"
 
 
 def bus_bytes_per_s(sample: CommSample) -> float:

@@ -1,6 +1,7 @@
 """Time of a collective: measured curves where there are some, else latency and bandwidth.
 
-In this order: the profile's curve for this op and group inside a node; the curves shipped for this kind of
+In this order: the profile's curve for this op and as many ranks on as many nodes, of groups whose ranks are
+most nearly as far apart, then of which most nearly as many are at work; the curves shipped for this kind of
 device (`planner.tables.curves`, taken on other hosts, so "interpolated" at best); the form below.
 
 For n ranks and a full message of S bytes over a link with latency a and bandwidth B, in ring form:
@@ -42,13 +43,15 @@ from planner.tables.curves import CollectiveCurves, curves_of, rising, wire_fact
 class Group:
     """`ranks` ranks, `groups` such groups at work at once in a node, inside a node or across nodes.
 
-    `nodes` is how many nodes the group touches, evenly; None: as many as it has ranks, or as there are.
+    `nodes` is how many nodes the group touches, evenly; None: as many as it has ranks, or as there are. Its
+    ranks are `stride` apart.
     """
 
     ranks: int
     groups: int
     spans_nodes: bool
     nodes: int | None = None
+    stride: int = 1
 
 
 @noun
@@ -74,10 +77,15 @@ class CommModel:
         self.cluster, self._profile = problem.cluster, problem.profile
         self._known: dict[tuple[Op, float, Group], CommCost] = {}
         self._constants: dict[str, float] = {}
-        measured: dict[tuple[Op, int, int], list[CommSample]] = {}
+        measured: dict[tuple[Op, int, int], dict[tuple[int, int], list[CommSample]]] = {}
         for sample in problem.profile.comms if problem.profile else ():
-            measured.setdefault((sample.op, sample.ranks, sample.groups), []).append(sample)
-        self._curves = {key: _curve_of(samples) for key, samples in measured.items()}
+            if sample.seconds > 0:
+                shapes = measured.setdefault((sample.op, sample.ranks, sample.nodes), {})
+                shapes.setdefault((sample.stride, sample.groups), []).append(sample)
+        self._curves = {
+            key: {shape: _curve_of(samples) for shape, samples in shapes.items()}
+            for key, shapes in measured.items()
+        }
         self._shipped = _shipped_curves(self.cluster)
         self._all_nodes = sum(group.nodes for group in self.cluster.groups)
 
@@ -98,7 +106,7 @@ class CommModel:
         if group.ranks == 1 or size_bytes <= 0:
             return FREE
         curve = self._curve(op, group)
-        if curve and not group.spans_nodes:
+        if curve:
             return _fitted(curve, size_bytes) if _noisy(curve) else _along(curve, size_bytes)
         if group.spans_nodes:
             return CommCost(
@@ -117,12 +125,15 @@ class CommModel:
         )
 
     def _curve(self, op: Op, group: Group) -> list[CommSample] | None:
-        """The curve of this group size, with as many groups at once, or the nearest number of groups."""
-        counts = [groups for (o, ranks, groups) in self._curves if o is op and ranks == group.ranks]
-        if not counts:
+        """The curve of this group size, most nearly as far apart, then with most nearly as many at once."""
+        shapes = self._curves.get((op, group.ranks, self._nodes_of(group) if group.spans_nodes else 1))
+        if not shapes:
             return None
-        nearest = min(counts, key=lambda groups: (abs(groups - group.groups), -groups))
-        return self._curves[(op, group.ranks, nearest)]
+        return shapes[min(shapes, key=lambda shape: _unlikeness(shape, group))]
+
+    def _nodes_of(self, group: Group) -> int:
+        """Nodes that a group over nodes touches."""
+        return max(2, min(group.ranks, group.nodes or self._all_nodes))
 
     def _inside_s(self, op: Op, size_bytes: float, ranks: int) -> float:
         """A group inside a node, by the form of the module's docstring."""
@@ -141,7 +152,7 @@ class CommModel:
         n, port = group.ranks, _rate(inter)
         if op is Op.P2P:
             return _saturating_s(inter, _latency_s(inter), size_bytes / port)
-        k = max(2, min(n, group.nodes or self._all_nodes))
+        k = self._nodes_of(group)
         in_node = n / k
         latency_s = _rounds(op) * ((in_node - 1) * _latency_s(intra) + math.log2(k) * _latency_s(inter))
         inside = self._inside_rate(op) if in_node > 1 else math.inf
@@ -156,6 +167,12 @@ class CommModel:
         if self._shipped:
             return min(curves.bus_bytes_per_s(op) for curves in self._shipped)
         return math.inf if self.cluster.intra.bytes_per_s is None else _rate(self.cluster.intra)
+
+
+def _unlikeness(shape: tuple[int, int], group: Group) -> tuple[float, int, int]:
+    """How far groups that were measured, (stride, groups at once), are from one: by stride, by number."""
+    stride, groups = shape
+    return abs(math.log2(stride / group.stride)), abs(groups - group.groups), -groups
 
 
 def _shipped_curves(cluster: ClusterSpec) -> tuple[CollectiveCurves, ...]:

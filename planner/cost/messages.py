@@ -50,6 +50,7 @@ class Messages:
             groups=max(1, min(per_node, self.degrees.world) // ranks),
             spans_nodes=block > per_node,
             nodes=min(ranks, math.ceil(block / per_node)) if block > per_node else None,
+            stride=max(1, block // ranks),
         )
 
     def tp_group(self) -> Group:
@@ -98,7 +99,8 @@ class Messages:
         """Seconds of a message of context parallelism; a hop of its ring is as slow as the slowest."""
         group = self._group(self.degrees.cp, self.degrees.cp * self.degrees.tp)
         if op is Op.P2P:
-            group = Group(ranks=2, groups=group.groups * group.ranks // 2, spans_nodes=group.spans_nodes)
+            pairs = group.groups * group.ranks // 2
+            group = Group(ranks=2, groups=pairs, spans_nodes=group.spans_nodes, stride=group.stride)
         return self.physics.cp_scale * self.seconds(op, size_bytes, group)
 
     def spread_origin(self) -> str:
@@ -161,6 +163,7 @@ class Messages:
             ranks=2,
             groups=max(1, min(per_node, self.degrees.world) // 2),
             spans_nodes=self.degrees.world > per_node,
+            stride=self.degrees.world // self.degrees.pp,
         )
         return self.physics.pp_scale * self.seconds(Op.P2P, self.message_bytes() / shards, group)
 

@@ -25,9 +25,8 @@ OP_COLOURS = {op: f"mark_{number}" for number, op in enumerate(Op)}
 
 def comm_figures(profile: Profile, lines: ProfileLines) -> tuple[Figure, ...]:
     """Bus bandwidth over message size, a figure for each shape of groups, a colour an operation."""
-    shapes = list(
-        dict.fromkeys(group_title(s) for s in sorted(profile.comms, key=lambda s: (s.ranks, s.groups)))
-    )
+    ordered = sorted(profile.comms, key=lambda s: (s.nodes, s.ranks, s.stride, s.groups))
+    shapes = list(dict.fromkeys(group_title(sample) for sample in ordered))
     return tuple(
         _comm_figure(title, [s for s in profile.comms if group_title(s) == title], lines) for title in shapes
     )

@@ -45,8 +45,14 @@ class ProfileLines:
         return found.cost(shape_of(model, sample, micro_batch))
 
     def comm_s(self, sample: CommSample, size_bytes: float) -> float:
-        """Seconds of a sample's collective at some size, inside a node."""
-        group = Group(ranks=sample.ranks, groups=sample.groups, spans_nodes=False)
+        """Seconds of a sample's collective at some size."""
+        group = Group(
+            ranks=sample.ranks,
+            groups=sample.groups,
+            spans_nodes=sample.nodes > 1,
+            nodes=sample.nodes if sample.nodes > 1 else None,
+            stride=sample.stride,
+        )
         return self._comms.cost(sample.op, size_bytes, group).seconds
 
     def _layer_model(self, model: ModelSpec, sample: LayerSample, sampled: bool) -> LayerModel:

@@ -13,7 +13,7 @@ from planner.catalog import device_names
 from planner.cluster import ClusterSpec, Link
 from planner.cluster_grammar import parse_cluster
 from planner.cost.comm import CommModel, Group
-from planner.profile import Op
+from planner.profile import PROFILE_SCHEMA, CommSample, Op, Profile
 from planner.tables import measured
 from planner.tables.curves import CollectiveCurves, curves_of, wire_factor
 from planner.tables.measured import Collective
@@ -297,3 +297,71 @@ def test_an_unknown_communication_raises() -> None:
     for group in (inside(8), between(16, 2)):
         with pytest.raises((ValueError, KeyError)):
             model_of("2x8:mi300x@hdr200x8").cost("broadcast", 1e6, group)  # type: ignore[arg-type]
+
+
+def sample(op: Op, ranks: int, *, size: int, seconds: float, groups: int = 1, **where: int) -> CommSample:
+    return CommSample(
+        op=op, ranks=ranks, groups=groups, bytes=size, seconds=seconds, spread=0.0, samples=3, **where
+    )
+
+
+def measured_on(cluster: str, *samples: CommSample) -> CommModel:
+    problem = instances.problem(on=parse_cluster(cluster, "test"))
+    device = problem.cluster.groups[0].device
+    profile = Profile(
+        schema_version=PROFILE_SCHEMA,
+        name="",
+        device=device.name,
+        device_title=device.title,
+        backend="nccl",
+        created="",
+        versions={},
+        devices_per_node=problem.cluster.devices_per_node,
+        slots_per_node=None,
+        layers=(),
+        comms=samples,
+        contention=(),
+        constants=(),
+    )
+    return CommModel(dataclasses.replace(problem, profile=profile))
+
+
+def test_groups_over_nodes_cost_what_was_measured_of_them() -> None:
+    """And those over as many nodes as nobody measured, what the form says."""
+    over_two = [
+        sample(Op.ALL_REDUCE, 4, size=size, seconds=size * 1e-7, groups=2, nodes=2, stride=2)
+        for size in (MIB, 16 * MIB)
+    ]
+    comm, plain = measured_on("4x4:h100-sxm-80gb@hdr200x8", *over_two), model_of("4x4:h100-sxm-80gb@hdr200x8")
+    group = Group(ranks=4, groups=1, spans_nodes=True, nodes=2, stride=2)
+    cost = comm.cost(Op.ALL_REDUCE, MIB, group)
+    assert (cost.seconds, cost.origin) == (pytest.approx(MIB * 1e-7), "measured")
+    assert comm.cost(Op.ALL_REDUCE, 4 * MIB, group).origin == "interpolated"
+    over_four = dataclasses.replace(group, nodes=4, stride=4)
+    assert comm.cost(Op.ALL_REDUCE, MIB, over_four) == plain.cost(Op.ALL_REDUCE, MIB, over_four)
+    within = Group(ranks=4, groups=1, spans_nodes=False)
+    assert comm.cost(Op.ALL_REDUCE, MIB, within) == plain.cost(Op.ALL_REDUCE, MIB, within)
+
+
+def test_groups_are_priced_by_the_most_like_them() -> None:
+    """First as far apart, then as many at work."""
+    comm = measured_on(
+        "1x8:h100-sxm-80gb",
+        sample(Op.ALL_GATHER, 2, size=MIB, seconds=1e-3, groups=1),
+        sample(Op.ALL_GATHER, 2, size=MIB, seconds=2e-3, groups=4),
+        sample(Op.ALL_GATHER, 2, size=MIB, seconds=3e-3, groups=4, stride=4),
+    )
+
+    def seconds(groups: int, stride: int) -> float:
+        group = Group(ranks=2, groups=groups, spans_nodes=False, stride=stride)
+        return comm.cost(Op.ALL_GATHER, MIB, group).seconds
+
+    assert [seconds(1, 1), seconds(3, 1), seconds(4, 1)] == [1e-3, 2e-3, 2e-3]
+    assert [seconds(1, 4), seconds(4, 8)] == [3e-3, 3e-3]
+
+
+def test_a_sample_of_no_time_is_no_sample() -> None:
+    comm = measured_on("1x8:h100-sxm-80gb", sample(Op.ALL_GATHER, 2, size=MIB, seconds=0.0))
+    assert comm.cost(Op.ALL_GATHER, MIB, inside(2)) == model_of("1x8:h100-sxm-80gb").cost(
+        Op.ALL_GATHER, MIB, inside(2)
+    )
