@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from planner.catalog import load_model, profile_files
 from planner.profile import (
+    Clocks,
     Constant,
     ContentionSample,
     LayerKind,
@@ -93,6 +94,15 @@ def rich() -> Profile:
         cores=None,
         layers=tuple(layers),
         skipped=("head of llama-3-8b at tp 1: too little memory",),
+        clocks=Clocks(
+            sm_hz=1.755e9,
+            sm_lowest_hz=1.7e9,
+            memory_hz=2.619e9,
+            power_w=612.0,
+            temperature_c=71.0,
+            throttled={"SW power cap": 0.12, "HW slowdown": 0.0},
+            samples=40,
+        ),
         contention=(ContentionSample(active=1, slowdown=1.0),),
         constants=(
             Constant(name="gemm_flops", value=6.9e14, origin="measured: 8192^3 product in bf16"),

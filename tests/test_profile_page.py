@@ -91,6 +91,8 @@ def test_classes_formats_and_shards_are_told_apart() -> None:
     assert {"tp 1", "tp 4", "tp 1 ep 8", "tp 4 ep 8 etp 2", "tp 1 cp 4 ring"} <= widths
     assert len(page.layers) <= MOST_CLASSES or not page.layers[-1].figures
     assert any(figure.title == "Host time" for figure in page.quality)
+    assert any("1,755 MHz in the median, 1,700 at least" in fact.value for fact in page.facts)
+    assert any("SW power cap 12 %" in text and "HW" not in text for text in page.warnings)
     assert "Skipped: head of llama-3-8b at tp 1: too little memory" in page.warnings
 
 

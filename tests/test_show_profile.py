@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -18,7 +20,7 @@ from planner.commands.show_profile import MOST_ROWS, find_profile
 from planner.cost.meanings import MEANINGS, meaning_of, told_value
 from planner.cost.memory_constants import MEMORY_PRIORS
 from planner.cost.physics import PRIORS
-from planner.profile import LayerKind, Profile, load_profile
+from planner.profile import FamilyFit, LayerKind, Profile, load_profile
 from planner.sampled_layers import noisy
 
 NAMES = [path.stem for path in profile_files()]
@@ -101,6 +103,18 @@ def test_what_is_doubtful_is_told(tmp_path: Path) -> None:
     assert document["noisy_samples"] == 1 and len(document["warnings"]) == 3
     quiet = dataclasses.replace(odd, layers=layers, skipped=(), created=f"{datetime.date.today()}T00:00:00Z")
     assert "mind" not in text_of("show", "profile", written(quiet, tmp_path)).split()
+
+
+def test_many_cases_that_were_skipped_for_one_reason_are_told_together(tmp_path: Path) -> None:
+    skipped = (*(f"block tp{n}: no time was left" for n in range(9)), "copies: pinned: no accelerator", "odd")
+    fit = FamilyFit(family="layers", cases=12, taken=9, error=0.04)
+    path = written(dataclasses.replace(CPU, skipped=skipped, fits=(fit,)), tmp_path)
+    found = document_of("show", "profile", path)["warnings"]
+    assert "Skipped 9 cases: no time was left (block tp0 and so on)." in found
+    assert "Skipped: copies: pinned: no accelerator" in found and "Skipped: odd" in found
+    assert "9 of 12 cases measured; left out, a sample is predicted 4.0 % off" in text_of(
+        "show", "profile", path
+    )
 
 
 def test_a_long_profile_says_what_it_leaves_out(tmp_path: Path) -> None:
@@ -241,3 +255,19 @@ def test_the_doctor_says_whether_a_profile_speaks_for_this_machine(monkeypatch: 
     monkeypatch.setattr("planner.machine.accelerators", lambda: [("NVIDIA H200", 143771)])
     none = found()
     assert "none is shipped" in none["detail"] and "plan profile" in none["fix"]
+
+
+def test_the_readme_has_a_command_for_every_shipped_profile_and_all_of_them_parse() -> None:
+    text = (Path(__file__).parents[1] / "profiles" / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    for name in NAMES:
+        assert any(f"`{name}.json`" in row for row in rows)
+    commands = [
+        command.split() for command in re.findall(r"`plan ((?:profile|calibrate) [^`]+ -o [^`]+)`", text)
+    ]
+    assert len(commands) == 4
+    for name, *words in commands:
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None
+        context = command.make_context(name, words)
+        assert str(context.params["output"]).startswith("profiles/measured/")

@@ -10,13 +10,14 @@ from statistics import median
 
 from planner.cost.comm import NOISY_SPREAD
 from planner.cost.meanings import told_value
-from planner.profile import FamilyFit, LayerSample, Op, Profile
+from planner.profile import Clocks, CommSample, FamilyFit, Op, Profile
 from planner.profile_use import OLD_MONTHS, months_old, told_age
 from planner.report.words import Fact, Tile, percent
 from planner.sampled_layers import ClassKey, SampledClass, covered_models, noisy, timed
 
 Classes = Mapping[ClassKey, SampledClass]
 MOST_NAMES = 6
+MOST_SKIPPED = 3
 
 
 def counted(number: int, noun: str) -> str:
@@ -77,7 +78,8 @@ def facts(profile: Profile, classes: Classes, today: datetime.date) -> tuple[Fac
         ("models", models_text(classes)),
         ("contention", contention(profile)),
         ("spread", spread(profile)),
-        *((f"known to, {fit.family}", fit_text(fit)) for fit in profile.fits),
+        ("clocks", clocks_text(profile.clocks)),
+        *((fit.family, fit_text(fit)) for fit in profile.fits),
     )
     return tuple(Fact(name=name, value=value) for name, value in found if value)
 
@@ -138,12 +140,20 @@ def spread(profile: Profile) -> str:
     return f"{percent(median(spreads), 0)} in the median; {beyond}"
 
 
-def fit_text(fit: FamilyFit) -> str:
-    """How well samples of a family are predicted from the others, and how many cases were taken."""
-    error = (
-        "not predicted from each other" if fit.error is None else f"{percent(fit.error)} off when left out"
+def clocks_text(clocks: Clocks | None) -> str:
+    """How the accelerator ran meanwhile; nothing where nobody looked."""
+    if clocks is None:
+        return ""
+    return (
+        f"{clocks.sm_hz / 1e6:,.0f} MHz in the median, {clocks.sm_lowest_hz / 1e6:,.0f} at least; memory "
+        f"{clocks.memory_hz / 1e6:,.0f} MHz; {clocks.power_w:.0f} W; up to {clocks.temperature_c:.0f} C"
     )
-    return f"{error}; {fit.taken} of {counted(fit.cases, 'case')} measured"
+
+
+def fit_text(fit: FamilyFit) -> str:
+    """How many cases of a family were taken, and how well samples are predicted from the others."""
+    error = "" if fit.error is None else f"; left out, a sample is predicted {percent(fit.error)} off"
+    return f"{fit.taken} of {counted(fit.cases, 'case')} measured{error}"
 
 
 def warnings(profile: Profile, today: datetime.date) -> tuple[str, ...]:
@@ -152,12 +162,33 @@ def warnings(profile: Profile, today: datetime.date) -> tuple[str, ...]:
     months = months_old(profile.created, today)
     if months is None or months > OLD_MONTHS:
         found.append(f"It was taken {told_age(profile.created, today)}: software has changed since.")
-    kinds = (str(s.kind) if isinstance(s, LayerSample) else op_title(s.op) for s in noisy(profile))
+    kinds = (op_title(s.op) if isinstance(s, CommSample) else str(s.kind) for s in noisy(profile))
     by_kind = Counter(kinds)
     if by_kind:
         listed = ", ".join(f"{counted(count, kind)}" for kind, count in by_kind.most_common())
         found.append(f"Samples whose runs spread beyond {percent(NOISY_SPREAD, 0)}: {listed}.")
-    return (*found, *(f"Skipped: {text}" for text in profile.skipped))
+    if profile.clocks is not None and profile.clocks.throttled:
+        reasons = (
+            f"{why} {percent(share, 0)}" for why, share in profile.clocks.throttled.items() if share > 0
+        )
+        held = ", ".join(reasons)
+        found += [f"Clocks were held back meanwhile, in these shares of samples: {held}."] if held else []
+    return (*found, *skipped_texts(profile))
+
+
+def skipped_texts(profile: Profile) -> list[str]:
+    """What could not be measured; many cases with one reason are told together."""
+    reasons: dict[str, list[str]] = {}
+    for text in profile.skipped:
+        case, _, reason = text.rpartition(": ")
+        reasons.setdefault(reason, []).append(case)
+    told = []
+    for reason, cases in reasons.items():
+        if len(cases) > MOST_SKIPPED:
+            told.append(f"Skipped {len(cases)} cases: {reason} ({cases[0]} and so on).")
+        else:
+            told += [f"Skipped: {case}: {reason}" if case else f"Skipped: {reason}" for case in cases]
+    return told
 
 
 def tiles(profile: Profile, classes: Classes) -> tuple[Tile, ...]:
