@@ -128,6 +128,8 @@ def _measure(cases: Sequence[CommCase], place: Place, effort: Effort, emit: Emit
         for case in group:
             sample = _sample(case.op, layout, case.bytes, mine, control, device, effort)
             emit(encode(sample) if rank == 0 else {})
+        if mine is not None:
+            dist.destroy_process_group(mine)  # NCCL keeps buffers on the device for each
     dist.barrier(control)
     dist.destroy_process_group()
 
@@ -137,7 +139,7 @@ def _own_group(layout: Layout, rank: int, world: World) -> dist.ProcessGroup | N
     mine = None
     for members in layout.members(world):
         group = dist.new_group(members, timeout=_TIMEOUT)
-        mine = group if rank in members else mine
+        mine = group if rank in members else mine  # others get a placeholder
     return mine
 
 

@@ -56,6 +56,8 @@ class Course:
         self.samples: list[Sample] = [sample for reading in earlier for sample in reading.samples]
         self.taken = sum(not reading.skipped for reading in earlier)
         self.timed, self.spent_s = 0, 0.0
+        self._error: tuple[float | None] | None = None  # what was asked since the last case was settled
+        self._round: tuple[float, list[Case]] | None = None
 
     def seeds(self) -> list[Case]:
         """What is measured of it whatever comes."""
@@ -66,10 +68,18 @@ class Course:
 
     def error(self) -> float | None:
         """The held-out error; None where the family does not predict, or cannot yet."""
-        return self.family.held_out_error(self.samples) if isinstance(self.family, Adaptive) else None
+        if self._error is None:
+            family = self.family
+            self._error = (family.held_out_error(self.samples) if isinstance(family, Adaptive) else None,)
+        return self._error[0]
 
     def next_round(self, target: float) -> list[Case]:
         """The least certain case and others like it; empty when the family is done."""
+        if self._round is None or self._round[0] != target:
+            self._round = target, self._next_round(target)
+        return self._round[1]
+
+    def _next_round(self, target: float) -> list[Case]:
         if not self.left or not isinstance(self.family, Adaptive):
             return []
         doubts = [self.family.uncertainty(case, self.samples) for case in self.left]
@@ -92,6 +102,7 @@ class Course:
         self.samples += reading.samples
         self.taken += not reading.skipped
         self.timed, self.spent_s = self.timed + 1, self.spent_s + spent_s
+        self._error = self._round = None
 
     def fit(self) -> FamilyFit:
         """How well it is known."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planner.profile import FamilyFit, Profile
+    from planner.profile import Clocks, FamilyFit, Profile
 
 
 def describe(profile: Profile, output: Path, wall_s: float) -> str:
@@ -25,10 +25,19 @@ def describe(profile: Profile, output: Path, wall_s: float) -> str:
         ("copies", f"{format_bytes(copy)}/s" if copy else None),
         ("contention", ", ".join(f"{c.active}: {c.slowdown:.2f}x" for c in profile.contention)),
         *(("known to", _fit_text(fit, fit.error)) for fit in profile.fits if fit.error is not None),
+        ("clocks", _clocks_text(profile.clocks) if profile.clocks else None),
         ("taken in", format_seconds(wall_s)),
     ]
     facts += [("skipped", text) for text in profile.skipped]
     return pairs(facts) + "\n"
+
+
+def _clocks_text(clocks: Clocks) -> str:
+    from planner.units import format_si
+
+    held = "".join(f", held back {share:.0%} of the time by {why}" for why, share in clocks.throttled.items())
+    lowest = format_si(clocks.sm_lowest_hz, "Hz")
+    return f"{format_si(clocks.sm_hz, 'Hz')}, no lower than {lowest}, {clocks.power_w:.0f} W{held}"
 
 
 def _fit_text(fit: FamilyFit, error: float) -> str:
