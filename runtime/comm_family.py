@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from planner.codec import decode, encode
 from planner.profile import CommSample
@@ -26,7 +25,6 @@ class CommFamily:
     sizes_bytes: tuple[int, ...]
     effort: Effort
     joint: JointWorld | None = None
-    _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     @property
     def name(self) -> str:
@@ -44,23 +42,17 @@ class CommFamily:
     def measure(self, cases: Sequence[CommCase]) -> Iterator[Reading]:
         if self.joint is None:
             return readings(CommSample, measure_comm(cases, self.world, self.device_type, self.effort))
-        number = next(self._numbers)
         order = {"device_type": self.device_type, "effort": encode(self.effort)}
         order["cases"] = [encode(case) for case in cases]
-        self.joint.begin_round(number, json.dumps(order))
+        number = self.joint.begin_round(json.dumps(order))
         messages = measure_jointly(cases, self.joint, number, self.device_type, self.effort)
         return readings(CommSample, messages)
-
-    def end(self) -> None:
-        """Lets the other ranks go."""
-        if self.joint is not None:
-            self.joint.begin_round(next(self._numbers), END)
 
 
 def attend(joint: JointWorld) -> Iterator[str]:
     """Takes another rank's part in every round; yields what went wrong in each, or nothing."""
-    for number in itertools.count(1):
-        text = joint.await_round(number)
+    while True:
+        number, text = joint.await_round()
         if text == END:
             return
         order = json.loads(text)

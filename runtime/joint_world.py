@@ -3,15 +3,16 @@
 The first rank measures what one device can measure, and says what all are to measure together; the others
 wait for it. They meet in the launcher's store:
 
-    round/1, round/2, ...     the cases of a round, as JSON; END after the last
-    profile/1, ...            the process group of a round
+    shardwise/round/1, ...      the cases of a round, as JSON; END after the last
+    shardwise/profile/1, ...    the process group of a round
+    shardwise/left/1, ...       a rank that needs the store no more
 
 Each round runs in a child of every rank, so that one that fails costs a case, as it does on one machine.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import os
 from datetime import timedelta
 
@@ -23,33 +24,55 @@ from runtime.layouts import World
 PATIENCE = timedelta(hours=4)
 """How long a rank waits for the next round: the launcher ends it sooner when the first rank dies."""
 
-MEETING = timedelta(seconds=120)
+MEETING, FAREWELL = timedelta(seconds=120), timedelta(seconds=10)
 END = "end"
 
 
-@dataclasses.dataclass(frozen=True)
 class JointWorld:
-    """This process as one rank of several."""
+    """This process as one rank of several. Within `with`, the first rank's end is the others' end too."""
 
-    rank: int
-    local_rank: int
-    world: World
-    host: str
-    port: int
-    store: TCPStore
+    def __init__(
+        self,
+        rank: int,
+        local_rank: int,
+        world: World,
+        address: tuple[str, int],
+        store: Store,
+        *,
+        hosts: bool = False,
+    ) -> None:
+        """`hosts`: the store lives in this process, not in a launcher."""
+        self.rank, self.local_rank, self.world = rank, local_rank, world
+        self._address, self._store, self._hosts = address, store, hosts
+        self._rounds = 0
 
-    def begin_round(self, number: int, cases: str) -> None:
-        """The first rank says what is measured next."""
-        self.store.set(_round_key(number), cases)
+    def __enter__(self) -> JointWorld:
+        return self
 
-    def await_round(self, number: int) -> str:
-        """Another rank waits for that."""
-        self.store.wait([_round_key(number)], PATIENCE)
-        return self.store.get(_round_key(number)).decode()
+    def __exit__(self, *error: object) -> None:
+        if self.rank == 0:
+            self.begin_round(END)
+        with contextlib.suppress(RuntimeError):  # one that is gone needs no farewell
+            if self._hosts:
+                self._store.wait([_left_key(rank) for rank in range(1, self.world.ranks)], FAREWELL)
+            elif self.rank > 0:
+                self._store.set(_left_key(self.rank), "")
+
+    def begin_round(self, order: str) -> int:
+        """The first rank says what is measured next; the number of the round."""
+        self._rounds += 1
+        self._store.set(_round_key(self._rounds), order)
+        return self._rounds
+
+    def await_round(self) -> tuple[int, str]:
+        """Another rank waits for that: the number of the round, and what is measured."""
+        self._rounds += 1
+        self._store.wait([_round_key(self._rounds)], PATIENCE)
+        return self._rounds, self._store.get(_round_key(self._rounds)).decode()
 
     def group_store(self, number: int) -> Store:
         """In a child: where the process group of a round is made."""
-        client = TCPStore(self.host, self.port, is_master=False, timeout=MEETING)
+        client = TCPStore(*self._address, is_master=False, timeout=MEETING)
         return PrefixStore(f"shardwise/profile/{number}", client)
 
 
@@ -75,8 +98,12 @@ def joined_world() -> JointWorld | None:
         fix = "start every rank by torchrun, and check that all nodes reach that host"
         raise InputError(Problem(where="MASTER_ADDR, MASTER_PORT", fault=fault, fix=fix)) from error
     world = World(ranks=ranks, per_node=per_node)
-    return JointWorld(rank=rank, local_rank=local_rank, world=world, host=host, port=port, store=store)
+    return JointWorld(rank, local_rank, world, (host, port), store, hosts=hosts)
 
 
 def _round_key(number: int) -> str:
     return f"shardwise/round/{number}"
+
+
+def _left_key(rank: int) -> str:
+    return f"shardwise/left/{rank}"

@@ -65,13 +65,8 @@ def take_profile(
     families = families_of(models, cluster, precision, scope, joint)
     done = {family: dict(cases) for family, cases in record.readings.items()} if record else {}
     scheduler = Scheduler(families, scope.target, scope.time_limit_s, gathering, done)
-    try:
-        with watch:
-            complete = scheduler.run()
-    finally:
-        for family in families:
-            if isinstance(family, CommFamily):
-                family.end()
+    with watch:
+        complete = scheduler.run()
     if not complete:
         gathering.skip_rest(scheduler)
     if cluster.devices == 1 and joint is None:

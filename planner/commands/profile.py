@@ -146,14 +146,20 @@ def profile(as_json: bool, **typed: Any) -> int | None:
     Writes FILE whole at the end. When interrupted, what was measured is kept in FILE.partial, from which the
     same command goes on.
     """
+    options = ProfileOptions(**typed)
+    joint = join_ranks()
+    if joint is None:
+        return _profile(options, None, as_json=as_json)
+    with joint:
+        return attend_ranks(joint) if joint.rank else _profile(options, joint, as_json=as_json)
+
+
+def _profile(options: ProfileOptions, joint: JointWorld | None, *, as_json: bool) -> int | None:
+    """Measures alone or as the first rank; the exit code."""
     from planner.codec import to_json
     from planner.commands.profile_session import Terminated, terminable
     from planner.commands.with_torch import require_torch
 
-    options = ProfileOptions(**typed)
-    joint = join_ranks()
-    if joint is not None and joint.rank > 0:
-        return attend_ranks(joint)
     request = read_request(options, joint)
     require_torch("profile")
     scope, begun_s = read_scope(request, options), time.monotonic()

@@ -29,7 +29,7 @@ from planner.workload import Precision  # noqa: E402
 from runtime import measure_layers  # noqa: E402
 from runtime.children import ChildFailed, Emit, run_children  # noqa: E402
 from runtime.fake_world import fake_world  # noqa: E402
-from runtime.joint_world import JointWorld  # noqa: E402
+from runtime.joint_world import END, JointWorld  # noqa: E402
 from runtime.layouts import World  # noqa: E402
 from runtime.measure_layers import LayerBench, LayerCase, build_layer  # noqa: E402
 from runtime.memory import storage_bytes  # noqa: E402
@@ -470,11 +470,10 @@ def test_a_cluster_of_another_size_than_was_started_is_refused(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first rank says so before anybody measures."""
-    joint = JointWorld(
-        rank=0, local_rank=0, world=World(ranks=4, per_node=2), host="", port=0, store=HashStore()
-    )
+    joint = JointWorld(0, 0, World(ranks=4, per_node=2), ("", 0), HashStore())
     monkeypatch.setattr("planner.commands.profile.join_ranks", lambda: joint)
     result = CliRunner().invoke(profile_command, [*arguments, "--cluster", "local:3"])
     assert isinstance(result.exception, InputError)
     (problem,) = result.exception.problems
     assert (problem.where, problem.legal) == ("--cluster", "local, local:2")
+    assert JointWorld(1, 1, joint.world, ("", 0), joint._store).await_round() == (1, END), "nobody waits"
