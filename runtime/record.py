@@ -118,8 +118,10 @@ def _locked(handle: int) -> bool:
     for _ in range(LOCK_TRIES):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             time.sleep(LOCK_PAUSE_S)
+        except OSError:  # a file system without locks
+            return True
         else:
             return True
     return False
