@@ -23,8 +23,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -133,21 +133,6 @@ def tiny(case: Case) -> Case:
 # The two sides
 
 
-@contextmanager
-def fake_group(world: int) -> Iterator[None]:
-    """Rank 0 of a group whose messages are answered at once, by nobody."""
-    import torch
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    torch.set_flush_denormal(True)  # what was not received may be denormal: slow on a CPU
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def runtime_step(case: Case, device: torch.device, *, compiled: bool) -> Callable[[], object]:
     """A step of the runtime: the executor's own, or of a middle stage its passes and its update."""
     import torch
@@ -243,6 +228,8 @@ def preferred(attention: str) -> AbstractContextManager[Any]:
 def measure(case: Case, side: str, *, compiled: bool, attention: str, steps: int) -> dict[str, Any]:
     """Median seconds of a step in this process, its first step, and the peak of allocated bytes."""
     import torch
+
+    from runtime.fake_world import fake_group
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     build = {"runtime": runtime_step, "plain": plain_step_of}[side]

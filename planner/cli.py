@@ -37,6 +37,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "compare": ("planner.commands.compare:compare", "Hardware choices: dollars against days, one page."),
         "explain": ("planner.commands.explain:explain", "Why this plan; what any other choice would cost."),
         "diff": ("planner.commands.diff:diff", "Two plans side by side, and which is faster by what."),
+        "rehearse": ("planner.commands.rehearse:rehearse", "Single ranks of a plan on one device, measured."),
         "train": ("planner.commands.train:train", "Execute a plan on real ranks; checkpoint, log, resume."),
         "export-weights": (
             "planner.commands.export_weights:export_weights",

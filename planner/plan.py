@@ -2,7 +2,8 @@
 
 `timeline` is the replay that the step time comes from; plans with very many actions leave it out. `engine` is
 the one whose rules the plan keeps and whose software is priced; None: no particular one. `profiles` are those
-that its figures rest on, by name; what was made without one, or before they were noted, has none.
+that its figures rest on, by name; what was made without one, or before they were noted, has none. `rehearsal`
+is what was measured of single ranks, where the plan was rehearsed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from planner.model import ModelSpec
 from planner.objective import Objective
 from planner.problem import PlanningProblem
 from planner.profile_use import ProfileUse
+from planner.rehearsal import Rehearsal
 from planner.stack import Engine
 from planner.strategy import CpExchange, Degrees, OffloadCounts, RecomputeCounts, Stage, Strategy
 from planner.workload import Workload
@@ -79,6 +81,7 @@ class Plan:
     engine: Engine | None = None
     objective: Objective | None = None
     profiles: tuple[ProfileUse, ...] = ()
+    rehearsal: Rehearsal | None = None
 
     @property
     def problem(self) -> PlanningProblem:
@@ -186,6 +189,7 @@ class _PlanDocument:
     timeline: tuple[TimelineEvent, ...] = ()
     engine: Engine | None = None
     objective: Objective | None = None
+    rehearsal: Rehearsal | None = None
     solver: Certificate | None = None
     rejected: dict[str, int] | None = None
     alternatives: tuple[_AlternativeDocument, ...] | None = None
@@ -255,6 +259,8 @@ def encode_plan(plan: Plan) -> dict[str, Any]:
         document["engine"] = str(plan.engine)
     if plan.objective is not None:
         document["objective"] = encode(plan.objective)
+    if plan.rehearsal is not None:
+        document["rehearsal"] = encode(plan.rehearsal)
     if plan.solver is not None:
         document["solver"] = encode(plan.solver)
         document["rejected"] = plan.rejected
@@ -329,6 +335,7 @@ def decode_plan(data: object, *, source: str) -> Plan:
         timeline=document.timeline,
         engine=document.engine,
         objective=document.objective,
+        rehearsal=document.rehearsal,
     )
 
 

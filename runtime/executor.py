@@ -60,8 +60,9 @@ class StepResult:
 class Executor:
     """One rank of a plan: its stages, its shards of weights and optimizer, its row of the schedule.
 
-    Every rank of the process group makes one, then calls `step` in step. The constructor raises
-    InputError where the plan asks for something that this runtime cannot do.
+    Every rank of the process group makes one, then calls `step` in step. `meshes` are the plan's, where they
+    were made before. The constructor raises InputError where the plan asks for something that this runtime
+    cannot do.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Executor:
         backend: Backend | None = None,
         lora_alpha: float | None = None,
         compiled: bool = False,
+        meshes: Meshes | None = None,
     ) -> None:
         device = torch.device(device)
         check_supported(plan)
@@ -81,7 +83,7 @@ class Executor:
         if plan.workload.precision is Precision.FP8:
             check_fp8(device)
         self.plan, self.options = plan, optimizer_options
-        self.meshes = build_meshes(plan, device.type)
+        self.meshes = meshes or build_meshes(plan, device.type)
         self.device = device
         _check_averages(self.meshes, device)
         if compiled:
@@ -270,8 +272,8 @@ class Executor:
         first, last = degrees.pp_rank_of_stage(0), degrees.pp_rank_of_stage(degrees.stages - 1)
         if not self.plan.model.tied_embeddings or first == last:
             return None
-        ranks = self.meshes.world.mesh.flatten(1).tolist()
-        groups = {pair: dist.new_group(list(pair)) for pair in zip(ranks[first], ranks[last], strict=True)}
+        pairs = zip(degrees.ranks_of_pp_rank(first), degrees.ranks_of_pp_rank(last), strict=True)
+        groups = {pair: dist.new_group(list(pair)) for pair in pairs}
         own = [group for pair, group in groups.items() if dist.get_rank() in pair]
         return own[0] if own else None
 

@@ -19,12 +19,19 @@ from runtime.parallel.meshes import Meshes, meshes_of
 @contextmanager
 def fake_world(degrees: Degrees, device_type: str) -> Iterator[Meshes]:
     """Rank 0 of a world of these degrees, as meshes. One at a time in a process."""
+    with fake_group(degrees.world):
+        yield meshes_of(degrees, device_type)
+
+
+@contextmanager
+def fake_group(world: int, rank: int = 0) -> Iterator[None]:
+    """One rank of a process group of which no other exists. One at a time in a process."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     # Where a torch version leaves received buffers as they are, their garbage may be denormal: slow.
     torch.set_flush_denormal(True)
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=degrees.world)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
-        yield meshes_of(degrees, device_type)
+        yield
     finally:
         dist.destroy_process_group()

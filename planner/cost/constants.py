@@ -88,6 +88,12 @@ shipped CPU runs; the others widen until they are calibrated."""
 MEMORY_ERROR = {"measured": 0.05, "interpolated": 0.08, "fitted": 0.12, "datasheet": 0.15}
 """Half width of the memory band by origin, as a share; the verdict is SAFE only beyond it."""
 
+REHEARSED_MEMORY_ERROR = {"device": 0.02, "processor": 0.02, "fake tensors": 0.05}
+"""Half width of the memory band of a rehearsed rank, as a share, by what it ran on. Tensors of a rank alone
+and of the same rank among others differ by less than 0.1 % (bench/results/*-rehearsal.json); the rest is what
+other ranks or another allocator add. Shapes alone are traced with a CPU's kernels, which keep other bytes
+than an accelerator's."""
+
 COMMUNICATOR_BYTES = 392 * 1024 * 1024
 """Buffers of a communicator of 4 to 8 devices (aiconfigurator-core 0.12.0). The context itself is already
 outside `usable_memory_bytes`."""

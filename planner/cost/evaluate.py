@@ -142,7 +142,7 @@ class CostModel:
         step_s = max(kind.layers.physics.step_s for kind in self.kinds)
         return replay(table, costs, shape.messages.p2p_s(), self.sharing, per_rank, step_s)
 
-    def _hops_s(self, shape: ShapeModel, costs: tuple[StageCost, ...], replayed: Replay) -> float:
+    def hops_s(self, shape: ShapeModel, costs: tuple[StageCost, ...], replayed: Replay) -> float:
         """What the step would be shorter by if messages between stages took no time."""
         if shape.messages.p2p_s() == 0.0:
             return 0.0
@@ -162,7 +162,7 @@ class CostModel:
         costs = _placed_costs(shapes, strategy)
         replayed = self.replay(shape, table, costs)
         ranks = memory_of_ranks(shapes, table, costs)
-        breakdown = time_breakdown(replayed, table, costs, self._hops_s(shape, costs, replayed))
+        breakdown = time_breakdown(replayed, table, costs, self.hops_s(shape, costs, replayed))
         return Evaluation(
             strategy=strategy,
             estimate=dataclasses.replace(

@@ -82,6 +82,8 @@ def apply_state_offload(
     where they are all its blocks. The model has its units of data parallelism, and has not run yet.
     """
     chosen = [name for name, _ in model.named_parameters() if _offloaded(name, stage)]
+    if not chosen:
+        return {}
     masters = {name: _to_host(model.get_parameter(name)) for name in chosen}
     ids = {id(model.get_parameter(name)) for name in chosen}
     # Buffers keep their precision: only parameters of these blocks change theirs.

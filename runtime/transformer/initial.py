@@ -40,7 +40,8 @@ def materialize(
                     fill_parameter(parameter, name, spec, seed)
             if isinstance(part, Rotary | Router):
                 part.fill()
-    module.to(device)
+    if torch.device(device).type != "cpu":
+        module.to(device)
 
 
 def fill_parameter(parameter: Tensor, name: str, spec: ModelSpec, seed: int) -> None:

@@ -1,0 +1,131 @@
+"""A rank's program run on shapes alone: nothing is computed, and the bytes of every allocation are traced.
+
+torch's own tracker of fake tensors (`torch.distributed._tools.MemTracker`) sees one pass of each module a
+step: a pipeline's micro-batches are beyond it. This one follows storages, whoever makes them.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CUDA_BLOCK_BYTES = 512
+"""What torch's caching allocator on CUDA rounds allocations up to."""
+
+
+@contextmanager
+def fake_tensors(block_bytes: int = 1) -> Iterator[LiveBytes]:
+    """Inside, tensors have shapes and no values; what they would take is counted in blocks of so many bytes.
+
+    A value that the program asks for, such as a loss, reads as one.
+    """
+    with _Unread(allow_non_fake_inputs=True), LiveBytes(block_bytes) as live:
+        yield live
+
+
+def really(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that runs outside the fake: of modules on meta, which have no values in any case."""
+
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        with unset_fake_temporarily():
+            return make(*args, **kwargs)
+
+    return outside
+
+
+class _Unread(FakeTensorMode):
+    """Answers what a value is with one: no program of ours allocates by a value.
+
+    What is real stays real: the ranks of a mesh, which FSDP looks itself up in as it wraps modules.
+    """
+
+    def dispatch(self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            dtype = args[0].dtype
+            return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if given and not any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in given):
+            with unset_fake_temporarily():
+                return func(*args, **(kwargs or {}))
+        return super().dispatch(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While entered, the bytes of live storages: now, and the most since `begin`.
+
+    A storage counts once, however many tensors share it, until the last of them is gone.
+    """
+
+    def __init__(self, block_bytes: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now_bytes = self.peak_bytes = 0
+        self._block_bytes = block_bytes
+        self._sizes: dict[int, int] = {}
+        self._watched: dict[int, weakref.ref[Any]] = {}
+        self._resize: Any = None
+
+    def begin(self) -> int:
+        """Lets the peak begin anew; what is live now."""
+        gc.collect()
+        self.peak_bytes = self.now_bytes
+        return self.now_bytes
+
+    def __enter__(self) -> LiveBytes:
+        self._resize = original = torch.UntypedStorage.resize_
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+            resized = original(storage, size)
+            if storage._cdata in self._sizes:
+                self._grow(storage, self._sizes[storage._cdata])
+            return resized
+
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor):
+                self._note(leaf)
+        return made
+
+    def _note(self, tensor: Tensor) -> None:
+        if hasattr(type(tensor), "__tensor_flatten__"):  # a DTensor: the part that this rank holds
+            names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+            for part in (getattr(tensor, name) for name in names):
+                if isinstance(part, Tensor):
+                    self._note(part)
+            return
+        if tensor.device.type == "meta":
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._watched:
+            self._watched[key] = weakref.ref(storage, lambda _: self._release(key))
+            self._grow(storage, 0)
+
+    def _grow(self, storage: torch.UntypedStorage, before_bytes: int) -> None:
+        blocks = -(-storage.nbytes() // self._block_bytes)
+        self._sizes[storage._cdata] = size = blocks * self._block_bytes
+        self.now_bytes += size - before_bytes
+        self.peak_bytes = max(self.peak_bytes, self.now_bytes)
+
+    def _release(self, key: int) -> None:
+        del self._watched[key]
+        self.now_bytes -= self._sizes.pop(key)
