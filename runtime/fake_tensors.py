@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,31 +32,31 @@ def fake_tensors(block_bytes: int = 1) -> Iterator[LiveBytes]:
         yield live
 
 
-def really(make: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that runs outside the fake: of modules on meta, which have no values in any case."""
-
-    def outside(*args: Any, **kwargs: Any) -> Any:
-        with unset_fake_temporarily():
-            return make(*args, **kwargs)
-
-    return outside
-
-
 class _Unread(FakeTensorMode):
     """Answers what a value is with one: no program of ours allocates by a value.
 
-    What is real stays real: the ranks of a mesh, which FSDP looks itself up in as it wraps modules.
+    What is real stays real: the ranks of a mesh, which FSDP looks itself up in as it wraps modules, and modules
+    on meta, which are replaced in place when they get their (fake) memory.
     """
 
     def dispatch(self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             dtype = args[0].dtype
             return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if given and not any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in given):
+        if _is_real(tree_leaves((args, kwargs)), (kwargs or {}).get("device")):
             with unset_fake_temporarily():
                 return func(*args, **(kwargs or {}))
         return super().dispatch(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
+def _is_real(leaves: Sequence[Any], device: torch.device | None) -> bool:
+    """Whether an operator with these arguments has nothing to do with memory that is traced."""
+    given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if any(isinstance(tensor, FakeTensor) for tensor in given):
+        return False
+    if not given:
+        return device is not None and device.type == "meta"
+    return device is None or all(tensor.device == device for tensor in given)
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -30,13 +30,12 @@ from planner.rehearsal import RankRehearsal, RehearsalMode, RehearsedPass
 from runtime.causes import GRADIENT_SUMS, OPTIMIZER, Span
 from runtime.children import ChildFailed, Emit, run_children
 from runtime.executor import Executor
-from runtime.fake_tensors import CUDA_BLOCK_BYTES, fake_tensors, really
+from runtime.fake_tensors import CUDA_BLOCK_BYTES, fake_tensors
 from runtime.fake_world import fake_group
 from runtime.measure_layers import out_of_memory
 from runtime.memory import measure_peak
 from runtime.optimizer import OptimizerOptions
 from runtime.parallel.meshes import build_meshes
-from runtime.parallelize import NATIVE
 from runtime.timing import summarize
 
 SILENCE_S = 900.0
@@ -101,17 +100,15 @@ class _Rank:
         if options.mode is RehearsalMode.DEVICE:
             _hold_to(options.room_bytes, self.device)
         stack.enter_context(fake_group(degrees.world, rank))
-        backend, meshes = NATIVE, build_meshes(plan, self.device.type)
+        meshes = build_meshes(plan, self.device.type)
         if options.mode is RehearsalMode.FAKE_TENSORS:
             accelerated = all(group.device.name != "cpu" for group in plan.cluster.groups)
             self.live = stack.enter_context(fake_tensors(CUDA_BLOCK_BYTES if accelerated else 1))
-            backend = dataclasses.replace(NATIVE, stage=really(NATIVE.stage))
         self.executor = Executor(
             plan,
             device=self.device,
             seed=0,
             optimizer_options=OptimizerOptions(),
-            backend=backend,
             compiled=options.compiled,
             meshes=meshes,
         )
