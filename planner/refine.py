@@ -23,6 +23,7 @@ from planner.cost import constants
 from planner.cost.evaluate import CostModel, memory_of_ranks, time_breakdown
 from planner.cost.judged import RankMemory
 from planner.cost.passes import Pass
+from planner.cost.samples import usual_reference_s
 from planner.cost.schedule import ActionKind, parse_table
 from planner.cost.simulate import Replay
 from planner.cost.stage import ShapeModel
@@ -46,7 +47,7 @@ def refine(
     shape, shapes = model.shape(strategy.degrees), model.rank_shapes(strategy.degrees)
     modelled = model.stage_costs(shape, strategy)
     costs, table = list(modelled), parse_table(plan.schedule_table)
-    timed = [rank for rank in ranks if rank.passes]
+    timed = [_at_usual_speed(rank, problem) for rank in ranks if rank.passes]
     for rank in timed:
         _put(rank, shape, costs, strategy.degrees.pp)
     replayed = model.replay(shape, table, tuple(costs))
@@ -69,6 +70,21 @@ def refine(
         memory_limit_bytes=limit,
         verdict=fits,
     )
+
+
+def _at_usual_speed(rank: RankRehearsal, problem: PlanningProblem) -> RankRehearsal:
+    """The rank's times as if the machine ran as fast as when its profile was taken.
+
+    All else in the refined figures is of that profile, and plans are compared that ran at other times.
+    """
+    usual_s = usual_reference_s(problem.profile.layers) if problem.profile else None
+    if usual_s is None or not rank.reference_s:
+        return rank
+    factor = usual_s / rank.reference_s
+    names = ("first_extra_s", "last_extra_s", "update_s", "step_s")
+    own = {name: value * factor for name in names if (value := getattr(rank, name)) is not None}
+    passes = tuple(dataclasses.replace(each, seconds=each.seconds * factor) for each in rank.passes)
+    return dataclasses.replace(rank, passes=passes, **own)
 
 
 def _put(rank: RankRehearsal, shape: ShapeModel, costs: list[StageCost], pp: int) -> None:

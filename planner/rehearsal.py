@@ -42,6 +42,8 @@ class RankRehearsal:
     backward pass: gathering weights and reducing gradients once a step, without the messages. `update_s` are
     gradient sums and optimizer. `idle_share` is the part of the step in which the device waits for the host.
 
+    `reference_s` is what a fixed piece of work took beside these times, where speeds drift (a CPU).
+
     `allocated_bytes` is the peak of live tensors in a step that finds the optimizer's state there,
     `start_bytes` what lives between steps; `reserved_bytes` what the allocator took and `device_bytes` what
     the driver shows. Times are None where nothing was timed. `ran_out` says where memory ran out, else "".
@@ -56,6 +58,7 @@ class RankRehearsal:
     update_s: float | None = None
     step_s: float | None = None
     idle_share: float | None = None
+    reference_s: float | None = None
     allocated_bytes: int | None = None
     start_bytes: int | None = None
     reserved_bytes: int | None = None

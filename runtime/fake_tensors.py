@@ -24,25 +24,23 @@ CUDA_BLOCK_BYTES = 512
 
 @contextmanager
 def fake_tensors(block_bytes: int = 1) -> Iterator[LiveBytes]:
-    """Inside, tensors have shapes and no values; what they would take is counted in blocks of so many bytes.
-
-    A value that the program asks for, such as a loss, reads as one.
-    """
+    """Inside, tensors have shapes and no values; their bytes are counted in blocks of `block_bytes`."""
     with _Unread(allow_non_fake_inputs=True), LiveBytes(block_bytes) as live:
         yield live
 
 
 class _Unread(FakeTensorMode):
-    """Answers what a value is with one: no program of ours allocates by a value.
+    """Answers what a value is, such as a loss, with one. Whole numbers may be sizes: those stay unknown.
 
-    What is real stays real: the ranks of a mesh, which FSDP looks itself up in as it wraps modules, and modules
-    on meta, which are replaced in place when they get their (fake) memory.
+    What is real stays real: the ranks of a mesh, which FSDP looks itself up in as it wraps modules, and
+    modules on meta, which are replaced in place when they get their (fake) memory.
     """
 
     def dispatch(self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             dtype = args[0].dtype
-            return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
+            if dtype is torch.bool or dtype.is_floating_point:
+                return dtype is torch.bool or 1.0
         if _is_real(tree_leaves((args, kwargs)), (kwargs or {}).get("device")):
             with unset_fake_temporarily():
                 return func(*args, **(kwargs or {}))

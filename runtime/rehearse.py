@@ -32,11 +32,12 @@ from runtime.children import ChildFailed, Emit, run_children
 from runtime.executor import Executor
 from runtime.fake_tensors import CUDA_BLOCK_BYTES, fake_tensors
 from runtime.fake_world import fake_group
+from runtime.local_ranks import RunFailedError
 from runtime.measure_layers import out_of_memory
 from runtime.memory import measure_peak
 from runtime.optimizer import OptimizerOptions
 from runtime.parallel.meshes import build_meshes
-from runtime.timing import summarize
+from runtime.timing import reference_s, summarize
 
 SILENCE_S = 900.0
 """A rank that says nothing for so long has failed: a step of a large stage on a CPU takes minutes."""
@@ -59,7 +60,7 @@ class RehearsalOptions:
 def rehearse_rank(plan: Plan, rank: int, alike: tuple[int, ...], options: RehearsalOptions) -> RankRehearsal:
     """What rank `rank` of the plan does alone, in a process of its own.
 
-    Too little memory is part of the answer. Raises ChildFailed where the process ended otherwise.
+    Too little memory is part of the answer. Raises RunFailedError where the process ended otherwise.
     """
     begun_s = time.monotonic()
     degrees = plan.strategy.degrees
@@ -84,7 +85,7 @@ def rehearse_rank(plan: Plan, rank: int, alike: tuple[int, ...], options: Rehear
         (message,) = run_children(body, silence_s=SILENCE_S)
     except ChildFailed as failure:
         if "SIGKILL" not in str(failure):
-            raise
+            raise RunFailedError(f"rank {rank} could not be rehearsed: {failure}") from failure
         message = encode(dataclasses.replace(found, ran_out="the system ended the process"))
     answer = decode(RankRehearsal, message, source="a rehearsing process")
     return dataclasses.replace(answer, wall_s=time.monotonic() - begun_s)
@@ -134,8 +135,15 @@ class _Rank:
             reserved_bytes=peak.reserved_bytes,
             device_bytes=peak.device_used_bytes,
         )
+        beside = [reference_s()] if self.device.type == "cpu" else []
         steps = [self._timed() for _ in range(self.options.steps)]
-        return dataclasses.replace(found, idle_share=self._idle_share(), **_times(steps))
+        beside += [reference_s()] if self.device.type == "cpu" else []
+        return dataclasses.replace(
+            found,
+            idle_share=self._idle_share(),
+            reference_s=statistics.fmean(beside) if beside else None,
+            **_times(steps),
+        )
 
     def _timed(self) -> tuple[float, list[Span]]:
         """Seconds of a step on this rank, and its spans."""

@@ -70,6 +70,13 @@ DEFAULT_TIME_LIMIT_S = 60.0
     help="The whole run costs at most so many dollars, such as 50000 or 1.5M: on as many nodes as that pays.",
 )
 @click.option(
+    "--rehearse",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="Run single ranks of the K best plans on this machine, as `plan rehearse` does, and take the best "
+    "by what they show.",
+)
+@click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -88,6 +95,7 @@ def solve(
     objective: str | None,
     deadline: str | None,
     budget: str | None,
+    rehearse: int | None,
     output: Path | None,
 ) -> int:
     """Find the best plan and prove how good it is."""
@@ -110,7 +118,7 @@ def solve(
     chosen = SolveOptions(
         pins=pins_for(fixed, problem),
         time_limit_s=time_limit_s,
-        top=top,
+        top=max(top, (rehearse or 1) - 1),
         gap_tolerance=gap_tolerance,
         reproducible=reproducible,
     )
@@ -124,6 +132,8 @@ def solve(
     finally:
         gc.enable()
     plan = dataclasses.replace(plan, profiles=asked.profiles)
+    if rehearse is not None:
+        plan = _rehearsed(plan, problem, rehearse)
     check_certificate(plan)
     if output is not None:
         save_plan(plan, output)
@@ -132,7 +142,23 @@ def solve(
         print_json(encode_plan(plan))
     else:
         click.echo(plan_text(plan, asked.basis))
+        if plan.rehearsal is not None:
+            from planner.commands.rehearsal_text import rehearsal_text
+
+            click.echo("\n" + rehearsal_text(plan, asked.basis))
     return TIME_LIMIT_EXIT if _ended_by_time(plan, time_limit_s) else 0
+
+
+def _rehearsed(plan: Plan, problem: PlanningProblem, count: int) -> Plan:
+    """The best of the plan and its runners-up by what single ranks of them show on this machine."""
+    import dataclasses
+
+    from planner.commands.rehearsed_choice import best_rehearsed
+    from planner.commands.with_torch import require_torch
+
+    require_torch("solve --rehearse")
+    answered = dataclasses.replace(problem, cluster=plan.cluster)
+    return best_rehearsed(plan, answered, count, lambda text: click.echo(f"rehearsing {text}", err=True))
 
 
 def _time_limit_s(given_s: float | None, *, reproducible: bool) -> float | None:

@@ -175,12 +175,17 @@ def _over_host(cost: LayerCost, samples: list[LayerSample]) -> LayerCost:
     )
 
 
+def usual_reference_s(samples: Sequence[LayerSample]) -> float | None:
+    """What the fixed piece of work that was timed beside samples usually took; None where none was."""
+    references = [s.reference_s for s in samples if s.reference_s]
+    return statistics.median(references) if references else None
+
+
 def at_usual_speed(samples: Sequence[LayerSample]) -> list[LayerSample]:
     """The samples as if the machine had kept its median speed, by the reference timed beside each."""
-    references = [s.reference_s for s in samples if s.reference_s]
-    if not references:
+    usual_s = usual_reference_s(samples)
+    if usual_s is None:
         return list(samples)
-    usual_s = statistics.median(references)
     return [
         s
         if not s.reference_s

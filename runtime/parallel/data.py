@@ -88,8 +88,16 @@ def set_unit(unit: FSDPModule, *, reduce: bool, reshard: bool) -> None:
 
 
 def end_unit(unit: FSDPModule) -> None:
-    """What FSDP does with a unit's gradients after its backward pass, for gradients that came later."""
+    """What FSDP does with a unit's gradients after its backward pass, for gradients that came later.
+
+    Those that came in the pass, of norms, were added up in the precision that is reduced, and the later ones
+    are in that of compute: FSDP reduces a unit whose gradients are of one kind.
+    """
     for group in groups_of(unit):
+        for parameter in group.fsdp_params:
+            if hasattr(parameter, "_unsharded_param"):
+                parameter.accumulate_unsharded_grad_if_needed()
+                parameter.to_accumulated_grad_if_needed()
         group.post_backward()
 
 

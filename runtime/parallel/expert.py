@@ -32,6 +32,7 @@ from torch.distributed.tensor.parallel import (
 from planner.strategy import Degrees
 from runtime.parallel.collectives import exchange_counts, exchange_rows, gather_ranks, sum_to_ranks
 from runtime.parallel.context import held_positions
+from runtime.parallel.fake_answers import row_counts
 from runtime.parallel.meshes import Meshes
 from runtime.transformer.experts import Experts, MixtureOfExperts
 
@@ -172,12 +173,13 @@ class SentByRank:
             return rows_rh, counts_e, None
         out_counts = counts_e.view(self.ep.size(), -1)
         in_counts = exchange_counts(out_counts, self.ep)
-        out_splits, in_splits = torch.stack((out_counts.sum(1), in_counts.sum(1))).tolist()
+        both = torch.stack((out_counts.sum(1), in_counts.sum(1)))
+        out_splits, in_splits = row_counts(both, rows_rh.shape[0])
         rows = exchange_rows(rows_rh, out_splits, in_splits, self.ep)
         arrived, rows_of_rank = in_counts[None], [rows.shape[0]]
         if self.etp is not None:
             arrived = gather_ranks(in_counts[None], self.etp)
-            rows_of_rank = arrived.sum((1, 2)).tolist()
+            (rows_of_rank,) = row_counts(arrived.sum((1, 2))[None], self.etp.size() * rows.shape[0])
             rows = gather_ranks(_padded(rows, max(rows_of_rank)), self.etp)
         order = _order_by_expert(arrived, max(rows_of_rank))[: sum(rows_of_rank)]
         sent = _Sent(out_splits=out_splits, in_splits=in_splits, order=order, room=rows.shape[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.torch_version import TorchVersion
 
 FILLS = TorchVersion(torch.__version__) >= "2.13"
@@ -26,6 +27,15 @@ def balanced_counts(counts: Tensor) -> Tensor:
     cells = counts.numel()
     begun = torch.arange(cells - 1, -1, -1, device=counts.device)
     return ((counts.sum() + begun) // cells).view_as(counts)
+
+
+def row_counts(counts: Tensor, rows: int) -> list[list[int]]:
+    """The numbers in `counts` [n, parts]; where tensors have shapes alone, `rows` over the parts of each."""
+    if isinstance(counts, FakeTensor):
+        parts = counts.shape[1]
+        return [[(rows + parts - 1 - part) // parts for part in range(parts)]] * len(counts)
+    found: list[list[int]] = counts.tolist()
+    return found
 
 
 def fill(received: Tensor, sent: Tensor) -> None:

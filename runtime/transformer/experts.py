@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from planner.feed_forward import Experts as ExpertsSpec
 from planner.feed_forward import Mlp as MlpSpec
+from runtime.parallel.fake_answers import row_counts
 from runtime.transformer.mlp import Mlp, activate
 from runtime.transformer.router import Router
 
@@ -181,8 +182,8 @@ def _copies_by_expert(
     [T, K] among the rows. Choices of E, which are dropped, have no row and the place R."""
     keys = chosen_tk.flatten()
     order = keys.argsort(stable=True)
-    counts = torch.bincount(keys, minlength=spec.count + 1)[: spec.count]
-    rows = len(order) if spec.routing.capacity is None else int(counts.sum())
+    counts = keys.new_zeros(spec.count + 1).scatter_add_(0, keys, torch.ones_like(keys))[: spec.count]
+    rows = len(order) if spec.routing.capacity is None else sum(row_counts(counts[None], len(order))[0])
     places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     places = places.clamp(max=rows).view_as(chosen_tk)
     of_row = order[:rows] // chosen_tk.shape[1]

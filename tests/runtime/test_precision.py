@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from planner.plan import Plan
-from planner.strategy import Degrees, Zero
+from planner.strategy import Degrees, Schedule, Zero
 from planner.workload import Precision
 from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.committed import committed_folders, load_index
@@ -30,6 +30,19 @@ LAYOUTS = {
     "tp2-sp-pp2": Degrees(tp=2, pp=2, micro_batch=2, num_micro_batches=2, sequence_parallel=True),
     "zero3": Degrees(dp_shard=2, micro_batch=2, zero=Zero(3)),
     "one": Degrees(micro_batch=4),
+    **{
+        f"weights-later-zero{int(zero)}-{count}": Degrees(
+            pp=2,
+            schedule=Schedule.ZB_H1,
+            dp_shard=1 if zero is Zero.NONE else 2,
+            dp_replicate=2 if zero is Zero.NONE else 1,
+            zero=zero,
+            micro_batch=2 // count,
+            num_micro_batches=count,
+        )
+        for zero in Zero
+        for count in (1, 2)
+    },
 }
 
 

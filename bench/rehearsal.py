@@ -1,0 +1,371 @@
+"""Rehearsed ranks against real ones, predictions against rehearsals, and traces against an H100.
+
+    python -m bench.rehearsal gloo          peaks of ranks alone against ranks of a real group of 4 on this CPU
+    python -m bench.rehearsal traces        predicted peaks of 20 plans for H100 clusters against shapes alone
+    python -m bench.rehearsal reference     shapes alone against what plain PyTorch took on one H100
+    python -m bench.rehearsal device        on an accelerator: memory and compute of the 20 plans, predicted
+                                            against rehearsed, and plans at the limit that must not run out
+
+Each writes bench/results/DATE-rehearsal-PART.json. The plans are fixed here, before anything is measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from planner.catalog import load_model
+from planner.cluster_grammar import parse_cluster
+from planner.codec import write_atomic
+from planner.commands.estimate import strategy_of
+from planner.commands.text import table
+from planner.commands.with_torch import require_torch
+from planner.cost.evaluate import CostModel
+from planner.estimate import Verdict
+from planner.limits import Limits
+from planner.plan import Plan
+from planner.problem import PlanningProblem
+from planner.rank_kinds import alike_ranks, shortened
+from planner.refine import refine
+from planner.rehearsal import RankRehearsal, RehearsalMode
+from planner.rules import broken_rules
+from planner.runs.engine_stack import engine_stack
+from planner.search.solve import make_plan
+from planner.search.space import parse_pins
+from planner.shipped_profile import shipped_profile
+from planner.stack import Engine
+from planner.units import GIB
+from planner.workload import Precision, Workload
+
+RESULTS = Path(__file__).parent / "results"
+
+GLOO: tuple[str, ...] = (
+    "dp=4 zero=0 micro_batch=2",
+    "dp=4 zero=1 micro_batch=2 recompute=selective",
+    "dp=4 zero=2 micro_batch=2 recompute=full",
+    "dp=4 zero=3 micro_batch=4",
+    "dp=4 zero=3 micro_batch=2",
+    "tp=4 micro_batch=8",
+    "tp=4 micro_batch=4 sequence_parallel=true recompute=full",
+    "tp=2 dp=2 zero=1 sequence_parallel=true micro_batch=4",
+    "tp=2 dp=2 zero=3 micro_batch=2",
+    "pp=4 micro_batch=2 schedule=gpipe",
+    "pp=4 micro_batch=2 schedule=1f1b",
+    "pp=4 micro_batch=2 schedule=zb-h1",
+    "pp=4 chunks=2 micro_batch=2 schedule=interleaved",
+    "pp=4 chunks=2 micro_batch=2 schedule=zbv",
+    "pp=2 chunks=2 dp=2 zero=1 micro_batch=2 schedule=dualpipev",
+    "pp=2 dp=2 zero=0 micro_batch=2 schedule=1f1b",
+    "pp=2 dp=2 zero=2 micro_batch=2 schedule=gpipe recompute=selective",
+    "tp=2 pp=2 chunks=2 schedule=interleaved micro_batch=4",
+    "cp=4 micro_batch=4",
+    "cp=2 dp=2 zero=3 micro_batch=4",
+    "cp=2 tp=2 micro_batch=4 sequence_parallel=true",
+)
+"""Pins of plans of the demo model on four ranks: every axis, every schedule."""
+
+H100: tuple[tuple[str, str, int, int, str], ...] = (
+    ("llama-3.2-1b", "1x8:h100-sxm-80gb", 4096, 16, "dp=8 zero=0 micro_batch=2"),
+    ("llama-3.2-1b", "1x8:h100-sxm-80gb", 8192, 8, "dp=8 zero=1 micro_batch=1"),
+    ("llama-3-8b", "1x8:h100-sxm-80gb", 4096, 8, "dp=8 zero=3 micro_batch=1 recompute=selective"),
+    ("llama-3-8b", "1x8:h100-sxm-80gb", 8192, 16, "dp=8 zero=3 micro_batch=1 recompute=full"),
+    ("llama-3-8b", "8x8:h100-sxm-80gb", 8192, 64, "dp=64 zero=3 micro_batch=1"),
+    ("llama-3-8b", "1x8:h100-sxm-80gb", 8192, 16, "tp=8 sequence_parallel=true micro_batch=1"),
+    ("llama-3-8b", "2x8:h100-sxm-80gb", 8192, 32, "tp=2 pp=2 dp=4 zero=1 micro_batch=1 schedule=1f1b"),
+    ("llama-3-8b", "2x8:h100-sxm-80gb", 8192, 32, "pp=4 dp=4 zero=1 micro_batch=1 schedule=zb-h1"),
+    ("llama-3-8b", "4x8:h100-sxm-80gb", 32768, 8, "tp=2 cp=4 dp=4 zero=3 micro_batch=1 recompute=full"),
+    ("qwen3-8b", "2x8:h100-sxm-80gb", 4096, 64, "dp=16 zero=3 micro_batch=2 recompute=selective"),
+    ("llama-2-13b", "1x8:h100-sxm-80gb", 4096, 16, "tp=4 dp=2 zero=1 sequence_parallel=true micro_batch=1"),
+    ("gpt-3-xl-1.3b", "1x8:h100-sxm-80gb", 2048, 64, "dp=8 zero=2 micro_batch=4"),
+    ("gpt-neox-20b", "2x8:h100-sxm-80gb", 2048, 64, "tp=4 pp=2 dp=2 zero=1 micro_batch=2 recompute=full"),
+    ("qwen3-32b", "8x8:h100-sxm-80gb", 4096, 64, "dp=64 zero=3 micro_batch=1 recompute=full"),
+    ("llama-3.1-70b", "64x8:h100-sxm-80gb", 8192, 512, "tp=8 pp=4 dp=16 zero=1 sequence_parallel=true"),
+    ("llama-3.1-70b", "64x8:h100-sxm-80gb", 8192, 512, "dp=512 zero=3 micro_batch=1 recompute=full"),
+    ("llama-3.1-70b", "16x8:h100-sxm-80gb", 8192, 128, "tp=8 dp=16 zero=3 recompute=full"),
+    (
+        "gpt-3-175b",
+        "64x8:h100-sxm-80gb",
+        2048,
+        512,
+        "tp=8 pp=8 dp=8 zero=1 sequence_parallel=true micro_batch=1 recompute=selective",
+    ),
+    ("mixtral-8x7b-v0.1", "8x8:h100-sxm-80gb", 4096, 64, "dp=64 ep=8 zero=3 micro_batch=1 recompute=full"),
+    ("qwen3-30b-a3b", "4x8:h100-sxm-80gb", 4096, 64, "dp=32 ep=8 zero=3 micro_batch=1 recompute=full"),
+)
+"""Model, cluster, sequence, batch and pins of plans whose ranks fit one H100."""
+
+
+class Asked(NamedTuple):
+    """A plan with the problem that it answers."""
+
+    plan: Plan
+    problem: PlanningProblem
+
+
+def plan_of(model: str, cluster: str, seq: int, batch: int, pins: str) -> Asked:
+    """The plan of fixed pins for the own runtime, by what is shipped of its device."""
+    parsed = parse_cluster(cluster)
+    device = parsed.groups[0].device
+    own = shipped_profile(device.name)
+    problem = PlanningProblem(
+        model=load_model(model),
+        workload=Workload(seq=seq, batch=batch, precision=Precision.FP32 if parsed.local else Precision.BF16),
+        cluster=parsed,
+        profile=own,
+        memory_limit_bytes=device.usable_memory_bytes,
+        limits=Limits(engine=Engine.NATIVE),
+    )
+    problem = dataclasses.replace(problem, stack=engine_stack(Engine.NATIVE, own))
+    strategy = strategy_of(problem, parse_pins(tuple(pins.split())))
+    broken = broken_rules(problem, strategy)
+    assert not broken, (model, pins, broken)
+    plan = make_plan(problem, CostModel(problem).evaluate(strategy), None, {}, ())
+    return Asked(dataclasses.replace(plan, engine=Engine.NATIVE), problem)
+
+
+def rehearsed(plan: Plan, mode: RehearsalMode, **options: Any) -> list[RankRehearsal]:
+    """One rank of each kind, alone."""
+    from runtime.rehearse import RehearsalOptions, rehearse_ranks
+
+    degrees = plan.strategy.degrees
+    ranks = [(degrees.ranks_of_pp_rank(kind[0])[0], kind) for kind in alike_ranks(plan)]
+    chosen = RehearsalOptions(mode=mode, **options)
+    return list(rehearse_ranks(shortened(plan), ranks, chosen, lambda _: None))
+
+
+def predicted_bytes(plan: Plan, rank: RankRehearsal) -> int:
+    """Predicted bytes of tensors of the rank that was rehearsed."""
+    return sum(plan.stage_estimates[stage].memory.allocated_bytes for stage in rank.stages)
+
+
+# On this CPU, against a real group
+
+
+def gloo() -> Iterator[dict[str, Any]]:
+    """Peaks of all kinds of ranks of each plan, real, alone and on shapes alone, and as predicted."""
+    for pins in GLOO:
+        asked = plan_of("shardwise-demo", "local:4", 256, 16, pins)
+        peaks = _real_peaks(asked.plan)
+        alone = {mode: rehearsed(asked.plan, mode, steps=1) for mode in _CPU_MODES}
+        errors = {
+            str(mode): [(rank.allocated_bytes or 0) / peaks[rank.rank] - 1 for rank in ranks]
+            for mode, ranks in alone.items()
+        }
+        predicted = [predicted_bytes(asked.plan, r) / peaks[r.rank] - 1 for r in next(iter(alone.values()))]
+        yield {"plan": pins, "peaks_mib": [p / 2**20 for p in peaks], **errors, "predicted": predicted}
+
+
+_CPU_MODES = (RehearsalMode.PROCESSOR, RehearsalMode.FAKE_TENSORS)
+
+
+def _real_peaks(plan: Plan) -> list[int]:
+    import torch
+
+    from runtime.memory import measure_peak
+    from tests.runtime.ranks import batch_of, make_executor, on_ranks, slice_of
+
+    def body(rank: int) -> int:
+        executor = make_executor(plan)
+        tokens = slice_of(executor, batch_of(plan, 0))
+        executor.step(tokens)
+        return measure_peak(lambda: executor.step(tokens), torch.device("cpu")).allocated_bytes
+
+    return list(on_ranks(body, plan.strategy.degrees.world))
+
+
+# Predictions for accelerators against shapes alone
+
+
+def traces() -> Iterator[dict[str, Any]]:
+    """Predicted bytes of tensors of every kind of rank of the 20 plans, against what shapes alone show."""
+    for model, cluster, seq, batch, pins in H100:
+        asked = plan_of(model, cluster, seq, batch, pins)
+        began = time.monotonic()
+        ranks = rehearsed(asked.plan, RehearsalMode.FAKE_TENSORS)
+        errors = [predicted_bytes(asked.plan, r) / r.allocated_bytes - 1 for r in ranks if r.allocated_bytes]
+        yield {
+            "plan": f"{model} {cluster.partition(':')[0]} {pins}",
+            "gib": [(r.allocated_bytes or 0) / GIB for r in ranks],
+            "predicted": errors,
+            "wall_s": time.monotonic() - began,
+        }
+
+
+# Shapes alone against an H100
+
+
+REFERENCES = {
+    "h100-l1b-s4k-b1": (16, 2048, 8192, 32, 8, 128256, 1, 1, 1, 4096),
+    "h100-l8b-fsdp64-s8k-b1": (32, 4096, 14336, 32, 8, 128256, 64, 1, 1, 8192),
+    "h100-l8b-tp8-fsdp8-s8k-b2": (32, 4096, 14336, 32, 8, 128256, 8, 8, 2, 8192),
+    "h100-l3b-fsdp8-s4k-b2": (28, 3072, 8192, 24, 8, 128256, 8, 1, 2, 4096),
+}
+"""Layers, hidden, ffn, heads, KV heads, vocabulary, data ranks, tp, micro-batch, sequence of reference runs in
+eager mode that recompute nothing (bench/data/h100_reference.csv)."""
+
+
+def reference() -> Iterator[dict[str, Any]]:
+    """Peaks of the same plain PyTorch traced on shapes alone, against those measured on one H100."""
+    from planner.runs.table import read_runs
+    from runtime.children import run_children
+
+    measured = {run.id: run for run in read_runs([Path(__file__).parent / "data/h100_reference.csv"]).runs}
+    for name, sizes in REFERENCES.items():
+        (answer,) = run_children(lambda _, emit, sizes=sizes: emit({"bytes": _trace_plain(*sizes)}))
+        peak = measured[name].peak_memory_gib
+        assert peak is not None
+        yield {"run": name, "h100_gib": peak, "traced_gib": answer["bytes"] / GIB,
+               "error": answer["bytes"] / GIB / peak - 1}  # fmt: skip
+
+
+def _trace_plain(*sizes: int) -> int:
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from bench.plain_llama import Sizes, plain_step
+    from runtime.fake_tensors import CUDA_BLOCK_BYTES, fake_tensors
+    from runtime.fake_world import fake_group
+
+    *of_model, dp, tp, micro_batch, seq = sizes
+    with fake_group(dp * tp):
+        mesh = init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
+        with fake_tensors(CUDA_BLOCK_BYTES) as live:
+            step = plain_step(Sizes(*of_model), mesh, micro_batch, seq, torch.device("cpu"), compiled=False)
+            step()
+            live.begin()
+            step()
+            return live.peak_bytes
+
+
+# On an accelerator
+
+
+NEAR_LIMIT = (0.55, 0.7, 0.85)
+"""Memory limits, as shares of the device's, that plans are solved to the edge of."""
+LIMIT_CASES = tuple((model, seq) for model in ("llama-3.2-1b", "llama-3-8b", "gpt-3-xl-1.3b", "qwen3-8b",
+                                               "llama-2-7b") for seq in (2048, 8192))  # fmt: skip
+
+
+def device() -> Iterator[dict[str, Any]]:
+    """Memory and compute of the 20 plans on this accelerator, predicted and rehearsed; then plans at limits."""
+    for model, cluster, seq, batch, pins in H100:
+        asked = plan_of(model, cluster, seq, batch, pins)
+        began = time.monotonic()
+        ranks = rehearsed(asked.plan, RehearsalMode.DEVICE, compiled=False)
+        yield {
+            "plan": f"{model} {cluster.partition(':')[0]} {pins}",
+            "verdict": str(asked.plan.estimate.verdict),
+            "ran_out": [r.ran_out for r in ranks if r.ran_out],
+            "allocated": [predicted_bytes(asked.plan, r) / r.allocated_bytes - 1
+                          for r in ranks if r.allocated_bytes],
+            "reserved": [_predicted_reserved(asked.plan, r) / r.reserved_bytes - 1
+                         for r in ranks if r.reserved_bytes],
+            "compute": _compute_errors(asked, ranks),
+            "idle_share": [r.idle_share for r in ranks],
+            "wall_s": time.monotonic() - began,
+        }  # fmt: skip
+    yield from _at_limits()
+
+
+def _predicted_reserved(plan: Plan, rank: RankRehearsal) -> int:
+    own = [plan.stage_estimates[stage].memory for stage in rank.stages]
+    return sum(m.allocated_bytes + m.allocator_bytes for m in own)
+
+
+def _compute_errors(asked: Asked, ranks: Sequence[RankRehearsal]) -> list[float]:
+    """Predicted over rehearsed seconds of a rank's own work in a step, less 1."""
+    found = []
+    for rank in ranks:
+        alone = refine(asked.problem, asked.plan, [rank], RehearsalMode.DEVICE)
+        own, modelled = alone.breakdown, asked.plan.estimate.breakdown
+        if rank.passes:
+            measured_s = own.compute_s + own.recompute_s + own.host_s
+            found.append((modelled.compute_s + modelled.recompute_s + modelled.host_s) / measured_s - 1)
+    return found
+
+
+def _at_limits() -> Iterator[dict[str, Any]]:
+    """Plans solved at a memory limit that leaves little, rehearsed with the allocator held to it."""
+    from planner.errors import InfeasibleError
+    from planner.search.solve import SolveOptions, solve
+
+    for model, seq in LIMIT_CASES:
+        for share in NEAR_LIMIT:
+            asked = plan_of(model, "1x8:h100-sxm-80gb", seq, 64, "dp=8 zero=3 micro_batch=1 recompute=full")
+            limit = round(share * asked.problem.memory_limit_bytes)
+            problem = dataclasses.replace(asked.problem, memory_limit_bytes=limit)
+            try:
+                plan = solve(problem, SolveOptions(pins=parse_pins(()), time_limit_s=5.0, top=0))
+            except InfeasibleError:
+                continue
+            room = limit - max(s.memory.runtime_bytes for s in plan.stage_estimates)
+            ranks = rehearsed(plan, RehearsalMode.DEVICE, steps=1, room_bytes=room)
+            yield {
+                "plan": f"{model} {seq} at {limit / GIB:.1f} GiB: {plan.strategy.degrees.label()}",
+                "verdict": str(plan.estimate.verdict),
+                "ran_out": [r.ran_out for r in ranks if r.ran_out],
+                "safe_but_ran_out": plan.estimate.verdict is Verdict.SAFE and any(r.ran_out for r in ranks),
+            }
+
+
+PARTS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+    "gloo": gloo,
+    "traces": traces,
+    "reference": reference,
+    "device": device,
+}
+
+
+def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of every column of errors the mean and the largest, without their signs."""
+    columns: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name in ("processor", "fake tensors", "predicted", "allocated", "reserved", "compute"):
+                columns.setdefault(name, []).extend(map(abs, value))
+            elif name == "error":
+                columns.setdefault(name, []).append(abs(value))
+    return {
+        name: {"n": len(each), "mean": statistics.fmean(each), "worst": max(each)}
+        for name, each in columns.items()
+    }
+
+
+@click.command()
+@click.argument("part", type=click.Choice(list(PARTS)))
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write JSON.")
+def main(part: str, out: Path | None) -> None:
+    """Runs one part and prints a line for each case."""
+    require_torch("rehearse")
+    rows = []
+    for row in PARTS[part]():
+        rows.append(row)
+        click.echo(json.dumps(row, default=str), err=True)
+    summary = _summary(rows)
+    shown = [(k, v["n"], f"{v['mean']:.2%}", f"{v['worst']:.2%}") for k, v in summary.items()]
+    click.echo(table(("error of", "ranks", "mean", "worst"), shown))
+    today = datetime.now(UTC).date().isoformat()
+    document = {
+        "date": today,
+        "python": platform.python_version(),
+        "command": f"python -m bench.rehearsal {part}",
+        "summary": summary,
+        "rows": rows,
+    }
+    path = out or RESULTS / f"{today}-rehearsal-{part}.json"
+    write_atomic(path, json.dumps(document, indent=1) + "\n")
+    print(f"wrote {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
