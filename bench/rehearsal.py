@@ -1,6 +1,6 @@
 """Rehearsed ranks against real ones, predictions against rehearsals, and traces against an H100.
 
-    python -m bench.rehearsal gloo          peaks of ranks alone against ranks of a real group of 4 on this CPU
+    python -m bench.rehearsal gloo          peaks of ranks alone against ranks of a real group on this CPU
     python -m bench.rehearsal traces        predicted peaks of 20 plans for H100 clusters against shapes alone
     python -m bench.rehearsal reference     shapes alone against what plain PyTorch took on one H100
     python -m bench.rehearsal device        on an accelerator: memory and compute of the 20 plans, predicted
@@ -210,8 +210,8 @@ REFERENCES = {
     "h100-l8b-tp8-fsdp8-s8k-b2": (32, 4096, 14336, 32, 8, 128256, 8, 8, 2, 8192),
     "h100-l3b-fsdp8-s4k-b2": (28, 3072, 8192, 24, 8, 128256, 8, 1, 2, 4096),
 }
-"""Layers, hidden, ffn, heads, KV heads, vocabulary, data ranks, tp, micro-batch, sequence of reference runs in
-eager mode that recompute nothing (bench/data/h100_reference.csv)."""
+"""Layers, hidden, ffn, heads, KV heads, vocabulary, data ranks, tp, micro-batch, sequence of reference runs
+in eager mode that recompute nothing (bench/data/h100_reference.csv)."""
 
 
 def reference() -> Iterator[dict[str, Any]]:
@@ -257,7 +257,7 @@ LIMIT_CASES = tuple((model, seq) for model in ("llama-3.2-1b", "llama-3-8b", "gp
 
 
 def device() -> Iterator[dict[str, Any]]:
-    """Memory and compute of the 20 plans on this accelerator, predicted and rehearsed; then plans at limits."""
+    """Memory and compute of the 20 plans on this accelerator, predicted and rehearsed; then limits."""
     for model, cluster, seq, batch, pins in H100:
         asked = plan_of(model, cluster, seq, batch, pins)
         began = time.monotonic()
