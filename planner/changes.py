@@ -17,6 +17,7 @@ from planner.cost.physics import usual_physics
 from planner.errors import InputError
 from planner.problem import PlanningProblem
 from planner.profile import PROFILE_SCHEMA, Constant, Op, Profile
+from planner.rate_sample import RateSample
 from planner.strategy import Degrees
 from planner.workload import AdapterModules, Adapters, Method, Optimizer, Precision
 
@@ -224,9 +225,16 @@ def faster_devices(problem: PlanningProblem, factor: float) -> PlanningProblem:
         dataclasses.replace(c, value=c.value * factor) if c.name in MEASURED_RATES else c
         for c in profile.constants
     )
+    rates = tuple(_faster(sample, factor) for sample in profile.rates)
     return dataclasses.replace(
-        changed, profile=dataclasses.replace(profile, layers=layers, constants=constants)
+        changed, profile=dataclasses.replace(profile, layers=layers, constants=constants, rates=rates)
     )
+
+
+def _faster(sample: RateSample, factor: float) -> RateSample:
+    """An operator on a device that is faster by a factor."""
+    backward_s = None if sample.backward_s is None else sample.backward_s / factor
+    return dataclasses.replace(sample, forward_s=sample.forward_s / factor, backward_s=backward_s)
 
 
 MEASURED_RATES = ("gemm_flops", "memory_bytes_per_s")

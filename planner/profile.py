@@ -8,6 +8,7 @@ from pathlib import Path
 from planner.codec import load_json, noun
 from planner.errors import InputError, Problem
 from planner.model import Layer, ModelSpec
+from planner.rate_sample import RateSample
 from planner.strategy import CpExchange, Recompute
 from planner.workload import Precision
 
@@ -179,7 +180,7 @@ class Profile:
     """All samples of a device and software stack, with versions and date.
 
     `cores` is the number of CPU cores that the ranks share. `skipped` names what could not be measured,
-    and why.
+    and why. `rates` are operators alone, for layers that were not measured.
     """
 
     schema_version: int
@@ -200,6 +201,7 @@ class Profile:
     precision: Precision | None = None
     fits: tuple[FamilyFit, ...] = ()
     clocks: Clocks | None = None
+    rates: tuple[RateSample, ...] = ()
 
     @property
     def devices(self) -> tuple[str, ...]:

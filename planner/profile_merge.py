@@ -12,15 +12,17 @@ from typing import Any
 
 from planner.codec import noun
 from planner.profile import CommSample, Constant, ContentionSample, FamilyFit, LayerSample, Profile
+from planner.rate_sample import RateSample
 from planner.workload import Precision
 
-Sample = LayerSample | CommSample | ContentionSample | Constant
+Sample = LayerSample | CommSample | ContentionSample | Constant | RateSample
 
 FIELDS: dict[type, str] = {
     LayerSample: "layers",
     CommSample: "comms",
     ContentionSample: "contention",
     Constant: "constants",
+    RateSample: "rates",
 }
 """The field of Profile that holds samples of a kind."""
 

@@ -12,8 +12,10 @@ from planner.codec import noun
 from planner.cost import constants
 from planner.cost.gemm import GemmModel
 from planner.cost.layer import NOTHING, LayerCost, LayerShape, block_saved_bytes
+from planner.cost.measured_rates import MeasuredRates, measured_rates
 from planner.cost.physics import Physics, fitted_to_runs
-from planner.cost.products import cast_s, matrices_s, product_s
+from planner.cost.pieces import BothWays, Pieces
+from planner.cost.products import cast_s, matrices_s, product_s, products_of
 from planner.cost.seconds import larger
 from planner.cost.trained import Trained, beside_frozen, without_lowest
 from planner.errors import InputError, Problem
@@ -35,6 +37,9 @@ class DeviceRates:
     `flops` is what large products reach. `by_shape` is the rate of products by their shape; None where a
     profile measured the rate of large ones. `precise` is that of products that stay in bf16 under fp8.
     `fused` says that products with one input are one product. `imbalance` is that of experts.
+    `sampled` are times of operators from a profile's sweeps, `sampled_precise` those of what stays in bf16
+    under fp8. `own` says that the runtime whose operators they are runs them; `serial` that the device is a
+    CPU, which launches and computes by turns.
     """
 
     flops: float
@@ -50,6 +55,16 @@ class DeviceRates:
     fp8: bool = False
     imbalance: float = 1.0
     origin: str = "datasheet"
+    sampled: MeasuredRates | None = None
+    sampled_precise: MeasuredRates | None = None
+    own: bool = False
+    serial: bool = False
+
+    def pieces(self, shape: LayerShape) -> Pieces | None:
+        """The parts of a layer by their operators; None where these were not sampled, or are another's."""
+        if self.sampled is None or not self.own:
+            return None
+        return Pieces(shape, self.sampled, self.imbalance)
 
 
 def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | None:
@@ -69,6 +84,8 @@ def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | No
     precise = Precision.BF16 if precision is Precision.FP8 else precision
     between = precision if problem.stack.fp8_attention else precise
     whole = device.peak_flops(between) or peak
+    sampled = measured_rates(problem.profile, precision)
+    own = problem.stack.own and sampled is not None
     if measured or whole is None:
         whole = flops / constants.GEMM_EFFICIENCY
     return DeviceRates(
@@ -84,7 +101,13 @@ def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | No
         fused=problem.stack.engine is Engine.MEGATRON,
         fp8=precision is Precision.FP8,
         imbalance=1.0 if problem.stack.balanced else physics.expert_imbalance,
-        origin="fitted" if fitted_to_runs(problem.profile, problem.stack, device.name) else "datasheet",
+        origin="fitted"
+        if own or fitted_to_runs(problem.profile, problem.stack, device.name)
+        else "datasheet",
+        sampled=sampled,
+        sampled_precise=measured_rates(problem.profile, precise),
+        own=own,
+        serial=own and device.name == "cpu",
     )
 
 
@@ -148,7 +171,7 @@ def _trained(
 ) -> Trained:
     """What training adds: the gradients of all weights, or adapters beside frozen ones."""
     if adapters is None:
-        return Trained(backward_products_s=matrices_s(block, shape, rates))
+        return Trained(backward_products_s=_weight_gradients_s(block, shape, rates))
 
     def thin_s(m: float, n: float, k: float) -> float:
         return product_s(m, n, k, rates, precise=True)
@@ -160,35 +183,40 @@ def _trained(
     return without_lowest(thin, block, shape, whole_s) if lowest else thin
 
 
+def _weight_gradients_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
+    """Seconds of the backward products beyond those of a forward pass: another one, unless measured."""
+    forward_s, pieces = matrices_s(block, shape, rates), rates.pieces(shape)
+    return pieces.products(products_of(block, rates)).backward_s - forward_s if pieces else forward_s
+
+
 def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates, more: Trained) -> LayerCost:
     tokens, tp, size = shape.tokens, shape.tp, shape.precision.compute_bytes
     products_s = matrices_s(block, shape, rates)
     attention_s, attention_backward_s = _attention_s(block, shape, rates)
     stream = block.hidden / (tp if shape.sequence_parallel else 1)
-    moved = _moved_values(block, shape, stream, rates)
-    elementwise_s = size * tokens * moved / rates.memory_bytes_per_s
+    between = _between(block, shape, stream, rates)
     beside_s = size * tokens * rates.physics.elementwise_scale / rates.memory_bytes_per_s
     casts_s, casts_backward_s = cast_s(block, shape, rates)
     if rates.compiled:
-        elementwise_s *= rates.physics.compiled_elementwise_share
+        between = between.times(rates.physics.compiled_elementwise_share)
         beside_s *= rates.physics.compiled_elementwise_share
     host_s = _host_s(block, shape, rates)
     again_host_s = constants.RECOMPUTE_HOST * host_s
     layer_s = rates.physics.layer_s * _launches(block, shape)
-    if isinstance(block.mlp, Experts):
+    if isinstance(block.mlp, Experts) and rates.pieces(shape) is None:
         own_s = rates.physics.expert_s * block.mlp.count / shape.ep
         layer_s += own_s * (rates.physics.graphed_share if rates.graphed else 1.0)
     beside_forward_s = casts_s + more.forward_products_s + more.forward_values * beside_s
     beside_backward_s = casts_backward_s + more.backward_values * beside_s
-    busy_s = layer_s + products_s + attention_s + elementwise_s + beside_forward_s
-    forward_s = larger(busy_s, host_s * (1 + more.forward_launches))
+    busy_s = layer_s + products_s + attention_s + between.forward_s + beside_forward_s
+    forward_s = _launched_s(busy_s, host_s * (1 + more.forward_launches), rates)
     turned_s = products_s + more.backward_products_s + attention_backward_s
     busy_backward_s = 2 * layer_s + rates.physics.backward_scale * turned_s
-    busy_backward_s += 2 * elementwise_s + beside_backward_s
-    backward_s = larger(busy_backward_s, host_s * (2 + more.backward_launches))
+    busy_backward_s += between.backward_s + beside_backward_s
+    backward_s = _launched_s(busy_backward_s, host_s * (2 + more.backward_launches), rates)
     again_s = {
         Recompute.NONE: 0.0,
-        Recompute.SELECTIVE: larger(elementwise_s, 0.5 * host_s),
+        Recompute.SELECTIVE: larger(between.forward_s, 0.5 * host_s),
         Recompute.FULL: larger(forward_s, again_host_s),
     }
     saved = block_saved_bytes(block, shape, shape.recompute)
@@ -204,10 +232,27 @@ def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates, more: Train
     )
 
 
+def _between(block: Block, shape: LayerShape, stream: float, rates: DeviceRates) -> BothWays:
+    """Seconds of what lies between the products, by its operators or by the bytes that it moves."""
+    pieces = rates.pieces(shape)
+    measured = pieces.between(block) if pieces else None
+    if measured is not None:
+        return measured
+    moved = shape.precision.compute_bytes * shape.tokens * _moved_values(block, shape, stream, rates)
+    once_s = moved / rates.memory_bytes_per_s
+    return BothWays(forward_s=once_s, backward_s=2 * once_s)
+
+
+def _launched_s(busy_s: float, host_s: float, rates: DeviceRates) -> float:
+    """Seconds of a pass whose device is busy so long, and its host: by turns where they are one."""
+    return busy_s + host_s if rates.serial else larger(busy_s, host_s)
+
+
 def _host_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
     """Least seconds in which the host launches a block's forward, by the operators that it has."""
     physics = rates.physics
-    eager_s = physics.host_block_forward_s * _launches(block, shape)
+    # Times of operators on a CPU have their launches in them.
+    eager_s = 0.0 if rates.serial else physics.host_block_forward_s * _launches(block, shape)
     if shape.tp > 1:
         modules = len(block.matrices()) + block.norms
         eager_s += physics.host_tp_forward_s * modules / constants.SHARDED_MODULES
@@ -248,6 +293,10 @@ def _attention_s(block: Block, shape: LayerShape, rates: DeviceRates) -> tuple[f
     2.5 times. So does a recurrent mixer's scan, at a rate of its own. The others compute the whole square as
     batched products, twice going back, and read and write every probability.
     """
+    pieces = rates.pieces(shape)
+    measured = pieces.attention(block) if pieces and not rates.compiled else None
+    if measured is not None:
+        return measured.forward_s, measured.backward_s
     flops = block.attention_flops_forward(shape.tokens, shape.seq) / shape.tp
     attentions = [mixer for mixer in block.mixers if isinstance(mixer, (Attention, LatentAttention))]
     if not attentions:
@@ -343,18 +392,28 @@ def _head_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates, *, froze
     if model.vocab == 0:
         return NOTHING
     tokens, vocab, size = shape.tokens, model.vocab_shard(shape.tp), shape.precision.compute_bytes
+    measured = None if frozen else _measured_head(model, shape, rates)
     projection_s = product_s(tokens, vocab, model.token_width, rates, precise=True)
     logits_s = rates.physics.head_scale * 4.0 * tokens * vocab * 4 / rates.memory_bytes_per_s
     stream = model.hidden / (shape.tp if shape.sequence_parallel else 1)
     logits_bytes = tokens * vocab * (4.0 + (size if size < 4 else 0))
+    turned_s = (1 if frozen else 2) * projection_s + logits_s
     return LayerCost(
-        forward_s=projection_s + logits_s,
-        backward_s=(1 if frozen else 2) * projection_s + logits_s,
+        forward_s=measured.forward_s if measured else projection_s + logits_s,
+        backward_s=measured.backward_s if measured else turned_s,
         saved_bytes=size * tokens * 2 * stream + logits_bytes,
         forward_transient_bytes=4.0 * tokens * vocab,
         backward_transient_bytes=tokens * vocab * (4.0 + size),
         origin=rates.origin,
     )
+
+
+def _measured_head(model: ModelSpec, shape: LayerShape, rates: DeviceRates) -> BothWays | None:
+    """The head by its operators."""
+    pieces = rates.pieces(shape)
+    if pieces is None:
+        return None
+    return pieces.head(model.vocab_shard(shape.tp), model.token_width, model.norm, model.hidden)
 
 
 def _embedding_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates, *, frozen: bool) -> LayerCost:
@@ -363,9 +422,12 @@ def _embedding_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates, *, 
         return NOTHING
     moved = shape.precision.compute_bytes * shape.tokens * model.hidden
     table = 4.0 * model.vocab_shard(shape.tp) * model.hidden
+    pieces = rates.pieces(shape)
+    measured = pieces.embedding(model.vocab_shard(shape.tp), model.token_width) if pieces else None
+    spread_s = measured.backward_s if measured else (2 * moved + table) / rates.memory_bytes_per_s
     return LayerCost(
-        forward_s=2 * moved / rates.memory_bytes_per_s,
-        backward_s=0.0 if frozen else (2 * moved + table) / rates.memory_bytes_per_s,
+        forward_s=measured.forward_s if measured else 2 * moved / rates.memory_bytes_per_s,
+        backward_s=0.0 if frozen else spread_s,
         saved_bytes=8.0 * shape.tokens,
         forward_transient_bytes=float(moved),
         backward_transient_bytes=0.0,

@@ -10,7 +10,7 @@ tokens, each 1/c of them with the keys of one rank.
     gather      forward   all-gather of c t (k + v); backward the same, and a reduce-scatter as large
     all_to_all  forward   all-to-all of t q, t k, t v before attention and of t o behind it; backward the same
 
-A hop that hides slows attention by OVERLAP_SLOWDOWN while both run. Behind each part of a ring the results so
+A hop that hides slows attention as `Overlap` says while both run. Behind each part of a ring the results so
 far are corrected: an fp32 result read and written, a new one read. Windows of attention do not go round a
 ring (Transformer Engine has them gathered). Heads that are fewer than ranks are copied for the all-to-all.
 """
@@ -23,9 +23,8 @@ from collections.abc import Callable
 
 from planner.attention import Attention, LatentAttention, Reach
 from planner.codec import noun
-from planner.cost import constants
 from planner.cost.layer import LayerCost, LayerShape
-from planner.cost.seconds import smaller
+from planner.cost.overlap import Overlap
 from planner.model import Block, ModelSpec
 from planner.profile import LayerKind, Op
 from planner.strategy import CpExchange, Recompute
@@ -103,8 +102,11 @@ Seconds = Callable[[Op, float], float]
 class ContextCost:
     """The exchange of a block's mixers. `seconds` is scaled by its constant already."""
 
-    def __init__(self, shape: LayerShape, seconds: Seconds, memory_bytes_per_s: float | None) -> None:
+    def __init__(
+        self, shape: LayerShape, seconds: Seconds, memory_bytes_per_s: float | None, overlap: Overlap
+    ) -> None:
         self.shape, self.seconds, self.memory_bytes_per_s = shape, seconds, memory_bytes_per_s
+        self.overlap = overlap
 
     def block(self, block: Block, core_s: tuple[float, float], step_s: float) -> Exchanged:
         """Seconds that a block's exchange shows; `core_s` is its attention's, `step_s` each hop's own."""
@@ -137,15 +139,9 @@ class ContextCost:
         double_s = self.seconds(Op.P2P, 2 * tokens * widths.kv)
         correction = CORRECTION_BYTES * tokens * widths.out / self.shape.precision.compute_bytes
         corrected_s = correction / self.memory_bytes_per_s if self.memory_bytes_per_s else 0.0
-        ahead = (ranks - 1) * (behind(hop_s, forward_s / ranks) + step_s + corrected_s)
-        back = (ranks - 1) * (behind(double_s, backward_s / ranks) + step_s) + hop_s
+        ahead = (ranks - 1) * (self.overlap.shown_s(hop_s, forward_s / ranks) + step_s + corrected_s)
+        back = (ranks - 1) * (self.overlap.shown_s(double_s, backward_s / ranks) + step_s) + hop_s
         return Exchanged(forward_s=ahead, backward_s=back)
-
-
-def behind(message_s: float, work_s: float) -> float:
-    """Seconds that a message beside some work adds to it."""
-    hidden_s = smaller(message_s, work_s)
-    return message_s - hidden_s + constants.OVERLAP_SLOWDOWN * hidden_s
 
 
 def with_context_buffers(cost: LayerCost, model: ModelSpec, shape: LayerShape) -> LayerCost:

@@ -30,6 +30,9 @@ from planner.strategy import OffloadCounts, Stage, Zero
 WINDOW = 2
 """Blocks whose offloaded activations are on the device: that of the pass that runs, and one on its way."""
 
+COPIED_BYTES = 2.0**26
+"""Of a copy whose measured rate stands for all: the activations or gradients of a block."""
+
 UPDATE_BYTES = 12.0
 """What an update reads and writes of a parameter and its gradient, in fp32; its state is read and written
 besides: 28 bytes for AdamW's two moments."""
@@ -58,10 +61,12 @@ class HostMemory:
         self.shape, self.physics = shape, shape.physics
         self.size = shape.problem.workload.precision.compute_bytes
         self.every_pass = shape.degrees.zero >= Zero.GRADIENTS
-        rates = [group.device.host_link_bytes_per_s for group in shape.problem.cluster.groups]
-        known = [rate for rate in rates if rate]
-        assert len(known) == len(rates), "rules.offload_possible asks for it"
-        self.bytes_per_s = min(known) * shape.physics.host_link_share
+        links = [group.device.host_link_bytes_per_s for group in shape.problem.cluster.groups]
+        known = [rate for rate in links if rate]
+        assert len(known) == len(links), "rules.offload_possible asks for it"
+        rates = shape.layer_model.rates
+        copied = rates.sampled.copies_bytes_per_s(COPIED_BYTES) if rates and rates.sampled else None
+        self.bytes_per_s = copied or min(known) * shape.physics.host_link_share
 
     def copy_s(self, bytes_: float) -> float:
         """Seconds of a copy over the host link, one way; the other way runs beside it."""

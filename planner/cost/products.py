@@ -9,6 +9,7 @@ from planner.cost import constants
 from planner.cost.layer import LayerShape
 from planner.matrix import Matrix, Split
 from planner.model import Block
+from planner.rate_sample import RateKind
 from planner.workload import Precision
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ def product_s(m: float, n: float, k: float, rates: DeviceRates, *, precise: bool
     Where only the rate of large products is known, small dimensions are padded. `precise` ones stay in bf16
     where the others are in fp8.
     """
+    sampled = rates.sampled_precise if precise else rates.sampled
+    if sampled is not None:
+        return sampled.forward_s(RateKind.GEMM, m, n, k) / rates.physics.gemm_scale
     shapes = rates.precise if precise else rates.by_shape
     rate = shapes.rate_flops(m, n, k) if shapes else None
     if rate is not None:
@@ -32,8 +36,11 @@ def product_s(m: float, n: float, k: float, rates: DeviceRates, *, precise: bool
 
 def matrices_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
     """Seconds of a block's forward products."""
+    pieces = rates.pieces(shape)
+    if pieces is not None:
+        return pieces.products(block.matrices()).forward_s
     total_s = 0.0
-    for matrix in _products(block, rates):
+    for matrix in products_of(block, rates):
         if matrix.routed:
             total_s += routed_s(matrix, shape, rates)
             continue
@@ -42,7 +49,7 @@ def matrices_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
     return total_s
 
 
-def _products(block: Block, rates: DeviceRates) -> tuple[Matrix, ...]:
+def products_of(block: Block, rates: DeviceRates) -> tuple[Matrix, ...]:
     """A block's matrices, those of a sublayer that have one input as one where the engine fuses them.
 
     Query, key and value; up projection and gate (Megatron-LM's linear_qkv and linear_fc1).
@@ -71,10 +78,10 @@ def cast_s(block: Block, shape: LayerShape, rates: DeviceRates) -> tuple[float, 
 
     A value is read in 2 bytes and written in 1, once more transposed for the gradient of weights: 4 bytes.
     """
-    if shape.precision is not Precision.FP8:
-        return 0.0, 0.0
+    if shape.precision is not Precision.FP8 or rates.pieces(shape) is not None:
+        return 0.0, 0.0  # samples of the runtime's products have their casts in them
     inputs = outputs = 0.0
-    for matrix in _products(block, rates):
+    for matrix in products_of(block, rates):
         shards = shape.expert_tp if matrix.routed else shape.tp
         rows = matrix.used * shape.expert_tp / shape.tp if matrix.routed else 1.0
         own_inputs, own_outputs = matrix.shard(shards)

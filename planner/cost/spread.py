@@ -7,6 +7,7 @@ from planner.cost.context import ContextCost, Exchanged
 from planner.cost.experts import expert_pass_s, spreads_experts
 from planner.cost.layer import LayerShape
 from planner.cost.messages import Messages
+from planner.cost.overlap import overlap_of
 from planner.feed_forward import Experts
 from planner.model import Block, Layer
 from planner.stack import Selective, Stack
@@ -51,7 +52,8 @@ def exchanged(layer: Layer, shape: LayerShape, messages: Messages, layers: Layer
     bandwidth, step_s = layers.rates.memory_bytes_per_s if layers.rates else None, messages.physics.cp_step_s
     if layers.exchange_measured(shape):
         bandwidth, step_s = None, 0.0
-    cost = ContextCost(shape, messages.cp_seconds, bandwidth)
+    overlap = overlap_of(layers.problem.profile)
+    cost = ContextCost(shape, messages.cp_seconds, bandwidth, overlap)
     return cost.block(layer, layers.core_s(shape), step_s)
 
 

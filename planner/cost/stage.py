@@ -12,18 +12,19 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
-from planner.cost import constants
 from planner.cost.comm import CommModel
 from planner.cost.compute import LayerModel
 from planner.cost.context import Exchanged
 from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.memory_constants import process_groups
 from planner.cost.messages import Messages
+from planner.cost.overlap import overlap_of
 from planner.cost.passes import Pass, Unit
-from planner.cost.seconds import larger, smaller
+from planner.cost.seconds import larger
 from planner.cost.spread import exchanged, experts_s, sent_again, summed_sublayers
 from planner.cost.stage_cost import StageCost
 from planner.cost.states import States, states_of
+from planner.cost.update import update_s
 from planner.problem import PlanningProblem
 from planner.profile import LayerKind, Op
 from planner.stack import Engine
@@ -61,6 +62,7 @@ class ShapeModel:
         self.physics, self.memory = layers.physics, layers.memory
         self.messages = Messages(problem, degrees, comms, layers.physics, layers.stream_width)
         self.overlaps = problem.cluster.groups[0].slots_per_node is None
+        self.overlap = overlap_of(problem.profile)
         communicates = self.overlaps and degrees.world > 1
         self.runtime_bytes = round(self.memory.communicator_bytes * process_groups(degrees) * communicates)
         self.classes = layers.classes
@@ -257,13 +259,11 @@ class ShapeModel:
     def _exposed(self, passing: Pass, message: Pass) -> Pass:
         """The pass with a message beside it: hidden behind compute where the device overlaps.
 
-        Overlapped work slows compute by OVERLAP_SLOWDOWN for as long as both run.
+        While both run they slow each other (planner.cost.overlap).
         """
         if not self.overlaps:
             return passing + message
-        hidden_s = smaller(message.total_s, passing.total_s)
-        shown_s = message.total_s - hidden_s + constants.OVERLAP_SLOWDOWN * hidden_s
-        return passing + Pass(dp_s=shown_s)
+        return passing + Pass(dp_s=self.overlap.shown_s(message.total_s, passing.total_s))
 
     def once_s(self, message: Pass) -> float:
         """Seconds of a message that all ranks send at the same time, once a step."""
@@ -421,12 +421,7 @@ class ShapeModel:
         """
         params = sum(self._sharded(unit) * count for unit, count in units)
         tensors = sum(unit.tensors * count for unit, count in units)
-        constant = self.messages.constant
-        each = constant("optimizer_s_per_param") + constant("clip_s_per_param")
-        per_tensor = constant("optimizer_s_per_tensor") + constant("clip_s_per_tensor")
-        if each == 0.0 and self.layer_model.rates is not None:
-            # Reads parameter, gradient and two moments, writes three of them, all in fp32.
-            each = self.physics.optimizer_scale * 28.0 / self.layer_model.rates.memory_bytes_per_s
+        per_tensor, each = update_s(self.messages, self.layer_model.rates, self.physics)
         return params * each + tensors * per_tensor
 
     def _memory(

@@ -24,9 +24,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner.cost import constants
 from planner.cost.evaluate import CostModel
-from planner.cost.seconds import smaller
+from planner.cost.overlap import overlap_of
 from planner.cost.stage import ShapeModel
 from planner.cost.verdict import safe_tensor_bytes
 from planner.search.bounds import schedule_factor
@@ -112,14 +111,14 @@ class Outlook:
         seconds[excess > savable * alive / p] = math.inf
         fullness = (state + (kept - savable) * alive / p) / limit
         bound_s = float((passes * factor).min())
-        whole = passes + p * again
-        rough_s = seconds + _shown_s(each, whole) * m / p + _shown_s(once, (whole - forward) / p)
+        whole, shown = passes + p * again, overlap_of(model.problem.profile).shown_s
+        rough_s = seconds + shown(each, whole) * m / p + shown(once, (whole - forward) / p)
         kept_ones = rough_s.argsort(kind="stable")[:MOST_LOOKED_AT]
         sent: dict[tuple[object, ...], tuple[float, float]] = {}
         for number in kept_ones[np.isfinite(seconds[kept_ones])]:
             each_s, once_s = self._sent(model, shapes[number][0], sent)
             behind_s = (whole[number] - forward[number]) / p[number]
-            shown_s = _shown_s(each_s, whole[number]) * m[number] / p[number] + _shown_s(once_s, behind_s)
+            shown_s = shown(each_s, whole[number]) * m[number] / p[number] + shown(once_s, behind_s)
             seconds[number] += shown_s
         degrees = [
             dataclasses.replace(shapes[number][0], schedule=shapes[number][1][0], chunks=shapes[number][1][1])
@@ -182,12 +181,6 @@ def _activations(shape: ShapeModel, options: tuple[Recompute, ...], safe_bytes: 
     block_s = (passes_s - sum(f.total_s + b.total_s for f, b in ends)) / layers
     rate = min(rates, default=0.0)
     return Activations(passes_s, forward_s, block_s, head_s, kept, savable, rate, safe_bytes)
-
-
-def _shown_s(message_s: Any, behind_s: Any) -> Any:
-    """What messages show beside compute, of one shape or of many: what is longer, and how they slow it."""
-    hidden_s = smaller(message_s, behind_s)
-    return message_s - hidden_s + constants.OVERLAP_SLOWDOWN * hidden_s
 
 
 def _rough_s(model: CostModel, base: Degrees) -> tuple[float, float]:

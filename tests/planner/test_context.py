@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import random
 
 import pytest
 
 from planner.attention import Attention, Reach, Span
 from planner.cost.compute import LayerModel
-from planner.cost.context import behind, copies_of_heads, exchange_of, widths_of
+from planner.cost.context import copies_of_heads, exchange_of, widths_of
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.cost.layer import LayerShape
+from planner.cost.overlap import overlap_of
 from planner.cost.physics import PRIORS, physics_of
 from planner.model import Block, ModelSpec
 from planner.problem import PlanningProblem
@@ -132,8 +132,9 @@ def test_a_ring_by_hand() -> None:
     ahead_s, back_s = model.layers.core_s(own)
     corrected_s = 10 * tokens * 512 / shape.layer_model.rates.memory_bytes_per_s  # type: ignore[union-attr]
     forward, backward = shape.passes(own.block, Recompute.NONE)
-    assert forward.cp_s == pytest.approx(3 * (behind(hop_s, ahead_s / 4) + corrected_s))
-    assert backward.cp_s == pytest.approx(3 * behind(double_s, back_s / 4) + hop_s)
+    usual = overlap_of(None)
+    assert forward.cp_s == pytest.approx(3 * (usual.shown_s(hop_s, ahead_s / 4) + corrected_s))
+    assert backward.cp_s == pytest.approx(3 * usual.shown_s(double_s, back_s / 4) + hop_s)
 
 
 def test_recomputing_a_block_exchanges_once_more() -> None:
@@ -141,16 +142,6 @@ def test_recomputing_a_block_exchanges_once_more() -> None:
     key = next(iter(shape.classes))
     plain, full = (shape.passes(key, option)[1].cp_s for option in (Recompute.NONE, Recompute.FULL))
     assert full == pytest.approx(plain + shape.passes(key, Recompute.NONE)[0].cp_s)
-
-
-def test_what_hides_slows_and_what_does_not_fit_shows() -> None:
-    assert behind(1.0, 10.0) == pytest.approx(0.19)
-    assert behind(10.0, 1.0) == pytest.approx(9.19)
-    draw = random.Random(7)
-    for _ in range(200):
-        message_s, work_s = draw.uniform(0, 3), draw.uniform(0, 3)
-        assert 0 <= behind(message_s, work_s) <= message_s * 1.19
-        assert behind(message_s, work_s + 0.1) <= behind(message_s, work_s) + 1e-12
 
 
 def test_groups_of_heads_send_less_and_few_heads_are_copied() -> None:

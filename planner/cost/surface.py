@@ -1,0 +1,206 @@
+"""Surface: seconds of an operator over its sizes, from samples at some of them.
+
+A form with few constants, none below zero, is fitted first (least squares of relative errors):
+
+    form(x) = sum_j c_j prod_i x_i^e_ij
+
+For a product of m, n, k the terms are launch, operands read and written, and FLOPs; the cost of padded tiles
+and of filling a pipeline, (m + a)(n + b)(k + c) / r, is such a sum. What is left, log(seconds / form), is
+interpolated by a Gaussian process over log2 x (Matern 3/2 with noise; Rasmussen and Williams, "Gaussian
+Processes for Machine Learning", 2006, eq. 2.25, 4.17; left-out residuals by eq. 5.12), unless the form alone
+predicts left-out samples better. So:
+
+    seconds(x) = exp(log seconds between knots, linear in log x)
+
+Knots are powers of two, some octaves beyond the samples, where the process comes back to the form. At them
+seconds are made to rise with every size, so they do everywhere. Beyond the last knot seconds grow with the
+highest power of a size in any term, before the first they stay. Twice as fast a device gives half of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+Point = Sequence[float]
+Terms = Sequence[Sequence[int]]
+
+LENGTHS = (1.0, 2.0, 4.0)
+NOISES = (0.02, 0.05, 0.12)
+"""Choices of the process: octaves over which residuals are alike, and relative noise of one sample. Those
+are taken whose left-out residuals are least."""
+
+BELOW, ABOVE = 2, 4
+"""Octaves of knots before the least sample and beyond the largest."""
+
+FEWEST = 6
+"""Fewer samples than this are described by the form alone."""
+
+
+class Surface:
+    """Seconds over sizes. `points` are positive, `seconds` positive, `terms` the exponents of the form."""
+
+    def __init__(self, points: Sequence[Point], seconds: Sequence[float], terms: Terms) -> None:
+        import numpy as np
+
+        assert points, "no sample, no surface"
+        self.terms = [tuple(exponents) for exponents in terms]
+        self._powers = [max(exponents) for exponents in zip(*self.terms, strict=True)]
+        self._x = np.log2(np.asarray(points, dtype=float))
+        self._seconds = np.asarray(seconds, dtype=float)
+        self.coefficients = self._fitted()
+        self._parts = [(c, e) for c, e in zip(self.coefficients.tolist(), self.terms, strict=True) if c > 0]
+        self._residual = np.log(self._seconds / self._forms(self._x))
+        self._choose()
+
+    def seconds(self, *sizes: float) -> float:
+        """Seconds at some sizes, which may lie beyond the samples."""
+        knots, flat = self._grid
+        places, beyond = [], 0.0
+        for size, (first, last), power in zip(sizes, knots, self._powers, strict=True):
+            logged = math.log2(size)
+            place = min(max(logged, first), last)
+            index = min(int(place - first), last - first - 1)
+            places.append((index, place - first - index, last - first + 1))
+            beyond += power * max(logged - last, 0.0)
+        return math.exp(_between(places, flat) + beyond * math.log(2.0))
+
+    def form(self, sizes: Point) -> float:
+        """Seconds by the fitted constants alone."""
+        return math.fsum(
+            c * math.prod(size**e for size, e in zip(sizes, exponents, strict=True) if e)
+            for c, exponents in self._parts
+        )
+
+    def uncertainty(self, *sizes: float) -> float:
+        """Standard deviation, relative, of the prediction at some sizes."""
+        import numpy as np
+
+        x = np.log2(np.asarray([sizes], dtype=float))
+        across = self._scale * _kernel(x, self._x, self._length)[0]
+        variance = self._scale - across @ self._inverse @ across
+        return math.sqrt(max(float(variance), 0.0))
+
+    @cached_property
+    def held_out(self) -> list[float]:
+        """Relative errors of samples, each predicted from the others by the better of both ways.
+
+        Those at an end of most of their sizes are left out, unless all are: to them one extrapolates.
+        """
+        import numpy as np
+
+        left_out = np.abs(np.expm1(self._left_out if self._corrects else self._form_left_out()))
+        ends = (self._x == self._x.min(axis=0)) | (self._x == self._x.max(axis=0))
+        inner = ends.mean(axis=1) <= 0.5
+        found: list[float] = left_out[inner if inner.any() else ~inner].tolist()
+        return found
+
+    @property
+    def held_out_error(self) -> float:
+        """The median of those errors, of samples between others."""
+        return statistics.median(self.held_out)
+
+    # Fit
+
+    def _features(self, x: Floats) -> Floats:
+        import numpy as np
+
+        found: Floats = np.exp2(x @ np.asarray(self.terms, dtype=float).T)
+        return found
+
+    def _forms(self, x: Floats) -> Floats:
+        found: Floats = self._features(x) @ self.coefficients
+        return found
+
+    def _fitted(self) -> Floats:
+        """Constants none below zero, of least squared relative error."""
+        import numpy as np
+        from scipy.optimize import nnls
+
+        rows = self._features(self._x) / self._seconds[:, None]
+        scales = rows.max(axis=0)
+        found, _ = nnls(rows / scales, np.ones(len(rows)))
+        coefficients: Floats = found / scales
+        return coefficients
+
+    def _form_left_out(self) -> Floats:
+        """Log of seconds over the form that is fitted without them, its active terms the same."""
+        import numpy as np
+
+        active = self.coefficients > 0
+        rows = (self._features(self._x) / self._seconds[:, None])[:, active]
+        leverage = np.einsum("ij,ji->i", rows, np.linalg.pinv(rows)).clip(0.0, 0.99)
+        predicted = 1 - (1 - rows @ self.coefficients[active]) / (1 - leverage)
+        found: Floats = -np.log(predicted.clip(1e-3))
+        return found
+
+    def _choose(self) -> None:
+        """Takes the length and noise of the process by their left-out residuals, and whether it helps."""
+        import numpy as np
+
+        count = len(self._residual)
+        self._scale = max(float(np.mean(self._residual**2)), 1e-4)
+        choices = []
+        for length, noise in itertools.product(LENGTHS, NOISES):
+            covariance = self._scale * _kernel(self._x, self._x, length) + noise**2 * np.eye(count)
+            inverse = np.linalg.inv(covariance)
+            left_out = (inverse @ self._residual) / np.diag(inverse)
+            choices.append((float(np.mean(np.abs(left_out))), length, inverse, left_out))
+        error, self._length, self._inverse, self._left_out = min(choices, key=lambda choice: choice[0])
+        form_error = float(np.mean(np.abs(self._form_left_out())))
+        self._corrects = count >= FEWEST and error < form_error
+
+    # Knots
+
+    @cached_property
+    def _grid(self) -> tuple[list[tuple[int, int]], list[float]]:
+        """First and last power of two of each size, and log seconds at all knots, the last size fastest."""
+        import numpy as np
+
+        low, high = np.floor(self._x.min(axis=0)) - BELOW, np.ceil(self._x.max(axis=0)) + ABOVE
+        axes = [np.arange(a, b + 1) for a, b in zip(low, high, strict=True)]
+        x = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
+        log_s = np.log(self._forms(x))
+        if self._corrects:
+            across = self._scale * _kernel(x, self._x, self._length)
+            log_s = log_s + across @ (self._inverse @ self._residual)
+        rising = _rising(log_s.reshape([len(axis) for axis in axes]))
+        return [(int(a), int(b)) for a, b in zip(low, high, strict=True)], rising.ravel().tolist()
+
+
+def _kernel(a: Floats, b: Floats, length: float) -> Floats:
+    """Matern 3/2 between two lists of points."""
+    import numpy as np
+
+    away = np.sqrt(3.0 * ((a[:, None, :] - b[None, :, :]) ** 2).sum(axis=2)) / length
+    found: Floats = (1.0 + away) * np.exp(-away)
+    return found
+
+
+def _rising(values: Floats) -> Floats:
+    """The mean of the least array above and the greatest below that rise along every axis."""
+    import numpy as np
+
+    above, below = values, values
+    for axis in range(values.ndim):
+        above = np.maximum.accumulate(above, axis=axis)
+        below = np.flip(np.minimum.accumulate(np.flip(below, axis), axis=axis), axis)
+    return (above + below) / 2
+
+
+def _between(places: Sequence[tuple[int, float, int]], flat: Sequence[float]) -> float:
+    """Linear between the corners around a place; each is an index, a share of the way on, and the count."""
+    corners = [(0, 1.0)]
+    for index, share, count in places:
+        step = [(index, 1.0 - share)] + ([(index + 1, share)] if share > 0 else [])
+        corners = [(at * count + i, weight * w) for at, weight in corners for i, w in step if w > 0]
+    return sum(weight * flat[at] for at, weight in corners)
