@@ -10,7 +10,8 @@ from planner.codec import decode, noun
 from planner.model import ModelSpec
 from planner.profile import Constant, ContentionSample
 from planner.workload import Precision
-from runtime.families import Reading
+from runtime.families import Reading, readings
+from runtime.measure_device import OF_CUDA, measure_communicators
 from runtime.measure_host import CONSTANTS, measure_contention, measure_host
 from runtime.timing import Effort
 
@@ -38,7 +39,8 @@ class HostFamily:
         return "host"
 
     def cases(self) -> Sequence[HostCase]:
-        return [HostCase(group=group) for group in CONSTANTS]
+        groups = [group for group in CONSTANTS if self.device_type == "cuda" or group not in OF_CUDA]
+        return [HostCase(group=group) for group in groups]
 
     def together(self, case: HostCase) -> Hashable:
         return None
@@ -50,6 +52,38 @@ class HostFamily:
                 decode(Constant, each, source="a measuring process") for each in message["constants"]
             )
             yield Reading(samples=tuple(constants))
+
+
+@noun
+class CommunicatorCase:
+    """One more process group over `ranks` devices of this node."""
+
+    ranks: int
+
+    def label(self) -> str:
+        return f"a communicator of {self.ranks} ranks"
+
+
+@dataclass(frozen=True)
+class CommunicatorFamily:
+    """Device memory of communicators; they take none on a CPU, and one device has none."""
+
+    ranks: int
+    on_cuda: bool
+
+    @property
+    def name(self) -> str:
+        return "communicators"
+
+    def cases(self) -> Sequence[CommunicatorCase]:
+        return [CommunicatorCase(ranks=self.ranks)] if self.on_cuda and self.ranks > 1 else []
+
+    def together(self, case: CommunicatorCase) -> Hashable:
+        return None
+
+    def measure(self, cases: Sequence[CommunicatorCase]) -> Iterator[Reading]:
+        for case in cases:
+            yield from readings(Constant, measure_communicators(case.ranks))
 
 
 @noun

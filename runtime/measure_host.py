@@ -27,8 +27,8 @@ from planner.workload import Optimizer, Precision
 from runtime.bench_plan import bench_plan
 from runtime.children import Emit, run_children
 from runtime.fake_world import fake_world
+from runtime.measure_device import allocator, constant, overlap, rates
 from runtime.measure_layers import DTYPES, to_precision
-from runtime.memory import rss_bytes
 from runtime.optimizer import OptimizerOptions, build_optimizer, clip, weighted_square_sum
 from runtime.parallel.data import apply_data_parallel, set_unit, units_of
 from runtime.parallel.meshes import Meshes
@@ -60,31 +60,6 @@ def measure_host(
     yield from run_children(body)
 
 
-# Rates
-
-
-def _rates(device: torch.device, precision: Precision, effort: Effort) -> Iterator[Constant]:
-    resident_bytes = rss_bytes()
-    size = 1024 if device.type == "cpu" else 8192
-    a = torch.randn(size, size, device=device, dtype=DTYPES[precision])
-    product = time_call(lambda: a @ a, effort, device)
-    yield _constant("gemm_flops", 2.0 * size**3 / product.median_s, f"{size}^3 product in {precision}")
-    source = torch.ones((64 if device.type == "cpu" else 1024) * 2**18, device=device)
-    target = torch.empty_like(source)
-    copy = time_call(lambda: target.copy_(source), effort, device)
-    moved = 2.0 * source.numel() * source.element_size()
-    yield _constant("memory_bytes_per_s", moved / copy.median_s, "copy, reads and writes counted")
-    if device.type == "cuda":
-        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-        context = total_bytes - free_bytes - torch.cuda.memory_reserved(device)
-        yield _constant("context_bytes", context, "in use on the device beyond the allocator's memory")
-    yield _constant("runtime_bytes", resident_bytes, "resident bytes of a process that imported torch")
-
-
-def _constant(name: str, value: float, how: str) -> Constant:
-    return Constant(name=name, value=float(value), origin=f"measured: {how}")
-
-
 # Host floor of a block
 
 
@@ -99,8 +74,8 @@ def _launches(device: torch.device, precision: Precision, effort: Effort) -> Ite
                 apply_tensor_parallel(name, part, degrees, meshes)
             unit = _time_unit(stage, _SMALL_HIDDEN, precision, device, effort, accumulate=True)
             seconds[tp] = unit.forward_s
-    yield _constant("host_block_forward_s", seconds[1], "a block of hidden size 64 on 8 tokens")
-    yield _constant(
+    yield constant("host_block_forward_s", seconds[1], "a block of hidden size 64 on 8 tokens")
+    yield constant(
         "host_tp_forward_s", max(seconds[2] - seconds[1], 0.0), "the same with tensor-parallel hooks"
     )
 
@@ -240,7 +215,7 @@ def _wrappers(device: torch.device, precision: Precision, effort: Effort) -> Ite
             )
             messages = [_fake_message_s(costs.params, degrees, precision, device) for costs in (small, large)]
         yield from _wrapper_constants(name, small, large, messages, precision)
-    yield _constant(
+    yield constant(
         "grad_accumulate_s_per_param",
         max(large.accumulate_s, 0.0) / large.params,
         "backward pass into gradients that exist, against none",
@@ -274,10 +249,10 @@ def _wrapper_constants(
     messages: list[tuple[float, float]],
     precision: Precision,
 ) -> Iterator[Constant]:
-    yield _constant(
+    yield constant(
         f"{name}_unit_forward_s", max(small.hooks.forward_s, 0.0), "hooks of a wrapped block, no messages"
     )
-    yield _constant(
+    yield constant(
         f"{name}_unit_backward_s", max(small.hooks.backward_s, 0.0), "hooks of a wrapped block, no messages"
     )
     (small_gather_s, small_reduce_s), (large_gather_s, large_reduce_s) = messages
@@ -286,18 +261,18 @@ def _wrapper_constants(
         (4.0 * small.params, small.sync.backward_s - small_reduce_s),
         (4.0 * large.params, large.sync.backward_s - large_reduce_s),
     )
-    yield _constant(f"{name}_reduce_unit_s", reduce_unit_s, "reducing a block's gradients, per block")
-    yield _constant(f"{name}_reduce_copy_s_per_byte", reduce_s_per_byte, "the same, per byte in fp32")
+    yield constant(f"{name}_reduce_unit_s", reduce_unit_s, "reducing a block's gradients, per block")
+    yield constant(f"{name}_reduce_copy_s_per_byte", reduce_s_per_byte, "the same, per byte in fp32")
     if name == "fsdp":
         size = precision.compute_bytes
         gather_unit_s, gather_s_per_byte = _line(
             (float(size * small.params), small.sync.forward_s - small_gather_s),
             (float(size * large.params), large.sync.forward_s - large_gather_s),
         )
-        yield _constant("fsdp_gather_unit_s", gather_unit_s, "gathering a block's parameters, per block")
-        yield _constant("fsdp_gather_copy_s_per_byte", gather_s_per_byte, "the same, per gathered byte")
+        yield constant("fsdp_gather_unit_s", gather_unit_s, "gathering a block's parameters, per block")
+        yield constant("fsdp_gather_copy_s_per_byte", gather_s_per_byte, "the same, per gathered byte")
         mean = (gather_s_per_byte + reduce_s_per_byte) / 2
-        yield _constant("fsdp_copy_s_per_byte", mean, "mean of gathering and reducing")
+        yield constant("fsdp_copy_s_per_byte", mean, "mean of gathering and reducing")
 
 
 def _line(small: tuple[float, float], large: tuple[float, float]) -> tuple[float, float]:
@@ -333,7 +308,7 @@ def _pipeline_action(device: torch.device, precision: Precision, effort: Effort)
 
         scheduled, called = time_phases([through, direct], effort, device)
     seconds = (scheduled.median_s - called.median_s) / (2 * 2 * _MICRO_BATCHES)
-    yield _constant("pp_action_s", max(seconds, 0.0), "a pass through the schedule against calling it")
+    yield constant("pp_action_s", max(seconds, 0.0), "a pass through the schedule against calling it")
 
 
 def _end_stage(model: ModelSpec, index: int, precision: Precision, device: torch.device) -> Transformer:
@@ -359,8 +334,8 @@ def _optimizer(device: torch.device, precision: Precision, effort: Effort) -> It
         b = (few[0], few[0] * few[1], points[1][index].median_s)
         per_tensor, per_param = _two_unknowns(a, b)
         how = "fused AdamW step" if name == "optimizer" else "gradient norm and scaling"
-        yield _constant(f"{name}_s_per_tensor", per_tensor, how)
-        yield _constant(f"{name}_s_per_param", per_param, how)
+        yield constant(f"{name}_s_per_tensor", per_tensor, how)
+        yield constant(f"{name}_s_per_param", per_param, how)
 
 
 def _optimizer_times(count: int, size: int, device: torch.device, effort: Effort) -> tuple[Timing, Timing]:
@@ -386,7 +361,9 @@ def _two_unknowns(a: tuple[int, int, float], b: tuple[int, int, float]) -> tuple
 
 
 CONSTANTS: dict[str, Callable[[torch.device, Precision, Effort], Iterator[Constant]]] = {
-    "rates": _rates,
+    "rates": rates,
+    "overlap": overlap,
+    "the allocator": allocator,
     "launches": _launches,
     "wrappers": _wrappers,
     "pipeline actions": _pipeline_action,

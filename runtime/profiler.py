@@ -21,10 +21,11 @@ from planner.profile_merge import Sample, Stack, by_field
 from planner.workload import Precision
 from runtime.comm_family import CommFamily
 from runtime.families import Family, Reading
-from runtime.host_families import ContentionFamily, HostFamily
+from runtime.host_families import CommunicatorFamily, ContentionFamily, HostFamily
 from runtime.joint_world import JointWorld
 from runtime.layer_family import LayerFamily
 from runtime.layouts import World
+from runtime.rate_family import rate_families
 from runtime.record import Record
 from runtime.scheduler import Scheduler
 from runtime.scope import Scope
@@ -118,9 +119,11 @@ def families_of(
     world = joint.world if joint else World(ranks=cluster.devices, per_node=cluster.devices)
     return [
         HostFamily(device_type, precision, scope.host_effort),
+        CommunicatorFamily(cluster.devices, on_cuda and joint is None),
         ContentionFamily(models[0], scope.seqs[0], cluster.devices, precision, window_s, on_cuda),
         CommFamily(world, device_type, scope.sizes_bytes, scope.comm_effort, joint),
         *(LayerFamily(model, precision, device_type, scope) for model in models),
+        *rate_families(device_type, precision, scope.sweep_effort, scope.sweeps),
     ]
 
 

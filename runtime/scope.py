@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import StrEnum
 
 from planner.codec import noun
 from planner.errors import InputError, Problem
@@ -21,6 +22,18 @@ machine, below which more samples tell of noise."""
 
 TIME_LIMIT_S, QUICK_TIME_LIMIT_S = 900.0, 120.0
 """The most a profile takes: what people wait for, once for a device and once in between."""
+
+
+SWEEP_EFFORT = Effort(warmup=1, least=3, most=20, budget_s=0.1)
+"""Runs of an operator: the spread of a sample of this many is a twentieth, on a CPU that others use too."""
+
+
+class Sweeps(StrEnum):
+    """Which operators are timed alone, over their sizes: none, the few that span them, or more between."""
+
+    NONE = "none"
+    FEW = "few"
+    ALL = "all"
 
 
 @noun
@@ -45,6 +58,8 @@ class Scope:
     compiled: tuple[bool, ...] = (False,)
     target: float = TARGET
     time_limit_s: float = TIME_LIMIT_S
+    sweeps: Sweeps = Sweeps.NONE
+    sweep_effort: Effort = SWEEP_EFFORT
 
 
 def default_scope(
@@ -69,6 +84,8 @@ def default_scope(
         host_effort=once if quick else Effort(warmup=2, least=7, most=40, budget_s=0.15),
         contention_window_s=0.1 if quick else 0.5,
         time_limit_s=QUICK_TIME_LIMIT_S if quick else TIME_LIMIT_S,
+        sweeps=Sweeps.FEW if quick else Sweeps.ALL,
+        sweep_effort=once if quick else SWEEP_EFFORT,
     )
 
 

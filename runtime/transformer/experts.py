@@ -134,16 +134,18 @@ class Experts(nn.Module):
     def forward(self, rows_rh: Tensor, counts_e: Tensor) -> Tensor:
         """The result of each row by its expert: the first counts[0] rows by the first, and so on."""
         ends = counts_e.cumsum(0).to(torch.int32)
-        inner = _products(rows_rh, self.up, self.up_bias, ends)
+        inner = grouped_products(rows_rh, self.up, self.up_bias, ends)
         if self.gate is None:
             inner = activate(inner, self.activation)
         else:
-            inner = activate(_products(rows_rh, self.gate, self.gate_bias, ends), self.activation) * inner
+            inner = (
+                activate(grouped_products(rows_rh, self.gate, self.gate_bias, ends), self.activation) * inner
+            )
         if self.down_bias is None:
-            return _products(inner, self.down, None, ends)
+            return grouped_products(inner, self.down, None, ends)
         # Each of the ranks that share out one expert's width adds its part of the bias.
         bias = _divided(_local(self.down_bias), self.width // inner.shape[1])
-        return _products(inner, self.down, bias, ends)
+        return grouped_products(inner, self.down, bias, ends)
 
 
 def _local(weight: Tensor) -> Tensor:
@@ -155,7 +157,7 @@ def _divided(bias: Tensor, parts: int) -> Tensor:
     return bias if parts == 1 else bias + (1 / parts - 1) * bias.detach()
 
 
-def _products(rows_rh: Tensor, weight: Tensor, bias: Tensor | None, ends_e: Tensor) -> Tensor:
+def grouped_products(rows_rh: Tensor, weight: Tensor, bias: Tensor | None, ends_e: Tensor) -> Tensor:
     """rows @ weight^T (+ bias), each row by the weight of its expert: of e, the rows [ends[e-1], ends[e])."""
     out = _grouped(rows_rh, _local(weight).transpose(1, 2), ends_e)
     if bias is None:

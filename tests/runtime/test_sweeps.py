@@ -1,0 +1,179 @@
+"""Sweeps of operators on this CPU: every kind runs both ways, cases lie within limits, families predict."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from planner.codec import decode  # noqa: E402
+from planner.cost.measured_rates import TERMS, measured_rates  # noqa: E402
+from planner.profile import Profile  # noqa: E402
+from planner.rate_sample import RateKind, RateSample  # noqa: E402
+from planner.workload import Precision  # noqa: E402
+from runtime.families import Adaptive  # noqa: E402
+from runtime.measure_sweeps import Bench, measure_sweeps  # noqa: E402
+from runtime.profiler import take_profile  # noqa: E402
+from runtime.rate_family import RateFamily, rate_families  # noqa: E402
+from runtime.scope import Sweeps  # noqa: E402
+from runtime.sweep_cases import FEW_SHARE, LIMITS, SWEEPS, Sweep, cases_of, work_of  # noqa: E402
+from runtime.sweep_pieces import RateCase, build_piece  # noqa: E402
+from runtime.timing import Effort  # noqa: E402
+from tests.plans import local_cluster, tiny_llama  # noqa: E402
+from tests.runtime.test_profiler import Silence, scope  # noqa: E402
+
+ONCE = Effort(warmup=1, least=2, most=2, budget_s=0.0)
+CPU = torch.device("cpu")
+FP32 = Precision.FP32
+SMALL: dict[RateKind, tuple[int, ...]] = {
+    RateKind.GEMM: (8, 12, 16),
+    RateKind.GROUPED: (3, 8, 16, 16),
+    RateKind.ROUTING: (16, 4, 2, 8),
+    RateKind.ATTENTION: (2, 16, 8),
+    RateKind.ADD: (64,),
+    RateKind.ACTIVATION: (64,),
+    RateKind.NORM: (8, 16),
+    RateKind.ROTARY: (8, 16),
+    RateKind.CROSS_ENTROPY: (8, 32, 16),
+    RateKind.EMBEDDING: (8, 32, 16),
+    RateKind.OPTIMIZER: (2, 16),
+    RateKind.COPY: (256,),
+}
+"""Of each kind that a CPU has."""
+
+VARIANTS = {
+    RateKind.ACTIVATION: ("silu-gated", "gelu"),
+    RateKind.NORM: ("rmsnorm", "layernorm"),
+    RateKind.OPTIMIZER: ("adamw", "clip"),
+}
+
+
+def small_cases() -> list[RateCase]:
+    return [
+        RateCase(kind=kind, dims=dims, precision=FP32, variant=variant)
+        for kind, dims in SMALL.items()
+        for variant in VARIANTS.get(kind, ("",))
+    ]
+
+
+def test_every_kind_of_a_cpu_is_swept_and_has_a_form() -> None:
+    assert {sweep.kind for sweep in SWEEPS["cpu"]} == set(SMALL)
+    assert {sweep.kind for sweep in SWEEPS["cuda"]} == set(RateKind)
+    for sweep in (*SWEEPS["cpu"], *SWEEPS["cuda"]):
+        assert all(len(exponents) == len(sweep.axes) for exponents in TERMS[sweep.kind])
+
+
+@pytest.mark.parametrize("case", small_cases(), ids=RateCase.label)
+def test_a_piece_runs_both_ways_and_leaves_nothing(case: RateCase) -> None:
+    """Inputs get gradients that are let go, weights add to those that exist."""
+    bench = Bench(build_piece(case, CPU), CPU)
+    bench.prepare()
+    bench.forward()
+    if bench.piece.turned:
+        assert len(bench.outputs) == bench.calls
+        bench.backward()
+    assert not bench.outputs
+    assert all(x.grad is None for inputs in bench.inputs for x in inputs)
+
+
+def test_small_samples_in_a_process_of_their_own() -> None:
+    cases = small_cases()
+    found = [decode(RateSample, each, source="test") for each in measure_sweeps(cases, "cpu", ONCE)]
+    assert [(s.kind, s.dims, s.variant) for s in found] == [(c.kind, c.dims, c.variant) for c in cases]
+    one_way = (RateKind.ADD, RateKind.OPTIMIZER, RateKind.COPY)
+    for sample in found:
+        assert sample.forward_s > 0 and sample.reference_s
+        assert (sample.backward_s is None) == (sample.kind in one_way)
+
+
+def test_a_case_without_memory_is_skipped_and_the_next_is_measured() -> None:
+    add = RateCase(kind=RateKind.ADD, dims=(64,), precision=FP32)
+    huge = RateCase(kind=RateKind.ADD, dims=(1 << 50,), precision=FP32)
+    first, second = measure_sweeps([huge, add], "cpu", ONCE)
+    assert "not enough memory" in first["skipped"] and str(1 << 50) in first["skipped"]
+    assert second["dims"] == [64]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("share", [1.0, FEW_SHARE])
+def test_cases_are_within_limits_apart_and_as_many_as_wanted(device: str, share: float) -> None:
+    limits = LIMITS[device].times(share)
+    for sweep in SWEEPS[device]:
+        for variant in sweep.variants:
+            cases = cases_of(sweep, variant, FP32, limits, sweep.few)
+            assert len({case.label() for case in cases}) == len(cases) == sweep.few
+            for case in cases:
+                flops, values = work_of(case.kind, case.dims)
+                assert flops <= limits.flops and values <= limits.values
+                assert all(a <= size <= b for size, (a, b) in zip(case.dims, sweep.axes, strict=True))
+
+
+def test_the_first_cases_span_what_the_others_lie_between() -> None:
+    sweep = next(sweep for sweep in SWEEPS["cpu"] if sweep.kind is RateKind.NORM)
+    cases = cases_of(sweep, "rmsnorm", FP32, LIMITS["cpu"], 12)
+
+    def least_apart(count: int) -> float:
+        places = [tuple(math.log2(size) for size in case.dims) for case in cases[:count]]
+        return min(math.dist(a, b) for i, a in enumerate(places) for b in places[:i])
+
+    apart = [least_apart(count) for count in range(2, 13)]
+    assert apart == sorted(apart, reverse=True)
+
+
+def family(few: bool = False) -> RateFamily:
+    sweep = Sweep(kind=RateKind.ADD, axes=((2**8, 2**14),), count=8, few=4)
+    return RateFamily(sweep, "", FP32, "cpu", ONCE, few)
+
+
+def made_up(case: RateCase) -> RateSample:
+    seconds = 1e-6 + 1e-10 * case.dims[0]
+    return RateSample(
+        kind=case.kind, dims=case.dims, precision=FP32, forward_s=seconds, spread=0.01, samples=3
+    )
+
+
+def test_a_family_is_surer_of_what_it_measured() -> None:
+    of = family()
+    assert isinstance(of, Adaptive)
+    assert len(of.cases()) == 8 and list(of.seeds()) == list(of.cases())[:4]
+    assert of.held_out_error([]) is None
+    assert of.uncertainty(of.cases()[0], []) == math.inf
+    samples = [made_up(case) for case in of.seeds()]
+    error = of.held_out_error(samples)
+    assert error is not None and error < 0.05
+    taken, left = of.cases()[1], of.cases()[-1]
+    assert of.uncertainty(taken, samples) <= of.uncertainty(left, samples)
+    more = [*samples, made_up(left)]
+    assert of.uncertainty(left, more) <= of.uncertainty(left, samples)
+
+
+def test_few_cases_are_smaller_and_none_are_none() -> None:
+    assert len(family(few=True).cases()) == 4
+    assert rate_families("cpu", FP32, ONCE, Sweeps.NONE) == []
+    names = [family.name for family in rate_families("cpu", FP32, ONCE, Sweeps.FEW)]
+    assert len(set(names)) == len(names) == sum(len(sweep.variants) for sweep in SWEEPS["cpu"])
+
+
+@pytest.fixture
+def two_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = (
+        Sweep(kind=RateKind.GEMM, axes=((16, 64), (16, 64), (16, 64)), count=8, few=8),
+        Sweep(kind=RateKind.ADD, axes=((2**8, 2**12),), count=4, few=4),
+    )
+    monkeypatch.setitem(SWEEPS, "cpu", small)
+
+
+@pytest.mark.usefixtures("two_sweeps")
+def test_a_profile_holds_its_sweeps() -> None:
+    import dataclasses
+
+    wanted = dataclasses.replace(scope((1,)), sweeps=Sweeps.FEW, sweep_effort=ONCE, micro_batches=(1,))
+    profile: Profile = take_profile([tiny_llama()], local_cluster(1), FP32, wanted, Silence())
+    assert {sample.kind for sample in profile.rates} == {RateKind.GEMM, RateKind.ADD}
+    assert len(profile.rates) == 12 and all(sample.taken for sample in profile.rates)
+    sampled = measured_rates(profile, FP32)
+    assert sampled is not None
+    small, large = (sampled.forward_s(RateKind.GEMM, n, n, n) for n in (16.0, 4096.0))
+    assert 0 < small < large
