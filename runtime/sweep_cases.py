@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from planner.codec import noun
@@ -139,6 +140,22 @@ SWEEPS = {
 }
 """By type of device. Rows are tokens of a micro-batch; the narrowest widths are shards at tp 16. A CPU copies
 between no memories."""
+
+
+SORTS: Mapping[str, tuple[RateKind, ...]] = MappingProxyType(
+    {
+        "products": (RateKind.GEMM, RateKind.GROUPED),
+        "attention": (RateKind.ATTENTION,),
+        "what lies between": (
+            *(RateKind.ADD, RateKind.ACTIVATION, RateKind.NORM),
+            *(RateKind.ROTARY, RateKind.ROUTING),
+        ),
+        "ends": (RateKind.CROSS_ENTROPY, RateKind.EMBEDDING),
+        "the update": (RateKind.OPTIMIZER,),
+        "copies": (RateKind.COPY, RateKind.TO_DEVICE, RateKind.TO_HOST),
+    }
+)
+"""Which operators are measured one after another, and judged together."""
 
 
 def cases_of(sweep: Sweep, variant: str, precision: Precision, limits: Limits, count: int) -> list[RateCase]:

@@ -74,17 +74,20 @@ def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | No
     flops = peak * constants.GEMM_EFFICIENCY if peak else None
     bandwidth = device.memory_bandwidth_bytes_per_s
     memory = bandwidth * constants.MEMORY_EFFICIENCY if bandwidth else None
+    precision = problem.workload.precision
+    sampled = measured_rates(problem.profile, precision)
     measured = problem.profile.constant("gemm_flops") if problem.profile else None
+    measured = measured or (sampled.product_flops() if sampled else None)
     if problem.profile:
         flops = measured or flops
         memory = problem.profile.constant("memory_bytes_per_s") or memory
+    if sampled:
+        memory = sampled.memory_bytes_per_s() or memory
     if flops is None or memory is None:
         return None
-    precision = problem.workload.precision
     precise = Precision.BF16 if precision is Precision.FP8 else precision
     between = precision if problem.stack.fp8_attention else precise
     whole = device.peak_flops(between) or peak
-    sampled = measured_rates(problem.profile, precision)
     own = problem.stack.own and sampled is not None
     if measured or whole is None:
         whole = flops / constants.GEMM_EFFICIENCY
@@ -294,7 +297,7 @@ def _attention_s(block: Block, shape: LayerShape, rates: DeviceRates) -> tuple[f
     batched products, twice going back, and read and write every probability.
     """
     pieces = rates.pieces(shape)
-    measured = pieces.attention(block) if pieces and not rates.compiled else None
+    measured = pieces.attention(block) if pieces else None
     if measured is not None:
         return measured.forward_s, measured.backward_s
     flops = block.attention_flops_forward(shape.tokens, shape.seq) / shape.tp

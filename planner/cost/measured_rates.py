@@ -81,6 +81,17 @@ class MeasuredRates:
         """Forward and backward."""
         return self.forward_s(kind, *sizes, variant=variant), self.backward_s(kind, *sizes, variant=variant)
 
+    def product_flops(self) -> float:
+        """The best rate of a product that was sampled; 0: none was."""
+        products = [(s.dims, s.forward_s) for s in self._samples if s.kind is RateKind.GEMM]
+        return max((2.0 * m * n * k / seconds for (m, n, k), seconds in products), default=0.0)
+
+    def memory_bytes_per_s(self) -> float:
+        """The rate of the largest copy that was sampled, what it reads and writes; 0: none was."""
+        copies = [(s.dims[0], s.forward_s) for s in self._samples if s.kind is RateKind.COPY]
+        size_bytes, seconds = max(copies, default=(0, 1.0))
+        return 2.0 * size_bytes / seconds
+
     def update_s(self) -> tuple[float, float] | None:
         """Seconds that clipping and update add for each tensor and each parameter; None: not sampled."""
         update, clipping = (self.surface(RateKind.OPTIMIZER, variant) for variant in ("adamw", "clip"))

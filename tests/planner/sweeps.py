@@ -27,6 +27,7 @@ SIZES: dict[RateKind, tuple[tuple[int, ...], ...]] = {
     RateKind.CROSS_ENTROPY: ((32, 512, 8192), (64, 1024, 65536), (32, 256, 4096)),
     RateKind.EMBEDDING: ((32, 512, 8192), (64, 1024, 65536), (32, 256, 4096)),
     RateKind.OPTIMIZER: ((1, 16, 128), (2**10, 2**16, 2**22)),
+    RateKind.COPY: ((2**12, 2**20, 2**28),),
     RateKind.TO_DEVICE: ((2**12, 2**20, 2**28),),
     RateKind.TO_HOST: ((2**12, 2**20, 2**28),),
 }
@@ -63,6 +64,8 @@ def work(kind: RateKind, dims: Sequence[float]) -> tuple[float, float, float]:
         case RateKind.EMBEDDING:
             t, v, h = dims
             return 2 * t * h, 0.0, 3.0
+        case RateKind.COPY:
+            return 2 * dims[0] / SIZE, 0.0, 0.0
         case RateKind.TO_DEVICE | RateKind.TO_HOST:
             return 20 * dims[0] / SIZE, 0.0, 0.0
         case _:

@@ -21,7 +21,7 @@ from planner.cost.products import matrices_s, product_s
 from planner.feed_forward import Activation, Experts, Mlp
 from planner.model import ModelSpec
 from planner.problem import PlanningProblem
-from planner.profile import LayerKind, LayerSample, Profile, shape_key
+from planner.profile import Constant, LayerKind, LayerSample, Profile, shape_key
 from planner.rate_sample import RateKind
 from planner.stack import Engine, Stack
 from planner.strategy import Degrees, Recompute
@@ -30,6 +30,7 @@ from planner.workload import Precision
 from . import instances, sweeps
 
 HIDDEN, HEADS, VOCAB, SEQ = 1024, 8, 8192, 512
+GEMM = RateKind.GEMM
 MODEL = instances.model(hidden=HIDDEN, heads=HEADS, vocab=VOCAB)
 SHAPE = LayerShape(
     kind=LayerKind.BLOCK,
@@ -236,6 +237,15 @@ def test_the_update_and_copies_are_those_of_the_sweep() -> None:
     sampled = measured_rates(SWEPT, Precision.BF16)
     assert sampled is not None
     assert sampled.copies_bytes_per_s(COPIED_BYTES) == pytest.approx(sweeps.BYTES_PER_S / 20, rel=0.05)
+
+
+def test_rates_of_large_products_and_copies_follow_where_no_constant_says_them() -> None:
+    found, constant = rates(SWEPT), 1e15
+    large = max(2 * s.dims[0] * s.dims[1] * s.dims[2] / s.forward_s for s in SWEPT.rates if s.kind is GEMM)
+    assert found.flops == pytest.approx(large)
+    assert found.memory_bytes_per_s == pytest.approx(2 * 2**28 / took(RateKind.COPY, 2**28))
+    said = Constant(name="gemm_flops", value=constant, origin="test")
+    assert rates(sweeps.profile(SWEPT.rates, constants=[said])).flops == constant
 
 
 def test_activations_and_norms_that_were_not_swept_take_the_nearest() -> None:

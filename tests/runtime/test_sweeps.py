@@ -16,9 +16,9 @@ from planner.workload import Precision  # noqa: E402
 from runtime.families import Adaptive  # noqa: E402
 from runtime.measure_sweeps import Bench, measure_sweeps  # noqa: E402
 from runtime.profiler import take_profile  # noqa: E402
-from runtime.rate_family import RateFamily, rate_families  # noqa: E402
+from runtime.rate_family import Operator, RateFamily, rate_families  # noqa: E402
 from runtime.scope import Sweeps  # noqa: E402
-from runtime.sweep_cases import FEW_SHARE, LIMITS, SWEEPS, Sweep, cases_of, work_of  # noqa: E402
+from runtime.sweep_cases import FEW_SHARE, LIMITS, SORTS, SWEEPS, Sweep, cases_of, work_of  # noqa: E402
 from runtime.sweep_pieces import RateCase, build_piece  # noqa: E402
 from runtime.timing import Effort  # noqa: E402
 from tests.plans import local_cluster, tiny_llama  # noqa: E402
@@ -61,6 +61,7 @@ def small_cases() -> list[RateCase]:
 def test_every_kind_of_a_cpu_is_swept_and_has_a_form() -> None:
     assert {sweep.kind for sweep in SWEEPS["cpu"]} == set(SMALL)
     assert {sweep.kind for sweep in SWEEPS["cuda"]} == set(RateKind)
+    assert sorted(kind for kinds in SORTS.values() for kind in kinds) == sorted(RateKind)
     for sweep in (*SWEEPS["cpu"], *SWEEPS["cuda"]):
         assert all(len(exponents) == len(sweep.axes) for exponents in TERMS[sweep.kind])
 
@@ -124,7 +125,7 @@ def test_the_first_cases_span_what_the_others_lie_between() -> None:
 
 def family(few: bool = False) -> RateFamily:
     sweep = Sweep(kind=RateKind.ADD, axes=((2**8, 2**14),), count=8, few=4)
-    return RateFamily(sweep, "", FP32, "cpu", ONCE, few)
+    return RateFamily("sums", [Operator(sweep=sweep, variant="", precision=FP32)], "cpu", ONCE, few=few)
 
 
 def made_up(case: RateCase) -> RateSample:
@@ -153,7 +154,7 @@ def test_few_cases_are_smaller_and_none_are_none() -> None:
     assert len(family(few=True).cases()) == 4
     assert rate_families("cpu", FP32, ONCE, Sweeps.NONE) == []
     names = [family.name for family in rate_families("cpu", FP32, ONCE, Sweeps.FEW)]
-    assert len(set(names)) == len(names) == sum(len(sweep.variants) for sweep in SWEEPS["cpu"])
+    assert len(set(names)) == len(names) == len(SORTS)
 
 
 @pytest.fixture
