@@ -28,7 +28,7 @@ from runtime.layouts import World
 from runtime.rate_family import rate_families
 from runtime.record import Record
 from runtime.scheduler import Scheduler
-from runtime.scope import Scope
+from runtime.scope import Scope, Sweeps
 
 MOST_NAMED = 10
 """Cases that a profile without time names one by one."""
@@ -72,6 +72,8 @@ def take_profile(
         gathering.skip_rest(scheduler)
     if cluster.devices == 1 and joint is None:
         gathering.skip("collectives: one device has nobody to talk to")
+    if scope.sweeps is not Sweeps.NONE and not _on_cuda(cluster):
+        gathering.skip("copies to and from a device, and what overlaps them: a CPU has one memory")
     group, stack = cluster.groups[0], stack_here(cluster, precision)
     names = "+".join(model.name for model in models)
     return Profile(
