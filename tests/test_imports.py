@@ -57,6 +57,7 @@ LAYERS = (
     | {"stack", "upkeep", "limits", "objective"},
     {
         "profile",
+        "rate_sample",
         "profile_use",
         "plan",
         "problem",
