@@ -146,17 +146,15 @@ def as_profile(rates: Sequence[RateSample], constants: Sequence[Constant], devic
 
 def measured(case: Case, device_type: str, precision: Precision) -> Iterator[LayerSample]:
     """The layers themselves, nothing recomputed."""
-    from runtime.measure_layers import layer_cases, measure_layers
+    from runtime.layer_grid import layer_cases
+    from runtime.measure_layers import measure_layers
     from runtime.timing import Effort
 
     effort = Effort(warmup=1, least=5, most=40, budget_s=EFFORT_S)
-    wanted = [
-        c for c in layer_cases(case.model, case.seq, case.widths, (1, 2)) if c.recompute is Recompute.NONE
-    ]
-    for width in sorted({(c.tp, c.sequence_parallel) for c in wanted}):
-        own = [c for c in wanted if (c.tp, c.sequence_parallel) == width]
-        for message in measure_layers(own, case.model, case.seq, precision, device_type, effort):
-            yield decode(LayerSample, message, source="layers")
+    every = layer_cases(case.model, [case.seq], case.widths, (1, 2))
+    wanted = [each for each in every if each.recompute is Recompute.NONE]
+    for message in measure_layers(wanted, case.model, precision, device_type, effort):
+        yield decode(LayerSample, message, source="layers")
 
 
 def predicted(case: Case, sample: LayerSample, profile: Profile) -> tuple[float, float]:
@@ -210,7 +208,8 @@ def rows_of(case: Case, samples: Sequence[LayerSample], profile: Profile) -> Ite
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and median absolute errors by layer, pass, width and model, of models not seen and of all."""
+    """Absolute errors by layer, pass, width and model, of models not seen and of all: mean and median over
+    rows, and what was missed of all their time."""
     groups: dict[str, list[dict[str, Any]]] = {
         "all": list(rows),
         "unseen": [r for r in rows if not r["seen"]],
@@ -226,6 +225,8 @@ def _errors(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     for name in ("sweeps", "one_rate"):
         errors = [abs(row[f"{name}_error"]) for row in rows]
         found[f"{name}_mape"], found[f"{name}_median"] = statistics.fmean(errors), statistics.median(errors)
+        missed_s = sum(abs(row[f"{name}_s"] - row["measured_s"]) for row in rows)
+        found[f"{name}_of_time"] = missed_s / sum(row["measured_s"] for row in rows)
     return found
 
 
@@ -258,20 +259,22 @@ def main(out: Path | None, kept: Path | None, layers: Path | None) -> None:
         samples = [decode(LayerSample, each, source="layers") for each in held[case.model.name]]
         rows += list(rows_of(case, samples, profile))
         click.echo(f"{case.model.name}: {len(rows)} rows", err=True)
+    errors_of = summary(rows)
     result = {
         "device": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "sweep_s": taken_s,
         "samples": len(profile.rates),
-        "summary": summary(rows),
+        "summary": errors_of,
         "rows": rows,
     }
-    for name, errors in result["summary"].items():
-        click.echo(
-            f"{name:24s} n {errors['n']:3.0f}   sweeps: mean {errors['sweeps_mape']:6.1%} median "
-            f"{errors['sweeps_median']:6.1%}   one rate: mean {errors['one_rate_mape']:6.1%} median "
-            f"{errors['one_rate_median']:6.1%}"
+    for name, errors in errors_of.items():
+        each = " | ".join(
+            f"{way}: mean {errors[f'{way}_mape']:6.1%} median {errors[f'{way}_median']:6.1%} "
+            f"of time {errors[f'{way}_of_time']:6.1%}"
+            for way in ("sweeps", "one_rate")
         )
+        click.echo(f"{name:20s} n {errors['n']:3.0f} {each}")
     if out is not None:
         write_atomic(out, json.dumps(result, indent=1) + "\n")
 
