@@ -12,11 +12,13 @@ from planner.profile import LayerKind, Profile
 from planner.report import ticks
 from planner.report.profile_layers import MOST_CLASSES
 from planner.report.profile_lines import ProfileLines
+from planner.report.profile_operators import operator_figure
 from planner.report.profile_page import ProfilePage, build_profile_page, render_profile
 from planner.sampled_layers import SampledClass, covered_models, sampled_classes, width_text
 from planner.units import format_seconds
 from tests import profile_samples as samples
 from tests.html_reader import Reader
+from tests.planner import sweeps
 
 DAY = datetime.date(2026, 12, 24)
 
@@ -54,6 +56,18 @@ def test_every_measured_layer_is_a_dot_with_its_numbers() -> None:
     assert len(tips) == 2 * len(plain)
     rows = [row for layer in built(profile).layers for row in layer.table.rows]
     assert len(rows) == len(profile.layers)
+
+
+def test_every_swept_operator_is_a_dot_beside_what_the_others_say() -> None:
+    rates = tuple(sweeps.samples(noise=0.02))
+    profile = sweeps.profile(rates)
+    text = render_profile(profile, (), DAY)
+    tips = re.findall(r'aria-label="([^"]* measured, [^"]* by the others[^"]*)"', text)
+    assert len(tips) == sum(1 + (sample.backward_s is not None) for sample in rates)
+    assert any(tip.startswith("norm layernorm 32 x 16 bf16, backward: ") for tip in tips)
+    figure = operator_figure(profile)
+    assert figure is not None and re.search(r"half of them are within [1-5] %", figure.caption)
+    assert operator_figure(sweeps.profile()) is None
 
 
 def test_every_collective_is_a_dot() -> None:

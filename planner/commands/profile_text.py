@@ -19,6 +19,7 @@ def describe(profile: Profile, output: Path, wall_s: float) -> str:
         ("profile", str(output)),
         ("device", f"{profile.device} ({profile.devices_per_node} ranks, {profile.backend})"),
         ("layers", f"{len(profile.layers)} samples"),
+        ("operators", f"{len(profile.rates)} samples" if profile.rates else None),
         ("collectives", f"{len(profile.comms)} samples"),
         ("constants", str(len(profile.constants))),
         ("products", f"{format_count(flops)}FLOP/s a rank" if flops else None),

@@ -90,6 +90,14 @@ class Surface:
         variance = self._scale - across @ self._inverse @ across
         return math.sqrt(max(float(variance), 0.0))
 
+    def without(self, *sizes: float) -> float:
+        """What the other samples say of the one at some sizes."""
+        import numpy as np
+
+        index = int(np.abs(self._x - np.log2(np.asarray(sizes, dtype=float))).sum(axis=1).argmin())
+        left_out = self._left_out if self._corrects else self._form_left_out()
+        return float(self._seconds[index] / np.exp(left_out[index]))
+
     @cached_property
     def held_out(self) -> list[float]:
         """Relative errors of samples, each predicted from the others by the better of both ways.

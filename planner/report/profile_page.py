@@ -17,6 +17,7 @@ from planner.report import profile_words as words
 from planner.report.palette import COLOURS, MARK_COLOURS, Colour
 from planner.report.profile_layers import LayerSection, formula_figures, layer_sections
 from planner.report.profile_lines import ProfileLines
+from planner.report.profile_operators import operator_figure
 from planner.report.sections import Figure
 from planner.report.templating import template
 from planner.report.words import Fact, Tile
@@ -64,7 +65,10 @@ def build_profile_page(profile: Profile, models: Sequence[ModelSpec], today: dat
         layers=layer_sections(profile, classes, lines),
         drifts=any(sample.reference_s for sample in profile.layers),
         comms=figures.comm_figures(profile, lines),
-        quality=(*formula_figures(profile, classes, lines), *((spread,) if spread else ())),
+        quality=(
+            *formula_figures(profile, classes, lines),
+            *(figure for figure in (operator_figure(profile), spread) if figure is not None),
+        ),
         constants=tables.constant_rows(profile),
         moved=figures.constant_figure(profile),
         colours=(*COLOURS, *MARK_COLOURS),
