@@ -20,6 +20,7 @@ from planner.errors import InputError
 from planner.estimate import MEMORY_TENANTS, TIME_CAUSES
 from planner.plan import Plan, save_plan
 from planner.plan_cost import predicted_usd, usd_per_hour
+from planner.profile_use import ProfileUse
 from planner.report.comparison import ComparisonRow, judge_order, load_comparison
 from planner.report.page import render_page
 from planner.report.palette import CAUSE_COLOURS, COLOURS, TENANT_COLOURS
@@ -693,3 +694,13 @@ def test_nothing_overflows_in_a_browser(run_page: str, tmp_path: Path, width: in
     title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
     assert title is not None and title[1] == f"{width}|{width}"
     assert "CONSOLE" not in done.stderr
+
+
+def test_the_profiles_behind_a_plan_are_named_with_what_does_not_fit() -> None:
+    use = ProfileUse(
+        device="cpu", name="mine", devices=("cpu",), measured=True, created="2025-01-01", torch="2.5.0",
+        remarks=("it is 22 months old",),
+    )  # fmt: skip
+    plan = dataclasses.replace(samples.plan(), profiles=(use,))
+    text = Reader(render_page(ReportInput(plan=plan))).text
+    assert "cpu: mine, measured on cpu with torch 2.5.0, 2025-01-01; mind: it is 22 months old" in text

@@ -62,6 +62,7 @@ def explain(
     What binds it, what a little more of each resource would buy (each solved again), and why its runners-up
     lost. With --why-not or --pareto: that alone.
     """
+    from planner.codec import encode
     from planner.commands.explain_document import heading_document
     from planner.commands.explain_text import heading_text
     from planner.commands.problem import problem_of_plan
@@ -73,6 +74,8 @@ def explain(
     evaluation = evaluated(problem, plan, plan_file)
     effort = Effort(each_s=time_limit_s, total_s=SEARCHES * time_limit_s)
     document = heading_document(problem, evaluation, basis, profiles)
+    if plan.rehearsal is not None:
+        document["rehearsal"] = encode(plan.rehearsal)
     sections = [heading_text(problem, plan, evaluation, basis)]
     if asked:
         _add_why_not(document, sections, problem, plan, evaluation, asked, effort)

@@ -29,7 +29,8 @@ def strategy_label(strategy: Strategy) -> str:
 
 
 def heading_text(problem: PlanningProblem, plan: Plan, evaluation: Evaluation, basis: str) -> str:
-    """The plan in three lines."""
+    """The plan in three lines, and what its rehearsal came to."""
+    from planner.commands.rehearsal_text import rehearsed_line
     from planner.units import format_seconds
 
     estimate, written_s = evaluation.estimate, plan.estimate.step_time_s
@@ -49,6 +50,7 @@ def heading_text(problem: PlanningProblem, plan: Plan, evaluation: Evaluation, b
             ),
             ("verdict", str(estimate.verdict) if estimate.verdict != "SAFE" else None),
             ("basis", basis),
+            ("rehearsed", rehearsed_line(plan)),
         ],
         COLUMNS,
     )

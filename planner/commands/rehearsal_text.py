@@ -29,6 +29,21 @@ def rehearsal_text(plan: Plan, basis: str) -> str:
     return "\n\n".join(sections)
 
 
+def rehearsed_line(plan: Plan) -> str | None:
+    """The refined figures of a plan that carries a rehearsal, in one line."""
+    from planner.units import format_bytes, format_seconds
+
+    done = plan.rehearsal
+    if done is None or done.refined is None:
+        return None
+    refined = done.refined
+    return (
+        f"{format_seconds(refined.step_time_s)} a step, {format_bytes(refined.peak_memory_bytes)}: "
+        f"{refined.verdict}; {len(done.ranks)} of {plan.strategy.degrees.world} ranks on {done.device}, "
+        f"{refined.measured_share:.0%} of a rank's time measured"
+    )
+
+
 def _ranks(plan: Plan, done: Rehearsal) -> str:
     header = (
         "rank",

@@ -12,6 +12,7 @@ from planner.report import sections, verification, words
 from planner.report.palette import COLOURS, Colour
 from planner.report.picture import Picture, draw_plan
 from planner.report.record import ReportInput, RunRecord
+from planner.report.rehearsed import RehearsedSection, rehearsed_section
 from planner.report.templating import template
 from planner.report.timeline import Slice, first_rank_of_each, slices_of
 from planner.units import format_seconds
@@ -53,6 +54,7 @@ class Page:
     timelines: tuple[sections.Figure, ...]
     memory: sections.Figure
     time: sections.Figure
+    rehearsed: RehearsedSection | None
     run_facts: tuple[words.Fact, ...]
     training: tuple[sections.Figure, ...]
     comparison: verification.Verification | None
@@ -61,6 +63,7 @@ class Page:
     rules: tuple[RuleCount, ...]
     alternatives: words.Table | None
     coverage: tuple[Share, ...]
+    profiles: tuple[str, ...]
     not_modelled: tuple[str, ...]
     digests: tuple[words.Fact, ...]
     versions: tuple[words.Fact, ...]
@@ -98,6 +101,7 @@ def build_page(source: ReportInput) -> Page:
         timelines=sections.timeline_figures(plan, slices_of(plan.timeline), _measured_slices(plan, run)),
         memory=sections.memory_figure(plan, run),
         time=sections.time_figure(plan, run),
+        rehearsed=rehearsed_section(plan),
         run_facts=words.run_facts(run) if run else (),
         training=sections.training_figures(plan, run) if run else (),
         comparison=verification.verify(source.comparison) if source.comparison else None,
@@ -106,6 +110,7 @@ def build_page(source: ReportInput) -> Page:
         rules=_rule_counts(plan),
         alternatives=sections.alternatives_table(plan) if plan.alternatives else None,
         coverage=_coverage(plan),
+        profiles=tuple(f"{use.device}: {use.name}, {use.text()}" for use in plan.profiles),
         not_modelled=plan.not_modelled,
         digests=tuple(words.Fact(name=name, value=value) for name, value in sorted(plan.digests.items())),
         versions=words.version_facts(run),
