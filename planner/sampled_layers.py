@@ -6,6 +6,7 @@ are named besides, say what it is.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -14,6 +15,7 @@ from planner.codec import noun
 from planner.cost.comm import NOISY_SPREAD
 from planner.model import Layer, ModelSpec
 from planner.profile import CommSample, LayerKind, LayerSample, Profile, shape_key
+from planner.rate_sample import RateKind, RateSample
 from planner.strategy import Recompute
 from planner.tables.curves import wire_factor
 
@@ -163,20 +165,68 @@ def group_title(sample: CommSample) -> str:
 
 
 def bus_bytes_per_s(sample: CommSample) -> float:
-    """Bytes a second over a rank's link, by the best algorithm on a ring."""
+    """Bytes a second over a rank's link, by the best algorithm on a ring; 0 where no time was measured."""
+    if sample.seconds <= 0:
+        return 0.0
     return wire_factor(sample.op, sample.ranks) * sample.bytes / sample.seconds
 
 
-def timed(profile: Profile) -> list[LayerSample | CommSample]:
-    """All layers and collectives of a profile: what has a spread."""
-    return [*profile.layers, *profile.comms]
+Timed = LayerSample | CommSample | RateSample
+"""What has a spread."""
 
 
-def noisy(profile: Profile) -> list[LayerSample | CommSample]:
+def timed(profile: Profile) -> list[Timed]:
+    """All layers, collectives and operators of a profile."""
+    return [*profile.layers, *profile.comms, *profile.rates]
+
+
+def noisy(profile: Profile) -> list[Timed]:
     """Samples whose runs lie further apart than the cost model trusts each by itself."""
     return [sample for sample in timed(profile) if is_noisy(sample)]
 
 
-def is_noisy(sample: LayerSample | CommSample) -> bool:
+def is_noisy(sample: Timed) -> bool:
     """Whether the runs of a sample lie far apart."""
     return sample.spread > NOISY_SPREAD
+
+
+def kind_text(sample: RateSample) -> str:
+    """`gemm bf16`, `activation silu-gated fp32`: an operator without its sizes."""
+    parts = (sample.kind.replace("_", " "), sample.variant, str(sample.precision))
+    return " ".join(part for part in parts if part)
+
+
+def rate_text(sample: RateSample) -> str:
+    """An operator with its sizes: `gemm bf16, 4,096 x 4,096 x 1,024`."""
+    return f"{kind_text(sample)}, {' x '.join(f'{dim:,}' for dim in sample.dims)}"
+
+
+def rate_flops(sample: RateSample) -> float | None:
+    """FLOPs of an operator's forward pass; None where it only moves values. Going back it has twice.
+
+    Attention is causal: the half of its scores and values that is not masked. The loss is chunked: both its
+    gradients are taken in the forward pass.
+    """
+    dims = sample.dims
+    match sample.kind:
+        case RateKind.GEMM | RateKind.GROUPED:
+            return 2.0 * math.prod(dims)
+        case RateKind.CROSS_ENTROPY:
+            return 6.0 * math.prod(dims)
+        case RateKind.ATTENTION:
+            heads, tokens, head_dim = dims
+            return 2.0 * heads * tokens * tokens * head_dim
+    return None
+
+
+def rate_values(sample: RateSample) -> int:
+    """Values that an operator reads or writes, by which its sizes are compared: rows of an embedding, of
+    experts' inputs, bytes of a copy."""
+    match sample.kind:
+        case RateKind.EMBEDDING:
+            tokens, _, hidden = sample.dims
+            return tokens * hidden
+        case RateKind.ROUTING:
+            tokens, _, chosen, hidden = sample.dims
+            return tokens * chosen * hidden
+    return math.prod(sample.dims)

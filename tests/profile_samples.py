@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 from planner.catalog import load_model, profile_files
@@ -16,6 +17,8 @@ from planner.profile import (
     load_profile,
     shape_key,
 )
+from planner.rate_sample import RateKind, RateSample
+from planner.report.profile_tables import COPIES
 from planner.strategy import CpExchange, Recompute
 from planner.workload import Precision
 
@@ -94,6 +97,7 @@ def rich() -> Profile:
         cores=None,
         layers=tuple(layers),
         skipped=("head of llama-3-8b at tp 1: too little memory",),
+        rates=rates(),
         clocks=Clocks(
             sm_hz=1.755e9,
             sm_lowest_hz=1.7e9,
@@ -108,6 +112,46 @@ def rich() -> Profile:
             Constant(name="gemm_flops", value=6.9e14, origin="measured: 8192^3 product in bf16"),
             Constant(name="host_block_forward_s", value=8e-4, origin="measured: a small block"),
         ),
+    )
+
+
+def rates() -> tuple[RateSample, ...]:
+    """Every kind of operator at a few sizes, as a device of one rate and one bandwidth would take them."""
+    found = []
+    for kind in RateKind:
+        for number in range(6):
+            dims = tuple(96 * 2 ** ((number + place) % 6) for place in range(DIMS[kind]))
+            seconds = 2e-6 + math.prod(dims) / (3e14 if DIMS[kind] > 2 else 1e12)
+            found.append(
+                RateSample(
+                    kind=kind,
+                    dims=dims,
+                    precision=Precision.BF16,
+                    variant="rmsnorm" if kind is RateKind.NORM else "",
+                    forward_s=seconds,
+                    backward_s=None if kind in COPIES or kind is RateKind.OPTIMIZER else 2.2 * seconds,
+                    spread=0.03,
+                    samples=20,
+                )
+            )
+    return tuple(found)
+
+
+DIMS = {
+    **dict.fromkeys((RateKind.GROUPED, RateKind.ROUTING), 4),
+    **dict.fromkeys((RateKind.GEMM, RateKind.ATTENTION, RateKind.CROSS_ENTROPY, RateKind.EMBEDDING), 3),
+    **dict.fromkeys((RateKind.NORM, RateKind.ROTARY, RateKind.OPTIMIZER), 2),
+    **dict.fromkeys((RateKind.ADD, RateKind.ACTIVATION, *COPIES), 1),
+}
+"""How many dims tell samples of a kind apart."""
+
+
+def zero() -> Profile:
+    """Times that were too short for the clock."""
+    profile = single()
+    layers = tuple(dataclasses.replace(s, forward_s=0.0, backward_s=0.0) for s in profile.layers)
+    return dataclasses.replace(
+        profile, layers=layers, comms=tuple(dataclasses.replace(s, seconds=0.0) for s in profile.comms)
     )
 
 
@@ -136,5 +180,6 @@ SAMPLES: dict[str, Callable[[], Profile]] = {
     "hostile": hostile,
     "bare": bare,
     "single": single,
+    "zero": zero,
     **{name: (lambda own=profile: own) for name, profile in shipped().items()},
 }

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import datetime
+import math
 import re
 from collections.abc import Callable
 
 import pytest
 
 from planner.profile import LayerKind, Profile
+from planner.rate_sample import RateKind
 from planner.report import ticks
 from planner.report.profile_layers import MOST_CLASSES
 from planner.report.profile_lines import ProfileLines
 from planner.report.profile_operators import operator_figure
 from planner.report.profile_page import ProfilePage, build_profile_page, render_profile
-from planner.sampled_layers import SampledClass, covered_models, sampled_classes, width_text
-from planner.units import format_seconds
+from planner.report.profile_tables import best_rates
+from planner.sampled_layers import SampledClass, covered_models, rate_flops, sampled_classes, width_text
+from planner.units import format_seconds, format_si
 from tests import profile_samples as samples
 from tests.html_reader import Reader
 from tests.planner import sweeps
@@ -157,3 +160,28 @@ def test_ticks_are_few_and_inside(low: float, high: float) -> None:
     assert len(values) <= max(ticks.MOST_TICKS, high / low > 1e8 and 10)
     powers = ticks.power_ticks(low * 1000, high * 1000)
     assert len(powers) <= ticks.MOST_TICKS and all(low * 1000 <= value <= high * 1000 for value in powers)
+
+
+def test_every_operator_is_drawn_and_told() -> None:
+    profile = samples.rich()
+    page = built(profile)
+    titles = [figure.title for figure in page.rates]
+    assert titles[:2] == ["Matrix products, forward", "Matrix products, backward"]
+    assert {"Attention, forward", "Other operators", "Copies"} <= set(titles)
+    rows = [row for figure in page.rates if figure.table for row in figure.table.rows]
+    assert len(rows) == len(profile.rates)
+    assert not built(samples.cpu()).rates
+
+
+def test_rates_of_operators_follow_from_their_sizes() -> None:
+    gemm = next(s for s in samples.rates() if s.kind is RateKind.GEMM)
+    m, n, k = gemm.dims
+    assert rate_flops(gemm) == 2 * m * n * k
+    best = {row[0]: row for row in best_rates(samples.rates()).rows}
+    fastest = max(
+        (s for s in samples.rates() if s.kind is RateKind.GEMM), key=lambda s: math.prod(s.dims) / s.forward_s
+    )
+    assert best["gemm bf16"][2] == format_si(2 * math.prod(fastest.dims) / fastest.forward_s, "FLOP/s")
+    assert best["copy bf16"][2].endswith("B/s") and best["add bf16"][2].endswith("values/s")
+    copies = next(figure for figure in built(samples.rich()).rates if figure.title == "Copies")
+    assert len(copies.legend) == 3

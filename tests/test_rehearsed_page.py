@@ -147,7 +147,7 @@ def test_an_explanation_tells_the_rehearsal(tmp_path: Path) -> None:
     plan = load_plan(path)
     save_plan(rehearsal_of(plan, rank_of(plan, 0, 0)), path)
     asked = ["explain", str(path), "--why-not", "tp=2"]
-    told = CliRunner().invoke(cli, asked).stdout
+    told = " ".join(CliRunner().invoke(cli, asked).stdout.split())
     assert "1 of 4 ranks on NVIDIA H100 80GB HBM3, 75% of a rank's time measured" in told
     document = json.loads(CliRunner().invoke(cli, [*asked, "--json"]).stdout)
     assert document["rehearsal"]["refined"]["measured_share"] == 0.75

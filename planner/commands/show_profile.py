@@ -90,7 +90,8 @@ def profile_text(profile: Profile, classes: Classes, today: datetime.date) -> st
     from planner.report.profile_words import facts, warnings
 
     heading = pairs(((fact.name, fact.value) for fact in facts(profile, classes, today)), WIDTH)
-    parts = [heading, *_layer_texts(profile, classes), *_comm_texts(profile), _constants_text(profile)]
+    parts = [heading, *_layer_texts(profile, classes), *_rate_texts(profile), *_comm_texts(profile)]
+    parts.append(_constants_text(profile))
     parts.append(pairs((("mind", text) for text in warnings(profile, today)), WIDTH))
     return "\n\n".join(part for part in parts if part)
 
@@ -119,6 +120,16 @@ def _class_text(found: SampledClass, variant: str, samples: Sequence[LayerSample
     left, right = shown.numbers
     body = table(shown.header, shown.rows[:most], numbers=range(left, right))
     return f"{found.title}, {variant}\n{found.shape_key}\n{body}"
+
+
+def _rate_texts(profile: Profile) -> list[str]:
+    """A row for each kind of operator: how many sizes, and its best rate."""
+    from planner.report.profile_tables import best_rates
+
+    if not profile.rates:
+        return []
+    shown = best_rates(profile.rates)
+    return [table(shown.header, shown.rows, numbers=range(*shown.numbers))]
 
 
 def _comm_texts(profile: Profile) -> list[str]:

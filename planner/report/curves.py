@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,13 +66,19 @@ PASS = Axis(title="measured", labels=ticks.SECONDS), Axis(title="by the formula"
 HOST = Axis(title="device", labels=ticks.SECONDS), Axis(title="host", labels=ticks.SECONDS)
 """Both axes of a scatter."""
 
+WORK = Axis(title="FLOPs", labels=ticks.FLOPS_OF_WORK)
+VALUES = Axis(title="values", labels=ticks.COUNT, ticks=ticks.power_ticks)
+BANDWIDTH_OF_COPY = Axis(title="bandwidth", labels=ticks.BYTES_PER_S)
 RATE = Axis(title="rate", labels=ticks.FLOPS)
 
 
 def draw_curves(
     curves: Sequence[Curve], x: Axis, y: Axis, label: str, floor: tuple[float, str] | None = None
 ) -> str:
-    """The curves; with `floor` a dashed level across, and its words."""
+    """The curves; with `floor` a dashed level across, and its words. Nothing without a point above 0."""
+    curves = [positive(curve) for curve in curves]
+    if not any(curve.dots for curve in curves):
+        return ""
     places = [(dot.x, dot.y) for curve in curves for dot in curve.dots]
     places += [place for curve in curves for line in (*curve.lines, *curve.dashes) for place in line]
     if floor is not None:
@@ -93,6 +100,11 @@ def draw_curves(
         )
         layers.append(rule.encode(y=up, description="tip:N"))
     return render(layered(*layers).properties(width=NARROW_PX, height=HEIGHT_PX), label, "narrow")
+
+
+def positive(curve: Curve) -> Curve:
+    """A curve without the points that have no place on logarithmic axes."""
+    return dataclasses.replace(curve, dots=tuple(dot for dot in curve.dots if dot.x > 0 and dot.y > 0))
 
 
 def draw_scatter(curves: Sequence[Curve], x: Axis, y: Axis, label: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from planner.cost.comm import NOISY_SPREAD
 from planner.cost.meanings import told_value, usual_value
-from planner.profile import CommSample, LayerSample, Op, Profile
+from planner.profile import CommSample, Op, Profile
 from planner.report import curves
 from planner.report.curves import Curve, Dot, draw_curves
 from planner.report.profile_layers import LINE_POINTS, Classes
@@ -16,7 +16,15 @@ from planner.report.profile_words import op_title
 from planner.report.sections import Figure, LegendItem
 from planner.report.strips import Strip, draw_strips
 from planner.report.words import percent
-from planner.sampled_layers import bus_bytes_per_s, group_title, noisy, sample_text, timed
+from planner.sampled_layers import (
+    Timed,
+    bus_bytes_per_s,
+    group_title,
+    noisy,
+    rate_text,
+    sample_text,
+    timed,
+)
 from planner.tables.curves import wire_factor
 from planner.units import format_bytes, format_seconds, format_si
 
@@ -48,7 +56,8 @@ def _comm_curve(op: Op, samples: Sequence[CommSample], lines: ProfileLines) -> C
     low, high = min(s.bytes for s in samples), max(s.bytes for s in samples)
     sizes = [low * (high / low) ** (step / (LINE_POINTS - 1)) for step in range(LINE_POINTS)]
     factor = wire_factor(op, samples[0].ranks)
-    line = tuple((size, factor * size / lines.comm_s(samples[0], size)) for size in sizes)
+    charged = [(size, lines.comm_s(samples[0], size)) for size in sizes]
+    line = tuple((size, factor * size / seconds) for size, seconds in charged if seconds > 0)
     return Curve(
         colour=OP_COLOURS[op],
         dots=tuple(Dot(x=s.bytes, y=bus_bytes_per_s(s), tip=_comm_tip(s)) for s in samples),
@@ -74,6 +83,9 @@ def spread_figure(profile: Profile, classes: Classes) -> Figure | None:
     for comm in profile.comms:
         title = f"{op_title(comm.op)} of {format_bytes(comm.bytes)}, {group_title(comm)}"
         strips.setdefault(op_title(comm.op), []).append(_spread_dot(comm, title))
+    for rate in profile.rates:
+        row = str(rate.kind).replace("_", " ")
+        strips.setdefault(row, []).append(_spread_dot(rate, rate_text(rate)))
     rows = [Strip(row=row, colour="mark_0", dots=tuple(dots)) for row, dots in strips.items()]
     if not rows:
         return None
@@ -87,7 +99,7 @@ def spread_figure(profile: Profile, classes: Classes) -> Figure | None:
     return Figure(title="Spread", svg=svg, caption=caption)
 
 
-def _spread_dot(sample: LayerSample | CommSample, title: str) -> Dot:
+def _spread_dot(sample: Timed, title: str) -> Dot:
     tip = f"{title}: {percent(sample.spread, 0)} of {sample.samples} runs"
     return Dot(x=100 * sample.spread, y=0.0, tip=tip)
 

@@ -18,6 +18,7 @@ from planner.report.palette import COLOURS, MARK_COLOURS, Colour
 from planner.report.profile_layers import LayerSection, formula_figures, layer_sections
 from planner.report.profile_lines import ProfileLines
 from planner.report.profile_operators import operator_figure
+from planner.report.profile_rates import rate_figures
 from planner.report.sections import Figure
 from planner.report.templating import template
 from planner.report.words import Fact, Tile
@@ -40,6 +41,7 @@ class ProfilePage:
     layers: tuple[LayerSection, ...]
     drifts: bool
     comms: tuple[Figure, ...]
+    rates: tuple[Figure, ...]
     quality: tuple[Figure, ...]
     constants: tuple[tables.ConstantRow, ...]
     moved: Figure | None
@@ -65,6 +67,7 @@ def build_profile_page(profile: Profile, models: Sequence[ModelSpec], today: dat
         layers=layer_sections(profile, classes, lines),
         drifts=any(sample.reference_s for sample in profile.layers),
         comms=figures.comm_figures(profile, lines),
+        rates=rate_figures(profile),
         quality=(
             *formula_figures(profile, classes, lines),
             *(figure for figure in (operator_figure(profile), spread) if figure is not None),

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 
 from planner.codec import noun
 from planner.cost.meanings import meaning_of, told_value, usual_value
 from planner.profile import CommSample, Constant, LayerSample, Op, Profile
+from planner.rate_sample import RateKind, RateSample
 from planner.report.profile_words import op_title
 from planner.report.words import Table, percent
-from planner.sampled_layers import SampledClass, bus_bytes_per_s, is_noisy, width_text
+from planner.sampled_layers import (
+    SampledClass,
+    Timed,
+    bus_bytes_per_s,
+    is_noisy,
+    kind_text,
+    rate_flops,
+    rate_values,
+    width_text,
+)
 from planner.strategy import Recompute
 from planner.units import format_bytes, format_seconds, format_si
 
+COPIES = (RateKind.COPY, RateKind.TO_DEVICE, RateKind.TO_HOST)
 OPTIONS = tuple(Recompute)
 NOISY_MARK = "!"
 
 
-def spread_text(sample: LayerSample | CommSample) -> str:
+def spread_text(sample: Timed) -> str:
     """`12 %`, or `31 % !` where that is much."""
     return percent(sample.spread, 0) + (f" {NOISY_MARK}" if is_noisy(sample) else "")
 
@@ -48,6 +60,48 @@ def _row(found: SampledClass, sample: LayerSample) -> tuple[str, ...]:
         format_bytes(peak),
         spread_text(sample),
     )
+
+
+def rate_table(samples: Sequence[RateSample]) -> Table:
+    """Operators with their sizes, times and rates."""
+    ordered = sorted(samples, key=lambda s: (s.kind, s.variant, s.precision, s.dims))
+    rows = (
+        (
+            kind_text(s),
+            " x ".join(f"{dim:,}" for dim in s.dims),
+            format_seconds(s.forward_s),
+            "" if s.backward_s is None else format_seconds(s.backward_s),
+            "" if (flops := rate_flops(s)) is None else format_si(flops / s.forward_s, "FLOP/s"),
+            spread_text(s),
+        )
+        for s in ordered
+    )
+    header = ("operator", "sizes", "forward", "backward", "forward rate", "spread")
+    return Table(header=header, rows=tuple(rows), numbers=(2, 6))
+
+
+def best_rates(samples: Sequence[RateSample]) -> Table:
+    """Each kind of operator: how many sizes were taken, its best rate, its usual and worst spread."""
+    kinds: dict[str, list[RateSample]] = {}
+    for sample in samples:
+        kinds.setdefault(kind_text(sample), []).append(sample)
+    rows = (
+        (name, f"{len(own):,}", *_best(own), percent(median(s.spread for s in own), 0))
+        for name, own in kinds.items()
+    )
+    header = ("operators", "sizes", "best rate", "at", "spread")
+    return Table(header=header, rows=tuple(rows), numbers=(1, 3))
+
+
+def _best(samples: Sequence[RateSample]) -> tuple[str, str]:
+    """The highest rate of a kind and its sizes: FLOP/s, bytes a second of copies, else values a second."""
+    best = max(samples, key=_work_per_s)
+    unit = "FLOP/s" if rate_flops(best) else "B/s" if best.kind in COPIES else "values/s"
+    return format_si(_work_per_s(best), unit), " x ".join(f"{dim:,}" for dim in best.dims)
+
+
+def _work_per_s(sample: RateSample) -> float:
+    return (rate_flops(sample) or rate_values(sample)) / sample.forward_s
 
 
 def comm_table(samples: Sequence[CommSample]) -> Table:

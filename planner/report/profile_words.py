@@ -10,8 +10,9 @@ from statistics import median
 
 from planner.cost.comm import NOISY_SPREAD
 from planner.cost.meanings import told_value
-from planner.profile import Clocks, CommSample, FamilyFit, Op, Profile
+from planner.profile import Clocks, CommSample, FamilyFit, LayerSample, Op, Profile
 from planner.profile_use import OLD_MONTHS, months_old, told_age
+from planner.rate_sample import RateSample
 from planner.report.words import Fact, Tile, percent
 from planner.sampled_layers import ClassKey, SampledClass, covered_models, noisy, timed
 
@@ -57,6 +58,7 @@ def holds(profile: Profile, classes: Classes) -> str:
     parts = [
         f"{counted(len(profile.layers), 'layer')} of {counted(len(classes), 'class')}" if classes else "",
         counted(len(profile.comms), "collective") if profile.comms else "",
+        counted(len(profile.rates), "operator") if profile.rates else "",
         counted(len(profile.constants), "constant") if profile.constants else "",
     ]
     return ", ".join(part for part in parts if part) or "nothing"
@@ -70,7 +72,7 @@ def facts(profile: Profile, classes: Classes, today: datetime.date) -> tuple[Fac
         ("name", profile.name),
         ("device", _device(profile)),
         ("software", named),
-        ("taken", f"{profile.created}, {told_age(profile.created, today)}"),
+        ("taken", f"{profile.created}, {told_age(profile.created, today)}{_span(profile)}"),
         ("holds", holds(profile, classes)),
         ("formats", ", ".join(formats)),
         ("shards", widths(profile)),
@@ -82,6 +84,12 @@ def facts(profile: Profile, classes: Classes, today: datetime.date) -> tuple[Fac
         *((fit.family, fit_text(fit)) for fit in profile.fits),
     )
     return tuple(Fact(name=name, value=value) for name, value in found if value)
+
+
+def _span(profile: Profile) -> str:
+    """The dates of its samples, where they were not all taken at once."""
+    days = sorted({sample.taken[:10] for sample in timed(profile) if sample.taken})
+    return f"; samples from {days[0]} to {days[-1]}" if len(days) > 1 else ""
 
 
 def _device(profile: Profile) -> str:
@@ -162,7 +170,7 @@ def warnings(profile: Profile, today: datetime.date) -> tuple[str, ...]:
     months = months_old(profile.created, today)
     if months is None or months > OLD_MONTHS:
         found.append(f"It was taken {told_age(profile.created, today)}: software has changed since.")
-    kinds = (op_title(s.op) if isinstance(s, CommSample) else str(s.kind) for s in noisy(profile))
+    kinds = (op_title(s.op) if isinstance(s, CommSample) else _kind(s) for s in noisy(profile))
     by_kind = Counter(kinds)
     if by_kind:
         listed = ", ".join(f"{counted(count, kind)}" for kind, count in by_kind.most_common())
@@ -191,6 +199,10 @@ def skipped_texts(profile: Profile) -> list[str]:
     return told
 
 
+def _kind(sample: LayerSample | RateSample) -> str:
+    return str(sample.kind).replace("_", " ")
+
+
 def tiles(profile: Profile, classes: Classes) -> tuple[Tile, ...]:
     """The headline figures."""
     if not profile.measured:
@@ -204,6 +216,7 @@ def tiles(profile: Profile, classes: Classes) -> tuple[Tile, ...]:
     return (
         Tile(title="Layers", value=f"{len(profile.layers):,}", detail=counted(len(classes), "class")),
         Tile(title="Collectives", value=f"{len(profile.comms):,}", detail=profile.backend),
+        *([Tile(title="Operators", value=f"{len(profile.rates):,}")] if profile.rates else []),
         *_constant_tiles(profile),
         *_spread_tile(profile),
     )

@@ -1,0 +1,118 @@
+"""The operators of a profile drawn: rates of products and attention, times of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from planner.cost.measured_rates import at_usual_speed
+from planner.profile import Profile
+from planner.rate_sample import RateKind, RateSample
+from planner.report import curves
+from planner.report.curves import Axis, Curve, Dot, draw_curves
+from planner.report.profile_tables import COPIES, rate_table
+from planner.report.sections import Figure, LegendItem
+from planner.report.words import percent
+from planner.sampled_layers import kind_text, rate_flops, rate_text, rate_values
+from planner.units import format_seconds, format_si
+
+LEAST_DIMS = (64, 512, 2048)
+"""Products are told apart by their least dim: up to each of these, or beyond."""
+
+MOST_COLOURS = 8
+
+
+def rate_figures(profile: Profile) -> tuple[Figure, ...]:
+    """Rates of what computes, times of what moves values, and copies."""
+    samples = at_usual_speed(profile.rates)
+    computing = [sample for sample in samples if rate_flops(sample)]
+    copies = [sample for sample in samples if sample.kind in COPIES]
+    moving = [sample for sample in samples if sample not in computing and sample not in copies]
+    drawn = [
+        *(
+            _rates(f"{title}, {name}", [s for s in computing if s.kind is kind], name)
+            for kind, title in KINDS_DRAWN
+            for name in (("forward",) if kind is RateKind.CROSS_ENTROPY else ("forward", "backward"))
+        ),
+        _by_kind("Other operators", moving, _TIMED),
+        _by_kind("Copies", copies, _COPIED),
+    ]
+    return tuple(figure for figure in drawn if figure is not None)
+
+
+KINDS_DRAWN = (
+    (RateKind.GEMM, "Matrix products"),
+    (RateKind.GROUPED, "Products of experts"),
+    (RateKind.ATTENTION, "Attention"),
+    (RateKind.CROSS_ENTROPY, "Output projection and loss"),
+)
+
+
+def _rates(title: str, samples: Sequence[RateSample], name: str) -> Figure | None:
+    """FLOP/s over FLOPs of one pass; products by their least dim."""
+    dots: dict[tuple[int, str], list[Dot]] = {}
+    for sample in samples:
+        seconds, flops = getattr(sample, f"{name}_s"), rate_flops(sample)
+        if not seconds or not flops:
+            continue
+        work = flops * (1 if name == "forward" else 2)
+        tip = f"{rate_text(sample)}, {name}: {format_seconds(seconds)}, {format_si(work / seconds, 'FLOP/s')}"
+        dots.setdefault(_group(sample), []).append(Dot(x=work, y=work / seconds, tip=tip))
+    if not dots:
+        return None
+    order = {group: f"mark_{number % MOST_COLOURS}" for number, group in enumerate(sorted(dots))}
+    shown = [Curve(colour=colour, dots=tuple(dots[group])) for group, colour in order.items()]
+    return Figure(
+        title=title,
+        svg=draw_curves(shown, curves.WORK, curves.RATE, f"{title}: rate over work"),
+        legend=tuple(
+            LegendItem(colour=colour, title=group, shape="dot") for (_, group), colour in order.items()
+        ),
+        table=rate_table(samples) if name == "forward" else None,
+    )
+
+
+def _group(sample: RateSample) -> tuple[int, str]:
+    """What the dots of a kind are coloured by, with its place: the least dim of products, else the head."""
+    if sample.kind is RateKind.ATTENTION:
+        return sample.dims[-1], f"heads of {sample.dims[-1]}, {sample.precision}"
+    least = min(sample.dims[-3:])
+    place = sum(least > bound for bound in LEAST_DIMS)
+    width = f"up to {LEAST_DIMS[place]:,}" if place < len(LEAST_DIMS) else f"beyond {LEAST_DIMS[-1]:,}"
+    return place, f"least dim {width}, {sample.precision}"
+
+
+def _timed_y(sample: RateSample) -> float:
+    return sample.forward_s
+
+
+def _copied_y(sample: RateSample) -> float:
+    return sample.dims[0] / sample.forward_s
+
+
+_TIMED = (curves.VALUES, curves.TIME, _timed_y)
+_COPIED = (curves.SIZE, curves.BANDWIDTH_OF_COPY, _copied_y)
+
+
+def _by_kind(title: str, samples: Sequence[RateSample], how: tuple[Axis, Axis, object]) -> Figure | None:
+    """All samples of some kinds in one chart, a colour a kind and variant."""
+    if not samples:
+        return None
+    x, y, value = how
+    assert callable(value)
+    names = list(dict.fromkeys(kind_text(sample) for sample in samples))
+    shown, legend = [], []
+    for number, name in enumerate(names):
+        colour = f"mark_{number % MOST_COLOURS}"
+        own = [sample for sample in samples if kind_text(sample) == name]
+        dots = tuple(
+            Dot(
+                x=rate_values(s),
+                y=value(s),
+                tip=f"{rate_text(s)}: {format_seconds(s.forward_s)}, spread {percent(s.spread, 0)}",
+            )
+            for s in own
+        )
+        shown.append(Curve(colour=colour, dots=dots))
+        legend.append(LegendItem(colour=colour, title=name, shape="dot"))
+    svg = draw_curves(shown, x, y, f"{title} by size")
+    return Figure(title=title, svg=svg, legend=tuple(legend), table=rate_table(samples))
