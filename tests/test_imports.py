@@ -31,7 +31,7 @@ HEAVY = {
 }
 MEETS_RUNTIME = {
     *("profile", "profile_ranks", "profile_request", "profile_session"),
-    *("train", "demo", "rehearse", "trace", "export_weights"),
+    *("train", "demo", "rehearse", "rehearsing", "trace", "export_weights"),
 }
 """Commands whose bodies may import runtime; nothing else in planner may."""
 
@@ -59,6 +59,7 @@ LAYERS = (
         "profile",
         "rate_sample",
         "profile_use",
+        "rehearsal",
         "plan",
         "problem",
         "placement",

@@ -8,8 +8,6 @@ import platform
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from planner.codec import noun
-
 if TYPE_CHECKING:
     from planner.plan import Plan
     from planner.problem import PlanningProblem
@@ -19,7 +17,7 @@ USABLE_SHARE = 0.9
 """Part of the machine's memory that a rank rehearsed on the CPU may be predicted to take."""
 
 
-@noun
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """Which ranks are rehearsed and how. No ranks: one of each kind. `compiled` None: as in training."""
 
