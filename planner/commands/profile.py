@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,11 +181,12 @@ def _profile(options: ProfileOptions, joint: JointWorld | None, *, as_json: bool
 def measure(
     model: ModelSpec, cluster: ClusterSpec, seq: int, precision: Precision, *, quick: bool = False
 ) -> Profile:
-    """Takes the usual profile of one model, with progress on stderr."""
-    from runtime.scope import default_scope
+    """Takes the usual profile of one model, with progress on stderr; its layers are measured: no sweeps."""
+    from runtime.scope import Sweeps, default_scope
 
     request = Request(models=(model,), cluster=cluster, seqs=(seq,), precision=precision)
-    return _take(request, default_scope(cluster.devices, (seq,), quick=quick))
+    scope = default_scope(cluster.devices, (seq,), quick=quick)
+    return _take(request, dataclasses.replace(scope, sweeps=Sweeps.NONE))
 
 
 def _take(
