@@ -32,8 +32,8 @@ PRODUCT_DIM = 8192
 """Of the products beside which copies run: large ones, as in a block of a large model."""
 
 COPY_BYTES = 256 * 2**20
-BESIDE_S = 0.02
-"""A copy's length, and the time that products and copies run beside each other in one run."""
+BESIDE_S, FEWEST_CALLS = 0.02, 4
+"""A copy's length; how long products and copies run beside each other in one run, and the fewest calls."""
 
 
 def constant(name: str, value: float, how: str) -> Constant:
@@ -76,7 +76,7 @@ def overlap(device: torch.device, precision: Precision, effort: Effort) -> Itera
     product = torch.empty_like(a)
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    pair = _Beside(device, lambda: torch.mm(a, a, out=product), lambda: target.copy_(source))
+    pair = Beside(device, lambda: torch.mm(a, a, out=product), lambda: target.copy_(source))
     work, message = pair.slowdowns(effort)
     yield constant(
         "overlap_slowdown", max(work - 1, 0.0), f"{PRODUCT_DIM}^3 products in {precision} beside a copy"
@@ -86,7 +86,7 @@ def overlap(device: torch.device, precision: Precision, effort: Effort) -> Itera
     )
 
 
-class _Beside:
+class Beside:
     """Two loops of kernels on one device, in streams of their own."""
 
     def __init__(
@@ -94,22 +94,24 @@ class _Beside:
     ) -> None:
         self.device, self.calls = device, (work, message)
         self.streams = [torch.cuda.Stream(device) for _ in self.calls]  # type: ignore[no-untyped-call]
-        self.each_s = [self._alone_s(index, 4) for index in range(2)]
-        self.counts = [max(4, round(BESIDE_S / seconds)) for seconds in self.each_s]
+        self.counts = [FEWEST_CALLS, FEWEST_CALLS]
+        for index in range(2):
+            self._alone_s(index)  # libraries load their kernels at the first call
+        self.counts = [max(FEWEST_CALLS, round(BESIDE_S / self._alone_s(index))) for index in range(2)]
 
     def slowdowns(self, effort: Effort) -> tuple[float, float]:
         """Time of work, and of the message, over that alone."""
         found = []
         for index in range(2):
             runs = max(effort.least, min(effort.most, round(effort.budget_s / BESIDE_S)))
-            alone = summarize([self._alone_s(index, self.counts[index]) for _ in range(runs)])
+            alone = summarize([self._alone_s(index) for _ in range(runs)])
             both = summarize([self._beside_s(index) for _ in range(runs)])
             found.append(both.median_s / alone.median_s)
         return found[0], found[1]
 
-    def _alone_s(self, index: int, count: int) -> float:
+    def _alone_s(self, index: int) -> float:
         torch.cuda.synchronize(self.device)
-        return self._timed(index, count)()
+        return self._timed(index, self.counts[index])()
 
     def _beside_s(self, index: int) -> float:
         """One call's time while the other loop, begun before, runs twice as long."""

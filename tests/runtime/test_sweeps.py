@@ -14,6 +14,10 @@ from planner.profile import Profile  # noqa: E402
 from planner.rate_sample import RateKind, RateSample  # noqa: E402
 from planner.workload import Precision  # noqa: E402
 from runtime.families import Adaptive  # noqa: E402
+from runtime.fp8 import LEAST_CAPABILITY  # noqa: E402
+from runtime.host_families import CommunicatorFamily, HostFamily  # noqa: E402
+from runtime.measure_device import OF_CUDA  # noqa: E402
+from runtime.measure_host import CONSTANTS, measure_host  # noqa: E402
 from runtime.measure_sweeps import Bench, measure_sweeps  # noqa: E402
 from runtime.profiler import take_profile  # noqa: E402
 from runtime.rate_family import Operator, RateFamily, rate_families  # noqa: E402
@@ -178,3 +182,43 @@ def test_a_profile_holds_its_sweeps() -> None:
     assert sampled is not None
     small, large = (sampled.forward_s(RateKind.GEMM, n, n, n) for n in (16.0, 4096.0))
     assert 0 < small < large
+
+
+CUDA_SMALL = SMALL | {
+    RateKind.GEMM: (64, 64, 64),
+    RateKind.GROUPED: (4, 32, 64, 64),
+    RateKind.ATTENTION: (2, 128, 64),
+    RateKind.TO_DEVICE: (4096,),
+    RateKind.TO_HOST: (4096,),
+}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+def test_every_kind_is_swept_on_an_accelerator() -> None:
+    host = dict.fromkeys((RateKind.TO_DEVICE, RateKind.TO_HOST), ("pinned", "pageable"))
+    cases = [
+        RateCase(kind=kind, dims=dims, precision=Precision.BF16, variant=variant)
+        for kind, dims in CUDA_SMALL.items()
+        for variant in (VARIANTS | host).get(kind, ("",))
+    ]
+    if torch.cuda.get_device_capability() >= LEAST_CAPABILITY:
+        cases.append(RateCase(kind=RateKind.GEMM, dims=(64, 64, 64), precision=Precision.FP8))
+    found = [decode(RateSample, each, source="test") for each in measure_sweeps(cases, "cuda", ONCE)]
+    assert len(found) == len(cases)
+    assert all(sample.forward_s > 0 and sample.reference_s is None for sample in found)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+def test_overlap_and_the_allocator_on_an_accelerator() -> None:
+    messages = list(measure_host(OF_CUDA, "cuda", Precision.BF16, ONCE))
+    values = {each["name"]: each["value"] for message in messages for each in message["constants"]}
+    assert values["overlap_slowdown"] >= 0 and values["overlap_message_slowdown"] >= 0
+    assert 1.0 <= values["allocator_slack"] < 3.0
+
+
+def test_a_cpu_has_neither() -> None:
+    groups = [case.group for case in HostFamily("cpu", FP32, ONCE).cases()]
+    assert not set(groups) & set(OF_CUDA) and set(groups) | set(OF_CUDA) == set(CONSTANTS)
+    assert list(CommunicatorFamily(4, on_cuda=False).cases()) == []
+    assert list(CommunicatorFamily(1, on_cuda=True).cases()) == []
+    assert len(CommunicatorFamily(4, on_cuda=True).cases()) == 1
