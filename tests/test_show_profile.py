@@ -106,11 +106,13 @@ def test_what_is_doubtful_is_told(tmp_path: Path) -> None:
 
 
 def test_many_cases_that_were_skipped_for_one_reason_are_told_together(tmp_path: Path) -> None:
-    skipped = (*(f"block tp{n}: no time was left" for n in range(9)), "copies: pinned: no accelerator", "odd")
+    left = (*(f"block tp{n}: no time was left" for n in range(9)), "21 more cases: no time was left")
+    skipped = (*left, "copies: pinned: no accelerator", "odd", "2 more cases: no peace")
     fit = FamilyFit(family="layers", cases=12, taken=9, error=0.04)
     path = written(dataclasses.replace(CPU, skipped=skipped, fits=(fit,)), tmp_path)
     found = document_of("show", "profile", path)["warnings"]
-    assert "Skipped 9 cases: no time was left (block tp0 and so on)." in found
+    assert "Skipped 30 cases: no time was left (block tp0 and so on)." in found
+    assert "Skipped 2 cases: no peace." in found
     assert "Skipped: copies: pinned: no accelerator" in found and "Skipped: odd" in found
     assert "9 of 12 cases measured; left out, a sample is predicted 4.0 % off" in text_of(
         "show", "profile", path
@@ -220,6 +222,11 @@ def test_every_constant_that_a_profile_can_hold_has_a_meaning() -> None:
     assert all(meaning_of(name) for name in names)
     assert not set(MEANINGS) & {*PRIORS, *MEMORY_PRIORS}
     assert meaning_of("unheard_of") == ""
+    root = Path(__file__).parents[1]
+    asked = re.compile(r"constant\(\s*\"([a-z_]+)\"")
+    sources = [path for folder in ("planner", "runtime") for path in (root / folder).rglob("*.py")]
+    found = {name for path in sources for name in asked.findall(path.read_text(encoding="utf-8"))}
+    assert "gemm_flops" in found and all(meaning_of(name) for name in found)
 
 
 @pytest.mark.parametrize(

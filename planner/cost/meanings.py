@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from planner.cost.constants import OVERLAP_SLOWDOWN
 from planner.cost.memory_constants import MEMORY_PRIORS
 from planner.cost.physics import PRIORS
 from planner.units import format_bytes, format_seconds, format_si
@@ -34,6 +35,8 @@ MEANINGS: Mapping[str, str] = MappingProxyType(
         "optimizer_s_per_param": "update of the optimizer, for each parameter",
         "clip_s_per_tensor": "norm and scaling of gradients, for each tensor",
         "clip_s_per_param": "norm and scaling of gradients, for each parameter",
+        "overlap_slowdown": "how much longer products take while a copy runs beside them, as a share",
+        "overlap_message_slowdown": "how much longer that copy takes beside products, as a share",
         "time_error": "share by which predicted step times are off: 90 % of runs left out are within it",
         "memory_error_lower": "share of the peak that the real one may lie below the predicted",
         "memory_error_upper": "share of the peak that the real one may lie above the predicted",
@@ -49,6 +52,8 @@ def meaning_of(name: str) -> str:
 
 def usual_value(name: str) -> float | None:
     """The value before any fit, or None for constants that only measuring gives."""
+    if name == "overlap_slowdown":
+        return OVERLAP_SLOWDOWN
     prior = PRIORS.get(name) or MEMORY_PRIORS.get(name)
     return None if prior is None else prior.value
 

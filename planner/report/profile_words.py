@@ -19,6 +19,8 @@ from planner.sampled_layers import ClassKey, SampledClass, covered_models, noisy
 Classes = Mapping[ClassKey, SampledClass]
 MOST_NAMES = 6
 MOST_SKIPPED = 3
+MORE_CASES = re.compile(r"(\d+) more cases")
+"""How a profile counts those that it does not name."""
 
 
 def counted(number: int, noun: str) -> str:
@@ -81,7 +83,7 @@ def facts(profile: Profile, classes: Classes, today: datetime.date) -> tuple[Fac
         ("contention", contention(profile)),
         ("spread", spread(profile)),
         ("clocks", clocks_text(profile.clocks)),
-        *((fit.family, fit_text(fit)) for fit in profile.fits),
+        *((fit.family, fit_text(fit)) for fit in profile.fits if fit.cases),
     )
     return tuple(Fact(name=name, value=value) for name, value in found if value)
 
@@ -186,14 +188,18 @@ def warnings(profile: Profile, today: datetime.date) -> tuple[str, ...]:
 
 def skipped_texts(profile: Profile) -> list[str]:
     """What could not be measured; many cases with one reason are told together."""
-    reasons: dict[str, list[str]] = {}
+    named: dict[str, list[str]] = {}
+    counts: Counter[str] = Counter()
     for text in profile.skipped:
         case, _, reason = text.rpartition(": ")
-        reasons.setdefault(reason, []).append(case)
+        more = MORE_CASES.fullmatch(case)
+        counts[reason] += int(more[1]) if more else 1
+        named.setdefault(reason, []).extend([] if more else [case])
     told = []
-    for reason, cases in reasons.items():
-        if len(cases) > MOST_SKIPPED:
-            told.append(f"Skipped {len(cases)} cases: {reason} ({cases[0]} and so on).")
+    for reason, cases in named.items():
+        if counts[reason] > min(MOST_SKIPPED, len(cases)):
+            first = f" ({cases[0]} and so on)" if cases else ""
+            told.append(f"Skipped {counts[reason]} cases: {reason}{first}.")
         else:
             told += [f"Skipped: {case}: {reason}" if case else f"Skipped: {reason}" for case in cases]
     return told
