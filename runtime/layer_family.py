@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any
 
+from planner.cluster import Device
 from planner.model import ModelSpec
-from planner.profile import LayerSample
+from planner.profile import LayerKind, LayerSample
 from planner.workload import Precision
 from runtime.families import Reading, readings
-from runtime.layer_grid import layer_cases
+from runtime.layer_grid import corners, layer_cases
+from runtime.layer_prediction import HeldOut, LayerPrediction, mean_error
 from runtime.measure_layers import LayerCase, measure_layers
 from runtime.scope import Scope
 
 
-@dataclass(frozen=True)
 class LayerFamily:
-    """Each layer class by sequence length, micro-batch, ways to shard and recompute."""
+    """Each layer class by sequence length, micro-batch, ways to shard and recompute; adaptive."""
 
-    model: ModelSpec
-    precision: Precision
-    device_type: str
-    scope: Scope
+    def __init__(
+        self, model: ModelSpec, precision: Precision, device_type: str, device: Device, scope: Scope
+    ) -> None:
+        self.model, self.precision, self.device_type, self.scope = model, precision, device_type, scope
+        self.prediction = LayerPrediction(model, precision, device)
+        self._held: dict[tuple[LayerKind, str], tuple[int, HeldOut]] = {}
 
     @property
     def name(self) -> str:
@@ -46,3 +49,22 @@ class LayerFamily:
         effort = self.scope.layer_effort
         messages = measure_layers(cases, self.model, self.precision, self.device_type, effort)
         return readings(LayerSample, messages)
+
+    def seeds(self) -> Sequence[LayerCase]:
+        return corners(self.cases())
+
+    def uncertainty(self, case: LayerCase, samples: Sequence[Any]) -> float:
+        return self._held_out(case.kind, self.prediction.key(case), samples).uncertainty(case)
+
+    def held_out_error(self, samples: Sequence[Any]) -> float | None:
+        classes = dict.fromkeys((sample.kind, sample.shape_key) for sample in samples)
+        return mean_error([held for each in classes for held in self._held_out(*each, samples).held])
+
+    def _held_out(self, kind: LayerKind, key: str, samples: Sequence[LayerSample]) -> HeldOut:
+        """The samples of a class; samples only ever come to those that were there."""
+        own = [sample for sample in samples if (sample.kind, sample.shape_key) == (kind, key)]
+        count, held = self._held.get((kind, key), (-1, None))
+        if held is None or count != len(own):
+            held = HeldOut(self.prediction, own)
+            self._held[kind, key] = len(own), held
+        return held

@@ -106,3 +106,52 @@ def _legal(case: LayerCase, model: ModelSpec) -> bool:
     problem = bench_plan(model, degrees, case.seq, Precision.FP32).problem
     broken = any(rule(problem, degrees) for rule in SPREAD_RULES)
     return not broken and not context_not_executed(model, degrees)
+
+
+def corners(cases: Sequence[LayerCase]) -> list[LayerCase]:
+    """Of each layer class the cases between which all others lie.
+
+    Unsplit (or of the smallest width) and keeping everything: its shortest and longest sequences in the
+    smallest and largest micro-batch. Of every other way to run it that differs in one thing alone, the most
+    of it: the largest shape.
+    """
+    by_class: dict[tuple[LayerKind, str], list[LayerCase]] = {}
+    for case in cases:
+        by_class.setdefault((case.kind, case.block), []).append(case)
+    found: list[LayerCase] = []
+    for own in by_class.values():
+        plain = min(own, key=_ways)
+        alike = [case for case in own if _ways(case) == _ways(plain)]
+        ends = [max(case.seq for case in alike), min(case.seq for case in alike)]
+        for seq in dict.fromkeys(ends):
+            batches = [case.micro_batch for case in alike if case.seq == seq]
+            found += [c for c in alike if c.seq == seq and c.micro_batch in (min(batches), max(batches))]
+        found += _farthest(own, plain)
+    return found
+
+
+def _ways(case: LayerCase) -> tuple[bool, int, int, int, bool, int, str]:
+    """How a case is run besides its tokens, the plainest first."""
+    recompute = list(Recompute).index(case.recompute)
+    exchange = str(case.cp_exchange) if case.cp > 1 else ""
+    shards = case.ep * 1000 + (case.etp or 0)
+    return case.compiled, case.cp, shards, recompute, case.sequence_parallel, case.tp, exchange
+
+
+def _farthest(own: Sequence[LayerCase], plain: LayerCase) -> list[LayerCase]:
+    """The largest case of each way to run a class that changes one thing, of widths and ranks the most."""
+    found: dict[object, LayerCase] = {}
+    for case in sorted(own, key=lambda c: (c.tp, c.cp, c.ep, c.seq, c.micro_batch)):
+        changed = {
+            "recompute": case.recompute if case.recompute is not plain.recompute else None,
+            "tp": case.sequence_parallel if case.tp != plain.tp else None,
+            "cp": case.cp_exchange if case.cp != plain.cp else None,
+            "ep": case.etp is None if case.ep != plain.ep else None,
+            "compiled": True if case.compiled is not plain.compiled else None,
+        }
+        (*what,) = [(name, value) for name, value in changed.items() if value is not None]
+        # Experts in no shards besides need a width to be split by.
+        names = {name for name, _ in what}
+        if len(what) == 1 or (names == {"tp", "ep"} and case.etp is not None):
+            found[tuple(what)] = case
+    return list(found.values())

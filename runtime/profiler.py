@@ -124,7 +124,7 @@ def families_of(
         CommunicatorFamily(cluster.devices, on_cuda and joint is None),
         ContentionFamily(models[0], scope.seqs[0], cluster.devices, precision, window_s, on_cuda),
         CommFamily(world, device_type, scope.sizes_bytes, scope.comm_effort, joint),
-        *(LayerFamily(model, precision, device_type, scope) for model in models),
+        *(LayerFamily(model, precision, device_type, cluster.groups[0].device, scope) for model in models),
         *rate_families(device_type, precision, scope.sweep_effort, scope.sweeps),
     ]
 

@@ -44,7 +44,7 @@ class LayerModel:
         self.samples = at_usual_speed(problem.profile.layers) if problem.profile else []
         self.rates = device_rates(problem, physics)
         precision, curved = problem.workload.precision, self.rates is not None
-        self.table = SampleTable(self.samples, precision, self._analytic, curved=curved)
+        self.table = SampleTable(self.samples, precision, self.analytic, curved=curved)
         self.memory = memory_constants(problem)
         model = problem.model
         self.classes, self.params_total = model.classes(), model.params_total
@@ -157,7 +157,8 @@ class LayerModel:
         analytic = with_context_buffers(analytic, self.problem.model, shape)
         return engine_bytes(analytic, self.problem.model, shape, stack, self.memory)
 
-    def _analytic(self, shape: LayerShape, run: Run) -> LayerCost:
+    def analytic(self, shape: LayerShape, run: Run) -> LayerCost:
+        """The cost from first principles, samples left aside, of a layer that runs like this."""
         if (shape, run) not in self._analytic_known:
             cost = analytic_cost(self.problem.model, shape, self._rates(run))
             self._analytic_known[shape, run] = with_context_buffers(cost, self.problem.model, shape)

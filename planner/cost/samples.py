@@ -7,9 +7,11 @@ Of the form that is asked for,
     between lengths           what both neighbours tell, by the place of the logarithm between theirs
 
 Between micro-batches bytes are on a line, and times are as far from the analytic ones as those around them:
-log (measured / analytic) is linear in the logarithm, and above the largest it stays. Below the smallest,
-times are on the line through the first two, which tells what no token takes. Where speeds drift (a reference
-was timed beside the samples), times are on lines everywhere, on one through all where there is one.
+log (measured / analytic) is linear in the logarithm. Beyond the samples of a form and length it changes with
+tokens as it does in the nearest that was measured there; where none was, it stays above the largest, and
+below the smallest times are on the line through the first two, which tells what no token takes. Where speeds
+drift (a reference was timed beside the samples), times are on lines everywhere, on one through all where
+there is one; but a single sample is no line.
 
 What other lengths and forms tell is carried: measured here, times analytic there over analytic here, at as
 many tokens ("fitted"). The nearest form is taken: compiled like it if there is one, then recomputing like it,
@@ -24,7 +26,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.seconds import larger
@@ -53,7 +55,28 @@ class Form(NamedTuple):
     expert_tp: int
 
 
-def form_of(of: LayerSample | LayerShape, *, compiled: bool) -> Form:
+class Split(Protocol):
+    """What says how a layer is split: a sample, a shape, or a case to be measured."""
+
+    @property
+    def kind(self) -> LayerKind: ...
+    @property
+    def recompute(self) -> Recompute: ...
+    @property
+    def tp(self) -> int: ...
+    @property
+    def sequence_parallel(self) -> bool: ...
+    @property
+    def cp(self) -> int: ...
+    @property
+    def cp_exchange(self) -> CpExchange | None: ...
+    @property
+    def ep(self) -> int: ...
+    @property
+    def etp(self) -> int | None: ...
+
+
+def form_of(of: Split, *, compiled: bool) -> Form:
     """The form of a sample or of what is asked for."""
     return Form(
         compiled=compiled and of.kind is not LayerKind.EMBEDDING,  # there is nothing in one to compile
@@ -90,11 +113,11 @@ Analytic = Callable[[LayerShape, Run], LayerCost]
 """The analytic cost of a shape."""
 
 Here = Callable[[LayerShape], LayerCost]
-"""The same as samples were taken."""
+"""The same of what runs as samples did."""
 
 
 class SampleTable:
-    """The samples of a profile in one precision by layer class, form and sequence length.
+    """The samples of a profile in one precision, by layer class.
 
     `analytic` is the analytic cost; `curved` says that it is known, else micro-batches are on lines.
     """
@@ -102,26 +125,46 @@ class SampleTable:
     def __init__(
         self, samples: Iterable[LayerSample], precision: Precision, analytic: Analytic, *, curved: bool
     ) -> None:
-        self._analytic, self._curved = analytic, curved
-        self._forms: dict[tuple[LayerKind, str], dict[Form, dict[int, list[LayerSample]]]] = {}
+        self._classes: dict[tuple[LayerKind, str], ClassSamples] = {}
         for sample in sorted(samples, key=lambda sample: sample.micro_batch):
             if sample.precision is precision:
-                forms = self._forms.setdefault((sample.kind, sample.shape_key), {})
-                lengths = forms.setdefault(form_of(sample, compiled=sample.compiled), {})
-                lengths.setdefault(sample.seq, []).append(sample)
+                key = sample.kind, sample.shape_key
+                if key not in self._classes:
+                    self._classes[key] = ClassSamples(analytic, curved=curved)
+                self._classes[key].add(sample)
 
     def nearest(self, key: str, shape: LayerShape, *, compiled: bool) -> Form | None:
         """The form of the samples that speak for a shape of a layer class; None where it has none."""
-        asked = form_of(shape, compiled=compiled)
-        forms = self._forms.get((shape.kind, key), {})
-        return min(forms, key=lambda form: distance(form, asked), default=None)
+        found = self._classes.get((shape.kind, key))
+        return found.nearest(form_of(shape, compiled=compiled)) if found else None
 
     def cost(self, key: str, shape: LayerShape, *, compiled: bool) -> LayerCost | None:
         """What the samples of a layer class tell of a shape; None where it has none."""
-        form, asked = self.nearest(key, shape, compiled=compiled), form_of(shape, compiled=compiled)
-        if form is None:
-            return None
-        lengths = self._forms[shape.kind, key][form]
+        found = self._classes.get((shape.kind, key))
+        return found.cost(shape, form_of(shape, compiled=compiled)) if found else None
+
+
+class ClassSamples:
+    """The samples of one layer class by form and sequence length, each list in rising micro-batches."""
+
+    def __init__(self, analytic: Analytic, *, curved: bool) -> None:
+        self._analytic, self._curved = analytic, curved
+        self._forms: dict[Form, dict[int, list[LayerSample]]] = {}
+        self._known_wider: dict[tuple[Form, int, int, bool], tuple[Form, list[LayerSample]] | None] = {}
+
+    def add(self, sample: LayerSample) -> None:
+        """One more sample, of no smaller micro-batch than those before."""
+        lengths = self._forms.setdefault(form_of(sample, compiled=sample.compiled), {})
+        lengths.setdefault(sample.seq, []).append(sample)
+
+    def nearest(self, asked: Form) -> Form:
+        """The form that speaks for the one asked for."""
+        return min(self._forms, key=lambda form: distance(form, asked))
+
+    def cost(self, shape: LayerShape, asked: Form) -> LayerCost:
+        """What the samples tell of a shape."""
+        form = self.nearest(asked)
+        lengths = self._forms[form]
         costs = {
             seq: self._at_length(lengths[seq], shape, form, asked)
             for seq in _around(sorted(lengths), shape.seq)
@@ -130,20 +173,81 @@ class SampleTable:
 
     def _at_length(self, samples: list[LayerSample], shape: LayerShape, form: Form, asked: Form) -> LayerCost:
         """What the samples of one form and length tell, the host's time a floor under it."""
-        apart = all(sample.host_forward_s is not None for sample in samples)
-        run = Run(compiled=form.compiled, apart=apart, balanced=True)
-
-        def here(shape: LayerShape) -> LayerCost:
-            return self._analytic(shape, run)
-
-        curve = here if self._curved else None
         if form == asked and samples[0].seq == shape.seq and shape.ep == 1:
-            cost = _along_micro_batches(samples, shape, curve)
+            cost = self._in_form(samples, shape, form)
         else:
-            like = _like(shape, form, samples[0].seq)
-            there = self._analytic(shape, Run(compiled=asked.compiled, apart=apart, balanced=False))
-            cost = _scaled(there, _along_micro_batches(samples, like, curve), here(like))
+            like, run = _like(shape, form, samples[0].seq), _run_of(samples, form)
+            there = self._analytic(shape, run._replace(compiled=asked.compiled, balanced=False))
+            cost = _scaled(there, self._in_form(samples, like, form), self._analytic(like, run))
         return _over_host(cost, samples)
+
+    def _in_form(self, samples: list[LayerSample], shape: LayerShape, form: Form) -> LayerCost:
+        """What samples of one form and length tell of a micro-batch in the same."""
+        here = self._here(samples, form) if self._curved else None
+        cost = _along_micro_batches(samples, shape, here)
+        above = shape.micro_batch > samples[-1].micro_batch
+        end = samples[-1] if above else samples[0]
+        if here is None or not (above or shape.micro_batch < end.micro_batch):
+            return cost
+        wider = None if len(samples) > 1 and _drifts(samples) else self._wider(form, end, above)
+        if wider is None:
+            return cost
+        begin = dataclasses.replace(shape, micro_batch=end.micro_batch)
+        off = [self._off(*wider, each) for each in (begin, shape)]
+        times = {
+            name: getattr(end, name) * grown * off[1][name] / off[0][name]
+            for name in _TIMES
+            if (grown := _over(here(shape), here(begin), name)) and off[0][name]
+        }
+        return LayerCost(**{name: getattr(cost, name) for name in _FIGURES} | times, origin=cost.origin)
+
+    def _wider(self, form: Form, end: LayerSample, above: bool) -> tuple[Form, list[LayerSample]] | None:
+        """Where other samples go beyond one that is the last of its own, in tokens: the nearest form and its
+        samples, better those on both sides of it."""
+        known = form, end.seq, end.micro_batch, above
+        if known not in self._known_wider:
+            tokens, found = _tokens(end), []
+            for other, lengths in self._forms.items():
+                for seq, samples in lengths.items():
+                    first, last = _tokens(samples[0]), _tokens(samples[-1])
+                    if first < last and (last > tokens if above else first < tokens):
+                        aside, away = first > tokens or last < tokens, abs(math.log2(seq / end.seq))
+                        found.append((aside, distance(other, form), away, seq, other))
+            *_, seq, other = min(found, default=(end.seq, form))
+            self._known_wider[known] = (other, self._forms[other][seq]) if found else None
+        return self._known_wider[known]
+
+    def _here(self, samples: list[LayerSample], form: Form) -> Here:
+        run = _run_of(samples, form)
+        return lambda shape: self._analytic(shape, run)
+
+    def _off(self, form: Form, samples: list[LayerSample], shape: LayerShape) -> dict[str, float]:
+        """How far a form is from its analytic times at as many tokens as a shape has."""
+        like, here = _like(shape, form, samples[0].seq), self._here(samples, form)
+        measured, analytic = _along_micro_batches(samples, like, here), here(like)
+        return {name: _over(measured, analytic, name) for name in _TIMES}
+
+
+def _run_of(samples: list[LayerSample], form: Form) -> Run:
+    """How the samples of a form ran."""
+    apart = all(sample.host_forward_s is not None for sample in samples)
+    return Run(compiled=form.compiled, apart=apart, balanced=True)
+
+
+def _tokens(sample: LayerSample) -> float:
+    """Those that a device held."""
+    return sample.micro_batch * sample.seq / sample.cp
+
+
+def _drifts(samples: list[LayerSample]) -> bool:
+    """Whether all were taken where speeds drift."""
+    return all(sample.reference_s is not None for sample in samples)
+
+
+def _over(cost: LayerCost, reference: LayerCost, name: str) -> float:
+    """A figure over that of the reference; 0 where that is nothing."""
+    of: float = getattr(reference, name)
+    return getattr(cost, name) / of if of > 0 else 0.0
 
 
 def _like(shape: LayerShape, form: Form, seq: int) -> LayerShape:
@@ -215,7 +319,7 @@ def _along_micro_batches(samples: list[LayerSample], shape: LayerShape, here: He
     then the line is the answer for times, at measured micro-batches too.
     """
     cost = _between(samples, shape)
-    if any(sample.reference_s is None for sample in samples):
+    if not _drifts(samples):
         below = len(samples) > 1 and shape.micro_batch < samples[0].micro_batch
         straight = here is None or below or cost.origin == "measured"
         return cost if straight or here is None else _curved(cost, samples, shape, here)

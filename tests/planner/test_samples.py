@@ -76,7 +76,7 @@ def shaped(**changes: object) -> LayerShape:
 
 def truth(model: ModelSpec, shape: LayerShape, run: Run) -> LayerCost:
     """What the made-up device takes."""
-    analytic = layers(model)._analytic(shape, run)
+    analytic = layers(model).analytic(shape, run)
     return dataclasses.replace(
         analytic, forward_s=SLOWER * analytic.forward_s, backward_s=SLOWER * analytic.backward_s
     )
@@ -250,7 +250,7 @@ def test_the_nearest_form_recomputes_alike_and_is_split_alike() -> None:
 
 def test_other_classes_and_precisions_say_nothing() -> None:
     sample = taken(dense(), shaped())
-    table = SampleTable([sample], Precision.BF16, layers(dense())._analytic, curved=True)
+    table = SampleTable([sample], Precision.BF16, layers(dense()).analytic, curved=True)
     assert table.nearest(sample.shape_key, shaped(), compiled=False) is None
     cost = layers(routed(), [sample]).cost(shaped())
     assert cost.origin == "datasheet"

@@ -1,0 +1,197 @@
+"""How few samples of layers tell of all: the adaptive profile against the whole grid, on this CPU.
+
+The whole grid of a model's layers is measured twice, a case after its first time, so that the machine's own
+noise is known. Then the profiler's scheduler takes cases from the first time as if it measured, until its
+target; what it did not take is predicted by the cost model from what it took, and compared with what was
+measured: the error that counts. Beside it stand the error that the scheduler itself claims (held out), that
+of the corners alone, and that of as many cases drawn at random.
+
+    python -m bench.layers [--model NAME] [--seq N ...] [--cp N ...] [--ep N ...] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from planner.codec import write_atomic
+
+if TYPE_CHECKING:
+    from planner.profile import LayerSample
+    from runtime.families import Reading
+    from runtime.layer_family import LayerFamily
+    from runtime.measure_layers import LayerCase
+
+TARGETS = (0.05, 0.1, 0.2)
+DRAWS = 5
+
+
+class Replayed:
+    """A family whose cases were measured before; it measures from the record."""
+
+    def __init__(self, family: LayerFamily, record: Mapping[LayerCase, LayerSample]) -> None:
+        self.family, self.record = family, record
+        self.taken: list[LayerCase] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.family, name)
+
+    def cases(self) -> Sequence[LayerCase]:
+        return list(self.record)
+
+    def measure(self, cases: Sequence[LayerCase]) -> Iterator[Reading]:
+        from runtime.families import Reading
+
+        for case in cases:
+            self.taken.append(case)
+            yield Reading(samples=(self.record[case],))
+
+
+class Nobody:
+    """Watches a scheduler and says nothing."""
+
+    def settled(self, family: str, case: str, reading: Reading) -> None: ...
+
+    def ahead(self, cases: int, left_s: float | None) -> None: ...
+
+
+def family_of(
+    model: str, seqs: Sequence[int], cps: Sequence[int], eps: Sequence[int], device: str
+) -> LayerFamily:
+    """The layers of a model as `plan profile` measures them on a local cluster of four."""
+    import dataclasses
+
+    from planner.catalog import load_model
+    from planner.cluster_grammar import parse_cluster
+    from runtime.layer_family import LayerFamily
+    from runtime.scope import default_scope
+
+    cluster = parse_cluster(device)
+    of = cluster.groups[0].device
+    scope = default_scope(4, seqs, quick=False, micro_batches=(1, 2, 4, 8))
+    scope = dataclasses.replace(scope, cps=tuple(cps), eps=tuple(eps))
+    kind = "cpu" if of.name == "cpu" else "cuda"
+    return LayerFamily(load_model(model), of.usual_precision, kind, of, scope)
+
+
+def measured_twice(family: LayerFamily) -> tuple[dict[LayerCase, LayerSample], dict[LayerCase, LayerSample]]:
+    """Every case, one time and another."""
+    times: list[dict[LayerCase, LayerSample]] = []
+    for _ in range(2):
+        cases = family.cases()
+        found: dict[LayerCase, LayerSample] = {}
+        for case, reading in zip(cases, family.measure(cases), strict=True):
+            if not reading.skipped:
+                found[case] = reading.samples[0]
+        times.append(found)
+    return times[0], times[1]
+
+
+def errors(
+    family: LayerFamily, taken: Sequence[LayerCase], record: Mapping[LayerCase, LayerSample]
+) -> list[float]:
+    """Relative errors of forward and backward of every case that was not taken, from those that were."""
+    from planner.cost.samples import at_usual_speed
+
+    even = dict(zip(record, at_usual_speed(list(record.values())), strict=True))
+    known = [even[case] for case in taken]
+    found = []
+    for case in record:
+        if case in taken:
+            continue
+        cost = family.prediction.cost(case, known)
+        if cost is not None:
+            found += [cost.forward_s / even[case].forward_s - 1, cost.backward_s / even[case].backward_s - 1]
+    return [abs(error) for error in found]
+
+
+def adaptive(family: LayerFamily, record: Mapping[LayerCase, LayerSample], target: float) -> dict[str, Any]:
+    """What the scheduler takes to a target, what it claims, and what is true of the rest."""
+    from runtime.scheduler import Scheduler
+
+    replayed = Replayed(family, record)
+    scheduler = Scheduler([replayed], target, 3600.0, Nobody())  # type: ignore[list-item]  # by __getattr__
+    scheduler.run()
+    claimed = family.held_out_error([record[case] for case in replayed.taken])
+    return {
+        "target": target,
+        "taken": len(replayed.taken),
+        "of": len(record),
+        "claimed": claimed,
+        "others": summary(errors(family, replayed.taken, record)),
+        "at_random": summary(_drawn(family, record, len(replayed.taken))),
+    }
+
+
+def _drawn(family: LayerFamily, record: Mapping[LayerCase, LayerSample], count: int) -> list[float]:
+    cases = list(record)
+    draws = (random.Random(seed).sample(cases, count) for seed in range(DRAWS))
+    return [error for draw in draws for error in errors(family, draw, record)]
+
+
+def summary(found: Sequence[float]) -> dict[str, float | int]:
+    """Median, mean and 90th percentile of errors."""
+    if not found:
+        return {"count": 0}
+    ranked = sorted(found)
+    return {
+        "count": len(ranked),
+        "median": statistics.median(ranked),
+        "mean": statistics.fmean(ranked),
+        "p90": ranked[int(0.9 * (len(ranked) - 1))],
+    }
+
+
+def report(family: LayerFamily) -> dict[str, Any]:
+    """All figures of one model."""
+    from planner.cost.samples import at_usual_speed
+    from runtime.layer_grid import corners
+
+    first, second = measured_twice(family)
+    both = [case for case in first if case in second]
+    even = at_usual_speed([*(first[case] for case in both), *(second[case] for case in both)])
+    pairs = list(zip(even[: len(both)], even[len(both) :], strict=True))
+    again = [abs(b.forward_s / a.forward_s - 1) for a, b in pairs]
+    again += [abs(b.backward_s / a.backward_s - 1) for a, b in pairs]
+    seeds = corners(list(first))
+    return {
+        "cases": len(first),
+        "again": summary(again),
+        "held_out_of_all": family.held_out_error(list(first.values())),
+        "corners": {"taken": len(seeds), "others": summary(errors(family, seeds, first))},
+        "adaptive": [adaptive(family, first, target) for target in TARGETS],
+    }
+
+
+@click.command()
+@click.option("--model", default="shardwise-demo", show_default=True)
+@click.option("--seq", "seqs", multiple=True, type=int, default=(128, 512), show_default=True)
+@click.option("--cp", "cps", multiple=True, type=int, default=(1, 2), show_default=True)
+@click.option("--ep", "eps", multiple=True, type=int, default=(1, 2), show_default=True)
+@click.option("--cluster", default="local:4", show_default=True, help="The device that is measured.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False))
+def main(
+    model: str,
+    seqs: tuple[int, ...],
+    cps: tuple[int, ...],
+    eps: tuple[int, ...],
+    cluster: str,
+    out: Path | None,
+) -> None:
+    """Samples of layers: how many tell of all."""
+    found = report(family_of(model, seqs, cps, eps, cluster))
+    found = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "model": model, "seqs": seqs} | found
+    click.echo(json.dumps(found, indent=1))
+    if out is not None:
+        write_atomic(out, json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
