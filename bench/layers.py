@@ -3,8 +3,9 @@
 The whole grid of a model's layers is measured twice, a case after its first time, so that the machine's own
 noise is known. Then the profiler's scheduler takes cases from the first time as if it measured, until its
 target; what it did not take is predicted by the cost model from what it took, and compared with what was
-measured: the error that counts. Beside it stand the error that the scheduler itself claims (held out), that
-of the corners alone, and that of as many cases drawn at random.
+measured: the error that counts, weighed by what a layer class takes of a pass through the model. Beside it
+stand the error that the scheduler itself claims (held out), that of the corners alone, that of every case at
+one length without context parallelism (all that a profile had before), and that of as many cases at random.
 
     python -m bench.layers [--model NAME] [--seq N ...] [--cp N ...] [--ep N ...] [--out FILE]
 """
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
     from runtime.layer_family import LayerFamily
     from runtime.measure_layers import LayerCase
 
-TARGETS = (0.05, 0.1, 0.2)
+Error = tuple[float, float]
+"""A relative error, and how much its layer class takes of a pass through the model."""
+
+TARGETS = (0.05, 0.1, 0.15, 0.2, 0.3)
 DRAWS = 5
 
 
@@ -96,20 +100,22 @@ def measured_twice(family: LayerFamily) -> tuple[dict[LayerCase, LayerSample], d
 
 def errors(
     family: LayerFamily, taken: Sequence[LayerCase], record: Mapping[LayerCase, LayerSample]
-) -> list[float]:
-    """Relative errors of forward and backward of every case that was not taken, from those that were."""
+) -> list[Error]:
+    """Errors of forward and backward of every case that was not taken, from those that were."""
     from planner.cost.samples import at_usual_speed
 
     even = dict(zip(record, at_usual_speed(list(record.values())), strict=True))
-    known = [even[case] for case in taken]
-    found = []
+    known, weights = [even[case] for case in taken], family.weights(list(record.values()))
+    found: list[Error] = []
     for case in record:
         if case in taken:
             continue
         cost = family.prediction.cost(case, known)
         if cost is not None:
-            found += [cost.forward_s / even[case].forward_s - 1, cost.backward_s / even[case].backward_s - 1]
-    return [abs(error) for error in found]
+            sample = even[case]
+            ratios = cost.forward_s / sample.forward_s, cost.backward_s / sample.backward_s
+            found += [(abs(ratio - 1), weights[sample.kind, sample.shape_key]) for ratio in ratios]
+    return found
 
 
 def adaptive(family: LayerFamily, record: Mapping[LayerCase, LayerSample], target: float) -> dict[str, Any]:
@@ -130,23 +136,20 @@ def adaptive(family: LayerFamily, record: Mapping[LayerCase, LayerSample], targe
     }
 
 
-def _drawn(family: LayerFamily, record: Mapping[LayerCase, LayerSample], count: int) -> list[float]:
+def _drawn(family: LayerFamily, record: Mapping[LayerCase, LayerSample], count: int) -> list[Error]:
     cases = list(record)
     draws = (random.Random(seed).sample(cases, count) for seed in range(DRAWS))
     return [error for draw in draws for error in errors(family, draw, record)]
 
 
-def summary(found: Sequence[float]) -> dict[str, float | int]:
-    """Median, mean and 90th percentile of errors."""
+def summary(found: Sequence[Error]) -> dict[str, float | int]:
+    """Median and mean of errors, and the mean by weights."""
     if not found:
         return {"count": 0}
-    ranked = sorted(found)
-    return {
-        "count": len(ranked),
-        "median": statistics.median(ranked),
-        "mean": statistics.fmean(ranked),
-        "p90": ranked[int(0.9 * (len(ranked) - 1))],
-    }
+    each = [error for error, _ in found]
+    weighed = sum(error * weight for error, weight in found) / sum(weight for _, weight in found)
+    median, mean = statistics.median(each), statistics.fmean(each)
+    return {"count": len(found), "median": median, "mean": mean, "weighed": weighed}
 
 
 def report(family: LayerFamily) -> dict[str, Any]:
@@ -157,15 +160,19 @@ def report(family: LayerFamily) -> dict[str, Any]:
     first, second = measured_twice(family)
     both = [case for case in first if case in second]
     even = at_usual_speed([*(first[case] for case in both), *(second[case] for case in both)])
-    pairs = list(zip(even[: len(both)], even[len(both) :], strict=True))
-    again = [abs(b.forward_s / a.forward_s - 1) for a, b in pairs]
-    again += [abs(b.backward_s / a.backward_s - 1) for a, b in pairs]
+    weights, again = family.weights(even), []
+    for a, b in zip(even[: len(both)], even[len(both) :], strict=True):
+        ratios = b.forward_s / a.forward_s, b.backward_s / a.backward_s
+        again += [(abs(ratio - 1), weights[a.kind, a.shape_key]) for ratio in ratios]
     seeds = corners(list(first))
+    longest = max(case.seq for case in first)
+    plain = [case for case in first if (case.seq, case.cp, case.ep) == (longest, 1, 1)]
     return {
         "cases": len(first),
         "again": summary(again),
         "held_out_of_all": family.held_out_error(list(first.values())),
         "corners": {"taken": len(seeds), "others": summary(errors(family, seeds, first))},
+        "one_length": {"taken": len(plain), "others": summary(errors(family, plain, first))},
         "adaptive": [adaptive(family, first, target) for target in TARGETS],
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +26,10 @@ class LayerFamily:
     ) -> None:
         self.model, self.precision, self.device_type, self.scope = model, precision, device_type, scope
         self.prediction = LayerPrediction(model, precision, device)
+        self._counts: dict[str, int] = {}
+        for segment in model.segments:
+            key = segment.block.shape_key
+            self._counts[key] = self._counts.get(key, 0) + segment.count
         self._held: dict[tuple[LayerKind, str], tuple[int, HeldOut]] = {}
 
     @property
@@ -54,11 +60,31 @@ class LayerFamily:
         return corners(self.cases())
 
     def uncertainty(self, case: LayerCase, samples: Sequence[Any]) -> float:
-        return self._held_out(case.kind, self.prediction.key(case), samples).uncertainty(case)
+        """Of a pass through the model: a layer that takes little of it may be known less well."""
+        known = self.prediction.key(case)
+        doubt = self._held_out(case.kind, known, samples).uncertainty(case)
+        return doubt if doubt == math.inf else doubt * self.weights(samples)[case.kind, known]
 
     def held_out_error(self, samples: Sequence[Any]) -> float | None:
-        classes = dict.fromkeys((sample.kind, sample.shape_key) for sample in samples)
-        return mean_error([held for each in classes for held in self._held_out(*each, samples).held])
+        weights = self.weights(samples)
+        return mean_error(
+            [
+                (held, weight)
+                for each, weight in weights.items()
+                for held in self._held_out(*each, samples).held
+            ]
+        )
+
+    def weights(self, samples: Sequence[LayerSample]) -> dict[tuple[LayerKind, str], float]:
+        """What the layers of each class take of a pass through the model, over those of the class that take
+        most: their number times the median of seconds a token."""
+        per_token: dict[tuple[LayerKind, str], list[float]] = {}
+        for sample in samples:
+            passes_s = sample.forward_s + sample.backward_s
+            tokens = sample.micro_batch * sample.seq / sample.cp
+            per_token.setdefault((sample.kind, sample.shape_key), []).append(passes_s / tokens)
+        taken = {key: self._counts.get(key[1], 1) * statistics.median(s) for key, s in per_token.items()}
+        return {key: seconds / max(taken.values()) for key, seconds in taken.items()}
 
     def _held_out(self, kind: LayerKind, key: str, samples: Sequence[LayerSample]) -> HeldOut:
         """The samples of a class; samples only ever come to those that were there."""

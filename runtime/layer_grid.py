@@ -113,7 +113,7 @@ def corners(cases: Sequence[LayerCase]) -> list[LayerCase]:
 
     Unsplit (or of the smallest width) and keeping everything: its shortest and longest sequences in the
     smallest and largest micro-batch. Of every other way to run it that differs in one thing alone, the most
-    of it: the largest shape.
+    of it: the smallest shape, where its host's part shows, and the largest.
     """
     by_class: dict[tuple[LayerKind, str], list[LayerCase]] = {}
     for case in cases:
@@ -139,9 +139,10 @@ def _ways(case: LayerCase) -> tuple[bool, int, int, int, bool, int, str]:
 
 
 def _farthest(own: Sequence[LayerCase], plain: LayerCase) -> list[LayerCase]:
-    """The largest case of each way to run a class that changes one thing, of widths and ranks the most."""
-    found: dict[object, LayerCase] = {}
-    for case in sorted(own, key=lambda c: (c.tp, c.cp, c.ep, c.seq, c.micro_batch)):
+    """The smallest and the largest shape of each way to run a class that changes one thing, of widths and
+    ranks with the most."""
+    ways: dict[object, list[LayerCase]] = {}
+    for case in own:
         changed = {
             "recompute": case.recompute if case.recompute is not plain.recompute else None,
             "tp": case.sequence_parallel if case.tp != plain.tp else None,
@@ -149,9 +150,16 @@ def _farthest(own: Sequence[LayerCase], plain: LayerCase) -> list[LayerCase]:
             "ep": case.etp is None if case.ep != plain.ep else None,
             "compiled": True if case.compiled is not plain.compiled else None,
         }
-        (*what,) = [(name, value) for name, value in changed.items() if value is not None]
+        what = {name: value for name, value in changed.items() if value is not None}
         # Experts in no shards besides need a width to be split by.
-        names = {name for name, _ in what}
-        if len(what) == 1 or (names == {"tp", "ep"} and case.etp is not None):
-            found[tuple(what)] = case
-    return list(found.values())
+        if len(what) == 1 or (what.keys() == {"tp", "ep"} and case.etp is not None):
+            ways.setdefault(tuple(what.items()), []).append(case)
+    found: list[LayerCase] = []
+    for cases in ways.values():
+        most = max((case.tp, case.cp, case.ep) for case in cases)
+        ranked = sorted(
+            (case for case in cases if (case.tp, case.cp, case.ep) == most),
+            key=lambda case: (case.micro_batch * case.seq, case.seq),
+        )
+        found += dict.fromkeys((ranked[-1], ranked[0]))
+    return found

@@ -85,7 +85,7 @@ class Nobody:
 
 
 def scope(**changes: Any) -> Scope:
-    usual = default_scope(8, (256, 1024, 4096), quick=False, micro_batches=(1, 2, 4, 8, 16))
+    usual = default_scope(8, (256, 1024, 4096), quick=False, micro_batches=(1, 2, 4, 8))
     return dataclasses.replace(usual, widths=(1, 2, 4), cps=(1, 2), **changes)
 
 
@@ -137,7 +137,7 @@ def test_doubt_grows_with_distance() -> None:
         for case in family.cases()
         if (case.kind, case.recompute, case.tp, case.cp) == (LayerKind.BLOCK, Recompute.NONE, 1, 1)
     ]
-    samples = [family.sample(case) for case in plain if case.micro_batch in (1, 16)]
+    samples = [family.sample(case) for case in plain if case.micro_batch in (1, 8)]
     near = next(case for case in plain if case.micro_batch == 4)
     far = dataclasses.replace(near, tp=2)
     farther = dataclasses.replace(near, tp=4, cp=2, recompute=Recompute.FULL)
@@ -161,7 +161,7 @@ def test_separation_is_a_distance() -> None:
 def test_corners_hold_every_way_to_run_a_layer() -> None:
     cases = layer_cases(tiny_mixtral(), [128, 1024], [1, 2, 4], [1, 2, 4, 8], [1, 2], [1, 4], [False, True])
     found = corners(cases)
-    assert len(found) == len(set(found)) < len(cases) / 8
+    assert len(found) == len(set(found)) < len(cases) / 7
     for kind in LayerKind:
         tokens = [case.micro_batch * case.seq for case in cases if case.kind is kind]
         own = [case.micro_batch * case.seq for case in found if case.kind is kind]
