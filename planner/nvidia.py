@@ -91,6 +91,12 @@ def others_at_work(count: int) -> list[str] | None:
     return found
 
 
+def driver_version() -> str | None:
+    """The driver's version, such as 580.65.06; None where nvidia-smi does not say."""
+    rows = _ask("--query-gpu=driver_version", chosen_devices(1))
+    return rows[0][0] if rows else None
+
+
 def _number(text: str) -> float | None:
     """A figure of nvidia-smi, or None for `[N/A]` and the like."""
     try:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from planner.cluster import ClusterSpec
 from planner.machine import usable_cores
 from planner.model import ModelSpec
-from planner.nvidia import ClockWatch
+from planner.nvidia import ClockWatch, driver_version
 from planner.profile import PROFILE_SCHEMA, Profile
 from planner.profile_merge import Sample, Stack, by_field
 from planner.workload import Precision
@@ -83,7 +83,7 @@ def take_profile(
         device_title=stack.device_title,
         backend=stack.backend,
         created=now_text(),
-        versions=stack_versions(),
+        versions=stack_versions(on_cuda=_on_cuda(cluster)),
         devices_per_node=group.devices_per_node,
         slots_per_node=group.slots_per_node,
         **by_field(gathering.samples),
@@ -133,15 +133,19 @@ def _on_cuda(cluster: ClusterSpec) -> bool:
     return cluster.groups[0].device.name != "cpu"
 
 
-def stack_versions() -> dict[str, str]:
-    """Versions of what takes part in a measurement."""
+def stack_versions(*, on_cuda: bool = False) -> dict[str, str]:
+    """Versions of what takes part in a measurement, of CUDA's libraries and driver where they do."""
     import torch
 
     try:
         own = metadata.version("shardwise")
     except metadata.PackageNotFoundError:
         own = "source tree"
-    return {"shardwise": own, "torch": torch.__version__, "python": platform.python_version()}
+    versions = {"shardwise": own, "torch": torch.__version__, "python": platform.python_version()}
+    if on_cuda:
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        versions |= {"cuda": torch.version.cuda or "", "nccl": nccl, "driver": driver_version() or ""}
+    return versions
 
 
 class _Gathering:

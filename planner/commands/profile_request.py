@@ -113,6 +113,9 @@ def read_request(options: ProfileOptions, joint: JointWorld | None = None) -> Re
     models = tuple(load_model(text, arch=options.arch) for text in options.models or STANDARD_MODELS[kind])
     for model in models:
         check_executed(model, "measure")
+    if not options.models:
+        names = ", ".join(model.name for model in models)
+        click.echo(f"no model is named: measuring layers of {names}, for shapes between theirs", err=True)
     seqs = tuple(sorted(set(options.seqs or STANDARD_SEQS[kind])))
     _check(models, cluster, options, seqs)
     precision = chosen_precision(options.precision, cluster)

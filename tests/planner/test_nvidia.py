@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from planner import nvidia
-from planner.nvidia import ClockWatch, chosen_devices, others_at_work, why_none
+from planner.nvidia import ClockWatch, chosen_devices, driver_version, others_at_work, why_none
 
 HEAD = """#!/bin/sh
 case "$*" in
@@ -55,6 +55,12 @@ def test_an_idle_device_is_free(folder: Path) -> None:
 def test_a_device_in_use_is_named(folder: Path, used_mib: str, busy: str, programs: str, said: str) -> None:
     answer(folder, idle_or_busy(used_mib, busy, programs))
     assert others_at_work(2) == [said]
+
+
+def test_the_driver(folder: Path) -> None:
+    assert driver_version() is None
+    answer(folder, "*driver_version*) echo 580.65.06 ;;\n")
+    assert driver_version() == "580.65.06"
 
 
 def test_no_answer_is_no_verdict(folder: Path) -> None:
