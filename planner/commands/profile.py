@@ -108,6 +108,11 @@ if TYPE_CHECKING:
     metavar="SIZE",
     help="The largest message of collectives. Default: 1GiB; 16MiB between processes of a CPU.",
 )
+@click.option(
+    "--sweeps",
+    type=click.Choice(["none", "few", "all"]),
+    help="Operators to time alone, which price layers that are not measured. Default: all, with --quick few.",
+)
 @click.option("--quick", is_flag=True, help="Few samples of few cases, in seconds: a rough profile.")
 @click.option(
     "--target",

@@ -50,6 +50,7 @@ class ProfileOptions:
     eps: tuple[int, ...]
     compiled: bool | None
     max_message: str | None
+    sweeps: str | None
     quick: bool
     target: float
     time_limit_s: float | None
@@ -76,7 +77,7 @@ class Request:
 
 def read_scope(request: Request, options: ProfileOptions) -> Scope:
     """What is measured. Raises InputError for shards into which no model can be split."""
-    from runtime.scope import check_shards, default_scope
+    from runtime.scope import Sweeps, check_shards, default_scope
 
     usual = default_scope(
         request.cluster.devices,
@@ -92,6 +93,7 @@ def read_scope(request: Request, options: ProfileOptions) -> Scope:
         cps=tuple(sorted({1, *options.cps})),
         eps=tuple(sorted({1, *options.eps})),
         compiled=(False, True) if compiled else (False,),
+        sweeps=usual.sweeps if options.sweeps is None else Sweeps(options.sweeps),
         target=options.target / 100,
         time_limit_s=options.time_limit_s or usual.time_limit_s,
     )

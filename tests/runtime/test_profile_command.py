@@ -43,7 +43,8 @@ def arguments(tmp_path: Path) -> Iterator[list[str]]:
     yield ["--model", str(write_config(tmp_path)), "--seq", "16", "-o", str(tmp_path / "profile.json")]
 
 
-SMALL = ["--quick", "--micro-batch", "1", "--tp", "1", "--max-message", "64KiB"]
+FEW = ["--quick", "--tp", "1", "--max-message", "64KiB", "--sweeps", "none"]
+SMALL = [*FEW, "--micro-batch", "1"]
 """Few cases: what is tested is what becomes of them."""
 
 COMMAND = [sys.executable, "-c", "from planner.cli import main; main()", "profile"]
@@ -101,8 +102,8 @@ def test_an_interrupted_profile_goes_on(
 def test_another_profile_is_added_to_the_first(arguments: list[str], tmp_path: Path) -> None:
     """New cases beside old ones; another precision is refused, unless the file is to be replaced."""
     path = tmp_path / "profile.json"
-    run = [*arguments, *SMALL, "--cluster", "local:1"]
-    assert CliRunner().invoke(profile_command, run).exit_code == 0
+    run = [*arguments, *FEW, "--cluster", "local:1"]
+    assert CliRunner().invoke(profile_command, [*run, "--micro-batch", "1"]).exit_code == 0
     first = load_profile(path)
     again = [*run, "--micro-batch", "4"]
     assert CliRunner().invoke(profile_command, again).exit_code == 0
@@ -115,7 +116,8 @@ def test_another_profile_is_added_to_the_first(arguments: list[str], tmp_path: P
     assert isinstance(refused.exception, InputError)
     assert "precision fp32 against bf16" in str(refused.exception) and "--replace" in str(refused.exception)
     assert load_profile(path) == both
-    replaced = CliRunner().invoke(profile_command, [*run, "--precision", "bf16", "--replace"])
+    half = [*run, "--micro-batch", "1", "--precision", "bf16", "--replace"]
+    replaced = CliRunner().invoke(profile_command, half)
     assert replaced.exit_code == 0
     assert {s.precision for s in load_profile(path).layers} == {Precision.BF16}
 
@@ -163,7 +165,7 @@ def test_shards_that_no_layer_has_are_refused(arguments: list[str]) -> None:
 
 
 def test_shares_of_a_sequence_are_measured(arguments: list[str], tmp_path: Path) -> None:
-    run = [*arguments, "--quick", "--cluster", "local:1", "--micro-batch", "1", "--cp", "2"]
+    run = [*arguments, *SMALL, "--cluster", "local:1", "--cp", "2"]
     assert CliRunner().invoke(profile_command, run, catch_exceptions=False).exit_code == 0
     samples = load_profile(tmp_path / "profile.json").layers
     assert {s.cp for s in samples} == {1, 2}
