@@ -240,7 +240,7 @@ def main(out: Path | None, kept: Path | None, layers: Path | None) -> None:
 
     on_cuda = torch.cuda.is_available()
     device_type, precision = ("cuda", Precision.BF16) if on_cuda else ("cpu", Precision.FP32)
-    taken_s = 0.0
+    taken_s: float | None = None
     if kept is not None and kept.exists():
         profile = load_profile(kept)
     else:
@@ -263,7 +263,7 @@ def main(out: Path | None, kept: Path | None, layers: Path | None) -> None:
     result = {
         "device": platform.processor() or platform.machine(),
         "torch": torch.__version__,
-        "sweep_s": taken_s,
+        "sweep_s": taken_s,  # None: read from a file
         "samples": len(profile.rates),
         "summary": errors_of,
         "rows": rows,
