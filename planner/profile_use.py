@@ -56,7 +56,8 @@ def check_device(profile: Profile, devices: Sequence[str], where: str, what: str
     """Raises InputError where a profile was measured on none of the devices it is used for."""
     if any(speaks_of(profile, device) for device in devices):
         return
-    held = f"{len(profile.layers)} layers, {len(profile.comms)} collectives"
+    counts = {"layers": profile.layers, "operators": profile.rates, "collectives": profile.comms}
+    held = ", ".join(f"{len(samples)} {name}" for name, samples in counts.items() if samples)
     distinct = list(dict.fromkeys(devices))
     more = [f"{len(distinct) - MOST_NAMED} more"] if len(distinct) > MOST_NAMED else []
     *first, last = [*distinct[:MOST_NAMED], *more]
@@ -127,12 +128,14 @@ def _of_device(profile: Profile, device: Device, cluster: ClusterSpec | None) ->
 
 
 def _of_samples(profile: Profile, model: ModelSpec | None, precision: Precision | None) -> list[str]:
-    """Layers in another format, or of other models."""
-    if not profile.layers or precision is None:
+    """Layers and operators in another format, or layers of other models."""
+    measured = profile.layers or profile.rates
+    if not measured or precision is None:
         return []
-    formats = sorted({str(sample.precision) for sample in profile.layers})
+    formats = sorted({str(sample.precision) for sample in measured})
     if str(precision) not in formats:
-        return [f"its layers are in {' and '.join(formats)}, the run is in {precision}"]
+        what = "layers" if profile.layers else "operators"
+        return [f"its {what} are in {' and '.join(formats)}, the run is in {precision}"]
     if model is None:
         return []
     known = {s.shape_key for s in profile.layers if s.precision is precision and s.kind is LayerKind.BLOCK}
@@ -140,7 +143,8 @@ def _of_samples(profile: Profile, model: ModelSpec | None, precision: Precision 
     missing = sum(key not in known for key in wanted)
     if not missing:
         return []
-    return [f"it has no sample of {missing} of the {len(wanted)} layer classes of {model.name}"]
+    priced = ", which its operators price" if profile.rates else ""
+    return [f"it has no sample of {missing} of the {len(wanted)} layer classes of {model.name}{priced}"]
 
 
 def _of_version(profile: Profile, installed: str) -> list[str]:

@@ -180,7 +180,6 @@ def read_sizing(asked: dict[str, Any], *, least: bool, clusters: tuple[str, ...]
     from planner.commands.options import open_market
     from planner.commands.quantities import Reading
     from planner.market.market import shipped_market
-    from planner.profile import load_profile
     from planner.sizing.offer import Pricing
     from planner.sizing.offers import Wanted, find_offers, offers_of_clusters
     from planner.sizing.request import SizingRequest
@@ -205,9 +204,7 @@ def read_sizing(asked: dict[str, Any], *, least: bool, clusters: tuple[str, ...]
         offers = reading.read(lambda: find_offers(known, wanted))
     limit = asked["memory_limit"]
     limit_bytes = None if limit is None else reading.read(lambda: parse_bytes(limit))
-    profile = None if asked["profile"] is None else reading.read(lambda: load_profile(asked["profile"]))
-    if profile is not None and offers is not None:
-        reading.read(lambda: _check_profile(profile, asked["profile"], offers))
+    profile = None if asked["profile"] is None else reading.read(lambda: _profile(asked["profile"], offers))
     workload = reading.read(lambda: _workload(asked, model))
     upkeep = reading.read(lambda: _upkeep(asked))
     if len(asked["counts"]) > MOST_COUNTS:
@@ -234,12 +231,16 @@ def read_sizing(asked: dict[str, Any], *, least: bool, clusters: tuple[str, ...]
     return SizingAsked(request, market)
 
 
-def _check_profile(profile: Profile, path: Path, offers: tuple[Offer, ...]) -> None:
-    """Raises InputError where a profile was measured on a device that no offer has."""
+def _profile(path: Path, offers: tuple[Offer, ...] | None) -> Profile:
+    """The profile in a file. Raises InputError where it was measured on a device that no offer has."""
+    from planner.profile import load_profile
     from planner.profile_use import check_device
 
-    names = [offer.device.name for offer in offers]
-    check_device(profile, names, f"--profile {path}", "what is looked at is made")
+    profile = load_profile(path)
+    if offers:
+        names = [offer.device.name for offer in offers]
+        check_device(profile, names, f"--profile {path}", "what is looked at is made")
+    return profile
 
 
 def _each_of(texts: tuple[str, ...]) -> tuple[str, ...]:

@@ -103,7 +103,6 @@ def solve(
 
     from planner.commands.goal import read_goal
     from planner.commands.infeasible import tell_infeasible
-    from planner.commands.plan_text import plan_text
     from planner.commands.problem import held_to_runtime, read_problem
     from planner.commands.text import print_json
     from planner.errors import InfeasibleError
@@ -141,12 +140,17 @@ def solve(
     if as_json:
         print_json(encode_plan(plan))
     else:
-        click.echo(plan_text(plan, asked.basis))
-        if plan.rehearsal is not None:
-            from planner.commands.rehearsal_text import rehearsal_text
-
-            click.echo("\n" + rehearsal_text(plan, asked.basis))
+        click.echo(_text(plan, asked.basis))
     return TIME_LIMIT_EXIT if _ended_by_time(plan, time_limit_s) else 0
+
+
+def _text(plan: Plan, basis: str) -> str:
+    """The answer for people, and its rehearsal where there was one."""
+    from planner.commands.plan_text import plan_text
+    from planner.commands.rehearsal_text import rehearsal_text
+
+    text = plan_text(plan, basis)
+    return text if plan.rehearsal is None else f"{text}\n\n{rehearsal_text(plan, basis)}"
 
 
 def _rehearsed(plan: Plan, problem: PlanningProblem, count: int) -> Plan:

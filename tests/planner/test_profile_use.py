@@ -21,6 +21,7 @@ from planner.plan import load_plan
 from planner.profile import Profile, load_profile
 from planner.profile_use import check_device, installed_torch, months_old, told_age, use_of
 from planner.workload import Precision
+from tests import profile_samples as samples
 
 SHIPPED = {path.stem: load_profile(path) for path in profile_files()}
 CPU = next(profile for profile in SHIPPED.values() if profile.device == "cpu")
@@ -72,6 +73,14 @@ def test_what_does_not_quite_fit_is_told(change: dict[str, Any], known: dict[str
     fitting = {"versions": {**CPU.versions, "torch": TORCH}} | change
     (remark,) = remarks(dataclasses.replace(CPU, **fitting), **known)
     assert told in remark
+
+
+def test_operators_alone_have_a_format_and_price_layers() -> None:
+    swept = dataclasses.replace(CPU, layers=(), rates=samples.rates(), versions={})
+    (remark,) = remarks(swept)
+    assert remark == "its operators are in bf16, the run is in fp32"
+    (remark,) = remarks(swept, precision=Precision.BF16)
+    assert remark.endswith("layer classes of shardwise-demo, which its operators price")
 
 
 def test_builds_of_one_release_are_one_version() -> None:
@@ -133,8 +142,9 @@ def test_the_basis_and_the_json_of_an_estimate_carry_the_remarks(tmp_path: Path)
         "explain", str(plan_file), "--profile", written(old, tmp_path), "--json", "--why-not", "tp=2"
     )
     assert "months old" in json.loads(explained.stdout)["basis"]
-    refused = run("explain", str(plan_file), "--profile", written(replace_device(old), tmp_path))
-    assert refused.exit_code == 2 and "the plan's cluster is made of cpu" in refused.stderr
+    for command in ("explain", "rehearse"):
+        refused = run(command, str(plan_file), "--profile", written(replace_device(old), tmp_path))
+        assert refused.exit_code == 2 and "the plan's cluster is made of cpu" in refused.stderr
 
 
 def replace_device(profile: Profile) -> Profile:
