@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import math
 import os
 import selectors
 import signal
@@ -18,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,28 @@ class ChildFailed(Exception):  # noqa: N818  # an event to report, caught and tu
     """A measuring process ended before its work did. The text says how."""
 
 
+class TimeUp(Exception):  # noqa: N818  # the end of the time that was given, not a fault
+    """The time that `ended_at` gave is over: the measuring processes were ended."""
+
+
+_ENDS_S: ContextVar[float] = ContextVar("ends_s", default=math.inf)
+
+
+@contextlib.contextmanager
+def ended_at(ends_s: float) -> Iterator[None]:
+    """Within it, `run_children` waits for nobody beyond this time of `time.monotonic`."""
+    before = _ENDS_S.set(ends_s)
+    try:
+        yield
+    finally:
+        _ENDS_S.reset(before)
+
+
 def run_children(body: Body, count: int = 1, *, silence_s: float = 120.0) -> Iterator[dict[str, Any]]:
     """Runs `body(rank, emit)` in `count` forked processes and yields what they emit, as it comes.
 
     Raises ChildFailed when a child raises, is killed, or when none has emitted anything for `silence_s`
-    seconds. However the iteration ends, no child is left running.
+    seconds, and TimeUp where the time is limited. However the iteration ends, no child is left running.
     """
     children: dict[int, int] = {}  # read end of its pipe -> process id
     try:
@@ -106,7 +125,10 @@ def _read(children: dict[int, int], silence_s: float) -> Iterator[dict[str, Any]
         for reader in children:
             selector.register(reader, selectors.EVENT_READ)
         while selector.get_map():
-            ready = selector.select(timeout=silence_s)
+            left_s = _ENDS_S.get() - time.monotonic()
+            ready = selector.select(timeout=max(0.0, min(silence_s, left_s)))
+            if not ready and left_s <= silence_s:
+                raise TimeUp
             if not ready:
                 raise ChildFailed(f"no sign of life for {silence_s:.0f} s")
             for key, _ in ready:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from planner.profile import FamilyFit
 from planner.profile_merge import Sample
-from runtime.children import ChildFailed
+from runtime.children import ChildFailed, TimeUp, ended_at
 from runtime.families import Adaptive, Case, Family, Reading
 
 FAILURES = 3
@@ -129,11 +129,12 @@ class Scheduler:
     def run(self) -> bool:
         """Measures. Whether everything was: False where the time ended it."""
         self._tell()
-        for course in self.courses:
-            for _, alike in itertools.groupby(course.seeds(), key=course.family.together):
-                self._measure(course, list(alike))
-        while not self.over() and (found := self._farthest()):
-            self._measure(*found)
+        with ended_at(self.ends):
+            for course in self.courses:
+                for _, alike in itertools.groupby(course.seeds(), key=course.family.together):
+                    self._measure(course, list(alike))
+            while not self.over() and (found := self._farthest()):
+                self._measure(*found)
         return not any(course.seeds() for course in self.courses) and self._farthest() is None
 
     def over(self) -> bool:
@@ -150,7 +151,7 @@ class Scheduler:
         return max(found, key=lambda each: _or_infinite(each[0].error()), default=None)
 
     def _measure(self, course: Course, cases: list[Case]) -> None:
-        """These cases, in as many processes as die on the way; stops at once when the time is up."""
+        """These cases, in as many processes as die on the way; the one at work when time is up is lost."""
         failures = 0
         while cases and not self.over():
             settled, failed = self._in_one_process(course, cases)
@@ -179,6 +180,8 @@ class Scheduler:
                 return settled, False
             self._settle(course, cases[settled], Reading(skipped=f"the process {failure}"), 0.0)
             return settled + 1, True
+        except TimeUp:
+            return settled, False
         finally:
             _close(readings)
         return settled, False

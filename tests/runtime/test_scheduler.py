@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import signal
 import statistics
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +14,10 @@ import pytest
 
 pytest.importorskip("torch")
 
+from planner.codec import encode
 from planner.profile import CommSample, Op
-from runtime.children import ChildFailed
-from runtime.families import Adaptive, Reading
+from runtime.children import ChildFailed, Emit, run_children
+from runtime.families import Adaptive, Reading, readings
 from runtime.scheduler import FAILURES, Scheduler
 
 LATENCY_S, BYTES_PER_S, KNEE_BYTES = 2e-5, 2e10, 2.0e6
@@ -172,6 +175,36 @@ def test_the_time_limit_ends_it_with_what_there_is() -> None:
     assert list(cases) == sorted(cases, reverse=True) and left_s[0] is None
     assert all(after is not None and after <= 60 for after in left_s[1:])
     assert scheduler.over() and scheduler.courses[0].error() is not None
+
+
+@dataclass
+class Endless:
+    """A family whose second case never ends, in a process of its own."""
+
+    name: str = "endless"
+
+    def cases(self) -> Sequence[Size]:
+        return [Size(1), Size(2), Size(3)]
+
+    def together(self, case: Size) -> Hashable:
+        return None
+
+    def measure(self, cases: Sequence[Size]) -> Iterator[Reading]:
+        def body(rank: int, emit: Emit) -> None:
+            emit(encode(Curve().sample(1)))
+            signal.pause()
+
+        return readings(CommSample, run_children(body))
+
+
+def test_a_case_that_is_at_work_when_time_is_up_is_ended() -> None:
+    notes = Notes()
+    scheduler = Scheduler([Endless()], 0.05, 2.0, notes)
+    assert not scheduler.run() and scheduler.over()
+    assert [case for _, case in notes.readings] == ["1 bytes"]
+    assert scheduler.unsettled() == ["endless: 2 bytes", "endless: 3 bytes"]
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 def test_families_farthest_from_the_target_come_first() -> None:
