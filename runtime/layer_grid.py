@@ -33,7 +33,8 @@ def layer_cases(
     eps: Sequence[int] = (1,),
     compiled: Sequence[bool] = (False,),
 ) -> list[LayerCase]:
-    """All cases whose sizes the shards divide; those that can share a fake world are together."""
+    """All cases whose sizes the shards divide; those that plans need most come first, compiled ones, which
+    take longest to begin, last."""
     fewer = [micro_batches[0], *micro_batches[1:][-2:][:1]]
     found = []
     for seq in seqs:
@@ -49,7 +50,8 @@ def layer_cases(
         ]
     if False not in compiled:
         found = [case for case in found if case.compiled]
-    return [case for case in found if _legal(case, model)]
+    legal = [case for case in found if _legal(case, model)]
+    return sorted(legal, key=lambda case: (case.compiled, case.cp > 1 or case.ep > 1))
 
 
 def _plain(model: ModelSpec, seq: int, widths: Sequence[int]) -> Iterator[LayerCase]:

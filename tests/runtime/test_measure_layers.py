@@ -79,6 +79,12 @@ def test_labels_of_all_cases_differ(model: ModelSpec) -> None:
     assert len({case.label() for case in cases}) == len(cases) == len(set(cases))
 
 
+def test_what_takes_longest_to_begin_is_measured_last() -> None:
+    cases = layer_cases(tiny_mixtral(), [16, 32], [1, 2], [1, 2], [1, 2], [1, 2], [False, True])
+    last = [(case.compiled, case.cp > 1 or case.ep > 1) for case in cases]
+    assert last == sorted(last) and {case.seq for case in cases[: len(cases) // 4]} == {16, 32}
+
+
 def test_the_grid_of_a_dense_model_is_what_it_was() -> None:
     """Three kinds, by width and micro-batch; recomputing blocks at two micro-batches."""
     cases = layer_cases(tiny_llama(), [SEQ], [1, 2, 3], [1, 2, 4, 8])
