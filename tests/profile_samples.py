@@ -150,8 +150,12 @@ def zero() -> Profile:
     """Times that were too short for the clock."""
     profile = single()
     layers = tuple(dataclasses.replace(s, forward_s=0.0, backward_s=0.0) for s in profile.layers)
+    timeless = tuple(dataclasses.replace(s, forward_s=0.0, backward_s=None) for s in rates())
     return dataclasses.replace(
-        profile, layers=layers, comms=tuple(dataclasses.replace(s, seconds=0.0) for s in profile.comms)
+        profile,
+        layers=layers,
+        rates=timeless,
+        comms=tuple(dataclasses.replace(s, seconds=0.0) for s in profile.comms),
     )
 
 

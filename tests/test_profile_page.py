@@ -167,7 +167,7 @@ def test_every_operator_is_drawn_and_told() -> None:
     page = built(profile)
     titles = [figure.title for figure in page.rates]
     assert titles[:2] == ["Matrix products, forward", "Matrix products, backward"]
-    assert {"Attention, forward", "Other operators", "Copies"} <= set(titles)
+    assert {"Attention, forward", "Between the products", "Embedding and routing", "Copies"} <= set(titles)
     rows = [row for figure in page.rates if figure.table for row in figure.table.rows]
     assert len(rows) == len(profile.rates)
     assert not built(samples.cpu()).rates

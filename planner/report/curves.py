@@ -63,6 +63,7 @@ KEPT = (
     Axis(title="by the formula", labels=ticks.BYTES, ticks=ticks.power_ticks),
 )
 PASS = Axis(title="measured", labels=ticks.SECONDS), Axis(title="by the formula", labels=ticks.SECONDS)
+BY_OTHERS = Axis(title="measured", labels=ticks.SECONDS), Axis(title="by the others", labels=ticks.SECONDS)
 HOST = Axis(title="device", labels=ticks.SECONDS), Axis(title="host", labels=ticks.SECONDS)
 """Both axes of a scatter."""
 

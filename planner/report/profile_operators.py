@@ -51,7 +51,7 @@ def operator_figure(profile: Profile) -> Figure | None:
     drawn = [Curve(colour=colours[sort], dots=tuple(dots)) for sort, dots in clouds.items()]
     return Figure(
         title="Operators, each by the others",
-        svg=draw_scatter(drawn, *curves.PASS, f"Operators, each by the others: {caption}"),
+        svg=draw_scatter(drawn, *curves.BY_OTHERS, f"Operators, each by the others: {caption}"),
         caption=caption,
         legend=tuple(LegendItem(colour=c, title=sort, shape="dot") for sort, c in colours.items()),
     )

@@ -23,22 +23,28 @@ MOST_COLOURS = 8
 
 def rate_figures(profile: Profile) -> tuple[Figure, ...]:
     """Rates of what computes, times of what moves values, and copies."""
-    samples = at_usual_speed(profile.rates)
+    samples = [sample for sample in at_usual_speed(profile.rates) if sample.forward_s > 0]
     computing = [sample for sample in samples if rate_flops(sample)]
-    copies = [sample for sample in samples if sample.kind in COPIES]
-    moving = [sample for sample in samples if sample not in computing and sample not in copies]
     drawn = [
         *(
             _rates(f"{title}, {name}", [s for s in computing if s.kind is kind], name)
             for kind, title in KINDS_DRAWN
             for name in (("forward",) if kind is RateKind.CROSS_ENTROPY else ("forward", "backward"))
         ),
-        _by_kind("Other operators", moving, _TIMED),
-        _by_kind("Copies", copies, _COPIED),
+        *(
+            _by_kind(title, [s for s in samples if s.kind in kinds], how)
+            for title, kinds, how in (
+                ("Between the products", ELEMENTWISE, _TIMED),
+                ("Embedding and routing", (RateKind.EMBEDDING, RateKind.ROUTING), _TIMED),
+                ("Update of the optimizer", (RateKind.OPTIMIZER,), _TIMED),
+                ("Copies", COPIES, _COPIED),
+            )
+        ),
     ]
     return tuple(figure for figure in drawn if figure is not None)
 
 
+ELEMENTWISE = (RateKind.ADD, RateKind.ACTIVATION, RateKind.NORM, RateKind.ROTARY)
 KINDS_DRAWN = (
     (RateKind.GEMM, "Matrix products"),
     (RateKind.GROUPED, "Products of experts"),

@@ -71,7 +71,7 @@ def rate_table(samples: Sequence[RateSample]) -> Table:
             " x ".join(f"{dim:,}" for dim in s.dims),
             format_seconds(s.forward_s),
             "" if s.backward_s is None else format_seconds(s.backward_s),
-            "" if (flops := rate_flops(s)) is None else format_si(flops / s.forward_s, "FLOP/s"),
+            format_si(_work_per_s(s), "FLOP/s") if rate_flops(s) else "",
             spread_text(s),
         )
         for s in ordered
@@ -101,7 +101,8 @@ def _best(samples: Sequence[RateSample]) -> tuple[str, str]:
 
 
 def _work_per_s(sample: RateSample) -> float:
-    return (rate_flops(sample) or rate_values(sample)) / sample.forward_s
+    work = rate_flops(sample) or rate_values(sample)
+    return work / sample.forward_s if sample.forward_s > 0 else 0.0
 
 
 def comm_table(samples: Sequence[CommSample]) -> Table:
