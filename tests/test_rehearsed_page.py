@@ -110,6 +110,8 @@ def test_shapes_alone_have_no_times() -> None:
     section = rehearsed_section(rehearsal_of(plan, traced, mode=RehearsalMode.FAKE_TENSORS))
     assert section is not None and [figure.title for figure in section.figures] == ["Memory of a rank"]
     assert "fake tensors" in section.sentence
+    assert "idle" not in section.ranks.header and "forward" not in section.ranks.header
+    assert "reserved" in section.ranks.header and all(map(len, zip(*section.ranks.rows, strict=True)))
 
 
 def test_a_rank_that_ran_out_is_named() -> None:

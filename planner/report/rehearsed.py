@@ -164,11 +164,18 @@ def _times_figure(plan: Plan, done: Rehearsal) -> Figure | None:
 
 
 def _ranks_table(plan: Plan, done: Rehearsal) -> Table:
+    """Each rank beside its prediction; what was measured of none has no column."""
     header = (
         "rank", "stages", "stands for", "forward", "backward", "update", "idle", "allocated", "predicted",
         "error", "reserved",
     )  # fmt: skip
-    return Table(header=header, rows=tuple(_rank_row(plan, rank) for rank in done.ranks), numbers=(3, 11))
+    rows = [_rank_row(plan, rank) for rank in done.ranks]
+    known = [place for place in range(len(header)) if any(row[place] for row in rows)]
+    return Table(
+        header=tuple(header[place] for place in known),
+        rows=tuple(tuple(row[place] for place in known) for row in rows),
+        numbers=(3, len(known)),
+    )
 
 
 def _rank_row(plan: Plan, rank: RankRehearsal) -> tuple[str, ...]:
