@@ -41,7 +41,10 @@ from runtime.weights import Weight
 
 _UNITS = 3
 _SEQ = 8
-_SMALL_HIDDEN, _LARGE_HIDDEN = 64, 512
+_SMALL_HIDDEN = 64
+_LARGE_HIDDEN = {"cpu": 512, "cuda": 2048}
+"""Units of 3.1 and 50 million parameters. A smaller one's copies would vanish on an accelerator behind the
+time it takes to begin them; three of the larger one, with gradients and masters, take 2.4 GB."""
 _MICRO_BATCHES = 8
 
 
@@ -211,7 +214,7 @@ def _wrappers(device: torch.device, precision: Precision, effort: Effort) -> Ite
         with fake_world(degrees, device.type) as meshes:
             small, large = (
                 _wrapper_costs(hidden, degrees, precision, device, meshes, effort)
-                for hidden in (_SMALL_HIDDEN, _LARGE_HIDDEN)
+                for hidden in (_SMALL_HIDDEN, _LARGE_HIDDEN[device.type])
             )
             messages = [_fake_message_s(costs.params, degrees, precision, device) for costs in (small, large)]
         yield from _wrapper_constants(name, small, large, messages, precision)
