@@ -21,7 +21,7 @@ from runtime.families import Reading, readings
 from runtime.fp8 import LEAST_CAPABILITY
 from runtime.measure_sweeps import measure_sweeps
 from runtime.scope import Sweeps
-from runtime.sweep_cases import FEW_SHARE, LIMITS, SORTS, SWEEPS, Sweep, cases_of
+from runtime.sweep_cases import FEW_SHARES, LIMITS, SORTS, SWEEPS, Sweep, cases_of
 from runtime.sweep_pieces import RateCase
 from runtime.timing import Effort
 
@@ -46,7 +46,7 @@ class RateFamily:
     ) -> None:
         self.sort, self.operators = sort, tuple(operators)
         self.device_type, self.effort = device_type, effort
-        limits = LIMITS[device_type].times(FEW_SHARE if few else 1.0)
+        limits = LIMITS[device_type].times(FEW_SHARES[device_type] if few else 1.0)
         each = [
             cases_of(o.sweep, o.variant, o.precision, limits, o.sweep.few if few else o.sweep.count)
             for o in self.operators

@@ -34,8 +34,8 @@ class Limits:
         return Limits(flops=share * self.flops, values=share * self.values)
 
 
-FEW_SHARE = 1 / 16
-"""Of these limits where few cases are taken: the largest cases take most of the time."""
+FEW_SHARES = {"cpu": 1 / 16, "cuda": 1 / 2}
+"""Of the limits where few cases are taken. On a CPU the largest cases take most of the time."""
 
 LIMITS = {
     "cpu": Limits(flops=2.0**32, values=2.0**27),
@@ -60,7 +60,7 @@ class Sweep:
 
 SWEEPS = {
     "cuda": (
-        Sweep(kind=RateKind.GEMM, axes=((128, 32768), (64, 65536), (64, 65536)), count=96, few=32),
+        Sweep(kind=RateKind.GEMM, axes=((128, 32768), (64, 65536), (64, 65536)), count=160, few=48),
         Sweep(
             kind=RateKind.GROUPED,
             axes=((2, 64), (16, 8192), (512, 16384), (512, 16384)),
@@ -68,7 +68,7 @@ SWEEPS = {
             few=8,
         ),
         Sweep(kind=RateKind.ROUTING, axes=((256, 32768), (8, 256), (1, 8), (512, 8192)), count=16, few=6),
-        Sweep(kind=RateKind.ATTENTION, axes=((1, 256), (512, 65536), (64, 256)), count=32, few=12),
+        Sweep(kind=RateKind.ATTENTION, axes=((1, 256), (512, 65536), (64, 128)), count=48, few=24),
         Sweep(kind=RateKind.ADD, axes=((2**12, 2**30),), count=10, few=5),
         Sweep(
             kind=RateKind.ACTIVATION,
@@ -158,6 +158,10 @@ SORTS: Mapping[str, tuple[RateKind, ...]] = MappingProxyType(
 """Which operators are measured one after another, and judged together."""
 
 
+OBLONG = 256
+"""Most of a weight's longer side over its shorter one: Llama 3.1 405B's key projection at tp 16 has 256."""
+
+
 def cases_of(sweep: Sweep, variant: str, precision: Precision, limits: Limits, count: int) -> list[RateCase]:
     """`count` cases of a variant, farthest points first."""
     return [
@@ -171,10 +175,20 @@ def _lattice(sweep: Sweep, limits: Limits) -> list[tuple[int, ...]]:
     found = []
     for dims in itertools.product(*axes):
         flops, values = work_of(sweep.kind, dims)
-        choosable = sweep.kind is not RateKind.ROUTING or dims[2] < dims[1]
-        if choosable and flops <= limits.flops and values <= limits.values:
+        if _met(sweep.kind, dims) and flops <= limits.flops and values <= limits.values:
             found.append(dims)
     return found
+
+
+def _met(kind: RateKind, dims: Sequence[int]) -> bool:
+    """Whether layers have such operators: weights not too oblong, fewer choices than experts."""
+    match kind:
+        case RateKind.GEMM | RateKind.GROUPED:
+            return max(dims[-2:]) <= OBLONG * min(dims[-2:])
+        case RateKind.ROUTING:
+            return dims[2] < dims[1]
+        case _:
+            return True
 
 
 def _sizes(first: int, last: int) -> list[int]:

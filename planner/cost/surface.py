@@ -24,7 +24,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,8 +36,11 @@ Terms = Sequence[Sequence[int]]
 
 LENGTHS = (1.0, 2.0, 4.0)
 NOISES = (0.02, 0.05, 0.12)
-"""Choices of the process: octaves over which residuals are alike, and relative noise of one sample. Those
-are taken whose left-out residuals are least."""
+"""Choices of the process: octaves of each size over which residuals are alike, and relative noise of one
+sample. Those are taken whose left-out residuals are least."""
+
+CLEARLY = 0.9
+"""Left-out residuals must fall by a tenth for a length of its own: of few samples less may be chance."""
 
 BELOW, ABOVE = 2, 4
 """Octaves of knots before the least sample and beyond the largest."""
@@ -86,7 +89,7 @@ class Surface:
         import numpy as np
 
         x = np.log2(np.asarray([sizes], dtype=float))
-        across = self._scale * _kernel(x, self._x, self._length)[0]
+        across = self._scale * _kernel(x, self._x, self._lengths)[0]
         variance = self._scale - across @ self._inverse @ across
         return math.sqrt(max(float(variance), 0.0))
 
@@ -152,20 +155,34 @@ class Surface:
         return found
 
     def _choose(self) -> None:
-        """Takes the length and noise of the process by their left-out residuals, and whether it helps."""
+        """Takes lengths and noise of the process by their left-out residuals, and whether it helps.
+
+        One length for all sizes first, then for each size another where that is clearly better.
+        """
         import numpy as np
 
-        count = len(self._residual)
+        count, axes = self._x.shape
         self._scale = max(float(np.mean(self._residual**2)), 1e-4)
-        choices = []
-        for length, noise in itertools.product(LENGTHS, NOISES):
-            covariance = self._scale * _kernel(self._x, self._x, length) + noise**2 * np.eye(count)
-            inverse = np.linalg.inv(covariance)
-            left_out = (inverse @ self._residual) / np.diag(inverse)
-            choices.append((float(np.mean(np.abs(left_out))), length, inverse, left_out))
-        error, self._length, self._inverse, self._left_out = min(choices, key=lambda choice: choice[0])
+        best = min(
+            (self._process(np.full(axes, length), noise) for length in LENGTHS for noise in NOISES),
+            key=lambda process: process.error,
+        )
+        for axis, length in itertools.product(range(axes if axes > 1 else 0), LENGTHS):
+            lengths = best.lengths.copy()
+            lengths[axis] = length
+            other = self._process(lengths, best.noise)
+            best = other if other.error < CLEARLY * best.error else best
+        self._lengths, self._inverse, self._left_out = best.lengths, best.inverse, best.left_out
         form_error = float(np.mean(np.abs(self._form_left_out())))
-        self._corrects = count >= FEWEST and error < form_error
+        self._corrects = count >= FEWEST and best.error < form_error
+
+    def _process(self, lengths: Floats, noise: float) -> _Process:
+        import numpy as np
+
+        covariance = self._scale * _kernel(self._x, self._x, lengths) + noise**2 * np.eye(len(self._x))
+        inverse: Floats = np.linalg.inv(covariance)  # type: ignore[assignment]
+        left_out = (inverse @ self._residual) / np.diag(inverse)
+        return _Process(lengths, noise, inverse, left_out, float(np.mean(np.abs(left_out))))
 
     # Knots
 
@@ -179,17 +196,27 @@ class Surface:
         x = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
         log_s = np.log(self._forms(x))
         if self._corrects:
-            across = self._scale * _kernel(x, self._x, self._length)
+            across = self._scale * _kernel(x, self._x, self._lengths)
             log_s = log_s + across @ (self._inverse @ self._residual)
         rising = _rising(log_s.reshape([len(axis) for axis in axes]))
         return [(int(a), int(b)) for a, b in zip(low, high, strict=True)], rising.ravel().tolist()
 
 
-def _kernel(a: Floats, b: Floats, length: float) -> Floats:
-    """Matern 3/2 between two lists of points."""
+class _Process(NamedTuple):
+    """A choice of lengths and noise: the inverse of its covariance, and the residuals that it leaves out."""
+
+    lengths: Floats
+    noise: float
+    inverse: Floats
+    left_out: Floats
+    error: float
+
+
+def _kernel(a: Floats, b: Floats, lengths: Floats) -> Floats:
+    """Matern 3/2 between two lists of points, with a length for each axis."""
     import numpy as np
 
-    away = np.sqrt(3.0 * ((a[:, None, :] - b[None, :, :]) ** 2).sum(axis=2)) / length
+    away = np.sqrt(3.0 * (((a[:, None, :] - b[None, :, :]) / lengths) ** 2).sum(axis=2))
     found: Floats = (1.0 + away) * np.exp(-away)
     return found
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
+import statistics
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from planner.catalog import load_model  # noqa: E402
 from planner.codec import decode  # noqa: E402
 from planner.cost.measured_rates import TERMS, measured_rates  # noqa: E402
+from planner.cost.surface import Surface  # noqa: E402
 from planner.profile import Profile  # noqa: E402
 from planner.rate_sample import RateKind, RateSample  # noqa: E402
 from planner.workload import Precision  # noqa: E402
@@ -22,7 +27,7 @@ from runtime.measure_sweeps import Bench, measure_sweeps  # noqa: E402
 from runtime.profiler import take_profile  # noqa: E402
 from runtime.rate_family import Operator, RateFamily, rate_families  # noqa: E402
 from runtime.scope import Sweeps  # noqa: E402
-from runtime.sweep_cases import FEW_SHARE, LIMITS, SORTS, SWEEPS, Sweep, cases_of, work_of  # noqa: E402
+from runtime.sweep_cases import FEW_SHARES, LIMITS, SORTS, SWEEPS, Sweep, cases_of, work_of  # noqa: E402
 from runtime.sweep_pieces import RateCase, build_piece  # noqa: E402
 from runtime.timing import Effort  # noqa: E402
 from tests.plans import local_cluster, tiny_llama  # noqa: E402
@@ -102,9 +107,9 @@ def test_a_case_without_memory_is_skipped_and_the_next_is_measured() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("share", [1.0, FEW_SHARE])
-def test_cases_are_within_limits_apart_and_as_many_as_wanted(device: str, share: float) -> None:
-    limits = LIMITS[device].times(share)
+@pytest.mark.parametrize("few", [False, True])
+def test_cases_are_within_limits_apart_and_as_many_as_wanted(device: str, few: bool) -> None:
+    limits = LIMITS[device].times(FEW_SHARES[device] if few else 1.0)
     for sweep in SWEEPS[device]:
         for variant in sweep.variants:
             cases = cases_of(sweep, variant, FP32, limits, sweep.few)
@@ -222,3 +227,29 @@ def test_a_cpu_has_neither() -> None:
     assert list(CommunicatorFamily(4, on_cuda=False).cases()) == []
     assert list(CommunicatorFamily(1, on_cuda=True).cases()) == []
     assert len(CommunicatorFamily(4, on_cuda=True).cases()) == 1
+
+
+def tiled_s(m: float, n: float, k: float) -> float:
+    """A product on a device that is made up after an H100: tiles of 128 x 256, 132 of them at once."""
+    waves = math.ceil(math.ceil(m / 128) * math.ceil(n / 256) / 132)
+    computed_s = waves * 2 * 128 * 256 * (k + 64) / (800e12 / 132)
+    return 4e-6 + max(computed_s, 2 * (m * n + n * k + m * k) / 2.8e12)
+
+
+def test_cases_of_a_gpu_tell_of_shards_of_real_models() -> None:
+    """Products of blocks of 0.1 to 405 billion parameters, in up to eight shards."""
+    sweep = next(sweep for sweep in SWEEPS["cuda"] if sweep.kind is RateKind.GEMM)
+    cases = cases_of(sweep, "", Precision.BF16, LIMITS["cuda"], sweep.count)
+    noise = random.Random(0)
+    seconds = [tiled_s(*case.dims) * math.exp(noise.gauss(0, 0.02)) for case in cases]
+    surface = Surface([case.dims for case in cases], seconds, TERMS[RateKind.GEMM])
+    products, blocks = [], []
+    for name, tp in itertools.product(("gpt2", "llama-3.2-1b", "llama-3-70b", "llama-3.1-405b"), (1, 2, 8)):
+        block = load_model(name).segments[0].block
+        each = [(4096.0, *reversed(matrix.shard(tp))) for matrix in block.matrices()]  # type: ignore[union-attr]
+        found, true = [surface.seconds(*dims) for dims in each], [tiled_s(*dims) for dims in each]
+        products += [abs(a / b - 1) for a, b in zip(found, true, strict=True)]
+        blocks.append(abs(sum(found) / sum(true) - 1))
+    assert statistics.median(products) < 0.06 and statistics.median(blocks) < 0.04
+    assert max(blocks) < 0.2
+    assert sum(seconds) < 2.0, "a run of all of them is quick"
