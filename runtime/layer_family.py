@@ -8,9 +8,10 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 from planner.cluster import Device
+from planner.execution import not_executed_workload, products_not_executed
 from planner.model import ModelSpec
 from planner.profile import LayerKind, LayerSample
-from planner.workload import Precision
+from planner.workload import Precision, Workload
 from runtime.families import Reading, readings
 from runtime.layer_grid import corners, layer_cases
 from runtime.layer_prediction import HeldOut, LayerPrediction, mean_error
@@ -34,11 +35,11 @@ class LayerFamily:
 
     @property
     def name(self) -> str:
-        return f"layers of {self.model.name}"
+        return f"layers of {self.model.name}" + (" in fp8" if self.precision is Precision.FP8 else "")
 
     def cases(self) -> Sequence[LayerCase]:
         scope = self.scope
-        return layer_cases(
+        cases = layer_cases(
             self.model,
             scope.seqs,
             scope.widths,
@@ -46,6 +47,15 @@ class LayerFamily:
             scope.cps,
             scope.eps,
             scope.compiled,
+        )
+        return [case for case in cases if not self._not_executed(case)]
+
+    def _not_executed(self, case: LayerCase) -> list[str]:
+        """What of a case no kernel computes: products in fp8 of other than multiples, experts in it."""
+        degrees = case.degrees()
+        workload = Workload(seq=case.seq, batch=degrees.batch, precision=self.precision)
+        return not_executed_workload(self.model, workload) + products_not_executed(
+            self.model, workload, degrees
         )
 
     def together(self, case: LayerCase) -> Hashable:

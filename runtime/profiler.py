@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any, Protocol
 
-from planner.cluster import ClusterSpec
+from planner.cluster import ClusterSpec, Device
 from planner.machine import usable_cores
 from planner.model import ModelSpec
 from planner.nvidia import ClockWatch, driver_version
@@ -117,16 +117,27 @@ def families_of(
     """What is measured, in this order: first what every prediction needs, last what there is most of."""
     on_cuda = _on_cuda(cluster)
     device_type = "cuda" if on_cuda else "cpu"
-    window_s = scope.contention_window_s
+    window_s, device = scope.contention_window_s, cluster.groups[0].device
     world = joint.world if joint else World(ranks=cluster.devices, per_node=cluster.devices)
     return [
         HostFamily(device_type, precision, scope.host_effort),
         CommunicatorFamily(cluster.devices, on_cuda and joint is None),
         ContentionFamily(models[0], scope.seqs[0], cluster.devices, precision, window_s, on_cuda),
         CommFamily(world, device_type, scope.sizes_bytes, scope.comm_effort, joint),
-        *(LayerFamily(model, precision, device_type, cluster.groups[0].device, scope) for model in models),
+        *_layer_families(models, device, device_type, precision, scope),
         *rate_families(device_type, precision, scope.sweep_effort, scope.sweeps),
     ]
+
+
+def _layer_families(
+    models: Sequence[ModelSpec], device: Device, device_type: str, precision: Precision, scope: Scope
+) -> list[LayerFamily]:
+    """The layers of each model; those in bf16 then in fp8 too, where device and sizes allow."""
+    families = [LayerFamily(model, precision, device_type, device, scope) for model in models]
+    if precision is Precision.BF16 and device.peak_fp8_flops is not None:
+        beside = (LayerFamily(model, Precision.FP8, device_type, device, scope) for model in models)
+        families += [family for family in beside if family.cases()]
+    return families
 
 
 def _on_cuda(cluster: ClusterSpec) -> bool:

@@ -16,6 +16,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from planner.cluster_grammar import parse_cluster
 from planner.cost.samples import Run
 from planner.model import ModelSpec
 from planner.profile import LayerKind, LayerSample, shape_key
@@ -26,6 +27,7 @@ from runtime.layer_family import LayerFamily
 from runtime.layer_grid import corners, layer_cases
 from runtime.layer_prediction import separation
 from runtime.measure_layers import LayerCase
+from runtime.profiler import families_of
 from runtime.scheduler import Scheduler
 from runtime.scope import Scope, default_scope
 from tests.plans import local_cluster, tiny_llama, tiny_mixtral
@@ -184,3 +186,17 @@ def test_every_case_has_the_sample_that_is_its_own() -> None:
     for case in family.cases():
         back = family.prediction.case_of(family.sample(case))
         assert dataclasses.replace(back, block="" if back.block == first else back.block) == case
+
+
+def test_a_device_that_multiplies_fp8_is_measured_in_it() -> None:
+    """Where kernels have the sizes, and never experts."""
+    narrow = dataclasses.replace(tiny_llama(hidden=40), name="narrow")
+    models = [tiny_llama(hidden=64), narrow, tiny_mixtral(hidden=64)]
+    found = {}
+    for device in ("1x1:h100-sxm-80gb", "1x1:a100-sxm-80gb"):
+        families = families_of(models, parse_cluster(device), Precision.BF16, scope())
+        found[device] = {f.name: len(f.cases()) for f in families if isinstance(f, LayerFamily)}
+    names = [f"layers of {name}" for name in ("tiny-llama", "narrow", "tiny-mixtral")]
+    assert list(found["1x1:a100-sxm-80gb"]) == names
+    assert list(found["1x1:h100-sxm-80gb"]) == [*names, "layers of tiny-llama in fp8"]
+    assert found["1x1:h100-sxm-80gb"]["layers of tiny-llama in fp8"] < found["1x1:h100-sxm-80gb"][names[0]]

@@ -200,3 +200,14 @@ def test_precisions_of_16_bits_are_measured_in_them() -> None:
         layer = build_layer(case, tiny_llama(), Precision.BF16, meshes)
         bench = LayerBench(case, layer, tiny_llama(), Precision.BF16)
     assert {p.dtype for p in layer.parameters()} == {torch.bfloat16} == {bench.source.dtype}
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_products_in_fp8_are_measured_in_it(tp: int) -> None:
+    model = tiny_llama(hidden=64)
+    messages = [
+        next(iter(measure_layers([a_case(tp=tp)], model, each, "cpu", ONCE)))
+        for each in (Precision.FP8, Precision.BF16)
+    ]
+    eight, sixteen = (decode(LayerSample, message, source="test") for message in messages)
+    assert eight.precision is Precision.FP8 and eight.saved_bytes == sixteen.saved_bytes
