@@ -51,6 +51,11 @@ def key_of(sample: Sample) -> Hashable:
     return type(sample).__name__, *((name, getattr(sample, name)) for name in names if name not in FIGURES)
 
 
+NO_TIME = "no time was left"
+MORE_CASES = "more cases: "
+"""How a skipped case ends, and how others of that kind are summed up after the first few."""
+
+
 @noun
 class Stack:
     """What times depend on besides the work: the device, the libraries, the format of products.
@@ -93,13 +98,20 @@ def merge(old: Profile, new: Profile, measured: Collection[str] = ()) -> Profile
     """The samples of both; where they have one of the same thing, that of `new`.
 
     Both are of one stack, and `new` is the later. `measured` are the cases, `family: case`, that `new` took:
-    that `old` had skipped them is no longer true.
+    that `old` had skipped them is no longer true. For which cases no time was left, only the later of two
+    profiles of a family knows.
     """
     names = dict.fromkeys(sorted({*old.name.split("; "), *new.name.split("; ")}))
     fields: dict[str, Any] = {
         name: _merged(getattr(old, name), getattr(new, name)) for name in FIELDS.values()
     }
-    skipped = [text for text in old.skipped if not any(text.startswith(f"{case}: ") for case in measured)]
+    retaken = {fit.family for fit in new.fits}
+    skipped = [
+        text
+        for text in old.skipped
+        if not any(text.startswith(f"{case}: ") for case in measured)
+        and not (text.endswith(NO_TIME) and (text.partition(": ")[0] in retaken or MORE_CASES in text))
+    ]
     return dataclasses.replace(
         new,
         name="; ".join(names),

@@ -17,7 +17,7 @@ from planner.machine import usable_cores
 from planner.model import ModelSpec
 from planner.nvidia import ClockWatch, driver_version
 from planner.profile import PROFILE_SCHEMA, Profile
-from planner.profile_merge import Sample, Stack, by_field
+from planner.profile_merge import MORE_CASES, NO_TIME, Sample, Stack, by_field
 from planner.workload import Precision
 from runtime.comm_family import CommFamily
 from runtime.families import Family, Reading
@@ -70,6 +70,8 @@ def take_profile(
         complete = scheduler.run()
     if not complete:
         gathering.skip_rest(scheduler)
+    elif record:
+        record.whole = True
     if cluster.devices == 1 and joint is None:
         gathering.skip("collectives: one device has nobody to talk to")
     if scope.sweeps is not Sweeps.NONE and not _on_cuda(cluster):
@@ -188,13 +190,13 @@ class _Gathering:
         """Says what the time was too short for: seeds by name, and what is not known to the target."""
         unsettled = scheduler.unsettled()
         for text in unsettled[:MOST_NAMED]:
-            self.skip(f"{text}: no time was left")
+            self.skip(f"{text}: {NO_TIME}")
         if len(unsettled) > MOST_NAMED:
-            self.skip(f"{len(unsettled) - MOST_NAMED} more cases: no time was left")
+            self.skip(f"{len(unsettled) - MOST_NAMED} {MORE_CASES}{NO_TIME}")
         for fit in (course.fit() for course in scheduler.courses):
             if fit.error is not None and fit.error > scheduler.target:
                 error = f"{fit.error:.1%}, not {scheduler.target:.1%}"
-                self.progress.say(f"{fit.family}: no time was left, known to {error}")
+                self.progress.say(f"{fit.family}: {NO_TIME}, known to {error}")
 
     def skip(self, text: str) -> None:
         """Notes what was not measured for a reason of its own."""

@@ -58,6 +58,7 @@ class Record:
     def __init__(self, path: Path, handle: int, readings: dict[str, dict[str, Reading]]) -> None:
         self.path, self.readings = path, readings
         self._handle: int | None = handle
+        self.whole = False  # whether all was measured that should be
         self.kept = sum(len(cases) for cases in readings.values())
 
     def add(self, family: str, case: str, reading: Reading) -> None:

@@ -149,8 +149,8 @@ def profile(as_json: bool, **typed: Any) -> int | None:
 
     Under torchrun, collectives are those of all its ranks, over nodes too; the first rank writes FILE.
 
-    Writes FILE whole at the end. When interrupted, what was measured is kept in FILE.partial, from which the
-    same command goes on.
+    Writes FILE whole at the end. When interrupted or out of time, what was measured is kept in FILE.partial,
+    from which the same command goes on.
     """
     options = ProfileOptions(**typed)
     joint = join_ranks()

@@ -56,21 +56,31 @@ class ProfileSession:
         self.record.close()
 
     def write(self, taken: Profile) -> Profile:
-        """Writes the profile, with what was there before; returns what it wrote."""
+        """Writes the profile, with what was there before; returns what it wrote.
+
+        The record of one that had no time for the rest is kept: the same command goes on with that.
+        """
         from planner.codec import to_json, write_atomic
         from planner.profile_merge import merge
 
         merged = taken if self.earlier is None else merge(self.earlier, taken, self.record.measured())
         write_atomic(self.output, to_json(merged))
-        self.record.remove()
+        if self.record.whole:
+            self.record.remove()
+        else:
+            click.echo(f"time was up: {self._kept_text()}", err=True)
         return merged
 
     def interrupted(self, ending: BaseException) -> int:
         """Says what is kept; the exit code."""
-        kept, path = self.record.kept, self.record.path
-        text = f"{kept} cases are kept in {path}: the same command goes on from there"
-        click.echo(f"interrupted: {text if kept else 'nothing was measured yet'}", err=True)
+        click.echo(f"interrupted: {self._kept_text()}", err=True)
         return TERMINATED if isinstance(ending, Terminated) else INTERRUPTED
+
+    def _kept_text(self) -> str:
+        kept, path = self.record.kept, self.record.path
+        if not kept:
+            return "nothing was measured yet"
+        return f"{kept} cases are kept in {path}: the same command goes on from there"
 
 
 def begin_session(output: Path, header: Header, *, replace: bool) -> ProfileSession:

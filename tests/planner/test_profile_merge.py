@@ -19,7 +19,17 @@ from planner.profile import (
     Op,
     Profile,
 )
-from planner.profile_merge import FIELDS, FIGURES, Sample, by_field, key_of, merge, stack_of
+from planner.profile_merge import (
+    FIELDS,
+    FIGURES,
+    MORE_CASES,
+    NO_TIME,
+    Sample,
+    by_field,
+    key_of,
+    merge,
+    stack_of,
+)
 from planner.strategy import Recompute
 from planner.workload import Precision
 
@@ -136,6 +146,16 @@ def test_what_was_skipped_and_is_measured_now_is_not_said_to_be_skipped() -> Non
     new = dataclasses.replace(profile(1), skipped=("layers: block: died", "comms: it: timed out"))
     merged = merge(old, new, ["layers: head"])
     assert merged.skipped == ("layers: block: died", "comms: it: timed out")
+
+
+def test_the_later_profile_of_a_family_knows_what_had_no_time() -> None:
+    old = dataclasses.replace(
+        profile(1),
+        skipped=("layers 0: head: no time was left", "x: y: no time was left", f"3 {MORE_CASES}{NO_TIME}"),
+    )
+    new = dataclasses.replace(profile(1), skipped=(f"layers 0: block: {NO_TIME}",))
+    assert [fit.family for fit in new.fits] == ["layers 0"]
+    assert merge(old, new).skipped == ("x: y: no time was left", "layers 0: block: no time was left")
 
 
 def test_a_key_is_all_that_was_not_measured() -> None:

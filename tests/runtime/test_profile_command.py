@@ -180,13 +180,23 @@ def test_a_device_that_is_not_there(arguments: list[str], monkeypatch: pytest.Mo
 
 
 def test_little_time_leaves_the_rest_and_says_so(arguments: list[str], tmp_path: Path) -> None:
-    run = [*arguments, "--quick", "--cluster", "local:1", "--time-limit", "0.5"]
-    result = CliRunner().invoke(profile_command, run, catch_exceptions=False)
+    """A profile is written of what there is; the same command with more time takes the rest, and no more."""
+    run = [*arguments, *SMALL, "--cluster", "local:1"]
+    result = CliRunner().invoke(profile_command, [*run, "--time-limit", "0.5"], catch_exceptions=False)
     assert result.exit_code == 0
-    profile = load_profile(tmp_path / "profile.json")
-    assert profile.skipped and all(fit.taken <= fit.cases for fit in profile.fits)
-    assert any(text.endswith("no time was left") for text in profile.skipped)
-    assert sum(fit.taken for fit in profile.fits) < sum(fit.cases for fit in profile.fits)
+    first = load_profile(tmp_path / "profile.json")
+    assert any(text.endswith("no time was left") for text in first.skipped)
+    assert sum(fit.taken for fit in first.fits) < sum(fit.cases for fit in first.fits)
+    partial = tmp_path / "profile.json.partial"
+    kept = partial.read_text().count("\n") - 1
+    assert f"time was up: {kept} cases are kept" in result.stderr or kept == 0
+    more = CliRunner().invoke(profile_command, run, catch_exceptions=False)
+    assert more.exit_code == 0 and not partial.exists()
+    assert f"going on from the {kept} cases" in more.stderr or kept == 0
+    second = load_profile(tmp_path / "profile.json")
+    assert all(fit.taken == fit.cases for fit in second.fits if fit.error is None)
+    assert not any(text.endswith("no time was left") for text in second.skipped)
+    assert set(first.constants) <= set(second.constants)
 
 
 def start_ranks(command: list[str], nodes: int, per_node: int) -> list[tuple[int, str, str]]:
