@@ -103,3 +103,19 @@ def test_slow_first_runs_make_the_device_wait_longer(clock: Clock) -> None:
     (apart,) = time_apart([slower], EFFORT, torch.device("cpu"))
     assert apart.device.median_s == pytest.approx(1e-5)
     assert apart.host_s == pytest.approx(1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+def test_on_an_accelerator() -> None:
+    """Small kernels take the host longer than the device; a phase that reads a value back has one time."""
+    device = torch.device("cuda")
+    small = torch.ones(8, device=device)
+
+    def many() -> None:
+        for _ in range(200):
+            small.add_(1)
+
+    (launched,) = time_apart([many], EFFORT, device)
+    assert launched.host_s is not None and launched.host_s > launched.device.median_s > 0
+    waiting = time_apart([many, lambda: float(small.sum())], EFFORT, device)
+    assert all(apart.host_s is None and apart.device.median_s > 0 for apart in waiting)
