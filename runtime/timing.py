@@ -46,11 +46,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
-    """The clock that tells how long a device computes: of a CPU the seconds that this process had of it.
+    """The clock that tells how long a device computes: of one thread the seconds that it had of the CPU.
 
-    What other processes take of a shared machine is not in it. On an idle one both clocks agree.
+    What other processes take of a shared machine is not in them. On an idle one both clocks agree; of several
+    threads the seconds would be added up.
     """
-    return time.process_time if device.type == "cpu" else time.perf_counter
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter
 
 
 def time_phases(phases: Sequence[Callable[[], object]], effort: Effort, device: torch.device) -> list[Timing]:
