@@ -37,7 +37,7 @@ from runtime.measure_layers import out_of_memory
 from runtime.memory import measure_peak
 from runtime.optimizer import OptimizerOptions
 from runtime.parallel.meshes import build_meshes
-from runtime.timing import reference_s, summarize
+from runtime.timing import clock_of, reference_s, summarize
 
 SILENCE_S = 900.0
 """A rank that says nothing for so long has failed: a step of a large stage on a CPU takes minutes."""
@@ -147,7 +147,7 @@ class _Rank:
 
     def _timed(self) -> tuple[float, list[Span]]:
         """Seconds of a step on this rank, and its spans."""
-        clock = DeviceClock(self.device) if self.device.type == "cuda" else time.perf_counter
+        clock = DeviceClock(self.device) if self.device.type == "cuda" else clock_of(self.device)
         record = self.executor.pipeline.record
         record.clock = clock
         begin = clock()
