@@ -63,6 +63,9 @@ class ProfileSession:
         from planner.codec import to_json, write_atomic
         from planner.profile_merge import merge
 
+        if not self.record.kept:
+            fault = "was over before anything was measured, and a profile of nothing is not written."
+            raise InputError(Problem(where="--time-limit", fault=fault, fix="allow more time"))
         merged = taken if self.earlier is None else merge(self.earlier, taken, self.record.measured())
         write_atomic(self.output, to_json(merged))
         if self.record.whole:
