@@ -8,10 +8,10 @@ Of the form that is asked for,
 
 Between micro-batches bytes are on a line, and times are as far from the analytic ones as those around them:
 log (measured / analytic) is linear in the logarithm. Beyond the samples of a form and length it changes with
-tokens as it does in the nearest that was measured there; where none was, it stays above the largest, and
-below the smallest times are on the line through the first two, which tells what no token takes. Where speeds
-drift (a reference was timed beside the samples), times are on lines everywhere, on one through all where
-there is one; but a single sample is no line.
+tokens as it does at other lengths, or in the nearest form that was measured there; where none was, it stays
+above the largest, and below the smallest times are on the line through the first two, which tells what no
+token takes. Where speeds drift (a reference was timed beside the samples), times are on lines everywhere, on
+one through all where there is one; but a single sample is no line.
 
 What other lengths and forms tell is carried: measured here, times analytic there over analytic here, at as
 many tokens ("fitted"). The nearest form is taken: compiled like it if there is one, then recomputing like it,
@@ -30,6 +30,7 @@ from typing import NamedTuple, Protocol
 
 from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.seconds import larger
+from planner.kept import AttentionKernel
 from planner.profile import LayerKind, LayerSample
 from planner.strategy import CpExchange, Recompute
 from planner.workload import Precision
@@ -150,7 +151,8 @@ class ClassSamples:
     def __init__(self, analytic: Analytic, *, curved: bool) -> None:
         self._analytic, self._curved = analytic, curved
         self._forms: dict[Form, dict[int, list[LayerSample]]] = {}
-        self._known_wider: dict[tuple[Form, int, int, bool], tuple[Form, list[LayerSample]] | None] = {}
+        self._known_wider: dict[tuple[Form, int, int, bool], Form | None] = {}
+        self._known_points: dict[tuple[Form, AttentionKernel], Points] = {}
 
     def add(self, sample: LayerSample) -> None:
         """One more sample, of no smaller micro-batch than those before."""
@@ -193,7 +195,7 @@ class ClassSamples:
         if wider is None:
             return cost
         begin = dataclasses.replace(shape, micro_batch=end.micro_batch)
-        off = [self._off(*wider, each) for each in (begin, shape)]
+        off = [self._off(wider, each) for each in (begin, shape)]
         times = {
             name: getattr(end, name) * grown * off[1][name] / off[0][name]
             for name in _TIMES
@@ -201,31 +203,58 @@ class ClassSamples:
         }
         return LayerCost(**{name: getattr(cost, name) for name in _FIGURES} | times, origin=cost.origin)
 
-    def _wider(self, form: Form, end: LayerSample, above: bool) -> tuple[Form, list[LayerSample]] | None:
-        """Where other samples go beyond one that is the last of its own, in tokens: the nearest form and its
-        samples, better those on both sides of it."""
+    def _wider(self, form: Form, end: LayerSample, above: bool) -> Form | None:
+        """The nearest form whose samples, of any length, go beyond one that is the last of its own length, in
+        tokens; better one with samples on both sides of it."""
         known = form, end.seq, end.micro_batch, above
         if known not in self._known_wider:
             tokens, found = _tokens(end), []
             for other, lengths in self._forms.items():
-                for seq, samples in lengths.items():
-                    first, last = _tokens(samples[0]), _tokens(samples[-1])
-                    if first < last and (last > tokens if above else first < tokens):
-                        aside, away = first > tokens or last < tokens, abs(math.log2(seq / end.seq))
-                        found.append((aside, distance(other, form), away, seq, other))
-            *_, seq, other = min(found, default=(end.seq, form))
-            self._known_wider[known] = (other, self._forms[other][seq]) if found else None
+                each = [_tokens(sample) for samples in lengths.values() for sample in samples]
+                first, last = min(each), max(each)
+                if first < last and (last > tokens if above else first < tokens):
+                    found.append((first > tokens or last < tokens, distance(other, form), other))
+            self._known_wider[known] = min(found)[-1] if found else None
         return self._known_wider[known]
 
     def _here(self, samples: list[LayerSample], form: Form) -> Here:
         run = _run_of(samples, form)
         return lambda shape: self._analytic(shape, run)
 
-    def _off(self, form: Form, samples: list[LayerSample], shape: LayerShape) -> dict[str, float]:
+    def _off(self, form: Form, shape: LayerShape) -> dict[str, float]:
         """How far a form is from its analytic times at as many tokens as a shape has."""
-        like, here = _like(shape, form, samples[0].seq), self._here(samples, form)
-        measured, analytic = _along_micro_batches(samples, like, here), here(like)
-        return {name: _over(measured, analytic, name) for name in _TIMES}
+        points = self._points(form, shape)
+        return {name: _at(points, shape.tokens, name) for name in _TIMES}
+
+    def _points(self, form: Form, shape: LayerShape) -> Points:
+        """The same at the tokens of each sample of the form, of any length; of equal tokens the mean."""
+        known = form, shape.kernel
+        if known not in self._known_points:
+            found: dict[float, list[dict[str, float]]] = {}
+            for seq, samples in self._forms[form].items():
+                here, like = self._here(samples, form), _like(shape, form, seq)
+                for sample in samples:
+                    analytic = here(dataclasses.replace(like, micro_batch=sample.micro_batch))
+                    off = {name: _over(sample, analytic, name) for name in _TIMES}
+                    found.setdefault(_tokens(sample), []).append(off)
+            self._known_points[known] = [
+                (tokens, {name: statistics.fmean(off[name] for off in found[tokens]) for name in _TIMES})
+                for tokens in sorted(found)
+            ]
+        return self._known_points[known]
+
+
+Points = list[tuple[float, dict[str, float]]]
+"""Tokens, rising, and how far measured times are from analytic ones there."""
+
+
+def _at(points: Points, tokens: float, name: str) -> float:
+    """Between points by logarithms, outside as at the last."""
+    below, above = [p for p in points if p[0] <= tokens][-1:], [p for p in points if p[0] > tokens][:1]
+    (first, a), (last, b) = (below or above)[0], (above or below)[0]
+    share = math.log(tokens / first) / math.log(last / first) if first != last else 0.0
+    between: float = a[name] ** (1 - share) * b[name] ** share
+    return between
 
 
 def _run_of(samples: list[LayerSample], form: Form) -> Run:
@@ -244,7 +273,7 @@ def _drifts(samples: list[LayerSample]) -> bool:
     return all(sample.reference_s is not None for sample in samples)
 
 
-def _over(cost: LayerCost, reference: LayerCost, name: str) -> float:
+def _over(cost: LayerCost | LayerSample, reference: LayerCost, name: str) -> float:
     """A figure over that of the reference; 0 where that is nothing."""
     of: float = getattr(reference, name)
     return getattr(cost, name) / of if of > 0 else 0.0

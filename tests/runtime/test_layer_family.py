@@ -115,7 +115,7 @@ def test_fewer_cases_than_there_are_tell_of_all(model: ModelSpec) -> None:
     claimed = family.held_out_error(samples)
     assert len(family.taken) < 0.5 * len(family.cases())
     assert claimed is not None and claimed <= TARGET
-    assert true_error(family, samples) <= 1.2 * TARGET
+    assert true_error(family, samples) <= 1.6 * TARGET
 
 
 def test_what_noise_explains_asks_for_no_more_samples() -> None:
