@@ -2,7 +2,7 @@
 
     python -m bench.rehearsal gloo          peaks of ranks alone against ranks of a real group on this CPU
     python -m bench.rehearsal traces        predicted peaks of 20 plans for H100 clusters against shapes alone
-    python -m bench.rehearsal reference     shapes alone against what plain PyTorch took on one H100
+    python -m bench.rehearsal reference     shapes alone against what was measured on one H100
     python -m bench.rehearsal device        on an accelerator: memory and compute of the 20 plans, predicted
                                             against rehearsed, and plans at the limit that must not run out
 
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import click
 
+from planner.attention import Attention
 from planner.catalog import load_model
 from planner.cluster_grammar import parse_cluster
 from planner.codec import write_atomic
@@ -32,7 +33,9 @@ from planner.commands.text import table
 from planner.commands.with_torch import require_torch
 from planner.cost.evaluate import CostModel
 from planner.estimate import Verdict
+from planner.feed_forward import Activation, Mlp
 from planner.limits import Limits
+from planner.model import Block, ModelSpec, Norm, Segment
 from planner.plan import Plan
 from planner.problem import PlanningProblem
 from planner.rank_kinds import alike_ranks, shortened
@@ -44,6 +47,7 @@ from planner.search.solve import make_plan
 from planner.search.space import parse_pins
 from planner.shipped_profile import shipped_profile
 from planner.stack import Engine
+from planner.strategy import Degrees, Recompute, Strategy, Zero, even_stages
 from planner.units import GIB
 from planner.workload import Precision, Workload
 
@@ -85,7 +89,7 @@ H100: tuple[tuple[str, str, int, int, str], ...] = (
     ("llama-3-8b", "2x8:h100-sxm-80gb", 8192, 32, "pp=4 dp=4 zero=1 micro_batch=1 schedule=zb-h1"),
     ("llama-3-8b", "4x8:h100-sxm-80gb", 32768, 8, "tp=2 cp=4 dp=4 zero=3 micro_batch=1 recompute=full"),
     ("qwen3-8b", "2x8:h100-sxm-80gb", 4096, 64, "dp=16 zero=3 micro_batch=2 recompute=selective"),
-    ("llama-2-13b", "1x8:h100-sxm-80gb", 4096, 16, "tp=4 dp=2 zero=1 sequence_parallel=true micro_batch=1"),
+    ("llama-13b", "1x8:h100-sxm-80gb", 4096, 16, "tp=4 dp=2 zero=1 sequence_parallel=true micro_batch=1"),
     ("gpt-3-xl-1.3b", "1x8:h100-sxm-80gb", 2048, 64, "dp=8 zero=2 micro_batch=4"),
     ("gpt-neox-20b", "2x8:h100-sxm-80gb", 2048, 64, "tp=4 pp=2 dp=2 zero=1 micro_batch=2 recompute=full"),
     ("qwen3-32b", "8x8:h100-sxm-80gb", 4096, 64, "dp=64 zero=3 micro_batch=1 recompute=full"),
@@ -204,47 +208,75 @@ def traces() -> Iterator[dict[str, Any]]:
 # Shapes alone against an H100
 
 
-REFERENCES = {
-    "h100-l1b-s4k-b1": (16, 2048, 8192, 32, 8, 128256, 1, 1, 1, 4096),
-    "h100-l8b-fsdp64-s8k-b1": (32, 4096, 14336, 32, 8, 128256, 64, 1, 1, 8192),
-    "h100-l8b-tp8-fsdp8-s8k-b2": (32, 4096, 14336, 32, 8, 128256, 8, 8, 2, 8192),
-    "h100-l3b-fsdp8-s4k-b2": (28, 3072, 8192, 24, 8, 128256, 8, 1, 2, 4096),
-}
-"""Layers, hidden, ffn, heads, KV heads, vocabulary, data ranks, tp, micro-batch, sequence of reference runs
-in eager mode that recompute nothing (bench/data/h100_reference.csv)."""
-
-
 def reference() -> Iterator[dict[str, Any]]:
-    """Peaks of the same plain PyTorch traced on shapes alone, against those measured on one H100."""
+    """Middle stages of the own runtime traced on shapes alone, against plain PyTorch's on one H100.
+
+    Both hold blocks alone under tensor, sequence and ZeRO-3 data parallelism (bench/data/h100_reference.csv).
+    """
     from planner.runs.table import read_runs
-    from runtime.children import run_children
 
     measured = {run.id: run for run in read_runs([Path(__file__).parent / "data/h100_reference.csv"]).runs}
-    for name, sizes in REFERENCES.items():
-        (answer,) = run_children(lambda _, emit, sizes=sizes: emit({"bytes": _trace_plain(*sizes)}))
+    for name, plan in _middle_stages():
+        degrees = plan.strategy.degrees
+        (rank,) = degrees.ranks_of_pp_rank(1)[:1]
         peak = measured[name].peak_memory_gib
-        assert peak is not None
-        yield {"run": name, "h100_gib": peak, "traced_gib": answer["bytes"] / GIB,
-               "error": answer["bytes"] / GIB / peak - 1}  # fmt: skip
+        alone = _traced(plan, rank)
+        assert peak is not None and alone.allocated_bytes is not None
+        traced = alone.allocated_bytes / GIB
+        yield {"run": name, "h100_gib": peak, "traced_gib": traced, "error": traced / peak - 1}
 
 
-def _trace_plain(*sizes: int) -> int:
-    import torch
-    from torch.distributed.device_mesh import init_device_mesh
+def _traced(plan: Plan, rank: int) -> RankRehearsal:
+    from runtime.rehearse import RehearsalOptions, rehearse_rank
 
-    from bench.plain_llama import Sizes, plain_step
-    from runtime.fake_tensors import CUDA_BLOCK_BYTES, fake_tensors
-    from runtime.fake_world import fake_group
+    return rehearse_rank(plan, rank, (1,), RehearsalOptions(mode=RehearsalMode.FAKE_TENSORS))
 
-    *of_model, dp, tp, micro_batch, seq = sizes
-    with fake_group(dp * tp):
-        mesh = init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
-        with fake_tensors(CUDA_BLOCK_BYTES) as live:
-            step = plain_step(Sizes(*of_model), mesh, micro_batch, seq, torch.device("cpu"), compiled=False)
-            step()
-            live.begin()
-            step()
-            return live.peak_bytes
+
+def _middle_stages() -> Iterator[tuple[str, Plan]]:
+    """The runs without embedding and head: each as the second of three stages, for the same device."""
+    from bench.step import llama
+    from runtime.bench_plan import bench_plan
+
+    cases = (
+        ("h100-l70-20L-tp8-fsdp4-s8k-b1-full", llama(60, 8192, 28672, 64, 8, 128256), 4, 1, 8192, True),
+        ("h100-g175-4L-tp8-s2k-b2", _gpt(12, 12288, 49152, 96), 2, 2, 2048, False),
+    )
+    device = parse_cluster("1x8:h100-sxm-80gb").groups[0].device
+    for name, model, shards, micro_batch, seq, full in cases:
+        degrees = Degrees(pp=3, tp=8, sequence_parallel=True, dp_shard=shards, zero=Zero.PARAMETERS,
+                          micro_batch=micro_batch)  # fmt: skip
+        plan = bench_plan(model, degrees, seq, Precision.BF16)
+        option = Recompute.FULL if full else Recompute.NONE
+        stages = even_stages(model.layers, degrees.stages, option)
+        group = dataclasses.replace(plan.cluster.groups[0], device=device)
+        yield (
+            name,
+            dataclasses.replace(
+                plan,
+                strategy=Strategy(degrees=degrees, stages=stages),
+                cluster=dataclasses.replace(plan.cluster, groups=(group,)),
+            ),
+        )
+
+
+def _gpt(layers: int, hidden: int, ffn: int, heads: int) -> ModelSpec:
+    """A GPT of these sizes: LayerNorm, biases, GELU."""
+    from bench.step import llama
+
+    block = Block(
+        hidden=hidden,
+        norm=Norm.LAYERNORM,
+        mixer=Attention(heads=heads, kv_heads=heads, head_dim=hidden // heads, qkv_bias=True, out_bias=True),
+        mlp=Mlp(width=ffn, gated=False, activation=Activation.GELU_TANH, bias=True),
+    )
+    like = llama(layers, hidden, ffn, heads, heads, 50304)
+    return dataclasses.replace(
+        like,
+        name="gpt",
+        model_type="gpt2",
+        norm=Norm.LAYERNORM,
+        segments=(Segment(block=block, count=layers),),
+    )
 
 
 # On an accelerator

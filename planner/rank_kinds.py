@@ -59,23 +59,35 @@ def _classes(plan: Plan, stage: Stage) -> tuple[str, ...]:
 def shortened(plan: Plan) -> Plan:
     """The plan with as few micro-batches a step as have every rank hold as many at once as the plan's own.
 
-    Their order is that of the same schedule. The plan itself where its table is not its schedule's usual one.
+    As many as well once gradients of earlier ones lie beside them. Their order is that of the same schedule.
+    The plan itself where its table is not its schedule's usual one.
     """
     degrees, full = plan.strategy.degrees, parse_table(plan.schedule_table)
     usual = _usual_table(plan, degrees.num_micro_batches)
     if usual is None or usual != full:
         return plan
-    flights = [full.in_flight(rank) for rank in range(degrees.pp)]
+    flights = [_flights(full, rank) for rank in range(degrees.pp)]
     for count in _shorter_counts(degrees.pp, degrees.stages, degrees.num_micro_batches):
         table = _usual_table(plan, count)
-        if table is not None and [table.in_flight(rank) for rank in range(degrees.pp)] == flights:
+        if table is not None and [_flights(table, rank) for rank in range(degrees.pp)] == flights:
             return _with_micro_batches(plan, count, table)
     return plan
 
 
+def _flights(table: Table, rank: int) -> tuple[list[dict[int, int]], int]:
+    """The counts of live micro-batches of a rank, and the most alive while gradients are there already."""
+    alive = most = 0
+    begun = False
+    for action in table[rank]:
+        begun = begun or action.kind.alive_change < 0
+        alive += action.kind.alive_change
+        most = max(most, alive * begun)
+    return table.in_flight(rank), most
+
+
 def _shorter_counts(pp: int, stages: int, whole: int) -> Sequence[int]:
     """Counts of micro-batches to try, rising."""
-    tried = {LEAST_MICRO_BATCHES, *(times * of for times in (1, 2, 3, 4) for of in (pp, stages))}
+    tried = {LEAST_MICRO_BATCHES, *(times * of for times in (1, 2, 3, 4, 5, 6) for of in (pp, stages))}
     return sorted(count for count in tried if LEAST_MICRO_BATCHES <= count < whole)
 
 

@@ -30,6 +30,7 @@ from planner.rehearsal import RankRehearsal, RehearsalMode, RehearsedPass
 from runtime.causes import GRADIENT_SUMS, OPTIMIZER, Span
 from runtime.children import ChildFailed, Emit, run_children
 from runtime.executor import Executor
+from runtime.fake_kernels import accelerator_kernels
 from runtime.fake_tensors import CUDA_BLOCK_BYTES, fake_tensors
 from runtime.fake_world import fake_group
 from runtime.local_ranks import RunFailedError
@@ -105,6 +106,8 @@ class _Rank:
         if options.mode is RehearsalMode.FAKE_TENSORS:
             accelerated = all(group.device.name != "cpu" for group in plan.cluster.groups)
             self.live = stack.enter_context(fake_tensors(CUDA_BLOCK_BYTES if accelerated else 1))
+            if accelerated:
+                stack.enter_context(accelerator_kernels())
         self.executor = Executor(
             plan,
             device=self.device,

@@ -35,6 +35,7 @@ def test_a_shortened_plan_has_as_many_in_flight(
     short = shortened(plan)
     full, table = parse_table(plan.schedule_table), parse_table(short.schedule_table)
     assert [table.in_flight(rank) for rank in range(pp)] == [full.in_flight(rank) for rank in range(pp)]
+    assert [_late(table, rank) for rank in range(pp)] == [_late(full, rank) for rank in range(pp)]
     count = short.strategy.degrees.num_micro_batches
     assert min(LEAST_MICRO_BATCHES, micro_batches) <= count <= micro_batches
     assert short.workload.batch == short.strategy.degrees.batch
@@ -42,6 +43,16 @@ def test_a_shortened_plan_has_as_many_in_flight(
         assert count < micro_batches
     if schedule is Schedule.GPIPE:
         assert count == micro_batches
+
+
+def _late(table, rank: int) -> int:  # type: ignore[no-untyped-def]
+    """The most micro-batches alive on a rank after its first backward pass."""
+    alive, counts = 0, []
+    for action in table[rank]:
+        alive += action.kind.alive_change
+        counts.append(alive)
+    first = next(i for i, action in enumerate(table[rank]) if action.kind.alive_change < 0)
+    return max(counts[first:])
 
 
 def test_another_order_than_the_schedules_is_not_shortened() -> None:
