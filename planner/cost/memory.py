@@ -54,10 +54,12 @@ def rank_memory(
 
     `vectors` are the in-flight counts of the rank's row, `held` its stages. Transients and runtime are
     counted once, with the stage that has the larger transient at the worst of these moments. Where that
-    depends on what is in flight, as torchtitan's moments and offloaded activations do, a stage with nothing
-    in flight runs no pass.
+    depends on what is in flight, as the moments of FSDP2's engines and offloaded activations do, a stage with
+    nothing in flight runs no pass.
     """
-    idle = shape.problem.stack.engine is Engine.TORCHTITAN or any(stage.hosted for stage in held.values())
+    idle = shape.problem.stack.engine in (Engine.NATIVE, Engine.TORCHTITAN) or any(
+        stage.hosted for stage in held.values()
+    )
     each = (
         _divided(shape, vector, held, [index for index in held if not idle or vector.get(index, 0)])
         for vector in vectors

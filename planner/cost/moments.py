@@ -3,7 +3,11 @@
 With W, G and O the bytes of weights, gradients and optimizer, a micro-batches alive of s bytes each, T what
 a pass needs for a moment, and U the parameters of the largest unit:
 
-    native       W + G + O + a s + T + 4 U (1 + 1/n) (+ 2 c U under ZeRO 3)
+    native       the largest of, with G' = G from the 2nd micro-batch on
+      forward    W + O + G' + a s + T_forward + gathered units (see _native_gathered)
+      head       W + O + G' + a s + 4 U_head (1 + 1/n), its gradients being reduced
+      block j    W + O + G' + (a - 1) s + s_j + T_block + its gradients, units gathered and reduced
+      step       G and O beside W without the copies that ZeRO 0 to 2 gather
     megatron,    W + G + O + a s + T; gradients lie in buffers of their own from the start. Under ZeRO 3 with
     deepspeed    gathered units as native
     torchtitan   the largest of
@@ -48,6 +52,9 @@ def peak_bytes(shape: ShapeModel, stage: StageCost, alive: float) -> float:
     step = larger(kept.total + step_temporaries_bytes(shape, stage), loading)
     if shape.problem.stack.engine is Engine.TORCHTITAN:
         return larger(step, *_unit_moments(shape, stage, alive, kept)) + shape.memory.workspace_bytes
+    if shape.problem.stack.engine is Engine.NATIVE:
+        step = larger(step - copied_bytes(shape, stage), loading)
+        return larger(step, *_native_moments(shape, stage, alive, kept))
     alive_bytes = alive * stage.saved_bytes + min(alive, 1) * _window_bytes(stage)
     return larger(step, kept.total + alive_bytes + pass_bytes(shape, stage))
 
@@ -75,6 +82,13 @@ def step_temporaries_bytes(shape: ShapeModel, stage: StageCost) -> float:
         there = stage.hosted.state_params if stage.hosted is not None else 0.0
         bytes_ += 4 * (stage.params - there) / degrees.weight_shards
     return bytes_
+
+
+def least_pass_bytes(shape: ShapeModel, stage: StageCost) -> float:
+    """What a pass holds at least beside all states and activations, where gradients add up over passes."""
+    if shape.problem.stack.engine is Engine.NATIVE:
+        return stage.forward_transient_bytes
+    return pass_bytes(shape, stage)
 
 
 def pass_bytes(shape: ShapeModel, stage: StageCost) -> float:
@@ -116,6 +130,52 @@ def _unit_moments(shape: ShapeModel, stage: StageCost, alive: float, kept: Param
         for index in _blocks_to_try(stage.blocks)
     ]
     return [loss, root, *blocks]
+
+
+def copied_bytes(shape: ShapeModel, stage: StageCost) -> float:
+    """Bytes of the copies of a stage's weights that native ZeRO 0 to 2 keep until they are read last."""
+    size, degrees = shape.problem.workload.precision.compute_bytes, shape.degrees
+    if degrees.zero is Zero.PARAMETERS or (degrees.zero is Zero.NONE and degrees.replicas == 1 and size == 4):
+        return 0.0
+    return size * stage.params
+
+
+def _native_moments(shape: ShapeModel, stage: StageCost, alive: float, kept: ParamBytes) -> list[float]:
+    """The worst forward pass, the reduction of the head, the backward passes of blocks."""
+    degrees, size = shape.degrees, shape.problem.workload.precision.compute_bytes
+    grads = kept.grads if degrees.num_micro_batches > 1 else 0.0
+    base = kept.weights + kept.optimizer + grads + (alive - 1) * stage.saved_bytes
+    head = shape.head_unit.params if stage.holds_head else 0.0
+    whole = base + stage.saved_bytes + _window_bytes(stage)
+    moments = [whole + stage.forward_transient_bytes + _native_gathered(shape, stage, head)]
+    reduced = 4 * (1 + 1 / degrees.weight_shards) if degrees.replicas > 1 else 0.0
+    if stage.holds_head:
+        moments.append(whole + reduced * shape.head_unit.trained)
+    gathers = 2 * size if degrees.zero is Zero.PARAMETERS else 0
+    unit = stage.largest_block_params
+    for index in _blocks_to_try(stage.blocks):
+        behind = stage.blocks - 1 - index
+        activations = stage.block_saved_bytes * (index + 1) / stage.blocks + _window_bytes(stage)
+        own = stage.block_transient_bytes + (size + gathers) * unit
+        if behind:
+            own += reduced * unit
+        if degrees.num_micro_batches == 1:
+            own += kept.grads * behind / stage.blocks * (1 - head / larger(stage.params, 1.0))
+        moments.append(base + activations + own)
+    return moments
+
+
+def _native_gathered(shape: ShapeModel, stage: StageCost, head: float) -> float:
+    """What FSDP2 holds of gathered weights in a forward pass beside those that stay.
+
+    ZeRO 3: the unit's weights and the message that they came in, which is held until the next. ZeRO 1 and 2:
+    that message, in a step's only micro-batch.
+    """
+    degrees, size = shape.degrees, shape.problem.workload.precision.compute_bytes
+    if degrees.zero is Zero.PARAMETERS:
+        return 2 * size * larger(head, stage.largest_block_params)
+    once = degrees.zero is not Zero.NONE and degrees.num_micro_batches == 1
+    return size * stage.largest_block_params if once else 0.0
 
 
 def _loss_bytes(stage: StageCost) -> float:

@@ -37,7 +37,7 @@ from planner.cost.evaluate import CostModel
 from planner.cost.passes import Pass
 from planner.cost.stage import ShapeModel
 from planner.cost.states import offloaded_states, states_of
-from planner.stack import Stack
+from planner.stack import Engine, Stack
 from planner.strategy import Degrees, Offload, Recompute, Schedule
 
 
@@ -205,7 +205,10 @@ def memory_bound_bytes(shape: ShapeModel) -> float:
 
 
 def least_state_bytes(layers: LayerModel, degrees: Degrees, offload: Offload = Offload.NONE) -> float:
-    """Bytes of weights, gradients and optimizer state on a device, the mean over pipeline ranks."""
+    """Bytes of weights, optimizer state and gradients on a device, the mean over pipeline ranks.
+
+    Without gradients under FSDP2 where a step has one micro-batch: they come as its activations go.
+    """
     model, shards = layers.problem.model, degrees.tp * degrees.pp
     routed = layers.params_routed / (degrees.expert_ranks * degrees.pp)
     dense = (layers.params_total - layers.params_routed) / shards
@@ -213,4 +216,7 @@ def least_state_bytes(layers: LayerModel, degrees: Degrees, offload: Offload = O
     states = states_of(layers.problem, degrees)
     if offload is Offload.OPTIMIZER:
         states, _ = offloaded_states(layers.problem, degrees)
-    return states.of(dense + routed, ends, routed).total
+    held = states.of(dense + routed, ends, routed)
+    engine = layers.problem.stack.engine
+    one_by_one = engine in (Engine.NATIVE, Engine.TORCHTITAN) and degrees.num_micro_batches == 1
+    return held.total - (held.grads if one_by_one else 0.0)

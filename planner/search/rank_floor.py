@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner.cost.moments import pass_bytes
+from planner.cost.moments import least_pass_bytes
 from planner.search.bounds import split_again_s
 from planner.search.recipes import Column, RecipeBook
 from planner.stack import Engine
@@ -70,9 +70,11 @@ class RankFloor:
         self._keeping = sorted(self.saved, key=lambda option: -self.saved[option])
         one, two = (book.column(_of(size)) for size in (1, 2))
         self._block_bytes = two.resident_bytes - one.resident_bytes
-        # In Torchtitan's moments not all gradients exist, so that what is transient may be below 0.
-        titan = self.shape.problem.stack.engine is Engine.TORCHTITAN
-        self.bounded = not titan and book.offload is Offload.NONE
+        # In Torchtitan's moments not all gradients exist, so that what is transient may be below 0; nor in
+        # the own runtime's where a step has one micro-batch.
+        engine = self.shape.problem.stack.engine
+        apart = engine is Engine.TORCHTITAN or (engine is Engine.NATIVE and degrees.num_micro_batches == 1)
+        self.bounded = not apart and book.offload is Offload.NONE
         self._alike: dict[int, _Signature] = {}
         self._known: dict[tuple[_Signature, int], float] = {}
         self._known_ends: dict[tuple[bool, bool], tuple[float, float, float]] = {}
@@ -218,7 +220,7 @@ class RankFloor:
         return (
             each[option].resident_bytes - self._block_bytes,
             each[option].cost.saved_bytes - self.saved[option],
-            min(pass_bytes(self.shape, column.cost) for column in each.values()),
+            min(least_pass_bytes(self.shape, column.cost) for column in each.values()),
         )
 
     def _alone(self, first: bool, last: bool, option: Recompute) -> Column:

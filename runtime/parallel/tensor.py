@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.nn import functional
 
 from planner.strategy import Degrees
 from runtime.parallel.expert import mixtures, shared_expert_plan
@@ -41,7 +42,7 @@ def apply_tensor_parallel(name: str, part: nn.Module, degrees: Degrees, meshes: 
     if isinstance(part, Block):
         plan: ParallelStyle | dict[str, ParallelStyle] = _block_plan(part, between, degrees)
     elif name == "tok_embeddings":
-        plan = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
+        plan = VocabParallel(between)
     elif isinstance(part, Head):
         part.shard(meshes.tp, between)
         return
@@ -115,6 +116,31 @@ def _latent_plan(attention: nn.Module) -> dict[str, ParallelStyle]:
         **{name: WholeParallel() for name in downs},
     }
     return {f"attention.{name}": style for name, style in styles.items() if hasattr(attention, name)}
+
+
+class VocabParallel(ParallelStyle):
+    """An embedding whose rows the ranks of the axis share out, each with the gradient of its own rows.
+
+    Under RowwiseParallel every rank computes the gradient of the whole table, which DTensor has no rule
+    to shard: vocabulary x hidden in fp32 where gradients add up.
+    """
+
+    def __init__(self, between: Shard | Replicate) -> None:
+        self._between = between
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def forward(tokens: Tensor) -> Tensor:
+            weight: Any = module.weight
+            own: Tensor = weight.to_local()
+            rows = tokens - device_mesh.get_local_rank() * own.shape[0]
+            elsewhere = (rows < 0) | (rows >= own.shape[0])
+            found = functional.embedding(rows.masked_fill(elsewhere, 0), own)
+            found = found.masked_fill(elsewhere[..., None], 0.0)
+            part = DTensor.from_local(found, device_mesh, [Partial()], run_check=False)
+            return part.redistribute(placements=[self._between]).to_local()
+
+        module.forward = forward
+        return _place(module, device_mesh, Shard(0))
 
 
 class WholeParallel(ParallelStyle):
