@@ -151,17 +151,18 @@ def _native_moments(shape: ShapeModel, stage: StageCost, alive: float, kept: Par
     reduced = 4 * (1 + 1 / degrees.weight_shards) if degrees.replicas > 1 else 0.0
     if stage.holds_head:
         moments.append(whole + reduced * shape.head_unit.trained)
+    # A unit's gradients wait for the last of them; where nothing is wrapped each is added up at once.
+    wrapped = degrees.replicas > 1 or size < 4
     gathers = 2 * size if degrees.zero is Zero.PARAMETERS else 0
     unit = stage.largest_block_params
     for index in _blocks_to_try(stage.blocks):
         behind = stage.blocks - 1 - index
-        activations = stage.block_saved_bytes * (index + 1) / stage.blocks + _window_bytes(stage)
-        own = stage.block_transient_bytes + (size + gathers) * unit
+        own = _kept_until(stage, index) + stage.block_transient_bytes + (size * wrapped + gathers) * unit
         if behind:
             own += reduced * unit
         if degrees.num_micro_batches == 1:
             own += kept.grads * behind / stage.blocks * (1 - head / larger(stage.params, 1.0))
-        moments.append(base + activations + own)
+        moments.append(base + own)
     return moments
 
 
@@ -197,11 +198,16 @@ def _block_bytes(shape: ShapeModel, stage: StageCost, index: int) -> float:
     """
     size, unit = shape.problem.workload.precision.compute_bytes, stage.largest_block_params
     gathered = size * unit * (2 if index else 1) if _reshards(shape) else 0.0
+    return _kept_until(stage, index) + stage.block_transient_bytes + gathered + size * unit
+
+
+def _kept_until(stage: StageCost, index: int) -> float:
+    """A micro-batch's activations of the blocks up to `index`; of those in host memory a window's."""
     activations = stage.block_saved_bytes * (index + 1) / stage.blocks
     if stage.hosted is not None and stage.hosted.blocks:
         away = larger(0, min(stage.hosted.blocks, index + 1) - stage.hosted.window)
         activations = larger(activations - stage.hosted.saved_bytes * away / stage.hosted.blocks, 0.0)
-    return activations + stage.block_transient_bytes + gathered + size * unit
+    return activations
 
 
 def _reduced_bytes(shape: ShapeModel, stage: StageCost, kept: ParamBytes, index: int) -> float:

@@ -191,7 +191,8 @@ def test_activations_behind_a_fast_link_take_no_time_and_a_window_of_memory() ->
     assert some.estimate.peak_memory_bytes == none.estimate.peak_memory_bytes
     freed = none.estimate.peak_memory_bytes - all_.estimate.peak_memory_bytes
     each = hosted_bytes(all_) / 2 / 6
-    assert freed == pytest.approx((6 - WINDOW) * each, abs=2)
+    # All but a window, until another moment is the fullest.
+    assert (5 - WINDOW) * each < freed <= (6 - WINDOW) * each + 2
 
 
 def test_updates_on_a_host_are_predicted_without_a_fit() -> None:
