@@ -24,8 +24,8 @@ from planner.workload import Precision, Workload
 PROFILE = Path(__file__).parent / "golden" / "profile.json"
 """The first shipped profile of a CPU, as it was: nothing but tensor parallelism, at one length."""
 GOLDEN = Path(__file__).parent / "golden" / "layer-prices.json"
-"""Written before samples had lengths, context and expert parallelism: what each is priced at. Peaks of plans are
-those of the own runtime's moments (planner.cost.moments)."""
+"""Written before samples had lengths, context and expert parallelism: what each is priced at. Peaks of plans
+are those of the own runtime's moments (planner.cost.moments)."""
 
 
 PLANS = (
