@@ -64,6 +64,7 @@ class RankRehearsal:
     reserved_bytes: int | None = None
     device_bytes: int | None = None
     ran_out: str = ""
+    compiled: bool = False
     wall_s: float = 0.0
 
 

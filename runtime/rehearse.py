@@ -29,6 +29,7 @@ from planner.plan import Plan
 from planner.rehearsal import RankRehearsal, RehearsalMode, RehearsedPass
 from runtime.causes import GRADIENT_SUMS, OPTIMIZER, Span
 from runtime.children import ChildFailed, Emit, run_children
+from runtime.compiled import compiles
 from runtime.executor import Executor
 from runtime.fake_kernels import accelerator_kernels
 from runtime.fake_tensors import CUDA_BLOCK_BYTES, fake_tensors
@@ -46,11 +47,15 @@ SILENCE_S = 900.0
 
 @dataclass(frozen=True, slots=True)
 class RehearsalOptions:
-    """How ranks are rehearsed. `steps` are timed; `room_bytes` is what the allocator may take (None: all)."""
+    """How ranks are rehearsed.
+
+    `steps` are timed; `room_bytes` is what the allocator may take (None: all). `compiled` None: as in
+    training.
+    """
 
     mode: RehearsalMode
     steps: int = 3
-    compiled: bool = False
+    compiled: bool | None = None
     room_bytes: int | None = None
 
     @property
@@ -98,12 +103,14 @@ class _Rank:
     def __init__(self, plan: Plan, rank: int, options: RehearsalOptions, stack: ExitStack) -> None:
         self.options, self.device = options, options.device
         self.live: Any = None
+        fake = options.mode is RehearsalMode.FAKE_TENSORS
+        self.compiled = not fake and compiles(options.compiled, self.device)
         degrees = plan.strategy.degrees
         if options.mode is RehearsalMode.DEVICE:
             _hold_to(options.room_bytes, self.device)
         stack.enter_context(fake_group(degrees.world, rank))
         meshes = build_meshes(plan, self.device.type)
-        if options.mode is RehearsalMode.FAKE_TENSORS:
+        if fake:
             accelerated = all(group.device.name != "cpu" for group in plan.cluster.groups)
             self.live = stack.enter_context(fake_tensors(CUDA_BLOCK_BYTES if accelerated else 1))
             if accelerated:
@@ -113,7 +120,7 @@ class _Rank:
             device=self.device,
             seed=0,
             optimizer_options=OptimizerOptions(),
-            compiled=options.compiled,
+            compiled=self.compiled,
             meshes=meshes,
         )
         shape = (plan.workload.batch // degrees.dp, plan.workload.seq + 1)
@@ -125,6 +132,7 @@ class _Rank:
 
     def rehearsed(self, found: RankRehearsal) -> RankRehearsal:
         """Memory of the second step, times of those after it."""
+        found = dataclasses.replace(found, compiled=self.compiled)
         self.step()
         if self.live is not None:
             start_bytes = self.live.begin()

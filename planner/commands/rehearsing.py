@@ -54,17 +54,14 @@ def rehearse_plan(
     from planner.refine import refine
     from planner.rehearsal import Rehearsal, RehearsalMode
     from planner.stack import Engine
-    from runtime.compiled import compiles
     from runtime.rehearse import RehearsalOptions, rehearse_ranks
 
     ranks = _chosen(plan, choice.ranks)
     mode, remarks = _mode(plan, fake=choice.fake)
-    device = torch.device("cuda" if mode is RehearsalMode.DEVICE else "cpu")
-    fake = mode is RehearsalMode.FAKE_TENSORS
     options = RehearsalOptions(
         mode=mode,
         steps=choice.steps,
-        compiled=not fake and compiles(choice.compiled, device),
+        compiled=choice.compiled,
         room_bytes=_room_bytes(plan) if mode is RehearsalMode.DEVICE else None,
     )
     short = plan if choice.whole else shortened(plan)
@@ -81,7 +78,7 @@ def rehearse_plan(
         device=_device_title(mode),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions={"torch": torch.__version__, "python": platform.python_version()},
-        compiled=options.compiled,
+        compiled=any(rank.compiled for rank in done),
         micro_batches=short.strategy.degrees.num_micro_batches,
         ranks=done,
         complete=len(covered) == plan.strategy.degrees.pp,
@@ -160,9 +157,9 @@ def _without_times(rank: RankRehearsal) -> RankRehearsal:
 
 
 def _device_title(mode: RehearsalMode) -> str:
-    import torch
-
-    from planner.machine import cpu_title
+    """The device's name, by the driver's own tool: a process that has asked CUDA cannot fork for others."""
+    from planner.machine import accelerators, cpu_title
     from planner.rehearsal import RehearsalMode
 
-    return torch.cuda.get_device_name(0) if mode is RehearsalMode.DEVICE else cpu_title()
+    names = [name for name, _ in accelerators()[:1]] if mode is RehearsalMode.DEVICE else []
+    return names[0] if names else "accelerator" if mode is RehearsalMode.DEVICE else cpu_title()

@@ -16,6 +16,11 @@ a pass needs for a moment, and U the parameters of the largest unit:
       root       W + O + G + (a - 1) s + (c + 4) R + 4 R/n (if m > 1)     R: embedding and head, one unit
     all          W + G + O + the optimizer's temporaries, at its step; W + 4 U while weights are loaded
 
+Native's are of FSDP2 with the embedding, each block, and norm and head as units, and a loss by chunks of
+tokens: what ranks of 20 plans for H100 hold, traced on shapes alone, and ranks of 21 plans on gloo
+(bench/results/2026-11-26-rehearsal-*.json). A W of the zero-bubble schedules counts as all that its
+micro-batch kept from its forward, up to a third too much on the last stage, whose head is done after I.
+
 Torchtitan's is FSDP2 per block and root with resharding after forward, as measured on an H100: at the loss
 the root's weights are resharded and no gradient exists yet in a step's only micro-batch; a block's backward
 has its gathered weights and the next's, its gradients in the compute precision, and the reduction of the

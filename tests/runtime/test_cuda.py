@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from planner.strategy import Degrees, Recompute
+from planner.rehearsal import RehearsalMode
+from planner.strategy import Degrees, Recompute, Zero
 from planner.workload import Precision
 from runtime.attention_blocks import Merged, WrittenOut, attend, attend_backward
 from runtime.executor import Executor
 from runtime.launch import init_from_env
+from runtime.rehearse import RehearsalOptions, rehearse_rank
 from tests.plans import make_plan, tiny_gpt2, tiny_llama
 from tests.runtime.ranks import OPTIONS, SEED, single_process, train
 
@@ -82,3 +84,26 @@ def test_blocks_of_attention_are_torchs_attention(causal: bool) -> None:
         merged = Merged(*attend(q, k[:, :128], v[:, :128], causal=False, scale=None))
         merged.add(*attend(q, k[:, 128:], v[:, 128:], causal=False, scale=None))
         torch.testing.assert_close(merged.out, right_out.float(), rtol=2e-2, atol=2e-2)
+
+
+def test_a_rank_of_many_is_rehearsed_on_the_device() -> None:
+    """In processes of their own: this one may not have asked CUDA for anything."""
+    if torch.cuda.is_initialized():
+        pytest.skip("this process has initialised CUDA and cannot fork for it")
+    spec = replace(tiny_llama(layers=8, hidden=512, vocab=4096), max_positions=1024)
+    degrees = Degrees(tp=2, pp=2, dp_shard=4, zero=Zero.OPTIMIZER, micro_batch=2, num_micro_batches=4)
+    plan = make_plan(spec, degrees, seq=1024, precision=Precision.BF16)
+    alone = {
+        mode: rehearse_rank(plan, 8, (1,), RehearsalOptions(mode=mode, compiled=False))
+        for mode in (RehearsalMode.DEVICE, RehearsalMode.FAKE_TENSORS)
+    }
+    device, shapes = alone.values()
+    assert device.reserved_bytes and device.device_bytes and device.allocated_bytes
+    assert device.allocated_bytes <= device.reserved_bytes <= device.device_bytes
+    assert shapes.allocated_bytes == pytest.approx(device.allocated_bytes, rel=0.1)
+    assert {each.kind for each in device.passes} == {"F", "B"} and device.step_s
+    assert device.idle_share is not None and 0 <= device.idle_share < 1
+    short = RehearsalOptions(
+        mode=RehearsalMode.DEVICE, compiled=False, room_bytes=device.allocated_bytes // 2
+    )
+    assert rehearse_rank(plan, 8, (1,), short).ran_out
