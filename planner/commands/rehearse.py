@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Trace memory on shapes alone, also where a device could run the rank.",
 )
+@click.option("--anyway", is_flag=True, help="Use an accelerator although others do.")
 @click.option(
     "--whole",
     is_flag=True,

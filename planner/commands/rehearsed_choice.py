@@ -32,18 +32,21 @@ def best_rehearsed(plan: Plan, problem: PlanningProblem, count: int, say: Callab
     done: list[_Rehearsed] = []
     for candidate in candidates:
         say(f"plan {len(done) + 1} of {len(candidates)}: {candidate.strategy.degrees.label()}")
-        done.append(_rehearsed(candidate, problem, say))
+        # Once the accelerator was found free, what still shows of its use is that of the plan before.
+        done.append(_rehearsed(candidate, problem, say, anyway=bool(done)))
     best = done[0]
     for other in done[1:]:
         best = other if is_refined_choice(other.refined, best.refined) else best
     return _with_others(best, [each for each in done if each is not best], plan)
 
 
-def _rehearsed(plan: Plan, problem: PlanningProblem, say: Callable[[str], None]) -> _Rehearsed:
+def _rehearsed(
+    plan: Plan, problem: PlanningProblem, say: Callable[[str], None], *, anyway: bool
+) -> _Rehearsed:
     from planner.commands.rehearsing import Choice, check_rehearsable, rehearse_plan
 
     check_rehearsable(plan)
-    rehearsal = rehearse_plan(plan, problem, Choice(), say)
+    rehearsal = rehearse_plan(plan, problem, Choice(anyway=anyway), say)
     assert rehearsal.refined is not None
     return _Rehearsed(dataclasses.replace(plan, rehearsal=rehearsal), rehearsal.refined)
 

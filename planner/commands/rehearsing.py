@@ -25,6 +25,7 @@ class Choice:
     steps: int = 3
     compiled: bool | None = None
     fake: bool = False
+    anyway: bool = False
     whole: bool = False
 
 
@@ -58,6 +59,8 @@ def rehearse_plan(
 
     ranks = _chosen(plan, choice.ranks)
     mode, remarks = _mode(plan, fake=choice.fake)
+    if mode is RehearsalMode.DEVICE and not choice.anyway:
+        _check_free()
     options = RehearsalOptions(
         mode=mode,
         steps=choice.steps,
@@ -129,6 +132,22 @@ def _mode(plan: Plan, *, fake: bool) -> tuple[RehearsalMode, tuple[str, ...]]:
         )
         return RehearsalMode.FAKE_TENSORS, (why,)
     return RehearsalMode.PROCESSOR, ()
+
+
+def _check_free() -> None:
+    """Raises InputError where others use the accelerator: what they take would be counted with the rank's."""
+    from planner.errors import InputError, Problem
+    from planner.nvidia import others_at_work
+
+    found = others_at_work(1)
+    if found:
+        raise InputError(
+            Problem(
+                where="accelerator",
+                fault=f"in use by others: {'; '.join(found)}. Times and memory would be of both.",
+                fix="wait, choose another by CUDA_VISIBLE_DEVICES, or rehearse all the same by --anyway",
+            )
+        )
 
 
 def _room_bytes(plan: Plan) -> int:

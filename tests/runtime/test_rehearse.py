@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 torch = pytest.importorskip("torch")
 
 from planner.cli import cli  # noqa: E402
+from planner.errors import InputError  # noqa: E402
 from planner.estimate import Verdict  # noqa: E402
 from planner.model import ModelSpec  # noqa: E402
 from planner.plan import Plan, load_plan, save_plan  # noqa: E402
@@ -235,8 +236,8 @@ def test_solve_picks_by_what_rehearsals_show(tmp_path: Path, monkeypatch: pytest
 
     real, told = rehearsed_choice._rehearsed, []
 
-    def slower(made: Plan, *rest: Any) -> Any:
-        done = real(made, *rest)
+    def slower(made: Plan, *rest: Any, **more: Any) -> Any:
+        done = real(made, *rest, **more)
         told.append(made.strategy.degrees.label())
         if len(told) > 1:
             return done
@@ -267,3 +268,14 @@ def test_a_plan_judged_by_another_limit_does_not_fit(solved: Path, tmp_path: Pat
     done = plan("rehearse", str(path), "--fake", "--json")
     assert done.exit_code == 4
     assert json.loads(done.stdout)["refined"]["verdict"] == Verdict.NO
+
+
+def test_an_accelerator_that_others_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from planner import nvidia
+    from planner.commands.rehearsing import _check_free
+
+    monkeypatch.setattr(nvidia, "others_at_work", lambda count: ["process 7 (train.py) computes"])
+    with pytest.raises(InputError, match=r"process 7 .*--anyway"):
+        _check_free()
+    monkeypatch.setattr(nvidia, "others_at_work", lambda count: [])
+    _check_free()
