@@ -51,6 +51,22 @@ class Device:
         }[precision]
 
 
+def unknown_device(name: str, title: str) -> Device:
+    """A device of which nothing is known but its name."""
+    return Device(
+        name=name,
+        title=title,
+        vendor="",
+        memory_bytes=0,
+        usable_memory_bytes=0,
+        memory_bandwidth_bytes_per_s=None,
+        peak_fp32_flops=None,
+        peak_bf16_flops=None,
+        peak_fp16_flops=None,
+        link_bytes_per_s=None,
+    )
+
+
 @noun
 class Link:
     """A level of the network. `bytes_per_s` is nominal, per device, one direction; both None and 0 s: free.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from planner.catalog import device_reported_as
@@ -72,16 +73,13 @@ def cpu_title() -> str:
     return names[0] if names else "CPU"
 
 
-def accelerators() -> list[tuple[str, int]]:
-    """Name and memory in MiB of each NVIDIA accelerator that programs may use, as the driver reports it.
-
-    Honours CUDA_VISIBLE_DEVICES: an empty value or -1 hides all of them.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+def query_driver(query: str, devices: Sequence[str] = ()) -> list[list[str]] | None:
+    """Rows of a query, of some devices or of all; None where nvidia-smi is not there or does not know."""
     program = shutil.which("nvidia-smi")
-    if program is None or visible in ("", "-1"):
-        return []
-    command = [program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    if program is None:
+        return None
+    command = [program, query, "--format=csv,noheader,nounits"]
+    command += ["-i", ",".join(devices)] if devices else []
     try:
         answer = subprocess.run(
             command,
@@ -92,12 +90,22 @@ def accelerators() -> list[tuple[str, int]]:
             stdin=subprocess.DEVNULL,
         )
     except (OSError, subprocess.SubprocessError):
+        return None
+    return [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines() if line.strip()]
+
+
+def accelerators() -> list[tuple[str, int]]:
+    """Name and memory in MiB of each NVIDIA accelerator that programs may use, as the driver reports it.
+
+    Honours CUDA_VISIBLE_DEVICES: an empty value or -1 hides all of them.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1"):
         return []
     found = []
-    for line in answer.stdout.splitlines():
-        name, _, memory = line.rpartition(",")
-        if name.strip() and memory.strip().isdigit():
-            found.append((name.strip(), int(memory)))
+    for *name, memory in query_driver("--query-gpu=name,memory.total") or []:
+        if any(name) and memory.isdigit():
+            found.append((",".join(name), int(memory)))
     return found if visible is None else _visible(found, visible.split(","))
 
 

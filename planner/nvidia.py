@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
 
+from planner.machine import query_driver
 from planner.profile import Clocks
 from planner.units import GIB, MIB
 
-QUERY_TIMEOUT_S = 20.0
 BUSY_BYTES = GIB
 """More memory in use than this is somebody's: a driver alone holds some hundred MiB."""
 
@@ -55,30 +55,10 @@ def why_none() -> str:
     return "nvidia-smi names none"
 
 
-def _ask(query: str, devices: Sequence[str]) -> list[list[str]] | None:
-    """Rows of a query; None where nvidia-smi is not there or does not know."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    command = [program, query, "--format=csv,noheader,nounits", "-i", ",".join(devices)]
-    try:
-        answer = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=QUERY_TIMEOUT_S,
-            check=True,
-            stdin=subprocess.DEVNULL,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines() if line.strip()]
-
-
 def others_at_work(count: int) -> list[str] | None:
     """What else uses the first `count` devices, a text each; None where that cannot be known."""
     devices = chosen_devices(count)
-    states = _ask("--query-gpu=index,memory.used,utilization.gpu", devices)
+    states = query_driver("--query-gpu=index,memory.used,utilization.gpu", devices)
     if states is None:
         return None
     found = []
@@ -86,14 +66,14 @@ def others_at_work(count: int) -> list[str] | None:
         used_bytes, busy = (_number(used_mib) or 0.0) * MIB, (_number(busy_percent) or 0.0) / 100
         if used_bytes > BUSY_BYTES or busy > BUSY_SHARE:
             found.append(f"device {index} has {used_bytes / GIB:.1f} GiB in use and is {busy:.0%} busy")
-    programs = _ask("--query-compute-apps=pid,process_name,used_memory", devices) or []
+    programs = query_driver("--query-compute-apps=pid,process_name,used_memory", devices) or []
     found += [f"process {row[0]} ({row[1][-60:]}) computes" for row in programs if len(row) >= 2]
     return found
 
 
 def driver_version() -> str | None:
     """The driver's version, such as 580.65.06; None where nvidia-smi does not say."""
-    rows = _ask("--query-gpu=driver_version", chosen_devices(1))
+    rows = query_driver("--query-gpu=driver_version", chosen_devices(1))
     return rows[0][0] if rows else None
 
 

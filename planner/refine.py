@@ -25,7 +25,6 @@ from planner.cost.judged import RankMemory
 from planner.cost.passes import Pass
 from planner.cost.samples import usual_reference_s
 from planner.cost.schedule import ActionKind, parse_table
-from planner.cost.simulate import Replay
 from planner.cost.stage import ShapeModel
 from planner.cost.stage_cost import StageCost
 from planner.cost.verdict import ErrorBand, verdict
@@ -49,13 +48,13 @@ def refine(
     costs, table = list(modelled), parse_table(plan.schedule_table)
     timed = [_at_usual_speed(rank, problem) for rank in ranks if rank.passes]
     for rank in timed:
-        _put(rank, shape, costs, strategy.degrees.pp)
+        _put(rank, shape, costs)
     replayed = model.replay(shape, table, tuple(costs))
     hops_s = model.hops_s(shape, tuple(costs), replayed)
     breakdown = time_breakdown(replayed, table, tuple(costs), hops_s)
-    measured_share = _measured_share(replayed, timed, breakdown, strategy.degrees.pp)
+    measured_share = _measured_share(timed, breakdown, strategy.degrees.pp)
     step_s = replayed.step_time_s
-    error = _time_error(plan, breakdown, measured_share)
+    error = _time_error(plan, measured_share)
     peak, limit = _fullest(ranks, memory_of_ranks(shapes, table, modelled), shapes)
     error_of_memory = constants.REHEARSED_MEMORY_ERROR[mode]
     band = ErrorBand(lower=error_of_memory, upper=error_of_memory)
@@ -87,7 +86,7 @@ def _at_usual_speed(rank: RankRehearsal, problem: PlanningProblem) -> RankRehear
     return dataclasses.replace(rank, passes=passes, **own)
 
 
-def _put(rank: RankRehearsal, shape: ShapeModel, costs: list[StageCost], pp: int) -> None:
+def _put(rank: RankRehearsal, shape: ShapeModel, costs: list[StageCost]) -> None:
     """Puts a rank's measured times into the costs of its stages, and of those that stand for the same."""
     own = {(each.stage, each.kind): each.seconds for each in rank.passes}
     for other in rank.alike:
@@ -149,17 +148,15 @@ def _copies_s(cost: StageCost, shape: ShapeModel, *, gathers: bool) -> float:
     return shape.slow * blocks * cost.blocks
 
 
-def _measured_share(
-    replayed: Replay, timed: Sequence[RankRehearsal], breakdown: TimeBreakdown, pp: int
-) -> float:
-    """The part of the ranks' own time that was measured."""
+def _measured_share(timed: Sequence[RankRehearsal], breakdown: TimeBreakdown, pp: int) -> float:
+    """The part of a rank's time, without waiting, that was measured: its own work, not its messages."""
     covered = {other for rank in timed for other in rank.alike}
     own_s = sum(getattr(breakdown, name) for name in OWN)
     busy_s = own_s + sum(getattr(breakdown, f"{axis}_comm_s") for axis in ("tp", "cp", "ep", "dp", "pp"))
     return len(covered) / pp * own_s / busy_s if busy_s > 0 else 0.0
 
 
-def _time_error(plan: Plan, breakdown: TimeBreakdown, measured_share: float) -> float:
+def _time_error(plan: Plan, measured_share: float) -> float:
     """Half width of the interval: the plan's own for what is modelled, a measurement's for the rest."""
     low_s, high_s = plan.estimate.step_time_interval_s
     modelled = (high_s - low_s) / 2 / plan.estimate.step_time_s if plan.estimate.step_time_s else 0.0

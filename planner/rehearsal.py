@@ -72,8 +72,8 @@ class RankRehearsal:
 class Refined:
     """The plan's estimate with what was measured in place of what was modelled.
 
-    `measured_share` is the part of the busiest rank's own time that was measured; messages and waiting are
-    not its own. `peak_memory_bytes` is of the fullest of the rehearsed ranks, with what the model says of
+    `measured_share` is the part of a rank's time, without waiting, that was measured: messages are not.
+    `peak_memory_bytes` is of the fullest of the rehearsed ranks, with what the model says of
     communicators, and of the allocator where nothing was reserved.
     """
 

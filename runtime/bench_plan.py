@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.cluster import ClusterSpec, Device, DeviceGroup, Link
+from planner.cluster import ClusterSpec, DeviceGroup, Link, unknown_device
 from planner.cost.schedule import build_table, print_table
 from planner.estimate import Coverage, Estimate, MemoryBreakdown, StageEstimate, TimeBreakdown, Verdict
 from planner.model import ModelSpec
@@ -34,18 +34,7 @@ def bench_plan(model: ModelSpec, degrees: Degrees, seq: int, precision: Precisio
 
 
 def _world(devices: int) -> ClusterSpec:
-    device = Device(
-        name="bench",
-        title="the device being measured",
-        vendor="",
-        memory_bytes=0,
-        usable_memory_bytes=0,
-        memory_bandwidth_bytes_per_s=None,
-        peak_fp32_flops=None,
-        peak_bf16_flops=None,
-        peak_fp16_flops=None,
-        link_bytes_per_s=None,
-    )
+    device = unknown_device("bench", "the device being measured")
     link = Link(name="none", latency_s=0.0, bytes_per_s=None)
     group = DeviceGroup(device=device, nodes=1, devices_per_node=devices)
     return ClusterSpec(name="bench", groups=(group,), intra=link, inter=link)

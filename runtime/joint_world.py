@@ -25,6 +25,8 @@ PATIENCE = timedelta(hours=4)
 """How long a rank waits for the next round: the launcher ends it sooner when the first rank dies."""
 
 MEETING, FAREWELL = timedelta(seconds=120), timedelta(seconds=10)
+"""How long a rank waits for the store at a round's start, and the first one for the others at the end."""
+
 END = "end"
 
 

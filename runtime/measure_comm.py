@@ -164,18 +164,7 @@ def _sample(
     seconds = _run(call, bursts, calls, device)
     dist.barrier(control)
     halves = 2 if op is Op.P2P else 1
-    timing = summarize([taken / halves for taken in seconds] or [0.0])
-    return CommSample(
-        op=op,
-        ranks=layout.ranks,
-        groups=layout.groups,
-        nodes=layout.nodes,
-        stride=layout.stride,
-        bytes=size_bytes,
-        seconds=timing.median_s,
-        spread=timing.spread,
-        samples=timing.samples,
-    )
+    return _summed_up(op, layout, size_bytes, [taken / halves for taken in seconds])
 
 
 def _sample_between_work(
@@ -201,7 +190,12 @@ def _sample_between_work(
             work_s = _paired_s(lambda: None, factor)
             added.append(max(_paired_s(call, factor) - work_s, least_s))
     dist.barrier(control)
-    timing = summarize(added or [0.0])
+    return _summed_up(op, layout, size_bytes, added)
+
+
+def _summed_up(op: Op, layout: Layout, size_bytes: int, seconds: Sequence[float]) -> CommSample:
+    """The sample of some calls; of none for a rank outside the active groups, whose sample nobody reads."""
+    timing = summarize(seconds or [0.0])
     return CommSample(
         op=op,
         ranks=layout.ranks,

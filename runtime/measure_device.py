@@ -41,6 +41,31 @@ def constant(name: str, value: float, how: str) -> Constant:
     return Constant(name=name, value=float(value), origin=f"measured: {how}")
 
 
+def llama(hidden: int, layers: int, seq: int, *, heads: tuple[int, int], width: int) -> ModelSpec:
+    """Blocks of a llama for costs that no model in particular has; `heads` are those of queries and keys."""
+    queries, keys = heads
+    block = Block(
+        hidden=hidden,
+        norm=Norm.RMSNORM,
+        mixer=Attention(heads=queries, kv_heads=keys, head_dim=hidden // queries),
+        mlp=Mlp(width=width, gated=True, activation=Activation.SILU),
+    )
+    return ModelSpec(
+        name="blocks",
+        model_type="llama",
+        hidden=hidden,
+        vocab=64,
+        max_positions=seq,
+        learned_positions=0,
+        rope_theta=10_000.0,
+        norm=Norm.RMSNORM,
+        norm_eps=1e-5,
+        initializer_range=0.02,
+        tied_embeddings=False,
+        segments=(Segment(block=block, count=layers),),
+    )
+
+
 def rates(device: torch.device, precision: Precision, effort: Effort) -> Iterator[Constant]:
     """Rates of a large product and a copy; what a process holds beside tensors."""
     resident_bytes = rss_bytes()
@@ -160,26 +185,8 @@ def allocator(device: torch.device, precision: Precision, effort: Effort) -> Ite
 
 def _passes(device: torch.device, precision: Precision) -> Callable[[], None]:
     """Forward and backward of blocks, micro-batches of one and two sequences by turns."""
-    block = Block(
-        hidden=SLACK_HIDDEN,
-        norm=Norm.RMSNORM,
-        mixer=Attention(heads=16, kv_heads=4, head_dim=SLACK_HIDDEN // 16),
-        mlp=Mlp(width=11 * SLACK_HIDDEN // 4, gated=True, activation=Activation.SILU),
-    )
-    model = ModelSpec(
-        name="blocks",
-        model_type="llama",
-        hidden=SLACK_HIDDEN,
-        vocab=64,
-        max_positions=SLACK_SEQ,
-        learned_positions=0,
-        rope_theta=10_000.0,
-        norm=Norm.RMSNORM,
-        norm_eps=1e-5,
-        initializer_range=0.02,
-        tied_embeddings=False,
-        segments=(Segment(block=block, count=SLACK_BLOCKS),),
-    )
+    hidden = SLACK_HIDDEN
+    model = llama(hidden, SLACK_BLOCKS, SLACK_SEQ, heads=(16, 4), width=11 * hidden // 4)
     stage = build_transformer(model, 0, SLACK_BLOCKS, False, False, seq=SLACK_SEQ)
     for name, part in stage.parts():
         materialize(part, model, prefix=f"{name}.", seed=0, device=device)

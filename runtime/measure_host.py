@@ -17,17 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from planner.attention import Attention
 from planner.codec import encode
-from planner.feed_forward import Activation, Mlp
-from planner.model import Block, ModelSpec, Norm, Segment
+from planner.model import ModelSpec
 from planner.profile import Constant
 from planner.strategy import Degrees, Schedule, Zero
 from planner.workload import Optimizer, Precision
 from runtime.bench_plan import bench_plan
 from runtime.children import Emit, run_children
 from runtime.fake_world import fake_world
-from runtime.measure_device import allocator, constant, overlap, rates
+from runtime.measure_device import allocator, constant, llama, overlap, rates
 from runtime.measure_layers import DTYPES, to_precision
 from runtime.optimizer import OptimizerOptions, build_optimizer, clip, weighted_square_sum
 from runtime.parallel.data import apply_data_parallel, set_unit, units_of
@@ -88,26 +86,7 @@ def _launches(device: torch.device, precision: Precision, effort: Effort) -> Ite
 
 def _model(hidden: int, layers: int) -> ModelSpec:
     """A llama of `layers` blocks, for costs that depend on the number and size of tensors only."""
-    block = Block(
-        hidden=hidden,
-        norm=Norm.RMSNORM,
-        mixer=Attention(heads=4, kv_heads=4, head_dim=hidden // 4),
-        mlp=Mlp(width=8 * hidden // 3 // 8 * 8, gated=True, activation=Activation.SILU),
-    )
-    return ModelSpec(
-        name=f"bench-{hidden}",
-        model_type="llama",
-        hidden=hidden,
-        vocab=64,
-        max_positions=_SEQ,
-        learned_positions=0,
-        rope_theta=10_000.0,
-        norm=Norm.RMSNORM,
-        norm_eps=1e-5,
-        initializer_range=0.02,
-        tied_embeddings=False,
-        segments=(Segment(block=block, count=layers),),
-    )
+    return llama(hidden, layers, _SEQ, heads=(4, 4), width=8 * hidden // 3 // 8 * 8)
 
 
 def _blocks(

@@ -21,6 +21,7 @@ from runtime.families import Reading
 
 RECORD_SCHEMA = 1
 LOCK_TRIES, LOCK_PAUSE_S = 10, 0.1
+"""A second in all: children of a profile that was killed end within it."""
 
 
 @noun
@@ -102,7 +103,9 @@ def open_record(path: Path, header: Header, *, replace: bool) -> Record:
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise InputError(Problem(where=str(path), fault=f"cannot be written: {error.strerror}.")) from None
+        fault = f"cannot be written: {error.strerror}."
+        fix = "name a file by -o beside which one can be made"
+        raise InputError(Problem(where=str(path), fault=fault, fix=fix)) from None
     if not _locked(handle):
         os.close(handle)
         fix = "wait for it, or name another file by -o"

@@ -32,7 +32,7 @@ from runtime.children import ChildFailed, Emit, run_children
 from runtime.compiled import compiles
 from runtime.executor import Executor
 from runtime.fake_kernels import accelerator_kernels
-from runtime.fake_tensors import CUDA_BLOCK_BYTES, fake_tensors
+from runtime.fake_tensors import CUDA_BLOCK_BYTES, LiveBytes, fake_tensors
 from runtime.fake_world import fake_group
 from runtime.local_ranks import RunFailedError
 from runtime.measure_layers import out_of_memory
@@ -102,7 +102,7 @@ class _Rank:
 
     def __init__(self, plan: Plan, rank: int, options: RehearsalOptions, stack: ExitStack) -> None:
         self.options, self.device = options, options.device
-        self.live: Any = None
+        self.live: LiveBytes | None = None
         fake = options.mode is RehearsalMode.FAKE_TENSORS
         self.compiled = not fake and compiles(options.compiled, self.device)
         degrees = plan.strategy.degrees

@@ -30,7 +30,6 @@ of two widths (8B, 70B) and fine-grained experts on an accelerator; on a CPU wha
 STANDARD_SEQS = {"cuda": (2048, 8192), "cpu": (128, 512)}
 """Tokens of a sequence where none is given: two, so that every length between is interpolated."""
 
-
 HIGH_LOAD = 0.5
 """Load a core above which a CPU is said to be busy."""
 
@@ -162,7 +161,8 @@ def _check(
     if options.device == "cuda" and cluster.local and cluster.groups[0].device.name == "cpu":
         problems.append(_no_accelerator())
     if not options.output.resolve().parent.is_dir():
-        problems.append(Problem(where="-o", fault=f"the folder {options.output.parent} does not exist."))
+        fault = f"the folder {options.output.parent} does not exist."
+        problems.append(Problem(where="-o", fault=fault, fix="make it, or name another file"))
     if problems:
         raise InputError(*problems)
 

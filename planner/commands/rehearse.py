@@ -102,7 +102,7 @@ def rehearse(
     require_torch("rehearse")
     plan = load_plan(plan_file)
     check_rehearsable(plan)
-    chosen = Choice(ranks=ranks or _ranks_of_stages(plan, stages), **how)
+    chosen = Choice(ranks=_chosen_ranks(plan, ranks, stages), **how)
     asked = problem_of_plan(plan, profile)
     done = rehearse_plan(plan, asked.problem, chosen, lambda text: click.echo(f"rehearsing {text}", err=True))
     rehearsed = dataclasses.replace(plan, rehearsal=done)
@@ -124,14 +124,21 @@ def rehearse(
     return 0 if fits and not done.ran_out else 4
 
 
-def _ranks_of_stages(plan: Plan, stages: str | None) -> tuple[int, ...]:
-    """The first rank of each of the pipeline ranks that hold these stages; () for all kinds."""
+def _chosen_ranks(plan: Plan, ranks: tuple[int, ...], stages: str | None) -> tuple[int, ...]:
+    """The ranks that are named, or the first of each pipeline rank that holds these stages; () for all kinds.
+
+    Raises InputError where both are named, or a stage that the plan does not have.
+    """
     from planner.errors import InputError, Problem
 
     degrees = plan.strategy.degrees
-    if stages in (None, "all"):
+    if stages is None:
+        return ranks
+    if ranks:
+        fault = "the ranks are named by --rank already."
+        raise InputError(Problem(where="--stages", fault=fault, fix="leave one of both out"))
+    if stages == "all":
         return ()
-    assert stages is not None
     parts = [part.strip() for part in stages.split(",")]
     wrong = [part for part in parts if not part.isdecimal() or int(part) >= degrees.stages]
     if wrong:

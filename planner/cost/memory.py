@@ -18,21 +18,6 @@ from planner.estimate import MemoryBreakdown
 from planner.stack import Engine
 
 
-def weights_bytes(shape: ShapeModel, params: float, end_params: float = 0.0) -> float:
-    """Bytes that parameters take all through forward and backward."""
-    return shape.states.of(params, end_params).weights
-
-
-def grads_bytes(shape: ShapeModel, params: float, end_params: float = 0.0) -> float:
-    """Bytes that gradients take at the end of the backward pass."""
-    return shape.states.of(params, end_params).grads
-
-
-def optimizer_bytes(shape: ShapeModel, params: float, end_params: float = 0.0) -> float:
-    """Bytes of the optimizer's state, and of masters that are not the weights themselves."""
-    return shape.states.of(params, end_params).optimizer
-
-
 def resident_bytes(shape: ShapeModel, stage: StageCost) -> float:
     """Weights, gradients and optimizer state of a stage."""
     return resident(shape, stage).total

@@ -231,7 +231,8 @@ def _reshards(shape: ShapeModel) -> bool:
 def reserved_bytes(shape: ShapeModel, stage: StageCost, alive: float) -> float:
     """The most that the caching allocator takes for a stage's tensors, before its slack.
 
-    Memory of one stream is not given to another, so FSDP2's streams add up, each at its own worst moment:
+    Torchtitan: memory of one stream is not given to another, so FSDP2's streams add up, each at its own worst
+    moment:
 
         compute     the moments above without gradients
         reduction   gradients, and the fp32 input of the largest unit's reduction (where gradients are
@@ -239,7 +240,8 @@ def reserved_bytes(shape: ShapeModel, stage: StageCost, alive: float) -> float:
         gathering   weights of the root, or of two blocks, on their way
 
     and the logits in the compute precision, freed before the loss, leave a hole of which HOLE_SHARE is not
-    used again. Elsewhere: the tensors, and that hole.
+    used again. Native: the tensors, and that hole, of a chunk's logits. Elsewhere, and on a device without
+    streams of its own for messages: the tensors.
     """
     problem, degrees = shape.problem, shape.degrees
     tensors = peak_bytes(shape, stage, alive)

@@ -63,6 +63,11 @@ def colour_of(field: str) -> Colour:
     return next(colour for colour in COLOURS if colour.name == name)
 
 
+def mark_colour(number: int) -> str:
+    """The name of the mark colour of the curve, cloud or kind of this number; they come round again."""
+    return MARK_COLOURS[number % len(MARK_COLOURS)].name
+
+
 def variable(name: str) -> str:
     """The CSS text that a chart uses for a colour, so that the page's mode decides its value."""
     return f"var(--{name.replace('_', '-')})"

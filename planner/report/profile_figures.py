@@ -9,6 +9,7 @@ from planner.cost.meanings import told_value, usual_value
 from planner.profile import CommSample, Op, Profile
 from planner.report import curves
 from planner.report.curves import Curve, Dot, draw_curves
+from planner.report.palette import mark_colour
 from planner.report.profile_layers import LINE_POINTS, Classes
 from planner.report.profile_lines import ProfileLines
 from planner.report.profile_tables import comm_table, scope_text
@@ -28,7 +29,7 @@ from planner.sampled_layers import (
 from planner.tables.curves import wire_factor
 from planner.units import format_bytes, format_seconds, format_si
 
-OP_COLOURS = {op: f"mark_{number}" for number, op in enumerate(Op)}
+OP_COLOURS = {op: mark_colour(number) for number, op in enumerate(Op)}
 
 
 def comm_figures(profile: Profile, lines: ProfileLines) -> tuple[Figure, ...]:

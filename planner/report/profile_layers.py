@@ -10,6 +10,7 @@ from planner.cost.samples import at_usual_speed
 from planner.profile import LayerKind, LayerSample, Profile
 from planner.report import curves
 from planner.report.curves import Axis, Curve, Dot, draw_curves, draw_scatter
+from planner.report.palette import mark_colour
 from planner.report.profile_lines import ProfileLines
 from planner.report.profile_tables import layer_table
 from planner.report.sections import Figure, LegendItem
@@ -21,7 +22,6 @@ from planner.units import format_bytes, format_seconds
 LINE_POINTS = 24
 FAR_FLOOR = 3.0
 """A floor so many times below every point is told in words: drawn, it would flatten the curves."""
-MOST_COLOURS = 8
 MOST_CLASSES = 12
 """Layer classes that are drawn; of more, the numbers of the rest are in the tables."""
 
@@ -99,7 +99,7 @@ def _times(
     )
     drawn, legend = [], []
     for number, width in enumerate(widths):
-        colour = f"mark_{number % MOST_COLOURS}"
+        colour = mark_colour(number)
         own = [sample for sample in samples if width_text(sample) == width]
         drawn.append(_curve(found, own, lines, name, colour))
         legend.append(LegendItem(colour=colour, title=width, shape="dot"))

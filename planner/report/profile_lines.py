@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from planner.catalog import device_names, load_device, load_model
-from planner.cluster import ClusterSpec, Device, DeviceGroup, Link
+from planner.cluster import ClusterSpec, Device, DeviceGroup, Link, unknown_device
 from planner.cost.comm import CommModel, Group
 from planner.cost.compute import LayerModel
 from planner.cost.layer import LayerCost, LayerShape
@@ -97,18 +97,7 @@ def device_of(profile: Profile) -> Device:
     """The device of the catalog that a profile was measured on; one of unknown peaks where it has none."""
     if profile.device in device_names():
         return load_device(profile.device).device()
-    return Device(
-        name=profile.device,
-        title=profile.device_title,
-        vendor="",
-        memory_bytes=0,
-        usable_memory_bytes=0,
-        memory_bandwidth_bytes_per_s=None,
-        peak_fp32_flops=None,
-        peak_bf16_flops=None,
-        peak_fp16_flops=None,
-        link_bytes_per_s=None,
-    )
+    return unknown_device(profile.device, profile.device_title)
 
 
 def _node(device: Device, profile: Profile) -> ClusterSpec:

@@ -9,11 +9,11 @@ from planner.profile import Profile
 from planner.rate_sample import RateKind, RateSample
 from planner.report import curves
 from planner.report.curves import Curve, Dot, draw_scatter
+from planner.report.palette import mark_colour
 from planner.report.sections import Figure, LegendItem
 from planner.report.words import percent
 from planner.units import format_seconds
 
-MOST_COLOURS = 8
 SORTS = {
     RateKind.GEMM: "products",
     RateKind.GROUPED: "products of experts",
@@ -47,7 +47,7 @@ def operator_figure(profile: Profile) -> Figure | None:
         f"By the other samples over measured, {len(errors)} values; half of them are within "
         f"{percent(median(errors), 0)}. Corners are among them, which plans seldom meet."
     )
-    colours = {sort: f"mark_{number % MOST_COLOURS}" for number, sort in enumerate(clouds)}
+    colours = {sort: mark_colour(number) for number, sort in enumerate(clouds)}
     drawn = [Curve(colour=colours[sort], dots=tuple(dots)) for sort, dots in clouds.items()]
     return Figure(
         title="Operators, each by the others",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from planner.cost.measured_rates import at_usual_speed
 from planner.profile import Profile
 from planner.rate_sample import RateKind, RateSample
 from planner.report import curves
 from planner.report.curves import Axis, Curve, Dot, draw_curves
+from planner.report.palette import mark_colour
 from planner.report.profile_tables import COPIES, rate_table
 from planner.report.sections import Figure, LegendItem
 from planner.report.words import percent
@@ -17,8 +18,6 @@ from planner.units import format_seconds, format_si
 
 LEAST_DIMS = (64, 512, 2048)
 """Products are told apart by their least dim: up to each of these, or beyond."""
-
-MOST_COLOURS = 8
 
 
 def rate_figures(profile: Profile) -> tuple[Figure, ...]:
@@ -65,7 +64,7 @@ def _rates(title: str, samples: Sequence[RateSample], name: str) -> Figure | Non
         dots.setdefault(_group(sample), []).append(Dot(x=work, y=work / seconds, tip=tip))
     if not dots:
         return None
-    order = {group: f"mark_{number % MOST_COLOURS}" for number, group in enumerate(sorted(dots))}
+    order = {group: mark_colour(number) for number, group in enumerate(sorted(dots))}
     shown = [Curve(colour=colour, dots=tuple(dots[group])) for group, colour in order.items()]
     return Figure(
         title=title,
@@ -87,6 +86,10 @@ def _group(sample: RateSample) -> tuple[int, str]:
     return place, f"least dim {width}, {sample.precision}"
 
 
+Drawing = tuple[Axis, Axis, Callable[[RateSample], float]]
+"""The axes of a chart, and the height of a sample's dot."""
+
+
 def _timed_y(sample: RateSample) -> float:
     return sample.forward_s
 
@@ -95,20 +98,19 @@ def _copied_y(sample: RateSample) -> float:
     return sample.dims[0] / sample.forward_s
 
 
-_TIMED = (curves.VALUES, curves.TIME, _timed_y)
-_COPIED = (curves.SIZE, curves.BANDWIDTH_OF_COPY, _copied_y)
+_TIMED: Drawing = (curves.VALUES, curves.TIME, _timed_y)
+_COPIED: Drawing = (curves.SIZE, curves.BANDWIDTH_OF_COPY, _copied_y)
 
 
-def _by_kind(title: str, samples: Sequence[RateSample], how: tuple[Axis, Axis, object]) -> Figure | None:
+def _by_kind(title: str, samples: Sequence[RateSample], how: Drawing) -> Figure | None:
     """All samples of some kinds in one chart, a colour a kind and variant."""
     if not samples:
         return None
     x, y, value = how
-    assert callable(value)
     names = list(dict.fromkeys(kind_text(sample) for sample in samples))
     shown, legend = [], []
     for number, name in enumerate(names):
-        colour = f"mark_{number % MOST_COLOURS}"
+        colour = mark_colour(number)
         own = [sample for sample in samples if kind_text(sample) == name]
         dots = tuple(
             Dot(

@@ -11,6 +11,7 @@ from statistics import median
 from planner.cost.comm import NOISY_SPREAD
 from planner.cost.meanings import told_value
 from planner.profile import Clocks, CommSample, FamilyFit, LayerSample, Op, Profile
+from planner.profile_merge import MORE_CASES
 from planner.profile_use import OLD_MONTHS, months_old, told_age
 from planner.rate_sample import RateSample
 from planner.report.words import Fact, Tile, percent
@@ -19,7 +20,7 @@ from planner.sampled_layers import ClassKey, SampledClass, covered_models, noisy
 Classes = Mapping[ClassKey, SampledClass]
 MOST_NAMES = 6
 MOST_SKIPPED = 3
-MORE_CASES = re.compile(r"(\d+) more cases")
+COUNTED_CASES = re.compile(rf"(\d+) {MORE_CASES.removesuffix(': ')}")
 """How a profile counts those that it does not name."""
 
 
@@ -192,7 +193,7 @@ def skipped_texts(profile: Profile) -> list[str]:
     counts: Counter[str] = Counter()
     for text in profile.skipped:
         case, _, reason = text.rpartition(": ")
-        more = MORE_CASES.fullmatch(case)
+        more = COUNTED_CASES.fullmatch(case)
         counts[reason] += int(more[1]) if more else 1
         named.setdefault(reason, []).extend([] if more else [case])
     told = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from itertools import groupby
+from typing import Any
 
 from planner.attention import Attention, LatentAttention, Reach, Span
 from planner.cluster import ClusterSpec, Device, DeviceGroup, Link
@@ -15,6 +16,7 @@ from planner.feed_forward import Activation, Experts, Mlp
 from planner.mixers import Mixer
 from planner.model import Block, ModelSpec, Norm, Segment
 from planner.problem import PlanningProblem
+from planner.profile import PROFILE_SCHEMA, Profile
 from planner.recurrent import DeltaNet, StateSpace
 from planner.workload import Precision, Workload
 
@@ -141,6 +143,26 @@ def problem(
         profile=None,
         memory_limit_bytes=limit_bytes,
     )
+
+
+def profile(**held: Any) -> Profile:
+    """A profile of a made-up device that holds nothing but what is named."""
+    fields: dict[str, Any] = {
+        "schema_version": PROFILE_SCHEMA,
+        "name": "test",
+        "device": "device",
+        "device_title": "device",
+        "backend": "none",
+        "created": "2026-01-01",
+        "versions": {},
+        "devices_per_node": 4,
+        "slots_per_node": None,
+        "layers": (),
+        "comms": (),
+        "contention": (),
+        "constants": (),
+    }
+    return Profile(**{**fields, **held})
 
 
 def random_problem(seed: int, *, layers: int = 4, mixed: bool = False) -> PlanningProblem:

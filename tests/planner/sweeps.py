@@ -7,9 +7,11 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 
-from planner.profile import PROFILE_SCHEMA, Constant, LayerSample, Profile
+from planner.profile import Constant, LayerSample, Profile
 from planner.rate_sample import RateKind, RateSample
 from planner.workload import Precision
+
+from . import instances
 
 FLOPS, BYTES_PER_S, LAUNCH_S = 50e12, 1e12, 5e-6
 SIZE = 2
@@ -105,19 +107,4 @@ def profile(
     constants: Sequence[Constant] = (),
 ) -> Profile:
     """A profile of the device."""
-    return Profile(
-        schema_version=PROFILE_SCHEMA,
-        name="test",
-        device="device",
-        device_title="device",
-        backend="none",
-        created="2026-01-01",
-        versions={},
-        devices_per_node=4,
-        slots_per_node=None,
-        layers=tuple(layers),
-        comms=(),
-        contention=(),
-        constants=(*constants, NO_HOST),
-        rates=tuple(rates),
-    )
+    return instances.profile(layers=tuple(layers), constants=(*constants, NO_HOST), rates=tuple(rates))

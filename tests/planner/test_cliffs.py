@@ -22,7 +22,7 @@ from planner.estimate import Estimate
 from planner.feed_forward import Activation, Mlp
 from planner.model import Block, ModelSpec, Norm
 from planner.problem import PlanningProblem
-from planner.profile import CommSample, LayerKind, LayerSample, Op, Profile
+from planner.profile import CommSample, LayerKind, LayerSample, Op
 from planner.strategy import Degrees, Recompute, Strategy, Zero, even_stages
 from planner.tables import measured
 from planner.workload import Precision, Workload
@@ -78,7 +78,7 @@ def test_messages_along_a_profiles_curve(spread: float) -> None:
         for op in Op
         for size, s in zip(sizes, seconds, strict=True)
     )
-    problem = dataclasses.replace(instances.problem(), profile=profile(comms=samples))
+    problem = dataclasses.replace(instances.problem(), profile=instances.profile(comms=samples))
     group = Group(ranks=4, groups=1, spans_nodes=False)
     for op in Op:
         assert_smooth(
@@ -104,24 +104,6 @@ def test_products(name: str, precision: Precision) -> None:
         assert_smooth(lambda m, n=a, k=b: seconds(m, n, k), sizes)  # type: ignore[misc]
         assert_smooth(lambda n, m=a, k=b: seconds(m, n, k), sizes)  # type: ignore[misc]
         assert_smooth(lambda k, m=a, n=b: seconds(m, n, k), sizes)  # type: ignore[misc]
-
-
-def profile(layers: tuple[LayerSample, ...] = (), comms: tuple[CommSample, ...] = ()) -> Profile:
-    return Profile(
-        schema_version=1,
-        name="test",
-        device="device",
-        device_title="device",
-        backend="none",
-        created="2026-01-01",
-        versions={},
-        devices_per_node=4,
-        slots_per_node=None,
-        layers=layers,
-        comms=comms,
-        contention=(),
-        constants=(),
-    )
 
 
 def sample(
@@ -161,7 +143,7 @@ def profiled(lengths: tuple[int, ...]) -> LayerModel:
             keys.items(), (Recompute.NONE, Recompute.FULL), (1, 2), (1, 4, 16), lengths
         )
     )
-    problem = dataclasses.replace(problem, profile=profile(layers=samples))
+    problem = dataclasses.replace(problem, profile=instances.profile(layers=samples))
     return LayerModel(problem, physics_of(problem.profile, problem.stack))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from planner.cost.evaluate import CostModel
 from planner.cost.overlap import Overlap, overlap_of
-from planner.profile import PROFILE_SCHEMA, Constant, Profile
+from planner.profile import Constant, Profile
 from planner.strategy import Degrees, Recompute, Zero
 
 from . import instances
@@ -18,20 +18,8 @@ USUAL = overlap_of(None)
 
 
 def profile(**constants: float) -> Profile:
-    return Profile(
-        schema_version=PROFILE_SCHEMA,
-        name="test",
-        device="device",
-        device_title="",
-        backend="",
-        created="",
-        versions={},
-        devices_per_node=8,
-        slots_per_node=None,
-        layers=(),
-        comms=(),
-        contention=(),
-        constants=tuple(Constant(name=name, value=value, origin="test") for name, value in constants.items()),
+    return instances.profile(
+        constants=tuple(Constant(name=name, value=value, origin="test") for name, value in constants.items())
     )
 
 

@@ -18,7 +18,7 @@ from planner.cost.samples import Run, SampleTable, distance, form_of
 from planner.feed_forward import Activation, Experts, Mlp
 from planner.model import ModelSpec
 from planner.problem import PlanningProblem
-from planner.profile import PROFILE_SCHEMA, Constant, LayerKind, LayerSample, Profile, shape_key
+from planner.profile import Constant, LayerKind, LayerSample, shape_key
 from planner.stack import NATIVE, Stack
 from planner.strategy import CpExchange, Degrees, Recompute, Strategy, even_stages
 from planner.workload import Precision
@@ -43,21 +43,7 @@ CONSTANTS = (Constant(name="cp_step_s", value=1e-4, origin="test"),)
 
 
 def problem(model: ModelSpec, samples: Sequence[LayerSample] = (), stack: Stack = NATIVE) -> PlanningProblem:
-    profile = Profile(
-        schema_version=PROFILE_SCHEMA,
-        name="test",
-        device="device",
-        device_title="device",
-        backend="none",
-        created="2026-01-01",
-        versions={},
-        devices_per_node=4,
-        slots_per_node=None,
-        layers=tuple(samples),
-        comms=(),
-        contention=(),
-        constants=CONSTANTS,
-    )
+    profile = instances.profile(layers=tuple(samples), constants=CONSTANTS)
     asked = instances.problem(of=model, seq=2048, precision=Precision.FP32)
     return dataclasses.replace(asked, stack=stack, profile=profile if samples else None)
 

@@ -207,6 +207,7 @@ def test_a_plan_for_accelerators_is_traced_on_shapes_alone(tmp_path: Path) -> No
         (["--rank", "9"], "9: the plan has 4 ranks. Legal here: 0 to 3."),
         (["--stages", "0,x"], "'x' is no stage of the plan"),
         (["--stages", "77"], "'77' is no stage of the plan"),
+        (["--rank", "0", "--stages", "0"], "named by --rank already"),
         (["--rank", "0", "--runs", "RUNS"], "only some kinds of its ranks were rehearsed"),
     ],
 )
