@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 def describe(profile: Profile, output: Path, wall_s: float) -> str:
     """What was measured, for people."""
     from planner.commands.text import pairs
-    from planner.units import format_bytes, format_count, format_seconds
+    from planner.cost.meanings import told_value
+    from planner.units import format_seconds
 
     flops, copy = profile.constant("gemm_flops"), profile.constant("memory_bytes_per_s")
     facts: list[tuple[str, Any]] = [
@@ -22,8 +23,8 @@ def describe(profile: Profile, output: Path, wall_s: float) -> str:
         ("operators", f"{len(profile.rates)} samples" if profile.rates else None),
         ("collectives", f"{len(profile.comms)} samples"),
         ("constants", str(len(profile.constants))),
-        ("products", f"{format_count(flops)}FLOP/s a rank" if flops else None),
-        ("copies", f"{format_bytes(copy)}/s" if copy else None),
+        ("products", f"{told_value('gemm_flops', flops)} a rank" if flops else None),
+        ("copies", told_value("memory_bytes_per_s", copy) if copy else None),
         ("contention", ", ".join(f"{c.active}: {c.slowdown:.2f}x" for c in profile.contention)),
         *(("known to", _fit_text(fit, fit.error)) for fit in profile.fits if fit.error is not None),
         ("clocks", _clocks_text(profile.clocks) if profile.clocks else None),
