@@ -87,13 +87,17 @@ def family_of(
 
 def measured_twice(family: LayerFamily) -> tuple[dict[LayerCase, LayerSample], dict[LayerCase, LayerSample]]:
     """Every case, one time and another."""
+    from planner.profile import LayerSample
+
     times: list[dict[LayerCase, LayerSample]] = []
     for _ in range(2):
         cases = family.cases()
         found: dict[LayerCase, LayerSample] = {}
         for case, reading in zip(cases, family.measure(cases), strict=True):
             if not reading.skipped:
-                found[case] = reading.samples[0]
+                (sample,) = reading.samples
+                assert isinstance(sample, LayerSample), "layers alone were measured"
+                found[case] = sample
         times.append(found)
     return times[0], times[1]
 
@@ -123,7 +127,7 @@ def adaptive(family: LayerFamily, record: Mapping[LayerCase, LayerSample], targe
     from runtime.scheduler import Scheduler
 
     replayed = Replayed(family, record)
-    scheduler = Scheduler([replayed], target, 3600.0, Nobody())  # type: ignore[list-item]  # by __getattr__
+    scheduler = Scheduler([replayed], target, 3600.0, Nobody())
     scheduler.run()
     claimed = family.held_out_error([record[case] for case in replayed.taken])
     return {

@@ -19,6 +19,10 @@ class RehearsalMode(StrEnum):
     """Shapes alone: the bytes of every allocation are traced, nothing is computed and no time measured."""
 
 
+FORWARD_KINDS, BACKWARD_KINDS = "F", "BIW"
+"""Kinds of passes: of backward ones, whole, or split into gradients of inputs and of weights."""
+
+
 @noun
 class RehearsedPass:
     """The passes of one kind through one stage, a micro-batch each: median seconds, and how they spread.
@@ -66,6 +70,11 @@ class RankRehearsal:
     ran_out: str = ""
     compiled: bool = False
     wall_s: float = 0.0
+
+    def passes_s(self, kinds: str, stage: int | None = None) -> float:
+        """One micro-batch's passes of some kinds, through a stage or all of the rank's; 0: none was timed."""
+        found = (each for each in self.passes if stage in (None, each.stage))
+        return sum(each.seconds for each in found if each.kind in kinds)
 
 
 @noun

@@ -100,7 +100,7 @@ def test_predicted_and_rehearsed_stand_beside_each_other() -> None:
     predicted = plan.stage_estimates[0].memory.allocated_bytes
     assert format_bytes(predicted) in row and f"{100 * (predicted / first.allocated_bytes - 1):+.1f} %" in row
     text = text_of(rehearsed)
-    assert "75 % of a rank's own time" in text and format_seconds(refined_of(plan).step_time_s) in text
+    assert "75 % of a rank's time" in text and format_seconds(refined_of(plan).step_time_s) in text
     assert "rehearsed" in Reader(render_page(ReportInput(plan=rehearsed))).ids
 
 

@@ -61,7 +61,8 @@ def _ranks(plan: Plan, done: Rehearsal) -> str:
 
 
 def _row(plan: Plan, rank: RankRehearsal) -> tuple[str, ...]:
-    from planner.units import format_bytes, format_seconds
+    from planner.rehearsal import BACKWARD_KINDS, FORWARD_KINDS
+    from planner.units import format_bytes
 
     predicted = sum(plan.stage_estimates[stage].memory.allocated_bytes for stage in rank.stages)
     share = rank.idle_share
@@ -75,9 +76,9 @@ def _row(plan: Plan, rank: RankRehearsal) -> tuple[str, ...]:
         str(rank.rank),
         ",".join(map(str, rank.stages)),
         _span(rank.alike),
-        _seconds(rank, "F"),
-        _seconds(rank, "BIW"),
-        "-" if rank.update_s is None else format_seconds(rank.update_s),
+        _told(rank.passes_s(FORWARD_KINDS)),
+        _told(rank.passes_s(BACKWARD_KINDS)),
+        _told(rank.update_s),
         "-" if share is None else f"{share:.0%}",
         allocated,
         format_bytes(predicted),
@@ -91,12 +92,11 @@ def _span(ranks: tuple[int, ...]) -> str:
     return "pp " + ",".join(map(str, ranks))
 
 
-def _seconds(rank: RankRehearsal, kinds: str) -> str:
-    """One micro-batch through all stages of the rank."""
+def _told(seconds: float | None) -> str:
+    """Seconds for people; `-` where none were taken."""
     from planner.units import format_seconds
 
-    found = [each.seconds for each in rank.passes if each.kind in kinds]
-    return format_seconds(sum(found)) if found else "-"
+    return format_seconds(seconds) if seconds else "-"
 
 
 def _refined(plan: Plan, done: Rehearsal, basis: str) -> str:

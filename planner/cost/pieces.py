@@ -187,7 +187,8 @@ class Pieces:
     def embedding(self, vocab: float, hidden: float) -> BothWays | None:
         """The embedding of this shard of the vocabulary.
 
-        DTensor's gradient is of the whole table, of which each rank then takes its rows.
+        Going back as by DTensor's own rule, whose gradient is of the whole table, of which each rank then
+        takes its rows. That of `plan train` is of a rank's rows alone (runtime.parallel.tensor): less.
         """
         if not self.rates.has(RateKind.EMBEDDING):
             return None

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from planner.codec import noun
 from planner.plan import Plan
-from planner.rehearsal import RankRehearsal, Refined, Rehearsal, RehearsalMode
+from planner.rehearsal import (
+    BACKWARD_KINDS,
+    FORWARD_KINDS,
+    RankRehearsal,
+    Refined,
+    Rehearsal,
+    RehearsalMode,
+)
 from planner.report import charts
 from planner.report.sections import Figure, LegendItem
 from planner.report.words import Fact, Table, percent, signed_percent
@@ -12,7 +19,6 @@ from planner.units import format_bytes, format_seconds
 
 PREDICTED = LegendItem(colour="predicted", title="predicted", shape="dot")
 REHEARSED = LegendItem(colour="measured", title="rehearsed", shape="diamond")
-BACKWARD_KINDS = "BIW"
 
 
 @noun
@@ -76,7 +82,7 @@ def _facts(plan: Plan, done: Rehearsal) -> tuple[Fact, ...]:
         ("micro-batches", f"{done.micro_batches} of {plan.strategy.degrees.num_micro_batches} a step"),
     ]
     if done.refined is not None:
-        found.append(("measured", f"{percent(done.refined.measured_share, 0)} of a rank's own time"))
+        found.append(("measured", f"{percent(done.refined.measured_share, 0)} of a rank's time"))
     return tuple(Fact(name=name, value=value) for name, value in found if value)
 
 
@@ -135,10 +141,6 @@ def _range(errors: list[float]) -> str:
     return signed_percent(low) if low == high else f"{signed_percent(low)} to {signed_percent(high)}"
 
 
-def _passes_s(rank: RankRehearsal, stage: int, kinds: str) -> float:
-    return sum(each.seconds for each in rank.passes if each.stage == stage and each.kind in kinds)
-
-
 def _times_figure(plan: Plan, done: Rehearsal) -> Figure | None:
     """Forward and backward of a micro-batch through each rehearsed stage."""
     rows = [
@@ -146,10 +148,10 @@ def _times_figure(plan: Plan, done: Rehearsal) -> Figure | None:
         for rank in done.ranks
         for stage in rank.stages
         for name, kinds, predicted_s in (
-            ("forward", "F", plan.stage_estimates[stage].forward_s),
+            ("forward", FORWARD_KINDS, plan.stage_estimates[stage].forward_s),
             ("backward", BACKWARD_KINDS, plan.stage_estimates[stage].backward_s),
         )
-        if (measured_s := _passes_s(rank, stage, kinds)) > 0
+        if (measured_s := rank.passes_s(kinds, stage)) > 0
     ]
     if not rows:
         return None
@@ -180,7 +182,7 @@ def _ranks_table(plan: Plan, done: Rehearsal) -> Table:
 
 def _rank_row(plan: Plan, rank: RankRehearsal) -> tuple[str, ...]:
     predicted, allocated = _predicted_bytes(plan, rank), rank.allocated_bytes
-    passes = [sum(_passes_s(rank, stage, kinds) for stage in rank.stages) for kinds in ("F", BACKWARD_KINDS)]
+    passes = [rank.passes_s(kinds) for kinds in (FORWARD_KINDS, BACKWARD_KINDS)]
     return (
         str(rank.rank),
         ", ".join(map(str, rank.stages)),
