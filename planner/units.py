@@ -14,8 +14,8 @@ LARGEST = 1e30
 """Larger numbers in a quantity are taken for a typing error; they would overflow further on."""
 
 _BYTE_UNITS = {
-    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 1024**4,
+    "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": 1024**4,
 }  # fmt: skip
 _COUNT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12, "P": 10**15}
 _TIME_UNITS = {"S": 1.0, "MIN": 60.0, "H": 3600.0, "D": DAY_S, "W": 7 * DAY_S}
@@ -23,9 +23,10 @@ _NUMBER = re.compile(r"^\s*([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]
 
 
 def _parse(text: str, units: dict[str, int] | dict[str, float], flag: str, example: str) -> float:
+    sizes = {unit.upper(): size for unit, size in units.items()}
     match = _NUMBER.match(text)
     unit = match.group(2).upper() if match else ""
-    if match is None or unit not in units or float(match.group(1)) > LARGEST:
+    if match is None or unit not in sizes or float(match.group(1)) > LARGEST:
         raise InputError(
             Problem(
                 where=flag,
@@ -33,7 +34,7 @@ def _parse(text: str, units: dict[str, int] | dict[str, float], flag: str, examp
                 legal=", ".join(u or "(none)" for u in units),
             )
         )
-    return float(match.group(1)) * units[unit]
+    return float(match.group(1)) * sizes[unit]
 
 
 def parse_bytes(text: str, flag: str = "--memory-limit") -> int:

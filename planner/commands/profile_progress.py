@@ -25,15 +25,17 @@ class ProfileProgress:
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+            from rich.table import Column
 
+            rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # what is narrowed where space is short
             self._bar = Progress(
-                TextColumn("measuring"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.completed}/{task.total}"),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[left]}{task.fields[text]}", markup=False),
+                BarColumn(bar_width=16, table_column=Column(min_width=16)),
+                TextColumn("{task.completed}/{task.total}", table_column=Column(no_wrap=True, min_width=7)),
+                TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
+                TextColumn("{task.fields[left]}{task.fields[text]}", markup=False, table_column=rest),
                 console=Console(stderr=True),
                 auto_refresh=False,
+                expand=True,
             )
             self._task = self._bar.add_task("measuring", total=None, text="", left="")
             self._bar.start()

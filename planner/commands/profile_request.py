@@ -114,12 +114,12 @@ def read_request(options: ProfileOptions, joint: JointWorld | None = None) -> Re
     models = tuple(load_model(text, arch=options.arch) for text in options.models or STANDARD_MODELS[kind])
     for model in models:
         check_executed(model, "measure")
-    if not options.models:
-        names = ", ".join(model.name for model in models)
-        click.echo(f"no model is named: measuring layers of {names}, for shapes between theirs", err=True)
     seqs = tuple(sorted(set(options.seqs or STANDARD_SEQS[kind])))
     _check(models, cluster, options, seqs)
     precision = chosen_precision(options.precision, cluster)
+    if not options.models:
+        names = ", ".join(model.name for model in models)
+        click.echo(f"no model is named: measuring layers of {names}, for shapes between theirs", err=True)
     return Request(models=models, cluster=cluster, seqs=seqs, precision=precision)
 
 
@@ -129,7 +129,7 @@ def _largest_bytes(request: Request, options: ProfileOptions) -> int:
 
     if options.max_message is None:
         return SIZES_BYTES[-1] if request.on_cuda else CPU_LARGEST_BYTES
-    largest_bytes = parse_bytes(options.max_message)
+    largest_bytes = parse_bytes(options.max_message, "--max-message")
     if not SIZES_BYTES[0] <= largest_bytes <= SIZES_BYTES[-1]:
         legal = f"{format_bytes(SIZES_BYTES[0])} to {format_bytes(SIZES_BYTES[-1])}"
         fault = f"{options.max_message} is no size that is measured."

@@ -108,7 +108,9 @@ def _earlier_profile(output: Path, stack: Stack) -> Profile | None:
     try:
         earlier = load_profile(output)
     except InputError as error:
-        fault = f"exists, and is no profile to add to: {error.problems[0].fault}"
+        first = error.problems[0]
+        inside = first.where.removeprefix(f"{output}").lstrip(": ")
+        fault = f"exists, and is no profile to add to: {f'{inside} ' * bool(inside)}{first.fault}"
         raise InputError(Problem(where=f"-o {output}", fault=fault, fix=_FIX)) from None
     differences = stack_of(earlier).differences(stack)
     if differences:

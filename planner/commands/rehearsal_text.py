@@ -123,6 +123,8 @@ def _refined(plan: Plan, done: Rehearsal, basis: str) -> str:
         ("verdict", str(estimate.verdict), str(refined.verdict), ""),
     ]
     share = f"{refined.measured_share:.0%} of a rank's time; messages are modelled"
+    if not any(rank.passes for rank in done.ranks):
+        share = "memory, on shapes alone; times stay as predicted"
     tail = [("measured", share), ("basis", basis), *_out_of_memory(plan, done)]
     return table(("", "predicted", "refined", "change"), rows, numbers=(3,)) + "\n\n" + pairs(tail, WIDTH)
 

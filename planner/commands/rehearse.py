@@ -96,10 +96,14 @@ def rehearse(
     from planner.commands.rehearsing import Choice, check_rehearsable, rehearse_plan
     from planner.commands.text import print_json
     from planner.commands.with_torch import require_torch
+    from planner.errors import InputError, Problem
     from planner.estimate import Verdict
     from planner.plan import load_plan, save_plan
 
     require_torch("rehearse")
+    if how["fake"] and how["compiled"]:
+        fault = "shapes alone are traced (--fake), of which nothing is compiled."
+        raise InputError(Problem(where="--compile", fault=fault, fix="leave one of both out"))
     plan = load_plan(plan_file)
     check_rehearsable(plan)
     chosen = Choice(ranks=_chosen_ranks(plan, ranks, stages), **how)

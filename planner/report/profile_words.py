@@ -125,7 +125,8 @@ def tokens(profile: Profile) -> str:
     lengths = sorted({sample.seq for sample in profile.layers})
     if not lengths:
         return ""
-    return f"{', '.join(map(str, batches))} sequences of {', '.join(f'{n:,}' for n in lengths)}"
+    noun = "sequence" if batches == [1] else "sequences"
+    return f"{', '.join(map(str, batches))} {noun} of {', '.join(f'{n:,}' for n in lengths)}"
 
 
 def models_text(classes: Classes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ torch = pytest.importorskip("torch")
 from torch.distributed import HashStore  # noqa: E402
 
 from planner.commands.profile import profile as profile_command  # noqa: E402
+from planner.commands.profile_progress import ProfileProgress  # noqa: E402
 from planner.errors import InputError  # noqa: E402
 from planner.profile import Constant, Op, load_profile  # noqa: E402
 from planner.profile_merge import NO_TIME, key_of  # noqa: E402
@@ -128,7 +130,7 @@ def test_a_file_that_is_no_profile_is_not_overwritten(arguments: list[str], tmp_
     path.write_text('{"a": 1}')
     result = CliRunner().invoke(profile_command, arguments)
     assert isinstance(result.exception, InputError)
-    assert "no profile to add to" in str(result.exception)
+    assert "no profile to add to: schema_version is missing" in str(result.exception)
     assert path.read_text() == '{"a": 1}'
 
 
@@ -147,6 +149,36 @@ def test_bad_input_is_told_before_measuring(arguments: list[str], tmp_path: Path
     result = CliRunner().invoke(profile_command, [*arguments, "--cluster", "1x8:h100-sxm-80gb"])
     assert isinstance(result.exception, InputError)
     assert [problem.where for problem in result.exception.problems] == ["--cluster", "-o"]
+
+
+def test_a_message_that_is_no_size_names_its_flag(arguments: list[str]) -> None:
+    result = CliRunner().invoke(profile_command, [*arguments, "--max-message", "3XB"])
+    assert isinstance(result.exception, InputError)
+    assert [problem.where for problem in result.exception.problems] == ["--max-message"]
+
+
+def test_the_standard_set_is_told_only_where_it_is_measured(tmp_path: Path) -> None:
+    output = str(tmp_path / "profile.json")
+    result = CliRunner().invoke(profile_command, ["--cluster", "1x8:h100-sxm-80gb", "-o", output])
+    assert isinstance(result.exception, InputError)
+    assert "no model is named" not in result.stderr
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_narrow_terminal_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = _Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    with ProfileProgress() as progress:
+        progress.ahead(157, 31.0)
+        progress.step("block tp2+sp micro-batch 2 of 128 tokens recompute selective, in bf16")
+    assert "1/158" in terminal.getvalue()
+    assert "at most 31 s left" in terminal.getvalue()
 
 
 def test_a_width_that_does_not_divide_is_refused(arguments: list[str]) -> None:

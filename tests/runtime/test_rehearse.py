@@ -198,7 +198,7 @@ def test_a_plan_for_accelerators_is_traced_on_shapes_alone(tmp_path: Path) -> No
     done = plan("rehearse", str(path))
     assert done.exit_code == 0, done.output
     assert "fake tensors" in done.output and "this machine has no h100-sxm-80gb" in done.output
-    assert "messages are modelled" in done.output
+    assert "times stay as predicted" in done.output
 
 
 @pytest.mark.parametrize(
@@ -269,6 +269,18 @@ def test_a_plan_judged_by_another_limit_does_not_fit(solved: Path, tmp_path: Pat
     done = plan("rehearse", str(path), "--fake", "--json")
     assert done.exit_code == 4
     assert json.loads(done.stdout)["refined"]["verdict"] == Verdict.NO
+
+
+def test_shapes_alone_are_not_compiled(solved: Path) -> None:
+    result = plan("rehearse", str(solved), "--fake", "--compile")
+    assert result.exit_code == 2
+    assert "--compile: shapes alone are traced (--fake)" in result.output
+
+
+def test_shapes_alone_tell_of_memory(solved: Path) -> None:
+    told = plan("rehearse", str(solved), "--fake", "--rank", "0").output
+    assert "memory, on shapes alone; times stay as predicted" in told
+    assert "of a rank's time" not in told
 
 
 def test_an_accelerator_that_others_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
