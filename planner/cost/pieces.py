@@ -185,19 +185,10 @@ class Pieces:
         return self._norm(norm, self.shape.tokens / shards, width) + loss
 
     def embedding(self, vocab: float, hidden: float) -> BothWays | None:
-        """The embedding of this shard of the vocabulary.
-
-        Going back as by DTensor's own rule, whose gradient is of the whole table, of which each rank then
-        takes its rows. That of `plan train` is of a rank's rows alone (runtime.parallel.tensor): less.
-        """
+        """The embedding of this shard of the vocabulary, whose gradient is of its rows alone."""
         if not self.rates.has(RateKind.EMBEDDING):
             return None
-        own = self._both(RateKind.EMBEDDING, self.shape.tokens, vocab, hidden)
-        if self.shape.tp == 1:
-            return own
-        whole = self._both(RateKind.EMBEDDING, self.shape.tokens, vocab * self.shape.tp, hidden)
-        taken = self._moved(ADDED_VALUES * vocab * hidden)
-        return BothWays(forward_s=own.forward_s, backward_s=whole.backward_s + taken.backward_s)
+        return self._both(RateKind.EMBEDDING, self.shape.tokens, vocab, hidden)
 
     def _both(self, kind: RateKind, *sizes: float, variant: str = "") -> BothWays:
         forward_s, backward_s = self.rates.both_s(kind, *sizes, variant=variant)
