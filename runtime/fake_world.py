@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from planner.strategy import Degrees
 from runtime.parallel.meshes import Meshes, meshes_of
@@ -35,3 +37,16 @@ def fake_group(world: int, rank: int = 0) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        _forget_meshes()
+
+
+def _forget_meshes() -> None:
+    """Empties DTensor's caches: what they answer an equal mesh with holds groups that are gone."""
+    from torch.distributed.tensor import debug
+
+    clear = getattr(debug, "_clear_sharding_prop_cache", None)
+    if clear is not None:
+        clear()
+        return
+    propagate: Any = DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding
+    propagate.cache.cache_clear()

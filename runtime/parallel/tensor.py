@@ -42,7 +42,8 @@ def apply_tensor_parallel(name: str, part: nn.Module, degrees: Degrees, meshes: 
     if isinstance(part, Block):
         plan: ParallelStyle | dict[str, ParallelStyle] = _block_plan(part, between, degrees)
     elif name == "tok_embeddings":
-        plan = VocabParallel(between)
+        whole = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
+        plan = VocabParallel(between) if type(part).forward is nn.Embedding.forward else whole
     elif isinstance(part, Head):
         part.shard(meshes.tp, between)
         return
@@ -122,7 +123,7 @@ class VocabParallel(ParallelStyle):
     """An embedding whose rows the ranks of the axis share out, each with the gradient of its own rows.
 
     Under RowwiseParallel every rank computes the gradient of the whole table, which DTensor has no rule
-    to shard: vocabulary x hidden in fp32 where gradients add up.
+    to shard: vocabulary x hidden in fp32 where gradients add up. A row of padding has none.
     """
 
     def __init__(self, between: Shard | Replicate) -> None:
@@ -132,9 +133,13 @@ class VocabParallel(ParallelStyle):
         def forward(tokens: Tensor) -> Tensor:
             weight: Any = module.weight
             own: Tensor = weight.to_local()
-            rows = tokens - device_mesh.get_local_rank() * own.shape[0]
+            first = device_mesh.get_local_rank() * own.shape[0]
+            rows = tokens - first
             elsewhere = (rows < 0) | (rows >= own.shape[0])
-            found = functional.embedding(rows.masked_fill(elsewhere, 0), own)
+            row: Any = module.padding_idx
+            held = row is not None and first <= row < first + own.shape[0]
+            padding = row - first if held else None
+            found = functional.embedding(rows.masked_fill(elsewhere, 0), own, padding_idx=padding)
             found = found.masked_fill(elsewhere[..., None], 0.0)
             part = DTensor.from_local(found, device_mesh, [Partial()], run_check=False)
             return part.redistribute(placements=[self._between]).to_local()
