@@ -17,7 +17,7 @@ a pass needs for a moment, and U the parameters of the largest unit:
     all          W + G + O + the optimizer's temporaries, at its step; W + 4 U while weights are loaded
 
 Native's are of FSDP2 with the embedding, each block, and norm and head as units, and a loss by chunks of
-tokens: what ranks of 20 plans for H100 hold, traced on shapes alone, and ranks of 21 plans on gloo
+tokens: what ranks of 16 plans for H100 hold, traced on shapes alone, and ranks of 12 plans on gloo
 (bench/results/2026-11-26-rehearsal-*.json). A W of the zero-bubble schedules counts as all that its
 micro-batch kept from its forward, up to a third too much on the last stage, whose head is done after I.
 
