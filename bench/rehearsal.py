@@ -157,9 +157,11 @@ def predicted_bytes(plan: Plan, rank: RankRehearsal) -> int:
 
 def gloo() -> Iterator[dict[str, Any]]:
     """Peaks of all kinds of ranks of each plan, real, alone and on shapes alone, and as predicted."""
+    from tests.runtime.ranks import real_peaks
+
     for pins in GLOO:
         asked = plan_of("shardwise-demo", "local:4", 256, 16, pins)
-        peaks = _real_peaks(asked.plan)
+        peaks = real_peaks(asked.plan)
         alone = {mode: rehearsed(asked.plan, mode, steps=1) for mode in _CPU_MODES}
         errors = {
             str(mode): [(rank.allocated_bytes or 0) / peaks[rank.rank] - 1 for rank in ranks]
@@ -170,21 +172,6 @@ def gloo() -> Iterator[dict[str, Any]]:
 
 
 _CPU_MODES = (RehearsalMode.PROCESSOR, RehearsalMode.FAKE_TENSORS)
-
-
-def _real_peaks(plan: Plan) -> list[int]:
-    import torch
-
-    from runtime.memory import measure_peak
-    from tests.runtime.ranks import batch_of, make_executor, on_ranks, slice_of
-
-    def body(rank: int) -> int:
-        executor = make_executor(plan)
-        tokens = slice_of(executor, batch_of(plan, 0))
-        executor.step(tokens)
-        return measure_peak(lambda: executor.step(tokens), torch.device("cpu")).allocated_bytes
-
-    return list(on_ranks(body, plan.strategy.degrees.world))
 
 
 # Predictions for accelerators against shapes alone

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from planner.plan import Plan
 
 
+DEFAULT_STEPS = 3
+
+
 @click.command()
 @click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
 @click.option(
@@ -31,10 +34,8 @@ if TYPE_CHECKING:
 @click.option(
     "--steps",
     type=click.IntRange(min=1),
-    default=3,
-    show_default=True,
     metavar="N",
-    help="Steps to time, after two that warm up and tell the memory.",
+    help=f"Steps to time, after two that warm up and tell the memory. Default: {DEFAULT_STEPS}.",
 )
 @click.option(
     "--compile/--no-compile",
@@ -76,6 +77,7 @@ def rehearse(
     plan_file: Path,
     ranks: tuple[int, ...],
     stages: str | None,
+    steps: int | None,
     profile: Path | None,
     runs: Path | None,
     output: Path | None,
@@ -101,17 +103,16 @@ def rehearse(
     from planner.plan import load_plan, save_plan
 
     require_torch("rehearse")
-    if how["fake"] and how["compiled"]:
-        fault = "shapes alone are traced (--fake), of which nothing is compiled."
-        raise InputError(Problem(where="--compile", fault=fault, fix="leave one of both out"))
+    for flag, given, done_to_it in (("--compile", how["compiled"], "compiled"), ("--steps", steps, "timed")):
+        if how["fake"] and given:
+            fault = f"shapes alone are traced (--fake), of which nothing is {done_to_it}."
+            raise InputError(Problem(where=flag, fault=fault, fix="leave one of both out"))
     plan = load_plan(plan_file)
     check_rehearsable(plan)
-    chosen = Choice(ranks=_chosen_ranks(plan, ranks, stages), **how)
+    chosen = Choice(ranks=_chosen_ranks(plan, ranks, stages), steps=steps or DEFAULT_STEPS, **how)
     asked = problem_of_plan(plan, profile)
     done = rehearse_plan(plan, asked.problem, chosen, lambda text: click.echo(f"rehearsing {text}", err=True))
     rehearsed = dataclasses.replace(plan, rehearsal=done)
-    if runs is not None:
-        _note_run(runs, rehearsed)
     if output is not None:
         save_plan(rehearsed, output)
         click.echo(f"wrote {output}", err=True)
@@ -124,6 +125,8 @@ def rehearse(
         print_json({"plan": plan.strategy.degrees.label(), "predicted": predicted, **encode(done)})
     else:
         click.echo(rehearsal_text(rehearsed, asked.basis))
+    if runs is not None:  # last: a table that cannot take the row costs nothing of what was measured
+        _note_run(runs, rehearsed)
     fits = done.refined is not None and done.refined.verdict is not Verdict.NO
     return 0 if fits and not done.ran_out else 4
 

@@ -55,12 +55,15 @@ def rehearse_plan(
     from planner.refine import refine
     from planner.rehearsal import Rehearsal, RehearsalMode
     from planner.stack import Engine
+    from runtime.compiled import compiles
     from runtime.rehearse import RehearsalOptions, rehearse_ranks
 
     ranks = _chosen(plan, choice.ranks)
     mode, remarks = _mode(plan, fake=choice.fake)
     if mode is RehearsalMode.DEVICE and not choice.anyway:
         _check_free()
+    if mode is RehearsalMode.PROCESSOR:
+        compiles(choice.compiled, torch.device("cpu"))  # raises where asked and the machine cannot
     options = RehearsalOptions(
         mode=mode,
         steps=choice.steps,

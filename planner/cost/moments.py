@@ -97,14 +97,13 @@ def least_pass_bytes(shape: ShapeModel, stage: StageCost) -> float:
 
 
 def pass_bytes(shape: ShapeModel, stage: StageCost) -> float:
-    """The larger pass, and what data parallelism holds for one unit.
+    """Where gradients lie in buffers: the larger pass, and what data parallelism holds for one unit.
 
-    Where gradients lie in buffers and the last stage's logits are freed before its blocks run back, blocks
-    do not fit into the place that the logits leave: both count (fitted to 439 layouts on A100).
+    Where the last stage's logits are freed before its blocks run back, blocks do not fit into the place that
+    the logits leave: both count (fitted to 439 layouts on A100).
     """
     passing = larger(stage.forward_transient_bytes, stage.backward_transient_bytes)
-    stack = shape.problem.stack
-    if stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED) and stage.holds_head and not stack.liger:
+    if stage.holds_head and not shape.problem.stack.liger:
         passing += stage.block_transient_bytes
     return passing + _unit_buffer_bytes(shape, stage)
 
@@ -114,12 +113,9 @@ def _unit_buffer_bytes(shape: ShapeModel, stage: StageCost) -> float:
     degrees, size = shape.degrees, shape.problem.workload.precision.compute_bytes
     if degrees.replicas == 1:
         return 0.0
-    buffered = shape.problem.stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED)
-    reduce = 4 * stage.largest_unit_params * (1 + 1 / degrees.weight_shards)
-    if buffered and degrees.zero < Zero.GRADIENTS:
-        reduce = 0.0
-    gathered = 2 * size * stage.largest_unit_params if degrees.zero is Zero.PARAMETERS else 0.0
-    return reduce + gathered
+    unit, reduced = stage.largest_unit_params, degrees.zero >= Zero.GRADIENTS
+    reduce = 4 * unit * (1 + 1 / degrees.weight_shards) if reduced else 0.0
+    return reduce + (2 * size * unit if degrees.zero is Zero.PARAMETERS else 0.0)
 
 
 def _unit_moments(shape: ShapeModel, stage: StageCost, alive: float, kept: ParamBytes) -> list[float]:

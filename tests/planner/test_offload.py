@@ -186,13 +186,15 @@ def test_activations_behind_a_fast_link_take_no_time_and_a_window_of_memory() ->
     device = dataclasses.replace(on.cluster.groups[0].device, host_link_bytes_per_s=1e15)
     group = dataclasses.replace(on.cluster.groups[0], device=device)
     fast = dataclasses.replace(on, cluster=dataclasses.replace(on.cluster, groups=(group,)))
-    none, some, all_ = (evaluated(fast, degrees, [OffloadCounts(activations=n)]) for n in (0, WINDOW, 6))
+    counts = (0, WINDOW, WINDOW + 1, 6)
+    none, some, more, all_ = (evaluated(fast, degrees, [OffloadCounts(activations=n)]) for n in counts)
     assert all_.estimate.step_time_s == none.estimate.step_time_s
     assert some.estimate.peak_memory_bytes == none.estimate.peak_memory_bytes
-    freed = none.estimate.peak_memory_bytes - all_.estimate.peak_memory_bytes
-    each = hosted_bytes(all_) / 2 / 6
+    one, freed = (none.estimate.peak_memory_bytes - each.estimate.peak_memory_bytes for each in (more, all_))
+    block = hosted_bytes(all_) / 2 / 6
+    assert one == pytest.approx(block, abs=2)
     # All but a window, until another moment is the fullest.
-    assert (5 - WINDOW) * each < freed <= (6 - WINDOW) * each + 2
+    assert (5 - WINDOW) * block < freed <= (6 - WINDOW) * block + 2
 
 
 def test_updates_on_a_host_are_predicted_without_a_fit() -> None:

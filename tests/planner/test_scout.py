@@ -23,9 +23,9 @@ from planner.strategy import Degrees
 from tests.planner.catalog_problems import problem as catalog_problem
 from tests.planner.instances import expert_problem, random_problem
 
-WORST, MIDDLE = 1.5, 1.05
-"""Step times over those of a search: of any problem below, and of half of them. Measured: 1.45, where ZeRO 2
-in a pipeline, which is no usual choice, spares recomputing, else 1.28; and 1.02."""
+WORST, SECOND, MIDDLE = 1.5, 1.35, 1.05
+"""Step times over those of a search: of any problem below, of all but one, and of half. Measured: 1.45, where
+ZeRO 2 in a pipeline, which is no usual choice, spares recomputing; 1.28; 1.02."""
 MORE_MEMORY = 1.15
 """Memory at which the scout has a plan, over the least of any strategy. Measured: 1.1 at most."""
 
@@ -93,7 +93,8 @@ def test_step_times_are_near_those_of_a_search() -> None:
         over.append(found.evaluation.estimate.step_time_s / plan.estimate.step_time_s)
     assert len(over) >= 30
     assert min(over) >= 1 - 1e-9
-    assert max(over) <= WORST and median(over) <= MIDDLE, sorted(over)
+    over.sort()
+    assert over[-1] <= WORST and over[-2] <= SECOND and median(over) <= MIDDLE, over
 
 
 def usual(of: PlanningProblem, degrees: Degrees) -> bool:

@@ -18,6 +18,7 @@ from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.committed import committed_folders, load_index
 from runtime.executor import Executor
 from runtime.local_ranks import join_group, run_local
+from runtime.memory import live_bytes, measure_peak
 from runtime.optimizer import OptimizerOptions
 from runtime.transformer.initial import materialize
 from runtime.transformer.model import build_transformer
@@ -46,6 +47,20 @@ def on_ranks(body: Callable[[int], Any], world: int) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         run_local(run, world, log_dir=Path(folder), on_message=lambda r, m: results.update({r: m["result"]}))
     return [results[rank] for rank in range(world)]
+
+
+def real_peaks(plan: Plan) -> list[int]:
+    """Peak bytes of every rank of a real group, in a step that finds the optimizer's state there."""
+    cpu = torch.device("cpu")
+
+    def body(rank: int) -> int:
+        inherited = live_bytes(cpu)  # what this process held before
+        executor = make_executor(plan)
+        tokens = slice_of(executor, batch_of(plan, 0))
+        executor.step(tokens)
+        return measure_peak(lambda: executor.step(tokens), cpu).allocated_bytes - inherited
+
+    return list(on_ranks(body, plan.strategy.degrees.world))
 
 
 def batch_of(plan: Plan, step: int) -> torch.Tensor:

@@ -25,10 +25,9 @@ from planner.workload import Precision  # noqa: E402
 from runtime import rehearse  # noqa: E402
 from runtime.fake_tensors import fake_tensors  # noqa: E402
 from runtime.local_ranks import RunFailedError  # noqa: E402
-from runtime.memory import live_bytes, measure_peak  # noqa: E402
 from runtime.rehearse import RehearsalOptions, idle_share, rehearse_rank  # noqa: E402
 from tests.plans import make_plan, tiny_deepseek_experts, tiny_llama  # noqa: E402
-from tests.runtime.ranks import batch_of, make_executor, on_ranks, slice_of  # noqa: E402
+from tests.runtime.ranks import real_peaks  # noqa: E402
 
 SEQ = 64
 WITHIN = 0.03
@@ -56,19 +55,6 @@ def sized(model: ModelSpec) -> ModelSpec:
 def plan_of(degrees: Degrees, recompute: Recompute = Recompute.NONE, **more: Any) -> Plan:
     model = sized(tiny_llama(layers=8, hidden=128, vocab=512))
     return make_plan(model, degrees, seq=SEQ, recompute=recompute, **more)
-
-
-def real_peaks(plan: Plan) -> list[int]:
-    """The peak of every rank of a real group, in a step that finds the optimizer's state there."""
-
-    def body(rank: int) -> int:
-        inherited = live_bytes(torch.device("cpu"))  # what other tests of this process still hold
-        executor = make_executor(plan)
-        tokens = slice_of(executor, batch_of(plan, 0))
-        executor.step(tokens)
-        return measure_peak(lambda: executor.step(tokens), torch.device("cpu")).allocated_bytes - inherited
-
-    return list(on_ranks(body, plan.strategy.degrees.world))
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -206,6 +192,7 @@ def test_a_plan_for_accelerators_is_traced_on_shapes_alone(tmp_path: Path) -> No
     ("arguments", "words"),
     [
         (["--rank", "9"], "9: the plan has 4 ranks. Legal here: 0 to 3."),
+        (["--steps", "2"], "of which nothing is timed"),
         (["--stages", "0,x"], "'x' is no stage of the plan"),
         (["--stages", "77"], "'77' is no stage of the plan"),
         (["--rank", "0", "--stages", "0"], "named by --rank already"),
