@@ -61,11 +61,12 @@ class MemoryBreakdown:
 
     @property
     def total_bytes(self) -> int:
-        return int(sum(dataclasses.astuple(self)))
+        return sum(getattr(self, name) for name in MEMORY_TENANTS)
 
     def __add__(self, other: MemoryBreakdown) -> MemoryBreakdown:
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return MemoryBreakdown(**dict(zip(MEMORY_TENANTS, (a + b for a, b in pairs), strict=True)))
+        return MemoryBreakdown(
+            **{name: getattr(self, name) + getattr(other, name) for name in MEMORY_TENANTS}
+        )
 
 
 MEMORY_TENANTS = tuple(field.name for field in dataclasses.fields(MemoryBreakdown))

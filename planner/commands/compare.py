@@ -64,7 +64,7 @@ def compare(
             write_atomic(path, written(found))
             print(f"wrote {path}", file=sys.stderr)
     if as_json:
-        print_json(comparison_document(found))
+        print_json(comparison_document(found), rows="options")
     elif found.options:
         click.echo(comparison_text(found, show_all=show_all))
     if not any(option.meets for option in found.options):

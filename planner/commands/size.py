@@ -50,7 +50,7 @@ def size(asked: dict[str, Any], as_json: bool, cluster: str | None, output: Path
         found = compare(request, market, progress)
     answers = answers_of(found)
     if as_json:
-        print_json(size_document(found, answers))
+        print_json(size_document(found, answers), rows="options")
     elif answers.soonest is not None:
         click.echo(size_text(found, answers))
     best: Option | None = answers.soonest

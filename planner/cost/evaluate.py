@@ -11,7 +11,6 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
 
 from planner.codec import noun
 from planner.cost import constants
@@ -26,7 +25,7 @@ from planner.cost.offload import with_offload
 from planner.cost.origins import origins_s
 from planner.cost.passes import Pass
 from planner.cost.physics import usual_physics
-from planner.cost.schedule import ActionKind, Table, build_table
+from planner.cost.schedule import ActionKind, Table, build_table, in_flight
 from planner.cost.simulate import PathTimes, Replay, kind_passes, replay, sharing_of
 from planner.cost.stage import AlonePasses, ShapeModel
 from planner.cost.stage_cost import StageCost
@@ -37,9 +36,6 @@ from planner.placement import Groups, device_names, is_mixed, rank_groups, seen_
 from planner.problem import PlanningProblem
 from planner.strategy import Degrees, Schedule, Strategy
 from planner.units import DAY_S
-
-TABLES = 32
-"""Tables that a cost model remembers: with its order, one of 64 stages x 512 micro-batches has 6 MB."""
 
 
 @noun
@@ -54,7 +50,7 @@ class Evaluation:
 
 
 class CostModel:
-    """The cost model of one planning problem. It remembers layer costs and tables between calls.
+    """The cost model of one planning problem. It remembers layer costs between calls.
 
     `layers` are those of a problem that differs in its batch or its nodes at most, whose costs are shared;
     without them they are made, with the constants that the problem's profile has. Kinds of devices of a mixed
@@ -66,10 +62,8 @@ class CostModel:
         self.layers = layers or LayerModel(problem, usual_physics(problem))
         self.comms = CommModel(problem)
         self.sharing = sharing_of(problem)
-        self._tables = lru_cache(maxsize=TABLES)(build_table)
         self._shapes: dict[Degrees, ShapeModel] = {}
         self._alone: AlonePasses = {}
-        self._in_flight: dict[tuple[Schedule, int, int, int], tuple[tuple[dict[int, int], ...], ...]] = {}
         self._seen: dict[Groups, CostModel] = {}
 
     def shape(self, degrees: Degrees) -> ShapeModel:
@@ -126,15 +120,11 @@ class CostModel:
 
     def table(self, degrees: Degrees) -> Table:
         """The table of a shape. Shapes of one pipeline share it, with its order."""
-        return self._tables(degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches)
+        return build_table(degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches)
 
     def in_flight(self, degrees: Degrees) -> tuple[tuple[dict[int, int], ...], ...]:
         """For every pipeline rank, the counts of live micro-batches by stage at its fullest moments."""
-        key = degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches
-        if key not in self._in_flight:
-            table = self.table(degrees)
-            self._in_flight[key] = tuple(tuple(table.in_flight(rank)) for rank in range(degrees.pp))
-        return self._in_flight[key]
+        return in_flight(degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches)
 
     def replay(self, shape: ShapeModel, table: Table, costs: tuple[StageCost, ...]) -> Replay:
         """The replay of a table under these costs."""

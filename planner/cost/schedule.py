@@ -21,6 +21,7 @@ arXiv 2104.04473); zero bubble (arXiv 2401.10241); DualPipe (arXiv 2412.19437).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from planner.cost.action import Action, ActionKind, Row, parse_action
@@ -37,6 +38,7 @@ __all__ = [
     "Row",
     "Table",
     "build_table",
+    "in_flight",
     "parse_action",
     "parse_table",
     "peak_in_flight",
@@ -45,6 +47,13 @@ __all__ = [
 ]
 
 
+TABLES = 32
+"""Tables that are remembered: with its order, one of 64 stages x 512 micro-batches has 6 MB."""
+COUNTED = 4096
+"""Of so many tables it is remembered what is in flight: a few numbers a rank."""
+
+
+@lru_cache(maxsize=TABLES)
 def build_table(schedule: Schedule, pp: int, chunks: int, num_micro_batches: int) -> Table:
     """The table of `schedule` for `pp` pipeline ranks with `chunks` stages each.
 
@@ -61,6 +70,15 @@ def build_table(schedule: Schedule, pp: int, chunks: int, num_micro_batches: int
         raise ValueError(f"dualpipev needs {2 * pp} micro-batches or more, not {num_micro_batches}")
     row = _ROWS[schedule]
     return Table([row(rank, pp, chunks, num_micro_batches) for rank in range(pp)], num_micro_batches)
+
+
+@lru_cache(maxsize=COUNTED)
+def in_flight(
+    schedule: Schedule, pp: int, chunks: int, num_micro_batches: int
+) -> tuple[tuple[dict[int, int], ...], ...]:
+    """What Table.in_flight counts on every rank of the table of `schedule`."""
+    table = build_table(schedule, pp, chunks, num_micro_batches)
+    return tuple(table.in_flight(rank) for rank in range(pp))
 
 
 def _run(stage: int, kind: ActionKind, num_micro_batches: int) -> Ints:

@@ -76,8 +76,6 @@ class ShapeModel:
         self.reduces = {unit: self.messages.reduce(unit) for unit in units.all()}
         self._stages: dict[tuple[tuple[Chosen, ...], bool, bool], StageCost] = {}
         self._passes: dict[tuple[str, Recompute], tuple[Pass, Pass]] = {}
-        self.embedding_passes = self._end_passes(LayerKind.EMBEDDING)
-        self.head_passes = self._end_passes(LayerKind.HEAD)
 
     def scheduled(self, degrees: Degrees) -> ShapeModel:
         """The same costs under degrees that differ in schedule, chunks and order of groups at most."""
@@ -171,6 +169,16 @@ class ShapeModel:
             ep_s=ep_s + ep_again * ep_s,
         )
         return forward, backward
+
+    @cached_property
+    def embedding_passes(self) -> tuple[Pass, Pass]:
+        """Forward and backward of the embedding, with all that is sent meanwhile."""
+        return self._end_passes(LayerKind.EMBEDDING)
+
+    @cached_property
+    def head_passes(self) -> tuple[Pass, Pass]:
+        """Forward and backward of the head and the loss, with all that is sent meanwhile."""
+        return self._end_passes(LayerKind.HEAD)
 
     def exchanged(self, key: str) -> Exchanged:
         """What a block of a class shows of its context-parallel exchange."""
@@ -369,7 +377,7 @@ class ShapeModel:
 
     @cached_property
     def _deferrable_s(self) -> dict[str, float]:
-        shapes = {key: self.shape_of(LayerKind.BLOCK, block=key) for key in self.layer_model.keys}
+        shapes = {key: self.shape_of(LayerKind.BLOCK, block=key) for key in self.classes}
         return {key: self.layer_model.deferrable_s(shape) for key, shape in shapes.items()}
 
     def units(self, blocks: Counter[str], *, first: bool, last: bool) -> list[tuple[Unit, int]]:

@@ -41,10 +41,10 @@ def cell(stage: int, kind: ActionKind, *, paired: bool = False) -> int:
 class Table:
     """Rows of actions, one a pipeline rank. Equal where all actions are; never changed once made.
 
-    The order and the counts are made when they are first asked for.
+    The order, the counts and what is in flight are made when they are first asked for.
     """
 
-    __slots__ = ("_counts", "_order", "codes", "num_micro_batches", "stages")
+    __slots__ = ("_counts", "_in_flight", "_order", "codes", "num_micro_batches", "stages")
 
     def __init__(self, codes: Iterable[Sequence[int] | Ints], num_micro_batches: int) -> None:
         import numpy as np
@@ -55,6 +55,7 @@ class Table:
         self.stages = last // (num_micro_batches * len(KINDS)) + 1
         self._order: ActionOrder | None = None
         self._counts: tuple[dict[tuple[int, ActionKind], int], ...] | None = None
+        self._in_flight: dict[int, tuple[dict[int, int], ...]] = {}
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Table:
@@ -123,12 +124,17 @@ class Table:
         """The stages that a rank holds, in layer order."""
         return sorted({stage for stage, _ in self.counts(rank)})
 
-    def in_flight(self, rank: int) -> list[dict[int, int]]:
+    def in_flight(self, rank: int) -> tuple[dict[int, int], ...]:
         """Counts of live micro-batches by stage at each local maximum of a row, dominated ones left out.
 
         A micro-batch is alive from its forward to its backward, or to its weight gradients where the
         backward is split: W needs the inputs that the forward kept.
         """
+        if rank not in self._in_flight:
+            self._in_flight[rank] = self._counted_in_flight(rank)
+        return self._in_flight[rank]
+
+    def _counted_in_flight(self, rank: int) -> tuple[dict[int, int], ...]:
         import numpy as np
 
         number = self.codes[rank] // self.num_micro_batches
@@ -139,8 +145,8 @@ class Table:
         alive = np.cumsum((stage == np.reshape(stages, (-1, 1))) * changes, axis=1)
         tops = alive[:, (changes > 0) & (np.append(changes[1:], -1) < 0)]
         if len(stages) == 1:
-            return [{stages[0]: int(tops.max())}]
-        return [dict(zip(stages, counts, strict=True)) for counts in _undominated(tops)]
+            return ({stages[0]: int(tops.max())},)
+        return tuple(dict(zip(stages, counts, strict=True)) for counts in _undominated(tops))
 
 
 def _undominated(vectors: Ints) -> list[tuple[int, ...]]:

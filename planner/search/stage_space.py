@@ -309,7 +309,8 @@ class StageSpace:
     @cached_property
     def block_s(self) -> list[float]:
         """A micro-batch's passes of the fastest block with its cheapest option, on each rank."""
-        known = {id(book): min(map(book.least_block_s, book.shape.classes)) for book in self.books}
+        books = {id(book): book for book in self.books}
+        known = {name: min(map(book.least_block_s, book.shape.classes)) for name, book in books.items()}
         return [known[id(book)] for book in self.books]
 
     @cached_property
