@@ -23,7 +23,7 @@ from planner.codec import write_atomic
 from planner.commands.text import table
 from planner.errors import InfeasibleError
 from planner.problem import PlanningProblem
-from planner.search.scout import Scout
+from planner.search.scout import Scout, Shared
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import Pins
 from planner.workload import Workload
@@ -87,7 +87,7 @@ def against_search(model: str, cluster: str, seq: int, batch: int, limit_s: floa
         memory_limit_bytes=parsed.groups[0].device.usable_memory_bytes,
     )
     started = time.perf_counter()
-    scouted = Scout(problem, Pins()).plan(parsed)
+    scouted = Scout(problem, Shared(Pins())).plan(parsed)
     wall_s = time.perf_counter() - started
     row: dict[str, object] = {"model": model, "cluster": cluster, "seq": seq, "batch": batch}
     row |= {"scout_wall_s": wall_s, "scout_s": None, "plan": ""}

@@ -175,20 +175,13 @@ def load_toml(path: Path, cls: type[T]) -> T:
 
 def encode(value: Any) -> Any:
     """A noun as plain data (dicts, lists, numbers, text): dataclasses.asdict, less its copies of values."""
-    names = _field_names(type(value))
-    if names is not None:
-        return {name: encode(getattr(value, name)) for name in names}
+    if dataclasses.is_dataclass(value):
+        return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)):
         return [encode(item) for item in value]
     if isinstance(value, dict):
         return {encode(key): encode(item) for key, item in value.items()}
     return value
-
-
-@cache
-def _field_names(cls: type) -> tuple[str, ...] | None:
-    """The names of a noun's fields; None of other types."""
-    return tuple(field.name for field in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else None
 
 
 def to_json(value: Any) -> str:

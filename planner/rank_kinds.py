@@ -74,7 +74,7 @@ def shortened(plan: Plan) -> Plan:
     return plan
 
 
-def _flights(table: Table, rank: int) -> tuple[list[dict[int, int]], int]:
+def _flights(table: Table, rank: int) -> tuple[tuple[dict[int, int], ...], int]:
     """The counts of live micro-batches of a rank, and the most alive while gradients are there already."""
     alive = most = 0
     begun = False

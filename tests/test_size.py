@@ -17,7 +17,7 @@ from planner.commands.sizing_text import days_text, short_money
 from planner.errors import InputError
 from planner.objective import Goal, Minimise
 from planner.principles.scaling import load_laws, optimal_tokens, recommended
-from planner.search.scout import Scout
+from planner.search.scout import Scout, Shared
 from planner.search.space import Pins
 from planner.sizing import floors
 from planner.sizing.ability import SEQ_PART, ability_of
@@ -387,7 +387,7 @@ def test_what_a_cluster_can_do() -> None:
 
     def fits(seq: int, batch: int) -> bool:
         other = dataclasses.replace(of, workload=dataclasses.replace(of.workload, seq=seq, batch=batch))
-        return Scout(other, Pins()).plan(of.cluster) is not None
+        return Scout(other, Shared(Pins())).plan(of.cluster) is not None
 
     longest = found.longest
     rung = 1 << (longest.seq.bit_length() - 1)
@@ -395,7 +395,7 @@ def test_what_a_cluster_can_do() -> None:
     assert fits(longest.seq, longest.batch) and not fits(longest.seq + rung // SEQ_PART, longest.batch)
     assert found.largest.params_total > of.model.params_total
     more = dataclasses.replace(of, cluster=parse_cluster("1x4:a100-sxm-40gb"))
-    assert Scout(more, Pins()).plan(more.cluster) is not None
+    assert Scout(more, Shared(Pins())).plan(more.cluster) is not None
 
 
 def test_size_of_a_given_cluster(tmp_path: Path) -> None:

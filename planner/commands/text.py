@@ -17,8 +17,8 @@ WIDTH = 118
 def print_json(document: Any, rows: str = "") -> None:
     """Writes one JSON document to stdout.
 
-    Items of its first value, a list named `rows`, have a line each: there may be thousands, and lines are what
-    the encoder is fast at.
+    Items of its first value, a list named `rows`, have a line each: there may be thousands, and lines are
+    what the encoder is fast at.
     """
     encode = partial(json.dumps, allow_nan=False, ensure_ascii=False)
     if not rows:

@@ -7,6 +7,7 @@ Where the profile measured the layer's class, its samples tell (planner.cost.sam
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from planner.cost.analytic import DeviceRates, analytic_cost, core_s, device_rat
 from planner.cost.context import with_context_buffers
 from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.memory_constants import memory_constants
+from planner.cost.passes import Unit
 from planner.cost.physics import Physics
 from planner.cost.samples import Run, SampleTable, at_usual_speed
 from planner.cost.seconds import smaller
@@ -77,6 +79,12 @@ class LayerModel:
         if key not in self._units:
             self._units[key] = units_of(self.problem, self.classes, degrees)
         return self._units[key]
+
+    def all_units(self, degrees: Degrees) -> list[tuple[Unit, int]]:
+        """The units of the whole model with their counts."""
+        units = self.units(degrees)
+        blocks = [(units.blocks[key], count) for key, count in Counter(self.keys).items()]
+        return [*blocks, (units.embedding, 1), (units.head, 1)]
 
     def kernel(self, degrees: Degrees) -> AttentionKernel:
         """The attention kernel that runs: a fused softmax does not take every shape."""

@@ -28,6 +28,7 @@ class Messages:
     ) -> None:
         self.problem, self.degrees, self.comm_model = problem, degrees, comms
         self.physics, self.stream_width = physics, stream_width
+        self._groups: dict[tuple[int, int], Group] = {}
         self.wrapper = "replicate" if degrees.zero is Zero.NONE else "fsdp"
 
     def constant(self, name: str) -> float:
@@ -44,14 +45,16 @@ class Messages:
 
     def _group(self, ranks: int, block: int) -> Group:
         """A group of `ranks` ranks within `block` neighbouring ranks."""
-        per_node = self.problem.cluster.devices_per_node
-        return Group(
-            ranks=ranks,
-            groups=max(1, min(per_node, self.degrees.world) // ranks),
-            spans_nodes=block > per_node,
-            nodes=min(ranks, math.ceil(block / per_node)) if block > per_node else None,
-            stride=max(1, block // ranks),
-        )
+        if (ranks, block) not in self._groups:
+            per_node = self.problem.cluster.devices_per_node
+            self._groups[ranks, block] = Group(
+                ranks=ranks,
+                groups=max(1, min(per_node, self.degrees.world) // ranks),
+                spans_nodes=block > per_node,
+                nodes=min(ranks, math.ceil(block / per_node)) if block > per_node else None,
+                stride=max(1, block // ranks),
+            )
+        return self._groups[ranks, block]
 
     def tp_group(self) -> Group:
         """The tensor-parallel group: neighbouring ranks."""

@@ -387,9 +387,7 @@ class ShapeModel:
 
     def all_units(self) -> list[tuple[Unit, int]]:
         """The units of the whole model."""
-        layers = self.problem.model.layers
-        blocks = Counter({key: self.count(key, 0, layers) for key in self.classes})
-        return self.units(blocks, first=True, last=True)
+        return self.layer_model.all_units(self.degrees)
 
     def _tied_params(self, first: bool, last: bool) -> float:
         """Weights that two layers share count once where one stage holds both."""

@@ -38,6 +38,7 @@ class Dealer:
     def __init__(self, space: StageSpace) -> None:
         self.space, self.ranks = space, space.stages_of
         self._known: dict[tuple[int, tuple[Span, ...]], tuple[Column, ...] | None] = {}
+        self._kept_least: dict[tuple[int, Span], Column] = {}
 
     def columns(self, deal: Deal) -> tuple[Column, ...] | None:
         """The recipes of a deal; None where some rank has none."""
@@ -87,7 +88,11 @@ class Dealer:
     def _smallest(self, rank: int, spans: tuple[Span, ...]) -> tuple[Column, ...]:
         """The columns that keep least, each stage's blocks having one option."""
         book = self.space.books[rank]
-        return tuple(min(book.pure(*span), key=lambda column: column.cost.saved_bytes) for span in spans)
+        for span in spans:
+            if (id(book), span) not in self._kept_least:
+                least = min(book.pure(*span), key=lambda column: column.cost.saved_bytes)
+                self._kept_least[id(book), span] = least
+        return tuple(self._kept_least[id(book), span] for span in spans)
 
     def _free_bytes(self, rank: int, live: list[int], spans: tuple[Span, ...]) -> float:
         """What blocks' activations may take at most at the rank's fullest moment, when `live` are alive."""

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.evaluate import CostModel
+from planner.cost.messages import Messages
 from planner.cost.overlap import overlap_of
 from planner.cost.stage import ShapeModel
 from planner.cost.verdict import safe_tensor_bytes
@@ -204,10 +205,11 @@ def _sent_s(model: CostModel, base: Degrees) -> tuple[float, float]:
     """Seconds of all messages of data parallelism: in each micro-batch's passes, and once a step."""
     if base.replicas == 1:
         return 0.0, 0.0
-    shape = model.shape(base)
-    units = shape.all_units()
-    gathers = sum(shape.gathers[unit].total_s * count for unit, count in units)
-    reduces = sum(shape.reduces[unit].total_s * count for unit, count in units)
+    layers = model.layers
+    messages = Messages(model.problem, base, model.comms, layers.physics, layers.stream_width)
+    units = layers.all_units(base)
+    gathers = sum(messages.gather(u.dense_params, u.routed_params).total_s * count for u, count in units)
+    reduces = sum(messages.reduce(u).total_s * count for u, count in units)
     if base.zero is Zero.PARAMETERS:
         return 2 * gathers + reduces, 0.0
     if base.zero is Zero.GRADIENTS:

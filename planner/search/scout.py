@@ -62,13 +62,36 @@ class Scouted(NamedTuple):
     bound_s: float
 
 
-class Layers:
-    """The costs of one model's layers on one device, which networks share unless runs told them apart."""
+class Shared:
+    """What clusters of one device share in planning one run: networks have the same costs of layers unless
+    runs told them apart, and clusters of equal nodes the same shapes, which hold as much state."""
 
-    def __init__(self, *known: LayerModel) -> None:
+    def __init__(self, pins: Pins, *known: LayerModel) -> None:
+        self.pins = pins
         self._layers: dict[Physics, LayerModel] = {layers.physics: layers for layers in known}
+        self._spaces: dict[tuple[int, int], Space] = {}
+        self._states: dict[Cell, float] = {}
 
-    def of(self, problem: PlanningProblem) -> LayerModel:
+    def space(self, problem: PlanningProblem) -> Space:
+        """The usual bases on a cluster. Those without any are made anew: their reasons name the cluster."""
+        key = problem.cluster.devices, problem.cluster.devices_per_node
+        space = self._spaces.get(key) or space_of(problem, self.pins, usual=True)
+        if space.bases:
+            self._spaces[key] = space
+        return space
+
+    def states_bytes(self, layers: LayerModel, space: Space) -> list[float]:
+        """What a device holds of weights, gradients and optimizer state under each base; many share it."""
+        found = []
+        for d in space.bases:
+            key = d.tp, d.ep, d.etp, d.cp, d.pp, d.zero, d.dp_shard, d.num_micro_batches > 1
+            if key not in self._states:
+                self._states[key] = least_state_bytes(layers, d, self.pins.offloaded)
+            found.append(self._states[key])
+        return found
+
+    def layers(self, problem: PlanningProblem) -> LayerModel:
+        """The costs of layers on a cluster."""
         physics = usual_physics(problem)
         if physics not in self._layers:
             self._layers[physics] = LayerModel(problem, physics)
@@ -108,18 +131,17 @@ class Scout:
     the way.
     """
 
-    def __init__(self, problem: PlanningProblem, pins: Pins, layers: Layers | None = None) -> None:
-        self.problem, self.pins = problem, pins
-        self.layers = layers or Layers()
+    def __init__(self, problem: PlanningProblem, shared: Shared) -> None:
+        self.problem, self.shared = problem, shared
         self.why_not: dict[str, str] = {}
-        self._outlook = Outlook(pins)
+        self._outlook = Outlook(shared.pins)
 
     def plan(self, cluster: ClusterSpec) -> Scouted | None:
         """A plan on a cluster; None where no usual choice keeps the rules and fits."""
         problem = dataclasses.replace(self.problem, cluster=cluster)
-        model = CostModel(problem, self.layers.of(problem))
-        space = space_of(problem, self.pins, usual=True)
-        states = self._states_bytes(model, space)
+        model = CostModel(problem, self.shared.layers(problem))
+        space = self.shared.space(problem)
+        states = self.shared.states_bytes(model.layers, space)
         kept = [number for number, size in enumerate(states) if size <= problem.memory_limit_bytes]
         if not kept:
             self.why_not[cluster.name] = _why_not(space, states, problem.memory_limit_bytes)
@@ -135,17 +157,6 @@ class Scout:
             self.why_not[cluster.name] = "no usual choice fits into memory with its activations"
             return None
         return Scouted(best, model.job(best), shapes.bound_s)
-
-    def _states_bytes(self, model: CostModel, space: Space) -> list[float]:
-        """What a device holds of weights, gradients and optimizer state under each base; many share it."""
-        known: dict[Cell, float] = {}
-        found = []
-        for d in space.bases:
-            key = d.tp, d.ep, d.etp, d.cp, d.pp, d.zero, d.dp_shard, d.num_micro_batches > 1
-            if key not in known:
-                known[key] = least_state_bytes(model.layers, d, self.pins.offloaded)
-            found.append(known[key])
-        return found
 
     def _best(self, model: CostModel, shapes: Shapes) -> Evaluation | None:
         """The best of the shapes that promise most."""
@@ -175,7 +186,8 @@ class Scout:
         """An even split of a shape with recipes that are SAFE; None where none is."""
         shape = model.shape(degrees)
         limit = safe_tensor_bytes(model.problem, model.coverage(shape), shape.runtime_bytes)
-        book = RecipeBook(shape, self.pins.recomputes, self.pins.offloaded, MIX_PARTS)
+        pins = self.shared.pins
+        book = RecipeBook(shape, pins.recomputes, pins.offloaded, MIX_PARTS)
         space = StageSpace(model, shape, (limit,) * degrees.pp, (book,) * degrees.pp)
         return ShapeSearch(space).even()
 

@@ -37,7 +37,7 @@ from planner.search.dominance import without_dominated
 from planner.search.frontier import Candidate, Frontier
 from planner.search.quick_bounds import space_bounds_s
 from planner.search.recipes import RecipeBook
-from planner.search.scout import Layers, Scout
+from planner.search.scout import Scout, Shared
 from planner.search.shape_search import Budget, Found, ShapeSearch
 from planner.search.space import Pins, Space, space_of
 from planner.search.stage_space import StageSpace
@@ -162,7 +162,7 @@ class Solver:
         """A good plan of usual choices to begin with, where devices are of one kind and share no cores."""
         if is_mixed(self.problem.cluster) or self.model.sharing is not None:
             return
-        scouted = Scout(self.problem, self.options.pins, Layers(self.model.layers)).plan(self.problem.cluster)
+        scouted = Scout(self.problem, Shared(self.options.pins, self.model.layers)).plan(self.problem.cluster)
         if scouted is not None:
             evaluation = scouted.evaluation
             self.found.append(Found(evaluation.strategy, evaluation.estimate.step_time_s))

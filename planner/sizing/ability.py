@@ -12,7 +12,7 @@ from planner.least_memory import fitting
 from planner.placement import is_mixed
 from planner.plan import Plan
 from planner.problem import PlanningProblem
-from planner.search.scout import Scout
+from planner.search.scout import Scout, Shared
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import Pins
 
@@ -79,7 +79,7 @@ def _fits(problem: PlanningProblem) -> bool:
     """Whether a usual choice fits; in a mixed cluster, whether any does."""
     if is_mixed(problem.cluster):
         return fitting(problem, Pins()) is not None
-    return Scout(problem, Pins()).plan(problem.cluster) is not None
+    return Scout(problem, Shared(Pins())).plan(problem.cluster) is not None
 
 
 def longest_sequence(problem: PlanningProblem) -> Longest | None:

@@ -26,7 +26,7 @@ from planner.market.market import Market
 from planner.not_modelled import TAKEN_BACK, not_modelled
 from planner.objective import Goal
 from planner.profile import Profile
-from planner.search.scout import Layers, Scout
+from planner.search.scout import Scout, Shared
 from planner.search.space import Pins
 from planner.sizing.floors import Floors
 from planner.sizing.kinds import Kind, Scouting, most_nodes
@@ -150,10 +150,10 @@ def scout_device(
     request: SizingRequest, market: Market, profiles: dict[str, Profile], kinds: list[Kind]
 ) -> list[tuple[Kind, Scouting]]:
     """The plans on each kind of node of one device, which share the costs of layers."""
-    layers, profile, collected = Layers(), profiles.get(kinds[0].device), gc.isenabled()
+    shared, profile, collected = Shared(Pins()), profiles.get(kinds[0].device), gc.isenabled()
     gc.disable()  # plans make many small objects and hardly a cycle
     try:
-        return [(kind, _Climb(request, market, profile, kind, layers).scouting()) for kind in kinds]
+        return [(kind, _Climb(request, market, profile, kind, shared).scouting()) for kind in kinds]
     finally:
         if collected:
             gc.enable()
@@ -173,9 +173,9 @@ class _Climb:
         market: Market,
         profile: Profile | None,
         kind: Kind,
-        layers: Layers,
+        shared: Shared,
     ) -> None:
-        self.request, self.market, self.profile, self.layers = request, market, profile, layers
+        self.request, self.market, self.profile, self.shared = request, market, profile, shared
         self.offer, self.most, self.named = kind.offer, kind.most, kind.counts
         self.found = Scouting({}, {})
         self.scout: Scout | None = None
@@ -280,7 +280,7 @@ class _Climb:
         cluster = parse_cluster(self.offer.cluster_text(nodes), market=self.market)
         problem = problem_on(self.request, cluster, self.offer.device, self.profile)
         if self.scout is None:
-            self.scout = Scout(problem, Pins(), self.layers)
+            self.scout = Scout(problem, self.shared)
         scouted = self.scout.plan(cluster)
         if scouted is None:
             self.found.why_not[nodes] = self.scout.why_not[cluster.name]

@@ -16,7 +16,7 @@ from planner.estimate import Verdict
 from planner.least_memory import fitting, survey
 from planner.problem import PlanningProblem
 from planner.rules import broken_rules
-from planner.search.scout import Layers, Scout, Scouted
+from planner.search.scout import Scout, Scouted, Shared
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import Pins, space_of
 from planner.strategy import Degrees
@@ -49,7 +49,7 @@ def problems() -> list[PlanningProblem]:
 
 
 def scouted(of: PlanningProblem) -> Scouted | None:
-    return Scout(of, Pins()).plan(of.cluster)
+    return Scout(of, Shared(Pins())).plan(of.cluster)
 
 
 @cache
@@ -111,7 +111,7 @@ def test_where_nothing_fits_no_strategy_does_or_only_an_unusual_one() -> None:
     left = [of for of in problems() if scouted(of) is None]
     assert len(left) >= 6
     for of in left:
-        scout = Scout(of, Pins())
+        scout = Scout(of, Shared(Pins()))
         assert scout.plan(of.cluster) is None
         assert scout.why_not[of.cluster.name]
         need = fitting(of, Pins())
@@ -133,7 +133,7 @@ def test_a_plan_is_found_at_little_more_memory_than_any_strategy_needs(number: i
 
 def test_nothing_fits_where_even_a_search_finds_nothing() -> None:
     of = catalog_problem("llama-3-70b", "1x8:a100-sxm-40gb", 4096, 64)
-    scout = Scout(of, Pins())
+    scout = Scout(of, Shared(Pins()))
     assert scout.plan(of.cluster) is None
     assert "weights, gradients and optimizer state take at least" in scout.why_not[of.cluster.name]
     with pytest.raises(InfeasibleError):
@@ -147,19 +147,19 @@ def clusters(texts: list[str]) -> list[ClusterSpec]:
 @pytest.mark.parametrize("model", ["llama-3-8b", "mixtral-8x7b"])
 def test_a_plan_does_not_depend_on_what_was_planned_before(model: str) -> None:
     """Other numbers of nodes and other networks, planned before, change nothing."""
-    layers = Layers()
+    shared = Shared(Pins())
     fresh: dict[str, Scouted | None] = {}
     texts = [f"{nodes}x8:h100@{network}" for network in ("ndr400x8", "eth100x1") for nodes in (2, 4, 16)]
     for text, cluster in zip(texts, clusters(texts), strict=True):
         of = catalog_problem(model, text, 4096, 256)
-        fresh[text] = Scout(of, Pins()).plan(cluster)
+        fresh[text] = Scout(of, Shared(Pins())).plan(cluster)
     assert any(fresh.values())
     for order in (texts, texts[::-1]):
         scouts: dict[str, Scout] = {}
         for text, cluster in zip(order, clusters(order), strict=True):
             network = text.partition("@")[2]
             if network not in scouts:
-                scouts[network] = Scout(catalog_problem(model, text, 4096, 256), Pins(), layers)
+                scouts[network] = Scout(catalog_problem(model, text, 4096, 256), shared)
             found, alone = scouts[network].plan(cluster), fresh[text]
             assert (found is None) == (alone is None), text
             if found is not None and alone is not None:
