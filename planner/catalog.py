@@ -60,6 +60,11 @@ def _entry(table: Mapping[str, Any]) -> ModelEntry:
     return ModelEntry(**{**table, **lists})
 
 
+def catalog_model(text: str) -> str | None:
+    """The name in the catalog of the model that `text` names, by that or another name of it."""
+    return _find(text, {name: entry.aliases for name, entry in model_index().items()})
+
+
 def load_model(text: str, where: str = "--model", arch: str | None = None) -> ModelSpec:
     """The model that `text` names: a catalog name, a config.json or its folder, a TOML file, or a file of
     `plan trace`.
@@ -70,7 +75,7 @@ def load_model(text: str, where: str = "--model", arch: str | None = None) -> Mo
     from planner.tracing.traced_file import read_traced_model
 
     index = model_index()
-    name = _find(text, {name: entry.aliases for name, entry in index.items()})
+    name = catalog_model(text)
     if name is not None:
         file = data_folder() / "models" / f"{name}.json"
         return read_config_file(file, name=name, sources=index[name].sources, arch=arch)

@@ -1,11 +1,15 @@
-"""Floors: which kinds of nodes can be neither the cheapest nor the smallest, before any is planned."""
+"""Floors: which kinds of nodes can be neither the cheapest nor the smallest, before any is planned, and which
+may be the cheapest at numbers of nodes that were not tried."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 from planner.sizing.kinds import Kind, Scouting
+from planner.sizing.ladder import between
 from planner.sizing.offer import Offer
 from planner.sizing.problems import peak_device_s
 from planner.sizing.request import SizingRequest
@@ -14,9 +18,20 @@ from planner.units import DAY_S
 
 LIKELIEST = 4
 """Kinds of nodes that are planned first, by dollars and by devices each: what they reach rules others out."""
+CLOSE = 1.05
+"""Kinds of nodes whose cheapest plan takes at most so much of the least dollars may be the cheapest at a
+number of nodes that was not tried."""
 RULED_OUT = (
     "neither the cheapest nor the smallest, even at its devices' peak; --device or --instance shows its plan"
 )
+
+
+class _Kept(NamedTuple):
+    """A plan that keeps the goal."""
+
+    usd: float
+    devices: int
+    nodes: int
 
 
 class Floors:
@@ -55,16 +70,38 @@ class Floors:
         ruled_out = {kind[:3]: Scouting({}, {1: RULED_OUT}) for kind in kinds if kind not in left}
         return left, ruled_out
 
+    def beside(
+        self, kinds: Sequence[Kind], found: Mapping[tuple[str, int, str], Scouting]
+    ) -> list[tuple[Kind, tuple[int, ...]]]:
+        """The kinds whose cheapest plan is within CLOSE of the least dollars, each with the numbers of nodes
+        that were not tried between that plan's and those tried next to it."""
+        each = [(min(self._kept(kind[:3], found[kind[:3]]), default=None), kind) for kind in kinds]
+        least = min((best.usd for best, _ in each if best), default=math.inf)
+        near = []
+        for best, kind in each:
+            if best is None or not best.usd <= CLOSE * least < math.inf:
+                continue
+            scouting, batch = found[kind[:3]], self.request.workload.batch
+            tried = sorted({*scouting.plans, *scouting.why_not})
+            place = tried.index(best.nodes)
+            around = pairwise(tried[max(0, place - 1) : place + 2])
+            nodes = [n for few, many in around for n in between(few, many, batch, kind.devices_per_node)]
+            if nodes:
+                near.append((kind, tuple(nodes)))
+        return near
+
     def _best(self, found: Mapping[tuple[str, int, str], Scouting]) -> tuple[float, tuple[float, float]]:
         """The least dollars, and the least devices with their dollars, of what was found that keeps the
         goal."""
-        usd, smallest = math.inf, (math.inf, math.inf)
-        goal = self.request.goal
-        for key, scouting in found.items():
-            for nodes, plan in scouting.plans.items():
-                for rate in (rate for offer in self.kinds[key] for rate in offer.rates):
-                    figures = losses_at(plan.job, nodes, rate, self.request.upkeep)
-                    cost = math.inf if figures.cost_usd is None else figures.cost_usd
-                    if figures.days is not None and goal.meets(figures.days * DAY_S, cost):
-                        usd, smallest = min(usd, cost), min(smallest, (plan.job.devices, cost))
-        return usd, smallest
+        kept = [each for key, scouting in found.items() for each in self._kept(key, scouting)]
+        usd = min((each.usd for each in kept), default=math.inf)
+        return usd, min(((each.devices, each.usd) for each in kept), default=(math.inf, math.inf))
+
+    def _kept(self, key: tuple[str, int, str], scouting: Scouting) -> Iterator[_Kept]:
+        """What keeps the goal of a kind, at each of its rates; dollars are infinite without a price."""
+        for nodes, plan in scouting.plans.items():
+            for rate in (rate for offer in self.kinds[key] for rate in offer.rates):
+                figures = losses_at(plan.job, nodes, rate, self.request.upkeep)
+                usd = math.inf if figures.cost_usd is None else figures.cost_usd
+                if figures.days is not None and self.request.goal.meets(figures.days * DAY_S, usd):
+                    yield _Kept(usd, plan.job.devices, nodes)

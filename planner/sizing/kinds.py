@@ -47,6 +47,10 @@ class Scouting(NamedTuple):
         why_not = {count: why for count, why in self.why_not.items() if count <= nodes}
         return Scouting(plans, why_not or {nodes: "more are no better than larger nodes of the provider"})
 
+    def joined(self, more: Scouting) -> Scouting:
+        """These and others of the same kind."""
+        return Scouting({**self.plans, **more.plans}, {**self.why_not, **more.why_not})
+
     def for_tokens(self, tokens: int | None) -> Scouting:
         """The same plans for a run of so many tokens."""
         plans = {

@@ -5,7 +5,8 @@ such kind is scouted up its ladder of node counts (planner.sizing.ladder):
 
     all of them     until twice the nodes make steps no shorter: what a comparison shows
     the least       from the first that may keep the deadline at the devices' peak to the first that does,
-                    with counts between two rungs, and on while node-hours fall: what a sizing asks for
+                    with counts between two rungs, and on while node-hours fall; then counts next to the
+                    cheapest: what a sizing asks for
 
 Kinds are independent: they are scouted on all cores.
 """
@@ -105,6 +106,10 @@ def scout_all(
             found |= {kind[:3]: scouting for kind, scouting in done}
             known.update({keys[kind]: scouting for kind, scouting in done})
             progress(len(found), len(each))
+    if request.least and request.counts is None:
+        named = [kind._replace(counts=nodes) for kind, nodes in floors.beside(each, found)]
+        for done in _mapped(task, [[kind] for kind in named]):
+            found |= {kind[:3]: found[kind[:3]].joined(more) for kind, more in done}
     scoutings = (found[o.device.name, o.devices_per_node, o.network] for o in request.offers)
     pairs = zip(request.offers, scoutings, strict=True)
     return [(offer, scouting.of(offer, most[offer.name])) for offer, scouting in pairs]

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
+from planner.catalog import catalog_model
 from planner.codec import noun
 from planner.errors import InputError, Problem
 
@@ -119,7 +120,7 @@ def check_model(asked: Asked, known: Sequence[str]) -> None:
 
     A page must not make the server read files by name.
     """
-    if asked["model"] in known:
+    if asked["model"] in known or catalog_model(asked["model"]) is not None:
         return
     near = difflib.get_close_matches(asked["model"], known, n=3)
     raise InputError(
