@@ -1,8 +1,10 @@
-"""How long `plan size` and `plan compare` take, and how near the plans that they rest on are to a search's.
+"""How long `plan size`, `plan compare` and `plan web` take, and how near the plans that they rest on are to a
+search's.
 
     python -m bench.sizing [--limit SECONDS] [--out FILE.json]
 
-The commands run whole, in processes of their own, on a cache of nothing. Then the scout's step time on some
+The commands run whole, in processes of their own, on a cache of nothing; a server is asked for one page after
+another. Then the scout's step time on some
 clusters is set against that of `plan solve` with a time limit, and against its lower bound.
 """
 
@@ -13,6 +15,8 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import click
@@ -44,6 +48,21 @@ COMMANDS = (
     ("size, LoRA", "size --model llama-3-8b --tokens 50M --method lora --batch 128 --deadline 12h", 5.0),
 )
 """Name, arguments of `plan`, and the seconds that it may take; None: no aim."""
+PAGES: tuple[tuple[str, dict[str, str]], ...] = (
+    ("at first", {}),
+    ("another deadline", {"deadline": "60d"}),
+    ("other tokens", {"tokens": "1T"}),
+    ("another model", {"model": "llama-3-70b"}),
+    ("a larger one", {"model": "llama-3-405b"}),
+    ("experts", {"model": "mixtral-8x7b"}),
+    ("more experts", {"model": "deepseek-v3"}),
+    ("longer sequences", {"seq": "32768"}),
+    ("another batch", {"batch": "8Mtok"}),
+    ("another device", {"device": "b200-sxm"}),
+    ("two devices", {"device": "h200-sxm-141gb, mi300x"}),
+    ("all devices", {"device": ""}),
+)
+"""What the page of `plan web` is asked for, one after another; each may take a second."""
 CLUSTERS = (
     ("llama-3-8b", "1x8:h100-sxm-80gb", 8192, 128),
     ("llama-3-8b", "4x8:a100-sxm-80gb", 8192, 512),
@@ -72,6 +91,22 @@ def timed(arguments: str) -> float:
     )
     assert done.returncode == 0, arguments
     return time.perf_counter() - started
+
+
+def page_seconds() -> list[tuple[str, float]]:
+    """Seconds of each of PAGES."""
+    command = [sys.executable, "-m", "planner.cli", "web", "--no-open", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        address = server.stdout.readline().split()[2]
+        each = []
+        for name, query in PAGES:
+            started = time.perf_counter()
+            with urllib.request.urlopen(f"{address}?{urllib.parse.urlencode(query)}") as page:
+                page.read()
+            each.append((name, time.perf_counter() - started))
+        server.terminate()
+    return each
 
 
 def against_search(model: str, cluster: str, seq: int, batch: int, limit_s: float) -> dict[str, object]:
@@ -113,6 +148,8 @@ def main(limit_s: float, out: Path | None) -> None:
     """Times the commands, and sets scouts against searches."""
     timings = [(name, arguments, timed(arguments), aim) for name, arguments, aim in COMMANDS]
     click.echo(table(("command", "wall s", "aim s"), [(n, f"{s:.1f}", aim) for n, _, s, aim in timings]))
+    pages = page_seconds()
+    click.echo(table(("page of plan web", "wall s"), [(name, f"{s:.2f}") for name, s in pages]))
     rows = []
     for case in CLUSTERS:
         row = against_search(*case, limit_s)
@@ -127,6 +164,7 @@ def main(limit_s: float, out: Path | None) -> None:
     if out is not None:
         document = {
             "commands": [{"name": n, "plan": a, "wall_s": s, "aim_s": aim} for n, a, s, aim in timings],
+            "pages": [{"name": name, "wall_s": s} for name, s in pages],
             "clusters": rows,
         }
         write_atomic(out, json.dumps(document, indent=1) + "\n")

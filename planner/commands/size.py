@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 @click.option(
     "--cluster",
     metavar="CLUSTER",
-    help="What can be done with this: the days of the run, the longest sequence, the largest model.",
+    help="What can be done with this: the days of the run, the longest sequence, the largest model. Here "
+    "the soonest plan is also the cheapest, whatever --objective says.",
 )
 @click.option(
     "-o",

@@ -70,6 +70,7 @@ def web(port: int, no_open: bool, models: tuple[str, ...], prices: Path | None) 
 
 def answers(models: Sequence[str], prices: Path | None) -> Answers:
     """What the page asks of the planner."""
+    import importlib
     import json
 
     from planner.catalog import device_names, model_index
@@ -77,6 +78,9 @@ def answers(models: Sequence[str], prices: Path | None) -> Answers:
     from planner.commands.sizing_document import comparison_document, options_csv
     from planner.commands.sizing_options import PRICINGS
     from planner.web.app import Answers
+
+    for slow in ("numpy", "planner.sizing.compare"):  # the first page need not wait for them
+        importlib.import_module(slow)
 
     def choices() -> dict[str, Sequence[str]]:
         providers = {instance.provider for instance in open_market(prices, False).instances}
