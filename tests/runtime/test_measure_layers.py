@@ -155,12 +155,12 @@ def test_a_rank_of_experts_meets_as_many_rows_as_its_tokens_have(
         bench.forward()
         bench.backward()
         gradients = [p.grad for p in layer.parameters()]
+        assert all(grad is not None and grad.isfinite().all() for grad in gradients)
     routed = case.micro_batch * case.seq // case.cp * 2
     routed //= case.tp if case.sequence_parallel else 1
     gathered = case.degrees().expert_tp if case.sequence_parallel else 1
     assert len(met[0]) == 8 // case.ep
     assert set(met[0]) == {routed * gathered * case.ep // 8}
-    assert all(grad is not None and grad.isfinite().all() for grad in gradients)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
