@@ -170,7 +170,7 @@ def _trace_cpu(
     watches = [_watch(storage, released) for storage in live.values()]
     sizes = {address: storage.nbytes() for address, storage in live.items()}
     del live
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         for index, work in enumerate(phases):
             with record_function(f"{_MARK}{index}"):
                 work()

@@ -80,7 +80,7 @@ class Recorder:
     def _start_profiler(self) -> Any:
         activities = [ProfilerActivity.CPU]
         activities += [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
-        profiler = profile(activities=activities)
+        profiler = profile(activities=activities, acc_events=True)
         profiler.start()
         return profiler
 

@@ -176,7 +176,7 @@ class _Rank:
         if self.device.type != "cuda":
             return None
         torch.cuda.synchronize(self.device)
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
             self.step()
             torch.cuda.synchronize(self.device)
         kernels = [

@@ -156,6 +156,8 @@ def peaks_in_torch(schedule: Schedule, degrees: Degrees) -> Callable[[int], dict
 )
 def test_as_much_is_kept_as_in_torch(schedule: Schedule, pp: int, micro_batches: int) -> None:
     """The most micro-batches that autograd keeps tensors of, stage by stage, in torch's own run on gloo."""
+    if schedule in (Schedule.ZBV, Schedule.DUALPIPEV) and torch.__version__.startswith("2.11."):
+        pytest.skip("torch 2.11 lets a rank with two neighbouring stages send to itself, which gloo cannot")
     chunks = schedule.least_chunks
     degrees = Degrees(pp=pp, chunks=chunks, schedule=schedule, num_micro_batches=micro_batches)
     table = build_table(schedule, pp, chunks, micro_batches)
