@@ -154,8 +154,8 @@ def test_a_rank_of_experts_meets_as_many_rows_as_its_tokens_have(
         bench.prepare()
         bench.forward()
         bench.backward()
-        gradients = [p.grad for p in layer.parameters()]
-        assert all(grad is not None and grad.isfinite().all() for grad in gradients)
+        # Their values are nothing: what other ranks send is whatever memory held.
+        assert all(p.grad is not None and p.grad.shape == p.shape for p in layer.parameters())
     routed = case.micro_batch * case.seq // case.cp * 2
     routed //= case.tp if case.sequence_parallel else 1
     gathered = case.degrees().expert_tp if case.sequence_parallel else 1
