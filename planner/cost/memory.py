@@ -32,6 +32,11 @@ def transient_bytes(shape: ShapeModel, stage: StageCost, alive: float) -> float:
     return reserved_bytes(shape, stage, alive) - kept
 
 
+def idle_apart(shape: ShapeModel) -> bool:
+    """Whether a stage with nothing in flight needs nothing for a pass: what it would need depends on that."""
+    return shape.problem.stack.engine in (Engine.NATIVE, Engine.TORCHTITAN)
+
+
 def rank_memory(
     shape: ShapeModel, vectors: Sequence[dict[int, int]], held: dict[int, StageCost]
 ) -> dict[int, MemoryBreakdown]:
@@ -42,9 +47,7 @@ def rank_memory(
     depends on what is in flight, as the moments of FSDP2's engines and offloaded activations do, a stage with
     nothing in flight runs no pass.
     """
-    idle = shape.problem.stack.engine in (Engine.NATIVE, Engine.TORCHTITAN) or any(
-        stage.hosted for stage in held.values()
-    )
+    idle = idle_apart(shape) or any(stage.hosted for stage in held.values())
     each = (
         _divided(shape, vector, held, [index for index in held if not idle or vector.get(index, 0)])
         for vector in vectors

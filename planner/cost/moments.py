@@ -29,13 +29,15 @@ block before, in fp32, in flight. Of offloaded activations, those of a window of
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from planner.cost.chunked_loss import chunk_logits
 from planner.cost.seconds import larger
 from planner.cost.stage import ShapeModel
 from planner.cost.stage_cost import StageCost
 from planner.cost.states import ParamBytes
 from planner.stack import Engine
-from planner.strategy import Zero
+from planner.strategy import Recompute, Zero
 from planner.workload import Optimizer
 
 HOLE_SHARE = 0.6
@@ -89,11 +91,40 @@ def step_temporaries_bytes(shape: ShapeModel, stage: StageCost) -> float:
     return bytes_
 
 
-def least_pass_bytes(shape: ShapeModel, stage: StageCost) -> float:
-    """What a pass holds at least beside all states and activations, where gradients add up over passes."""
+def least_pass_bytes(shape: ShapeModel, options: Iterable[Recompute], *, behind: bool = False) -> float:
+    """What a stage's worst moment takes at least beside all states and activations: a block runs back; with
+    `behind`, while the gradients of one behind it are reduced. 0 where not all states exist then."""
+    engine = shape.problem.stack.engine
+    if engine is Engine.TORCHTITAN:
+        return 0.0
+    unit = min(own.params for own in shape.block_units.values())
+    each = [shape.block(key, option) for key in shape.classes for option in options]
+    running = min(cost.backward_transient_bytes for cost in each)
+    if engine is not Engine.NATIVE:
+        return running + _unit_buffer_bytes(shape, unit)
+    freed = max(cost.saved_bytes for cost in each)
+    reduced = _native_reduced(shape) * unit - freed if behind else 0.0
+    return running + _native_unit_bytes(shape, unit) + larger(reduced, 0.0)
+
+
+def stage_pass_bytes(shape: ShapeModel, stage: StageCost) -> float:
+    """The same of a stage with its ends, whose forward pass may be the worst moment."""
     if shape.problem.stack.engine is Engine.NATIVE:
         return stage.forward_transient_bytes
     return pass_bytes(shape, stage)
+
+
+def _native_reduced(shape: ShapeModel) -> float:
+    """Bytes a parameter of a unit whose gradients are being reduced: what goes in and what comes out."""
+    return 4 * (1 + 1 / shape.degrees.weight_shards) if shape.degrees.replicas > 1 else 0.0
+
+
+def _native_unit_bytes(shape: ShapeModel, unit: float) -> float:
+    """What native holds of a unit while it runs back: its gradients in the compute precision, which wait for
+    the last of them (where nothing is wrapped each is added up at once), and what ZeRO 3 gathered."""
+    degrees, size = shape.degrees, shape.problem.workload.precision.compute_bytes
+    wrapped = degrees.replicas > 1 or size < 4
+    return (size * wrapped + 2 * size * (degrees.zero is Zero.PARAMETERS)) * unit
 
 
 def pass_bytes(shape: ShapeModel, stage: StageCost) -> float:
@@ -105,15 +136,15 @@ def pass_bytes(shape: ShapeModel, stage: StageCost) -> float:
     passing = larger(stage.forward_transient_bytes, stage.backward_transient_bytes)
     if stage.holds_head and not shape.problem.stack.liger:
         passing += stage.block_transient_bytes
-    return passing + _unit_buffer_bytes(shape, stage)
+    return passing + _unit_buffer_bytes(shape, stage.largest_unit_params)
 
 
-def _unit_buffer_bytes(shape: ShapeModel, stage: StageCost) -> float:
+def _unit_buffer_bytes(shape: ShapeModel, unit: float) -> float:
     """One unit's gathered weights (ZeRO 3) and the two ends of its gradient reduction."""
     degrees, size = shape.degrees, shape.problem.workload.precision.compute_bytes
     if degrees.replicas == 1:
         return 0.0
-    unit, reduced = stage.largest_unit_params, degrees.zero >= Zero.GRADIENTS
+    reduced = degrees.zero >= Zero.GRADIENTS
     reduce = 4 * unit * (1 + 1 / degrees.weight_shards) if reduced else 0.0
     return reduce + (2 * size * unit if degrees.zero is Zero.PARAMETERS else 0.0)
 
@@ -143,22 +174,19 @@ def copied_bytes(shape: ShapeModel, stage: StageCost) -> float:
 
 def _native_moments(shape: ShapeModel, stage: StageCost, alive: float, kept: ParamBytes) -> list[float]:
     """The worst forward pass, the reduction of the head, the backward passes of blocks."""
-    degrees, size = shape.degrees, shape.problem.workload.precision.compute_bytes
+    degrees = shape.degrees
     grads = kept.grads if degrees.num_micro_batches > 1 else 0.0
     base = kept.weights + kept.optimizer + grads + (alive - 1) * stage.saved_bytes
     head = shape.head_unit.params if stage.holds_head else 0.0
     whole = base + stage.saved_bytes + _window_bytes(stage)
     moments = [whole + stage.forward_transient_bytes + _native_gathered(shape, stage, head)]
-    reduced = 4 * (1 + 1 / degrees.weight_shards) if degrees.replicas > 1 else 0.0
+    reduced = _native_reduced(shape)
     if stage.holds_head:
         moments.append(whole + reduced * shape.head_unit.trained)
-    # A unit's gradients wait for the last of them; where nothing is wrapped each is added up at once.
-    wrapped = degrees.replicas > 1 or size < 4
-    gathers = 2 * size if degrees.zero is Zero.PARAMETERS else 0
     unit = stage.largest_block_params
     for index in _blocks_to_try(stage.blocks):
         behind = stage.blocks - 1 - index
-        own = _kept_until(stage, index) + stage.block_transient_bytes + (size * wrapped + gathers) * unit
+        own = _kept_until(stage, index) + stage.block_transient_bytes + _native_unit_bytes(shape, unit)
         if behind:
             own += reduced * unit
         if degrees.num_micro_batches == 1:

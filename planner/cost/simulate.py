@@ -21,6 +21,7 @@ from planner.cost import constants
 from planner.cost.action import Action, ActionKind
 from planner.cost.longest_path import Durations
 from planner.cost.passes import Pass
+from planner.cost.seconds import smaller
 from planner.cost.stage_cost import StageCost
 from planner.cost.table import KINDS, Table
 from planner.estimate import TimelineEvent
@@ -234,7 +235,7 @@ def split_backward(stage: StageCost) -> tuple[Pass, Pass]:
     if stage.deferred_s is not None and stage.weights_s is not None:
         left_s, products_s = stage.deferred_s, stage.weights_s
     else:
-        products_s = 0.0 if stage.frozen else min(backward.compute_s / 2, stage.forward.compute_s)
+        products_s = 0.0 if stage.frozen else smaller(backward.compute_s / 2, stage.forward.compute_s)
         left_s, again_s = products_s, backward.recompute_s * (constants.SPLIT_RECOMPUTES - 1)
     inputs = dataclasses.replace(backward, compute_s=backward.compute_s - left_s, host_s=backward.host_s / 2)
     return inputs, Pass(compute_s=products_s, recompute_s=again_s, host_s=backward.host_s / 2)

@@ -373,10 +373,11 @@ class ShapeModel:
         """Weight gradients of blocks that the own runtime can leave for later; None for other engines."""
         if not self.problem.stack.recomputes_once:
             return None
-        return sum((count * self._deferrable_s[key] for (key, _), count in chosen), 0.0)
+        return sum((count * self.deferrable_s[key] for (key, _), count in chosen), 0.0)
 
     @cached_property
-    def _deferrable_s(self) -> dict[str, float]:
+    def deferrable_s(self) -> dict[str, float]:
+        """Seconds of a block's weight gradients that the own runtime can leave for later, by class."""
         shapes = {key: self.shape_of(LayerKind.BLOCK, block=key) for key in self.classes}
         return {key: self.layer_model.deferrable_s(shape) for key, shape in shapes.items()}
 

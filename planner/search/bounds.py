@@ -34,11 +34,12 @@ from collections.abc import Sequence
 from planner.cost import constants
 from planner.cost.compute import LayerModel
 from planner.cost.evaluate import CostModel
+from planner.cost.moments import least_pass_bytes
 from planner.cost.passes import Pass
 from planner.cost.stage import ShapeModel
 from planner.cost.states import offloaded_states, states_of
-from planner.stack import Engine, Stack
-from planner.strategy import Degrees, Offload, Recompute, Schedule
+from planner.stack import Engine
+from planner.strategy import Degrees, Offload, Recompute, Schedule, Zero
 
 
 def whole_units(shape: ShapeModel, options: tuple[Recompute, ...]) -> list[Pass]:
@@ -54,13 +55,18 @@ def whole_units(shape: ShapeModel, options: tuple[Recompute, ...]) -> list[Pass]
 
 
 def recompute_bound_s(
-    shape: ShapeModel, options: tuple[Recompute, ...], limit_bytes: float, alive: int
+    shape: ShapeModel,
+    options: tuple[Recompute, ...],
+    limit_bytes: float,
+    alive: int,
+    split: float = 0.0,
 ) -> float:
     """Seconds a micro-batch must at least recompute for the shape to fit; infinite where it cannot fit.
 
-    All ranks together hold the resident bytes and, at one moment, at least `alive` micro-batches of every
-    layer: one, or under GPipe all of them. What exceeds p limits must be recomputed away, at best by the
-    class and option that save most bytes a second.
+    All ranks together hold the resident bytes, what a block's pass needs on each, and, at one moment, at
+    least `alive` micro-batches of every layer: one, or under GPipe all of them. What exceeds p limits must be
+    recomputed away, at best by the class and option that save most bytes a second. `split` is the share of
+    backward passes that are split.
     """
     degrees, model = shape.degrees, shape.problem.model
     kept_bytes = most_saving = 0.0
@@ -68,7 +74,10 @@ def recompute_bound_s(
     for key in shape.classes:
         count = shape.count(key, 0, model.layers)
         saved = {option: shape.block(key, option).saved_bytes for option in options}
-        times_s = {option: shape.passes(key, option)[1].total_s for option in options}
+        times_s = {
+            option: shape.passes(key, option)[1].total_s + split * split_again_s(shape, key, option)
+            for option in options
+        }
         most = max(saved.values())
         kept_bytes += count * most
         most_saving += count * alive * (most - min(saved.values()))
@@ -77,7 +86,7 @@ def recompute_bound_s(
             for option in options
             if saved[option] < most
         ]
-    held = degrees.pp * (memory_bound_bytes(shape) + shape.runtime_bytes)
+    held = degrees.pp * (memory_bound_bytes(shape) + shape.runtime_bytes + least_pass_bytes(shape, options))
     excess = held + alive * kept_bytes - degrees.pp * limit_bytes
     if excess <= 0:
         return 0.0
@@ -111,9 +120,9 @@ class BaseBound:
         m, per_rank = degrees.num_micro_batches, degrees.world // degrees.pp
         fastest = [min(units) for units in zip(*(kind.units_s for kind in each), strict=True)]
         self.whole_s = sum(fastest)
-        self._once = shapes[0].problem.stack.recomputes_once
         self.optimizer_s = min(kind.optimizer_s for kind in each)
-        self._again_s = {alive: min(kind.again_s[alive] for kind in each) for alive in {1, m}}
+        self._once_s = 0.0 if model.sharing else min(kind.once_s for kind in each)
+        self._again_s = {key: min(kind.again_s[key] for kind in each) for key in each[0].again_s}
         self.spread_s = 0.0
         if model.sharing:
             self.spread_s = each[0].work_s * m * per_rank / model.sharing.best_throughput(degrees.world)
@@ -129,16 +138,15 @@ class BaseBound:
     def of(self, degrees: Degrees) -> float:
         """No strategy of these degrees that fits has a shorter replay; infinite where none fits."""
         all_alive = degrees.schedule is Schedule.GPIPE and degrees.pp > 1
-        again_s = self._again_s[degrees.num_micro_batches if all_alive else 1]
-        if degrees.schedule.splits_every_backward and not self._once:
-            again_s *= constants.SPLIT_RECOMPUTES
+        alive = degrees.num_micro_batches if all_alive else 1
+        again_s = self._again_s[alive, degrees.schedule.splits_every_backward]
         if again_s == float("inf"):
             return again_s
         factor = schedule_factor(degrees)
         if self._beyond > 0:
             factor *= self._slowest / (1 + factor * self._beyond / degrees.num_micro_batches)
         span_s = (self.whole_s + again_s) * factor
-        return float(max(span_s, self.spread_s) + self.optimizer_s)
+        return float(max(span_s, self.spread_s) + self._once_s * degrees.chunks + self.optimizer_s)
 
 
 class _KindBound:
@@ -153,9 +161,11 @@ class _KindBound:
         self.units_s = [unit.work_s * slow + unit.fixed_s for unit in units]
         self.work_s = sum(unit.work_s for unit in units)
         self.optimizer_s = _optimizer_bound_s(model, shape)
+        self.once_s = least_once_s(shape)
         self.again_s = {
-            alive: recompute_bound_s(shape, options, limit_bytes, alive)
+            (alive, split): recompute_bound_s(shape, options, limit_bytes, alive, float(split))
             for alive in {1, degrees.num_micro_batches}
+            for split in (False, True)
         }
 
 
@@ -167,11 +177,24 @@ def step_bound_s(
     return BaseBound(model, (shape,) * degrees.pp, options, (limit_bytes,) * degrees.pp).of(degrees)
 
 
-def split_again_s(stack: Stack, schedule: Schedule, backward: Pass) -> float:
-    """What recomputing takes more where every backward pass is split (planner.cost.simulate)."""
-    if stack.recomputes_once or not schedule.splits_every_backward:
+def least_once_s(shape: ShapeModel) -> float:
+    """What a stage gathers before and reduces after all passes takes at least: one block's."""
+    units, zero = shape.block_units.values(), shape.degrees.zero
+    gathers = zero in (Zero.OPTIMIZER, Zero.GRADIENTS)
+    reduces = zero in (Zero.NONE, Zero.OPTIMIZER)
+    return min(
+        gathers * shape.once_s(shape.updates[unit]) + reduces * shape.once_s(shape.reduces[unit])
+        for unit in units
+    )
+
+
+def split_again_s(shape: ShapeModel, key: str, option: Recompute) -> float:
+    """What a split backward pass of a block takes more than a whole one (planner.cost.simulate)."""
+    if option is Recompute.NONE:
         return 0.0
-    return backward.recompute_s * (constants.SPLIT_RECOMPUTES - 1)
+    if shape.problem.stack.recomputes_once:
+        return shape.deferrable_s[key]
+    return shape.passes(key, option)[1].recompute_s * (constants.SPLIT_RECOMPUTES - 1)
 
 
 def schedule_factor(degrees: Degrees) -> float:

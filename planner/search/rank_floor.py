@@ -5,17 +5,18 @@ one moment of the schedule, s_o the bytes that a block with option o keeps of ea
 
     sum over blocks of a s  >=  the N least a in ascending order times the bytes in descending order
 
-(rearrangement inequality), a stage having as many places as it may hold blocks. So F and Q are possible only
-where states, ends, the least transient and this sum fit, and the rank takes no less than the fastest possible
-pair. Unlike a mixture of recipes, which a linear relaxation may take, F and Q are whole numbers.
+(rearrangement inequality), where the rank's first stage has a given number of blocks and the others as many
+places as they may hold. So F and Q are possible only where states, ends, what a pass needs and this sum fit,
+and the rank takes no less than the fastest possible pair. Unlike a mixture of recipes, which a linear
+relaxation may take, F and Q are whole numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from planner.cost.moments import least_pass_bytes
+from planner.cost.moments import least_pass_bytes, stage_pass_bytes
 from planner.search.bounds import split_again_s
 from planner.search.recipes import Column, RecipeBook
 from planner.stack import Engine
@@ -27,15 +28,8 @@ if TYPE_CHECKING:
     Ints = np.ndarray[Any, np.dtype[np.int64]]
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
-MOMENTS = 2
+MOMENTS = 3
 """Moments of a rank's row that are looked at, those with most alive first."""
-
-
-class _RankMoment(NamedTuple):
-    """Micro-batches alive on the n emptiest places of a rank together, and bytes left for its blocks."""
-
-    before: Floats
-    free_bytes: float
 
 
 _Signature = tuple[tuple[tuple[bool, bool], ...], tuple[int, ...], tuple[tuple[int, ...], ...]]
@@ -43,7 +37,10 @@ _Signature = tuple[tuple[tuple[bool, bool], ...], tuple[int, ...], tuple[tuple[i
 
 
 class RankFloor:
-    """The floors of one shape's ranks. Holds where all blocks are of one class."""
+    """The floors of one shape's ranks. Holds where all blocks are of one class.
+
+    `split` is the least share of a stage's backward passes that are split.
+    """
 
     def __init__(
         self,
@@ -52,6 +49,7 @@ class RankFloor:
         degrees: Degrees,
         in_flight: Sequence[Sequence[dict[int, int]]],
         limits: Sequence[tuple[int, int]],
+        split: float,
     ) -> None:
         self.book, self.shape, self.limit_bytes = book, book.shape, limit_bytes
         self.in_flight, self.limits = in_flight, limits
@@ -61,9 +59,8 @@ class RankFloor:
         self.last = degrees.stages - 1
         (self.key,) = self.shape.classes
         each = {option: self.shape.passes(self.key, option) for option in book.options}
-        stack = self.shape.problem.stack
         self.block_s = {
-            option: forward.total_s + backward.total_s + split_again_s(stack, degrees.schedule, backward)
+            option: forward.total_s + backward.total_s + split * split_again_s(self.shape, self.key, option)
             for option, (forward, backward) in each.items()
         }
         self.saved = {option: self.shape.block(self.key, option).saved_bytes for option in book.options}
@@ -75,19 +72,22 @@ class RankFloor:
         engine = self.shape.problem.stack.engine
         apart = engine is Engine.TORCHTITAN or (engine is Engine.NATIVE and degrees.num_micro_batches == 1)
         self.bounded = not apart and book.offload is Offload.NONE
+        self._pass_bytes = {option: least_pass_bytes(self.shape, [option]) for option in book.options}
+        pair = least_pass_bytes(self.shape, book.options, behind=True)
+        self._behind_bytes = pair - min(self._pass_bytes.values())
         self._alike: dict[int, _Signature] = {}
-        self._known: dict[tuple[_Signature, int], float] = {}
+        self._known: dict[tuple[_Signature, int], dict[int, float]] = {}
         self._known_ends: dict[tuple[bool, bool], tuple[float, float, float]] = {}
-        self._moments: dict[_Signature, list[_RankMoment]] = {}
         self._known_pairs: dict[int, tuple[Ints, Ints, Floats]] = {}
 
-    def least_s(self, rank: int, blocks: int) -> float:
-        """Seconds that `blocks` blocks on a rank take at least; infinite where they cannot fit."""
+    def least_by_first_s(self, rank: int, blocks: int, firsts: range) -> dict[int, float]:
+        """Seconds that `blocks` blocks on a rank take at least for a micro-batch, by how many of them, among
+        `firsts`, its first stage holds; without those that cannot fit."""
         if rank not in self._alike:
             self._alike[rank] = self._signature(rank)
         key = self._alike[rank], blocks
         if key not in self._known:
-            self._known[key] = self._least_s(*key)
+            self._known[key] = self._least_by_first_s(*key, firsts)
         return self._known[key]
 
     def _signature(self, rank: int) -> _Signature:
@@ -100,35 +100,41 @@ class RankFloor:
             tuple(tuple(vector.get(s, 0) for s in stages) for vector in fullest),
         )
 
-    def _least_s(self, signature: _Signature, blocks: int) -> float:
-        if not self.bounded:
-            return blocks * min(self.block_s.values())
-        if signature not in self._moments:
-            self._moments[signature] = self._moments_of(*signature)
-        full, selective, seconds = self._pairs(blocks)
-        fits = seconds < float("inf")
-        for moment in self._moments[signature]:
-            if len(moment.before) <= blocks:
-                return float("inf")
-            free = moment.free_bytes - blocks * self._block_bytes
-            fits = fits & (self._kept_bytes(blocks, full, selective, moment.before) <= free)
-        return float(seconds[fits].min()) if fits.any() else float("inf")
-
-    def _moments_of(
-        self,
-        ends: tuple[tuple[bool, bool], ...],
-        places: tuple[int, ...],
-        vectors: tuple[tuple[int, ...], ...],
-    ) -> list[_RankMoment]:
-        """The moments of a rank at which most is alive: places in ascending order, bytes left for blocks."""
+    def _least_by_first_s(self, signature: _Signature, blocks: int, firsts: range) -> dict[int, float]:
         import numpy as np
 
-        result = []
+        ends, (_, *others), vectors = signature
+        if not self.bounded:
+            return dict.fromkeys(firsts, blocks * min(self.block_s.values()))
+        full, selective, seconds = self._pairs(blocks)
+        fits = np.repeat(seconds[None] < float("inf"), len(firsts), axis=0)
         for alive in vectors:
-            weights = sorted(a for a, most in zip(alive, places, strict=True) for _ in range(most))
-            before = np.concatenate([[0.0], np.cumsum(weights)])
-            result.append(_RankMoment(before, self.limit_bytes - self._standing_bytes(alive, ends)))
-        return result
+            standing, forward, freed = self._standing_bytes(alive, ends)
+            free = self.limit_bytes - standing - blocks * self._block_bytes
+            places = sorted(a for a, high in zip(alive[1:], others, strict=True) for _ in range(high))
+            single = sum(1 if a else high for a, high in zip(alive[1:], others, strict=True))
+            for row, first in enumerate(firsts):
+                before = np.cumsum([0, *sorted([alive[0]] * first + places[: blocks - first])])
+                behind = (first > 1 and alive[0] > 0) or blocks - first > single
+                back = self._back_bytes(full, selective, alive) + self._behind_bytes * behind - freed
+                kept = self._kept_bytes(blocks, full, selective, before)
+                fits[row] &= kept + np.maximum(back, forward) <= free
+        found = ((first, seconds[fits[row]]) for row, first in enumerate(firsts))
+        return {first: float(each.min()) for first, each in found if len(each)}
+
+    def _back_bytes(self, full: Ints, selective: Ints, alive: Sequence[int]) -> Floats:
+        """What the backward pass of some block needs: of one that recomputes, where all stages run."""
+        import numpy as np
+
+        least = min(self._pass_bytes.values())
+        counts = {Recompute.FULL: full, Recompute.SELECTIVE: selective}
+        each = [
+            (size - least) * (counts[option] > 0)
+            for option, size in self._pass_bytes.items()
+            if option in counts and all(alive)
+        ]
+        back: Floats = least + np.max([np.zeros(len(full)), *each], axis=0)
+        return back
 
     def fastest_mixes(
         self, sizes: Sequence[int], alive: Sequence[int], free_bytes: float, most: int
@@ -202,25 +208,29 @@ class RankFloor:
         )
         return full, selective, seconds
 
-    def _standing_bytes(self, alive: Sequence[int], ends: Sequence[tuple[bool, bool]]) -> float:
-        """What a rank holds besides its blocks' states and activations: runtime, ends, least transient."""
-        total, least_transient = float(self.shape.runtime_bytes), 0.0
+    def _standing_bytes(
+        self, alive: Sequence[int], ends: Sequence[tuple[bool, bool]]
+    ) -> tuple[float, float, float]:
+        """What a rank holds besides its blocks' states and activations: runtime and ends; what a forward pass
+        needs; and of what the ends keep, the most that is freed before blocks run back."""
+        total, forward, freed = float(self.shape.runtime_bytes), 0.0, 0.0
         for count, end in zip(alive, ends, strict=True):
             if end not in self._known_ends:
                 self._known_ends[end] = self._end_bytes(*end)
-            resident, saved, transient = self._known_ends[end]
+            resident, saved, passing = self._known_ends[end]
             total += resident + count * saved
-            least_transient = max(least_transient, transient)
-        return total + least_transient
+            if count:
+                forward, freed = max(forward, passing), max(freed, saved)
+        return total, forward, freed
 
     def _end_bytes(self, first: bool, last: bool) -> tuple[float, float, float]:
-        """Of the ends that a stage holds: states, what is kept of a micro-batch, the least transient."""
+        """Of the ends that a stage holds: states, what is kept of a micro-batch, what a pass needs."""
         each = {option: self._alone(first, last, option) for option in self.saved}
         option = self._keeping[-1]
         return (
             each[option].resident_bytes - self._block_bytes,
             each[option].cost.saved_bytes - self.saved[option],
-            min(least_pass_bytes(self.shape, column.cost) for column in each.values()),
+            min(stage_pass_bytes(self.shape, column.cost) for column in each.values()),
         )
 
     def _alone(self, first: bool, last: bool, option: Recompute) -> Column:

@@ -11,14 +11,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 
+from planner.cost.action import ActionKind
 from planner.cost.evaluate import CostModel
 from planner.cost.schedule import Table
 from planner.cost.stage import ShapeModel
+from planner.search.bounds import least_once_s
+from planner.search.rank_fill import Way, can_hold
 from planner.search.rank_floor import RankFloor
+from planner.search.rank_mixes import Held, RankMixes
 from planner.search.recipes import Column, RecipeBook
 from planner.search.sizes import Limits, Sizes, narrowed
 from planner.strategy import Schedule
@@ -55,6 +59,7 @@ class StageSpace:
         self.limits_bytes, self.books = limits_bytes, books
         self.layers, self.one_class = model.problem.model.layers, books[0].one_class
         self._roomy: dict[tuple[int, Sizes | None], bool] = {}
+        self._known_ways: dict[tuple[int, int], dict[int, float]] = {}
         self.rank_of = [self.degrees.pp_rank_of_stage(s) for s in range(self.degrees.stages)]
 
     @cached_property
@@ -236,7 +241,7 @@ class StageSpace:
         if self.model.sharing is not None or to_beat_s == float("inf"):
             by_stage = narrowed(limits, self.layers)
             return None if by_stage is None else Sizes(by_stage, ((self.degrees.chunks, self.layers),) * p)
-        left_s = to_beat_s - self._optimizer_s
+        left_s = to_beat_s - self._optimizer_s - self._once_s
         within_s = left_s / m
         if self._even_bound:
             within_s = min(within_s, (left_s - self._twice_s) / (m - p - 1))
@@ -246,6 +251,8 @@ class StageSpace:
         most = [min(high, int(max(0.0, within_s - held) / block + DUST)) for high, held, block in each]
         by_rank = narrowed(list(zip(least, most, strict=True)), self.layers)
         by_rank = by_rank and self._with_memory(by_rank, left_s)
+        if by_rank and self.degrees.chunks > 1 and not self._can_hold(by_rank, left_s):
+            return None
         if by_rank is None:
             return None
         by_stage = narrowed(
@@ -275,12 +282,65 @@ class StageSpace:
             result.append((least, most))
         return narrowed(result, self.layers)
 
+    def _can_hold(self, by_rank: Limits, left_s: float) -> bool:
+        """Whether ranks that are entered one after the other can hold all blocks in time."""
+        entered = {name: self._enter_s(book) for name, book in {id(b): b for b in self.books}.items()}
+
+        def ways(rank: int) -> Iterator[Way]:
+            low, high = by_rank[rank]
+            fixed_s, block_s = entered[id(self.books[rank])]
+            for blocks in range(low, high + 1):
+                for first, own_s in self.ways(rank, blocks).items():
+                    yield Way(blocks, own_s, fixed_s + block_s * first)
+
+        return can_hold(self.layers, map(ways, range(self.degrees.pp)), left_s)
+
     def _own_s(self, rank: int, blocks: int) -> float:
         """What a rank that holds so many blocks takes at least for a micro-batch; infinite if it cannot."""
         if self.degrees.chunks > 1:
-            return self.floors[rank].least_s(rank, blocks) + self.held_s[rank]
+            least_s = min(self.ways(rank, blocks).values(), default=float("inf"))
+            return least_s / self.degrees.num_micro_batches
         column = self.recipe(rank, self.span(rank, blocks))
         return float("inf") if column is None else column.whole_s(self.degrees.schedule)
+
+    def ways(self, rank: int, blocks: int) -> dict[int, float]:
+        """What a rank that holds so many blocks takes at least for all micro-batches, by how many of them its
+        first stage has."""
+        key = rank, blocks
+        if key not in self._known_ways:
+            self._known_ways[key] = self._all_ways(rank, blocks)
+        return self._known_ways[key]
+
+    def _all_ways(self, rank: int, blocks: int) -> dict[int, float]:
+        m, stages, mixes = self.degrees.num_micro_batches, self.stages_of[rank], self._mixes[rank]
+        (low, high), *others = (self.size_limits[s] for s in stages)
+        least, most = (sum(limit[end] for limit in others) for end in (0, 1))
+        firsts = range(max(low, blocks - most), min(high, blocks - least) + 1)
+        if len(stages) == 2 and mixes.few((blocks // 2, blocks - blocks // 2)):
+            deals = {n: (self._held(stages[0], n), self._held(stages[1], blocks - n)) for n in firsts}
+            found = {first: mixes.least_s(held) for first, held in deals.items()}
+        else:
+            held_s = self.held_s[rank]
+            floors = self.floors[rank].least_by_first_s(rank, blocks, firsts)
+            found = {first: m * (least_s + held_s) for first, least_s in floors.items()}
+        return {first: own_s for first, own_s in found.items() if own_s < float("inf")}
+
+    def _held(self, stage: int, size: int) -> Held:
+        rank = self.rank_of[stage]
+        counts = self.table.counts(rank)
+        return Held(
+            span=self.span(stage, size),
+            actions=tuple((kind, n) for (s, kind), n in counts.items() if s == stage),
+            alive=tuple(moment.get(stage, 0) for moment in self.in_flight[rank]),
+        )
+
+    @cached_property
+    def _mixes(self) -> list[RankMixes]:
+        """Of each rank, one for ranks on equal devices."""
+        known: dict[int, RankMixes] = {}
+        for book, limit in zip(self.books, self.limits_bytes, strict=True):
+            known.setdefault(id(book), RankMixes(book, limit))
+        return [known[id(book)] for book in self.books]
 
     def floor_bound_s(self, to_beat_s: float) -> float:
         """The greatest step time, up to one, that no sizes of stages can beat."""
@@ -301,10 +361,29 @@ class StageSpace:
         known: dict[int, RankFloor] = {}
         for book, limit in zip(self.books, self.limits_bytes, strict=True):
             if id(book) not in known:
-                known[id(book)] = RankFloor(book, limit, self.degrees, self.in_flight, self.size_limits)
+                known[id(book)] = RankFloor(
+                    book, limit, self.degrees, self.in_flight, self.size_limits, self._split
+                )
         return [known[id(book)] for book in self.books]
 
     # Least seconds
+
+    @cached_property
+    def _split(self) -> float:
+        """The least share of a stage's backward passes that are split."""
+        if not self.degrees.schedule.splits_backward:
+            return 0.0
+        counts = [self.table.counts(rank) for rank in range(self.degrees.pp)]
+        weights = (counts[rank].get((s, ActionKind.WEIGHT_GRAD), 0) for s, rank in enumerate(self.rank_of))
+        return min(weights) / self.degrees.num_micro_batches
+
+    @cached_property
+    def _once_s(self) -> float:
+        """What a rank gathers before and reduces after all passes takes at least."""
+        if self.model.sharing is not None:
+            return 0.0
+        shapes = {id(book): book.shape for book in self.books}.values()
+        return self.degrees.chunks * min(map(least_once_s, shapes))
 
     @cached_property
     def block_s(self) -> list[float]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from planner.cost.simulate import kind_passes
 from planner.problem import PlanningProblem
 from planner.search.shape_search import ShapeSearch
 from planner.search.sizes import Sizes, narrowed, splits
@@ -87,8 +88,10 @@ def fits(space: StageSpace, rank: int, held: dict[int, Stage]) -> bool:
 
 
 def own_s(space: StageSpace, rank: int, held: dict[int, Stage]) -> float:
-    columns = [space.books[rank].column(stage) for s, stage in held.items()]
-    return sum(column.whole_s(space.degrees.schedule) for column in columns)
+    """What a rank's actions take, a micro-batch."""
+    passes = {s: kind_passes(space.books[rank].column(stage).cost) for s, stage in held.items()}
+    each = (n * passes[s][kind].total_s for (s, kind), n in space.table.counts(rank).items())
+    return sum(each) / space.degrees.num_micro_batches
 
 
 def placed(stage: int, stages: int, size: int, layers: int) -> tuple[int, int]:
@@ -128,8 +131,12 @@ def test_the_floor_of_a_rank_lies_below_all_its_mixes(fix: str) -> None:
                 limit = min(used) + draw.random() * (max(used) - min(used))
                 space = StageSpace(roomy.model, roomy.shape, [limit] * 2, roomy.books)
                 best = min(own_s(space, rank, held) for held in ways if fits(space, rank, held))
-                floor = space.floors[rank].least_s(rank, blocks) + space.held_s[rank]
+                floors = space.floors[rank].least_by_first_s(rank, blocks, range(1, blocks))
+                floor = min(floors.values()) + space.held_s[rank]
                 assert floor <= best * (1 + 1e-9), (seed, rank, blocks)
+                least = min(space.ways(rank, blocks).values()) / space.degrees.num_micro_batches
+                assert floor <= least * (1 + 1e-9)
+                assert least == pytest.approx(best), (seed, rank, blocks)
                 free_s = blocks * min(space.floors[rank].block_s.values()) + space.held_s[rank]
                 compared += 1
                 forced += free_s * (1 + 1e-9) < floor
