@@ -7,7 +7,8 @@ one moment of the schedule, s_o the bytes that a block with option o keeps of ea
 
 (rearrangement inequality), where the rank's first stage has a given number of blocks and the others as many
 places as they may hold. So F and Q are possible only where states, ends, what a pass needs and this sum fit,
-and the rank takes no less than the fastest possible pair. Unlike a mixture of recipes, which a linear
+and the rank takes no less than the fastest possible pair, with what a pass that recomputes anything takes
+besides, on as few stages as hold F + Q blocks. Unlike a mixture of recipes, which a linear
 relaxation may take, F and Q are whole numbers.
 """
 
@@ -103,10 +104,12 @@ class RankFloor:
     def _least_by_first_s(self, signature: _Signature, blocks: int, firsts: range) -> dict[int, float]:
         import numpy as np
 
-        ends, (_, *others), vectors = signature
+        ends, (most, *others), vectors = signature
         if not self.bounded:
             return dict.fromkeys(firsts, blocks * min(self.block_s.values()))
         full, selective, seconds = self._pairs(blocks)
+        recomputing = np.ceil((full + selective) / max(most, *others))
+        seconds = seconds + self.shape.physics.recompute_pass_s * recomputing
         fits = np.repeat(seconds[None] < float("inf"), len(firsts), axis=0)
         for alive in vectors:
             standing, forward, freed = self._standing_bytes(alive, ends)

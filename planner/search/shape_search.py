@@ -31,7 +31,7 @@ MAX_REPLAYED = 2_000_000
 MAX_COLUMNS, MIXES_EACH = 80, 5
 """Columns of a programme beyond which it is not solved, and how many a stage and size have about: where
 several stages share a rank's tight memory, their many mixes make relaxations loose. The shape's bound is then
-that of its sizes, and its gap stays open."""
+that of its sizes (StageSpace.floor_bound_s), and its gap stays open."""
 MAX_SEVERAL = 400
 """Spans that stages may hold, all counted, beyond which a shape of several layer classes and several stages
 a rank has an even split alone, and its gap stays open."""
@@ -51,7 +51,8 @@ class Found(NamedTuple):
 
 
 class ShapeResult(NamedTuple):
-    """The best strategy of a shape (None: no recipe fits), the proven bound, and the ILPs solved."""
+    """The best strategy of a shape (None: no recipe fits), the proven bound (0: none but what was known
+    before), and the ILPs solved."""
 
     found: Found | None
     bound_s: float
@@ -190,7 +191,7 @@ class ShapeSearch:
         ranks = range(self.degrees.pp)
         roomy = self.degrees.chunks == 1 or all(self.space.rank_roomy(rank, sizes) for rank in ranks)
         if not roomy and len(spans) * MIXES_EACH > MAX_COLUMNS:
-            return ShapeResult(None, self.space.floor_bound_s(budget.to_beat_s), 0)
+            return ShapeResult(None, 0.0, 0)
         columns = self._columns(budget, sizes)
         every = self._all_splits(sizes, columns, budget.to_beat_s) if roomy and all(columns) else None
         return every or self._by_programme(columns, budget)

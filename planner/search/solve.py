@@ -13,6 +13,7 @@ what lies between it and the plan.
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import time
 from collections import Counter
 from functools import cache
@@ -108,6 +109,7 @@ class Solver:
         self.shapes = self.milps = 0
         self.found: list[Found] = []
         self.bounds_s: list[float] = []
+        self.open: list[Candidate] = []
         self._bases: dict[int, _Base] = {}
         self._least: dict[tuple[object, ...], float] = {}
 
@@ -141,6 +143,7 @@ class Solver:
         unmodelled = candidates.count_unmodelled(best.step_time_s * (1 - self.options.gap_tolerance))
         self.rejected.update({"step_time_bound": unmodelled} if unmodelled else {})
         lower_s = min([*self.bounds_s, best.step_time_s])
+        lower_s = min(lower_s, self._least_open_s(lower_s, best.step_time_s))
         gap = max(0.0, 1 - lower_s / best.step_time_s)
         proven = gap <= self.options.gap_tolerance * (1 + OPTIMAL_GAP) + OPTIMAL_GAP and not out_of_time
         verify(self.problem, evaluation, lower_s)
@@ -324,9 +327,13 @@ class Solver:
                 return candidate.bound_s < to_beat_s and patient
             result = candidate.search.run(self._budget(to_beat_s))
             self.milps += result.milps
-            self.bounds_s.append(max(result.bound_s, candidate.bound_s))
-            if self.bounds_s[-1] < to_beat_s:
-                open_s = min(open_s, self.bounds_s[-1])
+            bound_s = max(result.bound_s, candidate.bound_s)
+            if result.bound_s or not candidate.search.dealable:
+                self.bounds_s.append(bound_s)
+            else:
+                self.open.append(candidate)
+            if bound_s < to_beat_s:
+                open_s = min(open_s, bound_s)
             stale += 1
             if result.found is None:
                 if incumbent_s == float("inf"):
@@ -339,6 +346,19 @@ class Solver:
             return False
         self.bounds_s.append(candidates.next_bound_s)
         return True
+
+    def _least_open_s(self, lower_s: float, best_s: float) -> float:
+        """The least bound of the shapes whose gap stayed open, or `lower_s` if that is less: only the bounds
+        that may be the least are worked out."""
+        left = [(candidate.bound_s, candidate.order, candidate, False) for candidate in self.open]
+        heapq.heapify(left)
+        while left and left[0][0] < lower_s:
+            bound_s, order, candidate, known = heapq.heappop(left)
+            if known or self._expired():
+                return bound_s
+            floor_s = candidate.search.space.floor_bound_s(best_s * (1 - self.options.gap_tolerance))
+            heapq.heappush(left, (max(bound_s, floor_s), order, candidate, True))
+        return lower_s
 
     def _budget(self, to_beat_s: float) -> Budget:
         left, options = self._seconds_left(), self.options

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 
@@ -30,7 +30,7 @@ from planner.strategy import Schedule
 MAX_REACH = 4
 """Layers that a boundary of stages may lie from the even split, in a model of several layer classes: this
 narrows the space that the certificate speaks of."""
-FLOOR_REACH, FLOOR_HALVINGS = 0.2, 5
+FLOOR_REACH, FLOOR_HALVINGS = 0.5, 7
 """How far below a step time the bound of sizes is looked for, as a share of it, and halvings of that."""
 DUST = 1e-9
 
@@ -250,8 +250,11 @@ class StageSpace:
         each = zip(highest, self.held_s, self.block_s, strict=True)
         most = [min(high, int(max(0.0, within_s - held) / block + DUST)) for high, held, block in each]
         by_rank = narrowed(list(zip(least, most, strict=True)), self.layers)
+        several = self.degrees.chunks > 1
+        if by_rank and several and not self._can_hold(by_rank, self._roomy_ways, left_s):
+            return None
         by_rank = by_rank and self._with_memory(by_rank, left_s)
-        if by_rank and self.degrees.chunks > 1 and not self._can_hold(by_rank, left_s):
+        if by_rank and several and not self._can_hold(by_rank, self.ways, left_s):
             return None
         if by_rank is None:
             return None
@@ -282,7 +285,9 @@ class StageSpace:
             result.append((least, most))
         return narrowed(result, self.layers)
 
-    def _can_hold(self, by_rank: Limits, left_s: float) -> bool:
+    def _can_hold(
+        self, by_rank: Limits, own_s: Callable[[int, int], dict[int, float]], left_s: float
+    ) -> bool:
         """Whether ranks that are entered one after the other can hold all blocks in time."""
         entered = {name: self._enter_s(book) for name, book in {id(b): b for b in self.books}.items()}
 
@@ -290,8 +295,8 @@ class StageSpace:
             low, high = by_rank[rank]
             fixed_s, block_s = entered[id(self.books[rank])]
             for blocks in range(low, high + 1):
-                for first, own_s in self.ways(rank, blocks).items():
-                    yield Way(blocks, own_s, fixed_s + block_s * first)
+                for first, rank_s in own_s(rank, blocks).items():
+                    yield Way(blocks, rank_s, fixed_s + block_s * first)
 
         return can_hold(self.layers, map(ways, range(self.degrees.pp)), left_s)
 
@@ -311,11 +316,20 @@ class StageSpace:
             self._known_ways[key] = self._all_ways(rank, blocks)
         return self._known_ways[key]
 
+    def _roomy_ways(self, rank: int, blocks: int) -> dict[int, float]:
+        """The same where memory has room for all, with as few blocks on the first stage as can be."""
+        own_s = self.degrees.num_micro_batches * (blocks * self.block_s[rank] + self.held_s[rank])
+        return dict.fromkeys(self._firsts(rank, blocks)[:1], own_s)
+
+    def _firsts(self, rank: int, blocks: int) -> range:
+        """How many of a rank's blocks its first stage may hold."""
+        (low, high), *others = (self.size_limits[s] for s in self.stages_of[rank])
+        least, most = (sum(limit[end] for limit in others) for end in (0, 1))
+        return range(max(low, blocks - most), min(high, blocks - least) + 1)
+
     def _all_ways(self, rank: int, blocks: int) -> dict[int, float]:
         m, stages, mixes = self.degrees.num_micro_batches, self.stages_of[rank], self._mixes[rank]
-        (low, high), *others = (self.size_limits[s] for s in stages)
-        least, most = (sum(limit[end] for limit in others) for end in (0, 1))
-        firsts = range(max(low, blocks - most), min(high, blocks - least) + 1)
+        firsts = self._firsts(rank, blocks)
         if len(stages) == 2 and mixes.few((blocks // 2, blocks - blocks // 2)):
             deals = {n: (self._held(stages[0], n), self._held(stages[1], blocks - n)) for n in firsts}
             found = {first: mixes.least_s(held) for first, held in deals.items()}
