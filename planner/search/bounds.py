@@ -29,17 +29,24 @@ rank make those of every t_j equal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
+from operator import mul
 
 from planner.cost import constants
 from planner.cost.compute import LayerModel
 from planner.cost.evaluate import CostModel
 from planner.cost.moments import least_pass_bytes
 from planner.cost.passes import Pass
+from planner.cost.schedule import in_flight
 from planner.cost.stage import ShapeModel
 from planner.cost.states import offloaded_states, states_of
 from planner.stack import Engine
 from planner.strategy import Degrees, Offload, Recompute, Schedule, Zero
+
+Alive = tuple[int, ...]
+"""Micro-batches alive of each layer, ascending."""
 
 
 def whole_units(shape: ShapeModel, options: tuple[Recompute, ...]) -> list[Pass]:
@@ -54,22 +61,36 @@ def whole_units(shape: ShapeModel, options: tuple[Recompute, ...]) -> list[Pass]
     return units
 
 
+@lru_cache(maxsize=4096)
+def alive_at_least(schedule: Schedule, pp: int, chunks: int, num_micro_batches: int, layers: int) -> Alive:
+    """Micro-batches alive of each layer, at least, when most are on its rank: ascending.
+
+    A stage has one layer or more; what the stages leave over counts as where fewest are alive.
+    """
+    fullest = [
+        max(row, key=lambda v: sum(v.values())) for row in in_flight(schedule, pp, chunks, num_micro_batches)
+    ]
+    each = [alive for vector in fullest for alive in vector.values()]
+    return tuple(sorted(each + [min(each)] * (layers - len(each))))
+
+
 def recompute_bound_s(
     shape: ShapeModel,
     options: tuple[Recompute, ...],
     limit_bytes: float,
-    alive: int,
+    alive: Alive,
     split: float = 0.0,
 ) -> float:
     """Seconds a micro-batch must at least recompute for the shape to fit; infinite where it cannot fit.
 
-    All ranks together hold the resident bytes, what a block's pass needs on each, and, at one moment, at
-    least `alive` micro-batches of every layer: one, or under GPipe all of them. What exceeds p limits must be
-    recomputed away, at best by the class and option that save most bytes a second. `split` is the share of
-    backward passes that are split.
+    Ranks hold the resident bytes, what a block's pass needs, and activations of micro-batches: when most are
+    alive on each rank at least `alive` of the layers, in some order. What exceeds p limits must be recomputed
+    away, at best by the class and option that save most bytes a second, where most are alive. `split` is the
+    share of backward passes that are split.
     """
     degrees, model = shape.degrees, shape.problem.model
-    kept_bytes = most_saving = 0.0
+    most_bytes: list[float] = []
+    least_bytes: list[float] = []
     rates = []
     for key in shape.classes:
         count = shape.count(key, 0, model.layers)
@@ -79,18 +100,24 @@ def recompute_bound_s(
             for option in options
         }
         most = max(saved.values())
-        kept_bytes += count * most
-        most_saving += count * alive * (most - min(saved.values()))
+        most_bytes += [most] * count
+        least_bytes += [min(saved.values())] * count
         rates += [
-            (times_s[option] - min(times_s.values())) / (alive * (most - saved[option]))
+            (times_s[option] - min(times_s.values())) / (alive[-1] * (most - saved[option]))
             for option in options
             if saved[option] < most
         ]
     held = degrees.pp * (memory_bound_bytes(shape) + shape.runtime_bytes + least_pass_bytes(shape, options))
-    excess = held + alive * kept_bytes - degrees.pp * limit_bytes
-    if excess <= 0:
-        return 0.0
-    return excess * min(rates) if excess <= most_saving else float("inf")
+    free = degrees.pp * limit_bytes - held
+    if _least_product(alive, least_bytes) > free:
+        return float("inf")
+    excess = _least_product(alive, most_bytes) - free
+    return excess * min(rates, default=float("inf")) if excess > 0 else 0.0
+
+
+def _least_product(ascending: Alive, sizes: list[float]) -> float:
+    """The least sum of products of some numbers with as many sizes, in whatever order they meet."""
+    return math.fsum(map(mul, ascending, sorted(sizes, reverse=True)))
 
 
 class BaseBound:
@@ -122,7 +149,7 @@ class BaseBound:
         self.whole_s = sum(fastest)
         self.optimizer_s = min(kind.optimizer_s for kind in each)
         self._once_s = 0.0 if model.sharing else min(kind.once_s for kind in each)
-        self._again_s = {key: min(kind.again_s[key] for kind in each) for key in each[0].again_s}
+        self._kinds, self._layers = each, shapes[0].problem.model.layers
         self.spread_s = 0.0
         if model.sharing:
             self.spread_s = each[0].work_s * m * per_rank / model.sharing.best_throughput(degrees.world)
@@ -137,9 +164,9 @@ class BaseBound:
 
     def of(self, degrees: Degrees) -> float:
         """No strategy of these degrees that fits has a shorter replay; infinite where none fits."""
-        all_alive = degrees.schedule is Schedule.GPIPE and degrees.pp > 1
-        alive = degrees.num_micro_batches if all_alive else 1
-        again_s = self._again_s[alive, degrees.schedule.splits_every_backward]
+        pipe = degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches
+        alive, split = alive_at_least(*pipe, self._layers), float(degrees.schedule.splits_every_backward)
+        again_s = min(kind.again_s(alive, split) for kind in self._kinds)
         if again_s == float("inf"):
             return again_s
         factor = schedule_factor(degrees)
@@ -156,17 +183,23 @@ class _KindBound:
         self, model: CostModel, shape: ShapeModel, options: tuple[Recompute, ...], limit_bytes: float
     ) -> None:
         degrees = shape.degrees
+        self.shape, self.options, self.limit_bytes = shape, options, limit_bytes
+        self._again_s: dict[tuple[Alive, float], float] = {}
         slow = model.sharing.slowdown(degrees.world // degrees.pp) if model.sharing else 1.0
         units = whole_units(shape, options)
         self.units_s = [unit.work_s * slow + unit.fixed_s for unit in units]
         self.work_s = sum(unit.work_s for unit in units)
         self.optimizer_s = _optimizer_bound_s(model, shape)
         self.once_s = least_once_s(shape)
-        self.again_s = {
-            (alive, split): recompute_bound_s(shape, options, limit_bytes, alive, float(split))
-            for alive in {1, degrees.num_micro_batches}
-            for split in (False, True)
-        }
+
+    def again_s(self, alive: Alive, split: float) -> float:
+        """What a micro-batch must at least recompute: with so many alive, or one of every layer."""
+        each = []
+        for key in ((alive, split), ((1,) * len(alive), split)):
+            if key not in self._again_s:
+                self._again_s[key] = recompute_bound_s(self.shape, self.options, self.limit_bytes, *key)
+            each.append(self._again_s[key])
+        return max(each)
 
 
 def step_bound_s(

@@ -1,8 +1,8 @@
-"""The least seconds of a pipeline rank that holds two stages, over all mixes of recomputation that fit.
+"""The least seconds of a pipeline rank that holds several stages, over all mixes of recomputation that fit.
 
-Every mix of one stage is set beside every mix of the other: at each moment of the schedule
+Every mix of one stage is set beside every mix of the others: at each moment of the schedule
 
-    runtime + resident_1 + resident_2 + a_1 saved_1 + a_2 saved_2 + the larger transient <= limit
+    runtime + sum over stages s of (resident_s + a_s saved_s) + the largest transient <= limit
 
 with a_s the micro-batches alive on each, and transients of stages that have some. Where blocks are of one
 class this is exact for given sizes.
@@ -10,14 +10,16 @@ class this is exact for given sizes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.action import ActionKind
 from planner.cost.memory import idle_apart, transient_bytes
 from planner.cost.moments import resident
 from planner.cost.simulate import kind_passes
-from planner.search.recipes import RecipeBook
+from planner.search.recipes import Column, RecipeBook
 from planner.strategy import Offload
 
 if TYPE_CHECKING:
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
-MOST_PAIRS = 60_000
-"""Pairs of mixes beyond which a rank is left to planner.search.rank_floor."""
+MOST_MIXES = 60_000
+"""Mixes of all stages of a rank together beyond which it is left to planner.search.rank_floor."""
 
 Span = tuple[int, int]
 
@@ -46,7 +48,7 @@ class RankMixes:
     def __init__(self, book: RecipeBook, limit_bytes: float) -> None:
         self.book, self.limit_bytes = book, limit_bytes
         self.apart = idle_apart(book.shape)
-        self._known: dict[tuple[Held, ...], float] = {}
+        self._known: dict[tuple[Held, ...], tuple[float, tuple[int, ...]]] = {}
         self._seconds: dict[tuple[Span, tuple[tuple[ActionKind, int], ...]], Floats] = {}
         self._bytes: dict[tuple[Span, int], tuple[Floats, Floats]] = {}
 
@@ -54,29 +56,37 @@ class RankMixes:
         """Whether all mixes of stages of these sizes can be looked at; with offloading they are others."""
         if self.book.offload is not Offload.NONE:
             return False
-        pairs = 1
-        for size in sizes:
-            pairs *= (size + 1) * (size + 2) // 2
-        return pairs <= MOST_PAIRS
+        return math.prod((size + 1) * (size + 2) // 2 for size in sizes) <= MOST_MIXES
 
-    def least_s(self, held: tuple[Held, Held]) -> float:
+    def least_s(self, held: tuple[Held, ...]) -> float:
         """What the rank takes at least for all micro-batches; infinite where no mix fits."""
+        return self._best(held)[0]
+
+    def fastest(self, held: tuple[Held, ...]) -> tuple[Column, ...] | None:
+        """The recipes of its stages that take least; None where none fit."""
+        seconds, numbers = self._best(held)
+        if seconds == float("inf"):
+            return None
+        return tuple(self.book.mix(each.span, n) for each, n in zip(held, numbers, strict=True))
+
+    def _best(self, held: tuple[Held, ...]) -> tuple[float, tuple[int, ...]]:
         if held not in self._known:
-            self._known[held] = self._least_s(*held)
+            self._known[held] = self._searched(held)
         return self._known[held]
 
-    def _least_s(self, one: Held, other: Held) -> float:
+    def _searched(self, held: tuple[Held, ...]) -> tuple[float, tuple[int, ...]]:
+        """The least seconds, and the numbers of the mixes that take them."""
         import numpy as np
 
-        seconds = self._all_seconds(one)[:, None] + self._all_seconds(other)[None]
-        fits = np.ones(seconds.shape, dtype=bool)
+        seconds = reduce(np.add, np.ix_(*map(self._all_seconds, held)))
         limit = self.limit_bytes - self.book.shape.runtime_bytes
-        for moment in zip(one.alive, other.alive, strict=True):
-            (kept, passing), (others, beside) = (
-                self._all_bytes(each.span, alive) for each, alive in zip((one, other), moment, strict=True)
-            )
-            fits &= kept[:, None] + others[None] + np.maximum(passing[:, None], beside[None]) <= limit
-        return float(seconds[fits].min()) if fits.any() else float("inf")
+        for moment in zip(*(each.alive for each in held), strict=True):
+            each = [self._all_bytes(own.span, alive) for own, alive in zip(held, moment, strict=True)]
+            kept = reduce(np.add, np.ix_(*(kept for kept, _ in each)))
+            passing = reduce(np.maximum, np.ix_(*(passing for _, passing in each)))
+            seconds = np.where(kept + passing <= limit, seconds, np.inf)
+        best = np.unravel_index(seconds.argmin(), seconds.shape)
+        return float(seconds[best]), tuple(map(int, best))
 
     def _all_seconds(self, held: Held) -> Floats:
         """Of each mix of a stage, all its actions."""

@@ -179,6 +179,10 @@ class RecipeBook:
         counts = RecomputeCounts(none=end - first - full - selective, selective=selective, full=full)
         return Stage(first=first, end=end, recompute=counts)
 
+    def mix(self, span: tuple[int, int], number: int) -> Column:
+        """The column of a mix by its number among `mixes`."""
+        return self.column(self._stage(self.mixes(*span), number, *span))
+
     def mixes(self, first: int, end: int) -> Mixes:
         """Every way to give the blocks [first, end) an option each."""
         if (first, end) not in self._mixes:

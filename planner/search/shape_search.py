@@ -34,7 +34,7 @@ several stages share a rank's tight memory, their many mixes make relaxations lo
 that of its sizes (StageSpace.floor_bound_s), and its gap stays open."""
 MAX_SEVERAL = 400
 """Spans that stages may hold, all counted, beyond which a shape of several layer classes and several stages
-a rank has an even split alone, and its gap stays open."""
+a rank has an even split alone: this narrows the space that the certificate speaks of."""
 DEALT_WITHIN = 1.15
 """Blocks are dealt better where an even split is within this of the step time to beat."""
 ROUNDING = 1e-6
@@ -126,12 +126,17 @@ class ShapeSearch:
         """An even split, each stage with its own recipe. None where one of them does not fit."""
         if self.degrees.chunks > 1 and self.dealable:
             return self.dealt(0.0)
-        share, spans = self.space.share_bytes, pairwise(self.space.even)
-        columns = [self.space.recipe(s, span, share(s)) for s, span in enumerate(spans)]
-        if any(column is None for column in columns):
-            return None
-        chosen = tuple(column for column in columns if column is not None)
-        return self._found(chosen, self.replay(chosen).step_time_s)
+        spans = list(pairwise(self.space.even))
+        chosen: dict[int, Column] = {}
+        for rank, stages in enumerate(self.space.stages_of):
+            own = self.space.fastest(rank, [spans[s] for s in stages])
+            for place, s in enumerate(stages):
+                column = own[place] if own else self.space.recipe(s, spans[s], self.space.share_bytes(s))
+                if column is None:
+                    return None
+                chosen[s] = column
+        columns = tuple(chosen[s] for s in range(len(spans)))
+        return self._found(columns, self.replay(columns).step_time_s)
 
     def even(self) -> Found | None:
         """An even split and no other: None where a rank has no recipe for it that fits."""
@@ -168,7 +173,7 @@ class ShapeSearch:
             stages = range(self.degrees.stages)
             spans = sum(len(ends) for s in stages for ends in self.space.spans(s, sizes))
             if spans > MAX_SEVERAL:
-                return ShapeResult(self.greedy(), 0.0, 0)
+                return ShapeResult(self.greedy(), min(self.space.even_bound_s(), budget.to_beat_s), 0)
         return self._by_programme(self._columns(budget, sizes), budget)
 
     def _may_beat(self, to_beat_s: float) -> bool:

@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from planner.cost.action import ActionKind
 from planner.cost.evaluate import CostModel
@@ -328,28 +328,39 @@ class StageSpace:
         return range(max(low, blocks - most), min(high, blocks - least) + 1)
 
     def _all_ways(self, rank: int, blocks: int) -> dict[int, float]:
-        m, stages, mixes = self.degrees.num_micro_batches, self.stages_of[rank], self._mixes[rank]
+        m, stages, mixes = self.degrees.num_micro_batches, self.stages_of[rank], self.mixes[rank]
         firsts = self._firsts(rank, blocks)
         if len(stages) == 2 and mixes.few((blocks // 2, blocks - blocks // 2)):
-            deals = {n: (self._held(stages[0], n), self._held(stages[1], blocks - n)) for n in firsts}
-            found = {first: mixes.least_s(held) for first, held in deals.items()}
+            one, other = stages
+            spans = {n: (self.span(one, n), self.span(other, blocks - n)) for n in firsts}
+            found = {n: mixes.least_s(self._all_held(rank, each)) for n, each in spans.items()}
         else:
             held_s = self.held_s[rank]
             floors = self.floors[rank].least_by_first_s(rank, blocks, firsts)
             found = {first: m * (least_s + held_s) for first, least_s in floors.items()}
         return {first: own_s for first, own_s in found.items() if own_s < float("inf")}
 
-    def _held(self, stage: int, size: int) -> Held:
+    def fastest(self, rank: int, spans: Sequence[tuple[int, int]]) -> tuple[Column, ...] | None:
+        """The fastest recipes of a rank's stages that hold these blocks; None where none fit, or where their
+        mixes are too many to look at."""
+        if not self.mixes[rank].few([end - first for first, end in spans]):
+            return None
+        return self.mixes[rank].fastest(self._all_held(rank, spans))
+
+    def _all_held(self, rank: int, spans: Sequence[tuple[int, int]]) -> tuple[Held, ...]:
+        return tuple(self._held(s, span) for s, span in zip(self.stages_of[rank], spans, strict=True))
+
+    def _held(self, stage: int, span: tuple[int, int]) -> Held:
         rank = self.rank_of[stage]
         counts = self.table.counts(rank)
         return Held(
-            span=self.span(stage, size),
+            span=span,
             actions=tuple((kind, n) for (s, kind), n in counts.items() if s == stage),
             alive=tuple(moment.get(stage, 0) for moment in self.in_flight[rank]),
         )
 
     @cached_property
-    def _mixes(self) -> list[RankMixes]:
+    def mixes(self) -> list[RankMixes]:
         """Of each rank, one for ranks on equal devices."""
         known: dict[int, RankMixes] = {}
         for book, limit in zip(self.books, self.limits_bytes, strict=True):
@@ -368,6 +379,26 @@ class StageSpace:
             else:
                 high_s = middle_s
         return low_s
+
+    def even_bound_s(self) -> float:
+        """What no recipes of the even split beat; infinite where none fit."""
+        spans = list(pairwise(self.even))
+        worst_s = entered_s = 0.0
+        for rank, stages in enumerate(self.stages_of):
+            worst_s = max(worst_s, entered_s + self._even_own_s(rank, spans))
+            least = self.books[rank].pure(*spans[stages[0]])
+            entered_s += self.shape.messages.p2p_s() + min(c.cost.forward.total_s for c in least)
+            if not self.degrees.schedule.splits_backward:
+                entered_s += self.shape.messages.p2p_s() + min(c.cost.backward.total_s for c in least)
+        return worst_s + self._once_s + self._optimizer_s
+
+    def _even_own_s(self, rank: int, spans: Sequence[tuple[int, int]]) -> float:
+        """What a rank of the even split takes at least for all micro-batches."""
+        stages, book = self.stages_of[rank], self.books[rank]
+        if self.mixes[rank].few([spans[s][1] - spans[s][0] for s in stages]):
+            return self.mixes[rank].least_s(self._all_held(rank, [spans[s] for s in stages]))
+        fastest = [min(c.whole_s(self.degrees.schedule) for c in book.pure(*spans[s])) for s in stages]
+        return self.degrees.num_micro_batches * sum(fastest)
 
     @cached_property
     def floors(self) -> list[RankFloor]:
