@@ -7,6 +7,7 @@ counts say everything; where all blocks are of one class, so does their number.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from planner.codec import noun
@@ -49,6 +50,18 @@ class Column:
         """What one micro-batch takes at least under a schedule."""
         forward_s, backward_s, inputs_s, weights_s, _ = self.passes_s
         return forward_s + (inputs_s + weights_s if schedule.splits_every_backward else backward_s)
+
+
+def _in_order(cost: Any, order: Ints) -> Any:
+    """A cost whose figures may be arrays, or lie in passes, with their entries in an order."""
+    import numpy as np
+
+    if isinstance(cost, np.ndarray):
+        return cost[order]
+    if not dataclasses.is_dataclass(cost) or isinstance(cost, type):
+        return cost
+    fields = (field.name for field in dataclasses.fields(cost))
+    return dataclasses.replace(cost, **{name: _in_order(getattr(cost, name), order) for name in fields})
 
 
 @noun
@@ -206,12 +219,9 @@ class RecipeBook:
         if Recompute.FULL not in self.options:
             legal &= full == 0
         full, selective = full[legal], selective[legal]
-        backward_s = self.shape.mixed_stages(first, end, full, selective).backward.total_s + 0.0 * full
-        order = np.lexsort((selective, full, backward_s))
-        full, selective = full[order], selective[order]
-        return Mixes(
-            full=full, selective=selective, cost=self.shape.mixed_stages(first, end, full, selective)
-        )
+        cost = self.shape.mixed_stages(first, end, full, selective)
+        order = np.lexsort((selective, full, cost.backward.total_s + 0.0 * full))
+        return Mixes(full=full[order], selective=selective[order], cost=_in_order(cost, order))
 
     def pareto(self, first: int, end: int) -> list[Column]:
         """Columns of the blocks [first, end) none of which is both slower and larger than another.

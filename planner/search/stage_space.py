@@ -354,7 +354,7 @@ class StageSpace:
         rank = self.rank_of[stage]
         counts = self.table.counts(rank)
         return Held(
-            span=span,
+            span=self.books[rank].blocks(*span),
             actions=tuple((kind, n) for (s, kind), n in counts.items() if s == stage),
             alive=tuple(moment.get(stage, 0) for moment in self.in_flight[rank]),
         )

@@ -203,3 +203,20 @@ def test_a_dealers_step_times_are_those_of_the_replay() -> None:
                 assert estimate.step_time_s == pytest.approx(step_s, rel=1e-12)
                 compared += 1
     assert compared > 100
+
+
+def test_the_bound_of_an_even_split_lies_below_its_recipes() -> None:
+    """Of models of several layer classes, with two and three stages a rank: below what the search deals."""
+    compared = near = 0
+    for seed, fix in itertools.product(range(40), ("schedule=interleaved", "schedule=zbv")):
+        drawn = instances.random_problem(seed, layers=6, mixed=True)
+        chunks = "chunks=3" if seed % 2 and fix == "schedule=interleaved" else "chunks=2"
+        problem = dataclasses.replace(drawn, workload=dataclasses.replace(drawn.workload, batch=4))
+        for space in itertools.islice(spaces(problem, (fix, "pp=2", chunks)), 3):
+            found = ShapeSearch(space).greedy()
+            bound_s = space.even_bound_s()
+            if found is not None:
+                assert bound_s <= found.step_time_s * (1 + 1e-9), (seed, space.degrees.label())
+                compared += 1
+                near += bound_s > 0.8 * found.step_time_s
+    assert compared > 20 and near > compared / 4, (compared, near)
