@@ -29,6 +29,7 @@ rank make those of every t_j equal.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -150,6 +151,9 @@ class BaseBound:
         self.optimizer_s = min(kind.optimizer_s for kind in each)
         self._once_s = 0.0 if model.sharing else min(kind.once_s for kind in each)
         self._kinds, self._layers = each, shapes[0].problem.model.layers
+        self._exclusive, self._ends_s = model.sharing is None, (fastest[0], fastest[1])
+        known = {key: kind.block_s for key, kind in zip(kinds, each, strict=True)}
+        self._block_s = [known[id(shape)] for shape in shapes]
         self.spread_s = 0.0
         if model.sharing:
             self.spread_s = each[0].work_s * m * per_rank / model.sharing.best_throughput(degrees.world)
@@ -173,7 +177,25 @@ class BaseBound:
         if self._beyond > 0:
             factor *= self._slowest / (1 + factor * self._beyond / degrees.num_micro_batches)
         span_s = (self.whole_s + again_s) * factor
+        if self._exclusive:
+            span_s = max(span_s, degrees.num_micro_batches * self._fullest_s(degrees))
         return float(max(span_s, self.spread_s) + self._once_s * degrees.chunks + self.optimizer_s)
+
+    def _fullest_s(self, degrees: Degrees) -> float:
+        """What the rank that takes longest takes at least for a micro-batch, blocks being whole: each goes
+        where it is done first, after one on every stage."""
+        ends = [0.0] * degrees.pp
+        for stage, end_s in ((0, self._ends_s[0]), (degrees.stages - 1, self._ends_s[1])):
+            ends[degrees.pp_rank_of_stage(stage)] += end_s
+        done = [
+            (end_s + (degrees.chunks + 1) * block_s, end_s + degrees.chunks * block_s, block_s)
+            for end_s, block_s in zip(ends, self._block_s, strict=True)
+        ]
+        heapq.heapify(done)
+        for _ in range(self._layers - degrees.stages):
+            next_s, _, block_s = done[0]
+            heapq.heapreplace(done, (next_s + block_s, next_s, block_s))
+        return max(so_far_s for _, so_far_s, _ in done)
 
 
 class _KindBound:
@@ -191,6 +213,8 @@ class _KindBound:
         self.work_s = sum(unit.work_s for unit in units)
         self.optimizer_s = _optimizer_bound_s(model, shape)
         self.once_s = least_once_s(shape)
+        each = (shape.passes(key, option) for key in shape.classes for option in options)
+        self.block_s = min(forward.total_s + backward.total_s for forward, backward in each)
 
     def again_s(self, alive: Alive, split: float) -> float:
         """What a micro-batch must at least recompute: with so many alive, or one of every layer."""
