@@ -334,7 +334,7 @@ class Solver:
                 self.open.append(candidate)
             if bound_s < to_beat_s:
                 open_s = min(open_s, bound_s)
-            stale += 1
+            stale += not result.ruled_out
             if result.found is None:
                 if incumbent_s == float("inf"):
                     self._reject(self._no_recipe(candidate.search), self.shapes)
