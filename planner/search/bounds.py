@@ -11,7 +11,7 @@ With the cheapest option for every block, the whole model's passes F, B (W = F +
     other V         W max(m / p, 1/2)
     shared cores    m W devices / throughput
 
-Where the model does not fit without it, W includes the least recomputation (recompute_bound_s).
+Where the model does not fit without it, W includes the least recomputation (Recomputing).
 
 The second line for 1F1B averages, over stages i, the two paths with m forwards then one descent, and one
 descent then m backwards. The first weighs the paths that descend twice, C_i = sum_{j<i} t_j +
@@ -75,50 +75,48 @@ def alive_at_least(schedule: Schedule, pp: int, chunks: int, num_micro_batches: 
     return tuple(sorted(each + [min(each)] * (layers - len(each))))
 
 
-def recompute_bound_s(
-    shape: ShapeModel,
-    options: tuple[Recompute, ...],
-    limit_bytes: float,
-    alive: Alive,
-    split: float = 0.0,
-) -> float:
-    """Seconds a micro-batch must at least recompute for the shape to fit; infinite where it cannot fit.
+class Recomputing:
+    """The least recomputation with which a shape fits.
 
     Ranks hold the resident bytes, what a block's pass needs, and activations of micro-batches: when most are
     alive on each rank at least `alive` of the layers, in some order. What exceeds p limits must be recomputed
-    away, at best by the class and option that save most bytes a second, where most are alive. `split` is the
-    share of backward passes that are split.
+    away, at best by the class and option that save most bytes a second, where most are alive. `split` says
+    whether all backward passes are split.
     """
-    degrees, model = shape.degrees, shape.problem.model
-    most_bytes: list[float] = []
-    least_bytes: list[float] = []
-    rates = []
-    for key in shape.classes:
-        count = shape.count(key, 0, model.layers)
-        saved = {option: shape.block(key, option).saved_bytes for option in options}
-        times_s = {
-            option: shape.passes(key, option)[1].total_s + split * split_again_s(shape, key, option)
-            for option in options
-        }
-        most = max(saved.values())
-        most_bytes += [most] * count
-        least_bytes += [min(saved.values())] * count
-        rates += [
-            (times_s[option] - min(times_s.values())) / (alive[-1] * (most - saved[option]))
-            for option in options
-            if saved[option] < most
-        ]
-    held = degrees.pp * (memory_bound_bytes(shape) + shape.runtime_bytes + least_pass_bytes(shape, options))
-    free = degrees.pp * limit_bytes - held
-    if _least_product(alive, least_bytes) > free:
-        return float("inf")
-    excess = _least_product(alive, most_bytes) - free
-    return excess * min(rates, default=float("inf")) if excess > 0 else 0.0
 
+    def __init__(self, shape: ShapeModel, options: tuple[Recompute, ...], limit_bytes: float) -> None:
+        degrees, model = shape.degrees, shape.problem.model
+        most: list[float] = []
+        least: list[float] = []
+        self._rates = {False: math.inf, True: math.inf}
+        for key in shape.classes:
+            count = shape.count(key, 0, model.layers)
+            saved = {option: shape.block(key, option).saved_bytes for option in options}
+            most += [max(saved.values())] * count
+            least += [min(saved.values())] * count
+            for split in self._rates:
+                times_s = {
+                    option: shape.passes(key, option)[1].total_s
+                    + (split_again_s(shape, key, option) if split else 0.0)
+                    for option in options
+                }
+                fastest_s, largest = min(times_s.values()), max(saved.values())
+                rates = [
+                    (times_s[option] - fastest_s) / (largest - saved[option])
+                    for option in options
+                    if saved[option] < largest
+                ]
+                self._rates[split] = min([self._rates[split], *rates])
+        self._most, self._least = sorted(most, reverse=True), sorted(least, reverse=True)
+        each = memory_bound_bytes(shape) + shape.runtime_bytes + least_pass_bytes(shape, options)
+        self._free_bytes = degrees.pp * (limit_bytes - each)
 
-def _least_product(ascending: Alive, sizes: list[float]) -> float:
-    """The least sum of products of some numbers with as many sizes, in whatever order they meet."""
-    return math.fsum(map(mul, ascending, sorted(sizes, reverse=True)))
+    def least_s(self, alive: Alive, *, split: bool) -> float:
+        """Seconds that it takes at least for a micro-batch; infinite where the shape cannot fit."""
+        if math.fsum(map(mul, alive, self._least)) > self._free_bytes:
+            return math.inf
+        excess = math.fsum(map(mul, alive, self._most)) - self._free_bytes
+        return excess * self._rates[split] / alive[-1] if excess > 0 else 0.0
 
 
 class BaseBound:
@@ -169,8 +167,8 @@ class BaseBound:
     def of(self, degrees: Degrees) -> float:
         """No strategy of these degrees that fits has a shorter replay; infinite where none fits."""
         pipe = degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches
-        alive, split = alive_at_least(*pipe, self._layers), float(degrees.schedule.splits_every_backward)
-        again_s = min(kind.again_s(alive, split) for kind in self._kinds)
+        alive, split = alive_at_least(*pipe, self._layers), degrees.schedule.splits_every_backward
+        again_s = min(kind.again_s(alive, split=split) for kind in self._kinds)
         if again_s == float("inf"):
             return again_s
         factor = schedule_factor(degrees)
@@ -205,8 +203,7 @@ class _KindBound:
         self, model: CostModel, shape: ShapeModel, options: tuple[Recompute, ...], limit_bytes: float
     ) -> None:
         degrees = shape.degrees
-        self.shape, self.options, self.limit_bytes = shape, options, limit_bytes
-        self._again_s: dict[tuple[Alive, float], float] = {}
+        self._recomputing = Recomputing(shape, options, limit_bytes)
         slow = model.sharing.slowdown(degrees.world // degrees.pp) if model.sharing else 1.0
         units = whole_units(shape, options)
         self.units_s = [unit.work_s * slow + unit.fixed_s for unit in units]
@@ -216,14 +213,10 @@ class _KindBound:
         each = (shape.passes(key, option) for key in shape.classes for option in options)
         self.block_s = min(forward.total_s + backward.total_s for forward, backward in each)
 
-    def again_s(self, alive: Alive, split: float) -> float:
+    def again_s(self, alive: Alive, *, split: bool) -> float:
         """What a micro-batch must at least recompute: with so many alive, or one of every layer."""
-        each = []
-        for key in ((alive, split), ((1,) * len(alive), split)):
-            if key not in self._again_s:
-                self._again_s[key] = recompute_bound_s(self.shape, self.options, self.limit_bytes, *key)
-            each.append(self._again_s[key])
-        return max(each)
+        one = (1,) * len(alive)
+        return max(self._recomputing.least_s(each, split=split) for each in {alive, one})
 
 
 def step_bound_s(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.action import ActionKind
@@ -40,6 +39,14 @@ class Held(NamedTuple):
     span: Span
     actions: tuple[tuple[ActionKind, int], ...]
     alive: tuple[int, ...]
+
+
+def _outer(join: np.ufunc, each: Sequence[Floats]) -> Floats:
+    """Every entry of an array joined with every one of the others, an axis for each array."""
+    found = each[0]
+    for other in each[1:]:
+        found = join.outer(found, other)
+    return found
 
 
 class RankMixes:
@@ -75,18 +82,27 @@ class RankMixes:
         return self._known[held]
 
     def _searched(self, held: tuple[Held, ...]) -> tuple[float, tuple[int, ...]]:
-        """The least seconds, and the numbers of the mixes that take them."""
+        """The least seconds, and the numbers of the mixes that take them: the first of each if those fit."""
         import numpy as np
 
-        seconds = reduce(np.add, np.ix_(*map(self._all_seconds, held)))
+        each_s = [self._all_seconds(own) for own in held]
         limit = self.limit_bytes - self.book.shape.runtime_bytes
-        for moment in zip(*(each.alive for each in held), strict=True):
-            each = [self._all_bytes(own.span, alive) for own, alive in zip(held, moment, strict=True)]
-            kept = reduce(np.add, np.ix_(*(kept for kept, _ in each)))
-            passing = reduce(np.maximum, np.ix_(*(passing for _, passing in each)))
-            seconds = np.where(kept + passing <= limit, seconds, np.inf)
-        best = np.unravel_index(seconds.argmin(), seconds.shape)
-        return float(seconds[best]), tuple(map(int, best))
+        moments = [
+            [self._all_bytes(own.span, alive) for own, alive in zip(held, moment, strict=True)]
+            for moment in zip(*(own.alive for own in held), strict=True)
+        ]
+        if all(
+            sum(kept[0] for kept, _ in each) + max(passing[0] for _, passing in each) <= limit
+            for each in moments
+        ):
+            return float(sum(seconds[0] for seconds in each_s)), (0,) * len(held)
+        total_s = _outer(np.add, each_s)
+        for each in moments:
+            used = _outer(np.add, [kept for kept, _ in each])
+            used += _outer(np.maximum, [passing for _, passing in each])
+            total_s[used > limit] = np.inf
+        best = np.unravel_index(total_s.argmin(), total_s.shape)
+        return float(total_s[best]), tuple(map(int, best))
 
     def _all_seconds(self, held: Held) -> Floats:
         """Of each mix of a stage, all its actions."""
