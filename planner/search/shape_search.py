@@ -52,12 +52,11 @@ class Found(NamedTuple):
 
 class ShapeResult(NamedTuple):
     """The best strategy of a shape (None: no recipe fits), the proven bound (0: none but what was known
-    before), the ILPs solved, and whether it was ruled out before any strategy of it was looked at."""
+    before), and the ILPs solved."""
 
     found: Found | None
     bound_s: float
     milps: int
-    ruled_out: bool = False
 
 
 class Budget(NamedTuple):
@@ -98,7 +97,7 @@ class ShapeSearch:
         if not self.dealable:
             return self._not_dealt(budget)
         if not self._may_beat(budget.to_beat_s):
-            return ShapeResult(None, budget.to_beat_s, 0, ruled_out=True)
+            return ShapeResult(None, budget.to_beat_s, 0)
         dealt = self.dealt(DEALT_WITHIN * budget.to_beat_s)
         to_beat_s = budget.to_beat_s
         if dealt is not None and dealt.step_time_s < to_beat_s:
@@ -176,7 +175,7 @@ class ShapeSearch:
             if spans > MAX_SEVERAL:
                 bound_s = self.space.even_bound_s()
                 if bound_s >= budget.to_beat_s:
-                    return ShapeResult(None, budget.to_beat_s, 0, ruled_out=True)
+                    return ShapeResult(None, budget.to_beat_s, 0)
                 return ShapeResult(self.greedy(), bound_s, 0)
         return self._by_programme(self._columns(budget, sizes), budget)
 

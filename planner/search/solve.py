@@ -13,7 +13,6 @@ what lies between it and the plan.
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import time
 from collections import Counter
 from functools import cache
@@ -36,6 +35,7 @@ from planner.search.alternatives import distinct, why_slower
 from planner.search.bounds import BaseBound, least_state_bytes
 from planner.search.dominance import without_dominated
 from planner.search.frontier import Candidate, Frontier
+from planner.search.open_shapes import OpenShapes
 from planner.search.quick_bounds import space_bounds_s
 from planner.search.recipes import RecipeBook
 from planner.search.scout import Scout, Shared
@@ -58,8 +58,8 @@ rest. Of each, since the bounds of some schedules are closer than those of other
 DEALT_SHAPES = 6
 """Shapes, in order of that split's time, whose blocks are dealt better before any is searched."""
 PATIENCE = 250
-"""Shapes that are searched without a better plan, once the gap of one before them has stayed open: more could
-not close it, only find a better plan."""
+"""Shapes that are searched without a better plan, once the gap of one stays open below the bound of the next:
+more could not close it, only find a better plan."""
 START_BELOW_S = 30.0
 """Time limits below which plain plans are made before anything else."""
 START_LEAVES = 0.7
@@ -109,7 +109,7 @@ class Solver:
         self.shapes = self.milps = 0
         self.found: list[Found] = []
         self.bounds_s: list[float] = []
-        self.open: list[Candidate] = []
+        self.open = OpenShapes(self._expired)
         self._bases: dict[int, _Base] = {}
         self._least: dict[tuple[object, ...], float] = {}
 
@@ -143,7 +143,7 @@ class Solver:
         unmodelled = candidates.count_unmodelled(best.step_time_s * (1 - self.options.gap_tolerance))
         self.rejected.update({"step_time_bound": unmodelled} if unmodelled else {})
         lower_s = min([*self.bounds_s, best.step_time_s])
-        lower_s = min(lower_s, self._least_open_s(lower_s, best.step_time_s))
+        lower_s = self.open.least_s(lower_s, best.step_time_s * (1 - self.options.gap_tolerance))
         gap = max(0.0, 1 - lower_s / best.step_time_s)
         proven = gap <= self.options.gap_tolerance * (1 + OPTIMAL_GAP) + OPTIMAL_GAP and not out_of_time
         verify(self.problem, evaluation, lower_s)
@@ -318,23 +318,24 @@ class Solver:
             if not self._expired() and (dealt := candidate.search.dealt()) is not None
         ]
         incumbent_s = min((found.step_time_s for found in self.found), default=float("inf"))
-        open_s, stale = float("inf"), 0
+        stale = 0
         for candidate in candidates:
             to_beat_s = incumbent_s * (1 - self.options.gap_tolerance)
-            patient = stale < PATIENCE or candidate.bound_s < open_s
-            if candidate.bound_s >= to_beat_s or self._expired() or not patient:
-                self.bounds_s.append(candidate.bound_s)  # the least of all that are left
-                return candidate.bound_s < to_beat_s and patient
+            bound_s = candidate.bound_s
+            patient = stale < PATIENCE or self.open.least_s(bound_s, to_beat_s) >= bound_s
+            if bound_s >= to_beat_s or self._expired() or not patient:
+                self.bounds_s.append(bound_s)  # the least of all that are left
+                return bound_s < to_beat_s and patient
             result = candidate.search.run(self._budget(to_beat_s))
             self.milps += result.milps
-            bound_s = max(result.bound_s, candidate.bound_s)
-            if result.bound_s or not candidate.search.dealable:
-                self.bounds_s.append(bound_s)
-            else:
-                self.open.append(candidate)
+            bound_s = max(bound_s, result.bound_s)
+            candidate.search.space.forget()
             if bound_s < to_beat_s:
-                open_s = min(open_s, bound_s)
-            stale += not result.ruled_out
+                known = result.bound_s > 0 or not candidate.search.dealable
+                self.open.add(candidate, bound_s, final=known)
+            else:
+                self.bounds_s.append(bound_s)
+            stale += 1
             if result.found is None:
                 if incumbent_s == float("inf"):
                     self._reject(self._no_recipe(candidate.search), self.shapes)
@@ -346,19 +347,6 @@ class Solver:
             return False
         self.bounds_s.append(candidates.next_bound_s)
         return True
-
-    def _least_open_s(self, lower_s: float, best_s: float) -> float:
-        """The least bound of the shapes whose gap stayed open, or `lower_s` if that is less: only the bounds
-        that may be the least are worked out."""
-        left = [(candidate.bound_s, candidate.order, candidate, False) for candidate in self.open]
-        heapq.heapify(left)
-        while left and left[0][0] < lower_s:
-            bound_s, order, candidate, known = heapq.heappop(left)
-            if known or self._expired():
-                return bound_s
-            floor_s = candidate.search.space.floor_bound_s(best_s * (1 - self.options.gap_tolerance))
-            heapq.heappush(left, (max(bound_s, floor_s), order, candidate, True))
-        return lower_s
 
     def _budget(self, to_beat_s: float) -> Budget:
         left, options = self._seconds_left(), self.options

@@ -85,6 +85,13 @@ class StageSpace:
         """The most micro-batches that are alive on each stage."""
         return [max(v.get(s, 0) for v in self.in_flight[rank]) for s, rank in enumerate(self.rank_of)]
 
+    def forget(self) -> None:
+        """Gives back what is only needed while the shape is searched, and can be made again: a search goes
+        through thousands of shapes."""
+        for name in ("table", "floors", "mixes"):
+            self.__dict__.pop(name, None)
+        self._known_ways.clear()
+
     # Recipes
 
     def recipe(self, index: int, span: tuple[int, int], limit_bytes: float | None = None) -> Column | None:
