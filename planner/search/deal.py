@@ -75,7 +75,7 @@ class Dealer:
         # as if all stages had most alive at once.
         for live in ([fullest.get(s, 0) for s in stages], alive):
             free_bytes = self._free_bytes(rank, live, spans)
-            for mix in space.floors[rank].fastest_mixes(sizes, live, free_bytes, MAX_PAIRS):
+            for mix in space.ranks.floors[rank].fastest_mixes(sizes, live, free_bytes, MAX_PAIRS):
                 mixed = tuple(
                     book.column(Stage(first=first, end=end, recompute=counts))
                     for (first, end), counts in zip(spans, mix, strict=True)

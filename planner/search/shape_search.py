@@ -129,7 +129,7 @@ class ShapeSearch:
         spans = list(pairwise(self.space.even))
         chosen: dict[int, Column] = {}
         for rank, stages in enumerate(self.space.stages_of):
-            own = self.space.fastest(rank, [spans[s] for s in stages])
+            own = self.space.ranks.fastest(rank, [spans[s] for s in stages])
             for place, s in enumerate(stages):
                 column = own[place] if own else self.space.recipe(s, spans[s], self.space.share_bytes(s))
                 if column is None:

@@ -11,18 +11,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
 
-from planner.cost.action import ActionKind
 from planner.cost.evaluate import CostModel
 from planner.cost.schedule import Table
 from planner.cost.stage import ShapeModel
 from planner.search.bounds import least_once_s
-from planner.search.rank_fill import Way, can_hold
-from planner.search.rank_floor import RankFloor
-from planner.search.rank_mixes import Held, RankMixes
+from planner.search.rank_ways import RankWays
 from planner.search.recipes import Column, RecipeBook
 from planner.search.sizes import Limits, Sizes, narrowed
 from planner.strategy import Schedule
@@ -59,7 +56,6 @@ class StageSpace:
         self.limits_bytes, self.books = limits_bytes, books
         self.layers, self.one_class = model.problem.model.layers, books[0].one_class
         self._roomy: dict[tuple[int, Sizes | None], bool] = {}
-        self._known_ways: dict[tuple[int, int], dict[int, float]] = {}
         self.rank_of = [self.degrees.pp_rank_of_stage(s) for s in range(self.degrees.stages)]
 
     @cached_property
@@ -81,6 +77,11 @@ class StageSpace:
         return self.model.in_flight(self.degrees)
 
     @cached_property
+    def ranks(self) -> RankWays:
+        """What ranks take at least with the blocks that they may hold."""
+        return RankWays(self)
+
+    @cached_property
     def alive(self) -> list[int]:
         """The most micro-batches that are alive on each stage."""
         return [max(v.get(s, 0) for v in self.in_flight[rank]) for s, rank in enumerate(self.rank_of)]
@@ -88,9 +89,8 @@ class StageSpace:
     def forget(self) -> None:
         """Gives back what is only needed while the shape is searched, and can be made again: a search goes
         through thousands of shapes."""
-        for name in ("table", "floors", "mixes"):
+        for name in ("table", "ranks"):
             self.__dict__.pop(name, None)
-        self._known_ways.clear()
 
     # Recipes
 
@@ -258,10 +258,10 @@ class StageSpace:
         most = [min(high, int(max(0.0, within_s - held) / block + DUST)) for high, held, block in each]
         by_rank = narrowed(list(zip(least, most, strict=True)), self.layers)
         several = self.degrees.chunks > 1
-        if by_rank and several and not self._can_hold(by_rank, self._roomy_ways, left_s):
+        if by_rank and several and not self.ranks.can_hold(by_rank, left_s, roomy=True):
             return None
         by_rank = by_rank and self._with_memory(by_rank, left_s)
-        if by_rank and several and not self._can_hold(by_rank, self.ways, left_s):
+        if by_rank and several and not self.ranks.can_hold(by_rank, left_s):
             return None
         if by_rank is None:
             return None
@@ -280,7 +280,7 @@ class StageSpace:
         spare = sum(most for _, most in by_rank) - self.layers
         for rank, (least, most) in enumerate(by_rank):
             while most >= least and spare >= 0:
-                own_s = self._own_s(rank, most)
+                own_s = self.ranks.own_s(rank, most)
                 bound_s = m * own_s + self._entered_s[rank]
                 if self._even_bound:
                     bound_s = max(bound_s, (m - p - 1) * own_s + self._twice_s)
@@ -291,88 +291,6 @@ class StageSpace:
                 return None
             result.append((least, most))
         return narrowed(result, self.layers)
-
-    def _can_hold(
-        self, by_rank: Limits, own_s: Callable[[int, int], dict[int, float]], left_s: float
-    ) -> bool:
-        """Whether ranks that are entered one after the other can hold all blocks in time."""
-        entered = {name: self._enter_s(book) for name, book in {id(b): b for b in self.books}.items()}
-
-        def ways(rank: int) -> Iterator[Way]:
-            low, high = by_rank[rank]
-            fixed_s, block_s = entered[id(self.books[rank])]
-            for blocks in range(low, high + 1):
-                for first, rank_s in own_s(rank, blocks).items():
-                    yield Way(blocks, rank_s, fixed_s + block_s * first)
-
-        return can_hold(self.layers, map(ways, range(self.degrees.pp)), left_s)
-
-    def _own_s(self, rank: int, blocks: int) -> float:
-        """What a rank that holds so many blocks takes at least for a micro-batch; infinite if it cannot."""
-        if self.degrees.chunks > 1:
-            least_s = min(self.ways(rank, blocks).values(), default=float("inf"))
-            return least_s / self.degrees.num_micro_batches
-        column = self.recipe(rank, self.span(rank, blocks))
-        return float("inf") if column is None else column.whole_s(self.degrees.schedule)
-
-    def ways(self, rank: int, blocks: int) -> dict[int, float]:
-        """What a rank that holds so many blocks takes at least for all micro-batches, by how many of them its
-        first stage has."""
-        key = rank, blocks
-        if key not in self._known_ways:
-            self._known_ways[key] = self._all_ways(rank, blocks)
-        return self._known_ways[key]
-
-    def _roomy_ways(self, rank: int, blocks: int) -> dict[int, float]:
-        """The same where memory has room for all, with as few blocks on the first stage as can be."""
-        own_s = self.degrees.num_micro_batches * (blocks * self.block_s[rank] + self.held_s[rank])
-        return dict.fromkeys(self._firsts(rank, blocks)[:1], own_s)
-
-    def _firsts(self, rank: int, blocks: int) -> range:
-        """How many of a rank's blocks its first stage may hold."""
-        (low, high), *others = (self.size_limits[s] for s in self.stages_of[rank])
-        least, most = (sum(limit[end] for limit in others) for end in (0, 1))
-        return range(max(low, blocks - most), min(high, blocks - least) + 1)
-
-    def _all_ways(self, rank: int, blocks: int) -> dict[int, float]:
-        m, stages, mixes = self.degrees.num_micro_batches, self.stages_of[rank], self.mixes[rank]
-        firsts = self._firsts(rank, blocks)
-        if len(stages) == 2 and mixes.few((blocks // 2, blocks - blocks // 2)):
-            one, other = stages
-            spans = {n: (self.span(one, n), self.span(other, blocks - n)) for n in firsts}
-            found = {n: mixes.least_s(self._all_held(rank, each)) for n, each in spans.items()}
-        else:
-            held_s = self.held_s[rank]
-            floors = self.floors[rank].least_by_first_s(rank, blocks, firsts)
-            found = {first: m * (least_s + held_s) for first, least_s in floors.items()}
-        return {first: own_s for first, own_s in found.items() if own_s < float("inf")}
-
-    def fastest(self, rank: int, spans: Sequence[tuple[int, int]]) -> tuple[Column, ...] | None:
-        """The fastest recipes of a rank's stages that hold these blocks; None where none fit, or where their
-        mixes are too many to look at."""
-        if not self.mixes[rank].few([end - first for first, end in spans]):
-            return None
-        return self.mixes[rank].fastest(self._all_held(rank, spans))
-
-    def _all_held(self, rank: int, spans: Sequence[tuple[int, int]]) -> tuple[Held, ...]:
-        return tuple(self._held(s, span) for s, span in zip(self.stages_of[rank], spans, strict=True))
-
-    def _held(self, stage: int, span: tuple[int, int]) -> Held:
-        rank = self.rank_of[stage]
-        counts = self.table.counts(rank)
-        return Held(
-            span=self.books[rank].blocks(*span),
-            actions=tuple((kind, n) for (s, kind), n in counts.items() if s == stage),
-            alive=tuple(moment.get(stage, 0) for moment in self.in_flight[rank]),
-        )
-
-    @cached_property
-    def mixes(self) -> list[RankMixes]:
-        """Of each rank, one for ranks on equal devices."""
-        known: dict[int, RankMixes] = {}
-        for book, limit in zip(self.books, self.limits_bytes, strict=True):
-            known.setdefault(id(book), RankMixes(book, limit))
-        return [known[id(book)] for book in self.books]
 
     def floor_bound_s(self, to_beat_s: float) -> float:
         """The greatest step time, up to one, that no sizes of stages can beat."""
@@ -392,42 +310,14 @@ class StageSpace:
         spans = list(pairwise(self.even))
         worst_s = entered_s = 0.0
         for rank, stages in enumerate(self.stages_of):
-            worst_s = max(worst_s, entered_s + self._even_own_s(rank, spans))
+            worst_s = max(worst_s, entered_s + self.ranks.even_own_s(rank, spans))
             least = self.books[rank].pure(*spans[stages[0]])
             entered_s += self.shape.messages.p2p_s() + min(c.cost.forward.total_s for c in least)
             if not self.degrees.schedule.splits_backward:
                 entered_s += self.shape.messages.p2p_s() + min(c.cost.backward.total_s for c in least)
         return worst_s + self._once_s + self._optimizer_s
 
-    def _even_own_s(self, rank: int, spans: Sequence[tuple[int, int]]) -> float:
-        """What a rank of the even split takes at least for all micro-batches."""
-        stages, book = self.stages_of[rank], self.books[rank]
-        if self.mixes[rank].few([spans[s][1] - spans[s][0] for s in stages]):
-            return self.mixes[rank].least_s(self._all_held(rank, [spans[s] for s in stages]))
-        fastest = [min(c.whole_s(self.degrees.schedule) for c in book.pure(*spans[s])) for s in stages]
-        return self.degrees.num_micro_batches * sum(fastest)
-
-    @cached_property
-    def floors(self) -> list[RankFloor]:
-        """The floors of each rank."""
-        known: dict[int, RankFloor] = {}
-        for book, limit in zip(self.books, self.limits_bytes, strict=True):
-            if id(book) not in known:
-                known[id(book)] = RankFloor(
-                    book, limit, self.degrees, self.in_flight, self.size_limits, self._split
-                )
-        return [known[id(book)] for book in self.books]
-
     # Least seconds
-
-    @cached_property
-    def _split(self) -> float:
-        """The least share of a stage's backward passes that are split."""
-        if not self.degrees.schedule.splits_backward:
-            return 0.0
-        counts = [self.table.counts(rank) for rank in range(self.degrees.pp)]
-        weights = (counts[rank].get((s, ActionKind.WEIGHT_GRAD), 0) for s, rank in enumerate(self.rank_of))
-        return min(weights) / self.degrees.num_micro_batches
 
     @cached_property
     def _once_s(self) -> float:
@@ -474,7 +364,7 @@ class StageSpace:
     @cached_property
     def _entered_s(self) -> list[float]:
         """What the ranks before each take at least before its first forward, and after its last backward."""
-        known = {id(book): self._enter_s(book) for book in self.books}
+        known = {id(book): self.enter_s(book) for book in self.books}
         low = [self.size_limits[rank][0] for rank in range(self.degrees.pp)]
         each = [
             fixed + n * block
@@ -482,7 +372,7 @@ class StageSpace:
         ]
         return list(accumulate(each[:-1], initial=0.0))
 
-    def _enter_s(self, book: RecipeBook) -> tuple[float, float]:
+    def enter_s(self, book: RecipeBook) -> tuple[float, float]:
         """Of one stage: besides its blocks, and for each of them."""
         shape, (key,) = book.shape, book.shape.classes
         hop_s, action_s = self.shape.messages.p2p_s(), shape.action.total_s

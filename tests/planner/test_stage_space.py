@@ -131,13 +131,13 @@ def test_the_floor_of_a_rank_lies_below_all_its_mixes(fix: str) -> None:
                 limit = min(used) + draw.random() * (max(used) - min(used))
                 space = StageSpace(roomy.model, roomy.shape, [limit] * 2, roomy.books)
                 best = min(own_s(space, rank, held) for held in ways if fits(space, rank, held))
-                floors = space.floors[rank].least_by_first_s(rank, blocks, range(1, blocks))
+                floors = space.ranks.floors[rank].least_by_first_s(rank, blocks, range(1, blocks))
                 floor = min(floors.values()) + space.held_s[rank]
                 assert floor <= best * (1 + 1e-9), (seed, rank, blocks)
-                least = min(space.ways(rank, blocks).values()) / space.degrees.num_micro_batches
+                least = min(space.ranks.ways(rank, blocks).values()) / space.degrees.num_micro_batches
                 assert floor <= least * (1 + 1e-9)
                 assert least == pytest.approx(best), (seed, rank, blocks)
-                free_s = blocks * min(space.floors[rank].block_s.values()) + space.held_s[rank]
+                free_s = blocks * min(space.ranks.floors[rank].block_s.values()) + space.held_s[rank]
                 compared += 1
                 forced += free_s * (1 + 1e-9) < floor
                 exact += floor > best * (1 - 1e-9)

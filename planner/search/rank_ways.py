@@ -1,0 +1,144 @@
+"""What the ranks of one shape take at least, by the blocks that they hold and how they recompute.
+
+Ranks with one stage have its fastest recipe. Of two stages all mixes are looked at, and of the more stages of
+an even split too where they are few (planner.search.rank_mixes); else planner.search.rank_floor tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from planner.cost.action import ActionKind
+from planner.search.rank_fill import Way, can_hold
+from planner.search.rank_floor import RankFloor
+from planner.search.rank_mixes import Held, RankMixes
+from planner.search.recipes import Column
+from planner.search.sizes import Limits
+
+if TYPE_CHECKING:
+    from planner.search.stage_space import StageSpace
+
+Span = tuple[int, int]
+
+
+class RankWays:
+    """The ranks of a space."""
+
+    def __init__(self, space: StageSpace) -> None:
+        self.space, self.degrees = space, space.degrees
+        self._known: dict[tuple[int, int], dict[int, float]] = {}
+
+    def can_hold(self, by_rank: Limits, left_s: float, *, roomy: bool = False) -> bool:
+        """Whether ranks that are entered one after the other can hold all blocks in time; where memory is
+        `roomy`, nothing recomputes."""
+        space = self.space
+        entered = {name: space.enter_s(book) for name, book in {id(b): b for b in space.books}.items()}
+
+        def ways(rank: int) -> Iterator[Way]:
+            low, high = by_rank[rank]
+            fixed_s, block_s = entered[id(space.books[rank])]
+            for blocks in range(low, high + 1):
+                each = self._roomy_ways(rank, blocks) if roomy else self.ways(rank, blocks)
+                for first, own_s in each.items():
+                    yield Way(blocks, own_s, fixed_s + block_s * first)
+
+        return can_hold(space.layers, map(ways, range(self.degrees.pp)), left_s)
+
+    def own_s(self, rank: int, blocks: int) -> float:
+        """What a rank that holds so many blocks takes at least for a micro-batch; infinite if it cannot."""
+        if self.degrees.chunks > 1:
+            least_s = min(self.ways(rank, blocks).values(), default=float("inf"))
+            return least_s / self.degrees.num_micro_batches
+        column = self.space.recipe(rank, self.space.span(rank, blocks))
+        return float("inf") if column is None else column.whole_s(self.degrees.schedule)
+
+    def ways(self, rank: int, blocks: int) -> dict[int, float]:
+        """What a rank that holds so many blocks takes at least for all micro-batches, by how many of them its
+        first stage has."""
+        key = rank, blocks
+        if key not in self._known:
+            self._known[key] = self._all_ways(rank, blocks)
+        return self._known[key]
+
+    def _roomy_ways(self, rank: int, blocks: int) -> dict[int, float]:
+        """The same where memory has room for all, with as few blocks on the first stage as can be."""
+        own_s = self.degrees.num_micro_batches * (blocks * self.space.block_s[rank] + self.space.held_s[rank])
+        return dict.fromkeys(self._firsts(rank, blocks)[:1], own_s)
+
+    def _firsts(self, rank: int, blocks: int) -> range:
+        """How many of a rank's blocks its first stage may hold."""
+        (low, high), *others = (self.space.size_limits[s] for s in self.space.stages_of[rank])
+        least, most = (sum(limit[end] for limit in others) for end in (0, 1))
+        return range(max(low, blocks - most), min(high, blocks - least) + 1)
+
+    def _all_ways(self, rank: int, blocks: int) -> dict[int, float]:
+        m, stages, mixes = self.degrees.num_micro_batches, self.space.stages_of[rank], self.mixes[rank]
+        firsts = self._firsts(rank, blocks)
+        if len(stages) == 2 and mixes.few((blocks // 2, blocks - blocks // 2)):
+            one, other = stages
+            spans = {n: (self.space.span(one, n), self.space.span(other, blocks - n)) for n in firsts}
+            found = {n: mixes.least_s(self._all_held(rank, each)) for n, each in spans.items()}
+        else:
+            held_s = self.space.held_s[rank]
+            floors = self.floors[rank].least_by_first_s(rank, blocks, firsts)
+            found = {first: m * (least_s + held_s) for first, least_s in floors.items()}
+        return {first: own_s for first, own_s in found.items() if own_s < float("inf")}
+
+    def fastest(self, rank: int, spans: Sequence[Span]) -> tuple[Column, ...] | None:
+        """The fastest recipes of a rank's stages that hold these blocks; None where none fit, or where their
+        mixes are too many to look at."""
+        if not self.mixes[rank].few([end - first for first, end in spans]):
+            return None
+        return self.mixes[rank].fastest(self._all_held(rank, spans))
+
+    def _all_held(self, rank: int, spans: Sequence[Span]) -> tuple[Held, ...]:
+        return tuple(self._held(s, span) for s, span in zip(self.space.stages_of[rank], spans, strict=True))
+
+    def _held(self, stage: int, span: Span) -> Held:
+        rank = self.space.rank_of[stage]
+        counts = self.space.table.counts(rank)
+        return Held(
+            span=self.space.books[rank].blocks(*span),
+            actions=tuple((kind, n) for (s, kind), n in counts.items() if s == stage),
+            alive=tuple(moment.get(stage, 0) for moment in self.space.in_flight[rank]),
+        )
+
+    @cached_property
+    def mixes(self) -> list[RankMixes]:
+        """Of each rank, one for ranks on equal devices."""
+        known: dict[int, RankMixes] = {}
+        for book, limit in zip(self.space.books, self.space.limits_bytes, strict=True):
+            known.setdefault(id(book), RankMixes(book, limit))
+        return [known[id(book)] for book in self.space.books]
+
+    def even_own_s(self, rank: int, spans: Sequence[Span]) -> float:
+        """What a rank of the even split takes at least for all micro-batches."""
+        stages, book = self.space.stages_of[rank], self.space.books[rank]
+        if self.mixes[rank].few([spans[s][1] - spans[s][0] for s in stages]):
+            return self.mixes[rank].least_s(self._all_held(rank, [spans[s] for s in stages]))
+        fastest = [min(c.whole_s(self.degrees.schedule) for c in book.pure(*spans[s])) for s in stages]
+        return self.degrees.num_micro_batches * sum(fastest)
+
+    @cached_property
+    def floors(self) -> list[RankFloor]:
+        """The floors of each rank."""
+        known: dict[int, RankFloor] = {}
+        for book, limit in zip(self.space.books, self.space.limits_bytes, strict=True):
+            if id(book) not in known:
+                known[id(book)] = RankFloor(
+                    book, limit, self.degrees, self.space.in_flight, self.space.size_limits, self._split
+                )
+        return [known[id(book)] for book in self.space.books]
+
+    @cached_property
+    def _split(self) -> float:
+        """The least share of a stage's backward passes that are split."""
+        if not self.degrees.schedule.splits_backward:
+            return 0.0
+        counts = [self.space.table.counts(rank) for rank in range(self.degrees.pp)]
+        weights = (
+            counts[rank].get((s, ActionKind.WEIGHT_GRAD), 0) for s, rank in enumerate(self.space.rank_of)
+        )
+        return min(weights) / self.degrees.num_micro_batches
