@@ -196,6 +196,10 @@ class RecipeBook:
         """The column of a mix by its number among `mixes`."""
         return self.column(self._stage(self.mixes(*span), number, *span))
 
+    def forget(self) -> None:
+        """Gives back the mixes, which take most memory; they are made again where they are asked for."""
+        self._mixes.clear()
+
     def mixes(self, first: int, end: int) -> Mixes:
         """Every way to give the blocks [first, end) an option each."""
         if (first, end) not in self._mixes:

@@ -91,6 +91,8 @@ class StageSpace:
         through thousands of shapes."""
         for name in ("table", "ranks"):
             self.__dict__.pop(name, None)
+        for book in self.books:
+            book.forget()
 
     # Recipes
 
