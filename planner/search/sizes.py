@@ -5,9 +5,9 @@ step takes at least
 
     1F1B, m > p    2 W + (m - p - 1) t(n) + 2 (p - 1) h        for every stage (*)
     all            m t(r)                                      for every rank r
-    no cut finer   u + ... + g and the optimizer are left out, but for what the slowest rank's must take
 
-so stages that are too large are left out, and those that would leave too much to the others. (*) With i the
+besides what its rank gathers before, reduces after and updates at least (planner.search.stage_space), so
+stages that are too large are left out, and those that would leave too much to the others. (*) With i the
 stage that takes longest, the path with both detours (planner.search.paths) has 2 W - sum_{j<i} t_j +
 (m - w_i - 2) t_i, of which the sum is at most i t_i; any other stage takes no longer.
 """

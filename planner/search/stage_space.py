@@ -2,8 +2,7 @@
 
 Every pipeline rank has the recipes and the memory of its own devices: in a mixed cluster they differ from
 rank to rank. Which numbers of blocks can still beat a step time follows from the bounds of
-planner.search.sizes, with what a rank's memory makes it recompute: exactly where it holds one stage, by
-planner.search.rank_floor where it holds several.
+planner.search.sizes, with what a rank's memory makes it recompute (planner.search.rank_ways).
 """
 
 from __future__ import annotations
