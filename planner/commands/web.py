@@ -51,12 +51,21 @@ def web(port: int, no_open: bool, models: tuple[str, ...], prices: Path | None) 
     from planner.commands.with_web import require_web
 
     require_web("web")
+    import contextlib
+
     from planner.catalog import load_model
+    from planner.errors import PlannerError
     from planner.web.app import build_app
+    from planner.web.asked import at_first
     from planner.web.serve import listen, server
 
     for model in models:
         load_model(model)
+    answered = answers(models, prices)
+    with contextlib.suppress(PlannerError):  # the page tells it
+        answered.compare(
+            at_first(), lambda: False
+        )  # whose plans are known then: the first page is there at once
     listening = listen(port)
     port = listening.getsockname()[1]
     address = f"http://127.0.0.1:{port}/"
@@ -65,12 +74,11 @@ def web(port: int, no_open: bool, models: tuple[str, ...], prices: Path | None) 
         import webbrowser
 
         webbrowser.open(address)
-    server(build_app(answers(models, prices), port)).run(sockets=[listening])
+    server(build_app(answered, port)).run(sockets=[listening])
 
 
 def answers(models: Sequence[str], prices: Path | None) -> Answers:
     """What the page asks of the planner."""
-    import importlib
     import json
 
     from planner.catalog import device_names, model_index
@@ -78,9 +86,6 @@ def answers(models: Sequence[str], prices: Path | None) -> Answers:
     from planner.commands.sizing_document import comparison_document, options_csv
     from planner.commands.sizing_options import PRICINGS
     from planner.web.app import Answers
-
-    for slow in ("numpy", "planner.sizing.compare"):  # the first page need not wait for them
-        importlib.import_module(slow)
 
     def choices() -> dict[str, Sequence[str]]:
         providers = {instance.provider for instance in open_market(prices, False).instances}
