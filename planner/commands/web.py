@@ -61,13 +61,11 @@ def web(port: int, no_open: bool, models: tuple[str, ...], prices: Path | None) 
 
     for model in models:
         load_model(model)
-    answered = answers(models, prices)
-    with contextlib.suppress(PlannerError):  # the page tells it
-        answered.compare(
-            at_first(), lambda: False
-        )  # whose plans are known then: the first page is there at once
     listening = listen(port)
     port = listening.getsockname()[1]
+    answered = answers(models, prices)
+    with contextlib.suppress(PlannerError):  # what the first page shows; it tells what is wrong with it
+        answered.compare(at_first(), lambda: False)
     address = f"http://127.0.0.1:{port}/"
     click.echo(f"plan web  {address}  (Ctrl-C ends it)")
     if not no_open:
