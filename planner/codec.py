@@ -177,8 +177,10 @@ def encode(value: Any) -> Any:
     """A noun as plain data (dicts, lists, numbers, text): dataclasses.asdict, less its copies of values."""
     if dataclasses.is_dataclass(value):
         return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, (list, tuple)):
-        return [encode(item) for item in value]
+    if isinstance(value, tuple):
+        return tuple(map(encode, value))
+    if isinstance(value, list):
+        return list(map(encode, value))
     if isinstance(value, dict):
         return {encode(key): encode(item) for key, item in value.items()}
     return value
