@@ -12,7 +12,8 @@ option. Of one stage a rank, with `a` micro-batches alive on stage s:
 
 1F1B keeps no more alive than GPipe and interleaved with the same degrees, so those are left out beside it.
 Shapes are taken in order of a lower bound of what they need, and the rest left when it exceeds the least
-found. Where a schedule deals several stages to a rank, even stages are an upper bound: `exact` says which.
+found. Where a schedule deals several stages to a rank, even stages are an upper bound: nothing is exact where
+such a shape may need less still.
 
 What must be there is more than the predicted peak, by the error band that a verdict of SAFE asks for:
 limit = peak (1 + upper).
@@ -159,7 +160,10 @@ class _Least:
                 best, to_beat = found, found.limit_bytes
                 if enough_bytes is not None and best.limit_bytes <= enough_bytes:
                     return best
-        return best if enough_bytes is None else None
+        if best is None or enough_bytes is not None:
+            return None
+        dealt = (self._cheap_bound(degrees) for degrees in legal if degrees.chunks > 1)
+        return dataclasses.replace(best, exact=best.exact and min(dealt, default=math.inf) >= to_beat)
 
     def state_bytes(self, degrees: Degrees) -> float:
         """Weights, gradients and optimizer state of the mean device, remembered by what they depend on."""
