@@ -210,9 +210,8 @@ class ShapeModel:
         """What the first block need not do where the embedding is frozen; counted with the embedding."""
         if kind is not LayerKind.EMBEDDING or self.problem.workload.adapters is None:
             return 0.0
-        return self.layer_model.lowest_spares_s(
-            self.shape_of(LayerKind.BLOCK, block=self.layer_model.keys[0])
-        )
+        lowest = self.shape_of(LayerKind.BLOCK, block=self.layer_model.keys[0])
+        return self.layer_model.lowest_spares_s(lowest)
 
     def _with_data_parallel(self, forward: Pass, backward: Pass, unit: Unit) -> tuple[Pass, Pass]:
         """Adds the wrapper, gradient accumulation, and what ZeRO 2 and 3 send in every micro-batch."""
