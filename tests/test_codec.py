@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from planner.codec import (
     to_json,
     write_atomic,
 )
+from planner.commands.text import print_json
 from planner.errors import InputError
 
 
@@ -56,6 +58,20 @@ def faults_of(data: object) -> list[str]:
 def test_decode_of_encode_is_the_value() -> None:
     assert decode(Line, encode(LINE), source="test") == LINE
     assert decode_json(Line, to_json(LINE), source="test") == LINE
+
+
+def test_encoding_is_what_asdict_says() -> None:
+    value = Line(points=LINE.points, closed=True)
+    assert encode(value) == dataclasses.asdict(value)
+    assert encode({"lines": [value]}) == {"lines": [dataclasses.asdict(value)]}
+
+
+def test_rows_of_a_document_have_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    document = {"options": [{"name": "é", "days": 1.5}, {"name": "b", "days": None}], "model": {"layers": 2}}
+    print_json(document, rows="options")
+    written = capsys.readouterr().out
+    assert json.loads(written) == document and list(json.loads(written)) == ["options", "model"]
+    assert '{"name": "é", "days": 1.5},' in written.splitlines()[2]
 
 
 def test_equal_values_give_equal_bytes_and_digests() -> None:

@@ -216,6 +216,12 @@ def test_models_that_the_server_was_started_with_may_be_named() -> None:
         check_model(read_query([("model", "other.json")]), ["mine/config.json"])
 
 
+def test_a_model_may_be_named_by_any_of_its_names() -> None:
+    """As on the command line; files still may not."""
+    check_model(read_query([("model", "llama-3-70b")]), [])
+    check_model(read_query([("model", "Mixtral-8x7B")]), [])
+
+
 def test_equal_questions_are_answered_once() -> None:
     with serving() as running:
         for path in ("/?deadline=9d", "/comparison.csv?deadline=9d", "/?deadline=9d&model=llama-3-8b"):

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from planner.least_memory import survey
 from planner.repairs import BEST, why_infeasible
 from planner.resolve import Effort
 from planner.search.space import Pins, parse_pins
@@ -15,6 +16,14 @@ from planner.workload import Optimizer
 
 from . import instances
 from .infeasible import EFFORT, Case, case, check_case, feasible
+
+
+def test_a_need_is_not_called_least_where_several_stages_a_rank_may_need_less() -> None:
+    """Its first rank holds both ends in few blocks, as no plan of one stage a rank can."""
+    asked = case(556)
+    found = survey(asked.problem, asked.pins).need
+    assert found is not None and not found.exact and found.strategy.degrees.chunks == 1
+    check_case(556)
 
 
 @pytest.mark.parametrize("block", range(8))
