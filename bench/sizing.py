@@ -100,12 +100,14 @@ def page_seconds() -> list[tuple[str, float]]:
         assert server.stdout is not None
         address = server.stdout.readline().split()[2]
         each = []
-        for name, query in PAGES:
-            started = time.perf_counter()
-            with urllib.request.urlopen(f"{address}?{urllib.parse.urlencode(query)}") as page:
-                page.read()
-            each.append((name, time.perf_counter() - started))
-        server.terminate()
+        try:
+            for name, query in PAGES:
+                started = time.perf_counter()
+                with urllib.request.urlopen(f"{address}?{urllib.parse.urlencode(query)}") as page:
+                    page.read()
+                each.append((name, time.perf_counter() - started))
+        finally:  # else it would be waited for
+            server.terminate()
     return each
 
 

@@ -7,7 +7,6 @@ Where the profile measured the layer's class, its samples tell (planner.cost.sam
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +82,7 @@ class LayerModel:
     def all_units(self, degrees: Degrees) -> list[tuple[Unit, int]]:
         """The units of the whole model with their counts."""
         units = self.units(degrees)
-        blocks = [(units.blocks[key], count) for key, count in Counter(self.keys).items()]
+        blocks = [(units.blocks[key], self.count(key, 0, len(self.keys))) for key in self.classes]
         return [*blocks, (units.embedding, 1), (units.head, 1)]
 
     def kernel(self, degrees: Degrees) -> AttentionKernel:

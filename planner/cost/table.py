@@ -41,10 +41,10 @@ def cell(stage: int, kind: ActionKind, *, paired: bool = False) -> int:
 class Table:
     """Rows of actions, one a pipeline rank. Equal where all actions are; never changed once made.
 
-    The order, the counts and what is in flight are made when they are first asked for.
+    The order and the counts are made when they are first asked for.
     """
 
-    __slots__ = ("_counts", "_in_flight", "_order", "codes", "num_micro_batches", "stages")
+    __slots__ = ("_counts", "_order", "codes", "num_micro_batches", "stages")
 
     def __init__(self, codes: Iterable[Sequence[int] | Ints], num_micro_batches: int) -> None:
         import numpy as np
@@ -55,7 +55,6 @@ class Table:
         self.stages = last // (num_micro_batches * len(KINDS)) + 1
         self._order: ActionOrder | None = None
         self._counts: tuple[dict[tuple[int, ActionKind], int], ...] | None = None
-        self._in_flight: dict[int, tuple[dict[int, int], ...]] = {}
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Table:
@@ -130,11 +129,6 @@ class Table:
         A micro-batch is alive from its forward to its backward, or to its weight gradients where the
         backward is split: W needs the inputs that the forward kept.
         """
-        if rank not in self._in_flight:
-            self._in_flight[rank] = self._counted_in_flight(rank)
-        return self._in_flight[rank]
-
-    def _counted_in_flight(self, rank: int) -> tuple[dict[int, int], ...]:
         import numpy as np
 
         number = self.codes[rank] // self.num_micro_batches

@@ -8,8 +8,8 @@ one moment of the schedule, s_o the bytes that a block with option o keeps of ea
 (rearrangement inequality), where the rank's first stage has a given number of blocks and the others as many
 places as they may hold. So F and Q are possible only where states, ends, what a pass needs and this sum fit,
 and the rank takes no less than the fastest possible pair, with what a pass that recomputes anything takes
-besides, on as few stages as hold F + Q blocks. Unlike a mixture of recipes, which a linear
-relaxation may take, F and Q are whole numbers.
+besides, on as few stages as hold F + Q blocks. Unlike a mixture of recipes, which a linear relaxation may
+take, F and Q are whole numbers.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class RankFloor:
         pair = least_pass_bytes(self.shape, book.options, behind=True)
         self._behind_bytes = pair - min(self._pass_bytes.values())
         self._alike: dict[int, _Signature] = {}
-        self._known: dict[tuple[_Signature, int], dict[int, float]] = {}
+        self._known: dict[tuple[_Signature, int, range], dict[int, float]] = {}
         self._known_ends: dict[tuple[bool, bool], tuple[float, float, float]] = {}
         self._known_pairs: dict[int, tuple[Ints, Ints, Floats]] = {}
 
@@ -86,9 +86,9 @@ class RankFloor:
         `firsts`, its first stage holds; without those that cannot fit."""
         if rank not in self._alike:
             self._alike[rank] = self._signature(rank)
-        key = self._alike[rank], blocks
+        key = self._alike[rank], blocks, firsts
         if key not in self._known:
-            self._known[key] = self._least_by_first_s(*key, firsts)
+            self._known[key] = self._least_by_first_s(*key)
         return self._known[key]
 
     def _signature(self, rank: int) -> _Signature:

@@ -123,13 +123,14 @@ class ShapeSearch:
         return Dealer(self.space)
 
     def greedy(self) -> Found | None:
-        """An even split, each stage with its own recipe. None where one of them does not fit."""
+        """An even split, each stage with its own recipe, several of a rank with those that are fastest
+        together. None where one of them does not fit."""
         if self.degrees.chunks > 1 and self.dealable:
             return self.dealt(0.0)
         spans = list(pairwise(self.space.even))
         chosen: dict[int, Column] = {}
         for rank, stages in enumerate(self.space.stages_of):
-            own = self.space.ranks.fastest(rank, [spans[s] for s in stages])
+            own = self.space.ranks.fastest(rank, [spans[s] for s in stages]) if len(stages) > 1 else None
             for place, s in enumerate(stages):
                 column = own[place] if own else self.space.recipe(s, spans[s], self.space.share_bytes(s))
                 if column is None:

@@ -14,7 +14,8 @@ from torch.torch_version import TorchVersion
 
 FILLS = TorchVersion(torch.__version__) >= "2.13"
 """Whether the fake backend itself copies what a rank sends into what it receives, of collectives; earlier
-ones leave what is exchanged or reduced as it was allocated. No version does for messages of a pair."""
+ones leave what is exchanged or reduced as it was allocated, which is filled here, but for DTensor's own. No
+version does for messages of a pair."""
 
 
 def alone(group: dist.ProcessGroup) -> bool:
