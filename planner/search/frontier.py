@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner.search.shape_search import ShapeSearch
+from planner.strategy import Degrees
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +28,7 @@ class Candidate(NamedTuple):
 
     bound_s: float
     order: int
-    search: ShapeSearch
+    degrees: Degrees
 
 
 class Frontier:

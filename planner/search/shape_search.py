@@ -92,6 +92,15 @@ class ShapeSearch:
 
     def run(self, budget: Budget) -> ShapeResult:
         """The best strategy of the shape that can beat the incumbent, or proof that none does."""
+        result = self._run(budget)
+        left = budget.seconds
+        bounded = result.bound_s > 0 or not (self.dealable and self.space.one_class)
+        if bounded or (left is not None and left <= 0):
+            return result
+        found_s = float("inf") if result.found is None else result.found.step_time_s
+        return result._replace(bound_s=self.space.floor_bound_s(min(budget.to_beat_s, found_s)))
+
+    def _run(self, budget: Budget) -> ShapeResult:
         if self.degrees.pp == 1:
             return self._without_pipeline()
         if not self.dealable:

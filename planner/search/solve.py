@@ -14,37 +14,35 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import Counter
+from collections import Counter, deque
 from functools import cache
 from itertools import islice, product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from planner.codec import digest, noun
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.cost.schedule import print_table
-from planner.cost.stage import ShapeModel
-from planner.cost.verdict import safe_tensor_bytes
 from planner.divisors import divisors
 from planner.errors import InfeasibleError
-from planner.estimate import Rejected, Verdict
+from planner.estimate import Verdict
 from planner.not_modelled import not_modelled
 from planner.placement import is_mixed
 from planner.plan import Alternative, Certificate, Plan
 from planner.problem import PlanningProblem
 from planner.search.alternatives import distinct, why_slower
-from planner.search.bounds import BaseBound, least_state_bytes
+from planner.search.crew import Crew, processes_for
 from planner.search.dominance import without_dominated
 from planner.search.frontier import Candidate, Frontier
-from planner.search.open_shapes import OpenShapes
+from planner.search.modeller import Base, Modeller, no_recipe, too_large
+from planner.search.progress import Progress
 from planner.search.quick_bounds import space_bounds_s
-from planner.search.recipes import RecipeBook
+from planner.search.rejections import Rejections
 from planner.search.scout import Scout, Shared
-from planner.search.shape_search import Budget, Found, ShapeSearch
+from planner.search.shape_search import Budget, Found, ShapeResult
 from planner.search.space import Pins, Space, space_of
-from planner.search.stage_space import StageSpace
+from planner.search.task import Task, TaskKind
 from planner.search.verify import verify
 from planner.strategy import AXES, Degrees, Schedule, Strategy
-from planner.units import format_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,9 +55,10 @@ GREEDY_SHAPES = 10
 rest. Of each, since the bounds of some schedules are closer than those of others."""
 DEALT_SHAPES = 6
 """Shapes, in order of that split's time, whose blocks are dealt better before any is searched."""
-PATIENCE = 250
-"""Shapes that are searched without a better plan, once the gap of one stays open below the bound of the next:
-more could not close it, only find a better plan."""
+LAG = 8
+"""Shapes that are searched before what they find counts."""
+OVERRUN = 0.03
+"""Share of the time limit after which a process that still searches is ended."""
 START_BELOW_S = 30.0
 """Time limits below which plain plans are made before anything else."""
 START_LEAVES = 0.7
@@ -89,14 +88,6 @@ class SolveOptions:
     reproducible: bool = False
 
 
-class _Base(NamedTuple):
-    """What the shapes of a base have in common: what is safe, their bound, their recipes."""
-
-    limits_bytes: tuple[float, ...]
-    bound: BaseBound
-    books: tuple[RecipeBook, ...]
-
-
 class Solver:
     """One search over a problem."""
 
@@ -104,14 +95,12 @@ class Solver:
         self.problem, self.options = problem, options
         self.model = CostModel(problem)
         self.started_s = time.monotonic()
-        self.rejected: Counter[str] = Counter()
-        self.nearest: dict[str, tuple[int, Rejected]] = {}
+        self.rejections = Rejections()
+        self.modeller = Modeller(self.model, options.pins, self.rejections)
         self.shapes = self.milps = 0
         self.found: list[Found] = []
         self.bounds_s: list[float] = []
-        self.open = OpenShapes(self._expired)
-        self._bases: dict[int, _Base] = {}
-        self._least: dict[tuple[object, ...], float] = {}
+        self._bases: dict[int, Base] = {}
 
     def solve(self) -> Plan:
         """The best plan. Raises InfeasibleError where no strategy keeps the rules and fits."""
@@ -135,15 +124,19 @@ class Solver:
             Frontier(quick_s[kinds == kind], numbers[kinds == kind], modelled, self._expired)
             for kind in np.unique(kinds)
         ]
-        out_of_time = self._search(candidates, by_kind)
+        crew = Crew(self._work, processes_for(len(quick_s)), self._expired, self._overdue)
+        try:
+            self._begin(crew, by_kind)
+            out_of_time = self._search(crew, candidates)
+        finally:
+            crew.close()
         self._add_runners_up(candidates)
         if not self.found:
-            raise InfeasibleError(self._why_infeasible())
+            raise InfeasibleError(self.rejections.why_infeasible(self.problem, self.shapes))
         best, evaluation = self._best_safe()
         unmodelled = candidates.count_unmodelled(best.step_time_s * (1 - self.options.gap_tolerance))
-        self.rejected.update({"step_time_bound": unmodelled} if unmodelled else {})
+        rejected = self.rejections.counts + Counter(step_time_bound=unmodelled)
         lower_s = min([*self.bounds_s, best.step_time_s])
-        lower_s = self.open.least_s(lower_s, best.step_time_s * (1 - self.options.gap_tolerance))
         gap = max(0.0, 1 - lower_s / best.step_time_s)
         proven = gap <= self.options.gap_tolerance * (1 + OPTIMAL_GAP) + OPTIMAL_GAP and not out_of_time
         verify(self.problem, evaluation, lower_s)
@@ -154,12 +147,12 @@ class Solver:
             gap=gap if gap > OPTIMAL_GAP else 0.0,
             wall_s=0.0 if self.options.reproducible else time.monotonic() - self.started_s,
             shapes=self.shapes,
-            pruned=sum(self.rejected.values()),
+            pruned=rejected.total(),
             milps=self.milps,
             verified=True,
         )
         others = self._alternatives(best)
-        return make_plan(self.problem, evaluation, certificate, dict(sorted(self.rejected.items())), others)
+        return make_plan(self.problem, evaluation, certificate, dict(sorted(rejected.items())), others)
 
     def _scout(self) -> None:
         """A good plan of usual choices to begin with, where devices are of one kind and share no cores."""
@@ -180,10 +173,9 @@ class Solver:
             free = {key: value for key, value in plain.items() if getattr(pins, key) is None}
             space = space_of(self.problem, dataclasses.replace(pins, **free))  # type: ignore[arg-type]
             for degrees in islice(space.shapes(), 1):
-                if self._least_bytes(degrees) > max(self.model.limits_bytes):
+                if self.modeller.least_bytes(degrees) > max(self.model.limits_bytes):
                     continue
-                model, own = self.model.shape(degrees), self._base(degrees)
-                greedy = ShapeSearch(StageSpace(self.model, model, own.limits_bytes, own.books)).greedy()
+                greedy = self.modeller.search(degrees, self.modeller.base(degrees)).greedy()
                 if greedy is not None:
                     self.found.append(greedy)
             left, limit = self._seconds_left(), self.options.time_limit_s
@@ -199,17 +191,17 @@ class Solver:
         """Every legal base whose weights, gradients and optimizer state may fit."""
         space = space_of(self.problem, self.options.pins, self._expired)
         for order, rejected in enumerate(space.rejected):
-            self._reject(rejected, order)
+            self.rejections.add(rejected, order)
         self.shapes = len(space.rejected) + sum(map(len, space.pipes))
         kept, most = [], max(self.model.limits_bytes)
         if self._expired():
             return dataclasses.replace(space, bases=(), pipes=(), complete=False)
         for number, (base, pipes) in enumerate(zip(space.bases, space.pipes, strict=True)):
-            least = self._least_bytes(base)
+            least = self.modeller.least_bytes(base)
             if least <= most:
                 kept.append(number)
             else:
-                self._reject(self._too_large(base, least, most), number, len(pipes))
+                self.rejections.add(too_large(base, least, most), number, len(pipes))
         fitting = Space(
             bases=tuple(space.bases[number] for number in kept),
             pipes=tuple(space.pipes[number] for number in kept),
@@ -218,63 +210,34 @@ class Solver:
         )
         options = self.options.pins.recomputes
         left, dominated = without_dominated(self.model, fitting, options, self._expired)
-        self.rejected.update({"dominated": dominated} if dominated else {})
+        self.rejections.counts += Counter(dominated=dominated)
         return left
 
-    def _least_bytes(self, base: Degrees) -> float:
-        """The mean of weights, gradients and state over ranks, which shapes of one sharding share."""
-        d = base
-        key = d.tp, d.ep, d.etp, d.cp, d.pp, d.zero, d.dp_shard, d.dp_replicate, d.num_micro_batches > 1
-        if key not in self._least:
-            self._least[key] = least_state_bytes(self.model.layers, base, self.options.pins.offloaded)
-        return self._least[key]
-
-    def _candidate(self, number: int) -> Candidate | None:
-        """The model of a shape and its bound; None where it cannot fit."""
+    def _of(self, number: int) -> tuple[Degrees, Base]:
+        """A shape by its number, and its base."""
         row = int(self.rows[number])
         schedule, chunks = self.space.pipes[row][int(self.places[number])]
-        degrees = dataclasses.replace(self.space.bases[row], schedule=schedule, chunks=chunks)
-        model = self.model.shape(degrees)
         if row not in self._bases:
-            self._bases[row] = self._base(self.space.bases[row])
-        base = self._bases[row]
-        least, most = self._least_bytes(degrees), max(base.limits_bytes)
-        if least > most:
-            self._reject(self._too_large(degrees, least, most), number)
-            return None
-        search = ShapeSearch(StageSpace(self.model, model, base.limits_bytes, base.books))
-        bound_s = base.bound.of(degrees)
-        if bound_s == float("inf"):
-            self._reject(self._no_recipe(search), number)
-            return None
-        return Candidate(bound_s, number, search)
+            self._bases[row] = self.modeller.base(self.space.bases[row])
+        return dataclasses.replace(self.space.bases[row], schedule=schedule, chunks=chunks), self._bases[row]
 
-    def _base(self, degrees: Degrees) -> _Base:
-        shapes, options = self.model.rank_shapes(degrees), self.options.pins.recomputes
-        kinds = {id(shape): shape for shape in shapes}
-        limits = {key: self._safe_bytes(shape) for key, shape in kinds.items()}
-        offload = self.options.pins.offloaded
-        books = {key: RecipeBook(shape, options, offload) for key, shape in kinds.items()}
-        each = tuple(limits[id(shape)] for shape in shapes)
-        bound = BaseBound(self.model, shapes, options, each, offload)
-        return _Base(each, bound, tuple(books[id(shape)] for shape in shapes))
+    def _candidate(self, number: int) -> Candidate | None:
+        """The bound of a shape; None where it cannot fit."""
+        return self.modeller.candidate(*self._of(number), number)
 
-    def _safe_bytes(self, shape: ShapeModel) -> float:
-        """The most that a rank's tensors and runtime may take for a peak that is still SAFE."""
-        return safe_tensor_bytes(shape.problem, self.model.coverage(shape), shape.runtime_bytes)
+    def _work(self, task: Task) -> ShapeResult:
+        """The result of a task; it depends on nothing but the task."""
+        search = self.modeller.search(*self._of(task.number))
+        if task.budget is not None:
+            result = search.run(task.budget)
+            search.space.forget()
+            return result
+        return ShapeResult(search.dealt() if task.kind is TaskKind.DEALT else search.greedy(), 0.0, 0)
 
-    def _reject(self, rejected: Rejected, order: int, shapes: int = 1) -> None:
-        self.rejected[rejected.rule] += shapes
-        known = self.nearest.setdefault(rejected.rule, (order, rejected))
-        if order < known[0]:
-            self.nearest[rejected.rule] = order, rejected
-
-    def _too_large(self, degrees: Degrees, least: float, limit: float) -> Rejected:
-        return Rejected(
-            rule="memory",
-            detail=f"{degrees.label()} needs at least {format_bytes(least)} a device for weights, gradients "
-            f"and optimizer state; {format_bytes(limit)} is safe.",
-        )
+    def _overdue(self) -> bool:
+        """Whether the time is up by so much that nothing is waited for any more."""
+        left, limit = self._seconds_left(), self.options.time_limit_s
+        return left is not None and limit is not None and left < -OVERRUN * limit and bool(self.found)
 
     def _seconds_left(self) -> float | None:
         limit = None if self.options.reproducible else self.options.time_limit_s
@@ -289,7 +252,7 @@ class Solver:
             evaluation = self.model.evaluate(found.strategy)
             if evaluation.estimate.verdict is Verdict.SAFE:
                 return found, evaluation
-        raise InfeasibleError(self._why_infeasible())
+        raise InfeasibleError(self.rejections.why_infeasible(self.problem, self.shapes))
 
     def _kinds(self) -> Ints:
         """The schedule of each shape as a number, 0 without a pipeline."""
@@ -303,62 +266,67 @@ class Solver:
         ]
         return np.asarray(kinds, dtype=np.int64)
 
-    def _search(self, candidates: Frontier, by_kind: list[Frontier]) -> bool:
-        """Searches shapes until none left can win. Returns whether time ran out first."""
-        started: list[tuple[float, Candidate]] = []
-        for candidate in (each for kind in by_kind for each in islice(kind, GREEDY_SHAPES)):
-            greedy = None if self._expired() else candidate.search.greedy()
-            if greedy is not None:
-                self.found.append(greedy)
-                started.append((greedy.step_time_s, candidate))
-        started.sort(key=lambda pair: (pair[0], pair[1].order))
-        self.found += [
-            dealt
-            for _, candidate in started[:DEALT_SHAPES]
-            if not self._expired() and (dealt := candidate.search.dealt()) is not None
+    def _begin(self, crew: Crew, by_kind: list[Frontier]) -> None:
+        """Even splits of the first shapes of every schedule, and better deals of the fastest."""
+        first = [candidate.order for kind in by_kind for candidate in islice(kind, GREEDY_SHAPES)]
+        started = [
+            (found.step_time_s, number)
+            for number, found in zip(first, self._all(crew, TaskKind.GREEDY, first), strict=True)
+            if found is not None
         ]
+        self._all(crew, TaskKind.DEALT, [number for _, number in sorted(started)[:DEALT_SHAPES]])
+
+    def _all(self, crew: Crew, kind: TaskKind, numbers: list[int]) -> list[Found | None]:
+        """What a task of each of these shapes finds; it is kept."""
+        for number in numbers:
+            crew.add(Task(kind, number))
+        results = [crew.take().found for _ in numbers]
+        self.found += [found for found in results if found is not None]
+        return results
+
+    def _search(self, crew: Crew, candidates: Frontier) -> bool:
+        """Searches shapes until none left can win. Returns whether time ran out first.
+
+        A shape has to beat what was found LAG shapes before it: so many are searched beside each other.
+        """
         incumbent_s = min((found.step_time_s for found in self.found), default=float("inf"))
-        stale = 0
+        progress = Progress(incumbent_s, self.options.gap_tolerance)
+        under_way: deque[Candidate] = deque()
+        out_of_time = False
         for candidate in candidates:
-            to_beat_s = incumbent_s * (1 - self.options.gap_tolerance)
-            bound_s = candidate.bound_s
-            patient = stale < PATIENCE or self.open.least_s(bound_s, to_beat_s) >= bound_s
-            if bound_s >= to_beat_s or self._expired() or not patient:
-                self.bounds_s.append(bound_s)  # the least of all that are left
-                return bound_s < to_beat_s and patient
-            result = candidate.search.run(self._budget(to_beat_s))
-            self.milps += result.milps
-            bound_s = max(bound_s, result.bound_s)
-            candidate.search.space.forget()
-            if bound_s < to_beat_s:
-                known = result.bound_s > 0 or not candidate.search.dealable
-                self.open.add(candidate, bound_s, final=known)
-            else:
-                self.bounds_s.append(bound_s)
-            stale += 1
-            if result.found is None:
-                if incumbent_s == float("inf"):
-                    self._reject(self._no_recipe(candidate.search), self.shapes)
-                continue
+            if len(under_way) == LAG:
+                self._take(crew, under_way.popleft(), progress)
+            won, patient = candidate.bound_s >= progress.to_beat_s, progress.patient(candidate.bound_s)
+            if won or not patient or self._expired():
+                self.bounds_s.append(candidate.bound_s)  # the least of all that are left
+                out_of_time = not won and patient
+                break
+            crew.add(Task(TaskKind.BEST, candidate.order, self._budget(progress.to_beat_s)))
+            under_way.append(candidate)
+        else:
+            if candidates.next_bound_s < float("inf"):
+                self.bounds_s.append(candidates.next_bound_s)
+                out_of_time = True
+        for candidate in under_way:
+            self._take(crew, candidate, progress)
+        self.bounds_s.append(progress.bound_s)
+        return out_of_time
+
+    def _take(self, crew: Crew, candidate: Candidate, progress: Progress) -> None:
+        """Takes what the search of a shape found."""
+        result = crew.take()
+        self.milps += result.milps
+        progress.add(candidate.bound_s, result)
+        if result.found is not None:
             self.found.append(result.found)
-            if result.found.step_time_s < incumbent_s:
-                incumbent_s, stale = result.found.step_time_s, 0
-        if candidates.next_bound_s == float("inf"):
-            return False
-        self.bounds_s.append(candidates.next_bound_s)
-        return True
+        elif progress.incumbent_s == float("inf"):
+            degrees, base = self._of(candidate.order)
+            self.rejections.add(no_recipe(degrees, base.limits_bytes), self.shapes)
 
     def _budget(self, to_beat_s: float) -> Budget:
         left, options = self._seconds_left(), self.options
         deadline_s = None if left is None else time.monotonic() + left
         return Budget(deadline_s, to_beat_s, options.rounds, options.nodes, options.gap_tolerance)
-
-    def _no_recipe(self, search: ShapeSearch) -> Rejected:
-        return Rejected(
-            rule="memory",
-            detail=f"{search.degrees.label()}: no mix of recomputation fits into "
-            f"{format_bytes(max(search.space.limits_bytes))} a device.",
-        )
 
     def _add_runners_up(self, candidates: Frontier) -> None:
         """An even split of the next shapes that were not searched, so that there is something to compare."""
@@ -367,8 +335,8 @@ class Solver:
             enough = len(known) > 4 * self.options.top or self._expired()
             if enough or (self.found and tried >= MAX_RUNNERS_UP):
                 break
-            if candidate.search.degrees not in known:
-                greedy = candidate.search.greedy()
+            if candidate.degrees not in known:
+                greedy = self._work(Task(TaskKind.GREEDY, candidate.order)).found
                 if greedy is not None:
                     known.add(greedy.strategy.degrees)
                     self.found.append(greedy)
@@ -390,25 +358,6 @@ class Solver:
             verdict=estimate.verdict,
             reason=why_slower(self.model.evaluate(best.strategy), evaluation),
         )
-
-    def _why_infeasible(self) -> str:
-        lines = [
-            f"no feasible plan among {self.shapes} shapes for {self.problem.model.name} on "
-            f"{self.problem.cluster.name}."
-        ]
-        for rule, (_, nearest) in sorted(
-            self.nearest.items(), key=lambda item: (-self.rejected[item[0]], item[1][0])
-        ):
-            count = self.rejected[rule]
-            lines.append(f"  {rule} ({count}): {nearest.detail}")
-            if nearest.legal:
-                lines.append(f"    legal here: {nearest.legal}")
-        if self.rejected["memory"]:
-            lines.append(
-                "What would help: more devices, a larger --memory-limit, a shorter --seq, or an optimizer "
-                "with less state."
-            )
-        return "\n".join(lines)
 
 
 def make_plan(

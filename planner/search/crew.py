@@ -1,0 +1,173 @@
+"""Processes that search shapes beside each other, one for each core.
+
+A search gives its tasks in an order and takes their results in that order, so that nothing depends on how
+many processes there are, or which was faster. They are forked, and so know the problem and all that was
+worked out before; tasks and results go through pipes as JSON text. Where there is one core, or no fork, or
+there are threads (a fork has one), or little to do, the tasks are worked out here, when their result is taken.
+
+A process that dies costs nothing but time: its task is done again here. One that works for longer than the
+search may take is ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING
+
+from planner.codec import decode, encode
+from planner.search.shape_search import Found, ShapeResult
+from planner.search.task import Task
+from planner.strategy import Strategy
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkProcess
+
+MOST = 4
+"""Processes at most: more wait for each other's results."""
+MANY_SHAPES = 200
+"""Shapes of a space from which on forking pays."""
+GLANCE_S = 0.05
+"""Seconds between looks at the clock while a process works."""
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def processes_for(shapes: int) -> int:
+    """How many processes to search so many shapes with; 0: search them here."""
+    forks = sys.platform == "linux" and threading.active_count() == 1
+    each = min(cores(), MOST)
+    return each if forks and each > 1 and shapes >= MANY_SHAPES else 0
+
+
+class Crew:
+    """Works out tasks by `work`, in `processes` of its own or (0) here.
+
+    Tasks that are not begun when `expired` have an empty result, which says nothing of their shape; so have
+    those that a process still works at when `overdue`.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[Task], ShapeResult],
+        processes: int,
+        expired: Callable[[], bool],
+        overdue: Callable[[], bool],
+    ) -> None:
+        self._work, self._expired, self._overdue = work, expired, overdue
+        self._waiting: deque[Task] = deque()  # not begun
+        self._order: deque[Task] = deque()  # results not taken
+        self._results: dict[Task, ShapeResult] = {}
+        self._busy: dict[Connection, Task] = {}
+        self._idle: list[Connection] = []
+        self._processes: list[ForkProcess] = []
+        if processes:
+            self._fork(processes)
+
+    def _fork(self, processes: int) -> None:
+        import multiprocessing
+
+        context = multiprocessing.get_context("fork")
+        for _ in range(processes):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, here, self._work), daemon=True)
+            process.start()
+            there.close()
+            self._processes.append(process)
+            self._idle.append(here)
+
+    def add(self, task: Task) -> None:
+        """Has a task worked out; no other like it may be under way."""
+        self._waiting.append(task)
+        self._order.append(task)
+        self._feed()
+
+    def take(self) -> ShapeResult:
+        """The result of the earliest task whose result was not taken yet."""
+        task = self._order.popleft()
+        while task not in self._results:
+            if self._busy and task in self._busy.values():
+                self._listen()
+            elif self._idle and not self._expired():
+                self._feed()
+            else:
+                self._waiting.remove(task)
+                self._results[task] = ShapeResult(None, 0.0, 0) if self._expired() else self._work(task)
+        return self._results.pop(task)
+
+    def _feed(self) -> None:
+        """Gives waiting tasks to processes that have none."""
+        while self._waiting and self._idle and not self._expired():
+            task, process = self._waiting.popleft(), self._idle.pop()
+            try:
+                process.send_bytes(task.to_json())
+                self._busy[process] = task
+            except OSError:
+                self._waiting.appendleft(task)
+
+    def _listen(self) -> None:
+        """Takes what processes have sent, waiting for one at least or until all are overdue."""
+        ready = wait(list(self._busy), GLANCE_S)
+        for process in ready:
+            assert isinstance(process, Connection)
+            task = self._busy.pop(process)
+            try:
+                self._results[task] = _result(process.recv_bytes())
+                self._idle.append(process)
+            except (OSError, EOFError):
+                self._waiting.appendleft(task)
+        self._feed()
+        if not ready and self._overdue():
+            self._results |= dict.fromkeys(self._busy.values(), ShapeResult(None, 0.0, 0))
+            self.close()
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join()
+        for connection in [*self._busy, *self._idle]:
+            connection.close()
+        self._processes, self._idle, self._busy = [], [], {}
+
+
+def _serve(there: Connection, here: Connection, work: Callable[[Task], ShapeResult]) -> None:
+    """What a process does: it works out one task after another until nobody asks any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever forked it ends it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    here.close()
+    try:
+        while True:
+            result = work(Task.of_json(there.recv_bytes()))
+            there.send_bytes(_text(result))
+    except (OSError, EOFError):
+        return
+    except Exception:  # it is raised where the task is done again
+        os._exit(1)
+
+
+def _text(result: ShapeResult) -> bytes:
+    found = None
+    if result.found is not None:
+        found = {"strategy": encode(result.found.strategy), "step_time_s": result.found.step_time_s}
+    return json.dumps({**result._asdict(), "found": found}).encode()
+
+
+def _result(text: bytes) -> ShapeResult:
+    data = json.loads(text)
+    if data["found"] is not None:
+        strategy = decode(Strategy, data["found"]["strategy"], source="a process of the search")
+        data["found"] = Found(strategy, data["found"]["step_time_s"])
+    return ShapeResult(**data)
