@@ -3,7 +3,7 @@
 A search gives its tasks in an order and takes their results in that order, so that nothing depends on how
 many processes there are, or which was faster. They are forked, and so know the problem and all that was
 worked out before; tasks and results go through pipes as JSON text. Where there is one core, or no fork, or
-there are threads (a fork has one), or little to do, the tasks are worked out here, when their result is taken.
+there are threads (a fork has one), or little to do, tasks are worked out here, when their result is taken.
 
 A process that dies costs nothing but time: its task is done again here. One that works for longer than the
 search may take is ended.

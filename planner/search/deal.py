@@ -9,7 +9,7 @@ first. Nothing here is proven: the ILP, or a bound, says how far it may be from 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from planner.cost.longest_path import many_row_ends_s
 from planner.search.recipes import Column
@@ -42,17 +42,31 @@ class Dealer:
 
     def columns(self, deal: Deal) -> tuple[Column, ...] | None:
         """The recipes of a deal; None where some rank has none."""
-        chosen: dict[int, Column] = {}
+        return self._columns(deal, range(len(self.ranks)), [None] * len(deal))
+
+    def moved(self, deal: Deal, near: Deal, columns: tuple[Column, ...]) -> tuple[Column, ...] | None:
+        """The same, from the recipes of a deal that differs from it in few stages."""
+        spans = zip(self._spans(deal), self._spans(near), strict=True)
+        ranks = {self.space.rank_of[s] for s, (own, other) in enumerate(spans) if own != other}
+        return self._columns(deal, sorted(ranks), columns)
+
+    def _columns(
+        self, deal: Deal, ranks: Iterable[int], known: Sequence[Column | None]
+    ) -> tuple[Column, ...] | None:
+        """The recipes of a deal, which are `known` but for those of some ranks."""
+        chosen = list(known)
         spans = self._spans(deal)
-        for rank, stages in enumerate(self.ranks):
+        for rank in ranks:
+            stages = self.ranks[rank]
             key = rank, tuple(spans[s] for s in stages)
             if key not in self._known:
                 self._known[key] = self._of_rank(rank, key[1])
             found = self._known[key]
             if found is None:
                 return None
-            chosen |= dict(zip(stages, found, strict=True))
-        return tuple(chosen[s] for s in range(len(deal)))
+            for s, column in zip(stages, found, strict=True):
+                chosen[s] = column
+        return tuple(column for column in chosen if column is not None)
 
     def _spans(self, deal: Deal) -> list[Span]:
         """The blocks of each stage; of one class, those that stand for them."""
@@ -151,7 +165,7 @@ class Dealer:
         most = max(1, min(MAX_MOVES, MAX_WORK // self.space.table.actions))
         for _ in range(MAX_ROUNDS):
             tried = itertools.islice(self._moves(deal), most)
-            moves = [(d, c) for d in tried if (c := self.columns(d)) is not None]
+            moves = [(d, c) for d in tried if (c := self.moved(d, deal, best)) is not None]
             if not moves:
                 break
             steps = self.steps_s([columns for _, columns in moves])

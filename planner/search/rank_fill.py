@@ -12,7 +12,7 @@ rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -25,19 +25,25 @@ class Way(NamedTuple):
     enter_s: float
 
 
-def can_hold(layers: int, ranks: Iterable[Iterable[Way]], within_s: float) -> bool:
-    """Whether one way of each rank, of `layers` blocks together, keeps `within_s`."""
-    import numpy as np
+def can_hold(layers: int, most: Sequence[int], ranks: Iterable[Iterable[Way]], within_s: float) -> bool:
+    """Whether one way of each rank, of `layers` blocks together, keeps `within_s`.
 
-    least_s = np.full(layers + 1, np.inf)
-    least_s[0] = 0.0
-    for ways in ranks:
-        after_s = np.full(layers + 1, np.inf)
+    `most` are the most blocks of each rank's ways. Ranks are asked for their ways one after the other, and
+    none once those before cannot be done in time.
+    """
+    least_s, later = {0: 0.0}, sum(most)
+    for ways, high in zip(ranks, most, strict=True):
+        later -= high
+        after_s: dict[int, float] = {}
         for blocks, own_s, enter_s in ways:
-            if own_s > within_s or blocks > layers:
-                continue
-            before_s = least_s[: layers + 1 - blocks]
-            entered_s = np.where(before_s <= within_s - own_s, before_s + enter_s, np.inf)
-            np.minimum(after_s[blocks:], entered_s, out=after_s[blocks:])
+            latest_s = within_s - own_s
+            for before, before_s in least_s.items():
+                placed, entered_s = before + blocks, before_s + enter_s
+                if before_s > latest_s or not layers - later <= placed <= layers:
+                    continue
+                if entered_s < after_s.get(placed, float("inf")):
+                    after_s[placed] = entered_s
+        if not after_s:
+            return False
         least_s = after_s
-    return bool(np.isfinite(least_s[layers]))
+    return layers in least_s

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 MOMENTS = 3
 """Moments of a rank's row that are looked at, those with most alive first."""
-
+DUST = 1e-9
+"""Share of the memory by which sums of floats may be off."""
 
 _Signature = tuple[tuple[tuple[bool, bool], ...], tuple[int, ...], tuple[tuple[int, ...], ...]]
 """Of a rank's stages: whether the model starts and ends there, the most blocks, the micro-batches alive."""
@@ -78,6 +79,14 @@ class RankFloor:
         self._behind_bytes = pair - min(self._pass_bytes.values())
         self._alike: dict[int, _Signature] = {}
         self._known: dict[tuple[_Signature, int, range], dict[int, float]] = {}
+        self._known_parts: dict[tuple[_Signature, int], float] = {}
+        self._fastest_s = min(self.block_s.values())
+        self._fastest_bytes = min(
+            self.saved[o] for o, own_s in self.block_s.items() if own_s == self._fastest_s
+        )
+        slower = {o: own_s - self._fastest_s for o, own_s in self.block_s.items() if own_s > self._fastest_s}
+        each_freed = [(self._fastest_bytes - self.saved[o]) / more_s for o, more_s in slower.items()]
+        self._freed_a_second = max([0.0, *each_freed])
         self._known_ends: dict[tuple[bool, bool], tuple[float, float, float]] = {}
         self._known_pairs: dict[int, tuple[Ints, Ints, Floats]] = {}
 
@@ -90,6 +99,45 @@ class RankFloor:
         if key not in self._known:
             self._known[key] = self._least_by_first_s(*key)
         return self._known[key]
+
+    def part_s(self, rank: int, blocks: int) -> float:
+        """What `blocks` blocks on a rank take at least for a micro-batch, found at once: blocks may recompute
+        in parts, and lie where fewest micro-batches are alive. Infinite where they cannot fit."""
+        if rank not in self._alike:
+            self._alike[rank] = self._signature(rank)
+        key = self._alike[rank], blocks
+        if key not in self._known_parts:
+            self._known_parts[key] = self._part_s(*key)
+        return self._known_parts[key]
+
+    def _part_s(self, signature: _Signature, blocks: int) -> float:
+        """At each moment, what does not fit is freed by recomputing where most micro-batches are alive.
+
+        A block takes t seconds and keeps s bytes at its fastest; no option frees more bytes a second than
+        `_freed_a_second`, and none keeps less than the least.
+        """
+        ends, most, vectors = signature
+        seconds = blocks * self._fastest_s
+        if not self.bounded:
+            return seconds
+        longest_s, least = seconds, min(self.saved.values())
+        for alive in vectors:
+            standing, forward, freed = self._standing_bytes(alive, ends)
+            passing = max(min(self._pass_bytes.values()) - freed, forward)
+            free = self.limit_bytes - standing - blocks * self._block_bytes - passing
+            lives = _emptiest(alive, most, blocks)
+            over = self._fastest_bytes * sum(lives) - free
+            again_s = self.shape.physics.recompute_pass_s if over > 0 else 0.0
+            for live in reversed(lives):
+                if over <= 0:
+                    break
+                part = min(over, live * (self._fastest_bytes - least))
+                again_s += part / (live * self._freed_a_second) if part else 0.0
+                over -= part
+            if over > DUST * self.limit_bytes:
+                return float("inf")
+            longest_s = max(longest_s, seconds + again_s)
+        return longest_s
 
     def _signature(self, rank: int) -> _Signature:
         """What a rank's floors depend on: which ends it holds, its places, and its fullest moments."""
@@ -245,6 +293,14 @@ class RankFloor:
             full=int(option is Recompute.FULL),
         )
         return self.book.column(Stage(first=start, end=start + 1, recompute=counts))
+
+
+def _emptiest(alive: Sequence[int], most: Sequence[int], blocks: int) -> list[int]:
+    """The micro-batches alive where `blocks` blocks lie at least, in ascending order."""
+    lives: list[int] = []
+    for live, places in sorted(zip(alive, most, strict=True)):
+        lives += [live] * min(places, blocks - len(lives))
+    return lives
 
 
 def _of(size: int) -> Stage:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from planner.cost.action import ActionKind
 from planner.search.rank_fill import Way, can_hold
-from planner.search.rank_floor import RankFloor
+from planner.search.rank_floor import DUST, RankFloor
 from planner.search.rank_mixes import Held, RankMixes
 from planner.search.recipes import Column
 from planner.search.sizes import Limits
@@ -44,7 +44,12 @@ class RankWays:
                 for first, own_s in each.items():
                     yield Way(blocks, own_s, fixed_s + block_s * first)
 
-        return can_hold(space.layers, map(ways, range(self.degrees.pp)), left_s)
+        most = [high for _, high in by_rank]
+        return can_hold(space.layers, most, map(ways, range(self.degrees.pp)), left_s)
+
+    def quick_s(self, rank: int, blocks: int) -> float:
+        """A bound of `own_s` that takes next to no time."""
+        return (self.floors[rank].part_s(rank, blocks) + self.space.held_s[rank]) * (1 - DUST)
 
     def own_s(self, rank: int, blocks: int) -> float:
         """What a rank that holds so many blocks takes at least for a micro-batch; infinite if it cannot."""
@@ -69,9 +74,17 @@ class RankWays:
 
     def _firsts(self, rank: int, blocks: int) -> range:
         """How many of a rank's blocks its first stage may hold."""
-        (low, high), *others = (self.space.size_limits[s] for s in self.space.stages_of[rank])
-        least, most = (sum(limit[end] for limit in others) for end in (0, 1))
+        low, high, least, most = self._limits[rank]
         return range(max(low, blocks - most), min(high, blocks - least) + 1)
+
+    @cached_property
+    def _limits(self) -> list[tuple[int, int, int, int]]:
+        """Of each rank, the least and the most blocks of its first stage, and of the others together."""
+        limits = []
+        for stages in self.space.stages_of:
+            (low, high), *others = (self.space.size_limits[s] for s in stages)
+            limits.append((low, high, sum(least for least, _ in others), sum(most for _, most in others)))
+        return limits
 
     def _all_ways(self, rank: int, blocks: int) -> dict[int, float]:
         m, stages, mixes = self.degrees.num_micro_batches, self.space.stages_of[rank], self.mixes[rank]
@@ -97,13 +110,17 @@ class RankWays:
         return tuple(self._held(s, span) for s, span in zip(self.space.stages_of[rank], spans, strict=True))
 
     def _held(self, stage: int, span: Span) -> Held:
-        rank = self.space.rank_of[stage]
-        counts = self.space.table.counts(rank)
-        return Held(
-            span=self.space.books[rank].blocks(*span),
-            actions=tuple((kind, n) for (s, kind), n in counts.items() if s == stage),
-            alive=tuple(moment.get(stage, 0) for moment in self.space.in_flight[rank]),
-        )
+        return Held(self.space.books[self.space.rank_of[stage]].blocks(*span), *self._runs[stage])
+
+    @cached_property
+    def _runs(self) -> list[tuple[tuple[tuple[ActionKind, int], ...], tuple[int, ...]]]:
+        """How often each stage runs each kind of action, and what is alive of it at its rank's moments."""
+        each = []
+        for stage, rank in enumerate(self.space.rank_of):
+            counts = self.space.table.counts(rank)
+            actions = tuple((kind, n) for (s, kind), n in counts.items() if s == stage)
+            each.append((actions, tuple(moment.get(stage, 0) for moment in self.space.in_flight[rank])))
+        return each
 
     @cached_property
     def mixes(self) -> list[RankMixes]:

@@ -277,21 +277,27 @@ class StageSpace:
 
     def _with_memory(self, by_rank: Limits, left_s: float) -> Limits | None:
         """The limits of ranks, less what takes too long with what memory makes them recompute."""
-        m, p, result = self.degrees.num_micro_batches, self.degrees.pp, []
+        result = []
         spare = sum(most for _, most in by_rank) - self.layers
         for rank, (least, most) in enumerate(by_rank):
             while most >= least and spare >= 0:
-                own_s = self.ranks.own_s(rank, most)
-                bound_s = m * own_s + self._entered_s[rank]
-                if self._even_bound:
-                    bound_s = max(bound_s, (m - p - 1) * own_s + self._twice_s)
-                if bound_s < left_s:
+                if self._in_time(rank, self.ranks.quick_s(rank, most), left_s) and self._in_time(
+                    rank, self.ranks.own_s(rank, most), left_s
+                ):
                     break
                 most, spare = most - 1, spare - 1
             if most < least or spare < 0:
                 return None
             result.append((least, most))
         return narrowed(result, self.layers)
+
+    def _in_time(self, rank: int, own_s: float, left_s: float) -> bool:
+        """Whether a rank that takes so long for each micro-batch may be done."""
+        m, p = self.degrees.num_micro_batches, self.degrees.pp
+        bound_s = m * own_s + self._entered_s[rank]
+        if self._even_bound:
+            bound_s = max(bound_s, (m - p - 1) * own_s + self._twice_s)
+        return bound_s < left_s
 
     def floor_bound_s(self, to_beat_s: float) -> float:
         """The greatest step time, up to one, that no sizes of stages can beat."""

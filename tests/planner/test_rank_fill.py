@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterator
 
 import pytest
 
@@ -32,12 +33,25 @@ def test_it_is_what_trying_all_ways_finds(seed: int) -> None:
         for _ in range(draw.randint(1, 4))
     ]
     layers = draw.randint(1, 14)
+    most = [max(way.blocks for way in ways) for ways in ranks]
     for within_s in (1.0, 2.5, 3.5, 5.0, 8.0):
-        assert can_hold(layers, ranks, within_s) == holds(layers, ranks, within_s)
+        assert can_hold(layers, most, ranks, within_s) == holds(layers, ranks, within_s)
 
 
 def test_a_later_rank_is_entered_after_those_before_it() -> None:
     """Two ranks of two blocks each: the second begins when the first's forward is done."""
     ranks = [[Way(2, 2.0, 0.7)], [Way(2, 2.0, 0.7)]]
-    assert can_hold(4, ranks, 2.7) and not can_hold(4, ranks, 2.69)
-    assert not can_hold(3, ranks, 9.0)
+    assert can_hold(4, [2, 2], ranks, 2.7) and not can_hold(4, [2, 2], ranks, 2.69)
+    assert not can_hold(3, [2, 2], ranks, 9.0)
+
+
+def test_ranks_behind_one_that_cannot_be_done_in_time_are_not_asked() -> None:
+    asked = []
+
+    def ways() -> Iterator[list[Way]]:
+        for rank in range(3):
+            asked.append(rank)
+            yield [Way(2, 2.0 + rank, 0.0)]
+
+    assert not can_hold(6, [2, 2, 2], ways(), 2.5)
+    assert asked == [0, 1]
