@@ -49,6 +49,7 @@ def data_folder() -> Path:
     return Path(str(resources.files("profiles")))
 
 
+@functools.cache
 def model_index() -> dict[str, ModelEntry]:
     """Name and entry of every model. The file is ours and a test decodes it strictly: no need to here."""
     tables = load_toml_object(data_folder() / "models" / "index.toml")

@@ -89,10 +89,15 @@ _NUMBERS = {
 def load_instances(path: Path) -> tuple[Instance, ...]:
     """All rows of the CSV. Raises InputError with the line and column of every fault."""
     reader = csv.DictReader(io.StringIO(read_text(path).decode()))
-    return tuple(_instance(row, f"{path.name} line {line}") for line, row in enumerate(reader, start=2))
+    rows = {f"{path.name} line {line}": row for line, row in enumerate(reader, start=2)}
+    values = {source: _values(row, source) for source, row in rows.items()}
+    try:
+        return decode(tuple[Instance, ...], list(values.values()), source=path.name)  # all at once: soon done
+    except InputError:
+        return tuple(decode(Instance, each, source=source) for source, each in values.items())
 
 
-def _instance(row: dict[str, str], source: str) -> Instance:
+def _values(row: dict[str, str], source: str) -> dict[str, object]:
     values: dict[str, object] = dict(row)
     for column, kind in _NUMBERS.items():
         text = row.get(column, "")
@@ -100,7 +105,7 @@ def _instance(row: dict[str, str], source: str) -> Instance:
             values[column] = kind(text) if text else None
         except ValueError:
             raise InputError(Problem(where=f"{source}: {column}", fault=f"'{text}' is no number.")) from None
-    return decode(Instance, values, source=source)
+    return values
 
 
 def median_prices(instances: Iterable[Instance]) -> dict[str, float]:

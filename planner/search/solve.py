@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter, deque
+from collections.abc import Iterable
 from functools import cache
 from itertools import islice, product
 from typing import TYPE_CHECKING, Any
@@ -268,21 +269,21 @@ class Solver:
 
     def _begin(self, crew: Crew, by_kind: list[Frontier]) -> None:
         """Even splits of the first shapes of every schedule, and better deals of the fastest."""
-        first = [candidate.order for kind in by_kind for candidate in islice(kind, GREEDY_SHAPES)]
-        started = [
-            (found.step_time_s, number)
-            for number, found in zip(first, self._all(crew, TaskKind.GREEDY, first), strict=True)
-            if found is not None
-        ]
-        self._all(crew, TaskKind.DEALT, [number for _, number in sorted(started)[:DEALT_SHAPES]])
+        first = (candidate.order for kind in by_kind for candidate in islice(kind, GREEDY_SHAPES))
+        greedy = self._all(crew, TaskKind.GREEDY, first)
+        started = sorted((found.step_time_s, number) for number, found in greedy.items())
+        self._all(crew, TaskKind.DEALT, (number for _, number in started[:DEALT_SHAPES]))
 
-    def _all(self, crew: Crew, kind: TaskKind, numbers: list[int]) -> list[Found | None]:
-        """What a task of each of these shapes finds; it is kept."""
-        for number in numbers:
+    def _all(self, crew: Crew, kind: TaskKind, shapes: Iterable[int]) -> dict[int, Found]:
+        """What a task of each of these shapes finds, if anything; it is kept."""
+        numbers = []
+        for number in shapes:
             crew.add(Task(kind, number))
-        results = [crew.take().found for _ in numbers]
-        self.found += [found for found in results if found is not None]
-        return results
+            numbers.append(number)
+        results = {number: crew.take().found for number in numbers}
+        found = {number: each for number, each in results.items() if each is not None}
+        self.found += found.values()
+        return found
 
     def _search(self, crew: Crew, candidates: Frontier) -> bool:
         """Searches shapes until none left can win. Returns whether time ran out first.
