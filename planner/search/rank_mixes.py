@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     Floats = np.ndarray[Any, np.dtype[np.float64]]
+    Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 MOST_MIXES = 60_000
 """Mixes of all stages of a rank together beyond which it is left to planner.search.rank_floor."""
@@ -86,23 +87,45 @@ class RankMixes:
         import numpy as np
 
         each_s = [self._all_seconds(own) for own in held]
-        limit = self.limit_bytes - self.book.shape.runtime_bytes
-        moments = [
-            [self._all_bytes(own.span, alive) for own, alive in zip(held, moment, strict=True)]
-            for moment in zip(*(own.alive for own in held), strict=True)
-        ]
+        moments = self._moments(held)
         if all(
-            sum(kept[0] for kept, _ in each) + max(passing[0] for _, passing in each) <= limit
+            sum(kept[0] for kept, _ in each) + max(passing[0] for _, passing in each) <= self._free_bytes
             for each in moments
         ):
             return float(sum(seconds[0] for seconds in each_s)), (0,) * len(held)
-        total_s = _outer(np.add, each_s)
-        for each in moments:
-            used = _outer(np.add, [kept for kept, _ in each])
-            used += _outer(np.maximum, [passing for _, passing in each])
-            total_s[used > limit] = np.inf
+        total_s = self._total_s(each_s, moments)
         best = np.unravel_index(total_s.argmin(), total_s.shape)
         return float(total_s[best]), tuple(map(int, best))
+
+    def fitting(self, held: tuple[Held, ...], within_s: float) -> Ints:
+        """The numbers of all mixes that fit together and take less than `within_s`: [n, stage]."""
+        import numpy as np
+
+        return np.argwhere(
+            self._total_s([self._all_seconds(own) for own in held], self._moments(held)) < within_s
+        )
+
+    @property
+    def _free_bytes(self) -> float:
+        return self.limit_bytes - self.book.shape.runtime_bytes
+
+    def _moments(self, held: tuple[Held, ...]) -> list[list[tuple[Floats, Floats]]]:
+        """Of each moment and stage, what its mixes keep, and what a pass needs."""
+        return [
+            [self._all_bytes(own.span, alive) for own, alive in zip(held, moment, strict=True)]
+            for moment in zip(*(own.alive for own in held), strict=True)
+        ]
+
+    def _total_s(self, each_s: list[Floats], moments: list[list[tuple[Floats, Floats]]]) -> Floats:
+        """The seconds of every mix of every stage beside each other, infinite for those that do not fit."""
+        import numpy as np
+
+        total_s = _outer(np.add, each_s).copy()
+        for each in moments:
+            used = _outer(np.add, [kept for kept, _ in each])
+            used = used + _outer(np.maximum, [passing for _, passing in each])
+            total_s[used > self._free_bytes] = np.inf
+        return total_s
 
     def _all_seconds(self, held: Held) -> Floats:
         """Of each mix of a stage, all its actions."""

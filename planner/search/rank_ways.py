@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from planner.search.stage_space import StageSpace
 
 Span = tuple[int, int]
+MIDDLE = 3
+"""Blocks of a model from which on one lies between the ends."""
 
 
 class RankWays:
@@ -48,7 +50,9 @@ class RankWays:
         return can_hold(space.layers, most, map(ways, range(self.degrees.pp)), left_s)
 
     def quick_s(self, rank: int, blocks: int) -> float:
-        """A bound of `own_s` that takes next to no time."""
+        """A bound of `own_s` that takes next to no time; 0 where all blocks lie at the model's ends."""
+        if self.space.layers < MIDDLE:
+            return 0.0
         return (self.floors[rank].part_s(rank, blocks) + self.space.held_s[rank]) * (1 - DUST)
 
     def own_s(self, rank: int, blocks: int) -> float:
@@ -92,7 +96,7 @@ class RankWays:
         if len(stages) == 2 and mixes.few((blocks // 2, blocks - blocks // 2)):
             one, other = stages
             spans = {n: (self.space.span(one, n), self.space.span(other, blocks - n)) for n in firsts}
-            found = {n: mixes.least_s(self._all_held(rank, each)) for n, each in spans.items()}
+            found = {n: mixes.least_s(self.all_held(rank, each)) for n, each in spans.items()}
         else:
             held_s = self.space.held_s[rank]
             floors = self.floors[rank].least_by_first_s(rank, blocks, firsts)
@@ -104,9 +108,10 @@ class RankWays:
         mixes are too many to look at."""
         if not self.mixes[rank].few([end - first for first, end in spans]):
             return None
-        return self.mixes[rank].fastest(self._all_held(rank, spans))
+        return self.mixes[rank].fastest(self.all_held(rank, spans))
 
-    def _all_held(self, rank: int, spans: Sequence[Span]) -> tuple[Held, ...]:
+    def all_held(self, rank: int, spans: Sequence[Span]) -> tuple[Held, ...]:
+        """The stages of a rank that hold the blocks of these spans."""
         return tuple(self._held(s, span) for s, span in zip(self.space.stages_of[rank], spans, strict=True))
 
     def _held(self, stage: int, span: Span) -> Held:
@@ -134,7 +139,7 @@ class RankWays:
         """What a rank of the even split takes at least for all micro-batches."""
         stages, book = self.space.stages_of[rank], self.space.books[rank]
         if self.mixes[rank].few([spans[s][1] - spans[s][0] for s in stages]):
-            return self.mixes[rank].least_s(self._all_held(rank, [spans[s] for s in stages]))
+            return self.mixes[rank].least_s(self.all_held(rank, [spans[s] for s in stages]))
         fastest = [min(c.whole_s(self.degrees.schedule) for c in book.pure(*spans[s])) for s in stages]
         return self.degrees.num_micro_batches * sum(fastest)
 

@@ -8,6 +8,7 @@ counts say everything; where all blocks are of one class, so does their number.
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from planner.codec import noun
@@ -52,16 +53,21 @@ class Column:
         return forward_s + (inputs_s + weights_s if schedule.splits_every_backward else backward_s)
 
 
+@cache
+def _fields(kind: type[Any]) -> tuple[str, ...]:
+    """The names of a noun's fields; none where values of this type are none."""
+    return tuple(f.name for f in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()
+
+
 def _in_order(cost: Any, order: Ints) -> Any:
     """A cost whose figures may be arrays, or lie in passes, with their entries in an order."""
     import numpy as np
 
     if isinstance(cost, np.ndarray):
         return cost[order]
-    if not dataclasses.is_dataclass(cost) or isinstance(cost, type):
-        return cost
-    fields = (field.name for field in dataclasses.fields(cost))
-    return dataclasses.replace(cost, **{name: _in_order(getattr(cost, name), order) for name in fields})
+    kind: Any = type(cost)
+    names = _fields(kind)
+    return kind(**{name: _in_order(getattr(cost, name), order) for name in names}) if names else cost
 
 
 @noun

@@ -19,6 +19,7 @@ from planner.cost.critical_path import critical_path
 from planner.cost.simulate import Replay
 from planner.search.deal import Dealer
 from planner.search.ilp import StageIlp, StageProgramme
+from planner.search.path_game import PathGame
 from planner.search.recipes import Column
 from planner.search.sizes import Sizes, splits
 from planner.search.stage_space import StageSpace
@@ -93,12 +94,12 @@ class ShapeSearch:
     def run(self, budget: Budget) -> ShapeResult:
         """The best strategy of the shape that can beat the incumbent, or proof that none does."""
         result = self._run(budget)
-        left = budget.seconds
-        bounded = result.bound_s > 0 or not (self.dealable and self.space.one_class)
-        if bounded or (left is not None and left <= 0):
-            return result
         found_s = float("inf") if result.found is None else result.found.step_time_s
-        return result._replace(bound_s=self.space.floor_bound_s(min(budget.to_beat_s, found_s)))
+        left, most_s = budget.seconds, min(budget.to_beat_s, found_s)
+        bounded = result.milps > 0 or not (self.dealable and self.space.one_class)
+        if bounded or result.bound_s >= most_s * (1 - budget.tolerance) or (left is not None and left <= 0):
+            return result
+        return result._replace(bound_s=max(result.bound_s, self.space.floor_bound_s(most_s)))
 
     def _run(self, budget: Budget) -> ShapeResult:
         if self.degrees.pp == 1:
@@ -107,14 +108,28 @@ class ShapeSearch:
             return self._not_dealt(budget)
         if not self._may_beat(budget.to_beat_s):
             return ShapeResult(None, budget.to_beat_s, 0)
-        dealt = self.dealt(DEALT_WITHIN * budget.to_beat_s)
-        to_beat_s = budget.to_beat_s
-        if dealt is not None and dealt.step_time_s < to_beat_s:
-            to_beat_s = dealt.step_time_s * (1 - budget.tolerance)
-        budget = budget._replace(to_beat_s=to_beat_s)
-        result = self._of_one_class(budget) if self.space.one_class else self._of_several(budget)
-        each = [found for found in (result.found, dealt) if found is not None]
-        return result._replace(found=min(each, key=lambda found: found.step_time_s, default=None))
+        played, bound_s = self._played(budget.to_beat_s)
+        if bound_s >= budget.to_beat_s:
+            return ShapeResult(played, bound_s, 0)
+        each = [found for found in (played, self.dealt(DEALT_WITHIN * budget.to_beat_s)) if found is not None]
+        to_beat_s = min([budget.to_beat_s, *(found.step_time_s * (1 - budget.tolerance) for found in each)])
+        if bound_s >= to_beat_s:
+            result = ShapeResult(None, bound_s, 0)
+        else:
+            budget = budget._replace(to_beat_s=to_beat_s)
+            result = self._of_one_class(budget) if self.space.one_class else self._of_several(budget)
+        each += [result.found] if result.found is not None else []
+        best = min(each, key=lambda found: found.step_time_s, default=None)
+        return result._replace(found=best, bound_s=max(bound_s, result.bound_s))
+
+    def _played(self, to_beat_s: float) -> tuple[Found | None, float]:
+        """The best recipes that a game of paths finds, and a bound of all that may beat a step time."""
+        sizes = self.space.sizes(to_beat_s) if self.space.one_class and to_beat_s < float("inf") else None
+        outcome = None if sizes is None else PathGame(self.space).play(to_beat_s, sizes)
+        if outcome is None:
+            return None, 0.0
+        found = None if outcome.columns is None else self._found(outcome.columns, outcome.step_time_s)
+        return found, outcome.bound_s
 
     def dealt(self, within_s: float = float("inf")) -> Found | None:
         """The best deal near an even one, found by moves where that takes at most `within_s`.

@@ -249,7 +249,7 @@ class StageSpace:
         if self.model.sharing is not None or to_beat_s == float("inf"):
             by_stage = narrowed(limits, self.layers)
             return None if by_stage is None else Sizes(by_stage, ((self.degrees.chunks, self.layers),) * p)
-        left_s = to_beat_s - self._optimizer_s - self._once_s
+        left_s = self.within_s(to_beat_s)
         within_s = left_s / m
         if self._even_bound:
             within_s = min(within_s, (left_s - self._twice_s) / (m - p - 1))
@@ -274,6 +274,10 @@ class StageSpace:
             self.layers,
         )
         return None if by_stage is None else Sizes(by_stage, by_rank)
+
+    def within_s(self, to_beat_s: float) -> float:
+        """What the passes of a rank may take in a step that is shorter."""
+        return to_beat_s - self._optimizer_s - self._once_s
 
     def _with_memory(self, by_rank: Limits, left_s: float) -> Limits | None:
         """The limits of ranks, less what takes too long with what memory makes them recompute."""

@@ -27,7 +27,7 @@ def spaces(problem: PlanningProblem, fix: tuple[str, ...] = ()) -> Iterator[Stag
     solver = Solver(problem, EXACT)
     for degrees in shapes(problem, parse_pins(fix)):
         if isinstance(degrees, Degrees) and degrees.pp > 1:
-            base = solver._base(dataclasses.replace(degrees, schedule="1f1b", chunks=1))  # type: ignore[arg-type]
+            base = solver.modeller.base(dataclasses.replace(degrees, schedule="1f1b", chunks=1))  # type: ignore[arg-type]
             yield StageSpace(solver.model, solver.model.shape(degrees), base.limits_bytes, base.books)
 
 

@@ -1,0 +1,219 @@
+"""The best recipes of one shape and how good they may be: a game of paths against recipes.
+
+The length of any path through a table's graph bounds every replay from below (planner.cost.critical_path),
+and so does a mixture of paths. With W[s, k] its mean count of figure k of stage s (passes by kind, gathering,
+reduction, optimizer), h its mean number of messages,
+
+    step  >=  min over recipes of  sum over s, k of W[s, k] t[s, k]  +  h x message  +  clipping.
+
+Ranks share nothing but the number of blocks: the minimum takes each rank's best way to hold n blocks within
+its memory, and a sum over ranks of all blocks. Those recipes are replayed; their longest path joins the
+mixture, with ever less weight (fictitious play, Brown 1951). The bounds rise, the replays fall, both towards
+the value of the game, which is below the best step time by what mixing recipes would gain.
+
+Only recipes that may beat a step time take part. Where the bound reaches that time, none of them does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from planner.cost.critical_path import critical_path
+from planner.cost.simulate import Replay, kind_passes
+from planner.cost.table import KINDS
+from planner.search.rank_mixes import Held, RankMixes
+from planner.search.recipes import Column
+from planner.search.sizes import Sizes
+from planner.search.stage_space import StageSpace
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Ints = np.ndarray[Any, np.dtype[np.int64]]
+    Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+ROUNDS = 48
+"""Mixtures of paths that are tried for a shape."""
+MAX_REPLAYED = 400_000
+"""Actions of all their replays together, beyond which there are fewer rounds."""
+MAX_SPLITS = 600
+"""Ways to deal blocks to the stages of all ranks, beyond which there is no game."""
+UNSHARD, REDUCE, OPTIMIZER = (len(KINDS) + number for number in range(3))
+FIGURES = len(KINDS) + 3
+"""What a recipe is known by: seconds of its passes by kind, of gathering, reduction and optimizer."""
+
+Span = tuple[int, int]
+
+
+class Choices(NamedTuple):
+    """Ways of a rank to hold its blocks: how many, their figures [n, stages x FIGURES], and of each stage the
+    blocks that stand for its own and the number of their mix."""
+
+    blocks: list[int]
+    figures: Floats
+    mixes: list[list[tuple[Span, int]]]
+
+
+class Outcome(NamedTuple):
+    """What a game found: the best recipes (None: none are left), their step time, and what none beats."""
+
+    columns: tuple[Column, ...] | None
+    step_time_s: float
+    bound_s: float
+
+
+class PathGame:
+    """The game of a shape whose blocks are of one class, on ranks with cores of their own."""
+
+    def __init__(self, space: StageSpace) -> None:
+        self.space, self.hop_s = space, space.shape.messages.p2p_s()
+        self._known: dict[tuple[int, tuple[Held, ...]], tuple[Floats, Ints]] = {}
+
+    def play(self, to_beat_s: float, sizes: Sizes) -> Outcome | None:
+        """The best recipes with sizes that may beat a step time; None where they are too many."""
+        within_s = self.space.within_s(to_beat_s)
+        splits = [list(self._splits(rank, limits)) for rank, limits in enumerate(sizes.ranks)]
+        if sum(map(len, splits)) > MAX_SPLITS or not all(
+            self._few(rank, each) for rank, each in enumerate(splits)
+        ):
+            return None
+        choices = [self._choices(rank, each, within_s) for rank, each in enumerate(splits)]
+        if not all(each.blocks for each in choices):
+            return Outcome(None, float("inf"), to_beat_s)
+        return self._played(choices, to_beat_s)
+
+    def _splits(self, rank: int, limits: tuple[int, int]) -> Iterator[tuple[Span, ...]]:
+        """The blocks that stand for those of each stage of a rank that holds a number of them within limits."""
+        stages, (low, high) = self.space.stages_of[rank], limits
+        sizes = (
+            range(least, min(most, high) + 1) for least, most in (self.space.size_limits[s] for s in stages)
+        )
+        for each in product(*sizes):
+            if low <= sum(each) <= high:
+                yield tuple(self.space.span(s, size) for s, size in zip(stages, each, strict=True))
+
+    def _few(self, rank: int, splits: list[tuple[Span, ...]]) -> bool:
+        mixes = self.space.ranks.mixes[rank]
+        return all(mixes.few([end - first for first, end in spans]) for spans in splits)
+
+    def _choices(self, rank: int, splits: list[tuple[Span, ...]], within_s: float) -> Choices:
+        """All ways of a rank that fit and are in time, but those that others beat in every figure."""
+        import numpy as np
+
+        mixes = self.space.ranks.mixes[rank]
+        blocks: list[int] = []
+        figures, picked = [np.zeros((0, FIGURES * len(self.space.stages_of[rank])))], []
+        for spans in splits:
+            held = self.space.ranks.all_held(rank, spans)
+            key = id(mixes), held
+            if key not in self._known:
+                self._known[key] = _undominated(mixes, held, within_s)
+            found, numbers = self._known[key]
+            blocks += [sum(end - first for first, end in spans)] * len(found)
+            figures.append(found)
+            picked += [list(zip(spans, each, strict=True)) for each in numbers.tolist()]
+        return Choices(blocks, np.concatenate(figures), picked)
+
+    def _played(self, choices: list[Choices], to_beat_s: float) -> Outcome:
+        """Round after round, until the bound meets the time to beat or the best replay."""
+        space = self.space
+        weights, hops = self._rows()
+        best: tuple[Column, ...] | None = None
+        best_s, bound_s = float("inf"), 0.0
+        for number in range(max(1, min(ROUNDS, MAX_REPLAYED // space.table.actions))):
+            least_s, chosen = self._least(choices, weights)
+            bound_s = max(bound_s, least_s + hops * self.hop_s + space.shape.physics.step_s)
+            if chosen is None or bound_s >= min(to_beat_s, best_s):
+                break
+            columns = self._columns(choices, chosen)
+            costs = tuple(column.cost for column in columns)
+            replayed = space.model.replay(space.shape, space.table, costs)
+            if replayed.step_time_s < best_s:
+                best, best_s = columns, replayed.step_time_s
+            counts, more = self._path(replayed)
+            share = 2 / (number + 3)
+            weights, hops = weights + share * (counts - weights), hops + share * (more - hops)
+        return Outcome(best, best_s, min(bound_s, to_beat_s, best_s))
+
+    def _rows(self) -> tuple[Floats, float]:
+        """The mean of the paths along each rank's row, and its messages."""
+        import numpy as np
+
+        space, ranks = self.space, self.space.degrees.pp
+        weights = np.zeros((space.degrees.stages, FIGURES))
+        weights[:, len(KINDS) :] = 1.0
+        for rank in range(ranks):
+            for (stage, kind), count in space.table.counts(rank).items():
+                weights[stage, KINDS.index(kind)] += count
+        return weights / ranks, 0.0
+
+    def _path(self, replayed: Replay) -> tuple[Floats, int]:
+        """What decides a replay, as counts of every stage's figures, and messages."""
+        import numpy as np
+
+        path, stages_of = critical_path(replayed, self.hop_s), self.space.stages_of
+        counts = np.zeros((self.space.degrees.stages, FIGURES))
+        counts[:, : len(KINDS)] = path.counts
+        slowest = max(range(len(stages_of)), key=replayed.optimizer_s.__getitem__)
+        for rank, figure in ((path.first_rank, UNSHARD), (path.last_rank, REDUCE), (slowest, OPTIMIZER)):
+            counts[stages_of[rank], figure] = 1.0
+        return counts, path.hops
+
+    def _least(self, choices: list[Choices], weights: Floats) -> tuple[float, list[int] | None]:
+        """The least weighted seconds, and the choice of each rank that takes them; None where none holds all
+        blocks."""
+        layers, later = self.space.layers, sum(max(each.blocks) for each in choices)
+        least_s: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+        for stages, each in zip(self.space.stages_of, choices, strict=True):
+            later -= max(each.blocks)
+            own: dict[int, tuple[float, int]] = {}
+            seconds = (each.figures @ weights[stages].ravel()).tolist()
+            for number, (blocks, own_s) in enumerate(zip(each.blocks, seconds, strict=True)):
+                if blocks not in own or own_s < own[blocks][0]:
+                    own[blocks] = own_s, number
+            after: dict[int, tuple[float, list[int]]] = {}
+            for before, (before_s, chosen) in least_s.items():
+                for blocks, (own_s, number) in own.items():
+                    placed, total_s = before + blocks, before_s + own_s
+                    if not layers - later <= placed <= layers:
+                        continue
+                    if placed not in after or total_s < after[placed][0]:
+                        after[placed] = total_s, [*chosen, number]
+            least_s = after
+        return least_s.get(layers, (float("inf"), None))
+
+    def _columns(self, choices: list[Choices], chosen: list[int]) -> tuple[Column, ...]:
+        columns: dict[int, Column] = {}
+        for rank, (each, number) in enumerate(zip(choices, chosen, strict=True)):
+            book = self.space.books[rank]
+            for stage, (span, mix) in zip(self.space.stages_of[rank], each.mixes[number], strict=True):
+                columns[stage] = book.mix(span, mix)
+        return tuple(columns[s] for s in range(self.space.degrees.stages))
+
+
+def _undominated(mixes: RankMixes, held: tuple[Held, ...], within_s: float) -> tuple[Floats, Ints]:
+    """The figures [n, stages x FIGURES] and numbers [n, stages] of mixes that fit within a time, but those
+    that others beat in every figure."""
+    import numpy as np
+
+    numbers = mixes.fitting(held, within_s)
+    each = [_figures(mixes, own.span)[numbers[:, place]] for place, own in enumerate(held)]
+    figures = np.concatenate(each, axis=1)
+    left = np.argsort(figures.sum(axis=1), kind="stable")
+    kept: list[int] = []
+    while len(left):
+        kept.append(int(left[0]))
+        left = left[~(figures[left] >= figures[left[0]]).all(axis=1)]
+    return figures[kept], numbers[kept]
+
+
+def _figures(mixes: RankMixes, span: Span) -> Floats:
+    """The figures of every mix of the blocks of a span: [n, FIGURES]."""
+    import numpy as np
+
+    every = mixes.book.mixes(*span)
+    cost, passes = every.cost, kind_passes(every.cost)
+    columns = [*(passes[kind].total_s for kind in KINDS), cost.unshard_s, cost.reduce_s, cost.optimizer_s]
+    return np.stack([column + 0.0 * every.full for column in columns], axis=1)
