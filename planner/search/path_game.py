@@ -16,14 +16,15 @@ Only recipes that may beat a step time take part. Where the bound reaches that t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.critical_path import critical_path
-from planner.cost.simulate import Replay, kind_passes
+from planner.cost.simulate import Replay
 from planner.cost.table import KINDS
-from planner.search.rank_mixes import Held, RankMixes
+from planner.search.rank_mixes import FIGURES, OPTIMIZER, REDUCE, UNSHARD, Held, undominated
 from planner.search.recipes import Column
 from planner.search.sizes import Sizes
 from planner.search.stage_space import StageSpace
@@ -38,11 +39,8 @@ ROUNDS = 48
 """Mixtures of paths that are tried for a shape."""
 MAX_REPLAYED = 400_000
 """Actions of all their replays together, beyond which there are fewer rounds."""
-MAX_SPLITS = 600
-"""Ways to deal blocks to the stages of all ranks, beyond which there is no game."""
-UNSHARD, REDUCE, OPTIMIZER = (len(KINDS) + number for number in range(3))
-FIGURES = len(KINDS) + 3
-"""What a recipe is known by: seconds of its passes by kind, of gathering, reduction and optimizer."""
+MAX_SPLITS, MAX_MIXES = 600, 200_000
+"""Ways to deal blocks to the stages of all ranks, and their mixes, beyond which there is no game."""
 
 Span = tuple[int, int]
 
@@ -73,19 +71,21 @@ class PathGame:
 
     def play(self, to_beat_s: float, sizes: Sizes) -> Outcome | None:
         """The best recipes with sizes that may beat a step time; None where they are too many."""
-        within_s = self.space.within_s(to_beat_s)
+        ranks, within_s = self.space.ranks, self.space.within_s(to_beat_s)
         splits = [list(self._splits(rank, limits)) for rank, limits in enumerate(sizes.ranks)]
-        if sum(map(len, splits)) > MAX_SPLITS or not all(
-            self._few(rank, each) for rank, each in enumerate(splits)
-        ):
+        if sum(map(len, splits)) > MAX_SPLITS or not all(map(self._few, range(len(splits)), splits)):
             return None
-        choices = [self._choices(rank, each, within_s) for rank, each in enumerate(splits)]
+        held = [[ranks.all_held(rank, spans) for spans in each] for rank, each in enumerate(splits)]
+        mixes = sum(self._count(rank, own) for rank, each in enumerate(held) for own in each)
+        if mixes > MAX_MIXES:
+            return None
+        choices = [self._choices(rank, each, within_s) for rank, each in enumerate(held)]
         if not all(each.blocks for each in choices):
             return Outcome(None, float("inf"), to_beat_s)
         return self._played(choices, to_beat_s)
 
     def _splits(self, rank: int, limits: tuple[int, int]) -> Iterator[tuple[Span, ...]]:
-        """The blocks that stand for those of each stage of a rank that holds a number of them within limits."""
+        """The blocks that stand for those of each stage of a rank that holds so many of them."""
         stages, (low, high) = self.space.stages_of[rank], limits
         sizes = (
             range(least, min(most, high) + 1) for least, most in (self.space.size_limits[s] for s in stages)
@@ -98,19 +98,27 @@ class PathGame:
         mixes = self.space.ranks.mixes[rank]
         return all(mixes.few([end - first for first, end in spans]) for spans in splits)
 
-    def _choices(self, rank: int, splits: list[tuple[Span, ...]], within_s: float) -> Choices:
+    def _count(self, rank: int, held: tuple[Held, ...]) -> int:
+        mixes = self.space.ranks.mixes[rank]
+        return math.prod(len(mixes.useful(own)) for own in held)
+
+    def _choices(self, rank: int, each: list[tuple[Held, ...]], within_s: float) -> Choices:
         """All ways of a rank that fit and are in time, but those that others beat in every figure."""
         import numpy as np
 
         mixes = self.space.ranks.mixes[rank]
         blocks: list[int] = []
         figures, picked = [np.zeros((0, FIGURES * len(self.space.stages_of[rank])))], []
-        for spans in splits:
-            held = self.space.ranks.all_held(rank, spans)
+        for held in each:
             key = id(mixes), held
             if key not in self._known:
-                self._known[key] = _undominated(mixes, held, within_s)
+                numbers = mixes.fitting(held, within_s)
+                every = [mixes.figures(own.span)[numbers[:, place]] for place, own in enumerate(held)]
+                found = np.concatenate(every, axis=1)
+                kept = undominated(found)
+                self._known[key] = found[kept], numbers[kept]
             found, numbers = self._known[key]
+            spans = [own.span for own in held]
             blocks += [sum(end - first for first, end in spans)] * len(found)
             figures.append(found)
             picked += [list(zip(spans, each, strict=True)) for each in numbers.tolist()]
@@ -191,29 +199,3 @@ class PathGame:
             for stage, (span, mix) in zip(self.space.stages_of[rank], each.mixes[number], strict=True):
                 columns[stage] = book.mix(span, mix)
         return tuple(columns[s] for s in range(self.space.degrees.stages))
-
-
-def _undominated(mixes: RankMixes, held: tuple[Held, ...], within_s: float) -> tuple[Floats, Ints]:
-    """The figures [n, stages x FIGURES] and numbers [n, stages] of mixes that fit within a time, but those
-    that others beat in every figure."""
-    import numpy as np
-
-    numbers = mixes.fitting(held, within_s)
-    each = [_figures(mixes, own.span)[numbers[:, place]] for place, own in enumerate(held)]
-    figures = np.concatenate(each, axis=1)
-    left = np.argsort(figures.sum(axis=1), kind="stable")
-    kept: list[int] = []
-    while len(left):
-        kept.append(int(left[0]))
-        left = left[~(figures[left] >= figures[left[0]]).all(axis=1)]
-    return figures[kept], numbers[kept]
-
-
-def _figures(mixes: RankMixes, span: Span) -> Floats:
-    """The figures of every mix of the blocks of a span: [n, FIGURES]."""
-    import numpy as np
-
-    every = mixes.book.mixes(*span)
-    cost, passes = every.cost, kind_passes(every.cost)
-    columns = [*(passes[kind].total_s for kind in KINDS), cost.unshard_s, cost.reduce_s, cost.optimizer_s]
-    return np.stack([column + 0.0 * every.full for column in columns], axis=1)

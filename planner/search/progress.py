@@ -1,8 +1,8 @@
-"""How far a search has come: the best step time, the bound of what was searched, and when to give up."""
+"""How far a search has come: the best step time, and how long ago it was found."""
 
 from __future__ import annotations
 
-from planner.search.shape_search import ShapeResult
+from planner.search.shape_search import Found
 
 PATIENCE = 250
 """Shapes that are searched without a better plan, once the gap of one stays open below the bound of the next:
@@ -12,12 +12,11 @@ more could not close it, only find a better plan."""
 class Progress:
     """Of a search that began with a plan of `incumbent_s` (infinite: with none).
 
-    `bound_s` is what no strategy of the searched shapes beats; a gap of `tolerance` or less may stay open.
+    A gap of `tolerance` or less may stay open.
     """
 
     def __init__(self, incumbent_s: float, tolerance: float) -> None:
         self.incumbent_s, self.tolerance = incumbent_s, tolerance
-        self.bound_s = float("inf")
         self._stale = 0
 
     @property
@@ -25,13 +24,13 @@ class Progress:
         """The step time that is worth beating."""
         return self.incumbent_s * (1 - self.tolerance)
 
-    def add(self, bound_s: float, result: ShapeResult) -> None:
-        """Counts the search of a shape with a bound."""
-        self.bound_s = min(self.bound_s, max(bound_s, result.bound_s))
-        self._stale += 1
-        if result.found is not None and result.found.step_time_s < self.incumbent_s:
-            self.incumbent_s, self._stale = result.found.step_time_s, 0
+    @property
+    def stale(self) -> bool:
+        """Whether many shapes were searched since a better plan was found."""
+        return self._stale >= PATIENCE
 
-    def patient(self, next_bound_s: float) -> bool:
-        """Whether to search a shape with this bound, and those that come after it."""
-        return self._stale < PATIENCE or self.bound_s >= next_bound_s
+    def add(self, found: Found | None) -> None:
+        """Counts the search of a shape."""
+        self._stale += 1
+        if found is not None and found.step_time_s < self.incumbent_s:
+            self.incumbent_s, self._stale = found.step_time_s, 0

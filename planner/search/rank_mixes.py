@@ -18,6 +18,7 @@ from planner.cost.action import ActionKind
 from planner.cost.memory import idle_apart, transient_bytes
 from planner.cost.moments import resident
 from planner.cost.simulate import kind_passes
+from planner.cost.table import KINDS
 from planner.search.recipes import Column, RecipeBook
 from planner.strategy import Offload
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
 MOST_MIXES = 60_000
 """Mixes of all stages of a rank together beyond which it is left to planner.search.rank_floor."""
+
+UNSHARD, REDUCE, OPTIMIZER = (len(KINDS) + number for number in range(3))
+FIGURES = len(KINDS) + 3
+"""What a recipe is known by: seconds of its passes by kind, of gathering, reduction and optimizer."""
 
 Span = tuple[int, int]
 
@@ -50,6 +55,18 @@ def _outer(join: np.ufunc, each: Sequence[Floats]) -> Floats:
     return found
 
 
+def undominated(figures: Floats) -> Ints:
+    """Rows of an array, least sum first, but those that are no less than one before them in every column."""
+    import numpy as np
+
+    left = np.argsort(figures.sum(axis=1), kind="stable")
+    kept: list[int] = []
+    while len(left):
+        kept.append(int(left[0]))
+        left = left[~(figures[left] >= figures[left[0]]).all(axis=1)]
+    return np.asarray(kept, dtype=np.int64)
+
+
 class RankMixes:
     """The ranks of one shape on one kind of device."""
 
@@ -59,6 +76,8 @@ class RankMixes:
         self._known: dict[tuple[Held, ...], tuple[float, tuple[int, ...]]] = {}
         self._seconds: dict[tuple[Span, tuple[tuple[ActionKind, int], ...]], Floats] = {}
         self._bytes: dict[tuple[Span, int], tuple[Floats, Floats]] = {}
+        self._figures: dict[Span, Floats] = {}
+        self._useful: dict[Held, Ints] = {}
 
     def few(self, sizes: Sequence[int]) -> bool:
         """Whether all mixes of stages of these sizes can be looked at; with offloading they are others."""
@@ -98,12 +117,47 @@ class RankMixes:
         return float(total_s[best]), tuple(map(int, best))
 
     def fitting(self, held: tuple[Held, ...], within_s: float) -> Ints:
-        """The numbers of all mixes that fit together and take less than `within_s`: [n, stage]."""
+        """The numbers of mixes that fit together and take less than `within_s`: [n, stage].
+
+        Of each stage without those that another beats in every figure and in memory at all times.
+        """
         import numpy as np
 
-        return np.argwhere(
-            self._total_s([self._all_seconds(own) for own in held], self._moments(held)) < within_s
-        )
+        useful = [self.useful(own) for own in held]
+        each_s = [self._all_seconds(own)[kept] for own, kept in zip(held, useful, strict=True)]
+        moments = [
+            [
+                (kept_bytes[kept], passing[kept])
+                for (kept_bytes, passing), kept in zip(each, useful, strict=True)
+            ]
+            for each in self._moments(held)
+        ]
+        places = np.argwhere(self._total_s(each_s, moments) < within_s)
+        return np.stack([kept[places[:, stage]] for stage, kept in enumerate(useful)], axis=1)
+
+    def useful(self, held: Held) -> Ints:
+        """The numbers of a stage's mixes, without those that another beats in all."""
+        import numpy as np
+
+        if held not in self._useful:
+            each = [self.figures(held.span)]
+            for alive in held.alive:
+                kept, passing = self._all_bytes(held.span, alive)
+                each.append(np.stack([kept, np.maximum(passing, 0.0)], axis=1))
+            self._useful[held] = undominated(np.concatenate(each, axis=1))
+        return self._useful[held]
+
+    def figures(self, span: Span) -> Floats:
+        """The figures of every mix of the blocks of a span: [n, FIGURES]."""
+        import numpy as np
+
+        if span not in self._figures:
+            every = self.book.mixes(*span)
+            cost, passes = every.cost, kind_passes(every.cost)
+            columns = [passes[kind].total_s for kind in KINDS]
+            columns += [cost.unshard_s, cost.reduce_s, cost.optimizer_s]
+            self._figures[span] = np.stack([column + 0.0 * every.full for column in columns], axis=1)
+        return self._figures[span]
 
     @property
     def _free_bytes(self) -> float:

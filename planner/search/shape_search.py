@@ -19,7 +19,7 @@ from planner.cost.critical_path import critical_path
 from planner.cost.simulate import Replay
 from planner.search.deal import Dealer
 from planner.search.ilp import StageIlp, StageProgramme
-from planner.search.path_game import PathGame
+from planner.search.path_game import Outcome, PathGame
 from planner.search.recipes import Column
 from planner.search.sizes import Sizes, splits
 from planner.search.stage_space import StageSpace
@@ -40,6 +40,9 @@ DEALT_WITHIN = 1.15
 """Blocks are dealt better where an even split is within this of the step time to beat."""
 ROUNDING = 1e-6
 """Share of a step time by which an ILP's bound may lie below its own optimum: HiGHS's tolerance."""
+BOUND_REACH, BOUND_HALVINGS = 0.5, 7
+"""How far below a step time the bound of an open shape is looked for, as a share of it, and games played."""
+NO_GAME = Outcome(None, float("inf"), 0.0)
 SHARED_ROUNDS = 3
 """ILPs that are solved for one shape where devices share cores."""
 
@@ -93,43 +96,81 @@ class ShapeSearch:
 
     def run(self, budget: Budget) -> ShapeResult:
         """The best strategy of the shape that can beat the incumbent, or proof that none does."""
-        result = self._run(budget)
-        found_s = float("inf") if result.found is None else result.found.step_time_s
-        left, most_s = budget.seconds, min(budget.to_beat_s, found_s)
-        bounded = result.milps > 0 or not (self.dealable and self.space.one_class)
-        if bounded or result.bound_s >= most_s * (1 - budget.tolerance) or (left is not None and left <= 0):
-            return result
-        return result._replace(bound_s=max(result.bound_s, self.space.floor_bound_s(most_s)))
-
-    def _run(self, budget: Budget) -> ShapeResult:
         if self.degrees.pp == 1:
             return self._without_pipeline()
         if not self.dealable:
             return self._not_dealt(budget)
         if not self._may_beat(budget.to_beat_s):
             return ShapeResult(None, budget.to_beat_s, 0)
-        played, bound_s = self._played(budget.to_beat_s)
-        if bound_s >= budget.to_beat_s:
-            return ShapeResult(played, bound_s, 0)
-        each = [found for found in (played, self.dealt(DEALT_WITHIN * budget.to_beat_s)) if found is not None]
+        played = self.played(budget)
+        if played.bound_s >= budget.to_beat_s:
+            return played
+        dealt = self.dealt(DEALT_WITHIN * budget.to_beat_s)
+        each = [found for found in (played.found, dealt) if found is not None]
         to_beat_s = min([budget.to_beat_s, *(found.step_time_s * (1 - budget.tolerance) for found in each)])
-        if bound_s >= to_beat_s:
-            result = ShapeResult(None, bound_s, 0)
+        if played.bound_s >= to_beat_s:
+            result = ShapeResult(None, played.bound_s, 0)
         else:
             budget = budget._replace(to_beat_s=to_beat_s)
             result = self._of_one_class(budget) if self.space.one_class else self._of_several(budget)
         each += [result.found] if result.found is not None else []
         best = min(each, key=lambda found: found.step_time_s, default=None)
-        return result._replace(found=best, bound_s=max(bound_s, result.bound_s))
+        return result._replace(found=best, bound_s=max(played.bound_s, result.bound_s))
 
-    def _played(self, to_beat_s: float) -> tuple[Found | None, float]:
-        """The best recipes that a game of paths finds, and a bound of all that may beat a step time."""
-        sizes = self.space.sizes(to_beat_s) if self.space.one_class and to_beat_s < float("inf") else None
-        outcome = None if sizes is None else PathGame(self.space).play(to_beat_s, sizes)
-        if outcome is None:
-            return None, 0.0
-        found = None if outcome.columns is None else self._found(outcome.columns, outcome.step_time_s)
-        return found, outcome.bound_s
+    def played(self, budget: Budget) -> ShapeResult:
+        """The best recipes that games of paths find, and their bound: each has to beat the one before."""
+        best: Found | None = None
+        to_beat_s = budget.to_beat_s
+        while True:
+            outcome = self._game(to_beat_s)
+            found_s = outcome.step_time_s
+            if outcome.columns is not None and (best is None or found_s < best.step_time_s):
+                best = self._found(outcome.columns, found_s)
+            less_s = found_s * (1 - budget.tolerance)
+            if outcome.bound_s >= to_beat_s or less_s >= to_beat_s:
+                return ShapeResult(best, outcome.bound_s, 0)
+            to_beat_s = less_s
+
+    def _game(self, to_beat_s: float) -> Outcome:
+        """The game of a shape for a time to beat; that knows nothing where there is none."""
+        if self.dealable and self.space.one_class and to_beat_s < float("inf"):
+            sizes = self.space.sizes(to_beat_s)
+            if sizes is None:
+                return Outcome(None, float("inf"), to_beat_s)
+            return self.games.play(to_beat_s, sizes) or NO_GAME
+        return NO_GAME
+
+    @cached_property
+    def games(self) -> PathGame:
+        """Games of the shape."""
+        return PathGame(self.space)
+
+    def better(self, budget: Budget) -> ShapeResult:
+        """What games and moves of blocks find in little time; no proof."""
+        each = [found for found in (self.played(budget).found, self.dealt()) if found is not None]
+        return ShapeResult(min(each, key=lambda found: found.step_time_s, default=None), 0.0, 0)
+
+    def bound(self, budget: Budget) -> ShapeResult:
+        """The greatest step time, up to the one to beat, that games rule out; and what they find."""
+        low_s, high_s = budget.to_beat_s * (1 - BOUND_REACH), budget.to_beat_s
+        best, bound_s, middle_s = None, 0.0, high_s
+        for _ in range(BOUND_HALVINGS):
+            left = budget.seconds
+            if left is not None and left <= 0:
+                break
+            outcome = self._game(middle_s)
+            bound_s = max(bound_s, outcome.bound_s)
+            if outcome.columns is not None and (best is None or outcome.step_time_s < best.step_time_s):
+                best = self._found(outcome.columns, outcome.step_time_s)
+            if outcome.bound_s >= middle_s:
+                low_s = middle_s
+            else:
+                high_s = middle_s
+            if low_s >= high_s:
+                break
+            low_s = max(low_s, bound_s)
+            middle_s = (low_s + high_s) / 2
+        return ShapeResult(best, bound_s, 0)
 
     def dealt(self, within_s: float = float("inf")) -> Found | None:
         """The best deal near an even one, found by moves where that takes at most `within_s`.

@@ -16,7 +16,7 @@ import dataclasses
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, partial
 from itertools import islice, product
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from planner.search.crew import Crew, processes_for
 from planner.search.dominance import without_dominated
 from planner.search.frontier import Candidate, Frontier
 from planner.search.modeller import Base, Modeller, no_recipe, too_large
+from planner.search.open_shapes import OpenShapes
 from planner.search.progress import Progress
 from planner.search.quick_bounds import space_bounds_s
 from planner.search.rejections import Rejections
@@ -54,8 +55,8 @@ OPTIMAL_GAP = 1e-6
 GREEDY_SHAPES = 10
 """Shapes of each schedule, in order of their bound, that get an even split first: a good incumbent prunes the
 rest. Of each, since the bounds of some schedules are closer than those of others."""
-DEALT_SHAPES = 6
-"""Shapes, in order of that split's time, whose blocks are dealt better before any is searched."""
+BETTER_SHAPES = 6
+"""Shapes, in order of that split's time, for which something better is looked for before any is searched."""
 LAG = 8
 """Shapes that are searched before what they find counts."""
 OVERRUN = 0.03
@@ -229,11 +230,16 @@ class Solver:
     def _work(self, task: Task) -> ShapeResult:
         """The result of a task; it depends on nothing but the task."""
         search = self.modeller.search(*self._of(task.number))
-        if task.budget is not None:
-            result = search.run(task.budget)
+        ask = {
+            TaskKind.GREEDY: lambda _: ShapeResult(search.greedy(), 0.0, 0),
+            TaskKind.BETTER: search.better,
+            TaskKind.BEST: search.run,
+            TaskKind.BOUND: search.bound,
+        }
+        result = ask[task.kind](task.budget)
+        if task.kind in (TaskKind.BEST, TaskKind.BOUND):
             search.space.forget()
-            return result
-        return ShapeResult(search.dealt() if task.kind is TaskKind.DEALT else search.greedy(), 0.0, 0)
+        return result
 
     def _overdue(self) -> bool:
         """Whether the time is up by so much that nothing is waited for any more."""
@@ -270,15 +276,16 @@ class Solver:
     def _begin(self, crew: Crew, by_kind: list[Frontier]) -> None:
         """Even splits of the first shapes of every schedule, and better deals of the fastest."""
         first = (candidate.order for kind in by_kind for candidate in islice(kind, GREEDY_SHAPES))
-        greedy = self._all(crew, TaskKind.GREEDY, first)
+        greedy = self._all(crew, TaskKind.GREEDY, first, float("inf"))
         started = sorted((found.step_time_s, number) for number, found in greedy.items())
-        self._all(crew, TaskKind.DEALT, (number for _, number in started[:DEALT_SHAPES]))
+        to_beat_s = started[0][0] if started else float("inf")
+        self._all(crew, TaskKind.BETTER, (number for _, number in started[:BETTER_SHAPES]), to_beat_s)
 
-    def _all(self, crew: Crew, kind: TaskKind, shapes: Iterable[int]) -> dict[int, Found]:
+    def _all(self, crew: Crew, kind: TaskKind, shapes: Iterable[int], to_beat_s: float) -> dict[int, Found]:
         """What a task of each of these shapes finds, if anything; it is kept."""
         numbers = []
         for number in shapes:
-            crew.add(Task(kind, number))
+            crew.add(Task(kind, number, self._budget(to_beat_s)))
             numbers.append(number)
         results = {number: crew.take().found for number in numbers}
         found = {number: each for number, each in results.items() if each is not None}
@@ -292,12 +299,20 @@ class Solver:
         """
         incumbent_s = min((found.step_time_s for found in self.found), default=float("inf"))
         progress = Progress(incumbent_s, self.options.gap_tolerance)
+        open_shapes = OpenShapes(partial(self._bounds_s, crew))
         under_way: deque[Candidate] = deque()
-        out_of_time = False
+
+        def take(most: int) -> None:
+            while len(under_way) > most:
+                self._take(crew, under_way.popleft(), progress, open_shapes)
+
+        out_of_time, patient = False, True
         for candidate in candidates:
-            if len(under_way) == LAG:
-                self._take(crew, under_way.popleft(), progress)
-            won, patient = candidate.bound_s >= progress.to_beat_s, progress.patient(candidate.bound_s)
+            take(LAG - 1)
+            if progress.stale:
+                take(0)
+                patient = open_shapes.least_s(candidate.bound_s, progress.to_beat_s) >= candidate.bound_s
+            won = candidate.bound_s >= progress.to_beat_s
             if won or not patient or self._expired():
                 self.bounds_s.append(candidate.bound_s)  # the least of all that are left
                 out_of_time = not won and patient
@@ -308,21 +323,29 @@ class Solver:
             if candidates.next_bound_s < float("inf"):
                 self.bounds_s.append(candidates.next_bound_s)
                 out_of_time = True
-        for candidate in under_way:
-            self._take(crew, candidate, progress)
-        self.bounds_s.append(progress.bound_s)
+        take(0)
+        self.bounds_s.append(open_shapes.least_s(progress.incumbent_s, progress.to_beat_s))
         return out_of_time
 
-    def _take(self, crew: Crew, candidate: Candidate, progress: Progress) -> None:
+    def _take(self, crew: Crew, candidate: Candidate, progress: Progress, open_shapes: OpenShapes) -> None:
         """Takes what the search of a shape found."""
         result = crew.take()
         self.milps += result.milps
-        progress.add(candidate.bound_s, result)
+        progress.add(result.found)
+        open_shapes.add(candidate.order, max(candidate.bound_s, result.bound_s))
         if result.found is not None:
             self.found.append(result.found)
         elif progress.incumbent_s == float("inf"):
             degrees, base = self._of(candidate.order)
             self.rejections.add(no_recipe(degrees, base.limits_bytes), self.shapes)
+
+    def _bounds_s(self, crew: Crew, numbers: list[int], to_beat_s: float) -> list[float]:
+        """Bounds of shapes, up to a step time; better plans that come to light are kept."""
+        for number in numbers:
+            crew.add(Task(TaskKind.BOUND, number, self._budget(to_beat_s)))
+        results = [crew.take() for _ in numbers]
+        self.found += [result.found for result in results if result.found is not None]
+        return [result.bound_s for result in results]
 
     def _budget(self, to_beat_s: float) -> Budget:
         left, options = self._seconds_left(), self.options
@@ -337,7 +360,7 @@ class Solver:
             if enough or (self.found and tried >= MAX_RUNNERS_UP):
                 break
             if candidate.degrees not in known:
-                greedy = self._work(Task(TaskKind.GREEDY, candidate.order)).found
+                greedy = self._work(Task(TaskKind.GREEDY, candidate.order, self._budget(float("inf")))).found
                 if greedy is not None:
                     known.add(greedy.strategy.degrees)
                     self.found.append(greedy)

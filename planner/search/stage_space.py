@@ -26,8 +26,6 @@ from planner.strategy import Schedule
 MAX_REACH = 4
 """Layers that a boundary of stages may lie from the even split, in a model of several layer classes: this
 narrows the space that the certificate speaks of."""
-FLOOR_REACH, FLOOR_HALVINGS = 0.5, 7
-"""How far below a step time the bound of sizes is looked for, as a share of it, and halvings of that."""
 DUST = 1e-9
 
 
@@ -302,19 +300,6 @@ class StageSpace:
         if self._even_bound:
             bound_s = max(bound_s, (m - p - 1) * own_s + self._twice_s)
         return bound_s < left_s
-
-    def floor_bound_s(self, to_beat_s: float) -> float:
-        """The greatest step time, up to one, that no sizes of stages can beat."""
-        low_s, high_s = to_beat_s * (1 - FLOOR_REACH), to_beat_s
-        if self.sizes(low_s) is not None:
-            return 0.0
-        for _ in range(FLOOR_HALVINGS):
-            middle_s = (low_s + high_s) / 2
-            if self.sizes(middle_s) is None:
-                low_s = middle_s
-            else:
-                high_s = middle_s
-        return low_s
 
     def even_bound_s(self) -> float:
         """What no recipes of the even split beat; infinite where none fit."""

@@ -10,19 +10,20 @@ from planner.search.shape_search import Budget
 
 
 class TaskKind(StrEnum):
-    """What is asked of a shape: an even split, a better deal of its blocks, or the best with a proof."""
+    """What is asked of a shape: an even split, something better, the best with a proof, or a bound."""
 
     GREEDY = "greedy"
-    DEALT = "dealt"
+    BETTER = "better"
     BEST = "best"
+    BOUND = "bound"
 
 
 class Task(NamedTuple):
-    """What is asked of the shape with a number; the budget of the best strategy."""
+    """What is asked of the shape with a number, and what that may use."""
 
     kind: TaskKind
     number: int
-    budget: Budget | None = None
+    budget: Budget
 
     def to_json(self) -> bytes:
         """As text for another process; what is infinite stays so."""
@@ -32,4 +33,4 @@ class Task(NamedTuple):
     def of_json(text: bytes) -> Task:
         """The task of such a text."""
         kind, number, budget = json.loads(text)
-        return Task(TaskKind(kind), number, None if budget is None else Budget(*budget))
+        return Task(TaskKind(kind), number, Budget(*budget))
