@@ -126,11 +126,17 @@ class CostModel:
         """For every pipeline rank, the counts of live micro-batches by stage at its fullest moments."""
         return in_flight(degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches)
 
-    def replay(self, shape: ShapeModel, table: Table, costs: tuple[StageCost, ...]) -> Replay:
-        """The replay of a table under these costs."""
+    def replay(
+        self,
+        shape: ShapeModel,
+        table: Table,
+        costs: tuple[StageCost, ...],
+        cell_s: list[float] | None = None,
+    ) -> Replay:
+        """The replay of a table under these costs, whose seconds by stage and kind may be known."""
         per_rank = shape.degrees.world // shape.degrees.pp
         step_s = max(kind.layers.physics.step_s for kind in self.kinds)
-        return replay(table, costs, shape.messages.p2p_s(), self.sharing, per_rank, step_s)
+        return replay(table, costs, shape.messages.p2p_s(), self.sharing, per_rank, step_s, cell_s)
 
     def hops_s(self, shape: ShapeModel, costs: tuple[StageCost, ...], replayed: Replay) -> float:
         """What the step would be shorter by if messages between stages took no time."""

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from planner.codec import noun
 from planner.cost import constants
@@ -181,20 +181,19 @@ def replay(
     sharing: Sharing | None,
     devices_per_rank: int,
     step_s: float = 0.0,
+    cell_s: list[float] | None = None,
 ) -> Replay:
     """Runs `table` with the passes of `stages`; `step_s` is what a rank's optimizer step takes besides.
 
+    `cell_s` are the seconds of every stage's passes by kind (planner.cost.table.KINDS), where they are known.
     Raises ValueError if its order cannot be executed.
     """
     held = [table.stages_of(rank) for rank in range(len(table))]
     unshard_s = tuple(sum(stages[s].unshard_s for s in each) for each in held)
-    each = {id(stage): kind_passes(stage) for stage in stages}  # few stages differ
-    passes = [each[id(stage)] for stage in stages]
     stretch, slow = (1.0,) * len(table), 1.0
     times: PathTimes | RecordedTimes
     if sharing is None:
-        totals = {key: [by_kind[kind].total_s for kind in KINDS] for key, by_kind in each.items()}
-        cell_s = [seconds for stage in stages for seconds in totals[id(stage)]]
+        cell_s = [s for each in _by_stage(stages, _totals_s) for s in each] if cell_s is None else cell_s
         durations = table.order.durations(cell_s)
         ends_s, row_ends_s = durations.ends_s(unshard_s, p2p_s)
         times = PathTimes(
@@ -206,6 +205,7 @@ def replay(
             cell_s=cell_s,
         )
     else:
+        passes = _by_stage(stages, kind_passes)
         times, stretch = _Shared(table, passes, p2p_s, sharing, devices_per_rank, unshard_s).run()
         slow = sharing.slowdown(devices_per_rank * len(table))
     return Replay(
@@ -216,6 +216,21 @@ def replay(
         reduce_s=tuple(sum(stages[s].reduce_s for s in each) for each in held),
         optimizer_s=tuple((step_s + sum(stages[s].optimizer_s for s in each)) * slow for each in held),
     )
+
+
+T = TypeVar("T")
+
+
+def _by_stage(stages: Sequence[StageCost], of: Callable[[StageCost], T]) -> list[T]:
+    """A figure of every stage, worked out once for those that are the same: few differ."""
+    each = {id(stage): stage for stage in stages}
+    known = {name: of(stage) for name, stage in each.items()}
+    return [known[id(stage)] for stage in stages]
+
+
+def _totals_s(stage: StageCost) -> list[float]:
+    passes = kind_passes(stage)
+    return [passes[kind].total_s for kind in KINDS]
 
 
 def split_backward(stage: StageCost) -> tuple[Pass, Pass]:

@@ -157,8 +157,7 @@ class Dealer:
             first, start = self._any(start)
         if first is None:
             return None
-        costs = tuple(column.cost for column in first)
-        step_s = self.space.model.replay(self.space.shape, self.space.table, costs).step_time_s
+        step_s = self.space.replay(first).step_time_s
         best, deal = first, start
         if self.space.table.actions > MAX_PLACES or step_s > within_s:
             return best, step_s

@@ -39,6 +39,10 @@ ROUNDS = 48
 """Mixtures of paths that are tried for a shape."""
 MAX_REPLAYED = 400_000
 """Actions of all their replays together, beyond which there are fewer rounds."""
+FEW, NEAR = 12, 0.05
+"""Rounds after which a game goes on only where its bound or its best replay is as near the time to beat."""
+OLDEST = 8
+"""Rounds that a mixture counts for at most when another game goes on from it."""
 MAX_SPLITS, MAX_MIXES = 600, 200_000
 """Ways to deal blocks to the stages of all ranks, and their mixes, beyond which there is no game."""
 
@@ -54,6 +58,15 @@ class Choices(NamedTuple):
     mixes: list[list[tuple[Span, int]]]
 
 
+class _Fitting(NamedTuple):
+    """Mixes of a rank's stages that fit and take less than a time: their figures, numbers and seconds."""
+
+    within_s: float
+    figures: Floats
+    numbers: Ints
+    own_s: Floats
+
+
 class Outcome(NamedTuple):
     """What a game found: the best recipes (None: none are left), their step time, and what none beats."""
 
@@ -67,9 +80,10 @@ class PathGame:
 
     def __init__(self, space: StageSpace) -> None:
         self.space, self.hop_s = space, space.shape.messages.p2p_s()
-        self._known: dict[tuple[int, tuple[Held, ...]], tuple[Floats, Ints]] = {}
+        self._known: dict[tuple[int, tuple[Held, ...]], _Fitting] = {}
+        self._weights, self._hops, self._age = self._rows(), 0.0, 0
 
-    def play(self, to_beat_s: float, sizes: Sizes) -> Outcome | None:
+    def play(self, to_beat_s: float, sizes: Sizes, *, thorough: bool = False) -> Outcome | None:
         """The best recipes with sizes that may beat a step time; None where they are too many."""
         ranks, within_s = self.space.ranks, self.space.within_s(to_beat_s)
         splits = [list(self._splits(rank, limits)) for rank, limits in enumerate(sizes.ranks)]
@@ -82,7 +96,7 @@ class PathGame:
         choices = [self._choices(rank, each, within_s) for rank, each in enumerate(held)]
         if not all(each.blocks for each in choices):
             return Outcome(None, float("inf"), to_beat_s)
-        return self._played(choices, to_beat_s)
+        return self._played(choices, to_beat_s, thorough)
 
     def _splits(self, rank: int, limits: tuple[int, int]) -> Iterator[tuple[Span, ...]]:
         """The blocks that stand for those of each stage of a rank that holds so many of them."""
@@ -106,47 +120,65 @@ class PathGame:
         """All ways of a rank that fit and are in time, but those that others beat in every figure."""
         import numpy as np
 
-        mixes = self.space.ranks.mixes[rank]
         blocks: list[int] = []
         figures, picked = [np.zeros((0, FIGURES * len(self.space.stages_of[rank])))], []
         for held in each:
-            key = id(mixes), held
-            if key not in self._known:
-                numbers = mixes.fitting(held, within_s)
-                every = [mixes.figures(own.span)[numbers[:, place]] for place, own in enumerate(held)]
-                found = np.concatenate(every, axis=1)
-                kept = undominated(found)
-                self._known[key] = found[kept], numbers[kept]
-            found, numbers = self._known[key]
+            fitting = self._fitting(rank, held, within_s)
+            in_time = fitting.own_s < within_s
+            figures.append(fitting.figures[in_time])
             spans = [own.span for own in held]
-            blocks += [sum(end - first for first, end in spans)] * len(found)
-            figures.append(found)
-            picked += [list(zip(spans, each, strict=True)) for each in numbers.tolist()]
+            numbers = fitting.numbers[in_time].tolist()
+            picked += [list(zip(spans, mixes, strict=True)) for mixes in numbers]
+            blocks += [sum(end - first for first, end in spans)] * len(numbers)
         return Choices(blocks, np.concatenate(figures), picked)
 
-    def _played(self, choices: list[Choices], to_beat_s: float) -> Outcome:
-        """Round after round, until the bound meets the time to beat or the best replay."""
-        space = self.space
-        weights, hops = self._rows()
-        best: tuple[Column, ...] | None = None
+    def _fitting(self, rank: int, held: tuple[Held, ...], within_s: float) -> _Fitting:
+        """What fits of stages that ranks may hold, known for the longest time that was asked for."""
+        import numpy as np
+
+        mixes = self.space.ranks.mixes[rank]
+        known = self._known.get((id(mixes), held))
+        if known is None or known.within_s < within_s:
+            numbers, own_s = mixes.fitting(held, within_s)
+            figures = np.concatenate(
+                [mixes.figures(own.span)[numbers[:, place]] for place, own in enumerate(held)], axis=1
+            )
+            kept = undominated(figures)
+            known = _Fitting(within_s, figures[kept], numbers[kept], own_s[kept])
+            self._known[id(mixes), held] = known
+        return known
+
+    def _played(self, choices: list[Choices], to_beat_s: float, thorough: bool) -> Outcome:
+        """Round after round, until the bound meets the time to beat or the best replay.
+
+        Goes on from the mixture of the game before, which was for another time to beat. Less than `thorough`,
+        it gives up where after FEW rounds neither is near the time to beat.
+        """
+        space, best = self.space, None
         best_s, bound_s = float("inf"), 0.0
         for number in range(max(1, min(ROUNDS, MAX_REPLAYED // space.table.actions))):
-            least_s, chosen = self._least(choices, weights)
-            bound_s = max(bound_s, least_s + hops * self.hop_s + space.shape.physics.step_s)
-            if chosen is None or bound_s >= min(to_beat_s, best_s):
+            least_s, chosen = self._least(choices, self._weights)
+            bound_s = max(bound_s, least_s + self._hops * self.hop_s + space.shape.physics.step_s)
+            near = best_s < (1 + NEAR) * to_beat_s or bound_s > (1 - NEAR) * to_beat_s
+            if chosen is None or bound_s >= min(to_beat_s, best_s) or not (thorough or near or number < FEW):
                 break
             columns = self._columns(choices, chosen)
-            costs = tuple(column.cost for column in columns)
-            replayed = space.model.replay(space.shape, space.table, costs)
+            replayed = space.replay(columns)
             if replayed.step_time_s < best_s:
                 best, best_s = columns, replayed.step_time_s
-            counts, more = self._path(replayed)
-            share = 2 / (number + 3)
-            weights, hops = weights + share * (counts - weights), hops + share * (more - hops)
+            self._mix(replayed, 2 / (self._age + 3))
+            self._age += 1
+        self._age = min(self._age, OLDEST)
         return Outcome(best, best_s, min(bound_s, to_beat_s, best_s))
 
-    def _rows(self) -> tuple[Floats, float]:
-        """The mean of the paths along each rank's row, and its messages."""
+    def _mix(self, replayed: Replay, share: float) -> None:
+        """Adds the longest path of a replay to the mixture, to a share of it."""
+        counts, hops = self._path(replayed)
+        self._weights = self._weights + share * (counts - self._weights)
+        self._hops += share * (hops - self._hops)
+
+    def _rows(self) -> Floats:
+        """The mean of the paths along each rank's row, which have no messages."""
         import numpy as np
 
         space, ranks = self.space, self.space.degrees.pp
@@ -155,7 +187,7 @@ class PathGame:
         for rank in range(ranks):
             for (stage, kind), count in space.table.counts(rank).items():
                 weights[stage, KINDS.index(kind)] += count
-        return weights / ranks, 0.0
+        return weights / ranks
 
     def _path(self, replayed: Replay) -> tuple[Floats, int]:
         """What decides a replay, as counts of every stage's figures, and messages."""

@@ -116,8 +116,8 @@ class RankMixes:
         best = np.unravel_index(total_s.argmin(), total_s.shape)
         return float(total_s[best]), tuple(map(int, best))
 
-    def fitting(self, held: tuple[Held, ...], within_s: float) -> Ints:
-        """The numbers of mixes that fit together and take less than `within_s`: [n, stage].
+    def fitting(self, held: tuple[Held, ...], within_s: float) -> tuple[Ints, Floats]:
+        """The numbers [n, stage] of mixes that fit together and take less than a time, and what they take.
 
         Of each stage without those that another beats in every figure and in memory at all times.
         """
@@ -132,8 +132,10 @@ class RankMixes:
             ]
             for each in self._moments(held)
         ]
-        places = np.argwhere(self._total_s(each_s, moments) < within_s)
-        return np.stack([kept[places[:, stage]] for stage, kept in enumerate(useful)], axis=1)
+        total_s = self._total_s(each_s, moments)
+        places = np.nonzero(total_s < within_s)
+        numbers = np.stack([kept[place] for kept, place in zip(useful, places, strict=True)], axis=1)
+        return numbers, total_s[places]
 
     def useful(self, held: Held) -> Ints:
         """The numbers of a stage's mixes, without those that another beats in all."""

@@ -16,7 +16,6 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from planner.cost.critical_path import critical_path
-from planner.cost.simulate import Replay
 from planner.search.deal import Dealer
 from planner.search.ilp import StageIlp, StageProgramme
 from planner.search.path_game import Outcome, PathGame
@@ -40,8 +39,9 @@ DEALT_WITHIN = 1.15
 """Blocks are dealt better where an even split is within this of the step time to beat."""
 ROUNDING = 1e-6
 """Share of a step time by which an ILP's bound may lie below its own optimum: HiGHS's tolerance."""
-BOUND_REACH, BOUND_HALVINGS = 0.5, 7
-"""How far below a step time the bound of an open shape is looked for, as a share of it, and games played."""
+BOUND_REACH, BOUND_GAMES, BOUND_NEAR = 0.5, 7, 5e-3
+"""How far below a step time the bound of an open shape is looked for, as a share of it, how many games are
+played at most, and how near it is to be found."""
 NO_GAME = Outcome(None, float("inf"), 0.0)
 SHARED_ROUNDS = 3
 """ILPs that are solved for one shape where devices share cores."""
@@ -131,13 +131,13 @@ class ShapeSearch:
                 return ShapeResult(best, outcome.bound_s, 0)
             to_beat_s = less_s
 
-    def _game(self, to_beat_s: float) -> Outcome:
+    def _game(self, to_beat_s: float, *, thorough: bool = False) -> Outcome:
         """The game of a shape for a time to beat; that knows nothing where there is none."""
         if self.dealable and self.space.one_class and to_beat_s < float("inf"):
             sizes = self.space.sizes(to_beat_s)
             if sizes is None:
                 return Outcome(None, float("inf"), to_beat_s)
-            return self.games.play(to_beat_s, sizes) or NO_GAME
+            return self.games.play(to_beat_s, sizes, thorough=thorough) or NO_GAME
         return NO_GAME
 
     @cached_property
@@ -154,11 +154,11 @@ class ShapeSearch:
         """The greatest step time, up to the one to beat, that games rule out; and what they find."""
         low_s, high_s = budget.to_beat_s * (1 - BOUND_REACH), budget.to_beat_s
         best, bound_s, middle_s = None, 0.0, high_s
-        for _ in range(BOUND_HALVINGS):
+        for _ in range(BOUND_GAMES):
             left = budget.seconds
             if left is not None and left <= 0:
                 break
-            outcome = self._game(middle_s)
+            outcome = self._game(middle_s, thorough=True)
             bound_s = max(bound_s, outcome.bound_s)
             if outcome.columns is not None and (best is None or outcome.step_time_s < best.step_time_s):
                 best = self._found(outcome.columns, outcome.step_time_s)
@@ -166,9 +166,9 @@ class ShapeSearch:
                 low_s = middle_s
             else:
                 high_s = middle_s
-            if low_s >= high_s:
-                break
             low_s = max(low_s, bound_s)
+            if low_s >= high_s * (1 - BOUND_NEAR):
+                break
             middle_s = (low_s + high_s) / 2
         return ShapeResult(best, bound_s, 0)
 
@@ -180,7 +180,7 @@ class ShapeSearch:
         if not self.dealable:
             return None
         deal = self.dealer.best(tuple(b - a for a, b in pairwise(self.space.even)), within_s)
-        return None if deal is None else self._found(deal[0], self.replay(deal[0]).step_time_s)
+        return None if deal is None else self._found(deal[0], self.space.replay(deal[0]).step_time_s)
 
     @cached_property
     def dealer(self) -> Dealer:
@@ -202,18 +202,14 @@ class ShapeSearch:
                     return None
                 chosen[s] = column
         columns = tuple(chosen[s] for s in range(len(spans)))
-        return self._found(columns, self.replay(columns).step_time_s)
+        return self._found(columns, self.space.replay(columns).step_time_s)
 
     def even(self) -> Found | None:
         """An even split and no other: None where a rank has no recipe for it that fits."""
         if self.degrees.chunks == 1 or not self.dealable:
             return self.greedy()
         columns = self.dealer.columns(tuple(b - a for a, b in pairwise(self.space.even)))
-        return None if columns is None else self._found(columns, self.replay(columns).step_time_s)
-
-    def replay(self, columns: tuple[Column, ...]) -> Replay:
-        """The replay of an assignment."""
-        return self.model.replay(self.shape, self.space.table, tuple(column.cost for column in columns))
+        return None if columns is None else self._found(columns, self.space.replay(columns).step_time_s)
 
     def _found(self, columns: tuple[Column, ...], step_time_s: float) -> Found:
         stages, first = [], 0
@@ -226,7 +222,7 @@ class ShapeSearch:
         column = self.space.recipe(0, (0, self.space.layers))
         if column is None:
             return ShapeResult(None, float("inf"), 0)
-        found = self._found((column,), self.replay((column,)).step_time_s)
+        found = self._found((column,), self.space.replay((column,)).step_time_s)
         return ShapeResult(found, found.step_time_s, 0)
 
     def _columns(self, budget: Budget, sizes: Sizes | None) -> list[list[Column]]:
@@ -286,7 +282,7 @@ class ShapeSearch:
         chosen = [tuple(each[s][size] for s, size in enumerate(way)) for way in ways]
         steps_s = self.dealer.steps_s(chosen)
         best = min(range(len(ways)), key=steps_s.__getitem__)
-        found = self._found(chosen[best], self.replay(chosen[best]).step_time_s)
+        found = self._found(chosen[best], self.space.replay(chosen[best]).step_time_s)
         return ShapeResult(found, min(found.step_time_s, to_beat_s), 0)
 
     def _by_programme(self, columns: list[list[Column]], budget: Budget) -> ShapeResult:
@@ -309,7 +305,7 @@ class ShapeSearch:
             bound_s = max(bound_s, answer.bound_s)
             if not answer.columns:
                 break
-            replayed = self.replay(answer.columns)
+            replayed = self.space.replay(answer.columns)
             if best is None or replayed.step_time_s < best.step_time_s:
                 best = self._found(answer.columns, replayed.step_time_s)
             to_beat_s = min(best.step_time_s, to_beat_s)

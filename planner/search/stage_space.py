@@ -16,6 +16,7 @@ from itertools import accumulate, pairwise
 
 from planner.cost.evaluate import CostModel
 from planner.cost.schedule import Table
+from planner.cost.simulate import Replay
 from planner.cost.stage import ShapeModel
 from planner.search.bounds import least_once_s
 from planner.search.rank_ways import RankWays
@@ -90,6 +91,11 @@ class StageSpace:
             self.__dict__.pop(name, None)
         for book in self.books:
             book.forget()
+
+    def replay(self, columns: tuple[Column, ...]) -> Replay:
+        """The replay of an assignment."""
+        cell_s = [seconds for column in columns for seconds in column.passes_s]
+        return self.model.replay(self.shape, self.table, tuple(column.cost for column in columns), cell_s)
 
     # Recipes
 
