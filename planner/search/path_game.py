@@ -17,8 +17,7 @@ Only recipes that may beat a step time take part. Where the bound reaches that t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from itertools import product
+from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.critical_path import critical_path
@@ -47,6 +46,8 @@ MAX_SPLITS, MAX_MIXES = 600, 200_000
 """Ways to deal blocks to the stages of all ranks, and their mixes, beyond which there is no game."""
 
 Span = tuple[int, int]
+Splits = list[list[tuple[Span, ...]]]
+"""Of each rank, the ways to deal blocks to its stages: of each the blocks that its stages hold."""
 
 
 class Choices(NamedTuple):
@@ -75,18 +76,34 @@ class Outcome(NamedTuple):
     bound_s: float
 
 
+def splits_within(space: StageSpace, sizes: Sizes) -> Splits:
+    """All ways to deal blocks of one class within sizes, as the blocks that stand for those of each stage."""
+    splits = []
+    for stages, (low, high) in zip(space.stages_of, sizes.ranks, strict=True):
+        limits = (space.size_limits[s] for s in stages)
+        every = product(*(range(least, min(most, high) + 1) for least, most in limits))
+        fitting = (each for each in every if low <= sum(each) <= high)
+        splits.append([tuple(map(space.span, stages, each)) for each in fitting])
+    return splits
+
+
+def even_splits(space: StageSpace) -> Splits:
+    """The even split."""
+    spans = list(pairwise(space.even))
+    return [[tuple(spans[s] for s in stages)] for stages in space.stages_of]
+
+
 class PathGame:
-    """The game of a shape whose blocks are of one class, on ranks with cores of their own."""
+    """The game of a shape on ranks with cores of their own."""
 
     def __init__(self, space: StageSpace) -> None:
         self.space, self.hop_s = space, space.shape.messages.p2p_s()
         self._known: dict[tuple[int, tuple[Held, ...]], _Fitting] = {}
         self._weights, self._hops, self._age = self._rows(), 0.0, 0
 
-    def play(self, to_beat_s: float, sizes: Sizes, *, thorough: bool = False) -> Outcome | None:
-        """The best recipes with sizes that may beat a step time; None where they are too many."""
+    def play(self, to_beat_s: float, splits: Splits, *, thorough: bool = False) -> Outcome | None:
+        """The best recipes of these splits that may beat a step time; None where they are too many."""
         ranks, within_s = self.space.ranks, self.space.within_s(to_beat_s)
-        splits = [list(self._splits(rank, limits)) for rank, limits in enumerate(sizes.ranks)]
         if sum(map(len, splits)) > MAX_SPLITS or not all(map(self._few, range(len(splits)), splits)):
             return None
         held = [[ranks.all_held(rank, spans) for spans in each] for rank, each in enumerate(splits)]
@@ -97,16 +114,6 @@ class PathGame:
         if not all(each.blocks for each in choices):
             return Outcome(None, float("inf"), to_beat_s)
         return self._played(choices, to_beat_s, thorough)
-
-    def _splits(self, rank: int, limits: tuple[int, int]) -> Iterator[tuple[Span, ...]]:
-        """The blocks that stand for those of each stage of a rank that holds so many of them."""
-        stages, (low, high) = self.space.stages_of[rank], limits
-        sizes = (
-            range(least, min(most, high) + 1) for least, most in (self.space.size_limits[s] for s in stages)
-        )
-        for each in product(*sizes):
-            if low <= sum(each) <= high:
-                yield tuple(self.space.span(s, size) for s, size in zip(stages, each, strict=True))
 
     def _few(self, rank: int, splits: list[tuple[Span, ...]]) -> bool:
         mixes = self.space.ranks.mixes[rank]

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from planner.cost.critical_path import critical_path
 from planner.search.deal import Dealer
 from planner.search.ilp import StageIlp, StageProgramme
-from planner.search.path_game import Outcome, PathGame
+from planner.search.path_game import Outcome, PathGame, even_splits, splits_within
 from planner.search.recipes import Column
 from planner.search.sizes import Sizes, splits
 from planner.search.stage_space import StageSpace
@@ -133,12 +133,15 @@ class ShapeSearch:
 
     def _game(self, to_beat_s: float, *, thorough: bool = False) -> Outcome:
         """The game of a shape for a time to beat; that knows nothing where there is none."""
-        if self.dealable and self.space.one_class and to_beat_s < float("inf"):
+        outcome: Outcome | None = None
+        if to_beat_s < float("inf") and self.space.one_class and self.dealable:
             sizes = self.space.sizes(to_beat_s)
             if sizes is None:
                 return Outcome(None, float("inf"), to_beat_s)
-            return self.games.play(to_beat_s, sizes, thorough=thorough) or NO_GAME
-        return NO_GAME
+            outcome = self.games.play(to_beat_s, splits_within(self.space, sizes), thorough=thorough)
+        elif to_beat_s < float("inf") and self.even_only:
+            outcome = self.games.play(to_beat_s, even_splits(self.space), thorough=thorough)
+        return outcome or NO_GAME
 
     @cached_property
     def games(self) -> PathGame:
@@ -230,16 +233,26 @@ class ShapeSearch:
 
     def _not_dealt(self, budget: Budget) -> ShapeResult:
         """The best of a shape whose blocks are not dealt: shared cores, or several classes and chunks."""
+        if self.even_only and budget.tolerance:
+            bound_s = self.space.even_bound_s()
+            if bound_s >= budget.to_beat_s:
+                return ShapeResult(None, budget.to_beat_s, 0)
+            played = self.played(budget)
+            if played.bound_s >= budget.to_beat_s:
+                return played
+            each = [found for found in (played.found, self.greedy()) if found is not None]
+            best = min(each, key=lambda found: found.step_time_s, default=None)
+            return ShapeResult(best, max(bound_s, played.bound_s), 0)
         sizes = self.space.sizes(budget.to_beat_s) if self.space.one_class else None
-        if self.model.sharing is None and budget.tolerance:
-            stages = range(self.degrees.stages)
-            spans = sum(len(ends) for s in stages for ends in self.space.spans(s, sizes))
-            if spans > MAX_SEVERAL:
-                bound_s = self.space.even_bound_s()
-                if bound_s >= budget.to_beat_s:
-                    return ShapeResult(None, budget.to_beat_s, 0)
-                return ShapeResult(self.greedy(), bound_s, 0)
         return self._by_programme(self._columns(budget, sizes), budget)
+
+    @cached_property
+    def even_only(self) -> bool:
+        """Whether the blocks are dealt evenly and in no other way, where a gap may stay open."""
+        if self.dealable or self.degrees.pp == 1 or self.model.sharing is not None or self.space.one_class:
+            return False
+        stages = range(self.degrees.stages)
+        return sum(len(ends) for s in stages for ends in self.space.spans(s, None)) > MAX_SEVERAL
 
     def _may_beat(self, to_beat_s: float) -> bool:
         if self.space.one_class:
