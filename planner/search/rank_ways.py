@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from planner.search.stage_space import StageSpace
 
 Span = tuple[int, int]
-MIDDLE = 3
-"""Blocks of a model from which on one lies between the ends."""
+MIDDLE = 4
+"""Blocks of a model from which on two lie between the ends."""
 
 
 class RankWays:
@@ -50,7 +50,7 @@ class RankWays:
         return can_hold(space.layers, most, map(ways, range(self.degrees.pp)), left_s)
 
     def quick_s(self, rank: int, blocks: int) -> float:
-        """A bound of `own_s` that takes next to no time; 0 where all blocks lie at the model's ends."""
+        """A bound of `own_s` that takes next to no time; 0 where hardly any lies between the ends."""
         if self.space.layers < MIDDLE:
             return 0.0
         return (self.floors[rank].part_s(rank, blocks) + self.space.held_s[rank]) * (1 - DUST)

@@ -5,30 +5,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator
 
 import pytest
 
-from planner.cost.simulate import kind_passes
-from planner.problem import PlanningProblem
 from planner.search.shape_search import ShapeSearch
 from planner.search.sizes import Sizes, narrowed, splits
-from planner.search.solve import Solver
-from planner.search.space import parse_pins, shapes
 from planner.search.stage_space import StageSpace
-from planner.strategy import Degrees, Stage
 
 from . import instances
-from .brute_force import EXACT, all_cuts, mixes_of
-
-
-def spaces(problem: PlanningProblem, fix: tuple[str, ...] = ()) -> Iterator[StageSpace]:
-    """The stages of every shape with a pipeline."""
-    solver = Solver(problem, EXACT)
-    for degrees in shapes(problem, parse_pins(fix)):
-        if isinstance(degrees, Degrees) and degrees.pp > 1:
-            base = solver.modeller.base(dataclasses.replace(degrees, schedule="1f1b", chunks=1))  # type: ignore[arg-type]
-            yield StageSpace(solver.model, solver.model.shape(degrees), base.limits_bytes, base.books)
+from .brute_force import all_cuts
+from .rank_samples import best_of, fits, own_s, spaces, used_bytes, ways_of
 
 
 def random_limits(draw: random.Random, parts: int) -> list[tuple[int, int]]:
@@ -70,48 +56,6 @@ def test_splits_are_all_ways_within_the_limits_of_stages_and_ranks(seed: int) ->
     assert len(ways) < 2 or splits(sizes, total, rank_of, len(ways) - 1) is None
 
 
-def used_bytes(space: StageSpace, rank: int, held: dict[int, Stage]) -> float:
-    """What a rank's stages take together at the fullest moment of its row."""
-    book = space.books[rank]
-    each = {s: book.column(stage) for s, stage in held.items()}
-    standing = book.shape.runtime_bytes + sum(column.resident_bytes for column in each.values())
-    standing += max(book.transient_bytes(column, space.alive[s]) for s, column in each.items())
-    kept = [
-        sum(moment.get(s, 0) * column.cost.saved_bytes for s, column in each.items())
-        for moment in space.in_flight[rank]
-    ]
-    return standing + max(kept)
-
-
-def fits(space: StageSpace, rank: int, held: dict[int, Stage]) -> bool:
-    return used_bytes(space, rank, held) <= space.limits_bytes[rank]
-
-
-def own_s(space: StageSpace, rank: int, held: dict[int, Stage]) -> float:
-    """What a rank's actions take, a micro-batch."""
-    passes = {s: kind_passes(space.books[rank].column(stage).cost) for s, stage in held.items()}
-    each = (n * passes[s][kind].total_s for (s, kind), n in space.table.counts(rank).items())
-    return sum(each) / space.degrees.num_micro_batches
-
-
-def placed(stage: int, stages: int, size: int, layers: int) -> tuple[int, int]:
-    first = 0 if stage == 0 else layers - size if stage == stages - 1 else 1
-    return first, first + size
-
-
-def ways_of(space: StageSpace, rank: int, blocks: int) -> list[dict[int, Stage]]:
-    """Every way to give a rank's blocks to its two stages, and every mix of recipes on them."""
-    own, layers, stages = space.stages_of[rank], space.layers, space.degrees.stages
-    ways = []
-    for size in range(1, blocks):
-        sizes = (size, blocks - size)
-        limits = [space.size_limits[s] for s in own]
-        if all(low <= n <= high for n, (low, high) in zip(sizes, limits, strict=True)):
-            mixes = [mixes_of(*placed(s, stages, n, layers)) for s, n in zip(own, sizes, strict=True)]
-            ways += [dict(zip(own, mix, strict=True)) for mix in itertools.product(*mixes)]
-    return ways
-
-
 @pytest.mark.parametrize("fix", ["schedule=zbv", "schedule=interleaved", "schedule=dualpipev"])
 def test_the_floor_of_a_rank_lies_below_all_its_mixes(fix: str) -> None:
     """With memory between what its thriftiest and its fastest mix need; and it knows what memory forces."""
@@ -137,6 +81,7 @@ def test_the_floor_of_a_rank_lies_below_all_its_mixes(fix: str) -> None:
                 least = min(space.ranks.ways(rank, blocks).values()) / space.degrees.num_micro_batches
                 assert floor <= least * (1 + 1e-9)
                 assert least == pytest.approx(best), (seed, rank, blocks)
+                assert space.ranks.quick_s(rank, blocks) <= best, (seed, rank, blocks)
                 free_s = blocks * min(space.ranks.floors[rank].block_s.values()) + space.held_s[rank]
                 compared += 1
                 forced += free_s * (1 + 1e-9) < floor
@@ -168,21 +113,6 @@ def test_sizes_never_leave_out_the_best_split() -> None:
     assert compared > 30 and cut > 10, (compared, cut)
 
 
-def best_of(space: StageSpace, spans: tuple[tuple[int, int], ...]) -> float:
-    """The least step time of a split: each rank's stages with every mix that fits."""
-    best_s, search = float("inf"), ShapeSearch(space)
-    by_rank = []
-    for rank, own in enumerate(space.stages_of):
-        each = itertools.product(*(mixes_of(*spans[s]) for s in own))
-        ways = [dict(zip(own, mix, strict=True)) for mix in each]
-        by_rank.append([held for held in ways if fits(space, rank, held)])
-    for choice in itertools.islice(itertools.product(*by_rank), 400):
-        held = {s: stage for each in choice for s, stage in each.items()}
-        columns = tuple(space.books[space.rank_of[s]].column(held[s]) for s in range(len(spans)))
-        best_s = min(best_s, search.replay(columns).step_time_s)
-    return best_s
-
-
 def test_a_dealers_step_times_are_those_of_the_replay() -> None:
     """And its deals fit: what it hands out is SAFE by its own estimate."""
     compared = 0
@@ -197,7 +127,7 @@ def test_a_dealers_step_times_are_those_of_the_replay() -> None:
             if not deals:
                 continue
             for step_s, columns in zip(search.dealer.steps_s(deals), deals, strict=True):
-                assert step_s == pytest.approx(search.replay(columns).step_time_s, rel=1e-12)
+                assert step_s == pytest.approx(space.replay(columns).step_time_s, rel=1e-12)
                 found = search._found(columns, step_s)
                 estimate = space.model.evaluate(found.strategy).estimate
                 assert estimate.step_time_s == pytest.approx(step_s, rel=1e-12)
