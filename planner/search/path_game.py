@@ -25,7 +25,7 @@ from planner.cost.simulate import Replay
 from planner.cost.table import KINDS
 from planner.search.rank_mixes import FIGURES, OPTIMIZER, REDUCE, UNSHARD, Held, undominated
 from planner.search.recipes import Column
-from planner.search.sizes import Sizes
+from planner.search.sizes import Limits, Sizes
 from planner.search.stage_space import StageSpace
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ MAX_REPLAYED = 400_000
 """Actions of all their replays together, beyond which there are fewer rounds."""
 FEW, NEAR = 12, 0.05
 """Rounds after which a game goes on only where its bound or its best replay is as near the time to beat."""
+TRIMMED = 4
+"""Rounds between looks at which choices the bound leaves: with fewer, the next bounds are higher."""
 OLDEST = 8
 """Rounds that a mixture counts for at most when another game goes on from it."""
 MAX_SPLITS, MAX_MIXES = 600, 200_000
@@ -69,11 +71,15 @@ class _Fitting(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a game found: the best recipes (None: none are left), their step time, and what none beats."""
+    """What a game found: the best recipes (None: none are left), their step time, and what none beats.
+
+    `blocks` are the least and the most that each rank holds in recipes that may beat the time to beat.
+    """
 
     columns: tuple[Column, ...] | None
     step_time_s: float
     bound_s: float
+    blocks: Limits | None = None
 
 
 def splits_within(space: StageSpace, sizes: Sizes) -> Splits:
@@ -164,7 +170,11 @@ class PathGame:
         space, best = self.space, None
         best_s, bound_s = float("inf"), 0.0
         for number in range(max(1, min(ROUNDS, MAX_REPLAYED // space.table.actions))):
-            least_s, chosen = self._least(choices, self._weights)
+            own_s = [
+                each.figures @ self._weights[stages].ravel()
+                for stages, each in zip(space.stages_of, choices, strict=True)
+            ]
+            least_s, chosen = self._least(own_s, choices)
             bound_s = max(bound_s, least_s + self._hops * self.hop_s + space.shape.physics.step_s)
             near = best_s < (1 + NEAR) * to_beat_s or bound_s > (1 - NEAR) * to_beat_s
             if chosen is None or bound_s >= min(to_beat_s, best_s) or not (thorough or near or number < FEW):
@@ -173,10 +183,15 @@ class PathGame:
             replayed = space.replay(columns)
             if replayed.step_time_s < best_s:
                 best, best_s = columns, replayed.step_time_s
+            if number % TRIMMED == TRIMMED - 1:
+                choices = self._left(own_s, choices, to_beat_s)
+                if not all(each.blocks for each in choices):
+                    return Outcome(best, best_s, to_beat_s)
             self._mix(replayed, 2 / (self._age + 3))
             self._age += 1
         self._age = min(self._age, OLDEST)
-        return Outcome(best, best_s, min(bound_s, to_beat_s, best_s))
+        blocks = tuple((min(each.blocks), max(each.blocks)) for each in choices)
+        return Outcome(best, best_s, min(bound_s, to_beat_s, best_s), blocks)
 
     def _mix(self, replayed: Replay, share: float) -> None:
         """Adds the longest path of a replay to the mixture, to a share of it."""
@@ -208,28 +223,48 @@ class PathGame:
             counts[stages_of[rank], figure] = 1.0
         return counts, path.hops
 
-    def _least(self, choices: list[Choices], weights: Floats) -> tuple[float, list[int] | None]:
+    def _least(self, own_s: list[Floats], choices: list[Choices]) -> tuple[float, list[int] | None]:
         """The least weighted seconds, and the choice of each rank that takes them; None where none holds all
         blocks."""
-        layers, later = self.space.layers, sum(max(each.blocks) for each in choices)
-        least_s: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
-        for stages, each in zip(self.space.stages_of, choices, strict=True):
-            later -= max(each.blocks)
-            own: dict[int, tuple[float, int]] = {}
-            seconds = (each.figures @ weights[stages].ravel()).tolist()
-            for number, (blocks, own_s) in enumerate(zip(each.blocks, seconds, strict=True)):
-                if blocks not in own or own_s < own[blocks][0]:
-                    own[blocks] = own_s, number
-            after: dict[int, tuple[float, list[int]]] = {}
-            for before, (before_s, chosen) in least_s.items():
-                for blocks, (own_s, number) in own.items():
-                    placed, total_s = before + blocks, before_s + own_s
-                    if not layers - later <= placed <= layers:
-                        continue
-                    if placed not in after or total_s < after[placed][0]:
-                        after[placed] = total_s, [*chosen, number]
-            least_s = after
-        return least_s.get(layers, (float("inf"), None))
+        fastest = [_by_blocks(seconds, each) for seconds, each in zip(own_s, choices, strict=True)]
+        layers = self.space.layers
+        before_s = _sums(fastest, layers)
+        if layers not in before_s[-1]:
+            return float("inf"), None
+        chosen, placed = [], layers
+        for held, each in zip(reversed(before_s[:-1]), reversed(fastest), strict=True):
+            blocks = min(each, key=lambda n: held.get(placed - n, float("inf")) + each[n][0])
+            chosen.append(each[blocks][1])
+            placed -= blocks
+        return before_s[-1][layers], chosen[::-1]
+
+    def _left(self, own_s: list[Floats], choices: list[Choices], to_beat_s: float) -> list[Choices]:
+        """The choices with which the least weighted seconds of all others are below the time to beat."""
+        import numpy as np
+
+        fastest = [_by_blocks(seconds, each) for seconds, each in zip(own_s, choices, strict=True)]
+        layers, left = self.space.layers, []
+        before_s, after_s = _sums(fastest, layers), _sums(fastest[::-1], layers)[::-1]
+        most_s = to_beat_s - self._hops * self.hop_s - self.space.shape.physics.step_s
+        for rank, (seconds, each) in enumerate(zip(own_s, choices, strict=True)):
+            others_s = {
+                blocks: min(
+                    (
+                        s + after_s[rank + 1].get(layers - placed - blocks, float("inf"))
+                        for placed, s in before_s[rank].items()
+                    ),
+                    default=float("inf"),
+                )
+                for blocks in fastest[rank]
+            }
+            kept = np.flatnonzero(seconds + np.asarray([others_s[n] for n in each.blocks]) < most_s)
+            numbers = kept.tolist()
+            left.append(
+                Choices(
+                    [each.blocks[n] for n in numbers], each.figures[kept], [each.mixes[n] for n in numbers]
+                )
+            )
+        return left
 
     def _columns(self, choices: list[Choices], chosen: list[int]) -> tuple[Column, ...]:
         columns: dict[int, Column] = {}
@@ -238,3 +273,29 @@ class PathGame:
             for stage, (span, mix) in zip(self.space.stages_of[rank], each.mixes[number], strict=True):
                 columns[stage] = book.mix(span, mix)
         return tuple(columns[s] for s in range(self.space.degrees.stages))
+
+
+def _by_blocks(own_s: Floats, choices: Choices) -> dict[int, tuple[float, int]]:
+    """For each number of blocks of a rank, the least seconds and the choice that takes them."""
+    fastest: dict[int, tuple[float, int]] = {}
+    for number, (blocks, seconds) in enumerate(zip(choices.blocks, own_s.tolist(), strict=True)):
+        if blocks not in fastest or seconds < fastest[blocks][0]:
+            fastest[blocks] = seconds, number
+    return fastest
+
+
+def _sums(fastest: list[dict[int, tuple[float, int]]], layers: int) -> list[dict[int, float]]:
+    """The least sums of the first 0, 1, ... ranks by the blocks that they hold, as far as the others can hold
+    the rest."""
+    low, high = sum(map(min, fastest)), sum(map(max, fastest))
+    sums: list[dict[int, float]] = [{0: 0.0}]
+    for each in fastest:
+        low, high = low - min(each), high - max(each)
+        held: dict[int, float] = {}
+        for before, before_s in sums[-1].items():
+            for blocks, (own_s, _) in each.items():
+                placed, total_s = before + blocks, before_s + own_s
+                if layers - high <= placed <= layers - low and total_s < held.get(placed, float("inf")):
+                    held[placed] = total_s
+        sums.append(held)
+    return sums

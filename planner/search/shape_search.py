@@ -20,7 +20,7 @@ from planner.search.deal import Dealer
 from planner.search.ilp import StageIlp, StageProgramme
 from planner.search.path_game import Outcome, PathGame, even_splits, splits_within
 from planner.search.recipes import Column
-from planner.search.sizes import Sizes, splits
+from planner.search.sizes import Limits, Sizes, narrowed, splits
 from planner.search.stage_space import StageSpace
 from planner.strategy import Strategy
 
@@ -93,6 +93,8 @@ class ShapeSearch:
             and space.model.sharing is None
             and (space.one_class or self.degrees.chunks == 1)
         )
+        self._blocks: Limits | None = None
+        """What ranks may hold to beat the time of the last game, and so any shorter one."""
 
     def run(self, budget: Budget) -> ShapeResult:
         """The best strategy of the shape that can beat the incumbent, or proof that none does."""
@@ -139,6 +141,8 @@ class ShapeSearch:
             if sizes is None:
                 return Outcome(None, float("inf"), to_beat_s)
             outcome = self.games.play(to_beat_s, splits_within(self.space, sizes), thorough=thorough)
+            if outcome is not None and outcome.blocks is not None:
+                self._blocks = outcome.blocks
         elif to_beat_s < float("inf") and self.even_only:
             outcome = self.games.play(to_beat_s, even_splits(self.space), thorough=thorough)
         return outcome or NO_GAME
@@ -268,6 +272,10 @@ class ShapeSearch:
     def _of_one_class(self, budget: Budget) -> ShapeResult:
         """The best deal that can beat the incumbent, or proof that none does."""
         sizes = self.space.sizes(budget.to_beat_s)
+        if sizes is not None and self._blocks is not None and self.degrees.chunks == 1:
+            each = zip(sizes.ranks, self._blocks, strict=True)
+            by_rank = narrowed([(max(a, c), min(b, d)) for (a, b), (c, d) in each], self.space.layers)
+            sizes = None if by_rank is None else Sizes(by_rank, by_rank)
         if sizes is None:
             return ShapeResult(None, budget.to_beat_s, 0)
         spans = [(s, span) for s in range(self.degrees.stages) for span in self.space.spans(s, sizes)[0]]
