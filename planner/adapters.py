@@ -52,5 +52,6 @@ def layer_adapter_params(adapters: Adapters, layer: Layer, tp: int = 1) -> float
 
     The half beside the split dimension is sharded with it; the other half is whole on every rank.
     """
-    shards = [matrix.shard(tp) for matrix in adapted(layer, adapters.modules)]
+    held = layer.held(tp) if isinstance(layer, Block) else layer
+    shards = [matrix.shard(tp) for matrix in adapted(held, adapters.modules)]
     return adapters.rank * sum(inputs + outputs for inputs, outputs in shards)

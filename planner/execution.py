@@ -148,7 +148,7 @@ def products_not_executed(model: ModelSpec, workload: Workload, degrees: Degrees
         return []
     sizes = {"tokens of a micro-batch": degrees.micro_batch * workload.seq / degrees.cp}
     for block in model.transformer_blocks():
-        for matrix in block.matrices():
+        for matrix in block.held(degrees.tp).matrices():
             inputs, outputs = matrix.shard(degrees.tp)
             sizes |= {f"inputs of {inputs:g}": inputs, f"outputs of {outputs:g}": outputs}
     faults = [

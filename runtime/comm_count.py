@@ -17,7 +17,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from planner.cost.charged import Message
+from planner.cost.charged import COPIES, Message
 from planner.profile import Op
 from runtime.parallel import context_attention
 from runtime.parallel.meshes import Meshes
@@ -104,6 +104,8 @@ def _axes_by_ranks(meshes: Meshes) -> dict[tuple[int, ...], str]:
     A data axis that cp is folded into goes by its own name.
     """
     names = {tuple(range(dist.get_world_size())): "world"}
+    for heads in meshes.copied.values():
+        names[tuple(sorted(dist.get_process_group_ranks(heads.copies.get_group())))] = COPIES
     for mesh in (meshes.data, meshes.world):
         for place, name in enumerate(mesh.mesh_dim_names or ()):
             ranks = tuple(sorted(dist.get_process_group_ranks(mesh.get_group(place))))

@@ -105,7 +105,8 @@ class LayerCase:
 
 def divides(model: ModelSpec, tp: int) -> bool:
     """Whether every size that tensor parallelism splits is a multiple of `tp`."""
-    return all(size % tp == 0 for size, _ in (*model.heads_split, *executed_widths(model)))
+    heads = all(heads.split_over(tp) for heads in model.heads_split)
+    return heads and all(size % tp == 0 for size, _ in executed_widths(model))
 
 
 def measure_layers(
@@ -116,7 +117,7 @@ def measure_layers(
     def body(rank: int, emit: Emit) -> None:
         torch.set_num_threads(1)
         for case in cases:
-            with fake_world(case.degrees(), device_type) as meshes:
+            with fake_world(case.degrees(), device_type, model.heads_copied(case.tp)) as meshes:
                 try:
                     emit(encode(_sample(case, model, precision, meshes, effort)))
                 except (RuntimeError, MemoryError) as error:

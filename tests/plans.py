@@ -17,12 +17,14 @@ from planner.strategy import AXES, Degrees, Recompute, RecomputeCounts, Stage, S
 from planner.workload import Adapters, Method, Optimizer, Precision, Workload
 
 
-def tiny_llama(*, layers: int = 4, hidden: int = 32, vocab: int = 64, tied: bool = False) -> ModelSpec:
+def tiny_llama(
+    *, layers: int = 4, hidden: int = 32, vocab: int = 64, tied: bool = False, kv_heads: int = 4
+) -> ModelSpec:
     """A llama of four layers with grouped key and value heads."""
     block = Block(
         hidden=hidden,
         norm=Norm.RMSNORM,
-        mixer=Attention(heads=8, kv_heads=4, head_dim=hidden // 8),
+        mixer=Attention(heads=8, kv_heads=kv_heads, head_dim=hidden // 8),
         mlp=Mlp(width=2 * hidden, gated=True, activation=Activation.SILU),
     )
     return ModelSpec(

@@ -44,7 +44,7 @@ def engine_bytes(
     if shape.kind is LayerKind.BLOCK:
         block = model.classes()[shape.block] if shape.block else model.segments[0].block
         if isinstance(block, Block):
-            return _block_bytes(cost, block, shape, stack, constants)
+            return _block_bytes(cost, block.held(shape.tp), shape, stack, constants)
     if shape.kind is LayerKind.HEAD and model.vocab:
         return _head_bytes(cost, model, shape, stack, constants)
     return dataclasses.replace(

@@ -20,6 +20,9 @@ from planner.plan import Plan
 from planner.problem import PlanningProblem
 from planner.profile import Op
 
+COPIES = "copies"
+"""The axis of tensor-parallel neighbours that have copies of the same key-value heads."""
+
 
 class Message(NamedTuple):
     """A message of a rank: the operation, the mesh axis whose ranks take part, the bytes of all of it.
@@ -71,8 +74,9 @@ def charged_messages(plan: Plan) -> tuple[Counter[Message], ...]:
             cp = often * (cost.forward.cp_s + cost.backward.cp_s)
             ep = often * (cost.forward.ep_s + cost.backward.ep_s)
             dp = often * (cost.forward.dp_s + cost.backward.dp_s) + cost.unshard_s + cost.reduce_s
+            copies = cost.copied_s
             data = "dp_replicate" if kind[0] is Op.ALL_REDUCE else "dp_shard"
-            for axis, count in (("tp", tp), ("cp", cp), ("ep", ep), (data, dp)):
+            for axis, count in (("tp", tp), ("cp", cp), ("ep", ep), (COPIES, copies), (data, dp - copies)):
                 if count:
                     found[rank][Message(kind[0], axis, round(kind[1]))] += round(count)
         if model.messages.p2p_s():

@@ -336,5 +336,7 @@ def _busy(
             cp_comm_s=passing.cp_s * times,
             ep_comm_s=passing.ep_s * times,
         )
-    messages_s = replayed.unshard_s[rank] + replayed.reduce_s[rank]
-    return total + TimeBreakdown(dp_comm_s=messages_s, optimizer_s=replayed.optimizer_s[rank])
+    copied_s = replayed.copied_s[rank]
+    messages_s = replayed.unshard_s[rank] + replayed.reduce_s[rank] - copied_s
+    once = TimeBreakdown(tp_comm_s=copied_s, dp_comm_s=messages_s, optimizer_s=replayed.optimizer_s[rank])
+    return total + once

@@ -151,6 +151,11 @@ class Messages:
         late_s = half * self._late_s(self.physics.tp_rank_s, self.degrees.tp, seconds)
         return late_s + self.physics.tp_scale * seconds
 
+    def over_copies_s(self, size_bytes: float, copies: int) -> float:
+        """Seconds of summing gradients over neighbours that have copies of the same weights."""
+        group = self._group(copies, copies)
+        return self.physics.tp_scale * self.seconds(Op.ALL_REDUCE, size_bytes, group)
+
     @staticmethod
     def _late_s(rank_s: float, ranks: int, seconds: float) -> float:
         """What a message waits for ranks that are late; nothing where communication takes no time."""

@@ -95,6 +95,7 @@ class Replay:
     stretch: tuple[float, ...]
     unshard_s: tuple[float, ...]
     reduce_s: tuple[float, ...]
+    copied_s: tuple[float, ...]
     optimizer_s: tuple[float, ...]
 
     @property
@@ -214,6 +215,7 @@ def replay(
         stretch=stretch,
         unshard_s=unshard_s,
         reduce_s=tuple(sum(stages[s].reduce_s for s in each) for each in held),
+        copied_s=tuple(sum(stages[s].copied_s for s in each) for each in held),
         optimizer_s=tuple((step_s + sum(stages[s].optimizer_s for s in each)) * slow for each in held),
     )
 

@@ -1,6 +1,8 @@
-"""What context and expert parallelism make of a block: what it sums over ranks, and what it sends besides."""
+"""What parallelism makes of blocks: what they sum over ranks, and what they send besides."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from planner.cost.compute import LayerModel
 from planner.cost.context import ContextCost, Exchanged
@@ -8,6 +10,7 @@ from planner.cost.experts import expert_pass_s, spreads_experts
 from planner.cost.layer import LayerShape
 from planner.cost.messages import Messages
 from planner.cost.overlap import overlap_of
+from planner.cost.passes import Unit
 from planner.feed_forward import Experts
 from planner.model import Block, Layer
 from planner.stack import Selective, Stack
@@ -26,6 +29,15 @@ def summed_sublayers(layer: Layer, degrees: Degrees) -> int:
     apart = isinstance(layer.mlp, Experts) and not layer.mlp.shared and spreads_experts(layer, degrees)
     apart = apart and degrees.sequence_parallel
     return layer.sublayers - apart
+
+
+def summed_copies_s(units: Sequence[tuple[Unit, int]], messages: Messages) -> float:
+    """Once a step, in the open: the fp32 gradients of key-value heads that neighbours have copies of."""
+    params: dict[int, float] = {}
+    for unit, count in units:
+        for copies, copied in unit.copied:
+            params[copies] = params.get(copies, 0.0) + count * copied / messages.degrees.weight_shards
+    return sum(messages.over_copies_s(4.0 * each, copies) for copies, each in params.items())
 
 
 def sent_again(option: Recompute, stack: Stack, exchange: CpExchange) -> tuple[bool, bool]:

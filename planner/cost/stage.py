@@ -21,7 +21,7 @@ from planner.cost.messages import Messages
 from planner.cost.overlap import overlap_of
 from planner.cost.passes import Pass, Unit
 from planner.cost.seconds import larger
-from planner.cost.spread import exchanged, experts_s, sent_again, summed_sublayers
+from planner.cost.spread import exchanged, experts_s, sent_again, summed_copies_s, summed_sublayers
 from planner.cost.stage_cost import StageCost
 from planner.cost.states import States, states_of
 from planner.cost.update import update_s
@@ -253,9 +253,7 @@ class ShapeModel:
     def _accumulate_s(self, unit: Unit) -> float:
         """Adding a micro-batch's gradients to earlier ones; the first micro-batch of a step adds nothing."""
         more = 1 - 1 / self.degrees.num_micro_batches
-        kept = unit.trained
-        if self.degrees.zero >= Zero.GRADIENTS:
-            kept = self._sharded(unit)
+        kept = self._sharded(unit) if self.degrees.zero >= Zero.GRADIENTS else unit.trained
         return self.messages.constant("grad_accumulate_s_per_param") * kept * more
 
     def _sharded(self, unit: Unit) -> float:
@@ -350,11 +348,12 @@ class ShapeModel:
         for end_forward, end_backward in ends:
             forward, backward = forward + end_forward, backward + end_backward
         units = self.units(blocks, first=first, last=last)
+        copied_s = summed_copies_s(units, self.messages)
         return StageCost(
             forward=forward,
             backward=backward,
             unshard_s=self._unshard_s(units),
-            reduce_s=self._reduce_s(units, backward.total_s),
+            reduce_s=self._reduce_s(units, backward.total_s) + copied_s,
             optimizer_s=self.optimizer_s(units),
             params=sum(unit.params * count for unit, count in units) - self._tied_params(first, last),
             routed_params=sum(unit.routed_params * count for unit, count in units),
@@ -365,6 +364,7 @@ class ShapeModel:
             hosted=None,
             weights_s=self._weights_s(chosen),
             deferred_s=self._weights_s([each for each in chosen if each[0][1] is Recompute.NONE]),
+            copied_s=copied_s,
             **self._memory(chosen, blocks, first=first, last=last),
         )
 

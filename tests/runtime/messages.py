@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from planner.cost.charged import Message, charged_messages
+from planner.cost.charged import COPIES, Message, charged_messages
 from planner.plan import Plan
 from planner.profile import Op
 from planner.strategy import Zero
@@ -23,8 +23,11 @@ def expected_messages(plan: Plan) -> list[Counter[Message]]:
 
 
 def _named(plan: Plan, charged: Counter[Message]) -> Counter[Message]:
-    """Messages over a data axis that is nothing but the cp folded into it go by the name of cp."""
+    """Messages over a data axis that is nothing but the cp folded into it go by the name of cp, those between
+    copies of the only key-value head by that of tp."""
     degrees = plan.strategy.degrees
+    if plan.model.heads_copied(degrees.tp) == (1,):
+        charged = Counter({m._replace(axis="tp") if m.axis == COPIES else m: n for m, n in charged.items()})
     axis, size = ("dp_shard", degrees.dp_shard) if degrees.zero else ("dp_replicate", degrees.dp_replicate)
     if degrees.cp == 1 or size > 1:
         return charged

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from planner.model import ModelSpec
 from planner.plan import Plan
 from planner.strategy import CpExchange, Degrees, Recompute, Schedule, Stage, Zero
 from tests.plans import make_plan, split, tiny_llama
@@ -14,8 +15,8 @@ from tests.runtime.messages import expected_messages, sent_messages
 LLAMA = tiny_llama(layers=2)
 
 
-def plan_of(stages: tuple[Stage, ...] | None = None, **degrees: Any) -> Plan:
-    return make_plan(LLAMA, Degrees(num_micro_batches=2, **degrees), stages)
+def plan_of(stages: tuple[Stage, ...] | None = None, *, model: ModelSpec = LLAMA, **degrees: Any) -> Plan:
+    return make_plan(model, Degrees(num_micro_batches=2, **degrees), stages)
 
 
 PLANS = {
@@ -23,6 +24,10 @@ PLANS = {
     "tp2-sp": plan_of(tp=2, sequence_parallel=True),
     "tp2-recompute": plan_of(split(2, recompute=Recompute.FULL), tp=2),
     "tp2-sp-recompute": plan_of(split(2, recompute=Recompute.FULL), tp=2, sequence_parallel=True),
+    "tp4-copied-heads": plan_of(tp=4, model=tiny_llama(layers=2, kv_heads=2)),
+    "tp2-sp-zero2-one-head": plan_of(
+        tp=2, dp_shard=2, zero=Zero(2), sequence_parallel=True, model=tiny_llama(layers=2, kv_heads=1)
+    ),
     "pp2": plan_of(pp=2),
     "zero0": plan_of(dp_replicate=2),
     "zero1": plan_of(dp_shard=2, zero=Zero(1)),

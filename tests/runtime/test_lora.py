@@ -43,6 +43,9 @@ PLANS: dict[str, Plan] = {
     "gpt2-tp2-zero1": make_plan(
         GPT2, Degrees(tp=2, dp_shard=2, num_micro_batches=2, zero=Zero(1)), adapters=ALL
     ),
+    "copied-heads": make_plan(
+        tiny_llama(kv_heads=1), Degrees(tp=2, micro_batch=4, sequence_parallel=True), MIXED, adapters=ALL
+    ),
     "pp2-zero3": make_plan(LLAMA, Degrees(pp=2, dp_shard=2, num_micro_batches=2, zero=Zero(3)), adapters=ALL),
     "hsdp-zero2": make_plan(
         LLAMA, Degrees(dp_replicate=2, dp_shard=2, micro_batch=1, zero=Zero(2)), adapters=QV
