@@ -43,7 +43,7 @@ DRAWS = 150_000
 """Combinations drawn for each model, of which about one in a hundred is legal."""
 
 MODELS: Mapping[str, Callable[[int], ModelSpec]] = {
-    "llama": lambda layers: tiny_llama(layers=layers),
+    "llama": lambda layers: tiny_llama(layers=layers, kv_heads=2),
     "gpt2": lambda layers: tiny_gpt2(layers=layers),
     "mla": lambda layers: tiny_mla(layers=layers),
     "experts": lambda layers: tiny_deepseek_experts(layers=layers),
