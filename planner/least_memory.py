@@ -32,7 +32,7 @@ from planner.codec import noun
 from planner.cost import constants
 from planner.cost.evaluate import CostModel, memory_of_ranks
 from planner.cost.memory import resident_bytes, transient_bytes
-from planner.cost.memory_constants import fitted_constant, process_groups
+from planner.cost.memory_constants import fitted_constant, runtime_bytes
 from planner.cost.offload import with_offload
 from planner.cost.verdict import memory_band
 from planner.estimate import Coverage, MemoryBreakdown, Rejected
@@ -176,8 +176,7 @@ class _Least:
 
     def _cheap_bound(self, degrees: Degrees) -> float:
         """Below every need of a shape, without its model: state and communicators."""
-        talks = degrees.world > 1 and self.problem.cluster.groups[0].slots_per_node is None
-        runtime = self.model.layers.memory.communicator_bytes * process_groups(degrees) * talks
+        runtime = runtime_bytes(self.problem, degrees, self.model.layers.memory)
         slack = self.model.layers.memory.allocator_slack
         return (self.state_bytes(degrees) * slack + runtime) * (1 + self._least_error)
 

@@ -302,6 +302,8 @@ class ModelSpec:
 
     def heads_copied(self, tp: int) -> tuple[int, ...]:
         """Counts of heads that are fewer than `tp` ranks, which have copies of them."""
+        if tp == 1:
+            return ()
         few = {heads.count for heads in self.heads_split if heads.repeated and heads.count < tp}
         return tuple(sorted(few))
 

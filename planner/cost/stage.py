@@ -16,7 +16,7 @@ from planner.cost.comm import CommModel
 from planner.cost.compute import LayerModel
 from planner.cost.context import Exchanged
 from planner.cost.layer import LayerCost, LayerShape
-from planner.cost.memory_constants import process_groups
+from planner.cost.memory_constants import runtime_bytes
 from planner.cost.messages import Messages
 from planner.cost.overlap import overlap_of
 from planner.cost.passes import Pass, Unit
@@ -63,8 +63,7 @@ class ShapeModel:
         self.messages = Messages(problem, degrees, comms, layers.physics, layers.stream_width)
         self.overlaps = problem.cluster.groups[0].slots_per_node is None
         self.overlap = overlap_of(problem.profile)
-        communicates = self.overlaps and degrees.world > 1
-        self.runtime_bytes = round(self.memory.communicator_bytes * process_groups(degrees) * communicates)
+        self.runtime_bytes = runtime_bytes(problem, degrees, self.memory)
         self.classes = layers.classes
         units = layers.units(degrees)
         self.block_units, self.embedding_unit, self.head_unit = units.blocks, units.embedding, units.head

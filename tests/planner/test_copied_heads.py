@@ -81,7 +81,9 @@ def test_ranks_work_as_where_each_has_a_head_of_its_own(name: str, recompute: Re
         assert ours == dataclasses.replace(
             wholes, copied_s=ours.copied_s, reduce_s=wholes.reduce_s + ours.copied_s
         )
-    assert mine.estimate.peak_memory_bytes == theirs.estimate.peak_memory_bytes
+    communicator_bytes = own.shape(degrees).memory.communicator_bytes
+    more_bytes = mine.estimate.peak_memory_bytes - theirs.estimate.peak_memory_bytes
+    assert more_bytes == pytest.approx(communicator_bytes, abs=8), "of the ranks that have copies of a head"
     copied_s = max(cost.copied_s for cost in costs[0])
     assert mine.estimate.step_time_s == pytest.approx(theirs.estimate.step_time_s + copied_s, rel=1e-9)
     added_s = mine.estimate.breakdown.tp_comm_s - theirs.estimate.breakdown.tp_comm_s
