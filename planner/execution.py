@@ -68,9 +68,22 @@ def not_executed(model: ModelSpec) -> list[str]:
     return [*faults, *(fault for fault, found in ends.items() if found)]
 
 
-def executed_widths(model: ModelSpec) -> tuple[tuple[int, str], ...]:
-    """Widths, and of what, that the runtime splits into equal parts: it does not pad a vocabulary."""
-    return (*model.widths_split, (model.vocab, "the vocabulary"))
+def vocabulary_not_executed(model: ModelSpec, degrees: Degrees) -> list[str]:
+    """Why ranks cannot share out the vocabulary; empty where they can.
+
+    Rank r of tp has the rows from r ceil(V / tp) on, the last one fewer where tp does not divide V. Then data
+    ranks share out its columns, since parts of unequal parts have no simple place in the whole.
+    """
+    vocab, tp, shards = model.vocab, degrees.tp, degrees.weight_shards
+    if vocab % tp == 0:
+        return []
+    faults = {
+        f"the last of {tp} parts of {-(-vocab // tp)} rows has none": (tp - 1) * -(-vocab // tp) >= vocab,
+        f"{shards} ranks cannot share out {model.hidden} columns of unequal parts": model.hidden % shards
+        != 0,
+        f"{shards} ranks cannot share out unequal parts of the head's bias": model.head_bias and shards > 1,
+    }
+    return [fault for fault, found in faults.items() if found]
 
 
 def context_not_executed(model: ModelSpec, degrees: Degrees) -> list[str]:

@@ -29,6 +29,12 @@ VOCAB_UNIT = 128
 Megatron-LM's --make-vocab-size-divisible-by (megatron/training/tokenizer/tokenizer.py)."""
 
 
+def vocab_shard(vocab: int, tp: int) -> int:
+    """Rows of a vocabulary on one of `tp` ranks: V / tp, or where that is not whole, the next multiple of
+    VOCAB_UNIT. The own runtime has no more than V / tp rounded up of them, and none that is no token's."""
+    return vocab // tp if vocab % tp == 0 else -(-vocab // (VOCAB_UNIT * tp)) * VOCAB_UNIT
+
+
 class Norm(StrEnum):
     """The normalisation of a block: what of weight and bias it holds."""
 
@@ -314,9 +320,8 @@ class ModelSpec:
         return tuple(dict.fromkeys(split for mlp in mlps for split in mlp.widths_split))
 
     def vocab_shard(self, tp: int) -> int:
-        """Rows of the vocabulary on one of `tp` ranks: V / tp, or where that is not whole, the next multiple
-        of VOCAB_UNIT."""
-        return self.vocab // tp if self.vocab % tp == 0 else -(-self.vocab // (VOCAB_UNIT * tp)) * VOCAB_UNIT
+        """Rows of the vocabulary on one of `tp` ranks."""
+        return vocab_shard(self.vocab, tp)
 
     def padded(self, tp: int) -> ModelSpec:
         """The model with the vocabulary that `tp` ranks hold together."""

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from planner.codec import encode, noun
-from planner.execution import executed_widths
+from planner.execution import vocabulary_not_executed
 from planner.model import ModelSpec
 from planner.profile import LayerKind, LayerSample, shape_key
 from planner.strategy import CpExchange, Degrees, Recompute
@@ -106,7 +106,8 @@ class LayerCase:
 def divides(model: ModelSpec, tp: int) -> bool:
     """Whether every size that tensor parallelism splits is a multiple of `tp`."""
     heads = all(heads.split_over(tp) for heads in model.heads_split)
-    return heads and all(size % tp == 0 for size, _ in executed_widths(model))
+    widths = all(size % tp == 0 for size, _ in model.widths_split)
+    return heads and widths and not vocabulary_not_executed(model, Degrees(tp=tp))
 
 
 def measure_layers(

@@ -218,9 +218,20 @@ def test_a_plan_for_this_machine_is_one_that_it_trains() -> None:
 
 
 def test_what_this_machine_cannot_train_is_refused_there_and_planned_elsewhere() -> None:
-    pinned = ("--model", "gpt2", "--seq", "256", "--batch", "16", "--fix", "pp=1", "--fix", "tp=2")
+    pinned = (
+        "--model",
+        "bert-base-uncased",
+        "--seq",
+        "256",
+        "--batch",
+        "16",
+        "--fix",
+        "pp=1",
+        "--fix",
+        "tp=2",
+    )
     held = run("solve", *pinned, "--cluster", "local:2")
-    assert held.exit_code == 3 and "native_vocabulary" in held.stdout
+    assert held.exit_code == 3 and "native_model" in held.stdout
     assert "engine" not in solved(*pinned, "--cluster", "1x2:h100")
     assert "engine" not in solved(*pinned, "--cluster", "local:2", "--engine", "any")
 

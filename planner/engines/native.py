@@ -12,6 +12,7 @@ from planner.execution import (
     not_executed_workload,
     offload_not_executed,
     products_not_executed,
+    vocabulary_not_executed,
 )
 from planner.problem import PlanningProblem
 from planner.strategy import Degrees, Strategy
@@ -35,16 +36,17 @@ def native_context(problem: PlanningProblem, degrees: Degrees) -> Rejected | Non
 
 
 def native_vocabulary(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
-    """Tables of embedding and head are split into equal parts; other engines pad them."""
-    vocab = problem.model.vocab
-    if vocab % degrees.tp == 0:
+    """Each rank has some rows of embedding and head; of unequal parts data ranks share out the columns."""
+    faults = vocabulary_not_executed(problem.model, degrees)
+    if not faults:
         return None
+    vocab = problem.model.vocab
     return Rejected(
         rule="native_vocabulary",
-        detail=f"tp={degrees.tp} cannot split the vocabulary of {vocab} into equal shards, and the native "
-        "runtime does not pad it.",
+        detail=f"tp={degrees.tp} cannot split the vocabulary of {vocab} in the native runtime: "
+        f"{'; '.join(faults)}.",
         legal=legal_values((d for d in divisors(vocab) if d <= MOST_TP), degrees.tp),
-        fix="--fix tp=, or a model with a padded vocabulary",
+        fix="--fix tp= or dp_shard=",
     )
 
 

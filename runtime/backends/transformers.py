@@ -335,6 +335,7 @@ def check_backend(plan: Plan, path: Path) -> None:
         "it shares out experts over ep ranks": degrees.ep > 1,
         "it shares out the sequence over tp ranks (sequence_parallel)": degrees.sequence_parallel,
         f"it has copies of key-value heads over tp={degrees.tp} ranks": bool(copied),
+        f"it splits the vocabulary into {degrees.tp} unequal parts": plan.model.vocab % degrees.tp > 0,
         "it trains adapters": workload.adapters is not None,
         "its products are in fp8": workload.precision is Precision.FP8,
     }

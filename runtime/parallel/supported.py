@@ -7,9 +7,9 @@ from planner.execution import (
     WORKLOADS_EXECUTED,
     check_executed_offload,
     context_not_executed,
-    executed_widths,
     not_executed_workload,
     products_not_executed,
+    vocabulary_not_executed,
 )
 from planner.model import ModelSpec
 from planner.plan import Plan
@@ -125,8 +125,8 @@ def _offload_problems(plan: Plan) -> list[Problem]:
 
 
 def _tensor_problems(model: ModelSpec, seq: int, degrees: Degrees) -> list[Problem]:
-    """What tensor parallelism must divide: whole heads, columns, vocabulary rows, and the sequence."""
-    sizes = {what: size for size, what in executed_widths(model)}
+    """What tensor parallelism must divide: whole heads, columns, and the sequence; and the vocabulary."""
+    sizes = {what: size for size, what in model.widths_split}
     if degrees.sequence_parallel:
         sizes["the sequence" if degrees.cp == 1 else "a context-parallel rank's tokens"] = seq // degrees.cp
     found = [
@@ -139,9 +139,14 @@ def _tensor_problems(model: ModelSpec, seq: int, degrees: Degrees) -> list[Probl
         for heads in model.heads_split
         if not heads.split_over(degrees.tp)
     ]
-    return [
+    where = f"strategy.tp={degrees.tp}"
+    vocabulary = [
+        Problem(where=where, fault=f"cannot split the vocabulary of {model.vocab}: {fault}.")
+        for fault in vocabulary_not_executed(model, degrees)
+    ]
+    return vocabulary + [
         Problem(
-            where=f"strategy.tp={degrees.tp}",
+            where=where,
             fault=f"cannot split {name} of {size}: each rank needs an equal part.",
             legal=f"tp of {', '.join(map(str, legal))}",
         )

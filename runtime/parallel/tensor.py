@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -133,7 +134,8 @@ class VocabParallel(ParallelStyle):
     """An embedding whose rows the ranks of the axis share out, each with the gradient of its own rows.
 
     Under RowwiseParallel every rank computes the gradient of the whole table, which DTensor has no rule
-    to shard: vocabulary x hidden in fp32 where gradients add up. A row of padding has none.
+    to shard: vocabulary x hidden in fp32 where gradients add up. A row of padding has none. Where rows do not
+    divide, each rank has as many, rounded up, and the last what is left.
     """
 
     def __init__(self, between: Shard | Replicate) -> None:
@@ -143,7 +145,7 @@ class VocabParallel(ParallelStyle):
         def forward(tokens: Tensor) -> Tensor:
             weight: Any = module.weight
             own: Tensor = weight.to_local()
-            first = device_mesh.get_local_rank() * own.shape[0]
+            first = device_mesh.get_local_rank() * math.ceil(weight.shape[0] / device_mesh.size())
             rows = tokens - first
             elsewhere = (rows < 0) | (rows >= own.shape[0])
             row: Any = module.padding_idx

@@ -105,8 +105,10 @@ CASES = (
         illegal_problem=held(N, precision=Precision.FP8, seq=1000, **LORA),
     ),
     Case(
-        "native_vocabulary", N, TP2, TP2, ("tp=2", "vocabulary of 255", "1, 3, 5, 15, 17, 51"),
-        illegal_problem=held(N, instances.problem(of=instances.model(vocab=255), on=TWO_NODES)),
+        "native_vocabulary", N, TP2, Degrees(tp=4, dp_replicate=2),
+        ("tp=4", "vocabulary of 5", "the last of 4 parts of 2 rows has none", "1, 5"),
+        legal_problem=held(N, instances.problem(of=instances.model(vocab=255), on=TWO_NODES)),
+        illegal_problem=held(N, instances.problem(of=instances.model(vocab=5), on=TWO_NODES)),
     ),
     Case(
         "native_model", N, ZERO3, ZERO3, ("pooler", "llama"),
