@@ -32,7 +32,7 @@ from planner.codec import noun
 from planner.cost import constants
 from planner.cost.evaluate import CostModel, memory_of_ranks
 from planner.cost.memory import resident_bytes, transient_bytes
-from planner.cost.memory_constants import fitted_constant, runtime_bytes
+from planner.cost.memory_constants import fitted_constant
 from planner.cost.offload import with_offload
 from planner.cost.verdict import memory_band
 from planner.estimate import Coverage, MemoryBreakdown, Rejected
@@ -176,7 +176,7 @@ class _Least:
 
     def _cheap_bound(self, degrees: Degrees) -> float:
         """Below every need of a shape, without its model: state and communicators."""
-        runtime = runtime_bytes(self.problem, degrees, self.model.layers.memory)
+        runtime = self.model.layers.runtime_bytes(degrees)
         slack = self.model.layers.memory.allocator_slack
         return (self.state_bytes(degrees) * slack + runtime) * (1 + self._least_error)
 

@@ -158,11 +158,3 @@ def process_groups(degrees: Degrees, copied: int = 0) -> int:
     numbers of key-value heads that neighbours have copies of."""
     axes = (degrees.tp, degrees.pp, degrees.dp_shard, degrees.dp_replicate, degrees.cp, degrees.ep)
     return sum(size > 1 for size in axes) + copied
-
-
-def runtime_bytes(problem: PlanningProblem, degrees: Degrees, memory: MemoryConstants) -> int:
-    """Bytes of a device's communicators; processes that share the cores of a host have none."""
-    if degrees.world == 1 or problem.cluster.groups[0].slots_per_node is not None:
-        return 0
-    copied = len(problem.model.heads_copied(degrees.tp))
-    return round(memory.communicator_bytes * process_groups(degrees, copied))

@@ -16,7 +16,6 @@ from planner.cost.comm import CommModel
 from planner.cost.compute import LayerModel
 from planner.cost.context import Exchanged
 from planner.cost.layer import LayerCost, LayerShape
-from planner.cost.memory_constants import runtime_bytes
 from planner.cost.messages import Messages
 from planner.cost.overlap import overlap_of
 from planner.cost.passes import Pass, Unit
@@ -63,7 +62,7 @@ class ShapeModel:
         self.messages = Messages(problem, degrees, comms, layers.physics, layers.stream_width)
         self.overlaps = problem.cluster.groups[0].slots_per_node is None
         self.overlap = overlap_of(problem.profile)
-        self.runtime_bytes = runtime_bytes(problem, degrees, self.memory)
+        self.runtime_bytes = layers.runtime_bytes(degrees)
         self.classes = layers.classes
         units = layers.units(degrees)
         self.block_units, self.embedding_unit, self.head_unit = units.blocks, units.embedding, units.head

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from planner.divisors import divisors, legal_values
+import dataclasses
+
+from planner.divisors import legal_values
 from planner.estimate import Rejected
 from planner.execution import (
     EXECUTED_TYPES,
@@ -40,12 +42,13 @@ def native_vocabulary(problem: PlanningProblem, degrees: Degrees) -> Rejected | 
     faults = vocabulary_not_executed(problem.model, degrees)
     if not faults:
         return None
-    vocab = problem.model.vocab
+    model, ways = problem.model, range(1, MOST_TP + 1)
+    legal = [tp for tp in ways if not vocabulary_not_executed(model, dataclasses.replace(degrees, tp=tp))]
     return Rejected(
         rule="native_vocabulary",
-        detail=f"tp={degrees.tp} cannot split the vocabulary of {vocab} in the native runtime: "
+        detail=f"tp={degrees.tp} cannot split the vocabulary of {model.vocab} in the native runtime: "
         f"{'; '.join(faults)}.",
-        legal=legal_values((d for d in divisors(vocab) if d <= MOST_TP), degrees.tp),
+        legal=legal_values(legal, degrees.tp),
         fix="--fix tp= or dp_shard=",
     )
 

@@ -106,7 +106,7 @@ CASES = (
     ),
     Case(
         "native_vocabulary", N, TP2, Degrees(tp=4, dp_replicate=2),
-        ("tp=4", "vocabulary of 5", "the last of 4 parts of 2 rows has none", "1, 5"),
+        ("tp=4", "vocabulary of 5", "the last of 4 parts of 2 rows has none", "1, 2, 3, 5"),
         legal_problem=held(N, instances.problem(of=instances.model(vocab=255), on=TWO_NODES)),
         illegal_problem=held(N, instances.problem(of=instances.model(vocab=5), on=TWO_NODES)),
     ),

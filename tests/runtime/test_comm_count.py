@@ -28,6 +28,7 @@ PLANS = {
     "tp2-sp-zero2-one-head": plan_of(
         tp=2, dp_shard=2, zero=Zero(2), sequence_parallel=True, model=tiny_llama(layers=2, kv_heads=1)
     ),
+    "tp2-67-tokens": plan_of(tp=2, model=tiny_llama(layers=2, vocab=67)),
     "pp2": plan_of(pp=2),
     "zero0": plan_of(dp_replicate=2),
     "zero1": plan_of(dp_shard=2, zero=Zero(1)),
