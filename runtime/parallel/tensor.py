@@ -86,7 +86,8 @@ def _block_plan(
         "attention.wo": RowwiseParallel(output_layouts=between),
     }
     if isinstance(block.attention, Attention):
-        plan |= _heads_plan(block.attention, meshes.copied.get(block.attention.kv_heads))
+        few = block.attention.kv_heads < degrees.tp
+        plan |= _heads_plan(block.attention, meshes.copied[block.attention.kv_heads] if few else None)
     else:
         plan |= _latent_plan(block.attention)
     if isinstance(block.mlp, MixtureOfExperts):
