@@ -44,7 +44,8 @@ class Deferred:
 
     def put(self, weight: nn.Parameter, x: Tensor, dy: Tensor) -> None:
         assert self.micro_batch is not None
-        self._waiting.setdefault(self.micro_batch, []).append(_Product(weight, x, dy))
+        # Without its history, which would keep the stage's input alive as well.
+        self._waiting.setdefault(self.micro_batch, []).append(_Product(weight, x.detach(), dy))
 
     def add_gradients(self, micro_batch: int) -> None:
         """The W pass: adds the gradients that wait for a micro-batch to their weights'."""

@@ -144,6 +144,10 @@ class Messages:
         """What one stage sends to the next for one micro-batch, at the widest boundary of the model."""
         return self.hidden_bytes() / self.problem.model.hidden * self.stream_width
 
+    def boundary_bytes(self) -> float:
+        """What of that one device sends, and its neighbour holds."""
+        return self.message_bytes() / (self.degrees.tp if self.degrees.sequence_parallel else 1)
+
     def over_tp(self, op: Op) -> float:
         """Seconds of a message of the residual stream over the tensor-parallel group."""
         seconds = self.seconds(op, self.hidden_bytes(), self.tp_group())
@@ -165,7 +169,6 @@ class Messages:
         """One hop of the residual stream between neighbouring stages."""
         if self.degrees.pp == 1:
             return 0.0
-        shards = self.degrees.tp if self.degrees.sequence_parallel else 1
         per_node = self.problem.cluster.devices_per_node
         group = Group(
             ranks=2,
@@ -173,7 +176,7 @@ class Messages:
             spans_nodes=self.degrees.world > per_node,
             stride=self.degrees.world // self.degrees.pp,
         )
-        return self.physics.pp_scale * self.seconds(Op.P2P, self.message_bytes() / shards, group)
+        return self.physics.pp_scale * self.seconds(Op.P2P, self.boundary_bytes(), group)
 
     def gather(self, dense_params: float, routed_params: float = 0.0) -> Pass:
         """All-gather of a unit's parameters in the compute precision, with copies in and out.

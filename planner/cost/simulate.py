@@ -228,7 +228,9 @@ def split_backward(stage: StageCost) -> tuple[Pass, Pass]:
 
     The own runtime leaves those of blocks that recompute nothing for later, and the two add up to the
     backward. A block that recomputes does all in I; its W is charged all the same, so that recomputing never
-    makes an action shorter, which the search relies on: too much by one product of its four.
+    makes an action shorter, which the search relies on: too much by one product of its four. Without it a
+    mix that recomputes could be the faster one, as the path that is longest may enter a rank's row between a
+    micro-batch's I, in time that was idle, and its W: no order of a stage's mixes by time would then hold.
 
     torch splits all; then each of the passes over the graph that split autograd makes recomputes the blocks:
     SPLIT_RECOMPUTES times in all, once for the inputs.

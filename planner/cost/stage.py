@@ -21,6 +21,7 @@ from planner.cost.overlap import overlap_of
 from planner.cost.passes import Pass, Unit
 from planner.cost.seconds import larger
 from planner.cost.spread import exchanged, experts_s, sent_again, summed_copies_s, summed_sublayers
+from planner.cost.stage_bytes import block_waiting_bytes, stage_bytes
 from planner.cost.stage_cost import StageCost
 from planner.cost.states import States, states_of
 from planner.cost.update import update_s
@@ -167,6 +168,21 @@ class ShapeModel:
             ep_s=ep_s + ep_again * ep_s,
         )
         return forward, backward
+
+    @cached_property
+    def working_bytes(self) -> float:
+        """What a block's backward pass needs for a moment beyond what was kept or is computed again."""
+        each = ((self.block(key, option) for option in Recompute) for key in self.classes)
+        return max(min(cost.backward_transient_bytes for cost in costs) for costs in each)
+
+    @cached_property
+    def waiting_bytes(self) -> dict[tuple[str, Recompute], float]:
+        """What a block holds between its input and its weight gradients, by class and option."""
+        return {
+            (key, option): block_waiting_bytes(self, key, option)
+            for key in self.classes
+            for option in Recompute
+        }
 
     @cached_property
     def embedding_passes(self) -> tuple[Pass, Pass]:
@@ -353,7 +369,7 @@ class ShapeModel:
             unshard_s=self._unshard_s(units),
             reduce_s=self._reduce_s(units, backward.total_s) + copied_s,
             optimizer_s=self.optimizer_s(units),
-            params=sum(unit.params * count for unit, count in units) - self._tied_params(first, last),
+            params=sum(unit.params * count for unit, count in units) - self.tied_params(first, last),
             routed_params=sum(unit.routed_params * count for unit, count in units),
             largest_unit_params=max(unit.params for unit, _ in units),
             blocks=sum(blocks.values()),
@@ -363,7 +379,7 @@ class ShapeModel:
             weights_s=self._weights_s(chosen),
             deferred_s=self._weights_s([each for each in chosen if each[0][1] is Recompute.NONE]),
             copied_s=copied_s,
-            **self._memory(chosen, blocks, first=first, last=last),
+            **stage_bytes(self, chosen, blocks, first=first, last=last),
         )
 
     def _weights_s(self, chosen: Sequence[Chosen]) -> float | None:
@@ -387,7 +403,7 @@ class ShapeModel:
         """The units of the whole model."""
         return self.layer_model.all_units(self.degrees)
 
-    def _tied_params(self, first: bool, last: bool) -> float:
+    def tied_params(self, first: bool, last: bool) -> float:
         """Weights that two layers share count once where one stage holds both."""
         model = self.problem.model
         if not model.vocab:
@@ -427,22 +443,3 @@ class ShapeModel:
         tensors = sum(unit.tensors * count for unit, count in units)
         per_tensor, each = update_s(self.messages, self.layer_model.rates, self.physics)
         return params * each + tensors * per_tensor
-
-    def _memory(
-        self, chosen: Sequence[Chosen], blocks: Counter[str], *, first: bool, last: bool
-    ) -> dict[str, float]:
-        each = [(self.block(*choice), count) for choice, count in chosen]
-        ends_of = [self.layer(kind) for kind in [LayerKind.EMBEDDING] * first + [LayerKind.HEAD] * last]
-        saved = sum(count * cost.saved_bytes for cost, count in each)
-        widest = larger(*(cost.backward_transient_bytes * (count > 0) for cost, count in each))
-        forward = larger(*(cost.forward_transient_bytes * (count > 0) for cost, count in each))
-        ends = [self.embedding_unit.params] * first + [self.head_unit.params] * last
-        return {
-            "saved_bytes": saved + sum(cost.saved_bytes for cost in ends_of),
-            "forward_transient_bytes": larger(forward, *(cost.forward_transient_bytes for cost in ends_of)),
-            "backward_transient_bytes": larger(widest, *(cost.backward_transient_bytes for cost in ends_of)),
-            "end_params": sum(ends) - self._tied_params(first, last) * bool(ends),
-            "largest_block_params": max(self.block_units[key].params for key in blocks),
-            "block_saved_bytes": saved,
-            "block_transient_bytes": widest,
-        }

@@ -102,7 +102,7 @@ class RankWays:
         return Held(
             span=self.space.books[rank].blocks(*span),
             actions=tuple((kind, n) for (s, kind), n in counts.items() if s == stage),
-            alive=tuple(moment.get(stage, 0) for moment in self.space.in_flight[rank]),
+            flights=tuple(moment[stage] for moment in self.space.in_flight[rank]),
         )
 
     @cached_property

@@ -74,13 +74,11 @@ def used_bytes(space: StageSpace, rank: int, held: dict[int, Stage]) -> float:
     """What a rank's stages take together at the fullest moment of its row."""
     book = space.books[rank]
     each = {s: book.column(stage) for s, stage in held.items()}
-    standing = book.shape.runtime_bytes + sum(column.resident_bytes for column in each.values())
-    standing += max(book.transient_bytes(column, space.alive[s]) for s, column in each.items())
-    kept = [
-        sum(moment.get(s, 0) * column.cost.saved_bytes for s, column in each.items())
+    return book.shape.runtime_bytes + max(
+        sum(column.held_bytes(moment[s]) for s, column in each.items())
+        + max(book.transient_bytes(column, moment[s]) for s, column in each.items() if moment[s].alive)
         for moment in space.in_flight[rank]
-    ]
-    return standing + max(kept)
+    )
 
 
 def fits(space: StageSpace, rank: int, held: dict[int, Stage]) -> bool:
