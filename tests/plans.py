@@ -67,6 +67,21 @@ def tiny_gpt2(*, layers: int = 4, hidden: int = 32, vocab: int = 64) -> ModelSpe
     )
 
 
+def changed_mixer(model: ModelSpec, **changes: object) -> ModelSpec:
+    """The model with its blocks' mixer changed."""
+    (segment,) = model.segments
+    mixer = dataclasses.replace(segment.block.mixer, **changes)
+    block = dataclasses.replace(segment.block, mixer=mixer)
+    return dataclasses.replace(model, segments=(dataclasses.replace(segment, block=block),))
+
+
+def parallel(model: ModelSpec, norms: int) -> ModelSpec:
+    """The model with attention and MLP side by side, by one norm or two."""
+    (segment,) = model.segments
+    block = dataclasses.replace(segment.block, parallel=True, norms=norms)
+    return dataclasses.replace(model, segments=(dataclasses.replace(segment, block=block),))
+
+
 def tiny_mla(*, layers: int = 4, hidden: int = 32) -> ModelSpec:
     """A dense model with DeepSeek's latent attention: latents of queries and keys, a turned part of each."""
     llama = tiny_llama(layers=layers, hidden=hidden)

@@ -19,6 +19,7 @@ from planner.cost.stage import ShapeModel
 from planner.plan import Plan
 from planner.problem import PlanningProblem
 from planner.profile import Op
+from planner.stack import Stack
 
 COPIES = "copies"
 """The axis of tensor-parallel neighbours that have copies of the same key-value heads."""
@@ -95,7 +96,8 @@ def _add_sends(plan: Plan, size_bytes: int, found: list[Counter[Message]]) -> No
 
 
 def _somewhere(plan: Plan) -> PlanningProblem:
-    """The plan's problem on devices that overlap nothing, so that all that is charged for shows."""
+    """The plan's problem on devices that overlap nothing, so that all that is charged for shows, and with
+    routers that send as many tokens to every rank."""
     device = Device(
         name="any",
         title="a device",
@@ -117,4 +119,5 @@ def _somewhere(plan: Plan) -> PlanningProblem:
         cluster=ClusterSpec(name="any", groups=(group,), intra=link, inter=link),
         profile=None,
         memory_limit_bytes=2**40,
+        stack=Stack(balanced=True),
     )

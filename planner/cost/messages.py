@@ -184,6 +184,8 @@ class Messages:
         Those of routed experts are gathered over the fewer ranks that hold copies of them.
         """
         degrees, params = self.degrees, dense_params + routed_params
+        if not degrees.spreads_experts:  # of one unit with all else
+            dense_params, routed_params = params, 0.0
         if max(degrees.weight_shards, degrees.expert_shards if routed_params else 1) == 1 or params == 0:
             return Pass()
         size = params * self.value_bytes
@@ -204,9 +206,9 @@ class Messages:
             return Pass()
         per_byte = self.constant(f"{self.wrapper}_reduce_copy_s_per_byte")
         copies_s = self.constant(f"{self.wrapper}_reduce_unit_s") + each * unit.trained * per_byte
-        dense = each * (unit.trained - unit.routed_trained)
+        routed = each * unit.routed_trained * degrees.spreads_experts
+        dense = each * unit.trained - routed
         seconds = self._reduced_s(dense, self.shard_group(), self.replicate_group())
-        routed = each * unit.routed_trained
         seconds += self._reduced_s(routed, self.expert_shard_group(), self.expert_replicate_group())
         return Pass(host_s=copies_s, dp_s=self._data_parallel_s(seconds, degrees.replicas))
 

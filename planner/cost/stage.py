@@ -20,7 +20,14 @@ from planner.cost.messages import Messages
 from planner.cost.overlap import overlap_of
 from planner.cost.passes import Pass, Unit
 from planner.cost.seconds import larger
-from planner.cost.spread import exchanged, experts_s, sent_again, summed_copies_s, summed_sublayers
+from planner.cost.spread import (
+    cp_sent_again,
+    exchanged,
+    experts_pass,
+    experts_sent_again,
+    summed_copies_s,
+    tensor_s,
+)
 from planner.cost.stage_bytes import block_waiting_bytes, stage_bytes
 from planner.cost.stage_cost import StageCost
 from planner.cost.states import States, states_of
@@ -34,10 +41,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     Ints = np.ndarray[Any, np.dtype[np.int64]]
-
-STOPS_EARLY = (Engine.NATIVE, Engine.TORCHTITAN)
-"""Engines that recompute by torch.utils.checkpoint. Megatron-LM runs a block's whole forward again, or of its
-selective kind only the core of attention, which sends nothing (arXiv 2205.05198)."""
 
 AlonePasses = dict[tuple[object, ...], tuple[Pass, Pass]]
 """Passes of layers without data parallelism, which shapes of one model share, by all that they depend on."""
@@ -142,30 +145,19 @@ class ShapeModel:
     def _block_alone(self, key: str, option: Recompute) -> tuple[Pass, Pass]:
         """Forward and backward of a block without what data parallelism adds."""
         cost, plain = self.block(key, option), self.block(key)
-        gather, scatter = self.messages.over_tp(Op.ALL_GATHER), self.messages.over_tp(Op.REDUCE_SCATTER)
-        reduce = self.messages.over_tp(Op.ALL_REDUCE)
-        times = summed_sublayers(self.classes[key], self.degrees)
-        sp = self.degrees.sequence_parallel
-        once = times * (gather + scatter if sp else reduce)
-        # PyTorch's recomputing stops at the last result that is needed, which spares the last reduction.
-        inner = times * gather + (times - 1) * scatter if sp else (times - 1) * reduce
-        early = self.problem.stack.engine in STOPS_EARLY
-        again = {
-            Recompute.NONE: 0.0,
-            Recompute.SELECTIVE: inner if early else 0.0,
-            Recompute.FULL: inner if early else once,
-        }
+        tp_forward_s, tp_backward_s = tensor_s(self.classes[key], self.messages, option)
         extra_s = larger(cost.backward_s - plain.backward_s, 0.0)
         again_s = self.physics.recompute_scale * extra_s
-        cp, ep_s = self.exchanged(key), experts_s(self.classes[key], self.messages)
-        cp_again, ep_again = sent_again(option, self.problem.stack, self.degrees.cp_exchange)
-        forward = Pass(compute_s=cost.forward_s, tp_s=once, cp_s=cp.forward_s, ep_s=ep_s)
+        cp, ep = self.exchanged(key), experts_pass(self.classes[key], self.messages)
+        cp_again = cp_sent_again(option, self.problem.stack, self.degrees.cp_exchange)
+        ep_s = ep.forward_s + ep.beside_s
+        forward = Pass(compute_s=cost.forward_s, tp_s=tp_forward_s, cp_s=cp.forward_s, ep_s=ep_s)
         backward = Pass(
             compute_s=cost.backward_s - extra_s,
             recompute_s=again_s,
-            tp_s=once + again[option],
+            tp_s=tp_backward_s,
             cp_s=cp.backward_s + cp_again * cp.forward_s,
-            ep_s=ep_s + ep_again * ep_s,
+            ep_s=ep.backward_s + experts_sent_again(option, self.problem.stack, ep),
         )
         return forward, backward
 

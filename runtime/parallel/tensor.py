@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -21,7 +22,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional
 
 from planner.strategy import Degrees
-from runtime.parallel.expert import mixtures, shared_expert_plan
+from runtime.parallel.expert import Leave, mixtures, shared_expert_plan
 from runtime.parallel.meshes import HEAD_AXES, HeadMeshes, Meshes, mesh_axes
 from runtime.transformer.attention import Attention
 from runtime.transformer.block import Block
@@ -42,6 +43,8 @@ def apply_tensor_parallel(name: str, part: nn.Module, degrees: Degrees, meshes: 
     between = Shard(1) if degrees.sequence_parallel else Replicate()
     if isinstance(part, Block):
         plan: ParallelStyle | dict[str, ParallelStyle] = _block_plan(part, between, degrees, meshes)
+        if part.joins:
+            part.enter, part.leave = _Enter(meshes.tp, between), Leave(meshes.tp, between)
     elif name == "tok_embeddings":
         whole = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
         plan = VocabParallel(between) if type(part).forward is nn.Embedding.forward else whole
@@ -77,7 +80,12 @@ class _Finished(Function):
 def _block_plan(
     block: Block, between: Shard | Replicate, degrees: Degrees, meshes: Meshes
 ) -> dict[str, ParallelStyle]:
-    """Columns of the projections that widen, rows of those that narrow; one gather for each pair."""
+    """Columns of the projections that widen, rows of those that narrow; one gather for each pair.
+
+    Sublayers side by side get their input whole from the block, which sums their results.
+    """
+    if block.joins:
+        return _joined_plan(block, degrees, meshes)
     whole = Replicate()
     plan: dict[str, ParallelStyle] = {
         "attention": PrepareModuleInput(
@@ -85,11 +93,7 @@ def _block_plan(
         ),
         "attention.wo": RowwiseParallel(output_layouts=between),
     }
-    if isinstance(block.attention, Attention):
-        few = block.attention.kv_heads < degrees.tp
-        plan |= _heads_plan(block.attention, meshes.copied[block.attention.kv_heads] if few else None)
-    else:
-        plan |= _latent_plan(block.attention)
+    plan |= _attention_plan(block.attention, degrees, meshes)
     if isinstance(block.mlp, MixtureOfExperts):
         below = shared_expert_plan(block.mlp, between, degrees)
         return plan | {f"mlp.{name}".removesuffix("."): style for name, style in below.items()}
@@ -101,6 +105,32 @@ def _block_plan(
     if block.mlp.gate is not None:
         plan["mlp.gate"] = ColwiseParallel()
     return plan
+
+
+def _joined_plan(block: Block, degrees: Degrees, meshes: Meshes) -> dict[str, ParallelStyle]:
+    plan = _attention_plan(block.attention, degrees, meshes)
+    ups = ("mlp.up",) if block.mlp.gate is None else ("mlp.up", "mlp.gate")
+    plan |= {name: ColwiseParallel() for name in ups}
+    return plan | {name: RowwiseParallel(output_layouts=Partial()) for name in ("attention.wo", "mlp.down")}
+
+
+def _attention_plan(attention: nn.Module, degrees: Degrees, meshes: Meshes) -> dict[str, ParallelStyle]:
+    if not isinstance(attention, Attention):
+        return _latent_plan(attention)
+    few = attention.kv_heads < degrees.tp
+    return _heads_plan(attention, meshes.copied[attention.kv_heads] if few else None)
+
+
+@dataclass(frozen=True)
+class _Enter:
+    """Hidden states as all ranks need them; the gradients of all that read them are summed at once."""
+
+    tp: DeviceMesh
+    between: Placement
+
+    def __call__(self, x_bsh: Tensor) -> Tensor:
+        held = DTensor.from_local(x_bsh, self.tp, [self.between], run_check=False)
+        return held.redistribute(placements=[Replicate()])
 
 
 def _heads_plan(attention: Attention, copied: HeadMeshes | None) -> dict[str, ParallelStyle]:

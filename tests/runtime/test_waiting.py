@@ -23,7 +23,7 @@ from planner.workload import Precision  # noqa: E402
 from runtime.deferred import Deferred  # noqa: E402
 from runtime.pipeline.gradient_units import GradientUnits  # noqa: E402
 from runtime.rehearse import RehearsalOptions, rehearse_rank  # noqa: E402
-from tests.plans import make_plan, tiny_deepseek_experts, tiny_gpt2, tiny_llama, tiny_mla  # noqa: E402
+from tests.plans import make_plan, parallel, tiny_deepseek_experts, tiny_gpt2, tiny_llama, tiny_mla  # noqa: E402
 from tests.runtime.ranks import batch_of, make_executor, on_ranks, slice_of  # noqa: E402
 
 MODELS = {
@@ -31,6 +31,8 @@ MODELS = {
     "gpt2": tiny_gpt2(),
     "latent": tiny_mla(),
     "experts": tiny_deepseek_experts(),
+    "parallel": parallel(tiny_gpt2(), 1),
+    "parallel with two norms": parallel(tiny_gpt2(), 2),
 }
 DEGREES = [Degrees(), Degrees(tp=2), Degrees(tp=2, sequence_parallel=True)]
 
