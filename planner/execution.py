@@ -146,11 +146,8 @@ def check_executed(model: ModelSpec, what: str) -> None:
 
 def not_executed_workload(model: ModelSpec, workload: Workload) -> list[str]:
     """What of training `model` as a workload says the runtime cannot do; empty where it can all."""
-    mixers = [mixer for block in model.transformer_blocks() for mixer in block.mixers]
-    plain = all(isinstance(mixer, Attention) for mixer in mixers)
     faults = {
         "experts do not multiply in fp8": workload.precision is Precision.FP8 and bool(model.experts),
-        "adapters (LoRA) stand beside plain attention only": workload.adapters is not None and not plain,
     }
     return [fault for fault, found in faults.items() if found]
 
