@@ -12,7 +12,7 @@ from torch import Tensor
 
 from planner.errors import InputError, Problem
 from planner.plan import Plan
-from runtime.adapter_files import read_adapters
+from runtime.adapter_files import PREFIX, read_adapters
 from runtime.checkpoint import load_checkpoint
 from runtime.committed import CheckpointIndex
 from runtime.hf_weights.read import WeightFolder
@@ -37,6 +37,7 @@ class MergedWeights:
         alpha = index.run.get("lora_alpha")
         self._scale = scale_of(adapters, None if alpha is None else float(alpha))
         self._base, self._adapters = WeightFolder(base, plan.model), read_adapters(checkpoint)
+        self._kept = {name for name in index.tensors if name.startswith(PREFIX)}
         self._shapes = {mapped.name: mapped.shape for mapped in self._base.map.parameters}
         frozen = (self._frozen(name) for name in self._shapes if not name.endswith(CORRECTION))
         saved = torch.zeros(3, dtype=torch.float64)
@@ -45,9 +46,9 @@ class MergedWeights:
 
     def __call__(self, name: str) -> Tensor:
         """One parameter, as it is or with its adapter, in fp32."""
-        if (key := f"model.{name}") in {n.removeprefix("executor/") for n in self._index.tensors}:
+        if f"{PREFIX}{name}" in self._kept:  # what corrects a router's choice goes on changing
             kept = torch.empty(self._shapes[name])
-            load_checkpoint(self._checkpoint, self._index, {"executor": {key: kept}})
+            load_checkpoint(self._checkpoint, self._index, {"executor": {f"model.{name}": kept}})
             return kept
         weight, path = self._frozen(name).float(), name.removesuffix(".weight")
         if f"{path}.{A}" in self._adapters:
