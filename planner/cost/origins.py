@@ -34,7 +34,8 @@ def _messages(shape: ShapeModel, blocks: dict[str, int]) -> list[tuple[CommCost,
     found: list[tuple[CommCost, float]] = []
     if degrees.tp > 1:
         op = Op.ALL_GATHER if degrees.sequence_parallel else Op.ALL_REDUCE
-        sums = sum(sum(tensor_exchanges(shape.classes[key], degrees)) * n for key, n in blocks.items())
+        stack = shape.problem.stack
+        sums = sum(sum(tensor_exchanges(shape.classes[key], degrees, stack)) * n for key, n in blocks.items())
         found.append((own.comm(op, own.hidden_bytes(), own.tp_group()), float(sums)))
     if degrees.replicas > 1:
         group = own.shard_group() if degrees.weight_shards > 1 else own.replicate_group()

@@ -23,18 +23,19 @@ STOPS_EARLY = (Engine.NATIVE, Engine.TORCHTITAN)
 selective kind only the core of attention, which sends nothing (arXiv 2205.05198)."""
 
 
-def tensor_exchanges(layer: Layer, degrees: Degrees) -> tuple[int, int]:
+def tensor_exchanges(layer: Layer, degrees: Degrees, stack: Stack) -> tuple[int, int]:
     """How many inputs of a block's sublayers its tensor-parallel ranks need whole, and how many results they
     sum.
 
-    Each sublayer's, but of those side by side one of both where they read one norm's, and one sum of their
-    results. Experts that are shared out in their own way are not among them where each rank sends its own
-    tokens, unless shared experts are beside.
+    Each sublayer's, but of those side by side one sum of their results and one input of both: in the own
+    runtime where they read one norm's, else each norm's; elsewhere always, as is reported of such models
+    (Falcon, arXiv 2311.16867). Experts that are shared out in their own way are not among them where each
+    rank sends its own tokens, unless shared experts are beside.
     """
     if isinstance(layer, TracedLayer):
         return 0, 0
     if layer.parallel and not isinstance(layer.mlp, Experts):
-        return layer.norms, 1
+        return layer.norms if stack.own else 1, 1
     apart = isinstance(layer.mlp, Experts) and not layer.mlp.shared and spreads_experts(layer, degrees)
     each = len(layer.mixers) + (layer.mlp is not None) - (apart and degrees.sequence_parallel)
     return each, each
@@ -57,7 +58,7 @@ def tensor_s(layer: Layer, messages: Messages, option: Recompute) -> tuple[float
     degrees = messages.degrees
     gather, scatter = messages.over_tp(Op.ALL_GATHER), messages.over_tp(Op.REDUCE_SCATTER)
     reduce = messages.over_tp(Op.ALL_REDUCE)
-    reads, sums = tensor_exchanges(layer, degrees)
+    reads, sums = tensor_exchanges(layer, degrees, messages.problem.stack)
     sp = degrees.sequence_parallel
     forward_s = reads * gather + sums * scatter if sp else sums * reduce
     backward_s = sums * gather + reads * scatter if sp else reads * reduce
