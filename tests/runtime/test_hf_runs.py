@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,13 @@ from tests.runtime.hf_models import make_model
 LAYOUT = Degrees(tp=2, micro_batch=2, num_micro_batches=2)
 UNCHANGED = 1e-30
 """A learning rate that changes no weight."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Models hold themselves by their hooks, and ranks that later tests fork would inherit them."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
