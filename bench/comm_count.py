@@ -8,8 +8,7 @@ in one step, and those that differ from the charges. Known and left so, with the
 - Tied embeddings whose ends lie on two stages are summed over the two ranks once a step, uncharged: V h / tp
   values, against 6 V h FLOPs a token. Where one stage holds both ends, FSDP gathers and reduces them with
   the root as one unit, while the model charges two that share no weight.
-- Learned positions and biases of tensor-parallel rows are partial sums under sequence parallelism, as
-  norms are; they go with the norms' all-reduce.
+- FSDP pads rows to the number of its ranks: of a gate of shared experts, which has one row.
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ _PLACES = {
 def adapted(layer: Layer, modules: AdapterModules) -> tuple[Matrix, ...]:
     """The weights of a layer that get adapters; routers and experts never do.
 
-    Mixers that have no query and value of their own (latent attention, state spaces) are adapted whole.
+    Mixers that have no query and value of their own are adapted whole: of latent attention the projections
+    to and from its latents, by PEFT's names q_a_proj and q_b_proj or q_proj, kv_a_proj_with_mqa, kv_b_proj,
+    and o_proj; of state spaces all.
     """
     if not isinstance(layer, Block):
         return ()
@@ -52,5 +54,6 @@ def layer_adapter_params(adapters: Adapters, layer: Layer, tp: int = 1) -> float
 
     The half beside the split dimension is sharded with it; the other half is whole on every rank.
     """
-    shards = [matrix.shard(tp) for matrix in adapted(layer, adapters.modules)]
+    held = layer.held(tp) if isinstance(layer, Block) else layer
+    shards = [matrix.shard(tp) for matrix in adapted(held, adapters.modules)]
     return adapters.rank * sum(inputs + outputs for inputs, outputs in shards)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from enum import StrEnum
 
 from planner.codec import noun
+from planner.heads import Heads
 from planner.kept import AttentionKernel, Kept
 from planner.matrix import Matrix, Split
 
@@ -102,17 +104,34 @@ class Attention:
         return self.heads * (self.value_dim or self.head_dim)
 
     @property
-    def heads_split(self) -> tuple[tuple[int, str], ...]:
-        return ((self.heads, "attention heads"), (self.kv_heads, "key-value heads"))
+    def heads_split(self) -> tuple[Heads, ...]:
+        return (
+            Heads(count=self.heads, what="attention heads"),
+            Heads(count=self.kv_heads, what="key-value heads", repeated=True),
+        )
+
+    def held(self, tp: int) -> Attention:
+        """What `tp` ranks hold together: where key-value heads are fewer, each rank has a copy of one."""
+        return dataclasses.replace(self, kv_heads=tp) if self.kv_heads < tp else self
+
+    def copies(self, tp: int) -> int:
+        """How many of `tp` ranks hold the same key-value heads."""
+        return max(1, tp // self.kv_heads)
 
     def matrices(self, hidden: int) -> tuple[Matrix, ...]:
         """Query (with its gate), key, value and output projections."""
-        bias = self.qkv_bias
+        queries = self.query_width * (2 if self.gated else 1)
         return (
-            Matrix(inputs=hidden, outputs=self.query_width * (2 if self.gated else 1), bias=bias),
-            Matrix(inputs=hidden, outputs=self.kv_width, bias=bias),
-            Matrix(inputs=hidden, outputs=self.value_width, bias=bias),
+            Matrix(inputs=hidden, outputs=queries, bias=self.qkv_bias),
+            *self.key_value(hidden),
             Matrix(inputs=self.out_width, outputs=hidden, split=Split.INPUTS, bias=self.out_bias),
+        )
+
+    def key_value(self, hidden: int) -> tuple[Matrix, Matrix]:
+        """Key and value projections."""
+        return (
+            Matrix(inputs=hidden, outputs=self.kv_width, bias=self.qkv_bias),
+            Matrix(inputs=hidden, outputs=self.value_width, bias=self.qkv_bias),
         )
 
     @property
@@ -216,8 +235,8 @@ class LatentAttention:
         return self.heads * self.head_dim
 
     @property
-    def heads_split(self) -> tuple[tuple[int, str], ...]:
-        return ((self.heads, "attention heads"),)
+    def heads_split(self) -> tuple[Heads, ...]:
+        return (Heads(count=self.heads, what="attention heads"),)
 
     def matrices(self, hidden: int) -> tuple[Matrix, ...]:
         """Down and up projections of query and key-value latents, output projection, indexer."""

@@ -68,9 +68,22 @@ def not_executed(model: ModelSpec) -> list[str]:
     return [*faults, *(fault for fault, found in ends.items() if found)]
 
 
-def executed_widths(model: ModelSpec) -> tuple[tuple[int, str], ...]:
-    """Widths, and of what, that the runtime splits into equal parts: it does not pad a vocabulary."""
-    return (*model.widths_split, (model.vocab, "the vocabulary"))
+def vocabulary_not_executed(model: ModelSpec, degrees: Degrees) -> list[str]:
+    """Why ranks cannot share out the vocabulary; empty where they can.
+
+    Rank r of tp has the rows from r ceil(V / tp) on, the last one fewer where tp does not divide V. Then data
+    ranks share out its columns, since parts of unequal parts have no simple place in the whole.
+    """
+    vocab, tp, shards = model.vocab, degrees.tp, degrees.weight_shards
+    if vocab % tp == 0:
+        return []
+    faults = {
+        f"the last of {tp} parts of {-(-vocab // tp)} rows has none": (tp - 1) * -(-vocab // tp) >= vocab,
+        f"{shards} ranks cannot share out {model.hidden} columns of unequal parts": model.hidden % shards
+        != 0,
+        f"{shards} ranks cannot share out unequal parts of the head's bias": model.head_bias and shards > 1,
+    }
+    return [fault for fault, found in faults.items() if found]
 
 
 def context_not_executed(model: ModelSpec, degrees: Degrees) -> list[str]:
@@ -133,11 +146,8 @@ def check_executed(model: ModelSpec, what: str) -> None:
 
 def not_executed_workload(model: ModelSpec, workload: Workload) -> list[str]:
     """What of training `model` as a workload says the runtime cannot do; empty where it can all."""
-    mixers = [mixer for block in model.transformer_blocks() for mixer in block.mixers]
-    plain = all(isinstance(mixer, Attention) for mixer in mixers)
     faults = {
         "experts do not multiply in fp8": workload.precision is Precision.FP8 and bool(model.experts),
-        "adapters (LoRA) stand beside plain attention only": workload.adapters is not None and not plain,
     }
     return [fault for fault, found in faults.items() if found]
 
@@ -148,7 +158,7 @@ def products_not_executed(model: ModelSpec, workload: Workload, degrees: Degrees
         return []
     sizes = {"tokens of a micro-batch": degrees.micro_batch * workload.seq / degrees.cp}
     for block in model.transformer_blocks():
-        for matrix in block.matrices():
+        for matrix in block.held(degrees.tp).matrices():
             inputs, outputs = matrix.shard(degrees.tp)
             sizes |= {f"inputs of {inputs:g}": inputs, f"outputs of {outputs:g}": outputs}
     faults = [

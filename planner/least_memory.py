@@ -1,7 +1,7 @@
 """The least memory of a device under which a problem has a plan, and the strategy that needs no more.
 
 A shape is a choice of degrees; a strategy of it cuts the layers into stages and gives each block a recompute
-option. Of one stage a rank, with `a` micro-batches alive on stage s:
+option. Of one stage a rank:
 
 - A stage with one option for all its blocks is never larger than one that mixes it with options that keep
   more: all that it keeps is the least of the mix, all that it holds for a moment at most the largest. So the
@@ -25,14 +25,15 @@ import dataclasses
 import heapq
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 from planner.codec import noun
 from planner.cost import constants
 from planner.cost.evaluate import CostModel, memory_of_ranks
-from planner.cost.memory import resident_bytes, transient_bytes
-from planner.cost.memory_constants import fitted_constant, process_groups
+from planner.cost.flight import InFlight
+from planner.cost.memory_constants import fitted_constant
+from planner.cost.moments import reserved_bytes
 from planner.cost.offload import with_offload
 from planner.cost.verdict import memory_band
 from planner.estimate import Coverage, MemoryBreakdown, Rejected
@@ -54,8 +55,6 @@ from planner.strategy import (
 )
 from planner.units import MIB
 
-FLAT = (Schedule.GPIPE, Schedule.ONE_F_ONE_B)
-"""Schedules whose micro-batches in flight have a closed form."""
 ROUNDED_BYTES = 64
 """What rounding each tenant to whole bytes may hide from a search that adds them unrounded."""
 
@@ -176,8 +175,7 @@ class _Least:
 
     def _cheap_bound(self, degrees: Degrees) -> float:
         """Below every need of a shape, without its model: state and communicators."""
-        talks = degrees.world > 1 and self.problem.cluster.groups[0].slots_per_node is None
-        runtime = self.model.layers.memory.communicator_bytes * process_groups(degrees) * talks
+        runtime = self.model.layers.runtime_bytes(degrees)
         slack = self.model.layers.memory.allocator_slack
         return (self.state_bytes(degrees) * slack + runtime) * (1 + self._least_error)
 
@@ -193,6 +191,10 @@ def _undominated(space: Space) -> list[Degrees]:
     ]
 
 
+_Same = tuple[tuple[InFlight, ...], tuple[int, ...], bool, bool]
+"""What a stage's need depends on: what is in flight, blocks of each class, the ends that it holds."""
+
+
 class _ShapeNeed:
     """The least that strategies of one shape need."""
 
@@ -200,21 +202,14 @@ class _ShapeNeed:
         self.model, self.degrees, self.pins = model, degrees, pins
         self.layers = model.problem.model.layers
         self.shape = model.shape(degrees)
-        self._known: dict[tuple[int, tuple[int, ...], bool, bool], tuple[float, Recompute]] = {}
-        self._alive = self._in_flight()
+        self._known: dict[_Same, tuple[float, Recompute]] = {}
+        self._flights = self._in_flight()
 
-    def _in_flight(self) -> tuple[int, ...]:
-        """The most micro-batches alive on each stage."""
-        p, m = self.degrees.pp, self.degrees.num_micro_batches
-        if self.degrees.schedule in FLAT:
-            piped = self.degrees.schedule is Schedule.ONE_F_ONE_B
-            return tuple(min(m, p - s) if piped else m for s in range(p))
-        table = self.model.table(self.degrees)
-        peaks: Counter[int] = Counter()
-        for rank in range(p):
-            for vector in table.in_flight(rank):
-                peaks |= Counter(vector)
-        return tuple(peaks[stage] for stage in range(self.degrees.stages))
+    def _in_flight(self) -> tuple[tuple[InFlight, ...], ...]:
+        """What is in flight on each stage at its fullest moments."""
+        by_rank = self.model.in_flight(self.degrees)
+        ranks = map(self.degrees.pp_rank_of_stage, range(self.degrees.stages))
+        return tuple(tuple({v[s]: None for v in by_rank[rank]}) for s, rank in enumerate(ranks))
 
     @cached_property
     def _error(self) -> float:
@@ -232,20 +227,19 @@ class _ShapeNeed:
 
     def used(self, index: int, first: int, end: int) -> tuple[float, Recompute]:
         """Bytes of stage `index` with the blocks [first, end) at the option that takes least."""
-        a = self._alive[index]
+        flights = self._flights[index]
         blocks = tuple(self.shape.count(key, first, end) for key in self.shape.classes)
-        key = (a, blocks, first == 0, end == self.layers)
+        key = (flights, blocks, first == 0, end == self.layers)
         if key not in self._known:
-            options = ((self._with(option, a, first, end), option) for option in self.pins.recomputes)
+            options = ((self._with(option, flights, first, end), option) for option in self.pins.recomputes)
             self._known[key] = min(options, key=lambda each: each[0])
         return self._known[key]
 
-    def _with(self, option: Recompute, alive: int, first: int, end: int) -> float:
+    def _with(self, option: Recompute, flights: Sequence[InFlight], first: int, end: int) -> float:
         stage = dataclasses.replace(sized_stages([end - first], option)[0], first=first, end=end)
         stage = offloaded((stage,), self.pins.offload or Offload.NONE)[0]
         cost = with_offload(self.shape, stage, self.shape.stage(stage))
-        held = resident_bytes(self.shape, cost) + transient_bytes(self.shape, cost, alive)
-        return self.shape.runtime_bytes + held + alive * cost.saved_bytes
+        return self.shape.runtime_bytes + max(reserved_bytes(self.shape, cost, each) for each in flights)
 
     def bound(self) -> float:
         """Below every need of the shape: a stage of one layer at either end, and the mean of states.

@@ -6,7 +6,7 @@ Each has the same members, so that a block adds them up without asking what they
     vector_params, vectors  parameters, and tensors, that are not matrices: norms, sinks, convolutions
     core_flops(seq)         FLOPs a token, forward, between the projections: scores and values, state
     kept(seq, kernel)       values a token kept for the backward pass
-    heads_split             counts that tensor parallelism must divide
+    heads_split             counts of heads that tensor parallelism shares out
     key                     a text that is equal where the costs are
 """
 

@@ -16,6 +16,7 @@ from planner.arithmetic import PLAIN, Arithmetic
 from planner.attention import Attention, LatentAttention
 from planner.codec import noun
 from planner.feed_forward import Experts, FeedForward
+from planner.heads import Heads
 from planner.kept import AttentionKernel, Kept
 from planner.matrix import Matrix
 from planner.mixers import Mixer
@@ -26,6 +27,12 @@ VOCAB_UNIT = 128
 """Rows to a multiple of which engines pad each rank's part of a vocabulary that does not divide.
 
 Megatron-LM's --make-vocab-size-divisible-by (megatron/training/tokenizer/tokenizer.py)."""
+
+
+def vocab_shard(vocab: int, tp: int) -> int:
+    """Rows of a vocabulary on one of `tp` ranks: V / tp, or where that is not whole, the next multiple of
+    VOCAB_UNIT. The own runtime has no more than V / tp rounded up of them, and none that is no token's."""
+    return vocab // tp if vocab % tp == 0 else -(-vocab // (VOCAB_UNIT * tp)) * VOCAB_UNIT
 
 
 class Norm(StrEnum):
@@ -107,9 +114,26 @@ class Block:
         """Parameters that one token meets: of experts, the chosen ones."""
         return sum(matrix.params_active for matrix in self.matrices()) + self._vector_params
 
+    def held(self, tp: int) -> Block:
+        """What `tp` ranks hold together: the block, with copies of key-value heads where these are fewer."""
+        mixer, cross = (m.held(tp) if isinstance(m, Attention) else m for m in (self.mixer, self.cross))
+        if mixer is self.mixer and cross is self.cross:
+            return self
+        assert cross is None or isinstance(cross, Attention)
+        return dataclasses.replace(self, mixer=mixer, cross=cross)
+
     def params_shard(self, tp: int) -> float:
         """Parameters on one of `tp` tensor-parallel ranks: shards of matrices, whole norms."""
-        return sum(matrix.params_shard(tp) for matrix in self.matrices()) + self._vector_params
+        return sum(matrix.params_shard(tp) for matrix in self.held(tp).matrices()) + self._vector_params
+
+    def params_copied(self, tp: int) -> dict[int, float]:
+        """Parameters of key-value heads on one of `tp` ranks, by how many ranks have copies of them."""
+        copied: dict[int, float] = {}
+        for mixer in self.mixers:
+            if isinstance(mixer, Attention) and mixer.copies(tp) > 1:
+                heads = sum(matrix.params for matrix in mixer.key_value(self.hidden)) / mixer.kv_heads
+                copied[mixer.copies(tp)] = copied.get(mixer.copies(tp), 0.0) + heads
+        return copied
 
     @property
     def params_routed(self) -> int:
@@ -277,10 +301,17 @@ class ModelSpec:
         return (block for block in self.classes().values() if isinstance(block, Block))
 
     @property
-    def heads_split(self) -> tuple[tuple[int, str], ...]:
-        """Counts of heads, and what they are, that tensor parallelism must divide."""
+    def heads_split(self) -> tuple[Heads, ...]:
+        """Counts of heads that tensor parallelism shares out."""
         mixers = (mixer for block in self.transformer_blocks() for mixer in block.mixers)
         return tuple(dict.fromkeys(split for mixer in mixers for split in mixer.heads_split))
+
+    def heads_copied(self, tp: int) -> tuple[int, ...]:
+        """Counts of heads that are fewer than `tp` ranks, which have copies of them."""
+        if tp == 1:
+            return ()
+        few = {heads.count for heads in self.heads_split if heads.repeated and heads.count < tp}
+        return tuple(sorted(few))
 
     @property
     def widths_split(self) -> tuple[tuple[int, str], ...]:
@@ -289,9 +320,8 @@ class ModelSpec:
         return tuple(dict.fromkeys(split for mlp in mlps for split in mlp.widths_split))
 
     def vocab_shard(self, tp: int) -> int:
-        """Rows of the vocabulary on one of `tp` ranks: V / tp, or where that is not whole, the next multiple
-        of VOCAB_UNIT."""
-        return self.vocab // tp if self.vocab % tp == 0 else -(-self.vocab // (VOCAB_UNIT * tp)) * VOCAB_UNIT
+        """Rows of the vocabulary on one of `tp` ranks."""
+        return vocab_shard(self.vocab, tp)
 
     def padded(self, tp: int) -> ModelSpec:
         """The model with the vocabulary that `tp` ranks hold together."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from planner.cost.flight import Flights
 from planner.cost.schedule import Table, build_table, parse_table, print_table
 from planner.placement import device_names, stage_groups
 from planner.plan import Plan
@@ -16,6 +17,9 @@ from planner.strategy import Stage
 
 LEAST_MICRO_BATCHES = 3
 """So that some passes are neither the first nor the last, which also gather weights or reduce gradients."""
+
+WAITS = 2
+"""What waits for W apart from what is alive, whatever it takes (planner.cost.waiting.most_waits)."""
 
 
 def alike_ranks(plan: Plan) -> list[tuple[int, ...]]:
@@ -33,7 +37,7 @@ def _doing(plan: Plan, table: Table, rank: int) -> object:
     placed = stage_groups(plan.cluster, plan.strategy.degrees, len(stages))
     held = table.stages_of(rank)
     kinds = tuple(sorted((held.index(s), str(k), n) for (s, k), n in table.counts(rank).items()))
-    flights = tuple(tuple(sorted((held.index(s), n) for s, n in v.items())) for v in table.in_flight(rank))
+    flights = tuple(tuple(v[stage] for stage in held) for v in table.in_flight(rank, WAITS))
     return (
         tuple(
             (
@@ -66,23 +70,17 @@ def shortened(plan: Plan) -> Plan:
     usual = _usual_table(plan, degrees.num_micro_batches)
     if usual is None or usual != full:
         return plan
-    flights = [_flights(full, rank) for rank in range(degrees.pp)]
+    flights = _flights(full)
     for count in _shorter_counts(degrees.pp, degrees.stages, degrees.num_micro_batches):
         table = _usual_table(plan, count)
-        if table is not None and [_flights(table, rank) for rank in range(degrees.pp)] == flights:
+        if table is not None and _flights(table) == flights:
             return _with_micro_batches(plan, count, table)
     return plan
 
 
-def _flights(table: Table, rank: int) -> tuple[tuple[dict[int, int], ...], int]:
-    """The counts of live micro-batches of a rank, and the most alive while gradients are there already."""
-    alive = most = 0
-    begun = False
-    for action in table[rank]:
-        begun = begun or action.kind.alive_change < 0
-        alive += action.kind.alive_change
-        most = max(most, alive * begun)
-    return table.in_flight(rank), most
+def _flights(table: Table) -> list[Flights]:
+    """What is in flight on every rank."""
+    return [table.in_flight(rank, WAITS) for rank in range(len(table))]
 
 
 def _shorter_counts(pp: int, stages: int, whole: int) -> Sequence[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from planner.codec import noun
+from planner.heads import Heads
 from planner.kept import AttentionKernel, Kept
 from planner.matrix import Matrix, Split
 
@@ -34,8 +35,11 @@ class StateSpace:
         return self.inner + 2 * self.groups * self.state
 
     @property
-    def heads_split(self) -> tuple[tuple[int, str], ...]:
-        return ((self.state_heads, "state-space heads"), (self.groups, "state-space groups"))
+    def heads_split(self) -> tuple[Heads, ...]:
+        return (
+            Heads(count=self.state_heads, what="state-space heads"),
+            Heads(count=self.groups, what="state-space groups"),
+        )
 
     def matrices(self, hidden: int) -> tuple[Matrix, ...]:
         """Input projection (gate, convolved channels, step sizes) and output projection."""
@@ -106,8 +110,11 @@ class DeltaNet:
         return 2 * self.key_width + self.value_width
 
     @property
-    def heads_split(self) -> tuple[tuple[int, str], ...]:
-        return ((self.key_heads, "delta-rule key heads"), (self.value_heads, "delta-rule value heads"))
+    def heads_split(self) -> tuple[Heads, ...]:
+        return (
+            Heads(count=self.key_heads, what="delta-rule key heads"),
+            Heads(count=self.value_heads, what="delta-rule value heads"),
+        )
 
     def matrices(self, hidden: int) -> tuple[Matrix, ...]:
         """Queries, keys, values and output gate; decay and write strength; output projection."""
@@ -168,8 +175,8 @@ class LightningAttention:
         return self.lightning_heads * self.head_dim
 
     @property
-    def heads_split(self) -> tuple[tuple[int, str], ...]:
-        return ((self.lightning_heads, "lightning-attention heads"),)
+    def heads_split(self) -> tuple[Heads, ...]:
+        return (Heads(count=self.lightning_heads, what="lightning-attention heads"),)
 
     def matrices(self, hidden: int) -> tuple[Matrix, ...]:
         """Queries, keys and values; output gate; output projection."""

@@ -65,13 +65,17 @@ def batch_divides(problem: PlanningProblem, degrees: Degrees) -> Rejected | None
 
 
 def heads_divide(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
-    """A tensor-parallel rank holds whole query heads and whole key-value heads."""
-    for count, what in problem.model.heads_split:
-        if count % degrees.tp:
+    """A tensor-parallel rank holds whole query heads and whole key-value heads, or a copy of one of these."""
+    split = problem.model.heads_split
+    for heads in split:
+        if not heads.split_over(degrees.tp):
+            ways = range(1, max(each.count for each in split) + 1)
+            more = ", or tp a multiple of their number, with copies of each" if heads.repeated else ""
             return Rejected(
                 rule="tp_divides_heads",
-                detail=f"tp={degrees.tp} cannot split {count} {what}: each rank needs whole heads.",
-                legal=legal_values(divisors(count), degrees.tp),
+                detail=f"tp={degrees.tp} cannot split {heads.count} {heads.what}: each rank needs whole "
+                f"heads{more}.",
+                legal=legal_values((tp for tp in ways if all(h.split_over(tp) for h in split)), degrees.tp),
                 fix="--fix tp=",
             )
     return None

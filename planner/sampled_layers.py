@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from planner.catalog import load_model, model_index
 from planner.codec import noun
 from planner.cost.comm import NOISY_SPREAD
-from planner.model import Layer, ModelSpec
+from planner.model import Block, Layer, ModelSpec
 from planner.profile import CommSample, LayerKind, LayerSample, Profile, shape_key
 from planner.rate_sample import RateKind, RateSample
 from planner.strategy import Recompute
@@ -74,6 +74,8 @@ class SampledClass:
         block = self.block
         if block is None:
             return None
+        if isinstance(block, Block):
+            block = block.held(sample.tp)
         return (
             block.matmul_flops_forward(tokens) + block.attention_flops_forward(tokens, sample.seq)
         ) / sample.tp

@@ -106,6 +106,11 @@ class Stack:
         return self.own
 
     @property
+    def defers_products(self) -> bool:
+        """Whether a split backward leaves the factors of weight gradients for later and frees all else."""
+        return self.own
+
+    @property
     def gathers_logits(self) -> bool:
         """Whether every tensor-parallel rank takes the loss over the whole vocabulary, not over its shard.
 

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from planner.cost.charged import Message
+from planner.cost.charged import COPIES, Message
 from planner.profile import Op
 from runtime.parallel import context_attention
 from runtime.parallel.meshes import Meshes
@@ -52,7 +53,8 @@ _NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 class MessageCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While entered, counts this rank's messages by operation, mesh axis and bytes into `messages`.
 
-    A group that is no axis of the mesh is named by its ranks, such as `0,3`; that of all ranks `world`.
+    A group that is no axis of the mesh is named by its ranks, such as `0,3`; that of all ranks `world`. What
+    a rank sends to itself alone is no message.
     """
 
     def __init__(self, meshes: Meshes) -> None:
@@ -76,6 +78,8 @@ class MessageCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _note(self, name: str, args: tuple[Any, ...]) -> None:
         group = _group_of(args)
+        if dist.get_world_size(group) == 1:
+            return
         if name in _SHARD:
             op, size = Op.ALL_GATHER, _bytes(args[0]) * dist.get_world_size(group)
         elif name in _WHOLE:
@@ -101,15 +105,28 @@ def count_messages(step: Callable[[], object], meshes: Meshes) -> Counter[Messag
 def _axes_by_ranks(meshes: Meshes) -> dict[tuple[int, ...], str]:
     """The groups that this rank is in, by their ranks; of axes with the same ranks the last of the grid.
 
-    A data axis that cp is folded into goes by its own name.
+    A data axis that cp is folded into goes by its own name. Axes of the grid of experts go by theirs where
+    their ranks are no axis of the other.
     """
     names = {tuple(range(dist.get_world_size())): "world"}
+    for heads in meshes.copied.values():
+        names[tuple(sorted(dist.get_process_group_ranks(heads.copies.get_group())))] = COPIES
     for mesh in (meshes.data, meshes.world):
-        for place, name in enumerate(mesh.mesh_dim_names or ()):
-            ranks = tuple(sorted(dist.get_process_group_ranks(mesh.get_group(place))))
-            if len(ranks) > 1:
-                names[ranks] = name.removesuffix("_cp")
+        for ranks, name in _axes_of(mesh):
+            names[ranks] = name.removesuffix("_cp")
+    experts = meshes.experts
+    for mesh in () if experts is None else (experts.ep, experts.etp, experts.data):
+        for ranks, name in _axes_of(mesh):
+            names.setdefault(ranks, name)
     return names
+
+
+def _axes_of(mesh: DeviceMesh) -> Iterator[tuple[tuple[int, ...], str]]:
+    """The ranks of each of a mesh's axes of more than one."""
+    for place, name in enumerate(mesh.mesh_dim_names or ()):
+        ranks = tuple(sorted(dist.get_process_group_ranks(mesh.get_group(place))))
+        if len(ranks) > 1:
+            yield ranks, name
 
 
 def _group_of(args: tuple[Any, ...]) -> dist.ProcessGroup:

@@ -3,7 +3,8 @@
 For y = x A^T + b, an I pass computes dx = dy A and db at once and keeps (x, dy); the W pass computes
 dA = dy^T x. Everything else is done in I: norms, biases, embedding, head, and whole blocks that recompute,
 since keeping what they recomputed until W would give back the memory that recomputing saved. So a block is
-recomputed once, and what is kept from I to W is at most what the block kept from its forward:
+recomputed once, and what is kept from I to W is less than what the block kept from its forward, unless
+tensor and sequence parallelism share that out and gather these (planner.cost.waiting):
 
     (x, dy) of a llama block    x: 2 H + Q + F     dy: 2 H + Q + 2 KV + 2 F     values a token
     its activations             4 H + 2 Q + 2 KV + 4 F
@@ -44,7 +45,8 @@ class Deferred:
 
     def put(self, weight: nn.Parameter, x: Tensor, dy: Tensor) -> None:
         assert self.micro_batch is not None
-        self._waiting.setdefault(self.micro_batch, []).append(_Product(weight, x, dy))
+        # Without its history, which would keep the stage's input alive as well.
+        self._waiting.setdefault(self.micro_batch, []).append(_Product(weight, x.detach(), dy))
 
     def add_gradients(self, micro_batch: int) -> None:
         """The W pass: adds the gradients that wait for a micro-batch to their weights'."""

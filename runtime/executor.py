@@ -32,7 +32,7 @@ from runtime.optimizer import (
 from runtime.parallel.context import held_positions
 from runtime.parallel.meshes import Meshes, build_meshes, mesh_axes
 from runtime.parallel.supported import check_supported
-from runtime.parallel.tensor import partial_parameters
+from runtime.parallel.tensor import copies_of, partial_parameters
 from runtime.parallelize import build_stage
 from runtime.pipeline import Pipeline, Record, StageModule
 from runtime.precision import LossScaler, compute_dtype
@@ -191,9 +191,7 @@ class Executor:
             weight.shard.grad = _gradient(weight)
             if weight.gradient_scale != 1:
                 weight.shard.grad.mul_(weight.gradient_scale)
-        if self._partial:
-            group = [self.meshes.tp.get_group()]
-            sum_over((w.shard.grad, group) for w in self._partial if w.shard.grad is not None)
+        sum_over((w.shard.grad, [group]) for w, group in self._partial if w.shard.grad is not None)
         self._sum_tied()
         return [weight.shard.grad for weight in self.weights if weight.shard.grad is not None]
 
@@ -255,13 +253,18 @@ class Executor:
         routed = isinstance(parameter, DTensor) and "ep" in mesh_axes(parameter)
         return degrees.expert_replicas / degrees.replicas if routed else 1.0
 
-    def _partial_weights(self) -> list[Weight]:
-        """Weights whose gradient is a partial sum over tp; of adapters, the halves that are not split."""
+    def _partial_weights(self) -> list[tuple[Weight, dist.ProcessGroup]]:
+        """Weights whose gradient is a partial sum over tp, of adapters the halves that are not split; or over
+        the copies of a key-value head."""
         degrees, adapters = self.plan.strategy.degrees, self.plan.workload.adapters
-        if adapters is not None:
-            return [w for w in self.weights if degrees.tp > 1 and not on_axis(w.parameter, "tp")]
+        copied = [(w, copies) for w in self.weights if (copies := copies_of(w.parameter, self.meshes))]
         partial = {id(p) for module in self.modules for p in partial_parameters(module.model, degrees)}
-        return [weight for weight in self.weights if id(weight.parameter) in partial]
+        if adapters is not None:
+            apart = {id(w) for w, _ in copied}
+            whole = [w for w in self.weights if not on_axis(w.parameter, "tp") and id(w) not in apart]
+            partial = {id(w.parameter) for w in whole if degrees.tp > 1}
+        summed = [(w, self.meshes.tp) for w in self.weights if id(w.parameter) in partial]
+        return [(w, mesh.get_group()) for w, mesh in (*summed, *copied)]
 
     def _make_tied_group(self) -> dist.ProcessGroup | None:
         """The group of the two ranks that hold a tied embedding's two copies; None where one rank has both.

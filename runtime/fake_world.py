@@ -6,7 +6,7 @@ timed is a rank's own work: DTensor and FSDP2 at full host cost, and no communic
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +19,10 @@ from runtime.parallel.meshes import Meshes, meshes_of
 
 
 @contextmanager
-def fake_world(degrees: Degrees, device_type: str) -> Iterator[Meshes]:
-    """Rank 0 of a world of these degrees, as meshes. One at a time in a process."""
+def fake_world(degrees: Degrees, device_type: str, copied: Collection[int] = ()) -> Iterator[Meshes]:
+    """Rank 0 of a world of these degrees, as meshes (`meshes_of`). One at a time in a process."""
     with fake_group(degrees.world):
-        yield meshes_of(degrees, device_type)
+        yield meshes_of(degrees, device_type, copied)
 
 
 @contextmanager

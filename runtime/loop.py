@@ -25,7 +25,7 @@ from planner.codec import encode
 from planner.errors import InputError, Problem
 from planner.plan import Plan
 from planner.plan_cost import usd_of
-from runtime.adapter_files import say_export
+from runtime.adapter_files import AdapterFolder, say_export
 from runtime.backends.transformers import backend_of
 from runtime.backends.transformers import load_into as load_their_names
 from runtime.causes import mean_causes
@@ -161,6 +161,11 @@ class _Loop:
             fill = load_into if options.hf_config is None else load_their_names
             fill(self.executor, Path(options.init_from))
             self.send({"say": f"weights from {options.init_from}"})
+        if options.adapters_from is not None:
+            source = AdapterFolder(Path(options.adapters_from), plan, alpha=options.lora_alpha)
+            source.fill(self.executor.weight_tensors())
+            self.executor.weights_filled()
+            self.send({"say": f"adapters from {options.adapters_from}"})
         if resumed is not None:
             restore(*resumed, self.executor, chosen)
             self._say_resumed(resumed[1].step, resumed[1].run, saved, chosen)

@@ -7,7 +7,8 @@
 Under tensor parallelism the half beside the split dimension is split with it: B where the outputs of W are,
 A where its inputs are. Then x A^T needs no communication of its own: each rank adds its part of the adapter's
 result to its part of y, before that is summed or left apart as y is. The other half is whole on every rank,
-and its gradient a part of a sum over them, which the executor adds up once a step.
+and its gradient a part of a sum over them, which the executor adds up once a step. Beside a weight that is
+whole on every rank, as those of latents are, both halves are whole as it is.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.placement_types import Placement
+from torch.nn import functional
 
 from planner.errors import InputError, Problem
 from planner.workload import AdapterModules, Adapters, Workload
 from runtime.precision import compute_dtype
 from runtime.transformer.block import Block
 from runtime.transformer.initial import drawn
+from runtime.transformer.latent import LatentAttention
 from runtime.transformer.mlp import Mlp
 from runtime.weights import Weight, local_part, split_dim
 
@@ -67,7 +70,10 @@ def scale_of(adapters: Adapters, alpha: float | None) -> float:
 
 def adapted_modules(block: Block, modules: AdapterModules) -> list[str]:
     """The paths of a block's projections that get adapters (planner.adapters)."""
-    paths = [f"attention.{name}" for name in _ATTENTION[modules]]
+    attention = block.attention
+    latent = [name for name, child in attention.named_children() if isinstance(child, nn.Linear)]
+    names = latent if isinstance(attention, LatentAttention) else _ATTENTION[modules]
+    paths = [f"attention.{name}" for name in names]
     if modules is AdapterModules.ALL and isinstance(block.mlp, Mlp):
         paths += [f"mlp.{key}" for key, child in block.mlp.named_children() if isinstance(child, nn.Linear)]
     return paths
@@ -81,7 +87,7 @@ def add_adapter(linear: nn.Linear, name: str, rank: int, *, scale: float, seed: 
     whole_b = torch.zeros(outputs, rank)
     for key, whole, dim in ((A, whole_a, 1), (B, whole_b, 0)):
         half = whole.to(weight.device)
-        if isinstance(weight, DTensor) and split_dim(weight.placements[0]) == dim:
+        if isinstance(weight, DTensor) and split_dim(weight.placements[0]) in (None, dim):
             half = _own_slice(half, weight.device_mesh, weight.placements[0], dim)
         linear.register_parameter(key, nn.Parameter(half))
     # First of all hooks: the result is then still laid out as the product leaves it.
@@ -89,7 +95,8 @@ def add_adapter(linear: nn.Linear, name: str, rank: int, *, scale: float, seed: 
 
 
 def _own_slice(whole: Tensor, mesh: DeviceMesh, placement: Placement, dim: int) -> DTensor:
-    own = whole.chunk(mesh.size(), dim)[mesh.get_local_rank()].contiguous()
+    parts = 1 if placement.is_replicate() else mesh.size()
+    own = whole.chunk(parts, dim)[mesh.get_local_rank() % parts].contiguous()
     return DTensor.from_local(own, mesh, [placement], run_check=False)
 
 
@@ -100,7 +107,12 @@ class _Beside:
         self.scale = scale
 
     def __call__(self, linear: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        x, a, b = args[0], local_part(getattr(linear, A)), local_part(getattr(linear, B))
+        x, halves = args[0], (getattr(linear, A), getattr(linear, B))
+        if isinstance(out, DTensor) and all(isinstance(half, DTensor) for half in halves):
+            inner, outer = halves
+            added: Tensor = out + self.scale * functional.linear(functional.linear(x, inner), outer)
+            return added
+        a, b = map(local_part, halves)
         if not isinstance(out, DTensor):
             result: Tensor = out + self.scale * ((x @ a.T) @ b.T)
             return result
@@ -116,10 +128,15 @@ def fingerprint(frozen: Sequence[Weight], device: torch.device) -> Tensor:
     """Three sums over all frozen weights, the same in every layout but for rounding. Collective."""
     total = torch.zeros(3, dtype=torch.float64, device=device)
     for weight in frozen:
-        values = local_part(weight.parameter.detach()).double()
-        total += weight.share * torch.stack((values.sum(), values.abs().sum(), values.square().sum()))
+        total += weight.share * sums_of(local_part(weight.parameter.detach()))
     dist.all_reduce(total)
     return total.cpu()
+
+
+def sums_of(values: Tensor) -> Tensor:
+    """The sum of values, of what they are without their signs, and of their squares."""
+    values = values.double()
+    return torch.stack((values.sum(), values.abs().sum(), values.square().sum()))
 
 
 def check_base(saved: Tensor, own: Tensor) -> None:

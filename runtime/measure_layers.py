@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from planner.codec import encode, noun
-from planner.execution import executed_widths
+from planner.execution import vocabulary_not_executed
 from planner.model import ModelSpec
 from planner.profile import LayerKind, LayerSample, shape_key
 from planner.strategy import CpExchange, Degrees, Recompute
@@ -105,7 +105,9 @@ class LayerCase:
 
 def divides(model: ModelSpec, tp: int) -> bool:
     """Whether every size that tensor parallelism splits is a multiple of `tp`."""
-    return all(size % tp == 0 for size, _ in (*model.heads_split, *executed_widths(model)))
+    heads = all(heads.split_over(tp) for heads in model.heads_split)
+    widths = all(size % tp == 0 for size, _ in model.widths_split)
+    return heads and widths and not vocabulary_not_executed(model, Degrees(tp=tp))
 
 
 def measure_layers(
@@ -116,7 +118,7 @@ def measure_layers(
     def body(rank: int, emit: Emit) -> None:
         torch.set_num_threads(1)
         for case in cases:
-            with fake_world(case.degrees(), device_type) as meshes:
+            with fake_world(case.degrees(), device_type, model.heads_copied(case.tp)) as meshes:
                 try:
                     emit(encode(_sample(case, model, precision, meshes, effort)))
                 except (RuntimeError, MemoryError) as error:

@@ -30,13 +30,13 @@ class TrainOptions:
 
     `steps` counts from the beginning of training, not from the resumed step. `data_cache` is where
     tokenized data goes, for runs to share; None: the run's own folder. `init_from` is a folder of weights to
-    begin with. `checkpoint_every` 0 saves at the end only. `sync_checkpoints` makes training wait until a
-    checkpoint is published, not only copied. `compile` None compiles blocks on CUDA. `hang_timeout` is after
-    how many seconds a rank that does not answer ends the run; None: by the plan's predicted times.
-    `any_device` lets a plan run on other devices than it was made for. `log` names experiment trackers beside
-    metrics.jsonl. `hf_config` makes the modules Hugging Face Transformers', of this config. torch's profiler
-    traces `profile_steps` steps. `lora_alpha` None is
-    twice the rank of the plan's adapters.
+    begin with, `adapters_from` one of PEFT's adapters. `checkpoint_every` 0 saves at the end only.
+    `sync_checkpoints` makes training wait until a checkpoint is published, not only copied. `compile` None
+    compiles blocks on CUDA. `hang_timeout` is after how many seconds a rank that does not answer ends the
+    run; None: by the plan's predicted times. `any_device` lets a plan run on other devices than it was made
+    for. `log` names experiment trackers beside metrics.jsonl. `hf_config` makes the modules Hugging Face
+    Transformers', of this config. torch's profiler traces `profile_steps` steps. `lora_alpha` None is twice
+    the rank of the plan's adapters.
     """
 
     steps: int
@@ -45,6 +45,7 @@ class TrainOptions:
     data_cache: str | None = None
     resume: bool = False
     init_from: str | None = None
+    adapters_from: str | None = None
     hf_config: str | None = None
     seed: int = 0
     checkpoint_every: int = 0

@@ -14,6 +14,7 @@ import torch
 from planner.codec import digest, encode
 from planner.errors import InputError, Problem
 from planner.plan import Plan, load_plan, save_plan
+from runtime.adapter_files import AdapterFolder
 from runtime.backends.transformers import check_backend
 from runtime.checkpoint import load_checkpoint
 from runtime.committed import (
@@ -105,6 +106,8 @@ def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
         )
     if options.hf_config is not None:
         check_backend(plan, Path(options.hf_config))
+    if options.adapters_from is not None:
+        _begin_with_adapters(Path(options.adapters_from), plan, options)
     if options.init_from is not None:
         _begin_with(Path(options.init_from), plan, options)
     cache = run_dir / "data" if options.data_cache is None else Path(options.data_cache)
@@ -122,6 +125,17 @@ def _check_adapters(plan: Plan, options: TrainOptions) -> None:
                 fix="leave it out, or solve with --method lora",
             )
         )
+
+
+def _begin_with_adapters(folder: Path, plan: Plan, options: TrainOptions) -> None:
+    """Checks the folder that a new run takes its adapters from."""
+    if options.resume or plan.workload.adapters is None:
+        why = "with --resume, which takes them from the run's own checkpoint"
+        if plan.workload.adapters is None:
+            why = f"but the plan trains all weights (method {plan.workload.method})"
+        fault, fix = f"is given, {why}.", "leave it out"
+        raise InputError(Problem(where="--adapters-from", fault=fault, fix=fix))
+    AdapterFolder(folder, plan, alpha=options.lora_alpha)
 
 
 def _begin_with(folder: Path, plan: Plan, options: TrainOptions) -> None:

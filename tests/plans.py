@@ -17,12 +17,14 @@ from planner.strategy import AXES, Degrees, Recompute, RecomputeCounts, Stage, S
 from planner.workload import Adapters, Method, Optimizer, Precision, Workload
 
 
-def tiny_llama(*, layers: int = 4, hidden: int = 32, vocab: int = 64, tied: bool = False) -> ModelSpec:
+def tiny_llama(
+    *, layers: int = 4, hidden: int = 32, vocab: int = 64, tied: bool = False, kv_heads: int = 4
+) -> ModelSpec:
     """A llama of four layers with grouped key and value heads."""
     block = Block(
         hidden=hidden,
         norm=Norm.RMSNORM,
-        mixer=Attention(heads=8, kv_heads=4, head_dim=hidden // 8),
+        mixer=Attention(heads=8, kv_heads=kv_heads, head_dim=hidden // 8),
         mlp=Mlp(width=2 * hidden, gated=True, activation=Activation.SILU),
     )
     return ModelSpec(
@@ -63,6 +65,21 @@ def tiny_gpt2(*, layers: int = 4, hidden: int = 32, vocab: int = 64) -> ModelSpe
         tied_embeddings=True,
         segments=(Segment(block=block, count=layers),),
     )
+
+
+def changed_mixer(model: ModelSpec, **changes: object) -> ModelSpec:
+    """The model with its blocks' mixer changed."""
+    (segment,) = model.segments
+    mixer = dataclasses.replace(segment.block.mixer, **changes)
+    block = dataclasses.replace(segment.block, mixer=mixer)
+    return dataclasses.replace(model, segments=(dataclasses.replace(segment, block=block),))
+
+
+def parallel(model: ModelSpec, norms: int) -> ModelSpec:
+    """The model with attention and MLP side by side, by one norm or two."""
+    (segment,) = model.segments
+    block = dataclasses.replace(segment.block, parallel=True, norms=norms)
+    return dataclasses.replace(model, segments=(dataclasses.replace(segment, block=block),))
 
 
 def tiny_mla(*, layers: int = 4, hidden: int = 32) -> ModelSpec:

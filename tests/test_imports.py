@@ -43,6 +43,7 @@ LAYERS = (
         "matrix",
         "kept",
         "arithmetic",
+        "heads",
         "attention",
         "recurrent",
         "mixers",

@@ -116,7 +116,7 @@ LORA = {"method": Method.LORA, "adapters": Adapters(rank=16, modules=AdapterModu
     ("model", "change", "words"),
     [
         (EXPERTS, {"precision": Precision.FP8}, "experts do not multiply in fp8"),
-        (LATENT, LORA, "adapters .* stand beside plain attention"),
+        (LATENT, LORA, ""),
         ("llama-3-8b", {"precision": Precision.FP8}, ""),
         ("llama-3-8b", {"precision": Precision.FP16, "optimizer": Optimizer.MUON, **LORA}, ""),
     ],

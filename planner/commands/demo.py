@@ -181,7 +181,8 @@ def _other_plans(problem: PlanningProblem, chosen: Plan) -> list[Plan]:
     widest = max(
         d
         for d in range(1, problem.cluster.devices + 1)
-        if problem.cluster.devices % d == 0 and all(count % d == 0 for count, _ in problem.model.heads_split)
+        if problem.cluster.devices % d == 0
+        and all(heads.split_over(d) for heads in problem.model.heads_split)
     )
     plans: list[Plan] = []
     for pins in OTHERS:

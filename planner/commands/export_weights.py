@@ -26,9 +26,22 @@ from planner.commands.options import json_option
     help="Number format of the weights. Default: the config's own, else float32.",
 )
 @click.option("--step", type=int, metavar="N", help="Which checkpoint. Default: the newest whole one.")
+@click.option(
+    "--merge-adapters",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Of a LoRA run: the folder of weights that it began with (plan train --init-from), into which its "
+    "adapters are added.",
+)
 @json_option
 def export_weights(
-    run_dir: Path, output: Path, config: Path | None, dtype: str | None, step: int | None, as_json: bool
+    run_dir: Path,
+    output: Path,
+    config: Path | None,
+    dtype: str | None,
+    step: int | None,
+    merge_adapters: Path | None,
+    as_json: bool,
 ) -> None:
     """Write a run's weights as a Hugging Face folder: config.json, safetensors, tokenizer.
 
@@ -41,7 +54,7 @@ def export_weights(
 
     from runtime.hf_weights.export import export_run
 
-    done = export_run(run_dir, output, config=config, dtype=dtype, step=step)
+    done = export_run(run_dir, output, config=config, dtype=dtype, step=step, base=merge_adapters)
     for remark in done.remarks:
         click.echo(f"passed over: {remark}", err=True)
     facts = {

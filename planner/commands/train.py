@@ -59,6 +59,11 @@ if TYPE_CHECKING:
     help="Begin with the weights of a Hugging Face folder (*.safetensors), not with random ones.",
 )
 @click.option(
+    "--adapters-from",
+    metavar="FOLDER",
+    help="Begin with the adapters of a PEFT folder, beside the weights of --init-from. With --method lora.",
+)
+@click.option(
     "--seed", default=0, show_default=True, metavar="N", help="Of the weights and the data's order."
 )
 @click.option(

@@ -23,7 +23,7 @@ import math
 
 from planner.attention import Attention
 from planner.cost.chunked_loss import chunk_logits
-from planner.cost.context import traded_bytes
+from planner.cost.context import both_sides_bytes, traded_bytes
 from planner.cost.layer import LayerCost, LayerShape, block_saved_bytes
 from planner.cost.memory_constants import MemoryConstants
 from planner.feed_forward import Mlp
@@ -44,7 +44,7 @@ def engine_bytes(
     if shape.kind is LayerKind.BLOCK:
         block = model.classes()[shape.block] if shape.block else model.segments[0].block
         if isinstance(block, Block):
-            return _block_bytes(cost, block, shape, stack, constants)
+            return _block_bytes(cost, block.held(shape.tp), shape, stack, constants)
     if shape.kind is LayerKind.HEAD and model.vocab:
         return _head_bytes(cost, model, shape, stack, constants)
     return dataclasses.replace(
@@ -188,6 +188,12 @@ def _selective_bytes(
             dropped = block_saved_bytes(block, shape, Recompute.NONE) - block_saved_bytes(
                 block, shape, Recompute.SELECTIVE
             )
+            if stack.own:
+                return (
+                    whole
+                    + both_sides_bytes(block, shape)
+                    - scale * max(dropped - _fused_bytes(block, shape, stack), 0.0)
+                )
             again = traded_bytes(block, shape)
             return whole - again - scale * max(dropped - _fused_bytes(block, shape, stack), 0.0)
         case Selective.ATTENTION:

@@ -152,7 +152,9 @@ def analytic_cost(
 
 
 def _class_of(model: ModelSpec, shape: LayerShape) -> Layer:
-    return model.classes()[shape.block] if shape.block else model.segments[0].block
+    """The layer that is asked for, as the ranks of tensor parallelism hold it together."""
+    layer = model.classes()[shape.block] if shape.block else model.segments[0].block
+    return layer.held(shape.tp) if isinstance(layer, Block) else layer
 
 
 def core_s(model: ModelSpec, shape: LayerShape, rates: DeviceRates) -> tuple[float, float]:

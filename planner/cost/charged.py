@@ -19,6 +19,10 @@ from planner.cost.stage import ShapeModel
 from planner.plan import Plan
 from planner.problem import PlanningProblem
 from planner.profile import Op
+from planner.stack import Stack
+
+COPIES = "copies"
+"""The axis of tensor-parallel neighbours that have copies of the same key-value heads."""
 
 
 class Message(NamedTuple):
@@ -71,8 +75,9 @@ def charged_messages(plan: Plan) -> tuple[Counter[Message], ...]:
             cp = often * (cost.forward.cp_s + cost.backward.cp_s)
             ep = often * (cost.forward.ep_s + cost.backward.ep_s)
             dp = often * (cost.forward.dp_s + cost.backward.dp_s) + cost.unshard_s + cost.reduce_s
+            copies = cost.copied_s
             data = "dp_replicate" if kind[0] is Op.ALL_REDUCE else "dp_shard"
-            for axis, count in (("tp", tp), ("cp", cp), ("ep", ep), (data, dp)):
+            for axis, count in (("tp", tp), ("cp", cp), ("ep", ep), (COPIES, copies), (data, dp - copies)):
                 if count:
                     found[rank][Message(kind[0], axis, round(kind[1]))] += round(count)
         if model.messages.p2p_s():
@@ -91,7 +96,8 @@ def _add_sends(plan: Plan, size_bytes: int, found: list[Counter[Message]]) -> No
 
 
 def _somewhere(plan: Plan) -> PlanningProblem:
-    """The plan's problem on devices that overlap nothing, so that all that is charged for shows."""
+    """The plan's problem on devices that overlap nothing, so that all that is charged for shows, and with
+    routers that send as many tokens to every rank."""
     device = Device(
         name="any",
         title="a device",
@@ -113,4 +119,5 @@ def _somewhere(plan: Plan) -> PlanningProblem:
         cluster=ClusterSpec(name="any", groups=(group,), intra=link, inter=link),
         profile=None,
         memory_limit_bytes=2**40,
+        stack=Stack(balanced=True),
     )

@@ -15,7 +15,7 @@ from planner.cost.activations import engine_bytes
 from planner.cost.analytic import DeviceRates, analytic_cost, core_s, device_rates
 from planner.cost.context import with_context_buffers
 from planner.cost.layer import LayerCost, LayerShape
-from planner.cost.memory_constants import memory_constants
+from planner.cost.memory_constants import memory_constants, process_groups
 from planner.cost.passes import Unit
 from planner.cost.physics import Physics
 from planner.cost.samples import Run, SampleTable, at_usual_speed
@@ -57,6 +57,7 @@ class LayerModel:
         self._before = {key: [0, *accumulate(k == key for k in self.keys)] for key in self.classes}
         self._known: dict[LayerShape, LayerCost] = {}
         self._units: dict[tuple[int, int, int | None], Units] = {}
+        self._copied: dict[int, int] = {}
         self._run_rates: dict[Run, DeviceRates] = {}
         self._analytic_known: dict[tuple[LayerShape, Run], LayerCost] = {}
 
@@ -78,6 +79,15 @@ class LayerModel:
         if key not in self._units:
             self._units[key] = units_of(self.problem, self.classes, degrees)
         return self._units[key]
+
+    def runtime_bytes(self, degrees: Degrees) -> int:
+        """Bytes of a device's communicators; processes that share the cores of a host have none."""
+        if degrees.world == 1 or self.problem.cluster.groups[0].slots_per_node is not None:
+            return 0
+        if degrees.tp not in self._copied:
+            self._copied[degrees.tp] = len(self.problem.model.heads_copied(degrees.tp))
+        groups = process_groups(degrees, self._copied[degrees.tp])
+        return round(self.memory.communicator_bytes * groups)
 
     def all_units(self, degrees: Degrees) -> list[tuple[Unit, int]]:
         """The units of the whole model with their counts."""

@@ -178,6 +178,15 @@ def traded_bytes(block: Block, shape: LayerShape) -> float:
     return kept
 
 
+def both_sides_bytes(block: Block, shape: LayerShape) -> float:
+    """What an all-to-all adds where its results are kept beside what it was given: queries, keys, values."""
+    if shape.cp == 1 or shape.cp_exchange is not CpExchange.ALL_TO_ALL:
+        return 0.0
+    mixers = [m for m in block.mixers if isinstance(m, (Attention, LatentAttention))]
+    widths = [widths_of(mixer, shape) for mixer in mixers]
+    return shape.tokens * sum(own.query + own.kv for own in widths)
+
+
 def _buffer_bytes(mixer: Mixer, shape: LayerShape) -> tuple[float, float]:
     """Forward: a ring's next keys and values and its fp32 result; all gathered ones; traded copies.
 

@@ -16,6 +16,7 @@ from planner.codec import noun
 from planner.cost import constants
 from planner.cost.comm import CommModel
 from planner.cost.compute import ORIGINS, LayerModel
+from planner.cost.flight import Flights
 from planner.cost.goodput import Job
 from planner.cost.job import job_figures, job_of
 from planner.cost.judged import RankMemory, most_pressed
@@ -31,6 +32,7 @@ from planner.cost.stage import AlonePasses, ShapeModel
 from planner.cost.stage_cost import StageCost
 from planner.cost.trained import trained_flops_per_token
 from planner.cost.verdict import band
+from planner.cost.waiting import most_waits
 from planner.estimate import Coverage, Estimate, MemoryBreakdown, StageEstimate, TimeBreakdown
 from planner.placement import Groups, device_names, is_mixed, rank_groups, seen_from, stage_groups
 from planner.problem import PlanningProblem
@@ -122,9 +124,10 @@ class CostModel:
         """The table of a shape. Shapes of one pipeline share it, with its order."""
         return build_table(degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches)
 
-    def in_flight(self, degrees: Degrees) -> tuple[tuple[dict[int, int], ...], ...]:
-        """For every pipeline rank, the counts of live micro-batches by stage at its fullest moments."""
-        return in_flight(degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches)
+    def in_flight(self, degrees: Degrees) -> tuple[Flights, ...]:
+        """For every pipeline rank, what is in flight by stage at its fullest moments."""
+        pipe = degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches
+        return in_flight(*pipe, most_waits(self.problem.stack, degrees))
 
     def replay(
         self,
@@ -286,7 +289,7 @@ def memory_of_ranks(
     ranks = []
     for rank, shape in enumerate(shapes):
         held = {stage: costs[stage] for stage in table.stages_of(rank)}
-        vectors = table.in_flight(rank)
+        vectors = table.in_flight(rank, most_waits(shape.problem.stack, shape.degrees))
         ranks.append(RankMemory(held, rank_memory(shape, vectors, held), host_bytes(vectors, held)))
     return ranks
 
@@ -342,5 +345,7 @@ def _busy(
             cp_comm_s=passing.cp_s * times,
             ep_comm_s=passing.ep_s * times,
         )
-    messages_s = replayed.unshard_s[rank] + replayed.reduce_s[rank]
-    return total + TimeBreakdown(dp_comm_s=messages_s, optimizer_s=replayed.optimizer_s[rank])
+    copied_s = replayed.copied_s[rank]
+    messages_s = replayed.unshard_s[rank] + replayed.reduce_s[rank] - copied_s
+    once = TimeBreakdown(tp_comm_s=copied_s, dp_comm_s=messages_s, optimizer_s=replayed.optimizer_s[rank])
+    return total + once

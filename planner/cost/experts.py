@@ -12,12 +12,18 @@ all-to-all of dispatch and one of combine, and the same two going back. With h t
 The slowest rank sends and receives more than the mean by the imbalance of experts. Where an expert is in etp
 shards its rows are gathered over etp ranks before and scattered after, k h values a token of all etp ranks;
 with ep = 1 nothing is dispatched, and the tokens themselves are gathered.
+
+Going forward the own runtime's ranks also tell each other, in small messages whose latency counts: how many
+rows come to each expert (8 bytes each); with tokens that are gathered their experts and weights; and, where
+sequences are in parts, how often each expert was chosen (4 bytes) for the loss that balances them.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
+from planner.codec import noun
 from planner.cost.messages import Messages
 from planner.feed_forward import Experts
 from planner.model import Block, Layer
@@ -39,24 +45,83 @@ def distinct_parts(count: int, topk: int, parts: int) -> float:
     return parts * (1.0 - misses)
 
 
-def expert_pass_s(messages: Messages, experts: Experts, hidden: int) -> float:
-    """Seconds that dispatch, combine and gathering of one micro-batch show in one direction."""
+@noun
+class ExpertPass:
+    """Seconds that sharing out one block's experts shows for a micro-batch.
+
+    `forward_s` is an all-to-all's part of a forward pass, whose results selective recomputation may keep, and
+    `beside_s` all else of it.
+    """
+
+    forward_s: float = 0.0
+    beside_s: float = 0.0
+    backward_s: float = 0.0
+
+    @property
+    def both_s(self) -> float:
+        return self.forward_s + self.beside_s + self.backward_s
+
+
+def expert_pass(messages: Messages, experts: Experts, hidden: int) -> ExpertPass:
+    """What dispatch, combine and gathering of one micro-batch show, and what ranks tell each other."""
     degrees, physics, size = messages.degrees, messages.physics, messages.value_bytes
+    if not degrees.spreads_experts and degrees.cp == 1:
+        return ExpertPass()
     values = messages.tokens / (degrees.tp if degrees.sequence_parallel else 1) * (experts.latent or hidden)
     gathered_s = _gathering_s(messages, experts, values * size)
-    if degrees.ep == 1:
-        return gathered_s
-    dispatched = messages.problem.stack.dispatch_bytes or size
-    sent_s = sum(_sending_s(messages, experts, values * each) for each in (dispatched, size))
-    imbalance = 1.0 if messages.problem.stack.balanced else physics.expert_imbalance
-    shown = physics.ep_overlapped if messages.problem.stack.overlaps_dispatch else physics.ep_exposed
-    return gathered_s + physics.ep_scale * imbalance * sent_s * shown
+    told = _telling(messages, experts) if messages.problem.stack.own else ExpertPass()
+    sent_s = 0.0
+    if degrees.ep > 1:
+        dispatched = messages.problem.stack.dispatch_bytes or size
+        sent_s = sum(_sending_s(messages, experts, values * each) for each in (dispatched, size))
+        imbalance = 1.0 if messages.problem.stack.balanced else physics.expert_imbalance
+        shown = physics.ep_overlapped if messages.problem.stack.overlaps_dispatch else physics.ep_exposed
+        sent_s *= physics.ep_scale * imbalance * shown
+    return ExpertPass(
+        forward_s=sent_s + told.forward_s,
+        beside_s=gathered_s + told.beside_s,
+        backward_s=sent_s + gathered_s + told.backward_s,
+    )
+
+
+def _telling(messages: Messages, experts: Experts) -> ExpertPass:
+    """What ranks of the own runtime tell each other to route a micro-batch's tokens."""
+    degrees, tokens = messages.degrees, messages.tokens
+    forward_s, beside_s, backward_s = 0.0, _balance_s(messages, experts), 0.0
+    if degrees.ep > 1:
+        forward_s = messages.seconds(Op.ALL_TO_ALL, 8.0 * experts.count, messages.ep_group())
+    if degrees.expert_tp > 1 and degrees.sequence_parallel and degrees.spreads_experts:
+        group, ranks = messages.expert_tp_group(), degrees.expert_tp
+        if degrees.ep > 1:
+            beside_s += messages.seconds(Op.ALL_GATHER, 8.0 * ranks * experts.count, group)
+        else:
+            chosen = ranks * tokens / degrees.tp * experts.topk
+            beside_s += sum(messages.seconds(Op.ALL_GATHER, each * chosen, group) for each in (4.0, 8.0))
+            backward_s += messages.seconds(Op.REDUCE_SCATTER, 4.0 * chosen, group)
+    return ExpertPass(forward_s=forward_s, beside_s=beside_s, backward_s=backward_s)
+
+
+def _balance_s(messages: Messages, experts: Experts) -> float:
+    """What ranks with parts of the same sequences tell each other: counts for the loss that balances experts,
+    and all choices where experts have a capacity."""
+    degrees, routing, found_s = messages.degrees, experts.routing, 0.0
+    sliced = degrees.sequence_parallel and degrees.spreads_experts
+    sequences = messages.problem.workload.seq * degrees.micro_batch
+    for ranks, seconds, held in (
+        (degrees.tp * sliced, partial(messages.seconds, group=messages.tp_group()), degrees.cp),
+        (degrees.cp, messages.cp_seconds, 1),
+    ):
+        if ranks > 1 and routing.aux_loss:
+            found_s += seconds(Op.ALL_REDUCE, 4.0 * experts.count * degrees.micro_batch)
+        if ranks > 1 and routing.capacity is not None:
+            found_s += seconds(Op.ALL_GATHER, 8.0 * experts.topk * sequences / held)
+    return found_s
 
 
 def _gathering_s(messages: Messages, experts: Experts, row_bytes: float) -> float:
     """All-gather and reduce-scatter of the rows of a sharded expert."""
     degrees = messages.degrees
-    if degrees.expert_tp == 1 or not degrees.sequence_parallel:
+    if degrees.expert_tp == 1 or not degrees.sequence_parallel or not degrees.spreads_experts:
         return 0.0
     copies = experts.topk if degrees.ep > 1 else 1
     whole, group = degrees.expert_tp * copies * row_bytes, messages.expert_tp_group()

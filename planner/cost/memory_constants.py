@@ -153,7 +153,8 @@ def memory_prior(name: str, stack: Stack) -> float:
     return MEMORY_PRIORS[name].value
 
 
-def process_groups(degrees: Degrees) -> int:
-    """Communicators of a device: one for each axis over which it talks to others."""
+def process_groups(degrees: Degrees, copied: int = 0) -> int:
+    """Communicators of a device: one for each axis over which it talks to others, and for each of `copied`
+    numbers of key-value heads that neighbours have copies of."""
     axes = (degrees.tp, degrees.pp, degrees.dp_shard, degrees.dp_replicate, degrees.cp, degrees.ep)
-    return sum(size > 1 for size in axes)
+    return sum(size > 1 for size in axes) + copied

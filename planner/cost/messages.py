@@ -144,12 +144,21 @@ class Messages:
         """What one stage sends to the next for one micro-batch, at the widest boundary of the model."""
         return self.hidden_bytes() / self.problem.model.hidden * self.stream_width
 
+    def boundary_bytes(self) -> float:
+        """What of that one device sends, and its neighbour holds."""
+        return self.message_bytes() / (self.degrees.tp if self.degrees.sequence_parallel else 1)
+
     def over_tp(self, op: Op) -> float:
         """Seconds of a message of the residual stream over the tensor-parallel group."""
         seconds = self.seconds(op, self.hidden_bytes(), self.tp_group())
         half = 1.0 if op is Op.ALL_REDUCE else 0.5
         late_s = half * self._late_s(self.physics.tp_rank_s, self.degrees.tp, seconds)
         return late_s + self.physics.tp_scale * seconds
+
+    def over_copies_s(self, size_bytes: float, copies: int) -> float:
+        """Seconds of summing gradients over neighbours that have copies of the same weights."""
+        group = self._group(copies, copies)
+        return self.physics.tp_scale * self.seconds(Op.ALL_REDUCE, size_bytes, group)
 
     @staticmethod
     def _late_s(rank_s: float, ranks: int, seconds: float) -> float:
@@ -160,7 +169,6 @@ class Messages:
         """One hop of the residual stream between neighbouring stages."""
         if self.degrees.pp == 1:
             return 0.0
-        shards = self.degrees.tp if self.degrees.sequence_parallel else 1
         per_node = self.problem.cluster.devices_per_node
         group = Group(
             ranks=2,
@@ -168,7 +176,7 @@ class Messages:
             spans_nodes=self.degrees.world > per_node,
             stride=self.degrees.world // self.degrees.pp,
         )
-        return self.physics.pp_scale * self.seconds(Op.P2P, self.message_bytes() / shards, group)
+        return self.physics.pp_scale * self.seconds(Op.P2P, self.boundary_bytes(), group)
 
     def gather(self, dense_params: float, routed_params: float = 0.0) -> Pass:
         """All-gather of a unit's parameters in the compute precision, with copies in and out.
@@ -176,6 +184,8 @@ class Messages:
         Those of routed experts are gathered over the fewer ranks that hold copies of them.
         """
         degrees, params = self.degrees, dense_params + routed_params
+        if not degrees.spreads_experts:  # of one unit with all else
+            dense_params, routed_params = params, 0.0
         if max(degrees.weight_shards, degrees.expert_shards if routed_params else 1) == 1 or params == 0:
             return Pass()
         size = params * self.value_bytes
@@ -196,9 +206,9 @@ class Messages:
             return Pass()
         per_byte = self.constant(f"{self.wrapper}_reduce_copy_s_per_byte")
         copies_s = self.constant(f"{self.wrapper}_reduce_unit_s") + each * unit.trained * per_byte
-        dense = each * (unit.trained - unit.routed_trained)
+        routed = each * unit.routed_trained * degrees.spreads_experts
+        dense = each * unit.trained - routed
         seconds = self._reduced_s(dense, self.shard_group(), self.replicate_group())
-        routed = each * unit.routed_trained
         seconds += self._reduced_s(routed, self.expert_shard_group(), self.expert_replicate_group())
         return Pass(host_s=copies_s, dp_s=self._data_parallel_s(seconds, degrees.replicas))
 

@@ -1,12 +1,14 @@
 """Bytes of one stage on one device at the moments of a step, by what lives at each.
 
-With W, G and O the bytes of weights, gradients and optimizer, a micro-batches alive of s bytes each, T what
-a pass needs for a moment, and U the parameters of the largest unit:
+With W, G and O the bytes of weights, gradients and optimizer, a micro-batches alive of s bytes each, w of d
+bytes that wait for their weight gradients, T what a pass needs for a moment, and U the parameters of the
+largest unit:
 
-    native       the largest of, with G' = G from the 2nd micro-batch on
-      forward    W + O + G' + a s + T_forward + gathered units (see _native_gathered)
-      head       W + O + G' + a s + 4 U_head (1 + 1/n), its gradients being reduced
-      block j    W + O + G' + (a - 1) s + s_j + T_block + its gradients, units gathered and reduced
+    native       the largest of, with G' = G once a pass back is done, and A = a s + w d + messages
+      forward    W + O + G' + A + T_forward + gathered units (see _native_gathered)
+      head       W + O + G' + A + 4 U_head (1 + 1/n), its gradients being reduced
+      block j    W + O + G' + A - s + s_j + T_block + some of its gradients, units gathered and reduced; or
+                 all of its gradients, its activations being gone
       step       G and O beside W without the copies that ZeRO 0 to 2 gather
     megatron,    W + G + O + a s + T; gradients lie in buffers of their own from the start. Under ZeRO 3 with
     deepspeed    gathered units as native
@@ -17,9 +19,9 @@ a pass needs for a moment, and U the parameters of the largest unit:
     all          W + G + O + the optimizer's temporaries, at its step; W + 4 U while weights are loaded
 
 Native's are of FSDP2 with the embedding, each block, and norm and head as units, and a loss by chunks of
-tokens: what ranks of 16 plans for H100 hold, traced on shapes alone, and ranks of 12 plans on gloo
-(bench/results/2026-11-26-rehearsal-*.json). A W of the zero-bubble schedules counts as all that its
-micro-batch kept from its forward, up to a third too much on the last stage, whose head is done after I.
+tokens: what ranks of 16 plans for H100 hold, traced on shapes alone, and ranks of 21 plans on gloo
+(bench/results/*-rehearsal-*.json). What waits between I and W of the zero-bubble schedules is
+planner.cost.waiting's; the moment of a W needs no looking at, for the last block of the I before it has more.
 
 Torchtitan's is FSDP2 per block and root with resharding after forward, as measured on an H100: at the loss
 the root's weights are resharded and no gradient exists yet in a step's only micro-batch; a block's backward
@@ -32,6 +34,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from planner.cost.chunked_loss import chunk_logits
+from planner.cost.flight import InFlight
 from planner.cost.seconds import larger
 from planner.cost.stage import ShapeModel
 from planner.cost.stage_cost import StageCost
@@ -45,6 +48,11 @@ HOLE_SHARE = 0.6
 of 16 runs on an H100 with torch 2.11 and expandable segments (0.5 to 0.95 each)."""
 
 
+FIRST_GRADIENTS = 0.25
+"""The part of a block's gradients that its last product has, whose factors exist with all that a block kept:
+an MLP's down projection is a quarter (gated) to a third of a block."""
+
+
 def resident(shape: ShapeModel, stage: StageCost) -> ParamBytes:
     """Weights, gradients and optimizer state of a stage on its device."""
     if stage.hosted is not None:
@@ -52,17 +60,17 @@ def resident(shape: ShapeModel, stage: StageCost) -> ParamBytes:
     return shape.states.of(stage.params, stage.end_params, stage.routed_params)
 
 
-def peak_bytes(shape: ShapeModel, stage: StageCost, alive: float) -> float:
-    """The most that tensors of a stage take at once, `alive` micro-batches being in flight."""
+def peak_bytes(shape: ShapeModel, stage: StageCost, flight: InFlight) -> float:
+    """The most that tensors of a stage take at once with what is in flight."""
     kept = resident(shape, stage)
     loading = kept.weights + 4 * stage.largest_unit_params
     step = larger(kept.total + step_temporaries_bytes(shape, stage), loading)
     if shape.problem.stack.engine is Engine.TORCHTITAN:
-        return larger(step, *_unit_moments(shape, stage, alive, kept)) + shape.memory.workspace_bytes
+        return larger(step, *_unit_moments(shape, stage, flight.alive, kept)) + shape.memory.workspace_bytes
     if shape.problem.stack.engine is Engine.NATIVE:
         step = larger(step - copied_bytes(shape, stage), loading)
-        return larger(step, *_native_moments(shape, stage, alive, kept))
-    alive_bytes = alive * stage.saved_bytes + min(alive, 1) * _window_bytes(stage)
+        return larger(step, *_native_moments(shape, stage, flight, kept))
+    alive_bytes = flight.kept_bytes(stage) + min(flight.alive, 1) * _window_bytes(stage)
     return larger(step, kept.total + alive_bytes + pass_bytes(shape, stage))
 
 
@@ -102,9 +110,9 @@ def least_pass_bytes(shape: ShapeModel, options: Iterable[Recompute], *, behind:
     running = min(cost.backward_transient_bytes for cost in each)
     if engine is not Engine.NATIVE:
         return running + _unit_buffer_bytes(shape, unit)
-    freed = max(cost.saved_bytes for cost in each)
+    freed = max(cost.saved_bytes for cost in each) + _freed_copy(shape, begun=True) * unit
     reduced = _native_reduced(shape) * unit - freed if behind else 0.0
-    return running + _native_unit_bytes(shape, unit) + larger(reduced, 0.0)
+    return running + _native_unit_bytes(shape, unit, FIRST_GRADIENTS) + larger(reduced, 0.0)
 
 
 def stage_pass_bytes(shape: ShapeModel, stage: StageCost) -> float:
@@ -119,12 +127,20 @@ def _native_reduced(shape: ShapeModel) -> float:
     return 4 * (1 + 1 / shape.degrees.weight_shards) if shape.degrees.replicas > 1 else 0.0
 
 
-def _native_unit_bytes(shape: ShapeModel, unit: float) -> float:
-    """What native holds of a unit while it runs back: its gradients in the compute precision, which wait for
-    the last of them (where nothing is wrapped each is added up at once), and what ZeRO 3 gathered."""
+def _native_unit_bytes(shape: ShapeModel, unit: float, made: float) -> float:
+    """What native holds of a unit while it runs back: those of its gradients that are `made`, a share, in the
+    compute precision, which wait for the last of them (where nothing is wrapped each is added up at once),
+    and what ZeRO 3 gathered."""
     degrees, size = shape.degrees, shape.problem.workload.precision.compute_bytes
     wrapped = degrees.replicas > 1 or size < 4
-    return (size * wrapped + 2 * size * (degrees.zero is Zero.PARAMETERS)) * unit
+    return (made * size * wrapped + 2 * size * (degrees.zero is Zero.PARAMETERS)) * unit
+
+
+def _freed_copy(shape: ShapeModel, *, begun: bool) -> float:
+    """Bytes a parameter of the gathered copies that ZeRO 0 to 2 free behind a step's last pass back, which
+    that is where a step has one micro-batch, or two and gradients have `begun`."""
+    last = shape.degrees.num_micro_batches == 1 + begun
+    return _copy_bytes(shape) if last else 0.0
 
 
 def pass_bytes(shape: ShapeModel, stage: StageCost) -> float:
@@ -166,30 +182,38 @@ def _unit_moments(shape: ShapeModel, stage: StageCost, alive: float, kept: Param
 
 def copied_bytes(shape: ShapeModel, stage: StageCost) -> float:
     """Bytes of the copies of a stage's weights that native ZeRO 0 to 2 keep until they are read last."""
+    return _copy_bytes(shape) * stage.params
+
+
+def _copy_bytes(shape: ShapeModel) -> float:
     size, degrees = shape.problem.workload.precision.compute_bytes, shape.degrees
     if degrees.zero is Zero.PARAMETERS or (degrees.zero is Zero.NONE and degrees.replicas == 1 and size == 4):
         return 0.0
-    return size * stage.params
+    return size
 
 
-def _native_moments(shape: ShapeModel, stage: StageCost, alive: float, kept: ParamBytes) -> list[float]:
+def _native_moments(shape: ShapeModel, stage: StageCost, flight: InFlight, kept: ParamBytes) -> list[float]:
     """The worst forward pass, the reduction of the head, the backward passes of blocks."""
-    degrees = shape.degrees
-    grads = kept.grads if degrees.num_micro_batches > 1 else 0.0
-    base = kept.weights + kept.optimizer + grads + (alive - 1) * stage.saved_bytes
+    grads = kept.grads if flight.begun else 0.0
+    base = kept.weights + kept.optimizer + grads + flight.kept_bytes(stage) - stage.saved_bytes
+    base += flight.messages * shape.messages.boundary_bytes()
     head = shape.head_unit.params if stage.holds_head else 0.0
     whole = base + stage.saved_bytes + _window_bytes(stage)
     moments = [whole + stage.forward_transient_bytes + _native_gathered(shape, stage, head)]
     reduced = _native_reduced(shape)
     if stage.holds_head:
         moments.append(whole + reduced * shape.head_unit.trained)
-    unit = stage.largest_block_params
+    unit, copy = stage.largest_block_params, _freed_copy(shape, begun=flight.begun)
     for index in _blocks_to_try(stage.blocks):
         behind = stage.blocks - 1 - index
-        own = _kept_until(stage, index) + stage.block_transient_bytes + _native_unit_bytes(shape, unit)
+        start = stage.block_transient_bytes + _native_unit_bytes(shape, unit, FIRST_GRADIENTS)
+        end = shape.working_bytes + _native_unit_bytes(shape, unit, 1.0)
+        own = _kept_until(stage, index) + larger(start, end - stage.block_saved_bytes / stage.blocks)
         if behind:
-            own += reduced * unit
-        if degrees.num_micro_batches == 1:
+            own += reduced * unit - copy * unit * behind
+        if flight.waiting:  # and so does what the running pass leaves
+            own += stage.waiting_bytes * behind / stage.blocks
+        if not flight.begun:
             own += kept.grads * behind / stage.blocks * (1 - head / larger(stage.params, 1.0))
         moments.append(base + own)
     return moments
@@ -252,7 +276,7 @@ def _reshards(shape: ShapeModel) -> bool:
     return shape.degrees.zero in (Zero.NONE, Zero.PARAMETERS)
 
 
-def reserved_bytes(shape: ShapeModel, stage: StageCost, alive: float) -> float:
+def reserved_bytes(shape: ShapeModel, stage: StageCost, flight: InFlight) -> float:
     """The most that the caching allocator takes for a stage's tensors, before its slack.
 
     Torchtitan: memory of one stream is not given to another, so FSDP2's streams add up, each at its own worst
@@ -268,7 +292,7 @@ def reserved_bytes(shape: ShapeModel, stage: StageCost, alive: float) -> float:
     streams of its own for messages: the tensors.
     """
     problem, degrees = shape.problem, shape.degrees
-    tensors = peak_bytes(shape, stage, alive)
+    tensors = peak_bytes(shape, stage, flight)
     size = problem.workload.precision.compute_bytes
     if not shape.overlaps or problem.stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
         return tensors
@@ -279,7 +303,7 @@ def reserved_bytes(shape: ShapeModel, stage: StageCost, alive: float) -> float:
     if problem.stack.engine is Engine.NATIVE:
         return tensors + HOLE_SHARE * logits
     kept = resident(shape, stage)
-    base = kept.weights + kept.optimizer + (alive - 1) * stage.saved_bytes
+    base = kept.weights + kept.optimizer + (flight.alive - 1) * stage.saved_bytes
     blocks = [_block_bytes(shape, stage, index) for index in _blocks_to_try(stage.blocks)]
     compute = base + larger(_loss_bytes(stage), *blocks) + shape.memory.workspace_bytes
     unit = larger(stage.end_params, stage.largest_block_params)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from planner.cost.comm import CommCost
-from planner.cost.spread import experts_s, summed_sublayers
+from planner.cost.spread import experts_pass, tensor_exchanges
 from planner.cost.stage import ShapeModel
 from planner.profile import LayerKind, Op
 
@@ -20,7 +20,7 @@ def origins_s(shape: ShapeModel) -> dict[str, float]:
         seconds[cost.origin] += count * (cost.forward_s + cost.backward_s)
     for key, count in blocks.items():
         cp = shape.exchanged(key)
-        spread_s = cp.forward_s + cp.backward_s + 2 * experts_s(shape.classes[key], shape.messages)
+        spread_s = cp.forward_s + cp.backward_s + experts_pass(shape.classes[key], shape.messages).both_s
         if spread_s > 0:
             seconds[shape.messages.spread_origin()] += count * spread_s
     for message, times in _messages(shape, blocks):
@@ -34,7 +34,8 @@ def _messages(shape: ShapeModel, blocks: dict[str, int]) -> list[tuple[CommCost,
     found: list[tuple[CommCost, float]] = []
     if degrees.tp > 1:
         op = Op.ALL_GATHER if degrees.sequence_parallel else Op.ALL_REDUCE
-        sums = sum(2 * summed_sublayers(shape.classes[key], degrees) * n for key, n in blocks.items())
+        stack = shape.problem.stack
+        sums = sum(sum(tensor_exchanges(shape.classes[key], degrees, stack)) * n for key, n in blocks.items())
         found.append((own.comm(op, own.hidden_bytes(), own.tp_group()), float(sums)))
     if degrees.replicas > 1:
         group = own.shard_group() if degrees.weight_shards > 1 else own.replicate_group()

@@ -60,13 +60,15 @@ class Unit:
 
     `params` are those of one device's shard; `routed_params` those of experts among them, which are copied
     over fewer ranks. `trained` are the parameters that get gradients, and `tensors` how many tensors they
-    are: all of `params`, or adapters beside them.
+    are: all of `params`, or adapters beside them. `copied` are those of key-value heads that neighbours have
+    copies of, whose gradients are summed over these: (how many copies, parameters) each.
     """
 
     params: float
     tensors: int
     trained: float
     routed_params: float = 0.0
+    copied: tuple[tuple[int, float], ...] = ()
 
     @property
     def dense_params(self) -> float:

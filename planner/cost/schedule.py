@@ -25,6 +25,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from planner.cost.action import Action, ActionKind, Row, parse_action
+from planner.cost.flight import Flights
 from planner.cost.table import Table, cell, parse_table, print_table
 from planner.cost.zero_bubble import dualpipev_row, zb_h1_row, zbv_row
 from planner.strategy import Schedule
@@ -74,11 +75,11 @@ def build_table(schedule: Schedule, pp: int, chunks: int, num_micro_batches: int
 
 @lru_cache(maxsize=COUNTED)
 def in_flight(
-    schedule: Schedule, pp: int, chunks: int, num_micro_batches: int
-) -> tuple[tuple[dict[int, int], ...], ...]:
+    schedule: Schedule, pp: int, chunks: int, num_micro_batches: int, waits: int
+) -> tuple[Flights, ...]:
     """What Table.in_flight counts on every rank of the table of `schedule`."""
     table = build_table(schedule, pp, chunks, num_micro_batches)
-    return tuple(table.in_flight(rank) for rank in range(pp))
+    return tuple(table.in_flight(rank, waits) for rank in range(pp))
 
 
 def _run(stage: int, kind: ActionKind, num_micro_batches: int) -> Ints:

@@ -95,6 +95,7 @@ class Replay:
     stretch: tuple[float, ...]
     unshard_s: tuple[float, ...]
     reduce_s: tuple[float, ...]
+    copied_s: tuple[float, ...]
     optimizer_s: tuple[float, ...]
 
     @property
@@ -214,6 +215,7 @@ def replay(
         stretch=stretch,
         unshard_s=unshard_s,
         reduce_s=tuple(sum(stages[s].reduce_s for s in each) for each in held),
+        copied_s=tuple(sum(stages[s].copied_s for s in each) for each in held),
         optimizer_s=tuple((step_s + sum(stages[s].optimizer_s for s in each)) * slow for each in held),
     )
 
@@ -241,7 +243,9 @@ def split_backward(stage: StageCost) -> tuple[Pass, Pass]:
 
     The own runtime leaves those of blocks that recompute nothing for later, and the two add up to the
     backward. A block that recomputes does all in I; its W is charged all the same, so that recomputing never
-    makes an action shorter, which the search relies on: too much by one product of its four.
+    makes an action shorter, which the search relies on: too much by one product of its four. Without it a
+    mix that recomputes could be the faster one, as the path that is longest may enter a rank's row between a
+    micro-batch's I, in time that was idle, and its W: no order of a stage's mixes by time would then hold.
 
     torch splits all; then each of the passes over the graph that split autograd makes recomputes the blocks:
     SPLIT_RECOMPUTES times in all, once for the inputs.

@@ -16,12 +16,19 @@ from planner.cost.comm import CommModel
 from planner.cost.compute import LayerModel
 from planner.cost.context import Exchanged
 from planner.cost.layer import LayerCost, LayerShape
-from planner.cost.memory_constants import process_groups
 from planner.cost.messages import Messages
 from planner.cost.overlap import overlap_of
 from planner.cost.passes import Pass, Unit
 from planner.cost.seconds import larger
-from planner.cost.spread import exchanged, experts_s, sent_again, summed_sublayers
+from planner.cost.spread import (
+    cp_sent_again,
+    exchanged,
+    experts_pass,
+    experts_sent_again,
+    summed_copies_s,
+    tensor_s,
+)
+from planner.cost.stage_bytes import block_waiting_bytes, stage_bytes
 from planner.cost.stage_cost import StageCost
 from planner.cost.states import States, states_of
 from planner.cost.update import update_s
@@ -34,10 +41,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     Ints = np.ndarray[Any, np.dtype[np.int64]]
-
-STOPS_EARLY = (Engine.NATIVE, Engine.TORCHTITAN)
-"""Engines that recompute by torch.utils.checkpoint. Megatron-LM runs a block's whole forward again, or of its
-selective kind only the core of attention, which sends nothing (arXiv 2205.05198)."""
 
 AlonePasses = dict[tuple[object, ...], tuple[Pass, Pass]]
 """Passes of layers without data parallelism, which shapes of one model share, by all that they depend on."""
@@ -63,8 +66,7 @@ class ShapeModel:
         self.messages = Messages(problem, degrees, comms, layers.physics, layers.stream_width)
         self.overlaps = problem.cluster.groups[0].slots_per_node is None
         self.overlap = overlap_of(problem.profile)
-        communicates = self.overlaps and degrees.world > 1
-        self.runtime_bytes = round(self.memory.communicator_bytes * process_groups(degrees) * communicates)
+        self.runtime_bytes = layers.runtime_bytes(degrees)
         self.classes = layers.classes
         units = layers.units(degrees)
         self.block_units, self.embedding_unit, self.head_unit = units.blocks, units.embedding, units.head
@@ -143,32 +145,36 @@ class ShapeModel:
     def _block_alone(self, key: str, option: Recompute) -> tuple[Pass, Pass]:
         """Forward and backward of a block without what data parallelism adds."""
         cost, plain = self.block(key, option), self.block(key)
-        gather, scatter = self.messages.over_tp(Op.ALL_GATHER), self.messages.over_tp(Op.REDUCE_SCATTER)
-        reduce = self.messages.over_tp(Op.ALL_REDUCE)
-        times = summed_sublayers(self.classes[key], self.degrees)
-        sp = self.degrees.sequence_parallel
-        once = times * (gather + scatter if sp else reduce)
-        # PyTorch's recomputing stops at the last result that is needed, which spares the last reduction.
-        inner = times * gather + (times - 1) * scatter if sp else (times - 1) * reduce
-        early = self.problem.stack.engine in STOPS_EARLY
-        again = {
-            Recompute.NONE: 0.0,
-            Recompute.SELECTIVE: inner if early else 0.0,
-            Recompute.FULL: inner if early else once,
-        }
+        tp_forward_s, tp_backward_s = tensor_s(self.classes[key], self.messages, option)
         extra_s = larger(cost.backward_s - plain.backward_s, 0.0)
         again_s = self.physics.recompute_scale * extra_s
-        cp, ep_s = self.exchanged(key), experts_s(self.classes[key], self.messages)
-        cp_again, ep_again = sent_again(option, self.problem.stack, self.degrees.cp_exchange)
-        forward = Pass(compute_s=cost.forward_s, tp_s=once, cp_s=cp.forward_s, ep_s=ep_s)
+        cp, ep = self.exchanged(key), experts_pass(self.classes[key], self.messages)
+        cp_again = cp_sent_again(option, self.problem.stack, self.degrees.cp_exchange)
+        ep_s = ep.forward_s + ep.beside_s
+        forward = Pass(compute_s=cost.forward_s, tp_s=tp_forward_s, cp_s=cp.forward_s, ep_s=ep_s)
         backward = Pass(
             compute_s=cost.backward_s - extra_s,
             recompute_s=again_s,
-            tp_s=once + again[option],
+            tp_s=tp_backward_s,
             cp_s=cp.backward_s + cp_again * cp.forward_s,
-            ep_s=ep_s + ep_again * ep_s,
+            ep_s=ep.backward_s + experts_sent_again(option, self.problem.stack, ep),
         )
         return forward, backward
+
+    @cached_property
+    def working_bytes(self) -> float:
+        """What a block's backward pass needs for a moment beyond what was kept or is computed again."""
+        each = ((self.block(key, option) for option in Recompute) for key in self.classes)
+        return max(min(cost.backward_transient_bytes for cost in costs) for costs in each)
+
+    @cached_property
+    def waiting_bytes(self) -> dict[tuple[str, Recompute], float]:
+        """What a block holds between its input and its weight gradients, by class and option."""
+        return {
+            (key, option): block_waiting_bytes(self, key, option)
+            for key in self.classes
+            for option in Recompute
+        }
 
     @cached_property
     def embedding_passes(self) -> tuple[Pass, Pass]:
@@ -253,9 +259,7 @@ class ShapeModel:
     def _accumulate_s(self, unit: Unit) -> float:
         """Adding a micro-batch's gradients to earlier ones; the first micro-batch of a step adds nothing."""
         more = 1 - 1 / self.degrees.num_micro_batches
-        kept = unit.trained
-        if self.degrees.zero >= Zero.GRADIENTS:
-            kept = self._sharded(unit)
+        kept = self._sharded(unit) if self.degrees.zero >= Zero.GRADIENTS else unit.trained
         return self.messages.constant("grad_accumulate_s_per_param") * kept * more
 
     def _sharded(self, unit: Unit) -> float:
@@ -350,13 +354,14 @@ class ShapeModel:
         for end_forward, end_backward in ends:
             forward, backward = forward + end_forward, backward + end_backward
         units = self.units(blocks, first=first, last=last)
+        copied_s = summed_copies_s(units, self.messages)
         return StageCost(
             forward=forward,
             backward=backward,
             unshard_s=self._unshard_s(units),
-            reduce_s=self._reduce_s(units, backward.total_s),
+            reduce_s=self._reduce_s(units, backward.total_s) + copied_s,
             optimizer_s=self.optimizer_s(units),
-            params=sum(unit.params * count for unit, count in units) - self._tied_params(first, last),
+            params=sum(unit.params * count for unit, count in units) - self.tied_params(first, last),
             routed_params=sum(unit.routed_params * count for unit, count in units),
             largest_unit_params=max(unit.params for unit, _ in units),
             blocks=sum(blocks.values()),
@@ -365,7 +370,8 @@ class ShapeModel:
             hosted=None,
             weights_s=self._weights_s(chosen),
             deferred_s=self._weights_s([each for each in chosen if each[0][1] is Recompute.NONE]),
-            **self._memory(chosen, blocks, first=first, last=last),
+            copied_s=copied_s,
+            **stage_bytes(self, chosen, blocks, first=first, last=last),
         )
 
     def _weights_s(self, chosen: Sequence[Chosen]) -> float | None:
@@ -389,7 +395,7 @@ class ShapeModel:
         """The units of the whole model."""
         return self.layer_model.all_units(self.degrees)
 
-    def _tied_params(self, first: bool, last: bool) -> float:
+    def tied_params(self, first: bool, last: bool) -> float:
         """Weights that two layers share count once where one stage holds both."""
         model = self.problem.model
         if not model.vocab:
@@ -429,22 +435,3 @@ class ShapeModel:
         tensors = sum(unit.tensors * count for unit, count in units)
         per_tensor, each = update_s(self.messages, self.layer_model.rates, self.physics)
         return params * each + tensors * per_tensor
-
-    def _memory(
-        self, chosen: Sequence[Chosen], blocks: Counter[str], *, first: bool, last: bool
-    ) -> dict[str, float]:
-        each = [(self.block(*choice), count) for choice, count in chosen]
-        ends_of = [self.layer(kind) for kind in [LayerKind.EMBEDDING] * first + [LayerKind.HEAD] * last]
-        saved = sum(count * cost.saved_bytes for cost, count in each)
-        widest = larger(*(cost.backward_transient_bytes * (count > 0) for cost, count in each))
-        forward = larger(*(cost.forward_transient_bytes * (count > 0) for cost, count in each))
-        ends = [self.embedding_unit.params] * first + [self.head_unit.params] * last
-        return {
-            "saved_bytes": saved + sum(cost.saved_bytes for cost in ends_of),
-            "forward_transient_bytes": larger(forward, *(cost.forward_transient_bytes for cost in ends_of)),
-            "backward_transient_bytes": larger(widest, *(cost.backward_transient_bytes for cost in ends_of)),
-            "end_params": sum(ends) - self._tied_params(first, last) * bool(ends),
-            "largest_block_params": max(self.block_units[key].params for key in blocks),
-            "block_saved_bytes": saved,
-            "block_transient_bytes": widest,
-        }

@@ -29,12 +29,15 @@ class Hosted:
 class StageCost:
     """One stage on each of its devices.
 
-    `unshard_s` comes before the first forward of a step, `reduce_s` after the last backward,
-    `optimizer_s` after the reduction of all stages. `params` are those of one device's shard by tensor
+    `unshard_s` comes before the first forward of a step, `reduce_s` after the last backward, `optimizer_s`
+    after the reduction of all stages. `copied_s` of `reduce_s` sums the gradients of key-value heads over
+    the tensor-parallel ranks that have copies of them. `params` are those of one device's shard by tensor
     and expert parallelism, before any sharding over data ranks; `end_params` those of embedding and head
     among them, `routed_params` those of routed experts. `saved_bytes` are kept for each micro-batch;
-    `block_saved_bytes` of them by blocks. `frozen` weights have no gradients: those of adapters beside them
-    alone. `hosted` says what of the stage lies in host memory, where something does (planner.cost.offload).
+    `block_saved_bytes` of them by blocks; `waiting_bytes` from its input gradients to its weight gradients,
+    where a schedule puts those off and the engine holds less for them. `frozen` weights have no gradients:
+    those of adapters beside them alone. `hosted` says what of the stage lies in host memory, where something
+    does (planner.cost.offload).
     `weights_s` are the blocks' weight gradients that the engine can leave for later, `deferred_s` those that
     it does: of blocks that recompute nothing. None where it splits a backward as torch does.
     """
@@ -55,8 +58,10 @@ class StageCost:
     largest_block_params: float = 0.0
     block_saved_bytes: float = 0.0
     block_transient_bytes: float = 0.0
+    waiting_bytes: float = 0.0
     holds_head: bool = False
     frozen: bool = False
     hosted: Hosted | None = None
     weights_s: float | None = None
     deferred_s: float | None = None
+    copied_s: float = 0.0

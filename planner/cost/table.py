@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner.cost.action import Action, ActionKind, Row, parse_row
+from planner.cost.flight import Flights, InFlight
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +31,7 @@ KINDS = (
     ActionKind.FORWARD,
 )
 """The kinds by number; the last is a forward that is paired with the backward after it."""
-PAIRED = len(KINDS) - 1
+BACKWARD, INPUT_GRAD, WEIGHT_GRAD, PAIRED = range(1, len(KINDS))
 
 
 def cell(stage: int, kind: ActionKind, *, paired: bool = False) -> int:
@@ -123,24 +124,72 @@ class Table:
         """The stages that a rank holds, in layer order."""
         return sorted({stage for stage, _ in self.counts(rank)})
 
-    def in_flight(self, rank: int) -> tuple[dict[int, int], ...]:
-        """Counts of live micro-batches by stage at each local maximum of a row, dominated ones left out.
+    def in_flight(self, rank: int, waits: int) -> Flights:
+        """What is in flight by stage at each local maximum of a row, dominated ones left out.
 
-        A micro-batch is alive from its forward to its backward, or to its weight gradients where the
-        backward is split: W needs the inputs that the forward kept.
+        A micro-batch is alive from its forward to its backward. Where the backward is split, it is so to its
+        weight gradients, for W needs what the forward kept; or only to its input gradients, where what waits
+        from there on takes at most `waits` times as much (0: it is alive). Then it is told as well whether
+        gradients are there yet, and messages are counted.
         """
         import numpy as np
 
         number = self.codes[rank] // self.num_micro_batches
-        changes = np.asarray([each.alive_change for each in KINDS])[number % len(KINDS)]
+        stages, kind = self.stages_of(rank), number % len(KINDS)
+        own = number // len(KINDS) == np.reshape(stages, (-1, 1))
+        if waits:
+            vectors = _undominated(_apart(own, kind, waits))
+            return tuple(self._flights(stages, each, waits) for each in vectors)
+        changes = np.asarray([each.alive_change for each in KINDS])[kind]
         counted = changes != 0
-        stage, changes = number[counted] // len(KINDS), changes[counted]
-        stages = self.stages_of(rank)
-        alive = np.cumsum((stage == np.reshape(stages, (-1, 1))) * changes, axis=1)
+        changes = changes[counted]
+        alive = np.cumsum(own[:, counted] * changes, axis=1)
         tops = alive[:, (changes > 0) & (np.append(changes[1:], -1) < 0)]
         if len(stages) == 1:
-            return ({stages[0]: int(tops.max())},)
-        return tuple(dict(zip(stages, counts, strict=True)) for counts in _undominated(tops))
+            tops = tops.max(axis=1, keepdims=True)
+        several = self.num_micro_batches > 1
+        return tuple(
+            {stage: InFlight(count, begun=several) for stage, count in zip(stages, each, strict=True)}
+            for each in _undominated(tops)
+        )
+
+    def _flights(self, stages: list[int], counts: tuple[int, ...], waits: int) -> dict[int, InFlight]:
+        """The counts of a moment (see _apart) with the messages that a rank then holds.
+
+        What it sent stays until an answer shows that it arrived: of the forwards, all until the first
+        gradient comes, then one of each stage; of the gradients one. One more is the gradient that a pass
+        back begins with. Between two stages of a rank nothing is sent.
+        """
+        each = len(stages)
+        alive, both, begun = counts[:each], counts[each : 2 * each], counts[2 * each :]
+        later, near = any(begun), {-1, self.stages, *stages}
+        messages = sum(
+            (stage + 1 not in near) * (1 if later else count) + (stage - 1 not in near) * later
+            for stage, count in zip(stages, alive, strict=True)
+        )
+        messages += later and stages != [self.stages - 1]
+        held = zip(stages, alive, both, begun, strict=True)
+        return {
+            stage: InFlight(count, (weighted - count) // waits, bool(own), messages)
+            for stage, count, weighted, own in held
+        }
+
+
+def _apart(own: Ints, kind: Ints, waits: int) -> Ints:
+    """By stage, during each forward and as each pass back begins: micro-batches alive a, a + `waits` w with
+    w that wait, and whether a pass back is done; `own` says which actions are the stage's.
+
+    a s + w d <= a' s + w' d for all 0 <= d <= waits s where a <= a' and a + waits w <= a' + waits w': so
+    many of these moments need not be looked at.
+    """
+    import numpy as np
+
+    back, weights = np.isin(kind, (BACKWARD, INPUT_GRAD)), kind == WEIGHT_GRAD
+    done = np.cumsum(own * back, axis=1) - own * back  # the pass that runs has not freed anything yet
+    alive = np.cumsum(own * ~(back | weights), axis=1) - done
+    inputs = kind == INPUT_GRAD
+    waiting = np.cumsum(own * (inputs * 1 - weights), axis=1) - own * inputs
+    return np.concatenate([alive, alive + waits * waiting, done > 0])[:, ~weights]
 
 
 def _undominated(vectors: Ints) -> list[tuple[int, ...]]:

@@ -44,11 +44,13 @@ def units_of(problem: PlanningProblem, classes: dict[str, Layer], degrees: Degre
 def _block_unit(block: Layer, adapters: Adapters | None, degrees: Degrees) -> Unit:
     """Shards of a block's weights by tp, and its share of the routed experts."""
     params, routed = block.params_shard(degrees.tp), 0.0
+    copied: tuple[tuple[int, float], ...] = ()
     if isinstance(block, Block):
+        copied = tuple(block.params_copied(degrees.tp).items())
         routed = block.routed_params_shard(degrees.expert_tp) / degrees.ep
         params += routed - block.routed_params_shard(degrees.tp)
     if adapters is None:
-        return Unit(params=params, tensors=block.tensors, trained=params, routed_params=routed)
+        return Unit(params=params, tensors=block.tensors, trained=params, routed_params=routed, copied=copied)
     return Unit(
         params=params,
         tensors=2 * len(adapted(block, adapters.modules)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from planner.engines.heads import without_copies
 from planner.estimate import Rejected
 from planner.problem import PlanningProblem
 from planner.strategy import CpExchange, Degrees, Offload, Schedule, Strategy, Zero
@@ -57,6 +58,13 @@ def deepspeed_tensor_sharding(problem: PlanningProblem, degrees: Degrees) -> Rej
         legal="zero=0, 1 or 2, or tp=1",
         fix="--fix zero=2",
     )
+
+
+def deepspeed_heads(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """AutoTP deals whole key-value heads to ranks, each to one (`get_shard_size` of deepspeed/module_inject/
+    tp_shard.py): where they are fewer, some ranks have none."""
+    why = "deals each key-value head to one rank, and as many to each only where tp divides them"
+    return without_copies(problem, degrees, "DeepSpeed", why)
 
 
 def deepspeed_hybrid(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
@@ -178,6 +186,7 @@ DEEPSPEED_RULES = (
     deepspeed_schedule,
     deepspeed_sequence_parallel,
     deepspeed_tensor_sharding,
+    deepspeed_heads,
     deepspeed_hybrid,
     deepspeed_context,
     deepspeed_experts,

@@ -7,6 +7,7 @@ layers divide by pp, or by pp x chunks).
 from __future__ import annotations
 
 from planner.divisors import divisors, legal_values
+from planner.engines.heads import without_copies
 from planner.engines.recipes import first_of_each
 from planner.estimate import Rejected
 from planner.problem import PlanningProblem
@@ -65,6 +66,17 @@ def megatron_experts_sequence(problem: PlanningProblem, degrees: Degrees) -> Rej
         legal="sequence_parallel=true, or tp=1",
         fix="--fix sequence_parallel=true",
     )
+
+
+def megatron_heads(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """Query groups divide by tp: `divide(num_query_groups, world_size)` of megatron/core/transformer/
+    attention.py.
+
+    Later releases split the rows of linear_qkv all the same and gather its result over tp, in every layer,
+    which costs something else than copies do and is not modelled.
+    """
+    why = "divides query groups by tp (later releases gather all queries, keys and values, not modelled)"
+    return without_copies(problem, degrees, "Megatron-LM", why)
 
 
 def megatron_context(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
@@ -158,6 +170,7 @@ MEGATRON_RULES = (
     megatron_schedule,
     megatron_sharding,
     megatron_experts_sequence,
+    megatron_heads,
     megatron_context,
     megatron_optimizer,
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from planner.divisors import divisors, legal_values
+import dataclasses
+
+from planner.divisors import legal_values
 from planner.estimate import Rejected
 from planner.execution import (
     EXECUTED_TYPES,
@@ -12,6 +14,7 @@ from planner.execution import (
     not_executed_workload,
     offload_not_executed,
     products_not_executed,
+    vocabulary_not_executed,
 )
 from planner.problem import PlanningProblem
 from planner.strategy import Degrees, Strategy
@@ -35,16 +38,18 @@ def native_context(problem: PlanningProblem, degrees: Degrees) -> Rejected | Non
 
 
 def native_vocabulary(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
-    """Tables of embedding and head are split into equal parts; other engines pad them."""
-    vocab = problem.model.vocab
-    if vocab % degrees.tp == 0:
+    """Each rank has some rows of embedding and head; of unequal parts data ranks share out the columns."""
+    faults = vocabulary_not_executed(problem.model, degrees)
+    if not faults:
         return None
+    model, ways = problem.model, range(1, MOST_TP + 1)
+    legal = [tp for tp in ways if not vocabulary_not_executed(model, dataclasses.replace(degrees, tp=tp))]
     return Rejected(
         rule="native_vocabulary",
-        detail=f"tp={degrees.tp} cannot split the vocabulary of {vocab} into equal shards, and the native "
-        "runtime does not pad it.",
-        legal=legal_values((d for d in divisors(vocab) if d <= MOST_TP), degrees.tp),
-        fix="--fix tp=, or a model with a padded vocabulary",
+        detail=f"tp={degrees.tp} cannot split the vocabulary of {model.vocab} in the native runtime: "
+        f"{'; '.join(faults)}.",
+        legal=legal_values(legal, degrees.tp),
+        fix="--fix tp= or dp_shard=",
     )
 
 

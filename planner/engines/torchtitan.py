@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from planner.divisors import divisors, legal_values
+from planner.engines.heads import without_copies
 from planner.engines.recipes import every_kth, most_on_a_rank
 from planner.estimate import Rejected
 from planner.problem import PlanningProblem
@@ -67,6 +68,16 @@ def torchtitan_sequence_parallel(problem: PlanningProblem, degrees: Degrees) -> 
         legal="sequence_parallel=true, or tp=1",
         fix="--fix sequence_parallel=true",
     )
+
+
+def torchtitan_heads(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """Keys and values are split by ColwiseParallel, and then viewed as whole heads.
+
+    `apply_non_moe_tp` of torchtitan/models/llama3/infra/parallelize.py; DTensor cannot view a part of a head
+    as one.
+    """
+    why = "splits key and value projections over its ranks, and a part of a head cannot be viewed as one"
+    return without_copies(problem, degrees, "torchtitan", why)
 
 
 def torchtitan_sequence(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
@@ -210,6 +221,7 @@ TORCHTITAN_RULES = (
     torchtitan_sharding,
     torchtitan_replicas,
     torchtitan_sequence_parallel,
+    torchtitan_heads,
     torchtitan_sequence,
     torchtitan_schedule,
     torchtitan_context,

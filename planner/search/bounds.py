@@ -34,20 +34,27 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from operator import mul
+from typing import NamedTuple
 
 from planner.cost import constants
 from planner.cost.compute import LayerModel
 from planner.cost.evaluate import CostModel
+from planner.cost.flight import total_count, with_gradients
 from planner.cost.moments import least_pass_bytes
 from planner.cost.passes import Pass
 from planner.cost.schedule import in_flight
 from planner.cost.stage import ShapeModel
 from planner.cost.states import offloaded_states, states_of
+from planner.cost.waiting import most_waits
 from planner.stack import Engine
 from planner.strategy import Degrees, Offload, Recompute, Schedule, Zero
 
-Alive = tuple[int, ...]
-"""Micro-batches alive of each layer, ascending."""
+
+class Live(NamedTuple):
+    """Of each layer the micro-batches that are alive, and those that wait for W; either ascending."""
+
+    alive: tuple[int, ...]
+    waiting: tuple[int, ...]
 
 
 def whole_units(shape: ShapeModel, options: tuple[Recompute, ...]) -> list[Pass]:
@@ -63,60 +70,81 @@ def whole_units(shape: ShapeModel, options: tuple[Recompute, ...]) -> list[Pass]
 
 
 @lru_cache(maxsize=4096)
-def alive_at_least(schedule: Schedule, pp: int, chunks: int, num_micro_batches: int, layers: int) -> Alive:
-    """Micro-batches alive of each layer, at least, when most are on its rank: ascending.
+def live_at_least(
+    schedule: Schedule, pp: int, chunks: int, num_micro_batches: int, waits: int, layers: int
+) -> Live:
+    """Micro-batches of each layer, at least, when most are on its rank and gradients are there.
 
-    A stage has one layer or more; what the stages leave over counts as where fewest are alive.
+    A stage has one layer or more; what the stages leave over counts as where fewest are.
     """
-    fullest = [
-        max(row, key=lambda v: sum(v.values())) for row in in_flight(schedule, pp, chunks, num_micro_batches)
-    ]
-    each = [alive for vector in fullest for alive in vector.values()]
-    return tuple(sorted(each + [min(each)] * (layers - len(each))))
+    flights = in_flight(schedule, pp, chunks, num_micro_batches, waits)
+    fullest = [max(with_gradients(row), key=total_count) for row in flights]
+    each = [flight for vector in fullest for flight in vector.values()]
+    over = layers - len(each)
+    alive, waiting = [flight.alive for flight in each], [flight.waiting for flight in each]
+    return Live(tuple(sorted(alive + [min(alive)] * over)), tuple(sorted(waiting + [min(waiting)] * over)))
 
 
 class Recomputing:
     """The least recomputation with which a shape fits.
 
     Ranks hold the resident bytes, what a block's pass needs, and activations of micro-batches: when most are
-    alive on each rank at least `alive` of the layers, in some order. What exceeds p limits must be recomputed
-    away, at best by the class and option that save most bytes a second, where most are alive. `split` says
-    whether all backward passes are split.
+    in flight on each rank at least `live` of the layers, in some order. What exceeds p limits must be
+    recomputed away, at best by the class and option that save most bytes a second, where most are in flight.
+    `split` says whether all backward passes are split.
     """
 
     def __init__(self, shape: ShapeModel, options: tuple[Recompute, ...], limit_bytes: float) -> None:
         degrees, model = shape.degrees, shape.problem.model
-        most: list[float] = []
-        least: list[float] = []
-        self._rates = {False: math.inf, True: math.inf}
+        kept: list[_Range] = []
+        waits: list[_Range] = []
+        self._trades: dict[bool, list[tuple[float, float, float]]] = {False: [], True: []}
         for key in shape.classes:
+            saved = [shape.block(key, option).saved_bytes for option in options]
+            waiting = [shape.waiting_bytes[key, option] for option in options]
             count = shape.count(key, 0, model.layers)
-            saved = {option: shape.block(key, option).saved_bytes for option in options}
-            most += [max(saved.values())] * count
-            least += [min(saved.values())] * count
-            for split in self._rates:
-                times_s = {
-                    option: shape.passes(key, option)[1].total_s
+            kept += [(min(saved), max(saved))] * count
+            waits += [(min(waiting), max(waiting))] * count
+            for split, trades in self._trades.items():
+                times_s = [
+                    shape.passes(key, option)[1].total_s
                     + (split_again_s(shape, key, option) if split else 0.0)
                     for option in options
-                }
-                fastest_s, largest = min(times_s.values()), max(saved.values())
-                rates = [
-                    (times_s[option] - fastest_s) / (largest - saved[option])
-                    for option in options
-                    if saved[option] < largest
                 ]
-                self._rates[split] = min([self._rates[split], *rates])
-        self._most, self._least = sorted(most, reverse=True), sorted(least, reverse=True)
+                trades += [
+                    (time_s - min(times_s), max(saved) - size, max(waiting) - waits_for)
+                    for time_s, size, waits_for in zip(times_s, saved, waiting, strict=True)
+                ]
+        self._least, self._most = (_descending(kept, end) for end in (0, 1))
+        self._least_waits, self._most_waits = (_descending(waits, end) for end in (0, 1))
         each = memory_bound_bytes(shape) + shape.runtime_bytes + least_pass_bytes(shape, options)
         self._free_bytes = degrees.pp * (limit_bytes - each)
 
-    def least_s(self, alive: Alive, *, split: bool) -> float:
+    def least_s(self, live: Live, *, split: bool) -> float:
         """Seconds that it takes at least for a micro-batch; infinite where the shape cannot fit."""
-        if math.fsum(map(mul, alive, self._least)) > self._free_bytes:
+        if _sum(live.alive, self._least) + _sum(live.waiting, self._least_waits) > self._free_bytes:
             return math.inf
-        excess = math.fsum(map(mul, alive, self._most)) - self._free_bytes
-        return excess * self._rates[split] / alive[-1] if excess > 0 else 0.0
+        excess = _sum(live.alive, self._most) + _sum(live.waiting, self._most_waits) - self._free_bytes
+        if excess <= 0:
+            return 0.0
+        spared = (
+            (more_s, live.alive[-1] * size + live.waiting[-1] * waits)
+            for more_s, size, waits in self._trades[split]
+        )
+        return min((excess * more_s / bytes_ for more_s, bytes_ in spared if bytes_ > 0), default=math.inf)
+
+
+_Range = tuple[float, float]
+"""The least and the most bytes of a layer, by its option."""
+
+
+def _descending(each: list[_Range], end: int) -> list[float]:
+    return sorted((of[end] for of in each), reverse=True)
+
+
+def _sum(counts: tuple[int, ...], sizes: list[float]) -> float:
+    """The least that the layers keep, however they lie (rearrangement inequality)."""
+    return math.fsum(map(mul, counts, sizes))
 
 
 class BaseBound:
@@ -149,6 +177,7 @@ class BaseBound:
         self.optimizer_s = min(kind.optimizer_s for kind in each)
         self._once_s = 0.0 if model.sharing else min(kind.once_s for kind in each)
         self._kinds, self._layers = each, shapes[0].problem.model.layers
+        self._stack = shapes[0].problem.stack
         self._exclusive, self._ends_s = model.sharing is None, (fastest[0], fastest[1])
         known = {key: kind.block_s for key, kind in zip(kinds, each, strict=True)}
         self._block_s = [known[id(shape)] for shape in shapes]
@@ -167,8 +196,9 @@ class BaseBound:
     def of(self, degrees: Degrees) -> float:
         """No strategy of these degrees that fits has a shorter replay; infinite where none fits."""
         pipe = degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches
-        alive, split = alive_at_least(*pipe, self._layers), degrees.schedule.splits_every_backward
-        again_s = min(kind.again_s(alive, split=split) for kind in self._kinds)
+        waits, split = most_waits(self._stack, degrees), degrees.schedule.splits_every_backward
+        live = live_at_least(*pipe, waits, self._layers)
+        again_s = min(kind.again_s(live, split=split) for kind in self._kinds)
         if again_s == float("inf"):
             return again_s
         factor = schedule_factor(degrees)
@@ -213,10 +243,11 @@ class _KindBound:
         each = (shape.passes(key, option) for key in shape.classes for option in options)
         self.block_s = min(forward.total_s + backward.total_s for forward, backward in each)
 
-    def again_s(self, alive: Alive, *, split: bool) -> float:
-        """What a micro-batch must at least recompute: with so many alive, or one of every layer."""
-        one = (1,) * len(alive)
-        return max(self._recomputing.least_s(each, split=split) for each in {alive, one})
+    def again_s(self, live: Live, *, split: bool) -> float:
+        """What a micro-batch must at least recompute: with so many in flight, or one of every layer."""
+        layers = len(live.alive)
+        one = Live((1,) * layers, (0,) * layers)
+        return max(self._recomputing.least_s(each, split=split) for each in {live, one})
 
 
 def step_bound_s(

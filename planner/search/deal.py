@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 
+from planner.cost.flight import InFlight, total_count
 from planner.cost.longest_path import many_row_ends_s
 from planner.search.recipes import Column
 from planner.search.stage_space import StageSpace
@@ -83,11 +85,11 @@ class Dealer:
         chosen = tuple(column for column in fastest if column is not None)
         if self._fits(rank, chosen):
             return chosen
-        alive, sizes = [space.alive[s] for s in stages], [end - first for first, end in spans]
-        fullest = max(space.in_flight[rank], key=lambda v: sum(v.get(s, 0) for s in stages))
+        most, sizes = [self._fullest[s] for s in stages], [end - first for first, end in spans]
+        fullest = max(space.in_flight[rank], key=total_count)
         # What fits at the fullest moment may not at another, at which as many are alive on other stages: then
         # as if all stages had most alive at once.
-        for live in ([fullest.get(s, 0) for s in stages], alive):
+        for live in ([fullest[s] for s in stages], most):
             free_bytes = self._free_bytes(rank, live, spans)
             for mix in space.ranks.floors[rank].fastest_mixes(sizes, live, free_bytes, MAX_PAIRS):
                 mixed = tuple(
@@ -108,26 +110,29 @@ class Dealer:
                 self._kept_least[id(book), span] = least
         return tuple(self._kept_least[id(book), span] for span in spans)
 
-    def _free_bytes(self, rank: int, live: list[int], spans: tuple[Span, ...]) -> float:
-        """What blocks' activations may take at most at the rank's fullest moment, when `live` are alive."""
+    @cached_property
+    def _fullest(self) -> list[InFlight]:
+        """Of each stage what is in flight at the moment that has most."""
+        return [max(each, key=lambda flight: (flight.micro_batches, flight)) for each in self.space.flights]
+
+    def _free_bytes(self, rank: int, live: list[InFlight], spans: tuple[Span, ...]) -> float:
+        """What blocks' activations may take at most at the rank's fullest moment, with `live` in flight."""
         space, book = self.space, self.space.books[rank]
         smallest = self._smallest(rank, spans)
-        alive = (space.alive[s] for s in self.ranks[rank])
+        most = (self._fullest[s] for s in self.ranks[rank])
         standing = book.shape.runtime_bytes + sum(c.resident_bytes for c in smallest)
-        standing += max(book.transient_bytes(c, a) for c, a in zip(smallest, alive, strict=True))
+        standing += max(book.transient_bytes(c, own) for c, own in zip(smallest, most, strict=True))
         ends = (c.cost.saved_bytes - c.cost.block_saved_bytes for c in smallest)
-        kept = sum(a * end for a, end in zip(live, ends, strict=True))
+        kept = sum(own.alive * end for own, end in zip(live, ends, strict=True))
         return float(space.limits_bytes[rank] - standing - kept)
 
     def _fits(self, rank: int, columns: Sequence[Column]) -> bool:
         space, book = self.space, self.space.books[rank]
-        standing = book.shape.runtime_bytes + sum(column.resident_bytes for column in columns)
         for moment in space.in_flight[rank]:
-            live = [moment.get(s, 0) for s in self.ranks[rank]]
-            each = list(zip(columns, live, strict=True))
-            kept = sum(alive * column.cost.saved_bytes for column, alive in each)
-            passing = max(book.transient_bytes(column, alive) for column, alive in each)
-            if standing + kept + passing > space.limits_bytes[rank]:
+            each = [(column, moment[s]) for column, s in zip(columns, self.ranks[rank], strict=True)]
+            held = sum(column.held_bytes(flight) for column, flight in each)
+            passing = max(book.transient_bytes(column, flight) for column, flight in each)
+            if book.shape.runtime_bytes + held + passing > space.limits_bytes[rank]:
                 return False
         return True
 

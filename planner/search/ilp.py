@@ -7,7 +7,7 @@ Sets
                     micro-batch, transient bytes
     q in Q          paths through the schedule's table, from the start of rank y_q to the end of rank z_q over
                     hops_q messages of h seconds, with a_qsk actions of kind k of stage s
-    v in V_r        in-flight vectors of rank r: live micro-batches by stage
+    v in V_r        fullest moments of rank r: what is in flight by stage
 
 Variables
     x_c in {0, 1}   column c is taken
@@ -26,7 +26,7 @@ subject to
     gpipe     T >= u(0) + sum f + (m-1) F + sum b + (m-1) B + 2 (p-1) h + g(0),  F >= f(s), B >= b(s)
     share     T >= sum_s m work(s) / throughput                                    where cores are shared
     opt_r     O >= o(r) + what a step takes besides                                for all ranks r
-    mem_rv    resident(r) + M_rv + sum_s v_s saved(s) <= limit_r                    for all r, v in V_r
+    mem_rv    M_rv + sum_s held_v(s) <= limit_r                                     for all r, v in V_r
     beat      T + O <= the step time to beat
     cut_k     sum of x over assignment k <= |S| - 1                   assignments seen, where cores are shared
 
@@ -49,6 +49,7 @@ from typing import TYPE_CHECKING, Any
 from planner.codec import noun
 from planner.cost.action import ActionKind
 from planner.cost.critical_path import CriticalPath
+from planner.cost.flight import Flights, InFlight
 from planner.cost.table import KINDS
 from planner.search.paths import Path, first_paths
 from planner.search.recipes import Column
@@ -69,7 +70,7 @@ class StageProgramme:
     """The data of the programme for one shape.
 
     `limits_bytes` are what each rank's stages may use; `transient_bytes` what a stage's column holds for a
-    moment with so many micro-batches alive. `work_scale` stretches work where ranks share cores.
+    moment with what is in flight. `work_scale` stretches work where ranks share cores.
     `step_s` is what a rank's optimizer step takes besides its stages'. Only assignments that may beat
     `to_beat_s` are looked for.
     """
@@ -78,10 +79,10 @@ class StageProgramme:
     layers: int
     one_class: bool
     columns: tuple[tuple[Column, ...], ...]
-    in_flight: tuple[tuple[dict[int, int], ...], ...]
+    in_flight: tuple[Flights, ...]
     hop_s: float
     limits_bytes: tuple[float, ...]
-    transient_bytes: Callable[[int, Column, int], float]
+    transient_bytes: Callable[[int, Column, InFlight], float]
     work_scale: float = 1.0
     optimizer_scale: float = 1.0
     step_s: float = 0.0
@@ -273,16 +274,16 @@ class StageIlp:
             for index, vector in enumerate(vectors):
                 transient = self.problem.add_variable(f"M_{rank}_{index}", 0)
 
-                def widest(stage: int, alive: int) -> Callable[[Column], float]:
-                    return lambda c: programme.transient_bytes(stage, c, alive) / GIB
+                def widest(stage: int, flight: InFlight) -> Callable[[Column], float]:
+                    return lambda c: programme.transient_bytes(stage, c, flight) / GIB
 
-                def used(alive: int) -> Callable[[Column], float]:
-                    return lambda c: (c.resident_bytes + alive * c.cost.saved_bytes) / GIB
+                def used(flight: InFlight) -> Callable[[Column], float]:
+                    return lambda c: c.held_bytes(flight) / GIB
 
                 for s in stages:
-                    own = self._sum(s, widest(s, vector.get(s, 0)))
+                    own = self._sum(s, widest(s, vector[s]))
                     self._add(transient >= own, f"transient_{rank}_{index}_{s}")
-                total = self._weighted((s, used(vector.get(s, 0))) for s in stages)
+                total = self._weighted((s, used(vector[s])) for s in stages)
                 self._add(total + transient <= programme.limits_bytes[rank] / GIB, f"mem_{rank}_{index}")
 
     def exclude(self, assignment: tuple[Column, ...]) -> None:

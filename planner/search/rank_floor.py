@@ -6,17 +6,18 @@ one moment of the schedule, s_o the bytes that a block with option o keeps of ea
     sum over blocks of a s  >=  the N least a in ascending order times the bytes in descending order
 
 (rearrangement inequality), where the rank's first stage has a given number of blocks and the others as many
-places as they may hold. So F and Q are possible only where states, ends, what a pass needs and this sum fit,
-and the rank takes no less than the fastest possible pair, with what a pass that recomputes anything takes
-besides, on as few stages as hold F + Q blocks. Unlike a mixture of recipes, which a linear relaxation may
-take, F and Q are whole numbers.
+places as they may hold; likewise for what waits for its weight gradients. So F and Q are possible only where
+states, ends, what a pass needs and these sums fit, and the rank takes no less than the fastest possible pair,
+with what a pass that recomputes anything takes besides, on as few stages as hold F + Q blocks. Unlike a
+mixture of recipes, which a linear relaxation may take, F and Q are whole numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from planner.cost.flight import Flights, InFlight, total_count
 from planner.cost.moments import least_pass_bytes, stage_pass_bytes
 from planner.search.bounds import split_again_s
 from planner.search.recipes import Column, RecipeBook
@@ -34,8 +35,8 @@ MOMENTS = 3
 DUST = 1e-9
 """Share of the memory by which sums of floats may be off."""
 
-_Signature = tuple[tuple[tuple[bool, bool], ...], tuple[int, ...], tuple[tuple[int, ...], ...]]
-"""Of a rank's stages: whether the model starts and ends there, the most blocks, the micro-batches alive."""
+_Signature = tuple[tuple[tuple[bool, bool], ...], tuple[int, ...], tuple[tuple[InFlight, ...], ...]]
+"""Of a rank's stages: whether the model starts and ends there, the most blocks, what is in flight."""
 
 
 class RankFloor:
@@ -49,7 +50,7 @@ class RankFloor:
         book: RecipeBook,
         limit_bytes: float,
         degrees: Degrees,
-        in_flight: Sequence[Sequence[dict[int, int]]],
+        in_flight: Sequence[Flights],
         limits: Sequence[tuple[int, int]],
         split: float,
     ) -> None:
@@ -66,9 +67,11 @@ class RankFloor:
             for option, (forward, backward) in each.items()
         }
         self.saved = {option: self.shape.block(self.key, option).saved_bytes for option in book.options}
+        self.waiting = {option: self.shape.waiting_bytes[self.key, option] for option in book.options}
         self._keeping = sorted(self.saved, key=lambda option: -self.saved[option])
         one, two = (book.column(_of(size)) for size in (1, 2))
         self._block_bytes = two.resident_bytes - one.resident_bytes
+        self._late_bytes = two.late_bytes - one.late_bytes
         # In Torchtitan's moments not all gradients exist, so that what is transient may be below 0; nor in
         # the own runtime's where a step has one micro-batch.
         engine = self.shape.problem.stack.engine
@@ -80,14 +83,7 @@ class RankFloor:
         self._alike: dict[int, _Signature] = {}
         self._known: dict[tuple[_Signature, int, range], dict[int, float]] = {}
         self._known_parts: dict[tuple[_Signature, int], float] = {}
-        self._fastest_s = min(self.block_s.values())
-        self._fastest_bytes = min(
-            self.saved[o] for o, own_s in self.block_s.items() if own_s == self._fastest_s
-        )
-        slower = {o: own_s - self._fastest_s for o, own_s in self.block_s.items() if own_s > self._fastest_s}
-        each_freed = [(self._fastest_bytes - self.saved[o]) / more_s for o, more_s in slower.items()]
-        self._freed_a_second = max([0.0, *each_freed])
-        self._known_ends: dict[tuple[bool, bool], tuple[float, float, float]] = {}
+        self._known_ends: dict[tuple[bool, bool, bool], tuple[float, float, float]] = {}
         self._known_pairs: dict[int, tuple[Ints, Ints, Floats]] = {}
 
     def least_by_first_s(self, rank: int, blocks: int, firsts: range) -> dict[int, float]:
@@ -111,42 +107,48 @@ class RankFloor:
         return self._known_parts[key]
 
     def _part_s(self, signature: _Signature, blocks: int) -> float:
-        """At each moment, what does not fit is freed by recomputing where most micro-batches are alive.
-
-        A block takes t seconds and keeps s bytes at its fastest; no option frees more bytes a second than
-        `_freed_a_second`, and none keeps less than the least.
-        """
+        """At each moment, what does not fit is freed by the option, and on the stage, that frees most bytes a
+        second."""
         ends, most, vectors = signature
-        seconds = blocks * self._fastest_s
+        fastest_s = min(self.block_s.values())
+        longest_s = seconds = blocks * fastest_s
         if not self.bounded:
             return seconds
-        longest_s, least = seconds, min(self.saved.values())
-        for alive in vectors:
-            standing, forward, freed = self._standing_bytes(alive, ends)
+        for flights in vectors:
+            standing, forward, freed = self._standing_bytes(flights, ends)
             passing = max(min(self._pass_bytes.values()) - freed, forward)
-            free = self.limit_bytes - standing - blocks * self._block_bytes - passing
-            lives = _emptiest(alive, most, blocks)
-            over = self._fastest_bytes * sum(lives) - free
-            again_s = self.shape.physics.recompute_pass_s if over > 0 else 0.0
-            for live in reversed(lives):
-                if over <= 0:
-                    break
-                part = min(over, live * (self._fastest_bytes - least))
-                again_s += part / (live * self._freed_a_second) if part else 0.0
-                over -= part
-            if over > DUST * self.limit_bytes:
+            states = self._block_bytes - self._late_bytes * (not all(own.begun for own in flights))
+            free = self.limit_bytes - standing - blocks * states - passing
+            each = [self._bytes(own) for own in flights]
+            if _least_sum([min(own.values()) for own in each], most, blocks) > free + DUST * self.limit_bytes:
                 return float("inf")
-            longest_s = max(longest_s, seconds + again_s)
+            quick = [min(own[o] for o, s in self.block_s.items() if s == fastest_s) for own in each]
+            over = _least_sum(quick, most, blocks) - free
+            rate = max(
+                (
+                    (least - own[o]) / (s - fastest_s)
+                    for least, own in zip(quick, each, strict=True)
+                    for o, s in self.block_s.items()
+                    if s > fastest_s
+                ),
+                default=0.0,
+            )
+            if over > 0 and rate > 0:
+                longest_s = max(longest_s, seconds + over / rate + self.shape.physics.recompute_pass_s)
         return longest_s
+
+    def _bytes(self, own: InFlight) -> dict[Recompute, float]:
+        """What a block keeps of what is in flight, by its option."""
+        return {o: own.alive * kept + own.waiting * self.waiting[o] for o, kept in self.saved.items()}
 
     def _signature(self, rank: int) -> _Signature:
         """What a rank's floors depend on: which ends it holds, its places, and its fullest moments."""
         stages = self.stages[rank]
-        fullest = sorted(self.in_flight[rank], key=lambda v: -sum(v.values()))[:MOMENTS]
+        fullest = sorted(self.in_flight[rank], key=lambda v: -total_count(v))[:MOMENTS]
         return (
             tuple((s == 0, s == self.last) for s in stages),
             tuple(self.limits[s][1] for s in stages),
-            tuple(tuple(vector.get(s, 0) for s in stages) for vector in fullest),
+            tuple(tuple(vector[s] for s in stages) for vector in fullest),
         )
 
     def _least_by_first_s(self, signature: _Signature, blocks: int, firsts: range) -> dict[int, float]:
@@ -159,21 +161,26 @@ class RankFloor:
         recomputing = np.ceil((full + selective) / max(most, *others))
         seconds = seconds + self.shape.physics.recompute_pass_s * recomputing
         fits = np.repeat(seconds[None] < float("inf"), len(firsts), axis=0)
-        for alive in vectors:
-            standing, forward, freed = self._standing_bytes(alive, ends)
-            free = self.limit_bytes - standing - blocks * self._block_bytes
-            places = sorted(a for a, high in zip(alive[1:], others, strict=True) for _ in range(high))
-            single = sum(1 if a else high for a, high in zip(alive[1:], others, strict=True))
+        for flights in vectors:
+            standing, forward, freed = self._standing_bytes(flights, ends)
+            begun = all(own.begun for own in flights)
+            free = self.limit_bytes - standing - blocks * (self._block_bytes - self._late_bytes * (not begun))
+            single = sum(1 if own.alive else high for own, high in zip(flights[1:], others, strict=True))
             for row, first in enumerate(firsts):
-                before = np.cumsum([0, *sorted([alive[0]] * first + places[: blocks - first])])
-                behind = (first > 1 and alive[0] > 0) or blocks - first > single
-                back = self._back_bytes(full, selective, alive) + self._behind_bytes * behind - freed
-                kept = self._kept_bytes(blocks, full, selective, before)
+                behind = (first > 1 and flights[0].alive > 0) or blocks - first > single
+                back = self._back_bytes(full, selective, flights) + self._behind_bytes * behind - freed
+                places = [first, *others]
+                kept = np.zeros(len(full))
+                for counts, each in (
+                    ([own.alive for own in flights], self.saved),
+                    ([own.waiting for own in flights], self.waiting),
+                ):
+                    kept += self._kept_bytes(blocks, full, selective, _before(counts, blocks, places), each)
                 fits[row] &= kept + np.maximum(back, forward) <= free
         found = ((first, seconds[fits[row]]) for row, first in enumerate(firsts))
         return {first: float(each.min()) for first, each in found if len(each)}
 
-    def _back_bytes(self, full: Ints, selective: Ints, alive: Sequence[int]) -> Floats:
+    def _back_bytes(self, full: Ints, selective: Ints, flights: Sequence[InFlight]) -> Floats:
         """What the backward pass of some block needs: of one that recomputes, where all stages run."""
         import numpy as np
 
@@ -182,34 +189,38 @@ class RankFloor:
         each = [
             (size - least) * (counts[option] > 0)
             for option, size in self._pass_bytes.items()
-            if option in counts and all(alive)
+            if option in counts and all(own.alive for own in flights)
         ]
         back: Floats = least + np.max([np.zeros(len(full)), *each], axis=0)
         return back
 
     def fastest_mixes(
-        self, sizes: Sequence[int], alive: Sequence[int], free_bytes: float, most: int
+        self, sizes: Sequence[int], flights: Sequence[InFlight], free_bytes: float, most: int
     ) -> Iterator[list[RecomputeCounts]]:
         """Mixes of a rank's stages of `sizes` blocks that keep at most `free_bytes`, the fastest `most`.
 
-        Blocks that keep least lie where most micro-batches are alive.
+        Blocks that keep least lie where most micro-batches are in flight.
         """
         import numpy as np
 
         blocks = sum(sizes)
         places = sorted(
-            (a, s) for s, (size, a) in enumerate(zip(sizes, alive, strict=True)) for _ in range(size)
+            (own.alive, own.waiting, s)
+            for s, (size, own) in enumerate(zip(sizes, flights, strict=True))
+            for _ in range(size)
         )
         full, selective, seconds = self._pairs(blocks)
-        before = np.concatenate([[0.0], np.cumsum([a for a, _ in places])])
-        used = self._kept_bytes(blocks, full, selective, before)
+        before = np.concatenate([[0.0], np.cumsum([alive for alive, _, _ in places])])
+        waits = np.concatenate([[0.0], np.cumsum([waiting for _, waiting, _ in places])])
+        used = self._kept_bytes(blocks, full, selective, before, self.saved)
+        used += self._kept_bytes(blocks, full, selective, waits, self.waiting)
         order = np.lexsort((used, seconds))
         order = order[used[order] <= free_bytes]
         for number in order[:most].tolist():
             counts = self._counts(blocks, int(full[number]), int(selective[number]))
             options = [option for option in self._keeping for _ in range(int(counts[option]))]
             dealt = [[0, 0, 0] for _ in sizes]
-            for (_, stage), option in zip(places, options, strict=True):
+            for (_, _, stage), option in zip(places, options, strict=True):
                 dealt[stage][list(Recompute).index(option)] += 1
             yield [RecomputeCounts(none=n, selective=s, full=f) for n, s, f in dealt]
 
@@ -221,14 +232,22 @@ class RankFloor:
             Recompute.FULL: full,
         }
 
-    def _kept_bytes(self, blocks: int, full: Ints, selective: Ints, before: Floats) -> Floats:
-        """What blocks keep at least; before[n] micro-batches are alive on the n emptiest places together."""
+    def _kept_bytes(
+        self,
+        blocks: int,
+        full: Ints,
+        selective: Ints,
+        before: Floats | Ints,
+        each: Mapping[Recompute, float],
+    ) -> Floats:
+        """What blocks keep at `each` of their options, those that keep most in the first places; before[n]
+        micro-batches are in flight on the first n together."""
         import numpy as np
 
         counts = self._counts(blocks, full, selective)
         at, used = np.zeros_like(full), np.zeros(len(full))
         for option in self._keeping:
-            used += self.saved[option] * (before[at + counts[option]] - before[at])
+            used += each[option] * (before[at + counts[option]] - before[at])
             at = at + counts[option]
         return used
 
@@ -260,26 +279,30 @@ class RankFloor:
         return full, selective, seconds
 
     def _standing_bytes(
-        self, alive: Sequence[int], ends: Sequence[tuple[bool, bool]]
+        self, flights: Sequence[InFlight], ends: Sequence[tuple[bool, bool]]
     ) -> tuple[float, float, float]:
-        """What a rank holds besides its blocks' states and activations: runtime and ends; what a forward pass
-        needs; and of what the ends keep, the most that is freed before blocks run back."""
+        """What a rank holds besides its blocks' states and activations: runtime, messages and ends; what a
+        forward pass needs; and of what the ends keep, the most that is freed before blocks run back."""
         total, forward, freed = float(self.shape.runtime_bytes), 0.0, 0.0
-        for count, end in zip(alive, ends, strict=True):
+        total += flights[0].messages * self.shape.messages.boundary_bytes()
+        for flight, (first, last) in zip(flights, ends, strict=True):
+            end = first, last, flight.begun
             if end not in self._known_ends:
                 self._known_ends[end] = self._end_bytes(*end)
             resident, saved, passing = self._known_ends[end]
-            total += resident + count * saved
-            if count:
+            total += resident + flight.alive * saved
+            if flight.alive:
                 forward, freed = max(forward, passing), max(freed, saved)
         return total, forward, freed
 
-    def _end_bytes(self, first: bool, last: bool) -> tuple[float, float, float]:
-        """Of the ends that a stage holds: states, what is kept of a micro-batch, what a pass needs."""
+    def _end_bytes(self, first: bool, last: bool, begun: bool) -> tuple[float, float, float]:
+        """Of the ends that a stage holds: states, without gradients before a pass back has `begun`; what is
+        kept of a micro-batch, what a pass needs."""
         each = {option: self._alone(first, last, option) for option in self.saved}
         option = self._keeping[-1]
+        late = 0.0 if begun else each[option].late_bytes - self._late_bytes
         return (
-            each[option].resident_bytes - self._block_bytes,
+            each[option].resident_bytes - self._block_bytes - late,
             each[option].cost.saved_bytes - self.saved[option],
             min(stage_pass_bytes(self.shape, column.cost) for column in each.values()),
         )
@@ -295,12 +318,24 @@ class RankFloor:
         return self.book.column(Stage(first=start, end=start + 1, recompute=counts))
 
 
-def _emptiest(alive: Sequence[int], most: Sequence[int], blocks: int) -> list[int]:
-    """The micro-batches alive where `blocks` blocks lie at least, in ascending order."""
-    lives: list[int] = []
-    for live, places in sorted(zip(alive, most, strict=True)):
-        lives += [live] * min(places, blocks - len(lives))
-    return lives
+def _before(counts: Sequence[int], blocks: int, places: Sequence[int]) -> Ints:
+    """Micro-batches on the n emptiest of `blocks` places together, for every n: on the first stage as many
+    places as it has blocks, on the others where fewest are of `counts`."""
+    import numpy as np
+
+    first, *others = places
+    rest = sorted(n for n, high in zip(counts[1:], others, strict=True) for _ in range(high))
+    before: Ints = np.cumsum([0, *sorted([counts[0]] * first + rest[: blocks - first])])
+    return before
+
+
+def _least_sum(each: Sequence[float], most: Sequence[int], blocks: int) -> float:
+    """The sum over `blocks` blocks where each adds least; a stage has `most` places."""
+    total, left = 0.0, blocks
+    for value, places in sorted(zip(each, most, strict=True)):
+        total += value * min(places, left)
+        left -= min(places, left)
+    return total
 
 
 def _of(size: int) -> Stage:

@@ -2,10 +2,10 @@
 
 Every mix of one stage is set beside every mix of the others: at each moment of the schedule
 
-    runtime + sum over stages s of (resident_s + a_s saved_s) + the largest transient <= limit
+    runtime + sum over stages s of (states_s + kept_s) + the largest transient <= limit
 
-with a_s the micro-batches alive on each, and transients of stages that have some. Where blocks are of one
-class this is exact for given sizes.
+with what micro-batches in flight on each keep (planner.cost.flight), and transients of stages that have some.
+Where blocks are of one class this is exact for given sizes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.action import ActionKind
-from planner.cost.memory import idle_apart, transient_bytes
-from planner.cost.moments import resident
+from planner.cost.flight import InFlight
+from planner.cost.memory import held_bytes, idle_apart, transient_bytes
 from planner.cost.simulate import kind_passes
 from planner.cost.table import KINDS
 from planner.search.recipes import Column, RecipeBook
@@ -40,11 +40,11 @@ Span = tuple[int, int]
 
 class Held(NamedTuple):
     """A stage of a rank: the blocks [first, end) that stand for it, how often it runs each kind of action,
-    and the micro-batches alive at each of the rank's moments."""
+    and what is in flight at each of the rank's moments."""
 
     span: Span
     actions: tuple[tuple[ActionKind, int], ...]
-    alive: tuple[int, ...]
+    flights: tuple[InFlight, ...]
 
 
 def _outer(join: np.ufunc, each: Sequence[Floats]) -> Floats:
@@ -75,7 +75,7 @@ class RankMixes:
         self.apart = idle_apart(book.shape)
         self._known: dict[tuple[Held, ...], tuple[float, tuple[int, ...]]] = {}
         self._seconds: dict[tuple[Span, tuple[tuple[ActionKind, int], ...]], Floats] = {}
-        self._bytes: dict[tuple[Span, int], tuple[Floats, Floats]] = {}
+        self._bytes: dict[tuple[Span, InFlight], tuple[Floats, Floats]] = {}
         self._figures: dict[Span, Floats] = {}
         self._useful: dict[Held, Ints] = {}
 
@@ -143,8 +143,8 @@ class RankMixes:
 
         if held not in self._useful:
             each = [self.figures(held.span)]
-            for alive in held.alive:
-                kept, passing = self._all_bytes(held.span, alive)
+            for flight in held.flights:
+                kept, passing = self._all_bytes(held.span, flight)
                 each.append(np.stack([kept, np.maximum(passing, 0.0)], axis=1))
             self._useful[held] = undominated(np.concatenate(each, axis=1))
         return self._useful[held]
@@ -168,8 +168,8 @@ class RankMixes:
     def _moments(self, held: tuple[Held, ...]) -> list[list[tuple[Floats, Floats]]]:
         """Of each moment and stage, what its mixes keep, and what a pass needs."""
         return [
-            [self._all_bytes(own.span, alive) for own, alive in zip(held, moment, strict=True)]
-            for moment in zip(*(own.alive for own in held), strict=True)
+            [self._all_bytes(own.span, flight) for own, flight in zip(held, moment, strict=True)]
+            for moment in zip(*(own.flights for own in held), strict=True)
         ]
 
     def _total_s(self, each_s: list[Floats], moments: list[list[tuple[Floats, Floats]]]) -> Floats:
@@ -195,16 +195,16 @@ class RankMixes:
             self._seconds[key] = np.sum(each, axis=0)
         return self._seconds[key]
 
-    def _all_bytes(self, span: Span, alive: int) -> tuple[Floats, Floats]:
-        """Of each mix of a stage, what it keeps with so many micro-batches alive, and what a pass needs."""
+    def _all_bytes(self, span: Span, flight: InFlight) -> tuple[Floats, Floats]:
+        """Of each mix of a stage, what it holds with what is in flight, and what a pass needs."""
         import numpy as np
 
-        key = span, alive
+        key = span, flight
         if key not in self._bytes:
             mixes, shape = self.book.mixes(*span), self.book.shape
             kept, passing = np.zeros(len(mixes.full)), np.full(len(mixes.full), -np.inf)
-            kept += resident(shape, mixes.cost).total + alive * mixes.cost.saved_bytes
-            if alive or not self.apart:
-                passing[:] = transient_bytes(shape, mixes.cost, alive)
+            kept += held_bytes(shape, mixes.cost, flight)
+            if flight.alive or not self.apart:
+                passing[:] = transient_bytes(shape, mixes.cost, flight)
             self._bytes[key] = kept, passing
         return self._bytes[key]

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from planner.cost.action import ActionKind
+from planner.cost.flight import InFlight
 from planner.search.rank_fill import Way, can_hold
 from planner.search.rank_floor import DUST, RankFloor
 from planner.search.rank_mixes import Held, RankMixes
@@ -118,13 +119,13 @@ class RankWays:
         return Held(self.space.books[self.space.rank_of[stage]].blocks(*span), *self._runs[stage])
 
     @cached_property
-    def _runs(self) -> list[tuple[tuple[tuple[ActionKind, int], ...], tuple[int, ...]]]:
-        """How often each stage runs each kind of action, and what is alive of it at its rank's moments."""
+    def _runs(self) -> list[tuple[tuple[tuple[ActionKind, int], ...], tuple[InFlight, ...]]]:
+        """How often each stage runs each kind of action, and what is in flight at its rank's moments."""
         each = []
         for stage, rank in enumerate(self.space.rank_of):
             counts = self.space.table.counts(rank)
             actions = tuple((kind, n) for (s, kind), n in counts.items() if s == stage)
-            each.append((actions, tuple(moment.get(stage, 0) for moment in self.space.in_flight[rank])))
+            each.append((actions, tuple(moment[stage] for moment in self.space.in_flight[rank])))
         return each
 
     @cached_property

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from operator import le
 from typing import TYPE_CHECKING, Any
 
 from planner.codec import noun
-from planner.cost.memory import resident_bytes, transient_bytes
+from planner.cost.flight import InFlight
+from planner.cost.memory import late_bytes, resident_bytes, transient_bytes
+from planner.cost.moments import reserved_bytes
 from planner.cost.offload import with_offload
+from planner.cost.seconds import larger
 from planner.cost.simulate import kind_passes
 from planner.cost.stage import ShapeModel
 from planner.cost.stage_cost import StageCost
@@ -35,17 +39,24 @@ class Column:
     """A recipe of a stage: its blocks and their options, and what they cost.
 
     Where all blocks are of one class it stands for any blocks as many, between the same ends. `passes_s` are
-    the seconds of its actions by kind (planner.cost.table.KINDS).
+    the seconds of its actions by kind (planner.cost.table.KINDS); `late_bytes` those of its states that a
+    pass back makes.
     """
 
     stage: Stage
     cost: StageCost
     passes_s: tuple[float, ...]
     resident_bytes: float
+    late_bytes: float = 0.0
 
     @property
     def layers(self) -> int:
         return self.stage.layers
+
+    def held_bytes(self, flight: InFlight) -> float:
+        """Its states that exist, and what micro-batches in flight keep (planner.cost.memory.held_bytes)."""
+        late = 0.0 if flight.begun else self.late_bytes
+        return self.resident_bytes - late + flight.kept_bytes(self.cost)
 
     def whole_s(self, schedule: Schedule) -> float:
         """What one micro-batch takes at least under a schedule."""
@@ -101,8 +112,8 @@ class RecipeBook:
         self._alike: dict[tuple[tuple[str, ...], bool, bool], tuple[int, int]] = {}
         self._mixes: dict[tuple[int, int], Mixes] = {}
         self._columns: dict[Stage, Column] = {}
-        self._transients: dict[tuple[int, int], float] = {}
-        self._recipes: dict[tuple[int, int, int, float], Column | None] = {}
+        self._transients: dict[tuple[int, InFlight], float] = {}
+        self._recipes: dict[tuple[int, int, tuple[InFlight, ...], float], Column | None] = {}
         self._paretos: dict[tuple[int, int], list[Column]] = {}
 
     def least_block_s(self, key: str) -> float:
@@ -128,14 +139,15 @@ class RecipeBook:
                 cost=cost,
                 passes_s=tuple(passes[kind].total_s for kind in KINDS),
                 resident_bytes=resident_bytes(self.shape, cost),
+                late_bytes=late_bytes(self.shape, cost),
             )
         return self._columns[stage]
 
-    def transient_bytes(self, column: Column, alive: int) -> float:
-        """What a column's stage holds for a moment while `alive` micro-batches are in flight."""
-        key = id(column.cost), alive  # the costs of columns live as long as the book
+    def transient_bytes(self, column: Column, flight: InFlight) -> float:
+        """What a column's stage holds for a moment with what is in flight."""
+        key = id(column.cost), flight  # the costs of columns live as long as the book
         if key not in self._transients:
-            self._transients[key] = transient_bytes(self.shape, column.cost, alive)
+            self._transients[key] = transient_bytes(self.shape, column.cost, flight)
         return self._transients[key]
 
     def pure(self, first: int, end: int) -> list[Column]:
@@ -149,27 +161,34 @@ class RecipeBook:
         stages = [Stage(first=first, end=end, recompute=each[option]) for option in self.options]
         return [self.column(stage) for stage in stages]
 
-    def recipe(self, first: int, end: int, in_flight: int, limit_bytes: float) -> Column | None:
-        """The fastest column of the blocks [first, end) within `limit_bytes`, or None where none fits."""
+    def recipe(
+        self, first: int, end: int, flights: tuple[InFlight, ...], limit_bytes: float
+    ) -> Column | None:
+        """The fastest column of the blocks [first, end) within `limit_bytes` at all moments, or None where
+        none fits."""
         first, end = self.blocks(first, end)
-        key = first, end, in_flight, limit_bytes
+        key = first, end, flights, limit_bytes
         if key not in self._recipes:
             self._recipes[key] = self._recipe(*key)
         return self._recipes[key]
 
-    def _recipe(self, first: int, end: int, in_flight: int, limit_bytes: float) -> Column | None:
+    def _recipe(
+        self, first: int, end: int, flights: tuple[InFlight, ...], limit_bytes: float
+    ) -> Column | None:
         fastest = self._fastest(first, end)
         if fastest is not None:
             column = self.column(fastest)
-            if self._used_bytes(column.cost, in_flight) <= limit_bytes:
+            if self._used_bytes(column.cost, flights) <= limit_bytes:
                 return column
         if self.offload is not Offload.NONE:
-            return self._offloaded(first, end, in_flight, limit_bytes)
+            return self._offloaded(first, end, flights, limit_bytes)
         mixes = self.mixes(first, end)
-        fits = (self._used_bytes(mixes.cost, in_flight) + 0.0 * mixes.full <= limit_bytes).nonzero()[0]
+        fits = (self._used_bytes(mixes.cost, flights) + 0.0 * mixes.full <= limit_bytes).nonzero()[0]
         return self.column(self._stage(mixes, int(fits[0]), first, end)) if len(fits) else None
 
-    def _offloaded(self, first: int, end: int, in_flight: int, limit_bytes: float) -> Column | None:
+    def _offloaded(
+        self, first: int, end: int, flights: tuple[InFlight, ...], limit_bytes: float
+    ) -> Column | None:
         layers = end - first
         counts = [RecomputeCounts(none=layers)] * (Recompute.NONE in self.options)
         for again in range(layers if Recompute.NONE not in self.options else 1, layers + 1):
@@ -179,7 +198,7 @@ class RecipeBook:
                 counts.append(RecomputeCounts(none=layers - again, full=again))
         stages = (Stage(first=first, end=end, recompute=each) for each in counts)
         columns = (self.column(stage) for stage in stages)
-        fitting = [c for c in columns if self._used_bytes(c.cost, in_flight) <= limit_bytes]
+        fitting = [c for c in columns if self._used_bytes(c.cost, flights) <= limit_bytes]
         return min(fitting, key=lambda c: c.cost.backward.total_s, default=None)
 
     def _fastest(self, first: int, end: int) -> Stage | None:
@@ -188,9 +207,11 @@ class RecipeBook:
             return None
         return Stage(first=first, end=end, recompute=RecomputeCounts(none=end - first))
 
-    def _used_bytes(self, cost: StageCost, in_flight: int) -> float:
-        used = self.shape.runtime_bytes + resident_bytes(self.shape, cost)
-        return used + transient_bytes(self.shape, cost, in_flight) + in_flight * cost.saved_bytes
+    def _used_bytes(self, cost: StageCost, flights: tuple[InFlight, ...]) -> float:
+        """What a stage, or each of many mixes of one, takes at the worst of its moments."""
+        return self.shape.runtime_bytes + larger(
+            *(reserved_bytes(self.shape, cost, each) for each in flights)
+        )
 
     @staticmethod
     def _stage(mixes: Mixes, number: int, first: int, end: int) -> Stage:
@@ -250,13 +271,14 @@ class RecipeBook:
         mixes = self.mixes(first, end)
         zero = 0.0 * mixes.full
         sizes = (mixes.cost.block_saved_bytes + zero).tolist()
+        waiting = (mixes.cost.waiting_bytes + zero).tolist()
         transients = (mixes.cost.block_transient_bytes + zero).tolist()
-        kept: list[tuple[float, float]] = []
+        kept: list[tuple[float, float, float]] = []
         chosen = []
-        for number, (size, transient) in enumerate(zip(sizes, transients, strict=True)):
-            if any(other <= size and wide <= transient for other, wide in kept):
+        for number, own in enumerate(zip(sizes, waiting, transients, strict=True)):
+            if any(all(map(le, other, own)) for other in kept):
                 continue
-            kept.append((size, transient))
+            kept.append(own)
             chosen.append(number)
         if len(chosen) > MAX_MIXES:
             step = (len(chosen) - 1) / (MAX_MIXES - 1)

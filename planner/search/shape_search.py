@@ -351,7 +351,7 @@ class ShapeSearch:
             in_flight=space.in_flight,
             hop_s=self.shape.messages.p2p_s(),
             limits_bytes=tuple(limit - book.shape.runtime_bytes for limit, book in each),
-            transient_bytes=lambda s, c, alive: space.books[space.rank_of[s]].transient_bytes(c, alive),
+            transient_bytes=lambda s, c, flight: space.books[space.rank_of[s]].transient_bytes(c, flight),
             step_s=self.shape.physics.step_s,
             to_beat_s=to_beat_s,
             work_scale=sharing.slowdown(per_rank) if sharing else 1.0,

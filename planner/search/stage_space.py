@@ -15,6 +15,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 from planner.cost.evaluate import CostModel
+from planner.cost.flight import Flights, InFlight
 from planner.cost.schedule import Table
 from planner.cost.simulate import Replay
 from planner.cost.stage import ShapeModel
@@ -70,8 +71,8 @@ class StageSpace:
         return stages
 
     @cached_property
-    def in_flight(self) -> tuple[tuple[dict[int, int], ...], ...]:
-        """For every rank, the counts of live micro-batches by stage at its fullest moments."""
+    def in_flight(self) -> tuple[Flights, ...]:
+        """For every rank, what is in flight by stage at its fullest moments."""
         return self.model.in_flight(self.degrees)
 
     @cached_property
@@ -80,9 +81,9 @@ class StageSpace:
         return RankWays(self)
 
     @cached_property
-    def alive(self) -> list[int]:
-        """The most micro-batches that are alive on each stage."""
-        return [max(v.get(s, 0) for v in self.in_flight[rank]) for s, rank in enumerate(self.rank_of)]
+    def flights(self) -> list[tuple[InFlight, ...]]:
+        """What is in flight on each stage at its rank's fullest moments."""
+        return [tuple({v[s]: None for v in self.in_flight[rank]}) for s, rank in enumerate(self.rank_of)]
 
     def forget(self) -> None:
         """Gives back what is only needed while the shape is searched, and can be made again: a search goes
@@ -103,7 +104,7 @@ class StageSpace:
         """The fastest recipe of a stage that holds the blocks of a span, within its rank's memory or less."""
         rank = self.rank_of[index]
         limit = self.limits_bytes[rank] if limit_bytes is None else limit_bytes
-        return self.books[rank].recipe(*span, self.alive[index], limit)
+        return self.books[rank].recipe(*span, self.flights[index], limit)
 
     def span(self, index: int, size: int) -> tuple[int, int]:
         """Blocks that stand for any `size` of a stage, where all are of one class."""

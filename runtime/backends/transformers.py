@@ -329,10 +329,13 @@ def check_backend(plan: Plan, path: Path) -> None:
     config = load_config(path)
     check_config(path if path.is_file() else path / "config.json", plan.model)
     degrees, workload = plan.strategy.degrees, plan.workload
+    copied = plan.model.heads_copied(degrees.tp)
     faults = {
         "it shares out the sequence over cp ranks": degrees.cp > 1,
         "it shares out experts over ep ranks": degrees.ep > 1,
         "it shares out the sequence over tp ranks (sequence_parallel)": degrees.sequence_parallel,
+        f"it has copies of key-value heads over tp={degrees.tp} ranks": bool(copied),
+        f"it splits the vocabulary into {degrees.tp} unequal parts": plan.model.vocab % degrees.tp > 0,
         "it trains adapters": workload.adapters is not None,
         "its products are in fp8": workload.precision is Precision.FP8,
     }

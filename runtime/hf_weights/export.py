@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor
 from planner.codec import load_json_object
 from planner.errors import InputError, Problem
 from planner.execution import check_executed
-from planner.plan import load_plan
+from planner.plan import Plan, load_plan
 from runtime.checkpoint import load_checkpoint
 from runtime.committed import CheckpointIndex, committed_folders, find_checkpoint, load_index, verify
 from runtime.hf_weights.folder import CONFIG, KEPT, check_config, side_files
-from runtime.hf_weights.write import write_weights
+from runtime.hf_weights.merged import MergedWeights
+from runtime.hf_weights.write import ReadParameter, write_weights
 from runtime.session import CHECKPOINTS, PLAN
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,14 +37,22 @@ class Exported:
 
 
 def export_run(
-    run_dir: Path, folder: Path, *, config: Path | None, dtype: str | None, step: int | None
+    run_dir: Path,
+    folder: Path,
+    *,
+    config: Path | None,
+    dtype: str | None,
+    step: int | None,
+    base: Path | None = None,
 ) -> Exported:
     """Writes the weights of a run's newest whole checkpoint, or that of `step`, to a new folder.
 
     `config` None is the one that the run began with (`--init-from`); `dtype` None is the config's own, or
-    float32. Raises InputError where there is none, or it describes another model.
+    float32. `base` are the weights beside which a run trained adapters, which are merged into them. Raises
+    InputError where there is none, or it describes another model.
     """
-    spec = load_plan(run_dir / PLAN).model
+    plan = load_plan(run_dir / PLAN)
+    spec = plan.model
     check_executed(spec, "export")
     path, remarks = _checkpoint(run_dir / CHECKPOINTS, step)
     index = load_index(path)
@@ -55,7 +65,7 @@ def export_run(
     document = load_json_object(source)
     chosen = dtype or _own_dtype(document)
     files = write_weights(
-        lambda name: _read(path, index, name),
+        _reader(plan, path, index, base),
         spec,
         folder,
         config=_with_dtype(document, chosen),
@@ -65,6 +75,21 @@ def export_run(
         if side.name != CONFIG:
             shutil.copyfile(side, folder / side.name)
     return Exported(folder, index.step, chosen, tuple(files), remarks)
+
+
+def _reader(plan: Plan, path: Path, index: CheckpointIndex, base: Path | None) -> ReadParameter:
+    """What reads one whole parameter of a run."""
+    if base is not None:
+        return MergedWeights(path, index, plan, base)
+    if plan.workload.adapters is not None:
+        raise InputError(
+            Problem(
+                where=str(path),
+                fault="holds adapters alone, beside weights that were not trained.",
+                fix="name their folder with --merge-adapters, or give the run's adapter folder to PEFT",
+            )
+        )
+    return partial(_read, path, index)
 
 
 def _checkpoint(folder: Path, step: int | None) -> tuple[Path, tuple[str, ...]]:

@@ -60,7 +60,7 @@ def _wrap(modules: list[nn.Module], degrees: Degrees, precision: Precision, data
             modules,
             mesh=data,
             reshard_after_forward=degrees.zero is Zero.PARAMETERS,
-            shard_placement_fn=partial(_expert_placement, data.size(-1)),
+            shard_placement_fn=partial(_placement, data.size(-1)),
             mp_policy=policy,
             ignored_params=apart or None,
         )
@@ -68,13 +68,19 @@ def _wrap(modules: list[nn.Module], degrees: Degrees, precision: Precision, data
         replicate(modules, mesh=data, mp_policy=policy, ignored_params=apart or None)
 
 
-def _expert_placement(ranks: int, parameter: nn.Parameter) -> Shard | None:
-    """Stacked experts that do not divide over the ranks are split along the hidden size, which tensor
-    parallelism leaves whole: else few ranks would hold whole experts, and the others none."""
+def _placement(ranks: int, parameter: nn.Parameter) -> Shard | None:
+    """The dimension that is split where it is not the first: the hidden size, which tensor parallelism leaves
+    whole.
+
+    Of stacked experts that do not divide over the ranks: else few would hold whole experts, and the others
+    none. Of a vocabulary in unequal parts: parts of these have no place in the whole that torch computes.
+    """
     local: Tensor = parameter
     split: set[int] = set()
     if isinstance(parameter, DTensor):
         local, split = parameter.to_local(), {p.dim for p in parameter.placements if isinstance(p, Shard)}
+        if local.dim() == 2 and 0 in split and parameter.shape[0] % parameter.device_mesh.size():
+            return Shard(1)
     if local.dim() != 3 or local.shape[0] % ranks == 0:
         return None
     free = (dim for dim in (2, 1) if dim not in split and local.shape[dim] % ranks == 0)

@@ -79,7 +79,7 @@ def apply_expert_parallel(part: nn.Module, seq: int, degrees: Degrees, meshes: M
         if whole:
             between = Shard(1) if degrees.sequence_parallel else Replicate()
             mixture.enter = _enter
-            mixture.leave = _Leave(meshes.tp, between)
+            mixture.leave = Leave(meshes.tp, between)
         slices = (meshes.tp,) if degrees.tp > 1 and not whole else ()
         parts = (meshes.cp,) if degrees.cp > 1 else ()
         mixture.router.sequence_groups = tuple(mesh.get_group() for mesh in (*slices, *parts))
@@ -137,8 +137,8 @@ def _enter(x_bsh: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Leave:
-    """Sums the results of the ranks of tp, each of which has its part of every expert."""
+class Leave:
+    """Sums the results of the ranks of tp, each of which has its part."""
 
     tp: DeviceMesh
     between: Placement

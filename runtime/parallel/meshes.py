@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from planner.plan import Plan
 from planner.strategy import AXES, Degrees, Zero
+
+HEAD_AXES = ("kv_heads", "kv_copies")
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,16 @@ class ExpertMeshes:
 
 
 @dataclass(frozen=True)
+class HeadMeshes:
+    """The ranks of tp where key-value heads are fewer: neighbours have copies of one."""
+
+    heads: DeviceMesh
+    """The ranks that hold all heads once."""
+    copies: DeviceMesh
+    """Those that hold the same head as this one."""
+
+
+@dataclass(frozen=True)
 class Meshes:
     """The rank grid, and the slices of it that this rank belongs to."""
 
@@ -36,16 +49,20 @@ class Meshes:
     with cp folded into the last."""
     experts: ExpertMeshes | None = None
     """None where experts are shared out as all other weights are."""
+    copied: Mapping[int, HeadMeshes] = field(default_factory=dict)
+    """By the number of key-value heads, where it is below tp."""
 
 
 def build_meshes(plan: Plan, device_type: str) -> Meshes:
     """The rank grid of the plan as device meshes. Collective: every rank of the world calls it."""
     assert plan.rank_axes == AXES, plan.rank_axes
-    return meshes_of(plan.strategy.degrees, device_type)
+    degrees = plan.strategy.degrees
+    return meshes_of(degrees, device_type, plan.model.heads_copied(degrees.tp))
 
 
-def meshes_of(degrees: Degrees, device_type: str) -> Meshes:
-    """The rank grid of these degrees as device meshes. Collective.
+def meshes_of(degrees: Degrees, device_type: str, copied: Collection[int] = ()) -> Meshes:
+    """The rank grid of these degrees as device meshes; `copied` are the numbers of key-value heads that are
+    below tp. Collective.
 
     Where cp is folded into a data axis, weights live on a second grid that has them as one: a parameter's tp
     and data axes must be slices of the same grid.
@@ -65,7 +82,14 @@ def meshes_of(degrees: Degrees, device_type: str) -> Meshes:
         cp=world["cp"],
         data=weights[names] if len(names) > 1 else weights[names[0]],
         experts=_expert_meshes(degrees, device_type) if degrees.spreads_experts else None,
+        copied={heads: _head_meshes(weights, heads, degrees.tp) for heads in copied},
     )
+
+
+def _head_meshes(weights: DeviceMesh, heads: int, tp: int) -> HeadMeshes:
+    """The axis tp as two."""
+    grid = weights._unflatten("tp", (heads, tp // heads), HEAD_AXES)
+    return HeadMeshes(heads=grid[HEAD_AXES[0]], copies=grid[HEAD_AXES[1]])
 
 
 def _expert_meshes(degrees: Degrees, device_type: str) -> ExpertMeshes:

@@ -7,9 +7,9 @@ from planner.execution import (
     WORKLOADS_EXECUTED,
     check_executed_offload,
     context_not_executed,
-    executed_widths,
     not_executed_workload,
     products_not_executed,
+    vocabulary_not_executed,
 )
 from planner.model import ModelSpec
 from planner.plan import Plan
@@ -24,6 +24,8 @@ from planner.spread_rules import (
 from planner.strategy import AXES, Degrees, Zero
 from planner.workload import Optimizer
 
+MOST_TP = 64
+"""Larger tensor-parallel degrees are not named as legal."""
 EXPERT_RULES = (experts_divide, experts_within_replicas, experts_need_sequence_parallel)
 
 
@@ -123,16 +125,30 @@ def _offload_problems(plan: Plan) -> list[Problem]:
 
 
 def _tensor_problems(model: ModelSpec, seq: int, degrees: Degrees) -> list[Problem]:
-    """What tensor parallelism must divide: whole heads, columns, vocabulary rows, and the sequence."""
-    sizes = {what: size for size, what in (*model.heads_split, *executed_widths(model))}
+    """What tensor parallelism must divide: whole heads, columns, and the sequence; and the vocabulary."""
+    sizes = {what: size for size, what in model.widths_split}
     if degrees.sequence_parallel:
         sizes["the sequence" if degrees.cp == 1 else "a context-parallel rank's tokens"] = seq // degrees.cp
-    return [
-        Problem(
-            where=f"strategy.tp={degrees.tp}",
-            fault=f"cannot split {name} of {size}: each rank needs an equal part.",
-            legal=f"tp of {', '.join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)}",
-        )
+    found = [
+        (name, size, [n for n in range(1, min(size, MOST_TP) + 1) if size % n == 0])
         for name, size in sizes.items()
         if size % degrees.tp
+    ]
+    found += [
+        (heads.what, heads.count, [n for n in range(1, MOST_TP + 1) if heads.split_over(n)])
+        for heads in model.heads_split
+        if not heads.split_over(degrees.tp)
+    ]
+    where = f"strategy.tp={degrees.tp}"
+    vocabulary = [
+        Problem(where=where, fault=f"cannot split the vocabulary of {model.vocab}: {fault}.")
+        for fault in vocabulary_not_executed(model, degrees)
+    ]
+    return vocabulary + [
+        Problem(
+            where=where,
+            fault=f"cannot split {name} of {size}: each rank needs an equal part.",
+            legal=f"tp of {', '.join(map(str, legal))}",
+        )
+        for name, size, legal in found
     ]

@@ -24,7 +24,7 @@ class Attention(nn.Module):
         self, hidden: int, spec: attention_types.Attention, arithmetic: Arithmetic, norm_eps: float
     ) -> None:
         super().__init__()
-        self.head_dim = spec.head_dim
+        self.head_dim, self.kv_heads = spec.head_dim, spec.kv_heads
         self.interleaved = arithmetic.rope_interleaved
         self.wq = nn.Linear(hidden, spec.query_width, bias=spec.qkv_bias)
         self.wk = nn.Linear(hidden, spec.kv_width, bias=spec.qkv_bias)

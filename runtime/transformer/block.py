@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from planner import model as spec_types
@@ -21,8 +23,11 @@ class Block(nn.Module):
 
     post_norm       x + norm(attention(x)), then x + norm(mlp(x))
     four norms      x + norm(attention(norm(x))), then x + norm(mlp(norm(x)))
-    parallel        x + attention(norm(x)) + mlp(norm(x)), by one norm or two
+    parallel        x + (attention(norm(x)) + mlp(norm(x))), by one norm or two
     residual_scale  what is added is multiplied by it
+
+    `enter` and `leave` are put around the sublayers of a parallel block by tensor parallelism, whose ranks
+    then sum both results at once.
     """
 
     def __init__(self, spec: spec_types.Layer, arithmetic: Arithmetic, norm_eps: float) -> None:
@@ -49,16 +54,38 @@ class Block(nn.Module):
             Mlp(block.hidden, mlp) if isinstance(mlp, MlpSpec) else MixtureOfExperts(block.hidden, mlp)
         )
         self.mlp_out_norm = norm(after)
+        self.enter: Callable[[Tensor], Tensor] = _unchanged
+        self.leave: Callable[[Tensor], Tensor] = _unchanged
+
+    @property
+    def joins(self) -> bool:
+        """Whether both sublayers' results are summed before anything else is done with them."""
+        plain = isinstance(self.attention_out_norm, nn.Identity) and isinstance(self.mlp, Mlp)
+        return self.parallel and plain
 
     def forward(self, x_bsh: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         normed = self.attention_norm(x_bsh)
+        if self.parallel:
+            return x_bsh + self._side_by_side(x_bsh, normed, cos, sin)
         mixed = self.attention_out_norm(self.attention(normed, cos, sin))
         middle = x_bsh + self._scaled(mixed)
         if self.mlp_norm is not None:
-            normed = self.mlp_norm(x_bsh if self.parallel else middle)
+            normed = self.mlp_norm(middle)
         fed = self.mlp_out_norm(self.mlp(normed))
         out: Tensor = middle + self._scaled(fed)
         return out
 
+    def _side_by_side(self, x_bsh: Tensor, normed: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        """What both sublayers of a parallel block add."""
+        read = self.enter(normed)
+        other = read if self.mlp_norm is None else self.enter(self.mlp_norm(x_bsh))
+        mixed = self.attention_out_norm(self.attention(read, cos, sin))
+        fed = self.mlp_out_norm(self.mlp(other))
+        return self.leave(self._scaled(mixed) + self._scaled(fed))
+
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.residual_scale == 1.0 else x * self.residual_scale
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x

@@ -58,6 +58,7 @@ class Head(nn.Linear):
             bias_v=bias,
             cap=self.cap,
             group=group,
+            vocab=self.out_features,
             passes=self.passes,
             scale=self.gradient_scale,
         )

@@ -18,6 +18,7 @@ gradient is summed over chunks in the compute precision, as a product accumulate
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from planner.cost.chunked_loss import chunk_tokens
+from planner.model import vocab_shard
 
 IGNORED = -100
 """A target that does not count, as in torch's cross_entropy."""
@@ -57,13 +59,15 @@ def cross_entropy(
     bias_v: Tensor | None = None,
     cap: float | None = None,
     group: dist.ProcessGroup | None = None,
+    vocab: int | None = None,
     passes: Passes | None = None,
     scale: float = 1.0,
 ) -> Tensor:
     """Mean cross-entropy of the logits x W^T (+ bias) against targets, those of `IGNORED` left out.
 
     With a cap the logits are cap tanh(logits / cap).
-    With `group`, ranks hold equal shards of the vocabulary in rank order and the same tokens. All of them
+    With `group`, ranks hold shards of the vocabulary in rank order and the same tokens. Shards are equal, or
+    those that ranks have of `vocab` columns: as many each, rounded up, and the last what is left. All of them
     return the whole's loss; the gradient of x is then each rank's part, to be summed by the caller.
     Gradients, not the loss, are multiplied by `scale`, so that fp16 can hold them.
     """
@@ -78,6 +82,7 @@ def cross_entropy(
             bias_v=bias_v,
             cap=cap,
             group=group,
+            vocab=vocab,
             passes=passes,
             scale=scale,
         )
@@ -115,19 +120,21 @@ def loss_and_gradients(
     group: dist.ProcessGroup | None,
     bias_v: Tensor | None = None,
     cap: float | None = None,
+    vocab: int | None = None,
     passes: Passes | None = None,
     scale: float = 1.0,
 ) -> LossAndGradients:
-    """The loop over chunks, outside autograd."""
-    tokens, columns = x_th.shape[0], weight_vh.shape[0]
+    """The loop over chunks, outside autograd. Chunks are the same on all ranks."""
+    tokens, ranks = x_th.shape[0], dist.get_world_size(group) if group is not None else 1
+    vocab = vocab or ranks * weight_vh.shape[0]
     counted = targets_t != IGNORED
     share_t = counted.float() / counted.sum().clamp(min=1)
-    first = dist.get_rank(group) * columns if group is not None else 0
+    first = dist.get_rank(group) * math.ceil(vocab / ranks) if group is not None else 0
     loss = torch.zeros((), dtype=torch.float32, device=x_th.device)
     hidden = torch.empty_like(x_th) if of_hidden else None
     weight = torch.empty_like(weight_vh) if of_weight else None
     bias = torch.zeros_like(bias_v) if of_weight and bias_v is not None else None
-    size = chunk_tokens(tokens, columns)
+    size = chunk_tokens(tokens, vocab_shard(vocab, ranks))
     for begin in range(0, tokens, size):
         part = slice(begin, begin + size)
         x, targets, share = x_th[part], targets_t[part] - first, share_t[part]

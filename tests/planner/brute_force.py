@@ -14,6 +14,7 @@ from planner.cost.memory import rank_memory
 from planner.cost.schedule import build_table
 from planner.cost.stage_cost import StageCost
 from planner.cost.verdict import band
+from planner.cost.waiting import most_waits
 from planner.divisors import divisors
 from planner.errors import InfeasibleError
 from planner.estimate import Verdict
@@ -156,7 +157,8 @@ class _Shape:
     def _peak_bytes(self, rank: int, held: tuple[tuple[int, Stage], ...]) -> int:
         if (rank, held) not in self.peaks:
             costs = {index: self.cost(rank, stage) for index, stage in held}
-            parts = rank_memory(self.shapes[rank], self.table.in_flight(rank), costs)
+            waits = most_waits(self.model.problem.stack, self.degrees)
+            parts = rank_memory(self.shapes[rank], self.table.in_flight(rank, waits), costs)
             self.peaks[rank, held] = RankMemory(costs, parts).peak_bytes
         return self.peaks[rank, held]
 

@@ -31,14 +31,16 @@ def used_bytes(space: StageSpace, rank: int, held: dict[int, Stage]) -> float:
     """What a rank's stages take together at the fullest moment of its row."""
     book = space.books[rank]
     each = {s: book.column(stage) for s, stage in held.items()}
-    standing = book.shape.runtime_bytes + sum(column.resident_bytes for column in each.values())
-    used = []
-    for moment in space.in_flight[rank]:
-        live = {s: moment.get(s, 0) for s in each}
-        kept = sum(live[s] * column.cost.saved_bytes for s, column in each.items())
-        running = [s for s in each if live[s] or not idle_apart(book.shape)]
-        used.append(standing + kept + max(book.transient_bytes(each[s], live[s]) for s in running))
-    return max(used)
+    apart = idle_apart(book.shape)
+    return book.shape.runtime_bytes + max(
+        sum(column.held_bytes(moment[s]) for s, column in each.items())
+        + max(
+            book.transient_bytes(column, moment[s])
+            for s, column in each.items()
+            if moment[s].alive or not apart
+        )
+        for moment in space.in_flight[rank]
+    )
 
 
 def fits(space: StageSpace, rank: int, held: dict[int, Stage]) -> bool:

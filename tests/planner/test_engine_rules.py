@@ -51,6 +51,13 @@ def held(engine: Engine | None, problem: PlanningProblem | None = None, **worklo
     return dataclasses.replace(base, workload=changed, limits=Limits(engine=engine))
 
 
+def grouped() -> PlanningProblem:
+    """The same with two key-value heads in every layer."""
+    mixer = Attention(heads=4, kv_heads=2, head_dim=16)
+    spec = instances.model(blocks=[dataclasses.replace(instances.dense_block(64), mixer=mixer)] * 4)
+    return instances.problem(of=spec, on=instances.cluster(nodes=2))
+
+
 def experts() -> PlanningProblem:
     """The same with eight experts in every layer."""
     mlp = Mlp(width=128, gated=True, activation=Activation.SILU)
@@ -98,8 +105,10 @@ CASES = (
         illegal_problem=held(N, precision=Precision.FP8, seq=1000, **LORA),
     ),
     Case(
-        "native_vocabulary", N, TP2, TP2, ("tp=2", "vocabulary of 255", "1, 3, 5, 15, 17, 51"),
-        illegal_problem=held(N, instances.problem(of=instances.model(vocab=255), on=TWO_NODES)),
+        "native_vocabulary", N, TP2, Degrees(tp=4, dp_replicate=2),
+        ("tp=4", "vocabulary of 5", "the last of 4 parts of 2 rows has none", "1, 2, 3, 5"),
+        legal_problem=held(N, instances.problem(of=instances.model(vocab=255), on=TWO_NODES)),
+        illegal_problem=held(N, instances.problem(of=instances.model(vocab=5), on=TWO_NODES)),
     ),
     Case(
         "native_model", N, ZERO3, ZERO3, ("pooler", "llama"),
@@ -152,6 +161,11 @@ CASES = (
         ("etp=2", "tp=4", "etp=1 or 4"), legal_problem=experts(), illegal_problem=experts(),
     ),
     Case(
+        "torchtitan_heads", T, Degrees(tp=2, sequence_parallel=True, dp_shard=4, zero=Zero.PARAMETERS),
+        Degrees(tp=4, sequence_parallel=True, dp_shard=2, zero=Zero.PARAMETERS),
+        ("tp=4", "2 key-value heads", "1, 2"), legal_problem=grouped(), illegal_problem=grouped(),
+    ),
+    Case(
         "torchtitan_experts", T, Degrees(dp_shard=8, zero=Zero.PARAMETERS, ep=4),
         Degrees(tp=2, sequence_parallel=True, dp_shard=4, zero=Zero.PARAMETERS, ep=1 + 2, etp=1),
         ("ep=3", "cp x tp=2", "dp_shard=4", "ep of 2, 4, 8"), legal_problem=experts(),
@@ -176,6 +190,10 @@ CASES = (
         legal_problem=experts(), illegal_problem=experts(),
     ),
     Case(
+        "megatron_heads", M, Degrees(tp=2, dp_replicate=4), Degrees(tp=4, dp_replicate=2),
+        ("tp=4", "2 key-value heads", "1, 2"), legal_problem=grouped(), illegal_problem=grouped(),
+    ),
+    Case(
         "megatron_context", M, Degrees(cp=4, dp_replicate=2, cp_exchange=CpExchange.ALL_TO_ALL),
         Degrees(cp=4, dp_replicate=2, cp_exchange=CpExchange.ALL_TO_ALL),
         ("cp=4", "132", "8", "1, 2, 3"), illegal_problem=held(M, seq=132),
@@ -192,6 +210,10 @@ CASES = (
     Case(
         "deepspeed_pipeline_sharding", D, PP2, dataclasses.replace(PP2, zero=Zero.GRADIENTS),
         ("zero=2", "pp=2", "zero=0 or 1"),
+    ),
+    Case(
+        "deepspeed_heads", D, Degrees(tp=2, dp_replicate=4), Degrees(tp=4, dp_replicate=2),
+        ("tp=4", "2 key-value heads", "1, 2"), legal_problem=grouped(), illegal_problem=grouped(),
     ),
     Case(
         "deepspeed_schedule", D, PP2, dataclasses.replace(PP2, schedule=Schedule.INTERLEAVED, chunks=2),

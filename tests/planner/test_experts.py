@@ -11,7 +11,7 @@ import pytest
 
 from planner.cost.compute import LayerModel
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.cost.experts import distinct_parts, expert_pass_s
+from planner.cost.experts import distinct_parts, expert_pass
 from planner.cost.physics import physics_of
 from planner.feed_forward import Activation, Experts, Mlp
 from planner.model import Block, ModelSpec
@@ -174,7 +174,7 @@ def test_sending_once_a_rank_is_never_dearer() -> None:
             stack = Stack(engine=Engine.MEGATRON, dispatch=dispatch)
             of = problem(per_node, 16 // per_node, of=mixture(experts), stack=stack)
             messages = CostModel(of).shape(spread(ep)).messages
-            seconds.append(expert_pass_s(messages, experts, 512))
+            seconds.append(expert_pass(messages, experts, 512).forward_s)
         assert 0 < seconds[1] <= seconds[0] * (1 + 1e-9)
 
 
@@ -198,7 +198,7 @@ def test_dispatch_in_fp8_sends_half_one_way() -> None:
     def seconds(bytes_: int | None) -> float:
         stack = Stack(engine=Engine.MEGATRON, dispatch_bytes=bytes_)
         shape = CostModel(problem(stack=stack, latency_s=1e-12)).shape(spread(4))
-        return expert_pass_s(shape.messages, EXPERTS, 512)
+        return expert_pass(shape.messages, EXPERTS, 512).forward_s
 
     assert seconds(1) == pytest.approx(0.75 * seconds(None), rel=1e-3)
 
@@ -206,8 +206,8 @@ def test_dispatch_in_fp8_sends_half_one_way() -> None:
 def test_latent_experts_send_the_latent() -> None:
     latent = dataclasses.replace(EXPERTS, latent=128)
     messages = CostModel(problem(latency_s=1e-12)).shape(spread(4)).messages
-    assert expert_pass_s(messages, latent, 512) == pytest.approx(
-        expert_pass_s(messages, EXPERTS, 512) / 4, rel=1e-3
+    assert expert_pass(messages, latent, 512).forward_s == pytest.approx(
+        expert_pass(messages, EXPERTS, 512).forward_s / 4, rel=1e-3
     )
 
 

@@ -25,7 +25,8 @@ PROFILE = Path(__file__).parent / "golden" / "profile.json"
 """The first shipped profile of a CPU, as it was: nothing but tensor parallelism, at one length."""
 GOLDEN = Path(__file__).parent / "golden" / "layer-prices.json"
 """Written before samples had lengths, context and expert parallelism: what each is priced at. Peaks of plans
-are those of the own runtime's moments (planner.cost.moments)."""
+are those of the own runtime's moments (planner.cost.moments); each of 8 ranks has a whole one of the
+model's 4 key-value heads."""
 
 
 PLANS = (

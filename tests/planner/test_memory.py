@@ -327,6 +327,7 @@ def test_more_tokens_never_take_less(engine: Engine) -> None:
 
 def test_a_communicator_for_each_axis() -> None:
     assert process_groups(Degrees()) == 0
+    assert process_groups(Degrees(tp=4), copied=1) == 2
     assert process_groups(Degrees(tp=2, pp=2, dp_replicate=2, dp_shard=4, zero=Zero.PARAMETERS)) == 4
 
 

@@ -76,7 +76,7 @@ def test_a_batch_that_does_not_divide_names_the_nearest_on_both_sides() -> None:
 def test_a_limit_above_what_the_device_has_is_never_among_the_cheapest() -> None:
     device = instances.device(memory_bytes=GIB)
     problem = instances.problem(
-        of=instances.model(layers=8, hidden=1024, vocab=8192),
+        of=instances.model(layers=8, hidden=1024, vocab=10240),
         on=instances.cluster(of=device),
         limit_bytes=GIB,
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 
+from planner.cost.flight import InFlight, total_count, with_gradients
 from planner.cost.schedule import (
     Action,
     ActionKind,
+    Row,
     Table,
     build_table,
     parse_action,
@@ -74,7 +77,7 @@ def test_in_flight_counts_of_a_v(schedule: Schedule, more: int, pp: int) -> None
     table = build_table(schedule, pp, 2, 2 * pp + 2)
     for rank, row in enumerate(table):
         assert peak_in_flight(row) == {rank: 2 * pp - rank, 2 * pp - 1 - rank: rank + 1}
-        assert max(sum(alive.values()) for alive in table.in_flight(rank)) == 2 * pp + more
+        assert max(map(total_count, table.in_flight(rank, 0))) == 2 * pp + more
 
 
 @pytest.mark.parametrize("pp", [2, 3, 4, 8])
@@ -85,7 +88,7 @@ def test_in_flight_counts_of_interleaved(pp: int, chunks: int, rounds: int) -> N
     table = build_table(Schedule.INTERLEAVED, pp, chunks, rounds * pp)
     for rank in range(pp):
         ahead = 2 * (pp - 1 - rank) + (chunks - 1) * pp
-        together = max(sum(alive.values()) for alive in table.in_flight(rank))
+        together = max(map(total_count, table.in_flight(rank, 0)))
         assert together == min(rounds * pp * chunks, ahead + 1)
 
 
@@ -96,13 +99,57 @@ def test_fullest_moments_hold_every_peak(
     """The in-flight vectors have each stage's peak, and no moment of a row exceeds all of them."""
     table = build_table(schedule, pp, chunks, micro_batches)
     for rank, row in enumerate(table):
-        vectors = table.in_flight(rank)
-        peaks = {stage: max(v[stage] for v in vectors) for stage in table.stages_of(rank)}
+        vectors = table.in_flight(rank, 0)
+        peaks = {stage: max(v[stage].alive for v in vectors) for stage in table.stages_of(rank)}
         assert peaks == peak_in_flight(row)
         alive = dict.fromkeys(peaks, 0)
         for action in row:
             alive[action.stage] += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
-            assert any(all(v[stage] >= count for stage, count in alive.items()) for v in vectors)
+            assert any(all(v[stage].alive >= count for stage, count in alive.items()) for v in vectors)
+
+
+@pytest.mark.parametrize(("schedule", "pp", "chunks", "micro_batches"), SHAPES)
+@pytest.mark.parametrize("waits", [1, 2])
+def test_fullest_moments_with_what_waits_apart(
+    schedule: Schedule, pp: int, chunks: int, micro_batches: int, waits: int
+) -> None:
+    """Whatever a micro-batch keeps and leaves waiting, up to `waits` times as much, no moment of a row holds
+    more than the fullest; nor once gradients of all stages are there."""
+    table, draw = build_table(schedule, pp, chunks, micro_batches), random.Random(pp * micro_batches)
+    for rank, row in enumerate(table):
+        vectors, stages = table.in_flight(rank, waits), table.stages_of(rank)
+        moments = _moments(row, stages)
+        for _ in range(5):
+            kept = {stage: draw.random() for stage in stages}
+            left = {stage: draw.choice([0.0, draw.random(), 1.0]) * waits * kept[stage] for stage in stages}
+
+            def held(each: dict[int, InFlight], kept: dict[int, float], left: dict[int, float]) -> float:
+                return sum(own.alive * kept[s] + own.waiting * left[s] for s, own in each.items())
+
+            most = [max(held(each, kept, left) for each in some) for some in (moments, vectors)]
+            assert most[0] == pytest.approx(most[1])
+            begun = [each for each in moments if all(own.begun for own in each.values())]
+            if begun:
+                later = max(held(each, kept, left) for each in with_gradients(vectors))
+                assert later == pytest.approx(max(held(each, kept, left) for each in begun))
+
+
+def _moments(row: Row, stages: list[int]) -> list[dict[int, InFlight]]:
+    """What is in flight during each forward of a row and as each pass back begins."""
+    now = {stage: InFlight(begun=False) for stage in stages}
+    found = []
+    for action in row:
+        own = now[action.stage]
+        if action.kind is ActionKind.FORWARD:
+            now[action.stage] = own._replace(alive=own.alive + 1)
+            found.append(dict(now))
+        elif action.kind is ActionKind.WEIGHT_GRAD:
+            now[action.stage] = own._replace(waiting=own.waiting - 1)
+        else:
+            found.append(dict(now))
+            split = action.kind is ActionKind.INPUT_GRAD
+            now[action.stage] = InFlight(own.alive - 1, own.waiting + split, begun=True)
+    return found
 
 
 def test_pairs_print_as_one_and_parse_back() -> None:

@@ -43,11 +43,12 @@ DRAWS = 150_000
 """Combinations drawn for each model, of which about one in a hundred is legal."""
 
 MODELS: Mapping[str, Callable[[int], ModelSpec]] = {
-    "llama": lambda layers: tiny_llama(layers=layers),
-    "gpt2": lambda layers: tiny_gpt2(layers=layers),
+    "llama": lambda layers: tiny_llama(layers=layers, kv_heads=2),
+    "gpt2": lambda layers: tiny_gpt2(layers=layers, vocab=66),
     "mla": lambda layers: tiny_mla(layers=layers),
     "experts": lambda layers: tiny_deepseek_experts(layers=layers),
 }
+"""Over four ranks llama's key-value heads are copied, and gpt2's vocabulary is in unequal parts."""
 
 CHOICES: Mapping[str, Sequence[Any]] = {
     "tp": (1, 2, 4),

@@ -12,13 +12,17 @@ from planner.plan import Plan
 from planner.strategy import CpExchange, Degrees, RecomputeCounts, Stage, Zero
 from runtime import compiled
 from runtime.executor import Executor
-from tests.plans import make_plan, tiny_llama, tiny_mixtral
+from tests.plans import make_plan, parallel, tiny_gpt2, tiny_llama, tiny_mixtral
 from tests.runtime.ranks import OPTIONS, SEED, on_ranks, single_process, train
 
 LLAMA = tiny_llama(layers=3)
 MIXED = (Stage(first=0, end=3, recompute=RecomputeCounts(none=1, selective=1, full=1)),)
 PLANS = {
     "tp2-sp": make_plan(LLAMA, Degrees(tp=2, micro_batch=4, sequence_parallel=True)),
+    "copied-heads": make_plan(tiny_llama(layers=2, kv_heads=1), Degrees(tp=2, micro_batch=4)),
+    "parallel-tp2-sp": make_plan(
+        parallel(tiny_gpt2(layers=2), 1), Degrees(tp=2, micro_batch=4, sequence_parallel=True)
+    ),
     "cp2": make_plan(LLAMA, Degrees(cp=2, micro_batch=4, cp_exchange=CpExchange.RING)),
     "experts": make_plan(tiny_mixtral(layers=2), Degrees(micro_batch=4)),
     "zero3-recompute": make_plan(LLAMA, Degrees(dp_shard=2, micro_batch=2, zero=Zero(3)), MIXED),
@@ -43,6 +47,8 @@ def without_code_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", fast)
 
 
+# What torch's compiler does itself with an autograd.Function, the one of copied heads.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", PLANS)
 def test_compiled_steps_are_those_of_one_process(name: str) -> None:
     plan = PLANS[name]

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed import _functional_collectives as functional_collectives
 
-from planner.attention import CAUSAL, Attention
+from planner.attention import CAUSAL
 from planner.codec import decode, encode
-from planner.cost.context import copies_of_heads, widths_of
-from planner.cost.layer import LayerShape
-from planner.cost.spread import sent_again
-from planner.model import Block, Segment
 from planner.plan import Plan
-from planner.profile import LayerKind
-from planner.stack import NATIVE
 from planner.strategy import CpExchange, Degrees, Recompute, RecomputeCounts, Schedule, Stage, Zero
-from planner.workload import Precision
 from runtime.parallel.context import held_positions, make_core
 from runtime.readback import Executed
 from runtime.transformer.core import Core
@@ -151,106 +140,6 @@ def test_ranks_hold_every_token_once_and_as_many_pairs() -> None:
         balanced = len({sum(own) for own in held}) == 1
         assert balanced is (exchange is not ALL_TO_ALL), "heads, not tokens, are shared out there"
     assert held_positions(16, Degrees(cp=2), 0).tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
-
-
-Message = tuple[str, int]
-"""What is sent, and the bytes that this rank puts in."""
-
-
-@contextmanager
-def messages_of(group: dist.ProcessGroup) -> Iterator[list[Message]]:
-    """Every message over a group, in order, seen where torch is asked to send it."""
-    seen: list[Message] = []
-
-    def patched(module: Any, name: str, see: Any) -> None:
-        real = getattr(module, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            see(*args, **kwargs)
-            return real(*args, **kwargs)
-
-        setattr(module, name, call)
-        undo.append(lambda: setattr(module, name, real))
-
-    def see_batch(operations: list[dist.P2POp]) -> None:
-        if operations[0].group is group:
-            sent = [each.tensor for each in operations if each.op is dist.isend]
-            seen.append(("hop", sum(t.nbytes for t in sent)))
-
-    def see(what: str) -> Any:
-        def call(_out: Tensor, put_in: Tensor, *_: Any, **kwargs: Any) -> None:
-            if kwargs.get("group") is group:
-                seen.append((what, put_in.nbytes))
-
-        return call
-
-    def see_trade(put_in: Tensor, _out: Any, _in: Any, over: Any) -> None:
-        if over is group:
-            seen.append(("all_to_all", put_in.nbytes))
-
-    undo: list[Any] = []
-    gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    scatter = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
-    patched(dist, "batch_isend_irecv", see_batch)
-    patched(dist, gather, see("gather"))
-    patched(dist, scatter, see("scatter"))
-    patched(functional_collectives, "all_to_all_single", see_trade)
-    try:
-        yield seen
-    finally:
-        for each in undo:
-            each()
-
-
-def charged(plan: Plan, recompute: Recompute) -> list[Message]:
-    """What planner.cost.context charges one block and micro-batch for, as this rank's bytes."""
-    degrees, workload = plan.strategy.degrees, plan.workload
-    shape = LayerShape(
-        kind=LayerKind.BLOCK, tp=degrees.tp, sequence_parallel=degrees.sequence_parallel,
-        micro_batch=degrees.micro_batch, seq=workload.seq, precision=workload.precision, cp=degrees.cp,
-    )  # fmt: skip
-    block = plan.model.block(0)
-    assert isinstance(block, Block) and isinstance(block.mixer, Attention)
-    mixer = block.mixer
-    widths, tokens, copies = widths_of(mixer, shape), int(shape.tokens), copies_of_heads(mixer, shape)
-    kv = int(tokens * widths.kv)
-    match degrees.cp_exchange:
-        case CpExchange.RING:
-            forward, backward = [("hop", kv)] * (degrees.cp - 1), [("hop", kv)] * (2 * degrees.cp - 1)
-        case CpExchange.GATHER:
-            forward, backward = [("gather", kv)], [("gather", kv), ("scatter", degrees.cp * kv)]
-        case CpExchange.ALL_TO_ALL:
-            each = (widths.query, copies * widths.key, copies * widths.value, widths.out)
-            forward = backward = [("all_to_all", int(tokens * width)) for width in each]
-    again, _ = sent_again(recompute, NATIVE, degrees.cp_exchange)
-    return sorted(forward + backward + forward * again)
-
-
-@pytest.mark.parametrize("exchange", list(CpExchange))
-def test_what_is_sent_is_what_the_cost_model_charges(exchange: CpExchange) -> None:
-    """For each recompute option, of one step with two micro-batches in bf16; fewer key heads than ranks."""
-    block = LLAMA.block(0)
-    assert isinstance(block, Block) and isinstance(block.mixer, Attention)
-    mixer = replace(block.mixer, kv_heads=2)
-    few_keys = replace(LLAMA, segments=(Segment(block=replace(block, mixer=mixer), count=4),))
-
-    def body(rank: int) -> list[Any]:
-        found = []
-        for recompute in Recompute:
-            plan = make_plan(
-                few_keys, batch8(cp=4, cp_exchange=exchange, micro_batch=4), recompute=recompute,
-                precision=Precision.BF16,
-            )  # fmt: skip
-            executor = make_executor(plan)
-            with messages_of(executor.meshes.cp.get_group()) as seen:
-                train(executor, 0, 1)
-            found.append((sorted(map(list, seen)), [list(m) for m in sorted(charged(plan, recompute) * 8)]))
-        return found
-
-    for answer in on_ranks(body, 4):
-        for seen, expected in answer:
-            assert seen == expected
-            assert seen
 
 
 def test_a_block_that_met_only_its_own_tokens_is_read_as_not_parallel() -> None:

@@ -11,13 +11,14 @@ import pytest
 
 from planner.plan import Plan
 from planner.strategy import Degrees, Recompute, RecomputeCounts, Schedule, Stage, Zero
-from tests.plans import make_plan, split, tiny_gpt2, tiny_llama
+from tests.plans import make_plan, parallel, split, tiny_gpt2, tiny_llama
 from tests.runtime.matrix import TOLERANCE
 from tests.runtime.ranks import make_executor, on_ranks, single_process, train
 
 STEPS = 5
 GPIPE, ONE_F_ONE_B, INTERLEAVED = Schedule.GPIPE, Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED
 LLAMA, GPT2 = tiny_llama(), tiny_gpt2()
+SIDE_BY_SIDE, TWO_NORMS = (parallel(GPT2, norms) for norms in (1, 2))
 MIXED = RecomputeCounts(none=1, selective=1, full=2)
 
 
@@ -48,6 +49,13 @@ CASES: dict[str, Plan] = {
         LLAMA, batch8(pp=2, micro_batch=2), split(3, 1, recompute=Recompute.SELECTIVE)
     ),
     "gpt2-tp2-sp-pp2": make_plan(GPT2, batch8(tp=2, pp=2, micro_batch=2, sequence_parallel=True)),
+    "parallel-tp2": make_plan(SIDE_BY_SIDE, batch8(tp=2, micro_batch=2)),
+    "parallel-tp2-sp": make_plan(
+        SIDE_BY_SIDE, batch8(tp=2, micro_batch=2, sequence_parallel=True), split(4, recompute=Recompute.FULL)
+    ),
+    "parallel-two-norms-tp2-sp": make_plan(
+        TWO_NORMS, batch8(tp=2, dp_shard=2, micro_batch=2, zero=Zero(1), sequence_parallel=True)
+    ),
     "gpt2-pp2-dp2-zero2": make_plan(GPT2, batch8(pp=2, dp_shard=2, micro_batch=1, zero=Zero(2))),
 }
 

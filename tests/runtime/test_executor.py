@@ -134,10 +134,10 @@ def test_learning_rate_warms_up_then_falls_by_a_cosine() -> None:
             Degrees(cp=16, cp_exchange=CpExchange.ALL_TO_ALL),
             ["strategy.cp: cp=16 by all_to_all cannot split the 8"],
         ),
-        (Degrees(tp=8), ["heads of 4", "tp of 1, 2, 4"]),
+        (Degrees(tp=16), ["heads of 8", "tp of 1, 2, 4, 8"]),
         (
             Degrees(tp=3, sequence_parallel=True),
-            ["vocabulary of 64", "heads of 8", "key-value heads of 4", "width of 64", "sequence of 16"],
+            ["heads of 8", "key-value heads of 4", "width of 64", "sequence of 16"],
         ),
         (Degrees(dp_replicate=2, zero=Zero(3)), ["strategy.zero"]),
         (Degrees(dp_shard=2), ["strategy.zero"]),

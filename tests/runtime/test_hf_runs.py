@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,14 @@ from safetensors.torch import load_file
 from planner.cli import cli
 from planner.errors import InputError
 from planner.hf import read_config_file
+from planner.model import ModelSpec
 from planner.plan import Plan
 from planner.strategy import Degrees, Zero
+from planner.workload import AdapterModules, Adapters
+from runtime.adapter_files import read_adapters
 from runtime.data.prepare import DataOptions
 from runtime.data.sources import shipped_corpus
+from runtime.hf_weights.names import names_of
 from runtime.options import TrainOptions
 from runtime.train import run_training
 from tests.plans import make_plan
@@ -25,6 +32,13 @@ from tests.runtime.hf_models import make_model
 LAYOUT = Degrees(tp=2, micro_batch=2, num_micro_batches=2)
 UNCHANGED = 1e-30
 """A learning rate that changes no weight."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Models hold themselves by their hooks, and ranks that later tests fork would inherit them."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +140,81 @@ def test_a_pipeline_of_sharded_stages_begins_as_one_process_does(source: Path, t
         assert summary is not None
         losses.append(summary.first_loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt2"])
+def test_adapters_are_merged_into_the_weights_that_they_stand_beside(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of latent attention, and of projections that the family keeps in one matrix."""
+    base, out, run_dir = tmp_path / "base", str(tmp_path / "out"), tmp_path / "run"
+    make_model(family, vocab_size=258).save_pretrained(base)
+    run_dir.mkdir()
+    plan = make_plan(read_config_file(base), LAYOUT, adapters=Adapters(rank=2, modules=AdapterModules.ALL))
+    run_training(plan, options(run_dir, base, steps=2, lr=1e-2, lora_alpha=6.0), shown=False)
+    assert plan_command("export-weights", str(run_dir), "-o", out) == 2
+    assert "name their folder with --merge-adapters" in " ".join(capsys.readouterr().err.split())
+    other = make_model(family, vocab_size=258)
+    other.get_input_embeddings().weight.data.mul_(2.0)
+    other.save_pretrained(tmp_path / "other")
+    merged = ("--merge-adapters", str(tmp_path / "other"))
+    assert plan_command("export-weights", str(run_dir), "-o", out, *merged) == 2
+    assert "trained beside weights" in capsys.readouterr().err
+    assert plan_command("export-weights", str(run_dir), "-o", out, "--merge-adapters", str(base)) == 0
+    if family == "deepseek_v3":
+        _begin_with_its_adapters(run_dir, base, tmp_path / "next")
+    tokens = torch.randint(258, (2, 24), generator=torch.Generator().manual_seed(3))
+    (path,) = [each for each in (run_dir / "checkpoints").iterdir() if each.is_dir()]
+    with torch.no_grad():
+        plain = make_model(family, vocab_size=258).from_pretrained(base).eval()
+        whole = plain.from_pretrained(out).eval()(tokens).logits
+        assert (plain(tokens).logits - whole).abs().max() > 1e-3, "training changed something"
+        _put_beside(plain, read_adapters(path), read_config_file(base), scale=3.0)
+        torch.testing.assert_close(plain(tokens).logits, whole, rtol=1e-5, atol=1e-5)
+
+
+def _begin_with_its_adapters(run_dir: Path, base: Path, other: Path) -> None:
+    """A run in another layout that begins with a run's files for PEFT, and ends with the same."""
+    adapters = run_dir / "adapter"
+    config = json.loads((adapters / "adapter_config.json").read_text())
+    latent = ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj"]
+    assert config["target_modules"] == sorted(["down_proj", "gate_proj", *latent, "up_proj"])
+    plan = make_plan(
+        read_config_file(base),
+        Degrees(pp=3, micro_batch=2, num_micro_batches=2),
+        adapters=Adapters(rank=2, modules=AdapterModules.ALL),
+    )
+    other.mkdir()
+    given = options(other, base, lora_alpha=6.0, adapters_from=str(adapters))
+    run_training(plan, given, shown=False)
+    before, after = (load_file(each / "adapter_model.safetensors") for each in (adapters, other / "adapter"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    changed = dataclasses.replace(given, lora_alpha=4.0, run_dir=str(other / "again"))
+    with pytest.raises(InputError, match=r"lora_alpha: is 6.0, the run's adapters' is 4.0"):
+        run_training(plan, changed, shown=False)
+    with pytest.raises(InputError, match="takes them from the run's own checkpoint"):
+        run_training(plan, dataclasses.replace(given, resume=True), shown=False)
+
+
+def _put_beside(model: Any, halves: dict[str, torch.Tensor], spec: ModelSpec, scale: float) -> None:
+    """Adds the results of adapters to those of a transformers model's own projections."""
+    names = names_of(spec)
+    for name in [n.removesuffix(".lora_a") for n in halves if n.endswith(".lora_a")]:
+        a, b = halves[f"{name}.lora_a"], halves[f"{name}.lora_b"]
+        _, layer, inner = name.split(".", 2)
+        fused = next((f for f in names.fused if inner in f.members), None)
+        theirs = names.layer.format(layer) + (fused.name if fused else names.block[inner])
+        first, last = 0.0, 1.0
+        if fused:
+            place = fused.members.index(inner)
+            first, last = place / len(fused.members), (place + 1) / len(fused.members)
+
+        def beside(
+            _module: Any, args: Any, y: Any, *, a: Any = a, b: Any = b, cut: Any = (first, last)
+        ) -> Any:
+            rows = [round(end * y.shape[-1]) for end in cut]
+            y[..., rows[0] : rows[1]] += scale * (args[0] @ a.T) @ b.T
+            return y
+
+        model.get_submodule(theirs).register_forward_hook(beside)

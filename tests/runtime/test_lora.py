@@ -27,11 +27,12 @@ from runtime.hf_weights.names import names_of
 from runtime.options import TrainOptions
 from runtime.train import run_training
 from runtime.transformer.initial import drawn
-from tests.plans import make_plan, tiny_gpt2, tiny_llama
+from tests.plans import changed_mixer, make_plan, tiny_gpt2, tiny_llama, tiny_mla
 from tests.runtime.ranks import OPTIONS, SEED, make_executor, on_ranks, single_process, train
 
 STEPS = 4
-LLAMA, GPT2 = tiny_llama(), tiny_gpt2()
+LLAMA, GPT2, MLA = tiny_llama(), tiny_gpt2(), tiny_mla()
+UNCOMPRESSED = changed_mixer(MLA, query_rank=None)
 ALL, QV = Adapters(rank=4, modules=AdapterModules.ALL), Adapters(rank=2, modules=AdapterModules.QV)
 MIXED = (Stage(first=0, end=4, recompute=RecomputeCounts(none=1, selective=1, full=2)),)
 
@@ -43,11 +44,22 @@ PLANS: dict[str, Plan] = {
     "gpt2-tp2-zero1": make_plan(
         GPT2, Degrees(tp=2, dp_shard=2, num_micro_batches=2, zero=Zero(1)), adapters=ALL
     ),
+    "copied-heads": make_plan(
+        tiny_llama(kv_heads=1), Degrees(tp=2, micro_batch=4, sequence_parallel=True), MIXED, adapters=ALL
+    ),
     "pp2-zero3": make_plan(LLAMA, Degrees(pp=2, dp_shard=2, num_micro_batches=2, zero=Zero(3)), adapters=ALL),
     "hsdp-zero2": make_plan(
         LLAMA, Degrees(dp_replicate=2, dp_shard=2, micro_batch=1, zero=Zero(2)), adapters=QV
     ),
     "dp2": make_plan(GPT2, Degrees(dp_replicate=2, micro_batch=2), adapters=QV),
+    "latent-one": make_plan(UNCOMPRESSED, Degrees(micro_batch=2), adapters=QV),
+    "latent-tp2-zero3": make_plan(
+        MLA, Degrees(tp=2, dp_shard=2, num_micro_batches=2, zero=Zero(3)), adapters=ALL
+    ),
+    "latent-tp2-sp-recompute": make_plan(
+        MLA, Degrees(tp=2, micro_batch=4, sequence_parallel=True), MIXED, adapters=QV
+    ),
+    "latent-pp2-tp2": make_plan(UNCOMPRESSED, Degrees(pp=2, tp=2, num_micro_batches=2), adapters=ALL),
 }
 
 
@@ -67,16 +79,15 @@ class Beside(nn.Module):
 
 def adapted(adapters: Adapters) -> Any:
     """Freezes a whole model, puts adapters in it, and makes AdamW for them."""
-    names = (
-        ["wq", "wv"]
-        if adapters.modules is AdapterModules.QV
-        else ["wq", "wk", "wv", "wo", "gate", "up", "down"]
-    )
+    whole = adapters.modules is AdapterModules.ALL
+    names = ["wq", "wv", *(["wk", "wo", "gate", "up", "down"] if whole else [])]
+    latent = ["wq", "wq_down", "wq_up", "wkv_down", "wkv_up", "wo", *names]
 
     def make(model: nn.Module) -> list[torch.optim.Optimizer]:
         model.requires_grad_(False)
+        adapted = latent if any(path.endswith("wkv_up") for path, _ in model.named_modules()) else names
         for path, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and path.split(".")[-1] in names:
+            if isinstance(module, nn.Linear) and path.split(".")[-1] in adapted:
                 model.set_submodule(path, Beside(module, path, adapters.rank))
         trained = [p for p in model.parameters() if p.requires_grad]
         return [torch.optim.AdamW(trained, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.1)]

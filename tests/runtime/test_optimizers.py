@@ -19,11 +19,13 @@ from tests.runtime.ranks import interrupted, make_executor, on_ranks, single_pro
 
 STEPS = 5
 LLAMA, GPT2 = tiny_llama(), tiny_gpt2()
+MODELS = {"zero1": GPT2, "copied-heads": tiny_llama(kv_heads=1)}
 LAYOUTS = {
     "one": Degrees(micro_batch=2, num_micro_batches=2),
     "tp2-sp": Degrees(tp=2, micro_batch=4, sequence_parallel=True),
     "zero1": Degrees(dp_shard=2, micro_batch=2, zero=Zero(1)),
     "tp2-zero3": Degrees(tp=2, dp_shard=2, micro_batch=1, num_micro_batches=2, zero=Zero(3)),
+    "copied-heads": Degrees(tp=2, dp_shard=2, micro_batch=2, zero=Zero(1)),
     "pp2-hsdp": Degrees(pp=2, dp_replicate=2, dp_shard=2, micro_batch=1, zero=Zero(2)),
 }
 
@@ -69,8 +71,7 @@ KINDS = {Optimizer.ADAFACTOR: by_adafactor, Optimizer.MUON: by_muon}
 
 
 def plan_of(kind: Optimizer, layout: str) -> Plan:
-    model = GPT2 if layout == "zero1" else LLAMA
-    return make_plan(model, LAYOUTS[layout], optimizer=kind)
+    return make_plan(MODELS.get(layout, LLAMA), LAYOUTS[layout], optimizer=kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -199,6 +199,7 @@ def test_muon_is_for_the_matrices_of_blocks(tmp_path: Path) -> None:
     [
         ("llama", Degrees(cp=2, zero=Zero(1)), "cp ranks"),
         ("llama", Degrees(tp=2, sequence_parallel=True), "sequence_parallel"),
+        ("llama", Degrees(tp=4), "copies of key-value heads"),
         ("mixtral", Degrees(tp=2), "packed_colwise"),
         ("gpt2", Degrees(tp=2), "names no projections"),
     ],
