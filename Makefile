@@ -19,6 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV); this takes some minutes the first time"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[runtime,web,dev]'
+	$(BIN)/python -m compileall -q planner runtime
 	@touch $@
 
 demo: $(STAMP)
