@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from planner.cost.critical_path import critical_path
 from planner.cost.simulate import Replay
 from planner.cost.table import KINDS
+from planner.search.choices import Choices, Place, fastest_of, least, least_with
 from planner.search.rank_mixes import FIGURES, OPTIMIZER, REDUCE, UNSHARD, Held, undominated
 from planner.search.recipes import Column
-from planner.search.sizes import Limits, Sizes
+from planner.search.sizes import Sizes
 from planner.search.stage_space import StageSpace
 
 if TYPE_CHECKING:
@@ -52,15 +53,6 @@ Splits = list[list[tuple[Span, ...]]]
 """Of each rank, the ways to deal blocks to its stages: of each the blocks that its stages hold."""
 
 
-class Choices(NamedTuple):
-    """Ways of a rank to hold its blocks: how many, their figures [n, stages x FIGURES], and of each stage the
-    blocks that stand for its own and the number of their mix."""
-
-    blocks: list[int]
-    figures: Floats
-    mixes: list[list[tuple[Span, int]]]
-
-
 class _Fitting(NamedTuple):
     """Mixes of a rank's stages that fit and take less than a time: their figures, numbers and seconds."""
 
@@ -73,13 +65,13 @@ class _Fitting(NamedTuple):
 class Outcome(NamedTuple):
     """What a game found: the best recipes (None: none are left), their step time, and what none beats.
 
-    `blocks` are the least and the most that each rank holds in recipes that may beat the time to beat.
+    `places` are what each rank holds in recipes that may beat the time to beat.
     """
 
     columns: tuple[Column, ...] | None
     step_time_s: float
     bound_s: float
-    blocks: Limits | None = None
+    places: tuple[frozenset[Place], ...] | None = None
 
 
 def splits_within(space: StageSpace, sizes: Sizes) -> Splits:
@@ -117,9 +109,23 @@ class PathGame:
         if mixes > MAX_MIXES:
             return None
         choices = [self._choices(rank, each, within_s) for rank, each in enumerate(held)]
-        if not all(each.blocks for each in choices):
-            return Outcome(None, float("inf"), to_beat_s)
         return self._played(choices, to_beat_s, thorough)
+
+    def play_cuts(self, to_beat_s: float, *, thorough: bool = False) -> Outcome:
+        """The same of all cuts near the even one, each rank having one stage with its recipe."""
+        within_s = self.space.within_s(to_beat_s)
+        choices = [self._cuts(stage, within_s) for stage in range(self.space.degrees.stages)]
+        return self._played(choices, to_beat_s, thorough)
+
+    def _cuts(self, stage: int, within_s: float) -> Choices:
+        """The recipes of a stage with the layers that it may hold, those that are in time."""
+        import numpy as np
+
+        found = self.space.columns(stage, within_s, None)
+        rows = [[*c.passes_s, c.cost.unshard_s, c.cost.reduce_s, c.cost.optimizer_s] for c in found]
+        places: list[Place] = [(column.stage.first, column.layers) for column in found]
+        figures = np.asarray(rows).reshape(len(found), FIGURES)
+        return Choices(places, figures, list(range(len(found))), lambda number: (found[number],))
 
     def _few(self, rank: int, splits: list[tuple[Span, ...]]) -> bool:
         mixes = self.space.ranks.mixes[rank]
@@ -133,7 +139,7 @@ class PathGame:
         """All ways of a rank that fit and are in time, but those that others beat in every figure."""
         import numpy as np
 
-        blocks: list[int] = []
+        places: list[Place] = []
         figures, picked = [np.zeros((0, FIGURES * len(self.space.stages_of[rank])))], []
         for held in each:
             fitting = self._fitting(rank, held, within_s)
@@ -142,8 +148,13 @@ class PathGame:
             spans = [own.span for own in held]
             numbers = fitting.numbers[in_time].tolist()
             picked += [list(zip(spans, mixes, strict=True)) for mixes in numbers]
-            blocks += [sum(end - first for first, end in spans)] * len(numbers)
-        return Choices(blocks, np.concatenate(figures), picked)
+            places += [(None, sum(end - first for first, end in spans))] * len(numbers)
+        book = self.space.books[rank]
+
+        def columns(number: int) -> tuple[Column, ...]:
+            return tuple(book.mix(span, mix) for span, mix in picked[number])
+
+        return Choices(places, np.concatenate(figures), list(range(len(picked))), columns)
 
     def _fitting(self, rank: int, held: tuple[Held, ...], within_s: float) -> _Fitting:
         """What fits of stages that ranks may hold, known for the longest time that was asked for."""
@@ -170,12 +181,14 @@ class PathGame:
         space, best = self.space, None
         best_s, bound_s = float("inf"), 0.0
         for number in range(max(1, min(ROUNDS, MAX_REPLAYED // space.table.actions))):
-            own_s = [
-                each.figures @ self._weights[stages].ravel()
-                for stages, each in zip(space.stages_of, choices, strict=True)
-            ]
-            least_s, chosen = self._least(own_s, choices)
-            bound_s = max(bound_s, least_s + self._hops * self.hop_s + space.shape.physics.step_s)
+            if not all(each.places for each in choices):
+                return Outcome(best, best_s, to_beat_s)
+            stages_of = zip(space.stages_of, choices, strict=True)
+            own_s = [each.figures @ self._weights[stages].ravel() for stages, each in stages_of]
+            fastest = list(map(fastest_of, own_s, choices))
+            least_s, chosen = least(fastest, space.layers)
+            fixed_s = self._hops * self.hop_s + space.shape.physics.step_s
+            bound_s = max(bound_s, least_s + fixed_s)
             near = best_s < (1 + NEAR) * to_beat_s or bound_s > (1 - NEAR) * to_beat_s
             if chosen is None or bound_s >= min(to_beat_s, best_s) or not (thorough or near or number < FEW):
                 break
@@ -184,14 +197,12 @@ class PathGame:
             if replayed.step_time_s < best_s:
                 best, best_s = columns, replayed.step_time_s
             if number % TRIMMED == TRIMMED - 1:
-                choices = self._left(own_s, choices, to_beat_s)
-                if not all(each.blocks for each in choices):
-                    return Outcome(best, best_s, to_beat_s)
+                choices = _left(choices, own_s, least_with(fastest, space.layers), to_beat_s - fixed_s)
             self._mix(replayed, 2 / (self._age + 3))
             self._age += 1
         self._age = min(self._age, OLDEST)
-        blocks = tuple((min(each.blocks), max(each.blocks)) for each in choices)
-        return Outcome(best, best_s, min(bound_s, to_beat_s, best_s), blocks)
+        places = tuple(frozenset(each.places) for each in choices)
+        return Outcome(best, best_s, min(bound_s, to_beat_s, best_s), places)
 
     def _mix(self, replayed: Replay, share: float) -> None:
         """Adds the longest path of a replay to the mixture, to a share of it."""
@@ -223,79 +234,19 @@ class PathGame:
             counts[stages_of[rank], figure] = 1.0
         return counts, path.hops
 
-    def _least(self, own_s: list[Floats], choices: list[Choices]) -> tuple[float, list[int] | None]:
-        """The least weighted seconds, and the choice of each rank that takes them; None where none holds all
-        blocks."""
-        fastest = [_by_blocks(seconds, each) for seconds, each in zip(own_s, choices, strict=True)]
-        layers = self.space.layers
-        before_s = _sums(fastest, layers)
-        if layers not in before_s[-1]:
-            return float("inf"), None
-        chosen, placed = [], layers
-        for held, each in zip(reversed(before_s[:-1]), reversed(fastest), strict=True):
-            blocks = min(each, key=lambda n: held.get(placed - n, float("inf")) + each[n][0])
-            chosen.append(each[blocks][1])
-            placed -= blocks
-        return before_s[-1][layers], chosen[::-1]
-
-    def _left(self, own_s: list[Floats], choices: list[Choices], to_beat_s: float) -> list[Choices]:
-        """The choices with which the least weighted seconds of all others are below the time to beat."""
-        import numpy as np
-
-        fastest = [_by_blocks(seconds, each) for seconds, each in zip(own_s, choices, strict=True)]
-        layers, left = self.space.layers, []
-        before_s, after_s = _sums(fastest, layers), _sums(fastest[::-1], layers)[::-1]
-        most_s = to_beat_s - self._hops * self.hop_s - self.space.shape.physics.step_s
-        for rank, (seconds, each) in enumerate(zip(own_s, choices, strict=True)):
-            others_s = {
-                blocks: min(
-                    (
-                        s + after_s[rank + 1].get(layers - placed - blocks, float("inf"))
-                        for placed, s in before_s[rank].items()
-                    ),
-                    default=float("inf"),
-                )
-                for blocks in fastest[rank]
-            }
-            kept = np.flatnonzero(seconds + np.asarray([others_s[n] for n in each.blocks]) < most_s)
-            numbers = kept.tolist()
-            left.append(
-                Choices(
-                    [each.blocks[n] for n in numbers], each.figures[kept], [each.mixes[n] for n in numbers]
-                )
-            )
-        return left
-
     def _columns(self, choices: list[Choices], chosen: list[int]) -> tuple[Column, ...]:
         columns: dict[int, Column] = {}
-        for rank, (each, number) in enumerate(zip(choices, chosen, strict=True)):
-            book = self.space.books[rank]
-            for stage, (span, mix) in zip(self.space.stages_of[rank], each.mixes[number], strict=True):
-                columns[stage] = book.mix(span, mix)
+        for stages, each, number in zip(self.space.stages_of, choices, chosen, strict=True):
+            columns |= dict(zip(stages, each.picked(number), strict=True))
         return tuple(columns[s] for s in range(self.space.degrees.stages))
 
 
-def _by_blocks(own_s: Floats, choices: Choices) -> dict[int, tuple[float, int]]:
-    """For each number of blocks of a rank, the least seconds and the choice that takes them."""
-    fastest: dict[int, tuple[float, int]] = {}
-    for number, (blocks, seconds) in enumerate(zip(choices.blocks, own_s.tolist(), strict=True)):
-        if blocks not in fastest or seconds < fastest[blocks][0]:
-            fastest[blocks] = seconds, number
-    return fastest
-
-
-def _sums(fastest: list[dict[int, tuple[float, int]]], layers: int) -> list[dict[int, float]]:
-    """The least sums of the first 0, 1, ... ranks by the blocks that they hold, as far as the others can hold
-    the rest."""
-    low, high = sum(map(min, fastest)), sum(map(max, fastest))
-    sums: list[dict[int, float]] = [{0: 0.0}]
-    for each in fastest:
-        low, high = low - min(each), high - max(each)
-        held: dict[int, float] = {}
-        for before, before_s in sums[-1].items():
-            for blocks, (own_s, _) in each.items():
-                placed, total_s = before + blocks, before_s + own_s
-                if layers - high <= placed <= layers - low and total_s < held.get(placed, float("inf")):
-                    held[placed] = total_s
-        sums.append(held)
-    return sums
+def _left(
+    choices: list[Choices], own_s: list[Floats], others_s: list[dict[Place, float]], most_s: float
+) -> list[Choices]:
+    """The choices that take less than a time with the least of all others."""
+    left = []
+    for each, seconds, others in zip(choices, own_s, others_s, strict=True):
+        totals = (own + others[place] for own, place in zip(seconds.tolist(), each.places, strict=True))
+        left.append(each.only([number for number, total_s in enumerate(totals) if total_s < most_s]))
+    return left

@@ -16,11 +16,12 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from planner.cost.critical_path import critical_path
+from planner.search.choices import Place
 from planner.search.deal import Dealer
 from planner.search.ilp import StageIlp, StageProgramme
 from planner.search.path_game import Outcome, PathGame, even_splits, splits_within
 from planner.search.recipes import Column
-from planner.search.sizes import Limits, Sizes, narrowed, splits
+from planner.search.sizes import Sizes, narrowed, splits
 from planner.search.stage_space import StageSpace
 from planner.strategy import Strategy
 
@@ -93,7 +94,7 @@ class ShapeSearch:
             and space.model.sharing is None
             and (space.one_class or self.degrees.chunks == 1)
         )
-        self._blocks: Limits | None = None
+        self._places: tuple[frozenset[Place], ...] | None = None
         """What ranks may hold to beat the time of the last game, and so any shorter one."""
 
     def run(self, budget: Budget) -> ShapeResult:
@@ -141,10 +142,12 @@ class ShapeSearch:
             if sizes is None:
                 return Outcome(None, float("inf"), to_beat_s)
             outcome = self.games.play(to_beat_s, splits_within(self.space, sizes), thorough=thorough)
-            if outcome is not None and outcome.blocks is not None:
-                self._blocks = outcome.blocks
+        elif to_beat_s < float("inf") and self.dealable:
+            outcome = self.games.play_cuts(to_beat_s, thorough=thorough)
         elif to_beat_s < float("inf") and self.even_only:
             outcome = self.games.play(to_beat_s, even_splits(self.space), thorough=thorough)
+        if outcome is not None and outcome.places is not None:
+            self._places = outcome.places
         return outcome or NO_GAME
 
     @cached_property
@@ -267,14 +270,22 @@ class ShapeSearch:
         """The best cut of a model of several layer classes, or proof that none beats the incumbent."""
         if not self.space.cuts_beat(budget.to_beat_s):
             return ShapeResult(None, budget.to_beat_s, 0)
-        return self._by_programme(self._columns(budget, None), budget)
+        columns = self._columns(budget, None)
+        if self._places is not None:
+            columns = [
+                [column for column in each if (column.stage.first, column.layers) in places]
+                for each, places in zip(columns, self._places, strict=True)
+            ]
+        return self._by_programme(columns, budget)
 
     def _of_one_class(self, budget: Budget) -> ShapeResult:
         """The best deal that can beat the incumbent, or proof that none does."""
         sizes = self.space.sizes(budget.to_beat_s)
-        if sizes is not None and self._blocks is not None and self.degrees.chunks == 1:
-            each = zip(sizes.ranks, self._blocks, strict=True)
-            by_rank = narrowed([(max(a, c), min(b, d)) for (a, b), (c, d) in each], self.space.layers)
+        if sizes is not None and self._places is not None and self.degrees.chunks == 1:
+            blocks = [[n for _, n in places] for places in self._places]
+            each = zip(sizes.ranks, blocks, strict=True)
+            limits = [(max(low, min(own)), min(high, max(own))) for (low, high), own in each]
+            by_rank = narrowed(limits, self.space.layers)
             sizes = None if by_rank is None else Sizes(by_rank, by_rank)
         if sizes is None:
             return ShapeResult(None, budget.to_beat_s, 0)

@@ -113,3 +113,28 @@ def test_even_splits_of_several_layer_classes(fix: str) -> None:
             assert outcome.columns is not None and outcome.step_time_s >= best_s * (1 - 1e-9)
             compared += 1
     assert compared > 10, compared
+
+
+@pytest.mark.parametrize("fix", ["schedule=1f1b", "schedule=zb-h1"])
+def test_cuts_of_several_layer_classes(fix: str) -> None:
+    """The best of all cuts is left among the places that may beat a little more than it."""
+    compared = narrowed = 0
+    for seed in range(40):
+        for space in tight(seed, (fix, "chunks=1"), layers=6, mixed=True):
+            best_s, best = float("inf"), ()
+            for cut in all_cuts(space.layers, space.degrees.stages):
+                each = [space.recipe(stage, span) for stage, span in enumerate(cut)]
+                columns = tuple(column for column in each if column is not None)
+                if len(columns) == len(cut) and (step_s := space.replay(columns).step_time_s) < best_s:
+                    best_s, best = step_s, cut
+            if not best:
+                continue
+            outcome = PathGame(space).play_cuts(best_s * 1.05, thorough=True)
+            assert outcome.bound_s <= best_s * (1 + 1e-9), (seed, space.degrees.label())
+            assert outcome.columns is not None and outcome.step_time_s >= best_s * (1 - 1e-9)
+            compared += 1
+            if outcome.places is not None:
+                assert all((a, b - a) in own for (a, b), own in zip(best, outcome.places, strict=True))
+                every = sum(len(ends) for s in range(2) for ends in space.spans(s, None))
+                narrowed += sum(map(len, outcome.places)) < every
+    assert compared > 12 and narrowed > compared / 4, (compared, narrowed)
