@@ -41,6 +41,7 @@ def most_waits(stack: Stack, degrees: Degrees) -> int:
 
 def waiting_bytes(block: Block, shape: LayerShape) -> float:
     """What a block that recomputes nothing holds for W."""
+    block = block.held(shape.tp)
     sublayers = [mixer.matrices(block.hidden) for mixer in block.mixers]
     sublayers += [_dense(block.mlp, block.hidden)] if block.mlp else []
     sublayers = [matrices for matrices in sublayers if matrices]
