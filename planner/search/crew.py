@@ -46,9 +46,12 @@ def cores() -> int:
 
 def processes_for(shapes: int) -> int:
     """How many processes to search so many shapes with; 0: search them here."""
-    forks = sys.platform == "linux" and threading.active_count() == 1
     each = min(cores(), MOST)
-    return each if forks and each > 1 and shapes >= MANY_SHAPES else 0
+    if each == 1 or shapes < MANY_SHAPES or sys.platform != "linux" or threading.active_count() > 1:
+        return 0
+    import multiprocessing
+
+    return 0 if multiprocessing.current_process().daemon else each  # a daemon may have no children
 
 
 class Crew:
