@@ -145,7 +145,7 @@ class RankMixes:
             each = [self.figures(held.span)]
             for flight in held.flights:
                 kept, passing = self._all_bytes(held.span, flight)
-                each.append(np.stack([kept, np.maximum(passing, 0.0)], axis=1))
+                each.append(np.stack([kept, np.nan_to_num(passing, neginf=0.0)], axis=1))  # no pass: of none
             self._useful[held] = undominated(np.concatenate(each, axis=1))
         return self._useful[held]
 

@@ -1,7 +1,8 @@
 """The best strategy of one shape: columns, then all ways to deal blocks, or the ILP with critical paths.
 
-Sizes of stages that cannot beat the incumbent are left out first. Where few ways to deal the blocks remain,
-all are replayed at once. Else the ILP's optimum is a lower bound of every replay; what it finds is replayed,
+Sizes of stages that cannot beat the incumbent are left out first. A game of paths against recipes
+(planner.search.path_game) finds good ones and a bound. Where few ways to deal the blocks remain, all are
+replayed at once. Else the ILP's optimum is a lower bound of every replay; what it finds is replayed,
 its critical path becomes a row of the programme, and the ILP is solved again, until the replay is no longer
 than its optimum. Where devices share cores a replay is no longest path: the assignment is cut off instead,
 and what the bound leaves open stays open after a few rounds.
@@ -125,7 +126,7 @@ class ShapeSearch:
         best: Found | None = None
         to_beat_s = budget.to_beat_s
         while True:
-            outcome = self._game(to_beat_s)
+            outcome = self._game(to_beat_s, budget.tolerance)
             found_s = outcome.step_time_s
             if outcome.columns is not None and (best is None or found_s < best.step_time_s):
                 best = self._found(outcome.columns, found_s)
@@ -134,7 +135,7 @@ class ShapeSearch:
                 return ShapeResult(best, outcome.bound_s, 0)
             to_beat_s = less_s
 
-    def _game(self, to_beat_s: float, *, thorough: bool = False) -> Outcome:
+    def _game(self, to_beat_s: float, tolerance: float, *, thorough: bool = False) -> Outcome:
         """The game of a shape for a time to beat; that knows nothing where there is none."""
         outcome: Outcome | None = None
         if to_beat_s < float("inf") and self.space.one_class and self.dealable:
@@ -144,7 +145,7 @@ class ShapeSearch:
             outcome = self.games.play(to_beat_s, splits_within(self.space, sizes), thorough=thorough)
         elif to_beat_s < float("inf") and self.dealable:
             outcome = self.games.play_cuts(to_beat_s, thorough=thorough)
-        elif to_beat_s < float("inf") and self.even_only:
+        elif to_beat_s < float("inf") and self._even_only(tolerance):
             outcome = self.games.play(to_beat_s, even_splits(self.space), thorough=thorough)
         if outcome is not None and outcome.places is not None:
             self._places = outcome.places
@@ -168,7 +169,7 @@ class ShapeSearch:
             left = budget.seconds
             if left is not None and left <= 0:
                 break
-            outcome = self._game(middle_s, thorough=True)
+            outcome = self._game(middle_s, budget.tolerance, thorough=True)
             bound_s = max(bound_s, outcome.bound_s)
             if outcome.columns is not None and (best is None or outcome.step_time_s < best.step_time_s):
                 best = self._found(outcome.columns, outcome.step_time_s)
@@ -240,7 +241,7 @@ class ShapeSearch:
 
     def _not_dealt(self, budget: Budget) -> ShapeResult:
         """The best of a shape whose blocks are not dealt: shared cores, or several classes and chunks."""
-        if self.even_only and budget.tolerance:
+        if self._even_only(budget.tolerance):
             bound_s = self.space.even_bound_s()
             if bound_s >= budget.to_beat_s:
                 return ShapeResult(None, budget.to_beat_s, 0)
@@ -253,10 +254,10 @@ class ShapeSearch:
         sizes = self.space.sizes(budget.to_beat_s) if self.space.one_class else None
         return self._by_programme(self._columns(budget, sizes), budget)
 
-    @cached_property
-    def even_only(self) -> bool:
-        """Whether the blocks are dealt evenly and in no other way, where a gap may stay open."""
-        if self.dealable or self.degrees.pp == 1 or self.model.sharing is not None or self.space.one_class:
+    def _even_only(self, tolerance: float) -> bool:
+        """Whether the blocks are dealt evenly and in no other way: of several classes, where a gap may stay
+        open and the ways are many."""
+        if not tolerance or self.space.one_class or self.dealable or self.model.sharing is not None:
             return False
         stages = range(self.degrees.stages)
         return sum(len(ends) for s in stages for ends in self.space.spans(s, None)) > MAX_SEVERAL

@@ -229,7 +229,8 @@ class Solver:
 
     def _work(self, task: Task) -> ShapeResult:
         """The result of a task; it depends on nothing but the task."""
-        search = self.modeller.search(*self._of(task.number))
+        degrees, base = self._of(task.number)
+        search = self.modeller.search(degrees, base)
         ask = {
             TaskKind.GREEDY: lambda _: ShapeResult(search.greedy(), 0.0, 0),
             TaskKind.BETTER: search.better,
@@ -237,8 +238,8 @@ class Solver:
             TaskKind.BOUND: search.bound,
         }
         result = ask[task.kind](task.budget)
-        if task.kind in (TaskKind.BEST, TaskKind.BOUND):
-            search.space.forget()
+        for book in base.books:
+            book.forget()  # a search goes through thousands of shapes
         return result
 
     def _overdue(self) -> bool:

@@ -85,14 +85,6 @@ class StageSpace:
         """What is in flight on each stage at its rank's fullest moments."""
         return [tuple({v[s]: None for v in self.in_flight[rank]}) for s, rank in enumerate(self.rank_of)]
 
-    def forget(self) -> None:
-        """Gives back what is only needed while the shape is searched, and can be made again: a search goes
-        through thousands of shapes."""
-        for name in ("table", "ranks"):
-            self.__dict__.pop(name, None)
-        for book in self.books:
-            book.forget()
-
     def replay(self, columns: tuple[Column, ...]) -> Replay:
         """The replay of an assignment."""
         cell_s = [seconds for column in columns for seconds in column.passes_s]
