@@ -28,7 +28,7 @@ RESULTS = Path(__file__).parent / "results"
 def _measure(case: Case) -> dict[str, Any]:
     begin_s = time.monotonic()
     try:
-        outcome = execute(case)
+        outcome = execute(case.plan)
     except Exception as error:
         text = " ".join(str(error).split())[-300:]
         return {"plan": case.name, "error": f"{type(error).__name__}: {text}"}

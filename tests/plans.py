@@ -213,3 +213,9 @@ def _no_estimate() -> Estimate:
         verdict=Verdict.SAFE,
         coverage=Coverage(),
     )
+
+
+def batch8(**degrees: object) -> Degrees:
+    """Degrees with as many micro-batches as make a batch of 8 sequences."""
+    found = Degrees(**degrees)  # type: ignore[arg-type]
+    return dataclasses.replace(found, num_micro_batches=8 // (found.micro_batch * found.dp))

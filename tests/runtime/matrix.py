@@ -193,16 +193,16 @@ class Outcome:
     not_as_planned: tuple[str, ...]
 
 
-def execute(case: Case, steps: int = 5) -> Outcome:
-    """Trains the case on real ranks. `difference` is relative, the largest of all losses and norms."""
-    expected = [value for pair in _reference(case.plan, steps) for value in pair]
+def execute(plan: Plan, steps: int = 5) -> Outcome:
+    """Trains by a plan on real ranks. `difference` is relative, the largest of all losses and norms."""
+    expected = [value for pair in _reference(plan, steps) for value in pair]
 
     def body(rank: int) -> dict[str, Any]:
-        executor = make_executor(case.plan)
+        executor = make_executor(plan)
         trajectory = train(executor, 0, steps)
-        return {"seen": trajectory, "faults": executor.executed().differences(case.plan)}
+        return {"seen": trajectory, "faults": executor.executed().differences(plan)}
 
-    answers = on_ranks(body, case.plan.strategy.degrees.world)
+    answers = on_ranks(body, plan.strategy.degrees.world)
     seen = [[value for pair in answer["seen"] for value in pair] for answer in answers]
     return Outcome(
         difference=max(
@@ -214,12 +214,12 @@ def execute(case: Case, steps: int = 5) -> Outcome:
     )
 
 
-_references: dict[tuple[ModelSpec, int], Trajectory] = {}
+_references: dict[tuple[ModelSpec, Workload, int], Trajectory] = {}
 
 
 def _reference(plan: Plan, steps: int) -> Trajectory:
-    """The trajectory in one process, which depends on the model alone."""
-    key = plan.model, steps
+    """The trajectory in one process, which depends on the model and the workload alone."""
+    key = plan.model, plan.workload, steps
     if key not in _references:
         _references[key] = single_process(plan, steps)
     return _references[key]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from planner.strategy import CpExchange, Degrees, Recompute, RecomputeCounts, Sc
 from runtime.parallel.context import held_positions, make_core
 from runtime.readback import Executed
 from runtime.transformer.core import Core
-from tests.plans import make_plan, split, tiny_gpt2, tiny_llama
+from tests.plans import batch8, make_plan, split, tiny_gpt2, tiny_llama
 from tests.runtime.matrix import TOLERANCE
 from tests.runtime.ranks import make_executor, on_ranks, single_process, train
 
@@ -24,12 +23,6 @@ LLAMA, GPT2 = tiny_llama(), tiny_gpt2()
 PLAIN_CORE = Core(CAUSAL, None, None)
 RING, GATHER, ALL_TO_ALL = CpExchange
 MIXED = (Stage(first=0, end=4, recompute=RecomputeCounts(none=1, selective=1, full=2)),)
-
-
-def batch8(**degrees: object) -> Degrees:
-    """Degrees with as many micro-batches as make a batch of 8 sequences."""
-    found = Degrees(**degrees)  # type: ignore[arg-type]
-    return replace(found, num_micro_batches=8 // (found.micro_batch * found.dp))
 
 
 PLANS: dict[str, Plan] = {

@@ -13,12 +13,11 @@ from planner.model import Block, ModelSpec, Segment
 from planner.plan import Plan
 from planner.strategy import CpExchange, Degrees, Recompute, Schedule, Zero
 from runtime.parallel.supported import check_supported
-from tests.plans import make_plan, split, tiny_llama
-from tests.runtime.matrix import TOLERANCE
-from tests.runtime.ranks import make_executor, on_ranks, single_process, train
+from tests.plans import batch8, make_plan, split, tiny_llama
+from tests.runtime.matrix import TOLERANCE, execute
+from tests.runtime.ranks import make_executor, on_ranks
 from tests.runtime.resharding import reshard
 
-STEPS = 5
 TWO, ONE = tiny_llama(kv_heads=2), tiny_llama(kv_heads=1)
 
 
@@ -34,12 +33,6 @@ MIXED: ModelSpec = replace(
     TWO, segments=(normed(QkNorm.WIDTH, 2), normed(QkNorm.HEAD, 1), normed(QkNorm.HEAD_LAYERNORM, 4))
 )
 """Layers with two, one and four key-value heads."""
-
-
-def batch8(**degrees: object) -> Degrees:
-    """Degrees with as many micro-batches as make a batch of 8 sequences."""
-    found = Degrees(**degrees)  # type: ignore[arg-type]
-    return replace(found, num_micro_batches=8 // (found.micro_batch * found.dp))
 
 
 SP = {"sequence_parallel": True}
@@ -59,17 +52,9 @@ PLANS: dict[str, Plan] = {
 
 @pytest.mark.parametrize("name", PLANS)
 def test_losses_and_gradient_norms_are_those_of_one_process(name: str) -> None:
-    plan = PLANS[name]
-    expected = [value for pair in single_process(plan, STEPS) for value in pair]
-
-    def body(rank: int) -> tuple[list[float], tuple[str, ...]]:
-        executor = make_executor(plan)
-        seen = [value for pair in train(executor, 0, STEPS) for value in pair]
-        return seen, executor.executed().differences(plan)
-
-    for seen, faults in on_ranks(body, plan.strategy.degrees.world):
-        assert seen == pytest.approx(expected, rel=TOLERANCE)
-        assert list(faults) == []
+    outcome = execute(PLANS[name])
+    assert outcome.difference < TOLERANCE
+    assert outcome.not_as_planned == ()
 
 
 def test_a_checkpoint_holds_each_head_once_and_goes_on_under_any_tp(tmp_path: Path) -> None:

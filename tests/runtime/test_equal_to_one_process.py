@@ -5,13 +5,11 @@ A few layouts for each axis; `bench.matrix` runs many more, of every axis togeth
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from planner.plan import Plan
-from planner.strategy import Degrees, Recompute, RecomputeCounts, Schedule, Stage, Zero
-from tests.plans import make_plan, parallel, split, tiny_gpt2, tiny_llama
+from planner.strategy import Recompute, RecomputeCounts, Schedule, Stage, Zero
+from tests.plans import batch8, make_plan, parallel, split, tiny_gpt2, tiny_llama
 from tests.runtime.matrix import TOLERANCE
 from tests.runtime.ranks import make_executor, on_ranks, single_process, train
 
@@ -20,12 +18,6 @@ GPIPE, ONE_F_ONE_B, INTERLEAVED = Schedule.GPIPE, Schedule.ONE_F_ONE_B, Schedule
 LLAMA, GPT2 = tiny_llama(), tiny_gpt2()
 SIDE_BY_SIDE, TWO_NORMS = (parallel(GPT2, norms) for norms in (1, 2))
 MIXED = RecomputeCounts(none=1, selective=1, full=2)
-
-
-def batch8(**degrees: object) -> Degrees:
-    """Degrees with as many micro-batches as make a batch of 8 sequences."""
-    found = Degrees(**degrees)  # type: ignore[arg-type]
-    return replace(found, num_micro_batches=8 // (found.micro_batch * found.dp))
 
 
 CASES: dict[str, Plan] = {

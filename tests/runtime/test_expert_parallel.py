@@ -14,7 +14,7 @@ from planner.routing import Routing, Score
 from planner.strategy import Degrees, RecomputeCounts, Schedule, Stage, Zero
 from runtime.executor import Executor
 from runtime.parallel.supported import check_supported
-from tests.plans import make_plan, tiny_deepseek_experts, tiny_mixtral
+from tests.plans import batch8, make_plan, tiny_deepseek_experts, tiny_mixtral
 from tests.runtime.matrix import TOLERANCE
 from tests.runtime.ranks import interrupted, make_executor, on_ranks, single_process, train
 
@@ -25,12 +25,6 @@ DEEPSEEK = tiny_deepseek_experts(layers=2)
 DROPPING = tiny_mixtral(layers=2, shared=SHARED, routing=Routing(capacity=0.75, aux_loss=0.02))
 BIASED = tiny_mixtral(layers=2, router_bias=True, expert=replace(SHARED, bias=True))
 MIXED = (Stage(first=0, end=2, recompute=RecomputeCounts(none=0, selective=1, full=1)),)
-
-
-def batch8(**degrees: object) -> Degrees:
-    """Degrees with as many micro-batches as make a batch of 8 sequences."""
-    found = Degrees(**degrees)  # type: ignore[arg-type]
-    return replace(found, num_micro_batches=8 // (found.micro_batch * found.dp))
 
 
 def sliced(**degrees: object) -> Degrees:

@@ -12,9 +12,9 @@ from planner.errors import InputError
 from planner.feed_forward import Activation, Mlp
 from planner.model import Block, ModelSpec, Norm, Segment
 from planner.plan import Plan
-from planner.strategy import CpExchange, Degrees, Recompute, Zero
+from planner.strategy import CpExchange, Recompute, Zero
 from runtime.parallel.supported import check_supported
-from tests.plans import make_plan, split, tiny_llama
+from tests.plans import batch8, make_plan, split, tiny_llama
 from tests.runtime.ranks import make_executor, on_ranks, single_process, train
 
 STEPS = 5
@@ -77,12 +77,6 @@ DEEPSEEK = model(
     block(replace(LATENT, query_rank=None)),
     arithmetic=Arithmetic(rope_interleaved=True, attention_scale=0.3),
 )
-
-
-def batch8(**degrees: object) -> Degrees:
-    """Degrees with as many micro-batches as make a batch of 8 sequences."""
-    found = Degrees(**degrees)  # type: ignore[arg-type]
-    return replace(found, num_micro_batches=8 // (found.micro_batch * found.dp))
 
 
 CASES: dict[str, Plan] = {

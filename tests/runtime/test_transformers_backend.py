@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from planner.strategy import Degrees, Offload, Recompute, Schedule, Zero, even_s
 from planner.workload import Optimizer
 from runtime.backends.transformers import check_backend, load_config, transformers_backend
 from runtime.executor import Executor
-from tests.plans import make_plan, split
+from tests.plans import batch8, make_plan, split
 from tests.runtime.matrix import TOLERANCE
 from tests.runtime.ranks import OPTIONS, SEED, batch_of, on_ranks, train
 
@@ -59,12 +58,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "embd_pdrop": 0.0,
     },
 }
-
-
-def batch8(**degrees: object) -> Degrees:
-    """Degrees with as many micro-batches as make a batch of 8 sequences."""
-    found = Degrees(**degrees)  # type: ignore[arg-type]
-    return replace(found, num_micro_batches=8 // (found.micro_batch * found.dp))
 
 
 LAYOUTS: dict[str, tuple[Degrees, Any]] = {

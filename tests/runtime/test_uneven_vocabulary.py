@@ -20,20 +20,13 @@ from runtime.hf_weights.write import write_weights
 from runtime.parallel.supported import check_supported
 from runtime.transformer.initial import materialize
 from runtime.transformer.model import build_transformer
-from tests.plans import make_plan, tiny_gpt2, tiny_llama
-from tests.runtime.matrix import TOLERANCE
-from tests.runtime.ranks import batch_of, make_executor, on_ranks, single_process, slice_of, train
+from tests.plans import batch8, make_plan, tiny_gpt2, tiny_llama
+from tests.runtime.matrix import TOLERANCE, execute
+from tests.runtime.ranks import batch_of, make_executor, on_ranks, slice_of
 from tests.runtime.resharding import reshard
 
-STEPS = 5
 LLAMA, TIED = tiny_llama(vocab=67), tiny_gpt2(vocab=67)
 BIASED = replace(LLAMA, head_bias=True)
-
-
-def batch8(**degrees: object) -> Degrees:
-    """Degrees with as many micro-batches as make a batch of 8 sequences."""
-    found = Degrees(**degrees)  # type: ignore[arg-type]
-    return replace(found, num_micro_batches=8 // (found.micro_batch * found.dp))
 
 
 PLANS: dict[str, Plan] = {
@@ -54,18 +47,11 @@ def test_losses_and_gradient_norms_are_those_of_one_process(
 ) -> None:
     """Over chunks of 7 tokens, which all ranks cut alike whatever columns they have."""
     plan = PLANS[name]
-    expected = [value for pair in single_process(plan, STEPS) for value in pair]
     tp = plan.strategy.degrees.tp
     monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 7 * 4 * plan.model.vocab_shard(tp))
-
-    def body(rank: int) -> tuple[list[float], tuple[str, ...]]:
-        executor = make_executor(plan)
-        seen = [value for pair in train(executor, 0, STEPS) for value in pair]
-        return seen, executor.executed().differences(plan)
-
-    for seen, faults in on_ranks(body, plan.strategy.degrees.world):
-        assert seen == pytest.approx(expected, rel=TOLERANCE)
-        assert list(faults) == []
+    outcome = execute(plan)
+    assert outcome.difference < TOLERANCE
+    assert outcome.not_as_planned == ()
 
 
 def test_ranks_hold_rows_of_tokens_alone() -> None:
