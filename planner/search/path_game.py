@@ -24,6 +24,7 @@ from planner.cost.critical_path import critical_path
 from planner.cost.simulate import Replay
 from planner.cost.table import KINDS
 from planner.search.choices import Choices, Place, fastest_of, least, least_with
+from planner.search.cuts import Spans
 from planner.search.rank_mixes import FIGURES, OPTIMIZER, REDUCE, UNSHARD, Held, undominated
 from planner.search.recipes import Column
 from planner.search.sizes import Sizes
@@ -111,17 +112,17 @@ class PathGame:
         choices = [self._choices(rank, each, within_s) for rank, each in enumerate(held)]
         return self._played(choices, to_beat_s, thorough)
 
-    def play_cuts(self, to_beat_s: float, *, thorough: bool = False) -> Outcome:
-        """The same of all cuts near the even one, each rank having one stage with its recipe."""
+    def play_cuts(self, to_beat_s: float, cuts: list[Spans], *, thorough: bool = False) -> Outcome:
+        """The same of cuts, each rank having one stage with its recipe."""
         within_s = self.space.within_s(to_beat_s)
-        choices = [self._cuts(stage, within_s) for stage in range(self.space.degrees.stages)]
+        choices = [self._cuts(stage, spans, within_s) for stage, spans in enumerate(cuts)]
         return self._played(choices, to_beat_s, thorough)
 
-    def _cuts(self, stage: int, within_s: float) -> Choices:
+    def _cuts(self, stage: int, spans: Spans, within_s: float) -> Choices:
         """The recipes of a stage with the layers that it may hold, those that are in time."""
         import numpy as np
 
-        found = self.space.columns(stage, within_s, None)
+        found = self.space.columns(stage, within_s, None, spans)
         rows = [[*c.passes_s, c.cost.unshard_s, c.cost.reduce_s, c.cost.optimizer_s] for c in found]
         places: list[Place] = [(column.stage.first, column.layers) for column in found]
         figures = np.asarray(rows).reshape(len(found), FIGURES)

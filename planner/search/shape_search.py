@@ -144,7 +144,10 @@ class ShapeSearch:
                 return Outcome(None, float("inf"), to_beat_s)
             outcome = self.games.play(to_beat_s, splits_within(self.space, sizes), thorough=thorough)
         elif to_beat_s < float("inf") and self.dealable:
-            outcome = self.games.play_cuts(to_beat_s, thorough=thorough)
+            cuts = self.space.cuts.within(to_beat_s)
+            if cuts is None:
+                return Outcome(None, float("inf"), to_beat_s)
+            outcome = self.games.play_cuts(to_beat_s, cuts, thorough=thorough)
         elif to_beat_s < float("inf") and self._even_only(tolerance):
             outcome = self.games.play(to_beat_s, even_splits(self.space), thorough=thorough)
         if outcome is not None and outcome.places is not None:
@@ -265,13 +268,15 @@ class ShapeSearch:
     def _may_beat(self, to_beat_s: float) -> bool:
         if self.space.one_class:
             return self.space.sizes(to_beat_s) is not None
-        return self.space.cuts_beat(to_beat_s)
+        return self.space.cuts.within(to_beat_s) is not None
 
     def _of_several(self, budget: Budget) -> ShapeResult:
         """The best cut of a model of several layer classes, or proof that none beats the incumbent."""
-        if not self.space.cuts_beat(budget.to_beat_s):
+        cuts = self.space.cuts.within(budget.to_beat_s)
+        if cuts is None:
             return ShapeResult(None, budget.to_beat_s, 0)
-        columns = self._columns(budget, None)
+        each = enumerate(cuts)
+        columns = [self.space.columns(s, budget.to_beat_s, None, spans) for s, spans in each]
         if self._places is not None:
             columns = [
                 [column for column in each if (column.stage.first, column.layers) in places]

@@ -20,6 +20,7 @@ from planner.cost.schedule import Table
 from planner.cost.simulate import Replay
 from planner.cost.stage import ShapeModel
 from planner.search.bounds import least_once_s
+from planner.search.cuts import Cuts, Spans
 from planner.search.rank_ways import RankWays
 from planner.search.recipes import Column, RecipeBook
 from planner.search.sizes import Limits, Sizes, narrowed
@@ -127,13 +128,16 @@ class StageSpace:
             )
         return self._roomy[key]
 
-    def columns(self, index: int, to_beat_s: float, sizes: Sizes | None) -> list[Column]:
-        """Recipes of a stage by its blocks; those whose rank's work alone takes too long are left out."""
+    def columns(
+        self, index: int, to_beat_s: float, sizes: Sizes | None, within: Spans | None = None
+    ) -> list[Column]:
+        """Recipes of a stage by its blocks, or those `within` some; those whose rank's work alone takes too
+        long are left out."""
         m, schedule, rank = self.degrees.num_micro_batches, self.degrees.schedule, self.rank_of[index]
         others_s = (self.degrees.chunks - 1) * m * min(self.block_s)
         columns: list[Column] = []
         mixed = self.degrees.chunks > 1 and not self.rank_roomy(rank, sizes)
-        for spans in self.spans(index, sizes):
+        for spans in self.spans(index, sizes) if within is None else within:
             for span in spans:
                 if mixed:
                     found = self.books[rank].pareto(*span)
@@ -146,18 +150,18 @@ class StageSpace:
                 columns += found if self.one_class else [_placed(column, span) for column in found]
         return columns
 
-    def spans(self, index: int, sizes: Sizes | None) -> list[list[tuple[int, int]]]:
+    def spans(self, index: int, sizes: Sizes | None) -> Spans:
         """The blocks [first, end) that a stage may hold: for each first layer, ends in ascending order.
 
         Of one class, blocks between the same ends cost the same: only their number matters.
         """
         if sizes is None:
-            firsts, ends = self._near(index), self._near(index + 1)
+            firsts, ends = self.near(index), self.near(index + 1)
             return [[(first, end) for end in ends if end > first] for first in firsts]
         least, most = sizes.stages[index]
         return [[self.span(index, size) for size in range(least, most + 1)]]
 
-    def _near(self, boundary: int) -> list[int]:
+    def near(self, boundary: int) -> list[int]:
         """Layers near an even boundary where a stage may begin instead: an even stage to either side."""
         layers, stages = self.layers, self.degrees.stages
         if boundary in (0, stages):
@@ -169,30 +173,10 @@ class StageSpace:
 
     # Cuts, where layers are of several classes
 
-    def cuts_beat(self, to_beat_s: float) -> bool:
-        """Whether some cut near the even one may take less, each stage having one rank and its recipe.
-
-        Stage after stage, the layers at which it may end where none that came before takes too long.
-        """
-        m, p = self.degrees.num_micro_batches, self.degrees.pp
-        left_s, reached = to_beat_s - self._optimizer_s, {0}
-        for index in range(self.degrees.stages):
-            ends = set()
-            for first in reached:
-                for end in self._near(index + 1):
-                    column = self.recipe(index, (first, end)) if end > first else None
-                    if column is None:
-                        continue
-                    own_s = column.whole_s(self.degrees.schedule)
-                    bound_s = m * own_s
-                    if self._even_bound:
-                        bound_s = max(bound_s, (m - p - 1) * own_s + self._twice_s)
-                    if bound_s < left_s:
-                        ends.add(end)
-            reached = ends
-            if not reached:
-                return False
-        return True
+    @cached_property
+    def cuts(self) -> Cuts:
+        """The cuts near the even one, each stage having one rank and its recipe."""
+        return Cuts(self)
 
     # Sizes
 
