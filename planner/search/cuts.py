@@ -1,7 +1,8 @@
 """Cuts of a model of several layer classes into stages, one a rank, that may keep a step time.
 
-Which path is longest through a table depends on all stages, but every stage lies on paths that the cut alone
-decides but for its own recipe: with f and b the passes of the stages before and after stage r,
+Which path is longest through a table depends on all stages, but every stage lies on paths that go through the
+others once or twice, whatever their number of layers: with f and b the passes of the stages before and after
+stage r,
 
     in     sum_{j<r} f_j, then its row from the first forward on
     down   sum_j f_j + sum_{j>r} b_j, then its row from the first pass back on
@@ -9,23 +10,21 @@ decides but for its own recipe: with f and b the passes of the stages before and
     out    its row to the last pass back, then sum_{j<r} b_j and what rank 0 still does
     round  its row to the last forward, then sum_{j>r} f_j + sum_j b_j and what rank 0 still does
 
-A way in and a way out make a path. Layers before and after count with their cheapest options, and what they
-take together depends on where the stage begins and ends alone. So the spans of a stage that are in time follow
-for themselves, and those that lie in a whole cut by going through the stages once forth and once back. That
-some stage holds more layers than the mean, which relaxations do not see, is seen here.
+A way in and a way out make a path. The stages before a layer take no less than their fastest chain of spans
+that ends there, and those after it likewise. So the spans of a stage that are in time follow from where it
+begins and ends alone: first with each layer's cheapest option, then with recipes, until no chain of those that
+are left gets slower. That some stage holds more layers than the mean, which relaxations do not see, is seen
+here.
 """
 
 from __future__ import annotations
 
-from itertools import groupby
-from operator import itemgetter
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner.cost.passes import Pass
-from planner.cost.stage import ShapeModel
-from planner.cost.table import BACKWARD, INPUT_GRAD, KINDS, PAIRED, WEIGHT_GRAD, Table
-from planner.search.recipes import Column, RecipeBook
-from planner.strategy import Recompute
+from planner.cost.table import BACKWARD, INPUT_GRAD, KINDS, PAIRED, Table
+from planner.search.least_passes import PARTS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,106 +34,78 @@ if TYPE_CHECKING:
     Ints = np.ndarray[Any, np.dtype[np.int64]]
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
-Span = tuple[int, int]
-Spans = list[list[Span]]
+Spans = list[list[tuple[int, int]]]
 """Blocks [first, end) that a stage may hold: for each first layer, ends in ascending order."""
 
 
-class _RowPath(NamedTuple):
-    """A path through one rank's row: its actions there by kind, how often it passes forward and back through
-    the stages before and after, its messages, and whether what rank 0 does last is on it."""
+class _StagePaths(NamedTuple):
+    """The paths through one rank's row: its actions by kind [path, PARTS], how often it goes forward and back
+    through the stages before and after [path, 2], its messages, and whether it ends as rank 0 does."""
 
     own: Ints
-    before: tuple[int, int]
-    after: tuple[int, int]
-    hops: int
-    tail: bool
+    before: Ints
+    after: Ints
+    hops: Ints
+    tail: Ints
 
 
-def _row_paths(table: Table, rank: int) -> list[_RowPath]:
-    """The paths of a rank that holds one stage."""
+class _Held(NamedTuple):
+    """Spans that a stage may hold, by first layers and ends, and the seconds of its actions [n, PARTS]."""
+
+    firsts: Ints
+    ends: Ints
+    seconds: Floats
+
+    def only(self, kept: Any) -> _Held:
+        """Some of them."""
+        return _Held(self.firsts[kept], self.ends[kept], self.seconds[kept])
+
+
+@lru_cache(maxsize=256)
+def _stage_paths(table: Table) -> tuple[_StagePaths, ...]:
+    """The paths of every rank, each with one stage."""
     import numpy as np
 
-    kinds, last = _row_kinds(table, rank), len(table) - 1 - rank
-    forwards, backs = np.nonzero(kinds == 0)[0], np.nonzero((kinds == BACKWARD) | (kinds == INPUT_GRAD))[0]
-    back = int(kinds[backs[0]])
-    ways_in = (
-        (0, np.zeros(4, dtype=np.int64), (1, 0), (0, 0), rank),
-        (int(backs[0]), _one(0), (1, 0), (1, 1), rank + 2 * last),
-    )
-    ways_out = (
-        (len(kinds), np.zeros(4, dtype=np.int64), (0, 0), (0, 0), 0),
-        (int(backs[-1]) + 1, np.zeros(4, dtype=np.int64), (0, 1), (0, 0), rank),
-        (int(forwards[-1]) + 1, _one(back), (0, 1), (1, 1), rank + 2 * last),
-    )
-    return [
-        _RowPath(
-            np.bincount(kinds[begin:end], minlength=4) + more + still,
-            (before[0] + then[0], before[1] + then[1]),
-            (after[0] + beyond[0], after[1] + beyond[1]),
-            hops + hops_out,
-            then[1] > 0,
+    found = []
+    for rank in range(len(table)):
+        kinds, later = _row_kinds(table, rank), len(table) - 1 - rank
+        backs = np.nonzero((kinds == BACKWARD) | (kinds == INPUT_GRAD))[0]
+        last_forward, first_back, last_back = (
+            int(np.nonzero(kinds == 0)[0][-1]),
+            int(backs[0]),
+            int(backs[-1]),
         )
-        for begin, more, before, after, hops in ways_in
-        for end, still, then, beyond, hops_out in ways_out
-        if begin < end
-    ]
+        forth, back = np.eye(PARTS, dtype=np.int64)[[0, kinds[first_back]]]
+        ways_in = (  # where it begins in the row, its actions besides, through stages before, after, messages
+            (0, 0 * forth, (1, 0), (0, 0), rank),
+            (first_back, forth, (1, 0), (1, 1), rank + 2 * later),
+        )
+        ways_out = (
+            (len(kinds), 0 * back, (0, 0), (0, 0), 0),
+            (last_back + 1, 0 * back, (0, 1), (0, 0), rank),
+            (last_forward + 1, back, (0, 1), (1, 1), rank + 2 * later),
+        )
+        each = [
+            (
+                np.bincount(kinds[begin:end], minlength=PARTS) + more + still,
+                np.add(before, before_out),
+                np.add(after, after_out),
+                hops + hops_out,
+                before_out[1],
+            )
+            for begin, more, before, after, hops in ways_in
+            for end, still, before_out, after_out, hops_out in ways_out
+            if begin < end
+        ]
+        found.append(_StagePaths(*map(np.asarray, zip(*each, strict=True))))
+    return tuple(found)
 
 
 def _row_kinds(table: Table, rank: int) -> Ints:
     """The kinds of a rank's actions by number; a paired forward is one."""
-    kinds = table.codes[rank] // table.num_micro_batches % len(KINDS)
-    return kinds * (kinds != PAIRED)
-
-
-def _one(kind: int) -> Ints:
-    import numpy as np
-
-    return (np.arange(4) == kind).astype(np.int64)
-
-
-def _least_parts_s(shape: ShapeModel, key: str, options: tuple[Recompute, ...]) -> list[float]:
-    """A block's F, B, I and W (planner.cost.simulate.split_backward), each with the option that takes least;
-    of I and W that torch divides, for a whole stage, no more than they take there."""
-    each = []
-    for option in options:
-        forward, backward = shape.passes(key, option)
-        if shape.problem.stack.recomputes_once:
-            products_s = shape.deferrable_s[key]
-            left_s = products_s * (option is Recompute.NONE)
-        else:
-            frozen = shape.problem.workload.adapters is not None
-            left_s = 0.0 if frozen else backward.compute_s / 2
-            products_s = min(left_s, forward.compute_s)
-        each.append(_parts_s(forward, backward, left_s, products_s))
-    return [min(seconds) for seconds in zip(*each, strict=True)]
-
-
-def _parts_s(forward: Pass, backward: Pass, left_s: float, products_s: float) -> tuple[float, ...]:
-    """F, B, I and W where `left_s` of the backward is not in I, and `products_s` are in W."""
-    half_s = backward.host_s / 2
-    return forward.total_s, backward.total_s, backward.total_s - left_s - half_s, products_s + half_s
-
-
-class _Layers(NamedTuple):
-    """Least seconds by kind [kind, layers]: of all layers before each, and of an action besides."""
-
-    sums: Floats
-    action: Floats
-
-
-def _layers(book: RecipeBook) -> _Layers:
-    """The least seconds of a book's layers; embedding and head lie with the first and the last."""
-    import numpy as np
-
-    shape, keys = book.shape, book.shape.layer_model.keys
-    known = {key: _least_parts_s(shape, key, book.options) for key in shape.classes}
-    each = np.asarray([known[key] for key in keys]).T
-    for place, (forward, backward) in ((0, shape.embedding_passes), (-1, shape.head_passes)):
-        left_s = 0.0 if shape.problem.stack.recomputes_once else backward.compute_s / 2
-        each[:, place] += _parts_s(forward, backward, left_s, 0.0)
-    sums = np.concatenate([np.zeros((4, 1)), np.cumsum(each, axis=1)], axis=1)
-    return _Layers(sums, np.asarray(_parts_s(shape.action, shape.action, 0.0, 0.0)))
+    kinds: Ints = table.codes[rank] // table.num_micro_batches % len(KINDS)
+    kinds[kinds == PAIRED] = 0
+    return kinds
 
 
 class Cuts:
@@ -143,168 +114,143 @@ class Cuts:
     def __init__(self, space: StageSpace) -> None:
         import numpy as np
 
-        self.space, self.table = space, space.table
-        self.hop_s = space.shape.messages.p2p_s()
-        books = {id(book): book for book in space.books}
-        known = {key: _layers(book) for key, book in books.items()}
-        self._own = [known[id(book)] for book in space.books]
-        self._least = _Layers(
-            np.min([each.sums for each in known.values()], axis=0),
-            np.min([each.action for each in known.values()], axis=0),
-        )
-        self._back = INPUT_GRAD if space.degrees.schedule.splits_every_backward else BACKWARD
-        self._paths = [_row_paths(self.table, rank) for rank in range(len(self.table))]
-        self._counts = [np.stack([path.own for path in each]) for each in self._paths]
-        self._settled = False
-        self._others = [self._others_s(stage) for stage in range(len(self.table))]
+        self.space, self.stages, self.table = space, len(space.table), space.table
+        self.near = [np.asarray(space.near(boundary)) for boundary in range(self.stages + 1)]
+        self._own = [book.least_passes for book in space.books]
+        each = {id(book): book.least_passes for book in space.books}.values()
+        back = INPUT_GRAD if space.degrees.schedule.splits_every_backward else BACKWARD
+        self._kinds = [0, back]
+        sums, action = (np.min(parts, axis=0)[self._kinds] for parts in zip(*each, strict=True))
+        stages = np.arange(self.stages + 1)[:, None, None]
+        self._before_s = stages * action[:, None] + sums
+        self._after_s = (self.stages - stages) * action[:, None] + sums[:, -1:] - sums
+        paths = self._paths = _stage_paths(self.table)
+        hop_s, tail_s = space.shape.messages.p2p_s(), self._tail_s()
+        self._besides_s = [each.hops * hop_s + each.tail * tail_s for each in paths]
 
     def within(self, to_beat_s: float) -> list[Spans] | None:
-        """Of each stage the spans that lie in a cut which may take less; None where there is no cut."""
+        """Of each stage the spans that lie in a cut which may take less; None where there is none."""
         within_s = self.space.within_s(to_beat_s)
-        quick = _joined(self._quick(within_s))
-        return quick and self._with_recipes(quick, within_s)
-
-    def _quick(self, within_s: float) -> list[set[Span]]:
-        """The spans of each stage that are in time with the cheapest options."""
-        import numpy as np
-
-        found = []
-        for stage, (own, others) in enumerate(zip(self._own, self._others, strict=True)):
-            firsts, ends = self._places(stage)
-            parts = (
-                own.sums[:, None, ends] - own.sums[:, firsts, None] + own.action[:, None, None]
-            )  # [kind, first, end]
-            total_s = np.tensordot(self._counts[stage], parts, axes=1) + others
-            rows, columns = np.nonzero((total_s.max(axis=0) < within_s) & (ends > firsts[:, None]))
-            found.append(set(zip(firsts[rows].tolist(), ends[columns].tolist(), strict=True)))
-        return found
-
-    def _with_recipes(self, spans: list[Spans], within_s: float) -> list[Spans] | None:
-        """Those that are in time with recipes: at first their own, then those of the stages around them."""
-        found, reached = [], {0}
-        for stage, each in enumerate(spans):
-            known = self._recipes(stage, [row for row in each if row[0][0] in reached])
-            kept = {span: seconds for span, seconds in known.items() if self._in_time(stage, span, seconds, within_s)}
-            reached = {end for _, end in kept}
-            found.append(kept)
-            if not kept:
-                return None
-        joined = _joined([set(each) for each in found])
-        while joined is not None:
-            left = [{span: known[span] for row in each for span in row} for each, known in zip(joined, found, strict=True)]
-            if list(map(len, left)) == list(map(len, found)) and found is not left and self._settled:
-                return joined
-            found = self._around(left, within_s)
-            self._settled = list(map(len, left)) == list(map(len, found))
-            joined = _joined([set(each) for each in found])
+        found = _joined([self._quick(stage, within_s) for stage in range(self.stages)])
+        found = found and self._with_recipes(found, within_s)
+        while found is not None:
+            left = self._around(found, within_s)
+            if all(len(a.ends) == len(b.ends) for a, b in zip(left, found, strict=True)):
+                return [_spans(each) for each in found]
+            found = _joined(left)
         return None
 
-    def _around(self, found: list[dict[Span, Floats]], within_s: float) -> list[dict[Span, Floats]]:
-        """Those that are in time where stages before and after have recipes too."""
+    def _quick(self, stage: int, within_s: float) -> _Held:
+        """The spans of a stage that are in time with the cheapest options."""
         import numpy as np
 
-        both = [{span: float(s[0] + s[self._back]) for span, s in each.items()} for each in found]
-        forth = [{span: float(s[0]) for span, s in each.items()} for each in found]
-        before, before_f, after = least_before(both), least_before(forth), least_after(both)
-        kept = []
+        own = self._own[stage]
+        firsts, ends = (each.ravel() for each in np.meshgrid(*self.near[stage : stage + 2], indexing="ij"))
+        firsts, ends = firsts[ends > firsts], ends[ends > firsts]
+        held = _Held(firsts, ends, (own.sums[:, ends] - own.sums[:, firsts] + own.action[:, None]).T)
+        before, after = self._before_s[stage][:, firsts], self._after_s[stage + 1][:, ends]
+        return held.only(self._least_s(stage, held, before, after) < within_s)
+
+    def _least_s(self, stage: int, held: _Held, before: Floats, after: Floats) -> Floats:
+        """What a step takes at least with each span, but for gathering, reduction and updates; `before` and
+        `after` [2, n] are what all stages there take for a forward, and a pass back."""
+        paths = self._paths[stage]
+        total_s = paths.own @ held.seconds.T + paths.before @ before + paths.after @ after
+        worst_s: Floats = (total_s + self._besides_s[stage][:, None]).max(axis=0)
+        return worst_s
+
+    def _with_recipes(self, found: list[_Held], within_s: float) -> list[_Held] | None:
+        """Those that are in time with their own recipes, stage after stage where one before it ends."""
+        import numpy as np
+
+        kept, reached = [], np.asarray([0])
         for stage, each in enumerate(found):
-            own = {}
-            for span, seconds in each.items():
-                total = 0.0
-                for path in self._paths[stage]:
-                    f, b = path.before
-                    t = float(path.own @ seconds) + (before[stage][span[0]] if b else before_f[stage][span[0]])
-                    t += path.after[0] * after[stage][span[1]] + path.hops * self.hop_s + path.tail * self._tail_s
-                    total = max(total, t)
-                if total < within_s:
-                    own[span] = seconds
-            kept.append(own)
+            held = self._recipes(stage, each.only(np.isin(each.firsts, reached)))
+            before, after = self._before_s[stage][:, held.firsts], self._after_s[stage + 1][:, held.ends]
+            kept.append(held.only(self._least_s(stage, held, before, after) < within_s))
+            reached = kept[-1].ends
+        return _joined(kept)
+
+    def _recipes(self, stage: int, held: _Held) -> _Held:
+        """Spans that have a recipe, with what it takes; of several between the same ends it is the same."""
+        import numpy as np
+
+        book, known = self.space.books[stage], dict[tuple[int, int], tuple[float, ...] | None]()
+        each = []
+        for span in zip(held.firsts.tolist(), held.ends.tolist(), strict=True):
+            like = book.blocks(*span)
+            if like not in known:
+                column = self.space.recipe(stage, span)
+                known[like] = None if column is None else column.passes_s[:PARTS]
+            each.append(known[like])
+        kept = [number for number, seconds in enumerate(each) if seconds is not None]
+        seconds = np.asarray([each[number] for number in kept], dtype=np.float64).reshape(-1, PARTS)
+        return _Held(held.firsts[kept], held.ends[kept], seconds)
+
+    def _around(self, found: list[_Held], within_s: float) -> list[_Held]:
+        """Those that are in time with the fastest chains of spans before and after them."""
+        each_s = [held.seconds[:, self._kinds] @ [[1, 1], [0, 1]] for held in found]  # forward, and both
+        begins, ends = ([getattr(held, name) for held in found] for name in ("firsts", "ends"))
+        before = _chained(begins, ends, each_s, 0, self.space.layers)
+        after = _chained(ends[::-1], begins[::-1], each_s[::-1], self.space.layers, self.space.layers)[::-1]
+        kept = []
+        for stage, held in enumerate(found):
+            around = (_parts(before[stage][:, held.firsts]), _parts(after[stage][:, held.ends]))
+            kept.append(held.only(self._least_s(stage, held, *around) < within_s))
         return kept
 
-    def _recipes(self, stage: int, spans: Spans) -> dict[Span, Floats]:
-        """Seconds by kind of recipes: longer spans than one without a recipe have none."""
-        import numpy as np
-
-        known = {}
-        for row in spans:
-            for span in row:
-                column = self.space.recipe(stage, span)
-                if column is None:
-                    break
-                known[span] = np.asarray(column.passes_s[:4])
-        return known
-
-    def _in_time(self, stage: int, span: Span, seconds: Floats, within_s: float) -> bool:
-        firsts, ends = self._places(stage)
-        others = self._others[stage][:, span[0] - firsts[0], span[1] - ends[0]]
-        return float((self._counts[stage] @ seconds + others).max()) < within_s
-
-    def _places(self, stage: int) -> tuple[Ints, Ints]:
-        """Where a stage may begin and end."""
-        import numpy as np
-
-        return np.asarray(self.space.near(stage)), np.asarray(self.space.near(stage + 1))
-
-    def _others_s(self, stage: int) -> Floats:
-        """What the paths of a stage take besides its own actions: [path, first, end]."""
-        import numpy as np
-
-        firsts, ends = self._places(stage)
-        sums, action = self._least
-        kinds = [0, self._back]
-        before = sums[kinds][:, firsts] + stage * action[kinds, None]
-        after = sums[kinds][:, -1:] - sums[kinds][:, ends] + (len(self.table) - 1 - stage) * action[kinds, None]
-        tail_s = self._tail_s
-        each = []
-        for path in self._paths[stage]:
-            total = (np.asarray(path.before) @ before)[:, None] + np.asarray(path.after) @ after
-            each.append(total + path.hops * self.hop_s + path.tail * tail_s)
-        return np.stack(each)
-
-    @property
     def _tail_s(self) -> float:
         """What rank 0 does at least behind its last pass back."""
         import numpy as np
 
-        kinds = _row_kinds(self.table, 0)
+        kinds, own = _row_kinds(self.table, 0), self._own[0]
         last = int(np.nonzero((kinds == BACKWARD) | (kinds == INPUT_GRAD))[0][-1])
-        counts, own = np.bincount(kinds[last + 1 :], minlength=4), self._own[0]
-        return float(counts @ (own.sums[:, self.space.near(1)[0]] + own.action))
+        counts = np.bincount(kinds[last + 1 :], minlength=PARTS)
+        return float(counts @ (own.sums[:, self.near[1][0]] + own.action))
 
 
-def _joined(spans: list[set[Span]]) -> list[Spans] | None:
-    """The spans that lie in whole cuts, in order; None where there are none."""
-    forth, reached = [], {0}
-    for each in spans:
-        forth.append({span for span in each if span[0] in reached})
-        reached = {end for _, end in forth[-1]}
-    back: list[Spans] = []
-    for kept in reversed(forth):
-        joined = sorted(span for span in kept if span[1] in reached)
-        reached = {first for first, _ in joined}
-        back.append([list(row) for _, row in groupby(joined, key=itemgetter(0))])
-    return back[::-1] if all(back) else None
+def _parts(sums: Floats) -> Floats:
+    """A forward and a pass back [2, n] of least forwards and least sums of both."""
+    import numpy as np
+
+    return np.stack([sums[0], sums[1] - sums[0]])
 
 
-def least_before(spans: list[dict[Span, float]]) -> list[dict[int, float]]:
-    sums = [{0: 0.0}]
-    for each in spans:
-        after: dict[int, float] = {}
-        for (first, end), seconds in each.items():
-            total = sums[-1].get(first, float("inf")) + seconds
-            if total < after.get(end, float("inf")):
-                after[end] = total
-        sums.append(after)
-    return sums
+def _chained(
+    begins: Sequence[Ints], ends: Sequence[Ints], each_s: Sequence[Floats], start: int, layers: int
+) -> list[Floats]:
+    """Of each stage the least of chains that come before it [2, layers + 1], by where they end."""
+    import numpy as np
 
-def least_after(spans: list[dict[Span, float]]) -> list[dict[int, float]]:
-    (last,) = {end for _, end in spans[-1]}
-    sums = [{last: 0.0}]
-    for each in reversed(spans):
-        before: dict[int, float] = {}
-        for (first, end), seconds in each.items():
-            total = sums[-1].get(end, float("inf")) + seconds
-            if total < before.get(first, float("inf")):
-                before[first] = total
-        sums.append(before)
-    return sums[::-1][1:]
+    least = np.full((2, layers + 1), np.inf)
+    least[:, start] = 0.0
+    found = [least]
+    for first, end, seconds in zip(begins[:-1], ends[:-1], each_s[:-1], strict=True):
+        least = np.full((2, layers + 1), np.inf)
+        for row, own_s in enumerate(seconds.T):
+            np.minimum.at(least[row], end, found[-1][row][first] + own_s)
+        found.append(least)
+    return found
+
+
+def _joined(found: list[_Held]) -> list[_Held] | None:
+    """The spans that lie in whole cuts; None where there are none."""
+    import numpy as np
+
+    forth, reached = list[_Held](), np.asarray([0])
+    for held in found:
+        forth.append(held.only(np.isin(held.firsts, reached)))
+        reached = forth[-1].ends
+    back = list[_Held]()
+    for held in reversed(forth):
+        back.append(held.only(np.isin(held.ends, reached)))
+        reached = back[-1].firsts
+    return back[::-1] if all(len(held.ends) for held in back) else None
+
+
+def _spans(held: _Held) -> Spans:
+    """The spans of a stage by their first layers."""
+    rows: dict[int, list[tuple[int, int]]] = {}
+    for first, end in sorted(zip(held.firsts.tolist(), held.ends.tolist(), strict=True)):
+        rows.setdefault(first, []).append((first, end))
+    return list(rows.values())

@@ -8,7 +8,7 @@ counts say everything; where all blocks are of one class, so does their number.
 from __future__ import annotations
 
 import dataclasses
-from functools import cache
+from functools import cache, cached_property
 from operator import le
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from planner.cost.simulate import kind_passes
 from planner.cost.stage import ShapeModel
 from planner.cost.stage_cost import StageCost
 from planner.cost.table import KINDS
+from planner.search.least_passes import LeastPasses, least_passes
 from planner.strategy import Offload, Recompute, RecomputeCounts, Schedule, Stage, offloaded
 
 if TYPE_CHECKING:
@@ -115,6 +116,11 @@ class RecipeBook:
         self._transients: dict[tuple[int, InFlight], float] = {}
         self._recipes: dict[tuple[int, int, tuple[InFlight, ...], float], Column | None] = {}
         self._paretos: dict[tuple[int, int], list[Column]] = {}
+
+    @cached_property
+    def least_passes(self) -> LeastPasses:
+        """What the layers take at least."""
+        return least_passes(self.shape, self.options)
 
     def least_block_s(self, key: str) -> float:
         """A micro-batch's passes of a block of a class with its cheapest option."""

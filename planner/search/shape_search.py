@@ -245,7 +245,9 @@ class ShapeSearch:
     def _not_dealt(self, budget: Budget) -> ShapeResult:
         """The best of a shape whose blocks are not dealt: shared cores, or several classes and chunks."""
         if self._even_only(budget.tolerance):
-            bound_s = self.space.even_bound_s()
+            bound_s = self.space.even_floor_s()
+            if bound_s < budget.to_beat_s:
+                bound_s = max(bound_s, self.space.even_bound_s())
             if bound_s >= budget.to_beat_s:
                 return ShapeResult(None, budget.to_beat_s, 0)
             played = self.played(budget)

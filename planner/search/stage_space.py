@@ -284,6 +284,17 @@ class StageSpace:
             bound_s = max(bound_s, (m - p - 1) * own_s + self._twice_s)
         return bound_s < left_s
 
+    def even_floor_s(self) -> float:
+        """What the even split does not beat with the cheapest options of all layers."""
+        cell_s: list[float] = []
+        for rank, (first, end) in zip(self.rank_of, pairwise(self.even), strict=True):
+            sums, action = self.books[rank].least_passes
+            parts = (sums[:, end] - sums[:, first] + action).tolist()
+            cell_s += [*parts, parts[0]]  # a paired forward is one
+        begin_s = [0.0] * self.degrees.pp
+        _, ends_s = self.table.order.durations(cell_s).ends_s(begin_s, self.shape.messages.p2p_s())
+        return max(ends_s) + self._once_s + self._optimizer_s
+
     def even_bound_s(self) -> float:
         """What no recipes of the even split beat; infinite where none fit."""
         spans = list(pairwise(self.even))

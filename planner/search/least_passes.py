@@ -1,0 +1,63 @@
+"""What the layers of a model take at least, whatever recomputes: sums from which a stage's passes follow.
+
+Gradients of inputs and of weights count as planner.cost.simulate.split_backward divides a backward pass, or,
+where torch divides that of a whole stage, as no stage takes less.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from planner.cost.passes import Pass
+from planner.cost.stage import ShapeModel
+from planner.strategy import Recompute
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+PARTS = 4
+"""Kinds of action that differ in what they take: F, B, I and W, the first of planner.cost.table.KINDS."""
+
+
+class LeastPasses(NamedTuple):
+    """Least seconds by kind of action: `sums` [PARTS, layers + 1] of all layers before each, embedding and
+    head with the first and the last; `action` [PARTS] of what an action takes besides."""
+
+    sums: Floats
+    action: Floats
+
+
+def least_passes(shape: ShapeModel, options: tuple[Recompute, ...]) -> LeastPasses:
+    """Those of a shape's layers, each pass with the option that takes least."""
+    import numpy as np
+
+    known = {key: _block_s(shape, key, options) for key in shape.classes}
+    each = np.asarray([known[key] for key in shape.layer_model.keys]).T
+    for place, (forward, backward) in ((0, shape.embedding_passes), (-1, shape.head_passes)):
+        left_s = 0.0 if shape.problem.stack.recomputes_once else backward.compute_s / 2
+        each[:, place] += _parts_s(forward, backward, left_s, 0.0)
+    sums = np.concatenate([np.zeros((PARTS, 1)), np.cumsum(each, axis=1)], axis=1)
+    return LeastPasses(sums, np.asarray(_parts_s(shape.action, shape.action, 0.0, 0.0)))
+
+
+def _block_s(shape: ShapeModel, key: str, options: tuple[Recompute, ...]) -> list[float]:
+    """A block's seconds by kind of action."""
+    frozen, each = shape.problem.workload.adapters is not None, []
+    for option in options:
+        forward, backward = shape.passes(key, option)
+        if shape.problem.stack.recomputes_once:
+            products_s = shape.deferrable_s[key]
+            left_s = products_s * (option is Recompute.NONE)
+        else:
+            left_s = 0.0 if frozen else backward.compute_s / 2
+            products_s = min(left_s, forward.compute_s)
+        each.append(_parts_s(forward, backward, left_s, products_s))
+    return [min(seconds) for seconds in zip(*each, strict=True)]
+
+
+def _parts_s(forward: Pass, backward: Pass, left_s: float, products_s: float) -> tuple[float, ...]:
+    """F, B, I and W where `left_s` of the backward is not in I, and `products_s` are in W."""
+    half_s = backward.host_s / 2
+    return forward.total_s, backward.total_s, backward.total_s - left_s - half_s, products_s + half_s
