@@ -276,11 +276,14 @@ class Solver:
 
     def _begin(self, crew: Crew, by_kind: list[Frontier]) -> None:
         """Even splits of the first shapes of every schedule, and better deals of the fastest."""
-        first = (candidate.order for kind in by_kind for candidate in islice(kind, GREEDY_SHAPES))
-        greedy = self._all(crew, TaskKind.GREEDY, first, float("inf"))
+        first = [[candidate.order for candidate in islice(kind, GREEDY_SHAPES)] for kind in by_kind]
+        greedy = self._all(crew, TaskKind.GREEDY, (number for kind in first for number in kind), float("inf"))
         started = sorted((found.step_time_s, number) for number, found in greedy.items())
         to_beat_s = started[0][0] if started else float("inf")
-        self._all(crew, TaskKind.BETTER, (number for _, number in started[:BETTER_SHAPES]), to_beat_s)
+        fastest = [number for _, number in started[:BETTER_SHAPES]]
+        of_kinds = [next((n for _, n in started if n in kind), None) for kind in first]
+        better = [*fastest, *(n for n in of_kinds if n is not None and n not in fastest)]
+        self._all(crew, TaskKind.BETTER, better, to_beat_s)
 
     def _all(self, crew: Crew, kind: TaskKind, shapes: Iterable[int], to_beat_s: float) -> dict[int, Found]:
         """What a task of each of these shapes finds, if anything; it is kept."""
