@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 from planner.codec import noun
 
 
@@ -52,6 +55,14 @@ class Pass:
             cp_s=self.cp_s * factor,
             ep_s=self.ep_s * factor,
         )
+
+
+def stacked(passes: Sequence[Pass]) -> Pass:
+    """Many passes as one, whose figures are arrays."""
+    import numpy as np
+
+    names = [field.name for field in dataclasses.fields(Pass)]
+    return Pass(**{name: np.asarray([getattr(each, name) for each in passes]) for name in names})  # type: ignore[arg-type]
 
 
 @noun

@@ -12,7 +12,7 @@ stage r,
 
 A way in and a way out make a path. The stages before a layer take no less than their fastest chain of spans
 that ends there, and those after it likewise. So the spans of a stage that are in time follow from where it
-begins and ends alone: first with each layer's cheapest option, then with recipes, until no chain of those that
+begins and ends alone: first with the cheapest options, then with recipes, until no chain of those that
 are left gets slower. That some stage holds more layers than the mean, which relaxations do not see, is seen
 here.
 """

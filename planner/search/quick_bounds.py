@@ -1,26 +1,29 @@
 """Lower bounds of the step time of thousands of shapes at once, before any is modelled for itself.
 
 What the blocks compute and send over tensor-, context- and expert-parallel ranks depends on those degrees
-and the micro-batch alone, and data parallelism only adds to it. So with W_k the passes of the whole model for
-one micro-batch without data parallelism, of each of the few k = (those degrees, micro-batch),
+and the micro-batch alone, and data parallelism only adds to it: under ZeRO 2 and 3 messages of every unit in
+every pass, which depend on how state is shared out alone. So with W the passes of the whole model for one
+micro-batch, put together from those of few kinds and those of few ways to share out state,
 
-    step time >= W_k x factor(schedule, p, m)          factor: planner.search.bounds
+    step time >= W x factor(schedule, p, m)          factor: planner.search.bounds
 
 and where devices share cores, the work of all micro-batches over their throughput. It lies below
-`step_bound_s`, which knows the shape's data parallelism, memory and optimizer.
+`step_bound_s`, which knows the shape's memory and optimizer.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.evaluate import CostModel
-from planner.cost.passes import Pass
-from planner.search.bounds import schedule_factor, whole_units
+from planner.cost.messages import Messages
+from planner.cost.overlap import overlap_of
+from planner.cost.passes import Pass, stacked
+from planner.search.bounds import schedule_factor
 from planner.search.space import Pipe, Space
-from planner.strategy import CpExchange, Degrees, Recompute
+from planner.strategy import CpExchange, Degrees, Recompute, Zero
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,12 +81,16 @@ def _times(
         options = (Recompute.NONE,)  # by the formula, no other takes less time
     kinds: dict[Kind, int] = {}
     which = np.asarray([kinds.setdefault(kind_of(degrees), len(kinds)) for degrees in bases])
-    passes = [Pass() if expired() else _passes_alone(model, kind, options) for kind in kinds]
-    work_s = np.asarray([each.work_s for each in passes])[which]
-    fixed_s = np.asarray([each.fixed_s for each in passes])[which]
+    each = [_unit_passes(own, kinds, options, expired) for own in model.kinds]
     if model.sharing is None:
-        whole: Floats = (work_s + fixed_s)[rows] * factor
+        sent = zip(model.kinds, each, strict=True)
+        whole_s = np.min([_with_messages(own, bases, units, which, expired) for own, units in sent], axis=0)
+        whole: Floats = whole_s[rows] * factor
         return whole
+    (units,) = each
+    work_s = np.sum([unit.many * (unit.forward.work_s + unit.backward.work_s) for unit in units], axis=0)
+    fixed_s = np.sum([unit.many * (unit.forward.fixed_s + unit.backward.fixed_s) for unit in units], axis=0)
+    work_s, fixed_s = work_s[which], fixed_s[which]
     m = np.asarray([d.num_micro_batches for d in bases], dtype=np.float64)
     per_rank = np.asarray([d.world // d.pp for d in bases])
     slow = np.asarray([model.sharing.slowdown(n) for n in range(int(per_rank.max()) + 1)])[per_rank]
@@ -93,6 +100,86 @@ def _times(
     spread_s = work_s * m * per_rank / throughput
     shared: Floats = np.maximum((work_s * slow + fixed_s)[rows] * factor, spread_s[rows])
     return shared
+
+
+class _UnitPasses(NamedTuple):
+    """A unit of the model under each of some kinds: how many there are, and their passes without data
+    parallelism [kind], of the option that takes least."""
+
+    many: int
+    forward: Pass
+    backward: Pass
+
+
+def _unit_passes(
+    model: CostModel, kinds: Iterable[Kind], options: tuple[Recompute, ...], expired: Callable[[], bool]
+) -> list[_UnitPasses]:
+    """The units of a model, in the order of Units.all(); passes take no time once time has expired."""
+    classes, layers = model.layers.classes, model.problem.model.layers
+    counts = [*(model.layers.count(key, 0, layers) for key in classes), 1, 1]
+    found: list[list[tuple[Pass, Pass]]] = [[] for _ in counts]
+    for kind in kinds:
+        if expired():
+            each = [(Pass(), Pass())] * len(counts)
+        else:
+            shape = model.shape(alone(kind))
+            each = [
+                min((shape.passes(key, option) for option in options), key=lambda passes: passes[1].total_s)
+                for key in classes
+            ]
+            each += [shape.embedding_passes, shape.head_passes]
+        for own, passes in zip(found, each, strict=True):
+            own.append(passes)
+    return [
+        _UnitPasses(count, *(stacked(direction) for direction in zip(*own, strict=True)))
+        for count, own in zip(counts, found, strict=True)
+    ]
+
+
+def _with_messages(
+    model: CostModel,
+    bases: Sequence[Degrees],
+    units: Sequence[_UnitPasses],
+    which: Ints,
+    expired: Callable[[], bool],
+) -> Floats:
+    """Both passes of the whole model under each base, of kind which[n], with what ZeRO 2 and 3 send in every
+    micro-batch beside them (planner.cost.stage)."""
+    import numpy as np
+
+    known: dict[tuple[object, ...], int] = {}
+    numbers: list[int] = []
+    sent: list[list[tuple[float, float]]] = []
+    for d in bases:
+        key = d.tp, d.ep, d.etp, d.cp, d.pp, d.dp_shard, d.dp_replicate, d.zero
+        if key not in known:
+            known[key] = len(sent)
+            sent.append([(0.0, 0.0)] * len(units) if expired() else _sent_s(model, d))
+        numbers.append(known[key])
+    messages_s = np.asarray(sent)[numbers]  # [base, unit, gathered or reduced]
+    overlap, total_s = overlap_of(model.problem.profile), np.zeros(len(bases))
+    for number, unit in enumerate(units):
+        gather_s, reduce_s = messages_s[:, number].T
+        for passes, message_s in ((unit.forward, gather_s), (unit.backward, gather_s + reduce_s)):
+            pass_s = np.asarray(passes.total_s)[which]
+            total_s += unit.many * (pass_s + overlap.shown_s(message_s, pass_s))
+    return total_s
+
+
+def _sent_s(model: CostModel, base: Degrees) -> list[tuple[float, float]]:
+    """What each unit gathers and reduces in a micro-batch; nothing where that is done once a step."""
+    units, layers = model.layers.units(base).all(), model.layers
+    if base.zero < Zero.GRADIENTS or base.replicas == 1:
+        return [(0.0, 0.0)] * len(units)
+    messages = Messages(model.problem, base, model.comms, layers.physics, layers.stream_width)
+    gathers = base.zero is Zero.PARAMETERS
+    return [
+        (
+            messages.gather(unit.dense_params, unit.routed_params).total_s if gathers else 0.0,
+            messages.reduce(unit).total_s,
+        )
+        for unit in units
+    ]
 
 
 def kind_of(d: Degrees) -> Kind:
@@ -113,9 +200,3 @@ def alone(kind: Kind) -> Degrees:
         ep=ep,
         etp=etp,
     )
-
-
-def _passes_alone(model: CostModel, kind: Kind, options: tuple[Recompute, ...]) -> Pass:
-    """Both passes of the whole model for one micro-batch, without data parallelism, on the fastest kind."""
-    each = [sum(whole_units(own.shape(alone(kind)), options), Pass()) for own in model.kinds]
-    return min(each, key=lambda passes: passes.total_s)
