@@ -31,7 +31,7 @@ KINDS = (
     ActionKind.FORWARD,
 )
 """The kinds by number; the last is a forward that is paired with the backward after it."""
-BACKWARD, INPUT_GRAD, WEIGHT_GRAD, PAIRED = range(1, len(KINDS))
+FORWARD, BACKWARD, INPUT_GRAD, WEIGHT_GRAD, PAIRED = range(len(KINDS))
 
 
 def cell(stage: int, kind: ActionKind, *, paired: bool = False) -> int:

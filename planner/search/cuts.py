@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner.cost.table import BACKWARD, INPUT_GRAD, KINDS, PAIRED, Table
+from planner.cost.table import BACKWARD, FORWARD, INPUT_GRAD, KINDS, PAIRED, Table
 from planner.search.least_passes import PARTS
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _stage_paths(table: Table) -> tuple[_StagePaths, ...]:
         kinds, later = _row_kinds(table, rank), len(table) - 1 - rank
         backs = np.nonzero((kinds == BACKWARD) | (kinds == INPUT_GRAD))[0]
         last_forward, first_back, last_back = (
-            int(np.nonzero(kinds == 0)[0][-1]),
+            int(np.nonzero(kinds == FORWARD)[0][-1]),
             int(backs[0]),
             int(backs[-1]),
         )
@@ -104,7 +104,7 @@ def _stage_paths(table: Table) -> tuple[_StagePaths, ...]:
 def _row_kinds(table: Table, rank: int) -> Ints:
     """The kinds of a rank's actions by number; a paired forward is one."""
     kinds: Ints = table.codes[rank] // table.num_micro_batches % len(KINDS)
-    kinds[kinds == PAIRED] = 0
+    kinds[kinds == PAIRED] = FORWARD
     return kinds
 
 
@@ -119,7 +119,7 @@ class Cuts:
         self._own = [book.least_passes for book in space.books]
         each = {id(book): book.least_passes for book in space.books}.values()
         back = INPUT_GRAD if space.degrees.schedule.splits_every_backward else BACKWARD
-        self._kinds = [0, back]
+        self._kinds = [FORWARD, back]
         sums, action = (np.min(parts, axis=0)[self._kinds] for parts in zip(*each, strict=True))
         stages = np.arange(self.stages + 1)[:, None, None]
         self._before_s = stages * action[:, None] + sums
@@ -169,6 +169,8 @@ class Cuts:
             before, after = self._before_s[stage][:, held.firsts], self._after_s[stage + 1][:, held.ends]
             kept.append(held.only(self._least_s(stage, held, before, after) < within_s))
             reached = kept[-1].ends
+            if not len(reached):
+                return None
         return _joined(kept)
 
     def _recipes(self, stage: int, held: _Held) -> _Held:

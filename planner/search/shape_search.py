@@ -247,7 +247,7 @@ class ShapeSearch:
         if self._even_only(budget.tolerance):
             bound_s = self.space.even_floor_s()
             if bound_s < budget.to_beat_s:
-                bound_s = max(bound_s, self.space.even_bound_s())
+                bound_s = max(bound_s, self.space.even_bound_s(budget.to_beat_s))
             if bound_s >= budget.to_beat_s:
                 return ShapeResult(None, budget.to_beat_s, 0)
             played = self.played(budget)

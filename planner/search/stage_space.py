@@ -19,6 +19,7 @@ from planner.cost.flight import Flights, InFlight
 from planner.cost.schedule import Table
 from planner.cost.simulate import Replay
 from planner.cost.stage import ShapeModel
+from planner.cost.table import BACKWARD, FORWARD
 from planner.search.bounds import least_once_s
 from planner.search.cuts import Cuts, Spans
 from planner.search.rank_ways import RankWays
@@ -295,17 +296,22 @@ class StageSpace:
         _, ends_s = self.table.order.durations(cell_s).ends_s(begin_s, self.shape.messages.p2p_s())
         return max(ends_s) + self._once_s + self._optimizer_s
 
-    def even_bound_s(self) -> float:
-        """What no recipes of the even split beat; infinite where none fit."""
-        spans = list(pairwise(self.even))
+    def even_bound_s(self, enough_s: float = float("inf")) -> float:
+        """What no recipes of the even split beat, or a bound of at least `enough_s` where that is no more;
+        infinite where none fit."""
+        spans, hop_s = list(pairwise(self.even)), self.shape.messages.p2p_s()
+        through = [FORWARD] if self.degrees.schedule.splits_backward else [FORWARD, BACKWARD]
         worst_s = entered_s = 0.0
+        once_s = self._once_s + self._optimizer_s
         for rank, stages in enumerate(self.stages_of):
             worst_s = max(worst_s, entered_s + self.ranks.even_own_s(rank, spans))
-            least = self.books[rank].pure(*spans[stages[0]])
-            entered_s += self.shape.messages.p2p_s() + min(c.cost.forward.total_s for c in least)
-            if not self.degrees.schedule.splits_backward:
-                entered_s += self.shape.messages.p2p_s() + min(c.cost.backward.total_s for c in least)
-        return worst_s + self._once_s + self._optimizer_s
+            if worst_s + once_s >= enough_s:
+                break
+            (first, end), (sums, action) = spans[stages[0]], self.books[rank].least_passes
+            entered_s += sum(
+                hop_s + float(sums[kind, end] - sums[kind, first] + action[kind]) for kind in through
+            )
+        return worst_s + once_s
 
     # Least seconds
 
