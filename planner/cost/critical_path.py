@@ -9,6 +9,7 @@ below:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.simulate import PathTimes, Replay
@@ -31,15 +32,19 @@ class CriticalPath(NamedTuple):
 
 def critical_path(replay: Replay, hop_s: float) -> CriticalPath:
     """The path that decides the end of a replay whose devices have cores of their own."""
+    assert isinstance(replay.times, PathTimes), "shared cores have no longest path"
+    return longest_path(replay.times, replay.reduce_s, hop_s)
+
+
+def longest_path(times: PathTimes, reduce_s: Sequence[float], hop_s: float) -> CriticalPath:
+    """The path that decides when the last rank has reduced its gradients, in `reduce_s` after its row."""
     import numpy as np
 
-    times = replay.times
-    assert isinstance(times, PathTimes), "shared cores have no longest path"
-    order, durations = replay.table.order, times.durations
-    rows = len(replay.table)
-    last_rank = max(range(rows), key=lambda rank: times.row_ends_s[rank] + replay.reduce_s[rank])
+    order, durations = times.table.order, times.durations
+    rows = len(times.table)
+    last_rank = max(range(rows), key=lambda rank: times.row_ends_s[rank] + reduce_s[rank])
     before = _places_before(order.rows, len(order.needed))
-    cells = np.zeros(replay.table.stages * len(KINDS), dtype=np.int64)
+    cells = np.zeros(times.table.stages * len(KINDS), dtype=np.int64)
     visited: list[int] = []
     along_rows = [len(order.needed) + last_rank]  # slots whose actions without a place are on the path
     own = order.rows[last_rank]

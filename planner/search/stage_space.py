@@ -24,6 +24,7 @@ from planner.search.bounds import least_once_s
 from planner.search.cuts import Cuts, Spans
 from planner.search.rank_ways import RankWays
 from planner.search.recipes import Column, RecipeBook
+from planner.search.size_game import MIDDLE, SizeGame
 from planner.search.sizes import Limits, Sizes, narrowed
 from planner.strategy import Schedule
 
@@ -243,6 +244,8 @@ class StageSpace:
         several = self.degrees.chunks > 1
         if by_rank and several and not self.ranks.can_hold(by_rank, left_s, roomy=True):
             return None
+        if by_rank and not self._keeps(by_rank, left_s):
+            return None
         by_rank = by_rank and self._with_memory(by_rank, left_s)
         if by_rank and several and not self.ranks.can_hold(by_rank, left_s):
             return None
@@ -256,6 +259,21 @@ class StageSpace:
             self.layers,
         )
         return None if by_stage is None else Sizes(by_stage, by_rank)
+
+    def _keeps(self, by_rank: Limits, left_s: float) -> bool:
+        """Whether stages whose ranks hold so many blocks may have all passes done in time."""
+        if self.layers < MIDDLE or self.degrees.pp == 1:
+            return True
+        least = [sum(self.size_limits[s][0] for s in stages) for stages in self.stages_of]
+        each = zip(self.size_limits, self.rank_of, strict=True)
+        limits = [(low, min(high, by_rank[r][1] - least[r] + low)) for (low, high), r in each]
+        by_stage = narrowed(limits, self.layers)
+        return by_stage is not None and self.size_game.may_keep(by_stage, left_s)
+
+    @cached_property
+    def size_game(self) -> SizeGame:
+        """The game of paths against sizes of stages."""
+        return SizeGame(self)
 
     def within_s(self, to_beat_s: float) -> float:
         """What the passes of a rank may take in a step that is shorter."""
