@@ -41,9 +41,9 @@ DEALT_WITHIN = 1.15
 """Blocks are dealt better where an even split is within this of the step time to beat."""
 ROUNDING = 1e-6
 """Share of a step time by which an ILP's bound may lie below its own optimum: HiGHS's tolerance."""
-BOUND_REACH, BOUND_GAMES, BOUND_NEAR = 0.5, 7, 5e-3
-"""How far below a step time the bound of an open shape is looked for, as a share of it, how many games are
-played at most, and how near it is to be found."""
+BOUND_GAMES, BOUND_NEAR = 9, 1e-3
+"""How many games are played at most for the bound of an open shape, and how near it is to be found, as a
+share of it."""
 NO_GAME = Outcome(None, float("inf"), 0.0)
 SHARED_ROUNDS = 3
 """ILPs that are solved for one shape where devices share cores."""
@@ -164,10 +164,11 @@ class ShapeSearch:
         each = [found for found in (self.played(budget).found, self.dealt()) if found is not None]
         return ShapeResult(min(each, key=lambda found: found.step_time_s, default=None), 0.0, 0)
 
-    def bound(self, budget: Budget) -> ShapeResult:
-        """The greatest step time, up to the one to beat, that games rule out; and what they find."""
-        low_s, high_s = budget.to_beat_s * (1 - BOUND_REACH), budget.to_beat_s
-        best, bound_s, middle_s = None, 0.0, high_s
+    def bound(self, budget: Budget, low_s: float) -> ShapeResult:
+        """The greatest step time, from one that is ruled out to the one to beat, that games rule out; and
+        what they find."""
+        high_s = middle_s = budget.to_beat_s
+        best, bound_s = None, 0.0
         for _ in range(BOUND_GAMES):
             left = budget.seconds
             if left is not None and left <= 0:

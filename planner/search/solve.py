@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from itertools import islice, product
 from typing import TYPE_CHECKING, Any
@@ -231,11 +231,11 @@ class Solver:
         """The result of a task; it depends on nothing but the task."""
         degrees, base = self._of(task.number)
         search = self.modeller.search(degrees, base)
-        ask = {
+        ask: dict[TaskKind, Callable[[Budget], ShapeResult]] = {
             TaskKind.GREEDY: lambda _: ShapeResult(search.greedy(), 0.0, 0),
             TaskKind.BETTER: search.better,
             TaskKind.BEST: search.run,
-            TaskKind.BOUND: search.bound,
+            TaskKind.BOUND: lambda budget: search.bound(budget, base.bound.of(degrees)),
         }
         result = ask[task.kind](task.budget)
         for book in base.books:
