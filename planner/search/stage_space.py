@@ -7,6 +7,7 @@ planner.search.sizes, with what a rank's memory makes it recompute (planner.sear
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from collections import Counter
@@ -280,20 +281,30 @@ class StageSpace:
         return to_beat_s - self._optimizer_s - self._once_s
 
     def _with_memory(self, by_rank: Limits, left_s: float) -> Limits | None:
-        """The limits of ranks, less what takes too long with what memory makes them recompute."""
+        """The limits of ranks, less what takes too long with what memory makes them recompute.
+
+        More blocks take a rank no less: where those that the others leave to it take too long, all do.
+        """
         result = []
         spare = sum(most for _, most in by_rank) - self.layers
         for rank, (least, most) in enumerate(by_rank):
-            while most >= least and spare >= 0:
-                if self._in_time(rank, self.ranks.quick_s(rank, most), left_s) and self._in_time(
-                    rank, self.ranks.own_s(rank, most), left_s
-                ):
-                    break
-                most, spare = most - 1, spare - 1
-            if most < least or spare < 0:
-                return None
+            low = max(least, most - spare)
+            if not self._holds(rank, most, left_s):
+                if most == low or not self._holds(rank, low, left_s):
+                    return None
+                held = bisect.bisect_left(
+                    range(low + 1, most), True, key=lambda blocks: not self._holds(rank, blocks, left_s)
+                )
+                spare -= most - (low + held)
+                most = low + held
             result.append((least, most))
         return narrowed(result, self.layers)
+
+    def _holds(self, rank: int, blocks: int, left_s: float) -> bool:
+        """Whether a rank may be done in time with so many blocks and its memory."""
+        return self._in_time(rank, self.ranks.quick_s(rank, blocks), left_s) and self._in_time(
+            rank, self.ranks.own_s(rank, blocks), left_s
+        )
 
     def _in_time(self, rank: int, own_s: float, left_s: float) -> bool:
         """Whether a rank that takes so long for each micro-batch may be done."""
