@@ -50,19 +50,25 @@ class RankWays:
         most = [high for _, high in by_rank]
         return can_hold(space.layers, most, map(ways, range(self.degrees.pp)), left_s)
 
-    def quick_s(self, rank: int, blocks: int) -> float:
-        """A bound of `own_s` that takes next to no time; 0 where hardly any lies between the ends."""
+    def may_be_done(self, rank: int, blocks: int, own_s: float) -> bool:
+        """What `done` says at most, found in next to no time; true where hardly any lie between the ends."""
         if self.space.layers < MIDDLE:
-            return 0.0
-        return (self.floors[rank].part_s(rank, blocks) + self.space.held_s[rank]) * (1 - DUST)
+            return True
+        return (self.floors[rank].part_s(rank, blocks) + self.space.held_s[rank]) * (1 - DUST) < own_s
 
-    def own_s(self, rank: int, blocks: int) -> float:
-        """What a rank that holds so many blocks takes at least for a micro-batch; infinite if it cannot."""
-        if self.degrees.chunks > 1:
-            least_s = min(self.ways(rank, blocks).values(), default=float("inf"))
-            return least_s / self.degrees.num_micro_batches
-        column = self.space.recipe(rank, self.space.span(rank, blocks))
-        return float("inf") if column is None else column.whole_s(self.degrees.schedule)
+    def done(self, rank: int, blocks: int, own_s: float) -> bool:
+        """Whether a rank may hold so many blocks and take less than `own_s` for a micro-batch."""
+        if self.degrees.chunks == 1:
+            column = self.space.recipe(rank, self.space.span(rank, blocks))
+            return column is not None and column.whole_s(self.degrees.schedule) < own_s
+        all_s = own_s * self.degrees.num_micro_batches
+        if (rank, blocks) not in self._known and self._mixed(rank, blocks):
+            firsts = self._firsts(rank, blocks)
+            return any(
+                self._mixed_s(rank, blocks, n) < all_s
+                for n in sorted(firsts, key=lambda n: abs(2 * n - blocks))
+            )
+        return min(self.ways(rank, blocks).values(), default=float("inf")) < all_s
 
     def ways(self, rank: int, blocks: int) -> dict[int, float]:
         """What a rank that holds so many blocks takes at least for all micro-batches, by how many of them its
@@ -92,17 +98,25 @@ class RankWays:
         return limits
 
     def _all_ways(self, rank: int, blocks: int) -> dict[int, float]:
-        m, stages, mixes = self.degrees.num_micro_batches, self.space.stages_of[rank], self.mixes[rank]
-        firsts = self._firsts(rank, blocks)
-        if len(stages) == 2 and mixes.few((blocks // 2, blocks - blocks // 2)):
-            one, other = stages
-            spans = {n: (self.space.span(one, n), self.space.span(other, blocks - n)) for n in firsts}
-            found = {n: mixes.least_s(self.all_held(rank, each)) for n, each in spans.items()}
+        m, firsts = self.degrees.num_micro_batches, self._firsts(rank, blocks)
+        if self._mixed(rank, blocks):
+            found = {n: self._mixed_s(rank, blocks, n) for n in firsts}
         else:
             held_s = self.space.held_s[rank]
             floors = self.floors[rank].least_by_first_s(rank, blocks, firsts)
             found = {first: m * (least_s + held_s) for first, least_s in floors.items()}
         return {first: own_s for first, own_s in found.items() if own_s < float("inf")}
+
+    def _mixed(self, rank: int, blocks: int) -> bool:
+        """Whether all mixes of a rank's stages are looked at."""
+        two = len(self.space.stages_of[rank]) == 2
+        return two and self.mixes[rank].few((blocks // 2, blocks - blocks // 2))
+
+    def _mixed_s(self, rank: int, blocks: int, first: int) -> float:
+        """What a rank of two stages takes at least for all micro-batches, the first with so many blocks."""
+        one, other = self.space.stages_of[rank]
+        spans = self.space.span(one, first), self.space.span(other, blocks - first)
+        return self.mixes[rank].least_s(self.all_held(rank, spans))
 
     def fastest(self, rank: int, spans: Sequence[Span]) -> tuple[Column, ...] | None:
         """The fastest recipes of a rank's stages that hold these blocks; None where none fit, or where their

@@ -11,7 +11,7 @@ import bisect
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -247,7 +247,8 @@ class StageSpace:
             return None
         if by_rank and not self._keeps(by_rank, left_s):
             return None
-        by_rank = by_rank and self._with_memory(by_rank, left_s)
+        for done in (self.ranks.may_be_done, self.ranks.done):
+            by_rank = by_rank and self._with_memory(by_rank, done, left_s)
         if by_rank and several and not self.ranks.can_hold(by_rank, left_s):
             return None
         if by_rank is None:
@@ -280,39 +281,34 @@ class StageSpace:
         """What the passes of a rank may take in a step that is shorter."""
         return to_beat_s - self._optimizer_s - self._once_s
 
-    def _with_memory(self, by_rank: Limits, left_s: float) -> Limits | None:
-        """The limits of ranks, less what takes too long with what memory makes them recompute.
+    def _with_memory(
+        self, by_rank: Limits, done: Callable[[int, int, float], bool], left_s: float
+    ) -> Limits | None:
+        """The limits of ranks, less the blocks with which a rank is not `done` with a micro-batch in time.
 
         More blocks take a rank no less: where those that the others leave to it take too long, all do.
         """
         result = []
         spare = sum(most for _, most in by_rank) - self.layers
         for rank, (least, most) in enumerate(by_rank):
+
+            def late(blocks: int, rank: int = rank, own_s: float = self._own_s(rank, left_s)) -> bool:
+                return not done(rank, blocks, own_s)
+
             low = max(least, most - spare)
-            if not self._holds(rank, most, left_s):
-                if most == low or not self._holds(rank, low, left_s):
+            if late(most):
+                if most == low or late(low):
                     return None
-                held = bisect.bisect_left(
-                    range(low + 1, most), True, key=lambda blocks: not self._holds(rank, blocks, left_s)
-                )
-                spare -= most - (low + held)
-                most = low + held
+                held = low + bisect.bisect_left(range(low + 1, most), True, key=late)
+                spare, most = spare - (most - held), held
             result.append((least, most))
         return narrowed(result, self.layers)
 
-    def _holds(self, rank: int, blocks: int, left_s: float) -> bool:
-        """Whether a rank may be done in time with so many blocks and its memory."""
-        return self._in_time(rank, self.ranks.quick_s(rank, blocks), left_s) and self._in_time(
-            rank, self.ranks.own_s(rank, blocks), left_s
-        )
-
-    def _in_time(self, rank: int, own_s: float, left_s: float) -> bool:
-        """Whether a rank that takes so long for each micro-batch may be done."""
+    def _own_s(self, rank: int, left_s: float) -> float:
+        """What a rank may take for each micro-batch, if passes have a time."""
         m, p = self.degrees.num_micro_batches, self.degrees.pp
-        bound_s = m * own_s + self._entered_s[rank]
-        if self._even_bound:
-            bound_s = max(bound_s, (m - p - 1) * own_s + self._twice_s)
-        return bound_s < left_s
+        own_s = (left_s - self._entered_s[rank]) / m
+        return min(own_s, (left_s - self._twice_s) / (m - p - 1)) if self._even_bound else own_s
 
     def even_floor_s(self) -> float:
         """What the even split does not beat with the cheapest options of all layers."""
