@@ -33,7 +33,7 @@ from planner.cost import constants
 from planner.cost.evaluate import CostModel, memory_of_ranks
 from planner.cost.flight import InFlight
 from planner.cost.memory_constants import fitted_constant
-from planner.cost.moments import reserved_bytes
+from planner.cost.moments import StageMemory
 from planner.cost.offload import with_offload
 from planner.cost.verdict import memory_band
 from planner.estimate import Coverage, MemoryBreakdown, Rejected
@@ -239,7 +239,7 @@ class _ShapeNeed:
         stage = dataclasses.replace(sized_stages([end - first], option)[0], first=first, end=end)
         stage = offloaded((stage,), self.pins.offload or Offload.NONE)[0]
         cost = with_offload(self.shape, stage, self.shape.stage(stage))
-        return self.shape.runtime_bytes + max(reserved_bytes(self.shape, cost, each) for each in flights)
+        return self.shape.runtime_bytes + max(map(StageMemory(self.shape, cost).reserved_bytes, flights))
 
     def bound(self) -> float:
         """Below every need of the shape: a stage of one layer at either end, and the mean of states.

@@ -32,6 +32,7 @@ block before, in fp32, in flight. Of offloaded activations, those of a window of
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 
 from planner.cost.chunked_loss import chunk_logits
 from planner.cost.flight import InFlight
@@ -53,25 +54,16 @@ FIRST_GRADIENTS = 0.25
 an MLP's down projection is a quarter (gated) to a third of a block."""
 
 
+def idle_apart(shape: ShapeModel) -> bool:
+    """Whether a stage with nothing in flight needs nothing for a pass: what it would need depends on that."""
+    return shape.problem.stack.engine in (Engine.NATIVE, Engine.TORCHTITAN)
+
+
 def resident(shape: ShapeModel, stage: StageCost) -> ParamBytes:
     """Weights, gradients and optimizer state of a stage on its device."""
     if stage.hosted is not None:
         return stage.hosted.kept
     return shape.states.of(stage.params, stage.end_params, stage.routed_params)
-
-
-def peak_bytes(shape: ShapeModel, stage: StageCost, flight: InFlight) -> float:
-    """The most that tensors of a stage take at once with what is in flight."""
-    kept = resident(shape, stage)
-    loading = kept.weights + 4 * stage.largest_unit_params
-    step = larger(kept.total + step_temporaries_bytes(shape, stage), loading)
-    if shape.problem.stack.engine is Engine.TORCHTITAN:
-        return larger(step, *_unit_moments(shape, stage, flight.alive, kept)) + shape.memory.workspace_bytes
-    if shape.problem.stack.engine is Engine.NATIVE:
-        step = larger(step - copied_bytes(shape, stage), loading)
-        return larger(step, *_native_moments(shape, stage, flight, kept))
-    alive_bytes = flight.kept_bytes(stage) + min(flight.alive, 1) * _window_bytes(stage)
-    return larger(step, kept.total + alive_bytes + pass_bytes(shape, stage))
 
 
 def _window_bytes(stage: StageCost) -> float:
@@ -192,18 +184,19 @@ def _copy_bytes(shape: ShapeModel) -> float:
     return size
 
 
-def _native_moments(shape: ShapeModel, stage: StageCost, flight: InFlight, kept: ParamBytes) -> list[float]:
-    """The worst forward pass, the reduction of the head, the backward passes of blocks."""
-    grads = kept.grads if flight.begun else 0.0
-    base = kept.weights + kept.optimizer + grads + flight.kept_bytes(stage) - stage.saved_bytes
-    base += flight.messages * shape.messages.boundary_bytes()
+def _native_pass_bytes(
+    shape: ShapeModel, stage: StageCost, kept: ParamBytes, *, begun: bool, waits: bool
+) -> float:
+    """The most that a pass needs beside the states that exist and what is in flight: the worst forward pass,
+    the reduction of the head, the backward passes of blocks. `waits` says whether anything waits for its
+    weight gradients."""
     head = shape.head_unit.params if stage.holds_head else 0.0
-    whole = base + stage.saved_bytes + _window_bytes(stage)
-    moments = [whole + stage.forward_transient_bytes + _native_gathered(shape, stage, head)]
+    window = _window_bytes(stage)
+    moments = [window + stage.forward_transient_bytes + _native_gathered(shape, stage, head)]
     reduced = _native_reduced(shape)
     if stage.holds_head:
-        moments.append(whole + reduced * shape.head_unit.trained)
-    unit, copy = stage.largest_block_params, _freed_copy(shape, begun=flight.begun)
+        moments.append(window + reduced * shape.head_unit.trained)
+    unit, copy = stage.largest_block_params, _freed_copy(shape, begun=begun)
     for index in _blocks_to_try(stage.blocks):
         behind = stage.blocks - 1 - index
         start = stage.block_transient_bytes + _native_unit_bytes(shape, unit, FIRST_GRADIENTS)
@@ -211,12 +204,12 @@ def _native_moments(shape: ShapeModel, stage: StageCost, flight: InFlight, kept:
         own = _kept_until(stage, index) + larger(start, end - stage.block_saved_bytes / stage.blocks)
         if behind:
             own += reduced * unit - copy * unit * behind
-        if flight.waiting:  # and so does what the running pass leaves
+        if waits:  # and so does what the running pass leaves
             own += stage.waiting_bytes * behind / stage.blocks
-        if not flight.begun:
+        if not begun:
             own += kept.grads * behind / stage.blocks * (1 - head / larger(stage.params, 1.0))
-        moments.append(base + own)
-    return moments
+        moments.append(own - stage.saved_bytes)
+    return larger(*moments)
 
 
 def _native_gathered(shape: ShapeModel, stage: StageCost, head: float) -> float:
@@ -276,39 +269,95 @@ def _reshards(shape: ShapeModel) -> bool:
     return shape.degrees.zero in (Zero.NONE, Zero.PARAMETERS)
 
 
-def reserved_bytes(shape: ShapeModel, stage: StageCost, flight: InFlight) -> float:
-    """The most that the caching allocator takes for a stage's tensors, before its slack.
+class StageMemory:
+    """Bytes of a stage, or of many mixes of one, on its device with whatever is in flight."""
 
-    Torchtitan: memory of one stream is not given to another, so FSDP2's streams add up, each at its own worst
-    moment:
+    def __init__(self, shape: ShapeModel, stage: StageCost) -> None:
+        self.shape, self.stage = shape, stage
+        self.kept = resident(shape, stage)
+        self._passes: dict[tuple[bool, bool], float] = {}
 
-        compute     the moments above without gradients
-        reduction   gradients, and the fp32 input of the largest unit's reduction (where gradients are
-                    accumulated, two of its outputs besides)
-        gathering   weights of the root, or of two blocks, on their way
+    @property
+    def late_bytes(self) -> float:
+        """Gradients that do not exist before the first pass back: FSDP2's."""
+        return self.kept.grads if idle_apart(self.shape) else 0.0
 
-    and the logits in the compute precision, freed before the loss, leave a hole of which HOLE_SHARE is not
-    used again. Native: the tensors, and that hole, of a chunk's logits. Elsewhere, and on a device without
-    streams of its own for messages: the tensors.
-    """
-    problem, degrees = shape.problem, shape.degrees
-    tensors = peak_bytes(shape, stage, flight)
-    size = problem.workload.precision.compute_bytes
-    if not shape.overlaps or problem.stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
-        return tensors
-    tokens = shape.messages.tokens
-    vocab = problem.model.vocab_shard(degrees.tp)
-    together = chunk_logits(tokens, vocab) if problem.stack.own else tokens * vocab
-    logits = size * together if stage.holds_head and size < 4 else 0.0
-    if problem.stack.engine is Engine.NATIVE:
-        return tensors + HOLE_SHARE * logits
-    kept = resident(shape, stage)
-    base = kept.weights + kept.optimizer + (flight.alive - 1) * stage.saved_bytes
-    blocks = [_block_bytes(shape, stage, index) for index in _blocks_to_try(stage.blocks)]
-    compute = base + larger(_loss_bytes(stage), *blocks) + shape.memory.workspace_bytes
-    unit = larger(stage.end_params, stage.largest_block_params)
-    outputs = 2 / degrees.weight_shards if degrees.num_micro_batches > 1 else 0.0
-    reduction = kept.grads + 4 * unit * (1 + outputs)
-    gathers = degrees.weight_shards > 1 and _reshards(shape)
-    gathering = size * larger(stage.end_params, 2 * stage.largest_block_params) if gathers else 0.0
-    return larger(tensors, compute + reduction + gathering + HOLE_SHARE * logits)
+    def held_bytes(self, flight: InFlight) -> float:
+        """The states that exist, and what micro-batches in flight keep."""
+        late = 0.0 if flight.begun else self.late_bytes
+        return self.kept.total - late + flight.kept_bytes(self.stage)
+
+    def transient_bytes(self, flight: InFlight) -> float:
+        """What is reserved at worst beyond what is held, before the slack.
+
+        Below 0 where not all of it exists at that moment.
+        """
+        return self.reserved_bytes(flight) - self.held_bytes(flight)
+
+    @cached_property
+    def _step_bytes(self) -> float:
+        """The optimizer's step, or weights being loaded."""
+        shape, stage = self.shape, self.stage
+        step = self.kept.total + step_temporaries_bytes(shape, stage)
+        if shape.problem.stack.engine is Engine.NATIVE:
+            step -= copied_bytes(shape, stage)
+        return larger(step, self.kept.weights + 4 * stage.largest_unit_params)
+
+    def peak_bytes(self, flight: InFlight) -> float:
+        """The most that tensors take at once."""
+        shape, stage, kept = self.shape, self.stage, self.kept
+        if shape.problem.stack.engine is Engine.TORCHTITAN:
+            moments = _unit_moments(shape, stage, flight.alive, kept)
+            return larger(self._step_bytes, *moments) + shape.memory.workspace_bytes
+        if shape.problem.stack.engine is Engine.NATIVE:
+            begun, waits = known = flight.begun, flight.waiting > 0
+            if known not in self._passes:
+                self._passes[known] = _native_pass_bytes(shape, stage, kept, begun=begun, waits=waits)
+            messages = flight.messages * shape.messages.boundary_bytes()
+            return larger(self._step_bytes, self.held_bytes(flight) + messages + self._passes[known])
+        alive_bytes = flight.kept_bytes(stage) + min(flight.alive, 1) * _window_bytes(stage)
+        return larger(self._step_bytes, kept.total + alive_bytes + pass_bytes(shape, stage))
+
+    @cached_property
+    def _hole_bytes(self) -> float:
+        """What is not used again of the place of the logits in the compute precision, freed before the loss:
+        where `problem.stack` is the own runtime's, of a chunk of them."""
+        problem, tokens = self.shape.problem, self.shape.messages.tokens
+        size = problem.workload.precision.compute_bytes
+        if not self.stage.holds_head or size >= 4:
+            return 0.0
+        vocab = problem.model.vocab_shard(self.shape.degrees.tp)
+        together = chunk_logits(tokens, vocab) if problem.stack.own else tokens * vocab
+        return HOLE_SHARE * size * together
+
+    def reserved_bytes(self, flight: InFlight) -> float:
+        """The most that the caching allocator takes for tensors, before its slack.
+
+        Torchtitan: memory of one stream is not given to another, so FSDP2's streams add up, each at its own
+        worst moment:
+
+            compute     the moments above without gradients
+            reduction   gradients, and the fp32 input of the largest unit's reduction (where gradients are
+                        accumulated, two of its outputs besides)
+            gathering   weights of the root, or of two blocks, on their way
+
+        and the logits in the compute precision leave a hole. Native: the tensors, and that hole. Elsewhere,
+        and on a device without streams of its own for messages: the tensors.
+        """
+        shape, stage, kept = self.shape, self.stage, self.kept
+        problem, degrees = shape.problem, shape.degrees
+        tensors = self.peak_bytes(flight)
+        if not shape.overlaps or problem.stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
+            return tensors
+        if problem.stack.engine is Engine.NATIVE:
+            return tensors + self._hole_bytes
+        size = problem.workload.precision.compute_bytes
+        base = kept.weights + kept.optimizer + (flight.alive - 1) * stage.saved_bytes
+        blocks = [_block_bytes(shape, stage, index) for index in _blocks_to_try(stage.blocks)]
+        compute = base + larger(_loss_bytes(stage), *blocks) + shape.memory.workspace_bytes
+        unit = larger(stage.end_params, stage.largest_block_params)
+        outputs = 2 / degrees.weight_shards if degrees.num_micro_batches > 1 else 0.0
+        reduction = kept.grads + 4 * unit * (1 + outputs)
+        gathers = degrees.weight_shards > 1 and _reshards(shape)
+        gathering = size * larger(stage.end_params, 2 * stage.largest_block_params) if gathers else 0.0
+        return larger(tensors, compute + reduction + gathering + self._hole_bytes)

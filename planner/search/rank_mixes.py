@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.action import ActionKind
 from planner.cost.flight import InFlight
-from planner.cost.memory import held_bytes, idle_apart, transient_bytes
+from planner.cost.moments import StageMemory, idle_apart
 from planner.cost.simulate import kind_passes
 from planner.cost.table import KINDS
 from planner.search.recipes import Column, RecipeBook
@@ -75,6 +75,7 @@ class RankMixes:
         self.apart = idle_apart(book.shape)
         self._known: dict[tuple[Held, ...], tuple[float, tuple[int, ...]]] = {}
         self._seconds: dict[tuple[Span, tuple[tuple[ActionKind, int], ...]], Floats] = {}
+        self._memories: dict[Span, StageMemory] = {}
         self._bytes: dict[tuple[Span, InFlight], tuple[Floats, Floats]] = {}
         self._figures: dict[Span, Floats] = {}
         self._useful: dict[Held, Ints] = {}
@@ -201,10 +202,13 @@ class RankMixes:
 
         key = span, flight
         if key not in self._bytes:
-            mixes, shape = self.book.mixes(*span), self.book.shape
+            mixes = self.book.mixes(*span)
+            if span not in self._memories:
+                self._memories[span] = StageMemory(self.book.shape, mixes.cost)
+            memory = self._memories[span]
             kept, passing = np.zeros(len(mixes.full)), np.full(len(mixes.full), -np.inf)
-            kept += held_bytes(shape, mixes.cost, flight)
+            kept += memory.held_bytes(flight)
             if flight.alive or not self.apart:
-                passing[:] = transient_bytes(shape, mixes.cost, flight)
+                passing[:] = memory.transient_bytes(flight)
             self._bytes[key] = kept, passing
         return self._bytes[key]

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.codec import noun
 from planner.cost.flight import InFlight
-from planner.cost.memory import late_bytes, resident_bytes, transient_bytes
-from planner.cost.moments import reserved_bytes
+from planner.cost.moments import StageMemory
 from planner.cost.offload import with_offload
 from planner.cost.seconds import larger
 from planner.cost.simulate import kind_passes
@@ -113,6 +112,7 @@ class RecipeBook:
         self._alike: dict[tuple[tuple[str, ...], bool, bool], tuple[int, int]] = {}
         self._mixes: dict[tuple[int, int], Mixes] = {}
         self._columns: dict[Stage, Column] = {}
+        self._memories: dict[int, StageMemory] = {}
         self._transients: dict[tuple[int, InFlight], float] = {}
         self._recipes: dict[tuple[int, int, tuple[InFlight, ...], float], Column | None] = {}
         self._paretos: dict[tuple[int, int], list[Column]] = {}
@@ -139,13 +139,13 @@ class RecipeBook:
         if stage not in self._columns:
             (away,) = offloaded((stage,), self.offload)
             cost = with_offload(self.shape, away, self.shape.stage(away))
-            passes = kind_passes(cost)
+            passes, memory = kind_passes(cost), StageMemory(self.shape, cost)
             self._columns[stage] = Column(
                 stage=away,
                 cost=cost,
                 passes_s=tuple(passes[kind].total_s for kind in KINDS),
-                resident_bytes=resident_bytes(self.shape, cost),
-                late_bytes=late_bytes(self.shape, cost),
+                resident_bytes=memory.kept.total,
+                late_bytes=memory.late_bytes,
             )
         return self._columns[stage]
 
@@ -153,7 +153,9 @@ class RecipeBook:
         """What a column's stage holds for a moment with what is in flight."""
         key = id(column.cost), flight  # the costs of columns live as long as the book
         if key not in self._transients:
-            self._transients[key] = transient_bytes(self.shape, column.cost, flight)
+            if key[0] not in self._memories:
+                self._memories[key[0]] = StageMemory(self.shape, column.cost)
+            self._transients[key] = self._memories[key[0]].transient_bytes(flight)
         return self._transients[key]
 
     def pure(self, first: int, end: int) -> list[Column]:
@@ -215,9 +217,8 @@ class RecipeBook:
 
     def _used_bytes(self, cost: StageCost, flights: tuple[InFlight, ...]) -> float:
         """What a stage, or each of many mixes of one, takes at the worst of its moments."""
-        return self.shape.runtime_bytes + larger(
-            *(reserved_bytes(self.shape, cost, each) for each in flights)
-        )
+        memory = StageMemory(self.shape, cost)
+        return self.shape.runtime_bytes + larger(*map(memory.reserved_bytes, flights))
 
     @staticmethod
     def _stage(mixes: Mixes, number: int, first: int, end: int) -> Stage:

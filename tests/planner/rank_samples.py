@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-from planner.cost.memory import idle_apart
+from planner.cost.moments import idle_apart
 from planner.cost.simulate import kind_passes
 from planner.problem import PlanningProblem
 from planner.search.recipes import Column

@@ -130,7 +130,9 @@ def test_cuts_of_several_layer_classes(fix: str) -> None:
                     best_s, best = step_s, cut
             if not best:
                 continue
-            outcome = PathGame(space).play_cuts(best_s * 1.05, thorough=True)
+            cuts = space.cuts.within(best_s * 1.05)
+            assert cuts is not None, (seed, space.degrees.label())
+            outcome = PathGame(space).play_cuts(best_s * 1.05, cuts, thorough=True)
             assert outcome.bound_s <= best_s * (1 + 1e-9), (seed, space.degrees.label())
             assert outcome.columns is not None and outcome.step_time_s >= best_s * (1 - 1e-9)
             compared += 1

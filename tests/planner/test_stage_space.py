@@ -81,7 +81,10 @@ def test_the_floor_of_a_rank_lies_below_all_its_mixes(fix: str) -> None:
                 least = min(space.ranks.ways(rank, blocks).values()) / space.degrees.num_micro_batches
                 assert floor <= least * (1 + 1e-9)
                 assert least == pytest.approx(best), (seed, rank, blocks)
-                assert space.ranks.quick_s(rank, blocks) <= best, (seed, rank, blocks)
+                assert space.ranks.may_be_done(rank, blocks, best * (1 + 1e-9)), (seed, rank, blocks)
+                asked = StageSpace(roomy.model, roomy.shape, [limit] * 2, roomy.books).ranks
+                assert asked.done(rank, blocks, best * (1 + 1e-6)), (seed, rank, blocks)
+                assert not asked.done(rank, blocks, best * (1 - 1e-6)), (seed, rank, blocks)
                 free_s = blocks * min(space.ranks.floors[rank].block_s.values()) + space.held_s[rank]
                 compared += 1
                 forced += free_s * (1 + 1e-9) < floor
@@ -147,6 +150,8 @@ def test_the_bound_of_an_even_split_lies_below_its_recipes() -> None:
             bound_s = space.even_bound_s()
             if found is not None:
                 assert bound_s <= found.step_time_s * (1 + 1e-9), (seed, space.degrees.label())
+                assert space.even_floor_s() <= found.step_time_s * (1 + 1e-9), (seed, space.degrees.label())
+                assert space.even_bound_s(bound_s / 2) <= bound_s * (1 + 1e-9)
                 compared += 1
                 near += bound_s > 0.8 * found.step_time_s
     assert compared > 20 and near > compared / 4, (compared, near)
