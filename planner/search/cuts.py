@@ -127,9 +127,15 @@ class Cuts:
         paths = self._paths = _stage_paths(self.table)
         hop_s, tail_s = space.shape.messages.p2p_s(), self._tail_s()
         self._besides_s = [each.hops * hop_s + each.tail * tail_s for each in paths]
+        self._known: dict[float, list[Spans] | None] = {}
 
     def within(self, to_beat_s: float) -> list[Spans] | None:
         """Of each stage the spans that lie in a cut which may take less; None where there is none."""
+        if to_beat_s not in self._known:
+            self._known[to_beat_s] = self._within(to_beat_s)
+        return self._known[to_beat_s]
+
+    def _within(self, to_beat_s: float) -> list[Spans] | None:
         within_s = self.space.within_s(to_beat_s)
         found = _joined([self._quick(stage, within_s) for stage in range(self.stages)])
         found = found and self._with_recipes(found, within_s)

@@ -47,10 +47,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from planner.codec import noun
-from planner.cost.action import ActionKind
 from planner.cost.critical_path import CriticalPath
 from planner.cost.flight import Flights, InFlight
-from planner.cost.table import KINDS
 from planner.search.paths import Path, first_paths
 from planner.search.recipes import Column
 from planner.strategy import Degrees, Schedule
@@ -62,7 +60,6 @@ if TYPE_CHECKING:
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 MS = 1e3
-FORWARD, BACKWARD = KINDS.index(ActionKind.FORWARD), KINDS.index(ActionKind.BACKWARD)
 
 
 @noun
