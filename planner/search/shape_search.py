@@ -3,9 +3,9 @@
 Sizes of stages, and cuts of models of several layer classes (planner.search.cuts), that cannot beat the
 incumbent are left out first. A game of paths against recipes (planner.search.path_game) finds good ones and a
 bound. Where few ways to deal the blocks remain, all are replayed at once. Else the ILP's optimum is a lower
-bound of every replay; what it finds is replayed, its critical path becomes a row of the programme, and the ILP
-is solved again, until the replay is no longer than its optimum. Where devices share cores a replay is no
-longest path: the assignment is cut off instead, and what the bound leaves open stays open after a few rounds.
+bound of every replay; what it finds is replayed, its critical path becomes a row of the programme, and it is
+solved again, until the replay is no longer than its optimum. Where devices share cores a replay is no longest
+path: the assignment is cut off instead, and what the bound leaves open stays open after a few rounds.
 """
 
 from __future__ import annotations
