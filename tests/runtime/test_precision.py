@@ -66,7 +66,8 @@ def test_fp16_trains_like_fp32(layout: str) -> None:
         for (loss, norm), (exact_loss, exact_norm) in zip(found, expected, strict=True):
             assert loss == pytest.approx(exact_loss, rel=2e-3)
             assert norm == pytest.approx(exact_norm, rel=1e-2)
-            assert loss != exact_loss
+        losses = [[loss for loss, _ in steps] for steps in (found, expected)]
+        assert losses[0] != losses[1]  # those of single steps may be the same by chance
 
 
 def scaled_steps(executor: Executor, first: int, steps: int) -> list[tuple[float, bool, float | None]]:
