@@ -24,7 +24,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.table import BACKWARD, FORWARD, INPUT_GRAD, KINDS, PAIRED, Table
-from planner.search.least_passes import PARTS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +38,7 @@ Spans = list[list[tuple[int, int]]]
 
 
 class _StagePaths(NamedTuple):
-    """The paths through one rank's row: its actions by kind [path, PARTS], how often it goes forward and back
+    """The paths through one rank's row: its actions by kind [path, kind], how often it goes forward and back
     through the stages before and after [path, 2], its messages, and whether it ends as rank 0 does."""
 
     own: Ints
@@ -50,7 +49,7 @@ class _StagePaths(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """Spans that a stage may hold, by first layers and ends, and the seconds of its actions [n, PARTS]."""
+    """Spans that a stage may hold, by first layers and ends, and the seconds of its actions [n, kind]."""
 
     firsts: Ints
     ends: Ints
@@ -69,13 +68,9 @@ def _stage_paths(table: Table) -> tuple[_StagePaths, ...]:
     found = []
     for rank in range(len(table)):
         kinds, later = _row_kinds(table, rank), len(table) - 1 - rank
-        backs = np.nonzero((kinds == BACKWARD) | (kinds == INPUT_GRAD))[0]
-        last_forward, first_back, last_back = (
-            int(np.nonzero(kinds == FORWARD)[0][-1]),
-            int(backs[0]),
-            int(backs[-1]),
-        )
-        forth, back = np.eye(PARTS, dtype=np.int64)[[0, kinds[first_back]]]
+        forwards, backs = _places(kinds, FORWARD, PAIRED), _places(kinds, BACKWARD, INPUT_GRAD)
+        last_forward, first_back, last_back = forwards[-1], backs[0], backs[-1]
+        forth, back = np.eye(len(KINDS), dtype=np.int64)[[0, kinds[first_back]]]
         ways_in = (  # where it begins in the row, its actions besides, through stages before, after, messages
             (0, 0 * forth, (1, 0), (0, 0), rank),
             (first_back, forth, (1, 0), (1, 1), rank + 2 * later),
@@ -87,7 +82,7 @@ def _stage_paths(table: Table) -> tuple[_StagePaths, ...]:
         )
         each = [
             (
-                np.bincount(kinds[begin:end], minlength=PARTS) + more + still,
+                np.bincount(kinds[begin:end], minlength=len(KINDS)) + more + still,
                 np.add(before, before_out),
                 np.add(after, after_out),
                 hops + hops_out,
@@ -102,10 +97,17 @@ def _stage_paths(table: Table) -> tuple[_StagePaths, ...]:
 
 
 def _row_kinds(table: Table, rank: int) -> Ints:
-    """The kinds of a rank's actions by number; a paired forward is one."""
+    """The kinds of a rank's actions by number."""
     kinds: Ints = table.codes[rank] // table.num_micro_batches % len(KINDS)
-    kinds[kinds == PAIRED] = FORWARD
     return kinds
+
+
+def _places(kinds: Ints, *of: int) -> list[int]:
+    """Where a row has actions of some kinds."""
+    import numpy as np
+
+    found: list[int] = np.nonzero(np.isin(kinds, of))[0].tolist()
+    return found
 
 
 class Cuts:
@@ -153,7 +155,7 @@ class Cuts:
         own = self._own[stage]
         firsts, ends = (each.ravel() for each in np.meshgrid(*self.near[stage : stage + 2], indexing="ij"))
         firsts, ends = firsts[ends > firsts], ends[ends > firsts]
-        held = _Held(firsts, ends, (own.sums[:, ends] - own.sums[:, firsts] + own.action[:, None]).T)
+        held = _Held(firsts, ends, own.stage_s(firsts, ends).T)
         before, after = self._before_s[stage][:, firsts], self._after_s[stage + 1][:, ends]
         return held.only(self._least_s(stage, held, before, after) < within_s)
 
@@ -189,10 +191,10 @@ class Cuts:
             like = book.blocks(*span)
             if like not in known:
                 column = self.space.recipe(stage, span)
-                known[like] = None if column is None else column.passes_s[:PARTS]
+                known[like] = None if column is None else column.passes_s
             each.append(known[like])
         kept = [number for number, seconds in enumerate(each) if seconds is not None]
-        seconds = np.asarray([each[number] for number in kept], dtype=np.float64).reshape(-1, PARTS)
+        seconds = np.asarray([each[number] for number in kept], dtype=np.float64).reshape(-1, len(KINDS))
         return _Held(held.firsts[kept], held.ends[kept], seconds)
 
     def _around(self, found: list[_Held], within_s: float) -> list[_Held]:
@@ -212,9 +214,9 @@ class Cuts:
         import numpy as np
 
         kinds, own = _row_kinds(self.table, 0), self._own[0]
-        last = int(np.nonzero((kinds == BACKWARD) | (kinds == INPUT_GRAD))[0][-1])
-        counts = np.bincount(kinds[last + 1 :], minlength=PARTS)
-        return float(counts @ (own.sums[:, self.near[1][0]] + own.action))
+        last = _places(kinds, BACKWARD, INPUT_GRAD)[-1]
+        counts = np.bincount(kinds[last + 1 :], minlength=len(KINDS))
+        return float(counts @ own.stage_s(0, self.near[1][0]))
 
 
 def _parts(sums: Floats) -> Floats:

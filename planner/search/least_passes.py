@@ -16,17 +16,21 @@ if TYPE_CHECKING:
     import numpy as np
 
     Floats = np.ndarray[Any, np.dtype[np.float64]]
-
-PARTS = 4
-"""Kinds of action that differ in what they take: F, B, I and W, the first of planner.cost.table.KINDS."""
+    Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class LeastPasses(NamedTuple):
-    """Least seconds by kind of action: `sums` [PARTS, layers + 1] of all layers before each, embedding and
-    head with the first and the last; `action` [PARTS] of what an action takes besides."""
+    """Least seconds by kind of action (planner.cost.table.KINDS): `sums` [kind, layers + 1] of all layers
+    before each, embedding and head with the first and the last; `action` [kind] of what an action takes
+    besides."""
 
     sums: Floats
     action: Floats
+
+    def stage_s(self, firsts: Ints | int, ends: Ints | int) -> Floats:
+        """What a stage's actions take at least, or those of many stages, [kind, stage]."""
+        each: Floats = (self.sums[:, ends] - self.sums[:, firsts]).T + self.action
+        return each.T
 
 
 def least_passes(shape: ShapeModel, options: tuple[Recompute, ...]) -> LeastPasses:
@@ -38,7 +42,7 @@ def least_passes(shape: ShapeModel, options: tuple[Recompute, ...]) -> LeastPass
     for place, (forward, backward) in ((0, shape.embedding_passes), (-1, shape.head_passes)):
         left_s = 0.0 if shape.problem.stack.recomputes_once else backward.compute_s / 2
         each[:, place] += _parts_s(forward, backward, left_s, 0.0)
-    sums = np.concatenate([np.zeros((PARTS, 1)), np.cumsum(each, axis=1)], axis=1)
+    sums = np.concatenate([np.zeros((len(each), 1)), np.cumsum(each, axis=1)], axis=1)
     return LeastPasses(sums, np.asarray(_parts_s(shape.action, shape.action, 0.0, 0.0)))
 
 
@@ -58,6 +62,6 @@ def _block_s(shape: ShapeModel, key: str, options: tuple[Recompute, ...]) -> lis
 
 
 def _parts_s(forward: Pass, backward: Pass, left_s: float, products_s: float) -> tuple[float, ...]:
-    """F, B, I and W where `left_s` of the backward is not in I, and `products_s` are in W."""
-    half_s = backward.host_s / 2
-    return forward.total_s, backward.total_s, backward.total_s - left_s - half_s, products_s + half_s
+    """Seconds by kind where `left_s` of the backward is not in I, and `products_s` are in W."""
+    half_s, forward_s, backward_s = backward.host_s / 2, forward.total_s, backward.total_s
+    return forward_s, backward_s, backward_s - left_s - half_s, products_s + half_s, forward_s

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from planner.cost.critical_path import CriticalPath, longest_path
 from planner.cost.simulate import PathTimes
-from planner.cost.table import KINDS
 from planner.search.sizes import Limits
 
 if TYPE_CHECKING:
@@ -38,14 +37,11 @@ class SizeGame:
         import numpy as np
 
         self.space, self.table, self.hop_s = space, space.table, space.shape.messages.p2p_s()
-        known = {id(book): book.least_passes for book in space.books}
-        each = [known[id(space.books[rank])] for rank in space.rank_of]
-        blocks = np.stack([own.sums[:, 2] - own.sums[:, 1] for own in each])
-        fixed = np.stack([own.action for own in each])
+        each = [space.books[rank].least_passes for rank in space.rank_of]
+        blocks = self._block_s = np.stack([own.sums[:, 2] - own.sums[:, 1] for own in each])
+        fixed = self._fixed_s = np.stack([own.action for own in each])
         fixed[0] += each[0].sums[:, 1] - blocks[0]
         fixed[-1] += each[-1].sums[:, -1] - each[-1].sums[:, -2] - blocks[-1]
-        paired = [*range(len(KINDS) - 1), 0]  # a paired forward is one
-        self._block_s, self._fixed_s = blocks[:, paired], fixed[:, paired]
 
     def may_keep(self, limits: Limits, within_s: float) -> bool:
         """Whether sizes of stages within limits may have all passes done in a time."""

@@ -253,23 +253,21 @@ class StageSpace:
             return None
         if by_rank is None:
             return None
-        by_stage = narrowed(
-            [
-                (low, min(high, by_rank[r][1] - least[r] + low))
-                for (low, high), r in zip(limits, self.rank_of, strict=True)
-            ],
-            self.layers,
-        )
+        by_stage = self._by_stage(by_rank)
         return None if by_stage is None else Sizes(by_stage, by_rank)
+
+    def _by_stage(self, by_rank: Limits) -> Limits | None:
+        """What stages may hold whose ranks hold no more than some limits; None where there is no way."""
+        least = [sum(self.size_limits[s][0] for s in stages) for stages in self.stages_of]
+        each = zip(self.size_limits, self.rank_of, strict=True)
+        limits = [(low, min(high, by_rank[rank][1] - least[rank] + low)) for (low, high), rank in each]
+        return narrowed(limits, self.layers)
 
     def _keeps(self, by_rank: Limits, left_s: float) -> bool:
         """Whether stages whose ranks hold so many blocks may have all passes done in time."""
         if self.layers < MIDDLE or self.degrees.pp == 1:
             return True
-        least = [sum(self.size_limits[s][0] for s in stages) for stages in self.stages_of]
-        each = zip(self.size_limits, self.rank_of, strict=True)
-        limits = [(low, min(high, by_rank[r][1] - least[r] + low)) for (low, high), r in each]
-        by_stage = narrowed(limits, self.layers)
+        by_stage = self._by_stage(by_rank)
         return by_stage is not None and self.size_game.may_keep(by_stage, left_s)
 
     @cached_property
@@ -312,11 +310,9 @@ class StageSpace:
 
     def even_floor_s(self) -> float:
         """What the even split does not beat with the cheapest options of all layers."""
-        cell_s: list[float] = []
-        for rank, (first, end) in zip(self.rank_of, pairwise(self.even), strict=True):
-            sums, action = self.books[rank].least_passes
-            parts = (sums[:, end] - sums[:, first] + action).tolist()
-            cell_s += [*parts, parts[0]]  # a paired forward is one
+        each = zip(self.rank_of, pairwise(self.even), strict=True)
+        stages = (self.books[rank].least_passes.stage_s(*span).tolist() for rank, span in each)
+        cell_s = [seconds for stage in stages for seconds in stage]
         begin_s = [0.0] * self.degrees.pp
         _, ends_s = self.table.order.durations(cell_s).ends_s(begin_s, self.shape.messages.p2p_s())
         return max(ends_s) + self._once_s + self._optimizer_s
@@ -332,10 +328,8 @@ class StageSpace:
             worst_s = max(worst_s, entered_s + self.ranks.even_own_s(rank, spans))
             if worst_s + once_s >= enough_s:
                 break
-            (first, end), (sums, action) = spans[stages[0]], self.books[rank].least_passes
-            entered_s += sum(
-                hop_s + float(sums[kind, end] - sums[kind, first] + action[kind]) for kind in through
-            )
+            own_s = self.books[rank].least_passes.stage_s(*spans[stages[0]])
+            entered_s += sum(hop_s + float(own_s[kind]) for kind in through)
         return worst_s + once_s
 
     # Least seconds
