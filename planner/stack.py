@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 
 from planner.codec import noun
@@ -85,6 +86,12 @@ class Stack:
         return self.engine is Engine.MEGATRON and self.attention is AttentionKernel.FLASH
 
     @property
+    def accumulates_in_products(self) -> bool:
+        """Whether products of weight gradients add to the sum of earlier ones themselves: Megatron's
+        gradient_accumulation_fusion, of the same time as its flash kernels."""
+        return self.fuses_elementwise
+
+    @property
     def recomputes(self) -> Selective:
         """What selective recomputation does not keep: the engine's own kind unless the stack says another."""
         own = {Engine.MEGATRON: Selective.ATTENTION, Engine.TORCHTITAN: Selective.EVERY_SECOND}
@@ -118,6 +125,19 @@ class Stack:
         github.com/Aleph-Alpha/scaling, core/nn/linear and transformer/model/losses).
         """
         return self.engine is Engine.DEEPSPEED
+
+    @property
+    def reduces_whole(self) -> bool:
+        """Whether every data rank sums all gradients, in fp32 and after the last backward, though ZeRO shares
+        out the update: Aleph Alpha's (github.com/Aleph-Alpha/scaling, core/optimizer/allreduce)."""
+        return bool(re.search(r"aleph|aa-scaling", self.framework.lower()))
+
+    @property
+    def scatters_boundaries(self) -> bool:
+        """Whether each tensor-parallel rank sends its share of a stage's result, where all hold it whole, and
+        the next stage puts the shares together: Megatron-LM's scatter and gather (arXiv 2104.04473, 4.1), and
+        PartitionedTensor of DeepSpeed's pipeline, on which Megatron-DeepSpeed runs."""
+        return self.engine is Engine.MEGATRON
 
     @property
     def accumulates_beside(self) -> bool:

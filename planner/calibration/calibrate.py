@@ -3,7 +3,8 @@
 Runs of one framework speak of its family of engines, and of the device whatever runs on it. Of several, those
 of every family are fitted first, then those of every framework, then those of a framework on every device;
 each starts from the one before and is held to it as to a prior, so that few runs move little, and a device or
-framework without runs is predicted by the constants of the others of its family.
+framework without runs is predicted by the constants of the others of its family. Where it predicts its groups
+from each other better on its own, starting from what is usual, it stands on its own.
 """
 
 from __future__ import annotations
@@ -62,10 +63,13 @@ def calibrate(
         )
     if base is not None:
         check_device(base, sorted({_device(run) for run in measured}), "--profile", "the runs are")
-    profile = base or _empty(name, measured)
-    fits = []
+    usual = profile = base or _empty(name, measured)
+    fits: list[Fit] = []
     for scope, chosen in scopes(measured):
         found = fit(chosen, scope, profile, progress)
+        if fits:
+            alone = fit(chosen, scope, usual, progress)
+            found = min(found, alone, key=lambda each: each.error)
         fits.append(found)
         error = Constant(
             name=TIME_ERROR,
@@ -76,7 +80,7 @@ def calibrate(
             engine=scope.engine or _family(found.runs[0]),
             network=scope.network,
         )
-        profile = with_constants(profile, [*found.constants(), error])
+        profile = with_constants(profile, [*found.constants(profile), error])
     memory = calibrate_memory(runs, profile)
     for told in memory:
         profile = with_constants(profile, told.constants)

@@ -5,9 +5,9 @@ may be 0), the fit minimises
 
     sum_i rho(r_i^2) + sum_j x_j^2,      r_i = ln(p_i(c) / t_i) / e
 
-with rho = 2 (sqrt(1 + z) - 1), which bends down outliers, and each c_j within its bounds: the most probable
-constants, given their priors, where runs scatter by e: ERROR at first, then what they were found to scatter
-by. A constant whose uncertainty the runs do not reduce below KNOWN of its prior's is not determined by them:
+with rho = ln(1 + z) and each c_j within its bounds: the most probable constants, given their priors, where
+runs scatter by e as Cauchy's distribution does: ERROR at first, then what they were found to scatter by. A
+run that something else slowed (a neighbour on the fabric, a bad node) pulls the less the farther off it is. A constant whose uncertainty the runs do not reduce below KNOWN of its prior's is not determined by them:
 it stays at its prior and is named, and the others are fitted again.
 
 What the fit would have predicted for a group of runs without having seen it follows from one Gauss-Newton
@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 from planner.calibration.predict import LayersKey, Measured, ProblemKey, step_time_s
@@ -160,15 +161,24 @@ class Fit:
         """Whether the runs say more of a constant than its prior does."""
         return self.uncertainty[index] < KNOWN
 
-    def constants(self) -> tuple[Constant, ...]:
-        """The constants that the runs determine, for a profile; a set of kernels moves with its framework."""
-        origin = f"fitted to {len(self.runs)} runs"
-        family = self.runs[0].setup.problem.stack.engine.family
-        return tuple(
-            self.scope.constant(u, value, origin, family)
-            for index, (u, value) in enumerate(zip(self.unknowns, self.values, strict=True))
-            if self.determined(index) or (u.kin is not None and self.determined(u.kin))
-        )
+    @property
+    def error(self) -> float:
+        """Mean error of groups of runs that are predicted from the others."""
+        return fmean(abs(error) for error in self.left_out)
+
+    def constants(self, known: Profile) -> tuple[Constant, ...]:
+        """The constants for a profile that knows wider ones: those that the runs determine, and those that
+        stayed at another value than it knows; a set of kernels moves with its framework."""
+        told, origin = f"fitted to {len(self.runs)} runs", f"usual, where {len(self.runs)} runs tell no other"
+        stacks = {run.kernels: run.setup.problem.stack for run in self.runs}
+        stacks[""] = dataclasses.replace(self.runs[0].setup.problem.stack, kernels="")
+        family, found = stacks[""].engine.family, []
+        for index, (u, value) in enumerate(zip(self.unknowns, self.values, strict=True)):
+            moved = self.determined(index) or (u.kin is not None and self.determined(u.kin))
+            wider, is_told = _start(u.name, stacks[u.kernels], self.scope, known)
+            if moved or (is_told and wider != value):
+                found.append(self.scope.constant(u, value, told if moved else origin, family))
+        return tuple(found)
 
 
 def fit(runs: Sequence[Measured], scope: Scope, base: Profile, progress: Callable[[str], None]) -> Fit:
@@ -225,10 +235,8 @@ class Solution:
     jacobian: Any
 
     def weights(self) -> Any:
-        """How much each run counts after outliers are bent down."""
-        import numpy as np
-
-        return 1 / np.sqrt(1 + self.residuals**2)
+        """How much each run counts: the less, the farther it is off."""
+        return 1 / (1 + self.residuals**2)
 
     def scatter(self, error: float) -> float:
         """What runs scatter by around the model, as a share: robustly, from residuals in units of `error`."""
@@ -381,7 +389,7 @@ class _Problem:
 
         ends = zip(*(self.unknowns[index].bounds() for index in free), strict=True)
         low, high = (np.array(end) for end in ends)
-        root = np.sqrt(1 / np.sqrt(1 + at**2))
+        root = 1 / np.sqrt(1 + at**2)
         rows = np.concatenate([root[:, None] * jacobian, np.eye(len(x)), np.sqrt(damping) * np.eye(len(x))])
         sides = np.concatenate([-root * at, -x, np.zeros(len(x))])
         return lsq_linear(rows, sides, bounds=(low - x - 1e-9, high - x + 1e-9)).x
@@ -390,7 +398,7 @@ class _Problem:
 def _cost(residuals: Any, x: Any) -> float:
     import numpy as np
 
-    return float(np.sum(2 * (np.sqrt(1 + residuals**2) - 1)) + np.sum(x**2))
+    return float(np.sum(np.log1p(residuals**2)) + np.sum(x**2))
 
 
 def _mean_error(residuals: Any, error: float) -> float:

@@ -14,7 +14,6 @@ from planner.stack import Engine
 from planner.strategy import Degrees, Zero
 from planner.workload import Precision
 
-
 class Messages:
     """Communication of one micro-batch and of once a step under given degrees."""
 
@@ -166,7 +165,11 @@ class Messages:
         return rank_s * (ranks - 1) if seconds > 0 else 0.0
 
     def p2p_s(self) -> float:
-        """One hop of the residual stream between neighbouring stages."""
+        """One hop of the residual stream between neighbouring stages.
+
+        Where tensor-parallel ranks hold all of it, some engines let each send its share and put the shares
+        together on the other side.
+        """
         if self.degrees.pp == 1:
             return 0.0
         per_node = self.problem.cluster.devices_per_node
@@ -176,7 +179,11 @@ class Messages:
             spans_nodes=self.degrees.world > per_node,
             stride=self.degrees.world // self.degrees.pp,
         )
-        return self.physics.pp_scale * self.seconds(Op.P2P, self.boundary_bytes(), group)
+        if self.degrees.sequence_parallel or not self.problem.stack.scatters_boundaries:
+            return self.physics.pp_scale * self.seconds(Op.P2P, self.boundary_bytes(), group)
+        share_s = self.seconds(Op.P2P, self.message_bytes() / self.degrees.tp, group)
+        whole_s = self.seconds(Op.ALL_GATHER, self.message_bytes(), self.tp_group())
+        return self.physics.pp_scale * share_s + self.physics.tp_scale * whole_s
 
     def gather(self, dense_params: float, routed_params: float = 0.0) -> Pass:
         """All-gather of a unit's parameters in the compute precision, with copies in and out.
@@ -214,6 +221,9 @@ class Messages:
 
     def _reduced_s(self, size_bytes: float, shards: Group, replicas: Group) -> float:
         """Seconds of scattering gradients over shards and summing each over replicas."""
+        if self.problem.stack.reduces_whole:
+            whole_s = self.seconds(Op.ALL_REDUCE, size_bytes, shards)
+            return whole_s + self.seconds(Op.ALL_REDUCE, size_bytes, replicas)
         scatter_s = self.seconds(Op.REDUCE_SCATTER, size_bytes, shards)
         return scatter_s + self.seconds(Op.ALL_REDUCE, size_bytes / shards.ranks, replicas)
 
@@ -224,6 +234,8 @@ class Messages:
         in fp32; DeepSpeed in the compute precision.
         """
         precision, engine = self.problem.workload.precision, self.problem.stack.engine
+        if self.problem.stack.reduces_whole:
+            return 4.0
         if engine is Engine.DEEPSPEED or (engine is Engine.MEGATRON and precision is Precision.FP16):
             return float(self.value_bytes)
         return 4.0

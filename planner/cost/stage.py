@@ -31,7 +31,7 @@ from planner.cost.spread import (
 from planner.cost.stage_bytes import block_waiting_bytes, stage_bytes
 from planner.cost.stage_cost import StageCost
 from planner.cost.states import States, states_of
-from planner.cost.update import update_s
+from planner.cost.update import accumulate_s, update_s
 from planner.problem import PlanningProblem
 from planner.profile import LayerKind, Op
 from planner.stack import Engine
@@ -260,7 +260,7 @@ class ShapeModel:
         """Adding a micro-batch's gradients to earlier ones; the first micro-batch of a step adds nothing."""
         more = 1 - 1 / self.degrees.num_micro_batches
         kept = self._sharded(unit) if self.degrees.zero >= Zero.GRADIENTS else unit.trained
-        return self.messages.constant("grad_accumulate_s_per_param") * kept * more
+        return accumulate_s(self.messages, self.layer_model.rates) * kept * more
 
     def _sharded(self, unit: Unit) -> float:
         """Trained parameters of a unit whose state one device keeps."""

@@ -1,10 +1,11 @@
-"""What clipping and update take of each tensor and each parameter of a device's shard."""
+"""What adding up gradients, clipping and update take of each tensor and parameter of a device's shard."""
 
 from __future__ import annotations
 
 from planner.cost.analytic import DeviceRates
 from planner.cost.messages import Messages
 from planner.cost.physics import Physics
+from planner.stack import Engine
 
 UPDATE_BYTES = 28.0
 """AdamW reads parameter, gradient and two moments, and writes three of them, all in fp32."""
@@ -21,3 +22,17 @@ def update_s(messages: Messages, rates: DeviceRates | None, physics: Physics) ->
     if each == 0.0 and rates is not None:
         each = physics.optimizer_scale * UPDATE_BYTES / rates.memory_bytes_per_s
     return per_tensor, each
+
+
+def accumulate_s(messages: Messages, rates: DeviceRates | None) -> float:
+    """Seconds of adding a micro-batch's gradient to that of earlier ones, a parameter: measured, or by bytes.
+
+    Megatron-LM adds the compute precision's to fp32, DeepSpeed adds in the compute precision, all others in
+    fp32: two are read, one is written. Behind a product that adds up by itself that takes no time.
+    """
+    measured, stack = messages.constant("grad_accumulate_s_per_param"), messages.problem.stack
+    if measured or rates is None or stack.accumulates_in_products:
+        return measured
+    size = messages.value_bytes
+    moved = {Engine.MEGATRON: size + 8, Engine.DEEPSPEED: 3 * size}.get(stack.engine, 12)
+    return moved / rates.memory_bytes_per_s

@@ -50,6 +50,9 @@ from planner.workload import Precision, Workload
 MAX_ACTIONS = 2_000_000
 """Passes of a step that are replayed at most; tables of real runs stay under a tenth of it."""
 
+DEALS_ENDS = r"aleph|aa-scaling"
+"""Frameworks that deal out embedding, last norm and head among stages as they do layers."""
+
 REMATERIALISES = r"\bjax\b|maxtext|paxml"
 """Frameworks that recompute a whole block unless told otherwise: MaxText's remat_policy is full."""
 
@@ -198,7 +201,7 @@ def _degrees(run: Run, shape: _Shape, layers: int, assumed: list[str]) -> Degree
     if isinstance(batches, Rejected):
         return batches
     micro_batch, count = batches
-    split = layers + 2 * ends_count(layers, shape.pp * (run.chunks or 1))
+    split = layers + sum(ends_dealt(layers, shape.pp * (run.chunks or 1), run.framework))
     chunks = run.chunks or usual_chunks(run, split, shape.pp, count, assumed)
     schedule = run_schedule(run, shape.pp, chunks)
     if isinstance(schedule, Rejected):
@@ -270,22 +273,29 @@ def _padded(model: ModelSpec, degrees: Degrees, assumed: list[str]) -> ModelSpec
 
 def _strategy(run: Run, model: ModelSpec, degrees: Degrees, assumed: list[str]) -> Strategy:
     recompute, count = _recompute(run, assumed), min(degrees.stages, model.layers)
-    if not ends_count(model.layers, count):
+    ends = ends_dealt(model.layers, count, run.framework)
+    if not sum(ends):
         return Strategy(degrees=degrees, stages=even_stages(model.layers, count, recompute))
-    each = (model.layers + 2) // count
-    assumed.append(f"{each - 1} layers on the end stages")
-    return Strategy(
-        degrees=degrees, stages=sized_stages([each - 1, *[each] * (count - 2), each - 1], recompute)
-    )
+    share, rest = divmod(model.layers + sum(ends), count)
+    sizes = [share + (stage < rest) for stage in range(count)]
+    sizes[0], sizes[-1] = sizes[0] - ends[0], sizes[-1] - ends[1]
+    assumed.append(f"{sizes[0]} and {sizes[-1]} layers on the end stages")
+    return Strategy(degrees=degrees, stages=sized_stages(sizes, recompute))
 
 
-def ends_count(layers: int, stages: int) -> bool:
-    """Whether embedding and head take a layer's place each on the end stages, since stages divide evenly so.
+def ends_dealt(layers: int, stages: int, framework: str) -> tuple[int, int]:
+    """How many layers' places the first stage gives to what is none, and the last, as layers are dealt out.
 
-    Megatron-LM's account_for_embedding_in_pipeline_split and its twin; 126 and 94 layers are made for it.
+    One each in Megatron-LM where stages divide evenly so: its account_for_embedding_in_pipeline_split and its
+    twin; 126 and 94 layers are made for it. Aleph Alpha's deals the embedding, the last norm and the head as
+    layers of their own (pipe_partition_uniform).
     """
-    even, each = layers % stages == 0, (layers + 2) / stages
-    return stages > 1 and not even and each == int(each) and each > 1
+    if stages == 1:
+        return 0, 0
+    if re.search(DEALS_ENDS, framework.lower()):
+        return (1, 2) if layers > 2 * stages else (0, 0)
+    counted, rest = divmod(layers + 2, stages)
+    return (1, 1) if layers % stages and not rest and counted > 1 else (0, 0)
 
 
 def _recompute(run: Run, assumed: list[str]) -> Recompute:
