@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import click
@@ -289,6 +289,7 @@ class Figures:
 
     n: int
     mape: float | None
+    median: float | None
     bias: float | None
     worst: float | None
     within_interval: float | None
@@ -310,6 +311,7 @@ def figures(parts: Sequence[Validation]) -> Figures:
     return Figures(
         n=len(time_errors),
         mape=whole.summary.time_mape,
+        median=median(abs(error) for error in time_errors) if time_errors else None,
         bias=whole.summary.time_bias,
         worst=max(time_errors, key=abs, default=None),
         within_interval=whole.summary.within_interval,
@@ -353,6 +355,7 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
             method,
             found["n"],
             _share(found["mape"]),
+            _share(found["median"]),
             _share(found["bias"], "+"),
             _share(found["worst"], "+"),
             _share(found["within_interval"]) if method != "naive" else "-",
@@ -372,6 +375,7 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
         "by",
         "n",
         "error",
+        "median",
         "bias",
         "worst",
         "inside",
@@ -383,7 +387,7 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
         "SAFE ran/oom RISKY NO",
         "target",
     )
-    print(table(header, rows, numbers=range(2, 12)))
+    print(table(header, rows, numbers=range(2, 13)))
 
 
 def _methods(result: dict[str, Any]) -> Iterator[tuple[bool, str, dict[str, Any]]]:

@@ -24,7 +24,10 @@ from planner.runs.run import Run, Status
 from planner.runs.setup import RunSetup, Setups
 
 MIN_RUNS = 3
-"""Fewer runs than this are not fitted apart from the others."""
+"""Fewer runs than this are not fitted."""
+
+MIN_OWN_RUNS = 2
+"""Fewer runs than this of a framework, or of a device under it, are not fitted apart from the others."""
 
 MIN_CLUSTER_RUNS = 20
 """Fewer runs than this do not tell a cluster from others of its device."""
@@ -114,10 +117,10 @@ def scopes(measured: Sequence[Measured]) -> list[tuple[Scope, list[Measured]]]:
         own = [run for run in measured if _family(run) == family]
         named = {f: [run for run in own if run.run.framework == f] for f in frameworks}
         present = {framework: runs for framework, runs in named.items() if runs}
-        if len(present) > 1 and len(own) >= MIN_RUNS:
+        if len(present) > 1 and len(own) >= MIN_OWN_RUNS:
             found.append((Scope(engine=family), own))
         for framework, runs in present.items():
-            if len(runs) >= MIN_RUNS:
+            if len(runs) >= MIN_OWN_RUNS:
                 found += _by_device(Scope(framework=framework, engine=family), runs)
     return found
 
@@ -129,7 +132,7 @@ def _by_device(scope: Scope, runs: Sequence[Measured]) -> list[tuple[Scope, list
     for device in devices:
         there = [run for run in runs if _device(run) == device]
         own = scope if len(devices) == 1 else dataclasses.replace(scope, device=device)
-        if own is not scope and len(there) >= MIN_RUNS:
+        if own is not scope and len(there) >= MIN_OWN_RUNS:
             found.append((own, there))
         found += _by_network(own, there)
     return found

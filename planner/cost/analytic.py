@@ -219,21 +219,29 @@ def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates, more: Train
     busy_backward_s = 2 * layer_s + rates.physics.backward_scale * turned_s
     busy_backward_s += between.backward_s + beside_backward_s
     backward_s = _launched_s(busy_backward_s, host_s * (2 + more.backward_launches), rates)
+    again_busy_s = {
+        Recompute.NONE: 0.0,
+        Recompute.SELECTIVE: between.forward_s,
+        Recompute.FULL: busy_s,
+    }[shape.recompute]
     again_s = {
         Recompute.NONE: 0.0,
         Recompute.SELECTIVE: larger(between.forward_s, 0.5 * host_s),
         Recompute.FULL: larger(forward_s, again_host_s),
-    }
+    }[shape.recompute]
+    idle = not rates.serial
     saved = block_saved_bytes(block, shape, shape.recompute)
     working = size * tokens * (2 * stream + _widest_values(block, shape) / tp)
     full_again = block_saved_bytes(block, shape, Recompute.NONE)
     return LayerCost(
         forward_s=forward_s,
-        backward_s=backward_s + again_s[shape.recompute],
+        backward_s=backward_s + again_s,
         saved_bytes=saved,
         forward_transient_bytes=working if shape.recompute is Recompute.NONE else full_again,
         backward_transient_bytes=working + (full_again - saved),
         origin=rates.origin,
+        forward_idle_s=idle * (forward_s - busy_s),
+        backward_idle_s=idle * (backward_s - busy_backward_s + again_s - again_busy_s),
     )
 
 

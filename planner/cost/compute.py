@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     Ints = np.ndarray[Any, np.dtype[np.int64]]
 
+IDLE = ("forward_idle_s", "backward_idle_s")
+
 ORIGINS = ("measured", "interpolated", "fitted", "datasheet")
 
 
@@ -123,7 +125,8 @@ class LayerModel:
             return cost
         frozen = analytic_cost(model, shape, self.rates, adapters)
         if not self.samples:
-            return dataclasses.replace(cost, forward_s=frozen.forward_s, backward_s=frozen.backward_s)
+            times = {name: getattr(frozen, name) for name in ("forward_s", "backward_s", *IDLE)}
+            return dataclasses.replace(cost, **times)
         whole = analytic_cost(model, shape, self.rates)
         scaled = {
             name: getattr(cost, name) * getattr(frozen, name) / getattr(whole, name)

@@ -53,7 +53,8 @@ class LayerShape:
 class LayerCost:
     """Seconds and bytes of one layer for one micro-batch on one device, communication not included.
 
-    `saved_bytes` stays from forward to backward and includes the layer's input, not its output.
+    `saved_bytes` stays from forward to backward and includes the layer's input, not its output. Of the seconds
+    the device waits for the host in the idle ones, where that is known: messages go out meanwhile.
     """
 
     forward_s: float
@@ -62,6 +63,8 @@ class LayerCost:
     forward_transient_bytes: float
     backward_transient_bytes: float
     origin: str
+    forward_idle_s: float = 0.0
+    backward_idle_s: float = 0.0
 
 
 NOTHING = LayerCost(
