@@ -153,6 +153,28 @@ def test_outliers_bend_the_fit_little(runs: list[Run]) -> None:
     assert sorted(abs(error) for error in found.errors)[len(found.errors) // 2] < 0.03
 
 
+def test_runs_that_something_slowed_do_not_move_the_constants(runs: list[Run]) -> None:
+    slowed = [dataclasses.replace(run, step_time_s=1.4 * (run.step_time_s or 0)) for run in runs[::5]]
+    rest = [run for index, run in enumerate(runs) if index % 5]
+    found = fit(usable([*slowed, *rest], None)[0], Scope(), empty(), quiet)
+    values = {u.name: v for u, v in zip(found.unknowns, found.values, strict=True)}
+    for name in ("gemm_scale", "tp_scale"):
+        assert values[name] == pytest.approx(TRUTH[name], rel=0.15)
+
+
+def test_a_cluster_stands_on_its_own_where_that_predicts_it_better(tmp_path: Path) -> None:
+    """A framework with many runs does not draw one with few that behaves as is usual."""
+    other = grid(tmp_path, framework="NeMo")
+    usual = [run for run in other if run.hidden == 2048]
+    odd = [dataclasses.replace(run, framework="Megatron-LM") for run in grid(tmp_path)]
+    slow = {"gemm_scale": 0.45, "elementwise_scale": 4.0, "norm_scale": 10.0, "tp_scale": 5.0}
+    few = made_by(usual[::3], {})
+    made = calibrate([*made_by(odd, slow), *few], name="two", progress=quiet)
+    rows = [m for m in usable(made_by(usual, {}), None)[0] if m.run.framework == "NeMo"]
+    errors = [abs(time_of(run, made.profile) / run.step_time_s - 1) for run in rows]
+    assert sum(errors) / len(errors) < 0.03
+
+
 def test_constants_stay_within_their_bounds() -> None:
     for name, prior in PRIORS.items():
         unknown = Unknown(name, "", prior.value)

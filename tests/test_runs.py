@@ -283,6 +283,15 @@ def test_embedding_and_head_take_a_layers_place_where_only_so_stages_are_equal()
     assert sizes(layers=9, framework="Megatron-LM", **eight) == [2, 1, 1, 1, 1, 1, 1, 1]
 
 
+def test_embedding_norm_and_head_are_dealt_out_as_layers_where_the_framework_does_so() -> None:
+    """Scaling's pipe_partition_uniform over 43 and 83 layers."""
+    four = {"framework": "AA-Scaling (Aleph Alpha)", "tp": 1, "micro_batch": 1, "global_batch": 8}
+    assert sizes(layers=40, pp=2, dp=4, **four) == [21, 19]
+    assert sizes(layers=40, pp=4, dp=2, **four) == [10, 11, 11, 8]
+    assert sizes(layers=80, pp=8, dp=1, **four) == [10, 11, 11, 10, 10, 10, 10, 8]
+    assert sizes(layers=40, pp=1, dp=8, **four) == [40]
+
+
 def test_words_of_a_run_say_what_it_offloads() -> None:
     assert setup(GPT).strategy.offloads == ()
     for notes, offload in (

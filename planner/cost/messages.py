@@ -14,6 +14,7 @@ from planner.stack import Engine
 from planner.strategy import Degrees, Zero
 from planner.workload import Precision
 
+
 class Messages:
     """Communication of one micro-batch and of once a step under given degrees."""
 

@@ -279,7 +279,8 @@ def _strategy(run: Run, model: ModelSpec, degrees: Degrees, assumed: list[str]) 
     share, rest = divmod(model.layers + sum(ends), count)
     sizes = [share + (stage < rest) for stage in range(count)]
     sizes[0], sizes[-1] = sizes[0] - ends[0], sizes[-1] - ends[1]
-    assumed.append(f"{sizes[0]} and {sizes[-1]} layers on the end stages")
+    told = " and ".join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
+    assumed.append(f"{told} layers on the end stages")
     return Strategy(degrees=degrees, stages=sized_stages(sizes, recompute))
 
 
