@@ -7,8 +7,9 @@ may be 0), the fit minimises
 
 with rho = ln(1 + z) and each c_j within its bounds: the most probable constants, given their priors, where
 runs scatter by e as Cauchy's distribution does: ERROR at first, then what they were found to scatter by. A
-run that something else slowed (a neighbour on the fabric, a bad node) pulls the less the farther off it is. A constant whose uncertainty the runs do not reduce below KNOWN of its prior's is not determined by them:
-it stays at its prior and is named, and the others are fitted again.
+run that something else slowed (a neighbour on the fabric, a bad node) pulls the less the farther off it is.
+A constant whose uncertainty the runs do not reduce below KNOWN of its prior's is not determined by them: it
+stays at its prior and is named, and the others are fitted again.
 
 What the fit would have predicted for a group of runs without having seen it follows from one Gauss-Newton
 step away from the optimum, with the Jacobian at hand: no further model is evaluated.

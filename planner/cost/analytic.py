@@ -411,9 +411,10 @@ def _head_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates, *, froze
     stream = model.hidden / (shape.tp if shape.sequence_parallel else 1)
     logits_bytes = tokens * vocab * (4.0 + (size if size < 4 else 0))
     turned_s = (1 if frozen else 2) * projection_s + logits_s
+    slower = rates.physics.unaligned_head_scale if vocab % constants.ALIGNED_VALUES else 1.0
     return LayerCost(
-        forward_s=measured.forward_s if measured else projection_s + logits_s,
-        backward_s=measured.backward_s if measured else turned_s,
+        forward_s=measured.forward_s if measured else slower * (projection_s + logits_s),
+        backward_s=measured.backward_s if measured else slower * turned_s,
         saved_bytes=size * tokens * 2 * stream + logits_bytes,
         forward_transient_bytes=4.0 * tokens * vocab,
         backward_transient_bytes=tokens * vocab * (4.0 + size),

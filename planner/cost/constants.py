@@ -103,3 +103,7 @@ SPLIT_RECOMPUTES = 8
 group of weights walks the graph by itself. Measured with torch 2.13 on gloo (2 ranks, Llama blocks): 6.6
 to 11 forwards of each layer and micro-batch under zbv and the interleaved zero bubble, 2.08 under 1f1b
 (github.com/pytorch/pytorch/issues/136766)."""
+
+ALIGNED_VALUES = 8
+"""Values of 2 bytes that tensor cores load at once: a matrix whose rows are no multiple of it is read in
+smaller pieces (NVIDIA, Matrix Multiplication Background User's Guide)."""

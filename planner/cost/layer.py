@@ -53,8 +53,8 @@ class LayerShape:
 class LayerCost:
     """Seconds and bytes of one layer for one micro-batch on one device, communication not included.
 
-    `saved_bytes` stays from forward to backward and includes the layer's input, not its output. Of the seconds
-    the device waits for the host in the idle ones, where that is known: messages go out meanwhile.
+    `saved_bytes` stays from forward to backward and includes the layer's input, not its output. In the idle
+    ones of the seconds, where they are known, the device waits for the host: messages go out meanwhile.
     """
 
     forward_s: float

@@ -17,8 +17,8 @@ from planner.model import Block, ModelSpec, Norm, Segment
 from planner.naming import squash
 from planner.runs.run import Run
 
-MEGATRON_VOCAB = 51200
-"""GPT-2's 50257 tokens as Megatron-LM pads them to shards of 128; what its papers count (Narayanan 2021)."""
+GPT_VOCAB = 50257
+"""GPT-2's tokenizer, of rows that state no vocabulary; what tensor parallelism splits of it is padded."""
 
 LLAMA_VOCAB = 32000
 """Vocabulary of Llama 1 and 2, for gated models whose row states none."""
@@ -184,7 +184,7 @@ def _experts(run: Run, gated: bool, activation: Activation, assumed: list[str]) 
 def _vocab(run: Run, gated: bool, assumed: list[str]) -> int:
     if run.vocab is not None:
         return run.vocab
-    usual = LLAMA_VOCAB if gated else MEGATRON_VOCAB
+    usual = LLAMA_VOCAB if gated else GPT_VOCAB
     if run.embedding is not False or run.head is not False:
         assumed.append(f"vocab {usual}")
     return usual
