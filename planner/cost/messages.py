@@ -222,11 +222,17 @@ class Messages:
 
     def _reduced_s(self, size_bytes: float, shards: Group, replicas: Group) -> float:
         """Seconds of scattering gradients over shards and summing each over replicas."""
-        if self.problem.stack.reduces_whole:
+        if self._reduces_whole:
             whole_s = self.seconds(Op.ALL_REDUCE, size_bytes, shards)
             return whole_s + self.seconds(Op.ALL_REDUCE, size_bytes, replicas)
         scatter_s = self.seconds(Op.REDUCE_SCATTER, size_bytes, shards)
         return scatter_s + self.seconds(Op.ALL_REDUCE, size_bytes / shards.ranks, replicas)
+
+    @property
+    def _reduces_whole(self) -> bool:
+        """Whether every data rank sums all gradients in fp32, though ZeRO may share out the update."""
+        stack, bf16 = self.problem.stack, self.problem.workload.precision is Precision.BF16
+        return stack.reduces_whole or (stack.accumulates_beside and bf16)
 
     def gradient_bytes(self) -> float:
         """Bytes of each gradient as data ranks reduce it.
@@ -235,7 +241,7 @@ class Messages:
         in fp32; DeepSpeed in the compute precision.
         """
         precision, engine = self.problem.workload.precision, self.problem.stack.engine
-        if self.problem.stack.reduces_whole:
+        if self._reduces_whole:
             return 4.0
         if engine is Engine.DEEPSPEED or (engine is Engine.MEGATRON and precision is Precision.FP16):
             return float(self.value_bytes)

@@ -198,8 +198,8 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
         ),
         "unaligned_head_scale": Prior(
             value=1.7, spread=0.3, low=0.8, high=4.0,
-            meaning="time of head and loss over a vocabulary that is no multiple of 8, over that of one that is: "
-            "its rows are unaligned (nanoGPT, 2023-02: 50304 for 50257 made GPT-2's step 25 % faster on A100)",
+            meaning="time of head and loss over a vocabulary that is no multiple of 8, over that of one that "
+            "is: its rows are unaligned (nanoGPT, 2023-02: 50304 for 50257 made GPT-2's steps 25 % faster)",
         ),
         "optimizer_scale": Prior(
             value=1.0, spread=0.7, low=0.2, high=10.0,

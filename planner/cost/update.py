@@ -6,6 +6,7 @@ from planner.cost.analytic import DeviceRates
 from planner.cost.messages import Messages
 from planner.cost.physics import Physics
 from planner.stack import Engine
+from planner.workload import Precision
 
 UPDATE_BYTES = 28.0
 """AdamW reads parameter, gradient and two moments, and writes three of them, all in fp32."""
@@ -28,11 +29,14 @@ def accumulate_s(messages: Messages, rates: DeviceRates | None) -> float:
     """Seconds of adding a micro-batch's gradient to that of earlier ones, a parameter: measured, or by bytes.
 
     Megatron-LM adds the compute precision's to fp32, DeepSpeed adds in the compute precision, all others in
-    fp32: two are read, one is written. Behind a product that adds up by itself that takes no time.
+    fp32: two are read, one is written. Where bf16 gradients are summed beside themselves, they are set to zero
+    and added to before. Behind a product that adds up by itself that takes no time.
     """
     measured, stack = messages.constant("grad_accumulate_s_per_param"), messages.problem.stack
     if measured or rates is None or stack.accumulates_in_products:
         return measured
     size = messages.value_bytes
     moved = {Engine.MEGATRON: size + 8, Engine.DEEPSPEED: 3 * size}.get(stack.engine, 12)
+    if stack.accumulates_beside and messages.problem.workload.precision is Precision.BF16:
+        moved += 4 * size
     return moved / rates.memory_bytes_per_s

@@ -131,3 +131,18 @@ def test_a_processor_that_launches_and_computes_by_turns_is_never_idle() -> None
     )
     assert 0 < waiting.forward_idle_s < waiting.forward_s and waiting.backward_idle_s > 0
     assert (by_turns.forward_idle_s, by_turns.backward_idle_s) == (0.0, 0.0)
+
+
+def test_gradients_that_are_summed_beside_themselves_are_reduced_whole() -> None:
+    """DeepSpeed's BF16_Optimizer: set to zero, added to, added to fp32; fp16 has none of it."""
+    beside = Stack(engine=Engine.MEGATRON, framework="Megatron-DeepSpeed", attention=AttentionKernel.FUSED)
+    own = shape(beside)
+    rates = own.layer_model.rates
+    assert rates is not None
+    assert accumulate_s(own.messages, rates) == pytest.approx(18 / rates.memory_bytes_per_s)
+    unit = next(iter(own.block_units.values()))
+    whole_s = own.messages.seconds(Op.ALL_REDUCE, 4 * unit.trained, own.messages.shard_group())
+    assert own.reduces[unit].dp_s == pytest.approx(whole_s)
+    half = shape(beside, precision=Precision.FP16)
+    scatter_s = half.messages.seconds(Op.REDUCE_SCATTER, 2 * unit.trained, half.messages.shard_group())
+    assert half.reduces[unit].dp_s == pytest.approx(scatter_s)
