@@ -94,6 +94,15 @@ SETS = (
         target="4 %, bias 2 %, regret 0 in 9 of 10",
     ),
     RunSet(
+        name="layout-sweep",
+        title="layout sweeps on A100, a sweep (model and kernels) left out",
+        file="layout_sweeps.csv",
+        prefixes=("alephalpha",),
+        keep=by_group,
+        parts=13,
+        target="4 %, bias 2 %, regret 0 in 9 of 10",
+    ),
+    RunSet(
         name="layout-few",
         title="layout sweeps on A100, fitted on a quarter of the sweeps",
         file="layout_sweeps.csv",

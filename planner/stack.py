@@ -141,9 +141,9 @@ class Stack:
 
     @property
     def accumulates_beside(self) -> bool:
-        """Whether bf16 gradients are summed in fp32 beside themselves, and these sums reduced whole: DeepSpeed's
-        BF16_Optimizer in its pipeline, with which Megatron-DeepSpeed trained BLOOM (arXiv 2211.05100;
-        deepspeed/runtime/pipe/engine.py, _bf16_reduce_grads)."""
+        """Whether bf16 gradients are summed in fp32 beside themselves, and these sums reduced whole:
+        DeepSpeed's BF16_Optimizer in its pipeline, with which Megatron-DeepSpeed trained BLOOM (arXiv
+        2211.05100; deepspeed/runtime/pipe/engine.py, _bf16_reduce_grads)."""
         return self.engine is Engine.MEGATRON and "deepspeed" in self.framework.lower()
 
     @property

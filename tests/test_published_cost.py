@@ -24,7 +24,7 @@ NAMED = ("llama-2-7b", "llama-2-70b", "llama-3.1-405b", "deepseek-v3", "bloom-17
 
 MISSES = {  # errors as shipped and with the fit, where either is beyond 20 %; reasons are in the file
     "llama-13b": (0.20, 0.20),
-    "llama-33b": (0.23, 0.23),
+    "llama-33b": (0.28, 0.28),
     "llama-65b": (0.23, 0.23),
     "llama-3.1-70b": (-0.45, -0.18),
     "llama-3.1-8b": (-0.70, -0.58),
@@ -39,6 +39,7 @@ MISSES = {  # errors as shipped and with the fit, where either is beyond 20 %; r
     "pythia-410m": (-0.34, -0.34),
     "pythia-2.8b": (-0.33, -0.33),
     "pythia-12b": (-0.33, -0.33),
+    "megascale-175b": (-0.22, -0.22),
 }
 SLACK = 0.02
 

@@ -224,8 +224,8 @@ def test_stated_software_wins_over_defaults() -> None:
 def test_what_is_assumed_is_listed() -> None:
     run = dataclasses.replace(GPT, vocab=None, ffn=None, recompute=None, zero=None, dp=None)
     made = setup(run)
-    assert made.problem.model.vocab == 51200
-    for text in ("vocab 51200", "ffn 8192", "recompute none", "zero 0", "dp 2", "attention fused"):
+    assert made.problem.model.vocab == 50432, "GPT-2's tokens, padded for two tensor-parallel ranks"
+    for text in ("vocab 50257", "ffn 8192", "recompute none", "zero 0", "dp 2", "attention fused"):
         assert text in made.assumed
 
 

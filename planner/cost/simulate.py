@@ -256,8 +256,11 @@ def split_backward(stage: StageCost) -> tuple[Pass, Pass]:
     else:
         products_s = 0.0 if stage.frozen else smaller(backward.compute_s / 2, stage.forward.compute_s)
         left_s, again_s = products_s, backward.recompute_s * (constants.SPLIT_RECOMPUTES - 1)
-    inputs = dataclasses.replace(backward, compute_s=backward.compute_s - left_s, host_s=backward.host_s / 2)
-    return inputs, Pass(compute_s=products_s, recompute_s=again_s, host_s=backward.host_s / 2)
+    later_s = 0.0 if stage.frozen else backward.host_s / 2
+    inputs = dataclasses.replace(
+        backward, compute_s=backward.compute_s - left_s, host_s=backward.host_s - later_s
+    )
+    return inputs, Pass(compute_s=products_s, recompute_s=again_s, host_s=later_s)
 
 
 def kind_passes(stage: StageCost) -> dict[ActionKind, Pass]:

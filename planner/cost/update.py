@@ -29,8 +29,8 @@ def accumulate_s(messages: Messages, rates: DeviceRates | None) -> float:
     """Seconds of adding a micro-batch's gradient to that of earlier ones, a parameter: measured, or by bytes.
 
     Megatron-LM adds the compute precision's to fp32, DeepSpeed adds in the compute precision, all others in
-    fp32: two are read, one is written. Where bf16 gradients are summed beside themselves, they are set to zero
-    and added to before. Behind a product that adds up by itself that takes no time.
+    fp32: two are read, one is written. Where bf16 gradients are summed beside themselves, these are set to
+    zero and added to before. Behind a product that adds up by itself that takes no time.
     """
     measured, stack = messages.constant("grad_accumulate_s_per_param"), messages.problem.stack
     if measured or rates is None or stack.accumulates_in_products:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
+import operator
 import random
 from pathlib import Path
 
@@ -23,6 +23,14 @@ from planner.workload import Precision, Workload
 
 PROFILE = Path(__file__).parent / "golden" / "profile.json"
 """The first shipped profile of a CPU, as it was: nothing but tensor parallelism, at one length."""
+FIGURES = (
+    "forward_s",
+    "backward_s",
+    "saved_bytes",
+    "forward_transient_bytes",
+    "backward_transient_bytes",
+    "origin",
+)
 GOLDEN = Path(__file__).parent / "golden" / "layer-prices.json"
 """Written before samples had lengths, context and expert parallelism: what each is priced at. Peaks of plans
 are those of the own runtime's moments (planner.cost.moments); each of 8 ranks has a whole one of the
@@ -87,7 +95,8 @@ def prices() -> dict[str, list[float | str]]:
     """Each layer's figures and origin, and each plan's step time and peak memory."""
     asked = problem()
     layers = LayerModel(asked, physics_of(asked.profile, asked.stack))
-    found = {label(shape): list(dataclasses.astuple(layers.cost(shape))) for shape in shapes()}
+    figures = operator.attrgetter(*FIGURES)
+    found = {label(shape): list(figures(layers.cost(shape))) for shape in shapes()}
     for degrees in PLANS:
         whole = problem(batch=degrees.batch)
         stages = even_stages(whole.model.layers, degrees.stages)
