@@ -351,7 +351,8 @@ def run_set(chosen: RunSet, fit: Fitted | None) -> dict[str, Any]:
     for method, parts in methods.items():
         if parts:
             result[method] = dataclasses.asdict(figures(parts))
-            result[f"{method}_groups"] = [encode(group) for part in parts for group in part.groups]
+    told = methods["fitted"] or methods["prior"]
+    result["groups"] = [encode(group) for part in told for group in part.groups]
     result["wall_s"] = time.perf_counter() - begun
     return result
 
