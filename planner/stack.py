@@ -8,6 +8,9 @@ from enum import StrEnum
 from planner.codec import noun
 from planner.kept import AttentionKernel
 
+SCALING = r"aleph|aa-scaling"
+"""Names of Aleph Alpha's framework (github.com/Aleph-Alpha/scaling)."""
+
 
 class Engine(StrEnum):
     """The training framework, which decides what is kept in which format and what overlaps."""
@@ -129,8 +132,8 @@ class Stack:
     @property
     def reduces_whole(self) -> bool:
         """Whether every data rank sums all gradients, in fp32 and after the last backward, though ZeRO shares
-        out the update: Aleph Alpha's (github.com/Aleph-Alpha/scaling, core/optimizer/allreduce)."""
-        return bool(re.search(r"aleph|aa-scaling", self.framework.lower()))
+        out the update: Aleph Alpha's (core/optimizer/allreduce)."""
+        return bool(re.search(SCALING, self.framework.lower()))
 
     @property
     def scatters_boundaries(self) -> bool:

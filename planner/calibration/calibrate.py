@@ -72,7 +72,7 @@ def calibrate(
         found = fit(chosen, scope, profile, progress)
         if fits:
             alone = fit(chosen, scope, usual, progress)
-            found = min(found, alone, key=lambda each: each.error)
+            found = min(found, alone, key=lambda each: each.left_out_error)
         fits.append(found)
         error = Constant(
             name=TIME_ERROR,

@@ -163,7 +163,7 @@ class Fit:
         return self.uncertainty[index] < KNOWN
 
     @property
-    def error(self) -> float:
+    def left_out_error(self) -> float:
         """Mean error of groups of runs that are predicted from the others."""
         return fmean(abs(error) for error in self.left_out)
 

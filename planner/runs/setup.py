@@ -35,6 +35,7 @@ from planner.runs.software import (
     unmodelled,
     usual_chunks,
 )
+from planner.stack import SCALING
 from planner.strategy import (
     Degrees,
     Recompute,
@@ -49,9 +50,6 @@ from planner.workload import Precision, Workload
 
 MAX_ACTIONS = 2_000_000
 """Passes of a step that are replayed at most; tables of real runs stay under a tenth of it."""
-
-DEALS_ENDS = r"aleph|aa-scaling"
-"""Frameworks that deal out embedding, last norm and head among stages as they do layers."""
 
 REMATERIALISES = r"\bjax\b|maxtext|paxml"
 """Frameworks that recompute a whole block unless told otherwise: MaxText's remat_policy is full."""
@@ -293,8 +291,8 @@ def ends_dealt(layers: int, stages: int, framework: str) -> tuple[int, int]:
     """
     if stages == 1:
         return 0, 0
-    if re.search(DEALS_ENDS, framework.lower()):
-        return (1, 2) if layers > 2 * stages else (0, 0)
+    if re.search(SCALING, framework.lower()):
+        return (1, 2) if (layers + 3) // stages > 2 else (0, 0)
     counted, rest = divmod(layers + 2, stages)
     return (1, 1) if layers % stages and not rest and counted > 1 else (0, 0)
 

@@ -14,14 +14,14 @@ from planner.engines.defaults import USUAL_EXCHANGE
 from planner.estimate import Rejected
 from planner.kept import AttentionKernel
 from planner.runs.run import Run, RunRecompute
-from planner.stack import Dispatch, Engine, Selective, Stack
+from planner.stack import SCALING, Dispatch, Engine, Selective, Stack
 from planner.strategy import CpExchange, Offload, Schedule, Zero
 from planner.workload import AdapterModules, Adapters, Method, Precision
 
 ENGINES: tuple[tuple[str, Engine], ...] = (
     (r"deepspeed.*megatron|megatron-?deepspeed", Engine.MEGATRON),
     (r"megatron|nemo|mbridge|nanotron|megascale|fast-llm|ptd-p|neox", Engine.MEGATRON),
-    (r"deepspeed|colossal|aleph|aa-scaling", Engine.DEEPSPEED),
+    (rf"deepspeed|colossal|{SCALING}", Engine.DEEPSPEED),
     (r"torchtitan|torch-reference|fsdp2?\b", Engine.TORCHTITAN),
 )
 """Engine by the first pattern found in `framework`; others are plain PyTorch. FSDP2 is torchtitan's way."""
