@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from planner.codec import noun
 from planner.kept import AttentionKernel
+from planner.workload import Precision
 
 SCALING = r"aleph|aa-scaling"
 """Names of Aleph Alpha's framework (github.com/Aleph-Alpha/scaling)."""
@@ -129,11 +130,10 @@ class Stack:
         """
         return self.engine is Engine.DEEPSPEED
 
-    @property
-    def reduces_whole(self) -> bool:
+    def reduces_whole(self, precision: Precision) -> bool:
         """Whether every data rank sums all gradients, in fp32 and after the last backward, though ZeRO shares
-        out the update: Aleph Alpha's (core/optimizer/allreduce)."""
-        return bool(re.search(SCALING, self.framework.lower()))
+        out the update: Aleph Alpha's (core/optimizer/allreduce), and sums that are kept beside."""
+        return bool(re.search(SCALING, self.framework.lower())) or self.accumulates_beside(precision)
 
     @property
     def scatters_boundaries(self) -> bool:
@@ -142,12 +142,12 @@ class Stack:
         PartitionedTensor of DeepSpeed's pipeline, on which Megatron-DeepSpeed runs."""
         return self.engine is Engine.MEGATRON
 
-    @property
-    def accumulates_beside(self) -> bool:
+    def accumulates_beside(self, precision: Precision) -> bool:
         """Whether bf16 gradients are summed in fp32 beside themselves, and these sums reduced whole:
         DeepSpeed's BF16_Optimizer in its pipeline, with which Megatron-DeepSpeed trained BLOOM (arXiv
         2211.05100; deepspeed/runtime/pipe/engine.py, _bf16_reduce_grads)."""
-        return self.engine is Engine.MEGATRON and "deepspeed" in self.framework.lower()
+        pipelined = self.engine is Engine.MEGATRON and "deepspeed" in self.framework.lower()
+        return pipelined and precision is Precision.BF16
 
     @property
     def keeps_gathered(self) -> bool:

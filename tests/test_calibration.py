@@ -154,9 +154,11 @@ def test_outliers_bend_the_fit_little(runs: list[Run]) -> None:
 
 
 def test_runs_that_something_slowed_do_not_move_the_constants(runs: list[Run]) -> None:
-    slowed = [dataclasses.replace(run, step_time_s=1.4 * (run.step_time_s or 0)) for run in runs[::5]]
-    rest = [run for index, run in enumerate(runs) if index % 5]
+    """A third of all, 40 % slower: a loss that grows with the error's size misses the others by 5 %."""
+    slowed = [dataclasses.replace(run, step_time_s=1.4 * (run.step_time_s or 0)) for run in runs[::3]]
+    rest = [run for index, run in enumerate(runs) if index % 3]
     found = fit(usable([*slowed, *rest], None)[0], Scope(), empty(), quiet)
+    assert max(abs(error) for error in found.errors[len(slowed) :]) < 0.03
     values = {u.name: v for u, v in zip(found.unknowns, found.values, strict=True)}
     for name in ("gemm_scale", "tp_scale"):
         assert values[name] == pytest.approx(TRUTH[name], rel=0.15)
@@ -217,6 +219,8 @@ def test_scopes_go_from_the_general_to_the_particular(tmp_path: Path) -> None:
     found = [scope for scope, _ in scopes([*one, *other])]
     names = ("", "Megatron-LM", "NeMo")
     assert found == [Scope(framework=framework, engine="megatron") for framework in names]
+    few, alone = ([scope for scope, _ in scopes([*one, *other[:count]])] for count in (2, 1))
+    assert few == found and Scope(framework="NeMo", engine="megatron") not in alone
 
 
 def test_many_runs_are_taken_evenly_from_every_group(measured: list[Measured]) -> None:

@@ -219,17 +219,12 @@ def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates, more: Train
     busy_backward_s = 2 * layer_s + rates.physics.backward_scale * turned_s
     busy_backward_s += between.backward_s + beside_backward_s
     backward_s = _launched_s(busy_backward_s, host_s * (2 + more.backward_launches), rates)
-    again_busy_s = {
-        Recompute.NONE: 0.0,
-        Recompute.SELECTIVE: between.forward_s,
-        Recompute.FULL: busy_s,
+    again_busy_s, again_s = {
+        Recompute.NONE: (0.0, 0.0),
+        Recompute.SELECTIVE: (between.forward_s, larger(between.forward_s, 0.5 * host_s)),
+        Recompute.FULL: (busy_s, larger(forward_s, again_host_s)),
     }[shape.recompute]
-    again_s = {
-        Recompute.NONE: 0.0,
-        Recompute.SELECTIVE: larger(between.forward_s, 0.5 * host_s),
-        Recompute.FULL: larger(forward_s, again_host_s),
-    }[shape.recompute]
-    idle = not rates.serial
+    idle = not rates.serial  # where host and device are one, neither waits
     saved = block_saved_bytes(block, shape, shape.recompute)
     working = size * tokens * (2 * stream + _widest_values(block, shape) / tp)
     full_again = block_saved_bytes(block, shape, Recompute.NONE)

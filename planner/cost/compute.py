@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
     Ints = np.ndarray[Any, np.dtype[np.int64]]
 
-IDLE = ("forward_idle_s", "backward_idle_s")
+TIMES = ("forward_s", "backward_s", "forward_idle_s", "backward_idle_s")
+"""The seconds of a layer's cost."""
 
 ORIGINS = ("measured", "interpolated", "fitted", "datasheet")
 
@@ -125,12 +126,12 @@ class LayerModel:
             return cost
         frozen = analytic_cost(model, shape, self.rates, adapters)
         if not self.samples:
-            times = {name: getattr(frozen, name) for name in ("forward_s", "backward_s", *IDLE)}
+            times = {name: getattr(frozen, name) for name in TIMES}
             return dataclasses.replace(cost, **times)
         whole = analytic_cost(model, shape, self.rates)
         scaled = {
             name: getattr(cost, name) * getattr(frozen, name) / getattr(whole, name)
-            for name in ("forward_s", "backward_s")
+            for name in TIMES
             if getattr(whole, name) > 0
         }
         return dataclasses.replace(cost, **scaled, origin="fitted")

@@ -221,27 +221,22 @@ class Messages:
         return Pass(host_s=copies_s, dp_s=self._data_parallel_s(seconds, degrees.replicas))
 
     def _reduced_s(self, size_bytes: float, shards: Group, replicas: Group) -> float:
-        """Seconds of scattering gradients over shards and summing each over replicas."""
-        if self._reduces_whole:
+        """Seconds of scattering gradients over shards and summing each over replicas, or of summing all."""
+        if self.problem.stack.reduces_whole(self.problem.workload.precision):
             whole_s = self.seconds(Op.ALL_REDUCE, size_bytes, shards)
             return whole_s + self.seconds(Op.ALL_REDUCE, size_bytes, replicas)
         scatter_s = self.seconds(Op.REDUCE_SCATTER, size_bytes, shards)
         return scatter_s + self.seconds(Op.ALL_REDUCE, size_bytes / shards.ranks, replicas)
 
-    @property
-    def _reduces_whole(self) -> bool:
-        """Whether every data rank sums all gradients in fp32, though ZeRO may share out the update."""
-        stack, bf16 = self.problem.stack, self.problem.workload.precision is Precision.BF16
-        return stack.reduces_whole or (stack.accumulates_beside and bf16)
-
     def gradient_bytes(self) -> float:
         """Bytes of each gradient as data ranks reduce it.
 
         FSDP2 reduces in fp32 as we set it; Megatron-LM in fp16 where that is computed in, and bf16 summed up
-        in fp32; DeepSpeed in the compute precision.
+        in fp32; DeepSpeed in the compute precision; what is reduced whole, in fp32.
         """
-        precision, engine = self.problem.workload.precision, self.problem.stack.engine
-        if self._reduces_whole:
+        precision, stack = self.problem.workload.precision, self.problem.stack
+        engine = stack.engine
+        if stack.reduces_whole(precision):
             return 4.0
         if engine is Engine.DEEPSPEED or (engine is Engine.MEGATRON and precision is Precision.FP16):
             return float(self.value_bytes)

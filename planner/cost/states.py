@@ -43,7 +43,7 @@ from planner.model import Block, Layer, ModelSpec
 from planner.problem import PlanningProblem
 from planner.stack import Engine
 from planner.strategy import Degrees, Zero
-from planner.workload import Optimizer, Precision
+from planner.workload import Optimizer
 
 
 @noun
@@ -180,7 +180,7 @@ def _with_master(problem: PlanningProblem, degrees: Degrees, state: float, n: in
     """Weights in the compute precision, a master in fp32 beside the optimizer's state."""
     zero, size = degrees.zero, problem.workload.precision.compute_bytes
     grads = memory_constants(problem).grad_bytes if size < 4 else 4.0
-    if problem.workload.precision is Precision.BF16 and problem.stack.accumulates_beside:
+    if problem.stack.accumulates_beside(problem.workload.precision):
         grads += size
     master = 4 if size < 4 else 0
     return ParamBytes(

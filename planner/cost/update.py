@@ -6,7 +6,6 @@ from planner.cost.analytic import DeviceRates
 from planner.cost.messages import Messages
 from planner.cost.physics import Physics
 from planner.stack import Engine
-from planner.workload import Precision
 
 UPDATE_BYTES = 28.0
 """AdamW reads parameter, gradient and two moments, and writes three of them, all in fp32."""
@@ -37,6 +36,6 @@ def accumulate_s(messages: Messages, rates: DeviceRates | None) -> float:
         return measured
     size = messages.value_bytes
     moved = {Engine.MEGATRON: size + 8, Engine.DEEPSPEED: 3 * size}.get(stack.engine, 12)
-    if stack.accumulates_beside and messages.problem.workload.precision is Precision.BF16:
+    if stack.accumulates_beside(messages.problem.workload.precision):
         moved += 4 * size
     return moved / rates.memory_bytes_per_s

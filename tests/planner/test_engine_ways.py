@@ -8,6 +8,7 @@ import pytest
 
 from planner.cluster_grammar import parse_cluster
 from planner.cost.analytic import analytic_cost
+from planner.cost.comm import Group
 from planner.cost.compute import LayerModel
 from planner.cost.evaluate import CostModel
 from planner.cost.physics import physics_of
@@ -55,7 +56,7 @@ def shape(stack: Stack, of: Degrees | None = None, precision: Precision = Precis
 def test_ranks_that_hold_a_result_whole_send_shares_of_it_where_the_engine_does() -> None:
     messages = shape(MEGATRON).messages
     whole = messages.message_bytes()
-    group = dataclasses.replace(messages._group(2, 2), spans_nodes=True, groups=4, stride=16)
+    group = Group(ranks=2, groups=4, spans_nodes=True, stride=16)
     gather_s = messages.seconds(Op.ALL_GATHER, whole, messages.tp_group())
     assert messages.p2p_s() == pytest.approx(messages.seconds(Op.P2P, whole / 4, group) + gather_s)
     assert shape(NATIVE).messages.p2p_s() == pytest.approx(messages.seconds(Op.P2P, whole, group))
