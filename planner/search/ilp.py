@@ -39,10 +39,7 @@ assignment is the shape's best. Times are in ms and bytes in GiB, so coefficient
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +47,7 @@ from planner.codec import noun
 from planner.cost.critical_path import CriticalPath
 from planner.cost.flight import Flights, InFlight
 from planner.search.paths import Path, first_paths
+from planner.search.quiet import quiet_stdout
 from planner.search.recipes import Column
 from planner.strategy import Degrees, Schedule
 from planner.units import GIB
@@ -111,21 +109,6 @@ class IlpAnswer:
     columns: tuple[Column, ...]
     objective_s: float
     bound_s: float
-
-
-@contextlib.contextmanager
-def _quiet_stdout() -> Iterator[None]:
-    """HiGHS greets on the process's stdout even when told to be silent; stdout is for results."""
-    sys.stdout.flush()
-    saved = os.dup(1)
-    sink = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(sink, 1)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 1)
-        os.close(saved)
-        os.close(sink)
 
 
 class StageIlp:
@@ -326,7 +309,7 @@ class StageIlp:
         if any(not columns for columns in self.programme.columns):
             return IlpAnswer(status="infeasible", columns=(), objective_s=0.0, bound_s=0.0)
         limit = None if time_limit_s is None else max(time_limit_s, 0.01)
-        with _quiet_stdout():
+        with quiet_stdout():
             if self.highs is None:
                 self._build(limit)
             elif limit is not None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.passes import Pass
 from planner.cost.stage import ShapeModel
+from planner.search.bounds import split_again_s
 from planner.strategy import Recompute
 
 if TYPE_CHECKING:
@@ -37,31 +38,36 @@ def least_passes(shape: ShapeModel, options: tuple[Recompute, ...]) -> LeastPass
     """Those of a shape's layers, each pass with the option that takes least."""
     import numpy as np
 
-    known = {key: _block_s(shape, key, options) for key in shape.classes}
+    known = {key: option_passes(shape, key, options).min(axis=0) for key in shape.classes}
     each = np.asarray([known[key] for key in shape.layer_model.keys]).T
     for place, (forward, backward) in ((0, shape.embedding_passes), (-1, shape.head_passes)):
         left_s = 0.0 if shape.problem.stack.recomputes_once else backward.compute_s / 2
-        each[:, place] += _parts_s(forward, backward, left_s, 0.0)
+        each[:, place] += _parts_s(shape, forward, backward, left_s, 0.0)
     sums = np.concatenate([np.zeros((len(each), 1)), np.cumsum(each, axis=1)], axis=1)
-    return LeastPasses(sums, np.asarray(_parts_s(shape.action, shape.action, 0.0, 0.0)))
+    return LeastPasses(sums, np.asarray(_parts_s(shape, shape.action, shape.action, 0.0, 0.0)))
 
 
-def _block_s(shape: ShapeModel, key: str, options: tuple[Recompute, ...]) -> list[float]:
-    """A block's seconds by kind of action."""
+def option_passes(shape: ShapeModel, key: str, options: tuple[Recompute, ...]) -> Floats:
+    """What a block of a class adds at least to its stage's actions, with each option [option, kind]."""
+    import numpy as np
+
     frozen, each = shape.problem.workload.adapters is not None, []
     for option in options:
         forward, backward = shape.passes(key, option)
         if shape.problem.stack.recomputes_once:
             products_s = shape.deferrable_s[key]
-            left_s = products_s * (option is Recompute.NONE)
+            left_s, again_s = products_s * (option is Recompute.NONE), 0.0
         else:
             left_s = 0.0 if frozen else backward.compute_s / 2
-            products_s = min(left_s, forward.compute_s)
-        each.append(_parts_s(forward, backward, left_s, products_s))
-    return [min(seconds) for seconds in zip(*each, strict=True)]
+            products_s, again_s = min(left_s, forward.compute_s), split_again_s(shape, key, option)
+        each.append(_parts_s(shape, forward, backward, left_s, products_s + again_s))
+    return np.asarray(each)
 
 
-def _parts_s(forward: Pass, backward: Pass, left_s: float, products_s: float) -> tuple[float, ...]:
+def _parts_s(
+    shape: ShapeModel, forward: Pass, backward: Pass, left_s: float, products_s: float
+) -> tuple[float, ...]:
     """Seconds by kind where `left_s` of the backward is not in I, and `products_s` are in W."""
-    half_s, forward_s, backward_s = backward.host_s / 2, forward.total_s, backward.total_s
-    return forward_s, backward_s, backward_s - left_s - half_s, products_s + half_s, forward_s
+    later_s = 0.0 if shape.problem.workload.adapters is not None else backward.host_s / 2
+    forward_s, backward_s = forward.total_s, backward.total_s
+    return forward_s, backward_s, backward_s - left_s - later_s, products_s + later_s, forward_s

@@ -70,19 +70,18 @@ class RankFloor:
         self.waiting = {option: self.shape.waiting_bytes[self.key, option] for option in book.options}
         self._keeping = sorted(self.saved, key=lambda option: -self.saved[option])
         one, two = (book.column(_of(size)) for size in (1, 2))
-        self._block_bytes = two.resident_bytes - one.resident_bytes
-        self._late_bytes = two.late_bytes - one.late_bytes
+        self.block_bytes = two.resident_bytes - one.resident_bytes
+        self.late_bytes = two.late_bytes - one.late_bytes
         # In Torchtitan's moments not all gradients exist, so that what is transient may be below 0; nor in
         # the own runtime's where a step has one micro-batch.
         engine = self.shape.problem.stack.engine
         apart = engine is Engine.TORCHTITAN or (engine is Engine.NATIVE and degrees.num_micro_batches == 1)
         self.bounded = not apart and book.offload is Offload.NONE
-        self._pass_bytes = {option: least_pass_bytes(self.shape, [option]) for option in book.options}
+        self.pass_bytes = {option: least_pass_bytes(self.shape, [option]) for option in book.options}
         pair = least_pass_bytes(self.shape, book.options, behind=True)
-        self._behind_bytes = pair - min(self._pass_bytes.values())
+        self._behind_bytes = pair - min(self.pass_bytes.values())
         self._alike: dict[int, _Signature] = {}
         self._known: dict[tuple[_Signature, int, range], dict[int, float]] = {}
-        self._known_parts: dict[tuple[_Signature, int], float] = {}
         self._known_ends: dict[tuple[bool, bool, bool], tuple[float, float, float]] = {}
         self._known_pairs: dict[int, tuple[Ints, Ints, Floats]] = {}
 
@@ -96,60 +95,19 @@ class RankFloor:
             self._known[key] = self._least_by_first_s(*key)
         return self._known[key]
 
-    def part_s(self, rank: int, blocks: int) -> float:
-        """What `blocks` blocks on a rank take at least for a micro-batch, found at once: blocks may recompute
-        in parts, and lie where fewest micro-batches are alive. Infinite where they cannot fit."""
-        if rank not in self._alike:
-            self._alike[rank] = self._signature(rank)
-        key = self._alike[rank], blocks
-        if key not in self._known_parts:
-            self._known_parts[key] = self._part_s(*key)
-        return self._known_parts[key]
-
-    def _part_s(self, signature: _Signature, blocks: int) -> float:
-        """At each moment, what does not fit is freed by the option, and on the stage, that frees most bytes a
-        second."""
-        ends, most, vectors = signature
-        fastest_s = min(self.block_s.values())
-        longest_s = seconds = blocks * fastest_s
-        if not self.bounded:
-            return seconds
-        for flights in vectors:
-            standing, forward, freed = self._standing_bytes(flights, ends)
-            passing = max(min(self._pass_bytes.values()) - freed, forward)
-            states = self._block_bytes - self._late_bytes * (not all(own.begun for own in flights))
-            free = self.limit_bytes - standing - blocks * states - passing
-            each = [self._bytes(own) for own in flights]
-            if _least_sum([min(own.values()) for own in each], most, blocks) > free + DUST * self.limit_bytes:
-                return float("inf")
-            quick = [min(own[o] for o, s in self.block_s.items() if s == fastest_s) for own in each]
-            over = _least_sum(quick, most, blocks) - free
-            rate = max(
-                (
-                    (least - own[o]) / (s - fastest_s)
-                    for least, own in zip(quick, each, strict=True)
-                    for o, s in self.block_s.items()
-                    if s > fastest_s
-                ),
-                default=0.0,
-            )
-            if over > 0 and rate > 0:
-                longest_s = max(longest_s, seconds + over / rate + self.shape.physics.recompute_pass_s)
-        return longest_s
-
-    def _bytes(self, own: InFlight) -> dict[Recompute, float]:
-        """What a block keeps of what is in flight, by its option."""
-        return {o: own.alive * kept + own.waiting * self.waiting[o] for o, kept in self.saved.items()}
-
     def _signature(self, rank: int) -> _Signature:
         """What a rank's floors depend on: which ends it holds, its places, and its fullest moments."""
         stages = self.stages[rank]
         fullest = sorted(self.in_flight[rank], key=lambda v: -total_count(v))[:MOMENTS]
         return (
-            tuple((s == 0, s == self.last) for s in stages),
+            self.ends(rank),
             tuple(self.limits[s][1] for s in stages),
             tuple(tuple(vector[s] for s in stages) for vector in fullest),
         )
+
+    def ends(self, rank: int) -> tuple[tuple[bool, bool], ...]:
+        """Whether the model starts and ends on each of a rank's stages."""
+        return tuple((s == 0, s == self.last) for s in self.stages[rank])
 
     def _least_by_first_s(self, signature: _Signature, blocks: int, firsts: range) -> dict[int, float]:
         import numpy as np
@@ -164,7 +122,7 @@ class RankFloor:
         for flights in vectors:
             standing, forward, freed = self._standing_bytes(flights, ends)
             begun = all(own.begun for own in flights)
-            free = self.limit_bytes - standing - blocks * (self._block_bytes - self._late_bytes * (not begun))
+            free = self.limit_bytes - standing - blocks * (self.block_bytes - self.late_bytes * (not begun))
             single = sum(1 if own.alive else high for own, high in zip(flights[1:], others, strict=True))
             for row, first in enumerate(firsts):
                 behind = (first > 1 and flights[0].alive > 0) or blocks - first > single
@@ -184,11 +142,11 @@ class RankFloor:
         """What the backward pass of some block needs: of one that recomputes, where all stages run."""
         import numpy as np
 
-        least = min(self._pass_bytes.values())
+        least = min(self.pass_bytes.values())
         counts = {Recompute.FULL: full, Recompute.SELECTIVE: selective}
         each = [
             (size - least) * (counts[option] > 0)
-            for option, size in self._pass_bytes.items()
+            for option, size in self.pass_bytes.items()
             if option in counts and all(own.alive for own in flights)
         ]
         back: Floats = least + np.max([np.zeros(len(full)), *each], axis=0)
@@ -286,23 +244,26 @@ class RankFloor:
         total, forward, freed = float(self.shape.runtime_bytes), 0.0, 0.0
         total += flights[0].messages * self.shape.messages.boundary_bytes()
         for flight, (first, last) in zip(flights, ends, strict=True):
-            end = first, last, flight.begun
-            if end not in self._known_ends:
-                self._known_ends[end] = self._end_bytes(*end)
-            resident, saved, passing = self._known_ends[end]
+            resident, saved, passing = self.end_bytes(first, last, flight.begun)
             total += resident + flight.alive * saved
             if flight.alive:
                 forward, freed = max(forward, passing), max(freed, saved)
         return total, forward, freed
 
-    def _end_bytes(self, first: bool, last: bool, begun: bool) -> tuple[float, float, float]:
+    def end_bytes(self, first: bool, last: bool, begun: bool) -> tuple[float, float, float]:
         """Of the ends that a stage holds: states, without gradients before a pass back has `begun`; what is
         kept of a micro-batch, what a pass needs."""
+        key = first, last, begun
+        if key not in self._known_ends:
+            self._known_ends[key] = self._end_bytes(*key)
+        return self._known_ends[key]
+
+    def _end_bytes(self, first: bool, last: bool, begun: bool) -> tuple[float, float, float]:
         each = {option: self._alone(first, last, option) for option in self.saved}
         option = self._keeping[-1]
-        late = 0.0 if begun else each[option].late_bytes - self._late_bytes
+        late = 0.0 if begun else each[option].late_bytes - self.late_bytes
         return (
-            each[option].resident_bytes - self._block_bytes - late,
+            each[option].resident_bytes - self.block_bytes - late,
             each[option].cost.saved_bytes - self.saved[option],
             min(stage_pass_bytes(self.shape, column.cost) for column in each.values()),
         )
@@ -327,15 +288,6 @@ def _before(counts: Sequence[int], blocks: int, places: Sequence[int]) -> Ints:
     rest = sorted(n for n, high in zip(counts[1:], others, strict=True) for _ in range(high))
     before: Ints = np.cumsum([0, *sorted([counts[0]] * first + rest[: blocks - first])])
     return before
-
-
-def _least_sum(each: Sequence[float], most: Sequence[int], blocks: int) -> float:
-    """The sum over `blocks` blocks where each adds least; a stage has `most` places."""
-    total, left = 0.0, blocks
-    for value, places in sorted(zip(each, most, strict=True)):
-        total += value * min(places, left)
-        left -= min(places, left)
-    return total
 
 
 def _of(size: int) -> Stage:

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from planner.cost.action import ActionKind
 from planner.cost.flight import InFlight
+from planner.cost.waiting import most_waits
 from planner.search.rank_fill import Way, can_hold
 from planner.search.rank_floor import DUST, RankFloor
 from planner.search.rank_mixes import Held, RankMixes
+from planner.search.rank_parts import RankParts, moments_of
 from planner.search.recipes import Column
 from planner.search.sizes import Limits
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from planner.search.stage_space import StageSpace
+
+    Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 Span = tuple[int, int]
 MIDDLE = 4
@@ -50,11 +56,17 @@ class RankWays:
         most = [high for _, high in by_rank]
         return can_hold(space.layers, most, map(ways, range(self.degrees.pp)), left_s)
 
-    def may_be_done(self, rank: int, blocks: int, own_s: float) -> bool:
-        """What `done` says at most, found in next to no time; true where hardly any lie between the ends."""
+    def parts_s(self, most: int) -> Floats:
+        """What every rank takes at least for a micro-batch with 0, 1, ... `most` blocks, found in next to no
+        time [rank, blocks]; nothing where hardly any lie between the ends."""
+        import numpy as np
+
         if self.space.layers < MIDDLE:
-            return True
-        return (self.floors[rank].part_s(rank, blocks) + self.space.held_s[rank]) * (1 - DUST) < own_s
+            return np.zeros((self.degrees.pp, most + 1))
+        known = {name: each.least_s(most) for name, each in {id(each): each for each in self.parts}.items()}
+        seconds = np.stack([known[id(each)][rank] for rank, each in enumerate(self.parts)])
+        total: Floats = (seconds + np.asarray(self.space.held_s)[:, None]) * (1 - DUST)
+        return total
 
     def done(self, rank: int, blocks: int, own_s: float) -> bool:
         """Whether a rank may hold so many blocks and take less than `own_s` for a micro-batch."""
@@ -168,6 +180,13 @@ class RankWays:
                     book, limit, self.degrees, self.space.in_flight, self.space.size_limits, self._split
                 )
         return [known[id(book)] for book in self.space.books]
+
+    @cached_property
+    def parts(self) -> list[RankParts]:
+        """The same of all ranks at once, for ranks on each kind of device."""
+        moments = moments_of(self.degrees, most_waits(self.space.model.problem.stack, self.degrees))
+        known = {id(floor): RankParts(floor, moments) for floor in self.floors}
+        return [known[id(floor)] for floor in self.floors]
 
     @cached_property
     def _split(self) -> float:

@@ -14,7 +14,7 @@ import dataclasses
 import time
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.critical_path import critical_path
 from planner.search.choices import Place
@@ -22,9 +22,15 @@ from planner.search.deal import Dealer
 from planner.search.ilp import StageIlp, StageProgramme
 from planner.search.path_game import Outcome, PathGame, even_splits, splits_within
 from planner.search.recipes import Column
-from planner.search.sizes import Sizes, narrowed, splits
+from planner.search.relaxation import Relaxed
+from planner.search.sizes import Sizes, narrowed, splits, whole
 from planner.search.stage_space import StageSpace
 from planner.strategy import Strategy
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 MAX_SPLITS = 400
 """Ways to deal the blocks that are all replayed; of more, the ILP finds the best."""
@@ -37,10 +43,12 @@ that of its sizes (StageSpace.floor_bound_s), and its gap stays open."""
 MAX_SEVERAL = 400
 """Spans that stages may hold, all counted, beyond which a shape of several layer classes and several stages
 a rank has an even split alone: this narrows the space that the certificate speaks of."""
-DEALT_WITHIN = 1.15
+DEALT_WITHIN = 1.05
 """Blocks are dealt better where an even split is within this of the step time to beat."""
 ROUNDING = 1e-6
 """Share of a step time by which an ILP's bound may lie below its own optimum: HiGHS's tolerance."""
+GAMES = False
+FEW, MANY = 3, 16
 BOUND_GAMES, BOUND_NEAR = 9, 1e-3
 """How many games are played at most for the bound of an open shape, and how near it is to be found, as a
 share of it."""
@@ -106,11 +114,16 @@ class ShapeSearch:
             return self._not_dealt(budget)
         if not self._may_beat(budget.to_beat_s):
             return ShapeResult(None, budget.to_beat_s, 0)
-        played = self.played(budget)
+        relaxed = self._relaxed(budget.to_beat_s, FEW)
+        if relaxed.bound_s >= budget.to_beat_s:
+            return ShapeResult(None, budget.to_beat_s, 0)
+        played = self.played(budget) if GAMES else ShapeResult(None, 0.0, 0)
+        played = played._replace(bound_s=max(played.bound_s, relaxed.bound_s))
         if played.bound_s >= budget.to_beat_s:
             return played
-        dealt = self.dealt(DEALT_WITHIN * budget.to_beat_s)
-        each = [found for found in (played.found, dealt) if found is not None]
+        within_s = DEALT_WITHIN * budget.to_beat_s
+        rounded = None if relaxed.blocks is None else self.dealt(within_s, self._rounded(relaxed.blocks))
+        each = [found for found in (played.found, self.dealt(within_s), rounded) if found is not None]
         to_beat_s = min([budget.to_beat_s, *(found.step_time_s * (1 - budget.tolerance) for found in each)])
         if played.bound_s >= to_beat_s:
             result = ShapeResult(None, played.bound_s, 0)
@@ -120,6 +133,22 @@ class ShapeSearch:
         each += [result.found] if result.found is not None else []
         best = min(each, key=lambda found: found.step_time_s, default=None)
         return result._replace(found=best, bound_s=max(played.bound_s, result.bound_s))
+
+    def _relaxed(self, to_beat_s: float, rounds: int) -> Relaxed:
+        """What the relaxation says of a step time, after so many replays."""
+        if to_beat_s == float("inf") or not self.dealable or not self.space.one_class:
+            return Relaxed(0.0, None)
+        sizes = self.space.sizes(to_beat_s)
+        return Relaxed(to_beat_s, None) if sizes is None else self.space.relaxed(to_beat_s, sizes, rounds)
+
+    def _rounded(self, blocks: Floats) -> tuple[int, ...]:
+        """Whole blocks near fractions of them, as many: on each rank, then on its stages."""
+        ranks = whole([sum(blocks[s] for s in stages) for stages in self.space.stages_of], self.space.layers)
+        deal = [0] * self.degrees.stages
+        for stages, held in zip(self.space.stages_of, ranks, strict=True):
+            for s, n in zip(stages, whole([blocks[s] for s in stages], held), strict=True):
+                deal[s] = n
+        return tuple(deal)
 
     def played(self, budget: Budget) -> ShapeResult:
         """The best recipes that games of paths find, and their bound: each has to beat the one before."""
@@ -168,33 +197,41 @@ class ShapeSearch:
         """The greatest step time, from one that is ruled out to the one to beat, that games rule out; and
         what they find."""
         high_s = middle_s = budget.to_beat_s
-        best, bound_s = None, 0.0
+        best, bound_s, step_s = None, 0.0, BOUND_NEAR * low_s
         for _ in range(BOUND_GAMES):
             left = budget.seconds
             if left is not None and left <= 0:
                 break
-            outcome = self._game(middle_s, budget.tolerance, thorough=True)
+            outcome = self._bounded(middle_s, budget.tolerance)
             bound_s = max(bound_s, outcome.bound_s)
             if outcome.columns is not None and (best is None or outcome.step_time_s < best.step_time_s):
                 best = self._found(outcome.columns, outcome.step_time_s)
             if outcome.bound_s >= middle_s:
-                low_s = middle_s
+                low_s, step_s = middle_s, 2 * step_s
             else:
                 high_s = middle_s
             low_s = max(low_s, bound_s)
             if low_s >= high_s * (1 - BOUND_NEAR):
                 break
-            middle_s = (low_s + high_s) / 2
+            middle_s = min(low_s + step_s, (low_s + high_s) / 2)
         return ShapeResult(best, bound_s, 0)
 
-    def dealt(self, within_s: float = float("inf")) -> Found | None:
-        """The best deal near an even one, found by moves where that takes at most `within_s`.
+    def _bounded(self, to_beat_s: float, tolerance: float) -> Outcome:
+        """What the relaxation or a game says of a step time, taking its time."""
+        if self.dealable and self.space.one_class:
+            relaxed = self._relaxed(to_beat_s, MANY)
+            return Outcome(None, float("inf"), relaxed.bound_s)
+        return self._game(to_beat_s, tolerance, thorough=True)
+
+    def dealt(self, within_s: float = float("inf"), start: tuple[int, ...] | None = None) -> Found | None:
+        """The best deal near one (None: an even one), found by moves where that takes at most `within_s`.
 
         None where none fits, or none is tried.
         """
         if not self.dealable:
             return None
-        deal = self.dealer.best(tuple(b - a for a, b in pairwise(self.space.even)), within_s)
+        even = tuple(b - a for a, b in pairwise(self.space.even))
+        deal = self.dealer.best(even if start is None else start, within_s)
         return None if deal is None else self._found(deal[0], self.space.replay(deal[0]).step_time_s)
 
     @cached_property

@@ -40,6 +40,17 @@ def narrowed(limits: Sequence[tuple[int, int]], total: int) -> Limits | None:
     return tuple((max(low, total - (most - high)), min(high, total - (least - low))) for low, high in limits)
 
 
+def whole(parts: Sequence[float], total: int) -> list[int]:
+    """Whole numbers near some parts that add up to a total."""
+    found = [int(part) for part in parts]
+    order = sorted(range(len(found)), key=lambda n: (found[n] - parts[n], n))
+    for number in range(total - sum(found)):
+        found[order[number % len(order)]] += 1
+    for number in range(sum(found) - total):
+        found[order[-1 - number % len(order)]] -= 1
+    return found
+
+
 def splits(sizes: Sizes, total: int, rank_of: Sequence[int], most: int) -> list[tuple[int, ...]] | None:
     """Every way to deal `total` blocks to stages within limits; None where there are more than `most`."""
     stages = sizes.stages

@@ -25,13 +25,15 @@ from planner.search.bounds import least_once_s
 from planner.search.cuts import Cuts, Spans
 from planner.search.rank_ways import RankWays
 from planner.search.recipes import Column, RecipeBook
-from planner.search.size_game import MIDDLE, SizeGame
+from planner.search.relaxation import MIDDLE, Relaxation, Relaxed
 from planner.search.sizes import Limits, Sizes, narrowed
 from planner.strategy import Schedule
 
 MAX_REACH = 4
 """Layers that a boundary of stages may lie from the even split, in a model of several layer classes: this
 narrows the space that the certificate speaks of."""
+MAX_RELAXED = 1_000_000
+"""Stages of all paths along rows together beyond which a shape is not relaxed: its programme would take long."""
 DUST = 1e-9
 
 
@@ -245,39 +247,36 @@ class StageSpace:
         several = self.degrees.chunks > 1
         if by_rank and several and not self.ranks.can_hold(by_rank, left_s, roomy=True):
             return None
-        if by_rank and not self._keeps(by_rank, left_s):
+        by_rank = by_rank and self._in_parts(by_rank, left_s)
+        sizes = None if by_rank is None else self._sizes(by_rank)
+        if sizes is None or self.relaxed(to_beat_s, sizes, 0).bound_s >= to_beat_s:
             return None
-        for done in (self.ranks.may_be_done, self.ranks.done):
-            by_rank = by_rank and self._with_memory(by_rank, done, left_s)
-        if by_rank and several and not self.ranks.can_hold(by_rank, left_s):
-            return None
-        if by_rank is None:
-            return None
-        by_stage = self._by_stage(by_rank)
-        return None if by_stage is None else Sizes(by_stage, by_rank)
+        by_rank = self._with_memory(sizes.ranks, self.ranks.done, left_s)
+        return None if by_rank is None else self._sizes(by_rank)
 
-    def _by_stage(self, by_rank: Limits) -> Limits | None:
+    def _sizes(self, by_rank: Limits) -> Sizes | None:
         """What stages may hold whose ranks hold no more than some limits; None where there is no way."""
         least = [sum(self.size_limits[s][0] for s in stages) for stages in self.stages_of]
         each = zip(self.size_limits, self.rank_of, strict=True)
         limits = [(low, min(high, by_rank[rank][1] - least[rank] + low)) for (low, high), rank in each]
-        return narrowed(limits, self.layers)
-
-    def _keeps(self, by_rank: Limits, left_s: float) -> bool:
-        """Whether stages whose ranks hold so many blocks may have all passes done in time."""
-        if self.layers < MIDDLE or self.degrees.pp == 1:
-            return True
-        by_stage = self._by_stage(by_rank)
-        return by_stage is not None and self.size_game.may_keep(by_stage, left_s)
+        by_stage = narrowed(limits, self.layers)
+        return None if by_stage is None else Sizes(by_stage, by_rank)
 
     @cached_property
-    def size_game(self) -> SizeGame:
-        """The game of paths against sizes of stages."""
-        return SizeGame(self)
+    def relaxation(self) -> Relaxation:
+        """Its stages in fractions of blocks."""
+        return Relaxation(self)
+
+    def relaxed(self, to_beat_s: float, sizes: Sizes, rounds: int) -> Relaxed:
+        """The relaxation of a step within sizes, or a bound of `to_beat_s`, after so many replays at most."""
+        if self.layers < MIDDLE or self.degrees.stages**2 * (self.degrees.chunks + 1) > MAX_RELAXED:
+            return Relaxed(0.0, None)
+        found = self.relaxation.least(to_beat_s - self.optimizer_s, sizes, rounds)
+        return found._replace(bound_s=min(to_beat_s, found.bound_s + self.optimizer_s))
 
     def within_s(self, to_beat_s: float) -> float:
         """What the passes of a rank may take in a step that is shorter."""
-        return to_beat_s - self._optimizer_s - self._once_s
+        return to_beat_s - self.optimizer_s - self._once_s
 
     def _with_memory(
         self, by_rank: Limits, done: Callable[[int, int, float], bool], left_s: float
@@ -302,6 +301,18 @@ class StageSpace:
             result.append((least, most))
         return narrowed(result, self.layers)
 
+    def _in_parts(self, by_rank: Limits, left_s: float) -> Limits | None:
+        """The limits of ranks, less the blocks that take one too long if they may recompute in parts."""
+        import numpy as np
+
+        seconds = self.ranks.parts_s(max(most for _, most in by_rank))
+        late = seconds >= np.asarray([[self._own_s(rank, left_s)] for rank in range(len(by_rank))])
+        found = []
+        for (least, most), own in zip(by_rank, late, strict=True):
+            behind = own[least : most + 1]
+            found.append((least, least + int(behind.argmax()) - 1 if behind.any() else most))
+        return narrowed(found, self.layers)
+
     def _own_s(self, rank: int, left_s: float) -> float:
         """What a rank may take for each micro-batch, if passes have a time."""
         m, p = self.degrees.num_micro_batches, self.degrees.pp
@@ -315,7 +326,7 @@ class StageSpace:
         cell_s = [seconds for stage in stages for seconds in stage]
         begin_s = [0.0] * self.degrees.pp
         _, ends_s = self.table.order.durations(cell_s).ends_s(begin_s, self.shape.messages.p2p_s())
-        return max(ends_s) + self._once_s + self._optimizer_s
+        return max(ends_s) + self._once_s + self.optimizer_s
 
     def even_bound_s(self, enough_s: float = float("inf")) -> float:
         """What no recipes of the even split beat, or a bound of at least `enough_s` where that is no more;
@@ -323,7 +334,7 @@ class StageSpace:
         spans, hop_s = list(pairwise(self.even)), self.shape.messages.p2p_s()
         through = [FORWARD] if self.degrees.schedule.splits_backward else [FORWARD, BACKWARD]
         worst_s = entered_s = 0.0
-        once_s = self._once_s + self._optimizer_s
+        once_s = self._once_s + self.optimizer_s
         for rank, stages in enumerate(self.stages_of):
             worst_s = max(worst_s, entered_s + self.ranks.even_own_s(rank, spans))
             if worst_s + once_s >= enough_s:
@@ -398,7 +409,7 @@ class StageSpace:
         return 2 * action_s + 2 * hop_s, forward_s + backward_s
 
     @cached_property
-    def _optimizer_s(self) -> float:
+    def optimizer_s(self) -> float:
         """The slowest rank's optimizer step is no faster than the mean over ranks."""
         shapes = {id(book): book.shape for book in self.books}.values()
         least_s = min(shape.optimizer_s(shape.all_units()) for shape in shapes)
