@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from planner.cost.action import Action, ActionKind, Row, parse_action
 from planner.cost.flight import Flights
-from planner.cost.table import Table, cell, parse_table, print_table
+from planner.cost.table import KINDS, Fullest, Moments, Table, cell, parse_table, print_table, row_moments
 from planner.cost.zero_bubble import dualpipev_row, zb_h1_row, zbv_row
 from planner.strategy import Schedule
 
@@ -39,6 +39,7 @@ __all__ = [
     "Row",
     "Table",
     "build_table",
+    "fullest",
     "in_flight",
     "parse_action",
     "parse_table",
@@ -73,13 +74,75 @@ def build_table(schedule: Schedule, pp: int, chunks: int, num_micro_batches: int
     return Table([row(rank, pp, chunks, num_micro_batches) for rank in range(pp)], num_micro_batches)
 
 
-@lru_cache(maxsize=COUNTED)
 def in_flight(
     schedule: Schedule, pp: int, chunks: int, num_micro_batches: int, waits: int
 ) -> tuple[Flights, ...]:
     """What Table.in_flight counts on every rank of the table of `schedule`."""
-    table = build_table(schedule, pp, chunks, num_micro_batches)
-    return tuple(table.in_flight(rank, waits) for rank in range(pp))
+    return _in_flight(*_short_table(schedule, pp, chunks, num_micro_batches, waits))
+
+
+@lru_cache(maxsize=COUNTED)
+def _in_flight(
+    schedule: Schedule, pp: int, chunks: int, micro_batches: int, more: int, waits: int
+) -> tuple[Flights, ...]:
+    table, found = _moments(schedule, pp, chunks, micro_batches, more)
+    return tuple(
+        table.flights(table.stages_of(rank), each, waits) for rank, each in enumerate(found.by_rank(pp))
+    )
+
+
+def fullest(schedule: Schedule, pp: int, chunks: int, num_micro_batches: int, waits: int) -> Fullest:
+    """What in_flight has on every rank when most are in flight and gradients are there: the first such."""
+    return _fullest(*_short_table(schedule, pp, chunks, num_micro_batches, waits))
+
+
+@lru_cache(maxsize=COUNTED)
+def _fullest(schedule: Schedule, pp: int, chunks: int, micro_batches: int, more: int, waits: int) -> Fullest:
+    _, found = _moments(schedule, pp, chunks, micro_batches, more)
+    return found.fullest(pp, waits)
+
+
+def _short_table(
+    schedule: Schedule, pp: int, chunks: int, num_micro_batches: int, waits: int
+) -> tuple[Schedule, int, int, int, int, int]:
+    """What to ask of the shortest table that tells as much: its micro-batches, how many more are alive at
+    every moment than it says, and `waits`.
+
+    A row runs forwards ahead, then rounds that take in as many micro-batches of each stage as they finish,
+    then what is left. Once all stages have had a pass back, each further round repeats the moments of the one
+    before, and moves what is left without changing it.
+
+    Interleaved, a round has p micro-batches, v p forwards each with a backward after it, and fewer than
+    (v + 1) p forwards run ahead. So with 4 p micro-batches at least 4 v p - (v + 1) p >= 2 v p such pairs are
+    in rounds: the first passes back of all stages, and one round more. Elsewhere a round has one micro-batch;
+    forwards ahead and weight gradients late are p - 1 on a rank of 1F1B and zb-h1, and fewer than 2 p on one
+    of a V. So p v + 1 micro-batches have one round after the first passes back; one more is a margin.
+
+    GPipe has no rounds: all are alive at its first pass back, and one fewer at its second. Where no backward
+    is split, nothing waits.
+    """
+    short, more = num_micro_batches, 0
+    if schedule is Schedule.GPIPE:
+        short = min(2, short)
+        more = num_micro_batches - short
+    else:
+        steady = 4 * pp + short % pp if schedule is Schedule.INTERLEAVED else pp * chunks + 2
+        short = min(steady, short)  # with what interleaved refuses to split into rounds, still refused
+    return schedule, pp, chunks, short, more, waits if schedule.splits_backward else min(waits, 1)
+
+
+@lru_cache(maxsize=TABLES)
+def _moments(
+    schedule: Schedule, pp: int, chunks: int, micro_batches: int, more: int
+) -> tuple[Table, Moments]:
+    """A table and the moments of its rows, `more` micro-batches alive at each."""
+    import numpy as np
+
+    table = build_table(schedule, pp, chunks, micro_batches)
+    stage, kind = np.divmod(np.concatenate(table.codes) // micro_batches, len(KINDS))
+    own = stage // pp == np.arange(chunks)[:, None]  # so under both placements, in layer order
+    found = row_moments(own, kind, np.cumsum([0, *map(len, table.codes[:-1])]))
+    return table, found._replace(alive=found.alive + more)
 
 
 def _run(stage: int, kind: ActionKind, num_micro_batches: int) -> Ints:

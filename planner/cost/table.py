@@ -10,8 +10,9 @@ what it costs depends on nothing else.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.action import Action, ActionKind, Row, parse_row
 from planner.cost.flight import Flights, InFlight
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from planner.cost.longest_path import ActionOrder
 
     Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+Fullest = tuple[tuple[int, ...], tuple[int, ...]]
+"""Of every stage the micro-batches that are alive, and those that wait, when most are on its rank."""
 
 KINDS = (
     ActionKind.FORWARD,
@@ -134,27 +138,23 @@ class Table:
         """
         import numpy as np
 
-        number = self.codes[rank] // self.num_micro_batches
-        stages, kind = self.stages_of(rank), number % len(KINDS)
+        number, stages = self.codes[rank] // self.num_micro_batches, self.stages_of(rank)
         own = number // len(KINDS) == np.reshape(stages, (-1, 1))
+        return self.flights(stages, row_moments(own, number % len(KINDS)), waits)
+
+    def flights(self, stages: list[int], found: Moments, waits: int) -> Flights:
+        """The same from the moments of a rank that holds `stages`."""
+        each = _undominated(found.vectors(waits))
         if waits:
-            vectors = _undominated(_apart(own, kind, waits))
-            return tuple(self._flights(stages, each, waits) for each in vectors)
-        changes = np.asarray([each.alive_change for each in KINDS])[kind]
-        counted = changes != 0
-        changes = changes[counted]
-        alive = np.cumsum(own[:, counted] * changes, axis=1)
-        tops = alive[:, (changes > 0) & (np.append(changes[1:], -1) < 0)]
-        if len(stages) == 1:
-            tops = tops.max(axis=1, keepdims=True)
+            return tuple(self._flights(stages, counts, waits) for counts in each)
         several = self.num_micro_batches > 1
         return tuple(
-            {stage: InFlight(count, begun=several) for stage, count in zip(stages, each, strict=True)}
-            for each in _undominated(tops)
+            {stage: InFlight(count, begun=several) for stage, count in zip(stages, counts, strict=True)}
+            for counts in each
         )
 
     def _flights(self, stages: list[int], counts: tuple[int, ...], waits: int) -> dict[int, InFlight]:
-        """The counts of a moment (see _apart) with the messages that a rank then holds.
+        """The counts of a moment (Moments.vectors) with the messages that a rank then holds.
 
         What it sent stays until an answer shows that it arrived: of the forwards, all until the first
         gradient comes, then one of each stage; of the gradients one. One more is the gradient that a pass
@@ -175,21 +175,87 @@ class Table:
         }
 
 
-def _apart(own: Ints, kind: Ints, waits: int) -> Ints:
-    """By stage, during each forward and as each pass back begins: micro-batches alive a, a + `waits` w with
-    w that wait, and whether a pass back is done; `own` says which actions are the stage's.
+class Moments(NamedTuple):
+    """What is in flight at moments of a table's rows, by stage of a rank (down) and moment (across).
 
-    a s + w d <= a' s + w' d for all 0 <= d <= waits s where a <= a' and a + waits w <= a' + waits w': so
-    many of these moments need not be looked at.
+    `begun` says whether a pass back of the stage is done, `rank` whose row a moment is of.
+    """
+
+    alive: Ints
+    waiting: Ints
+    begun: Ints
+    rank: Ints
+
+    def vectors(self, waits: int) -> Ints:
+        """By stage a, a + `waits` w and whether gradients are there, with a alive and w waiting; without
+        `waits` a + w.
+
+        a s + w d <= a' s + w' d for all 0 <= d <= waits s where a <= a' and a + waits w <= a' + waits w': so
+        many of these moments need not be looked at.
+        """
+        import numpy as np
+
+        if not waits:
+            return self.alive + self.waiting
+        return np.concatenate([self.alive, self.alive + waits * self.waiting, self.begun])
+
+    def by_rank(self, ranks: int) -> list[Moments]:
+        """Each rank's own."""
+        import numpy as np
+
+        ends = np.searchsorted(self.rank, range(ranks + 1)).tolist()
+        return [Moments(*(part[..., a:b] for part in self)) for a, b in itertools.pairwise(ends)]
+
+    def fullest(self, ranks: int, waits: int) -> Fullest:
+        """On each rank what is in flight when most micro-batches are, of the moments at which all stages have
+        gradients, or of all where there is none.
+
+        Of several the first in order of `vectors` that no other dominates. None with fewer does, nor one with
+        as many unless `waits` is 1: then more may be alive, and fewer wait.
+        """
+        import numpy as np
+
+        later = self.begun.all(axis=0) if waits else np.ones(1, dtype=bool)
+        held = (self.alive + self.waiting).sum(axis=0)
+        held = held + later * (held.max() + 1)
+        most = np.maximum.reduceat(held, np.searchsorted(self.rank, range(ranks)))
+        full = (held == most[self.rank]).nonzero()[0]
+        vectors, rank = self.vectors(waits)[:, full], self.rank[full]
+        if waits == 1 and self.waiting.any():
+            ends = itertools.pairwise([*np.searchsorted(rank, range(ranks)).tolist(), len(rank)])
+            vectors = np.array([_undominated(vectors[:, a:b])[0] for a, b in ends]).T
+        else:
+            order = np.lexsort([*vectors[::-1], rank])
+            vectors = vectors[:, order[np.searchsorted(rank[order], range(ranks))]]
+        stages = len(self.alive)
+        alive, held = vectors[:stages], vectors[stages : 2 * stages] if waits else vectors
+        return tuple(alive.ravel().tolist()), tuple(((held - alive) // max(waits, 1)).ravel().tolist())
+
+
+def row_moments(own: Ints, kind: Ints, starts: Sequence[int] | Ints = (0,)) -> Moments:
+    """Of rows one after another, the moments at which a pass back begins or a forward ends.
+
+    Forwards before another forward or a pass back are left out, for the next moment holds as much. `own` says
+    by stage of a rank which actions are the stage's, and `starts` where each row begins.
     """
     import numpy as np
 
-    back, weights = np.isin(kind, (BACKWARD, INPUT_GRAD)), kind == WEIGHT_GRAD
-    done = np.cumsum(own * back, axis=1) - own * back  # the pass that runs has not freed anything yet
-    alive = np.cumsum(own * ~(back | weights), axis=1) - done
-    inputs = kind == INPUT_GRAD
-    waiting = np.cumsum(own * (inputs * 1 - weights), axis=1) - own * inputs
-    return np.concatenate([alive, alive + waits * waiting, done > 0])[:, ~weights]
+    backs, weights = (kind == BACKWARD) | (kind == INPUT_GRAD), kind == WEIGHT_GRAD
+    forwards, inputs = ~(backs | weights), kind == INPUT_GRAD
+    ends = np.append(weights, True) & np.append(False, forwards)  # and the last action of all may be one
+    where = (np.append(backs, False) | ends).nonzero()[0]
+    rank = np.searchsorted(starts, where, side="right") - 1
+    since = np.asarray(starts)[rank]
+
+    def before(change: Ints) -> Ints:
+        sums = np.zeros((len(own), len(kind) + 1), dtype=np.int64)
+        np.cumsum(own * change, axis=1, out=sums[:, 1:])
+        counts: Ints = sums[:, where] - sums[:, since]
+        return counts
+
+    done = before(backs * 1)
+    alive, waiting = before(forwards * 1) - done, before(inputs * 1 - weights)
+    return Moments(alive, waiting, (done > 0) * 1, rank)
 
 
 def _undominated(vectors: Ints) -> list[tuple[int, ...]]:

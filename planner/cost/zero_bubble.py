@@ -49,10 +49,15 @@ class _RowWriter:
         import numpy as np
 
         m = self.num_micro_batches
-        numbers = np.array([cell(stage, kind, paired=paired and kind is F) for stage, kind in actions])
-        next_ = np.array([self.done[stage, IN if kind is B else kind] for stage, kind in actions])
-        micro_batch = next_ + np.arange(count)[:, None]
-        codes: Ints = (numbers * m + micro_batch)[micro_batch < m]
+        step = np.arange(count)[:, None]
+        next_ = [self.done[stage, IN if kind is B else kind] for stage, kind in actions]
+        first = [
+            cell(stage, kind, paired=paired and kind is F) * m + micro_batch
+            for (stage, kind), micro_batch in zip(actions, next_, strict=True)
+        ]
+        codes: Ints = (step + first).ravel()
+        if max(next_) + count > m:
+            codes = codes[(step + next_).ravel() < m]
         for stage, kind in actions:
             for each in (IN, W) if kind is B else (kind,):
                 self.done[stage, each] += count

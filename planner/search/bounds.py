@@ -39,10 +39,9 @@ from typing import NamedTuple
 from planner.cost import constants
 from planner.cost.compute import LayerModel
 from planner.cost.evaluate import CostModel
-from planner.cost.flight import total_count, with_gradients
 from planner.cost.moments import least_pass_bytes
 from planner.cost.passes import Pass
-from planner.cost.schedule import in_flight
+from planner.cost.schedule import fullest
 from planner.cost.stage import ShapeModel
 from planner.cost.states import offloaded_states, states_of
 from planner.cost.waiting import most_waits
@@ -77,12 +76,9 @@ def live_at_least(
 
     A stage has one layer or more; what the stages leave over counts as where fewest are.
     """
-    flights = in_flight(schedule, pp, chunks, num_micro_batches, waits)
-    fullest = [max(with_gradients(row), key=total_count) for row in flights]
-    each = [flight for vector in fullest for flight in vector.values()]
-    over = layers - len(each)
-    alive, waiting = [flight.alive for flight in each], [flight.waiting for flight in each]
-    return Live(tuple(sorted(alive + [min(alive)] * over)), tuple(sorted(waiting + [min(waiting)] * over)))
+    alive, waiting = fullest(schedule, pp, chunks, num_micro_batches, waits)
+    over = layers - len(alive)
+    return Live(tuple(sorted(alive + (min(alive),) * over)), tuple(sorted(waiting + (min(waiting),) * over)))
 
 
 class Recomputing:

@@ -14,6 +14,8 @@ from planner.cost.schedule import (
     Row,
     Table,
     build_table,
+    fullest,
+    in_flight,
     parse_action,
     parse_table,
     peak_in_flight,
@@ -132,6 +134,32 @@ def test_fullest_moments_with_what_waits_apart(
             if begun:
                 later = max(held(each, kept, left) for each in with_gradients(vectors))
                 assert later == pytest.approx(max(held(each, kept, left) for each in begun))
+
+
+@pytest.mark.parametrize("pp", range(1, 17))
+@pytest.mark.parametrize("schedule", Schedule)
+def test_what_is_in_flight_by_schedule_is_what_its_table_has(schedule: Schedule, pp: int) -> None:
+    """Short tables tell of long ones: all moments of all ranks in the same order, and the fullest of them."""
+    for chunks in (1, 2, 3) if schedule is Schedule.INTERLEAVED else (schedule.least_chunks,):
+        for micro_batches, waits in itertools.product(_around_short_tables(schedule, pp, chunks), range(4)):
+            table = build_table(schedule, pp, chunks, micro_batches)
+            flights = tuple(table.in_flight(rank, waits) for rank in range(pp))
+            found = in_flight(schedule, pp, chunks, micro_batches, waits)
+            assert found == flights
+            assert [list(map(list, row)) for row in found] == [list(map(list, row)) for row in flights]
+            most = [max(with_gradients(row), key=total_count) for row in flights]
+            held = [(own.alive, own.waiting) for vector in most for own in vector.values()]
+            told = fullest(schedule, pp, chunks, micro_batches, waits)
+            assert sorted(zip(*told, strict=True)) == sorted(held)
+
+
+def _around_short_tables(schedule: Schedule, pp: int, chunks: int) -> list[int]:
+    """Counts of micro-batches from one on, about where tables begin to repeat, and far beyond."""
+    if schedule is Schedule.INTERLEAVED:
+        return [rounds * pp for rounds in (1, 2, 3, 4, 5, 7)]
+    steady = pp * chunks
+    counts = {1, 2, pp - 1, pp, *range(steady - 1, steady + 5), 3 * steady + 5}
+    return sorted(count for count in counts if count >= (2 * pp if schedule is Schedule.DUALPIPEV else 1))
 
 
 def _moments(row: Row, stages: list[int]) -> list[dict[int, InFlight]]:
