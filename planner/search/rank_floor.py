@@ -18,11 +18,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner.cost.flight import Flights, InFlight, total_count
-from planner.cost.moments import least_pass_bytes, stage_pass_bytes
 from planner.search.bounds import split_again_s
-from planner.search.recipes import Column, RecipeBook
+from planner.search.recipes import RecipeBook
 from planner.stack import Engine
-from planner.strategy import Degrees, Offload, Recompute, RecomputeCounts, Stage
+from planner.strategy import Degrees, Offload, Recompute, RecomputeCounts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,23 +65,14 @@ class RankFloor:
             option: forward.total_s + backward.total_s + split * split_again_s(self.shape, self.key, option)
             for option, (forward, backward) in each.items()
         }
-        self.saved = {option: self.shape.block(self.key, option).saved_bytes for option in book.options}
-        self.waiting = {option: self.shape.waiting_bytes[self.key, option] for option in book.options}
-        self._keeping = sorted(self.saved, key=lambda option: -self.saved[option])
-        one, two = (book.column(_of(size)) for size in (1, 2))
-        self.block_bytes = two.resident_bytes - one.resident_bytes
-        self.late_bytes = two.late_bytes - one.late_bytes
+        self.bytes = book.block_bytes
         # In Torchtitan's moments not all gradients exist, so that what is transient may be below 0; nor in
         # the own runtime's where a step has one micro-batch.
         engine = self.shape.problem.stack.engine
         apart = engine is Engine.TORCHTITAN or (engine is Engine.NATIVE and degrees.num_micro_batches == 1)
         self.bounded = not apart and book.offload is Offload.NONE
-        self.pass_bytes = {option: least_pass_bytes(self.shape, [option]) for option in book.options}
-        pair = least_pass_bytes(self.shape, book.options, behind=True)
-        self._behind_bytes = pair - min(self.pass_bytes.values())
         self._alike: dict[int, _Signature] = {}
         self._known: dict[tuple[_Signature, int, range], dict[int, float]] = {}
-        self._known_ends: dict[tuple[bool, bool, bool], tuple[float, float, float]] = {}
         self._known_pairs: dict[int, tuple[Ints, Ints, Floats]] = {}
 
     def least_by_first_s(self, rank: int, blocks: int, firsts: range) -> dict[int, float]:
@@ -122,16 +112,16 @@ class RankFloor:
         for flights in vectors:
             standing, forward, freed = self._standing_bytes(flights, ends)
             begun = all(own.begun for own in flights)
-            free = self.limit_bytes - standing - blocks * (self.block_bytes - self.late_bytes * (not begun))
+            free = self.limit_bytes - standing - blocks * (self.bytes.states - self.bytes.late * (not begun))
             single = sum(1 if own.alive else high for own, high in zip(flights[1:], others, strict=True))
             for row, first in enumerate(firsts):
                 behind = (first > 1 and flights[0].alive > 0) or blocks - first > single
-                back = self._back_bytes(full, selective, flights) + self._behind_bytes * behind - freed
+                back = self._back_bytes(full, selective, flights) + self.bytes.behind * behind - freed
                 places = [first, *others]
                 kept = np.zeros(len(full))
                 for counts, each in (
-                    ([own.alive for own in flights], self.saved),
-                    ([own.waiting for own in flights], self.waiting),
+                    ([own.alive for own in flights], self.bytes.saved),
+                    ([own.waiting for own in flights], self.bytes.waiting),
                 ):
                     kept += self._kept_bytes(blocks, full, selective, _before(counts, blocks, places), each)
                 fits[row] &= kept + np.maximum(back, forward) <= free
@@ -142,11 +132,11 @@ class RankFloor:
         """What the backward pass of some block needs: of one that recomputes, where all stages run."""
         import numpy as np
 
-        least = min(self.pass_bytes.values())
+        least = min(self.bytes.passing.values())
         counts = {Recompute.FULL: full, Recompute.SELECTIVE: selective}
         each = [
             (size - least) * (counts[option] > 0)
-            for option, size in self.pass_bytes.items()
+            for option, size in self.bytes.passing.items()
             if option in counts and all(own.alive for own in flights)
         ]
         back: Floats = least + np.max([np.zeros(len(full)), *each], axis=0)
@@ -170,13 +160,13 @@ class RankFloor:
         full, selective, seconds = self._pairs(blocks)
         before = np.concatenate([[0.0], np.cumsum([alive for alive, _, _ in places])])
         waits = np.concatenate([[0.0], np.cumsum([waiting for _, waiting, _ in places])])
-        used = self._kept_bytes(blocks, full, selective, before, self.saved)
-        used += self._kept_bytes(blocks, full, selective, waits, self.waiting)
+        used = self._kept_bytes(blocks, full, selective, before, self.bytes.saved)
+        used += self._kept_bytes(blocks, full, selective, waits, self.bytes.waiting)
         order = np.lexsort((used, seconds))
         order = order[used[order] <= free_bytes]
         for number in order[:most].tolist():
             counts = self._counts(blocks, int(full[number]), int(selective[number]))
-            options = [option for option in self._keeping for _ in range(int(counts[option]))]
+            options = [option for option in self.bytes.keeping for _ in range(int(counts[option]))]
             dealt = [[0, 0, 0] for _ in sizes]
             for (_, _, stage), option in zip(places, options, strict=True):
                 dealt[stage][list(Recompute).index(option)] += 1
@@ -204,7 +194,7 @@ class RankFloor:
 
         counts = self._counts(blocks, full, selective)
         at, used = np.zeros_like(full), np.zeros(len(full))
-        for option in self._keeping:
+        for option in self.bytes.keeping:
             used += each[option] * (before[at + counts[option]] - before[at])
             at = at + counts[option]
         return used
@@ -244,39 +234,11 @@ class RankFloor:
         total, forward, freed = float(self.shape.runtime_bytes), 0.0, 0.0
         total += flights[0].messages * self.shape.messages.boundary_bytes()
         for flight, (first, last) in zip(flights, ends, strict=True):
-            resident, saved, passing = self.end_bytes(first, last, flight.begun)
+            resident, saved, passing = self.bytes.ends(first, last, flight.begun)
             total += resident + flight.alive * saved
             if flight.alive:
                 forward, freed = max(forward, passing), max(freed, saved)
         return total, forward, freed
-
-    def end_bytes(self, first: bool, last: bool, begun: bool) -> tuple[float, float, float]:
-        """Of the ends that a stage holds: states, without gradients before a pass back has `begun`; what is
-        kept of a micro-batch, what a pass needs."""
-        key = first, last, begun
-        if key not in self._known_ends:
-            self._known_ends[key] = self._end_bytes(*key)
-        return self._known_ends[key]
-
-    def _end_bytes(self, first: bool, last: bool, begun: bool) -> tuple[float, float, float]:
-        each = {option: self._alone(first, last, option) for option in self.saved}
-        option = self._keeping[-1]
-        late = 0.0 if begun else each[option].late_bytes - self.late_bytes
-        return (
-            each[option].resident_bytes - self.block_bytes - late,
-            each[option].cost.saved_bytes - self.saved[option],
-            min(stage_pass_bytes(self.shape, column.cost) for column in each.values()),
-        )
-
-    def _alone(self, first: bool, last: bool, option: Recompute) -> Column:
-        layers = self.book.layers
-        start = 0 if first else layers - 1 if last else 1
-        counts = RecomputeCounts(
-            none=int(option is Recompute.NONE),
-            selective=int(option is Recompute.SELECTIVE),
-            full=int(option is Recompute.FULL),
-        )
-        return self.book.column(Stage(first=start, end=start + 1, recompute=counts))
 
 
 def _before(counts: Sequence[int], blocks: int, places: Sequence[int]) -> Ints:
@@ -288,7 +250,3 @@ def _before(counts: Sequence[int], blocks: int, places: Sequence[int]) -> Ints:
     rest = sorted(n for n, high in zip(counts[1:], others, strict=True) for _ in range(high))
     before: Ints = np.cumsum([0, *sorted([counts[0]] * first + rest[: blocks - first])])
     return before
-
-
-def _of(size: int) -> Stage:
-    return Stage(first=1, end=1 + size, recompute=RecomputeCounts(none=size))

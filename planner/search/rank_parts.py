@@ -77,11 +77,11 @@ class RankParts:
         if not floor.bounded:
             return None
         options = list(floor.block_s)
-        saved, waiting = (np.asarray([of[o] for o in options]) for of in (floor.saved, floor.waiting))
+        own = floor.bytes
+        saved, waiting = (np.asarray([of[o] for o in options]) for of in (own.saved, own.waiting))
         held = moments.alive[..., None] * saved + moments.waiting[..., None] * waiting
         begun = moments.begun.all(axis=-1)
-        states: Floats = floor.block_bytes - floor.late_bytes * ~begun
-        held += states[:, :, None, None]
+        held += np.where(begun, own.states, own.states - own.late)[:, :, None, None]
         standing, passing = self._ends()
         shared = floor.shape.runtime_bytes + moments.messages * floor.shape.messages.boundary_bytes()
         free = floor.limit_bytes - shared - standing - passing
@@ -98,14 +98,11 @@ class RankParts:
             there = ((kinds == [first, last]).all(axis=-1))[:, None]
             for begun in (False, True):
                 own = there & (moments.begun == begun)
-                for array, value in zip(
-                    (resident, saved, passes), floor.end_bytes(first, last, begun), strict=True
-                ):
-                    array[own] = value
+                resident[own], saved[own], passes[own] = floor.bytes.ends(first, last, begun)
         alive = moments.alive > 0
         standing = (resident + moments.alive * saved).sum(axis=-1)
         forward, freed = (np.where(alive, each, 0.0).max(axis=-1) for each in (passes, saved))
-        return standing, np.maximum(min(floor.pass_bytes.values()) - freed, forward)
+        return standing, np.maximum(min(floor.bytes.passing.values()) - freed, forward)
 
     def least_s(self, most: int) -> Floats:
         """What every rank takes at least for a micro-batch with 0, 1, ... `most` blocks [rank, blocks];

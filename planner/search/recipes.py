@@ -21,6 +21,7 @@ from planner.cost.simulate import kind_passes
 from planner.cost.stage import ShapeModel
 from planner.cost.stage_cost import StageCost
 from planner.cost.table import KINDS
+from planner.search.block_bytes import BlockBytes
 from planner.search.least_passes import LeastPasses, least_passes
 from planner.strategy import Offload, Recompute, RecomputeCounts, Schedule, Stage, offloaded
 
@@ -121,6 +122,11 @@ class RecipeBook:
     def least_passes(self) -> LeastPasses:
         """What the layers take at least."""
         return least_passes(self.shape, self.options)
+
+    @cached_property
+    def block_bytes(self) -> BlockBytes:
+        """What a block and the ends of the model hold, where blocks are of one class."""
+        return BlockBytes(self)
 
     def least_block_s(self, key: str) -> float:
         """A micro-batch's passes of a block of a class with its cheapest option."""

@@ -1,7 +1,7 @@
 """A shape's stages in fractions of blocks: a linear programme whose optimum no strategy beats.
 
-Blocks being of one class, with x_so those of stage s with option o, n_s = sum over o of x_so, and every figure
-no more than what a stage takes (planner.search.least_passes),
+Blocks being of one class, with x_so those of stage s with option o, n_s = sum over o of x_so, and every
+figure no more than what a stage takes (planner.search.least_passes),
 
     minimise T
     path q     T >= sum over s, k of a_qsk t_sk(x) + hops_q h + gathering(first rank) + reduction(last rank)
@@ -78,7 +78,7 @@ class Relaxation:
     def __init__(self, space: StageSpace) -> None:
         import numpy as np
 
-        self.space, self.table, self.hop_s = space, space.table, space.shape.messages.p2p_s()
+        self.space, self.table, self.hop_s = space, space.table, space.hop_s
         self.options = space.books[0].options
         known = {
             id(book): _figures(book.shape, self.options, book.least_passes.action) for book in space.books
@@ -271,8 +271,8 @@ def _model(rows: Floats, low: Floats, high: Floats) -> Any:
 
 
 def _figures(shape: ShapeModel, options: tuple[Recompute, ...], action_s: Floats) -> tuple[Floats, Floats]:
-    """What a stage takes at least for each of its blocks [figure, option] and besides [figure]: its actions by
-    kind, its gathering, its reduction."""
+    """What a stage takes at least for each of its blocks [figure, option] and besides [figure]: its actions
+    by kind, its gathering, its reduction."""
     import numpy as np
 
     (key,) = shape.classes

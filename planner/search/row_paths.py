@@ -28,7 +28,7 @@ class RowPaths(NamedTuple):
 
     `ranks` [path] is the row, `stages` [path, v] what it holds and `own` [path, v, kind] its actions on the
     path; `entered` and `left` [path] are the stages before which there is a forward, and behind which a pass
-    back; `whole` [path, stage] says whether that pass is a whole one, and `last` [path] which rank comes last.
+    back; `whole` [path, stage] says whether that pass is a whole one, `last` [path] which rank comes last.
     """
 
     ranks: Ints

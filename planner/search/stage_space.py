@@ -33,7 +33,7 @@ MAX_REACH = 4
 """Layers that a boundary of stages may lie from the even split, in a model of several layer classes: this
 narrows the space that the certificate speaks of."""
 MAX_RELAXED = 1_000_000
-"""Stages of all paths along rows together beyond which a shape is not relaxed: its programme would take long."""
+"""Stages of all paths along rows together beyond which a shape is not relaxed: that would take long."""
 DUST = 1e-9
 
 
@@ -67,6 +67,11 @@ class StageSpace:
     def table(self) -> Table:
         """The shape's table, made when it is first asked for: most shapes are never searched."""
         return self.model.table(self.degrees)
+
+    @cached_property
+    def hop_s(self) -> float:
+        """A message between neighbouring stages."""
+        return self.shape.messages.p2p_s()
 
     @cached_property
     def stages_of(self) -> list[list[int]]:
@@ -325,13 +330,13 @@ class StageSpace:
         stages = (self.books[rank].least_passes.stage_s(*span).tolist() for rank, span in each)
         cell_s = [seconds for stage in stages for seconds in stage]
         begin_s = [0.0] * self.degrees.pp
-        _, ends_s = self.table.order.durations(cell_s).ends_s(begin_s, self.shape.messages.p2p_s())
+        _, ends_s = self.table.order.durations(cell_s).ends_s(begin_s, self.hop_s)
         return max(ends_s) + self._once_s + self.optimizer_s
 
     def even_bound_s(self, enough_s: float = float("inf")) -> float:
         """What no recipes of the even split beat, or a bound of at least `enough_s` where that is no more;
         infinite where none fit."""
-        spans, hop_s = list(pairwise(self.even)), self.shape.messages.p2p_s()
+        spans, hop_s = list(pairwise(self.even)), self.hop_s
         through = [FORWARD] if self.degrees.schedule.splits_backward else [FORWARD, BACKWARD]
         worst_s = entered_s = 0.0
         once_s = self._once_s + self.optimizer_s
@@ -385,7 +390,7 @@ class StageSpace:
             for key, count in Counter(self.shape.layer_model.keys).items()
         )
         whole_s = blocks_s + sum(self.held_s)
-        return 2 * whole_s + 2 * (self.degrees.pp - 1) * self.shape.messages.p2p_s()
+        return 2 * whole_s + 2 * (self.degrees.pp - 1) * self.hop_s
 
     @cached_property
     def _entered_s(self) -> list[float]:
@@ -401,7 +406,7 @@ class StageSpace:
     def enter_s(self, book: RecipeBook) -> tuple[float, float]:
         """Of one stage: besides its blocks, and for each of them."""
         shape, (key,) = book.shape, book.shape.classes
-        hop_s, action_s = self.shape.messages.p2p_s(), shape.action.total_s
+        hop_s, action_s = self.hop_s, shape.action.total_s
         forward_s = shape.passes(key, book.options[0])[0].total_s
         if self.degrees.schedule.splits_backward:
             return action_s + hop_s, forward_s

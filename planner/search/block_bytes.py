@@ -1,0 +1,72 @@
+"""What a block and the ends of a model hold under the degrees of a shape, where blocks are of one class.
+
+Stages of a block or two tell: what a second block adds is what every block holds, and what a stage of one
+block holds besides is its ends'.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from planner.cost.moments import least_pass_bytes, stage_pass_bytes
+from planner.strategy import Recompute, RecomputeCounts, Stage
+
+if TYPE_CHECKING:
+    from planner.search.recipes import Column, RecipeBook
+
+
+class EndBytes(NamedTuple):
+    """Of the ends that a stage holds: their states, what they keep of a micro-batch, and what a pass of the
+    stage needs beside them."""
+
+    resident: float
+    saved: float
+    passing: float
+
+
+class BlockBytes:
+    """The bytes of one book's blocks.
+
+    `saved` is what a block keeps of a micro-batch by its option, `waiting` what it holds for its weight
+    gradients; `states` are those of a block, `late` the part that a pass back makes; `passing` is what its
+    pass back needs by its option, and `behind` how much more while a block behind it reduces gradients.
+    """
+
+    def __init__(self, book: RecipeBook) -> None:
+        self.book, shape = book, book.shape
+        (key,) = shape.classes
+        self.saved = {option: shape.block(key, option).saved_bytes for option in book.options}
+        self.waiting = {option: shape.waiting_bytes[key, option] for option in book.options}
+        self.keeping = sorted(self.saved, key=lambda option: -self.saved[option])
+        counts = (RecomputeCounts(none=size) for size in (1, 2))
+        one, two = (book.column(Stage(first=1, end=1 + each.layers, recompute=each)) for each in counts)
+        self.states = two.resident_bytes - one.resident_bytes
+        self.late = two.late_bytes - one.late_bytes
+        self.passing = {option: least_pass_bytes(shape, [option]) for option in book.options}
+        self.behind = least_pass_bytes(shape, book.options, behind=True) - min(self.passing.values())
+        self._ends: dict[tuple[bool, bool, bool], EndBytes] = {}
+
+    def ends(self, first: bool, last: bool, begun: bool) -> EndBytes:
+        """Those of a stage that holds the first or the last block, without gradients before a pass back has
+        `begun`."""
+        key = first, last, begun
+        if key not in self._ends:
+            each = {option: self._alone(first, last, option) for option in self.saved}
+            least = self.keeping[-1]
+            late = 0.0 if begun else each[least].late_bytes - self.late
+            self._ends[key] = EndBytes(
+                resident=each[least].resident_bytes - self.states - late,
+                saved=each[least].cost.saved_bytes - self.saved[least],
+                passing=min(stage_pass_bytes(self.book.shape, column.cost) for column in each.values()),
+            )
+        return self._ends[key]
+
+    def _alone(self, first: bool, last: bool, option: Recompute) -> Column:
+        """The recipe of a stage of one block."""
+        start = 0 if first else self.book.layers - 1 if last else 1
+        counts = RecomputeCounts(
+            none=int(option is Recompute.NONE),
+            selective=int(option is Recompute.SELECTIVE),
+            full=int(option is Recompute.FULL),
+        )
+        return self.book.column(Stage(first=start, end=start + 1, recompute=counts))
