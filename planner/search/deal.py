@@ -34,6 +34,11 @@ Deal = tuple[int, ...]
 """Blocks of each stage."""
 
 
+def _spans(deal: Deal) -> list[Span]:
+    """The blocks of each stage."""
+    return list(itertools.pairwise(itertools.accumulate(deal, initial=0)))
+
+
 class Dealer:
     """Deals of one shape whose blocks are of one class, or whose ranks hold one stage each."""
 
@@ -48,19 +53,21 @@ class Dealer:
 
     def moved(self, deal: Deal, near: Deal, columns: tuple[Column, ...]) -> tuple[Column, ...] | None:
         """The same, from the recipes of a deal that differs from it in few stages."""
-        spans = zip(self._spans(deal), self._spans(near), strict=True)
-        ranks = {self.space.rank_of[s] for s, (own, other) in enumerate(spans) if own != other}
+        one = self.space.one_class  # then blocks between the same ends cost the same, wherever they lie
+        pairs = zip(deal, near, strict=True) if one else zip(_spans(deal), _spans(near), strict=True)
+        ranks = {self.space.rank_of[s] for s, (own, other) in enumerate(pairs) if own != other}
         return self._columns(deal, sorted(ranks), columns)
 
     def _columns(
         self, deal: Deal, ranks: Iterable[int], known: Sequence[Column | None]
     ) -> tuple[Column, ...] | None:
         """The recipes of a deal, which are `known` but for those of some ranks."""
-        chosen = list(known)
-        spans = self._spans(deal)
+        chosen, space = list(known), self.space
+        spans = None if space.one_class else _spans(deal)
         for rank in ranks:
             stages = self.ranks[rank]
-            key = rank, tuple(spans[s] for s in stages)
+            own = (space.span(s, deal[s]) if spans is None else spans[s] for s in stages)
+            key = rank, tuple(own)
             if key not in self._known:
                 self._known[key] = self._of_rank(rank, key[1])
             found = self._known[key]
@@ -69,12 +76,6 @@ class Dealer:
             for s, column in zip(stages, found, strict=True):
                 chosen[s] = column
         return tuple(column for column in chosen if column is not None)
-
-    def _spans(self, deal: Deal) -> list[Span]:
-        """The blocks of each stage; of one class, those that stand for them."""
-        if self.space.one_class:
-            return [self.space.span(s, size) for s, size in enumerate(deal)]
-        return list(itertools.pairwise(itertools.accumulate(deal, initial=0)))
 
     def _of_rank(self, rank: int, spans: tuple[Span, ...]) -> tuple[Column, ...] | None:
         space, stages, book = self.space, self.ranks[rank], self.space.books[rank]
@@ -181,7 +182,7 @@ class Dealer:
 
     def _any(self, start: Deal) -> tuple[tuple[Column, ...] | None, Deal]:
         """A deal near the first that fits where that does not."""
-        for deal in self._moves(start):
+        for deal in itertools.islice(self._moves(start), MAX_MOVES):
             columns = self.columns(deal)
             if columns is not None:
                 return columns, deal
