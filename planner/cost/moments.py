@@ -97,14 +97,27 @@ def least_pass_bytes(shape: ShapeModel, options: Iterable[Recompute], *, behind:
     engine = shape.problem.stack.engine
     if engine is Engine.TORCHTITAN:
         return 0.0
-    unit = min(own.params for own in shape.block_units.values())
+    unit = _least_unit(shape)
     each = [shape.block(key, option) for key in shape.classes for option in options]
     running = min(cost.backward_transient_bytes for cost in each)
     if engine is not Engine.NATIVE:
         return running + _unit_buffer_bytes(shape, unit)
-    freed = max(cost.saved_bytes for cost in each) + _freed_copy(shape, begun=True) * unit
-    reduced = _native_reduced(shape) * unit - freed if behind else 0.0
+    reduced = reducing_bytes(shape) - max(cost.saved_bytes for cost in each) if behind else 0.0
     return running + _native_unit_bytes(shape, unit, FIRST_GRADIENTS) + larger(reduced, 0.0)
+
+
+def reducing_bytes(shape: ShapeModel) -> float:
+    """What reducing the gradients of a block takes at least, less the copy of its weights that is freed: native
+    alone, where another block runs back meanwhile."""
+    if shape.problem.stack.engine is not Engine.NATIVE:
+        return 0.0
+    copies = (_freed_copy(shape, begun=begun) for begun in (False, True))
+    return larger((_native_reduced(shape) - max(copies)) * _least_unit(shape), 0.0)
+
+
+def _least_unit(shape: ShapeModel) -> float:
+    """Parameters of the smallest class of blocks."""
+    return min(own.params for own in shape.block_units.values())
 
 
 def stage_pass_bytes(shape: ShapeModel, stage: StageCost) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from planner.cost.moments import least_pass_bytes, stage_pass_bytes
+from planner.cost.moments import least_pass_bytes, reducing_bytes, stage_pass_bytes
 from planner.strategy import Recompute, RecomputeCounts, Stage
 
 if TYPE_CHECKING:
@@ -28,8 +28,9 @@ class BlockBytes:
     """The bytes of one book's blocks.
 
     `saved` is what a block keeps of a micro-batch by its option, `waiting` what it holds for its weight
-    gradients; `states` are those of a block, `late` the part that a pass back makes; `passing` is what its
-    pass back needs by its option, and `behind` how much more while a block behind it reduces gradients.
+    gradients; `states` are those of a block, `late` the part that a pass back makes. `passing` is what its
+    pass back needs by its option; while gradients of a block behind it are reduced, `reducing` more, less what
+    that block kept, `behind` at least.
     """
 
     def __init__(self, book: RecipeBook) -> None:
@@ -43,6 +44,7 @@ class BlockBytes:
         self.states = two.resident_bytes - one.resident_bytes
         self.late = two.late_bytes - one.late_bytes
         self.passing = {option: least_pass_bytes(shape, [option]) for option in book.options}
+        self.reducing = reducing_bytes(shape)
         self.behind = least_pass_bytes(shape, book.options, behind=True) - min(self.passing.values())
         self._ends: dict[tuple[bool, bool, bool], EndBytes] = {}
 

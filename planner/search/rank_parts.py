@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.schedule import in_flight
 from planner.search.rank_floor import DUST, RankFloor
+from planner.search.sizes import Limits
 from planner.strategy import Degrees, Schedule
 
 if TYPE_CHECKING:
@@ -62,6 +63,15 @@ class Room(NamedTuple):
     free: Floats
 
 
+class _Ends(NamedTuple):
+    """What ranks hold besides blocks [rank, moment], what a forward pass needs, and of what the ends keep,
+    the most that is freed before blocks run back."""
+
+    standing: Floats
+    passing: Floats
+    freed: Floats
+
+
 class RankParts:
     """The floors of one shape's ranks on one kind of device."""
 
@@ -82,13 +92,50 @@ class RankParts:
         held = moments.alive[..., None] * saved + moments.waiting[..., None] * waiting
         begun = moments.begun.all(axis=-1)
         held += np.where(begun, own.states, own.states - own.late)[:, :, None, None]
-        standing, passing = self._ends()
-        shared = floor.shape.runtime_bytes + moments.messages * floor.shape.messages.boundary_bytes()
-        free = floor.limit_bytes - shared - standing - passing
-        return Room(held, free + DUST * floor.limit_bytes)
+        ends = self._ends
+        passing = np.maximum(min(own.passing.values()) - ends.freed, ends.passing)
+        return Room(held, self._limit_bytes - ends.standing - passing)
 
-    def _ends(self) -> tuple[Floats, Floats]:
-        """What the ends of ranks' stages hold [rank, moment], and what a pass needs beside the blocks."""
+    @property
+    def _limit_bytes(self) -> float:
+        return self.floor.limit_bytes * (1 + DUST)
+
+    def rows(self, limits: Limits) -> Room | None:
+        """Rooms of which each must hold all blocks, [way x rank] instead of [rank], where each stage's blocks
+        lie within limits.
+
+        As they are; with what the pass back of the mean block needs, of all stages that run and of each; and,
+        where these have two blocks or more, while one of the mean's is reduced. With n_so blocks of option o
+        on them and c_o what a pass needs,
+
+            the largest of their passes  >=  sum c_o n_so / sum n_so  >=  c + sum (c_o - c) n_so / N
+
+        as no stage's pass needs less than its mean, c being the least of all and N the most that they hold.
+        """
+        import numpy as np
+
+        room, floor = self.room, self.floor
+        if room is None:
+            return None
+        own, alive = floor.bytes, self.moments.alive > 0
+        low, high = (np.asarray([[limits[s][n] for s in stages] for stages in floor.stages]) for n in (0, 1))
+        passing, saved = (np.asarray([of[o] for o in floor.block_s]) for of in (own.passing, own.saved))
+        left = self._limit_bytes - self._ends.standing + self._ends.freed
+        held, free = [room.held], [room.free]
+        places = np.arange(alive.shape[-1])
+        for chosen in (places >= 0, *(places == place for place in places)):
+            there = alive & chosen
+            most = np.where(there, high[:, None], 0).sum(axis=-1)
+            some = there.any(axis=-1)
+            two = some & (~there | (low[:, None] > 1)).all(axis=-1)
+            for each, running in ((passing, some), (passing - saved + own.reducing, two)):
+                share = (there & running[:, :, None])[..., None] * (each - each.min())
+                held.append(room.held + share / np.maximum(most, 1)[:, :, None, None])
+                free.append(np.where(running, left - each.min(), room.free))
+        return Room(np.concatenate(held), np.concatenate(free))
+
+    @cached_property
+    def _ends(self) -> _Ends:
         import numpy as np
 
         floor, moments = self.floor, self.moments
@@ -100,9 +147,10 @@ class RankParts:
                 own = there & (moments.begun == begun)
                 resident[own], saved[own], passes[own] = floor.bytes.ends(first, last, begun)
         alive = moments.alive > 0
-        standing = (resident + moments.alive * saved).sum(axis=-1)
+        standing = floor.shape.runtime_bytes + (resident + moments.alive * saved).sum(axis=-1)
+        standing += moments.messages * floor.shape.messages.boundary_bytes()
         forward, freed = (np.where(alive, each, 0.0).max(axis=-1) for each in (passes, saved))
-        return standing, np.maximum(min(floor.bytes.passing.values()) - freed, forward)
+        return _Ends(standing, forward, freed)
 
     def least_s(self, most: int) -> Floats:
         """What every rank takes at least for a micro-batch with 0, 1, ... `most` blocks [rank, blocks];

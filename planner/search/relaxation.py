@@ -91,7 +91,7 @@ class Relaxation:
             ends = least.stage_s(0, 1) if end == 0 else least.stage_s(space.layers - 1, space.layers)
             self._fixed_s[stage, : len(KINDS)] += ends - least.stage_s(1, 2)
         self._cuts: list[tuple[Floats, float]] = []
-        self.paths, self.memory = self._row_paths(), self._moments()
+        self.paths = self._row_paths()
 
     def _row_paths(self) -> _Rows:
         """The seconds of the paths along rows."""
@@ -107,21 +107,26 @@ class Relaxation:
             fixed_s += there @ self._fixed_s[:, figure]
         return _Rows(block_s.reshape(len(numbers), -1), fixed_s, paths.ranks)
 
-    def _moments(self) -> _Rows:
+    def memory(self, sizes: Sizes) -> _Rows:
         """At each moment of every rank, what blocks hold over what they may."""
         import numpy as np
 
         space, options = self.space, len(self.options)
-        rows, ranks = [np.zeros((0, space.degrees.stages * options))], list[int]()
+        known = {
+            name: each.rows(sizes.stages) for name, each in {id(p): p for p in space.ranks.parts}.items()
+        }
+        rows, ranks = [np.zeros((0, space.degrees.stages * options))], [np.zeros(0, dtype=np.int64)]
         for rank, (stages, parts) in enumerate(zip(space.stages_of, space.ranks.parts, strict=True)):
-            if parts.room is None:
+            room = known[id(parts)]
+            if room is None:
                 continue
-            held, free = parts.room.held[rank], parts.room.free[rank]
+            held, free = (each[rank :: space.degrees.pp].reshape(-1, *each.shape[2:]) for each in room)
             row = np.zeros((len(free), space.degrees.stages, options))
             row[:, stages] = held / np.maximum(free, 1.0)[:, None, None]
             rows.append(row.reshape(len(free), -1))
-            ranks += [rank] * len(free)
-        return _Rows(np.concatenate(rows), np.zeros(len(ranks)), np.asarray(ranks, dtype=np.int64))
+            ranks.append(np.full(len(free), rank))
+        found = np.concatenate(rows)
+        return _Rows(found, np.zeros(len(found)), np.concatenate(ranks))
 
     def least(self, within_s: float, sizes: Sizes, rounds: int) -> Relaxed:
         """The optimum within sizes, or any bound of at least `within_s`, after so many replays at most."""
@@ -192,7 +197,7 @@ class _Programme:
         import highspy
         import numpy as np
 
-        self.paths, self.memory = relaxation.paths, relaxation.memory
+        self.paths, self.memory = relaxation.paths, relaxation.memory(sizes)
         space, options = relaxation.space, len(relaxation.options)
         each = np.repeat(np.eye(len(sizes.stages)), options, axis=1)
         rank_of = np.asarray(space.rank_of)
