@@ -107,8 +107,8 @@ def least_pass_bytes(shape: ShapeModel, options: Iterable[Recompute], *, behind:
 
 
 def reducing_bytes(shape: ShapeModel) -> float:
-    """What reducing the gradients of a block takes at least, less the copy of its weights that is freed: native
-    alone, where another block runs back meanwhile."""
+    """What reducing the gradients of a block takes at least, less the copy of its weights that is freed:
+    native alone, where another block runs back meanwhile."""
     if shape.problem.stack.engine is not Engine.NATIVE:
         return 0.0
     copies = (_freed_copy(shape, begun=begun) for begun in (False, True))

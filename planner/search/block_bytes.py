@@ -29,8 +29,8 @@ class BlockBytes:
 
     `saved` is what a block keeps of a micro-batch by its option, `waiting` what it holds for its weight
     gradients; `states` are those of a block, `late` the part that a pass back makes. `passing` is what its
-    pass back needs by its option; while gradients of a block behind it are reduced, `reducing` more, less what
-    that block kept, `behind` at least.
+    pass back needs by its option; while gradients of a block behind it are reduced, `reducing` more, less
+    what that block kept, `behind` at least.
     """
 
     def __init__(self, book: RecipeBook) -> None:

@@ -100,9 +100,9 @@ class RankParts:
     def _limit_bytes(self) -> float:
         return self.floor.limit_bytes * (1 + DUST)
 
-    def rows(self, limits: Limits) -> Room | None:
-        """Rooms of which each must hold all blocks, [way x rank] instead of [rank], where each stage's blocks
-        lie within limits.
+    def rows(self, limits: Limits) -> Room:
+        """Rooms of which each must hold all blocks, [way, rank] instead of [rank], where each stage's blocks
+        lie within limits; without bounds those of blocks that hold nothing.
 
         As they are; with what the pass back of the mean block needs, of all stages that run and of each; and,
         where these have two blocks or more, while one of the mean's is reduced. With n_so blocks of option o
@@ -116,7 +116,8 @@ class RankParts:
 
         room, floor = self.room, self.floor
         if room is None:
-            return None
+            shape = 1, *self.moments.alive.shape
+            return Room(np.zeros((*shape, len(floor.block_s))), np.ones(shape[:-1]))
         own, alive = floor.bytes, self.moments.alive > 0
         low, high = (np.asarray([[limits[s][n] for s in stages] for stages in floor.stages]) for n in (0, 1))
         passing, saved = (np.asarray([of[o] for o in floor.block_s]) for of in (own.passing, own.saved))
@@ -132,7 +133,7 @@ class RankParts:
                 share = (there & running[:, :, None])[..., None] * (each - each.min())
                 held.append(room.held + share / np.maximum(most, 1)[:, :, None, None])
                 free.append(np.where(running, left - each.min(), room.free))
-        return Room(np.concatenate(held), np.concatenate(free))
+        return Room(np.stack(held), np.stack(free))
 
     @cached_property
     def _ends(self) -> _Ends:

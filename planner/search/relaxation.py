@@ -24,7 +24,7 @@ from planner.cost.critical_path import CriticalPath, longest_path
 from planner.cost.simulate import PathTimes
 from planner.cost.table import KINDS
 from planner.search.least_passes import option_passes
-from planner.search.quiet import quiet_stdout
+from planner.search.linear import LinearProgramme
 from planner.search.row_paths import row_paths
 from planner.search.sizes import Sizes
 from planner.strategy import Recompute, Zero
@@ -55,21 +55,42 @@ class Relaxed(NamedTuple):
     blocks: Floats | None
 
 
-class _Rows(NamedTuple):
-    """Sums that blocks make [row, stage x option], and what there is besides, each of some rank."""
+class _Paths(NamedTuple):
+    """Paths along rows: seconds by block [path, stage x option] and besides [path], and whose row."""
 
     each: Floats
     fixed: Floats
     ranks: Ints
 
-    def most(self, x: Floats, than: float) -> list[int]:
-        """Of each rank the row that is most for some blocks, if it is more than a value."""
+    def longest(self, x: Floats, than_s: float) -> list[int]:
+        """Of each rank the path that is longest for some blocks, if it takes more than a time."""
         import numpy as np
 
-        sums = self.each @ x + self.fixed
-        order = np.lexsort((-sums, self.ranks))
+        lengths = self.each @ x + self.fixed
+        order = np.lexsort((-lengths, self.ranks))
         order = order[np.diff(self.ranks[order], prepend=-1) > 0]
-        return [number for number in order.tolist() if sums[number] > than]
+        return [number for number in order.tolist() if lengths[number] > than_s]
+
+
+class _Memory(NamedTuple):
+    """What a block holds of what all of a rank may [rank, moment, place, option], a place being one of the
+    rank's `stages` [rank, place]."""
+
+    shares: Floats
+    stages: Ints
+
+    def fullest(self, x: Floats, than: float) -> Floats:
+        """Of each rank the moment that is fullest for some blocks, if it is more than a share: rows [row,
+        stage x option]."""
+        import numpy as np
+
+        ranks, _, places, options = self.shares.shape
+        held = np.einsum("rmpo,rpo->rm", self.shares, x.reshape(-1, options)[self.stages])
+        fullest = held.argmax(axis=1)
+        over = (held[np.arange(ranks), fullest] > than).nonzero()[0]
+        rows = np.zeros((len(over), ranks * places, options))
+        rows[np.arange(len(over))[:, None], self.stages[over]] = self.shares[over, fullest[over]]
+        return rows.reshape(len(over), ranks * places * options)
 
 
 class Relaxation:
@@ -90,10 +111,10 @@ class Relaxation:
             least = space.books[space.rank_of[stage]].least_passes
             ends = least.stage_s(0, 1) if end == 0 else least.stage_s(space.layers - 1, space.layers)
             self._fixed_s[stage, : len(KINDS)] += ends - least.stage_s(1, 2)
-        self._cuts: list[tuple[Floats, float]] = []
+        self._cuts: list[tuple[Floats, Floats]] = []
         self.paths = self._row_paths()
 
-    def _row_paths(self) -> _Rows:
+    def _row_paths(self) -> _Paths:
         """The seconds of the paths along rows."""
         import numpy as np
 
@@ -105,36 +126,28 @@ class Relaxation:
             there = rank_of == ranks[:, None]
             block_s += there[:, :, None] * self._block_s[:, figure]
             fixed_s += there @ self._fixed_s[:, figure]
-        return _Rows(block_s.reshape(len(numbers), -1), fixed_s, paths.ranks)
+        return _Paths(block_s.reshape(len(numbers), -1), fixed_s, paths.ranks)
 
-    def memory(self, sizes: Sizes) -> _Rows:
-        """At each moment of every rank, what blocks hold over what they may."""
+    def memory(self, sizes: Sizes) -> _Memory:
+        """What blocks hold within sizes."""
         import numpy as np
 
-        space, options = self.space, len(self.options)
-        known = {
-            name: each.rows(sizes.stages) for name, each in {id(p): p for p in space.ranks.parts}.items()
-        }
-        rows, ranks = [np.zeros((0, space.degrees.stages * options))], [np.zeros(0, dtype=np.int64)]
-        for rank, (stages, parts) in enumerate(zip(space.stages_of, space.ranks.parts, strict=True)):
-            room = known[id(parts)]
-            if room is None:
-                continue
-            held, free = (each[rank :: space.degrees.pp].reshape(-1, *each.shape[2:]) for each in room)
-            row = np.zeros((len(free), space.degrees.stages, options))
-            row[:, stages] = held / np.maximum(free, 1.0)[:, None, None]
-            rows.append(row.reshape(len(free), -1))
-            ranks.append(np.full(len(free), rank))
-        found = np.concatenate(rows)
-        return _Rows(found, np.zeros(len(found)), np.concatenate(ranks))
+        parts = self.space.ranks.parts
+        known = {name: each.rows(sizes.stages) for name, each in {id(each): each for each in parts}.items()}
+        shares = []
+        for rank, each in enumerate(parts):
+            held, free = (figures[:, rank] for figures in known[id(each)])
+            own = held / np.maximum(free, 1.0)[..., None, None]
+            shares.append(own.reshape(-1, *own.shape[2:]))
+        return _Memory(np.stack(shares), np.asarray(self.space.stages_of))
 
     def least(self, within_s: float, sizes: Sizes, rounds: int) -> Relaxed:
         """The optimum within sizes, or any bound of at least `within_s`, after so many replays at most."""
         import numpy as np
 
         programme = _Programme(self, sizes)
-        for row in self._cuts:
-            programme.add(*row)
+        for cut in self._cuts:
+            programme.add(*cut)
         best_s, best, bound_s = float("inf"), None, 0.0
         for number in range(rounds + 1):
             found = programme.solved(within_s)
@@ -178,7 +191,7 @@ class Relaxation:
         length_s = max(end + reduce for end, reduce in zip(row_ends_s, reduce_s, strict=True))
         return longest_path(times, reduce_s, self.hop_s), length_s
 
-    def _cut(self, path: CriticalPath) -> tuple[Floats, float]:
+    def _cut(self, path: CriticalPath) -> tuple[Floats, Floats]:
         """A path as seconds by block and besides."""
         import numpy as np
 
@@ -186,93 +199,59 @@ class Relaxation:
         counts[:, : len(KINDS)] = path.counts
         counts[self.space.stages_of[path.first_rank], len(KINDS)] = 1
         counts[self.space.stages_of[path.last_rank], len(KINDS) + 1] = 1
-        block_s = (counts[:, :, None] * self._block_s).sum(axis=1).ravel()
-        return block_s, float((counts * self._fixed_s).sum()) + path.hops * self.hop_s
+        block_s = (counts[:, :, None] * self._block_s).sum(axis=1).reshape(1, -1)
+        return block_s, np.asarray([(counts * self._fixed_s).sum() + path.hops * self.hop_s])
 
 
 class _Programme:
-    """The programme within some sizes, as HiGHS has it: variables are x_so, then T."""
+    """The programme of some sizes, with the rows that matter so far; variables are x_so, then T."""
 
     def __init__(self, relaxation: Relaxation, sizes: Sizes) -> None:
-        import highspy
         import numpy as np
 
         self.paths, self.memory = relaxation.paths, relaxation.memory(sizes)
         space, options = relaxation.space, len(relaxation.options)
         each = np.repeat(np.eye(len(sizes.stages)), options, axis=1)
-        rank_of = np.asarray(space.rank_of)
-        of_ranks = np.repeat(rank_of == np.arange(space.degrees.pp)[:, None], options, axis=1)
-        rows = np.concatenate([each, of_ranks, np.ones((1, each.shape[1]))])
+        ranks = np.asarray(space.rank_of) == np.arange(space.degrees.pp)[:, None]
+        rows = np.concatenate([each, np.repeat(ranks, options, axis=1), np.ones((1, each.shape[1]))])
         limits = np.asarray([*sizes.stages, *sizes.ranks, (space.layers, space.layers)], dtype=np.float64)
-        with quiet_stdout():
-            self.highs: Any = highspy.Highs()  # type: ignore[no-untyped-call]
-        for name, value in (("output_flag", False), ("presolve", "off"), ("solver", "simplex")):
-            self.highs.setOptionValue(name, value)
-        self.highs.setOptionValue("threads", 1)
-        self.highs.passModel(_model(rows, *limits.T))
-        self.columns = each.shape[1]
-        x = np.zeros((len(sizes.stages), options))
-        x[:, 0] = limits[: len(x)].mean(axis=1)
-        self._add_most(x.ravel(), -np.inf, -np.inf)
+        self.linear = LinearProgramme(rows, *limits.T)
+        x = np.zeros((len(each), options))
+        x[:, 0] = limits[: len(each)].mean(axis=1)
+        self._add_most(x.ravel(), -np.inf, 0.0)
 
-    def _add_most(self, x: Floats, than_s: float, full: float) -> bool:
+    def _add_most(self, x: Floats, than_s: float, than: float) -> bool:
         """Adds of each rank the longest path, and its fullest moment, for some blocks, where they are more
         than a time and a share of the memory; whether there are any."""
-        longer, fuller = self.paths.most(x, than_s), self.memory.most(x, full)
-        for number in longer:
-            self.add(self.paths.each[number], float(self.paths.fixed[number]))
-        for number in fuller:
-            self._row(self.memory.each[number], 0.0, 1.0)
-        return bool(longer or fuller)
-
-    def add(self, block_s: Floats, fixed_s: float) -> None:
-        """Adds a path as a row."""
-        self._row(block_s, -1.0, -fixed_s)
-
-    def _row(self, each: Floats, last: float, most: float) -> None:
-        import highspy
         import numpy as np
 
-        found = each.nonzero()[0]
-        indices = np.append(found, self.columns).astype(np.int32)
-        values = np.append(each[found], last)
-        self.highs.addRow(-highspy.kHighsInf, most, len(indices), indices, values)
+        longest, fullest = self.paths.longest(x, than_s), self.memory.fullest(x, than)
+        self.add(self.paths.each[longest], self.paths.fixed[longest])
+        if len(fullest):
+            self.linear.add(np.pad(fullest, ((0, 0), (0, 1))), np.ones(len(fullest)))
+        return bool(len(longest) + len(fullest))
+
+    def add(self, block_s: Floats, fixed_s: Floats) -> None:
+        """Adds paths as rows."""
+        import numpy as np
+
+        if len(block_s):
+            rows = np.pad(block_s, ((0, 0), (0, 1)), constant_values=-1.0)
+            self.linear.add(rows, -fixed_s)
 
     def solved(self, enough_s: float) -> tuple[float, Floats] | None:
-        """The optimum, a bound that is no more, and its blocks; None where there are none. Paths and moments
-        are added that it breaks, while it is less than `enough_s`."""
-        import highspy
-        import numpy as np
-
+        """A bound of the optimum, and its blocks; None where there are none. Paths and moments are added that
+        it breaks, while it is less than `enough_s`."""
         while True:
-            self.highs.run()
-            status = self.highs.getModelStatus()
-            if status == highspy.HighsModelStatus.kInfeasible:
+            found = self.linear.solved()
+            if found is None:
                 return None
-            values = np.asarray(self.highs.getSolution().col_value)
-            if status != highspy.HighsModelStatus.kOptimal:
-                return 0.0, values[:-1]
-            optimum_s = float(self.highs.getInfo().objective_function_value)
+            optimum_s, x = found
             least_s = optimum_s * (1 - EXACT)
-            if least_s >= enough_s or not self._add_most(values[:-1], optimum_s * (1 + EXACT), 1 + EXACT):
-                return least_s, values[:-1]
-
-
-def _model(rows: Floats, low: Floats, high: Floats) -> Any:
-    """The programme of some rows, and a last variable that is to be least."""
-    import highspy
-    import numpy as np
-
-    model, columns = highspy.HighsLp(), rows.shape[1] + 1
-    number, column = rows.nonzero()
-    model.num_col_, model.num_row_ = columns, len(rows)
-    model.col_cost_ = np.append(np.zeros(columns - 1), 1.0)
-    model.col_lower_, model.col_upper_ = np.zeros(columns), np.full(columns, highspy.kHighsInf)
-    model.row_lower_, model.row_upper_ = low, high
-    model.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-    model.a_matrix_.start_ = np.searchsorted(number, np.arange(len(rows) + 1)).astype(np.int32)
-    model.a_matrix_.index_, model.a_matrix_.value_ = column.astype(np.int32), rows[number, column]
-    return model
+            if not optimum_s or least_s >= enough_s:
+                return least_s, x
+            if not self._add_most(x, optimum_s * (1 + EXACT), 1 + EXACT):
+                return least_s, x
 
 
 def _figures(shape: ShapeModel, options: tuple[Recompute, ...], action_s: Floats) -> tuple[Floats, Floats]:

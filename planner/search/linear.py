@@ -1,0 +1,73 @@
+"""A linear programme that grows: the least T of some variables under rows that are added as they matter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from planner.search.quiet import quiet_stdout
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Floats = np.ndarray[Any, np.dtype[np.float64]]
+    Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class LinearProgramme:
+    """Minimises T, the variable behind others that are none below 0, with HiGHS's simplex on one thread.
+
+    `rows` [row, variable] begin with sums that lie between `low` and `high`.
+    """
+
+    def __init__(self, rows: Floats, low: Floats, high: Floats) -> None:
+        import highspy
+        import numpy as np
+
+        with quiet_stdout():
+            self._highs: Any = highspy.Highs()  # type: ignore[no-untyped-call]
+        options = (("output_flag", False), ("presolve", "off"), ("solver", "simplex"), ("threads", 1))
+        for name, value in options:
+            self._highs.setOptionValue(name, value)
+        model, self.variables = highspy.HighsLp(), rows.shape[1]
+        starts, columns, values = _sparse(rows)
+        model.num_col_, model.num_row_ = self.variables + 1, len(rows)
+        model.col_cost_ = np.append(np.zeros(self.variables), 1.0)
+        model.col_lower_ = np.zeros(self.variables + 1)
+        model.col_upper_ = np.full(self.variables + 1, highspy.kHighsInf)
+        model.row_lower_, model.row_upper_ = low, high
+        model.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+        model.a_matrix_.start_, model.a_matrix_.index_ = np.append(starts, len(columns)), columns
+        model.a_matrix_.value_ = values
+        self._highs.passModel(model)
+
+    def add(self, rows: Floats, high: Floats) -> None:
+        """Adds rows [row, variable], T among the variables, that are at most `high`."""
+        import highspy
+        import numpy as np
+
+        starts, columns, values = _sparse(rows)
+        low = np.full(len(rows), -highspy.kHighsInf)
+        self._highs.addRows(len(rows), low, high, len(columns), starts, columns, values)
+
+    def solved(self) -> tuple[float, Floats] | None:
+        """The least T, 0 where it is not known, and the other variables; None where no values keep all
+        rows."""
+        import highspy
+        import numpy as np
+
+        self._highs.run()
+        status = self._highs.getModelStatus()
+        if status == highspy.HighsModelStatus.kInfeasible:
+            return None
+        values = np.asarray(self._highs.getSolution().col_value)
+        known = status == highspy.HighsModelStatus.kOptimal
+        return float(self._highs.getInfo().objective_function_value) if known else 0.0, values[:-1]
+
+
+def _sparse(rows: Floats) -> tuple[Any, Any, Floats]:
+    """Where each row starts among its values that are not 0, their columns, and these."""
+    import numpy as np
+
+    number, column = rows.nonzero()
+    starts = np.searchsorted(number, np.arange(len(rows)))
+    return starts.astype(np.int32), column.astype(np.int32), rows[number, column]
