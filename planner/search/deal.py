@@ -16,6 +16,7 @@ from planner.cost.flight import InFlight, total_count
 from planner.cost.longest_path import many_row_ends_s
 from planner.search.recipes import Column
 from planner.search.stage_space import StageSpace
+from planner.search.trades import trades
 from planner.strategy import Stage
 
 MAX_PLACES = 8192
@@ -178,6 +179,22 @@ class Dealer:
             if steps[number] >= step_s * (1 - 1e-12):
                 break
             (deal, best), step_s = moves[number], steps[number]
+        return self._traded(best, step_s, most)
+
+    def _traded(self, best: tuple[Column, ...], step_s: float, most: int) -> tuple[tuple[Column, ...], float]:
+        """The recipes at which no trade of recomputation within a rank helps, and their step time."""
+        for _ in range(MAX_ROUNDS):
+            tried = itertools.islice(trades(best, self.ranks, self.space.books), most)
+            fitting = [
+                columns for rank, columns in tried if self._fits(rank, [columns[s] for s in self.ranks[rank]])
+            ]
+            if not fitting:
+                break
+            steps = self.steps_s(fitting)
+            number = min(range(len(steps)), key=steps.__getitem__)
+            if steps[number] >= step_s * (1 - 1e-12):
+                break
+            best, step_s = fitting[number], steps[number]
         return best, step_s
 
     def _any(self, start: Deal) -> tuple[tuple[Column, ...] | None, Deal]:

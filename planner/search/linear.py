@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.search.quiet import quiet_stdout
 
@@ -11,6 +12,15 @@ if TYPE_CHECKING:
 
     Floats = np.ndarray[Any, np.dtype[np.float64]]
     Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Solution(NamedTuple):
+    """What T is at least, 0 where that is not known; T of a solution, and its other variables (None: none was
+    found)."""
+
+    least: float
+    value: float
+    variables: Floats | None
 
 
 class LinearProgramme:
@@ -23,6 +33,7 @@ class LinearProgramme:
         import highspy
         import numpy as np
 
+        self._whole = False
         with quiet_stdout():
             self._highs: Any = highspy.Highs()  # type: ignore[no-untyped-call]
         options = (("output_flag", False), ("presolve", "off"), ("solver", "simplex"), ("threads", 1))
@@ -49,19 +60,34 @@ class LinearProgramme:
         low = np.full(len(rows), -highspy.kHighsInf)
         self._highs.addRows(len(rows), low, high, len(columns), starts, columns, values)
 
-    def solved(self) -> tuple[float, Floats] | None:
-        """The least T, 0 where it is not known, and the other variables; None where no values keep all
-        rows."""
+    def make_whole(self, nodes: int) -> None:
+        """Asks for whole numbers from now on; of so many branch-and-bound nodes at most."""
         import highspy
         import numpy as np
 
-        self._highs.run()
-        status = self._highs.getModelStatus()
+        columns = np.arange(self.variables, dtype=np.int32)
+        kinds = np.full(self.variables, highspy.HighsVarType.kInteger)
+        self._highs.changeColsIntegrality(self.variables, columns, kinds)
+        for name, value in (("presolve", "on"), ("solver", "choose"), ("mip_max_nodes", nodes)):
+            self._highs.setOptionValue(name, value)
+        self._whole = True
+
+    def solved(self) -> Solution | None:
+        """The least T; None where no values keep all rows."""
+        import highspy
+        import numpy as np
+
+        with quiet_stdout() if self._whole else nullcontext():
+            self._highs.run()
+        status, info = self._highs.getModelStatus(), self._highs.getInfo()
         if status == highspy.HighsModelStatus.kInfeasible:
             return None
-        values = np.asarray(self._highs.getSolution().col_value)
+        if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
+            return Solution(max(0.0, info.mip_dual_bound) if self._whole else 0.0, 0.0, None)
+        value = float(info.objective_function_value)
         known = status == highspy.HighsModelStatus.kOptimal
-        return float(self._highs.getInfo().objective_function_value) if known else 0.0, values[:-1]
+        least = float(info.mip_dual_bound) if self._whole else value if known else 0.0
+        return Solution(max(0.0, least), value, np.asarray(self._highs.getSolution().col_value)[:-1])
 
 
 def _sparse(rows: Floats) -> tuple[Any, Any, Floats]:

@@ -24,7 +24,7 @@ from planner.cost.critical_path import CriticalPath, longest_path
 from planner.cost.simulate import PathTimes
 from planner.cost.table import KINDS
 from planner.search.least_passes import option_passes
-from planner.search.linear import LinearProgramme
+from planner.search.linear import LinearProgramme, Solution
 from planner.search.row_paths import row_paths
 from planner.search.sizes import Sizes
 from planner.strategy import Recompute, Zero
@@ -43,6 +43,9 @@ EXACT = 1e-6
 BEHIND = 0.7
 """What is replayed lies so far from what is found towards the best replayed before: its path cuts deeper than
 that of a corner."""
+NEAR = 1e-3
+"""Share of a bound by which a replay may lie above it, and be its own."""
+WHOLE_ROUNDS = 4
 MIDDLE = 3
 """Layers of a model from which on one lies between the ends."""
 
@@ -141,31 +144,40 @@ class Relaxation:
             shares.append(own.reshape(-1, *own.shape[2:]))
         return _Memory(np.stack(shares), np.asarray(self.space.stages_of))
 
-    def least(self, within_s: float, sizes: Sizes, rounds: int) -> Relaxed:
-        """The optimum within sizes, or any bound of at least `within_s`, after so many replays at most."""
-        import numpy as np
+    def least(self, within_s: float, sizes: Sizes, rounds: int, nodes: int = 0) -> Relaxed:
+        """The optimum within sizes, or any bound of at least `within_s`, after so many replays at most.
 
+        With `nodes`, blocks are whole in the end, found by so many nodes of branch and bound at most.
+        """
         programme = _Programme(self, sizes)
         for cut in self._cuts:
             programme.add(*cut)
+        found = self._least(programme, within_s, rounds, BEHIND)
+        if nodes and found.bound_s < within_s:
+            programme.linear.make_whole(nodes)
+            whole = self._least(programme, within_s, WHOLE_ROUNDS, 0.0)
+            found = Relaxed(max(found.bound_s, whole.bound_s), whole.blocks)
+        return found
+
+    def _least(self, programme: _Programme, within_s: float, rounds: int, behind: float) -> Relaxed:
+        """The same of a programme, `behind` being how far replays stay behind what is found."""
         best_s, best, bound_s = float("inf"), None, 0.0
         for number in range(rounds + 1):
             found = programme.solved(within_s)
             if found is None:
                 return Relaxed(float("inf"), None)
-            bound_s = max(bound_s, found[0])
-            if bound_s >= within_s or number == rounds:
+            bound_s = max(bound_s, found.least)
+            if bound_s >= within_s or number == rounds or found.variables is None:
                 break
-            x = found[1] if best is None else BEHIND * best + (1 - BEHIND) * found[1]
+            x = found.variables if best is None else behind * best + (1 - behind) * found.variables
             path, ends_s = self._replayed(x)
             if ends_s < best_s:
                 best_s, best = ends_s, x
-            if best_s <= bound_s * (1 + 1e-3):
+            if best_s <= bound_s * (1 + NEAR):
                 break
             self._cuts.append(self._cut(path))
             programme.add(*self._cuts[-1])
-        blocks = None if best is None else best.reshape(len(self._fixed_s), -1).sum(axis=1)
-        return Relaxed(bound_s, None if blocks is None else np.asarray(blocks))
+        return Relaxed(bound_s, None if best is None else best.reshape(len(self._fixed_s), -1).sum(axis=1))
 
     def _replayed(self, x: Floats) -> tuple[CriticalPath, float]:
         """The longest path with these blocks, and its length."""
@@ -239,19 +251,18 @@ class _Programme:
             rows = np.pad(block_s, ((0, 0), (0, 1)), constant_values=-1.0)
             self.linear.add(rows, -fixed_s)
 
-    def solved(self, enough_s: float) -> tuple[float, Floats] | None:
-        """A bound of the optimum, and its blocks; None where there are none. Paths and moments are added that
-        it breaks, while it is less than `enough_s`."""
+    def solved(self, enough_s: float) -> Solution | None:
+        """The optimum, EXACT less; None where there is none. Paths and moments are added that it breaks,
+        while it is less than `enough_s`."""
         while True:
             found = self.linear.solved()
             if found is None:
                 return None
-            optimum_s, x = found
-            least_s = optimum_s * (1 - EXACT)
-            if not optimum_s or least_s >= enough_s:
-                return least_s, x
-            if not self._add_most(x, optimum_s * (1 + EXACT), 1 + EXACT):
-                return least_s, x
+            found = found._replace(least=found.least * (1 - EXACT))
+            if found.variables is None or found.least >= enough_s:
+                return found
+            if not self._add_most(found.variables, found.value * (1 + EXACT), 1 + EXACT):
+                return found
 
 
 def _figures(shape: ShapeModel, options: tuple[Recompute, ...], action_s: Floats) -> tuple[Floats, Floats]:

@@ -49,6 +49,7 @@ ROUNDING = 1e-6
 """Share of a step time by which an ILP's bound may lie below its own optimum: HiGHS's tolerance."""
 GAMES = False
 FEW, MANY = 3, 16
+NODES = 200
 BOUND_GAMES, BOUND_NEAR = 9, 1e-3
 """How many games are played at most for the bound of an open shape, and how near it is to be found, as a
 share of it."""
@@ -134,12 +135,14 @@ class ShapeSearch:
         best = min(each, key=lambda found: found.step_time_s, default=None)
         return result._replace(found=best, bound_s=max(played.bound_s, result.bound_s))
 
-    def _relaxed(self, to_beat_s: float, rounds: int) -> Relaxed:
-        """What the relaxation says of a step time, after so many replays."""
+    def _relaxed(self, to_beat_s: float, rounds: int, nodes: int = 0) -> Relaxed:
+        """What the relaxation says of a step time, after so many replays, and nodes."""
         if to_beat_s == float("inf") or not self.dealable or not self.space.one_class:
             return Relaxed(0.0, None)
         sizes = self.space.sizes(to_beat_s)
-        return Relaxed(to_beat_s, None) if sizes is None else self.space.relaxed(to_beat_s, sizes, rounds)
+        return (
+            Relaxed(to_beat_s, None) if sizes is None else self.space.relaxed(to_beat_s, sizes, rounds, nodes)
+        )
 
     def _rounded(self, blocks: Floats) -> tuple[int, ...]:
         """Whole blocks near fractions of them, as many: on each rank, then on its stages."""
@@ -214,6 +217,8 @@ class ShapeSearch:
             if low_s >= high_s * (1 - BOUND_NEAR):
                 break
             middle_s = min(low_s + step_s, (low_s + high_s) / 2)
+        if self.dealable and self.space.one_class and bound_s < budget.to_beat_s:
+            bound_s = max(bound_s, self._relaxed(budget.to_beat_s, 0, NODES).bound_s)
         return ShapeResult(best, bound_s, 0)
 
     def _bounded(self, to_beat_s: float, tolerance: float) -> Outcome:

@@ -32,6 +32,8 @@ from planner.strategy import Schedule
 MAX_REACH = 4
 """Layers that a boundary of stages may lie from the even split, in a model of several layer classes: this
 narrows the space that the certificate speaks of."""
+FEW_STAGES = 16
+"""Stages up to which blocks of a relaxation may be whole."""
 MAX_RELAXED = 1_000_000
 """Stages of all paths along rows together beyond which a shape is not relaxed: that would take long."""
 DUST = 1e-9
@@ -272,11 +274,13 @@ class StageSpace:
         """Its stages in fractions of blocks."""
         return Relaxation(self)
 
-    def relaxed(self, to_beat_s: float, sizes: Sizes, rounds: int) -> Relaxed:
-        """The relaxation of a step within sizes, or a bound of `to_beat_s`, after so many replays at most."""
+    def relaxed(self, to_beat_s: float, sizes: Sizes, rounds: int, nodes: int = 0) -> Relaxed:
+        """The relaxation of a step within sizes, or a bound of `to_beat_s`, after so many replays at most; of
+        few stages, with whole blocks in so many nodes."""
         if self.layers < MIDDLE or self.degrees.stages**2 * (self.degrees.chunks + 1) > MAX_RELAXED:
             return Relaxed(0.0, None)
-        found = self.relaxation.least(to_beat_s - self.optimizer_s, sizes, rounds)
+        nodes = nodes if self.degrees.stages <= FEW_STAGES else 0
+        found = self.relaxation.least(to_beat_s - self.optimizer_s, sizes, rounds, nodes)
         return found._replace(bound_s=min(to_beat_s, found.bound_s + self.optimizer_s))
 
     def within_s(self, to_beat_s: float) -> float:
