@@ -1,7 +1,7 @@
 """Files in and out: strict decoding with every fault at its path, atomic writing.
 
 Inside, all values are plain frozen dataclasses made by `noun`; pydantic is met only here, when a file
-is read.
+that is read may be wrong.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import tomllib
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar
 
+from planner import plain_data
 from planner.errors import InputError, Problem
+from planner.nouns import noun as noun  # most modules have it from here
 
 T = TypeVar("T")
 MAX_FILE_BYTES = 64 * 1024 * 1024
@@ -28,13 +30,6 @@ MAX_FILE_BYTES = 64 * 1024 * 1024
 
 MAX_KEY_PARTS = 100
 """Parts of one dotted key in a TOML file; ours have five at most."""
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True)
-def noun(cls: type[T]) -> type[T]:
-    """A frozen, slotted, keyword-only dataclass that refuses unknown keys, NaN and infinity in files."""
-    cls.__pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # type: ignore[attr-defined]
-    return dataclasses.dataclass(frozen=True, slots=True, kw_only=True)(cls)
 
 
 @cache
@@ -47,14 +42,26 @@ def _adapter(cls: Any) -> Any:
 def decode(cls: type[T], data: object, *, source: str) -> T:
     """`data` (parsed JSON or TOML) as a `cls`. Raises InputError with every fault and its path."""
     try:
+        return plain_data.read(cls, data)
+    except plain_data.Unsure:
+        pass
+    try:
         text = json.dumps(data, allow_nan=True)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(Problem(where=source, fault=f"cannot be read as plain data: {error}.")) from None
-    return decode_json(cls, text, source=source)
+    return _decoded(cls, text, source)
 
 
 def decode_json(cls: type[T], text: str | bytes, *, source: str) -> T:
     """JSON text as a `cls`. Raises InputError with every fault and its path."""
+    try:
+        return plain_data.read(cls, plain_data.parse(text))
+    except plain_data.Unsure:
+        return _decoded(cls, text, source)
+
+
+def _decoded(cls: type[T], text: str | bytes, source: str) -> T:
+    """The same by pydantic, which knows every fault."""
     from pydantic import ValidationError
 
     try:
