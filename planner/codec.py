@@ -43,7 +43,7 @@ def decode(cls: type[T], data: object, *, source: str) -> T:
     """`data` (parsed JSON or TOML) as a `cls`. Raises InputError with every fault and its path."""
     try:
         return plain_data.read(cls, data)
-    except plain_data.Unsure:
+    except plain_data.UnsureError:
         pass
     try:
         text = json.dumps(data, allow_nan=True)
@@ -56,7 +56,7 @@ def decode_json(cls: type[T], text: str | bytes, *, source: str) -> T:
     """JSON text as a `cls`. Raises InputError with every fault and its path."""
     try:
         return plain_data.read(cls, plain_data.parse(text))
-    except plain_data.Unsure:
+    except plain_data.UnsureError:
         return _decoded(cls, text, source)
 
 

@@ -1,7 +1,7 @@
 """Plain data as nouns where nothing is wrong with it, without pydantic, which takes long to import.
 
 What is read here is exactly what pydantic reads in its strict mode from JSON. Wherever that is not certain
-(a fault, a type that is not known here, a number too large) Unsure is raised, and pydantic decides and says
+(a fault, a type that is not known here, a number too large) UnsureError is raised, and pydantic decides and says
 why.
 """
 
@@ -26,39 +26,39 @@ EXACT = 2**53
 """Whole numbers up to this are the same as floats."""
 
 
-class Unsure(Exception):
+class UnsureError(Exception):
     """It is not certain that the data is right."""
 
 
 def read(cls: type[T], data: object) -> T:
-    """`data` as a `cls`. Raises Unsure."""
+    """`data` as a `cls`. Raises UnsureError."""
     try:
         value: T = reader(cls)(data)
     except (KeyError, TypeError, ValueError, NameError, AttributeError, RecursionError) as error:
-        raise Unsure from error
+        raise UnsureError from error
     return value
 
 
 def parse(text: str | bytes) -> Any:
-    """JSON as plain data. Raises Unsure, also where a key is given twice."""
+    """JSON as plain data. Raises UnsureError, also where a key is given twice."""
     if len(text) > MOST_CHARACTERS:
-        raise Unsure
+        raise UnsureError
     try:
         return json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
-        raise Unsure from error
+        raise UnsureError from error
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise Unsure
+        raise UnsureError
     return found
 
 
 @cache
 def reader(kind: Any) -> Reader:
-    """What reads values of a type. Raises Unsure for types that are not known here."""
+    """What reads values of a type. Raises UnsureError for types that are not known here."""
     if kind in _SIMPLE:
         return _SIMPLE[kind]
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -74,21 +74,21 @@ def reader(kind: Any) -> Reader:
         return _choice_reader(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind) and "__pydantic_config__" in kind.__dict__:
         return _noun_reader(kind)
-    raise Unsure
+    raise UnsureError
 
 
 def _exact_reader(kind: type) -> Reader:
     def exact(value: Any) -> Any:
         if type(value) is kind:
             return value
-        raise Unsure
+        raise UnsureError
 
     return exact
 
 
 def _text(value: Any) -> str:
     if type(value) is not str:
-        raise Unsure
+        raise UnsureError
     if not value.isascii():
         value.encode()  # half a pair of surrogates is no text
     return value
@@ -99,7 +99,7 @@ def _number(value: Any) -> float:
         return value
     if type(value) is int and -EXACT <= value <= EXACT:
         return float(value)
-    raise Unsure
+    raise UnsureError
 
 
 _SIMPLE: dict[Any, Reader] = {
@@ -113,7 +113,7 @@ _SIMPLE: dict[Any, Reader] = {
 def _list_reader(each: Reader) -> Reader:
     def read_list(value: Any) -> tuple[Any, ...]:
         if type(value) is not list:
-            raise Unsure
+            raise UnsureError
         return tuple(map(each, value))
 
     return read_list
@@ -122,7 +122,7 @@ def _list_reader(each: Reader) -> Reader:
 def _table_reader(each: Reader) -> Reader:
     def read_table(value: Any) -> dict[str, Any]:
         if type(value) is not dict:
-            raise Unsure
+            raise UnsureError
         return {_text(key): each(item) for key, item in value.items()}
 
     return read_table
@@ -137,7 +137,7 @@ def _choice_reader(kind: type[enum.Enum]) -> Reader:
 
     def read_choice(value: Any) -> enum.Enum:
         if type(value) is not plain:
-            raise Unsure
+            raise UnsureError
         return known[value]
 
     return read_choice
@@ -148,7 +148,7 @@ def _noun_reader(cls: type[Any]) -> Reader:
 
     def read_noun(value: Any) -> Any:
         if type(value) is not dict:
-            raise Unsure
+            raise UnsureError
         return cls(**{key: readers[key](item) for key, item in value.items()})
 
     return read_noun

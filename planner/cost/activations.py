@@ -18,7 +18,6 @@ Measured against: 16 runs on an H100 with torch 2.11, all within 0.5 % (see test
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 from planner.attention import Attention
@@ -29,6 +28,7 @@ from planner.cost.memory_constants import MemoryConstants
 from planner.feed_forward import Mlp
 from planner.kept import AttentionKernel, Kept
 from planner.model import Block, ModelSpec
+from planner.nouns import replaced
 from planner.profile import LayerKind
 from planner.stack import Engine, Selective, Stack
 from planner.strategy import Recompute
@@ -47,7 +47,7 @@ def engine_bytes(
             return _block_bytes(cost, block.held(shape.tp), shape, stack, constants)
     if shape.kind is LayerKind.HEAD and model.vocab:
         return _head_bytes(cost, model, shape, stack, constants)
-    return dataclasses.replace(
+    return replaced(
         cost,
         forward_transient_bytes=cost.forward_transient_bytes * constants.transient_scale,
         backward_transient_bytes=cost.backward_transient_bytes * constants.transient_scale,
@@ -70,7 +70,7 @@ def _head_bytes(
     kept = 4.0 + (size if size < 4 else 0)
     beside = SHARDED_LOSS_BYTES * own if _dtensor(stack) and shape.tp > 1 else 0.0
     gathered = constants.gathered_logits_bytes * logits if shape.tp > 1 else 0.0
-    return dataclasses.replace(
+    return replaced(
         cost,
         saved_bytes=cost.saved_bytes + kept * (own - shard),
         forward_transient_bytes=4.0 * own + gathered,
@@ -96,7 +96,7 @@ def _chunked_bytes(
         beside = size if stack.compiled else 8.0 if size < 4 else 4.0
         chunk = (size + beside) * chunk_logits(shape.tokens, vocab)
     gradients = size * (shape.tokens * model.token_width + vocab * model.token_width)
-    return dataclasses.replace(
+    return replaced(
         cost,
         saved_bytes=cost.saved_bytes - kept * shape.tokens * vocab + gradients,
         forward_transient_bytes=chunk,
@@ -124,7 +124,7 @@ def _block_bytes(
         stream = block.hidden / (shape.tp if shape.sequence_parallel else 1)
         working = shape.precision.compute_bytes * shape.tokens * (2 * stream + block.mlp.width / shape.tp)
     working *= constants.transient_scale
-    return dataclasses.replace(
+    return replaced(
         cost,
         saved_bytes=kept,
         forward_transient_bytes=max(working, whole if shape.recompute is Recompute.FULL else 0.0),
@@ -154,6 +154,8 @@ def _kept_bytes(block: Block, shape: LayerShape, stack: Stack, constants: Memory
 
 def _probability_bytes(block: Block, shape: LayerShape) -> float:
     """What an unfused kernel keeps of probabilities, once."""
+    if shape.kernel is AttentionKernel.FLASH:
+        return 0.0
     flash = (mixer.kept(shape.seq, AttentionKernel.FLASH).products for mixer in block.mixers)
     own = (mixer.kept(shape.seq, shape.kernel).products for mixer in block.mixers)
     return shape.precision.compute_bytes * shape.tokens * (sum(own) - sum(flash)) / shape.tp
