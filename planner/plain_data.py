@@ -1,8 +1,8 @@
 """Plain data as nouns where nothing is wrong with it, without pydantic, which takes long to import.
 
 What is read here is exactly what pydantic reads in its strict mode from JSON. Wherever that is not certain
-(a fault, a type that is not known here, a number too large) UnsureError is raised, and pydantic decides and says
-why.
+(a fault, a type that is not known here, a number too large) UnsureError is raised, and pydantic decides and
+says why.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ class UnsureError(Exception):
 
 def read(cls: type[T], data: object) -> T:
     """`data` as a `cls`. Raises UnsureError."""
+    kind: Any = cls
     try:
-        value: T = reader(cls)(data)
+        value: T = reader(kind)(data)
     except (KeyError, TypeError, ValueError, NameError, AttributeError, RecursionError) as error:
         raise UnsureError from error
     return value

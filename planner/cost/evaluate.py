@@ -26,8 +26,9 @@ from planner.cost.origins import origins_s
 from planner.cost.passes import Pass
 from planner.cost.physics import usual_physics
 from planner.cost.schedule import ActionKind, Table, build_table, in_flight
+from planner.cost.shared import SharedCosts
 from planner.cost.simulate import PathTimes, Replay, kind_passes, replay, sharing_of
-from planner.cost.stage import AlonePasses, ShapeModel
+from planner.cost.stage import ShapeModel
 from planner.cost.stage_cost import StageCost
 from planner.cost.trained import trained_flops_per_token
 from planner.cost.verdict import band
@@ -65,7 +66,7 @@ class CostModel:
         self.comms = CommModel(problem)
         self.sharing = sharing_of(problem)
         self._shapes: dict[Degrees, ShapeModel] = {}
-        self._alone: AlonePasses = {}
+        self.shared = SharedCosts()
         self._seen: dict[Groups, CostModel] = {}
 
     def shape(self, degrees: Degrees) -> ShapeModel:
@@ -76,7 +77,7 @@ class CostModel:
         plain = replaced(degrees, schedule=Schedule.ONE_F_ONE_B, chunks=1, device_order=())
         if plain not in self._shapes:
             slow = self.sharing.slowdown(degrees.world) if self.sharing else 1.0
-            self._shapes[plain] = ShapeModel(self.problem, plain, self.layers, self.comms, slow, self._alone)
+            self._shapes[plain] = ShapeModel(self.problem, plain, self.layers, self.comms, slow, self.shared)
         return self._shapes[plain].scheduled(degrees)
 
     def rank_shapes(self, degrees: Degrees) -> tuple[ShapeModel, ...]:

@@ -33,11 +33,45 @@ def band(errors: dict[str, float], coverage: Coverage) -> float:
     return float(sum(errors[origin] * getattr(coverage, origin) for origin in ORIGINS))
 
 
+@noun
+class MemoryLimits:
+    """What a problem says of peaks: its limit, the band where runs left one, the allocator's slack."""
+
+    limit_bytes: int
+    lower: float | None
+    upper: float | None
+    slack: float
+
+    def band(self, coverage: Coverage) -> ErrorBand:
+        """The band of its predictions that rest on such origins."""
+        prior = band(constants.MEMORY_ERROR, coverage)
+        return ErrorBand(
+            lower=prior if self.lower is None else self.lower,
+            upper=prior if self.upper is None else self.upper,
+        )
+
+    def safe_tensor_bytes(self, coverage: Coverage, runtime_bytes: float) -> float:
+        """What tensors and pools may take for a peak that is still SAFE, `runtime_bytes` of it included.
+
+        The allocator's slack multiplies all but the runtime: peak = slack x tensors + runtime.
+        """
+        peak = safe_peak_bytes(self.limit_bytes, self.band(coverage))
+        return (peak - runtime_bytes) / self.slack + runtime_bytes
+
+
+def memory_limits(problem: PlanningProblem) -> MemoryLimits:
+    """Those of a problem."""
+    return MemoryLimits(
+        limit_bytes=problem.memory_limit_bytes,
+        lower=fitted_constant(problem, "memory_error_lower"),
+        upper=fitted_constant(problem, "memory_error_upper"),
+        slack=memory_constants(problem).allocator_slack,
+    )
+
+
 def memory_band(problem: PlanningProblem, coverage: Coverage) -> ErrorBand:
     """The band of a problem's memory predictions."""
-    prior = band(constants.MEMORY_ERROR, coverage)
-    fitted = {name: fitted_constant(problem, f"memory_error_{name}") for name in ("lower", "upper")}
-    return ErrorBand(**{name: prior if value is None else value for name, value in fitted.items()})
+    return memory_limits(problem).band(coverage)
 
 
 def verdict(peak_bytes: float, limit_bytes: float, error: ErrorBand) -> Verdict:
@@ -53,10 +87,5 @@ def safe_peak_bytes(limit_bytes: float, error: ErrorBand) -> float:
 
 
 def safe_tensor_bytes(problem: PlanningProblem, coverage: Coverage, runtime_bytes: float) -> float:
-    """What tensors and pools may take for a peak that is still SAFE, `runtime_bytes` of it included.
-
-    The allocator's slack multiplies all but the runtime: peak = slack x tensors + runtime.
-    """
-    peak = safe_peak_bytes(problem.memory_limit_bytes, memory_band(problem, coverage))
-    slack = memory_constants(problem).allocator_slack
-    return (peak - runtime_bytes) / slack + runtime_bytes
+    """The same of a problem that is asked once (MemoryLimits)."""
+    return memory_limits(problem).safe_tensor_bytes(coverage, runtime_bytes)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from planner.cost.evaluate import CostModel
 from planner.cost.stage import ShapeModel
-from planner.cost.verdict import safe_tensor_bytes
+from planner.cost.verdict import MemoryLimits, memory_limits
 from planner.estimate import Rejected
 from planner.search.bounds import BaseBound, least_state_bytes
 from planner.search.frontier import Candidate
@@ -33,6 +33,7 @@ class Modeller:
     def __init__(self, model: CostModel, pins: Pins, rejections: Rejections) -> None:
         self.model, self.pins, self.rejections = model, pins, rejections
         self._least: dict[tuple[object, ...], float] = {}
+        self._limits: dict[int, MemoryLimits] = {}
 
     def least_bytes(self, base: Degrees) -> float:
         """The mean of weights, gradients and state over ranks, which shapes of one sharding share."""
@@ -54,7 +55,10 @@ class Modeller:
 
     def _safe_bytes(self, shape: ShapeModel) -> float:
         """The most that a rank's tensors and runtime may take for a peak that is still SAFE."""
-        return safe_tensor_bytes(shape.problem, self.model.coverage(shape), shape.runtime_bytes)
+        key = id(shape.problem)  # of the cost models, which live as long as this
+        if key not in self._limits:
+            self._limits[key] = memory_limits(shape.problem)
+        return self._limits[key].safe_tensor_bytes(self.model.coverage(shape), shape.runtime_bytes)
 
     def search(self, degrees: Degrees, base: Base) -> ShapeSearch:
         """The search of a shape of a base. What it works out is remembered in the base's books."""

@@ -172,14 +172,8 @@ def _sent_s(model: CostModel, base: Degrees) -> list[tuple[float, float]]:
     if base.zero < Zero.GRADIENTS or base.replicas == 1:
         return [(0.0, 0.0)] * len(units)
     messages = Messages(model.problem, base, model.comms, layers.physics, layers.stream_width)
-    gathers = base.zero is Zero.PARAMETERS
-    return [
-        (
-            messages.gather(unit.dense_params, unit.routed_params).total_s if gathers else 0.0,
-            messages.reduce(unit).total_s,
-        )
-        for unit in units
-    ]
+    sent, gathers = model.shared.sent(messages, layers.units(base)), base.zero is Zero.PARAMETERS
+    return [(sent.gathers[unit].total_s if gathers else 0.0, sent.reduces[unit].total_s) for unit in units]
 
 
 def kind_of(d: Degrees) -> Kind:
