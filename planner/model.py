@@ -156,7 +156,7 @@ class Block:
 
     def kept(self, seq: int, kernel: AttentionKernel) -> Kept:
         """Values a token that both sublayers keep for the backward pass, without the residual stream."""
-        return _kept(self, seq, kernel)
+        return _kept(self, seq, kernel)[0]
 
     def saved_bytes(
         self,
@@ -185,14 +185,14 @@ class Block:
         stream = self.hidden / (tp if sequence_parallel else 1)
         if recompute is Recompute.FULL:
             return size * tokens * stream
-        kept = self.kept(seq, kernel)
+        kept, sublayers = _kept(self, seq, kernel)
         statistics = 4.0 * tokens * ((kept.statistics - self.norms) / tp + self.norms)
-        after = max(0, self.norms - self.sublayers)
+        after = max(0, self.norms - sublayers)
         whole = kept.whole + kept.routed * (expert_tp or tp) / tp
         if recompute is Recompute.SELECTIVE:
-            values = (self.sublayers + 1 + after) * stream + kept.products / tp + whole
+            values = (sublayers + 1 + after) * stream + kept.products / tp + whole
         else:
-            values = (2 * self.sublayers + after) * stream
+            values = (2 * sublayers + after) * stream
             values += (kept.products + kept.elementwise) / tp + whole
         return size * tokens * values + statistics
 
@@ -226,16 +226,18 @@ def _held(block: Block, tp: int) -> Block:
 
 
 @lru_cache(maxsize=1024)
-def _kept(block: Block, seq: int, kernel: AttentionKernel) -> Kept:
+def _kept(block: Block, seq: int, kernel: AttentionKernel) -> tuple[Kept, int]:
+    """What the block keeps, and its sublayers."""
     each = [mixer.kept(seq, kernel) for mixer in block.mixers]
     each += [block.mlp.kept(block.hidden)] if block.mlp else []
-    return Kept(
+    whole = Kept(
         products=sum(kept.products for kept in each),
         elementwise=sum(kept.elementwise for kept in each),
         statistics=sum(kept.statistics for kept in each) + block.norms,
         whole=sum(kept.whole for kept in each),
         routed=sum(kept.routed for kept in each),
     )
+    return whole, block.sublayers
 
 
 Layer = Block | TracedLayer

@@ -111,14 +111,14 @@ def _dtensor(stack: Stack) -> bool:
 def _block_bytes(
     cost: LayerCost, block: Block, shape: LayerShape, stack: Stack, constants: MemoryConstants
 ) -> LayerCost:
-    whole = _kept_bytes(block, shape, stack, constants)
-    kept = {
-        Recompute.NONE: whole,
-        Recompute.SELECTIVE: _selective_bytes(whole, block, shape, stack, constants),
-        Recompute.FULL: constants.activation_scale * block_saved_bytes(block, shape, Recompute.FULL),
-    }[shape.recompute]
     plain = block_saved_bytes(block, shape, Recompute.NONE)
-    analytic = block_saved_bytes(block, shape, shape.recompute)
+    whole = _kept_bytes(plain, block, shape, stack, constants)
+    analytic, kept = plain, whole
+    if shape.recompute is not Recompute.NONE:
+        analytic = block_saved_bytes(block, shape, shape.recompute)
+        kept = constants.activation_scale * analytic
+    if shape.recompute is Recompute.SELECTIVE:
+        kept = _selective_bytes(whole, plain - analytic, block, shape, stack, constants)
     working = cost.backward_transient_bytes - (plain - analytic) + _gathered_bytes(block, shape, stack)
     if stack.liger and isinstance(block.mlp, Mlp):
         stream = block.hidden / (shape.tp if shape.sequence_parallel else 1)
@@ -140,12 +140,12 @@ def _weight_gradient_bytes(block: Block, shape: LayerShape, stack: Stack) -> flo
     return shape.precision.compute_bytes * matrix
 
 
-def _kept_bytes(block: Block, shape: LayerShape, stack: Stack, constants: MemoryConstants) -> float:
-    """What a block keeps without recomputation."""
+def _kept_bytes(
+    plain: float, block: Block, shape: LayerShape, stack: Stack, constants: MemoryConstants
+) -> float:
+    """What a block keeps without recomputation, where eager PyTorch keeps `plain`."""
     size, probabilities = shape.precision.compute_bytes, _probability_bytes(block, shape)
-    kept = block_saved_bytes(block, shape, Recompute.NONE) + block.sublayers * _gathered_bytes(
-        block, shape, stack
-    )
+    kept = plain + block.sublayers * _gathered_bytes(block, shape, stack)
     kept = (kept - probabilities - _fused_bytes(block, shape, stack)) * constants.activation_scale
     stream = block.hidden / (shape.tp if shape.sequence_parallel else 1)
     norms = constants.norm_bytes * size / 2 * block.norms * shape.tokens * stream
@@ -178,18 +178,16 @@ def _gathered_bytes(block: Block, shape: LayerShape, stack: Stack) -> float:
 
 
 def _selective_bytes(
-    whole: float, block: Block, shape: LayerShape, stack: Stack, constants: MemoryConstants
+    whole: float, dropped: float, block: Block, shape: LayerShape, stack: Stack, constants: MemoryConstants
 ) -> float:
-    """What a block keeps of `whole` under the engine's selective recomputation."""
+    """What a block keeps of `whole` under the engine's selective recomputation; `dropped` is what eager
+    PyTorch keeps of element-wise results."""
     size, tokens = shape.precision.compute_bytes, shape.tokens
     scale = constants.activation_scale
     match stack.recomputes:
         case Selective.EVERY_SECOND if _plain(block):
             return min(whole, scale * _every_second_bytes(block, shape))
         case Selective.ELEMENTWISE | Selective.EVERY_SECOND:
-            dropped = block_saved_bytes(block, shape, Recompute.NONE) - block_saved_bytes(
-                block, shape, Recompute.SELECTIVE
-            )
             if stack.own:
                 return (
                     whole

@@ -15,6 +15,7 @@ from planner.codec import noun
 from planner.cost import constants
 from planner.cost.between import between_products, widest_values
 from planner.cost.gemm import GemmModel
+from planner.cost.launches import launches
 from planner.cost.layer import NOTHING, LayerCost, LayerShape, block_saved_bytes
 from planner.cost.measured_rates import MeasuredRates, measured_rates
 from planner.cost.physics import Physics, fitted_to_runs
@@ -23,7 +24,7 @@ from planner.cost.products import cast_s, matrices_s, product_s, products_of
 from planner.cost.seconds import larger
 from planner.cost.trained import Trained, beside_frozen, without_lowest
 from planner.errors import InputError, Problem
-from planner.feed_forward import Experts, FeedForward
+from planner.feed_forward import Experts
 from planner.kept import AttentionKernel
 from planner.model import Block, Layer, ModelSpec
 from planner.problem import PlanningProblem
@@ -182,7 +183,7 @@ def _layer_cost(
 ) -> LayerCost:
     if isinstance(layer, TracedLayer):
         return _traced_cost(layer, shape, rates)  # adapters are placed by a block's matrices alone
-    alike = _remembered(known, _key(layer, shape), lambda: _alike(layer, shape, rates))
+    alike = _remembered(known, _key(shape), lambda: _alike(layer, shape, rates))
     more = _trained(layer, shape, rates, adapters, lowest, alike.products_s)
     return _block_cost(layer, shape, rates, more, alike, known)
 
@@ -216,17 +217,19 @@ def _weight_gradients_s(block: Block, shape: LayerShape, rates: DeviceRates, for
 
 
 class Alike(NamedTuple):
-    """Seconds of a block that neither recomputation nor sequence parallelism nor the exchange changes."""
+    """Figures of a block that neither recomputation nor sequence parallelism nor the exchange
+    changes."""
 
     products_s: float
     attention_s: tuple[float, float]
     casts_s: tuple[float, float]
     host_s: float
     layer_s: float
+    widest_values: float
 
 
 Known = dict[tuple[object, ...], Any]
-"""Figures of blocks under one device's rates, by all that they depend on."""
+"""Figures of a model's blocks under one device's rates, by all that they depend on."""
 
 
 def _remembered(known: Known, key: tuple[object, ...], figure: Callable[[], T]) -> T:
@@ -235,15 +238,16 @@ def _remembered(known: Known, key: tuple[object, ...], figure: Callable[[], T]) 
     return cast(T, known[key])
 
 
-def _key(block: Block, shape: LayerShape) -> tuple[object, ...]:
+def _key(shape: LayerShape) -> tuple[object, ...]:
+    """What those of a block of one model depend on; ranks of tensor parallelism hold it together."""
     return (
-        (block, shape.tokens, shape.seq, shape.tp, shape.ep, shape.etp),
+        (shape.block, shape.tokens, shape.seq, shape.tp, shape.ep, shape.etp),
         (shape.precision, shape.kernel, shape.rotary),
     )
 
 
 def _alike(block: Block, shape: LayerShape, rates: DeviceRates) -> Alike:
-    layer_s = rates.physics.layer_s * _launches(block, shape)
+    layer_s = rates.physics.layer_s * launches(block, shape)
     if isinstance(block.mlp, Experts) and rates.pieces(shape) is None:
         own_s = rates.physics.expert_s * block.mlp.count / shape.ep
         layer_s += own_s * (rates.physics.graphed_share if rates.graphed else 1.0)
@@ -253,6 +257,7 @@ def _alike(block: Block, shape: LayerShape, rates: DeviceRates) -> Alike:
         casts_s=cast_s(block, shape, rates),
         host_s=_host_s(block, shape, rates),
         layer_s=layer_s,
+        widest_values=widest_values(block, shape),
     )
 
 
@@ -263,7 +268,7 @@ def _block_cost(
     products_s, host_s, layer_s = alike.products_s, alike.host_s, alike.layer_s
     attention_s, attention_backward_s = alike.attention_s
     stream = block.hidden / (tp if shape.sequence_parallel else 1)
-    key = (*_key(block, shape), stream)
+    key = (*_key(shape), stream)
     between = _remembered(known, key, lambda: between_products(block, shape, stream, rates))
     beside_s = size * tokens * rates.physics.elementwise_scale / rates.memory_bytes_per_s
     casts_s, casts_backward_s = alike.casts_s
@@ -285,9 +290,10 @@ def _block_cost(
         Recompute.FULL: (busy_s, larger(forward_s, again_host_s)),
     }[shape.recompute]
     idle = not rates.serial  # where host and device are one, neither waits
-    saved = block_saved_bytes(block, shape, shape.recompute)
-    working = size * tokens * (2 * stream + widest_values(block, shape) / tp)
-    full_again = block_saved_bytes(block, shape, Recompute.NONE)
+    working = size * tokens * (2 * stream + alike.widest_values / tp)
+    full_again = saved = block_saved_bytes(block, shape, Recompute.NONE)
+    if shape.recompute is not Recompute.NONE:
+        saved = block_saved_bytes(block, shape, shape.recompute)
     return LayerCost(
         forward_s=forward_s,
         backward_s=backward_s + again_s,
@@ -309,38 +315,13 @@ def _host_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
     """Least seconds in which the host launches a block's forward, by the operators that it has."""
     physics = rates.physics
     # Times of operators on a CPU have their launches in them.
-    eager_s = 0.0 if rates.serial else physics.host_block_forward_s * _launches(block, shape)
+    eager_s = 0.0 if rates.serial else physics.host_block_forward_s * launches(block, shape)
     if shape.tp > 1:
         modules = len(block.matrices()) + block.norms
         eager_s += physics.host_tp_forward_s * modules / constants.SHARDED_MODULES
     if rates.graphed:
         return eager_s * physics.graphed_share
     return eager_s * (physics.compiled_host_share if rates.compiled else 1.0)
-
-
-def _launches(block: Block, shape: LayerShape) -> float:
-    """Operators of a block's forward over BLOCK_OPERATORS, those of a Llama block.
-
-    Each product, norm and residual addition is one, an activation one or with its gate two, attention between
-    the projections one where flash, else two products and a softmax; turning queries and keys takes more.
-    """
-    operators = len(block.matrices()) + max(block.norms, block.sublayers) + block.sublayers
-    operators += _activation_operators(block.mlp)
-    for mixer in block.mixers:
-        operators += 1 if shape.kernel is AttentionKernel.FLASH else 3
-        operators += constants.EAGER_LAUNCHES if shape.kernel is AttentionKernel.EAGER else 0
-        if shape.rotary and isinstance(mixer, (Attention, LatentAttention)) and mixer.rotated:
-            operators += constants.ROTARY_OPERATORS
-    return operators / constants.BLOCK_OPERATORS
-
-
-def _activation_operators(mlp: FeedForward | None) -> int:
-    """Operators of a feed-forward sublayer besides its products: activation, gate, routing."""
-    if mlp is None:
-        return 0
-    if isinstance(mlp, Experts):
-        return constants.ROUTING_OPERATORS + mlp.expert.up_projections
-    return mlp.up_projections
 
 
 def _attention_s(block: Block, shape: LayerShape, rates: DeviceRates) -> tuple[float, float]:

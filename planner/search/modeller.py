@@ -18,6 +18,9 @@ from planner.search.stage_space import StageSpace
 from planner.strategy import Degrees
 from planner.units import format_bytes
 
+MEMORY = "memory"
+"""The rule that shapes break which cannot fit."""
+
 
 class Base(NamedTuple):
     """What the shapes of a base have in common: what is safe, their bound, their recipes."""
@@ -68,11 +71,11 @@ class Modeller:
         """A shape of a base with its bound and its number; None where it cannot fit."""
         least, most = self.least_bytes(degrees), max(base.limits_bytes)
         if least > most:
-            self.rejections.add(too_large(degrees, least, most), number)
+            self.rejections.add_made(MEMORY, lambda: too_large(degrees, least, most), number)
             return None
         bound_s = base.bound.of(degrees)
         if bound_s == float("inf"):
-            self.rejections.add(no_recipe(degrees, base.limits_bytes), number)
+            self.rejections.add_made(MEMORY, lambda: no_recipe(degrees, base.limits_bytes), number)
             return None
         return Candidate(bound_s, number, degrees)
 
@@ -80,7 +83,7 @@ class Modeller:
 def too_large(degrees: Degrees, least: float, limit: float) -> Rejected:
     """A shape whose state alone takes more than is safe."""
     return Rejected(
-        rule="memory",
+        rule=MEMORY,
         detail=f"{degrees.label()} needs at least {format_bytes(least)} a device for weights, gradients "
         f"and optimizer state; {format_bytes(limit)} is safe.",
     )
@@ -89,7 +92,7 @@ def too_large(degrees: Degrees, least: float, limit: float) -> Rejected:
 def no_recipe(degrees: Degrees, limits_bytes: tuple[float, ...]) -> Rejected:
     """A shape whose activations fit with no recomputation."""
     return Rejected(
-        rule="memory",
+        rule=MEMORY,
         detail=f"{degrees.label()}: no mix of recomputation fits into {format_bytes(max(limits_bytes))} a "
         "device.",
     )

@@ -34,7 +34,7 @@ from planner.search.alternatives import distinct, why_slower
 from planner.search.crew import Crew, processes_for
 from planner.search.dominance import without_dominated
 from planner.search.frontier import Candidate, Frontier
-from planner.search.modeller import Base, Modeller, no_recipe, too_large
+from planner.search.modeller import MEMORY, Base, Modeller, no_recipe, too_large
 from planner.search.open_shapes import OpenShapes
 from planner.search.progress import Progress
 from planner.search.quick_bounds import space_bounds_s
@@ -203,7 +203,8 @@ class Solver:
             if least <= most:
                 kept.append(number)
             else:
-                self.rejections.add(too_large(base, least, most), number, len(pipes))
+                make = partial(too_large, base, least, most)
+                self.rejections.add_made(MEMORY, make, number, len(pipes))
         fitting = Space(
             bases=tuple(space.bases[number] for number in kept),
             pipes=tuple(space.pipes[number] for number in kept),
