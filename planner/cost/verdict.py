@@ -44,11 +44,7 @@ class MemoryLimits:
 
     def band(self, coverage: Coverage) -> ErrorBand:
         """The band of its predictions that rest on such origins."""
-        prior = band(constants.MEMORY_ERROR, coverage)
-        return ErrorBand(
-            lower=prior if self.lower is None else self.lower,
-            upper=prior if self.upper is None else self.upper,
-        )
+        return _band(self.lower, self.upper, coverage)
 
     def safe_tensor_bytes(self, coverage: Coverage, runtime_bytes: float) -> float:
         """What tensors and pools may take for a peak that is still SAFE, `runtime_bytes` of it included.
@@ -61,17 +57,27 @@ class MemoryLimits:
 
 def memory_limits(problem: PlanningProblem) -> MemoryLimits:
     """Those of a problem."""
-    return MemoryLimits(
-        limit_bytes=problem.memory_limit_bytes,
-        lower=fitted_constant(problem, "memory_error_lower"),
-        upper=fitted_constant(problem, "memory_error_upper"),
-        slack=memory_constants(problem).allocator_slack,
-    )
+    lower, upper = _fitted_errors(problem)
+    slack = memory_constants(problem).allocator_slack
+    return MemoryLimits(limit_bytes=problem.memory_limit_bytes, lower=lower, upper=upper, slack=slack)
 
 
 def memory_band(problem: PlanningProblem, coverage: Coverage) -> ErrorBand:
     """The band of a problem's memory predictions."""
-    return memory_limits(problem).band(coverage)
+    return _band(*_fitted_errors(problem), coverage)
+
+
+def _fitted_errors(problem: PlanningProblem) -> tuple[float | None, float | None]:
+    lower, upper = (fitted_constant(problem, f"memory_error_{name}") for name in ("lower", "upper"))
+    return lower, upper
+
+
+def _band(lower: float | None, upper: float | None, coverage: Coverage) -> ErrorBand:
+    prior = band(constants.MEMORY_ERROR, coverage)
+    return ErrorBand(
+        lower=prior if lower is None else lower,
+        upper=prior if upper is None else upper,
+    )
 
 
 def verdict(peak_bytes: float, limit_bytes: float, error: ErrorBand) -> Verdict:
