@@ -20,9 +20,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from planner import plain_data
 from planner.errors import InputError, Problem
 from planner.nouns import noun as noun  # most modules have it from here
+from planner.plain_data import UnsureError, parse_json, read_plain
 
 T = TypeVar("T")
 MAX_FILE_BYTES = 64 * 1024 * 1024
@@ -42,8 +42,8 @@ def _adapter(cls: Any) -> Any:
 def decode(cls: type[T], data: object, *, source: str) -> T:
     """`data` (parsed JSON or TOML) as a `cls`. Raises InputError with every fault and its path."""
     try:
-        return plain_data.read(cls, data)
-    except plain_data.UnsureError:
+        return read_plain(cls, data)
+    except UnsureError:
         pass
     try:
         text = json.dumps(data, allow_nan=True)
@@ -55,8 +55,8 @@ def decode(cls: type[T], data: object, *, source: str) -> T:
 def decode_json(cls: type[T], text: str | bytes, *, source: str) -> T:
     """JSON text as a `cls`. Raises InputError with every fault and its path."""
     try:
-        return plain_data.read(cls, plain_data.parse(text))
-    except plain_data.UnsureError:
+        return read_plain(cls, parse_json(text))
+    except UnsureError:
         return _decoded(cls, text, source)
 
 

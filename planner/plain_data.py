@@ -30,7 +30,7 @@ class UnsureError(Exception):
     """It is not certain that the data is right."""
 
 
-def read(cls: type[T], data: object) -> T:
+def read_plain(cls: type[T], data: object) -> T:
     """`data` as a `cls`. Raises UnsureError."""
     kind: Any = cls
     try:
@@ -40,7 +40,7 @@ def read(cls: type[T], data: object) -> T:
     return value
 
 
-def parse(text: str | bytes) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """JSON as plain data. Raises UnsureError, also where a key is given twice."""
     if len(text) > MOST_CHARACTERS:
         raise UnsureError
