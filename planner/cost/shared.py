@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cached_property
 
 from planner.cost.compute import LayerModel
 from planner.cost.kind_layers import Kind, KindLayers, kind_of
@@ -11,12 +11,29 @@ from planner.cost.passes import Pass, Unit
 from planner.cost.wrapped import Units
 
 
-class UnitMessages(NamedTuple):
-    """What data parallelism sends of each unit: to gather all of it or what is updated, and to reduce it."""
+class UnitMessages:
+    """What data parallelism sends of each unit, worked out where it is asked for."""
 
-    gathers: dict[Unit, Pass]
-    updates: dict[Unit, Pass]
-    reduces: dict[Unit, Pass]
+    def __init__(self, messages: Messages, units: Units) -> None:
+        self._messages, self._units = messages, units.all()
+
+    @cached_property
+    def gathers(self) -> dict[Unit, Pass]:
+        """To gather all of a unit."""
+        gather = self._messages.gather
+        return {unit: gather(unit.dense_params, unit.routed_params) for unit in self._units}
+
+    @cached_property
+    def updates(self) -> dict[Unit, Pass]:
+        """To gather what an update changes: all, or beside frozen weights what is trained."""
+        if self._messages.problem.workload.adapters is None:
+            return self.gathers
+        return {unit: self._messages.gather(unit.trained) for unit in self._units}
+
+    @cached_property
+    def reduces(self) -> dict[Unit, Pass]:
+        """To reduce its gradients."""
+        return {unit: self._messages.reduce(unit) for unit in self._units}
 
 
 class SharedCosts:
@@ -38,10 +55,5 @@ class SharedCosts:
         d = messages.degrees
         key = d.tp, d.pp, d.cp, d.ep, d.etp, d.dp_shard, d.dp_replicate, d.zero
         if key not in self._sent:
-            each = units.all()
-            gathers = {unit: messages.gather(unit.dense_params, unit.routed_params) for unit in each}
-            updates = gathers
-            if messages.problem.workload.adapters is not None:
-                updates = {unit: messages.gather(unit.trained) for unit in each}
-            self._sent[key] = UnitMessages(gathers, updates, {unit: messages.reduce(unit) for unit in each})
+            self._sent[key] = UnitMessages(messages, units)
         return self._sent[key]

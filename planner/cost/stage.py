@@ -70,7 +70,7 @@ class ShapeModel:
         self.classes = layers.classes
         units = layers.units(degrees)
         self.block_units, self.embedding_unit, self.head_unit = units.blocks, units.embedding, units.head
-        self.gathers, self.updates, self.reduces = shared.sent(self.messages, units)
+        self.sent = shared.sent(self.messages, units)
         self.kind = shared.layers(self.messages, layers)
         self.overlaps, self.overlap = self.kind.overlaps, self.kind.overlap
         self.block, self.layer, self.shape_of = self.kind.block, self.kind.layer, self.kind.shape_of
@@ -88,6 +88,21 @@ class ShapeModel:
     def states(self) -> States:
         """Bytes of each parameter's state."""
         return states_of(self.problem, self.degrees)
+
+    @property
+    def gathers(self) -> dict[Unit, Pass]:
+        """Messages to gather all of a unit."""
+        return self.sent.gathers
+
+    @property
+    def updates(self) -> dict[Unit, Pass]:
+        """Messages to gather what an update changes."""
+        return self.sent.updates
+
+    @property
+    def reduces(self) -> dict[Unit, Pass]:
+        """Messages to reduce a unit's gradients."""
+        return self.sent.reduces
 
     # Layers
 

@@ -258,7 +258,8 @@ def least_once_s(shape: ShapeModel) -> float:
     gathers = zero in (Zero.OPTIMIZER, Zero.GRADIENTS)
     reduces = zero in (Zero.NONE, Zero.OPTIMIZER)
     return min(
-        gathers * shape.once_s(shape.updates[unit]) + reduces * shape.once_s(shape.reduces[unit])
+        (shape.once_s(shape.updates[unit]) if gathers else 0.0)
+        + (shape.once_s(shape.reduces[unit]) if reduces else 0.0)
         for unit in units
     )
 

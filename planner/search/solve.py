@@ -27,6 +27,7 @@ from planner.divisors import divisors
 from planner.errors import InfeasibleError
 from planner.estimate import Verdict
 from planner.not_modelled import not_modelled
+from planner.nouns import replaced
 from planner.placement import is_mixed
 from planner.plan import Alternative, Certificate, Plan
 from planner.problem import PlanningProblem
@@ -222,7 +223,7 @@ class Solver:
         schedule, chunks = self.space.pipes[row][int(self.places[number])]
         if row not in self._bases:
             self._bases[row] = self.modeller.base(self.space.bases[row])
-        return dataclasses.replace(self.space.bases[row], schedule=schedule, chunks=chunks), self._bases[row]
+        return replaced(self.space.bases[row], schedule=schedule, chunks=chunks), self._bases[row]
 
     def _candidate(self, number: int) -> Candidate | None:
         """The bound of a shape; None where it cannot fit."""
