@@ -10,10 +10,10 @@ from __future__ import annotations
 import functools
 import tomllib
 from collections.abc import Iterable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import profiles
 from planner.codec import load_toml_object, noun, read_text
 from planner.device_file import DeviceFile, load_device_file
 from planner.errors import InputError, Problem
@@ -46,7 +46,7 @@ class ModelEntry:
 
 def data_folder() -> Path:
     """The folder of the package `profiles`, which is plain files wherever it is installed."""
-    return Path(str(resources.files("profiles")))
+    return Path(str(profiles.__file__)).parent
 
 
 @functools.cache

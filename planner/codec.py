@@ -7,13 +7,11 @@ that is read may be wrong.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import os
 import re
 import stat
-import tempfile
 import tomllib
 from collections import Counter
 from functools import cache
@@ -73,6 +71,8 @@ def _decoded(cls: type[T], text: str | bytes, source: str) -> T:
 
 
 def _problem(fault: Any, faults: list[Any], source: str) -> Problem:
+    import difflib
+
     path = ".".join(str(part) for part in fault["loc"])
     where = f"{source}: {path}" if path else source
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -114,6 +114,8 @@ def read_text(path: Path, limit_bytes: int = MAX_FILE_BYTES) -> bytes:
 
 
 def _near_file(path: Path) -> str:
+    import difflib
+
     try:
         names = [entry.name for entry in path.parent.iterdir()]
     except OSError:
@@ -206,6 +208,8 @@ def digest(value: Any) -> str:
 
 def write_atomic(path: Path, text: str) -> None:
     """Writes `text` so that a reader sees the old file or the whole new one, never a part."""
+    import tempfile
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)

@@ -100,6 +100,7 @@ def solve(
     output: Path | None,
 ) -> int:
     """Find the best plan and prove how good it is."""
+    _collect_no_cycles()
     import dataclasses
 
     from planner.commands.goal import read_goal
@@ -122,7 +123,6 @@ def solve(
         gap_tolerance=gap_tolerance,
         reproducible=reproducible,
     )
-    _collect_no_cycles()
     try:
         plan = solve_for(problem, chosen, goal)
     except InfeasibleError:

@@ -42,7 +42,6 @@ E_n is Blom's approximation, the quantile (n - 0.375) / (n + 0.25).
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
 from typing import NamedTuple
 
 from planner.codec import noun
@@ -156,6 +155,8 @@ def evaluation_s(upkeep: Upkeep) -> float:
 
 def largest_of(n: int) -> float:
     """The mean of the largest of n standard normals; 0 for one."""
+    from statistics import NormalDist
+
     return NormalDist().inv_cdf((n - 0.375) / (n + 0.25)) if n > 1 else 0.0
 
 

@@ -7,7 +7,6 @@ that follow from what it reads, writes and computes. They are fitted when they a
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
@@ -132,6 +131,8 @@ def _of_variant(kind: RateKind, samples: Sequence[RateSample], variant: str) -> 
 
 def measured_rates(profile: Profile | None, precision: Precision) -> MeasuredRates | None:
     """The rates that a profile's samples give in a precision; None where it has no products of it."""
+    import statistics
+
     if profile is None or not profile.rates:
         return None
     layers = tuple(s.reference_s for s in profile.layers if s.reference_s)
@@ -146,6 +147,8 @@ def _rates_of(samples: tuple[RateSample, ...], usual_s: float | None, precision:
 
 def at_usual_speed(samples: Sequence[RateSample], usual_s: float | None = None) -> list[RateSample]:
     """The samples as if the machine had kept one speed: that of `usual_s`, or else its median."""
+    import statistics
+
     references = [s.reference_s for s in samples if s.reference_s]
     if not references:
         return list(samples)
