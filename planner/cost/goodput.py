@@ -144,7 +144,8 @@ def between_steps(job: Job, upkeep: Upkeep) -> tuple[float, float, float]:
     data_s = 0.0
     if upkeep.data_tokens_per_s is not None:
         data_s = max(0.0, job.tokens_per_step / upkeep.data_tokens_per_s - job.step_s)
-    straggler_s = (upkeep.device_spread or 0.0) * largest_of(job.devices) * job.compute_s
+    spread = upkeep.device_spread
+    straggler_s = spread * largest_of(job.devices) * job.compute_s if spread else 0.0
     return data_s, straggler_s, evaluation_s(upkeep)
 
 

@@ -313,10 +313,12 @@ def _over_host(cost: LayerCost, samples: list[LayerSample]) -> LayerCost:
 
 def usual_reference_s(samples: Sequence[LayerSample]) -> float | None:
     """What the fixed piece of work that was timed beside samples usually took; None where none was."""
+    references = [s.reference_s for s in samples if s.reference_s]
+    if not references:
+        return None
     import statistics
 
-    references = [s.reference_s for s in samples if s.reference_s]
-    return statistics.median(references) if references else None
+    return statistics.median(references)
 
 
 def at_usual_speed(samples: Sequence[LayerSample]) -> list[LayerSample]:
