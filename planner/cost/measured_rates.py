@@ -131,10 +131,10 @@ def _of_variant(kind: RateKind, samples: Sequence[RateSample], variant: str) -> 
 
 def measured_rates(profile: Profile | None, precision: Precision) -> MeasuredRates | None:
     """The rates that a profile's samples give in a precision; None where it has no products of it."""
-    import statistics
-
     if profile is None or not profile.rates:
         return None
+    import statistics
+
     layers = tuple(s.reference_s for s in profile.layers if s.reference_s)
     rates = _rates_of(profile.rates, statistics.median(layers) if layers else None, precision)
     return rates if rates.has(RateKind.GEMM) else None
@@ -147,11 +147,11 @@ def _rates_of(samples: tuple[RateSample, ...], usual_s: float | None, precision:
 
 def at_usual_speed(samples: Sequence[RateSample], usual_s: float | None = None) -> list[RateSample]:
     """The samples as if the machine had kept one speed: that of `usual_s`, or else its median."""
-    import statistics
-
     references = [s.reference_s for s in samples if s.reference_s]
     if not references:
         return list(samples)
+    import statistics
+
     usual = usual_s or statistics.median(references)
     return [_at_speed(s, usual / s.reference_s) if s.reference_s else s for s in samples]
 
