@@ -10,11 +10,11 @@ from __future__ import annotations
 import functools
 import tomllib
 from collections.abc import Iterable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from planner.codec import load_toml_object, noun
+import profiles
+from planner.codec import load_toml_object, noun, read_text
 from planner.device_file import DeviceFile, load_device_file
 from planner.errors import InputError, Problem
 from planner.instance import Instance, find_instance, load_instances
@@ -46,7 +46,7 @@ class ModelEntry:
 
 def data_folder() -> Path:
     """The folder of the package `profiles`, which is plain files wherever it is installed."""
-    return Path(str(resources.files("profiles")))
+    return Path(str(profiles.__file__)).parent
 
 
 @functools.cache
@@ -66,6 +66,17 @@ def catalog_model(text: str) -> str | None:
     return _find(text, {name: entry.aliases for name, entry in model_index().items()})
 
 
+def model_sources(name: str) -> tuple[str, ...] | None:
+    """The sources of a model by its very name in the catalog, read from its part of the index alone; None
+    where that has no such name."""
+    text, head = read_text(data_folder() / "models" / "index.toml").decode(), f'\n["{name}"]\n'
+    start = text.find(head) + len(head)
+    if start < len(head) or not name.isprintable() or '"' in name:
+        return None
+    end = text.find("\n[", start)
+    return tuple(tomllib.loads(text[start:] if end < 0 else text[start:end])["sources"])
+
+
 def load_model(text: str, where: str = "--model", arch: str | None = None) -> ModelSpec:
     """The model that `text` names: a catalog name, a config.json or its folder, a TOML file, or a file of
     `plan trace`.
@@ -73,13 +84,14 @@ def load_model(text: str, where: str = "--model", arch: str | None = None) -> Mo
     `arch` reads a file as the architecture of that name, whatever its model_type says.
     """
     from planner.hf import read_config_file, read_model_toml  # `plan list devices` needs no models
-    from planner.tracing.traced_file import read_traced_model
 
-    index = model_index()
-    name = catalog_model(text)
+    sources = model_sources(text)
+    name = catalog_model(text) if sources is None else text
     if name is not None:
         file = data_folder() / "models" / f"{name}.json"
-        return read_config_file(file, name=name, sources=index[name].sources, arch=arch)
+        return read_config_file(file, name=name, sources=sources or model_index()[name].sources, arch=arch)
+    from planner.tracing.traced_file import read_traced_model
+
     path = Path(text)
     if path.suffix == ".toml":
         return read_model_toml(path, arch)
@@ -91,7 +103,7 @@ def load_model(text: str, where: str = "--model", arch: str | None = None) -> Mo
         where,
         "model",
         text,
-        index,
+        model_index(),
         fix="see `plan list models`, or give a path to a config.json or TOML file",
     )
 

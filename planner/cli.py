@@ -6,6 +6,7 @@ A command returns None (exit code 0) or an exit code, and raises PlannerError fo
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -21,6 +22,8 @@ from planner.errors import PlannerError
 INTERNAL_ERROR = 1
 INTERRUPTED = 130
 DEBUG_VARIABLE = "SHARDWISE_DEBUG"
+ENDS = "ends"
+"""The object of a command's context where its process ends with it."""
 
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
@@ -137,7 +140,10 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """The entry point of the command `plan`."""
-    cli.main()
+    try:
+        cli.main(obj=ENDS)
+    finally:
+        gc.freeze()  # the process ends: what is left need not be searched for cycles
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def parse_cluster(text: str, where: str = "--cluster", market: Market | None = N
         from planner.cluster_file import read_cluster_file
 
         return read_cluster_file(Path(text), market)
-    market = market or shipped_market()
+    market = market or (shipped_market() if "*" in text else Market(instances=()))
     parts: list[Part] = []
     problems: list[Problem] = []
     for piece in text.split("+"):

@@ -1,26 +1,26 @@
 """Files in and out: strict decoding with every fault at its path, atomic writing.
 
 Inside, all values are plain frozen dataclasses made by `noun`; pydantic is met only here, when a file
-is read.
+that is read may be wrong.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import os
 import re
 import stat
-import tempfile
 import tomllib
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar
 
 from planner.errors import InputError, Problem
+from planner.nouns import noun as noun  # most modules have it from here
+from planner.plain_data import UnsureError, parse_json, read_plain
 
 T = TypeVar("T")
 MAX_FILE_BYTES = 64 * 1024 * 1024
@@ -28,13 +28,6 @@ MAX_FILE_BYTES = 64 * 1024 * 1024
 
 MAX_KEY_PARTS = 100
 """Parts of one dotted key in a TOML file; ours have five at most."""
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True)
-def noun(cls: type[T]) -> type[T]:
-    """A frozen, slotted, keyword-only dataclass that refuses unknown keys, NaN and infinity in files."""
-    cls.__pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # type: ignore[attr-defined]
-    return dataclasses.dataclass(frozen=True, slots=True, kw_only=True)(cls)
 
 
 @cache
@@ -47,14 +40,26 @@ def _adapter(cls: Any) -> Any:
 def decode(cls: type[T], data: object, *, source: str) -> T:
     """`data` (parsed JSON or TOML) as a `cls`. Raises InputError with every fault and its path."""
     try:
+        return read_plain(cls, data)
+    except UnsureError:
+        pass
+    try:
         text = json.dumps(data, allow_nan=True)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(Problem(where=source, fault=f"cannot be read as plain data: {error}.")) from None
-    return decode_json(cls, text, source=source)
+    return _decoded(cls, text, source)
 
 
 def decode_json(cls: type[T], text: str | bytes, *, source: str) -> T:
     """JSON text as a `cls`. Raises InputError with every fault and its path."""
+    try:
+        return read_plain(cls, parse_json(text))
+    except UnsureError:
+        return _decoded(cls, text, source)
+
+
+def _decoded(cls: type[T], text: str | bytes, source: str) -> T:
+    """The same by pydantic, which knows every fault."""
     from pydantic import ValidationError
 
     try:
@@ -66,6 +71,8 @@ def decode_json(cls: type[T], text: str | bytes, *, source: str) -> T:
 
 
 def _problem(fault: Any, faults: list[Any], source: str) -> Problem:
+    import difflib
+
     path = ".".join(str(part) for part in fault["loc"])
     where = f"{source}: {path}" if path else source
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -107,6 +114,8 @@ def read_text(path: Path, limit_bytes: int = MAX_FILE_BYTES) -> bytes:
 
 
 def _near_file(path: Path) -> str:
+    import difflib
+
     try:
         names = [entry.name for entry in path.parent.iterdir()]
     except OSError:
@@ -199,6 +208,8 @@ def digest(value: Any) -> str:
 
 def write_atomic(path: Path, text: str) -> None:
     """Writes `text` so that a reader sees the old file or the whole new one, never a part."""
+    import tempfile
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import statistics
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -110,6 +109,8 @@ def _values(row: dict[str, str], source: str) -> dict[str, object]:
 
 def median_prices(instances: Iterable[Instance]) -> dict[str, float]:
     """For each device: the median over all clouds of its on-demand price in dollars a device-hour."""
+    import statistics
+
     prices: defaultdict[str, list[float]] = defaultdict(list)
     for instance in instances:
         price = instance.usd_per_device_hour

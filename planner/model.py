@@ -8,8 +8,9 @@ exact; tied embeddings count once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
+from functools import lru_cache
 from itertools import chain
 
 from planner.arithmetic import PLAIN, Arithmetic
@@ -97,8 +98,7 @@ class Block:
 
     def matrices(self) -> tuple[Matrix, ...]:
         """Every weight of the block that tokens are multiplied with."""
-        mixing = chain.from_iterable(mixer.matrices(self.hidden) for mixer in self.mixers)
-        return (*mixing, *(self.mlp.matrices(self.hidden) if self.mlp else ()))
+        return _matrices(self)
 
     @property
     def _vector_params(self) -> int:
@@ -116,11 +116,7 @@ class Block:
 
     def held(self, tp: int) -> Block:
         """What `tp` ranks hold together: the block, with copies of key-value heads where these are fewer."""
-        mixer, cross = (m.held(tp) if isinstance(m, Attention) else m for m in (self.mixer, self.cross))
-        if mixer is self.mixer and cross is self.cross:
-            return self
-        assert cross is None or isinstance(cross, Attention)
-        return dataclasses.replace(self, mixer=mixer, cross=cross)
+        return _held(self, tp)
 
     def params_shard(self, tp: int) -> float:
         """Parameters on one of `tp` tensor-parallel ranks: shards of matrices, whole norms."""
@@ -160,15 +156,7 @@ class Block:
 
     def kept(self, seq: int, kernel: AttentionKernel) -> Kept:
         """Values a token that both sublayers keep for the backward pass, without the residual stream."""
-        each = [mixer.kept(seq, kernel) for mixer in self.mixers]
-        each += [self.mlp.kept(self.hidden)] if self.mlp else []
-        return Kept(
-            products=sum(kept.products for kept in each),
-            elementwise=sum(kept.elementwise for kept in each),
-            statistics=sum(kept.statistics for kept in each) + self.norms,
-            whole=sum(kept.whole for kept in each),
-            routed=sum(kept.routed for kept in each),
-        )
+        return _kept(self, seq, kernel)[0]
 
     def saved_bytes(
         self,
@@ -197,14 +185,14 @@ class Block:
         stream = self.hidden / (tp if sequence_parallel else 1)
         if recompute is Recompute.FULL:
             return size * tokens * stream
-        kept = self.kept(seq, kernel)
+        kept, sublayers = _kept(self, seq, kernel)
         statistics = 4.0 * tokens * ((kept.statistics - self.norms) / tp + self.norms)
-        after = max(0, self.norms - self.sublayers)
+        after = max(0, self.norms - sublayers)
         whole = kept.whole + kept.routed * (expert_tp or tp) / tp
         if recompute is Recompute.SELECTIVE:
-            values = (self.sublayers + 1 + after) * stream + kept.products / tp + whole
+            values = (sublayers + 1 + after) * stream + kept.products / tp + whole
         else:
-            values = (2 * self.sublayers + after) * stream
+            values = (2 * sublayers + after) * stream
             values += (kept.products + kept.elementwise) / tp + whole
         return size * tokens * values + statistics
 
@@ -222,6 +210,36 @@ class Block:
         return f"h{self.hidden}-{keys}-{self.norm}-b{biases}" + "".join(extras)
 
 
+@lru_cache(maxsize=1024)
+def _matrices(block: Block) -> tuple[Matrix, ...]:
+    mixing = chain.from_iterable(mixer.matrices(block.hidden) for mixer in block.mixers)
+    return (*mixing, *(block.mlp.matrices(block.hidden) if block.mlp else ()))
+
+
+@lru_cache(maxsize=1024)
+def _held(block: Block, tp: int) -> Block:
+    mixer, cross = (m.held(tp) if isinstance(m, Attention) else m for m in (block.mixer, block.cross))
+    if mixer is block.mixer and cross is block.cross:
+        return block
+    assert cross is None or isinstance(cross, Attention)
+    return dataclasses.replace(block, mixer=mixer, cross=cross)
+
+
+@lru_cache(maxsize=1024)
+def _kept(block: Block, seq: int, kernel: AttentionKernel) -> tuple[Kept, int]:
+    """What the block keeps, and its sublayers."""
+    each = [mixer.kept(seq, kernel) for mixer in block.mixers]
+    each += [block.mlp.kept(block.hidden)] if block.mlp else []
+    whole = Kept(
+        products=sum(kept.products for kept in each),
+        elementwise=sum(kept.elementwise for kept in each),
+        statistics=sum(kept.statistics for kept in each) + block.norms,
+        whole=sum(kept.whole for kept in each),
+        routed=sum(kept.routed for kept in each),
+    )
+    return whole, block.sublayers
+
+
 Layer = Block | TracedLayer
 
 
@@ -231,6 +249,12 @@ class Segment:
 
     block: Layer
     count: int
+
+
+@lru_cache(maxsize=256)
+def _classes(segments: tuple[Segment, ...]) -> Mapping[str, Layer]:
+    distinct = {id(segment.block): segment.block for segment in segments}  # a key takes 15 us
+    return {block.shape_key: block for block in distinct.values()}
 
 
 @noun
@@ -293,8 +317,7 @@ class ModelSpec:
 
     def classes(self) -> dict[str, Layer]:
         """The distinct layer classes by their key, in order of first use."""
-        distinct = {id(segment.block): segment.block for segment in self.segments}  # a key takes 15 us
-        return {block.shape_key: block for block in distinct.values()}
+        return dict(_classes(self.segments))
 
     def transformer_blocks(self) -> Iterator[Block]:
         """The distinct classes that are transformer blocks."""

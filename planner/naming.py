@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 from collections.abc import Iterable
@@ -22,6 +21,8 @@ def squash(name: str) -> str:
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
     """The names that look most like `name`, best first; empty where none does."""
+    import difflib
+
     by_squashed = {squash(known): known for known in names}
     near = difflib.get_close_matches(squash(name), by_squashed, n=count, cutoff=0.5)
     return [by_squashed[key] for key in near]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from importlib import metadata
 
 from planner.cluster import ClusterSpec, Device
 from planner.codec import noun
@@ -105,6 +104,8 @@ def use_of(
 
 def installed_torch() -> str:
     """The version of torch on this machine, or nothing; torch itself is not imported."""
+    from importlib import metadata
+
     try:
         return metadata.version("torch")
     except metadata.PackageNotFoundError:

@@ -157,6 +157,13 @@ def test_published_figures_of_known_devices() -> None:
     assert v100.peak_bf16_flops is None and v100.peak_fp16_flops == 125e12
 
 
+def test_the_sources_of_one_model_are_those_of_the_index() -> None:
+    for name, entry in catalog.model_index().items():
+        assert catalog.model_sources(name) == entry.sources
+    for other in ("", "none", "llama-7b ", 'llama-7b"]\n["llama-13b', "../llama-7b"):
+        assert catalog.model_sources(other) is None
+
+
 def test_names_and_aliases_are_unambiguous() -> None:
     devices = [catalog.load_device(name) for name in DEVICES]
     device_names = [squash(n) for d in devices for n in {d.name, *d.aliases}]

@@ -36,7 +36,7 @@ MEETS_RUNTIME = {
 """Commands whose bodies may import runtime; nothing else in planner may."""
 
 LAYERS = (
-    {"errors"},
+    {"errors", "nouns", "plain_data"},
     {"units", "codec", "naming", "divisors"},
     {
         "workload",

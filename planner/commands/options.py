@@ -113,7 +113,7 @@ def on_premises_option(command: Command) -> Command:
 
 
 def open_market(prices: Path | None, on_premises: bool, cluster: str | None = None) -> Market:
-    """The market for a cluster text, or for every instance where there is no text."""
+    """The market for a cluster text, of no instances where it names none; of all where there is no text."""
     from planner.market.market import read_market
 
     live = cluster is None or "*" in cluster or cluster.endswith(".toml")

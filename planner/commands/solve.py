@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from planner.cli import ENDS
 from planner.commands.options import ProblemOptions, problem_options
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ def solve(
     output: Path | None,
 ) -> int:
     """Find the best plan and prove how good it is."""
+    _collect_no_cycles()
     import dataclasses
 
     from planner.commands.goal import read_goal
@@ -122,16 +124,14 @@ def solve(
         reproducible=reproducible,
     )
     try:
-        gc.disable()  # a search makes many small objects and hardly a cycle
         plan = solve_for(problem, chosen, goal)
     except InfeasibleError:
         if goal.plain:
             return tell_infeasible(problem, chosen, as_json=as_json)
         raise
-    finally:
-        gc.enable()
     plan = dataclasses.replace(plan, profiles=asked.profiles)
     if rehearse is not None:
+        gc.enable()
         plan = _rehearsed(plan, problem, rehearse)
     check_certificate(plan)
     if output is not None:
@@ -142,6 +142,14 @@ def solve(
     else:
         click.echo(_text(plan, asked.basis))
     return TIME_LIMIT_EXIT if _ended_by_time(plan, time_limit_s) else 0
+
+
+def _collect_no_cycles() -> None:
+    """Until the command ends: a search makes many small objects and hardly a cycle."""
+    gc.disable()
+    context = click.get_current_context()
+    if context.obj != ENDS:
+        context.call_on_close(gc.enable)
 
 
 def _text(plan: Plan, basis: str) -> str:

@@ -18,7 +18,6 @@ Measured against: 16 runs on an H100 with torch 2.11, all within 0.5 % (see test
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 from planner.attention import Attention
@@ -29,6 +28,7 @@ from planner.cost.memory_constants import MemoryConstants
 from planner.feed_forward import Mlp
 from planner.kept import AttentionKernel, Kept
 from planner.model import Block, ModelSpec
+from planner.nouns import replaced
 from planner.profile import LayerKind
 from planner.stack import Engine, Selective, Stack
 from planner.strategy import Recompute
@@ -47,7 +47,7 @@ def engine_bytes(
             return _block_bytes(cost, block.held(shape.tp), shape, stack, constants)
     if shape.kind is LayerKind.HEAD and model.vocab:
         return _head_bytes(cost, model, shape, stack, constants)
-    return dataclasses.replace(
+    return replaced(
         cost,
         forward_transient_bytes=cost.forward_transient_bytes * constants.transient_scale,
         backward_transient_bytes=cost.backward_transient_bytes * constants.transient_scale,
@@ -70,7 +70,7 @@ def _head_bytes(
     kept = 4.0 + (size if size < 4 else 0)
     beside = SHARDED_LOSS_BYTES * own if _dtensor(stack) and shape.tp > 1 else 0.0
     gathered = constants.gathered_logits_bytes * logits if shape.tp > 1 else 0.0
-    return dataclasses.replace(
+    return replaced(
         cost,
         saved_bytes=cost.saved_bytes + kept * (own - shard),
         forward_transient_bytes=4.0 * own + gathered,
@@ -96,7 +96,7 @@ def _chunked_bytes(
         beside = size if stack.compiled else 8.0 if size < 4 else 4.0
         chunk = (size + beside) * chunk_logits(shape.tokens, vocab)
     gradients = size * (shape.tokens * model.token_width + vocab * model.token_width)
-    return dataclasses.replace(
+    return replaced(
         cost,
         saved_bytes=cost.saved_bytes - kept * shape.tokens * vocab + gradients,
         forward_transient_bytes=chunk,
@@ -111,20 +111,20 @@ def _dtensor(stack: Stack) -> bool:
 def _block_bytes(
     cost: LayerCost, block: Block, shape: LayerShape, stack: Stack, constants: MemoryConstants
 ) -> LayerCost:
-    whole = _kept_bytes(block, shape, stack, constants)
-    kept = {
-        Recompute.NONE: whole,
-        Recompute.SELECTIVE: _selective_bytes(whole, block, shape, stack, constants),
-        Recompute.FULL: constants.activation_scale * block_saved_bytes(block, shape, Recompute.FULL),
-    }[shape.recompute]
     plain = block_saved_bytes(block, shape, Recompute.NONE)
-    analytic = block_saved_bytes(block, shape, shape.recompute)
+    whole = _kept_bytes(plain, block, shape, stack, constants)
+    analytic, kept = plain, whole
+    if shape.recompute is not Recompute.NONE:
+        analytic = block_saved_bytes(block, shape, shape.recompute)
+        kept = constants.activation_scale * analytic
+    if shape.recompute is Recompute.SELECTIVE:
+        kept = _selective_bytes(whole, plain - analytic, block, shape, stack, constants)
     working = cost.backward_transient_bytes - (plain - analytic) + _gathered_bytes(block, shape, stack)
     if stack.liger and isinstance(block.mlp, Mlp):
         stream = block.hidden / (shape.tp if shape.sequence_parallel else 1)
         working = shape.precision.compute_bytes * shape.tokens * (2 * stream + block.mlp.width / shape.tp)
     working *= constants.transient_scale
-    return dataclasses.replace(
+    return replaced(
         cost,
         saved_bytes=kept,
         forward_transient_bytes=max(working, whole if shape.recompute is Recompute.FULL else 0.0),
@@ -140,12 +140,12 @@ def _weight_gradient_bytes(block: Block, shape: LayerShape, stack: Stack) -> flo
     return shape.precision.compute_bytes * matrix
 
 
-def _kept_bytes(block: Block, shape: LayerShape, stack: Stack, constants: MemoryConstants) -> float:
-    """What a block keeps without recomputation."""
+def _kept_bytes(
+    plain: float, block: Block, shape: LayerShape, stack: Stack, constants: MemoryConstants
+) -> float:
+    """What a block keeps without recomputation, where eager PyTorch keeps `plain`."""
     size, probabilities = shape.precision.compute_bytes, _probability_bytes(block, shape)
-    kept = block_saved_bytes(block, shape, Recompute.NONE) + block.sublayers * _gathered_bytes(
-        block, shape, stack
-    )
+    kept = plain + block.sublayers * _gathered_bytes(block, shape, stack)
     kept = (kept - probabilities - _fused_bytes(block, shape, stack)) * constants.activation_scale
     stream = block.hidden / (shape.tp if shape.sequence_parallel else 1)
     norms = constants.norm_bytes * size / 2 * block.norms * shape.tokens * stream
@@ -154,6 +154,8 @@ def _kept_bytes(block: Block, shape: LayerShape, stack: Stack, constants: Memory
 
 def _probability_bytes(block: Block, shape: LayerShape) -> float:
     """What an unfused kernel keeps of probabilities, once."""
+    if shape.kernel is AttentionKernel.FLASH:
+        return 0.0
     flash = (mixer.kept(shape.seq, AttentionKernel.FLASH).products for mixer in block.mixers)
     own = (mixer.kept(shape.seq, shape.kernel).products for mixer in block.mixers)
     return shape.precision.compute_bytes * shape.tokens * (sum(own) - sum(flash)) / shape.tp
@@ -176,18 +178,16 @@ def _gathered_bytes(block: Block, shape: LayerShape, stack: Stack) -> float:
 
 
 def _selective_bytes(
-    whole: float, block: Block, shape: LayerShape, stack: Stack, constants: MemoryConstants
+    whole: float, dropped: float, block: Block, shape: LayerShape, stack: Stack, constants: MemoryConstants
 ) -> float:
-    """What a block keeps of `whole` under the engine's selective recomputation."""
+    """What a block keeps of `whole` under the engine's selective recomputation; `dropped` is what eager
+    PyTorch keeps of element-wise results."""
     size, tokens = shape.precision.compute_bytes, shape.tokens
     scale = constants.activation_scale
     match stack.recomputes:
         case Selective.EVERY_SECOND if _plain(block):
             return min(whole, scale * _every_second_bytes(block, shape))
         case Selective.ELEMENTWISE | Selective.EVERY_SECOND:
-            dropped = block_saved_bytes(block, shape, Recompute.NONE) - block_saved_bytes(
-                block, shape, Recompute.SELECTIVE
-            )
             if stack.own:
                 return (
                     whole

@@ -6,11 +6,16 @@ host launches kernels. Backward is twice the products (2.5 times attention, whos
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
+
 from planner.attention import Attention, LatentAttention
 from planner.catalog import device_names, load_device
 from planner.codec import noun
 from planner.cost import constants
+from planner.cost.between import between_products, widest_values
 from planner.cost.gemm import GemmModel
+from planner.cost.launches import launches
 from planner.cost.layer import NOTHING, LayerCost, LayerShape, block_saved_bytes
 from planner.cost.measured_rates import MeasuredRates, measured_rates
 from planner.cost.physics import Physics, fitted_to_runs
@@ -19,8 +24,8 @@ from planner.cost.products import cast_s, matrices_s, product_s, products_of
 from planner.cost.seconds import larger
 from planner.cost.trained import Trained, beside_frozen, without_lowest
 from planner.errors import InputError, Problem
-from planner.feed_forward import Experts, FeedForward
-from planner.kept import AttentionKernel, Kept
+from planner.feed_forward import Experts
+from planner.kept import AttentionKernel
 from planner.model import Block, Layer, ModelSpec
 from planner.problem import PlanningProblem
 from planner.profile import LayerKind
@@ -28,6 +33,8 @@ from planner.stack import Engine, Stack
 from planner.strategy import Recompute
 from planner.traced import TracedLayer
 from planner.workload import Adapters, Precision
+
+T = TypeVar("T")
 
 
 @noun
@@ -127,10 +134,12 @@ def analytic_cost(
     adapters: Adapters | None = None,
     *,
     lowest: bool = False,
+    known: Known | None = None,
 ) -> LayerCost:
     """Products at their rate, element-wise work at memory bandwidth, not faster than the host launches.
 
     With `adapters`, all else is frozen; `lowest` is the first block, whose input needs no gradient then.
+    `known` remembers what several shapes have in common, under the same rates.
     """
     if rates is None:
         raise InputError(
@@ -144,7 +153,8 @@ def analytic_cost(
         )
     match shape.kind:
         case LayerKind.BLOCK:
-            return _layer_cost(_class_of(model, shape), shape, rates, adapters, lowest)
+            remembered = {} if known is None or rates.sampled is not None else known
+            return _layer_cost(_class_of(model, shape), shape, rates, adapters, lowest, remembered)
         case LayerKind.HEAD:
             return _head_cost(model, shape, rates, frozen=adapters is not None)
         case LayerKind.EMBEDDING:
@@ -164,19 +174,31 @@ def core_s(model: ModelSpec, shape: LayerShape, rates: DeviceRates) -> tuple[flo
 
 
 def _layer_cost(
-    layer: Layer, shape: LayerShape, rates: DeviceRates, adapters: Adapters | None, lowest: bool
+    layer: Layer,
+    shape: LayerShape,
+    rates: DeviceRates,
+    adapters: Adapters | None,
+    lowest: bool,
+    known: Known,
 ) -> LayerCost:
     if isinstance(layer, TracedLayer):
         return _traced_cost(layer, shape, rates)  # adapters are placed by a block's matrices alone
-    return _block_cost(layer, shape, rates, _trained(layer, shape, rates, adapters, lowest))
+    alike = _remembered(known, _key(shape), lambda: _alike(layer, shape, rates))
+    more = _trained(layer, shape, rates, adapters, lowest, alike.products_s)
+    return _block_cost(layer, shape, rates, more, alike, known)
 
 
 def _trained(
-    block: Block, shape: LayerShape, rates: DeviceRates, adapters: Adapters | None, lowest: bool
+    block: Block,
+    shape: LayerShape,
+    rates: DeviceRates,
+    adapters: Adapters | None,
+    lowest: bool,
+    forward_s: float,
 ) -> Trained:
     """What training adds: the gradients of all weights, or adapters beside frozen ones."""
     if adapters is None:
-        return Trained(backward_products_s=_weight_gradients_s(block, shape, rates))
+        return Trained(backward_products_s=_weight_gradients_s(block, shape, rates, forward_s))
 
     def thin_s(m: float, n: float, k: float) -> float:
         return product_s(m, n, k, rates, precise=True)
@@ -188,29 +210,72 @@ def _trained(
     return without_lowest(thin, block, shape, whole_s) if lowest else thin
 
 
-def _weight_gradients_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
+def _weight_gradients_s(block: Block, shape: LayerShape, rates: DeviceRates, forward_s: float) -> float:
     """Seconds of the backward products beyond those of a forward pass: another one, unless measured."""
-    forward_s, pieces = matrices_s(block, shape, rates), rates.pieces(shape)
+    pieces = rates.pieces(shape)
     return pieces.products(products_of(block, rates)).backward_s - forward_s if pieces else forward_s
 
 
-def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates, more: Trained) -> LayerCost:
-    tokens, tp, size = shape.tokens, shape.tp, shape.precision.compute_bytes
-    products_s = matrices_s(block, shape, rates)
-    attention_s, attention_backward_s = _attention_s(block, shape, rates)
-    stream = block.hidden / (tp if shape.sequence_parallel else 1)
-    between = _between(block, shape, stream, rates)
-    beside_s = size * tokens * rates.physics.elementwise_scale / rates.memory_bytes_per_s
-    casts_s, casts_backward_s = cast_s(block, shape, rates)
-    if rates.compiled:
-        between = between.times(rates.physics.compiled_elementwise_share)
-        beside_s *= rates.physics.compiled_elementwise_share
-    host_s = _host_s(block, shape, rates)
-    again_host_s = constants.RECOMPUTE_HOST * host_s
-    layer_s = rates.physics.layer_s * _launches(block, shape)
+class Alike(NamedTuple):
+    """Figures of a block that neither recomputation nor sequence parallelism nor the exchange
+    changes."""
+
+    products_s: float
+    attention_s: tuple[float, float]
+    casts_s: tuple[float, float]
+    host_s: float
+    layer_s: float
+    widest_values: float
+
+
+Known = dict[tuple[object, ...], Any]
+"""Figures of a model's blocks under one device's rates, by all that they depend on."""
+
+
+def _remembered(known: Known, key: tuple[object, ...], figure: Callable[[], T]) -> T:
+    if key not in known:
+        known[key] = figure()
+    return cast(T, known[key])
+
+
+def _key(shape: LayerShape) -> tuple[object, ...]:
+    """What those of a block of one model depend on; ranks of tensor parallelism hold it together."""
+    return (
+        (shape.block, shape.tokens, shape.seq, shape.tp, shape.ep, shape.etp),
+        (shape.precision, shape.kernel, shape.rotary),
+    )
+
+
+def _alike(block: Block, shape: LayerShape, rates: DeviceRates) -> Alike:
+    layer_s = rates.physics.layer_s * launches(block, shape)
     if isinstance(block.mlp, Experts) and rates.pieces(shape) is None:
         own_s = rates.physics.expert_s * block.mlp.count / shape.ep
         layer_s += own_s * (rates.physics.graphed_share if rates.graphed else 1.0)
+    return Alike(
+        products_s=matrices_s(block, shape, rates),
+        attention_s=_attention_s(block, shape, rates),
+        casts_s=cast_s(block, shape, rates),
+        host_s=_host_s(block, shape, rates),
+        layer_s=layer_s,
+        widest_values=widest_values(block, shape),
+    )
+
+
+def _block_cost(
+    block: Block, shape: LayerShape, rates: DeviceRates, more: Trained, alike: Alike, known: Known
+) -> LayerCost:
+    tokens, tp, size = shape.tokens, shape.tp, shape.precision.compute_bytes
+    products_s, host_s, layer_s = alike.products_s, alike.host_s, alike.layer_s
+    attention_s, attention_backward_s = alike.attention_s
+    stream = block.hidden / (tp if shape.sequence_parallel else 1)
+    key = (*_key(shape), stream)
+    between = _remembered(known, key, lambda: between_products(block, shape, stream, rates))
+    beside_s = size * tokens * rates.physics.elementwise_scale / rates.memory_bytes_per_s
+    casts_s, casts_backward_s = alike.casts_s
+    if rates.compiled:
+        between = between.times(rates.physics.compiled_elementwise_share)
+        beside_s *= rates.physics.compiled_elementwise_share
+    again_host_s = constants.RECOMPUTE_HOST * host_s
     beside_forward_s = casts_s + more.forward_products_s + more.forward_values * beside_s
     beside_backward_s = casts_backward_s + more.backward_values * beside_s
     busy_s = layer_s + products_s + attention_s + between.forward_s + beside_forward_s
@@ -225,9 +290,10 @@ def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates, more: Train
         Recompute.FULL: (busy_s, larger(forward_s, again_host_s)),
     }[shape.recompute]
     idle = not rates.serial  # where host and device are one, neither waits
-    saved = block_saved_bytes(block, shape, shape.recompute)
-    working = size * tokens * (2 * stream + _widest_values(block, shape) / tp)
-    full_again = block_saved_bytes(block, shape, Recompute.NONE)
+    working = size * tokens * (2 * stream + alike.widest_values / tp)
+    full_again = saved = block_saved_bytes(block, shape, Recompute.NONE)
+    if shape.recompute is not Recompute.NONE:
+        saved = block_saved_bytes(block, shape, shape.recompute)
     return LayerCost(
         forward_s=forward_s,
         backward_s=backward_s + again_s,
@@ -240,17 +306,6 @@ def _block_cost(block: Block, shape: LayerShape, rates: DeviceRates, more: Train
     )
 
 
-def _between(block: Block, shape: LayerShape, stream: float, rates: DeviceRates) -> BothWays:
-    """Seconds of what lies between the products, by its operators or by the bytes that it moves."""
-    pieces = rates.pieces(shape)
-    measured = pieces.between(block) if pieces else None
-    if measured is not None:
-        return measured
-    moved = shape.precision.compute_bytes * shape.tokens * _moved_values(block, shape, stream, rates)
-    once_s = moved / rates.memory_bytes_per_s
-    return BothWays(forward_s=once_s, backward_s=2 * once_s)
-
-
 def _launched_s(busy_s: float, host_s: float, rates: DeviceRates) -> float:
     """Seconds of a pass whose device is busy so long, and its host: by turns where they are one."""
     return busy_s + host_s if rates.serial else larger(busy_s, host_s)
@@ -260,38 +315,13 @@ def _host_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
     """Least seconds in which the host launches a block's forward, by the operators that it has."""
     physics = rates.physics
     # Times of operators on a CPU have their launches in them.
-    eager_s = 0.0 if rates.serial else physics.host_block_forward_s * _launches(block, shape)
+    eager_s = 0.0 if rates.serial else physics.host_block_forward_s * launches(block, shape)
     if shape.tp > 1:
         modules = len(block.matrices()) + block.norms
         eager_s += physics.host_tp_forward_s * modules / constants.SHARDED_MODULES
     if rates.graphed:
         return eager_s * physics.graphed_share
     return eager_s * (physics.compiled_host_share if rates.compiled else 1.0)
-
-
-def _launches(block: Block, shape: LayerShape) -> float:
-    """Operators of a block's forward over BLOCK_OPERATORS, those of a Llama block.
-
-    Each product, norm and residual addition is one, an activation one or with its gate two, attention between
-    the projections one where flash, else two products and a softmax; turning queries and keys takes more.
-    """
-    operators = len(block.matrices()) + max(block.norms, block.sublayers) + block.sublayers
-    operators += _activation_operators(block.mlp)
-    for mixer in block.mixers:
-        operators += 1 if shape.kernel is AttentionKernel.FLASH else 3
-        operators += constants.EAGER_LAUNCHES if shape.kernel is AttentionKernel.EAGER else 0
-        if shape.rotary and isinstance(mixer, (Attention, LatentAttention)) and mixer.rotated:
-            operators += constants.ROTARY_OPERATORS
-    return operators / constants.BLOCK_OPERATORS
-
-
-def _activation_operators(mlp: FeedForward | None) -> int:
-    """Operators of a feed-forward sublayer besides its products: activation, gate, routing."""
-    if mlp is None:
-        return 0
-    if isinstance(mlp, Experts):
-        return constants.ROUTING_OPERATORS + mlp.expert.up_projections
-    return mlp.up_projections
 
 
 def _attention_s(block: Block, shape: LayerShape, rates: DeviceRates) -> tuple[float, float]:
@@ -323,49 +353,6 @@ def _attention_s(block: Block, shape: LayerShape, rates: DeviceRates) -> tuple[f
     if shape.kernel is AttentionKernel.EAGER:
         passes_s *= constants.EAGER_PASSES
     return products_s + passes_s, 2 * (products_s + passes_s)
-
-
-def _sublayers_kept(block: Block, shape: LayerShape) -> tuple[list[Kept], list[Kept]]:
-    """What the mixers keep, and what the MLP keeps."""
-    mixing = [mixer.kept(shape.seq, shape.kernel) for mixer in block.mixers]
-    return mixing, [block.mlp.kept(block.hidden)] if block.mlp else []
-
-
-def _moved_values(block: Block, shape: LayerShape, stream: float, rates: DeviceRates) -> float:
-    """Values a token that element-wise kernels read and write.
-
-    A norm reads and writes a stream, a residual addition moves three a sublayer. Around attention each
-    product is read and written once; an activation and the product with its gate move five values for the
-    two that they keep.
-    """
-    mixing, feeding = _sublayers_kept(block, shape)
-    norms = max(block.norms, block.sublayers)
-    values = 3 * block.sublayers * stream
-    values += sum(2 * k.products + 2.5 * k.elementwise for k in mixing) / shape.tp
-    values += 2 * sum(k.whole for k in mixing + feeding)
-    activated = sum(2.5 * k.elementwise for k in feeding) / shape.tp
-    turned, physics = 2 * _rotated_values(block, shape), rates.physics
-    moved = 2 * norms * stream * physics.norm_scale
-    moved += values * physics.elementwise_scale + turned * physics.rotary_scale
-    if not isinstance(block.mlp, Experts):
-        return moved + activated * physics.elementwise_scale
-    unfused = block.mlp.expert.bias and not rates.fused_experts
-    rows = 2 * sum(k.routed for k in feeding) * shape.expert_tp / shape.tp
-    rows += activated * (constants.UNFUSED_ACTIVATION if unfused else 1)
-    return moved + rows * physics.routed_scale
-
-
-def _rotated_values(block: Block, shape: LayerShape) -> float:
-    """Values a token that rotary positions turn on this shard."""
-    if not shape.rotary:
-        return 0.0
-    return sum(m.rotated for m in block.mixers if isinstance(m, (Attention, LatentAttention))) / shape.tp
-
-
-def _widest_values(block: Block, shape: LayerShape) -> float:
-    """Values a token that live for a moment at the widest place: one and a half times its products."""
-    mixing, feeding = _sublayers_kept(block, shape)
-    return 1.5 * max(k.products + k.whole + k.routed for k in mixing + feeding)
 
 
 def _traced_cost(layer: TracedLayer, shape: LayerShape, rates: DeviceRates) -> LayerCost:

@@ -15,6 +15,7 @@ from planner.cost.comm import FREE, CommCost, CommModel, Group
 from planner.cost.compute import LayerModel
 from planner.cost.physics import usual_physics
 from planner.cost.schedule import ActionKind, parse_table
+from planner.cost.shared import SharedCosts
 from planner.cost.stage import ShapeModel
 from planner.plan import Plan
 from planner.problem import PlanningProblem
@@ -58,7 +59,7 @@ def charged_messages(plan: Plan) -> tuple[Counter[Message], ...]:
     layers = LayerModel(problem, usual_physics(problem))
 
     def shape() -> ShapeModel:
-        return ShapeModel(problem, plan.strategy.degrees, layers, comms, 1.0, {})
+        return ShapeModel(problem, plan.strategy.degrees, layers, comms, 1.0, SharedCosts())
 
     found: list[Counter[Message]] = [Counter() for _ in range(plan.strategy.degrees.pp)]
     first = shape()

@@ -29,7 +29,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-import statistics
 
 from planner.cluster import ClusterSpec, Link
 from planner.codec import noun
@@ -222,6 +221,8 @@ def _curve_of(samples: list[CommSample]) -> list[CommSample]:
 
 def _noisy(curve: list[CommSample]) -> bool:
     """Whether the samples scatter more than a quarter: then their trend says more than each of them."""
+    import statistics
+
     return len(curve) > 2 and statistics.median(sample.spread for sample in curve) > NOISY_SPREAD
 
 

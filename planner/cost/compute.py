@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.cost import constants
 from planner.cost.activations import engine_bytes
-from planner.cost.analytic import DeviceRates, analytic_cost, core_s, device_rates
+from planner.cost.analytic import DeviceRates, Known, analytic_cost, core_s, device_rates
 from planner.cost.context import with_context_buffers
 from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.memory_constants import memory_constants, process_groups
@@ -59,6 +59,7 @@ class LayerModel:
         self.keys = tuple(key for key, count in each for _ in range(count))
         self._before = {key: [0, *accumulate(k == key for k in self.keys)] for key in self.classes}
         self._known: dict[LayerShape, LayerCost] = {}
+        self._blocks: Known = {}
         self._units: dict[tuple[int, int, int | None], Units] = {}
         self._copied: dict[int, int] = {}
         self._run_rates: dict[Run, DeviceRates] = {}
@@ -124,7 +125,7 @@ class LayerModel:
         adapters, model = self.problem.workload.adapters, self.problem.model
         if adapters is None or self.rates is None:
             return cost
-        frozen = analytic_cost(model, shape, self.rates, adapters)
+        frozen = analytic_cost(model, shape, self.rates, adapters, known=self._blocks)
         if not self.samples:
             times = {name: getattr(frozen, name) for name in TIMES}
             return dataclasses.replace(cost, **times)
@@ -174,7 +175,7 @@ class LayerModel:
         measured = self.table.cost(self._key(shape), shape, compiled=stack.compiled)
         if measured is not None:
             return measured
-        analytic = analytic_cost(self.problem.model, shape, self.rates)
+        analytic = analytic_cost(self.problem.model, shape, self.rates, known=self._blocks)
         analytic = with_context_buffers(analytic, self.problem.model, shape)
         return engine_bytes(analytic, self.problem.model, shape, stack, self.memory)
 

@@ -17,7 +17,6 @@ ring (Transformer Engine has them gathered). Heads that are fewer than ranks are
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -26,6 +25,7 @@ from planner.codec import noun
 from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.overlap import Overlap
 from planner.model import Block, ModelSpec
+from planner.nouns import replaced
 from planner.profile import LayerKind, Op
 from planner.strategy import CpExchange, Recompute
 
@@ -157,7 +157,7 @@ def with_context_buffers(cost: LayerCost, model: ModelSpec, shape: LayerShape) -
     mixers = [m for m in block.mixers if isinstance(m, (Attention, LatentAttention))]
     each = [_buffer_bytes(mixer, shape) for mixer in mixers]
     traded = traded_bytes(block, shape) if shape.recompute is Recompute.NONE else 0.0
-    return dataclasses.replace(
+    return replaced(
         cost,
         saved_bytes=cost.saved_bytes + traded,
         forward_transient_bytes=cost.forward_transient_bytes + max((f for f, _ in each), default=0.0),

@@ -7,7 +7,6 @@ limit. In a mixed cluster each pipeline rank has the costs and the limit of its 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -27,13 +26,15 @@ from planner.cost.origins import origins_s
 from planner.cost.passes import Pass
 from planner.cost.physics import usual_physics
 from planner.cost.schedule import ActionKind, Table, build_table, in_flight
+from planner.cost.shared import SharedCosts
 from planner.cost.simulate import PathTimes, Replay, kind_passes, replay, sharing_of
-from planner.cost.stage import AlonePasses, ShapeModel
+from planner.cost.stage import ShapeModel
 from planner.cost.stage_cost import StageCost
 from planner.cost.trained import trained_flops_per_token
 from planner.cost.verdict import band
 from planner.cost.waiting import most_waits
 from planner.estimate import Coverage, Estimate, MemoryBreakdown, StageEstimate, TimeBreakdown
+from planner.nouns import replaced
 from planner.placement import Groups, device_names, is_mixed, rank_groups, seen_from, stage_groups
 from planner.problem import PlanningProblem
 from planner.strategy import Degrees, Schedule, Strategy
@@ -65,7 +66,7 @@ class CostModel:
         self.comms = CommModel(problem)
         self.sharing = sharing_of(problem)
         self._shapes: dict[Degrees, ShapeModel] = {}
-        self._alone: AlonePasses = {}
+        self.shared = SharedCosts()
         self._seen: dict[Groups, CostModel] = {}
 
     def shape(self, degrees: Degrees) -> ShapeModel:
@@ -73,10 +74,10 @@ class CostModel:
 
         Schedules of one pipeline, and orders of groups, share them.
         """
-        plain = dataclasses.replace(degrees, schedule=Schedule.ONE_F_ONE_B, chunks=1, device_order=())
+        plain = replaced(degrees, schedule=Schedule.ONE_F_ONE_B, chunks=1, device_order=())
         if plain not in self._shapes:
             slow = self.sharing.slowdown(degrees.world) if self.sharing else 1.0
-            self._shapes[plain] = ShapeModel(self.problem, plain, self.layers, self.comms, slow, self._alone)
+            self._shapes[plain] = ShapeModel(self.problem, plain, self.layers, self.comms, slow, self.shared)
         return self._shapes[plain].scheduled(degrees)
 
     def rank_shapes(self, degrees: Degrees) -> tuple[ShapeModel, ...]:
@@ -146,7 +147,7 @@ class CostModel:
         if shape.messages.p2p_s() == 0.0:
             return 0.0
         if isinstance(replayed.times, PathTimes):
-            free = dataclasses.replace(replayed, times=replayed.times.without_messages())
+            free = replaced(replayed, times=replayed.times.without_messages())
         else:
             per_rank = shape.degrees.world // shape.degrees.pp
             free = replay(replayed.table, costs, 0.0, self.sharing, per_rank, shape.physics.step_s)
@@ -164,7 +165,7 @@ class CostModel:
         breakdown = time_breakdown(replayed, table, costs, self.hops_s(shape, costs, replayed))
         return Evaluation(
             strategy=strategy,
-            estimate=dataclasses.replace(
+            estimate=replaced(
                 self._estimate(replayed, breakdown, shapes, ranks),
                 job=job_figures(shape, costs, replayed.step_time_s, breakdown),
             ),

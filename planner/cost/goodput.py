@@ -42,7 +42,6 @@ E_n is Blom's approximation, the quantile (n - 0.375) / (n + 0.25).
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
 from typing import NamedTuple
 
 from planner.codec import noun
@@ -145,7 +144,8 @@ def between_steps(job: Job, upkeep: Upkeep) -> tuple[float, float, float]:
     data_s = 0.0
     if upkeep.data_tokens_per_s is not None:
         data_s = max(0.0, job.tokens_per_step / upkeep.data_tokens_per_s - job.step_s)
-    straggler_s = (upkeep.device_spread or 0.0) * largest_of(job.devices) * job.compute_s
+    spread = upkeep.device_spread
+    straggler_s = spread * largest_of(job.devices) * job.compute_s if spread else 0.0
     return data_s, straggler_s, evaluation_s(upkeep)
 
 
@@ -156,6 +156,8 @@ def evaluation_s(upkeep: Upkeep) -> float:
 
 def largest_of(n: int) -> float:
     """The mean of the largest of n standard normals; 0 for one."""
+    from statistics import NormalDist
+
     return NormalDist().inv_cdf((n - 0.375) / (n + 0.25)) if n > 1 else 0.0
 
 

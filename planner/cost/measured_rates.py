@@ -7,7 +7,6 @@ that follow from what it reads, writes and computes. They are fitted when they a
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
@@ -134,6 +133,8 @@ def measured_rates(profile: Profile | None, precision: Precision) -> MeasuredRat
     """The rates that a profile's samples give in a precision; None where it has no products of it."""
     if profile is None or not profile.rates:
         return None
+    import statistics
+
     layers = tuple(s.reference_s for s in profile.layers if s.reference_s)
     rates = _rates_of(profile.rates, statistics.median(layers) if layers else None, precision)
     return rates if rates.has(RateKind.GEMM) else None
@@ -149,6 +150,8 @@ def at_usual_speed(samples: Sequence[RateSample], usual_s: float | None = None) 
     references = [s.reference_s for s in samples if s.reference_s]
     if not references:
         return list(samples)
+    import statistics
+
     usual = usual_s or statistics.median(references)
     return [_at_speed(s, usual / s.reference_s) if s.reference_s else s for s in samples]
 

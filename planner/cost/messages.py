@@ -29,6 +29,7 @@ class Messages:
         self.problem, self.degrees, self.comm_model = problem, degrees, comms
         self.physics, self.stream_width = physics, stream_width
         self._groups: dict[tuple[int, int], Group] = {}
+        self._over_tp_s: dict[Op, float] = {}
         self.wrapper = "replicate" if degrees.zero is Zero.NONE else "fsdp"
 
     def constant(self, name: str) -> float:
@@ -150,6 +151,11 @@ class Messages:
 
     def over_tp(self, op: Op) -> float:
         """Seconds of a message of the residual stream over the tensor-parallel group."""
+        if op not in self._over_tp_s:
+            self._over_tp_s[op] = self._stream_s(op)
+        return self._over_tp_s[op]
+
+    def _stream_s(self, op: Op) -> float:
         seconds = self.seconds(op, self.hidden_bytes(), self.tp_group())
         half = 1.0 if op is Op.ALL_REDUCE else 0.5
         late_s = half * self._late_s(self.physics.tp_rank_s, self.degrees.tp, seconds)

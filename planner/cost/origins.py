@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from planner.cost.comm import CommCost
-from planner.cost.spread import experts_pass, tensor_exchanges
+from planner.cost.spread import tensor_exchanges
 from planner.cost.stage import ShapeModel
 from planner.profile import LayerKind, Op
 
@@ -19,8 +19,8 @@ def origins_s(shape: ShapeModel) -> dict[str, float]:
     for cost, count in counted:
         seconds[cost.origin] += count * (cost.forward_s + cost.backward_s)
     for key, count in blocks.items():
-        cp = shape.exchanged(key)
-        spread_s = cp.forward_s + cp.backward_s + experts_pass(shape.classes[key], shape.messages).both_s
+        cp = shape.kind.exchanged(key)
+        spread_s = cp.forward_s + cp.backward_s + shape.kind.experts(key).both_s
         if spread_s > 0:
             seconds[shape.messages.spread_origin()] += count * spread_s
     for message, times in _messages(shape, blocks):

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -228,6 +227,8 @@ class ClassSamples:
 
     def _points(self, form: Form, shape: LayerShape) -> Points:
         """The same at the tokens of each sample of the form, of any length; of equal tokens the mean."""
+        import statistics
+
         known = form, shape.kernel
         if known not in self._known_points:
             found: dict[float, list[dict[str, float]]] = {}
@@ -299,6 +300,8 @@ def _like(shape: LayerShape, form: Form, seq: int) -> LayerShape:
 
 
 def _over_host(cost: LayerCost, samples: list[LayerSample]) -> LayerCost:
+    import statistics
+
     ahead = [sample.host_forward_s for sample in samples if sample.host_forward_s is not None]
     back = [sample.host_backward_s for sample in samples if sample.host_backward_s is not None]
     return dataclasses.replace(
@@ -311,7 +314,11 @@ def _over_host(cost: LayerCost, samples: list[LayerSample]) -> LayerCost:
 def usual_reference_s(samples: Sequence[LayerSample]) -> float | None:
     """What the fixed piece of work that was timed beside samples usually took; None where none was."""
     references = [s.reference_s for s in samples if s.reference_s]
-    return statistics.median(references) if references else None
+    if not references:
+        return None
+    import statistics
+
+    return statistics.median(references)
 
 
 def at_usual_speed(samples: Sequence[LayerSample]) -> list[LayerSample]:

@@ -14,26 +14,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 from planner.cost.comm import CommModel
 from planner.cost.compute import LayerModel
-from planner.cost.context import Exchanged
-from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.messages import Messages
-from planner.cost.overlap import overlap_of
 from planner.cost.passes import Pass, Unit
 from planner.cost.seconds import larger
-from planner.cost.spread import (
-    cp_sent_again,
-    exchanged,
-    experts_pass,
-    experts_sent_again,
-    summed_copies_s,
-    tensor_s,
-)
-from planner.cost.stage_bytes import block_waiting_bytes, stage_bytes
+from planner.cost.shared import SharedCosts
+from planner.cost.spread import summed_copies_s
+from planner.cost.stage_bytes import stage_bytes
 from planner.cost.stage_cost import StageCost
 from planner.cost.states import States, states_of
-from planner.cost.update import accumulate_s, update_s
+from planner.cost.update import update_s
 from planner.problem import PlanningProblem
-from planner.profile import LayerKind, Op
+from planner.profile import LayerKind
 from planner.stack import Engine
 from planner.strategy import Degrees, Recompute, Stage, Zero
 
@@ -42,10 +33,21 @@ if TYPE_CHECKING:
 
     Ints = np.ndarray[Any, np.dtype[np.int64]]
 
-AlonePasses = dict[tuple[object, ...], tuple[Pass, Pass]]
-"""Passes of layers without data parallelism, which shapes of one model share, by all that they depend on."""
 Chosen = tuple[tuple[str, Recompute], int]
 """Blocks of one class with one option, and how many there are."""
+
+
+def _with_times(passing: Pass, compute_s: float, host_s: float, dp_s: float) -> Pass:
+    """A pass with other times of these causes; thousands of shapes ask for it."""
+    return Pass(
+        compute_s=compute_s,
+        recompute_s=passing.recompute_s,
+        host_s=host_s,
+        tp_s=passing.tp_s,
+        dp_s=dp_s,
+        cp_s=passing.cp_s,
+        ep_s=passing.ep_s,
+    )
 
 
 class ShapeModel:
@@ -58,26 +60,23 @@ class ShapeModel:
         layers: LayerModel,
         comms: CommModel,
         slow: float,
-        alone: AlonePasses,
+        shared: SharedCosts,
     ) -> None:
         self.problem, self.degrees, self.slow = problem, degrees, slow
-        self.layer_model, self._alone = layers, alone
+        self.layer_model = layers
         self.physics, self.memory = layers.physics, layers.memory
         self.messages = Messages(problem, degrees, comms, layers.physics, layers.stream_width)
-        self.overlaps = problem.cluster.groups[0].slots_per_node is None
-        self.overlap = overlap_of(problem.profile)
         self.runtime_bytes = layers.runtime_bytes(degrees)
         self.classes = layers.classes
         units = layers.units(degrees)
         self.block_units, self.embedding_unit, self.head_unit = units.blocks, units.embedding, units.head
-        gather = self.messages.gather
-        self.gathers = {unit: gather(unit.dense_params, unit.routed_params) for unit in units.all()}
-        self.updates = self.gathers
-        if problem.workload.adapters is not None:
-            self.updates = {unit: gather(unit.trained) for unit in units.all()}
-        self.reduces = {unit: self.messages.reduce(unit) for unit in units.all()}
+        self.sent = shared.sent(self.messages, units)
+        self.kind = shared.layers(self.messages, layers)
+        self.overlaps, self.overlap = self.kind.overlaps, self.kind.overlap
+        self.block, self.layer, self.shape_of = self.kind.block, self.kind.layer, self.kind.shape_of
         self._stages: dict[tuple[tuple[Chosen, ...], bool, bool], StageCost] = {}
         self._passes: dict[tuple[str, Recompute], tuple[Pass, Pass]] = {}
+        self._ends: dict[LayerKind, tuple[Pass, Pass]] = {}
 
     def scheduled(self, degrees: Degrees) -> ShapeModel:
         """The same costs under degrees that differ in schedule, chunks and order of groups at most."""
@@ -90,39 +89,26 @@ class ShapeModel:
         """Bytes of each parameter's state."""
         return states_of(self.problem, self.degrees)
 
+    @property
+    def gathers(self) -> dict[Unit, Pass]:
+        """Messages to gather all of a unit."""
+        return self.sent.gathers
+
+    @property
+    def updates(self) -> dict[Unit, Pass]:
+        """Messages to gather what an update changes."""
+        return self.sent.updates
+
+    @property
+    def reduces(self) -> dict[Unit, Pass]:
+        """Messages to reduce a unit's gradients."""
+        return self.sent.reduces
+
     # Layers
 
     def count(self, key: str, first: int, end: int) -> int:
         """Blocks of a class among the layers [first, end)."""
         return self.layer_model.count(key, first, end)
-
-    def block(self, key: str, recompute: Recompute = Recompute.NONE) -> LayerCost:
-        """One block of a class on one device for one micro-batch."""
-        return self.layer(LayerKind.BLOCK, recompute, key)
-
-    def layer(self, kind: LayerKind, recompute: Recompute = Recompute.NONE, block: str = "") -> LayerCost:
-        """One layer on one device for one micro-batch."""
-        return self.layer_model.cost(self.shape_of(kind, recompute, block))
-
-    def shape_of(self, kind: LayerKind, recompute: Recompute = Recompute.NONE, block: str = "") -> LayerShape:
-        """What is asked of one layer's cost under these degrees."""
-        degrees, workload = self.degrees, self.problem.workload
-        return LayerShape(
-            kind=kind,
-            tp=degrees.tp,
-            sequence_parallel=degrees.sequence_parallel,
-            micro_batch=degrees.micro_batch,
-            seq=workload.seq,
-            precision=workload.precision,
-            recompute=recompute,
-            block=block,
-            kernel=self.layer_model.kernel(degrees),
-            rotary=self.problem.model.rotary,
-            cp=degrees.cp,
-            cp_exchange=degrees.cp_exchange,
-            ep=degrees.ep,
-            etp=degrees.etp,
-        )
 
     def passes(self, key: str, option: Recompute) -> tuple[Pass, Pass]:
         """Forward and backward of one block of a class with an option, with all that is sent meanwhile."""
@@ -131,89 +117,34 @@ class ShapeModel:
         return self._passes[key, option]
 
     def _block_passes(self, key: str, option: Recompute) -> tuple[Pass, Pass]:
-        known = (*self._kind, key, option)
-        if known not in self._alone:
-            self._alone[known] = self._block_alone(key, option)
-        return self._with_data_parallel(*self._alone[known], self.block_units[key])
+        return self._with_data_parallel(*self.kind.block_passes(key, option), self.block_units[key])
 
-    @cached_property
-    def _kind(self) -> tuple[object, ...]:
-        """What the passes of a layer depend on besides data parallelism."""
-        d = self.degrees
-        return d.tp, d.sequence_parallel, d.micro_batch, d.cp, d.cp_exchange, d.ep, d.etp, d.world
-
-    def _block_alone(self, key: str, option: Recompute) -> tuple[Pass, Pass]:
-        """Forward and backward of a block without what data parallelism adds."""
-        cost, plain = self.block(key, option), self.block(key)
-        tp_forward_s, tp_backward_s = tensor_s(self.classes[key], self.messages, option)
-        if self.overlaps:  # while the device waits for the host, its messages go out
-            tp_forward_s = larger(tp_forward_s - cost.forward_idle_s, 0.0)
-            tp_backward_s = larger(tp_backward_s - cost.backward_idle_s, 0.0)
-        extra_s = larger(cost.backward_s - plain.backward_s, 0.0)
-        again_s = self.physics.recompute_scale * extra_s
-        cp, ep = self.exchanged(key), experts_pass(self.classes[key], self.messages)
-        cp_again = cp_sent_again(option, self.problem.stack, self.degrees.cp_exchange)
-        ep_s = ep.forward_s + ep.beside_s
-        forward = Pass(compute_s=cost.forward_s, tp_s=tp_forward_s, cp_s=cp.forward_s, ep_s=ep_s)
-        backward = Pass(
-            compute_s=cost.backward_s - extra_s,
-            recompute_s=again_s,
-            tp_s=tp_backward_s,
-            cp_s=cp.backward_s + cp_again * cp.forward_s,
-            ep_s=ep.backward_s + experts_sent_again(option, self.problem.stack, ep),
-        )
-        return forward, backward
-
-    @cached_property
+    @property
     def working_bytes(self) -> float:
         """What a block's backward pass needs for a moment beyond what was kept or is computed again."""
-        each = ((self.block(key, option) for option in Recompute) for key in self.classes)
-        return max(min(cost.backward_transient_bytes for cost in costs) for costs in each)
+        return self.kind.working_bytes
 
-    @cached_property
+    @property
     def waiting_bytes(self) -> dict[tuple[str, Recompute], float]:
         """What a block holds between its input and its weight gradients, by class and option."""
-        return {
-            (key, option): block_waiting_bytes(self, key, option)
-            for key in self.classes
-            for option in Recompute
-        }
+        return self.kind.waiting_bytes
 
-    @cached_property
+    @property
     def embedding_passes(self) -> tuple[Pass, Pass]:
         """Forward and backward of the embedding, with all that is sent meanwhile."""
         return self._end_passes(LayerKind.EMBEDDING)
 
-    @cached_property
+    @property
     def head_passes(self) -> tuple[Pass, Pass]:
         """Forward and backward of the head and the loss, with all that is sent meanwhile."""
         return self._end_passes(LayerKind.HEAD)
 
-    def exchanged(self, key: str) -> Exchanged:
-        """What a block of a class shows of its context-parallel exchange."""
-        shape = self.shape_of(LayerKind.BLOCK, Recompute.NONE, key)
-        return exchanged(self.classes[key], shape, self.messages, self.layer_model)
-
     def _end_passes(self, kind: LayerKind) -> tuple[Pass, Pass]:
-        known = (*self._kind, kind)
-        if known not in self._alone:
-            self._alone[known] = self._end_alone(kind)
-        unit = self.embedding_unit if kind is LayerKind.EMBEDDING else self.head_unit
-        forward, backward = self._with_data_parallel(*self._alone[known], unit)
-        return forward, backward + Pass(compute_s=-self._spared_s(kind))
-
-    def _end_alone(self, kind: LayerKind) -> tuple[Pass, Pass]:
-        cost = self.layer(kind)
-        gather, scatter = self.messages.over_tp(Op.ALL_GATHER), self.messages.over_tp(Op.REDUCE_SCATTER)
-        reduce = self.messages.over_tp(Op.ALL_REDUCE)
-        sp = self.degrees.sequence_parallel
-        if kind is LayerKind.EMBEDDING:
-            forward_tp, backward_tp = (scatter, gather) if sp else (reduce, 0.0)
-        else:
-            loss = self.messages.loss_s()
-            forward_tp, backward_tp = (gather + loss, scatter) if sp else (loss, reduce)
-        forward = Pass(compute_s=cost.forward_s, tp_s=forward_tp)
-        return forward, Pass(compute_s=cost.backward_s, tp_s=backward_tp)
+        if kind not in self._ends:
+            unit = self.embedding_unit if kind is LayerKind.EMBEDDING else self.head_unit
+            forward, backward = self._with_data_parallel(*self.kind.end_passes(kind), unit)
+            self._ends[kind] = forward, backward + Pass(compute_s=-self._spared_s(kind))
+        return self._ends[kind]
 
     def _spared_s(self, kind: LayerKind) -> float:
         """What the first block need not do where the embedding is frozen; counted with the embedding."""
@@ -224,17 +155,21 @@ class ShapeModel:
 
     def _with_data_parallel(self, forward: Pass, backward: Pass, unit: Unit) -> tuple[Pass, Pass]:
         """Adds the wrapper, gradient accumulation, and what ZeRO 2 and 3 send in every micro-batch."""
-        backward += Pass(host_s=self._accumulate_s(unit))
+        zero, host_s = self.degrees.zero, backward.host_s + self._accumulate_s(unit)
         gather_s, reduce_s = self._copies_s(unit)
-        if self.degrees.zero is Zero.PARAMETERS:
-            forward, backward = forward + Pass(compute_s=gather_s), backward + Pass(compute_s=gather_s)
-        if self.degrees.zero in (Zero.GRADIENTS, Zero.PARAMETERS):
-            backward += Pass(compute_s=reduce_s)
+        forward_s, backward_s = forward.compute_s, backward.compute_s
+        if zero is Zero.PARAMETERS:
+            forward_s, backward_s = forward_s + gather_s, backward_s + gather_s
+        if zero in (Zero.GRADIENTS, Zero.PARAMETERS):
+            backward_s += reduce_s
+        forward_host_s = forward.host_s
+        if self.degrees.replicas > 1:
+            forward_host_s += self.messages.constant(f"{self.messages.wrapper}_unit_forward_s")
+            host_s += self.messages.constant(f"{self.messages.wrapper}_unit_backward_s")
+        forward = _with_times(forward, forward_s, forward_host_s, forward.dp_s)
+        backward = _with_times(backward, backward_s, host_s, backward.dp_s)
         if self.degrees.replicas == 1:
             return forward, backward
-        forward += Pass(host_s=self.messages.constant(f"{self.messages.wrapper}_unit_forward_s"))
-        backward += Pass(host_s=self.messages.constant(f"{self.messages.wrapper}_unit_backward_s"))
-        zero = self.degrees.zero
         if zero is Zero.PARAMETERS:
             forward = self._exposed(forward, self.gathers[unit])
             backward = self._exposed(backward, self.gathers[unit] + self.reduces[unit])
@@ -263,7 +198,7 @@ class ShapeModel:
         """Adding a micro-batch's gradients to earlier ones; the first micro-batch of a step adds nothing."""
         more = 1 - 1 / self.degrees.num_micro_batches
         kept = self._sharded(unit) if self.degrees.zero >= Zero.GRADIENTS else unit.trained
-        return accumulate_s(self.messages, self.layer_model.rates) * kept * more
+        return self.kind.accumulate_s * kept * more
 
     def _sharded(self, unit: Unit) -> float:
         """Trained parameters of a unit whose state one device keeps."""
@@ -277,7 +212,8 @@ class ShapeModel:
         """
         if not self.overlaps:
             return passing + message
-        return passing + Pass(dp_s=self.overlap.shown_s(message.total_s, passing.total_s))
+        shown_s = self.overlap.shown_s(message.total_s, passing.total_s)
+        return _with_times(passing, passing.compute_s, passing.host_s, passing.dp_s + shown_s)
 
     def once_s(self, message: Pass) -> float:
         """Seconds of a message that all ranks send at the same time, once a step."""
@@ -383,11 +319,10 @@ class ShapeModel:
             return None
         return sum((count * self.deferrable_s[key] for (key, _), count in chosen), 0.0)
 
-    @cached_property
+    @property
     def deferrable_s(self) -> dict[str, float]:
         """Seconds of a block's weight gradients that the own runtime can leave for later, by class."""
-        shapes = {key: self.shape_of(LayerKind.BLOCK, block=key) for key in self.classes}
-        return {key: self.layer_model.deferrable_s(shape) for key, shape in shapes.items()}
+        return self.kind.deferrable_s
 
     def units(self, blocks: Counter[str], *, first: bool, last: bool) -> list[tuple[Unit, int]]:
         """The units of a stage with their counts: blocks by class, and the ends that it holds."""

@@ -13,6 +13,7 @@ from planner.profile import LayerKind
 from planner.strategy import Recompute
 
 if TYPE_CHECKING:
+    from planner.cost.kind_layers import KindLayers
     from planner.cost.stage import Chosen, ShapeModel
 
 
@@ -38,7 +39,7 @@ def stage_bytes(
     }
 
 
-def block_waiting_bytes(shape: ShapeModel, key: str, option: Recompute) -> float:
+def block_waiting_bytes(shape: KindLayers, key: str, option: Recompute) -> float:
     """What a block holds between its input and its weight gradients (planner.cost.waiting).
 
     Nothing where it recomputes, where weights are frozen, or where the engine counts it as alive all the

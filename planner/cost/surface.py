@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -118,6 +117,8 @@ class Surface:
     @property
     def held_out_error(self) -> float:
         """The median of those errors, of samples between others."""
+        import statistics
+
         return statistics.median(self.held_out)
 
     # Fit

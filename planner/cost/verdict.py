@@ -33,11 +33,51 @@ def band(errors: dict[str, float], coverage: Coverage) -> float:
     return float(sum(errors[origin] * getattr(coverage, origin) for origin in ORIGINS))
 
 
+@noun
+class MemoryLimits:
+    """What a problem says of peaks: its limit, the band where runs left one, the allocator's slack."""
+
+    limit_bytes: int
+    lower: float | None
+    upper: float | None
+    slack: float
+
+    def band(self, coverage: Coverage) -> ErrorBand:
+        """The band of its predictions that rest on such origins."""
+        return _band(self.lower, self.upper, coverage)
+
+    def safe_tensor_bytes(self, coverage: Coverage, runtime_bytes: float) -> float:
+        """What tensors and pools may take for a peak that is still SAFE, `runtime_bytes` of it included.
+
+        The allocator's slack multiplies all but the runtime: peak = slack x tensors + runtime.
+        """
+        peak = safe_peak_bytes(self.limit_bytes, self.band(coverage))
+        return (peak - runtime_bytes) / self.slack + runtime_bytes
+
+
+def memory_limits(problem: PlanningProblem) -> MemoryLimits:
+    """Those of a problem."""
+    lower, upper = _fitted_errors(problem)
+    slack = memory_constants(problem).allocator_slack
+    return MemoryLimits(limit_bytes=problem.memory_limit_bytes, lower=lower, upper=upper, slack=slack)
+
+
 def memory_band(problem: PlanningProblem, coverage: Coverage) -> ErrorBand:
     """The band of a problem's memory predictions."""
+    return _band(*_fitted_errors(problem), coverage)
+
+
+def _fitted_errors(problem: PlanningProblem) -> tuple[float | None, float | None]:
+    lower, upper = (fitted_constant(problem, f"memory_error_{name}") for name in ("lower", "upper"))
+    return lower, upper
+
+
+def _band(lower: float | None, upper: float | None, coverage: Coverage) -> ErrorBand:
     prior = band(constants.MEMORY_ERROR, coverage)
-    fitted = {name: fitted_constant(problem, f"memory_error_{name}") for name in ("lower", "upper")}
-    return ErrorBand(**{name: prior if value is None else value for name, value in fitted.items()})
+    return ErrorBand(
+        lower=prior if lower is None else lower,
+        upper=prior if upper is None else upper,
+    )
 
 
 def verdict(peak_bytes: float, limit_bytes: float, error: ErrorBand) -> Verdict:
@@ -53,10 +93,5 @@ def safe_peak_bytes(limit_bytes: float, error: ErrorBand) -> float:
 
 
 def safe_tensor_bytes(problem: PlanningProblem, coverage: Coverage, runtime_bytes: float) -> float:
-    """What tensors and pools may take for a peak that is still SAFE, `runtime_bytes` of it included.
-
-    The allocator's slack multiplies all but the runtime: peak = slack x tensors + runtime.
-    """
-    peak = safe_peak_bytes(problem.memory_limit_bytes, memory_band(problem, coverage))
-    slack = memory_constants(problem).allocator_slack
-    return (peak - runtime_bytes) / slack + runtime_bytes
+    """The same of a problem that is asked once (MemoryLimits)."""
+    return memory_limits(problem).safe_tensor_bytes(coverage, runtime_bytes)

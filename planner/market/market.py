@@ -96,13 +96,15 @@ def shipped_market() -> Market:
 def read_market(prices: Path | None = None, on_premises: bool = False, live: bool = True) -> Market:
     """The market as the user sees it. Raises InputError with every fault of the prices file.
 
-    `prices` names a prices file; without it the variable SHARDWISE_PRICES may. `live` reads SkyPilot's
-    catalogs where there are any; a caller that names no instance can spare the time. A prices file may
-    name one of theirs, so with one they are read anyway.
+    `prices` names a prices file; without it the variable SHARDWISE_PRICES may. `live` reads instances, those
+    of SkyPilot's catalogs among them where there are any; a caller that names no instance can spare the time.
+    A prices file may name one, so with one they are read anyway.
     """
     path = prices or _prices_of_environment()
+    if not live and path is None:
+        return Market(instances=(), on_premises=_on_premises(None, None, on_premises))
     shipped = shipped_market()
-    found = _live(shipped) if live or path is not None else None
+    found = _live(shipped)
     instances = shipped.instances if found is None else joined(shipped.instances, found.instances)
     file = None
     if path is not None:

@@ -91,30 +91,32 @@ class Recomputing:
     """
 
     def __init__(self, shape: ShapeModel, options: tuple[Recompute, ...], limit_bytes: float) -> None:
-        degrees, model = shape.degrees, shape.problem.model
-        kept: list[_Range] = []
-        waits: list[_Range] = []
-        self._trades: dict[bool, list[tuple[float, float, float]]] = {False: [], True: []}
-        for key in shape.classes:
-            saved = [shape.block(key, option).saved_bytes for option in options]
-            waiting = [shape.waiting_bytes[key, option] for option in options]
-            count = shape.count(key, 0, model.layers)
-            kept += [(min(saved), max(saved))] * count
-            waits += [(min(waiting), max(waiting))] * count
-            for split, trades in self._trades.items():
+        self._shape, self._options = shape, options
+        self._trades: dict[bool, list[tuple[float, float, float]]] = {}
+        ranges = shape.kind.kept_ranges(options)
+        self._least, self._most, self._least_waits, self._most_waits = ranges
+        each = memory_bound_bytes(shape) + shape.runtime_bytes + least_pass_bytes(shape, options)
+        self._free_bytes = shape.degrees.pp * (limit_bytes - each)
+
+    def _traded(self, *, split: bool) -> list[tuple[float, float, float]]:
+        """Of each class and option the seconds that it takes more than another, and the bytes that it keeps
+        less, and lets wait less, than another."""
+        if split not in self._trades:
+            shape, found = self._shape, []
+            for key in shape.classes:
+                saved = [shape.block(key, option).saved_bytes for option in self._options]
+                waiting = [shape.waiting_bytes[key, option] for option in self._options]
                 times_s = [
                     shape.passes(key, option)[1].total_s
                     + (split_again_s(shape, key, option) if split else 0.0)
-                    for option in options
+                    for option in self._options
                 ]
-                trades += [
+                found += [
                     (time_s - min(times_s), max(saved) - size, max(waiting) - waits_for)
                     for time_s, size, waits_for in zip(times_s, saved, waiting, strict=True)
                 ]
-        self._least, self._most = (_descending(kept, end) for end in (0, 1))
-        self._least_waits, self._most_waits = (_descending(waits, end) for end in (0, 1))
-        each = memory_bound_bytes(shape) + shape.runtime_bytes + least_pass_bytes(shape, options)
-        self._free_bytes = degrees.pp * (limit_bytes - each)
+            self._trades[split] = found
+        return self._trades[split]
 
     def least_s(self, live: Live, *, split: bool) -> float:
         """Seconds that it takes at least for a micro-batch; infinite where the shape cannot fit."""
@@ -125,17 +127,9 @@ class Recomputing:
             return 0.0
         spared = (
             (more_s, live.alive[-1] * size + live.waiting[-1] * waits)
-            for more_s, size, waits in self._trades[split]
+            for more_s, size, waits in self._traded(split=split)
         )
         return min((excess * more_s / bytes_ for more_s, bytes_ in spared if bytes_ > 0), default=math.inf)
-
-
-_Range = tuple[float, float]
-"""The least and the most bytes of a layer, by its option."""
-
-
-def _descending(each: list[_Range], end: int) -> list[float]:
-    return sorted((of[end] for of in each), reverse=True)
 
 
 def _sum(counts: tuple[int, ...], sizes: list[float]) -> float:
@@ -260,7 +254,8 @@ def least_once_s(shape: ShapeModel) -> float:
     gathers = zero in (Zero.OPTIMIZER, Zero.GRADIENTS)
     reduces = zero in (Zero.NONE, Zero.OPTIMIZER)
     return min(
-        gathers * shape.once_s(shape.updates[unit]) + reduces * shape.once_s(shape.reduces[unit])
+        (shape.once_s(shape.updates[unit]) if gathers else 0.0)
+        + (shape.once_s(shape.reduces[unit]) if reduces else 0.0)
         for unit in units
     )
 

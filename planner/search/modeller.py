@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from planner.cost.evaluate import CostModel
 from planner.cost.stage import ShapeModel
-from planner.cost.verdict import safe_tensor_bytes
+from planner.cost.verdict import MemoryLimits, memory_limits
 from planner.estimate import Rejected
 from planner.search.bounds import BaseBound, least_state_bytes
 from planner.search.frontier import Candidate
@@ -17,6 +17,9 @@ from planner.search.space import Pins
 from planner.search.stage_space import StageSpace
 from planner.strategy import Degrees
 from planner.units import format_bytes
+
+MEMORY = "memory"
+"""The rule that shapes break which cannot fit."""
 
 
 class Base(NamedTuple):
@@ -33,6 +36,7 @@ class Modeller:
     def __init__(self, model: CostModel, pins: Pins, rejections: Rejections) -> None:
         self.model, self.pins, self.rejections = model, pins, rejections
         self._least: dict[tuple[object, ...], float] = {}
+        self._limits: dict[int, MemoryLimits] = {}
 
     def least_bytes(self, base: Degrees) -> float:
         """The mean of weights, gradients and state over ranks, which shapes of one sharding share."""
@@ -54,7 +58,10 @@ class Modeller:
 
     def _safe_bytes(self, shape: ShapeModel) -> float:
         """The most that a rank's tensors and runtime may take for a peak that is still SAFE."""
-        return safe_tensor_bytes(shape.problem, self.model.coverage(shape), shape.runtime_bytes)
+        key = id(shape.problem)  # of the cost models, which live as long as this
+        if key not in self._limits:
+            self._limits[key] = memory_limits(shape.problem)
+        return self._limits[key].safe_tensor_bytes(self.model.coverage(shape), shape.runtime_bytes)
 
     def search(self, degrees: Degrees, base: Base) -> ShapeSearch:
         """The search of a shape of a base. What it works out is remembered in the base's books."""
@@ -64,11 +71,11 @@ class Modeller:
         """A shape of a base with its bound and its number; None where it cannot fit."""
         least, most = self.least_bytes(degrees), max(base.limits_bytes)
         if least > most:
-            self.rejections.add(too_large(degrees, least, most), number)
+            self.rejections.add_made(MEMORY, lambda: too_large(degrees, least, most), number)
             return None
         bound_s = base.bound.of(degrees)
         if bound_s == float("inf"):
-            self.rejections.add(no_recipe(degrees, base.limits_bytes), number)
+            self.rejections.add_made(MEMORY, lambda: no_recipe(degrees, base.limits_bytes), number)
             return None
         return Candidate(bound_s, number, degrees)
 
@@ -76,7 +83,7 @@ class Modeller:
 def too_large(degrees: Degrees, least: float, limit: float) -> Rejected:
     """A shape whose state alone takes more than is safe."""
     return Rejected(
-        rule="memory",
+        rule=MEMORY,
         detail=f"{degrees.label()} needs at least {format_bytes(least)} a device for weights, gradients "
         f"and optimizer state; {format_bytes(limit)} is safe.",
     )
@@ -85,7 +92,7 @@ def too_large(degrees: Degrees, least: float, limit: float) -> Rejected:
 def no_recipe(degrees: Degrees, limits_bytes: tuple[float, ...]) -> Rejected:
     """A shape whose activations fit with no recomputation."""
     return Rejected(
-        rule="memory",
+        rule=MEMORY,
         detail=f"{degrees.label()}: no mix of recomputation fits into {format_bytes(max(limits_bytes))} a "
         "device.",
     )

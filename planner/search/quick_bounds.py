@@ -13,7 +13,6 @@ and where devices share cores, the work of all micro-batches over their throughp
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +20,7 @@ from planner.cost.evaluate import CostModel
 from planner.cost.messages import Messages
 from planner.cost.overlap import overlap_of
 from planner.cost.passes import Pass, stacked
+from planner.nouns import replaced
 from planner.search.bounds import schedule_factor
 from planner.search.space import Pipe, Space
 from planner.strategy import CpExchange, Degrees, Recompute, Zero
@@ -58,7 +58,7 @@ def space_bounds_s(
     for base, pipes in zip(space.bases, space.pipes, strict=True):
         key = pipes, base.pp, base.num_micro_batches
         if key not in known:
-            each = (dataclasses.replace(base, schedule=schedule, chunks=chunks) for schedule, chunks in pipes)
+            each = (replaced(base, schedule=schedule, chunks=chunks) for schedule, chunks in pipes)
             known[key] = [schedule_factor(degrees) for degrees in each]
         factors += known[key]
     return _times(model, space.bases, rows, np.asarray(factors), options, expired), rows, places
@@ -172,14 +172,8 @@ def _sent_s(model: CostModel, base: Degrees) -> list[tuple[float, float]]:
     if base.zero < Zero.GRADIENTS or base.replicas == 1:
         return [(0.0, 0.0)] * len(units)
     messages = Messages(model.problem, base, model.comms, layers.physics, layers.stream_width)
-    gathers = base.zero is Zero.PARAMETERS
-    return [
-        (
-            messages.gather(unit.dense_params, unit.routed_params).total_s if gathers else 0.0,
-            messages.reduce(unit).total_s,
-        )
-        for unit in units
-    ]
+    sent, gathers = model.shared.sent(messages, layers.units(base)), base.zero is Zero.PARAMETERS
+    return [(sent.gathers[unit].total_s if gathers else 0.0, sent.reduces[unit].total_s) for unit in units]
 
 
 def kind_of(d: Degrees) -> Kind:

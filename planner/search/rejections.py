@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 from planner.estimate import Rejected
 from planner.problem import PlanningProblem
@@ -21,6 +22,14 @@ class Rejections:
         known = self._nearest.setdefault(rejected.rule, (order, rejected))
         if order < known[0]:
             self._nearest[rejected.rule] = order, rejected
+
+    def add_made(self, rule: str, make: Callable[[], Rejected], order: int, shapes: int = 1) -> None:
+        """The same, where the words are only made if they are kept."""
+        known = self._nearest.get(rule)
+        if known is None or order < known[0]:
+            self.add(make(), order, shapes)
+        else:
+            self.counts[rule] += shapes
 
     def why_infeasible(self, problem: PlanningProblem, shapes: int) -> str:
         """What stands in the way of every shape, the rule that most break first."""

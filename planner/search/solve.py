@@ -27,6 +27,7 @@ from planner.divisors import divisors
 from planner.errors import InfeasibleError
 from planner.estimate import Verdict
 from planner.not_modelled import not_modelled
+from planner.nouns import replaced
 from planner.placement import is_mixed
 from planner.plan import Alternative, Certificate, Plan
 from planner.problem import PlanningProblem
@@ -34,7 +35,7 @@ from planner.search.alternatives import distinct, why_slower
 from planner.search.crew import Crew, processes_for
 from planner.search.dominance import without_dominated
 from planner.search.frontier import Candidate, Frontier
-from planner.search.modeller import Base, Modeller, no_recipe, too_large
+from planner.search.modeller import MEMORY, Base, Modeller, no_recipe, too_large
 from planner.search.open_shapes import OpenShapes
 from planner.search.progress import Progress
 from planner.search.quick_bounds import space_bounds_s
@@ -203,7 +204,8 @@ class Solver:
             if least <= most:
                 kept.append(number)
             else:
-                self.rejections.add(too_large(base, least, most), number, len(pipes))
+                make = partial(too_large, base, least, most)
+                self.rejections.add_made(MEMORY, make, number, len(pipes))
         fitting = Space(
             bases=tuple(space.bases[number] for number in kept),
             pipes=tuple(space.pipes[number] for number in kept),
@@ -221,7 +223,7 @@ class Solver:
         schedule, chunks = self.space.pipes[row][int(self.places[number])]
         if row not in self._bases:
             self._bases[row] = self.modeller.base(self.space.bases[row])
-        return dataclasses.replace(self.space.bases[row], schedule=schedule, chunks=chunks), self._bases[row]
+        return replaced(self.space.bases[row], schedule=schedule, chunks=chunks), self._bases[row]
 
     def _candidate(self, number: int) -> Candidate | None:
         """The bound of a shape; None where it cannot fit."""

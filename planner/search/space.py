@@ -17,7 +17,6 @@ it, since below that no ring hides behind attention.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -29,6 +28,7 @@ from planner.divisors import divisors
 from planner.engine_rules import candidate_schedules, engine_rules
 from planner.errors import InputError, Problem
 from planner.estimate import Rejected
+from planner.nouns import replaced
 from planner.offload_rules import offload_possible
 from planner.placement import is_mixed, parse_device_order
 from planner.problem import PlanningProblem
@@ -191,7 +191,7 @@ class Space:
         """Every legal shape."""
         for base, pipes in zip(self.bases, self.pipes, strict=True):
             for schedule, chunks in pipes:
-                yield dataclasses.replace(base, schedule=schedule, chunks=chunks)
+                yield replaced(base, schedule=schedule, chunks=chunks)
 
 
 def space_of(
@@ -250,7 +250,7 @@ class _Maker:
                 split = layers.tp * layers.cp * pp
                 dp = self.pins.dp if self.pins.dp is not None else max(1, self.devices // split)
                 for order in self._orders(pp):
-                    whole = dataclasses.replace(layers, pp=pp, dp_replicate=dp, device_order=order)
+                    whole = replaced(layers, pp=pp, dp_replicate=dp, device_order=order)
                     if self._keeps((world_matches, groups_ordered), whole) and self._fills(whole):
                         yield from self._with_data(whole)
 
@@ -284,7 +284,7 @@ class _Maker:
                 etps = [pins.etp] if pins.etp is not None or not experts or tp == 1 else [1, None]
                 etps = etps[:1] if self.usual else etps
                 for ep, etp in product(self._eps(), etps):
-                    degrees = dataclasses.replace(split, ep=ep, etp=etp)
+                    degrees = replaced(split, ep=ep, etp=etp)
                     if self._keeps(EXPERT_RULES, degrees):
                         yield degrees
 
@@ -321,7 +321,7 @@ class _Maker:
         micro_batches = [size for size in divisors(local) if size <= most and _odd_part(size) <= MAX_ODD]
         spreads = whole.ep > 1 or whole.expert_tp != whole.tp
         shardings = [
-            dataclasses.replace(whole, zero=zero, dp_shard=shard, dp_replicate=whole.dp // shard)
+            replaced(whole, zero=zero, dp_shard=shard, dp_replicate=whole.dp // shard)
             for zero, shard in self._shardings(whole)
         ]
         shardings = [
@@ -332,14 +332,14 @@ class _Maker:
         for micro_batch in _candidates(self.pins.micro_batch, micro_batches):
             m = max(1, local // micro_batch)
             if local % micro_batch:
-                self._keeps((batch_divides,), dataclasses.replace(whole, micro_batch=micro_batch))
+                self._keeps((batch_divides,), replaced(whole, micro_batch=micro_batch))
                 continue
             pipes, cut = self.pipes(whole.pp, m)
             self.rejected += cut
             if not self._offloads(whole):
                 continue
             for degrees in shardings if pipes else []:
-                base = dataclasses.replace(degrees, micro_batch=micro_batch, num_micro_batches=m)
+                base = replaced(degrees, micro_batch=micro_batch, num_micro_batches=m)
                 kept = self._for_engine(base, pipes) if self.engine_rules else pipes
                 if kept:
                     yield base, kept
@@ -358,7 +358,7 @@ class _Maker:
         return tuple(
             (schedule, chunks)
             for schedule, chunks in pipes
-            if self._keeps(self.engine_rules, dataclasses.replace(base, schedule=schedule, chunks=chunks))
+            if self._keeps(self.engine_rules, replaced(base, schedule=schedule, chunks=chunks))
         )
 
     def _shardings(self, whole: Degrees) -> list[tuple[Zero, int]]:

@@ -21,10 +21,8 @@ import importlib
 import importlib.util
 import os
 import re
-import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +150,8 @@ def read_collectives(folder: Path, system: str, read: Reader = parquet_columns) 
     With n ranks, s bytes and time t: busbw = f s / t, f = 2 (n - 1) / n for all-reduce and (n - 1) / n for
     the others.
     """
+    import statistics
+
     path = _newest(folder / "data" / system / "comm" / "nccl", "nccl_perf.parquet")
     if path is None:
         return ()
@@ -205,6 +205,8 @@ def read_products(folder: Path, system: str, read: Reader = parquet_columns) -> 
 
 
 def _product(system: str, path: Path, precision: str, key: int, rates: list[float]) -> Product:
+    import statistics
+
     m, bucket = divmod(key, len(BUCKETS))
     return Product(
         table=system,
@@ -289,6 +291,8 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _version() -> str:
+    from importlib import metadata
+
     try:
         return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:

@@ -12,10 +12,10 @@ import io
 import math
 from collections.abc import Callable, Mapping
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
+import profiles
 from planner.codec import decode, load_toml_object, noun, read_text
 from planner.errors import InputError, Problem
 
@@ -112,7 +112,7 @@ class MeasuredTable:
 
 def folder() -> Path:
     """Where the shipped measurements are."""
-    return Path(str(resources.files("profiles"))) / "measured"
+    return Path(str(profiles.__file__)).parent / "measured"
 
 
 @cache
