@@ -12,11 +12,12 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
+from planner.cost.critical_path import critical_path
 from planner.cost.flight import InFlight, total_count
 from planner.cost.longest_path import many_row_ends_s
 from planner.search.recipes import Column
 from planner.search.stage_space import StageSpace
-from planner.search.trades import trades
+from planner.search.trades import Trade, trades
 from planner.strategy import Stage
 
 MAX_PLACES = 8192
@@ -26,6 +27,8 @@ MAX_WORK = 1_000_000
 MAX_MOVES = 256
 """Moves of one round; of more, those between near stages, and to and from the ends."""
 MAX_ROUNDS = 12
+MAX_TRADES, LITTLE = 64, 1e-4
+"""Trades that are replayed of a round, and the least share of a step time that is worth another."""
 MAX_PAIRS = 24
 """Mixes of a rank that are tried, the fastest first, before its deal counts as too large."""
 
@@ -179,23 +182,32 @@ class Dealer:
             if steps[number] >= step_s * (1 - 1e-12):
                 break
             (deal, best), step_s = moves[number], steps[number]
-        return self._traded(best, step_s, most)
+        return self._traded(best, step_s)
 
-    def _traded(self, best: tuple[Column, ...], step_s: float, most: int) -> tuple[tuple[Column, ...], float]:
+    def _traded(self, best: tuple[Column, ...], step_s: float) -> tuple[tuple[Column, ...], float]:
         """The recipes at which no trade of recomputation within a rank helps, and their step time."""
+        space = self.space
+        if space.degrees.chunks == 1:
+            return best, step_s
         for _ in range(MAX_ROUNDS):
-            tried = itertools.islice(trades(best, self.ranks, self.space.books), most)
-            fitting = [
-                columns for rank, columns in tried if self._fits(rank, [columns[s] for s in self.ranks[rank]])
+            path = critical_path(space.replay(best), space.hop_s)
+            tried = [
+                self._after(best, trade)
+                for trade in trades(best, path.counts, self.ranks, space.books)[:MAX_TRADES]
             ]
-            if not fitting:
-                break
-            steps = self.steps_s(fitting)
+            fitting = [columns for columns in tried if columns is not None]
+            steps = self.steps_s(fitting) if fitting else [step_s]
             number = min(range(len(steps)), key=steps.__getitem__)
-            if steps[number] >= step_s * (1 - 1e-12):
+            if steps[number] >= step_s * (1 - LITTLE):
                 break
             best, step_s = fitting[number], steps[number]
         return best, step_s
+
+    def _after(self, columns: tuple[Column, ...], trade: Trade) -> tuple[Column, ...] | None:
+        """The recipes after a trade; None where they do not fit."""
+        chosen = dict(enumerate(columns)) | dict(zip(trade.stages, trade.columns, strict=True))
+        fits = self._fits(trade.rank, [chosen[s] for s in self.ranks[trade.rank]])
+        return tuple(chosen[s] for s in range(len(columns))) if fits else None
 
     def _any(self, start: Deal) -> tuple[tuple[Column, ...] | None, Deal]:
         """A deal near the first that fits where that does not."""
