@@ -341,9 +341,12 @@ class ShapeSearch:
         if sizes is None:
             return ShapeResult(None, budget.to_beat_s, 0)
         spans = [(s, span) for s in range(self.degrees.stages) for span in self.space.spans(s, sizes)[0]]
-        ranks = range(self.degrees.pp)
-        roomy = self.degrees.chunks == 1 or all(self.space.rank_roomy(rank, sizes) for rank in ranks)
-        if not roomy and len(spans) * MIXES_EACH > MAX_COLUMNS:
+        ranks, many = range(self.degrees.pp), len(spans) * MIXES_EACH > MAX_COLUMNS
+        tight = many and self.space.tight(sizes)
+        roomy = self.degrees.chunks == 1 or (
+            not tight and all(self.space.rank_roomy(rank, sizes) for rank in ranks)
+        )
+        if not roomy and many:
             return ShapeResult(None, 0.0, 0)
         columns = self._columns(budget, sizes)
         every = self._all_splits(sizes, columns, budget.to_beat_s) if roomy and all(columns) else None

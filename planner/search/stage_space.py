@@ -62,6 +62,7 @@ class StageSpace:
         self.model, self.shape, self.degrees = model, shape, shape.degrees
         self.limits_bytes, self.books = limits_bytes, books
         self.layers, self.one_class = model.problem.model.layers, books[0].one_class
+        self._known_sizes: dict[float, Sizes | None] = {}
         self._roomy: dict[tuple[int, Sizes | None], bool] = {}
         self.rank_of = [self.degrees.pp_rank_of_stage(s) for s in range(self.degrees.stages)]
 
@@ -139,6 +140,14 @@ class StageSpace:
                 for span in spans
             )
         return self._roomy[key]
+
+    def tight(self, sizes: Sizes) -> bool:
+        """Whether memory makes some rank recompute, whatever it holds within sizes."""
+        least_s = self.ranks.parts_s(max(low for low, _ in sizes.ranks))
+        held = zip(least_s, sizes.ranks, self.block_s, self.held_s, strict=True)
+        return any(
+            own[low] > (low * block_s + held_s) * (1 + DUST) for own, (low, _), block_s, held_s in held
+        )
 
     def columns(
         self, index: int, to_beat_s: float, sizes: Sizes | None, within: Spans | None = None
@@ -238,6 +247,11 @@ class StageSpace:
 
     def sizes(self, to_beat_s: float) -> Sizes | None:
         """Blocks that stages and ranks may hold where a step is shorter; None where no cut is."""
+        if to_beat_s not in self._known_sizes:
+            self._known_sizes[to_beat_s] = self._sizes_within(to_beat_s)
+        return self._known_sizes[to_beat_s]
+
+    def _sizes_within(self, to_beat_s: float) -> Sizes | None:
         limits, m, p = self.size_limits, self.degrees.num_micro_batches, self.degrees.pp
         if self.model.sharing is not None or to_beat_s == float("inf"):
             by_stage = narrowed(limits, self.layers)
