@@ -47,7 +47,7 @@ DEALT_WITHIN = 1.05
 """Blocks are dealt better where an even split is within this of the step time to beat."""
 ROUNDING = 1e-6
 """Share of a step time by which an ILP's bound may lie below its own optimum: HiGHS's tolerance."""
-GAMES = False
+PLAYED_WITHIN = 1.03
 FEW, MANY = 3, 16
 NODES = 200
 BOUND_GAMES, BOUND_NEAR = 9, 1e-3
@@ -118,13 +118,17 @@ class ShapeSearch:
         relaxed = self._relaxed(budget.to_beat_s, FEW)
         if relaxed.bound_s >= budget.to_beat_s:
             return ShapeResult(None, budget.to_beat_s, 0)
-        played = self.played(budget) if GAMES else ShapeResult(None, 0.0, 0)
+        within_s = DEALT_WITHIN * budget.to_beat_s
+        rounded = None if relaxed.blocks is None else self.dealt(within_s, self._rounded(relaxed.blocks))
+        each = [found for found in (self.dealt(within_s), rounded) if found is not None]
+        near = not self.space.one_class or any(
+            found.step_time_s < PLAYED_WITHIN * budget.to_beat_s for found in each
+        )
+        played = self.played(budget) if near else ShapeResult(None, 0.0, 0)
         played = played._replace(bound_s=max(played.bound_s, relaxed.bound_s))
         if played.bound_s >= budget.to_beat_s:
             return played
-        within_s = DEALT_WITHIN * budget.to_beat_s
-        rounded = None if relaxed.blocks is None else self.dealt(within_s, self._rounded(relaxed.blocks))
-        each = [found for found in (played.found, self.dealt(within_s), rounded) if found is not None]
+        each += [played.found] if played.found is not None else []
         to_beat_s = min([budget.to_beat_s, *(found.step_time_s * (1 - budget.tolerance) for found in each)])
         if played.bound_s >= to_beat_s:
             result = ShapeResult(None, played.bound_s, 0)
