@@ -47,13 +47,16 @@ class BlockBytes:
         self.reducing = reducing_bytes(shape)
         self.behind = least_pass_bytes(shape, book.options, behind=True) - min(self.passing.values())
         self._ends: dict[tuple[bool, bool, bool], EndBytes] = {}
+        self._alone: dict[tuple[bool, bool], dict[Recompute, Column]] = {}
 
     def ends(self, first: bool, last: bool, begun: bool) -> EndBytes:
         """Those of a stage that holds the first or the last block, without gradients before a pass back has
         `begun`."""
         key = first, last, begun
         if key not in self._ends:
-            each = {option: self._alone(first, last, option) for option in self.saved}
+            if key[:2] not in self._alone:
+                self._alone[key[:2]] = {option: self._stage(first, last, option) for option in self.saved}
+            each = self._alone[key[:2]]
             least = self.keeping[-1]
             late = 0.0 if begun else each[least].late_bytes - self.late
             self._ends[key] = EndBytes(
@@ -63,7 +66,7 @@ class BlockBytes:
             )
         return self._ends[key]
 
-    def _alone(self, first: bool, last: bool, option: Recompute) -> Column:
+    def _stage(self, first: bool, last: bool, option: Recompute) -> Column:
         """The recipe of a stage of one block."""
         start = 0 if first else self.book.layers - 1 if last else 1
         counts = RecomputeCounts(
