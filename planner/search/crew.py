@@ -33,6 +33,8 @@ MOST = 4
 """Processes at most: more wait for each other's results."""
 MANY_SHAPES = 200
 """Shapes of a space from which on forking pays."""
+AHEAD = 2
+"""Tasks that a process has at most: one that it works at, and one to go on with before anybody looks."""
 GLANCE_S = 0.05
 """Seconds between looks at the clock while a process works."""
 
@@ -72,8 +74,7 @@ class Crew:
         self._waiting: deque[Task] = deque()  # not begun
         self._order: deque[Task] = deque()  # results not taken
         self._results: dict[Task, ShapeResult] = {}
-        self._busy: dict[Connection, Task] = {}
-        self._idle: list[Connection] = []
+        self._given: dict[Connection, deque[Task]] = {}
         self._processes: list[ForkProcess] = []
         if processes:
             self._fork(processes)
@@ -88,7 +89,7 @@ class Crew:
             process.start()
             there.close()
             self._processes.append(process)
-            self._idle.append(here)
+            self._given[here] = deque()
 
     def add(self, task: Task) -> None:
         """Has a task worked out; no other like it may be under way."""
@@ -100,40 +101,52 @@ class Crew:
         """The result of the earliest task whose result was not taken yet."""
         task = self._order.popleft()
         while task not in self._results:
-            if self._busy and task in self._busy.values():
+            if any(task in given for given in self._given.values()):
                 self._listen()
-            elif self._idle and not self._expired():
+            elif self._given and not self._expired():
                 self._feed()
+                if task in self._waiting:
+                    self._listen()
             else:
                 self._waiting.remove(task)
                 self._results[task] = ShapeResult(None, 0.0, 0) if self._expired() else self._work(task)
         return self._results.pop(task)
 
     def _feed(self) -> None:
-        """Gives waiting tasks to processes that have none."""
-        while self._waiting and self._idle and not self._expired():
-            task, process = self._waiting.popleft(), self._idle.pop()
+        """Gives waiting tasks to the processes that have fewest."""
+        while self._waiting and self._given and not self._expired():
+            process = min(self._given, key=lambda each: len(self._given[each]))
+            if len(self._given[process]) >= AHEAD:
+                return
+            task = self._waiting.popleft()
             try:
                 process.send_bytes(task.to_json())
-                self._busy[process] = task
+                self._given[process].append(task)
             except OSError:
                 self._waiting.appendleft(task)
+                self._lose(process)
 
     def _listen(self) -> None:
         """Takes what processes have sent, waiting for one at least or until all are overdue."""
-        ready = wait(list(self._busy), GLANCE_S)
+        ready = wait([process for process, given in self._given.items() if given], GLANCE_S)
         for process in ready:
             assert isinstance(process, Connection)
-            task = self._busy.pop(process)
             try:
-                self._results[task] = _result(process.recv_bytes())
-                self._idle.append(process)
+                result = _result(process.recv_bytes())
             except (OSError, EOFError):
-                self._waiting.appendleft(task)
+                self._lose(process)
+                continue
+            self._results[self._given[process].popleft()] = result
         self._feed()
         if not ready and self._overdue():
-            self._results |= dict.fromkeys(self._busy.values(), ShapeResult(None, 0.0, 0))
+            given = (task for tasks in self._given.values() for task in tasks)
+            self._results |= dict.fromkeys(given, ShapeResult(None, 0.0, 0))
             self.close()
+
+    def _lose(self, process: Connection) -> None:
+        """Takes back the tasks of a process that is no more."""
+        self._waiting.extendleft(reversed(self._given.pop(process)))
+        process.close()
 
     def close(self) -> None:
         """Ends the processes."""
@@ -141,9 +154,9 @@ class Crew:
             process.terminate()
         for process in self._processes:
             process.join()
-        for connection in [*self._busy, *self._idle]:
+        for connection in self._given:
             connection.close()
-        self._processes, self._idle, self._busy = [], [], {}
+        self._processes, self._given = [], {}
 
 
 def _serve(there: Connection, here: Connection, work: Callable[[Task], ShapeResult]) -> None:
