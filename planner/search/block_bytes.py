@@ -49,7 +49,7 @@ class BlockBytes:
         self._ends: dict[tuple[bool, bool, bool], EndBytes] = {}
         self._alone: dict[tuple[bool, bool], dict[Recompute, Column]] = {}
 
-    def ends(self, first: bool, last: bool, begun: bool) -> EndBytes:
+    def ends(self, first: bool, last: bool, *, begun: bool) -> EndBytes:
         """Those of a stage that holds the first or the last block, without gradients before a pass back has
         `begun`."""
         key = first, last, begun

@@ -18,10 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner.cost.flight import Flights, InFlight, total_count
-from planner.search.bounds import split_again_s
 from planner.search.recipes import RecipeBook
-from planner.stack import Engine
-from planner.strategy import Degrees, Offload, Recompute, RecomputeCounts
+from planner.strategy import Degrees, Recompute, RecomputeCounts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,18 +57,8 @@ class RankFloor:
         for stage in range(degrees.stages):
             self.stages[degrees.pp_rank_of_stage(stage)].append(stage)
         self.last = degrees.stages - 1
-        (self.key,) = self.shape.classes
-        each = {option: self.shape.passes(self.key, option) for option in book.options}
-        self.block_s = {
-            option: forward.total_s + backward.total_s + split * split_again_s(self.shape, self.key, option)
-            for option, (forward, backward) in each.items()
-        }
-        self.bytes = book.block_bytes
-        # In Torchtitan's moments not all gradients exist, so that what is transient may be below 0; nor in
-        # the own runtime's where a step has one micro-batch.
-        engine = self.shape.problem.stack.engine
-        apart = engine is Engine.TORCHTITAN or (engine is Engine.NATIVE and degrees.num_micro_batches == 1)
-        self.bounded = not apart and book.offload is Offload.NONE
+        self.block_s = dict(zip(book.options, book.option_s(split), strict=True))
+        self.bytes, self.bounded = book.block_bytes, book.bounded
         self._alike: dict[int, _Signature] = {}
         self._known: dict[tuple[_Signature, int, range], dict[int, float]] = {}
         self._known_pairs: dict[int, tuple[Ints, Ints, Floats]] = {}
@@ -234,7 +222,7 @@ class RankFloor:
         total, forward, freed = float(self.shape.runtime_bytes), 0.0, 0.0
         total += flights[0].messages * self.shape.messages.boundary_bytes()
         for flight, (first, last) in zip(flights, ends, strict=True):
-            resident, saved, passing = self.bytes.ends(first, last, flight.begun)
+            resident, saved, passing = self.bytes.ends(first, last, begun=flight.begun)
             total += resident + flight.alive * saved
             if flight.alive:
                 forward, freed = max(forward, passing), max(freed, saved)

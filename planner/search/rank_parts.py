@@ -7,16 +7,22 @@ number of blocks, and so of arrays: [rank, moment, place], a place being one of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property, lru_cache
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.schedule import in_flight
-from planner.search.rank_floor import DUST, RankFloor
+from planner.cost.waiting import most_waits
+from planner.search.rank_floor import DUST
+from planner.search.recipes import RecipeBook
 from planner.search.sizes import Limits
 from planner.strategy import Degrees, Schedule
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from planner.search.stage_space import StageSpace
 
     Ints = np.ndarray[Any, np.dtype[np.int64]]
     Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -25,8 +31,8 @@ REMEMBERED = 1024
 
 
 class Moments(NamedTuple):
-    """What is in flight on each place of every rank at its fullest moments, and the messages of the rank
-    [rank, moment]; ranks with fewer moments have their last again."""
+    """What is in flight on each place of every rank at its fullest moments [rank, moment, place], and the
+    messages of the rank [rank, moment]; ranks with fewer moments have their last again."""
 
     alive: Ints
     waiting: Ints
@@ -52,7 +58,7 @@ def _moments(schedule: Schedule, pp: int, chunks: int, num_micro_batches: int, w
     ]
     found = np.asarray([[[tuple(own) for own in each] for each in row] for row in rows], dtype=np.int64)
     alive, waiting, begun, messages = np.moveaxis(found, -1, 0)
-    return Moments(alive, waiting, begun, messages[:, :, 0])
+    return Moments(alive, waiting, begun > 0, messages[:, :, 0])
 
 
 class Room(NamedTuple):
@@ -73,32 +79,57 @@ class _Ends(NamedTuple):
 
 
 class RankParts:
-    """The floors of one shape's ranks on one kind of device."""
+    """The floors of one shape's ranks, whose blocks are of one class.
 
-    def __init__(self, floor: RankFloor, moments: Moments) -> None:
-        self.floor, self.moments = floor, moments
+    `split` is the least share of a stage's backward passes that are split; `bounded` says whether what ranks
+    hold is known.
+    """
+
+    def __init__(self, space: StageSpace, *, split: float, bounded: bool) -> None:
+        import numpy as np
+
+        self.space, self.bounded = space, bounded
+        self.moments = moments_of(space.degrees, most_waits(space.model.problem.stack, space.degrees))
+        books = {id(book): book for book in space.books}
+        numbers = {name: number for number, name in enumerate(books)}
+        self._books, self._kinds = list(books.values()), np.asarray([numbers[id(b)] for b in space.books])
+        self.block_s = self._of(lambda book: book.option_s(split))
+        self._limit_bytes = np.asarray(space.limits_bytes) * (1 + DUST)
+
+    def _of(self, figure: Callable[[RecipeBook], Any]) -> Floats:
+        """A figure of each rank's book [rank], or of its options [rank, option]."""
+        import numpy as np
+
+        each: Floats = np.asarray([figure(book) for book in self._books], dtype=np.float64)[self._kinds]
+        return each
+
+    def _by_option(self, name: str) -> Floats:
+        """Bytes of a block of each rank by its option [rank, option]."""
+        return self._of(lambda book: list(getattr(book.block_bytes, name).values()))
+
+    def _bytes(self, name: str) -> Floats:
+        """Bytes of a block of each rank [rank, 1]."""
+        return self._of(attrgetter(f"block_bytes.{name}"))[:, None]
 
     @cached_property
     def room(self) -> Room | None:
         """What limits the blocks of ranks; None where that is not known."""
         import numpy as np
 
-        floor, moments = self.floor, self.moments
-        if not floor.bounded:
+        if not self.bounded:
             return None
-        options = list(floor.block_s)
-        own = floor.bytes
-        saved, waiting = (np.asarray([of[o] for o in options]) for of in (own.saved, own.waiting))
-        held = moments.alive[..., None] * saved + moments.waiting[..., None] * waiting
-        begun = moments.begun.all(axis=-1)
-        held += np.where(begun, own.states, own.states - own.late)[:, :, None, None]
-        ends = self._ends
-        passing = np.maximum(min(own.passing.values()) - ends.freed, ends.passing)
-        return Room(held, self._limit_bytes - ends.standing - passing)
+        (alive, waiting, begun, _), ends = self.moments, self._ends
+        held = alive[..., None] * self._by_option("saved")[:, None, None]
+        held += waiting[..., None] * self._by_option("waiting")[:, None, None]
+        held += (self._bytes("states") - self._bytes("late") * ~begun.all(axis=-1))[..., None, None]
+        least = self._by_option("passing").min(axis=-1)[:, None]
+        return Room(held, self._left - np.maximum(least - ends.freed, ends.passing))
 
     @property
-    def _limit_bytes(self) -> float:
-        return self.floor.limit_bytes * (1 + DUST)
+    def _left(self) -> Floats:
+        """What the ends leave of the memory [rank, moment]."""
+        left: Floats = self._limit_bytes[:, None] - self._ends.standing
+        return left
 
     def rows(self, limits: Limits) -> Room:
         """Rooms of which each must hold all blocks, [way, rank] instead of [rank], where each stage's blocks
@@ -114,67 +145,73 @@ class RankParts:
         """
         import numpy as np
 
-        room, floor = self.room, self.floor
+        room, alive = self.room, self.moments.alive > 0
         if room is None:
-            shape = 1, *self.moments.alive.shape
-            return Room(np.zeros((*shape, len(floor.block_s))), np.ones(shape[:-1]))
-        own, alive = floor.bytes, self.moments.alive > 0
-        low, high = (np.asarray([[limits[s][n] for s in stages] for stages in floor.stages]) for n in (0, 1))
-        passing, saved = (np.asarray([of[o] for o in floor.block_s]) for of in (own.passing, own.saved))
-        left = self._limit_bytes - self._ends.standing + self._ends.freed
+            return Room(np.zeros((1, *alive.shape, self.block_s.shape[1])), np.ones((1, *alive.shape[:2])))
+        low, high = np.asarray(limits).T[:, self.space.stages_of]
+        passing = self._by_option("passing")
+        reducing = passing - self._by_option("saved") + self._bytes("reducing")
+        left = self._left + self._ends.freed
         held, free = [room.held], [room.free]
         places = np.arange(alive.shape[-1])
         for chosen in (places >= 0, *(places == place for place in places)):
             there = alive & chosen
-            most = np.where(there, high[:, None], 0).sum(axis=-1)
+            most = np.maximum(np.where(there, high[:, None], 0).sum(axis=-1), 1)
             some = there.any(axis=-1)
             two = some & (~there | (low[:, None] > 1)).all(axis=-1)
-            for each, running in ((passing, some), (passing - saved + own.reducing, two)):
-                share = (there & running[:, :, None])[..., None] * (each - each.min())
-                held.append(room.held + share / np.maximum(most, 1)[:, :, None, None])
-                free.append(np.where(running, left - each.min(), room.free))
+            for each, running in ((passing, some), (reducing, two)):
+                least = each.min(axis=-1, keepdims=True)
+                share = (each - least)[:, None, None] / most[:, :, None, None]
+                held.append(room.held + share * (there & running[:, :, None])[..., None])
+                free.append(np.where(running, left - least, room.free))
         return Room(np.stack(held), np.stack(free))
 
     @cached_property
     def _ends(self) -> _Ends:
         import numpy as np
 
-        floor, moments = self.floor, self.moments
-        resident, saved, passes = (np.zeros(moments.alive.shape) for _ in range(3))
-        kinds = np.asarray([floor.ends(rank) for rank in range(len(moments.alive))])  # [rank, place, 2]
-        for first, last in {tuple(kind) for kind in kinds.reshape(-1, 2).tolist()}:
-            there = ((kinds == [first, last]).all(axis=-1))[:, None]
-            for begun in (False, True):
-                own = there & (moments.begun == begun)
-                resident[own], saved[own], passes[own] = floor.bytes.ends(first, last, begun)
-        alive = moments.alive > 0
-        standing = floor.shape.runtime_bytes + (resident + moments.alive * saved).sum(axis=-1)
-        standing += moments.messages * floor.shape.messages.boundary_bytes()
-        forward, freed = (np.where(alive, each, 0.0).max(axis=-1) for each in (passes, saved))
+        (alive, _, begun, messages), space = self.moments, self.space
+        every, last = slice(None), space.degrees.stages - 1
+        first_place: tuple[Any, ...] = every, space.rank_of[0], every, 0
+        last_place = every, space.rank_of[last], every, space.stages_of[space.rank_of[last]].index(last)
+        resident, saved, passing = figures = self._end_bytes(begun, first=False, last=False)
+        figures[first_place] = self._end_bytes(begun, first=True, last=False)[first_place]
+        figures[last_place] = self._end_bytes(begun, first=False, last=True)[last_place]
+        runtime = self._of(attrgetter("shape.runtime_bytes"))[:, None]
+        standing = runtime + (resident + alive * saved).sum(axis=-1)
+        standing += messages * self._of(lambda book: book.shape.messages.boundary_bytes())[:, None]
+        forward, freed = (np.where(alive > 0, each, 0.0).max(axis=-1) for each in (passing, saved))
         return _Ends(standing, forward, freed)
+
+    def _end_bytes(self, begun: Ints, *, first: bool, last: bool) -> Floats:
+        """Those of stages that hold the first or the last block [figure, rank, moment, place]."""
+        import numpy as np
+
+        before = self._of(lambda book: book.block_bytes.ends(first, last, begun=False))
+        after = self._of(lambda book: book.block_bytes.ends(first, last, begun=True))
+        found: Floats = np.where(begun, *(each.T[:, :, None, None] for each in (after, before)))
+        return found
 
     def least_s(self, most: int) -> Floats:
         """What every rank takes at least for a micro-batch with 0, 1, ... `most` blocks [rank, blocks];
         infinite where they cannot fit."""
         import numpy as np
 
-        floor, room, blocks = self.floor, self.room, np.arange(most + 1)
-        each_s = np.asarray(list(floor.block_s.values()))
-        fastest_s = float(each_s.min())
-        found: Floats = np.repeat(blocks[None] * fastest_s, len(self.moments.alive), axis=0)
+        room, blocks = self.room, np.arange(most + 1)
+        fastest_s = self.block_s.min(axis=-1, keepdims=True)
+        found: Floats = fastest_s * blocks
         if room is None:
             return found
         free = room.free[:, :, None]
         fits = self._least_sum(room.held.min(axis=-1), blocks) <= free
-        quick = room.held[..., each_s == fastest_s].min(axis=-1)
+        more_s = (self.block_s - fastest_s)[:, None, None]
+        quick = np.where(more_s > 0, np.inf, room.held).min(axis=-1)
         over = self._least_sum(quick, blocks) - free
-        slower = each_s > fastest_s
-        if slower.any():
-            freed = quick[..., None] - room.held[..., slower]
-            rate = (freed / (each_s[slower] - fastest_s)).max(axis=(-2, -1))
-            with np.errstate(divide="ignore", invalid="ignore"):
-                more = over / rate[:, :, None] + floor.shape.physics.recompute_pass_s
-            found += np.where((over > 0) & (rate > 0)[:, :, None], more, 0.0).max(axis=1)
+        pass_s = self._of(attrgetter("shape.physics.recompute_pass_s"))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            freed = np.where(more_s > 0, (quick[..., None] - room.held) / more_s, 0.0).max(axis=(-2, -1))
+            again_s = over / freed[:, :, None] + pass_s[:, None, None]
+        found += np.where((over > 0) & (freed > 0)[:, :, None], again_s, 0.0).max(axis=1)
         found[~fits.all(axis=1)] = np.inf
         return found
 
@@ -182,7 +219,7 @@ class RankParts:
         """The sum over so many blocks where each adds least [rank, moment, blocks]."""
         import numpy as np
 
-        places = np.asarray([[self.floor.limits[s][1] for s in own] for own in self.floor.stages])
+        places = np.asarray(self.space.size_limits)[:, 1][self.space.stages_of]
         order = np.argsort(each, axis=-1, kind="stable")
         most = np.take_along_axis(np.broadcast_to(places[:, None], each.shape), order, axis=-1)
         held = np.clip(blocks - (np.cumsum(most, axis=-1) - most)[..., None], 0, most[..., None])

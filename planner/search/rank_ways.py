@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from planner.cost.action import ActionKind
 from planner.cost.flight import InFlight
-from planner.cost.waiting import most_waits
 from planner.search.rank_fill import Way, can_hold
 from planner.search.rank_floor import DUST, RankFloor
 from planner.search.rank_mixes import Held, RankMixes
-from planner.search.rank_parts import RankParts, moments_of
+from planner.search.rank_parts import RankParts
 from planner.search.recipes import Column
 from planner.search.sizes import Limits
 
@@ -63,10 +62,8 @@ class RankWays:
 
         if self.space.layers < MIDDLE:
             return np.zeros((self.degrees.pp, most + 1))
-        known = {name: each.least_s(most) for name, each in {id(each): each for each in self.parts}.items()}
-        seconds = np.stack([known[id(each)][rank] for rank, each in enumerate(self.parts)])
-        total: Floats = (seconds + np.asarray(self.space.held_s)[:, None]) * (1 - DUST)
-        return total
+        held_s: Floats = np.asarray(self.space.held_s)[:, None]
+        return (self.parts.least_s(most) + held_s) * (1 - DUST)
 
     def done(self, rank: int, blocks: int, own_s: float) -> bool:
         """Whether a rank may hold so many blocks and take less than `own_s` for a micro-batch."""
@@ -182,11 +179,9 @@ class RankWays:
         return [known[id(book)] for book in self.space.books]
 
     @cached_property
-    def parts(self) -> list[RankParts]:
-        """The same of all ranks at once, for ranks on each kind of device."""
-        moments = moments_of(self.degrees, most_waits(self.space.model.problem.stack, self.degrees))
-        known = {id(floor): RankParts(floor, moments) for floor in self.floors}
-        return [known[id(floor)] for floor in self.floors]
+    def parts(self) -> RankParts:
+        """The floors of all ranks at once, if blocks recompute in parts."""
+        return RankParts(self.space, split=self._split, bounded=self.space.books[0].bounded)
 
     @cached_property
     def _split(self) -> float:

@@ -22,7 +22,9 @@ from planner.cost.stage import ShapeModel
 from planner.cost.stage_cost import StageCost
 from planner.cost.table import KINDS
 from planner.search.block_bytes import BlockBytes
+from planner.search.bounds import split_again_s
 from planner.search.least_passes import LeastPasses, least_passes
+from planner.stack import Engine
 from planner.strategy import Offload, Recompute, RecomputeCounts, Schedule, Stage, offloaded
 
 if TYPE_CHECKING:
@@ -127,6 +129,27 @@ class RecipeBook:
     def block_bytes(self) -> BlockBytes:
         """What a block and the ends of the model hold, where blocks are of one class."""
         return BlockBytes(self)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether what a stage holds follows from its blocks at every moment.
+
+        In Torchtitan's moments not all gradients exist, so that what is transient may be below 0; nor in the
+        own runtime's where a step has one micro-batch. What is offloaded comes and goes.
+        """
+        engine, single = self.shape.problem.stack.engine, self.shape.degrees.num_micro_batches == 1
+        apart = engine is Engine.TORCHTITAN or (engine is Engine.NATIVE and single)
+        return not apart and self.offload is Offload.NONE
+
+    def option_s(self, split: float) -> list[float]:
+        """A micro-batch's passes of a block with each option, a share of its passes back being split, where
+        blocks are of one class."""
+        (key,), shape = self.shape.classes, self.shape
+        each = ((option, shape.passes(key, option)) for option in self.options)
+        return [
+            forward.total_s + backward.total_s + split * split_again_s(shape, key, option)
+            for option, (forward, backward) in each
+        ]
 
     def least_block_s(self, key: str) -> float:
         """A micro-batch's passes of a block of a class with its cheapest option."""

@@ -135,14 +135,10 @@ class Relaxation:
         """What blocks hold within sizes."""
         import numpy as np
 
-        parts = self.space.ranks.parts
-        known = {name: each.rows(sizes.stages) for name, each in {id(each): each for each in parts}.items()}
-        shares = []
-        for rank, each in enumerate(parts):
-            held, free = (figures[:, rank] for figures in known[id(each)])
-            own = held / np.maximum(free, 1.0)[..., None, None]
-            shares.append(own.reshape(-1, *own.shape[2:]))
-        return _Memory(np.stack(shares), np.asarray(self.space.stages_of))
+        held, free = self.space.ranks.parts.rows(sizes.stages)
+        shares = np.moveaxis(held / np.maximum(free, 1.0)[..., None, None], 0, 1)
+        ranks, _, _, *places = shares.shape
+        return _Memory(shares.reshape(ranks, -1, *places), np.asarray(self.space.stages_of))
 
     def least(self, within_s: float, sizes: Sizes, rounds: int, nodes: int = 0) -> Relaxed:
         """The optimum within sizes, or any bound of at least `within_s`, after so many replays at most.
