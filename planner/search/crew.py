@@ -1,7 +1,7 @@
 """Processes that search shapes beside each other, one for each core.
 
-A search gives its tasks in an order and takes their results in that order, so that nothing depends on how
-many processes there are, or which was faster. They are forked, and so know the problem and all that was
+A search gives its tasks and takes their results in an order of its own, so that nothing depends on how many
+processes there are, or which was faster. They are forked, and so know the problem and all that was
 worked out before; tasks and results go through pipes as JSON text. Where there is one core, or no fork, or
 there are threads (a fork has one), or little to do, tasks are worked out here, when their result is taken.
 
@@ -72,7 +72,6 @@ class Crew:
     ) -> None:
         self._work, self._expired, self._overdue = work, expired, overdue
         self._waiting: deque[Task] = deque()  # not begun
-        self._order: deque[Task] = deque()  # results not taken
         self._results: dict[Task, ShapeResult] = {}
         self._given: dict[Connection, deque[Task]] = {}
         self._processes: list[ForkProcess] = []
@@ -94,12 +93,10 @@ class Crew:
     def add(self, task: Task) -> None:
         """Has a task worked out; no other like it may be under way."""
         self._waiting.append(task)
-        self._order.append(task)
         self._feed()
 
-    def take(self) -> ShapeResult:
-        """The result of the earliest task whose result was not taken yet."""
-        task = self._order.popleft()
+    def take(self, task: Task) -> ShapeResult:
+        """The result of a task that was added, which can be taken once."""
         while task not in self._results:
             if any(task in given for given in self._given.values()):
                 self._listen()

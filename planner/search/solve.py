@@ -289,11 +289,10 @@ class Solver:
 
     def _all(self, crew: Crew, kind: TaskKind, shapes: Iterable[int], to_beat_s: float) -> dict[int, Found]:
         """What a task of each of these shapes finds, if anything; it is kept."""
-        numbers = []
-        for number in shapes:
-            crew.add(Task(kind, number, self._budget(to_beat_s)))
-            numbers.append(number)
-        results = {number: crew.take().found for number in numbers}
+        tasks = [Task(kind, number, self._budget(to_beat_s)) for number in shapes]
+        for task in tasks:
+            crew.add(task)
+        results = {task.number: crew.take(task).found for task in tasks}
         found = {number: each for number, each in results.items() if each is not None}
         self.found += found.values()
         return found
@@ -306,25 +305,26 @@ class Solver:
         incumbent_s = min((found.step_time_s for found in self.found), default=float("inf"))
         progress = Progress(incumbent_s, self.options.gap_tolerance)
         open_shapes = OpenShapes(partial(self._bounds_s, crew))
-        under_way: deque[Candidate] = deque()
+        under_way: deque[tuple[Candidate, Task]] = deque()
 
         def take(most: int) -> None:
             while len(under_way) > most:
-                self._take(crew, under_way.popleft(), progress, open_shapes)
+                candidate, task = under_way.popleft()
+                self._take(candidate, crew.take(task), progress, open_shapes)
 
         out_of_time, patient = False, True
         for candidate in candidates:
             take(LAG - 1)
             if progress.stale:
-                take(0)
                 patient = open_shapes.least_s(candidate.bound_s, progress.to_beat_s) >= candidate.bound_s
             won = candidate.bound_s >= progress.to_beat_s
             if won or not patient or self._expired():
                 self.bounds_s.append(candidate.bound_s)  # the least of all that are left
                 out_of_time = not won and patient
                 break
-            crew.add(Task(TaskKind.BEST, candidate.order, self._budget(progress.to_beat_s)))
-            under_way.append(candidate)
+            task = Task(TaskKind.BEST, candidate.order, self._budget(progress.to_beat_s))
+            crew.add(task)
+            under_way.append((candidate, task))
         else:
             if candidates.next_bound_s < float("inf"):
                 self.bounds_s.append(candidates.next_bound_s)
@@ -333,9 +333,10 @@ class Solver:
         self.bounds_s.append(open_shapes.least_s(progress.incumbent_s, progress.to_beat_s))
         return out_of_time
 
-    def _take(self, crew: Crew, candidate: Candidate, progress: Progress, open_shapes: OpenShapes) -> None:
+    def _take(
+        self, candidate: Candidate, result: ShapeResult, progress: Progress, open_shapes: OpenShapes
+    ) -> None:
         """Takes what the search of a shape found."""
-        result = crew.take()
         self.milps += result.milps
         progress.add(result.found)
         open_shapes.add(candidate.order, max(candidate.bound_s, result.bound_s))
@@ -347,9 +348,10 @@ class Solver:
 
     def _bounds_s(self, crew: Crew, numbers: list[int], to_beat_s: float) -> list[float]:
         """Bounds of shapes, up to a step time; better plans that come to light are kept."""
-        for number in numbers:
-            crew.add(Task(TaskKind.BOUND, number, self._budget(to_beat_s)))
-        results = [crew.take() for _ in numbers]
+        tasks = [Task(TaskKind.BOUND, number, self._budget(to_beat_s)) for number in numbers]
+        for task in tasks:
+            crew.add(task)
+        results = list(map(crew.take, tasks))
         self.found += [result.found for result in results if result.found is not None]
         return [result.bound_s for result in results]
 
