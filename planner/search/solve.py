@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 OPTIMAL_GAP = 1e-6
-GREEDY_SHAPES = 10
+GREEDY_SHAPES = 4
 """Shapes of each schedule, in order of their bound, that get an even split first: a good incumbent prunes the
 rest. Of each, since the bounds of some schedules are closer than those of others."""
 BETTER_SHAPES = 6
