@@ -91,14 +91,17 @@ def step_temporaries_bytes(shape: ShapeModel, stage: StageCost) -> float:
     return bytes_
 
 
-def least_pass_bytes(shape: ShapeModel, options: Iterable[Recompute], *, behind: bool = False) -> float:
-    """What a stage's worst moment takes at least beside all states and activations: a block runs back; with
-    `behind`, while the gradients of one behind it are reduced. 0 where not all states exist then."""
+def least_pass_bytes(
+    shape: ShapeModel, options: Iterable[Recompute], key: str = "", *, behind: bool = False
+) -> float:
+    """What a stage's worst moment takes at least beside all states and activations: a block (of a class) runs
+    back; with `behind`, while the gradients of one behind it are reduced. 0 where not all states exist then.
+    """
     engine = shape.problem.stack.engine
     if engine is Engine.TORCHTITAN:
         return 0.0
     unit = _least_unit(shape)
-    each = [shape.block(key, option) for key in shape.classes for option in options]
+    each = [shape.block(own, option) for own in ([key] if key else shape.classes) for option in options]
     running = min(cost.backward_transient_bytes for cost in each)
     if engine is not Engine.NATIVE:
         return running + _unit_buffer_bytes(shape, unit)

@@ -1,7 +1,7 @@
-"""What a block and the ends of a model hold under the degrees of a shape, where blocks are of one class.
+"""What a block of a class and the ends of a model hold under the degrees of a shape.
 
-Stages of a block or two tell: what a second block adds is what every block holds, and what a stage of one
-block holds besides is its ends'.
+Stages of a block or two tell: what a second block adds is what every block of its class holds, and what a
+stage of one block holds besides is its ends'.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class EndBytes(NamedTuple):
 
 
 class BlockBytes:
-    """The bytes of one book's blocks.
+    """The bytes of one book's blocks of a class.
 
     `saved` is what a block keeps of a micro-batch by its option, `waiting` what it holds for its weight
     gradients; `states` are those of a block, `late` the part that a pass back makes. `passing` is what its
@@ -33,17 +33,18 @@ class BlockBytes:
     what that block kept, `behind` at least.
     """
 
-    def __init__(self, book: RecipeBook) -> None:
+    def __init__(self, book: RecipeBook, key: str) -> None:
         self.book, shape = book, book.shape
-        (key,) = shape.classes
         self.saved = {option: shape.block(key, option).saved_bytes for option in book.options}
         self.waiting = {option: shape.waiting_bytes[key, option] for option in book.options}
         self.keeping = sorted(self.saved, key=lambda option: -self.saved[option])
-        counts = (RecomputeCounts(none=size) for size in (1, 2))
-        one, two = (book.column(Stage(first=1, end=1 + each.layers, recompute=each)) for each in counts)
+        self.middle = shape.layer_model.keys.index(key, 2)
+        """A layer of the class with one before it, neither of which is the model's first."""
+        first, counts = self.middle - 1, (RecomputeCounts(none=size) for size in (1, 2))
+        one, two = (book.column(Stage(first=first, end=first + c.layers, recompute=c)) for c in counts)
         self.states = two.resident_bytes - one.resident_bytes
         self.late = two.late_bytes - one.late_bytes
-        self.passing = {option: least_pass_bytes(shape, [option]) for option in book.options}
+        self.passing = {option: least_pass_bytes(shape, [option], key) for option in book.options}
         self.reducing = reducing_bytes(shape)
         self.behind = least_pass_bytes(shape, book.options, behind=True) - min(self.passing.values())
         self._ends: dict[tuple[bool, bool, bool], EndBytes] = {}
@@ -68,7 +69,7 @@ class BlockBytes:
 
     def _stage(self, first: bool, last: bool, option: Recompute) -> Column:
         """The recipe of a stage of one block."""
-        start = 0 if first else self.book.layers - 1 if last else 1
+        start = 0 if first else self.book.layers - 1 if last else self.middle
         counts = RecomputeCounts(
             none=int(option is Recompute.NONE),
             selective=int(option is Recompute.SELECTIVE),

@@ -222,7 +222,7 @@ class RankFloor:
         total, forward, freed = float(self.shape.runtime_bytes), 0.0, 0.0
         total += flights[0].messages * self.shape.messages.boundary_bytes()
         for flight, (first, last) in zip(flights, ends, strict=True):
-            resident, saved, passing = self.bytes.ends(first, last, begun=flight.begun)
+            resident, saved, passing = self.book.end_bytes(first, last, begun=flight.begun)
             total += resident + flight.alive * saved
             if flight.alive:
                 forward, freed = max(forward, passing), max(freed, saved)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.schedule import in_flight
 from planner.cost.waiting import most_waits
+from planner.search.block_bytes import BlockBytes
 from planner.search.rank_floor import DUST
 from planner.search.recipes import RecipeBook
 from planner.search.sizes import Limits
@@ -62,7 +63,7 @@ def _moments(schedule: Schedule, pp: int, chunks: int, num_micro_batches: int, w
 
 
 class Room(NamedTuple):
-    """What a block of each place holds by its option [rank, moment, place, option], and what all blocks of
+    """What a block of each place holds by its kind [rank, moment, place, kind], and what all blocks of
     the rank may hold together [rank, moment]."""
 
     held: Floats
@@ -79,7 +80,7 @@ class _Ends(NamedTuple):
 
 
 class RankParts:
-    """The floors of one shape's ranks, whose blocks are of one class.
+    """The floors of one shape's ranks. A block's kind is its class and option.
 
     `split` is the least share of a stage's backward passes that are split; `bounded` says whether what ranks
     hold is known.
@@ -93,8 +94,12 @@ class RankParts:
         books = {id(book): book for book in space.books}
         numbers = {name: number for number, name in enumerate(books)}
         self._books, self._kinds = list(books.values()), np.asarray([numbers[id(b)] for b in space.books])
-        self.block_s = self._of(lambda book: book.option_s(split))
+        self._split = split
         self._limit_bytes = np.asarray(space.limits_bytes) * (1 + DUST)
+
+    @property
+    def _kind_count(self) -> int:
+        return len(self._books[0].shape.classes) * len(self._books[0].options)
 
     def _of(self, figure: Callable[[RecipeBook], Any]) -> Floats:
         """A figure of each rank's book [rank], or of its options [rank, option]."""
@@ -103,13 +108,9 @@ class RankParts:
         each: Floats = np.asarray([figure(book) for book in self._books], dtype=np.float64)[self._kinds]
         return each
 
-    def _by_option(self, name: str) -> Floats:
-        """Bytes of a block of each rank by its option [rank, option]."""
-        return self._of(lambda book: list(getattr(book.block_bytes, name).values()))
-
-    def _bytes(self, name: str) -> Floats:
-        """Bytes of a block of each rank [rank, 1]."""
-        return self._of(attrgetter(f"block_bytes.{name}"))[:, None]
+    def _by_kind(self, name: str) -> Floats:
+        """Bytes of a block of each rank by its class and option [rank, kind]."""
+        return self._of(lambda book: [own for each in book.class_bytes for own in _options(each, name)])
 
     @cached_property
     def room(self) -> Room | None:
@@ -119,10 +120,12 @@ class RankParts:
         if not self.bounded:
             return None
         (alive, waiting, begun, _), ends = self.moments, self._ends
-        held = alive[..., None] * self._by_option("saved")[:, None, None]
-        held += waiting[..., None] * self._by_option("waiting")[:, None, None]
-        held += (self._bytes("states") - self._bytes("late") * ~begun.all(axis=-1))[..., None, None]
-        least = self._by_option("passing").min(axis=-1)[:, None]
+        held = alive[..., None] * self._by_kind("saved")[:, None, None]
+        held += waiting[..., None] * self._by_kind("waiting")[:, None, None]
+        held += self._by_kind("states")[:, None, None]
+        late = np.where(begun.all(axis=-1), 0.0, 1.0)[..., None, None]
+        held -= self._by_kind("late")[:, None, None] * late
+        least = self._by_kind("passing").min(axis=-1)[:, None]
         return Room(held, self._left - np.maximum(least - ends.freed, ends.passing))
 
     @property
@@ -147,10 +150,10 @@ class RankParts:
 
         room, alive = self.room, self.moments.alive > 0
         if room is None:
-            return Room(np.zeros((1, *alive.shape, self.block_s.shape[1])), np.ones((1, *alive.shape[:2])))
+            return Room(np.zeros((1, *alive.shape, self._kind_count)), np.ones((1, *alive.shape[:2])))
         low, high = np.asarray(limits).T[:, self.space.stages_of]
-        passing = self._by_option("passing")
-        reducing = passing - self._by_option("saved") + self._bytes("reducing")
+        passing = self._by_kind("passing")
+        reducing = passing - self._by_kind("saved") + self._by_kind("reducing")
         left = self._left + self._ends.freed
         held, free = [room.held], [room.free]
         places = np.arange(alive.shape[-1])
@@ -187,24 +190,25 @@ class RankParts:
         """Those of stages that hold the first or the last block [figure, rank, moment, place]."""
         import numpy as np
 
-        before = self._of(lambda book: book.block_bytes.ends(first, last, begun=False))
-        after = self._of(lambda book: book.block_bytes.ends(first, last, begun=True))
+        before = self._of(lambda book: book.end_bytes(first, last, begun=False))
+        after = self._of(lambda book: book.end_bytes(first, last, begun=True))
         found: Floats = np.where(begun, *(each.T[:, :, None, None] for each in (after, before)))
         return found
 
     def least_s(self, most: int) -> Floats:
-        """What every rank takes at least for a micro-batch with 0, 1, ... `most` blocks [rank, blocks];
-        infinite where they cannot fit."""
+        """What every rank takes at least for a micro-batch with 0, 1, ... `most` blocks of one class [rank,
+        blocks]; infinite where they cannot fit."""
         import numpy as np
 
         room, blocks = self.room, np.arange(most + 1)
-        fastest_s = self.block_s.min(axis=-1, keepdims=True)
+        option_s = self._of(lambda book: book.option_s(self._split))
+        fastest_s = option_s.min(axis=-1, keepdims=True)
         found: Floats = fastest_s * blocks
         if room is None:
             return found
         free = room.free[:, :, None]
         fits = self._least_sum(room.held.min(axis=-1), blocks) <= free
-        more_s = (self.block_s - fastest_s)[:, None, None]
+        more_s = (option_s - fastest_s)[:, None, None]
         quick = np.where(more_s > 0, np.inf, room.held).min(axis=-1)
         over = self._least_sum(quick, blocks) - free
         pass_s = self._of(attrgetter("shape.physics.recompute_pass_s"))
@@ -225,3 +229,9 @@ class RankParts:
         held = np.clip(blocks - (np.cumsum(most, axis=-1) - most)[..., None], 0, most[..., None])
         total: Floats = (np.take_along_axis(each, order, axis=-1)[..., None] * held).sum(axis=-2)
         return total
+
+
+def _options(own: BlockBytes, name: str) -> list[float]:
+    """A figure of a class for each of its options."""
+    figure = getattr(own, name)
+    return list(figure.values()) if isinstance(figure, dict) else [figure] * len(own.saved)

@@ -21,7 +21,7 @@ from planner.cost.simulate import kind_passes
 from planner.cost.stage import ShapeModel
 from planner.cost.stage_cost import StageCost
 from planner.cost.table import KINDS
-from planner.search.block_bytes import BlockBytes
+from planner.search.block_bytes import BlockBytes, EndBytes
 from planner.search.bounds import split_again_s
 from planner.search.least_passes import LeastPasses, least_passes
 from planner.stack import Engine
@@ -126,20 +126,36 @@ class RecipeBook:
         return least_passes(self.shape, self.options)
 
     @cached_property
+    def class_bytes(self) -> list[BlockBytes]:
+        """What blocks of each class hold, and the ends of the model."""
+        return [BlockBytes(self, key) for key in self.shape.classes]
+
+    @property
     def block_bytes(self) -> BlockBytes:
-        """What a block and the ends of the model hold, where blocks are of one class."""
-        return BlockBytes(self)
+        """The same where blocks are of one class."""
+        (own,) = self.class_bytes
+        return own
+
+    def end_bytes(self, first: bool, last: bool, *, begun: bool) -> EndBytes:
+        """What a stage holds besides its blocks: the first or the last of the model, or any in its middle."""
+        keys, classes = self.shape.layer_model.keys, list(self.shape.classes)
+        if first or last:
+            return self.class_bytes[classes.index(keys[0 if first else -1])].ends(first, last, begun=begun)
+        each = (own.ends(first, last, begun=begun) for own in self.class_bytes)
+        return EndBytes(*map(min, zip(*each, strict=True)))
 
     @property
     def bounded(self) -> bool:
         """Whether what a stage holds follows from its blocks at every moment.
 
         In Torchtitan's moments not all gradients exist, so that what is transient may be below 0; nor in the
-        own runtime's where a step has one micro-batch. What is offloaded comes and goes.
+        own runtime's where a step has one micro-batch. What is offloaded comes and goes. Of every class there
+        has to be a block with another before it, both in the middle of the model.
         """
         engine, single = self.shape.problem.stack.engine, self.shape.degrees.num_micro_batches == 1
         apart = engine is Engine.TORCHTITAN or (engine is Engine.NATIVE and single)
-        return not apart and self.offload is Offload.NONE
+        middle = self.shape.layer_model.keys[2:-1]
+        return not apart and self.offload is Offload.NONE and set(middle) == set(self.shape.classes)
 
     def option_s(self, split: float) -> list[float]:
         """A micro-batch's passes of a block with each option, a share of its passes back being split, where

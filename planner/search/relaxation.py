@@ -18,6 +18,9 @@ this programme is the game that planner.search.path_game plays, in fractions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.critical_path import CriticalPath, longest_path
@@ -32,7 +35,7 @@ from planner.strategy import Recompute, Zero
 if TYPE_CHECKING:
     import numpy as np
 
-    from planner.cost.stage import ShapeModel
+    from planner.search.recipes import RecipeBook
     from planner.search.stage_space import StageSpace
 
     Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -46,8 +49,12 @@ that of a corner."""
 NEAR = 1e-3
 """Share of a bound by which a replay may lie above it, and be its own."""
 WHOLE_ROUNDS = 4
-MIDDLE = 3
-"""Layers of a model from which on one lies between the ends."""
+FEW_STAGES = 16
+"""Stages up to which blocks may be whole."""
+MAX_PARTS = 1_000_000
+"""Stages of all paths along rows together beyond which a shape is not relaxed: that would take long."""
+MIDDLE = 4
+"""Layers of a model from which on two lie between the ends."""
 
 
 class Relaxed(NamedTuple):
@@ -100,24 +107,75 @@ class Relaxation:
     """The programme of one shape on ranks with cores of their own."""
 
     def __init__(self, space: StageSpace) -> None:
-        import numpy as np
 
         self.space, self.table, self.hop_s = space, space.table, space.hop_s
-        self.options = space.books[0].options
-        known = {
-            id(book): _figures(book.shape, self.options, book.least_passes.action) for book in space.books
-        }
-        each = [known[id(space.books[rank])] for rank in space.rank_of]
-        self._block_s = np.stack([block_s for block_s, _ in each])  # [stage, figure, option]
-        self._fixed_s = np.stack([fixed_s for _, fixed_s in each])  # [stage, figure]
-        for stage, end in ((0, 0), (-1, -1)):
-            least = space.books[space.rank_of[stage]].least_passes
-            ends = least.stage_s(0, 1) if end == 0 else least.stage_s(space.layers - 1, space.layers)
-            self._fixed_s[stage, : len(KINDS)] += ends - least.stage_s(1, 2)
+        self.options, self.classes = space.books[0].options, list(space.shape.classes)
         self._cuts: list[tuple[Floats, Floats]] = []
-        self.paths = self._row_paths()
 
-    def _row_paths(self) -> _Paths:
+    @cached_property
+    def _figures(self) -> tuple[Floats, Floats]:
+        """What stages take at least for each block [stage, figure, kind], and besides [stage, figure]."""
+        import numpy as np
+
+        space = self.space
+        books = {id(book): book for book in space.books}
+        known = {name: _figures(book, self.options) for name, book in books.items()}
+        each = [known[id(space.books[rank])] for rank in space.rank_of]
+        block_s, fixed_s = np.stack([own for own, _ in each]), np.stack([own for _, own in each])
+        for stage, first in ((0, 0), (-1, space.layers - 1)):
+            book = space.books[space.rank_of[stage]]
+            least, key = book.least_passes, space.shape.layer_model.keys[first]
+            ends = least.stage_s(first, first + 1) - least.action
+            own = option_passes(book.shape, key, self.options).min(axis=0)
+            fixed_s[stage, : len(KINDS)] += ends - own
+        return block_s, fixed_s
+
+    @property
+    def _block_s(self) -> Floats:
+        return self._figures[0]
+
+    @property
+    def _fixed_s(self) -> Floats:
+        return self._figures[1]
+
+    def within(self, to_beat_s: float, sizes: Sizes, rounds: int, nodes: int = 0) -> Relaxed:
+        """What no strategy beats within sizes, or `to_beat_s`, after so many replays at most; of few stages,
+        with whole blocks in so many nodes."""
+        return self._bound(to_beat_s, sizes, rounds, nodes if self.space.degrees.stages <= FEW_STAGES else 0)
+
+    def even(self, to_beat_s: float, rounds: int) -> Relaxed:
+        """The same of the even split, of any classes."""
+        import numpy as np
+
+        shape, spans = self.space.shape, list(pairwise(self.space.even))
+        counts = np.asarray([[shape.count(key, *span) for key in self.classes] for span in spans])
+        return self._bound(to_beat_s, self._sizes([(b - a, b - a) for a, b in spans]), rounds, 0, counts)
+
+    def near(self, to_beat_s: float) -> Relaxed:
+        """The same of all cuts near it, as if layers of each class lay anywhere."""
+        stages = range(self.space.degrees.stages)
+        each = [[end - first for spans in self.space.spans(s, None) for first, end in spans] for s in stages]
+        return self._bound(to_beat_s, self._sizes([(min(own), max(own)) for own in each]), 0)
+
+    def _sizes(self, stages: Sequence[tuple[int, int]]) -> Sizes:
+        """Those of ranks whose stages lie within limits."""
+        ranks = ([stages[s] for s in own] for own in self.space.stages_of)
+        return Sizes(tuple(stages), tuple((sum(a for a, _ in own), sum(b for _, b in own)) for own in ranks))
+
+    def _bound(
+        self, to_beat_s: float, sizes: Sizes, rounds: int, nodes: int = 0, counts: Ints | None = None
+    ) -> Relaxed:
+        """The optimum with the step of the optimizer, where devices have cores of their own and it does not
+        take long to find."""
+        space = self.space
+        parts = space.degrees.stages**2 * (space.degrees.chunks + 1)
+        if space.layers < MIDDLE or parts > MAX_PARTS or space.model.sharing or to_beat_s == float("inf"):
+            return Relaxed(0.0, None)
+        found = self.least(to_beat_s - space.optimizer_s, sizes, rounds, nodes, counts)
+        return found._replace(bound_s=min(to_beat_s, found.bound_s + space.optimizer_s))
+
+    @cached_property
+    def paths(self) -> _Paths:
         """The seconds of the paths along rows."""
         import numpy as np
 
@@ -140,12 +198,15 @@ class Relaxation:
         ranks, _, _, *places = shares.shape
         return _Memory(shares.reshape(ranks, -1, *places), np.asarray(self.space.stages_of))
 
-    def least(self, within_s: float, sizes: Sizes, rounds: int, nodes: int = 0) -> Relaxed:
+    def least(
+        self, within_s: float, sizes: Sizes, rounds: int, nodes: int = 0, counts: Ints | None = None
+    ) -> Relaxed:
         """The optimum within sizes, or any bound of at least `within_s`, after so many replays at most.
 
-        With `nodes`, blocks are whole in the end, found by so many nodes of branch and bound at most.
+        With `nodes`, blocks are whole in the end, found by so many nodes of branch and bound at most. Where
+        they are of several classes, `counts` [stage, class] are those of each stage.
         """
-        programme = _Programme(self, sizes)
+        programme = _Programme(self, sizes, counts)
         for cut in self._cuts:
             programme.add(*cut)
         found = self._least(programme, within_s, rounds, BEHIND)
@@ -214,18 +275,26 @@ class Relaxation:
 class _Programme:
     """The programme of some sizes, with the rows that matter so far; variables are x_so, then T."""
 
-    def __init__(self, relaxation: Relaxation, sizes: Sizes) -> None:
+    def __init__(self, relaxation: Relaxation, sizes: Sizes, counts: Ints | None) -> None:
         import numpy as np
 
         self.paths, self.memory = relaxation.paths, relaxation.memory(sizes)
         space, options = relaxation.space, len(relaxation.options)
-        each = np.repeat(np.eye(len(sizes.stages)), options, axis=1)
-        ranks = np.asarray(space.rank_of) == np.arange(space.degrees.pp)[:, None]
-        rows = np.concatenate([each, np.repeat(ranks, options, axis=1), np.ones((1, each.shape[1]))])
-        limits = np.asarray([*sizes.stages, *sizes.ranks, (space.layers, space.layers)], dtype=np.float64)
-        self.linear = LinearProgramme(rows, *limits.T)
-        x = np.zeros((len(each), options))
-        x[:, 0] = limits[: len(each)].mean(axis=1)
+        stages, classes = len(sizes.stages), len(relaxation.classes)
+        if counts is None:
+            ranks = np.asarray(space.rank_of) == np.arange(space.degrees.pp)[:, None]
+            of_stages = np.repeat(np.concatenate([np.eye(stages), ranks]), classes, axis=1)
+            sums = np.concatenate([of_stages, np.tile(np.eye(classes), stages)])
+            totals = [(n, n) for n in (space.shape.count(key, 0, space.layers) for key in relaxation.classes)]
+            limits = np.asarray([*sizes.stages, *sizes.ranks, *totals], dtype=np.float64)
+        else:
+            sums = np.eye(stages * classes)
+            limits = np.repeat(counts.reshape(-1, 1), 2, axis=1).astype(np.float64)
+        self.linear = LinearProgramme(np.repeat(sums, options, axis=1), *limits.T)
+        x = np.zeros((stages * classes, options))
+        x[:, 0] = (
+            (np.asarray(sizes.stages).mean(axis=1, keepdims=True) / classes).repeat(classes, axis=1).ravel()
+        )
         self._add_most(x.ravel(), -np.inf, 0.0)
 
     def _add_most(self, x: Floats, than_s: float, than: float) -> bool:
@@ -261,18 +330,20 @@ class _Programme:
                 return found
 
 
-def _figures(shape: ShapeModel, options: tuple[Recompute, ...], action_s: Floats) -> tuple[Floats, Floats]:
-    """What a stage takes at least for each of its blocks [figure, option] and besides [figure]: its actions
-    by kind, its gathering, its reduction."""
+def _figures(book: RecipeBook, options: tuple[Recompute, ...]) -> tuple[Floats, Floats]:
+    """What a stage takes at least for each of its blocks [figure, kind] and besides [figure]: its actions by
+    kind, its gathering, its reduction. A block's kind is its class and option."""
     import numpy as np
 
-    (key,) = shape.classes
-    unit, zero = shape.block_units[key], shape.degrees.zero
+    shape, zero = book.shape, book.shape.degrees.zero
     shown = shape.physics.dp_exposed if shape.overlaps else 1.0
-    once = (
-        shape.once_s(shape.updates[unit]) * (zero in (Zero.OPTIMIZER, Zero.GRADIENTS)),
-        shape.once_s(shape.reduces[unit]) * (zero in (Zero.NONE, Zero.OPTIMIZER)),
-    )
-    passes = option_passes(shape, key, options).T
-    block_s = np.concatenate([passes, [[shown * each] * len(options) for each in once]])
-    return block_s, np.concatenate([action_s, [(1 - shown) * each for each in once]])
+    gathers, reduces = zero in (Zero.OPTIMIZER, Zero.GRADIENTS), zero in (Zero.NONE, Zero.OPTIMIZER)
+    once = np.asarray(
+        [
+            (shape.once_s(shape.updates[unit]) * gathers, shape.once_s(shape.reduces[unit]) * reduces)
+            for unit in (shape.block_units[key] for key in shape.classes)
+        ]
+    ).T  # [figure, class]
+    passes = np.concatenate([option_passes(shape, key, options) for key in shape.classes]).T
+    block_s = np.concatenate([passes, shown * np.repeat(once, len(options), axis=1)])
+    return block_s, np.concatenate([book.least_passes.action, (1 - shown) * once.min(axis=1)])

@@ -144,9 +144,9 @@ class ShapeSearch:
         if to_beat_s == float("inf") or not self.dealable or not self.space.one_class:
             return Relaxed(0.0, None)
         sizes = self.space.sizes(to_beat_s)
-        return (
-            Relaxed(to_beat_s, None) if sizes is None else self.space.relaxed(to_beat_s, sizes, rounds, nodes)
-        )
+        if sizes is None:
+            return Relaxed(to_beat_s, None)
+        return self.space.relaxation.within(to_beat_s, sizes, rounds, nodes)
 
     def _rounded(self, blocks: Floats) -> tuple[int, ...]:
         """Whole blocks near fractions of them, as many: on each rank, then on its stages."""
@@ -230,7 +230,11 @@ class ShapeSearch:
         if self.dealable and self.space.one_class:
             relaxed = self._relaxed(to_beat_s, MANY)
             return Outcome(None, float("inf"), relaxed.bound_s)
-        return self._game(to_beat_s, tolerance, thorough=True)
+        outcome = self._game(to_beat_s, tolerance, thorough=True)
+        if outcome.bound_s < to_beat_s < float("inf") and self._even_only(tolerance):
+            relaxed = self.space.relaxation.even(to_beat_s, MANY)
+            outcome = outcome._replace(bound_s=max(outcome.bound_s, relaxed.bound_s))
+        return outcome
 
     def dealt(self, within_s: float = float("inf"), start: tuple[int, ...] | None = None) -> Found | None:
         """The best deal near one (None: an even one), found by moves where that takes at most `within_s`.
@@ -295,6 +299,8 @@ class ShapeSearch:
             bound_s = self.space.even_floor_s()
             if bound_s < budget.to_beat_s:
                 bound_s = max(bound_s, self.space.even_bound_s(budget.to_beat_s))
+            if bound_s < budget.to_beat_s < float("inf"):
+                bound_s = max(bound_s, self.space.relaxation.even(budget.to_beat_s, FEW).bound_s)
             if bound_s >= budget.to_beat_s:
                 return ShapeResult(None, budget.to_beat_s, 0)
             played = self.played(budget)
@@ -304,6 +310,8 @@ class ShapeSearch:
             best = min(each, key=lambda found: found.step_time_s, default=None)
             return ShapeResult(best, max(bound_s, played.bound_s), 0)
         sizes = self.space.sizes(budget.to_beat_s) if self.space.one_class else None
+        if sizes is None and self.space.relaxation.near(budget.to_beat_s).bound_s >= budget.to_beat_s:
+            return ShapeResult(None, budget.to_beat_s, 0)
         return self._by_programme(self._columns(budget, sizes), budget)
 
     def _even_only(self, tolerance: float) -> bool:

@@ -25,17 +25,13 @@ from planner.search.bounds import least_once_s
 from planner.search.cuts import Cuts, Spans
 from planner.search.rank_ways import RankWays
 from planner.search.recipes import Column, RecipeBook
-from planner.search.relaxation import MIDDLE, Relaxation, Relaxed
+from planner.search.relaxation import Relaxation
 from planner.search.sizes import Limits, Sizes, narrowed
 from planner.strategy import Schedule
 
 MAX_REACH = 4
 """Layers that a boundary of stages may lie from the even split, in a model of several layer classes: this
 narrows the space that the certificate speaks of."""
-FEW_STAGES = 16
-"""Stages up to which blocks of a relaxation may be whole."""
-MAX_RELAXED = 1_000_000
-"""Stages of all paths along rows together beyond which a shape is not relaxed: that would take long."""
 DUST = 1e-9
 
 
@@ -270,7 +266,7 @@ class StageSpace:
             return None
         by_rank = by_rank and self._in_parts(by_rank, left_s)
         sizes = None if by_rank is None else self._sizes(by_rank)
-        if sizes is None or self.relaxed(to_beat_s, sizes, 0).bound_s >= to_beat_s:
+        if sizes is None or self.relaxation.within(to_beat_s, sizes, 0).bound_s >= to_beat_s:
             return None
         by_rank = self._with_memory(sizes.ranks, self.ranks.done, left_s)
         return None if by_rank is None else self._sizes(by_rank)
@@ -287,15 +283,6 @@ class StageSpace:
     def relaxation(self) -> Relaxation:
         """Its stages in fractions of blocks."""
         return Relaxation(self)
-
-    def relaxed(self, to_beat_s: float, sizes: Sizes, rounds: int, nodes: int = 0) -> Relaxed:
-        """The relaxation of a step within sizes, or a bound of `to_beat_s`, after so many replays at most; of
-        few stages, with whole blocks in so many nodes."""
-        if self.layers < MIDDLE or self.degrees.stages**2 * (self.degrees.chunks + 1) > MAX_RELAXED:
-            return Relaxed(0.0, None)
-        nodes = nodes if self.degrees.stages <= FEW_STAGES else 0
-        found = self.relaxation.least(to_beat_s - self.optimizer_s, sizes, rounds, nodes)
-        return found._replace(bound_s=min(to_beat_s, found.bound_s + self.optimizer_s))
 
     def within_s(self, to_beat_s: float) -> float:
         """What the passes of a rank may take in a step that is shorter."""
