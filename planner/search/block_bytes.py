@@ -12,7 +12,7 @@ from planner.cost.moments import least_pass_bytes, reducing_bytes, stage_pass_by
 from planner.strategy import Recompute, RecomputeCounts, Stage
 
 if TYPE_CHECKING:
-    from planner.search.recipes import Column, RecipeBook
+    from planner.search.recipes import RecipeBook
 
 
 class EndBytes(NamedTuple):
@@ -48,31 +48,37 @@ class BlockBytes:
         self.reducing = reducing_bytes(shape)
         self.behind = least_pass_bytes(shape, book.options, behind=True) - min(self.passing.values())
         self._ends: dict[tuple[bool, bool, bool], EndBytes] = {}
-        self._alone: dict[tuple[bool, bool], dict[Recompute, Column]] = {}
+        self._passing: dict[tuple[bool, bool], float] = {}
 
     def ends(self, first: bool, last: bool, *, begun: bool) -> EndBytes:
         """Those of a stage that holds the first or the last block, without gradients before a pass back has
         `begun`."""
         key = first, last, begun
         if key not in self._ends:
-            if key[:2] not in self._alone:
-                self._alone[key[:2]] = {option: self._stage(first, last, option) for option in self.saved}
-            each = self._alone[key[:2]]
             least = self.keeping[-1]
-            late = 0.0 if begun else each[least].late_bytes - self.late
+            alone = self.book.column(self._stage(first, last, least))
+            late = 0.0 if begun else alone.late_bytes - self.late
             self._ends[key] = EndBytes(
-                resident=each[least].resident_bytes - self.states - late,
-                saved=each[least].cost.saved_bytes - self.saved[least],
-                passing=min(stage_pass_bytes(self.book.shape, column.cost) for column in each.values()),
+                resident=alone.resident_bytes - self.states - late,
+                saved=alone.cost.saved_bytes - self.saved[least],
+                passing=self._pass_bytes(first, last),
             )
         return self._ends[key]
 
-    def _stage(self, first: bool, last: bool, option: Recompute) -> Column:
-        """The recipe of a stage of one block."""
+    def _pass_bytes(self, first: bool, last: bool) -> float:
+        """What a pass of a stage with these ends and one block needs at least."""
+        if (first, last) not in self._passing:
+            shape = self.book.shape
+            costs = (shape.stage(self._stage(first, last, option)) for option in self.saved)
+            self._passing[first, last] = min(stage_pass_bytes(shape, cost) for cost in costs)
+        return self._passing[first, last]
+
+    def _stage(self, first: bool, last: bool, option: Recompute) -> Stage:
+        """A stage of one block."""
         start = 0 if first else self.book.layers - 1 if last else self.middle
         counts = RecomputeCounts(
             none=int(option is Recompute.NONE),
             selective=int(option is Recompute.SELECTIVE),
             full=int(option is Recompute.FULL),
         )
-        return self.book.column(Stage(first=start, end=start + 1, recompute=counts))
+        return Stage(first=start, end=start + 1, recompute=counts)
