@@ -1,11 +1,14 @@
-"""The best strategy of one shape: columns, then all ways to deal blocks, or the ILP with critical paths.
+"""The best strategy of one shape: bounds first, then plans, then proof.
 
-Sizes of stages, and cuts of models of several layer classes (planner.search.cuts), that cannot beat the
-incumbent are left out first. A game of paths against recipes (planner.search.path_game) finds good ones and a
-bound. Where few ways to deal the blocks remain, all are replayed at once. Else the ILP's optimum is a lower
-bound of every replay; what it finds is replayed, its critical path becomes a row of the programme, and it is
-solved again, until the replay is no longer than its optimum. Where devices share cores a replay is no longest
-path: the assignment is cut off instead, and what the bound leaves open stays open after a few rounds.
+Sizes of stages that cannot beat the incumbent are left out, and cuts of models of several layer classes
+(planner.search.cuts). Stages in fractions of blocks (planner.search.relaxation) bound what is left, and their
+sizes, made whole, are deals of blocks to begin with beside the even one. Where one of these is near the
+incumbent a game of paths against recipes (planner.search.path_game) finds better recipes.
+
+Where few ways to deal the blocks remain, all are replayed at once. Else the ILP's optimum is a lower bound of
+every replay; what it finds is replayed, its critical path becomes a row of the programme, and it is solved
+again, until the replay is no longer than its optimum. Where devices share cores a replay is no longest path:
+the assignment is cut off instead, and what the bound leaves open stays open after a few rounds.
 """
 
 from __future__ import annotations
@@ -38,18 +41,21 @@ MAX_REPLAYED = 2_000_000
 """Actions of all these replays together."""
 MAX_COLUMNS, MIXES_EACH = 80, 5
 """Columns of a programme beyond which it is not solved, and how many a stage and size have about: where
-several stages share a rank's tight memory, their many mixes make relaxations loose. The shape's bound is then
-that of its sizes (StageSpace.floor_bound_s), and its gap stays open."""
+several stages share a rank's tight memory they have many mixes. The shape's bound is then that of its
+relaxation, and its gap stays open."""
 MAX_SEVERAL = 400
 """Spans that stages may hold, all counted, beyond which a shape of several layer classes and several stages
 a rank has an even split alone: this narrows the space that the certificate speaks of."""
 DEALT_WITHIN = 1.05
-"""Blocks are dealt better where an even split is within this of the step time to beat."""
+"""Blocks are dealt better where a first deal is within this of the step time to beat."""
+PLAYED_WITHIN = 1.03
+"""A game is played where the best deal is within this of it."""
+FEW, MANY = 3, 16
+"""Replays of a relaxation when a shape is searched, and when its bound is asked for."""
+NODES, WHOLE_S = 60, 3.0
+"""Nodes of branch and bound for a relaxation of whole blocks, and the least seconds to begin it with."""
 ROUNDING = 1e-6
 """Share of a step time by which an ILP's bound may lie below its own optimum: HiGHS's tolerance."""
-PLAYED_WITHIN = 1.03
-FEW, MANY = 3, 16
-NODES = 200
 BOUND_GAMES, BOUND_NEAR = 9, 1e-3
 """How many games are played at most for the bound of an open shape, and how near it is to be found, as a
 share of it."""
@@ -205,11 +211,11 @@ class ShapeSearch:
         what they find."""
         high_s = middle_s = budget.to_beat_s
         best, bound_s, step_s = None, 0.0, BOUND_NEAR * low_s
-        for _ in range(BOUND_GAMES):
+        for number in range(BOUND_GAMES):
             left = budget.seconds
             if left is not None and left <= 0:
                 break
-            outcome = self._bounded(middle_s, budget.tolerance)
+            outcome = self._bounded(middle_s, budget.tolerance, FEW if number else MANY)
             bound_s = max(bound_s, outcome.bound_s)
             if outcome.columns is not None and (best is None or outcome.step_time_s < best.step_time_s):
                 best = self._found(outcome.columns, outcome.step_time_s)
@@ -221,18 +227,19 @@ class ShapeSearch:
             if low_s >= high_s * (1 - BOUND_NEAR):
                 break
             middle_s = min(low_s + step_s, (low_s + high_s) / 2)
-        if self.dealable and self.space.one_class and bound_s < budget.to_beat_s:
+        left, whole = budget.seconds, self.dealable and self.space.one_class
+        if whole and bound_s < budget.to_beat_s and (left is None or left > WHOLE_S):
             bound_s = max(bound_s, self._relaxed(budget.to_beat_s, 0, NODES).bound_s)
         return ShapeResult(best, bound_s, 0)
 
-    def _bounded(self, to_beat_s: float, tolerance: float) -> Outcome:
-        """What the relaxation or a game says of a step time, taking its time."""
+    def _bounded(self, to_beat_s: float, tolerance: float, rounds: int) -> Outcome:
+        """What the relaxation, after so many replays, or a game says of a step time, taking its time."""
         if self.dealable and self.space.one_class:
-            relaxed = self._relaxed(to_beat_s, MANY)
+            relaxed = self._relaxed(to_beat_s, rounds)
             return Outcome(None, float("inf"), relaxed.bound_s)
         outcome = self._game(to_beat_s, tolerance, thorough=True)
         if outcome.bound_s < to_beat_s < float("inf") and self._even_only(tolerance):
-            relaxed = self.space.relaxation.even(to_beat_s, MANY)
+            relaxed = self.space.relaxation.even(to_beat_s, rounds)
             outcome = outcome._replace(bound_s=max(outcome.bound_s, relaxed.bound_s))
         return outcome
 
