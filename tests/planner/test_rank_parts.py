@@ -65,7 +65,7 @@ def test_what_fits_keeps_every_row(pipe: tuple[str, int]) -> None:
                     shares[:, rank] = used / free[:, rank]
             fullest.append(float(shares.max()))
             compared += 1
-    assert compared > 30, compared
+    assert compared > 20, compared
     assert sum(share > 0.97 for share in fullest) > compared / 8, sorted(fullest)
 
 
