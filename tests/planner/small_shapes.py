@@ -40,9 +40,7 @@ def drawn_problem(
 ) -> PlanningProblem:
     """A model of equal blocks on devices of one kind, or (`mixed`) of two, with memory for anything."""
     hidden, rate = draw.choice([32, 64, 128]), 10 ** draw.uniform(8, 11)
-    spec = instances.model(
-        layers=draw.randint(*layers), hidden=hidden, vocab=draw.choice([64, 1024, 8192])
-    )
+    spec = instances.model(layers=draw.randint(*layers), hidden=hidden, vocab=draw.choice([64, 1024, 8192]))
     of = instances.device(flops=10 ** draw.uniform(10, 13), bandwidth=10 ** draw.uniform(9.5, 12))
     on = instances.cluster(
         nodes=pp,
