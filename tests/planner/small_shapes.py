@@ -99,9 +99,8 @@ def drawn_shapes(
     low, high = (n * ranks * chunks for n in each)
     problem = drawn_problem(draw, ranks, (max(3, low), max(3, high)), engine, lora=lora, mixed=mixed)
     fix = (f"schedule={schedule}", f"pp={ranks}", *((f"chunks={chunks}",) if chunks > 1 else ()))
-    every = [space for space in itertools.islice(spaces(problem, fix), 24)]
-    for space in draw.sample(every, min(count, len(every))):
-        yield space
+    every = list(itertools.islice(spaces(problem, fix), 24))
+    yield from draw.sample(every, min(count, len(every)))
 
 
 def with_limits(space: StageSpace, limits_bytes: list[float]) -> StageSpace:

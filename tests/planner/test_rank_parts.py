@@ -1,4 +1,4 @@
-"""Floors of all ranks at once, and what of a rank's memory limits its blocks: nothing that fits is ruled out."""
+"""Floors of all ranks at once, and what of their memory limits blocks: nothing that fits is ruled out."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def test_no_assignment_that_fits_takes_less_than_the_bound(pipe: tuple[str, int]
         sizes, ways = every_size(space), [(0, 0), (3, 0)]
         whole = [(1, 20)] if space.degrees.stages <= FEW else []
         all_s = max(space.relaxed(ANY, sizes, *way).bound_s for way in (*ways, *whole))
-        for columns in assignments(space, draw, 5):
+        for columns in assignments(space, draw, 4):
             step_s = space.replay(columns).step_time_s
             assert all_s <= step_s * (1 + DUST), name
             for about in (None, draw):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -100,7 +101,7 @@ def counted(degrees: Degrees, rank: int, entered: int, left: int | None) -> Coun
     table = table_of(degrees)
     row: tuple[Action, ...] = table[rank]
     ranks = [degrees.pp_rank_of_stage(s) for s in range(degrees.stages)]
-    forth = [sum(a != b for a, b in zip(ranks[:n], ranks[1 : n + 1], strict=True)) for n in range(len(ranks))]
+    forth = [sum(a != b for a, b in pairwise(ranks[: n + 1])) for n in range(len(ranks))]
     begin = next(n for n, a in enumerate(row) if a.stage == entered and a.kind is ActionKind.FORWARD)
     ends = [n for n, a in enumerate(row) if left in (None, a.stage) and (left is None or a.kind in BACKS)]
     if ends[-1] < begin:

@@ -1,7 +1,8 @@
-"""Trades of recomputation between the stages of a rank: what they change, what they gain, and that they fit."""
+"""Trades of recomputation between the stages of a rank: what they change and gain, and that they fit."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Iterator
@@ -106,9 +107,7 @@ def test_no_trade_that_shortens_the_path_is_missed(pipe: tuple[str, int]) -> Non
                         each[before], each[after] = each[before] - 1, each[after] + 1
                         options = RecomputeCounts(none=each[0], selective=each[1], full=each[2])
                         stage = columns[s].stage
-                        changed = book.column(
-                            type(stage)(first=stage.first, end=stage.end, recompute=options)
-                        )
+                        changed = book.column(dataclasses.replace(stage, recompute=options))
                         times = zip(columns[s].passes_s, changed.passes_s, strict=True)
                         gain_s = sum(n * (a - b) for n, (a, b) in zip(counts[s].tolist(), times, strict=True))
                         gains.setdefault((s, after < before), []).append(gain_s)
