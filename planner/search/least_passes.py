@@ -40,8 +40,9 @@ def least_passes(shape: ShapeModel, options: tuple[Recompute, ...]) -> LeastPass
 
     known = {key: option_passes(shape, key, options).min(axis=0) for key in shape.classes}
     each = np.asarray([known[key] for key in shape.layer_model.keys]).T
+    whole = shape.problem.stack.recomputes_once or shape.problem.workload.adapters is not None
     for place, (forward, backward) in ((0, shape.embedding_passes), (-1, shape.head_passes)):
-        left_s = 0.0 if shape.problem.stack.recomputes_once else backward.compute_s / 2
+        left_s = 0.0 if whole else backward.compute_s / 2  # of frozen ends it may be below 0
         each[:, place] += _parts_s(shape, forward, backward, left_s, 0.0)
     sums = np.concatenate([np.zeros((len(each), 1)), np.cumsum(each, axis=1)], axis=1)
     return LeastPasses(sums, np.asarray(_parts_s(shape, shape.action, shape.action, 0.0, 0.0)))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]
 MIDDLE = 4
-"""Blocks of a model from which on two lie between the ends."""
+"""Blocks of a model from which on two lie between the ends: they tell what a block holds."""
 
 
 class RankWays:
@@ -181,7 +181,8 @@ class RankWays:
     @cached_property
     def parts(self) -> RankParts:
         """The floors of all ranks at once, if blocks recompute in parts."""
-        return RankParts(self.space, split=self._split, bounded=self.space.books[0].bounded)
+        bounded = self.space.books[0].bounded and self.space.layers >= MIDDLE
+        return RankParts(self.space, split=self._split, bounded=bounded)
 
     @cached_property
     def _split(self) -> float:

@@ -89,18 +89,24 @@ class _Memory(NamedTuple):
     shares: Floats
     stages: Ints
 
-    def fullest(self, x: Floats, than: float) -> Floats:
-        """Of each rank the moment that is fullest for some blocks, if it is more than a share: rows [row,
-        stage x option]."""
+    def fullest(self, x: Floats, than: float) -> list[tuple[int, int]]:
+        """Of each rank the moment that is fullest for some blocks, if it is more than a share."""
+        import numpy as np
+
+        held = np.einsum("rmpo,rpo->rm", self.shares, x.reshape(-1, self.shares.shape[-1])[self.stages])
+        fullest = held.argmax(axis=1)
+        ranks = (held[np.arange(len(held)), fullest] > than).nonzero()[0]
+        return list(zip(ranks.tolist(), fullest[ranks].tolist(), strict=True))
+
+    def rows(self, chosen: list[tuple[int, int]]) -> Floats:
+        """Some ranks and moments as rows [row, stage x option]."""
         import numpy as np
 
         ranks, _, places, options = self.shares.shape
-        held = np.einsum("rmpo,rpo->rm", self.shares, x.reshape(-1, options)[self.stages])
-        fullest = held.argmax(axis=1)
-        over = (held[np.arange(ranks), fullest] > than).nonzero()[0]
-        rows = np.zeros((len(over), ranks * places, options))
-        rows[np.arange(len(over))[:, None], self.stages[over]] = self.shares[over, fullest[over]]
-        return rows.reshape(len(over), ranks * places * options)
+        rows = np.zeros((len(chosen), ranks * places, options))
+        for row, (rank, moment) in zip(rows, chosen, strict=True):
+            row[self.stages[rank]] = self.shares[rank, moment]
+        return rows.reshape(len(chosen), ranks * places * options)
 
 
 class Relaxation:
@@ -291,22 +297,23 @@ class _Programme:
             sums = np.eye(stages * classes)
             limits = np.repeat(counts.reshape(-1, 1), 2, axis=1).astype(np.float64)
         self.linear = LinearProgramme(np.repeat(sums, options, axis=1), *limits.T)
-        x = np.zeros((stages * classes, options))
-        x[:, 0] = (
-            (np.asarray(sizes.stages).mean(axis=1, keepdims=True) / classes).repeat(classes, axis=1).ravel()
-        )
+        self._added: set[int | tuple[int, int]] = set()
+        x = np.zeros((stages, classes, options))
+        x[:, :, 0] = np.asarray(sizes.stages).mean(axis=1, keepdims=True) / classes
         self._add_most(x.ravel(), -np.inf, 0.0)
 
     def _add_most(self, x: Floats, than_s: float, than: float) -> bool:
         """Adds of each rank the longest path, and its fullest moment, for some blocks, where they are more
-        than a time and a share of the memory; whether there are any."""
+        than a time and a share of the memory; whether there are any that were not there before."""
         import numpy as np
 
-        longest, fullest = self.paths.longest(x, than_s), self.memory.fullest(x, than)
+        longest = [each for each in self.paths.longest(x, than_s) if each not in self._added]
+        fullest = [each for each in self.memory.fullest(x, than) if each not in self._added]
+        self._added.update(longest, fullest)
         self.add(self.paths.each[longest], self.paths.fixed[longest])
-        if len(fullest):
-            self.linear.add(np.pad(fullest, ((0, 0), (0, 1))), np.ones(len(fullest)))
-        return bool(len(longest) + len(fullest))
+        if fullest:
+            self.linear.add(np.pad(self.memory.rows(fullest), ((0, 0), (0, 1))), np.ones(len(fullest)))
+        return bool(longest or fullest)
 
     def add(self, block_s: Floats, fixed_s: Floats) -> None:
         """Adds paths as rows."""

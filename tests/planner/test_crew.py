@@ -9,7 +9,7 @@ import pytest
 
 from planner.codec import to_json
 from planner.search import solve as solving
-from planner.search.crew import Crew, processes_for
+from planner.search.crew import AHEAD, Crew, processes_for
 from planner.search.shape_search import Budget, Found, ShapeResult
 from planner.search.solve import SolveOptions
 from planner.search.space import Pins
@@ -66,6 +66,74 @@ def test_tasks_of_a_process_that_dies_are_done_here() -> None:
     crew = Crew(dying, 2, lambda: False, lambda: False)
     try:
         assert taken(crew, tasks(9)) == [result_of(task) for task in tasks(9)]
+    finally:
+        crew.close()
+
+
+@pytest.mark.parametrize("dies", ["at once", "after the first"])
+def test_a_process_that_dies_with_two_tasks_loses_neither(dies: str) -> None:
+    """Nor does their order change, nor is a task of another process done twice."""
+    begun, lost = "at once", []
+
+    def dying(task: Task) -> ShapeResult:
+        if os.getpid() != HERE and task.number == (0 if dies == begun else 2):
+            os._exit(9)
+        if os.getpid() == HERE:
+            lost.append(task.number)
+        return result_of(task)
+
+    crew = Crew(dying, 1, lambda: False, lambda: False)
+    try:
+        for task in tasks(6):
+            crew.add(task)
+        (given,) = crew._given.values()
+        assert [task.number for task in given] == [0, 1]
+        assert [crew.take() for _ in range(6)] == [result_of(task) for task in tasks(6)]
+        assert not crew._given and not crew._waiting and not crew._results
+        assert lost == list(range(0 if dies == begun else 2, 6))
+    finally:
+        crew.close()
+
+
+def test_tasks_of_a_process_that_dies_go_to_another_in_their_order() -> None:
+    """Those that were given to it come before all that wait."""
+    seen = []
+
+    def dying(task: Task) -> ShapeResult:
+        if task.number == 0 and os.getpid() != HERE:
+            time.sleep(0.1)
+            os._exit(9)
+        return result_of(task)
+
+    crew = Crew(dying, 2, lambda: False, lambda: False)
+    try:
+        for task in tasks(8):
+            crew.add(task)
+        first, second = ([task.number for task in given] for given in crew._given.values())
+        assert (first, second) == ([0, 2], [1, 3])
+        crew._lose(next(iter(crew._given)))
+        seen = [task.number for task in crew._waiting]
+        assert seen == [0, 2, 4, 5, 6, 7]
+        assert [crew.take() for _ in range(8)] == [result_of(task) for task in tasks(8)]
+    finally:
+        crew.close()
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_process_has_one_task_to_go_on_with(processes: int) -> None:
+    """And no more, so that the others have something to do."""
+    crew = Crew(result_of, processes, lambda: False, lambda: False)
+    try:
+        most = 0
+        for task in tasks(12):
+            crew.add(task)
+            most = max(most, *(len(given) for given in crew._given.values()))
+        results = []
+        while len(results) < 12:
+            results.append(crew.take())
+            most = max(most, *(len(given) for given in crew._given.values()))
+        assert most == AHEAD == 2
+        assert results == [result_of(task) for task in tasks(12)]
     finally:
         crew.close()
 

@@ -60,6 +60,7 @@ def test_splits_are_all_ways_within_the_limits_of_stages_and_ranks(seed: int) ->
 def test_the_floor_of_a_rank_lies_below_all_its_mixes(fix: str) -> None:
     """With memory between what its thriftiest and its fastest mix need; and it knows what memory forces."""
     draw, compared, forced, exact = random.Random(fix), 0, 0, 0
+    in_parts = near = 0
     for seed in range(50):
         drawn = instances.random_problem(seed, layers=6)
         workload = dataclasses.replace(drawn.workload, batch=4, seq=2048)
@@ -81,15 +82,20 @@ def test_the_floor_of_a_rank_lies_below_all_its_mixes(fix: str) -> None:
                 least = min(space.ranks.ways(rank, blocks).values()) / space.degrees.num_micro_batches
                 assert floor <= least * (1 + 1e-9)
                 assert least == pytest.approx(best), (seed, rank, blocks)
-                assert space.ranks.may_be_done(rank, blocks, best * (1 + 1e-9)), (seed, rank, blocks)
+                parts_s = space.ranks.parts.least_s(blocks)[rank, blocks] + space.held_s[rank]
+                assert parts_s <= best * (1 + 1e-9), (seed, rank, blocks)
+                assert space.ranks.parts_s(blocks)[rank, blocks] <= parts_s
                 asked = StageSpace(roomy.model, roomy.shape, [limit] * 2, roomy.books).ranks
                 assert asked.done(rank, blocks, best * (1 + 1e-6)), (seed, rank, blocks)
                 assert not asked.done(rank, blocks, best * (1 - 1e-6)), (seed, rank, blocks)
                 free_s = blocks * min(space.ranks.floors[rank].block_s.values()) + space.held_s[rank]
                 compared += 1
                 forced += free_s * (1 + 1e-9) < floor
+                in_parts += free_s * (1 + 1e-9) < parts_s
+                near += parts_s > 0.9 * best
                 exact += floor > best * (1 - 1e-9)
     assert compared > 40 and forced > compared / 4 and exact > compared / 8, (compared, forced, exact)
+    assert in_parts > compared / 4 and near > compared / 4, (compared, in_parts, near)
 
 
 def test_sizes_never_leave_out_the_best_split() -> None:
