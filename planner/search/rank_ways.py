@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 Span = tuple[int, int]
-MIDDLE = 4
-"""Blocks of a model from which on two lie between the ends: they tell what a block holds."""
 
 
 class RankWays:
@@ -57,11 +55,9 @@ class RankWays:
 
     def parts_s(self, most: int) -> Floats:
         """What every rank takes at least for a micro-batch with 0, 1, ... `most` blocks, found in next to no
-        time [rank, blocks]; nothing where hardly any lie between the ends."""
+        time [rank, blocks]."""
         import numpy as np
 
-        if self.space.layers < MIDDLE:
-            return np.zeros((self.degrees.pp, most + 1))
         held_s: Floats = np.asarray(self.space.held_s)[:, None]
         return (self.parts.least_s(most) + held_s) * (1 - DUST)
 
@@ -181,8 +177,7 @@ class RankWays:
     @cached_property
     def parts(self) -> RankParts:
         """The floors of all ranks at once, if blocks recompute in parts."""
-        bounded = self.space.books[0].bounded and self.space.layers >= MIDDLE
-        return RankParts(self.space, split=self._split, bounded=bounded)
+        return RankParts(self.space, split=self._split, bounded=self.space.books[0].bounded)
 
     @cached_property
     def _split(self) -> float:

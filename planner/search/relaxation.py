@@ -53,8 +53,6 @@ FEW_STAGES = 16
 """Stages up to which blocks may be whole."""
 MAX_PARTS = 1_000_000
 """Stages of all paths along rows together beyond which a shape is not relaxed: that would take long."""
-MIDDLE = 4
-"""Layers of a model from which on two lie between the ends."""
 
 
 class Relaxed(NamedTuple):
@@ -175,7 +173,7 @@ class Relaxation:
         take long to find."""
         space = self.space
         parts = space.degrees.stages**2 * (space.degrees.chunks + 1)
-        if space.layers < MIDDLE or parts > MAX_PARTS or space.model.sharing or to_beat_s == float("inf"):
+        if parts > MAX_PARTS or space.model.sharing:
             return Relaxed(0.0, None)
         found = self.least(to_beat_s - space.optimizer_s, sizes, rounds, nodes, counts)
         return found._replace(bound_s=min(to_beat_s, found.bound_s + space.optimizer_s))

@@ -44,8 +44,8 @@ def taken(crew: Crew, asked: list[Task]) -> list[ShapeResult]:
     for number, task in enumerate(asked):
         crew.add(task)
         if number >= 4:
-            results.append(crew.take())
-    return [*results, *(crew.take() for _ in range(min(4, len(asked))))]
+            results.append(crew.take(asked[number - 4]))
+    return [*results, *(crew.take(task) for task in asked[-4:])]
 
 
 @pytest.mark.parametrize("processes", [0, 1, 3])
@@ -88,7 +88,7 @@ def test_a_process_that_dies_with_two_tasks_loses_neither(dies: str) -> None:
             crew.add(task)
         (given,) = crew._given.values()
         assert [task.number for task in given] == [0, 1]
-        assert [crew.take() for _ in range(6)] == [result_of(task) for task in tasks(6)]
+        assert [crew.take(task) for task in tasks(6)] == [result_of(task) for task in tasks(6)]
         assert not crew._given and not crew._waiting and not crew._results
         assert lost == list(range(0 if dies == begun else 2, 6))
     finally:
@@ -114,7 +114,7 @@ def test_tasks_of_a_process_that_dies_go_to_another_in_their_order() -> None:
         crew._lose(next(iter(crew._given)))
         seen = [task.number for task in crew._waiting]
         assert seen == [0, 2, 4, 5, 6, 7]
-        assert [crew.take() for _ in range(8)] == [result_of(task) for task in tasks(8)]
+        assert [crew.take(task) for task in tasks(8)] == [result_of(task) for task in tasks(8)]
     finally:
         crew.close()
 
@@ -129,8 +129,8 @@ def test_a_process_has_one_task_to_go_on_with(processes: int) -> None:
             crew.add(task)
             most = max(most, *(len(given) for given in crew._given.values()))
         results = []
-        while len(results) < 12:
-            results.append(crew.take())
+        for task in tasks(12):
+            results.append(crew.take(task))
             most = max(most, *(len(given) for given in crew._given.values()))
         assert most == AHEAD == 2
         assert results == [result_of(task) for task in tasks(12)]

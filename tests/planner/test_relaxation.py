@@ -63,13 +63,13 @@ def test_no_assignment_that_fits_takes_less_than_the_bound(pipe: tuple[str, int]
     for name, space in cases(pipe, range(2)):
         sizes, ways = every_size(space), [(0, 0), (3, 0)]
         whole = [(1, 20)] if space.degrees.stages <= FEW else []
-        all_s = max(space.relaxed(ANY, sizes, *way).bound_s for way in (*ways, *whole))
+        all_s = max(space.relaxation.within(ANY, sizes, *way).bound_s for way in (*ways, *whole))
         for columns in assignments(space, draw, 4):
             step_s = space.replay(columns).step_time_s
             assert all_s <= step_s * (1 + DUST), name
             for about in (None, draw):
                 own = sizes_around(space, columns, about)
-                bound_s = max(space.relaxed(ANY, own, *way).bound_s for way in ways)
+                bound_s = max(space.relaxation.within(ANY, own, *way).bound_s for way in ways)
                 assert bound_s <= step_s * (1 + DUST), (name, own)
                 near += bound_s > 0.9 * step_s
                 compared += 1
@@ -88,9 +88,9 @@ def test_the_best_of_every_deal_is_not_less_than_its_bound_and_near_to_it(pipe: 
                 continue
             least_s = best_of(space, tuple(space.span(s, n) for s, n in enumerate(deal)))
             best_s = min(best_s, least_s)
-            bound_s = space.relaxed(ANY, sizes_of(space, deal), 3).bound_s
+            bound_s = space.relaxation.within(ANY, sizes_of(space, deal), 3).bound_s
             assert bound_s <= least_s * (1 + DUST), (name, deal)
-        whole_s = space.relaxed(ANY, every_size(space), 6, 500).bound_s
+        whole_s = space.relaxation.within(ANY, every_size(space), 6, 500).bound_s
         assert whole_s <= best_s * (1 + DUST), name
         if best_s < ANY:
             compared += 1
@@ -109,7 +109,7 @@ def test_where_nothing_recomputes_the_bound_of_a_deal_is_nearly_its_replay(pipe:
             columns = Dealer(space).columns(deal)
             assert columns is not None and not any(c.stage.recompute.full for c in columns)
             step_s = space.replay(columns).step_time_s
-            rows_s, bound_s = (space.relaxed(ANY, sizes_of(space, deal), n).bound_s for n in (0, 8))
+            rows_s, bound_s = (space.relaxation.within(ANY, sizes_of(space, deal), n).bound_s for n in (0, 8))
             assert rows_s >= (0.6 if split else 0.97) * step_s, (seed, space.degrees.label())
             assert 0.99 * step_s <= bound_s <= step_s * (1 + DUST), (seed, space.degrees.label())
             compared, first = compared + 1, first + bound_s / step_s
@@ -127,7 +127,7 @@ def test_the_bound_of_equal_ranks_of_an_interleaved_table_is_near_the_even_split
             assert columns is not None
             held = space.layers // space.degrees.pp
             sizes = Sizes(every_size(space).stages, ((held, held),) * space.degrees.pp)
-            shares.append(space.relaxed(ANY, sizes, 8).bound_s / space.replay(columns).step_time_s)
+            shares.append(space.relaxation.within(ANY, sizes, 8).bound_s / space.replay(columns).step_time_s)
     assert min(shares) > 0.88 and sum(shares) / len(shares) > 0.96, shares
 
 
@@ -140,7 +140,7 @@ def test_more_replays_and_whole_blocks_never_lower_the_bound(pipe: tuple[str, in
 
         def bound_s(rounds: int, nodes: int = 0, of: StageSpace = space) -> float:
             afresh = with_limits(of, list(of.limits_bytes))
-            return afresh.relaxed(ANY, every_size(afresh), rounds, nodes).bound_s
+            return afresh.relaxation.within(ANY, every_size(afresh), rounds, nodes).bound_s
 
         found = [bound_s(rounds) for rounds in (0, 1, 2, 4, 8)]
         whole_s = bound_s(2, 30)
@@ -160,10 +160,10 @@ def test_what_nothing_fits_into_is_infinite(pipe: tuple[str, int]) -> None:
         sizes = every_size(space)
         if space.ranks.parts.bounded:
             least = [space.books[rank].shape.runtime_bytes * 1.001 for rank in range(space.degrees.pp)]
-            assert with_limits(space, least).relaxed(ANY, sizes, 2).bound_s == ANY, name
+            assert with_limits(space, least).relaxation.within(ANY, sizes, 2).bound_s == ANY, name
             infinite += 1
         if next(assignments(space, draw, 4), None) is not None:
-            assert space.relaxed(ANY, sizes, 2, 20).bound_s < ANY, name
+            assert space.relaxation.within(ANY, sizes, 2, 20).bound_s < ANY, name
             finite += 1
     assert infinite >= 4 and finite >= 4, (infinite, finite)
 
@@ -172,10 +172,12 @@ def test_what_nothing_fits_into_is_infinite(pipe: tuple[str, int]) -> None:
 def test_a_relaxation_that_cannot_beat_a_time_says_so_and_no_more(pipe: tuple[str, int]) -> None:
     for name, space in cases(pipe, range(1)):
         sizes = every_size(space)
-        bound_s = space.relaxed(ANY, sizes, 0).bound_s
+        bound_s = space.relaxation.within(ANY, sizes, 0).bound_s
         if bound_s < ANY:
-            assert space.relaxed(bound_s * 0.9, sizes, 2, 20).bound_s == bound_s * 0.9, name
-            assert space.relaxed(bound_s * 1.1, sizes, 0).bound_s == pytest.approx(bound_s, rel=1e-5), name
+            assert space.relaxation.within(bound_s * 0.9, sizes, 2, 20).bound_s == bound_s * 0.9, name
+            assert space.relaxation.within(bound_s * 1.1, sizes, 0).bound_s == pytest.approx(
+                bound_s, rel=1e-5
+            ), name
 
 
 @pytest.mark.parametrize("pipe", PIPES)
@@ -183,7 +185,7 @@ def test_the_same_shape_has_the_same_relaxation(pipe: tuple[str, int]) -> None:
     """To the last digit, the blocks that nearly reach it included; and these are as many as the model's."""
     for name, space in cases(pipe, range(1), pp=(2,), each=(1, 2)):
         first, second = (
-            with_limits(space, list(space.limits_bytes)).relaxed(ANY, every_size(space), 3, 30)
+            with_limits(space, list(space.limits_bytes)).relaxation.within(ANY, every_size(space), 3, 30)
             for _ in range(2)
         )
         assert first.bound_s == second.bound_s, name
