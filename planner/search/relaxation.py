@@ -1,12 +1,13 @@
 """A shape's stages in fractions of blocks: a linear programme whose optimum no strategy beats.
 
-Blocks being of one class, with x_so those of stage s with option o, n_s = sum over o of x_so, and every
-figure no more than what a stage takes (planner.search.least_passes),
+With x_so the blocks of stage s of kind o, which is their class and recompute option, n_s = sum over o of
+x_so, and every figure no more than what a stage takes (planner.search.least_passes),
 
     minimise T
     path q     T >= sum over s, k of a_qsk t_sk(x) + hops_q h + gathering(first rank) + reduction(last rank)
     stage s    least_s <= n_s <= most_s
-    rank r     least_r <= sum of n_s over its stages <= most_r,        sum of all n_s = L
+    rank r     least_r <= sum of n_s over its stages <= most_r
+    class c    sum of x_so over all s and the o of its kinds = its blocks in the model, or on each stage
     moment v   states, ends, what a pass needs, and what is in flight on the stages of its rank, <= limit
 
 Blocks and what ranks may hold are whole elsewhere (planner.search.stage_space), which is why limits of ranks
@@ -49,6 +50,7 @@ that of a corner."""
 NEAR = 1e-3
 """Share of a bound by which a replay may lie above it, and be its own."""
 WHOLE_ROUNDS = 4
+"""Replays of whole blocks."""
 FEW_STAGES = 16
 """Stages up to which blocks may be whole."""
 MAX_PARTS = 1_000_000
@@ -64,7 +66,7 @@ class Relaxed(NamedTuple):
 
 
 class _Paths(NamedTuple):
-    """Paths along rows: seconds by block [path, stage x option] and besides [path], and whose row."""
+    """Paths along rows: seconds by block [path, stage x kind] and besides [path], and whose row."""
 
     each: Floats
     fixed: Floats
@@ -81,7 +83,7 @@ class _Paths(NamedTuple):
 
 
 class _Memory(NamedTuple):
-    """What a block holds of what all of a rank may [rank, moment, place, option], a place being one of the
+    """What a block holds of what all of a rank may [rank, moment, place, kind], a place being one of the
     rank's `stages` [rank, place]."""
 
     shares: Floats
@@ -97,7 +99,7 @@ class _Memory(NamedTuple):
         return list(zip(ranks.tolist(), fullest[ranks].tolist(), strict=True))
 
     def rows(self, chosen: list[tuple[int, int]]) -> Floats:
-        """Some ranks and moments as rows [row, stage x option]."""
+        """Some ranks and moments as rows [row, stage x kind]."""
         import numpy as np
 
         ranks, _, places, options = self.shares.shape
@@ -111,7 +113,6 @@ class Relaxation:
     """The programme of one shape on ranks with cores of their own."""
 
     def __init__(self, space: StageSpace) -> None:
-
         self.space, self.table, self.hop_s = space, space.table, space.hop_s
         self.options, self.classes = space.books[0].options, list(space.shape.classes)
         self._cuts: list[tuple[Floats, Floats]] = []
