@@ -103,6 +103,29 @@ def test_no_rank_that_fits_takes_less_than_its_floor(pipe: tuple[str, int]) -> N
     assert compared > 60 and forced > compared / 5, (compared, forced)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_floor_of_many_blocks_is_nearly_what_their_stage_takes(kind: dict[str, Any]) -> None:
+    """Where a rank has one stage its fastest recipe is known, and of many blocks a part of one is little."""
+    compared = near = forced = 0
+    for seed in range(8):
+        for roomy in drawn_shapes(
+            seed, (("1f1b", 1), ("gpipe", 1))[seed % 2], pp=(2,), each=(12, 16), **kind
+        ):
+            space = tightened(roomy, (0.05, 0.15, 0.3, 0.6)[seed % 4])
+            if not space.ranks.parts.bounded:
+                continue
+            least_s = space.ranks.parts_s(space.layers)
+            for rank, blocks in itertools.product(range(2), range(1, space.layers - 1)):
+                column = space.recipe(rank, space.span(rank, blocks))
+                if column is None:
+                    continue
+                spent_s = column.whole_s(space.degrees.schedule)
+                assert least_s[rank, blocks] <= spent_s * (1 + 1e-9), (seed, rank, blocks)
+                compared, near = compared + 1, near + (least_s[rank, blocks] > 0.97 * spent_s)
+                forced += column.stage.recompute.none < blocks
+    assert compared > 60 and forced > compared / 8 and near > compared / 4, (compared, forced, near)
+
+
 def test_the_least_sum_is_that_of_the_best_places() -> None:
     """By trying all ways to lay so many blocks in places that have room for them."""
     draw, compared = random.Random(5), 0
