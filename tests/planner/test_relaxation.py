@@ -98,8 +98,8 @@ def test_the_best_of_every_deal_is_not_less_than_its_bound_and_near_to_it(pipe: 
             compared += 1
             reached += whole_s / best_s
             free = with_limits(space, [float(ROOMY)] * space.degrees.pp)
-            free_s = free.relaxed(ANY, every_size(space), 6).bound_s
-            felt += space.relaxed(ANY, every_size(space), 6).bound_s > 1.01 * free_s
+            free_s = free.relaxation.within(ANY, every_size(space), 6).bound_s
+            felt += space.relaxation.within(ANY, every_size(space), 6).bound_s > 1.01 * free_s
     assert compared > 12 and reached > 0.7 * compared, (compared, reached / compared)
     assert felt > compared / 8, (compared, felt)
 
@@ -214,4 +214,4 @@ def test_no_row_is_added_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     (roomy,) = drawn_shapes(0, ("interleaved", 3), engine=Engine.MEGATRON)
     space = tightened(roomy, 0.5)
     for rounds, nodes in ((0, 0), (3, 0), (0, 20)):
-        assert space.relaxed(ANY, every_size(space), rounds, nodes).bound_s < ANY
+        assert space.relaxation.within(ANY, every_size(space), rounds, nodes).bound_s < ANY
