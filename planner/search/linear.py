@@ -60,8 +60,9 @@ class LinearProgramme:
         low = np.full(len(rows), -highspy.kHighsInf)
         self._highs.addRows(len(rows), low, high, len(columns), starts, columns, values)
 
-    def make_whole(self, nodes: int) -> None:
-        """Asks for whole numbers from now on; of so many branch-and-bound nodes at most."""
+    def make_whole(self, nodes: int, seconds: float | None) -> None:
+        """Asks for whole numbers from now on; of so many branch-and-bound nodes each time at most, and in so
+        many seconds of all times (None: no limit)."""
         import highspy
         import numpy as np
 
@@ -70,6 +71,8 @@ class LinearProgramme:
         self._highs.changeColsIntegrality(self.variables, columns, kinds)
         for name, value in (("presolve", "on"), ("solver", "choose"), ("mip_max_nodes", nodes)):
             self._highs.setOptionValue(name, value)
+        if seconds is not None:
+            self._highs.setOptionValue("time_limit", self._highs.getRunTime() + seconds)
         self._whole = True
 
     def solved(self) -> Solution | None:

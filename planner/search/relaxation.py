@@ -57,6 +57,13 @@ MAX_PARTS = 1_000_000
 """Stages of all paths along rows together beyond which a shape is not relaxed: that would take long."""
 
 
+class Whole(NamedTuple):
+    """Nodes of branch and bound that are spent on whole blocks each time, and seconds in all (None: any)."""
+
+    nodes: int
+    seconds: float | None = None
+
+
 class Relaxed(NamedTuple):
     """What no strategy beats within some limits, and blocks of each stage, in fractions, that nearly reach it
     (None: there are none)."""
@@ -143,10 +150,12 @@ class Relaxation:
     def _fixed_s(self) -> Floats:
         return self._figures[1]
 
-    def within(self, to_beat_s: float, sizes: Sizes, rounds: int, nodes: int = 0) -> Relaxed:
+    def within(self, to_beat_s: float, sizes: Sizes, rounds: int, whole: Whole | None = None) -> Relaxed:
         """What no strategy beats within sizes, or `to_beat_s`, after so many replays at most; of few stages,
-        with whole blocks in so many nodes."""
-        return self._bound(to_beat_s, sizes, rounds, nodes if self.space.degrees.stages <= FEW_STAGES else 0)
+        with `whole` blocks in the end."""
+        return self._bound(
+            to_beat_s, sizes, rounds, whole if self.space.degrees.stages <= FEW_STAGES else None
+        )
 
     def even(self, to_beat_s: float, rounds: int) -> Relaxed:
         """The same of the even split, of any classes."""
@@ -154,7 +163,7 @@ class Relaxation:
 
         shape, spans = self.space.shape, list(pairwise(self.space.even))
         counts = np.asarray([[shape.count(key, *span) for key in self.classes] for span in spans])
-        return self._bound(to_beat_s, self._sizes([(b - a, b - a) for a, b in spans]), rounds, 0, counts)
+        return self._bound(to_beat_s, self._sizes([(b - a, b - a) for a, b in spans]), rounds, None, counts)
 
     def near(self, to_beat_s: float) -> Relaxed:
         """The same of all cuts near it, as if layers of each class lay anywhere."""
@@ -168,7 +177,12 @@ class Relaxation:
         return Sizes(tuple(stages), tuple((sum(a for a, _ in own), sum(b for _, b in own)) for own in ranks))
 
     def _bound(
-        self, to_beat_s: float, sizes: Sizes, rounds: int, nodes: int = 0, counts: Ints | None = None
+        self,
+        to_beat_s: float,
+        sizes: Sizes,
+        rounds: int,
+        whole: Whole | None = None,
+        counts: Ints | None = None,
     ) -> Relaxed:
         """The optimum with the step of the optimizer, where devices have cores of their own and it does not
         take long to find."""
@@ -176,7 +190,7 @@ class Relaxation:
         parts = space.degrees.stages**2 * (space.degrees.chunks + 1)
         if parts > MAX_PARTS or space.model.sharing:
             return Relaxed(0.0, None)
-        found = self.least(to_beat_s - space.optimizer_s, sizes, rounds, nodes, counts)
+        found = self._least(to_beat_s - space.optimizer_s, sizes, rounds, whole, counts)
         return found._replace(bound_s=min(to_beat_s, found.bound_s + space.optimizer_s))
 
     @cached_property
@@ -203,25 +217,24 @@ class Relaxation:
         ranks, _, _, *places = shares.shape
         return _Memory(shares.reshape(ranks, -1, *places), np.asarray(self.space.stages_of))
 
-    def least(
-        self, within_s: float, sizes: Sizes, rounds: int, nodes: int = 0, counts: Ints | None = None
+    def _least(
+        self, within_s: float, sizes: Sizes, rounds: int, whole: Whole | None, counts: Ints | None
     ) -> Relaxed:
-        """The optimum within sizes, or any bound of at least `within_s`, after so many replays at most.
+        """The optimum within sizes, or any bound of at least `within_s`.
 
-        With `nodes`, blocks are whole in the end, found by so many nodes of branch and bound at most. Where
-        they are of several classes, `counts` [stage, class] are those of each stage.
+        Where blocks are of several classes, `counts` [stage, class] may be those of each stage.
         """
         programme = _Programme(self, sizes, counts)
         for cut in self._cuts:
             programme.add(*cut)
-        found = self._least(programme, within_s, rounds, BEHIND)
-        if nodes and found.bound_s < within_s:
-            programme.linear.make_whole(nodes)
-            whole = self._least(programme, within_s, WHOLE_ROUNDS, 0.0)
-            found = Relaxed(max(found.bound_s, whole.bound_s), whole.blocks)
+        found = self._least_of(programme, within_s, rounds, BEHIND)
+        if whole is not None and found.bound_s < within_s:
+            programme.linear.make_whole(*whole)
+            other = self._least_of(programme, within_s, WHOLE_ROUNDS, 0.0)
+            found = Relaxed(max(found.bound_s, other.bound_s), other.blocks)
         return found
 
-    def _least(self, programme: _Programme, within_s: float, rounds: int, behind: float) -> Relaxed:
+    def _least_of(self, programme: _Programme, within_s: float, rounds: int, behind: float) -> Relaxed:
         """The same of a programme, `behind` being how far replays stay behind what is found."""
         best_s, best, bound_s = float("inf"), None, 0.0
         for number in range(rounds + 1):
@@ -278,7 +291,8 @@ class Relaxation:
 
 
 class _Programme:
-    """The programme of some sizes, with the rows that matter so far; variables are x_so, then T."""
+    """The programme of some sizes, with the rows that matter so far; variables are x_so, then T in units of
+    about a step: HiGHS's tolerances are none of seconds."""
 
     def __init__(self, relaxation: Relaxation, sizes: Sizes, counts: Ints | None) -> None:
         import numpy as np
@@ -299,6 +313,7 @@ class _Programme:
         self._added: set[int | tuple[int, int]] = set()
         x = np.zeros((stages, classes, options))
         x[:, :, 0] = np.asarray(sizes.stages).mean(axis=1, keepdims=True) / classes
+        self._scale_s = float((self.paths.each @ x.ravel() + self.paths.fixed).max()) or 1.0
         self._add_most(x.ravel(), -np.inf, 0.0)
 
     def _add_most(self, x: Floats, than_s: float, than: float) -> bool:
@@ -319,8 +334,8 @@ class _Programme:
         import numpy as np
 
         if len(block_s):
-            rows = np.pad(block_s, ((0, 0), (0, 1)), constant_values=-1.0)
-            self.linear.add(rows, -fixed_s)
+            rows = np.pad(block_s / self._scale_s, ((0, 0), (0, 1)), constant_values=-1.0)
+            self.linear.add(rows, -fixed_s / self._scale_s)
 
     def solved(self, enough_s: float) -> Solution | None:
         """The optimum, EXACT less; None where there is none. Paths and moments are added that it breaks,
@@ -329,7 +344,8 @@ class _Programme:
             found = self.linear.solved()
             if found is None:
                 return None
-            found = found._replace(least=found.least * (1 - EXACT))
+            least_s = found.least * self._scale_s * (1 - EXACT)
+            found = found._replace(least=least_s, value=found.value * self._scale_s)
             if found.variables is None or found.least >= enough_s:
                 return found
             if not self._add_most(found.variables, found.value * (1 + EXACT), 1 + EXACT):

@@ -25,7 +25,7 @@ from planner.search.deal import Dealer
 from planner.search.ilp import StageIlp, StageProgramme
 from planner.search.path_game import Outcome, PathGame, even_splits, splits_within
 from planner.search.recipes import Column
-from planner.search.relaxation import Relaxed
+from planner.search.relaxation import Relaxed, Whole
 from planner.search.sizes import Sizes, narrowed, splits, whole
 from planner.search.stage_space import StageSpace
 from planner.strategy import Strategy
@@ -52,8 +52,8 @@ PLAYED_WITHIN = 1.03
 """A game is played where the best deal is within this of it."""
 FEW, MANY = 3, 16
 """Replays of a relaxation when a shape is searched, and when its bound is asked for."""
-NODES, WHOLE_S = 60, 3.0
-"""Nodes of branch and bound for a relaxation of whole blocks, and the least seconds to begin it with."""
+NODES = 60
+"""Nodes of branch and bound for a relaxation of whole blocks."""
 ROUNDING = 1e-6
 """Share of a step time by which an ILP's bound may lie below its own optimum: HiGHS's tolerance."""
 BOUND_GAMES, BOUND_NEAR = 9, 1e-3
@@ -145,14 +145,14 @@ class ShapeSearch:
         best = min(each, key=lambda found: found.step_time_s, default=None)
         return result._replace(found=best, bound_s=max(played.bound_s, result.bound_s))
 
-    def _relaxed(self, to_beat_s: float, rounds: int, nodes: int = 0) -> Relaxed:
-        """What the relaxation says of a step time, after so many replays, and nodes."""
+    def _relaxed(self, to_beat_s: float, rounds: int, whole: Whole | None = None) -> Relaxed:
+        """What the relaxation says of a step time, after so many replays."""
         if to_beat_s == float("inf") or not self.dealable or not self.space.one_class:
             return Relaxed(0.0, None)
         sizes = self.space.sizes(to_beat_s)
         if sizes is None:
             return Relaxed(to_beat_s, None)
-        return self.space.relaxation.within(to_beat_s, sizes, rounds, nodes)
+        return self.space.relaxation.within(to_beat_s, sizes, rounds, whole)
 
     def _rounded(self, blocks: Floats) -> tuple[int, ...]:
         """Whole blocks near fractions of them, as many: on each rank, then on its stages."""
@@ -227,9 +227,10 @@ class ShapeSearch:
             if low_s >= high_s * (1 - BOUND_NEAR):
                 break
             middle_s = min(low_s + step_s, (low_s + high_s) / 2)
-        left, whole = budget.seconds, self.dealable and self.space.one_class
-        if whole and bound_s < budget.to_beat_s and (left is None or left > WHOLE_S):
-            bound_s = max(bound_s, self._relaxed(budget.to_beat_s, 0, NODES).bound_s)
+        left = budget.seconds
+        if bound_s < budget.to_beat_s and (left is None or left > 0):
+            relaxed = self._relaxed(budget.to_beat_s, 0, Whole(NODES, left))
+            bound_s = max(bound_s, relaxed.bound_s)
         return ShapeResult(best, bound_s, 0)
 
     def _bounded(self, to_beat_s: float, tolerance: float, rounds: int) -> Outcome:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from planner.search.recipes import Column
+from planner.search.relaxation import Whole
 from planner.search.sizes import narrowed
 from planner.search.stage_space import StageSpace
 
@@ -94,7 +95,7 @@ def test_relaxed_sizes_leave_out_none_in_time(fix: str) -> None:
             times = {way: roomy_s(space, way) for way in ways if sum(way) == space.layers}
             best_s, every = min(times.values()), space.sizes(float("inf"))
             assert every is not None
-            bound_s = space.relaxation.within(float("inf"), every, 4, 20).bound_s
+            bound_s = space.relaxation.within(float("inf"), every, 4, Whole(20)).bound_s
             assert bound_s <= best_s * (1 + 1e-9), (seed, space.degrees.label())
             for factor in (1 + 1e-6, 1.1):
                 within = space.sizes(best_s * factor)

@@ -11,6 +11,7 @@ import pytest
 
 from planner.search.deal import Dealer
 from planner.search.linear import LinearProgramme, Solution
+from planner.search.relaxation import Whole
 from planner.search.sizes import Sizes
 from planner.search.stage_space import StageSpace
 from planner.stack import Engine
@@ -62,8 +63,8 @@ def test_no_assignment_that_fits_takes_less_than_the_bound(pipe: tuple[str, int]
     """Of all sizes, and of those near its own: after no replay and after some, in fractions and whole."""
     draw, compared, near = random.Random(str(pipe)), 0, 0
     for name, space in cases(pipe, range(2)):
-        sizes, ways = every_size(space), [(0, 0), (3, 0)]
-        whole = [(1, 20)] if space.degrees.stages <= FEW else []
+        sizes, ways = every_size(space), [(0, None), (3, None)]
+        whole = [(1, Whole(20))] if space.degrees.stages <= FEW else []
         all_s = max(space.relaxation.within(ANY, sizes, *way).bound_s for way in (*ways, *whole))
         for columns in assignments(space, draw, 4):
             step_s = space.replay(columns).step_time_s
@@ -92,7 +93,7 @@ def test_the_best_of_every_deal_is_not_less_than_its_bound_and_near_to_it(pipe: 
             best_s = min(best_s, least_s)
             bound_s = space.relaxation.within(ANY, sizes_of(space, deal), 3).bound_s
             assert bound_s <= least_s * (1 + DUST), (name, deal)
-        whole_s = space.relaxation.within(ANY, every_size(space), 6, 500).bound_s
+        whole_s = space.relaxation.within(ANY, every_size(space), 6, Whole(500)).bound_s
         assert whole_s <= best_s * (1 + DUST), name
         if best_s < ANY:
             compared += 1
@@ -146,7 +147,9 @@ def test_more_replays_and_whole_blocks_never_lower_the_bound(pipe: tuple[str, in
 
         def bound_s(rounds: int, nodes: int = 0, of: StageSpace = space) -> float:
             afresh = with_limits(of, list(of.limits_bytes))
-            return afresh.relaxation.within(ANY, every_size(afresh), rounds, nodes).bound_s
+            return afresh.relaxation.within(
+                ANY, every_size(afresh), rounds, Whole(nodes) if nodes else None
+            ).bound_s
 
         found = [bound_s(rounds) for rounds in (0, 1, 2, 4, 8)]
         whole_s = bound_s(2, 30)
@@ -169,7 +172,7 @@ def test_what_nothing_fits_into_is_infinite(pipe: tuple[str, int]) -> None:
             assert with_limits(space, least).relaxation.within(ANY, sizes, 2).bound_s == ANY, name
             infinite += 1
         if next(assignments(space, draw, 4), None) is not None:
-            assert space.relaxation.within(ANY, sizes, 2, 20).bound_s < ANY, name
+            assert space.relaxation.within(ANY, sizes, 2, Whole(20)).bound_s < ANY, name
             finite += 1
     assert infinite >= 4 and finite >= 4, (infinite, finite)
 
@@ -180,7 +183,7 @@ def test_a_relaxation_that_cannot_beat_a_time_says_so_and_no_more(pipe: tuple[st
         sizes = every_size(space)
         bound_s = space.relaxation.within(ANY, sizes, 0).bound_s
         if bound_s < ANY:
-            assert space.relaxation.within(bound_s * 0.9, sizes, 2, 20).bound_s == bound_s * 0.9, name
+            assert space.relaxation.within(bound_s * 0.9, sizes, 2, Whole(20)).bound_s == bound_s * 0.9, name
             assert space.relaxation.within(bound_s * 1.1, sizes, 0).bound_s == pytest.approx(
                 bound_s, rel=1e-5
             ), name
@@ -190,8 +193,9 @@ def test_a_relaxation_that_cannot_beat_a_time_says_so_and_no_more(pipe: tuple[st
 def test_the_same_shape_has_the_same_relaxation(pipe: tuple[str, int]) -> None:
     """To the last digit, the blocks that nearly reach it included; and these are as many as the model's."""
     for name, space in cases(pipe, range(1), pp=(2,), each=(1, 2)):
+        sizes = every_size(space)
         first, second = (
-            with_limits(space, list(space.limits_bytes)).relaxation.within(ANY, every_size(space), 3, 30)
+            with_limits(space, list(space.limits_bytes)).relaxation.within(ANY, sizes, 3, Whole(30))
             for _ in range(2)
         )
         assert first.bound_s == second.bound_s, name
@@ -213,5 +217,5 @@ def test_no_row_is_added_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LinearProgramme, "solved", counted)
     (roomy,) = drawn_shapes(0, ("interleaved", 3), engine=Engine.MEGATRON)
     space = tightened(roomy, 0.5)
-    for rounds, nodes in ((0, 0), (3, 0), (0, 20)):
-        assert space.relaxation.within(ANY, every_size(space), rounds, nodes).bound_s < ANY
+    for rounds, whole in ((0, None), (3, None), (0, Whole(20))):
+        assert space.relaxation.within(ANY, every_size(space), rounds, whole).bound_s < ANY
