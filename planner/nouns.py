@@ -1,7 +1,7 @@
 """`noun`: the decorator that makes all values of the planner plain frozen dataclasses.
 
-A command has some hundred and fifty kinds of them, of which it makes few, and compares or hashes fewer. What
-`dataclasses` would compile for each when its module is imported is compiled here at its first use.
+A command has some hundred and fifty kinds of them, of which it makes few. What `dataclasses` would compile
+for each when its module is imported are closures here, which are made in no time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from operator import attrgetter
 from typing import Any, TypeVar, dataclass_transform
 
 T = TypeVar("T")
+Method = Callable[..., Any]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -21,17 +22,16 @@ def noun(cls: type[T]) -> type[T]:
     cls.__pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # type: ignore[attr-defined]
     own = set(cls.__dict__)
     made: Any = dataclasses.dataclass(init=False, repr=False, eq=False, slots=True, kw_only=True)(cls)
-    for name, method in _SHARED.items():
+    equal, hashed = _compared(made)
+    methods = _SHARED | {"__init__": _init(made), "__eq__": equal, "__hash__": hashed}
+    for name, method in methods.items():
         if name not in own:
             setattr(made, name, method)
-    for name, write in _WRITTEN.items():
-        if name not in own:
-            setattr(made, name, _at_first_use(made, name, write))
     return made  # type: ignore[no-any-return]
 
 
 def replaced(value: T, **changes: Any) -> T:
-    """dataclasses.replace() of a noun, in a quarter of the time."""
+    """dataclasses.replace() of a noun, sooner done."""
     cls: Any = type(value)
     names, values = _fields(cls)
     return cls(**{**dict(zip(names, values(value), strict=True)), **changes})  # type: ignore[no-any-return]
@@ -39,65 +39,46 @@ def replaced(value: T, **changes: Any) -> T:
 
 @cache
 def _fields(cls: Any) -> tuple[tuple[str, ...], Callable[[Any], tuple[Any, ...]]]:
-    """The names of a noun's fields, of which it has two or more, and what gets their values."""
+    """The names of a noun's fields, and what gets their values."""
     names = tuple(field.name for field in dataclasses.fields(cls))
-    return names, attrgetter(*names)
+    if len(names) > 1:
+        return names, attrgetter(*names)
+    return names, lambda value: tuple(getattr(value, name) for name in names)
 
 
-def _at_first_use(cls: type[Any], name: str, write: Callable[[type[Any]], Any]) -> Callable[..., Any]:
-    """A method that puts the one that is written for its class in its own place."""
-
-    def first(self: Any, *values: Any, **named: Any) -> Any:
-        method = write(cls)
-        setattr(cls, name, method)
-        return method(self, *values, **named)
-
-    return first
-
-
-def _compiled(name: str, text: str, known: dict[str, Any]) -> Any:
-    exec(text, known)
-    return known[name]
-
-
-def _init(cls: type[Any]) -> Any:
+def _init(cls: Any) -> Method:
     """Sets each slot by its own descriptor, which is sooner done than asking for it by name."""
-    known: dict[str, Any] = {"_missing": dataclasses.MISSING}
-    taken, lines = [], []
-    for field in dataclasses.fields(cls):
-        name = field.name
-        known[f"_set_{name}"] = getattr(cls, name).__set__
-        value = name
-        if field.default is not dataclasses.MISSING:
-            known[f"_default_{name}"] = field.default
-            taken.append(f"{name}=_default_{name}")
-        elif field.default_factory is not dataclasses.MISSING:
-            known[f"_make_{name}"] = field.default_factory
-            taken.append(f"{name}=_missing")
-            value = f"_make_{name}() if {name} is _missing else {name}"
-        else:
-            taken.append(name)
-        lines.append(f" _set_{name}(self, {value})")
-    head = f"def __init__(self, *, {', '.join(taken)}):" if taken else "def __init__(self):"
-    return _compiled("__init__", "\n".join([head, *lines, " return"]), known)
+    missing: Any = dataclasses.MISSING
+    slots: list[tuple[str, Method, Any, Any]] = [
+        (field.name, getattr(cls, field.name).__set__, field.default, field.default_factory)
+        for field in dataclasses.fields(cls)
+    ]
+
+    def init(self: Any, /, **given: Any) -> None:
+        for name, put, default, make in slots:
+            value = given.pop(name, missing)
+            if value is missing:
+                value = make() if make is not missing else default
+                if value is missing:
+                    raise TypeError(f"{cls.__name__}() lacks a value for {name!r}")
+            put(self, value)
+        if given:
+            raise TypeError(f"{cls.__name__}() has no field {next(iter(given))!r}")
+
+    return init
 
 
-def _eq(cls: type[Any]) -> Any:
-    text = (
-        "def __eq__(self, other):\n"
-        " if other.__class__ is self.__class__:\n"
-        f"  return {_values(cls, 'self')} == {_values(cls, 'other')}\n"
-        " return NotImplemented"
-    )
-    return _compiled("__eq__", text, {})
+def _compared(cls: Any) -> tuple[Method, Method]:
+    """Whether two of a kind have the same values, and the hash of these."""
+    _, values = _fields(cls)
 
+    def equal(self: Any, other: Any) -> Any:
+        return values(self) == values(other) if other.__class__ is self.__class__ else NotImplemented
 
-def _hash(cls: type[Any]) -> Any:
-    return _compiled("__hash__", f"def __hash__(self):\n return hash({_values(cls, 'self')})", {})
+    def hashed(self: Any) -> int:
+        return hash(values(self))
 
-
-def _values(cls: type[Any], instance: str) -> str:
-    return f"({''.join(f'{instance}.{field.name},' for field in dataclasses.fields(cls))})"
+    return equal, hashed
 
 
 def _repr(self: Any) -> str:
@@ -122,11 +103,10 @@ def _setstate(self: Any, state: list[Any]) -> None:
         object.__setattr__(self, field.name, value)
 
 
-_SHARED: dict[str, Callable[..., Any]] = {
+_SHARED: dict[str, Method] = {
     "__repr__": _repr,
     "__setattr__": _setattr,
     "__delattr__": _delattr,
     "__getstate__": _getstate,
     "__setstate__": _setstate,
 }
-_WRITTEN: dict[str, Callable[[type[Any]], Any]] = {"__init__": _init, "__eq__": _eq, "__hash__": _hash}

@@ -1,4 +1,4 @@
-"""Nouns: frozen dataclasses whose methods are compiled at their first use."""
+"""Nouns: frozen dataclasses whose methods nothing compiles."""
 
 from __future__ import annotations
 
