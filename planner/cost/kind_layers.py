@@ -21,9 +21,10 @@ from planner.cost.stage_bytes import block_waiting_bytes
 from planner.cost.update import accumulate_s
 from planner.problem import PlanningProblem
 from planner.profile import LayerKind, Op
-from planner.strategy import Degrees, Recompute
+from planner.strategy import CpExchange, Degrees, Recompute
 
-Kind = tuple[object, ...]
+Kind = tuple[int, bool, int, int, CpExchange, int, int | None, int]
+"""tp, sequence parallelism, micro-batch, cp and its exchange, ep, etp, devices."""
 
 
 def kind_of(d: Degrees) -> Kind:

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from planner.cost.evaluate import CostModel
+from planner.cost.kind_layers import Kind, kind_of
 from planner.profile import LayerKind
-from planner.search.quick_bounds import Kind, alone, kind_of
+from planner.search.quick_bounds import alone
 from planner.search.space import Space
 from planner.strategy import Degrees, Recompute
 

@@ -25,12 +25,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.evaluate import CostModel
+from planner.cost.kind_layers import kind_of
 from planner.cost.messages import Messages
 from planner.cost.overlap import overlap_of
 from planner.cost.stage import ShapeModel
 from planner.cost.verdict import safe_tensor_bytes
 from planner.search.bounds import schedule_factor
-from planner.search.quick_bounds import alone, kind_of
+from planner.search.quick_bounds import alone
 from planner.search.space import Pins, Pipe, Space
 from planner.strategy import Degrees, Recompute, Schedule, Zero
 

@@ -17,22 +17,20 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.evaluate import CostModel
+from planner.cost.kind_layers import Kind, kind_of
 from planner.cost.messages import Messages
 from planner.cost.overlap import overlap_of
 from planner.cost.passes import Pass, stacked
 from planner.nouns import replaced
 from planner.search.bounds import schedule_factor
 from planner.search.space import Pipe, Space
-from planner.strategy import CpExchange, Degrees, Recompute, Zero
+from planner.strategy import Degrees, Recompute, Zero
 
 if TYPE_CHECKING:
     import numpy as np
 
     Floats = np.ndarray[Any, np.dtype[np.float64]]
     Ints = np.ndarray[Any, np.dtype[np.int64]]
-
-Kind = tuple[int, bool, int, int, CpExchange, int, int | None, int]
-"""tp, sequence parallelism, micro-batch, cp and its exchange, ep, etp, devices."""
 
 
 def space_bounds_s(
@@ -174,11 +172,6 @@ def _sent_s(model: CostModel, base: Degrees) -> list[tuple[float, float]]:
     messages = Messages(model.problem, base, model.comms, layers.physics, layers.stream_width)
     sent, gathers = model.shared.sent(messages, layers.units(base)), base.zero is Zero.PARAMETERS
     return [(sent.gathers[unit].total_s if gathers else 0.0, sent.reduces[unit].total_s) for unit in units]
-
-
-def kind_of(d: Degrees) -> Kind:
-    """What a shape's passes depend on besides data parallelism."""
-    return d.tp, d.sequence_parallel, d.micro_batch, d.cp, d.cp_exchange, d.ep, d.etp, d.world
 
 
 def alone(kind: Kind) -> Degrees:

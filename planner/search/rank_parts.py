@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 REMEMBERED = 1024
 
 
-class Moments(NamedTuple):
+class RankMoments(NamedTuple):
     """What is in flight on each place of every rank at its fullest moments [rank, moment, place], and the
     messages of the rank [rank, moment]; ranks with fewer moments have their last again."""
 
@@ -41,14 +41,14 @@ class Moments(NamedTuple):
     messages: Ints
 
 
-def moments_of(degrees: Degrees, waits: int) -> Moments:
+def moments_of(degrees: Degrees, waits: int) -> RankMoments:
     """Those of a shape's table (planner.cost.schedule.in_flight)."""
     d = degrees
     return _moments(d.schedule, d.pp, d.chunks, d.num_micro_batches, waits)
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _moments(schedule: Schedule, pp: int, chunks: int, num_micro_batches: int, waits: int) -> Moments:
+def _moments(schedule: Schedule, pp: int, chunks: int, num_micro_batches: int, waits: int) -> RankMoments:
     import numpy as np
 
     flights = in_flight(schedule, pp, chunks, num_micro_batches, waits)
@@ -59,7 +59,7 @@ def _moments(schedule: Schedule, pp: int, chunks: int, num_micro_batches: int, w
     ]
     found = np.asarray([[[tuple(own) for own in each] for each in row] for row in rows], dtype=np.int64)
     alive, waiting, begun, messages = np.moveaxis(found, -1, 0)
-    return Moments(alive, waiting, begun > 0, messages[:, :, 0])
+    return RankMoments(alive, waiting, begun > 0, messages[:, :, 0])
 
 
 class Room(NamedTuple):

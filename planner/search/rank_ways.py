@@ -36,9 +36,9 @@ class RankWays:
         self.space, self.degrees = space, space.degrees
         self._known: dict[tuple[int, int], dict[int, float]] = {}
 
-    def can_hold(self, by_rank: Limits, left_s: float, *, roomy: bool = False) -> bool:
-        """Whether ranks that are entered one after the other can hold all blocks in time; where memory is
-        `roomy`, nothing recomputes."""
+    def can_hold(self, by_rank: Limits, left_s: float) -> bool:
+        """Whether ranks that are entered one after the other can hold all blocks in time if memory has room
+        for all."""
         space = self.space
         entered = {name: space.enter_s(book) for name, book in {id(b): b for b in space.books}.items()}
 
@@ -46,8 +46,7 @@ class RankWays:
             low, high = by_rank[rank]
             fixed_s, block_s = entered[id(space.books[rank])]
             for blocks in range(low, high + 1):
-                each = self._roomy_ways(rank, blocks) if roomy else self.ways(rank, blocks)
-                for first, own_s in each.items():
+                for first, own_s in self._roomy_ways(rank, blocks).items():
                     yield Way(blocks, own_s, fixed_s + block_s * first)
 
         most = [high for _, high in by_rank]

@@ -207,8 +207,8 @@ class ShapeSearch:
         return ShapeResult(min(each, key=lambda found: found.step_time_s, default=None), 0.0, 0)
 
     def bound(self, budget: Budget, low_s: float) -> ShapeResult:
-        """The greatest step time, from one that is ruled out to the one to beat, that games rule out; and
-        what they find."""
+        """The greatest step time, from one that is ruled out to the one to beat, that relaxations or games
+        rule out; and what games find."""
         high_s = middle_s = budget.to_beat_s
         best, bound_s, step_s = None, 0.0, BOUND_NEAR * low_s
         for number in range(BOUND_GAMES):

@@ -262,7 +262,7 @@ class StageSpace:
         most = [min(high, int(max(0.0, within_s - held) / block + DUST)) for high, held, block in each]
         by_rank = narrowed(list(zip(least, most, strict=True)), self.layers)
         several = self.degrees.chunks > 1
-        if by_rank and several and not self.ranks.can_hold(by_rank, left_s, roomy=True):
+        if by_rank and several and not self.ranks.can_hold(by_rank, left_s):
             return None
         by_rank = by_rank and self._in_parts(by_rank, left_s)
         sizes = None if by_rank is None else self._sizes(by_rank)
