@@ -33,8 +33,9 @@ STYLE = (
     "background:#fff}figure{margin:0}svg{max-width:100%;height:auto}table{border-collapse:collapse}"
     "svg path:hover{stroke-width:3px}.wide{overflow-x:auto}"
     ".wide td:nth-child(n+2){white-space:nowrap}"
-    "td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd;"
+    "td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #ddd;"
     "font-variant-numeric:tabular-nums}"
+    ".wide td:first-child{min-width:9rem;overflow-wrap:anywhere}"
     "td:first-child,th:first-child{text-align:left}"
 )
 
@@ -49,6 +50,7 @@ def scatter_page(result: Validation) -> str:
     title = "Predicted against measured"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}</style></head><body><h1>{title}</h1>"
         f"<p>{result.summary.n} runs predicted of {result.summary.rows}{_summary(result.summary)}. On the "
         "middle line the prediction is right; the outer lines are 10 % off. A mark names its run where the "
@@ -167,8 +169,9 @@ def _errors_table(result: Validation) -> str:
     ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
     body = "".join(_errors_row(name, rows) for name, rows in ordered)
     return (
-        "<h2>Errors</h2><table><tr><th>framework</th><th>runs</th><th>step time, mean error</th><th>bias</th>"
-        f"<th>peak memory, mean error</th><th>bias</th></tr>{body}</table>"
+        '<h2>Errors</h2><div class="wide"><table><tr><th>framework</th><th>runs</th>'
+        "<th>step time, mean error</th><th>bias</th><th>peak memory, mean error</th><th>bias</th></tr>"
+        f"{body}</table></div>"
     )
 
 
