@@ -12,6 +12,7 @@ from planner.estimate import Verdict
 from planner.objective import Minimise
 from planner.placement import device_names, stage_groups
 from planner.plan import Plan
+from planner.rehearsal_check import rehearsal_faults
 from planner.rules import broken_rules
 from planner.schedule_check import schedule_faults
 from planner.strategy import AXES
@@ -197,5 +198,6 @@ _CHECKS: tuple[tuple[str, Callable[[Plan], list[str]]], ...] = (
     ("estimate", _estimate),
     ("certificate", certificate_faults),
     ("objective", _objective),
+    ("rehearsal", rehearsal_faults),
     ("digests", _digests),
 )

@@ -194,6 +194,24 @@ def _figures(first: Plan, second: Plan) -> Iterator[Difference]:
     for name in FIGURES:
         pair = [_plain(getattr(plan.estimate, name)) for plan in (first, second)]
         yield Difference(path=name, first=_text(pair[0]), second=_text(pair[1]))
+    yield from _rehearsed(first, second)
+
+
+REFINED = ("step_time_s", "step_time_interval_s", "measured_share", "peak_memory_bytes", "verdict")
+
+
+def _rehearsed(first: Plan, second: Plan) -> Iterator[Difference]:
+    """What single ranks showed when they were run, where either plan was rehearsed."""
+    rehearsals = first.rehearsal, second.rehearsal
+    if rehearsals == (None, None):
+        return
+    for name in ("mode", "device"):
+        pair = [None if each is None else str(getattr(each, name)) for each in rehearsals]
+        yield Difference(path=f"rehearsed {name}", first=pair[0], second=pair[1])
+    refined = [None if each is None else each.refined for each in rehearsals]
+    for name in REFINED:
+        pair = [None if each is None else _plain(getattr(each, name)) for each in refined]
+        yield Difference(path=f"rehearsed {name}", first=_text(pair[0]), second=_text(pair[1]))
 
 
 def _text(value: Any) -> Any:

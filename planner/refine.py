@@ -90,15 +90,11 @@ def _put(rank: RankRehearsal, shape: ShapeModel, costs: list[StageCost]) -> None
     """Puts a rank's measured times into the costs of its stages, and of those that stand for the same."""
     own = {(each.stage, each.kind): each.seconds for each in rank.passes}
     for other in rank.alike:
-        held = _stages_of(other, shape, len(costs))
+        held = shape.degrees.stages_of_pp_rank(other)
         for place, (stage, like) in enumerate(zip(held, rank.stages, strict=True)):
             seconds = {kind: s for (of, kind), s in own.items() if of == like}
             costs[stage] = _measured(costs[stage], seconds, shape)
             costs[stage] = _with_once(costs[stage], rank, shape, first=place == 0)
-
-
-def _stages_of(pp_rank: int, shape: ShapeModel, stages: int) -> list[int]:
-    return [stage for stage in range(stages) if shape.degrees.pp_rank_of_stage(stage) == pp_rank]
 
 
 def _measured(cost: StageCost, seconds: Mapping[str, float], shape: ShapeModel) -> StageCost:

@@ -229,6 +229,14 @@ class Degrees:
             return 2 * self.pp - 1 - stage
         return stage % self.pp
 
+    def stages_of_pp_rank(self, pp_rank: int) -> tuple[int, ...]:
+        """The stages that a pipeline rank holds, in the order of the layers."""
+        return tuple(stage for stage in range(self.stages) if self.pp_rank_of_stage(stage) == pp_rank)
+
+    def pp_rank_of_rank(self, rank: int) -> int:
+        """The pipeline rank of a global rank."""
+        return rank // (self.world // self.pp)
+
     def ranks_of_pp_rank(self, pp_rank: int) -> tuple[int, ...]:
         """Global ranks of one pipeline rank."""
         per = self.world // self.pp

@@ -386,7 +386,7 @@ def _build_modules(plan: Plan, meshes: Meshes, build: Callable[[int], StageModel
     degrees = plan.strategy.degrees
     record = Record()
     rank = meshes.pp.get_local_rank()
-    own = [stage for stage in range(degrees.stages) if degrees.pp_rank_of_stage(stage) == rank]
+    own = degrees.stages_of_pp_rank(rank)
     return [StageModule(build(index), index, degrees.zero, record) for index in own]
 
 

@@ -70,9 +70,8 @@ def rehearse_rank(plan: Plan, rank: int, alike: tuple[int, ...], options: Rehear
     """
     begun_s = time.monotonic()
     degrees = plan.strategy.degrees
-    pp_rank = rank // (degrees.world // degrees.pp)
-    held = [stage for stage in range(degrees.stages) if degrees.pp_rank_of_stage(stage) == pp_rank]
-    found = RankRehearsal(rank=rank, alike=alike, stages=tuple(held))
+    held = degrees.stages_of_pp_rank(degrees.pp_rank_of_rank(rank))
+    found = RankRehearsal(rank=rank, alike=alike, stages=held)
 
     def body(_: int, emit: Emit) -> None:
         torch.set_num_threads(1)

@@ -71,7 +71,7 @@ def put(path: str, value: Any) -> Callable[[Any], None]:
 
 
 def test_a_true_plan_holds_in_memory_and_from_its_file(plan: Plan, tmp_path: Path) -> None:
-    assert [check.faults for check in check_plan(plan)] == [()] * 7
+    assert [check.faults for check in check_plan(plan)] == [()] * 8
     save_plan(plan, tmp_path / "plan.json")
     again = load_plan(tmp_path / "plan.json")
     assert again == plan
@@ -116,7 +116,7 @@ def test_the_command_prints_the_checks_and_exits_4_on_a_fault(plan: Plan, tmp_pa
     file = tmp_path / "plan.json"
     save_plan(plan, file)
     good = CliRunner().invoke(cli, ["check", str(file)])
-    assert good.exit_code == 0 and good.stdout.count("holds") == 7
+    assert good.exit_code == 0 and good.stdout.count("holds") == 8
     document = json.loads(file.read_text())
     put("model.spec.vocab", 128257)(document)
     file.write_text(json.dumps(document))
@@ -124,7 +124,7 @@ def test_the_command_prints_the_checks_and_exits_4_on_a_fault(plan: Plan, tmp_pa
     assert bad.exit_code == 4
     assert "the model was changed" in bad.stdout and "digests" in bad.stderr
     report = json.loads(CliRunner().invoke(cli, ["check", str(file), "--json"]).stdout)
-    assert not report["ok"] and len(report["checks"]) == 7
+    assert not report["ok"] and len(report["checks"]) == 8
 
 
 def test_solve_hands_out_no_certificate_that_does_not_hold(

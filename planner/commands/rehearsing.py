@@ -105,7 +105,7 @@ def _chosen(plan: Plan, ranks: tuple[int, ...]) -> list[tuple[int, tuple[int, ..
     if wrong:
         fault = f"{', '.join(map(str, wrong))}: the plan has {degrees.world} ranks."
         raise InputError(Problem(where="--rank", fault=fault, legal=f"0 to {degrees.world - 1}"))
-    of_rank = {rank: rank // (degrees.world // degrees.pp) for rank in dict.fromkeys(ranks)}
+    of_rank = {rank: degrees.pp_rank_of_rank(rank) for rank in dict.fromkeys(ranks)}
     kind_of = {pp_rank: kind for kind in kinds for pp_rank in kind}
     first = {kind_of[pp_rank]: rank for rank, pp_rank in reversed(of_rank.items())}
     return [(rank, kind_of[pp] if first[kind_of[pp]] == rank else (pp,)) for rank, pp in of_rank.items()]

@@ -139,7 +139,7 @@ def _describe_axis(shape: tuple[int, ...], axis: int) -> AxisGroups:
 
 def _draw_row(plan: Plan, pp_rank: int) -> PipelineRow:
     degrees = plan.strategy.degrees
-    held = [index for index in range(degrees.stages) if degrees.pp_rank_of_stage(index) == pp_rank]
+    held = degrees.stages_of_pp_rank(pp_rank)
     places = list(itertools.product(*(range(size) for size in degrees.grid_shape()[1:-1])))
     ranks = degrees.ranks_of_pp_rank(pp_rank)
     shown = min(MAX_BOXES, max(2, MAX_CHIPS // (min(degrees.pp, MAX_ROWS) * degrees.tp)))

@@ -93,9 +93,9 @@ class StageProgramme:
         """One backward, likewise."""
         return column.cost.backward.work_s * self.work_scale + column.cost.backward.fixed_s
 
-    def stages_of(self, rank: int) -> list[int]:
+    def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that a pipeline rank holds."""
-        return [s for s in range(self.degrees.stages) if self.degrees.pp_rank_of_stage(s) == rank]
+        return self.degrees.stages_of_pp_rank(rank)
 
 
 @noun
