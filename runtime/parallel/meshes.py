@@ -87,8 +87,10 @@ def meshes_of(degrees: Degrees, device_type: str, copied: Collection[int] = ()) 
 
 
 def _head_meshes(weights: DeviceMesh, heads: int, tp: int) -> HeadMeshes:
-    """The axis tp as two."""
-    grid = weights._unflatten("tp", (heads, tp // heads), HEAD_AXES)
+    """The axis tp as two. By its place: torch 2.11 refuses the name of an axis that there is."""
+    names = weights.mesh_dim_names
+    assert names is not None
+    grid = weights._unflatten(names.index("tp"), (heads, tp // heads), HEAD_AXES)
     return HeadMeshes(heads=grid[HEAD_AXES[0]], copies=grid[HEAD_AXES[1]])
 
 
