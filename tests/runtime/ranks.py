@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -15,6 +17,7 @@ from torch.nn import functional
 from planner.model import ModelSpec
 from planner.plan import Plan
 from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime.children import ChildFailed, run_children
 from runtime.committed import committed_folders, load_index
 from runtime.executor import Executor
 from runtime.local_ranks import join_group, run_local
@@ -47,6 +50,21 @@ def on_ranks(body: Callable[[int], Any], world: int) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         run_local(run, world, log_dir=Path(folder), on_message=lambda r, m: results.update({r: m["result"]}))
     return [results[rank] for rank in range(world)]
+
+
+def in_a_process(test: Callable[..., None]) -> Callable[..., None]:
+    """Has a test run in a forked process. torch 2.11 starts autograd's threads where a pass back goes through
+    experts, and no process that has them may fork ranks for later tests."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            for _ in run_children(lambda _rank, _emit: test(*args, **kwargs)):
+                pass
+        except ChildFailed as failure:
+            pytest.fail(str(failure))
+
+    return run
 
 
 def real_peaks(plan: Plan) -> list[int]:

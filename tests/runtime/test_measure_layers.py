@@ -22,6 +22,7 @@ from runtime.parallel.fake_answers import FILLS
 from runtime.timing import Effort
 from runtime.transformer.experts import MixtureOfExperts
 from tests.plans import tiny_deepseek_experts, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_mla
+from tests.runtime.ranks import in_a_process
 
 SEQ = 32
 ONCE = Effort(warmup=1, least=2, most=2, budget_s=0.0)
@@ -140,6 +141,7 @@ def test_a_rank_that_shares_a_sequence_holds_its_part(exchange: CpExchange, tp: 
     ids=str,
 )
 @pytest.mark.parametrize("recompute", list(Recompute))
+@in_a_process
 def test_a_rank_of_experts_meets_as_many_rows_as_its_tokens_have(
     shards: dict[str, int | bool], recompute: Recompute
 ) -> None:
