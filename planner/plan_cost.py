@@ -29,6 +29,11 @@ def predicted_usd(plan: Plan, steps: int) -> float | None:
     return usd_of(plan, steps * plan.estimate.step_time_s / goodput) if goodput > 0 else None
 
 
+def added_usd(first: float | None, second: float | None) -> float | None:
+    """Dollars together; unknown where one of them is."""
+    return None if first is None or second is None else first + second
+
+
 def told_usd(usd: float | None) -> str:
     """Dollars for people; what is not known says so, and is never 0."""
     return "unknown" if usd is None else f"${usd:,.2f}"

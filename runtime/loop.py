@@ -24,7 +24,6 @@ import torch.distributed as dist
 from planner.codec import encode
 from planner.errors import InputError, Problem
 from planner.plan import Plan
-from planner.plan_cost import usd_of
 from runtime.adapter_files import AdapterFolder, say_export
 from runtime.backends.transformers import backend_of
 from runtime.backends.transformers import load_into as load_their_names
@@ -35,19 +34,18 @@ from runtime.data.order import BatchReader
 from runtime.data.prepare import data_weights
 from runtime.executor import Executor, StepResult
 from runtime.hf_weights.folder import load_into
+from runtime.identity import check_identity, plan_facts
 from runtime.local_ranks import RunFailedError, Send, join_group
 from runtime.metrics import MetricsLog, Probes, StepMetrics, mfu
 from runtime.optimizer import OptimizerOptions, learning_rate
 from runtime.options import TrainOptions, resolve
 from runtime.recording import Recorder
+from runtime.run_folder import CHECKPOINTS
 from runtime.saver import Saver
 from runtime.session import (
-    CHECKPOINTS,
     Setup,
-    check_identity,
     load_resumed,
     open_run_data,
-    plan_facts,
     restore,
     run_identity,
     saved_options,
@@ -189,7 +187,7 @@ class _Loop:
         """All steps, the checkpoints between and at the end, and the summary."""
         log = MetricsLog(self.run_dir, last_step=self.executor.steps_done) if self.first else None
         if log is not None:
-            self.seen.steps_s, self.seen.earlier_wall_s = log.earlier_steps_s, log.earlier_wall_s
+            self.seen.earlier, self.seen.steps_s = log.earlier, log.earlier.steps_s
         try:
             self._steps(log)
         finally:
@@ -266,8 +264,9 @@ class _Loop:
             checkpoint_wait_s=self.saver.waited_s - self.told_s,
             predicted_step_time_s=self.job.plan.estimate.step_time_s,
             left_s=(left_s := self._left_s(step_time_s, step + 1)),
-            cost_usd=usd_of(self.job.plan, wall_s),
-            expected_cost_usd=usd_of(self.job.plan, wall_s + left_s),
+            cost_usd=self.seen.cost_usd(self.job.plan, wall_s),
+            expected_cost_usd=self.seen.cost_usd(self.job.plan, wall_s + left_s),
+            predicted_cost_usd=self.seen.predicted_cost_usd(self.job.plan, offset + 1),
             causes=mean_causes(causes) if offset == self.recorder.probes.timeline else None,
         )
         self.told_s = self.saver.waited_s
@@ -332,7 +331,7 @@ class _Loop:
 
     def _wall_s(self) -> float:
         """Seconds of the run so far, all launches together."""
-        return self.seen.earlier_wall_s + time.monotonic() - self.job.launched_s
+        return self.seen.earlier.wall_s + time.monotonic() - self.job.launched_s
 
 
 def _check_steps_left(steps: int, done: int) -> None:

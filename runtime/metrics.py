@@ -14,9 +14,7 @@ from planner.codec import encode, noun, write_atomic
 from planner.errors import InputError, Problem
 from planner.plan import Plan
 from runtime.causes import StepCauses
-
-METRICS = "metrics.jsonl"
-TIMELINE = "timeline.json"
+from runtime.run_folder import METRICS, TIMELINE
 
 
 @noun
@@ -27,8 +25,9 @@ class StepMetrics:
     purpose: the first ones, and those whose memory or timeline was recorded. `peak_memory_bytes` holds
     the allocated peak of every rank, in rank order, as last recorded. `mfu` is None where the device's peak
     is unknown. `wall_s` is the time that the run has taken so far, all its launches together, `cost_usd` what
-    that costs where a price is known, `left_s` what its remaining steps take at the pace of this launch, and
-    `expected_cost_usd` what the run will have cost with them.
+    that cost, each launch on its own plan's cluster, where all prices are known, `predicted_cost_usd` what
+    their plans said of the steps so far, `left_s` what its remaining steps take at the pace of this launch,
+    and `expected_cost_usd` what the run will have cost with them.
     `loss_scale` is that of fp16; a step whose gradients overflowed is `skipped`: nothing was updated.
     `checkpoint_wait_s` is what training waited for checkpoints between the step before and this one.
     `causes` is where the time went, the mean of all ranks; only in the step whose timeline was recorded.
@@ -52,6 +51,7 @@ class StepMetrics:
     loss_scale: float | None = None
     skipped: bool = False
     expected_cost_usd: float | None = None
+    predicted_cost_usd: float | None = None
 
 
 @noun
@@ -108,19 +108,38 @@ class Probes:
         return offset >= self.timed_from and offset not in self.profile
 
 
-class MetricsLog:
-    """metrics.jsonl, open for appending. Lines after `last_step` are dropped: those steps come again.
+@noun
+class Earlier:
+    """What earlier launches took, lost steps included, and what that cost; None: a price is not known.
 
-    `earlier_wall_s` is the time that earlier launches took, lost steps included; `earlier_steps_s` the
-    part of it that went into the steps that are kept.
+    `steps_s` is the part that went into the steps that are kept, `predicted_cost_usd` what the plans by which
+    they ran said of these.
     """
+
+    wall_s: float = 0.0
+    steps_s: float = 0.0
+    cost_usd: float | None = 0.0
+    predicted_cost_usd: float | None = 0.0
+
+
+def _earlier(lines: Sequence[dict[str, Any]], kept: Sequence[dict[str, Any]]) -> Earlier:
+    spent = [line.get("cost_usd") for line in lines]
+    return Earlier(
+        wall_s=max((line.get("wall_s", 0.0) for line in lines), default=0.0),
+        steps_s=sum(line["step_time_s"] for line in kept),
+        cost_usd=None if None in spent else max(spent, default=0.0),
+        predicted_cost_usd=kept[-1].get("predicted_cost_usd") if kept else 0.0,
+    )
+
+
+class MetricsLog:
+    """metrics.jsonl, open for appending. Lines after `last_step` are dropped: those steps come again."""
 
     def __init__(self, run_dir: Path, *, last_step: int) -> None:
         self._path = run_dir / METRICS
         lines = [line for line in map(_parse, _lines(self._path)) if line is not None] if last_step else []
         kept = [line for line in lines if line["step"] <= last_step]
-        self.earlier_wall_s: float = max((line.get("wall_s", 0.0) for line in lines), default=0.0)
-        self.earlier_steps_s: float = sum(line["step_time_s"] for line in kept)
+        self.earlier = _earlier(lines, kept)
         write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file: TextIO = self._path.open("a", encoding="utf-8")
 

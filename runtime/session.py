@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from planner.codec import digest, encode
+from planner.codec import encode, to_json, write_atomic
 from planner.errors import InputError, Problem
-from planner.plan import Plan, load_plan, save_plan
+from planner.plan import Plan
 from runtime.adapter_files import AdapterFolder
 from runtime.backends.transformers import check_backend
 from runtime.checkpoint import load_checkpoint
@@ -32,14 +32,13 @@ from runtime.data.prepare import data_weights, prepare_data
 from runtime.exchange import own_rank
 from runtime.executor import Executor
 from runtime.hf_weights.folder import check_folder, keep_files
+from runtime.identity import plan_identity
 from runtime.metrics import prepare_run_dir
 from runtime.optimizer import OptimizerOptions
 from runtime.options import TrainOptions, check_options
 from runtime.present import foreign_cpu, foreign_torch
+from runtime.run_folder import CHECKPOINTS, OPTIONS, keep_plan
 from runtime.trackers import check_trackers
-
-CHECKPOINTS = "checkpoints"
-PLAN = "plan.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +111,8 @@ def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
         _begin_with(Path(options.init_from), plan, options)
     cache = run_dir / "data" if options.data_cache is None else Path(options.data_cache)
     index = prepare_data(options.data, vocab=plan.model.vocab, cache=cache)
-    _keep_plan(plan, run_dir)
+    keep_plan(plan, run_dir, 0 if checkpoint is None else load_index(Path(checkpoint)).step)
+    write_atomic(run_dir / OPTIONS, to_json(options))
     return Setup(str(index), checkpoint, tuple(remarks))
 
 
@@ -151,19 +151,10 @@ def _begin_with(folder: Path, plan: Plan, options: TrainOptions) -> None:
     keep_files(folder, Path(options.run_dir))
 
 
-def _keep_plan(plan: Plan, run_dir: Path) -> None:
-    path = run_dir / PLAN
-    if not (path.exists() and load_plan(path) == plan):
-        save_plan(plan, path)
-
-
 def run_identity(plan: Plan, options: TrainOptions, data: DataIndex) -> dict[str, Value]:
     """What must not change when a run goes on, as flat values: model, workload, data and its order."""
-    model = dataclasses.replace(plan.model, name="", sources=())
-    workload = dataclasses.replace(plan.workload, tokens=None)
-    facts = {"model": encode(model), "workload": encode(workload)}
     return {
-        **dict(_flat(facts, "")),
+        **plan_identity(plan),
         "backend": "native" if options.hf_config is None else "transformers",
         "data.digest": data.digest,
         "data.tokenizer": f"{data.tokenizer} {data.tokenizer_digest[:16]}",
@@ -173,35 +164,6 @@ def run_identity(plan: Plan, options: TrainOptions, data: DataIndex) -> dict[str
         "seed": options.seed,
         **({} if plan.workload.adapters is None else {"lora_alpha": options.lora_alpha}),
     }
-
-
-def _flat(value: Any, prefix: str) -> list[tuple[str, Value]]:
-    if isinstance(value, dict):
-        return [pair for key, item in value.items() for pair in _flat(item, f"{prefix}.{key}".strip("."))]
-    if isinstance(value, (list, tuple)):
-        return [pair for place, item in enumerate(value) for pair in _flat(item, f"{prefix}.{place}")]
-    return [(prefix, str(value) if isinstance(value, str) else value)]
-
-
-def check_identity(path: Path, saved: dict[str, Value], own: dict[str, Value]) -> None:
-    """Raises InputError with every fact in which a checkpoint and this run differ, both values named."""
-    names = [name for name in (*own, *(n for n in saved if n not in own)) if not name.startswith("plan.")]
-    problems = [
-        Problem(
-            where=f"{path}: {name}",
-            fault=f"is {saved.get(name, 'absent')!r} in the checkpoint, {own.get(name, 'absent')!r} now.",
-            fix="resume with the model, workload, data and seed of the run, or start a new one",
-        )
-        for name in names
-        if saved.get(name, "absent") != own.get(name, "absent")
-    ]
-    if problems:
-        raise InputError(*problems)
-
-
-def plan_facts(plan: Plan) -> dict[str, Value]:
-    """By which plan a checkpoint was made; a run may go on under another one."""
-    return {"plan.label": plan.strategy.degrees.label(), "plan.digest": digest(plan.strategy)}
 
 
 def saved_options(index: CheckpointIndex) -> OptimizerOptions:

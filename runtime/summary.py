@@ -14,11 +14,11 @@ import torch
 
 from planner.codec import noun, to_json, write_atomic
 from planner.plan import Plan
-from planner.plan_cost import predicted_usd, usd_of
+from planner.plan_cost import added_usd, predicted_usd, usd_of
 from runtime.causes import StepCauses, predicted_causes
-from runtime.metrics import StepMetrics, mfu
+from runtime.metrics import Earlier, StepMetrics, mfu
+from runtime.run_folder import SUMMARY
 
-SUMMARY = "summary.json"
 SUMMARY_SCHEMA = 1
 
 
@@ -29,8 +29,8 @@ class TrainSummary:
     `measured_step_time_s` is the median over the timed steps of the slowest rank's time;
     `measured_step_time_spread` its interquartile range over the median. Both are None without a timed
     step. `goodput` is the share of the run's wall time (`wall_s`, all launches) that went into steps that
-    were kept. `cost_usd` is for that time, `predicted_cost_usd` what the plan says of the steps up to the
-    last, `expected_cost_usd` what the run costs with the steps that are left of those asked for, at this
+    were kept. `cost_usd` is for that time, each launch on its own plan's cluster, `predicted_cost_usd` what
+    these plans say of the steps up to the last, `expected_cost_usd` what the run costs with the steps that are left of those asked for, at this
     launch's pace; all are None where no price is known. `causes_by_rank` is where the
     time of the recorded step went, empty where none was recorded; what a rank was busy with and what it
     waited for are sums of these. `checkpoint_wait_s` is what training waited for checkpoints in this launch.
@@ -78,12 +78,12 @@ class TrainSummary:
 
 @dataclass(slots=True)
 class Seen:
-    """What rank 0 has seen of a launch so far; `steps_s` and `earlier_wall_s` include earlier launches."""
+    """What rank 0 has seen of a launch so far; `steps_s` includes `earlier` launches."""
 
     first_step: int
     losses: list[float] = field(default_factory=list)
     steps_s: float = 0.0
-    earlier_wall_s: float = 0.0
+    earlier: Earlier = Earlier()
     timed_s: list[float] = field(default_factory=list)
     peaks: tuple[int, ...] = ()
     causes: tuple[StepCauses, ...] = ()
@@ -92,6 +92,14 @@ class Seen:
     checkpoint_wait_s: float = 0.0
     executed: dict[str, Any] = field(default_factory=dict)
     executed_differences: tuple[str, ...] = ()
+
+    def cost_usd(self, plan: Plan, wall_s: float) -> float | None:
+        """Dollars of the run, which has taken `wall_s`: this launch on its plan's cluster."""
+        return added_usd(self.earlier.cost_usd, usd_of(plan, wall_s - self.earlier.wall_s))
+
+    def predicted_cost_usd(self, plan: Plan, steps: int) -> float | None:
+        """Dollars that were predicted of the steps before, and of `steps` of this launch."""
+        return added_usd(self.earlier.predicted_cost_usd, predicted_usd(plan, steps))
 
     def note(self, line: StepMetrics) -> None:
         """Takes in one step."""
@@ -138,9 +146,9 @@ def summarize(plan: Plan, seen: Seen, *, wall_s: float, left_s: float, data: str
         predicted_causes=predicted_causes(plan),
         goodput=min(1.0, seen.steps_s / wall_s),
         wall_s=wall_s,
-        cost_usd=usd_of(plan, wall_s),
-        predicted_cost_usd=predicted_usd(plan, seen.first_step + len(seen.losses)),
-        expected_cost_usd=usd_of(plan, wall_s + left_s),
+        cost_usd=seen.cost_usd(plan, wall_s),
+        predicted_cost_usd=seen.predicted_cost_usd(plan, len(seen.losses)),
+        expected_cost_usd=seen.cost_usd(plan, wall_s + left_s),
         executed=seen.executed,
         executed_differences=seen.executed_differences,
         checkpoint=seen.checkpoint,

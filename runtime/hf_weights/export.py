@@ -20,7 +20,7 @@ from runtime.committed import CheckpointIndex, committed_folders, find_checkpoin
 from runtime.hf_weights.folder import CONFIG, KEPT, check_config, side_files
 from runtime.hf_weights.merged import MergedWeights
 from runtime.hf_weights.write import ReadParameter, write_weights
-from runtime.session import CHECKPOINTS, PLAN
+from runtime.run_folder import CHECKPOINTS, PLAN
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
