@@ -42,6 +42,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "diff": ("planner.commands.diff:diff", "Two plans side by side, and which is faster by what."),
         "rehearse": ("planner.commands.rehearse:rehearse", "Single ranks of a plan on one device, measured."),
         "train": ("planner.commands.train:train", "Execute a plan on real ranks; checkpoint, log, resume."),
+        "replan": ("planner.commands.replan:replan", "A new plan for what is left of a run's cluster."),
         "export-weights": (
             "planner.commands.export_weights:export_weights",
             "A run's weights as a Hugging Face folder.",

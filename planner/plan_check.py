@@ -115,7 +115,8 @@ def _objective(plan: Plan) -> list[str]:
         faults.append(f"{objective.nodes_unused} nodes are left unused")
     job = plan.estimate.job
     days, usd = (plan.estimate.days, plan.estimate.cost_usd) if job is None else (job.days, job.cost_usd)
-    for name, written, own in (("days", objective.days, days), ("cost_usd", objective.cost_usd, usd)):
+    own_figures = (("days", objective.days, days), ("cost_usd", objective.cost_usd, usd))
+    for name, written, own in own_figures if objective.rest is None else ():
         if (written is None) != (own is None) or not math.isclose(
             written or 0.0, own or 0.0, rel_tol=RELATIVE_TOLERANCE
         ):

@@ -108,6 +108,19 @@ def why_infeasible(problem: PlanningProblem, pins: Pins, effort: Effort) -> Infe
     )
 
 
+OF_PLACE = ("--cluster", "--memory-limit", "fix", "offload")
+"""Beginnings of the kinds of repairs that leave the job as it is."""
+
+
+def for_a_run(answer: Infeasible) -> Infeasible:
+    """The answer for a run that goes on: repairs that change its job stand among the others, as they would
+    make it another run."""
+    kept, others = [], []
+    for repair in (*answer.repairs, *answer.others):
+        (kept if repair.kind.startswith(OF_PLACE) else others).append(repair)
+    return dataclasses.replace(answer, repairs=tuple(kept), others=tuple(others))
+
+
 GROWTH = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0)
 """Times an inexact least limit at which the search is asked for a plan, until it finds one."""
 

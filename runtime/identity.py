@@ -1,4 +1,4 @@
-"""Whose run a checkpoint is, as flat facts: what must not change when it goes on, and by which plan it was made."""
+"""Whose run a checkpoint is, in flat facts: what must not change when it goes on, and which plan made it."""
 
 from __future__ import annotations
 

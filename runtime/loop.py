@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 
 from planner.codec import encode
-from planner.errors import InputError, Problem
 from planner.plan import Plan
 from runtime.adapter_files import AdapterFolder, say_export
 from runtime.backends.transformers import backend_of
@@ -34,7 +33,7 @@ from runtime.data.order import BatchReader
 from runtime.data.prepare import data_weights
 from runtime.executor import Executor, StepResult
 from runtime.hf_weights.folder import load_into
-from runtime.identity import check_identity, plan_facts
+from runtime.identity import plan_facts
 from runtime.local_ranks import RunFailedError, Send, join_group
 from runtime.metrics import MetricsLog, Probes, StepMetrics, mfu
 from runtime.optimizer import OptimizerOptions, learning_rate
@@ -140,8 +139,6 @@ class _Loop:
         resumed = load_resumed(self.job.setup)
         saved = None
         if resumed is not None:
-            check_identity(resumed[0], resumed[1].run, self.identity)
-            _check_steps_left(options.steps, resumed[1].step)
             saved = saved_options(resumed[1])
         chosen = resolve(options, plan, saved)
         for remark in self.job.setup.remarks:
@@ -332,14 +329,3 @@ class _Loop:
     def _wall_s(self) -> float:
         """Seconds of the run so far, all launches together."""
         return self.seen.earlier.wall_s + time.monotonic() - self.job.launched_s
-
-
-def _check_steps_left(steps: int, done: int) -> None:
-    if steps <= done:
-        raise InputError(
-            Problem(
-                where="--steps",
-                fault=f"is {steps}, and the checkpoint is already at step {done}.",
-                legal=f"more than {done}: steps count from the beginning of training",
-            )
-        )

@@ -122,8 +122,11 @@ class Earlier:
     predicted_cost_usd: float | None = 0.0
 
 
+NOTHING_BEFORE = Earlier()
+
+
 def _earlier(lines: Sequence[dict[str, Any]], kept: Sequence[dict[str, Any]]) -> Earlier:
-    spent = [line.get("cost_usd") for line in lines]
+    spent: list[Any] = [line.get("cost_usd") for line in lines]
     return Earlier(
         wall_s=max((line.get("wall_s", 0.0) for line in lines), default=0.0),
         steps_s=sum(line["step_time_s"] for line in kept),

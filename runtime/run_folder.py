@@ -1,22 +1,21 @@
 """The files of a run's folder that say what runs there, and those of the plans before.
 
-    plan.json                    the plan of the latest launch
-    options.json                 what that launch was told beside it
-    checkpoints/                 runtime.committed
-    metrics.jsonl                every step, of all plans (runtime.metrics)
-    summary.json, timeline.json  of the latest launch
-    earlier/step-00000120/       plan.json, summary.json and timeline.json of the plan that ran up to step 120
+plan.json                    the plan of the latest launch
+options.json                 what that launch was told beside it
+checkpoints/                 runtime.committed
+metrics.jsonl                every step, of all plans (runtime.metrics)
+summary.json, timeline.json  of the latest launch
+earlier/step-00000120/       plan.json, summary.json and timeline.json of the plan that ran up to step 120
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from planner.plan import Plan, load_plan, save_plan
 from runtime.committed import step_folder
 
-CHECKPOINTS, EARLIER = "checkpoints", "earlier"
+CHECKPOINTS, EARLIER, LOCK = "checkpoints", "earlier", ".lock"
 PLAN, OPTIONS, METRICS, SUMMARY, TIMELINE = (
     "plan.json",
     "options.json",
@@ -48,4 +47,4 @@ def _set_aside(run_dir: Path, earlier: Path, *, led_nowhere: bool) -> None:
         if dropped:
             (run_dir / name).unlink(missing_ok=True)
         elif (run_dir / name).exists():
-            os.replace(run_dir / name, earlier / name)
+            (run_dir / name).replace(earlier / name)

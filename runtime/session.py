@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from planner.codec import encode, to_json, write_atomic
+from planner.codec import encode, load_json, to_json, write_atomic
 from planner.errors import InputError, Problem
 from planner.plan import Plan
 from runtime.adapter_files import AdapterFolder
@@ -32,12 +32,12 @@ from runtime.data.prepare import data_weights, prepare_data
 from runtime.exchange import own_rank
 from runtime.executor import Executor
 from runtime.hf_weights.folder import check_folder, keep_files
-from runtime.identity import plan_identity
+from runtime.identity import check_identity, plan_identity
 from runtime.metrics import prepare_run_dir
 from runtime.optimizer import OptimizerOptions
 from runtime.options import TrainOptions, check_options
 from runtime.present import foreign_cpu, foreign_torch
-from runtime.run_folder import CHECKPOINTS, OPTIONS, keep_plan
+from runtime.run_folder import CHECKPOINTS, LOCK, OPTIONS, keep_plan
 from runtime.trackers import check_trackers
 
 
@@ -53,7 +53,7 @@ class Setup:
 def lock_run_dir(run_dir: Path) -> int:
     """Makes the run folder and holds its lock until this process ends; returns the lock's descriptor."""
     prepare_run_dir(run_dir)
-    handle = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -111,9 +111,25 @@ def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
         _begin_with(Path(options.init_from), plan, options)
     cache = run_dir / "data" if options.data_cache is None else Path(options.data_cache)
     index = prepare_data(options.data, vocab=plan.model.vocab, cache=cache)
-    keep_plan(plan, run_dir, 0 if checkpoint is None else load_index(Path(checkpoint)).step)
+    done = 0 if checkpoint is None else _check_goes_on(Path(checkpoint), plan, options, index)
+    keep_plan(plan, run_dir, done)
     write_atomic(run_dir / OPTIONS, to_json(options))
     return Setup(str(index), checkpoint, tuple(remarks))
+
+
+def _check_goes_on(checkpoint: Path, plan: Plan, options: TrainOptions, data: Path) -> int:
+    """The steps that a checkpoint has done. Raises InputError where it is another run's, or nothing is left."""
+    index = load_index(checkpoint)
+    check_identity(checkpoint, index.run, run_identity(plan, options, load_json(data, DataIndex)))
+    if options.steps <= index.step:
+        raise InputError(
+            Problem(
+                where="--steps",
+                fault=f"is {options.steps}, and the checkpoint is already at step {index.step}.",
+                legal=f"more than {index.step}: steps count from the beginning of training",
+            )
+        )
+    return index.step
 
 
 def _check_adapters(plan: Plan, options: TrainOptions) -> None:

@@ -16,7 +16,7 @@ from planner.codec import noun, to_json, write_atomic
 from planner.plan import Plan
 from planner.plan_cost import added_usd, predicted_usd, usd_of
 from runtime.causes import StepCauses, predicted_causes
-from runtime.metrics import Earlier, StepMetrics, mfu
+from runtime.metrics import NOTHING_BEFORE, Earlier, StepMetrics, mfu
 from runtime.run_folder import SUMMARY
 
 SUMMARY_SCHEMA = 1
@@ -30,11 +30,11 @@ class TrainSummary:
     `measured_step_time_spread` its interquartile range over the median. Both are None without a timed
     step. `goodput` is the share of the run's wall time (`wall_s`, all launches) that went into steps that
     were kept. `cost_usd` is for that time, each launch on its own plan's cluster, `predicted_cost_usd` what
-    these plans say of the steps up to the last, `expected_cost_usd` what the run costs with the steps that are left of those asked for, at this
-    launch's pace; all are None where no price is known. `causes_by_rank` is where the
-    time of the recorded step went, empty where none was recorded; what a rank was busy with and what it
-    waited for are sums of these. `checkpoint_wait_s` is what training waited for checkpoints in this launch.
-    `executed_differences` lists where the running model differs from its plan.
+    these plans say of the steps up to the last, `expected_cost_usd` what the run costs with the steps that
+    are left of those asked for, at this launch's pace; all are None where a price is not known.
+    `causes_by_rank` is where the time of the recorded step went, empty where none was recorded; what a rank
+    was busy with and what it waited for are sums of these. `checkpoint_wait_s` is what training waited for
+    checkpoints in this launch. `executed_differences` lists where the running model differs from its plan.
     """
 
     schema_version: int
@@ -83,7 +83,7 @@ class Seen:
     first_step: int
     losses: list[float] = field(default_factory=list)
     steps_s: float = 0.0
-    earlier: Earlier = Earlier()
+    earlier: Earlier = NOTHING_BEFORE
     timed_s: list[float] = field(default_factory=list)
     peaks: tuple[int, ...] = ()
     causes: tuple[StepCauses, ...] = ()

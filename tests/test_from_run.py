@@ -162,7 +162,7 @@ def test_a_resumed_run_counts_its_own_plan_and_each_step_once(tmp_path: Path) ->
     (folder / "summary.json").write_text(json.dumps({"executed_differences": ["zero is 0, not 1"]}))
     run, result = converted("--from-run", folder, output=tmp_path / "r.csv")
     assert (run.step_time_s, run.peak_memory_gib) == (1.0, 2.0)
-    assert "2 steps ran on another number of ranks" in result.output
+    assert "2 steps ran by an earlier plan" in result.output
     assert "differs from its plan: zero is 0, not 1" in result.output
     (folder / "summary.json").write_text("{")
     (folder / "metrics.jsonl").write_text("[1]\nx\n")

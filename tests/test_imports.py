@@ -31,7 +31,7 @@ HEAVY = {
 }
 MEETS_RUNTIME = {
     *("profile", "profile_ranks", "profile_request", "profile_session"),
-    *("train", "demo", "rehearse", "rehearsing", "trace", "export_weights"),
+    *("train", "demo", "rehearse", "rehearsing", "trace", "export_weights", "replan_run"),
 }
 """Commands whose bodies may import runtime; nothing else in planner may."""
 

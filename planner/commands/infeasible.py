@@ -21,9 +21,14 @@ ONE_REPAIR_S = 1.0
 COLUMNS = 100
 
 
-def tell_infeasible(problem: PlanningProblem, options: SolveOptions, *, as_json: bool) -> int:
-    """Prints why a problem has no plan and what would give it one. Returns the exit code."""
-    from planner.repairs import why_infeasible
+def tell_infeasible(
+    problem: PlanningProblem, options: SolveOptions, *, as_json: bool, goes_on: bool = False
+) -> int:
+    """Prints why a problem has no plan and what would give it one. Returns the exit code.
+
+    `goes_on`: the problem is that of a run which goes on, and may change its place and its plan alone.
+    """
+    from planner.repairs import for_a_run, why_infeasible
     from planner.resolve import Effort
 
     click.echo("no feasible plan; looking for the cheapest changes that give one", err=True)
@@ -32,10 +37,12 @@ def tell_infeasible(problem: PlanningProblem, options: SolveOptions, *, as_json:
     if options.reproducible:
         effort = Effort(each_s=None, total_s=None)
     answer = why_infeasible(problem, options.pins, effort)
+    if goes_on:
+        answer = for_a_run(answer)
     if as_json:
         print_json(infeasible_document(answer))
     else:
-        click.echo(infeasible_text(problem, answer))
+        click.echo(infeasible_text(problem, answer, NEW_RUN if goes_on else "also"))
     return INFEASIBLE_EXIT
 
 
@@ -71,8 +78,14 @@ def _repair_document(repair: Repair) -> dict[str, Any]:
     }
 
 
-def infeasible_text(problem: PlanningProblem, answer: Infeasible) -> str:
-    """The answer for people, in 100 columns as far as flags allow."""
+NEW_RUN = (
+    "with a new run alone (a run keeps its batch, sequence, number format, optimizer and method, and may go "
+    "on with these flags in `plan solve` from its weights only)"
+)
+
+
+def infeasible_text(problem: PlanningProblem, answer: Infeasible, others: str = "also") -> str:
+    """The answer for people, in 100 columns as far as flags allow; `others` is the title of other repairs."""
     binding = answer.binding
     sections = [
         f"no feasible plan among {answer.shapes} shapes for {problem.model.name} on {problem.cluster.name}",
@@ -86,7 +99,7 @@ def infeasible_text(problem: PlanningProblem, answer: Infeasible) -> str:
         ),
         _repairs_text("what would help, cheapest first", answer.repairs)
         or "no single change of those tried gives a feasible plan",
-        _repairs_text("also", answer.others),
+        _repairs_text(others, answer.others),
     ]
     return "\n\n".join(section for section in sections if section)
 

@@ -40,12 +40,14 @@ def _summary(o: Objective) -> str:
     limits += [f"for {money(o.budget_usd)} at most"] if o.budget_usd is not None else []
     used = f"{o.nodes} of {o.nodes + o.nodes_unused} of {o.offered}"
     bound = money(o.lower_bound) if cost else _days(o.lower_bound)
+    left = o.rest
+    spent = "" if left is None else f", after {_days(left.spent_days)} and {money(left.spent_usd)}"
     ended = "; the time limit ended the search" if o.status == "time_limit" else ""
     return pairs(
         [
             ("objective", ", ".join([f"least {'cost' if cost else 'time'}", *limits])),
             ("nodes", used + (f"; {o.nodes_unused} left unused" if o.nodes_unused else "; all used")),
-            ("whole run", f"{_days(o.days)}, {money(o.cost_usd)}"),
+            ("whole run" if left is None else "what is left", f"{_days(o.days)}, {money(o.cost_usd)}{spent}"),
             ("no plan below", f"{bound} ({o.status}, gap {o.gap:.2%}){ended}"),
         ]
     )

@@ -127,6 +127,10 @@ def warn_of(market: Market, names: str | None = None) -> None:
             click.echo(f"warning: {warning.text}", err=True)
 
 
+def _cluster_option(command: Command) -> Command:
+    return click.option("--cluster", required=True, metavar="CLUSTER", help=CLUSTER_HELP)(command)
+
+
 def _job_options() -> list[Callable[[Any], Any]]:
     return [
         click.option(
@@ -135,7 +139,7 @@ def _job_options() -> list[Callable[[Any], Any]]:
             metavar="MODEL",
             help="A catalog name, a config.json or its folder, or a TOML file.",
         ),
-        click.option("--cluster", required=True, metavar="CLUSTER", help=CLUSTER_HELP),
+        _cluster_option,
         click.option(
             "--seq", required=True, type=click.IntRange(min=1), help="Tokens of one sequence.", metavar="N"
         ),
@@ -179,15 +183,21 @@ def _job_options() -> list[Callable[[Any], Any]]:
     ]
 
 
-def _options() -> list[Callable[[Any], Any]]:
+def _device_options() -> list[Callable[[Any], Any]]:
     return [
-        *_job_options(),
         click.option(
             "--profile",
             type=click.Path(path_type=Path),
             help="A file that `plan profile` wrote. Default: the shipped profile that fits best.",
         ),
         click.option("--memory-limit", metavar="SIZE", help="Memory of a device to plan for, such as 72GiB."),
+    ]
+
+
+def _options() -> list[Callable[[Any], Any]]:
+    return [
+        *_job_options(),
+        *_device_options(),
         click.option(
             "--engine",
             type=click.Choice(["any", "native", "torchtitan", "megatron", "deepspeed"]),
@@ -217,38 +227,44 @@ def problem_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return json_option(upkeep_options(wrapped))
 
 
+JOB = {"model", "seq", "batch", "tokens", "precision", "optimizer", "method", "arch", "engine"}
+JOB |= {"lora_rank", "lora_modules"}
+"""Fields of ProblemOptions that say what is trained; the others say where, and what goes on around it."""
+
+
+def place_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the common options but those of the job, and `--json`, to a command that has a job already.
+
+    The command is called with `place`, their values by their fields of ProblemOptions, and `as_json`.
+    """
+    names = [str(name) for name in ProblemOptions.__dataclass_fields__ if name not in JOB]
+
+    @functools.wraps(command)
+    def call(**values: Any) -> Any:
+        return command(place={name: values.pop(name) for name in names}, **values)
+
+    from planner.commands.upkeep_options import upkeep_options
+
+    wrapped: Callable[..., Any] = prices_option(on_premises_option(call))
+    for option in reversed([_cluster_option, *_device_options()]):
+        wrapped = option(wrapped)
+    return json_option(upkeep_options(wrapped))
+
+
 def load_problem(options: ProblemOptions) -> ProblemInputs:
     """Reads the model, cluster and units that the options name. Raises InputError with every fault."""
     from planner.catalog import load_model
-    from planner.cluster_grammar import parse_cluster
-    from planner.codec import read_text
-    from planner.commands.upkeep_options import read_upkeep
     from planner.errors import InputError
-    from planner.units import parse_bytes, parse_count
+    from planner.units import parse_count
     from planner.workload import Method, Optimizer, Workload
 
     problems: list[Problem] = []
-
-    def read(function: Callable[[str], Any], text: str | None) -> Any:
-        try:
-            return None if text is None else function(text)
-        except InputError as error:
-            problems.extend(error.problems)
-            return None
-
+    read = _reader(problems)
     model: ModelSpec | None = read(lambda text: load_model(text, arch=options.arch), options.model)
-    market: Market | None = read(
-        lambda text: open_market(options.prices, options.on_premises, text), options.cluster
-    )
-    cluster: ClusterSpec | None = read(lambda text: parse_cluster(text, market=market), options.cluster)
-    if market is not None and cluster is not None:
-        warn_of(market, cluster.name)
     tokens: int | None = read(parse_count, options.tokens)
-    limit: int | None = read(parse_bytes, options.memory_limit)
-    read(lambda path: read_text(Path(path)), None if options.profile is None else str(options.profile))
-    upkeep = read_upkeep(options, problems)
-    problems.extend(_faults(options, model, tokens, limit))
-    problems.extend(_unsupported(options.precision, cluster))
+    place = read_place(options, problems)
+    problems.extend(_faults(options, model, tokens))
+    cluster, limit, upkeep = place
     if problems or model is None or cluster is None:
         raise InputError(*problems)
     workload = Workload(
@@ -263,6 +279,54 @@ def load_problem(options: ProblemOptions) -> ProblemInputs:
     return ProblemInputs(model, workload, cluster, options.profile, limit, upkeep)
 
 
+class Place(NamedTuple):
+    """Where it runs: the cluster, None where it cannot be read, a stated memory limit, and the upkeep."""
+
+    cluster: ClusterSpec | None
+    memory_limit_bytes: int | None
+    upkeep: Upkeep
+
+
+def read_place(options: ProblemOptions, problems: list[Problem]) -> Place:
+    """What the options say besides the model and the workload; faults are added to `problems`."""
+    from planner.cluster_grammar import parse_cluster
+    from planner.codec import read_text
+    from planner.commands.upkeep_options import read_upkeep
+    from planner.errors import Problem
+    from planner.units import parse_bytes
+
+    read = _reader(problems)
+    market: Market | None = read(
+        lambda text: open_market(options.prices, options.on_premises, text), options.cluster
+    )
+    cluster: ClusterSpec | None = read(lambda text: parse_cluster(text, market=market), options.cluster)
+    if market is not None and cluster is not None:
+        warn_of(market, cluster.name)
+    limit: int | None = read(parse_bytes, options.memory_limit)
+    if limit is not None and limit < 1:
+        problems.append(
+            Problem(where="--memory-limit", fault=f"'{options.memory_limit}' is no memory at all.")
+        )
+    read(lambda path: read_text(Path(path)), None if options.profile is None else str(options.profile))
+    upkeep = read_upkeep(options, problems)
+    problems.extend(_unsupported(options.precision, cluster))
+    return Place(cluster, limit, upkeep)
+
+
+def _reader(problems: list[Problem]) -> Callable[[Callable[[str], Any], str | None], Any]:
+    """Reads a text where there is one; faults are added to `problems`, and None comes back."""
+    from planner.errors import InputError
+
+    def read(function: Callable[[str], Any], text: str | None) -> Any:
+        try:
+            return None if text is None else function(text)
+        except InputError as error:
+            problems.extend(error.problems)
+            return None
+
+    return read
+
+
 def _adapters(options: ProblemOptions) -> Adapters | None:
     from planner.workload import AdapterModules, Adapters
 
@@ -273,9 +337,7 @@ def _adapters(options: ProblemOptions) -> Adapters | None:
     )
 
 
-def _faults(
-    options: ProblemOptions, model: ModelSpec | None, tokens: int | None, limit: int | None
-) -> list[Problem]:
+def _faults(options: ProblemOptions, model: ModelSpec | None, tokens: int | None) -> list[Problem]:
     """Problems of the options that only show once they are read."""
     from planner.errors import Problem
 
@@ -290,8 +352,6 @@ def _faults(
         found.append(Problem(where="--seq", fault=fault, legal=f"1 to {longest}"))
     if tokens is not None and tokens < 1:
         found.append(Problem(where="--tokens", fault=f"'{options.tokens}' is no token at all."))
-    if limit is not None and limit < 1:
-        found.append(Problem(where="--memory-limit", fault=f"'{options.memory_limit}' is no memory at all."))
     return found
 
 

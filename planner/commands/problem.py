@@ -36,11 +36,22 @@ class Known(NamedTuple):
 def read_problem(options: ProblemOptions) -> Asked:
     """Reads everything that the options name. Raises InputError with every fault."""
     from planner.limits import Limits
-    from planner.problem import PlanningProblem
     from planner.runs.engine_stack import engine_stack, priced_as
     from planner.stack import Engine
 
-    inputs = load_problem(options)
+    asked = asked_of(load_problem(options))
+    if options.engine in (None, "any"):
+        return asked
+    engine, profile = Engine(options.engine), asked.problem.profile
+    stack = engine_stack(engine, profile)
+    problem = dataclasses.replace(asked.problem, stack=stack, limits=Limits(engine=engine))
+    return asked._replace(problem=problem, basis=f"{asked.basis}; {priced_as(stack, profile)}")
+
+
+def asked_of(inputs: ProblemInputs) -> Asked:
+    """The problem of what was read, with the profiles that count. Raises InputError."""
+    from planner.problem import PlanningProblem
+
     limits = _limits_bytes(inputs)
     problem = PlanningProblem(
         model=inputs.model,
@@ -51,21 +62,14 @@ def read_problem(options: ProblemOptions) -> Asked:
         upkeep=inputs.upkeep,
     )
     known = _profiles(inputs)
-    profile = known[problem.device].profile
-    problem = dataclasses.replace(problem, profile=profile)
+    problem = dataclasses.replace(problem, profile=known[problem.device].profile)
     if len(known) > 1:
         problem = dataclasses.replace(
             problem,
             device_profiles=tuple((device.name, own.profile) for device, own in known.items()),
             device_limits_bytes=tuple((device.name, limit) for device, limit in limits.items()),
         )
-    asked = Asked(problem, _basis(known), _uses(known))
-    if options.engine in (None, "any"):
-        return asked
-    engine = Engine(options.engine)
-    stack = engine_stack(engine, profile)
-    problem = dataclasses.replace(problem, stack=stack, limits=Limits(engine=engine))
-    return asked._replace(problem=problem, basis=f"{asked.basis}; {priced_as(stack, profile)}")
+    return Asked(problem, _basis(known), _uses(known))
 
 
 def _basis(known: dict[Device, Known]) -> str:
@@ -80,7 +84,14 @@ def _uses(known: dict[Device, Known]) -> tuple[ProfileUse, ...]:
 
 
 def held_to_runtime(asked: Asked, engine: str | None) -> Asked:
-    """On this machine's own devices, where no engine is named: only what `plan train` runs there.
+    """On this machine's own devices, where no engine is named: only what `plan train` runs there."""
+    if engine is not None or not asked.problem.cluster.local:
+        return asked
+    return held_to_trainer(asked, "plans that `plan train` runs on this machine (--engine any for all)")
+
+
+def held_to_trainer(asked: Asked, words: str) -> Asked:
+    """The problem, held to what `plan train` runs, which `words` say.
 
     A model or workload that it does not train is planned without that limit.
     """
@@ -89,11 +100,9 @@ def held_to_runtime(asked: Asked, engine: str | None) -> Asked:
     from planner.stack import Engine
 
     problem = asked.problem
-    missing = not_executed(problem.model) + not_executed_workload(problem.model, problem.workload)
-    if engine is not None or not problem.cluster.local or missing:
+    if not_executed(problem.model) + not_executed_workload(problem.model, problem.workload):
         return asked
     held = dataclasses.replace(problem, limits=Limits(engine=Engine.NATIVE))
-    words = "plans that `plan train` runs on this machine (--engine any for all)"
     return asked._replace(problem=held, basis=f"{asked.basis}; {words}")
 
 

@@ -71,7 +71,7 @@ def run_dollars(document: ReportInput) -> dict[str, Any] | None:
 
     None for a plan alone, and for files that say neither a price nor how far the run came.
     """
-    from planner.plan_cost import predicted_usd, usd_per_hour
+    from planner.plan_cost import usd_per_hour
 
     run = document.run
     if run is None or not run.steps_done:
@@ -81,7 +81,7 @@ def run_dollars(document: ReportInput) -> dict[str, Any] | None:
     return {
         "steps": run.steps_done,
         "spent_usd": run.cost_usd,
-        "predicted_usd": predicted_usd(document.plan, run.steps_done),
+        "predicted_usd": run.predicted_cost_usd(document.plan),
         "expected_usd": run.expected_cost_usd,
     }
 

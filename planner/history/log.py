@@ -20,6 +20,7 @@ from typing import Any
 from planner.codec import load_json_object, noun, read_text
 from planner.errors import InputError, Problem
 from planner.history.flat_yaml import read_flat_yaml
+from planner.history.own_steps import ran_by
 from planner.plan import Plan, load_plan
 
 SUMMARY, METADATA, CONFIG = "wandb-summary.json", "wandb-metadata.json", "config.yaml"
@@ -144,16 +145,15 @@ def _differences(summary: Path) -> tuple[str, ...]:
 
 
 def _of_this_plan(steps: tuple[Logged, ...], plan: Plan | None) -> tuple[tuple[Logged, ...], tuple[str, ...]]:
-    """The steps as they were last done, without those of an earlier plan, which had other ranks."""
+    """The steps as they were last done, without those of an earlier plan."""
     last = {_number(step, index): step for index, step in enumerate(steps)}
     own = list(last.values())
     if plan is not None:
-        ranks = plan.strategy.degrees.world
-        own = [step for step in own if _ranks(step) in (0, ranks)]
+        own = [step for step in own if ran_by(plan, _ranks(step), _predicted_s(step))]
     foreign = len(last) - len(own)
     if not own:
         own, foreign = list(last.values()), 0
-    remark = f"{foreign} steps ran on another number of ranks, by an earlier plan: they are left out"
+    remark = f"{foreign} steps ran by an earlier plan: they are left out"
     return tuple(own), (remark,) if foreign else ()
 
 
@@ -167,6 +167,12 @@ def _ranks(step: Logged) -> int:
     """How many ranks a step reports the memory of."""
     peaks = step.values.get("peak_memory_bytes")
     return len(peaks) if isinstance(peaks, list) else 0
+
+
+def _predicted_s(step: Logged) -> float | None:
+    """The step time that the step's plan predicted, where it says so."""
+    predicted = step.values.get("predicted_step_time_s")
+    return predicted if isinstance(predicted, float) else None
 
 
 def _read_tracked(path: Path, files: Path, plan: Plan | None) -> RunLog:

@@ -16,8 +16,11 @@ from typing import Any, TypeVar
 
 from planner.codec import decode, decode_json, load_json_object, noun, read_text
 from planner.errors import InputError, Problem
+from planner.history.own_steps import ran_by
 from planner.plan import Plan, load_plan
+from planner.plan_cost import predicted_usd
 from planner.report.comparison import ComparisonRow, load_comparison
+from planner.report.earlier import earlier_plans
 
 T = TypeVar("T")
 
@@ -38,8 +41,11 @@ class StepRecord:
     mfu: float | None = None
     peak_memory_bytes: tuple[int, ...] = ()
     timed: bool = True
+    wall_s: float | None = None
     cost_usd: float | None = None
     expected_cost_usd: float | None = None
+    predicted_cost_usd: float | None = None
+    predicted_step_time_s: float | None = None
 
 
 @noun
@@ -56,6 +62,7 @@ class RunSummary:
     measured_peak_memory_bytes: int | None = None
     measured_peak_memory_bytes_by_rank: tuple[int, ...] = ()
     goodput: float | None = None
+    wall_s: float | None = None
     cost_usd: float | None = None
     expected_cost_usd: float | None = None
     executed_differences: tuple[str, ...] = ()
@@ -109,14 +116,25 @@ class RunRecord:
     def steps_done(self) -> int:
         """Steps of the run so far, earlier launches included."""
         done = self.summary.last_step if self.summary is not None else None
-        return done if done is not None else max((step.step for step in self.steps), default=0)
+        return max([done or 0, *(step.step for step in self.steps)])
+
+    @property
+    def wall_s(self) -> float | None:
+        """Seconds of all launches so far. A launch that was killed wrote no summary after its steps."""
+        return _largest(self.summary.wall_s if self.summary else None, *(s.wall_s for s in self.steps))
 
     @property
     def cost_usd(self) -> float | None:
-        """Dollars so far: the summary's, else those of the last step; None: no price is known."""
-        if self.summary is not None and self.summary.cost_usd is not None:
-            return self.summary.cost_usd
-        return self.steps[-1].cost_usd if self.steps else None
+        """Dollars so far, as the summary or the last step says; None: no price is known."""
+        last = self.steps[-1].cost_usd if self.steps else None
+        return _largest(self.summary.cost_usd if self.summary else None, last)
+
+    def predicted_cost_usd(self, plan: Plan) -> float | None:
+        """Dollars predicted for the steps so far: by the plans that they ran by, where the log says so."""
+        last = self.steps[-1] if self.steps else None
+        if last is not None and last.step == self.steps_done and last.predicted_cost_usd is not None:
+            return last.predicted_cost_usd
+        return predicted_usd(plan, self.steps_done)
 
     @property
     def expected_cost_usd(self) -> float | None:
@@ -139,6 +157,10 @@ class RunRecord:
         if self.summary is not None and self.summary.measured_peak_memory_bytes is not None:
             return self.summary.measured_peak_memory_bytes
         return max(self.peak_memory_by_rank, default=None)
+
+
+def _largest(*values: float | None) -> float | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 def _median(values: list[float | None] | list[float]) -> float | None:
@@ -171,7 +193,7 @@ def load_report_input(path: Path) -> ReportInput:
     comparison = path / "comparison.json"
     return ReportInput(
         plan=plan,
-        run=_load_run(path, plan.strategy.degrees.world),
+        run=_load_run(path, plan),
         comparison=load_comparison(comparison) if comparison.exists() else (),
     )
 
@@ -203,15 +225,15 @@ def _structural_faults(plan: Plan) -> Iterator[tuple[str, str]]:
             yield f"timeline.{index}", "is on a rank or at a time that the plan does not have."
 
 
-def _load_run(folder: Path, world: int) -> RunRecord | None:
+def _load_run(folder: Path, plan: Plan) -> RunRecord | None:
     metrics, summary, timeline = (folder / n for n in ("metrics.jsonl", "summary.json", "timeline.json"))
     if not any(path.exists() for path in (metrics, summary, timeline)):
         return None
     steps, notes = load_metrics(metrics) if metrics.exists() else ((), ())
-    steps, foreign = _set_apart_other_worlds(steps, world)
+    steps, foreign = _set_apart_other_plans(steps, plan)
     if foreign:
         count = f"{foreign} step{'s' if foreign > 1 else ''}"
-        notes += (f"{count} ran on another number of ranks, by an earlier plan: not timed.",)
+        notes += (f"{count} ran by an earlier plan: not timed.", *earlier_plans(folder))
     events = load_timeline(timeline) if timeline.exists() else ()
     run = RunRecord(
         steps=steps,
@@ -219,16 +241,16 @@ def _load_run(folder: Path, world: int) -> RunRecord | None:
         timeline=events,
         notes=notes,
     )
-    _check_ranks(run, world, folder)
+    _check_ranks(run, plan.strategy.degrees.world, folder)
     return run
 
 
-def _set_apart_other_worlds(steps: tuple[StepRecord, ...], world: int) -> tuple[tuple[StepRecord, ...], int]:
+def _set_apart_other_plans(steps: tuple[StepRecord, ...], plan: Plan) -> tuple[tuple[StepRecord, ...], int]:
     """The steps, those of an earlier plan without time and peaks; and how many these are.
 
     A run that was resumed by another plan keeps its log, whose first steps say nothing about this plan.
     """
-    own = [len(step.peak_memory_bytes) in (0, world) for step in steps]
+    own = [ran_by(plan, len(step.peak_memory_bytes), step.predicted_step_time_s) for step in steps]
     kept = (
         step if mine else dataclasses.replace(step, timed=False, peak_memory_bytes=())
         for step, mine in zip(steps, own, strict=True)

@@ -10,7 +10,7 @@ from planner.cluster import ClusterSpec
 from planner.codec import noun
 from planner.estimate import Verdict
 from planner.plan import PLAN_SCHEMA, Certificate, Plan
-from planner.plan_cost import predicted_usd, told_usd, usd_per_hour
+from planner.plan_cost import told_usd, usd_per_hour
 from planner.report.record import RunRecord
 from planner.strategy import Degrees, Schedule, Zero
 from planner.units import format_bytes, format_count, format_seconds
@@ -202,7 +202,7 @@ def _budget_tiles(plan: Plan) -> list[Tile]:
 
 def _spent_tile(plan: Plan, run: RunRecord) -> Tile:
     """Dollars predicted for the steps that were done, beside those spent."""
-    predicted, spent = predicted_usd(plan, run.steps_done), run.cost_usd
+    predicted, spent = run.predicted_cost_usd(plan), run.cost_usd
     error, tone = describe_error(predicted, spent) if predicted is not None else ("", "")
     return Tile(
         title=f"Cost of {run.steps_done:,} steps",
