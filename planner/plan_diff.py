@@ -60,8 +60,8 @@ class PlanDiff:
     statement: str
 
 
-def plan_diff(first: Plan, second: Plan) -> PlanDiff:
-    """Every difference, and which plan trains a token faster."""
+def plan_diff(first: Plan, second: Plan, names: tuple[str, str] = ("A", "B")) -> PlanDiff:
+    """Every difference, and which plan trains a token faster; the statement calls them by `names`."""
     first_s, second_s = _token_s(first), _token_s(second)
     ratio = second_s / first_s if first_s > 0 else 1.0
     faster = 0 if abs(ratio - 1) <= SAME else (1 if ratio > 1 else 2)
@@ -77,7 +77,7 @@ def plan_diff(first: Plan, second: Plan) -> PlanDiff:
         faster=faster,
         ratio=ratio,
         mostly=mostly,
-        statement=_statement(first, second, faster, mostly),
+        statement=_statement(first, second, faster, mostly, names),
     )
 
 
@@ -240,7 +240,7 @@ def _mostly(first: Plan, second: Plan) -> str:
     return max(extra, key=lambda cause: extra[cause] if total > 0 else -extra[cause])
 
 
-def _statement(first: Plan, second: Plan, faster: int, mostly: str) -> str:
+def _statement(first: Plan, second: Plan, faster: int, mostly: str, names: tuple[str, str]) -> str:
     """Which plan is faster, by how much, and mostly due to what."""
     same_step = first.workload.tokens_per_step == second.workload.tokens_per_step
     ours_s, theirs_s = first.estimate.step_time_s, second.estimate.step_time_s
@@ -250,17 +250,18 @@ def _statement(first: Plan, second: Plan, faster: int, mostly: str) -> str:
     unit = "a step" if same_step else f"for {first.workload.tokens_per_step:,} tokens"
     if faster == 0:
         return f"Both are equally fast: {a_s} and {b_s} {unit}."
-    quick, slow, share = ("A", "B", theirs_s / ours_s) if faster == 1 else ("B", "A", ours_s / theirs_s)
+    (quick, slow), share = (names, theirs_s / ours_s) if faster == 1 else (names[::-1], ours_s / theirs_s)
     scale = theirs_s / second.estimate.step_time_s
     spent = abs(
         scale * getattr(second.estimate.breakdown, mostly) - getattr(first.estimate.breakdown, mostly)
     )
     words = (
-        f"{quick} is faster: {a_s} (A) and {b_s} (B) {unit}, {slow} takes {share - 1:.1%} longer, mostly "
+        f"{quick} is faster: {a_s} ({names[0]}) and {b_s} ({names[1]}) {unit}, {slow} takes "
+        f"{share - 1:.1%} longer, mostly "
         f"{mostly.removesuffix('_s').replace('_', ' ')} ({format_seconds(spent)} of "
         f"{format_seconds(abs(theirs_s - ours_s))})."
     )
     if first.cluster.devices != second.cluster.devices:
         each = [plan.estimate.tokens_per_s / plan.cluster.devices for plan in (first, second)]
-        words += f" A device trains {each[0]:,.0f} (A) and {each[1]:,.0f} (B) tokens/s."
+        words += f" A device trains {each[0]:,.0f} ({names[0]}) and {each[1]:,.0f} ({names[1]}) tokens/s."
     return words

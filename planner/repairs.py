@@ -115,10 +115,9 @@ OF_PLACE = ("--cluster", "--memory-limit", "fix", "offload")
 def for_a_run(answer: Infeasible) -> Infeasible:
     """The answer for a run that goes on: repairs that change its job stand among the others, as they would
     make it another run."""
-    kept, others = [], []
-    for repair in (*answer.repairs, *answer.others):
-        (kept if repair.kind.startswith(OF_PLACE) else others).append(repair)
-    return dataclasses.replace(answer, repairs=tuple(kept), others=tuple(others))
+    every = (*answer.repairs, *answer.others)
+    kept = tuple(repair for repair in every if repair.kind.startswith(OF_PLACE))
+    return dataclasses.replace(answer, repairs=kept, others=tuple(r for r in every if r not in kept))
 
 
 GROWTH = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0)

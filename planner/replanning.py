@@ -25,7 +25,7 @@ from planner.units import DAY_S
 
 @noun
 class Left:
-    """The steps that are left of a run by a plan. Days and dollars are at the job's goodput; None: unknown."""
+    """The steps that are left of a run by a plan, at the job's goodput. None: not known."""
 
     steps: int
     tokens: int

@@ -118,7 +118,8 @@ def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
 
 
 def _check_goes_on(checkpoint: Path, plan: Plan, options: TrainOptions, data: Path) -> int:
-    """The steps that a checkpoint has done. Raises InputError where it is another run's, or nothing is left."""
+    """The steps that a checkpoint has done. Raises InputError where it is another run's, or nothing is
+    left."""
     index = load_index(checkpoint)
     check_identity(checkpoint, index.run, run_identity(plan, options, load_json(data, DataIndex)))
     if options.steps <= index.step:

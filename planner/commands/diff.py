@@ -34,7 +34,7 @@ def diff(first: Path, second: Path, as_json: bool) -> None:
     from planner.plan_diff import plan_diff
 
     plans = [load_plan(path) for path in (first, second)]
-    found = plan_diff(*plans)
+    found = plan_diff(plans[0], plans[1])
     if as_json:
         print_json({"a": str(first), "b": str(second), **encode(found)})
     else:

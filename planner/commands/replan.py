@@ -63,12 +63,11 @@ def replan(
     _check_output(output, folder)
     asked, remarks = problem_of_run(run, place)
     goal = goal_of_run(run, search, asked.problem)
-    for remark in remarks:
-        click.echo(f"note: {remark}", err=True)
     chosen = search.options(asked.problem)
     try:
         plan = _solved(run, asked, goal, search)
     except InfeasibleError:
+        _tell(remarks)
         if goal.plain:
             return tell_infeasible(asked.problem, chosen, as_json=as_json, goes_on=True)
         raise
@@ -79,6 +78,7 @@ def replan(
         print(f"wrote {output}", file=sys.stderr)
     answer = Replanned(run, plan, asked, remarks, output, clock=not search.reproducible)
     if as_json:
+        _tell(remarks)
         print_json(replan_document(answer))
     else:
         click.echo(replan_text(answer))
@@ -96,6 +96,11 @@ def _solved(run: RunToGoOn, asked: Asked, goal: Goal, search: SearchRequest) -> 
     plan = dataclasses.replace(plan, profiles=asked.profiles)
     check_certificate(plan)
     return plan
+
+
+def _tell(remarks: tuple[str, ...]) -> None:
+    for remark in remarks:
+        click.echo(f"note: {remark}", err=True)
 
 
 def _check_output(output: Path | None, folder: Path) -> None:

@@ -36,7 +36,7 @@ class Replanned:
         """The run's plan against the new one."""
         from planner.plan_diff import plan_diff
 
-        return plan_diff(self.run.plan, self.plan)
+        return plan_diff(self.run.plan, self.plan, ("old", "new"))
 
     def left(self, plan: Plan, pace: float = 1.0) -> Left | None:
         """What is left of the run by a plan; None where its steps are not known."""

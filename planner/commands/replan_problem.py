@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from planner.commands.options import ProblemInputs, ProblemOptions, read_place
@@ -84,19 +83,20 @@ def _remarks(run: RunToGoOn, problem: PlanningProblem, *, kept_limit: bool) -> I
         yield f"the memory limit is that of the run's plan, {format_bytes(problem.memory_limit_bytes)}"
     before, now = ([g.device.name for g in c.groups] for c in (plan.cluster, problem.cluster))
     if set(before) != set(now):
-        yield f"devices are other ones: {', '.join(dict.fromkeys(now))}, not {', '.join(dict.fromkeys(before))}"
+        kinds = (", ".join(dict.fromkeys(names)) for names in (now, before))
+        yield f"devices are other ones: {next(kinds)}, not {next(kinds)}"
         return
     made_with = plan.digests.get("profile")
     if made_with != (None if problem.profile is None else digest(problem.profile)) and len(set(now)) == 1:
         names = ", ".join(dict.fromkeys(use.name for use in plan.profiles)) or "none"
         yield (
-            f"the run's plan was made with another profile ({names}): name that with --profile, so that old and "
-            "new are compared by the same figures"
+            f"the run's plan was made with another profile ({names}): name that with --profile, so that "
+            "old and new are compared by the same figures"
         )
     if plan.estimate.job is not None and problem.upkeep.silent:
         yield (
-            "failures, checkpoints and other stalls that were stated for the run's plan are not in it, and do "
-            "not count: state them again (--checkpoint-every, --storage, ...)"
+            "failures, checkpoints and other stalls that were stated for the run's plan are not in it, and "
+            "do not count: state them again (--checkpoint-every, --storage, ...)"
         )
 
 

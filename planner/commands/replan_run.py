@@ -1,4 +1,4 @@
-"""The run that `plan replan` is asked about: its plan, its newest whole checkpoint, what it has taken so far."""
+"""The run that `plan replan` is asked about: its plan, its newest whole checkpoint, what it has taken."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from planner.commands.text import WIDTH, pairs, table
@@ -20,12 +21,7 @@ def replan_text(answer: Replanned) -> str:
     sections = [
         pairs(_run_facts(answer), WIDTH),
         _both(answer),
-        answer.diff.statement.replace("(A)", "(old)")
-        .replace("(B)", "(new)")
-        .replace("A is faster", "The old plan is faster")
-        .replace("B is faster", "The new plan is faster")
-        .replace(", A takes", ", the old one takes")
-        .replace(", B takes", ", the new one takes"),
+        textwrap.fill(answer.diff.statement, WIDTH),
         objective_text(answer.plan.objective),
         pairs(_rest_facts(answer), WIDTH),
         f"go on with\n  {as_typed(answer.words)}",
@@ -140,8 +136,8 @@ def _resharding(answer: Replanned) -> str | None:
     )
     total = sum(each) * (degrees.world // degrees.pp)
     return (
-        f"every rank reads its part of the new layout, about {', '.join(sizes)}; all {degrees.world} together "
-        f"{format_bytes(total)}. The checkpoint stays as it is"
+        f"every rank reads its part of the new layout, about {', '.join(sizes)}; all {degrees.world} "
+        f"together {format_bytes(total)}. The checkpoint stays as it is"
     )
 
 
