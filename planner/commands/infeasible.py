@@ -78,10 +78,7 @@ def _repair_document(repair: Repair) -> dict[str, Any]:
     }
 
 
-NEW_RUN = (
-    "with a new run alone (a run keeps its batch, sequence, number format, optimizer and method, and may go "
-    "on with these flags in `plan solve` from its weights only)"
-)
+NEW_RUN = "by a new run alone: this one keeps batch, sequence, precision, optimizer and method"
 
 
 def infeasible_text(problem: PlanningProblem, answer: Infeasible, others: str = "also") -> str:

@@ -63,6 +63,8 @@ def replan(
     _check_output(output, folder)
     asked, remarks = problem_of_run(run, place)
     goal = goal_of_run(run, search, asked.problem)
+    if goal.budget_usd is not None and run.spent_usd is None:
+        remarks += ("what the run has cost is not known, and is not taken off the budget",)
     chosen = search.options(asked.problem)
     try:
         plan = _solved(run, asked, goal, search)

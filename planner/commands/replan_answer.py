@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -69,6 +70,30 @@ class Replanned:
             return ()
         problem = dataclasses.replace(self.asked.problem, cluster=self.plan.cluster)
         return read_bytes_by_stage_rank(problem, self.plan.strategy)
+
+    @property
+    def pace(self) -> float | None:
+        """The run's measured step time over the predicted one, where that says something of the new plan:
+        on devices of the same kinds."""
+        kinds = [{group.device.name for group in p.cluster.groups} for p in (self.run.plan, self.plan)]
+        return self.run.pace if kinds[0] == kinds[1] else None
+
+    def misses(self) -> Iterator[str]:
+        """What of the goal the new plan keeps as predicted, and not at the run's own pace."""
+        from planner.plan_cost import told_usd
+        from planner.units import DAY_S, format_seconds
+
+        objective, left = self.plan.objective, None if self.pace is None else self.left(self.plan, self.pace)
+        if objective is None or left is None:
+            return
+        deadline_s = None if objective.deadline_days is None else objective.deadline_days * DAY_S
+        if deadline_s is not None and left.seconds is not None and left.seconds > deadline_s:
+            late = f"{format_seconds(left.seconds)} of {format_seconds(deadline_s)} that are left"
+            yield f"at the run's own pace the deadline is missed: {late}"
+        budget, usd = objective.budget_usd, left.cost_usd
+        if budget is not None and usd is not None and usd > budget:
+            dear = f"{told_usd(usd)} of {told_usd(budget)} that are left"
+            yield f"at the run's own pace the budget is exceeded: {dear}"
 
     @property
     def folder(self) -> Path:

@@ -79,6 +79,11 @@ class RunToGoOn:
             yield f"{lost} came after the newest whole checkpoint, and will be done again"
         if self.record is not None:
             yield from self.record.notes
+        if self.told.get("hf_config") is not None:
+            yield (
+                "the run trains Transformers' own modules, which have limits of their own: where `plan "
+                "train` refuses the new plan, add --fix cp=1 --fix ep=1 --fix sequence_parallel=false"
+            )
         if state.options is None:
             yield (
                 "options.json, in which `plan train` notes what it is told, is not there: add --data, "
@@ -95,7 +100,7 @@ def read_run(folder: Path, steps: int | None) -> RunToGoOn:
     from planner.commands.train_again import told_at_launch
     from planner.errors import InputError, Problem
     from planner.report.record import load_report_input
-    from runtime.run_folder import OPTIONS
+    from runtime.run_folder import CHECKPOINTS, OPTIONS
     from runtime.run_state import read_run_state
 
     if not folder.is_dir():
@@ -103,6 +108,9 @@ def read_run(folder: Path, steps: int | None) -> RunToGoOn:
         legal = "a folder that `plan train` wrote"
         raise InputError(Problem(where=f"RUN {folder}", fault=fault, legal=legal))
     found = load_report_input(folder)
+    if found.run is None and not (folder / CHECKPOINTS).is_dir():
+        fault = "holds a plan.json, but no checkpoints and no metrics.jsonl: nothing ran there."
+        raise InputError(Problem(where=f"RUN {folder}", fault=fault, fix="plan anew with `plan solve`"))
     plan, state = found.plan, read_run_state(folder, found.plan)
     told = told_at_launch(state.options, folder / OPTIONS) if state.options is not None else {}
     if state.options is None and state.checkpoint is not None:

@@ -57,7 +57,7 @@ def _run_facts(answer: Replanned) -> list[tuple[str, Any]]:
             f"{workload.batch} x {workload.seq} tokens a step, {workload.precision}, {workload.optimizer}, "
             "the order of the data and the schedule of the learning rate",
         ),
-        *(("mind", remark) for remark in answer.remarks),
+        *(("mind", remark) for remark in (*answer.remarks, *answer.misses())),
     ]
 
 
@@ -76,7 +76,7 @@ def _column(plan: Plan, left: Left | None, answer: Replanned) -> list[tuple[str,
     def told(value: Left | None) -> str:
         return "unknown" if value is None or value.seconds is None else format_seconds(value.seconds)
 
-    estimate, pace = plan.estimate, answer.run.pace
+    estimate, pace = plan.estimate, answer.pace
     low, high = estimate.step_time_interval_s
     rows = [
         ("cluster", plan.cluster.name),
@@ -101,7 +101,7 @@ def _column(plan: Plan, left: Left | None, answer: Replanned) -> list[tuple[str,
 
 def _rest_facts(answer: Replanned) -> list[tuple[str, Any]]:
     plan, left, ends_at = answer.plan, answer.left(answer.plan), answer.ends_at
-    pace = answer.run.pace
+    pace = answer.pace
     basis = answer.asked.basis
     if pace is not None:
         basis += (
@@ -148,7 +148,7 @@ def replan_document(answer: Replanned) -> dict[str, Any]:
     from planner.plan import encode_plan
 
     run, ends_at = answer.run, answer.ends_at
-    checkpoint, pace = run.state.checkpoint, run.pace
+    checkpoint, pace = run.state.checkpoint, answer.pace
     return {
         "run": {
             "folder": str(run.folder),
@@ -175,7 +175,7 @@ def replan_document(answer: Replanned) -> dict[str, Any]:
         else {
             **encode(run.measured),
             "predicted_step_time_s": run.plan.estimate.step_time_s,
-            "pace": pace,
+            "pace": run.pace,
         },
         "left": _left_document(answer.left(answer.plan)),
         "left_at_own_pace": None if pace is None else _left_document(answer.left(answer.plan, pace)),
@@ -183,7 +183,7 @@ def replan_document(answer: Replanned) -> dict[str, Any]:
         "ends_at": None if ends_at is None else ends_at.isoformat(timespec="seconds"),
         "resharding": {"read_bytes_by_pipeline_rank": list(answer.read_bytes)},
         "basis": answer.asked.basis,
-        "remarks": list(answer.remarks),
+        "remarks": [*answer.remarks, *answer.misses()],
         "diff": encode(answer.diff),
         "plan_file": None if answer.output is None else str(answer.output),
         "command": as_typed(answer.words),

@@ -9,8 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import pytest
 
 from planner.cluster import ClusterSpec
 from planner.commands.train import _report
-from planner.errors import InputError, PlannerError
+from planner.errors import InputError
 from planner.plan import Plan, load_plan, save_plan
 from planner.strategy import Degrees, Zero
 from runtime.committed import committed_folders
@@ -31,12 +29,12 @@ from runtime.present import check_world, pick_device
 from runtime.summary import TrainSummary
 from runtime.train import run_training
 from tests.plans import make_plan, tiny_llama
+from tests.runtime.processes import alive, children, exit_code, forked, wait_for
 
 MODEL = tiny_llama(vocab=258)
 TP2 = make_plan(MODEL, Degrees(tp=2, micro_batch=2, num_micro_batches=2))
 PP2 = make_plan(MODEL, Degrees(pp=2, micro_batch=1, num_micro_batches=4))
 DP2 = make_plan(MODEL, Degrees(dp_shard=2, zero=Zero.PARAMETERS, micro_batch=1, num_micro_batches=2))
-PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -240,69 +238,29 @@ def test_a_plan_for_gpus_says_so_where_there_are_none(monkeypatch: pytest.Monkey
 # ------------------------------------------------------------------------------------------ signals
 
 
-def _fork(work: Callable[[], None], fault: Path) -> int:
-    """Runs `work` in a forked process that ends as `plan train` does; what it raises goes to `fault`."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        work()
-        code = 0
-    except PlannerError as error:
-        fault.write_text(str(error))
-        code = error.exit_code
-    finally:
-        os._exit(code)
-
-
-def _wait_for(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline_s, "timed out"
-        time.sleep(0.05)
-
-
-def _children(pid: int) -> list[int]:
-    """The children of a process, in the order in which it made them."""
-    return sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False
-
-
 def _start_long_run(text: str, run_dir: Path) -> tuple[int, list[int]]:
     """A run of far too many steps, once it has done three; its process and those of its ranks."""
-    pid = _fork(lambda: _train(PP2, _options(text, run_dir, 100_000)) and None, run_dir / "fault.txt")
+    pid = forked(lambda: _train(PP2, _options(text, run_dir, 100_000)) and None, run_dir / "fault.txt")
     metrics = run_dir / "metrics.jsonl"
-    _wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3)
-    return pid, _children(pid)
-
-
-def _exit_code(pid: int) -> int:
-    _wait_for(lambda: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3)
+    return pid, children(pid)
 
 
 def test_a_rank_that_is_killed_ends_the_run_and_is_named(text: str, tmp_path: Path) -> None:
     pid, ranks = _start_long_run(text, tmp_path)
     os.kill(ranks[1], signal.SIGKILL)
-    assert _exit_code(pid) == 4
+    assert exit_code(pid) == 4
     fault = (tmp_path / "fault.txt").read_text()
     assert fault.startswith("rank 1 was killed by SIGKILL")
     assert "rank-1.log" in fault
-    assert not any(map(_alive, ranks))
+    assert not any(map(alive, ranks))
 
 
 def test_ranks_do_not_outlive_their_parent(text: str, tmp_path: Path) -> None:
     pid, ranks = _start_long_run(text, tmp_path)
     os.kill(pid, signal.SIGKILL)
-    assert _exit_code(pid) == -signal.SIGKILL
-    _wait_for(lambda: not any(map(_alive, ranks)))
+    assert exit_code(pid) == -signal.SIGKILL
+    wait_for(lambda: not any(map(alive, ranks)))
 
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
@@ -311,8 +269,8 @@ def test_sigterm_and_ctrl_c_save_and_end_well(name: signal.Signals, text: str, t
     with pytest.raises(InputError, match="another run is writing there"):
         _train(PP2, _options(text, tmp_path, 5))
     os.kill(pid, name)
-    assert _exit_code(pid) == 0
-    assert not any(map(_alive, ranks))
+    assert exit_code(pid) == 0
+    assert not any(map(alive, ranks))
     last = _metrics(tmp_path)[-1]["step"]
     assert committed_folders(tmp_path / "checkpoints")[0].name == f"step-{last:08d}"
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "stopped"
