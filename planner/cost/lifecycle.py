@@ -111,10 +111,12 @@ def _host(shape: ShapeModel, held: dict[int, StageCost], hosted_bytes: float) ->
 def state_bytes(shape: ShapeModel, stage: StageCost) -> float:
     """What one device writes of a checkpoint: its fp32 weights, and the optimizer's state with them."""
     kept, shards = resident(shape, stage), shape.degrees.weight_shards
+    routed = stage.routed_params
     engine = shape.problem.stack.engine
     if shape.problem.workload.adapters is not None:
         return kept.grads + kept.optimizer  # the adapters and their state; the base is not written
     if engine in (Engine.MEGATRON, Engine.DEEPSPEED) and shape.problem.workload.precision.compute_bytes < 4:
         return kept.optimizer  # masters are part of it
     there = stage.hosted.state_params if stage.hosted is not None else 0.0
-    return 4 * (stage.params - there) / shards + kept.optimizer
+    own = (stage.params - routed - there) / shards + routed / shape.degrees.expert_shards
+    return 4 * own + kept.optimizer

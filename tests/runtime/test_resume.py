@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from planner.plan import Plan
+from planner.replanning import read_bytes_by_stage_rank
+from planner.shipped_profile import shipped_profile
 from planner.strategy import Degrees, Schedule, Zero
 from runtime.checkpoint import save_checkpoint
 from runtime.checkpoint_reader import JsonLoadPlanner, SafetensorsReader
@@ -21,10 +23,11 @@ from runtime.exchange import own_rank
 from runtime.options import TrainOptions
 from runtime.session import restore, training_state
 from runtime.train import run_training
-from tests.plans import make_plan, tiny_llama
+from tests.plans import make_plan, split, tiny_llama, tiny_mixtral
 from tests.runtime.ranks import OPTIONS, batch_of, make_executor, on_ranks, slice_of
 
 MODEL = tiny_llama(vocab=258)
+EXPERTS = tiny_mixtral(vocab=258)
 PLANS: dict[str, Plan] = {
     "zero3": make_plan(MODEL, Degrees(dp_shard=2, zero=Zero(3), micro_batch=1)),
     "pp2": make_plan(MODEL, Degrees(pp=2, micro_batch=1, num_micro_batches=2)),
@@ -119,6 +122,38 @@ def test_a_rank_reads_what_it_holds_and_no_more(tmp_path: Path) -> None:
     parts = on_ranks(go_on, 4)
     assert whole > 4 * 12 * MODEL.params_total / 4
     assert max(parts) <= 1.05 * whole / 4 + 4096
+
+
+READERS: dict[str, Plan] = {
+    "zero0": make_plan(MODEL, Degrees(dp_replicate=2, micro_batch=1)),
+    "zero3-tp2": make_plan(MODEL, Degrees(tp=2, dp_shard=2, zero=Zero(3), micro_batch=1)),
+    "pp2-uneven": make_plan(MODEL, Degrees(pp=2, micro_batch=1, num_micro_batches=2), split(1, 3)),
+    "experts": make_plan(EXPERTS, Degrees(dp_shard=2, ep=2, zero=Zero(1), micro_batch=1)),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_a_rank_reads_is_predicted(name: str, tmp_path: Path) -> None:
+    """Of a checkpoint that one rank wrote; states beside weights and moments are no bytes to speak of."""
+    plan = READERS[name]
+    alone = make_plan(plan.model, Degrees(micro_batch=2))
+
+    def start(rank: int) -> Any:
+        executor = make_executor(alone)
+        executor.step(slice_of(executor, batch_of(alone, 0)))
+        save_checkpoint(tmp_path, executor.state_dict(), step=1, run={})
+
+    def go_on(rank: int) -> Any:
+        return _read_bytes(make_executor(plan), tmp_path)
+
+    on_ranks(start, 1)
+    degrees = plan.strategy.degrees
+    read = on_ranks(go_on, degrees.world)
+    problem = replace(plan.problem, profile=shipped_profile("cpu"))
+    predicted = read_bytes_by_stage_rank(problem, plan.strategy)
+    for rank, size in enumerate(predicted):
+        own = [read[each] for each in degrees.ranks_of_pp_rank(rank)]
+        assert own == [pytest.approx(size, rel=0.02)] * len(own)
 
 
 def _read_bytes(executor: Any, folder: Path) -> int:
