@@ -164,6 +164,9 @@ def test_a_resumed_run_counts_its_own_plan_and_each_step_once(tmp_path: Path) ->
     assert (run.step_time_s, run.peak_memory_gib) == (1.0, 2.0)
     assert "2 steps ran by an earlier plan" in result.output
     assert "differs from its plan: zero is 0, not 1" in result.output
+    (folder / "summary.json").unlink()
+    (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in earlier))
+    assert "metrics.jsonl: has no step that ran by the plan.json" in faults(call("--from-run", folder))
     (folder / "summary.json").write_text("{")
     (folder / "metrics.jsonl").write_text("[1]\nx\n")
     text = faults(call("--from-run", folder))
@@ -369,7 +372,8 @@ def test_a_table_reads_back_as_it_was_written(tmp_path: Path) -> None:
 def test_a_model_of_another_family_round_trips(tmp_path: Path) -> None:
     plan = make_plan(tiny_gpt2(layers=4), Degrees(dp_replicate=2), precision=Precision.BF16)
     plan = dataclasses.replace(plan, cluster=parse_cluster("1x2:a100-sxm-80gb"))
-    run, _ = converted("--from-run", trained(tmp_path / "g", [step(1, 1.0)], plan), output=tmp_path / "r.csv")
+    lines = [step(1, 1.0, peak_memory_bytes=[2**31] * 2)]
+    run, _ = converted("--from-run", trained(tmp_path / "g", lines, plan), output=tmp_path / "r.csv")
     setup = run_problem(run, None)
     assert not isinstance(setup, Rejected)
     assert setup.problem.model.flops_per_token_forward(16) == plan.model.flops_per_token_forward(16)

@@ -260,6 +260,19 @@ def test_what_was_spent_is_taken_off_deadline_and_budget(plan: Plan, tmp_path: P
     assert "the run has taken 12 h already" in told and "the run has cost $432.00 already" in told
 
 
+def test_a_goal_that_the_runs_own_pace_misses_is_told(plan: Plan, tmp_path: Path) -> None:
+    """12 h are spent. What is left takes 1,990 steps as predicted, and half as long again at that pace."""
+    folder = make_run(tmp_path / "run", plan)
+    left_s = answer(folder, "--steps", "2000")["left"]["seconds"]
+    deadline = f"{12 + 1.2 * left_s / 3600:.6f}h"
+    remarks = answer(folder, "--steps", "2000", "--deadline", deadline)["remarks"]
+    assert "at the run's own pace the deadline is missed" in remarks[-1]
+    log(folder, plan, 12, plan.estimate.step_time_s, cost_usd=None)
+    found = answer(folder, "--budget", "7k", "--fix", "tp=1", "--fix", "pp=1", cluster="1*p5.48xlarge")
+    assert found["plan"]["objective"]["budget_usd"] == 7000
+    assert "what the run has cost is not known, and is not taken off the budget" in found["remarks"]
+
+
 def test_a_goal_needs_what_it_counts(plan: Plan, tmp_path: Path) -> None:
     workload = dataclasses.replace(plan.workload, tokens=None)
     endless = make_run(tmp_path / "run", dataclasses.replace(plan, workload=workload))

@@ -125,7 +125,7 @@ def _read_trained(path: Path, plan: Plan | None) -> RunLog:
         problems.extend(error.problems)
     if problems:
         raise InputError(*problems)
-    kept, left_out = _of_this_plan(steps, plan)
+    kept, left_out = _of_this_plan(steps, plan, path / "metrics.jsonl")
     return RunLog(
         path=path,
         name=path.absolute().name,
@@ -144,15 +144,19 @@ def _differences(summary: Path) -> tuple[str, ...]:
     return tuple(f"the run differs from its plan: {str(text)[:200]}" for text in each)
 
 
-def _of_this_plan(steps: tuple[Logged, ...], plan: Plan | None) -> tuple[tuple[Logged, ...], tuple[str, ...]]:
-    """The steps as they were last done, without those of an earlier plan."""
+def _of_this_plan(
+    steps: tuple[Logged, ...], plan: Plan | None, path: Path
+) -> tuple[tuple[Logged, ...], tuple[str, ...]]:
+    """The steps as they were last done, without those of an earlier plan. Raises InputError where all are."""
     last = {_number(step, index): step for index, step in enumerate(steps)}
     own = list(last.values())
     if plan is not None:
         own = [step for step in own if ran_by(plan, _ranks(step), _predicted_s(step))]
     foreign = len(last) - len(own)
     if not own:
-        own, foreign = list(last.values()), 0
+        fault = "has no step that ran by the plan.json beside it: all ran by an earlier plan."
+        fix = "name metrics.jsonl itself, and by --plan the plan of its steps (see the folder earlier/)"
+        raise InputError(Problem(where=str(path), fault=fault, fix=fix))
     remark = f"{foreign} steps ran by an earlier plan: they are left out"
     return tuple(own), (remark,) if foreign else ()
 
