@@ -31,12 +31,15 @@ from planner.strategy import (
     Zero,
     even_stages,
 )
-from planner.workload import Precision, Workload
+from planner.workload import Optimizer, Precision, Workload
 from tests.plans import local_cluster, make_plan, tiny_deepseek_experts, tiny_gpt2, tiny_llama, tiny_mla
-from tests.runtime.ranks import Trajectory, make_executor, on_ranks, single_process, train
+from tests.runtime.ranks import Trajectory, by_adamw, by_sgd, make_executor, on_ranks, single_process, train
 
 TOLERANCE = 1e-5
 """Relative. What is left is the order of sums in fp32: differences are 1e-7 to 2e-6."""
+SGD_TOLERANCE = 1e-6
+"""The same under SGD, whose update is linear in the gradient: no error of one is magnified by a division."""
+BY_OPTIMIZER = {Optimizer.ADAMW: by_adamw, Optimizer.SGD: by_sgd}
 MOST_RANKS = 8
 BATCH, SEQ, LAYERS = 8, 16, 4
 DRAWS = 150_000
@@ -214,6 +217,11 @@ def execute(plan: Plan, steps: int = 5) -> Outcome:
     )
 
 
+def under_sgd(plan: Plan) -> Plan:
+    """The same plan with SGD for its optimizer."""
+    return replace(plan, workload=replace(plan.workload, optimizer=Optimizer.SGD))
+
+
 _references: dict[tuple[ModelSpec, Workload, int], Trajectory] = {}
 
 
@@ -221,5 +229,5 @@ def _reference(plan: Plan, steps: int) -> Trajectory:
     """The trajectory in one process, which depends on the model and the workload alone."""
     key = plan.model, plan.workload, steps
     if key not in _references:
-        _references[key] = single_process(plan, steps)
+        _references[key] = single_process(plan, steps, BY_OPTIMIZER[plan.workload.optimizer])
     return _references[key]

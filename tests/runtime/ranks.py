@@ -110,10 +110,17 @@ MakeOptimizers = Callable[[nn.Module], list[torch.optim.Optimizer]]
 
 
 def by_adamw(model: nn.Module) -> list[torch.optim.Optimizer]:
+    return [torch.optim.AdamW(_groups(model), betas=(0.9, 0.95), eps=1e-3, foreach=False)]
+
+
+def by_sgd(model: nn.Module) -> list[torch.optim.Optimizer]:
+    return [torch.optim.SGD(_groups(model), momentum=0.9, foreach=False)]
+
+
+def _groups(model: nn.Module) -> list[dict[str, Any]]:
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    return [torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-3, foreach=False)]
+    return [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
 
 
 def interrupted(before: Plan, after: Plan) -> tuple[list[Trajectory], list[Trajectory]]:
@@ -146,7 +153,7 @@ def single_process(plan: Plan, steps: int, make: MakeOptimizers = by_adamw) -> T
     model.tie()
     optimizers = make(model)
     # The warm-up of 2 steps to 0.01, then a cosine over 6 steps to a tenth of it, written out.
-    rates = (0.005, 0.01, 0.01, 0.0093971143, 0.00775, 0.0055)
+    rates = (0.005, 0.01, 0.01, 0.009397114317029974, 0.00775, 0.0055)
     trajectory: Trajectory = []
     chosen: dict[Router, list[torch.Tensor]] = {m: [] for m in model.modules() if isinstance(m, Router)}
     for router, choices in chosen.items():

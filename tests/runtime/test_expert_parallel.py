@@ -15,7 +15,7 @@ from planner.strategy import Degrees, RecomputeCounts, Schedule, Stage, Zero
 from runtime.executor import Executor
 from runtime.parallel.supported import check_supported
 from tests.plans import batch8, make_plan, tiny_deepseek_experts, tiny_mixtral
-from tests.runtime.matrix import TOLERANCE
+from tests.runtime.matrix import SGD_TOLERANCE, TOLERANCE, execute, under_sgd
 from tests.runtime.ranks import interrupted, make_executor, on_ranks, single_process, train
 
 STEPS = 5
@@ -65,6 +65,12 @@ def test_training_equals_one_process(name: str) -> None:
     for trajectory, differences in on_ranks(body, plan.strategy.degrees.world):
         assert [value for pair in trajectory for value in pair] == pytest.approx(expected, rel=TOLERANCE)
         assert not differences
+
+
+def test_gradients_are_those_of_one_process_where_nothing_divides_by_them() -> None:
+    """Deep enough that AdamW enlarges what the order of sums left to some 1e-5 by the fifth step."""
+    plan = make_plan(tiny_deepseek_experts(), sliced(tp=2, ep=2, etp=1, micro_batch=2))
+    assert execute(under_sgd(plan)).difference <= SGD_TOLERANCE
 
 
 def test_a_rank_holds_its_experts_and_its_part_of_their_state() -> None:
