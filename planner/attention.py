@@ -127,6 +127,11 @@ class Attention:
             Matrix(inputs=self.out_width, outputs=hidden, split=Split.INPUTS, bias=self.out_bias),
         )
 
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        """What Hugging Face's llama calls the modules of `matrices`."""
+        return ("q_proj", "k_proj", "v_proj", "o_proj")
+
     def key_value(self, hidden: int) -> tuple[Matrix, Matrix]:
         """Key and value projections."""
         return (
@@ -257,6 +262,13 @@ class LatentAttention:
             Matrix(inputs=self.heads * self.value_dim, outputs=hidden, split=Split.INPUTS, bias=self.bias),
             *self._indexer_matrices(hidden),
         )
+
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        """What Hugging Face's deepseek_v3 and deepseek_v32 call the modules of `matrices`."""
+        query = ("q_proj",) if self.query_rank is None else ("q_a_proj", "q_b_proj")
+        indexer = ("wq_b", "wk", "weights_proj") if self.indexer else ()
+        return (*query, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", *indexer)
 
     def _indexer_matrices(self, hidden: int) -> tuple[Matrix, ...]:
         if self.indexer is None:

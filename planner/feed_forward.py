@@ -9,6 +9,8 @@ from planner.kept import Kept
 from planner.matrix import Matrix, Split
 from planner.routing import Routing
 
+MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
+
 
 class Activation(StrEnum):
     """The non-linearity of an MLP."""
@@ -28,6 +30,11 @@ class Mlp:
     gated: bool
     activation: Activation
     bias: bool = False
+
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        """What Hugging Face's llama calls the modules of `matrices`."""
+        return MLP_MODULES if self.gated else MLP_MODULES[1:]
 
     @property
     def up_projections(self) -> int:

@@ -3,6 +3,7 @@
 Each has the same members, so that a block adds them up without asking what they are:
 
     matrices(hidden)        its weights
+    module_names            what their modules are called, for adapters beside them
     vector_params, vectors  parameters, and tensors, that are not matrices: norms, sinks, convolutions
     core_flops(seq)         FLOPs a token, forward, between the projections: scores and values, state
     kept(seq, kernel)       values a token kept for the backward pass

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 
+from planner.adapters import module_problems
 from planner.codec import digest, noun
 from planner.errors import InputError, Problem
 from planner.estimate import Verdict
@@ -41,9 +42,13 @@ def check_plan(plan: Plan) -> tuple[PlanCheck, ...]:
 
 
 def _rules(plan: Plan) -> list[str]:
-    """The strategy keeps every rule: world size, divisors, stages that cover the layers."""
+    """The strategy keeps every rule: world size, divisors, stages that cover the layers; and adapters stand
+    beside modules that there are."""
     broken = broken_rules(plan.problem, plan.strategy)
-    return [f"{rejected.rule}: {rejected.detail}" for rejected in broken]
+    faults = [f"{rejected.rule}: {rejected.detail}" for rejected in broken]
+    if plan.workload.adapters is not None:
+        faults += [problem.fault for problem in module_problems(plan.workload.adapters.modules, plan.model)]
+    return faults
 
 
 def _grid(plan: Plan) -> list[str]:

@@ -41,6 +41,11 @@ class StateSpace:
             Heads(count=self.groups, what="state-space groups"),
         )
 
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        """What Hugging Face's mamba2 calls the modules of `matrices`."""
+        return ("in_proj", "out_proj")
+
     def matrices(self, hidden: int) -> tuple[Matrix, ...]:
         """Input projection (gate, convolved channels, step sizes) and output projection."""
         outputs = self.inner + self.convolved + self.state_heads
@@ -116,6 +121,11 @@ class DeltaNet:
             Heads(count=self.value_heads, what="delta-rule value heads"),
         )
 
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        """What Hugging Face's qwen3_next calls the modules of `matrices`."""
+        return ("in_proj_qkvz", "in_proj_ba", "out_proj")
+
     def matrices(self, hidden: int) -> tuple[Matrix, ...]:
         """Queries, keys, values and output gate; decay and write strength; output projection."""
         return (
@@ -177,6 +187,11 @@ class LightningAttention:
     @property
     def heads_split(self) -> tuple[Heads, ...]:
         return (Heads(count=self.lightning_heads, what="lightning-attention heads"),)
+
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        """What Hugging Face's minimax calls the modules of `matrices`."""
+        return ("qkv_proj", "output_gate", "out_proj")
 
     def matrices(self, hidden: int) -> tuple[Matrix, ...]:
         """Queries, keys and values; output gate; output projection."""

@@ -82,13 +82,14 @@ class AdapterModules(StrEnum):
 
 @noun
 class Adapters:
-    """Adapters of one rank beside some weights.
+    """Adapters of one rank beside some weights: a group of them (AdapterModules), or the modules that are
+    named, with commas between (planner.adapters).
 
     Source: LoRA, arXiv 2106.09685, which adapts query and value; all linear layers: QLoRA, arXiv 2305.14314.
     """
 
     rank: int
-    modules: AdapterModules
+    modules: str
 
 
 @noun

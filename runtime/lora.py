@@ -24,23 +24,17 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.placement_types import Placement
 from torch.nn import functional
 
+from planner.adapters import adapts
 from planner.errors import InputError, Problem
-from planner.workload import AdapterModules, Adapters, Workload
+from planner.workload import Adapters, Workload
+from runtime.hf_weights.names import PROJECTIONS
 from runtime.precision import compute_dtype
 from runtime.transformer.block import Block
 from runtime.transformer.initial import drawn
-from runtime.transformer.latent import LatentAttention
 from runtime.transformer.mlp import Mlp
 from runtime.weights import Weight, local_part, split_dim
 
 A, B = "lora_a", "lora_b"
-
-_ATTENTION = {
-    AdapterModules.QV: ("wq", "wv"),
-    AdapterModules.QKV: ("wq", "wk", "wv"),
-    AdapterModules.ATTENTION: ("wq", "wk", "wv", "wo"),
-    AdapterModules.ALL: ("wq", "wk", "wv", "wo"),
-}
 
 
 def apply_lora(name: str, part: nn.Module, workload: Workload, *, alpha: float | None, seed: int) -> None:
@@ -68,15 +62,18 @@ def scale_of(adapters: Adapters, alpha: float | None) -> float:
     return 2.0 if alpha is None else alpha / adapters.rank
 
 
-def adapted_modules(block: Block, modules: AdapterModules) -> list[str]:
+def adapted_modules(block: Block, modules: str) -> list[str]:
     """The paths of a block's projections that get adapters (planner.adapters)."""
-    attention = block.attention
-    latent = [name for name, child in attention.named_children() if isinstance(child, nn.Linear)]
-    names = latent if isinstance(attention, LatentAttention) else _ATTENTION[modules]
-    paths = [f"attention.{name}" for name in names]
-    if modules is AdapterModules.ALL and isinstance(block.mlp, Mlp):
-        paths += [f"mlp.{key}" for key, child in block.mlp.named_children() if isinstance(child, nn.Linear)]
-    return paths
+    parts: dict[str, nn.Module] = {"attention": block.attention}
+    if isinstance(block.mlp, Mlp):
+        parts["mlp"] = block.mlp
+    linear = [
+        f"{name}.{key}"
+        for name, part in parts.items()
+        for key, child in part.named_children()
+        if isinstance(child, nn.Linear)
+    ]
+    return [path for path in linear if adapts(modules, PROJECTIONS[path])]
 
 
 def add_adapter(linear: nn.Linear, name: str, rank: int, *, scale: float, seed: int) -> None:

@@ -72,6 +72,41 @@ def test_adapters_stand_beside_more_and_more_weights() -> None:
     assert [len(adapted(block, modules)) for modules in AdapterModules] == [2, 3, 4, 7]
 
 
+def test_modules_of_latents_are_named_as_deepseek_names_them() -> None:
+    """r (in + out) of each module's nn.Linear in deepseek-v3's 61 layers, by rank 1."""
+    model = load_model("deepseek-v3")
+    per_layer = {
+        "q_a_proj": 7168 + 1536,
+        "q_b_proj": 1536 + 128 * 192,
+        "kv_a_proj_with_mqa": 7168 + 576,
+        "kv_b_proj": 512 + 128 * 256,
+        "o_proj": 128 * 128 + 7168,
+    }
+
+    def params(modules: str) -> int:
+        return adapter_params(Adapters(rank=1, modules=modules), model)
+
+    assert {name: params(name) for name in per_layer} == {n: 61 * each for n, each in per_layer.items()}
+    made_of_latents = 61 * (sum(per_layer.values()) - per_layer["o_proj"])
+    assert params("qv") == params("qkv") == made_of_latents
+    assert params("attention") == 61 * sum(per_layer.values())
+    assert params("o_proj,gate_proj") == 61 * per_layer["o_proj"] + 3 * (7168 + 18432)
+    assert params("all") == params("attention") + 3 * 3 * (7168 + 18432), "the MLPs of three dense layers"
+
+
+def test_named_modules_are_kept_once_and_cost_what_they_are() -> None:
+    options = ("--method", "lora", "--json", "--lora-modules")
+    named, group, few = (
+        json.loads(estimate(*options, m)[1]) for m in ("v_proj, q_proj,v_proj", "qv", "k_proj")
+    )
+    assert named["workload"]["adapters"]["modules"] == "v_proj,q_proj"
+    assert named["estimate"] == group["estimate"]
+    peaks, times = (
+        [found["estimate"][key] for found in (named, few)] for key in ("peak_memory_bytes", "step_time_s")
+    )
+    assert peaks[0] > peaks[1] and times[0] > times[1]
+
+
 def test_adapters_need_less_memory_and_adafactor_less_state() -> None:
     """The smaller the state, the smaller the predicted peak of the same strategy."""
     peaks = []
@@ -100,6 +135,10 @@ def test_the_estimate_says_what_each_observer_sees() -> None:
         (("--lora-rank", "8"), "--lora-rank"),
         (("--lora-modules", "qv"), "add --method lora"),
         (("--method", "lora", "--lora-rank", "0"), "--lora-rank"),
+        (("--method", "lora", "--lora-modules", "q_a_proj"), "no module 'q_a_proj'"),
+        (("--method", "lora", "--lora-modules", "q_a_proj"), "did you mean q_proj"),
+        (("--method", "lora", "--lora-modules", "all,q_proj"), "'all' is a group of modules"),
+        (("--method", "lora", "--lora-modules", ","), "names no module"),
         (("--cluster", "1x8:a100-sxm-80gb", "--precision", "fp8"), "no fp8 peak"),
     ],
 )

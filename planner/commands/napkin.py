@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.commands.options import arch_option, json_option, on_premises_option, prices_option
+from planner.commands.options import (
+    LORA_HELP,
+    LORA_MODULES,
+    arch_option,
+    json_option,
+    on_premises_option,
+    prices_option,
+)
 from planner.commands.quantities import RATE_OPTIONS, Reading, optional_number, read_count, read_rate
 
 if TYPE_CHECKING:
@@ -55,10 +62,10 @@ FINETUNE_NOTE = "assumed: 100,000 examples of 1,000 tokens; say yours with --fin
 )
 @click.option(
     "--lora-modules",
-    type=click.Choice(["qv", "qkv", "attention", "all"]),
+    metavar=LORA_MODULES,
     default="all",
     show_default=True,
-    help="Weights that get adapters: query and value, attention, or all but routers and experts.",
+    help=f"Weights that get adapters: {LORA_HELP}.",
 )
 @click.option(
     "--devices",
@@ -104,8 +111,9 @@ def napkin(as_json: bool, **asked: Any) -> None:
 
 def read_question(asked: dict[str, Any]) -> tuple[Question, str]:
     """The question that the options ask, and the device as named. Raises InputError with every fault."""
+    from planner.adapters import module_problems, written
     from planner.principles.napkin import Question
-    from planner.workload import AdapterModules, Adapters
+    from planner.workload import Adapters
 
     reading = Reading()
     size = reading.read(lambda: read_size(asked["model"], asked["seq"], asked["arch"]))
@@ -117,6 +125,8 @@ def read_question(asked: dict[str, Any]) -> tuple[Question, str]:
             f"{asked['lora_rank']} is no low rank beside the width {size.shape.hidden} of {size.shape.name}."
         )
         reading.add("--lora-rank", fault, f"1 to {size.shape.hidden}")
+    if size is not None:
+        reading.problems += module_problems(asked["lora_modules"], size.shape)
     reading.finish()
     assert size is not None and rate is not None and tokens is not None and finetune is not None
     default = asked["finetune_tokens"] == "100M"
@@ -128,7 +138,7 @@ def read_question(asked: dict[str, Any]) -> tuple[Question, str]:
         finetune_tokens=finetune,
         finetune_note=FINETUNE_NOTE if default else "as given",
         seq=asked["seq"] or min(DEFAULT_SEQ, size.shape.max_positions),
-        adapters=Adapters(rank=asked["lora_rank"], modules=AdapterModules(asked["lora_modules"])),
+        adapters=Adapters(rank=asked["lora_rank"], modules=written(asked["lora_modules"])),
         devices=asked["devices"],
     )
     return question, asked["device"]

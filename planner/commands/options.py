@@ -26,6 +26,11 @@ CLUSTER_HELP = (
 )
 
 LORA_ONLY = "With --method lora only; default: "
+LORA_MODULES = "qv|qkv|attention|all|NAME,..."
+LORA_HELP = (
+    "those of query and value (and key), of attention, all linear layers but routers and experts, or modules "
+    "by name (q_proj, o_proj, gate_proj; q_a_proj, kv_b_proj of latent attention)"
+)
 LORA_RANK = 16
 """Rank of adapters where none is asked for, as in the published LoRA and QLoRA fine-tunings of 7B to 70B."""
 
@@ -176,9 +181,8 @@ def _job_options() -> list[Callable[[Any], Any]]:
         ),
         click.option(
             "--lora-modules",
-            type=click.Choice(["qv", "qkv", "attention", "all"]),
-            help="Weights that get adapters: query and value (and key), attention, or all linear layers. "
-            f"{LORA_ONLY}all.",
+            metavar=LORA_MODULES,
+            help=f"Weights that get adapters: {LORA_HELP}. {LORA_ONLY}all.",
         ),
     ]
 
@@ -328,17 +332,19 @@ def _reader(problems: list[Problem]) -> Callable[[Callable[[str], Any], str | No
 
 
 def _adapters(options: ProblemOptions) -> Adapters | None:
+    from planner.adapters import written
     from planner.workload import AdapterModules, Adapters
 
     if options.method != "lora":
         return None
     return Adapters(
-        rank=options.lora_rank or LORA_RANK, modules=AdapterModules(options.lora_modules or "all")
+        rank=options.lora_rank or LORA_RANK, modules=written(options.lora_modules or AdapterModules.ALL)
     )
 
 
 def _faults(options: ProblemOptions, model: ModelSpec | None, tokens: int | None) -> list[Problem]:
     """Problems of the options that only show once they are read."""
+    from planner.adapters import module_problems
     from planner.errors import Problem
 
     found: list[Problem] = []
@@ -346,6 +352,8 @@ def _faults(options: ProblemOptions, model: ModelSpec | None, tokens: int | None
         if value is not None and options.method != "lora":
             fault = f"is given, but --method is {options.method}, which trains no adapters."
             found.append(Problem(where=flag, fault=fault, fix="add --method lora"))
+    if model is not None and options.lora_modules is not None:
+        found += module_problems(options.lora_modules, model)
     longest = min(model.learned_positions, model.max_positions) if model is not None else 0
     if model is not None and longest and options.seq > longest:
         fault = f"{options.seq} is longer than the {longest} learned positions of {model.name}."

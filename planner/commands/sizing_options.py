@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from planner.commands.options import LORA_ONLY, ProblemOptions, arch_option, json_option, prices_option
+from planner.commands.options import (
+    LORA_HELP,
+    LORA_MODULES,
+    LORA_ONLY,
+    ProblemOptions,
+    arch_option,
+    json_option,
+    prices_option,
+)
 from planner.commands.upkeep_options import upkeep_options
 
 if TYPE_CHECKING:
@@ -115,8 +123,8 @@ def _run_options() -> list[Callable[[Any], Any]]:
             "--lora-rank", type=click.IntRange(min=1), metavar="R", help=f"Rank of adapters. {LORA_ONLY}16."
         ),
         click.option(
-            "--lora-modules", type=click.Choice(["qv", "qkv", "attention", "all"]),
-            help=f"Weights that get adapters. {LORA_ONLY}all.",
+            "--lora-modules", metavar=LORA_MODULES,
+            help=f"Weights that get adapters: {LORA_HELP}. {LORA_ONLY}all.",
         ),
         click.option(
             "--profile", type=click.Path(path_type=Path),
@@ -317,6 +325,7 @@ class Run(NamedTuple):
 
 def _workload(asked: dict[str, Any], model: ModelSpec | None) -> Run:
     """The workload. Raises InputError with every fault; without a model, with those that show without it."""
+    from planner.adapters import module_problems, written
     from planner.commands.options import LORA_RANK
     from planner.commands.quantities import Reading
     from planner.workload import AdapterModules, Adapters, Method, Optimizer, Precision, Workload
@@ -331,11 +340,13 @@ def _workload(asked: dict[str, Any], model: ModelSpec | None) -> Run:
     for flag, value in (("--lora-rank", asked["lora_rank"]), ("--lora-modules", asked["lora_modules"])):
         if value is not None and method is not Method.LORA:
             reading.add(flag, f"is given, but --method is {method}.", fix="add --method lora")
+    if model is not None and asked["lora_modules"] is not None:
+        reading.problems += module_problems(asked["lora_modules"], model)
     reading.finish()
     assert batch is not None and tokens is not None
     adapters = None
     if method is Method.LORA:
-        modules = AdapterModules(asked["lora_modules"] or "all")
+        modules = written(asked["lora_modules"] or AdapterModules.ALL)
         adapters = Adapters(rank=asked["lora_rank"] or LORA_RANK, modules=modules)
     return Run(
         Workload(

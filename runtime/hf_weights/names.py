@@ -100,15 +100,24 @@ _GLM4 = LLAMA.renamed(
     mlp_norm="post_attention_layernorm",
     mlp_out_norm="post_mlp_layernorm",
 )
-_LATENT = LLAMA.renamed(
-    attention__wq="self_attn.q_proj",
-    attention__wq_down="self_attn.q_a_proj",
-    attention__q_norm="self_attn.q_a_layernorm",
-    attention__wq_up="self_attn.q_b_proj",
-    attention__wkv_down="self_attn.kv_a_proj_with_mqa",
-    attention__kv_norm="self_attn.kv_a_layernorm",
-    attention__wkv_up="self_attn.kv_b_proj",
+_LATENTS = _projections(
+    "attention",
+    wq_down="self_attn.q_a_proj",
+    wq_up="self_attn.q_b_proj",
+    wkv_down="self_attn.kv_a_proj_with_mqa",
+    wkv_up="self_attn.kv_b_proj",
 )
+_LATENT = replace(LLAMA, block=MappingProxyType({**LLAMA.block, **_LATENTS})).renamed(
+    attention__q_norm="self_attn.q_a_layernorm", attention__kv_norm="self_attn.kv_a_layernorm"
+)
+PROJECTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        path: name.rsplit(".", 1)[1]
+        for path, name in {**_ATTENTION, **_LATENTS, **_MLP}.items()
+        if not path.endswith("_norm")
+    }
+)
+"""What llama and deepseek_v3 call the projections of a block, below their sublayer (planner.adapters)."""
 _MIXTRAL = replace(
     LLAMA.renamed(mlp__router="block_sparse_moe.gate"),
     expert=MappingProxyType(

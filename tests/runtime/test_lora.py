@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from planner.adapters import adapter_params
+from planner.adapters import adapter_params, module_names
 from planner.errors import InputError
+from planner.model import ModelSpec
 from planner.plan import Plan
+from planner.plan_check import check_sound
 from planner.strategy import Degrees, RecomputeCounts, Stage, Zero
 from planner.workload import AdapterModules, Adapters, Precision
 from runtime.adapter_files import peft_key
@@ -24,14 +28,16 @@ from runtime.committed import committed_folders, load_index
 from runtime.data.prepare import DataOptions
 from runtime.executor import Executor
 from runtime.hf_weights.names import names_of
+from runtime.lora import adapted_modules
 from runtime.options import TrainOptions
 from runtime.train import run_training
 from runtime.transformer.initial import drawn
-from tests.plans import changed_mixer, make_plan, tiny_gpt2, tiny_llama, tiny_mla
+from runtime.transformer.model import build_transformer
+from tests.plans import changed_mixer, make_plan, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_mla
 from tests.runtime.ranks import OPTIONS, SEED, make_executor, on_ranks, single_process, train
 
 STEPS = 4
-LLAMA, GPT2, MLA = tiny_llama(), tiny_gpt2(), tiny_mla()
+LLAMA, GPT2, MLA, MIXTRAL = tiny_llama(), tiny_gpt2(), tiny_mla(), tiny_mixtral()
 UNCOMPRESSED = changed_mixer(MLA, query_rank=None)
 ALL, QV = Adapters(rank=4, modules=AdapterModules.ALL), Adapters(rank=2, modules=AdapterModules.QV)
 MIXED = (Stage(first=0, end=4, recompute=RecomputeCounts(none=1, selective=1, full=2)),)
@@ -59,8 +65,27 @@ PLANS: dict[str, Plan] = {
     "latent-tp2-sp-recompute": make_plan(
         MLA, Degrees(tp=2, micro_batch=4, sequence_parallel=True), MIXED, adapters=QV
     ),
+    "latent-named-tp2-sp": make_plan(
+        MLA,
+        Degrees(tp=2, micro_batch=2, num_micro_batches=2, sequence_parallel=True),
+        adapters=Adapters(rank=2, modules="q_a_proj,kv_b_proj,down_proj"),
+    ),
+    "named-tp2-zero3": make_plan(
+        tiny_llama(kv_heads=1),
+        Degrees(tp=2, dp_shard=2, micro_batch=2, zero=Zero(3)),
+        adapters=Adapters(rank=2, modules="q_proj,o_proj"),
+    ),
     "latent-pp2-tp2": make_plan(UNCOMPRESSED, Degrees(pp=2, tp=2, num_micro_batches=2), adapters=ALL),
 }
+
+
+MODULES = {
+    "qv": "wq wq_down wq_up wv wkv_down wkv_up",
+    "all": "wq wq_down wq_up wk wv wkv_down wkv_up wo gate up down",
+    "q_a_proj,kv_b_proj,down_proj": "wq_down wkv_up down",
+    "q_proj,o_proj": "wq wo",
+}
+"""What the modules asked for are in our transformer, where it has them."""
 
 
 class Beside(nn.Module):
@@ -79,13 +104,10 @@ class Beside(nn.Module):
 
 def adapted(adapters: Adapters) -> Any:
     """Freezes a whole model, puts adapters in it, and makes AdamW for them."""
-    whole = adapters.modules is AdapterModules.ALL
-    names = ["wq", "wv", *(["wk", "wo", "gate", "up", "down"] if whole else [])]
-    latent = ["wq", "wq_down", "wq_up", "wkv_down", "wkv_up", "wo", *names]
+    adapted = MODULES[adapters.modules].split()
 
     def make(model: nn.Module) -> list[torch.optim.Optimizer]:
         model.requires_grad_(False)
-        adapted = latent if any(path.endswith("wkv_up") for path, _ in model.named_modules()) else names
         for path, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and path.split(".")[-1] in adapted:
                 model.set_submodule(path, Beside(module, path, adapters.rank))
@@ -113,6 +135,30 @@ def test_adapters_train_as_in_one_process(name: str) -> None:
         assert [value for pair in found for value in pair] == pytest.approx(exact, rel=1e-5)
         assert differences == []
     assert sum(trained for _, _, trained in results) == adapter_params(plan.workload.adapters, plan.model)
+
+
+@pytest.mark.parametrize(
+    "model", [LLAMA, MLA, UNCOMPRESSED, MIXTRAL], ids=["llama", "mla", "direct", "experts"]
+)
+def test_the_planner_and_the_runtime_count_the_same_for_every_choice_of_modules(model: ModelSpec) -> None:
+    """Every subset of a model's modules, and every group; by rank 3."""
+    names = module_names(model)
+    subsets = [",".join(some) for size in range(1, len(names) + 1) for some in combinations(names, size)]
+    block = build_transformer(model, 0, 1, False, False, seq=1).layers["0"]
+    counts = set()
+    for modules in (*subsets, *AdapterModules):
+        weights = [block.get_submodule(path).weight for path in adapted_modules(block, modules)]
+        trained = 3 * model.layers * sum(sum(weight.shape) for weight in weights)
+        assert trained == adapter_params(Adapters(rank=3, modules=modules), model) > 0
+        counts.add(trained)
+    assert len(counts) > len(names), "different modules are different parameters"
+
+
+def test_modules_that_a_model_does_not_have_are_no_sound_plan() -> None:
+    plan = make_plan(LLAMA, Degrees(micro_batch=2), adapters=Adapters(rank=2, modules="q_proj,kv_b_proj"))
+    with pytest.raises(InputError, match="tiny-llama has no module 'kv_b_proj'"):
+        check_sound(plan)
+    check_sound(dataclasses.replace(plan, model=UNCOMPRESSED))
 
 
 @pytest.mark.parametrize("zero", [Zero(0), Zero(1), Zero(3)])
