@@ -22,12 +22,10 @@ from planner.plan import Plan
 from planner.plan_check import check_sound
 from planner.strategy import Degrees, RecomputeCounts, Stage, Zero
 from planner.workload import AdapterModules, Adapters, Precision
-from runtime.adapter_files import peft_key
 from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.committed import committed_folders, load_index
 from runtime.data.prepare import DataOptions
 from runtime.executor import Executor
-from runtime.hf_weights.names import names_of
 from runtime.lora import adapted_modules
 from runtime.options import TrainOptions
 from runtime.train import run_training
@@ -250,15 +248,6 @@ def test_a_run_leaves_its_adapters_where_peft_finds_them(tmp_path: Path) -> None
     assert tensors[key.format(3, "mlp.down_proj", "A")].shape == (4, 64)
     assert tensors[key.format(0, "self_attn.k_proj", "B")].shape == (16, 4)
     assert all(bool(value.any()) for value in tensors.values()), "every adapter was trained"
-
-
-def test_adapters_of_fused_projections_are_not_exported() -> None:
-    names = names_of(GPT2)
-    with pytest.raises(InputError, match=r"keeps attention.wq, attention.wk, attention.wv in one matrix"):
-        peft_key("layers.0.attention.wv.lora_a", names)
-    assert peft_key("layers.0.mlp.down.lora_b", names) == (
-        "base_model.model.transformer.h.0.mlp.c_proj.lora_B.weight"
-    )
 
 
 def test_alpha_without_adapters_is_refused(tmp_path: Path) -> None:
