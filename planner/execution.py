@@ -72,7 +72,8 @@ def vocabulary_not_executed(model: ModelSpec, degrees: Degrees) -> list[str]:
     """Why ranks cannot share out the vocabulary; empty where they can.
 
     Rank r of tp has the rows from r ceil(V / tp) on, the last one fewer where tp does not divide V. Then data
-    ranks share out its columns, since parts of unequal parts have no simple place in the whole.
+    ranks share out its columns, since parts of unequal parts have no simple place in the whole. The head's
+    bias, which has none, is whole on every rank of tp.
     """
     vocab, tp, shards = model.vocab, degrees.tp, degrees.weight_shards
     if vocab % tp == 0:
@@ -81,7 +82,6 @@ def vocabulary_not_executed(model: ModelSpec, degrees: Degrees) -> list[str]:
         f"the last of {tp} parts of {-(-vocab // tp)} rows has none": (tp - 1) * -(-vocab // tp) >= vocab,
         f"{shards} ranks cannot share out {model.hidden} columns of unequal parts": model.hidden % shards
         != 0,
-        f"{shards} ranks cannot share out unequal parts of the head's bias": model.head_bias and shards > 1,
     }
     return [fault for fault, found in faults.items() if found]
 

@@ -276,13 +276,14 @@ def copies_of(parameter: Tensor, meshes: Meshes) -> DeviceMesh | None:
 def partial_parameters(model: nn.Module, degrees: Degrees) -> list[nn.Parameter]:
     """Parameters that are whole on every rank of tp, whose gradient is a partial sum over it.
 
-    Those that saw a slice of the sequence; and those of routers, which weigh what each rank has of an
-    expert's result, or see the tokens of a slice.
+    Those that saw a slice of the sequence; those of routers, which weigh what each rank has of an expert's
+    result, or see the tokens of a slice; and a head's bias that no parts are made of.
     """
     if degrees.tp == 1:
         return []
     roots = [model] if degrees.sequence_parallel else mixtures(model)
     found = {id(p): p for root in roots for p in root.parameters()}
+    found |= {id(p): p for head in model.modules() if isinstance(head, Head) for p in head.whole_biases()}
     return [
         p
         for p in found.values()

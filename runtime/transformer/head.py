@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -29,12 +31,22 @@ class Head(nn.Linear):
         """What the sum of losses is divided by; None: the number of targets that count."""
 
     def shard(self, mesh: DeviceMesh, between: Shard | Replicate) -> None:
-        """Leaves this rank its rows; hidden states are then laid out as `between` says."""
+        """Leaves this rank its rows; hidden states are then laid out as `between` says.
+
+        A bias whose rows do not divide stays whole: data ranks could not share out its parts.
+        """
         self.mesh, self.between = mesh, between
         # Every rank drew the same whole weight, so each takes its shard from its own copy.
         for name, parameter in list(self.named_parameters()):
-            rows = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
-            self.register_parameter(name, nn.Parameter(rows))
+            if name == "weight" or self.out_features % mesh.size() == 0:
+                rows = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
+                self.register_parameter(name, nn.Parameter(rows))
+
+    def whole_biases(self) -> list[nn.Parameter]:
+        """The bias, where it is whole on ranks that hold rows of the weight: each has the gradient of its own
+        rows."""
+        uneven = self.mesh is not None and self.out_features % self.mesh.size() > 0
+        return [self.bias] if uneven and self.bias is not None else []
 
     def forward(self, x_bsh: Tensor, targets_bs: Tensor | None = None) -> Tensor:
         if targets_bs is None:
@@ -47,7 +59,7 @@ class Head(nn.Linear):
         if self.mesh is not None:
             assert isinstance(weight, DTensor)
             weight, group = weight.to_local(), self.mesh.get_group()
-            bias = bias.to_local() if isinstance(bias, DTensor) else None
+            bias = self._own_rows(bias, len(weight))
             # Each rank's gradient of the hidden states is a part of a sum.
             sliced = DTensor.from_local(x_bsh, self.mesh, [self.between], run_check=False)
             x_bsh = sliced.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
@@ -63,3 +75,12 @@ class Head(nn.Linear):
             scale=self.gradient_scale,
         )
         return loss if self.counted is None else loss * ((targets_bs != IGNORED).sum() / self.counted)
+
+    def _own_rows(self, bias: Tensor | None, rows: int) -> Tensor | None:
+        """This rank's rows of the bias: as many as others have, rounded up; the last has what is left."""
+        if isinstance(bias, DTensor):
+            return bias.to_local()
+        if bias is None or self.mesh is None:
+            return None
+        first = self.mesh.get_local_rank() * math.ceil(self.out_features / self.mesh.size())
+        return bias[first : first + rows]
