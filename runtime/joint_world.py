@@ -19,6 +19,7 @@ from datetime import timedelta
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # public
 
 from planner.errors import InputError, Problem
+from runtime.launch import ENVIRONMENT
 from runtime.layouts import World
 
 PATIENCE = timedelta(hours=4)
@@ -83,10 +84,9 @@ def joined_world() -> JointWorld | None:
 
     Raises InputError where nodes have different numbers of ranks, or the store is not there.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if not all(name in os.environ for name in names) or os.environ["WORLD_SIZE"] == "1":
+    if not all(name in os.environ for name in ENVIRONMENT) or os.environ["WORLD_SIZE"] == "1":
         return None
-    rank, ranks, local_rank = (int(os.environ[name]) for name in names[:3])
+    rank, ranks, local_rank = (int(os.environ[name]) for name in ENVIRONMENT[:3])
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     if ranks % per_node:
         fault = f"is {ranks}, and this node has {per_node} of them: not as many on every node."

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import signal
 import statistics
 import time
@@ -34,7 +33,7 @@ from runtime.data.prepare import data_weights
 from runtime.executor import Executor, StepResult
 from runtime.hf_weights.folder import load_into
 from runtime.identity import plan_facts
-from runtime.local_ranks import RunFailedError, Send, join_group
+from runtime.local_ranks import RunFailedError, Send
 from runtime.metrics import MetricsLog, Probes, StepMetrics, mfu
 from runtime.optimizer import OptimizerOptions, learning_rate
 from runtime.options import TrainOptions, resolve
@@ -67,19 +66,6 @@ class Job:
     options: TrainOptions
     setup: Setup
     launched_s: float
-
-
-def enter_group(device: str, timeout_s: float) -> torch.device:
-    """Joins the group on this rank's own device. A collective that takes `timeout_s` fails."""
-    if device == "cuda":
-        local = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(local)
-        join_group("nccl", timeout_s)
-        return local
-    # One thread a rank, as `plan profile` measured.
-    torch.set_num_threads(1)
-    join_group("gloo", timeout_s)
-    return torch.device("cpu")
 
 
 def catch_sigterm() -> Callable[[], bool]:

@@ -19,8 +19,9 @@ from planner.plan import Plan
 from planner.plan_check import check_sound
 from runtime.audience import Audience
 from runtime.exchange import agree
+from runtime.launch import enter_group, started_as_rank
 from runtime.local_ranks import RunFailedError, Send, run_local
-from runtime.loop import Job, catch_sigterm, enter_group, train_rank
+from runtime.loop import Job, catch_sigterm, train_rank
 from runtime.options import TrainOptions
 from runtime.patience import RollCall, group_timeout_s
 from runtime.present import check_fits_here, check_same_devices, check_world, pick_device
@@ -40,7 +41,7 @@ def run_training(plan: Plan, options: TrainOptions, *, shown: bool = True) -> Tr
     device = pick_device(plan)
     if not options.any_device:
         check_same_devices(plan, device)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if started_as_rank():
         return _run_as_rank(plan, options, device, started_s, shown=shown)
     check_fits_here(plan, device)
     lock = lock_run_dir(Path(options.run_dir))

@@ -15,7 +15,7 @@ from planner.strategy import Degrees, Recompute, Zero
 from planner.workload import Precision
 from runtime.attention_blocks import Merged, WrittenOut, attend, attend_backward
 from runtime.executor import Executor
-from runtime.launch import init_from_env
+from runtime.launch import enter_group
 from runtime.rehearse import RehearsalOptions, rehearse_rank
 from tests.plans import make_plan, tiny_gpt2, tiny_llama
 from tests.runtime.ranks import OPTIONS, SEED, single_process, train
@@ -33,7 +33,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", port)
-    yield init_from_env(timeout_s=60)
+    yield enter_group("cuda", timeout_s=60)
     dist.destroy_process_group()
 
 
