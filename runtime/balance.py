@@ -15,15 +15,16 @@ from runtime.transformer.router import Router
 
 
 class Balance:
-    """The corrections of this rank's routers, by their names in the whole model."""
+    """The corrections of this rank's routers, by their names in the whole model; `frozen` ones never move."""
 
-    def __init__(self, spec: ModelSpec, models: Sequence[Transformer]) -> None:
+    def __init__(self, spec: ModelSpec, models: Sequence[Transformer], *, frozen: bool = False) -> None:
         found = ((name, module) for model in models for name, module in model.named_modules())
         routers = {name.replace(WRAPPER_PREFIX, ""): m for name, m in found if isinstance(m, Router)}
         self._routers = {int(name.split(".")[1]): router for name, router in routers.items()}
         self._layers = spec.layers
         self._experts = max((experts.count for experts in spec.experts), default=0)
-        self._moves = any(experts.routing.bias_speed for experts in spec.experts)
+        self.frozen = frozen
+        self._moves = not frozen and any(experts.routing.bias_speed for experts in spec.experts)
         self.corrections: dict[str, Tensor] = {
             f"{name}.correction": router.correction
             for name, router in routers.items()

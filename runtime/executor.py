@@ -102,7 +102,9 @@ class Executor:
         self.weights = [weight for weight in held if weight.parameter.requires_grad]
         self.frozen = [weight for weight in held if not weight.parameter.requires_grad]
         self._base = fingerprint(self.frozen, device) if self.frozen else None
-        self.balance = Balance(plan.model, [module.model for module in self.modules])
+        # Beside adapters the whole model stays as it is, else they would be adapters of another one.
+        models, frozen = [module.model for module in self.modules], plan.workload.adapters is not None
+        self.balance = Balance(plan.model, models, frozen=frozen)
         self.optimizer = build_optimizer(
             plan.workload.optimizer, self.weights, optimizer_options, plan.workload.precision
         )
@@ -310,8 +312,9 @@ class Executor:
 
     def _named_state(self) -> Iterator[tuple[str, Tensor]]:
         """Tensors of weights and optimizer; two of a name where this rank holds both copies of a tied one."""
-        for name, bias in self.balance.corrections.items():
-            yield f"model.{name}", bias
+        if not self.balance.frozen:
+            for name, bias in self.balance.corrections.items():
+                yield f"model.{name}", bias
         for weight in self.weights:
             yield f"model.{weight.name}", weight.value
             for key, value in self.optimizer.state_of(weight.shard).items():

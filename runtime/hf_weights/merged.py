@@ -12,7 +12,7 @@ from torch import Tensor
 
 from planner.errors import InputError, Problem
 from planner.plan import Plan
-from runtime.adapter_files import PREFIX, read_adapters
+from runtime.adapter_files import read_adapters
 from runtime.checkpoint import load_checkpoint
 from runtime.committed import CheckpointIndex
 from runtime.hf_weights.read import WeightFolder
@@ -20,7 +20,7 @@ from runtime.lora import A, B, check_base, scale_of, sums_of
 from runtime.precision import compute_dtype
 
 CORRECTION = ".correction"
-"""Ends the names of what corrects a router's choice, which is no weight."""
+"""Ends the names of what corrects a router's choice, which is no weight, and fp32 in any precision."""
 
 
 class MergedWeights:
@@ -32,12 +32,10 @@ class MergedWeights:
         if adapters is None:
             fault = f"is given, but the run trained all weights (method {plan.workload.method})."
             raise InputError(Problem(where="--merge-adapters", fault=fault, fix="leave it out"))
-        self._checkpoint, self._index = checkpoint, index
         self._dtype = compute_dtype(plan.workload.precision)
         alpha = index.run.get("lora_alpha")
         self._scale = scale_of(adapters, None if alpha is None else float(alpha))
         self._base, self._adapters = WeightFolder(base, plan.model), read_adapters(checkpoint)
-        self._kept = {name for name in index.tensors if name.startswith(PREFIX)}
         self._shapes = {mapped.name: mapped.shape for mapped in self._base.map.parameters}
         frozen = (self._frozen(name) for name in self._shapes if not name.endswith(CORRECTION))
         saved = torch.zeros(3, dtype=torch.float64)
@@ -46,10 +44,8 @@ class MergedWeights:
 
     def __call__(self, name: str) -> Tensor:
         """One parameter, as it is or with its adapter, in fp32."""
-        if f"{PREFIX}{name}" in self._kept:  # what corrects a router's choice goes on changing
-            kept = torch.empty(self._shapes[name])
-            load_checkpoint(self._checkpoint, self._index, {"executor": {f"model.{name}": kept}})
-            return kept
+        if name.endswith(CORRECTION):
+            return self._read(name)
         weight, path = self._frozen(name).float(), name.removesuffix(".weight")
         if f"{path}.{A}" in self._adapters:
             weight += self._scale * self._adapters[f"{path}.{B}"] @ self._adapters[f"{path}.{A}"]
@@ -57,6 +53,9 @@ class MergedWeights:
 
     def _frozen(self, name: str) -> Tensor:
         """A parameter of the base in the compute precision."""
+        return self._read(name).to(self._dtype)
+
+    def _read(self, name: str) -> Tensor:
         weight = torch.empty(self._shapes[name])
         self._base.fill(name, weight)
-        return weight.to(self._dtype)
+        return weight

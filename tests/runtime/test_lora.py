@@ -31,7 +31,15 @@ from runtime.options import TrainOptions
 from runtime.train import run_training
 from runtime.transformer.initial import drawn
 from runtime.transformer.model import build_transformer
-from tests.plans import changed_mixer, make_plan, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_mla
+from tests.plans import (
+    changed_mixer,
+    make_plan,
+    tiny_deepseek_experts,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mixtral,
+    tiny_mla,
+)
 from tests.runtime.ranks import OPTIONS, SEED, make_executor, on_ranks, single_process, train
 
 STEPS = 4
@@ -150,6 +158,19 @@ def test_the_planner_and_the_runtime_count_the_same_for_every_choice_of_modules(
         assert trained == adapter_params(Adapters(rank=3, modules=modules), model) > 0
         counts.add(trained)
     assert len(counts) > len(names), "different modules are different parameters"
+
+
+def test_what_corrects_the_choice_of_experts_is_frozen_beside_adapters() -> None:
+    """Adapters are given away without it; routers are frozen too."""
+    plan = make_plan(tiny_deepseek_experts(layers=2), Degrees(micro_batch=4), adapters=QV)
+
+    def body(rank: int) -> Any:
+        executor = make_executor(plan)
+        train(executor, 0, 2)
+        moved = [float(bias.abs().max()) for bias in executor.balance.corrections.values()]
+        return moved, [name for name in executor.state_dict() if "correction" in name]
+
+    assert on_ranks(body, 1) == [[[0.0, 0.0], []]]
 
 
 def test_modules_that_a_model_does_not_have_are_no_sound_plan() -> None:
