@@ -47,6 +47,7 @@ from runtime.hf_weights.folder import load_into
 from runtime.hf_weights.names import names_of
 from runtime.hf_weights.read import WeightFolder
 from runtime.lora import apply_lora
+from runtime.peft_modules import peft_modules
 from runtime.transformer.initial import materialize
 from runtime.transformer.model import build_transformer
 from tests.runtime.hf_models import make_model
@@ -181,8 +182,6 @@ def make_adapters(case: Case, plan: Plan, like: Path, folder: Path) -> None:
 
 def _rows_adapted(plan: Plan, name: str, rows: int) -> Tensor:
     """1 for the rows of a module that are those of an adapted projection, 0 for the others."""
-    from runtime.peft_modules import peft_modules
-
     assert plan.workload.adapters is not None
     kept = torch.zeros(rows)
     for module in peft_modules(plan.model, plan.workload.adapters):

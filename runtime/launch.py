@@ -1,4 +1,4 @@
-"""A rank's place: its device, and the group that a launcher describes in the environment (torchrun, or ours)."""
+"""A rank's place: its device, and the group that torchrun or our own launcher tells it of."""
 
 from __future__ import annotations
 
