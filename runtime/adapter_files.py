@@ -49,6 +49,7 @@ UNREAD = (
 """Source: peft, utils/transformers_weight_conversion.py, `_convert_peft_config_moe`; with transformers 5."""
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the model's weights as they are."""
+MOST_ALPHA = 1e9
 PLAIN_NAME = re.compile(r"[\w.]+")
 """A pattern that is a name. Others are regular expressions, which may take for ever."""
 BEFORE = "base_model.model."
@@ -130,7 +131,10 @@ class AdapterFolder:
         self._of_path = {path: module for module in self._modules for path, _ in module.members}
         config = load_json_object(folder / CONFIG)
         problems = [
-            Problem(where=f"{folder / CONFIG}: {key}", fault=f"is {found!r}, adapters of runs need {legal}.")
+            Problem(
+                where=f"{folder / CONFIG}: {key[:80]}",
+                fault=f"is {repr(found)[:60]}, adapters of runs need {legal}.",
+            )
             for key, found, legal in _unlike(config)
         ]
         if problems:
@@ -228,15 +232,19 @@ def _unlike(config: Mapping[str, Any]) -> Iterator[tuple[str, object, str]]:
             yield key, config[key], "none of it"
     if config.get("init_lora_weights", True) not in PLAIN_STARTS:
         yield "init_lora_weights", config["init_lora_weights"], "weights of the model as they are"
-    if not isinstance(config.get("lora_alpha"), int | float):
+    if not _is_number(config.get("lora_alpha")):
         yield "lora_alpha", config.get("lora_alpha"), "a number"
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         yield "alpha_pattern", patterns, "names and numbers"
         return
     for name, value in patterns.items():
-        if not PLAIN_NAME.fullmatch(name) or not isinstance(value, int | float):
+        if not PLAIN_NAME.fullmatch(name) or not _is_number(value):
             yield f"alpha_pattern.{name}", value, "a number, for the end of a module's name"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < MOST_ALPHA  # not so where it is no number
 
 
 def _alpha(config: Mapping[str, Any], module: str) -> float:

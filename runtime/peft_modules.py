@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -114,7 +115,13 @@ def targets(model: ModelSpec, names: Iterable[str]) -> dict[str, str]:
     """For each of some modules the end of its name by which PEFT finds it, and none that is not meant."""
     meant = set(names)
     everywhere = {key.removesuffix(".weight") for key in key_map(model).shapes if key.endswith(".weight")}
-    return {name: _shortest_end(name, meant, everywhere) for name in meant}
+    others = sorted(everywhere - meant)
+
+    @cache
+    def means(end: str) -> bool:
+        return not any(other.endswith(f".{end}") for other in others)
+
+    return {name: next(filter(means, _ends(name)), name) for name in meant}
 
 
 def named_modules(model: ModelSpec, found: Iterable[str]) -> list[str]:
@@ -129,13 +136,10 @@ def named_modules(model: ModelSpec, found: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names)) if given <= paths.keys() else []
 
 
-def _shortest_end(name: str, meant: set[str], everywhere: set[str]) -> str:
+def _ends(name: str) -> Iterator[str]:
+    """The last parts of a name, from one part on."""
     parts = name.split(".")
-    for count in range(1, len(parts)):
-        end = ".".join(parts[-count:])
-        if all(other in meant for other in everywhere if other.endswith(f".{end}")):
-            return end
-    return name
+    return (".".join(parts[-count:]) for count in range(1, len(parts)))
 
 
 def _adapted_paths(model: ModelSpec, modules: str) -> Iterator[str]:

@@ -208,6 +208,8 @@ def test_rank_stabilised_adapters_count_by_the_root_of_their_rank(tmp_path: Path
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "weights of the model as they are"),
         ({"lora_alpha": "6"}, "lora_alpha: is '6'"),
+        ({"lora_alpha": 10**400}, "lora_alpha: is 1000"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: is nan"),
         ({"lora_alpha": 3}, "give --lora-alpha 3"),
         ({"alpha_pattern": {"q_proj": 2}}, "a run's adapters all count alike"),
         ({"alpha_pattern": {"(a+)+": 2}}, "for the end of a module's name"),
