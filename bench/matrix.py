@@ -7,9 +7,9 @@ one process in fp32, the largest relative difference, and whether what was execu
 recomputation, the table of actions) is what the plan says.
 
 AdamW divides by the root of a second moment and eps (1e-3 here), so that it enlarges what rounding left of
-small gradients, up to a thousand times. A plan that differs by more than TOLERANCE is therefore trained by SGD as well: an
-error of the plan would be in its gradients, and be seen there; rounding is not enlarged, and stays below
-SGD_TOLERANCE.
+small gradients, up to a thousand times. A plan that differs by more than TOLERANCE is therefore trained by
+SGD as well: an error of the plan would be in its gradients, and be seen there; rounding is not enlarged, and
+stays below SGD_TOLERANCE.
 """
 
 from __future__ import annotations
