@@ -41,6 +41,18 @@ if TYPE_CHECKING:
 )
 @click.option("--completion-key", metavar="KEY", help="Fine-tuning: what is trained on. With --prompt-key.")
 @click.option(
+    "--messages-key",
+    metavar="KEY",
+    help="Fine-tuning: the key or column with conversations, lists of {role, content} or {from, value}, "
+    "written by the tokenizer's own chat template (ChatML where it has none).",
+)
+@click.option(
+    "--train-on",
+    type=click.Choice(["assistant", "all"]),
+    help="Of conversations: what the assistant said ({% generation %} blocks of the template, else by "
+    "prefixes), or every token. Default: assistant.",
+)
+@click.option(
     "--data-cache",
     metavar="DIR",
     help="Where tokenized data goes, for runs to share. Default: the run folder.",
@@ -204,15 +216,17 @@ def _check_backend(backend: str, hf_config: str | None) -> None:
 
 def _data_options(given: dict[str, Any]) -> DataOptions:
     """The options that are about data, taken out of all that were given."""
+    from runtime.data.conversation import TrainOn
     from runtime.data.documents import Columns
     from runtime.data.prepare import DataOptions
 
-    text, prompt, completion = (given.pop(f"{name}_key") for name in ("text", "prompt", "completion"))
+    keys = {name: given.pop(f"{name}_key") for name in ("text", "prompt", "completion", "messages")}
+    train_on = given.pop("train_on")
     return DataOptions(
         data=given.pop("data"),
         tokenizer=given.pop("tokenizer"),
         end_of_text=given.pop("end_of_text"),
-        columns=Columns(text=text, prompt=prompt, completion=completion),
+        columns=Columns(**keys, train_on=None if train_on is None else TrainOn(train_on)),
     )
 
 

@@ -1,7 +1,7 @@
 """The documents of data files: whole texts, JSON lines, and rows of Parquet and Arrow files.
 
 Nothing in a file is ever executed. What is broken is refused with its file and line or row: a line that is
-no JSON, a column that is not there, a value that is no text, a shard that was cut short.
+no JSON, a column that is not there, a value that is no text or no conversation, a shard that was cut short.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 
 from planner.codec import noun
 from planner.errors import InputError, Problem
+from runtime.data.chat_template import ChatTemplate, Trained
+from runtime.data.conversation import TrainOn, read_conversation
 from runtime.data.sources import DataFile, FileFormat
 
 CHUNK_CHARACTERS = 1 << 20
@@ -22,23 +24,32 @@ ROWS = 1024
 ARROW_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 """The end-of-stream marker of the Arrow IPC stream format; a file without it was cut short."""
 
-Piece = tuple[str, bool]
-"""A piece of a document that becomes tokens on its own, and whether its tokens are trained on."""
+Piece = tuple[str, Trained]
+"""A piece of a document that becomes tokens on its own, and which of it is trained on."""
+
+Record = tuple[str, tuple[Any, ...]]
+"""The place of a document in a file, and its values."""
 
 
 @noun
 class Columns:
     """Which keys of a JSON object, or columns of a table, hold a document.
 
-    Of `prompt` and `completion`, where given, only the completion is trained on; else `text` is the document.
+    Where `messages` is given, it holds a conversation, of which `train_on` is trained on (None: what the
+    assistant said). Of `prompt` and `completion`, where given, only the completion is trained on. Else `text`
+    is the document.
     """
 
     text: str = "text"
     prompt: str | None = None
     completion: str | None = None
+    messages: str | None = None
+    train_on: TrainOn | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
+        if self.messages is not None:
+            return (self.messages,)
         if self.prompt is not None and self.completion is not None:
             return (self.prompt, self.completion)
         return (self.text,)
@@ -46,31 +57,66 @@ class Columns:
     @property
     def masked(self) -> bool:
         """Whether some tokens are read and not trained on."""
-        return self.prompt is not None
+        return self.prompt is not None or (self.messages is not None and self.train_on is not TrainOn.ALL)
+
+    @property
+    def holds(self) -> str:
+        """What a value of a column is."""
+        return "text" if self.messages is None else "a list of messages"
+
+    def flag(self, name: str) -> str:
+        """The option that names a column."""
+        named = {self.messages: "--messages-key", self.prompt: "--prompt-key"}
+        return named.get(name) or ("--completion-key" if name == self.completion else "--text-key")
+
+    def check(self) -> None:
+        """Raises InputError for options that do not go together."""
+        problems = []
+        if (self.prompt is None) != (self.completion is None):
+            fault = "only one of the two is given."
+            problems.append(Problem(where="--prompt-key, --completion-key", fault=fault, fix="give both"))
+        if self.messages is not None and (self.prompt is not None or self.completion is not None):
+            fault = "is given with --prompt-key or --completion-key: a document is one or the other."
+            problems.append(Problem(where="--messages-key", fault=fault, fix="leave one of them out"))
+        if self.messages is None and self.train_on is not None:
+            fault = "is given without --messages-key: only conversations have turns to choose from."
+            problems.append(Problem(where="--train-on", fault=fault, fix="add --messages-key KEY"))
+        if problems:
+            raise InputError(*problems)
 
 
-def documents(file: DataFile, columns: Columns) -> Iterator[Iterator[Piece]]:
-    """The documents of a file in order, each as its pieces. Raises InputError where the file is broken."""
+def documents(
+    file: DataFile, columns: Columns, template: ChatTemplate | None = None
+) -> Iterator[Iterator[Piece]]:
+    """The documents of a file in order, each as its pieces; conversations are written by `template`.
+
+    Raises InputError where the file is broken.
+    """
     path = Path(file.path)
     if path.stat().st_size == 0:
         raise InputError(Problem(where=str(path), fault="is empty.", fix="remove it, or copy it again"))
     if file.format is FileFormat.TEXT:
         yield from _text(path, columns)
         return
-    for values in _READERS[file.format](path, columns.names):
-        if columns.masked:
+    train_on = columns.train_on or TrainOn.ASSISTANT
+    for place, values in _READERS[file.format](path, columns):
+        if template is not None:
+            where = f"{place}: {columns.messages}"
+            yield iter([template.render(read_conversation(values[0], where), train_on, where)])
+        elif columns.masked:
             yield iter([(values[0], False), (values[1], True)])
         else:
             yield iter([(values[0], True)])
 
 
 def _text(path: Path, columns: Columns) -> Iterator[Iterator[Piece]]:
-    if columns.masked:
+    missing = "prompts and completions" if columns.prompt is not None else "conversations"
+    if columns.prompt is not None or columns.messages is not None:
         raise InputError(
             Problem(
                 where=str(path),
-                fault="is plain text, which has no prompts and completions.",
-                legal="JSON lines, Parquet or Arrow with both columns",
+                fault=f"is plain text, which has no {missing}.",
+                legal="JSON lines, Parquet or Arrow with what the options name",
             )
         )
     yield ((chunk, True) for chunk in _chunks(path))
@@ -92,14 +138,15 @@ def _not_utf8(where: str, error: UnicodeDecodeError) -> InputError:
     )
 
 
-def _json_lines(path: Path, keys: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def _json_lines(path: Path, columns: Columns) -> Iterator[Record]:
     number = 0
     try:
         with path.open("rb") as raw:
             lines: Iterable[bytes] = gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _take(_parse(line, f"{path}, line {number}"), keys, f"{path}, line {number}")
+                    where = f"{path}, line {number}"
+                    yield where, _take(_parse(line, where), columns, where)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(
             Problem(
@@ -125,41 +172,41 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _take(record: dict[str, Any], keys: Sequence[str], where: str) -> tuple[str, ...]:
-    values = []
-    for key in keys:
+def _take(record: dict[str, Any], columns: Columns, where: str) -> tuple[Any, ...]:
+    for key in columns.names:
         if key not in record:
-            raise _no_column(where, key, list(record))
-        if not isinstance(record[key], str):
+            raise _no_column(where, key, columns, list(record))
+        if columns.messages is None and not isinstance(record[key], str):
             kind = type(record[key]).__name__
             raise InputError(Problem(where=f"{where}: {key}", fault=f"is of type {kind}, not text."))
-        values.append(record[key])
-    return tuple(values)
+    return tuple(record[key] for key in columns.names)
 
 
-def _no_column(where: str, key: str, there: list[str]) -> InputError:
-    flag = {"prompt": "--prompt-key", "completion": "--completion-key"}.get(key, "--text-key")
-    fix = f"name one of them by {flag}"
+def _no_column(where: str, key: str, columns: Columns, there: list[str]) -> InputError:
+    fix = f"name one of them by {columns.flag(key)}"
     if {"prompt", "completion"} <= set(there):
         fix = "to train on completions only, add --prompt-key prompt --completion-key completion"
+    for usual in ("messages", "conversations"):
+        if usual in there and columns.messages is None:
+            fix = f"to train on conversations, add --messages-key {usual}"
     return InputError(
         Problem(where=where, fault=f"has no {key!r}.", legal=", ".join(map(repr, there[:20])), fix=fix)
     )
 
 
-def _parquet(path: Path, keys: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def _parquet(path: Path, columns: Columns) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            _check_columns(path, keys, table.schema_arrow)
-            yield from _rows(path, keys, table.iter_batches(batch_size=ROWS, columns=list(keys)))
+            _check_columns(path, columns, table.schema_arrow)
+            yield from _rows(path, columns, table.iter_batches(batch_size=ROWS, columns=list(columns.names)))
     except (pyarrow.ArrowException, OSError) as error:
         raise _damaged(path, error) from None
 
 
-def _arrow(path: Path, keys: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def _arrow(path: Path, columns: Columns) -> Iterator[Record]:
     import pyarrow
 
     try:
@@ -171,8 +218,8 @@ def _arrow(path: Path, keys: Sequence[str]) -> Iterator[tuple[str, ...]]:
                 if source.read_at(len(ARROW_END), max(0, source.size() - len(ARROW_END))) != ARROW_END:
                     raise OSError("its end marker is missing")
                 table = batches = pyarrow.ipc.open_stream(source)
-            _check_columns(path, keys, table.schema)
-            yield from _rows(path, keys, batches)
+            _check_columns(path, columns, table.schema)
+            yield from _rows(path, columns, batches)
     except (pyarrow.ArrowException, OSError) as error:
         raise _damaged(path, error) from None
 
@@ -183,30 +230,35 @@ def _damaged(path: Path, error: Exception) -> InputError:
     return InputError(Problem(where=str(path), fault=fault, fix="copy it again"))
 
 
-def _check_columns(path: Path, keys: Sequence[str], schema: Any) -> None:
-    import pyarrow
+def _check_columns(path: Path, columns: Columns, schema: Any) -> None:
+    from pyarrow import types
 
-    for key in keys:
+    texts, lists = (types.is_string, types.is_large_string), (types.is_list, types.is_large_list)
+    good = texts if columns.messages is None else lists
+    for key in columns.names:
         if key not in schema.names:
-            raise _no_column(str(path), key, schema.names)
+            raise _no_column(str(path), key, columns, schema.names)
         kind = schema.field(key).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise InputError(Problem(where=f"{path}: {key}", fault=f"is of type {kind}, not text."))
+        if not any(is_so(kind) for is_so in good):
+            raise InputError(
+                Problem(where=f"{path}: {key}", fault=f"is of type {kind}, not {columns.holds}.")
+            )
 
 
-def _rows(path: Path, keys: Sequence[str], batches: Any) -> Iterator[tuple[str, ...]]:
-    first = 0
+def _rows(path: Path, columns: Columns, batches: Any) -> Iterator[Record]:
+    first, keys = 0, columns.names
     for batch in batches:
-        columns = [batch.column(key).to_pylist() for key in keys]
-        for offset, values in enumerate(zip(*columns, strict=True)):
+        lists = [batch.column(key).to_pylist() for key in keys]
+        for offset, values in enumerate(zip(*lists, strict=True)):
+            where = f"{path}, row {first + offset}"
             if None in values:
-                where = f"{path}, row {first + offset}: {keys[values.index(None)]}"
-                raise InputError(Problem(where=where, fault="is null, not text."))
-            yield values
+                key = keys[values.index(None)]
+                raise InputError(Problem(where=f"{where}: {key}", fault=f"is null, not {columns.holds}."))
+            yield where, values
         first += batch.num_rows
 
 
-_READERS: dict[FileFormat, Callable[[Path, Sequence[str]], Iterator[tuple[str, ...]]]] = {
+_READERS: dict[FileFormat, Callable[[Path, Columns], Iterator[Record]]] = {
     FileFormat.JSONL: _json_lines,
     FileFormat.PARQUET: _parquet,
     FileFormat.ARROW: _arrow,

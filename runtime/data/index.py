@@ -1,12 +1,12 @@
 """A prepared data set on disk, opened for reading.
 
     KEY.tokens           token ids, little endian, of all sources one after another
-    KEY.mask             a byte a token, 1 where it is trained on; only with prompts and completions
+    KEY.mask             a byte a token, 1 where it is trained on; only where not all are
     KEY.tokenizer.json   what made the tokens
     KEY.json             the index, written last
 
-KEY is a digest of the files, the columns, the tokenizer and the vocabulary, so a changed input makes new
-files and never meets old ones.
+KEY is a digest of the files, the columns, the tokenizer, the vocabulary and, of conversations, the chat
+template and what is trained on, so a changed input makes new files and never meets old ones.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class DataPart:
 class DataIndex:
     """The index of a prepared data set.
 
-    `digest` covers files, columns, tokenizer and vocabulary; `tokenizer_digest` the tokenizer alone.
+    `digest` covers files, columns, tokenizer, vocabulary and chat template; `tokenizer_digest` the tokenizer
+    alone. `template` says where the template of conversations is from.
     """
 
     schema_version: int
@@ -66,6 +67,7 @@ class DataIndex:
     sha256: str
     mask_sha256: str | None
     sources: tuple[SourceText, ...]
+    template: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,4 +134,6 @@ def data_summary(index: DataIndex) -> str:
     size = format_bytes(sum(source.bytes for source in index.sources))
     files = f"{len(index.sources)} file" + ("s" if len(index.sources) != 1 else "")
     trained = "" if index.mask_sha256 is None else f", {index.trained_tokens:,} of them trained on"
-    return f"{files}, {size}, {index.tokens:,} tokens{trained} ({index.tokenizer}, vocabulary {index.vocab})"
+    chat = "" if index.template is None else f", chat template: {index.template}"
+    tokenizer = f"{index.tokenizer}, vocabulary {index.vocab}{chat}"
+    return f"{files}, {size}, {index.tokens:,} tokens{trained} ({tokenizer})"

@@ -10,15 +10,16 @@ import contextlib
 import hashlib
 import itertools
 import os
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from planner.codec import noun, to_json, write_atomic
+from planner.codec import digest, noun, to_json, write_atomic
 from planner.errors import InputError, Problem
+from runtime.data.chat_template import ChatTemplate, choose_template
 from runtime.data.documents import Columns, documents, needs_pyarrow
+from runtime.data.encode import encoded
 from runtime.data.index import DATA_SCHEMA, DataIndex, DataPart, SourceText, describe_file, open_data
 from runtime.data.sources import DataFile, DataSource, find_sources, split_weight
 from runtime.data.tokenizer import Tokenizer, TokenizerChoice, choose_tokenizer, make_tokenizer
@@ -26,8 +27,6 @@ from runtime.packages import require_package
 
 TRAINING_CHARACTERS = 1 << 28
 """Byte pairs are learned from so much of the text at most: more changes few merges and takes memory."""
-BATCH_CHARACTERS = 1 << 22
-"""Text is encoded in batches of about this size, which the tokenizer spreads over its threads."""
 
 
 @noun
@@ -47,23 +46,19 @@ def prepare_data(options: DataOptions, *, vocab: int, cache: Path) -> Path:
     vocabulary, or where the disk is full.
     """
     columns = options.columns
-    if (columns.prompt is None) != (columns.completion is None):
-        raise InputError(
-            Problem(
-                where="--prompt-key, --completion-key", fault="only one of the two is given.", fix="give both"
-            )
-        )
+    columns.check()
     choice = choose_tokenizer(options.tokenizer, vocab, options.end_of_text)
+    template = None if columns.messages is None else choose_template(options.tokenizer)
     sources = find_sources(options.data)
     parts = _parts(sources)
     files = [file for _, own in parts for file in own]
     if needs_pyarrow(files):
         require_package("pyarrow", "data", f"reading {files[0].name}")
     described = tuple(describe_file(Path(file.path), file.name) for file in files)
-    digest = _digest(parts, described, choice, columns, vocab)
-    index_path = cache / f"{digest[:16]}.json"
-    if not _usable(index_path, digest):
-        _build(_Work(parts, described, choice, columns, vocab, digest), index_path)
+    work = _Work(parts, described, choice, columns, template, vocab)
+    index_path = cache / f"{work.digest[:16]}.json"
+    if not _usable(index_path, work.digest):
+        _build(work, index_path)
     return index_path
 
 
@@ -83,18 +78,6 @@ def _parts(sources: tuple[DataSource, ...]) -> Parts:
     return [(sources[0].name, tuple(file for source in sources for file in source.files))]
 
 
-def _digest(
-    parts: Parts,
-    described: tuple[SourceText, ...],
-    choice: TokenizerChoice,
-    columns: Columns,
-    vocab: int,
-) -> str:
-    facts = [DATA_SCHEMA, choice.digest, vocab, *columns.names, [len(files) for _, files in parts]]
-    lines = [*map(str, facts), *(f"{source.sha256} {source.bytes}" for source in described)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
 def _usable(index_path: Path, digest: str) -> bool:
     """Whether a whole data set of this digest lies in the cache; a damaged one is made again."""
     try:
@@ -111,12 +94,22 @@ class _Work:
     described: tuple[SourceText, ...]
     choice: TokenizerChoice
     columns: Columns
+    template: ChatTemplate | None
     vocab: int
-    digest: str
 
     @property
     def token_bytes(self) -> int:
         return 2 if self.vocab <= 1 << 16 else 4
+
+    @property
+    def digest(self) -> str:
+        """Tells apart whatever makes other tokens, or trains on others."""
+        counts = [len(files) for _, files in self.parts]
+        facts = [DATA_SCHEMA, self.choice.digest, self.vocab, *self.columns.names, counts]
+        if self.template is not None:
+            facts += [digest([self.template.text, self.template.tokens]), self.columns.masked]
+        lines = [*map(str, facts), *(f"{source.sha256} {source.bytes}" for source in self.described)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _build(work: _Work, index_path: Path) -> None:
@@ -160,6 +153,7 @@ def _index(work: _Work, written: _Written) -> DataIndex:
         sha256=written.digest.hexdigest(),
         mask_sha256=written.mask_digest.hexdigest() if work.columns.masked else None,
         sources=work.described,
+        template=None if work.template is None else work.template.source,
     )
 
 
@@ -168,7 +162,7 @@ def _training_text(work: _Work) -> Iterator[str]:
     left = TRAINING_CHARACTERS
     for _, files in work.parts:
         for file in files:
-            for text, _ in itertools.chain.from_iterable(documents(file, work.columns)):
+            for text, _ in itertools.chain.from_iterable(documents(file, work.columns, work.template)):
                 yield text
                 left -= len(text)
                 if left <= 0:
@@ -192,53 +186,22 @@ def _write(work: _Work, tokenizer: Tokenizer, tokens: BinaryIO, mask: BinaryIO |
     written, dtype = _Written(), np.dtype(f"<u{work.token_bytes}")
     for _, files in work.parts:
         count = 0
-        for ids, trained in _encoded(files, work.columns, tokenizer):
+        texts = (document for file in files for document in documents(file, work.columns, work.template))
+        for ids, marks in encoded(texts, tokenizer):
             block = np.asarray(ids, dtype=dtype).tobytes()
             tokens.write(block)
             written.digest.update(block)
             if mask is not None:
-                marks = bytes([trained]) * len(ids)
                 mask.write(marks)
                 written.mask_digest.update(marks)
             count += len(ids)
-            written.trained += len(ids) if trained else 0
+            written.trained += marks.count(1)
         written.parts.append(count)
+    if work.template is not None and not written.trained:
+        fault = "holds no turn of an assistant, so nothing would be trained on."
+        raise InputError(Problem(where="--data", fault=fault, fix="train on all turns: --train-on all"))
     for handle in (tokens, mask):
         if handle is not None:
             handle.flush()
             os.fsync(handle.fileno())
     return written
-
-
-def _encoded(
-    files: tuple[DataFile, ...], columns: Columns, tokenizer: Tokenizer
-) -> Iterator[tuple[array[int] | list[int], bool]]:
-    """The token ids of every piece in order, an end-of-text token after each document that is not empty."""
-    ends = [] if tokenizer.end is None else [([tokenizer.end], True)]
-    batch: list[str | None] = []
-    trained: list[bool] = []
-    size = 0
-
-    def encode() -> Iterator[tuple[list[int], bool]]:
-        texts = [text for text in batch if text is not None]
-        found = iter(tokenizer.model.encode_batch(texts, add_special_tokens=False))
-        for text, mark in zip(batch, trained, strict=True):
-            yield from ends if text is None else [(next(found).ids, mark)]
-        batch.clear()
-        trained.clear()
-
-    for file in files:
-        for document in documents(file, columns):
-            held = False
-            for text, mark in document:
-                held = held or bool(text)
-                batch.append(text)
-                trained.append(mark)
-                size += len(text)
-                if size >= BATCH_CHARACTERS:
-                    yield from encode()
-                    size = 0
-            if held:
-                batch.append(None)
-                trained.append(True)
-    yield from encode()

@@ -80,7 +80,7 @@ def _file_choice(given: Path, vocab: int, end_of_text: str | None) -> TokenizerC
                 legal=f"bpe, byte, a {TOKENIZER_FILE}, or a folder with one",
             )
         )
-    text = _utf8(path)
+    text = read_utf8(path)
     tokenizer = _from_text(path, text)
     if tokenizer.size > vocab:
         raise InputError(
@@ -96,7 +96,8 @@ def _file_choice(given: Path, vocab: int, end_of_text: str | None) -> TokenizerC
     return TokenizerChoice(kind=TokenizerKind.FILE, digest=digest, text=text, end_of_text=end)
 
 
-def _utf8(path: Path) -> str:
+def read_utf8(path: Path) -> str:
+    """The text of a file. Raises InputError where it is not UTF-8."""
     try:
         return read_text(path).decode()
     except UnicodeDecodeError as error:

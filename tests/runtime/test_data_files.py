@@ -112,7 +112,7 @@ def test_a_folder_holds_all_formats_in_the_order_of_their_names(tmp_path: Path) 
 
 
 def test_documents_larger_than_a_batch_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.data.prepare.BATCH_CHARACTERS", 5)
+    monkeypatch.setattr("runtime.data.encode.BATCH_CHARACTERS", 5)
     write_lines(tmp_path / "a.jsonl")
     assert load(tmp_path / "a.jsonl").tokens.tolist() == PACKED
 
