@@ -24,6 +24,7 @@ from torch import Tensor
 
 QUERY_ROWS = 1024
 """Queries whose probabilities are written out at a time, where no flash kernel is there."""
+ALL = slice(None)
 FLASH_HEAD_DIM = 256
 """The widest head of torch's flash kernel for CUDA. It also asks for a multiple of 8 (mha_fwd)."""
 
@@ -70,6 +71,12 @@ def attend_backward(
     return kernel_for(inputs[0], inputs[2]).backward(grad, inputs, out, lse, causal, scale)
 
 
+def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for a result and statistics of queries."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=exact)
+
+
 def kernel_for(q: Tensor, v: Tensor) -> Kernel:
     """What computes a block of these."""
     width = q.shape[-1]
@@ -88,9 +95,15 @@ class Merged:
     def __init__(self, out: Tensor, lse: Tensor) -> None:
         self.out, self.lse = out.to(lse.dtype), lse.clone(memory_format=torch.contiguous_format)
 
-    def add(self, out: Tensor, lse: Tensor, *, first: int = 0) -> None:
-        """Merges in one more block for the queries from `first` on."""
-        total, total_lse = self.out[:, first:], self.lse[..., first:]
+    @classmethod
+    def empty(cls, q: Tensor, v: Tensor) -> Merged:
+        """Before any block was seen."""
+        out, lse = empty_results(q, v)
+        return cls(out.zero_(), lse.fill_(-torch.inf))
+
+    def add(self, out: Tensor, lse: Tensor, *, rows: slice = ALL, queries: slice = ALL) -> None:
+        """Merges in one more block, of these queries of these sequences."""
+        total, total_lse = self.out[rows, queries], self.lse[rows, :, queries]
         weight = torch.sigmoid(lse - total_lse).transpose(1, 2).unsqueeze(-1)
         total.lerp_(out.to(total.dtype), weight)
         total_lse.copy_(torch.logaddexp(total_lse, lse))

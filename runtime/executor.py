@@ -38,6 +38,7 @@ from runtime.pipeline import Pipeline, Record, StageModule
 from runtime.precision import LossScaler, compute_dtype
 from runtime.readback import Executed, read_executed
 from runtime.recompute import WRAPPER_PREFIX
+from runtime.transformer.borders import Borders
 from runtime.transformer.loss import IGNORED
 from runtime.weights import Weight, local_part, on_axis, sum_over
 
@@ -125,12 +126,14 @@ class Executor:
         """How many slices the global batch has."""
         return self.plan.strategy.degrees.dp
 
-    def step(self, tokens: Tensor, trained: Tensor | None = None) -> StepResult:
+    def step(self, tokens: Tensor, trained: Tensor | None = None, begins: Tensor | None = None) -> StepResult:
         """One optimizer step on this rank's slice [batch / data_size, seq + 1] of the global batch.
 
         Position s predicts token s + 1; of the positions this rank computes those that it holds under context
         parallelism. `trained`, of the same shape, is true for tokens that count as targets; the loss is the
-        mean over those of the whole global batch. The result is the same on every rank.
+        mean over those of the whole global batch. `begins` [batch / data_size, seq], in host memory, says
+        where the document of each position begins: attention stays within documents, and positions begin
+        anew. The result is the same on every rank.
         """
         workload = self.plan.workload
         assert tokens.shape == (workload.batch // self.data_size, workload.seq + 1), tokens.shape
@@ -140,7 +143,7 @@ class Executor:
         targets = tokens[:, held + 1]
         if trained is not None:
             targets = self._leave_out(targets, trained.to(self.device))
-        loss = self.pipeline.run(tokens[:, held], targets)
+        loss = self.pipeline.run(tokens[:, held], targets, None if begins is None else Borders(begins))
         record = self.pipeline.record
         with record.span("gradient sums"):
             grads = self._take_gradients()

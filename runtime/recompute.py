@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from planner.strategy import Recompute
-from runtime.parallel.context_attention import CONTEXT_OPERATORS
+from runtime.parallel.context_attention import ATTENTION_OPERATORS
 
 WRAPPER_PREFIX = "_checkpoint_wrapped_module."
 """What the wrapper adds to the names of the parameters inside it."""
@@ -40,7 +40,7 @@ def _kept_operators() -> list[Any]:
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
-        *CONTEXT_OPERATORS,
+        *ATTENTION_OPERATORS,
     ]
 
 

@@ -57,7 +57,7 @@ def hidden_positions(seq: int, degrees: Degrees, meshes: Meshes) -> Tensor:
 
 class ContextCore(nn.Module):
     """Attention over a sequence that the ranks of a group share out: q [B, S, N, D], k and v of as
-    many heads or fewer."""
+    many heads or fewer. `begins` are of the whole sequence, as every rank knows them."""
 
     exchange: CpExchange
 
@@ -71,8 +71,8 @@ class RingCore(ContextCore):
 
     exchange = CpExchange.RING
 
-    def forward(self, q_bsnd: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = ring_attention(q_bsnd, k, v, self.group.group_name, self.scale)[0]
+    def forward(self, q_bsnd: Tensor, k: Tensor, v: Tensor, begins: Tensor | None = None) -> Tensor:
+        out: Tensor = ring_attention(q_bsnd, k, v, begins, self.group.group_name, self.scale)[0]
         return out
 
 
@@ -81,8 +81,8 @@ class GatherCore(ContextCore):
 
     exchange = CpExchange.GATHER
 
-    def forward(self, q_bsnd: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = gathered_attention(q_bsnd, k, v, self.group.group_name, self.scale)[0]
+    def forward(self, q_bsnd: Tensor, k: Tensor, v: Tensor, begins: Tensor | None = None) -> Tensor:
+        out: Tensor = gathered_attention(q_bsnd, k, v, begins, self.group.group_name, self.scale)[0]
         return out
 
 
@@ -98,12 +98,12 @@ class AllToAllCore(ContextCore):
         super().__init__(group, core.scale)
         self.core = core
 
-    def forward(self, q_bsnd: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q_bsnd: Tensor, k: Tensor, v: Tensor, begins: Tensor | None = None) -> Tensor:
         copies = math.lcm(k.shape[2], self.ranks) // k.shape[2]
         if copies > 1:
             k, v = (t.repeat_interleave(copies, dim=2) for t in (k, v))
         traded = [sequence_for_heads(t, self.group) for t in (q_bsnd, k, v)]
-        return heads_for_sequence(self.core(*traded), self.group)
+        return heads_for_sequence(self.core(*traded, begins), self.group)
 
 
 def make_core(core: Core, exchange: CpExchange, group: dist.ProcessGroup) -> ContextCore:

@@ -12,6 +12,9 @@ in turn, each block while the next keys are on their way; gathered, those before
 each. Blocks are merged by their statistics (runtime.attention_blocks). Going back, gradients of keys and
 values go round with them, and home by a last hop; or they are scattered and summed.
 
+Within documents (`begins`, as in runtime.document_attention) the same blocks come and go, and of each only
+what meets is computed.
+
 Both are operators of their own, so that recomputation can keep what they give (runtime.recompute) instead of
 sending everything again, and so that compilers leave them whole.
 
@@ -27,121 +30,209 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime.attention_blocks import Merged, attend, attend_backward
+from runtime.attention_blocks import ALL, Merged, attend, empty_results
+from runtime.document_attention import (
+    Meeting,
+    Slice,
+    Three,
+    add_parts,
+    document_bounds,
+    gradient_parts,
+    meetings,
+    merge,
+)
 from runtime.parallel.context_messages import PartialSums, Ring, gather_parts
 
-FORWARD = "(Tensor q, Tensor k, Tensor v, str group, float? scale) -> (Tensor, Tensor)"
+FORWARD = "(Tensor q, Tensor k, Tensor v, Tensor? begins, str group, float? scale) -> (Tensor, Tensor)"
 BACKWARD = (
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, str group, float? scale) "
-    "-> (Tensor, Tensor, Tensor)"
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? begins, Tensor out, Tensor lse, str group, "
+    "float? scale) -> (Tensor, Tensor, Tensor)"
 )
 
-Three = tuple[Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor, None, None, None]
+OWN = Meeting(causal=True)
+
+
+class Meets:
+    """Whom the queries of a rank meet: for each block of keys the meetings in it."""
+
+    def __init__(self, rank: int, size: int, half: int, begins: Tensor | None) -> None:
+        self.rank, self.size, self.half = rank, size, half
+        self._bounds = None if begins is None else document_bounds(begins)
+
+    def of(self, other: int) -> list[Meeting]:
+        """The keys of another rank, or of this one."""
+        usual = (
+            Meeting(keys=slice(self.half)) if other < self.rank else Meeting(queries=slice(self.half, None))
+        )
+        return self._within(self._held(other), OWN if other == self.rank else usual)
+
+    def before(self) -> list[Meeting]:
+        """The early halves of all ranks before this one, in a row."""
+        return self._within([Slice(0, self.rank * self.half, 0)], Meeting())
+
+    def behind(self) -> list[Meeting]:
+        """All keys of all ranks behind this one, in a row."""
+        slices = [
+            part._replace(place=part.place + 2 * self.half * turn)
+            for turn, other in enumerate(range(self.rank + 1, self.size))
+            for part in self._held(other)
+        ]
+        return self._within(slices, Meeting(queries=slice(self.half, None)))
+
+    def _held(self, rank: int) -> list[Slice]:
+        """The slices of the sequence that a rank holds."""
+        half = self.half
+        numbers = (rank, 2 * self.size - 1 - rank)
+        return [Slice(n * half, (n + 1) * half, place * half) for place, n in enumerate(numbers)]
+
+    def _within(self, keys: list[Slice], usual: Meeting) -> list[Meeting]:
+        if self._bounds is None:
+            return [usual]
+        return meetings(self._bounds, self._held(self.rank), keys)
 
 
 @torch.library.custom_op("shardwise::ring_attention", mutates_args=(), schema=FORWARD)
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, group: str, scale: float | None) -> tuple[Tensor, Tensor]:
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, begins: Tensor | None, group: str, scale: float | None
+) -> tuple[Tensor, Tensor]:
     """Attention [B, S, N, E] of this rank's queries to all keys before them, and its statistics [B, N, S].
 
     Keys and values go round in size - 1 hops, each behind the attention to the block before.
     """
-    ring, half = Ring(_group(group)), q.shape[1] // 2
+    ring = Ring(_group(group))
+    meets = Meets(ring.rank, ring.size, q.shape[1] // 2, begins)
     k, v = k.contiguous(), v.contiguous()
     hop = ring.send(k, v)
-    total = Merged(*attend(q, k, v, causal=True, scale=scale))
+    total = _own_result(q, k, v, meets, scale)
     for step in range(1, ring.size):
         k, v = hop.arrive()
         if step < ring.size - 1:
             hop = ring.send(k, v)
-        if step <= ring.rank:
-            total.add(*attend(q, k[:, :half], v[:, :half], causal=False, scale=scale))
-        else:
-            total.add(*attend(q[:, half:], k, v, causal=False, scale=scale), first=half)
+        merge(total, (q, k, v), meets.of((ring.rank - step) % ring.size), scale)
     return total.out.to(q.dtype), total.lse
 
 
 @torch.library.custom_op("shardwise::ring_attention_backward", mutates_args=(), schema=BACKWARD)
 def ring_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, group: str, scale: float | None
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    begins: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    group: str,
+    scale: float | None,
 ) -> Three:
     """Gradients of this rank's queries, keys and values.
 
     Keys and values go round again; the gradients of a rank's follow them, a block behind, and one hop more.
     """
-    ring, half = Ring(_group(group)), q.shape[1] // 2
-    late = slice(half, None)
+    ring = Ring(_group(group))
+    meets = Meets(ring.rank, ring.size, q.shape[1] // 2, begins)
     k, v = k.contiguous(), v.contiguous()
     hop = ring.send(k, v)
-    grad_q, grad_k, grad_v = attend_backward(grad, (q, k, v), out, lse, causal=True, scale=scale)
-    total_q = grad_q.to(lse.dtype)
-    carried: tuple[Tensor, ...] = (grad_k.contiguous(), grad_v.contiguous())
+    total_q = torch.zeros_like(q, dtype=lse.dtype)
+    own = _key_gradients(total_q, grad, (q, k, v), out, lse, meets.of(ring.rank), scale)
+    carried = tuple(part.contiguous() for part in own)
     for step in range(1, ring.size):
         k, v = hop.arrive()
         if step < ring.size - 1:
             hop = ring.send(k, v)
         following = ring.send(*carried, kind=1)
-        if step <= ring.rank:
-            keys = (q, k[:, :half], v[:, :half])
-            part = attend_backward(grad, keys, out, lse, causal=False, scale=scale)
-            queries, met = slice(None), slice(half)
-        else:
-            late_only = (grad[:, late], (q[:, late], k, v), out[:, late], lse[..., late])
-            part = attend_backward(*late_only, causal=False, scale=scale)
-            queries, met = late, slice(None)
+        met = meets.of((ring.rank - step) % ring.size)
+        parts = gradient_parts(grad, (q, k, v), out, lse, met, scale)
         carried = following.arrive()
-        for total, more in zip((total_q[:, queries], *(t[:, met] for t in carried)), part, strict=True):
-            total += more
+        add_parts((total_q, *carried), parts)
     grad_k, grad_v = ring.send(*carried, kind=1).arrive()
     return total_q.to(q.dtype), grad_k, grad_v
 
 
 @torch.library.custom_op("shardwise::gathered_attention", mutates_args=(), schema=FORWARD)
 def gathered_attention(
-    q: Tensor, k: Tensor, v: Tensor, group: str, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, begins: Tensor | None, group: str, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """As `ring_attention`, with the keys and values of all ranks gathered first, in one message."""
     members, half = _group(group), q.shape[1] // 2
     rank, size = dist.get_rank(members), dist.get_world_size(members)
+    meets = Meets(rank, size, half, begins)
     keys, values = gather_parts((k, v), members)
-    total = Merged(*attend(q, k, v, causal=True, scale=scale))
+    total = _own_result(q, k, v, meets, scale)
     if rank > 0:
-        early = (_in_a_row(t[:rank, :, :half]) for t in (keys, values))
-        total.add(*attend(q, *early, causal=False, scale=scale))
+        early = (q, _in_a_row(keys[:rank, :, :half]), _in_a_row(values[:rank, :, :half]))
+        merge(total, early, meets.before(), scale)
     if rank < size - 1:
-        behind = (_in_a_row(t[rank + 1 :]) for t in (keys, values))
-        total.add(*attend(q[:, half:], *behind, causal=False, scale=scale), first=half)
+        behind = (q, _in_a_row(keys[rank + 1 :]), _in_a_row(values[rank + 1 :]))
+        merge(total, behind, meets.behind(), scale)
     return total.out.to(q.dtype), total.lse
 
 
 @torch.library.custom_op("shardwise::gathered_attention_backward", mutates_args=(), schema=BACKWARD)
 def gathered_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, group: str, scale: float | None
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    begins: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    group: str,
+    scale: float | None,
 ) -> Three:
     """Gathers keys and values again, which are not kept, then scatters and sums their gradients."""
     members, half = _group(group), q.shape[1] // 2
-    late = slice(half, None)
     rank, size = dist.get_rank(members), dist.get_world_size(members)
+    meets = Meets(rank, size, half, begins)
     keys, values = gather_parts((k, v), members)
     sums = PartialSums((k, v), members)
-    own = attend_backward(grad, (q, k, v), out, lse, causal=True, scale=scale)
-    total_q = own[0].to(lse.dtype)
-    for whole, part in zip(sums.views, own[1:], strict=True):
+    total_q = torch.zeros_like(q, dtype=lse.dtype)
+    own = _key_gradients(total_q, grad, (q, k, v), out, lse, meets.of(rank), scale)
+    for whole, part in zip(sums.views, own, strict=True):
         whole[rank] = part
     if rank > 0:
         early = (q, _in_a_row(keys[:rank, :, :half]), _in_a_row(values[:rank, :, :half]))
-        grad_q, *others = attend_backward(grad, early, out, lse, causal=False, scale=scale)
-        total_q += grad_q
+        others = _key_gradients(total_q, grad, early, out, lse, meets.before(), scale)
         for whole, part in zip(sums.views, others, strict=True):
             whole[:rank, :, :half] = _by_rank(part, rank)
     if rank < size - 1:
-        behind = (q[:, late], _in_a_row(keys[rank + 1 :]), _in_a_row(values[rank + 1 :]))
-        late_only = (grad[:, late], behind, out[:, late], lse[..., late])
-        grad_q, *others = attend_backward(*late_only, causal=False, scale=scale)
-        total_q[:, late] += grad_q
+        behind = (q, _in_a_row(keys[rank + 1 :]), _in_a_row(values[rank + 1 :]))
+        others = _key_gradients(total_q, grad, behind, out, lse, meets.behind(), scale)
         for whole, part in zip(sums.views, others, strict=True):
             whole[rank + 1 :] = _by_rank(part, size - 1 - rank)
     grad_k, grad_v = sums.scatter()
     return total_q.to(q.dtype), grad_k, grad_v
+
+
+def _own_result(q: Tensor, k: Tensor, v: Tensor, meets: Meets, scale: float | None) -> Merged:
+    """What a rank's queries meet of its own keys."""
+    met = meets.of(meets.rank)
+    if met == [OWN]:
+        return Merged(*attend(q, k, v, causal=True, scale=scale))
+    total = Merged.empty(q, v)
+    merge(total, (q, k, v), met, scale)
+    return total
+
+
+def _key_gradients(
+    total_q: Tensor,
+    grad: Tensor,
+    inputs: Three,
+    out: Tensor,
+    lse: Tensor,
+    met: list[Meeting],
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a block of keys and values; those of queries are added to `total_q`."""
+    parts = gradient_parts(grad, inputs, out, lse, met, scale)
+    if len(met) == 1 and met[0].rows == met[0].keys == ALL:
+        part_q, part_k, part_v = parts[0][1]
+        total_q[:, met[0].queries] += part_q
+        return part_k, part_v
+    _, k, v = inputs
+    totals = (torch.zeros_like(k), torch.zeros_like(v))
+    add_parts((total_q, *totals), parts)
+    return totals
 
 
 def _group(name: str) -> dist.ProcessGroup:
@@ -160,29 +251,26 @@ def _by_rank(x_bskd: Tensor, ranks: int) -> Tensor:
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.group, ctx.scale = inputs
+    *tensors, ctx.group, ctx.scale = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, *output)
+    ctx.save_for_backward(*tensors, *output)
 
 
-def _ring_gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor, None, None]:
-    return *ring_attention_backward(grad, *ctx.saved_tensors, ctx.group, ctx.scale), None, None
+def _ring_gradients(ctx: Any, grad: Tensor, _: Any) -> Gradients:
+    return *ring_attention_backward(grad, *ctx.saved_tensors, ctx.group, ctx.scale), None, None, None
 
 
-def _gathered_gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor, None, None]:
-    return *gathered_attention_backward(grad, *ctx.saved_tensors, ctx.group, ctx.scale), None, None
+def _gathered_gradients(ctx: Any, grad: Tensor, _: Any) -> Gradients:
+    return *gathered_attention_backward(grad, *ctx.saved_tensors, ctx.group, ctx.scale), None, None, None
 
 
-def _empty_forward(q: Tensor, k: Tensor, v: Tensor, group: str, scale: float | None) -> tuple[Tensor, Tensor]:
-    statistics = q.new_empty(
-        q.shape[0], q.shape[2], q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32)
-    )
-    return q.new_empty(*q.shape[:3], v.shape[3]), statistics
+def _empty_forward(
+    q: Tensor, k: Tensor, v: Tensor, begins: Tensor | None, group: str, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    return empty_results(q, v)
 
 
-def _empty_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, group: str, scale: float | None
-) -> Three:
+def _empty_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Three:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -194,7 +282,8 @@ for _forward, _backward, _gradients in (
     _backward.register_fake(_empty_backward)
     _forward.register_autograd(_gradients, setup_context=_keep_inputs)
 
-CONTEXT_OPERATORS = (
+ATTENTION_OPERATORS = (
+    torch.ops.shardwise.document_attention.default,
     torch.ops.shardwise.ring_attention.default,
     torch.ops.shardwise.gathered_attention.default,
 )

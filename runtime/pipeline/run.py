@@ -24,6 +24,7 @@ from runtime.pipeline.program import (
     needed_message,
 )
 from runtime.pipeline.stage import StageModule, StagePasses, hidden_dtype, hidden_shape
+from runtime.transformer.borders import Borders
 
 
 class Pipeline:
@@ -41,10 +42,15 @@ class Pipeline:
         }
         self.mailbox = Mailbox(hidden_shape(plan), hidden_dtype(plan), device, meshes.pp.get_group())
 
-    def run(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Forward and backward of every micro-batch; the mean loss here, 0 without the last stage."""
+    def run(self, inputs: Tensor, targets: Tensor, borders: Borders | None = None) -> Tensor:
+        """Forward and backward of every micro-batch; the mean loss here, 0 without the last stage.
+
+        Every stage has the borders of documents from its own reading of the data.
+        """
         self.record.clear()
-        batch = _Batch(inputs.chunk(self._num_micro_batches), targets.chunk(self._num_micro_batches))
+        parts = self._num_micro_batches
+        within = [None] * parts if borders is None else borders.chunk(parts)
+        batch = _Batch(inputs.chunk(parts), targets.chunk(parts), within)
         with warnings.catch_warnings():
             # The embedding's output is a view of a DTensor; nothing in the model writes to it in place.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
@@ -78,7 +84,8 @@ class Pipeline:
         match action.kind:
             case ActionKind.FORWARD:
                 x = batch.inputs[action.micro_batch] if taken is None else taken
-                made = passes.forward(action, x, batch.targets[action.micro_batch] if last else None)
+                targets = batch.targets[action.micro_batch] if last else None
+                made = passes.forward(action, x, targets, batch.borders[action.micro_batch])
                 if last:
                     batch.losses.append(made)
             case ActionKind.BACKWARD | ActionKind.INPUT_GRAD:
@@ -93,6 +100,8 @@ class Pipeline:
 class _Batch:
     """One step's micro-batches, and the losses that came of them."""
 
-    def __init__(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-        self.inputs, self.targets = inputs, targets
+    def __init__(
+        self, inputs: Sequence[Tensor], targets: Sequence[Tensor], borders: Sequence[Borders | None]
+    ) -> None:
+        self.inputs, self.targets, self.borders = inputs, targets, borders
         self.losses: list[Tensor] = []

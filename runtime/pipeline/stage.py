@@ -15,6 +15,7 @@ from runtime.parallel.context import ContextCore
 from runtime.pipeline.gradient_units import GradientUnits
 from runtime.pipeline.record import Record
 from runtime.precision import compute_dtype
+from runtime.transformer.borders import Borders
 from runtime.transformer.model import Transformer
 
 
@@ -40,9 +41,10 @@ class StageModule(nn.Module):
         assert isinstance(core, ContextCore)
         self.record.exchanges.append((core.exchange, core.ranks))
 
-    def forward(self, x: Tensor, targets: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor | None, borders: Borders | None = None) -> Tensor:
         """Hidden states; on the last stage the mean loss of the targets."""
-        out: Tensor = self.model(x) if targets is None else self.model(x, targets)
+        within = {} if borders is None else {"borders": borders}
+        out: Tensor = self.model(x, **within) if targets is None else self.model(x, targets, **within)
         return out
 
 
@@ -58,14 +60,16 @@ class StagePasses:
         self._inputs: dict[int, Tensor] = {}
         self._graphs: dict[int, GradientEdge] = {}
 
-    def forward(self, action: Action, x: Tensor, targets: Tensor | None) -> Tensor:
+    def forward(
+        self, action: Action, x: Tensor, targets: Tensor | None, borders: Borders | None = None
+    ) -> Tensor:
         """The output of a micro-batch, or its part of the step's mean loss; cut from the graph."""
         if x.is_floating_point():
             x = x.detach().requires_grad_()
             self._inputs[action.micro_batch] = x
         self.record.actions.append(action)
         with self.record.span():
-            out = self.module(x, targets)
+            out = self.module(x, targets, borders)
             if targets is not None:
                 out = out * self._share
         self._graphs[action.micro_batch] = get_gradient_edge(out)

@@ -17,7 +17,7 @@ class Attention(nn.Module):
 
     Queries and keys may be normed, over all heads (before they are cut into heads) or each head by itself.
     `core` gives every query what the values hold for it. Context parallelism puts another in its place,
-    which meets the keys and values of other ranks.
+    which meets the keys and values of other ranks. `begins` keeps it within documents.
     """
 
     def __init__(
@@ -35,7 +35,9 @@ class Attention(nn.Module):
         self.k_norm = _qk_norm(spec, spec.kv_width, arithmetic, norm_eps)
         self.core: nn.Module = Core(spec.span, arithmetic.attention_scale, arithmetic.attention_cap)
 
-    def forward(self, x_bsh: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    def forward(
+        self, x_bsh: Tensor, cos: Tensor | None, sin: Tensor | None, begins: Tensor | None = None
+    ) -> Tensor:
         q, k, v = self.wq(x_bsh), self.wk(x_bsh), self.wv(x_bsh)
         if self.norms_width:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -44,7 +46,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if cos is not None and sin is not None:
             q, k = (rotate(t, cos, sin, interleaved=self.interleaved) for t in (q, k))
-        mixed: Tensor = self.wo(self.core(q, k, v).flatten(2))
+        mixed: Tensor = self.wo(self.core(q, k, v, begins).flatten(2))
         return mixed
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ class Block(nn.Module):
     parallel        x + (attention(norm(x)) + mlp(norm(x))), by one norm or two
     residual_scale  what is added is multiplied by it
 
+    `begins` [B, S] says where the document of each token begins, where attention stays within documents.
+
     `enter` and `leave` are put around the sublayers of a parallel block by tensor parallelism, whose ranks
     then sum both results at once.
     """
@@ -63,11 +65,13 @@ class Block(nn.Module):
         plain = isinstance(self.attention_out_norm, nn.Identity) and isinstance(self.mlp, Mlp)
         return self.parallel and plain
 
-    def forward(self, x_bsh: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    def forward(
+        self, x_bsh: Tensor, cos: Tensor | None, sin: Tensor | None, begins: Tensor | None = None
+    ) -> Tensor:
         normed = self.attention_norm(x_bsh)
         if self.parallel:
-            return x_bsh + self._side_by_side(x_bsh, normed, cos, sin)
-        mixed = self.attention_out_norm(self.attention(normed, cos, sin))
+            return x_bsh + self._side_by_side(x_bsh, normed, cos, sin, begins)
+        mixed = self.attention_out_norm(self.attention(normed, cos, sin, begins=begins))
         middle = x_bsh + self._scaled(mixed)
         if self.mlp_norm is not None:
             normed = self.mlp_norm(middle)
@@ -75,11 +79,13 @@ class Block(nn.Module):
         out: Tensor = middle + self._scaled(fed)
         return out
 
-    def _side_by_side(self, x_bsh: Tensor, normed: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    def _side_by_side(
+        self, x_bsh: Tensor, normed: Tensor, cos: Tensor | None, sin: Tensor | None, begins: Tensor | None
+    ) -> Tensor:
         """What both sublayers of a parallel block add."""
         read = self.enter(normed)
         other = read if self.mlp_norm is None else self.enter(self.mlp_norm(x_bsh))
-        mixed = self.attention_out_norm(self.attention(read, cos, sin))
+        mixed = self.attention_out_norm(self.attention(read, cos, sin, begins=begins))
         fed = self.mlp_out_norm(self.mlp(other))
         return self.leave(self._scaled(mixed) + self._scaled(fed))
 

@@ -43,7 +43,9 @@ class LatentAttention(nn.Module):
         scale = arithmetic.attention_scale or spec.head_dim**-0.5
         self.core = Core(spec.span, scale, arithmetic.attention_cap)
 
-    def forward(self, x_bsh: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    def forward(
+        self, x_bsh: Tensor, cos: Tensor | None, sin: Tensor | None, begins: Tensor | None = None
+    ) -> Tensor:
         q = self.wq_up(self.q_norm(self.wq_down(x_bsh))) if self.compressed else self.wq(x_bsh)
         latent, turned = torch.split(self.wkv_down(x_bsh), [self.kv_rank, self.rope_dim], dim=-1)
         expanded = self._heads(self.wkv_up(self.kv_norm(latent)), self.nope_dim + self.value_dim)
@@ -55,7 +57,7 @@ class LatentAttention(nn.Module):
             q_rope, k_rope = (rotate(t, cos, sin, interleaved=self.interleaved) for t in (q_rope, k_rope))
         q = torch.cat((q_nope, q_rope), dim=-1)
         k = torch.cat((k_nope, k_rope.expand(-1, -1, k_nope.shape[2], -1)), dim=-1)
-        mixed: Tensor = self.wo(self.core(q, k, v).flatten(2))
+        mixed: Tensor = self.wo(self.core(q, k, v, begins).flatten(2))
         return mixed
 
     def _heads(self, x: Tensor, width: int) -> Tensor:

@@ -16,6 +16,7 @@ from planner.attention import LatentAttention, Reach
 from planner.execution import plain_parts
 from planner.model import ModelSpec
 from runtime.transformer.block import Block
+from runtime.transformer.borders import Borders
 from runtime.transformer.head import Head
 from runtime.transformer.initial import canonical_name, materialize
 from runtime.transformer.norms import make_norm
@@ -32,6 +33,9 @@ class Transformer(nn.Module):
     hidden states, or where the head is held the mean loss of the targets given, else logits [B, S, V].
     Parts that are not held are None. Where ranks share out the sequence, `position_ids` are those of this
     rank's hidden states; None: all, in order.
+
+    With `borders`, each document is read as if it stood alone: attention stays within it, and learned
+    positions begin anew. Rotary tables do not: scores depend on the distance of two tokens alone.
     """
 
     def __init__(
@@ -94,15 +98,16 @@ class Transformer(nn.Module):
         for unit in self.units():
             yield from unit
 
-    def forward(self, x: Tensor, targets_bs: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, targets_bs: Tensor | None = None, borders: Borders | None = None) -> Tensor:
         scale = self.arithmetic.embedding_scale
         if self.tok_embeddings is not None:
             x = self.tok_embeddings(x)
             x = x if scale == 1.0 else x * scale
             if self.positions is not None:
-                x = x + self.positions(self._positions_of(x))
+                x = x + self.positions(self._positions_of(x, borders))
+        within = () if borders is None else (borders.begins,)
         for index, layer in self.layers.items():
-            x = layer(x, *self._table(index))
+            x = layer(x, *self._table(index), *within)
         if self.norm is not None and self.output is not None:
             x = self.output(self._scaled(self.norm(x)), targets_bs)
         return x
@@ -118,13 +123,15 @@ class Transformer(nn.Module):
         scale = self.arithmetic.logit_scale
         return x if scale == 1.0 else x * scale
 
-    def _positions_of(self, x_bsh: Tensor) -> Tensor:
-        """Positions [1, S] of the hidden states that this rank holds."""
+    def _positions_of(self, x_bsh: Tensor, borders: Borders | None) -> Tensor:
+        """Positions [1 or B, S] of the hidden states that this rank holds; within documents with borders."""
         if self.position_ids is None:
             held = torch.arange(x_bsh.shape[1], device=x_bsh.device)
         else:
             held = self.position_ids
-        return held[None] + self.arithmetic.position_offset
+        if borders is not None:
+            held = held - borders.begins.to(held.device)[:, held]
+        return held.view(-1, x_bsh.shape[1]) + self.arithmetic.position_offset
 
 
 def _rope_dims(spec: ModelSpec) -> int:
