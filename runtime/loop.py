@@ -97,7 +97,7 @@ class _Loop:
         self.run_dir = Path(job.options.run_dir)
         plan, options = job.plan, job.options
         data = open_run_data(job.setup, verify=self.first)
-        self.data_text = data_summary(data.index)
+        self.data_text = data_summary(data.index, document_mask=options.document_mask)
         self.reader = BatchReader(
             data=data,
             seed=options.seed,
@@ -184,7 +184,7 @@ class _Loop:
         for offset in range(options.steps - executor.steps_done):
             step = executor.steps_done
             results: list[StepResult] = []
-            take = functools.partial(self._step, *self._batch(step), results)
+            take = functools.partial(self._step, self._batch(step), results)
             if self.recorder.probes.recorded(offset):
                 self.saver.wait()  # the copy that is being written is no part of a step
             own_s = self.recorder.run(offset, take)
@@ -207,15 +207,17 @@ class _Loop:
                 break
         assert saved_at == executor.steps_done
 
-    def _batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """This rank's tokens, and which of them are trained on where not all are."""
+    def _batch(self, step: int) -> tuple[torch.Tensor | None, ...]:
+        """This rank's tokens, which of them are trained on where not all are, and with a document mask where
+        each one's document begins."""
         place = {"data_rank": self.executor.data_rank, "data_size": self.executor.data_size}
         trained = self.reader.trained(step, **place)
-        tokens = torch.from_numpy(self.reader.rows(step, **place))
-        return tokens, None if trained is None else torch.from_numpy(trained)
+        begins = self.reader.begins(step, **place) if self.job.options.document_mask else None
+        found = (self.reader.rows(step, **place), trained, begins)
+        return tuple(None if array is None else torch.from_numpy(array) for array in found)
 
-    def _step(self, tokens: torch.Tensor, trained: torch.Tensor | None, results: list[StepResult]) -> None:
-        results.append(self.executor.step(tokens, trained))
+    def _step(self, batch: Any, results: list[StepResult]) -> None:
+        results.append(self.executor.step(*batch))
 
     def _record(
         self, offset: int, step: int, result: StepResult, own_s: float, log: MetricsLog | None

@@ -34,9 +34,9 @@ class TrainOptions:
     `sync_checkpoints` makes training wait until a checkpoint is published, not only copied. `compile` None
     compiles blocks on CUDA. `hang_timeout` is after how many seconds a rank that does not answer ends the
     run; None: by the plan's predicted times. `any_device` lets a plan run on other devices than it was made
-    for. `log` names experiment trackers beside metrics.jsonl. `hf_config` makes the modules Hugging Face
-    Transformers', of this config. torch's profiler traces `profile_steps` steps. `lora_alpha` None is twice
-    the rank of the plan's adapters.
+    for. `document_mask` keeps attention within documents. `log` names experiment trackers beside
+    metrics.jsonl. `hf_config` makes the modules Hugging Face Transformers', of this config. torch's profiler
+    traces `profile_steps` steps. `lora_alpha` None is twice the rank of the plan's adapters.
     """
 
     steps: int
@@ -61,6 +61,7 @@ class TrainOptions:
     compile: bool | None = None
     hang_timeout: float | None = None
     any_device: bool = False
+    document_mask: bool = False
     log: tuple[str, ...] = ()
     profile_steps: int = 0
     memory_snapshot: bool = False
@@ -152,5 +153,9 @@ def check_options(options: TrainOptions) -> None:
         for flag, value, good, legal in rules
         if not good
     ]
+    if options.document_mask and options.hf_config is not None:
+        fault = "is given with --backend transformers, whose models make their masks themselves."
+        fix = "leave it out, or train with --backend native"
+        problems.append(Problem(where="--document-mask", fault=fault, fix=fix))
     if problems:
         raise InputError(*problems)

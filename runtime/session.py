@@ -110,7 +110,7 @@ def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
     if options.init_from is not None:
         _begin_with(Path(options.init_from), plan, options)
     cache = run_dir / "data" if options.data_cache is None else Path(options.data_cache)
-    index = prepare_data(options.data, vocab=plan.model.vocab, cache=cache)
+    index = prepare_data(options.data, vocab=plan.model.vocab, cache=cache, borders=options.document_mask)
     done = 0 if checkpoint is None else _check_goes_on(Path(checkpoint), plan, options, index)
     keep_plan(plan, run_dir, done)
     write_atomic(run_dir / OPTIONS, to_json(options))
@@ -179,6 +179,7 @@ def run_identity(plan: Plan, options: TrainOptions, data: DataIndex) -> dict[str
         if (weights := data_weights(options.data))
         else "",
         "seed": options.seed,
+        **({"document_mask": True} if options.document_mask else {}),
         **({} if plan.workload.adapters is None else {"lora_alpha": options.lora_alpha}),
     }
 

@@ -53,6 +53,13 @@ if TYPE_CHECKING:
     "prefixes), or every token. Default: assistant.",
 )
 @click.option(
+    "--document-mask",
+    is_flag=True,
+    help="Attention stays within a document, and learned positions begin anew there (rotary ones tell only "
+    "distances). Default: it goes over the borders of packed documents, as GPT-3's did and as a plan's times "
+    "and FLOPs are counted.",
+)
+@click.option(
     "--data-cache",
     metavar="DIR",
     help="Where tokenized data goes, for runs to share. Default: the run folder.",

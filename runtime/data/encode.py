@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from runtime.data.chat_template import Trained
 from runtime.data.documents import Piece
@@ -12,8 +12,13 @@ from runtime.data.tokenizer import Tokenizer
 BATCH_CHARACTERS = 1 << 22
 """Text is encoded in batches of about this size."""
 
-Encoded = tuple[list[int], bytes]
-"""Token ids, and a byte for each: 1 where it is trained on."""
+
+class Encoded(NamedTuple):
+    """Token ids, a byte for each that is 1 where it is trained on, and whether a document ends there."""
+
+    ids: list[int]
+    marks: bytes
+    ends: bool = False
 
 
 def encoded(documents: Iterable[Iterator[Piece]], tokenizer: Tokenizer) -> Iterator[Encoded]:
@@ -23,7 +28,7 @@ def encoded(documents: Iterable[Iterator[Piece]], tokenizer: Tokenizer) -> Itera
     is trained on if the token before it is.
     """
     batch: list[tuple[str | None, Trained]] = []
-    last: Encoded = ([], b"")
+    last = Encoded([], b"")
     size = 0
 
     def encode() -> Iterator[Encoded]:
@@ -32,12 +37,12 @@ def encoded(documents: Iterable[Iterator[Piece]], tokenizer: Tokenizer) -> Itera
         found = iter(tokenizer.model.encode_batch(texts, add_special_tokens=False))
         for text, trained in batch:
             if text is None:
-                ids, marks = _end(tokenizer.end, last, trained)
-            else:
-                encoding = next(found)
-                ids, marks = encoding.ids, _marks(encoding, len(text), trained)
-                last = (ids, marks) if ids else last
-            yield ids, marks
+                yield _end(tokenizer.end, last, trained)
+                continue
+            encoding = next(found)
+            piece = Encoded(encoding.ids, _marks(encoding, len(text), trained))
+            last = piece if piece.ids else last
+            yield piece
         batch.clear()
 
     for document in documents:
@@ -57,9 +62,9 @@ def encoded(documents: Iterable[Iterator[Piece]], tokenizer: Tokenizer) -> Itera
 
 def _end(end: int | None, last: Encoded, trained: Trained) -> Encoded:
     """The end-of-text token after the piece `last`; trained on, or where `trained` are spans as it is."""
-    if end is None or (not isinstance(trained, bool) and last[0][-1:] == [end]):
-        return [], b""
-    return [end], b"\1" if trained is True else last[1][-1:]
+    if end is None or (not isinstance(trained, bool) and last.ids[-1:] == [end]):
+        return Encoded([], b"", ends=True)
+    return Encoded([end], b"\1" if trained is True else last.marks[-1:], ends=True)
 
 
 def _marks(encoding: Any, length: int, trained: Trained) -> bytes:

@@ -2,6 +2,7 @@
 
     KEY.tokens           token ids, little endian, of all sources one after another
     KEY.mask             a byte a token, 1 where it is trained on; only where not all are
+    KEY.documents        the place after each document in the tokens, 8 bytes each, little endian
     KEY.tokenizer.json   what made the tokens
     KEY.json             the index, written last
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 DATA_SCHEMA = 2
+TOKENS, MASK, DOCUMENTS = ".tokens", ".mask", ".documents"
+"""The files beside an index."""
 BLOCK_BYTES = 1 << 20
 
 
@@ -52,7 +55,8 @@ class DataIndex:
     """The index of a prepared data set.
 
     `digest` covers files, columns, tokenizer, vocabulary and chat template; `tokenizer_digest` the tokenizer
-    alone. `template` says where the template of conversations is from.
+    alone. `template` says where the template of conversations is from. `documents` is how many there are;
+    indexes of releases that did not count them have None.
     """
 
     schema_version: int
@@ -68,15 +72,19 @@ class DataIndex:
     mask_sha256: str | None
     sources: tuple[SourceText, ...]
     template: str | None = None
+    documents: int | None = None
+    documents_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TokenData:
-    """A data set open for reading; `tokens` and `mask` are read-only memory maps."""
+    """A data set open for reading: read-only memory maps of its tokens, of which are trained on (None: all),
+    and of the place after each document (None: not known)."""
 
     index: DataIndex
     tokens: NDArray[np.unsignedinteger]
     mask: NDArray[np.uint8] | None
+    documents: NDArray[np.unsignedinteger] | None = None
 
     def samples(self, seq: int) -> tuple[int, ...]:
         """Samples of `seq` + 1 tokens in each part; neighbours share one token, the last target."""
@@ -105,18 +113,25 @@ def open_data(index_path: Path, *, verify: bool = True) -> TokenData:
     import numpy as np
 
     index = load_json(index_path, DataIndex)
-    path = index_path.with_suffix(".tokens")
-    problems = list(_problems(path, index_path, index.tokens * index.token_bytes, index.sha256, verify))
+    kinds = [(TOKENS, f"<u{index.token_bytes}", index.tokens, index.sha256)]
     if index.mask_sha256 is not None:
-        mask_path = index_path.with_suffix(".mask")
-        problems += _problems(mask_path, index_path, index.tokens, index.mask_sha256, verify)
+        kinds.append((MASK, "<u1", index.tokens, index.mask_sha256))
+    if index.documents is not None and index.documents_sha256 is not None:
+        kinds.append((DOCUMENTS, "<u8", index.documents, index.documents_sha256))
+    problems: list[Problem] = []
+    for suffix, kind, count, sha256 in kinds:
+        path = index_path.with_suffix(suffix)
+        problems += _problems(path, index_path, count * np.dtype(kind).itemsize, sha256, verify)
     if problems:
         raise InputError(*problems)
     if not index.tokens:
-        raise InputError(Problem(where=str(path), fault="holds no tokens: the text is empty."))
-    tokens = np.memmap(path, dtype=np.dtype(f"<u{index.token_bytes}"), mode="r")
-    mask = None if index.mask_sha256 is None else np.memmap(mask_path, dtype=np.uint8, mode="r")
-    return TokenData(index=index, tokens=tokens, mask=mask)
+        where = str(index_path.with_suffix(TOKENS))
+        raise InputError(Problem(where=where, fault="holds no tokens: the text is empty."))
+    maps = {
+        suffix: np.memmap(index_path.with_suffix(suffix), dtype=np.dtype(kind), mode="r")
+        for suffix, kind, _, _ in kinds
+    }
+    return TokenData(index, maps[TOKENS], maps.get(MASK), maps.get(DOCUMENTS))
 
 
 def _problems(path: Path, index_path: Path, size: int, sha256: str, verify: bool) -> Iterator[Problem]:
@@ -129,11 +144,12 @@ def _problems(path: Path, index_path: Path, size: int, sha256: str, verify: bool
         yield Problem(where=str(path), fault="does not match its checksum.", fix=cure)
 
 
-def data_summary(index: DataIndex) -> str:
+def data_summary(index: DataIndex, *, document_mask: bool = False) -> str:
     """One line for people: `1 file, 669 KiB, 190,000 tokens (bpe, vocabulary 4096)`."""
     size = format_bytes(sum(source.bytes for source in index.sources))
     files = f"{len(index.sources)} file" + ("s" if len(index.sources) != 1 else "")
     trained = "" if index.mask_sha256 is None else f", {index.trained_tokens:,} of them trained on"
     chat = "" if index.template is None else f", chat template: {index.template}"
     tokenizer = f"{index.tokenizer}, vocabulary {index.vocab}{chat}"
-    return f"{files}, {size}, {index.tokens:,} tokens{trained} ({tokenizer})"
+    within = f", attention within each of {index.documents:,} documents" if document_mask else ""
+    return f"{files}, {size}, {index.tokens:,} tokens{trained} ({tokenizer}){within}"

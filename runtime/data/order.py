@@ -142,6 +142,23 @@ class BatchReader:
             return None
         return self._cut(self.data.mask, step, data_rank, data_size).astype("bool")
 
+    def begins(self, step: int, *, data_rank: int, data_size: int) -> NDArray[np.int64]:
+        """Of each position [batch / data_size, seq] of `rows` but the last, where its document begins there.
+
+        A document that began before its sample begins with it.
+        """
+        import numpy as np
+
+        assert self.data.documents is not None
+        positions = self.positions(step, data_rank=data_rank, data_size=data_size)
+        begins = np.zeros((len(positions), self.seq), dtype="int64")
+        for row, position in zip(begins, positions, strict=True):
+            start = self.start(position)
+            first, end = np.searchsorted(self.data.documents, [start + 1, start + self.seq])
+            inside = self.data.documents[first:end].astype("int64") - start
+            row[inside] = inside
+        return np.maximum.accumulate(begins, axis=1)
+
     def _cut(self, whole: NDArray[Any], step: int, data_rank: int, data_size: int) -> NDArray[Any]:
         import numpy as np
 

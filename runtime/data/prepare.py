@@ -1,7 +1,7 @@
 """From what `--data` names to a prepared data set: documents, tokens, index.
 
 Documents are packed: one after another, each ended by the end-of-text token, and cut into samples of equal
-length. Attention does not stop at their borders.
+length. Where each ends is kept, for attention that stops there; otherwise it does not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,17 @@ from planner.errors import InputError, Problem
 from runtime.data.chat_template import ChatTemplate, choose_template
 from runtime.data.documents import Columns, documents, needs_pyarrow
 from runtime.data.encode import encoded
-from runtime.data.index import DATA_SCHEMA, DataIndex, DataPart, SourceText, describe_file, open_data
+from runtime.data.index import (
+    DATA_SCHEMA,
+    DOCUMENTS,
+    MASK,
+    TOKENS,
+    DataIndex,
+    DataPart,
+    SourceText,
+    describe_file,
+    open_data,
+)
 from runtime.data.sources import DataFile, DataSource, find_sources, split_weight
 from runtime.data.tokenizer import Tokenizer, TokenizerChoice, choose_tokenizer, make_tokenizer
 from runtime.packages import require_package
@@ -39,8 +49,9 @@ class DataOptions:
     columns: Columns = Columns()
 
 
-def prepare_data(options: DataOptions, *, vocab: int, cache: Path) -> Path:
-    """The index of the tokenized data set, made in the folder `cache` if it is not there already.
+def prepare_data(options: DataOptions, *, vocab: int, cache: Path, borders: bool = False) -> Path:
+    """The index of the tokenized data set, made in the folder `cache` if it is not there already, or if the
+    `borders` of its documents are asked for and not there.
 
     Raises InputError where data is missing, empty or broken, where the tokenizer does not fit the
     vocabulary, or where the disk is full.
@@ -57,7 +68,7 @@ def prepare_data(options: DataOptions, *, vocab: int, cache: Path) -> Path:
     described = tuple(describe_file(Path(file.path), file.name) for file in files)
     work = _Work(parts, described, choice, columns, template, vocab)
     index_path = cache / f"{work.digest[:16]}.json"
-    if not _usable(index_path, work.digest):
+    if not _usable(index_path, work.digest, borders):
         _build(work, index_path)
     return index_path
 
@@ -78,12 +89,13 @@ def _parts(sources: tuple[DataSource, ...]) -> Parts:
     return [(sources[0].name, tuple(file for source in sources for file in source.files))]
 
 
-def _usable(index_path: Path, digest: str) -> bool:
+def _usable(index_path: Path, digest: str, borders: bool) -> bool:
     """Whether a whole data set of this digest lies in the cache; a damaged one is made again."""
     try:
-        return open_data(index_path).index.digest == digest
+        data = open_data(index_path)
     except InputError:
         return False
+    return data.index.digest == digest and not (borders and data.documents is None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +126,17 @@ class _Work:
 
 def _build(work: _Work, index_path: Path) -> None:
     stem = index_path.with_suffix("")
-    suffixes = (".tokens", ".mask") if work.columns.masked else (".tokens",)
-    temporary = [stem.with_name(f".{stem.name}.{os.getpid()}{suffix}.tmp") for suffix in suffixes]
+    suffixes = (TOKENS, DOCUMENTS, *((MASK,) if work.columns.masked else ()))
+    temporary = {suffix: stem.with_name(f".{stem.name}.{os.getpid()}{suffix}.tmp") for suffix in suffixes}
     try:
         index_path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            handles = [stack.enter_context(path.open("wb")) for path in temporary]
+            handles: dict[str, BinaryIO] = {
+                suffix: stack.enter_context(path.open("wb")) for suffix, path in temporary.items()
+            }
             tokenizer = make_tokenizer(work.choice, work.vocab, _training_text(work))
-            written = _write(work, tokenizer, handles[0], handles[1] if len(handles) > 1 else None)
-        for path, suffix in zip(temporary, suffixes, strict=True):
+            written = _write(work, tokenizer, handles)
+        for suffix, path in temporary.items():
             path.replace(stem.with_suffix(suffix))
     except OSError as error:
         raise InputError(
@@ -130,7 +144,7 @@ def _build(work: _Work, index_path: Path) -> None:
         ) from None
     finally:
         if index_path.parent.is_dir():
-            for path in temporary:
+            for path in temporary.values():
                 path.unlink(missing_ok=True)
     write_atomic(stem.with_suffix(".tokenizer.json"), tokenizer.model.to_str())
     write_atomic(index_path, to_json(_index(work, written)))
@@ -150,10 +164,12 @@ def _index(work: _Work, written: _Written) -> DataIndex:
             DataPart(name=name, tokens=tokens)
             for (name, _), tokens in zip(work.parts, written.parts, strict=True)
         ),
-        sha256=written.digest.hexdigest(),
-        mask_sha256=written.mask_digest.hexdigest() if work.columns.masked else None,
+        sha256=written.sha256[TOKENS],
+        mask_sha256=written.sha256.get(MASK),
         sources=work.described,
         template=None if work.template is None else work.template.source,
+        documents=written.documents,
+        documents_sha256=written.sha256[DOCUMENTS],
     )
 
 
@@ -169,39 +185,55 @@ def _training_text(work: _Work) -> Iterator[str]:
                     return
 
 
+class _Output:
+    """A file that is written, and the digest of what was."""
+
+    def __init__(self, handle: BinaryIO) -> None:
+        self._handle, self._digest = handle, hashlib.sha256()
+
+    def write(self, block: bytes) -> None:
+        self._handle.write(block)
+        self._digest.update(block)
+
+    def finish(self) -> str:
+        """Leaves all of it on the disk; its digest."""
+        self._handle.flush()
+        os.fsync(self._handle.fileno())
+        return self._digest.hexdigest()
+
+
 @dataclass(slots=True)
 class _Written:
-    """What was written so far."""
+    """What was written: tokens of each part, and digests by suffix."""
 
     parts: list[int] = field(default_factory=list)
     trained: int = 0
-    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
-    mask_digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    documents: int = 0
+    sha256: dict[str, str] = field(default_factory=dict)
 
 
-def _write(work: _Work, tokenizer: Tokenizer, tokens: BinaryIO, mask: BinaryIO | None) -> _Written:
-    """Writes the tokens of all parts, and which of them are trained on."""
+def _write(work: _Work, tokenizer: Tokenizer, handles: dict[str, BinaryIO]) -> _Written:
+    """Writes the tokens of all parts, which of them are trained on, and where documents end."""
     import numpy as np
 
     written, dtype = _Written(), np.dtype(f"<u{work.token_bytes}")
+    outputs = {suffix: _Output(handle) for suffix, handle in handles.items()}
+    total = 0
     for _, files in work.parts:
-        count = 0
+        first = total
         texts = (document for file in files for document in documents(file, work.columns, work.template))
-        for ids, marks in encoded(texts, tokenizer):
-            block = np.asarray(ids, dtype=dtype).tobytes()
-            tokens.write(block)
-            written.digest.update(block)
-            if mask is not None:
-                mask.write(marks)
-                written.mask_digest.update(marks)
-            count += len(ids)
+        for ids, marks, ends in encoded(texts, tokenizer):
+            outputs[TOKENS].write(np.asarray(ids, dtype=dtype).tobytes())
+            if MASK in outputs:
+                outputs[MASK].write(marks)
+            total += len(ids)
             written.trained += marks.count(1)
-        written.parts.append(count)
+            if ends:
+                outputs[DOCUMENTS].write(total.to_bytes(8, "little"))
+                written.documents += 1
+        written.parts.append(total - first)
     if work.template is not None and not written.trained:
         fault = "holds no turn of an assistant, so nothing would be trained on."
         raise InputError(Problem(where="--data", fault=fault, fix="train on all turns: --train-on all"))
-    for handle in (tokens, mask):
-        if handle is not None:
-            handle.flush()
-            os.fsync(handle.fileno())
+    written.sha256 = {suffix: output.finish() for suffix, output in outputs.items()}
     return written

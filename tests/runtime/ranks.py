@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from runtime.executor import Executor
 from runtime.local_ranks import join_group, run_local
 from runtime.memory import live_bytes, measure_peak
 from runtime.optimizer import OptimizerOptions
+from runtime.transformer.borders import Borders
 from runtime.transformer.initial import materialize
 from runtime.transformer.model import build_transformer
 from runtime.transformer.router import Router
@@ -96,12 +98,24 @@ def make_executor(plan: Plan) -> Executor:
     return Executor(plan, device="cpu", seed=SEED, optimizer_options=OPTIONS)
 
 
-def train(executor: Executor, first: int, steps: int) -> Trajectory:
-    """Steps [first, first + steps) of the sharded run."""
-    results = [
-        executor.step(slice_of(executor, batch_of(executor.plan, step)))
-        for step in range(first, first + steps)
-    ]
+def begins_of(plan: Plan, step: int) -> torch.Tensor:
+    """Where each token's document begins in its sequence, [batch, seq]; documents of 1 to 12 tokens."""
+    draw = random.Random(step)
+    rows = []
+    for _ in range(plan.workload.batch):
+        row: list[int] = []
+        while len(row) < plan.workload.seq:
+            row += [len(row)] * draw.randint(1, 12)
+        rows.append(row[: plan.workload.seq])
+    return torch.tensor(rows)
+
+
+def train(executor: Executor, first: int, steps: int, *, documents: bool = False) -> Trajectory:
+    """Steps [first, first + steps) of the sharded run; with `documents`, attention stays within them."""
+    plan, results = executor.plan, []
+    for step in range(first, first + steps):
+        begins = slice_of(executor, begins_of(plan, step)) if documents else None
+        results.append(executor.step(slice_of(executor, batch_of(plan, step)), begins=begins))
     return [(result.loss, result.grad_norm) for result in results]
 
 
@@ -145,7 +159,9 @@ def interrupted(before: Plan, after: Plan) -> tuple[list[Trajectory], list[Traje
         return first, on_ranks(go_on, after.strategy.degrees.world)
 
 
-def single_process(plan: Plan, steps: int, make: MakeOptimizers = by_adamw) -> Trajectory:
+def single_process(
+    plan: Plan, steps: int, make: MakeOptimizers = by_adamw, *, documents: bool = False
+) -> Trajectory:
     """The same training in one process: whole model, whole batch, torch's own loss and optimizers."""
     spec: ModelSpec = plan.model
     model = build_transformer(spec, 0, spec.layers, True, True, seq=plan.workload.seq)
@@ -160,7 +176,7 @@ def single_process(plan: Plan, steps: int, make: MakeOptimizers = by_adamw) -> T
         router.register_forward_hook(lambda _m, _in, out, choices=choices: choices.append(out[1]))
     for step in range(steps):
         tokens = batch_of(plan, step)
-        logits = model(tokens[:, :-1])
+        logits = model(tokens[:, :-1], borders=Borders(begins_of(plan, step)) if documents else None)
         loss = functional.cross_entropy(logits.reshape(-1, spec.vocab), tokens[:, 1:].reshape(-1))
         model.zero_grad()
         loss.backward()
