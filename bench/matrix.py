@@ -1,10 +1,11 @@
 """Plans over every axis, each executed on real ranks and compared with one process.
 
-    python -m bench.matrix [--model NAME ...] [--first N] [-o FILE]
+    python -m bench.matrix [--model NAME ...] [--first N] [--documents] [-o FILE]
 
 For each plan of `tests.runtime.matrix`: the losses and global gradient norms of STEPS steps beside those of
 one process in fp32, the largest relative difference, and whether what was executed (degrees, stages,
-recomputation, the table of actions) is what the plan says.
+recomputation, the table of actions) is what the plan says. With --documents attention stays within the
+documents of packed sequences, in both.
 
 AdamW divides by the root of a second moment and eps (1e-3 here), so that it enlarges what rounding left of
 small gradients, up to a thousand times. A plan that differs by more than TOLERANCE is therefore trained by
@@ -30,12 +31,12 @@ from tests.runtime.matrix import MODELS, SGD_TOLERANCE, TOLERANCE, Case, execute
 RESULTS = Path(__file__).parent / "results"
 
 
-def _measure(case: Case) -> dict[str, Any]:
+def _measure(case: Case, documents: bool) -> dict[str, Any]:
     begin_s = time.monotonic()
     try:
-        outcome = execute(case.plan)
+        outcome = execute(case.plan, documents=documents)
         beyond = outcome.difference > TOLERANCE
-        by_sgd = execute(under_sgd(case.plan)).difference if beyond else None
+        by_sgd = execute(under_sgd(case.plan), documents=documents).difference if beyond else None
     except Exception as error:
         text = " ".join(str(error).split())[-300:]
         return {"plan": case.name, "error": f"{type(error).__name__}: {text}"}
@@ -68,13 +69,14 @@ def _told(row: dict[str, Any]) -> str:
 @click.option("--model", "models", multiple=True, type=click.Choice(list(MODELS)), help="Only these.")
 @click.option("--first", type=int, default=None, help="Only so many of the plans.")
 @click.option("--only", default="", help="Only plans whose name holds this text.")
+@click.option("--documents", is_flag=True, help="Attention within documents.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=None, help="Where to write JSON.")
-def main(models: tuple[str, ...], first: int | None, only: str, output: Path | None) -> None:
+def main(models: tuple[str, ...], first: int | None, only: str, documents: bool, output: Path | None) -> None:
     """Runs the plans and prints a line for each."""
     cases = [case for case in matrix(models or tuple(MODELS)) if only in case.name][:first]
     rows = []
     for number, case in enumerate(cases, start=1):
-        row = _measure(case)
+        row = _measure(case, documents)
         rows.append(row)
         click.echo(f"{number:3d}/{len(cases)} {case.name}: {_told(row)}", err=True)
     good = sum(map(_good, rows))
@@ -87,11 +89,15 @@ def main(models: tuple[str, ...], first: int | None, only: str, output: Path | N
         "torch": torch.__version__,
         "tolerance": TOLERANCE,
         "sgd_tolerance": SGD_TOLERANCE,
+        "documents": documents,
         "plans": len(rows),
         "equal": good,
         "rows": rows,
     }
-    write_atomic(output or RESULTS / f"{summary['date']}-matrix.json", json.dumps(summary, indent=1) + "\n")
+    write_atomic(
+        output or RESULTS / f"{summary['date']}-matrix{'-documents' * documents}.json",
+        json.dumps(summary, indent=1) + "\n",
+    )
     raise SystemExit(0 if good == len(rows) else 4)
 
 

@@ -196,13 +196,14 @@ class Outcome:
     not_as_planned: tuple[str, ...]
 
 
-def execute(plan: Plan, steps: int = 5) -> Outcome:
-    """Trains by a plan on real ranks. `difference` is relative, the largest of all losses and norms."""
-    expected = [value for pair in _reference(plan, steps) for value in pair]
+def execute(plan: Plan, steps: int = 5, *, documents: bool = False) -> Outcome:
+    """Trains by a plan on real ranks, with `documents` within those of packed sequences. `difference` is
+    relative, the largest of all losses and norms."""
+    expected = [value for pair in _reference(plan, steps, documents) for value in pair]
 
     def body(rank: int) -> dict[str, Any]:
         executor = make_executor(plan)
-        trajectory = train(executor, 0, steps)
+        trajectory = train(executor, 0, steps, documents=documents)
         return {"seen": trajectory, "faults": executor.executed().differences(plan)}
 
     answers = on_ranks(body, plan.strategy.degrees.world)
@@ -222,12 +223,14 @@ def under_sgd(plan: Plan) -> Plan:
     return replace(plan, workload=replace(plan.workload, optimizer=Optimizer.SGD))
 
 
-_references: dict[tuple[ModelSpec, Workload, int], Trajectory] = {}
+_references: dict[tuple[ModelSpec, Workload, int, bool], Trajectory] = {}
 
 
-def _reference(plan: Plan, steps: int) -> Trajectory:
+def _reference(plan: Plan, steps: int, documents: bool) -> Trajectory:
     """The trajectory in one process, which depends on the model and the workload alone."""
-    key = plan.model, plan.workload, steps
+    key = plan.model, plan.workload, steps, documents
     if key not in _references:
-        _references[key] = single_process(plan, steps, BY_OPTIMIZER[plan.workload.optimizer])
+        _references[key] = single_process(
+            plan, steps, BY_OPTIMIZER[plan.workload.optimizer], documents=documents
+        )
     return _references[key]

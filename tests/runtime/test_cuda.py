@@ -5,11 +5,13 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from planner.attention import CAUSAL, Reach, Span
 from planner.rehearsal import RehearsalMode
 from planner.strategy import Degrees, Recompute, Zero
 from planner.workload import Precision
@@ -17,6 +19,7 @@ from runtime.attention_blocks import Merged, WrittenOut, attend, attend_backward
 from runtime.executor import Executor
 from runtime.launch import enter_group
 from runtime.rehearse import RehearsalOptions, rehearse_rank
+from runtime.transformer.core import Core
 from tests.plans import make_plan, tiny_gpt2, tiny_llama
 from tests.runtime.ranks import OPTIONS, SEED, single_process, train
 
@@ -45,6 +48,32 @@ def test_fp32_equals_one_process_on_the_cpu(device: torch.device, spec, recomput
     expected = [value for pair in single_process(plan, 5) for value in pair]
     assert [v for pair in train(executor, 0, 5) for v in pair] == pytest.approx(expected, rel=1e-4)
     assert executor.executed().differences(plan) == ()
+
+
+@pytest.mark.parametrize("spec", [tiny_llama(), tiny_gpt2()], ids=["llama", "gpt2"])
+def test_fp32_within_documents_equals_one_process_on_the_cpu(device: torch.device, spec) -> None:  # type: ignore[no-untyped-def]
+    plan = make_plan(spec, Degrees(micro_batch=2, num_micro_batches=2), recompute=Recompute.SELECTIVE)
+    executor = Executor(plan, device=device, seed=SEED, optimizer_options=OPTIONS)
+    expected = [value for pair in single_process(plan, 3, documents=True) for value in pair]
+    found = [v for pair in train(executor, 0, 3, documents=True) for v in pair]
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_bf16_attention_within_documents_is_that_of_each_alone(window: int, cap: float | None) -> None:
+    span = Span(reach=Reach.WINDOW, size=window) if window else CAUSAL
+    core, ends = Core(span, None, cap), [0, 1, 100, 229, 256]
+    q, k, v = (
+        torch.randn(1, 256, heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for heads in (8, 2, 2)
+    )
+    begins = torch.tensor([[a for a, b in pairwise(ends) for _ in range(b - a)]])
+    parts = [core(*(t[:, a:b] for t in (q, k, v))) for a, b in pairwise(ends)]
+    results = [core(q, k, v, begins), torch.cat(parts, 1)]
+    gradients = [torch.autograd.grad(out.float().square().sum(), (q, k, v)) for out in results]
+    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(*gradients, rtol=5e-2, atol=5e-2)
 
 
 def test_bf16_recompute_saves_memory_and_gives_the_same_loss(device: torch.device) -> None:
