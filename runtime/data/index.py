@@ -151,5 +151,5 @@ def data_summary(index: DataIndex, *, document_mask: bool = False) -> str:
     trained = "" if index.mask_sha256 is None else f", {index.trained_tokens:,} of them trained on"
     chat = "" if index.template is None else f", chat template: {index.template}"
     tokenizer = f"{index.tokenizer}, vocabulary {index.vocab}{chat}"
-    within = f", attention within each of {index.documents:,} documents" if document_mask else ""
+    within = f", attention within documents ({index.documents:,})" if document_mask else ""
     return f"{files}, {size}, {index.tokens:,} tokens{trained} ({tokenizer}){within}"

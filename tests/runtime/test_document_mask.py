@@ -276,7 +276,7 @@ def test_borders_of_samples_are_those_of_the_documents_in_them(tmp_path: Path) -
     index = prepare_data(options, vocab=300, cache=tmp_path / "cache", borders=True)
     data = open_data(index)
     assert data.index.documents == 45 and data.documents is not None
-    assert "attention within each of 45 documents" in data_summary(data.index, document_mask=True)
+    assert "attention within documents (45)" in data_summary(data.index, document_mask=True)
     reader = BatchReader(data=data, seed=1, seq=7, batch=4, weights=(0.5, 0.5))
     places_met = set()
     for step in range(60):
@@ -325,7 +325,7 @@ def test_a_run_within_documents_says_so_and_goes_on_as_such_only(tmp_path: Path)
         return summary
 
     within, over = run("within", 1, document_mask=True), run("over", 1)
-    assert "attention within each of 80 documents" in within.data and "attention" not in over.data
+    assert "attention within documents (80)" in within.data and "attention" not in over.data
     assert within.first_loss != over.first_loss and not within.executed_differences
     assert run("within", 2, document_mask=True, resume=True).last_step == 2
     with pytest.raises(InputError, match="document_mask: is True in the checkpoint, 'absent' now"):
