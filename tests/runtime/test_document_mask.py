@@ -191,13 +191,13 @@ OFFLOADED = (Stage(first=0, end=4, recompute=RecomputeCounts(none=4), offload=Of
 SELECTIVE = split(3, 1, recompute=Recompute.SELECTIVE)
 
 PLANS: dict[str, Plan] = {
-    "tp2-sp-dp2-zero3-mixed": make_plan(
-        LLAMA, batch8(tp=2, dp_shard=2, zero=Zero.PARAMETERS, micro_batch=2, **SP), MIXED
-    ),
+    "tp2-sp-mixed": make_plan(LLAMA, batch8(tp=2, micro_batch=2, **SP), MIXED),
     "gpt2-ring-pp2-selective": make_plan(
         GPT2, batch8(cp=2, pp=2, zero=Zero.OPTIMIZER, micro_batch=2), SELECTIVE
     ),
-    "gather-tp2-sp": make_plan(LLAMA, batch8(cp=2, tp=2, cp_exchange=GATHER, micro_batch=4, **SP), MIXED),
+    "gather-zero3-mixed": make_plan(
+        LLAMA, batch8(cp=2, cp_exchange=GATHER, zero=Zero.PARAMETERS, micro_batch=4), MIXED
+    ),
     "all-to-all-gpt2-interleaved": make_plan(
         GPT2,
         batch8(cp=2, pp=2, chunks=2, schedule=Schedule.INTERLEAVED, cp_exchange=ALL_TO_ALL, micro_batch=2),
