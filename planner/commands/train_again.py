@@ -76,7 +76,7 @@ def told_at_launch(options: Mapping[str, Any], where: Path) -> dict[str, Any]:
     told = {
         **{name: value for name, value in options.items() if name != "data"},
         **{name: value for name, value in data.items() if name != "columns"},
-        **{f"{name}_key": value for name, value in columns.items()},
+        **{name if name == "train_on" else f"{name}_key": value for name, value in columns.items()},
     }
     problems = [
         Problem(
