@@ -1,4 +1,4 @@
-"""What a launch of `plan train` was told comes back, by way of options.json, as the words that tell it again."""
+"""What a launch of `plan train` was told comes back, through options.json, as words that tell it again."""
 
 from __future__ import annotations
 
