@@ -43,6 +43,11 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "rehearse": ("planner.commands.rehearse:rehearse", "Single ranks of a plan on one device, measured."),
         "train": ("planner.commands.train:train", "Execute a plan on real ranks; checkpoint, log, resume."),
         "replan": ("planner.commands.replan:replan", "A new plan for what is left of a run's cluster."),
+        "export": ("planner.commands.export:export", "A plan as another engine's or scheduler's files."),
+        "import": (
+            "planner.commands.import_config:import_config",
+            "A strategy from an engine's files, estimated.",
+        ),
         "export-weights": (
             "planner.commands.export_weights:export_weights",
             "A run's weights as a Hugging Face folder.",

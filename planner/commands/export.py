@@ -1,0 +1,97 @@
+"""`plan export`: a plan as the configuration of another engine, or the job of a scheduler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from planner.commands.options import json_option
+
+if TYPE_CHECKING:
+    from planner.estimate import Rejected
+    from planner.export.artifact import Export, ExportFile
+    from planner.plan import Plan
+
+BROKEN_RULE_EXIT = 3
+TO = ("deepspeed", "megatron", "torchtitan", "accelerate", "slurm", "kubernetes", "skypilot")
+
+
+@click.command("export")
+@click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
+@click.option("--to", required=True, type=click.Choice(TO), help="The engine or the scheduler.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A new or empty folder, or that of an earlier export. Default: print the files.",
+)
+@json_option
+def export(plan_file: Path, to: str, output: Path | None, as_json: bool) -> int:
+    """Write a plan as the configuration of another engine, or as the job of a scheduler.
+
+    What the engine cannot run of the plan is named by its rule, and nothing is written (exit code 3). A
+    scheduler runs the plan with the engine that it was made for (`plan solve --engine`), else with
+    `plan train`.
+    """
+    from planner.codec import encode
+    from planner.commands.text import print_json
+    from planner.export.artifact import write_export
+    from planner.export.facts import readme
+    from planner.export.targets import TARGETS, refusals
+    from planner.plan import load_plan
+    from planner.plan_check import check_sound
+
+    plan = load_plan(plan_file)
+    check_sound(plan)
+    violations = refusals(plan, to)
+    if violations:
+        if as_json:
+            print_json({"violations": [encode(violation) for violation in violations]})
+        else:
+            click.echo(_refused(plan, to, violations), err=True)
+        return BROKEN_RULE_EXIT
+    made = TARGETS[to].export(plan)
+    files = (*made.files, readme(plan, made))
+    if output is not None:
+        write_export(made, files, output)
+        click.echo(f"wrote {len(files)} files to {output}", err=True)
+    if as_json:
+        print_json(
+            {**encode(made), "files": encode(files), "folder": None if output is None else str(output)}
+        )
+    else:
+        click.echo(_printed(files) if output is None else _summary(made, files))
+    return 0
+
+
+def _refused(plan: Plan, to: str, violations: list[Rejected]) -> str:
+    from planner.commands.estimate import violations_text
+    from planner.export.targets import TARGETS
+
+    engine = TARGETS[to].engine or plan.engine
+    cure = f"`plan solve --engine {engine}` makes only plans that it runs." if engine is not None else ""
+    text = f"{to} cannot run this plan as it is:\n{violations_text(violations)}"
+    return f"{text}\n{cure}".rstrip()
+
+
+def _printed(files: tuple[ExportFile, ...]) -> str:
+    """Every file under its name."""
+    return "\n".join(f"==> {file.name} <==\n{file.text}" for file in files)
+
+
+def _summary(made: Export, files: tuple[ExportFile, ...]) -> str:
+    from planner.commands.text import WIDTH, pairs
+
+    return pairs(
+        [
+            ("for", made.release),
+            ("files", ", ".join(file.name for file in files)),
+            ("start", made.start),
+            ("decided by the engine", "; ".join(made.decides)),
+            ("for you to say", "; ".join(made.yours)),
+        ],
+        WIDTH,
+    )

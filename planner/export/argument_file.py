@@ -1,0 +1,117 @@
+"""Arguments in a shell script or in YAML, as a mapping of flags: nothing of a script is run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from planner.codec import read_text
+from planner.errors import InputError, Problem
+from planner.export.yaml_text import load_yaml_object
+
+_ASSIGNED = re.compile(r"^(?:export\s+)?([A-Za-z_]\w*)\+?=(.*)$", re.DOTALL)
+_VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?[-=]([^{}]*))?\}|(\w+))")
+YAML_SUFFIXES = (".yaml", ".yml")
+MOST_ROUNDS = 8
+"""Variables within variables that are put in; scripts have one or two."""
+
+
+def read_arguments(path: Path) -> dict[str, Any]:
+    """Flags by name, with the value behind each (True where there is none). Raises InputError."""
+    if path.suffix.lower() in YAML_SUFFIXES:
+        return _from_yaml(load_yaml_object(path))
+    try:
+        text = read_text(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(Problem(where=str(path), fault=f"is not text: {error}.")) from None
+    found = _from_script(text)
+    if not found:
+        raise InputError(
+            Problem(
+                where=str(path),
+                fault="has no argument that begins with --.",
+                legal="a shell script with the arguments of pretrain_gpt.py, or YAML of them",
+            )
+        )
+    return found
+
+
+def _from_yaml(document: dict[str, Any]) -> dict[str, Any]:
+    """Arguments at any depth, by their flag or by its name with underscores."""
+    found: dict[str, Any] = {}
+    for name, value in document.items():
+        if name in ("ENV_VARS", "BEFORE_SCRIPT", "AFTER_SCRIPT"):
+            continue
+        if isinstance(value, dict):
+            found |= _from_yaml({str(key): item for key, item in value.items()})
+        elif value is not None and value is not False:
+            flag = name if name.startswith("--") else "--" + name.replace("_", "-")
+            found[flag] = " ".join(map(str, value)) if isinstance(value, list) else value
+    return found
+
+
+def _from_script(text: str) -> dict[str, Any]:
+    words = _words(re.sub(r"\\\r?\n", " ", text))
+    values = _assignments(words)
+    flags: dict[str, Any] = {}
+    current = None
+    for word in [piece for word in words for piece in _substituted(word, values)]:
+        name, equals, value = word.partition("=")
+        if word.startswith("--") and len(word) > 2:
+            current = name
+            flags[current] = value if equals else True
+        elif current is not None and word not in ("(", ")", "&&", ";", "|", "&"):
+            flags[current] = word if flags[current] is True else f"{flags[current]} {word}"
+            if word.startswith("$") or "/" in word:
+                current = None
+    return flags
+
+
+def _words(text: str) -> list[str]:
+    """Words of a script, lines apart; a line that shlex cannot read is left out."""
+    words: list[str] = []
+    for line in text.splitlines():
+        try:
+            lexer = shlex.shlex(line, posix=True, punctuation_chars="();&|")
+            lexer.whitespace_split = True
+            lexer.commenters = "#"
+            words += [*lexer, ";"]
+        except ValueError:
+            continue
+    return words
+
+
+def _assignments(words: list[str]) -> dict[str, str]:
+    found = {}
+    for word in words:
+        match = _ASSIGNED.match(word)
+        if match is not None and not word.startswith("-"):
+            found[match[1]] = match[2]
+    return found
+
+
+def _substituted(word: str, values: dict[str, str]) -> list[str]:
+    """A word with the script's own variables put in, as the words that this makes."""
+    if _ASSIGNED.match(word) and not word.startswith("-"):
+        inner = _ASSIGNED.match(word)
+        assert inner is not None
+        word = inner[2] if "--" in inner[2] else ";"
+    before = word
+    for _ in range(MOST_ROUNDS):
+        after = _VARIABLE.sub(lambda match: _value(match, values), word)
+        if after == word or len(after) > 100_000:
+            break
+        word = after
+    if word == before and not word.startswith("--"):
+        return [word]
+    try:
+        return shlex.split(word) if word != before or " --" in word else [word]
+    except ValueError:
+        return [word]
+
+
+def _value(match: re.Match[str], values: dict[str, str]) -> str:
+    name = match[1] or match[3]
+    return values.get(name, match[2] if match[2] is not None else "")

@@ -1,0 +1,171 @@
+"""A plan for Megatron-LM: a script that starts pretrain_gpt.py, and the same arguments as YAML."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from planner.estimate import Rejected
+from planner.export import facts, shell
+from planner.export.artifact import Export, ExportFile
+from planner.export.key import written
+from planner.export.megatron import KEYS, RELEASE
+from planner.export.megatron_model import ModelArguments
+from planner.export.settings import Settings, settings_of
+from planner.export.yaml_text import yaml_text
+from planner.plan import Plan
+from planner.strategy import Zero
+from planner.workload import Method, Precision
+
+SCRIPT = "megatron.sh"
+DEFAULT_STEPS = 100
+"""Steps of a run whose tokens the plan does not know; TRAIN_ITERS overrides."""
+
+
+def megatron_refusals(plan: Plan) -> list[Rejected]:
+    """What pretrain_gpt.py cannot run beside the rules of degrees and stages: models, adapters, precisions."""
+    found, workload, degrees = [], plan.workload, plan.strategy.degrees
+    faults = ModelArguments(plan.model, workload, degrees.tp).faults
+    if faults:
+        found.append(
+            Rejected(
+                rule="megatron_model",
+                detail=f"pretrain_gpt.py of {RELEASE} has no argument for what {plan.model.name} is: "
+                f"{'; '.join(faults)}.",
+                legal="models of one kind of attention, two norms a block, and arithmetic as Llama's or GPT's",
+                fix="--model, or another engine",
+            )
+        )
+    if workload.method is Method.LORA:
+        found.append(
+            Rejected(
+                rule="megatron_adapters",
+                detail="pretrain_gpt.py trains all weights: adapters are Megatron Bridge's, another program.",
+                legal="--method pretrain or finetune",
+                fix="--method finetune",
+            )
+        )
+    if degrees.ep > 1 and workload.precision is Precision.FP16:
+        found.append(
+            Rejected(
+                rule="megatron_experts_precision",
+                detail=f"ep={degrees.ep} in fp16: Megatron-LM asserts that expert parallelism is not in fp16.",
+                legal="--precision bf16, fp32 or fp8, or ep=1",
+                fix="--precision bf16",
+            )
+        )
+    if any(stage.offload.activations >= plan.model.layers for stage in plan.strategy.stages):
+        found.append(
+            Rejected(
+                rule="megatron_offload_layers",
+                detail=f"offload=activations of all {plan.model.layers} blocks: Megatron-LM asserts "
+                "--cpu-offloading-num-layers below their number.",
+                legal=f"activations of up to {plan.model.layers - 1} blocks, or offload=none",
+                fix="--fix offload=none",
+            )
+        )
+    return found
+
+
+def export_megatron(plan: Plan) -> Export:
+    """The script, its arguments as YAML, and what is left to Megatron-LM."""
+    settings = settings_of(plan.strategy, plan.workload)
+    parallel = written(KEYS, settings)
+    model = ModelArguments(plan.model, plan.workload, settings.tp).flags
+    files = (
+        ExportFile(name=SCRIPT, text=_script(plan, settings, model, parallel)),
+        ExportFile(name="megatron.yaml", text=_yaml(plan, settings, model, parallel)),
+    )
+    return Export(
+        target="megatron",
+        release=RELEASE,
+        files=files,
+        start=f"MEGATRON=/path/to/Megatron-LM ./{SCRIPT}",
+        decides=(*_decides(plan, settings), *facts.node_order(plan)),
+        yours=(
+            "data and tokenizer: DATA_ARGS stands for made-up tokens (--mock-data) over the plan's vocabulary",
+            "learning rate and its decay (LR, MIN_LR), checkpoints (--save, --load in EXTRA_ARGS)",
+            *facts.priced_elsewhere(plan, "megatron"),
+        ),
+    )
+
+
+def environment(settings: Settings) -> dict[str, tuple[str, str]]:
+    """Variables that Megatron-LM asks for, each with its reason."""
+    fsdp = settings.zero in (Zero.GRADIENTS, Zero.PARAMETERS)
+    if fsdp:
+        value, why = "32", "Megatron-FSDP asserts that it is not 1: gathers run beside products"
+    else:
+        value, why = "1", "asserted with tensor or context parallelism before Blackwell: order of kernels"
+    return {
+        "CUDA_DEVICE_MAX_CONNECTIONS": (value, why),
+    }
+
+
+def _decides(plan: Plan, settings: Settings) -> tuple[str, ...]:
+    said = [
+        "which parameters share a bucket of --overlap-grad-reduce, and Transformer Engine's kernels",
+        "the layout of ranks: tensor, context, data, pipeline from the innermost, as the plan's",
+    ]
+    if settings.zero is Zero.OPTIMIZER:
+        said.append(
+            "gathered parameters are waited for: --overlap-param-gather is not asked for, as not priced"
+        )
+    if plan.model.experts and plan.workload.precision not in (Precision.BF16, Precision.FP8):
+        said.append("experts run one after the other: grouped products are in bf16 alone")
+    if plan.strategy.degrees.spreads_experts:
+        said.append("gradients of experts are reduced over the ranks that expert parallelism leaves")
+    return tuple(said)
+
+
+def training_flags(plan: Plan) -> dict[str, Any]:
+    """What makes the step that was priced, and is no choice of the plan."""
+    return {
+        "--attention-backend": "flash",
+        "--attention-dropout": 0.0,
+        "--hidden-dropout": 0.0,
+        "--no-create-attention-mask-in-dataloader": True,
+        "--distributed-backend": "nccl",
+        "--weight-decay": 0.1,
+        "--clip-grad": 1.0,
+        "--lr-decay-style": "cosine",
+        "--eval-iters": 0,
+        "--log-interval": 1,
+        "--log-throughput": True,
+    }
+
+
+def _script(plan: Plan, settings: Settings, model: dict[str, Any], parallel: dict[str, Any]) -> str:
+    steps, vocab = steps_of(plan), max(1, plan.model.vocab - 1)
+    exports = "".join(
+        f"export {name}={value}  # {why}\n" for name, (value, why) in environment(settings).items()
+    )
+    return "\n".join(
+        [
+            shell.head(facts.comment([f"For {RELEASE}.", *facts.predictions(plan)])),
+            'MEGATRON="${MEGATRON:?folder of Megatron-LM}"',
+            exports + shell.node_variables(plan),
+            shell.array("MODEL_ARGS", model),
+            shell.array("PARALLEL_ARGS", parallel),
+            shell.array("TRAINING_ARGS", training_flags(plan)),
+            f'TRAINING_ARGS+=(--train-iters "${{TRAIN_ITERS:-{steps}}}" --lr "${{LR:-3e-4}}" '
+            '--min-lr "${MIN_LR:-3e-5}")\n',
+            "# The tokenizer without data adds a token: its vocabulary is one larger than said.\n"
+            f'DATA_ARGS="${{DATA_ARGS:---mock-data --tokenizer-type NullTokenizer --vocab-size {vocab}}}"\n',
+            f'exec {shell.torchrun()} \\\n  "$MEGATRON/pretrain_gpt.py" "${{MODEL_ARGS[@]}}" '
+            '"${PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" \\\n  $DATA_ARGS ${EXTRA_ARGS:-} "$@"',
+            "",
+        ]
+    )
+
+
+def _yaml(plan: Plan, settings: Settings, model: dict[str, Any], parallel: dict[str, Any]) -> str:
+    document = {
+        "ENV_VARS": {name: value for name, (value, _) in environment(settings).items()},
+        "MODEL_ARGS": {**model, **parallel, **training_flags(plan), "--train-iters": steps_of(plan)},
+    }
+    return facts.comment([f"For {RELEASE}.", *facts.predictions(plan)]) + yaml_text(document)
+
+
+def steps_of(plan: Plan) -> int:
+    tokens = plan.workload.tokens
+    return DEFAULT_STEPS if tokens is None else max(1, round(tokens / plan.workload.tokens_per_step))

@@ -1,0 +1,130 @@
+"""A plan for torchtitan: the job's TOML, its model where that is no flavour of its own, and a script."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from planner.estimate import Rejected
+from planner.export import facts, shell
+from planner.export.artifact import Export, ExportFile
+from planner.export.key import written
+from planner.export.megatron_files import steps_of
+from planner.export.settings import Settings, settings_of
+from planner.export.torchtitan import KEYS, RELEASE, toml_text
+from planner.export.torchtitan_model import MODULE, Flavor, flavor_of
+from planner.plan import Plan
+from planner.strategy import Schedule
+from planner.workload import Precision
+
+SCRIPT = "torchtitan.sh"
+JOB = "job.toml"
+
+
+def torchtitan_refusals(plan: Plan) -> list[Rejected]:
+    """What torchtitan 0.2.2 cannot run beside the rules of degrees and stages."""
+    found, degrees, precision = [], plan.strategy.degrees, plan.workload.precision
+    flavor = flavor_of(plan.model)
+    if not isinstance(flavor, Flavor):
+        found.append(
+            Rejected(
+                rule="torchtitan_model",
+                detail=f"no class of {RELEASE} is {plan.model.name}: {'; '.join(flavor)}.",
+                legal="models like Llama 3, Qwen 3 (dense or experts alone) and DeepSeek-V3",
+                fix="--model, or another engine",
+            )
+        )
+    if degrees.pp > 1 and plan.model.tied_embeddings:
+        found.append(
+            Rejected(
+                rule="torchtitan_tied",
+                detail=f"pp={degrees.pp} and tied embeddings: torchtitan ties them within one stage alone.",
+                legal="pp=1",
+                fix="--fix pp=1",
+            )
+        )
+    sharded, split = degrees.dp_shard * degrees.cp > 1, degrees.tp * degrees.pp > 1
+    if split and not sharded and precision is not Precision.FP32:
+        found.append(
+            Rejected(
+                rule="torchtitan_precision",
+                detail=f"{precision} with tp={degrees.tp}, pp={degrees.pp} and no shards: torchtitan casts "
+                "parameters in FSDP alone, and would train in fp32 (maybe_enable_amp).",
+                legal="zero=2 or 3 over two or more ranks, or --precision fp32",
+                fix="--fix zero=3",
+            )
+        )
+    return found
+
+
+def export_torchtitan(plan: Plan) -> Export:
+    """The job, the module of its model where needed, and what is left to torchtitan."""
+    settings = settings_of(plan.strategy, plan.workload)
+    flavor = flavor_of(plan.model)
+    assert isinstance(flavor, Flavor)
+    files = [
+        ExportFile(name=JOB, text=_job(plan, settings, flavor)),
+        ExportFile(name=SCRIPT, text=_script(plan)),
+    ]
+    if flavor.module is not None:
+        files.append(ExportFile(name=f"{MODULE}.py", text=flavor.module))
+    return Export(
+        target="torchtitan",
+        release=RELEASE,
+        files=tuple(files),
+        start=f"./{SCRIPT}",
+        decides=(*_decides(plan, settings), *facts.node_order(plan)),
+        yours=(
+            "data and tokenizer (training.dataset, model.hf_assets_path), learning rate, checkpoints",
+            *facts.priced_elsewhere(plan, "torchtitan"),
+        ),
+    )
+
+
+def _job(plan: Plan, settings: Settings, flavor: Flavor) -> str:
+    flat: dict[str, Any] = {
+        "job.dump_folder": "./outputs",
+        "job.description": plan.model.name,
+        "model.name": flavor.name,
+        "model.flavor": flavor.flavor,
+        **written(KEYS, settings),
+        "training.steps": steps_of(plan),
+        "training.max_norm": 1.0,
+        "training.dtype": "float32",
+        "training.dataset": "c4",
+        "optimizer.lr": 3e-4,
+        "compile.enable": False,
+    }
+    if flavor.module is not None:
+        flat["experimental.custom_import"] = MODULE
+    if settings.precision is Precision.FP8:
+        flat["quantize.linear.float8.recipe_name"] = "tensorwise"
+        flat["quantize.linear.float8.filter_fqns"] = ["output"]
+    return facts.comment([f"For {RELEASE}.", *facts.predictions(plan)]) + "\n" + toml_text(flat)
+
+
+def _decides(plan: Plan, settings: Settings) -> tuple[str, ...]:
+    said = [
+        "blocks, embedding and head are gathered and reduced each on its own, and the last pair stays gathered",
+        "compile is off, as the figures have it; compile.enable = true is faster",
+    ]
+    if plan.model.experts:
+        said.append("experts' products are one grouped product, and their balance is a bias without a loss")
+    if settings.schedule is Schedule.DUALPIPEV:
+        said.append("expert messages do not overlap with another micro-batch's products, as not priced")
+    if settings.precision is Precision.FP8:
+        said.append("fp8 scales whole tensors; the head stays in bf16")
+    return tuple(said)
+
+
+def _script(plan: Plan) -> str:
+    return "\n".join(
+        [
+            shell.head(facts.comment([f"For {RELEASE}.", *facts.predictions(plan)])),
+            'HERE="$(cd "$(dirname "$0")" && pwd)"',
+            'export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}"',
+            shell.node_variables(plan),
+            f'exec {shell.torchrun()} \\\n  -m torchtitan.train --job.config_file "$HERE/{JOB}" '
+            '${EXTRA_ARGS:-} "$@"',
+            "",
+        ]
+    )

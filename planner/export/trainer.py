@@ -1,0 +1,72 @@
+"""Arguments of Hugging Face's Trainer, and of PEFT, that go with a plan for DeepSpeed or Accelerate.
+
+Names of transformers.TrainingArguments (5.24) and peft.LoraConfig (0.18).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from planner.export.artifact import ExportFile
+from planner.export.settings import Recipe, settings_of
+from planner.plan import Plan
+from planner.strategy import Zero
+from planner.workload import AdapterModules, Optimizer, Precision
+
+ARGUMENTS_FILE = "training_args.json"
+ADAPTERS_FILE = "lora_config.json"
+
+OPTIMIZERS = {
+    Optimizer.ADAMW: "adamw_torch_fused",
+    Optimizer.SGD: "sgd",
+    Optimizer.ADAFACTOR: "adafactor",
+}
+"""Values of `optim` (OptimizerNames of transformers/training_args.py)."""
+
+TARGETS: dict[AdapterModules, Any] = {
+    AdapterModules.QV: ["q_proj", "v_proj"],
+    AdapterModules.QKV: ["q_proj", "k_proj", "v_proj"],
+    AdapterModules.ATTENTION: ["q_proj", "k_proj", "v_proj", "o_proj"],
+    AdapterModules.ALL: "all-linear",
+}
+"""target_modules of LoraConfig, by the names that llama and most families after it have."""
+
+
+def trainer_files(plan: Plan, deepspeed: str | None = None, full_by_fsdp: bool = False) -> list[ExportFile]:
+    """training_args.json, and for adapters lora_config.json."""
+    files = [ExportFile(name=ARGUMENTS_FILE, text=_json(_arguments(plan, deepspeed, full_by_fsdp)))]
+    adapters = plan.workload.adapters
+    if adapters is not None:
+        document = {
+            "r": adapters.rank,
+            "lora_alpha": 2 * adapters.rank,
+            "target_modules": TARGETS[adapters.modules],
+            "task_type": "CAUSAL_LM",
+        }
+        files.append(ExportFile(name=ADAPTERS_FILE, text=_json(document)))
+    return files
+
+
+def _arguments(plan: Plan, deepspeed: str | None, full_by_fsdp: bool) -> dict[str, Any]:
+    settings = settings_of(plan.strategy, plan.workload)
+    precision = plan.workload.precision
+    arguments: dict[str, Any] = {
+        "per_device_train_batch_size": settings.micro_batch,
+        "gradient_accumulation_steps": settings.num_micro_batches,
+        "bf16": precision is Precision.BF16,
+        "fp16": precision is Precision.FP16,
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": settings.recompute is Recipe.FULL and not full_by_fsdp,
+    }
+    if deepspeed is not None:
+        return arguments | {"deepspeed": deepspeed}
+    arguments["optim"] = OPTIMIZERS[plan.workload.optimizer]
+    if settings.zero >= Zero.GRADIENTS and (settings.num_micro_batches or 1) > 1:
+        # Gradients stay sharded between micro-batches, as the plan's memory has them.
+        arguments["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+    return arguments
+
+
+def _json(document: dict[str, Any]) -> str:
+    return json.dumps(document, indent=1) + "\n"
