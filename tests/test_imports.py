@@ -28,6 +28,7 @@ HEAVY = {
     "jinja2",
     "starlette",
     "uvicorn",
+    "yaml",
 }
 MEETS_RUNTIME = {
     *("profile", "profile_ranks", "profile_request", "profile_session"),
@@ -256,6 +257,8 @@ PLANNED = {
     "explain": ["explain", "PLAN"],
     "check": ["check", "PLAN"],
     "report": ["report", "PLAN"],
+    "export": ["export", "PLAN", "--to", "slurm", "-o", "JOB"],
+    "import": ["import", "DS", "--from", "deepspeed", *PROBLEM[:6], "--no-best"],
 }
 """Planning commands in the order in which they work on one plan; those that exist are run."""
 

@@ -1,4 +1,4 @@
-"""`plan import`: a strategy from an existing engine configuration, estimated and compared with the best plan."""
+"""`plan import`: a strategy from an engine's configuration, estimated and compared with the best plan."""
 
 from __future__ import annotations
 
@@ -125,7 +125,8 @@ def _read(
     said["optimizer"] = said["optimizer"] or "adamw"
     engine = None if imported.engine is None else str(imported.engine)
     asked = read_problem(dataclasses.replace(options, **said, engine=engine))
-    strategy = strategy_from(settings, asked.problem.model, asked.problem.workload.batch, cluster.devices)
+    workload, model = asked.problem.workload, asked.problem.model
+    strategy = strategy_from(settings, model, workload.batch, cluster.devices, imported.engine)
     return dataclasses.replace(imported, settings=settings), asked, strategy
 
 
@@ -181,14 +182,19 @@ def _estimated(asked: Asked, strategy: Strategy) -> Plan:
 
 def _best(asked: Asked, time_limit_s: float) -> Plan | None:
     """The best plan of the same problem and engine; None where none fits."""
+    import dataclasses
+
     from planner.errors import InfeasibleError
-    from planner.search.solve import SolveOptions, solve
+    from planner.search.engine_search import solve_for_engine
+    from planner.search.solve import SolveOptions
     from planner.search.space import Pins
 
+    options = SolveOptions(pins=Pins(), time_limit_s=time_limit_s, top=0)
     try:
-        return solve(asked.problem, SolveOptions(pins=Pins(), time_limit_s=time_limit_s, top=0))
+        best = solve_for_engine(asked.problem, options)
     except InfeasibleError:
         return None
+    return dataclasses.replace(best, engine=asked.problem.limits.engine, profiles=asked.profiles)
 
 
 def _document(plan: Plan, best: Plan | None, imported: Imported) -> dict[str, Any]:

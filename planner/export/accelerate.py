@@ -1,6 +1,6 @@
 """Settings as a configuration of Hugging Face Accelerate, and back: one table of keys of its YAML.
 
-Read in Accelerate 1.15 (accelerate/commands/config/config_args.py, commands/launch.py, parallelism_config.py).
+Read in Accelerate 1.15 (commands/config/config_args.py, commands/launch.py, parallelism_config.py).
 ZeRO 2 and 3 are its FSDP2, ZeRO 0 its DDP, and ZeRO 1 a ds_config.json of DeepSpeed beside it. What a script
 or Hugging Face's Trainer says (micro-batch, sequence) has no key there.
 """

@@ -25,7 +25,7 @@ OTHERS = "another engine: --to deepspeed, megatron or torchtitan"
 
 
 def accelerate_refusals(plan: Plan) -> list[Rejected]:
-    """What Accelerate with Hugging Face's Trainer cannot run: each a rule with what it would take instead."""
+    """What Accelerate with Hugging Face's Trainer cannot run, each a rule with what it would take."""
     settings = settings_of(plan.strategy, plan.workload)
     degrees, zero = plan.strategy.degrees, plan.strategy.degrees.zero
     faults = {
@@ -34,7 +34,7 @@ def accelerate_refusals(plan: Plan) -> list[Rejected]:
         ("accelerate_experts", f"ep={degrees.ep}: Accelerate shares out no experts.", "ep=1"): degrees.ep > 1,
         (
             "accelerate_tensor",
-            f"tp={degrees.tp} with zero={int(zero)}: Accelerate's mesh wants FSDP2 beside tensor parallelism.",
+            f"tp={degrees.tp} with zero={int(zero)}: Accelerate's mesh wants FSDP2 beside it.",
             "zero=2 or 3 over two or more ranks, or tp=1",
         ): degrees.tp > 1 and zero not in SHARDED,
         (
@@ -50,9 +50,14 @@ def accelerate_refusals(plan: Plan) -> list[Rejected]:
         ): degrees.cp > 1 and (degrees.cp_exchange is CpExchange.ALL_TO_ALL or zero not in SHARDED),
         (
             "accelerate_replicas",
-            f"zero={int(zero)} over {degrees.dp_shard} of dp={degrees.dp} ranks: replicas of shards are FSDP2's.",
+            f"zero={int(zero)} over {degrees.dp_shard} of dp={degrees.dp} ranks: FSDP2 alone has replicas.",
             f"zero=2 or 3, or dp_shard={degrees.dp}",
         ): zero is Zero.OPTIMIZER and degrees.dp_replicate > 1,
+        (
+            "accelerate_device",
+            f"zero={int(zero)} on a CPU: Accelerate's FSDP2 wants an accelerator.",
+            "zero=0 or 1",
+        ): zero in SHARDED and plan.cluster.groups[0].device.name == "cpu",
         (
             "accelerate_recompute",
             "blocks recompute by other recipes than none or full.",
@@ -129,7 +134,6 @@ def _decides(settings: Settings) -> tuple[str, ...]:
 def _yaml(plan: Plan, settings: Settings) -> str:
     sharded = settings.zero in SHARDED
     nodes = sum(group.nodes for group in plan.cluster.groups)
-    cpu = plan.cluster.local and plan.cluster.groups[0].device.name == "cpu"
     flat: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
         **written(KEYS, settings),
@@ -139,10 +143,8 @@ def _yaml(plan: Plan, settings: Settings) -> str:
         "machine_rank": 0,
         "rdzv_backend": "static",
         "main_training_function": "main",
-        "use_cpu": cpu,
+        "use_cpu": False,
     }
-    if cpu and flat["distributed_type"] == "MULTI_GPU":
-        flat["distributed_type"] = "MULTI_CPU"
     if settings.zero is Zero.OPTIMIZER:
         flat |= {
             "deepspeed_config.deepspeed_config_file": CONFIG_FILE,
@@ -155,11 +157,14 @@ def _yaml(plan: Plan, settings: Settings) -> str:
 
 def _script(plan: Plan) -> str:
     """`accelerate launch` with this node's place, which the YAML cannot know."""
+    cpu = plan.cluster.groups[0].device.name == "cpu"
+    # On a CPU `use_cpu` starts one process; ranks of torchrun that may use no GPU are what is meant.
+    variable = "export ACCELERATE_USE_CPU=true\n" if cpu else ""
     return "\n".join(
         [
             shell.head(facts.comment([f"For {RELEASE}.", *facts.predictions(plan)])),
             'TRAIN_SCRIPT="${TRAIN_SCRIPT:?the script that trains, with accelerate or the Trainer}"',
-            'cd "$(dirname "$0")"',
+            'cd "$(dirname "$0")"\n' + variable,
             shell.node_variables(plan),
             f'exec accelerate launch --config_file {YAML} --machine_rank "$NODE_RANK" \\\n'
             '  --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" \\\n'

@@ -57,7 +57,7 @@ def _from_script(text: str) -> dict[str, Any]:
     values = _assignments(words)
     flags: dict[str, Any] = {}
     current = None
-    for word in [piece for word in words for piece in _substituted(word, values)]:
+    for word in [piece for each in words for piece in _substituted(each, values)]:
         name, equals, value = word.partition("=")
         if word.startswith("--") and len(word) > 2:
             current = name
@@ -113,5 +113,8 @@ def _substituted(word: str, values: dict[str, str]) -> list[str]:
 
 
 def _value(match: re.Match[str], values: dict[str, str]) -> str:
-    name = match[1] or match[3]
-    return values.get(name, match[2] if match[2] is not None else "")
+    """What a variable stands for: what the script gives it, else the default; `A=${A:-2}` is its default."""
+    name, default = match[1] or match[3], match[2] or ""
+    own = values.get(name, default)
+    again = _VARIABLE.fullmatch(own)
+    return again[2] or "" if again is not None and name in (again[1], again[3]) else own

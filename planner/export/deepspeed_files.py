@@ -27,7 +27,7 @@ def deepspeed_refusals(plan: Plan) -> list[Rejected]:
         found.append(
             Rejected(
                 rule="deepspeed_precision",
-                detail="precision=fp8: ds_config.json has bf16 and fp16; products in fp8 are no setting of it.",
+                detail="precision=fp8: ds_config.json has bf16 and fp16; fp8 is no setting of it.",
                 legal="--precision bf16, fp16 or fp32",
                 fix="--precision bf16",
             )

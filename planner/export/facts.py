@@ -1,4 +1,4 @@
-"""What is said of a plan beside its configuration: what was predicted, what the engine decides, what is left."""
+"""What is said of a plan beside its configuration: the prediction, what the engine decides, what is left."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def predictions(plan: Plan) -> list[str]:
         f"{plan.model.name} ({format_count(plan.model.params_total)} parameters) on {plan.cluster.name}: "
         f"{workload_words(plan.workload)}",
         f"strategy   {plan.strategy.degrees.label()}, planned for {software}",
-        f"step time  {format_seconds(estimate.step_time_s)} ({format_seconds(low)} to {format_seconds(high)}), "
-        f"{estimate.tokens_per_s:,.0f} tokens/s",
+        f"step time  {format_seconds(estimate.step_time_s)} "
+        f"({format_seconds(low)} to {format_seconds(high)}), {estimate.tokens_per_s:,.0f} tokens/s",
         f"memory     {format_bytes(estimate.peak_memory_bytes)} of "
         f"{format_bytes(estimate.memory_limit_bytes)} a device: {estimate.verdict}",
     ]
@@ -44,6 +44,16 @@ def priced_elsewhere(plan: Plan, engine: str) -> tuple[str, ...]:
     made = "no engine in particular" if plan.engine is None else f"the engine {plan.engine}"
     return (
         f"the figures are of {made}: `plan solve --engine {engine}` (or estimate) prices {engine}'s software",
+    )
+
+
+def rotary(plan: Plan) -> tuple[str, ...]:
+    """Rotary frequencies change no cost, and the catalog's configurations have not all their own."""
+    if not plan.model.rotary:
+        return ()
+    return (
+        f"rotary base {plan.model.rope_theta:g} as in the plan's model: to go on with published weights, "
+        "plan with their own config.json (--model FILE)",
     )
 
 

@@ -1,4 +1,4 @@
-"""Key: one setting of an engine, and what of a plan it says; tables of keys are written and read the same way."""
+"""Key: one setting of an engine and what of a plan it says. Tables of keys are written and read alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan as manifests of Kubernetes: a TrainingRuntime and a TrainJob of Kubeflow Trainer, the files as ConfigMap.
+"""A plan as manifests of Kubernetes: TrainingRuntime and TrainJob of Kubeflow Trainer, files as a ConfigMap.
 
 Kubeflow Trainer 2 (trainer.kubeflow.org/v1alpha1, release 2.3) replaces the PyTorchJob of the older training
 operator (kubeflow.org/docs/components/trainer/operator-guides/migration). Its torch policy sets PET_* of
@@ -23,7 +23,12 @@ MOST_BYTES = 1_000_000
 """Of a ConfigMap: etcd's limit is 1 MiB for the whole object (kubernetes.io/docs/concepts/configuration)."""
 IMAGE = "pytorch/pytorch:2.10.0-cuda12.8-cudnn9-runtime"
 """The image of Trainer's own torch-distributed runtime (charts/kubeflow-trainer); it lacks the engine."""
-RESOURCES = {"nvidia": "nvidia.com/gpu", "amd": "amd.com/gpu", "intel": "habana.ai/gaudi"}
+RESOURCES = {
+    "NVIDIA": "nvidia.com/gpu",
+    "AMD": "amd.com/gpu",
+    "Intel": "habana.ai/gaudi",
+    "Google": "google.com/tpu",
+}
 """Names of device plugins by vendor."""
 
 
@@ -95,7 +100,7 @@ def _runtime(plan: Plan, launched: Launched) -> dict[str, Any]:
         "env": [{"name": "RUN_DIR", "value": "/run-dir"}, {"name": "OMP_NUM_THREADS", "value": "1"}],
         "volumeMounts": [
             {"name": "plan", "mountPath": MOUNT},
-            {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108
+            {"name": "shm", "mountPath": "/dev/shm"},
             {"name": "run-dir", "mountPath": "/run-dir"},
         ],
     }

@@ -33,7 +33,7 @@ def layout_text(sizes: tuple[int, ...]) -> str:
 
 
 def layout_sizes(text: str) -> tuple[int, ...]:
-    """Blocks of each stage of a layout. Raises ValueError where a stage is none of embedding, blocks, loss."""
+    """Blocks of each stage of a layout. Raises ValueError where a stage is not of E, t and L."""
     flat = re.sub(r"[\s,\\]", "", str(text))
     while (group := re.search(r"\(([^()]*)\)\*(\d+)", flat)) is not None:
         if int(group[2]) * len(group[1]) > MOST_LAYOUT:

@@ -10,7 +10,7 @@ from planner.export.artifact import Export, ExportFile
 from planner.export.key import written
 from planner.export.megatron import KEYS, RELEASE
 from planner.export.megatron_model import ModelArguments
-from planner.export.settings import Settings, settings_of
+from planner.export.settings import Recipe, Settings, settings_of
 from planner.export.yaml_text import yaml_text
 from planner.plan import Plan
 from planner.strategy import Zero
@@ -22,7 +22,7 @@ DEFAULT_STEPS = 100
 
 
 def megatron_refusals(plan: Plan) -> list[Rejected]:
-    """What pretrain_gpt.py cannot run beside the rules of degrees and stages: models, adapters, precisions."""
+    """What pretrain_gpt.py cannot run beside the engine's rules: models, adapters, precisions."""
     found, workload, degrees = [], plan.workload, plan.strategy.degrees
     faults = ModelArguments(plan.model, workload, degrees.tp).faults
     if faults:
@@ -31,7 +31,7 @@ def megatron_refusals(plan: Plan) -> list[Rejected]:
                 rule="megatron_model",
                 detail=f"pretrain_gpt.py of {RELEASE} has no argument for what {plan.model.name} is: "
                 f"{'; '.join(faults)}.",
-                legal="models of one kind of attention, two norms a block, and arithmetic as Llama's or GPT's",
+                legal="models of one kind of attention, two norms a block, arithmetic as Llama's or GPT's",
                 fix="--model, or another engine",
             )
         )
@@ -48,7 +48,7 @@ def megatron_refusals(plan: Plan) -> list[Rejected]:
         found.append(
             Rejected(
                 rule="megatron_experts_precision",
-                detail=f"ep={degrees.ep} in fp16: Megatron-LM asserts that expert parallelism is not in fp16.",
+                detail=f"ep={degrees.ep} in fp16: Megatron-LM asserts that experts are whole in fp16.",
                 legal="--precision bf16, fp32 or fp8, or ep=1",
                 fix="--precision bf16",
             )
@@ -68,7 +68,7 @@ def megatron_refusals(plan: Plan) -> list[Rejected]:
 
 def export_megatron(plan: Plan) -> Export:
     """The script, its arguments as YAML, and what is left to Megatron-LM."""
-    settings = settings_of(plan.strategy, plan.workload)
+    settings = settings_of(plan.strategy, plan.workload, (Recipe.FIRST,))
     parallel = written(KEYS, settings)
     model = ModelArguments(plan.model, plan.workload, settings.tp).flags
     files = (
@@ -82,8 +82,9 @@ def export_megatron(plan: Plan) -> Export:
         start=f"MEGATRON=/path/to/Megatron-LM ./{SCRIPT}",
         decides=(*_decides(plan, settings), *facts.node_order(plan)),
         yours=(
-            "data and tokenizer: DATA_ARGS stands for made-up tokens (--mock-data) over the plan's vocabulary",
+            "data and tokenizer: DATA_ARGS stands for made-up tokens (--mock-data) of its vocabulary",
             "learning rate and its decay (LR, MIN_LR), checkpoints (--save, --load in EXTRA_ARGS)",
+            *facts.rotary(plan),
             *facts.priced_elsewhere(plan, "megatron"),
         ),
     )

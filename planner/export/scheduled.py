@@ -1,4 +1,4 @@
-"""What all schedulers need of a plan: nodes of one kind, how long, and the files of the engine that runs it."""
+"""What all schedulers need of a plan: nodes of one kind, how long, and the files of its engine."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def one_kind_of_node(plan: Plan) -> list[Rejected]:
     return [
         Rejected(
             rule="one_kind_of_node",
-            detail=f"{plan.cluster.name} has {len(kinds)} kinds of nodes, which must be numbered in the order of "
-            "the plan's groups: a scheduler numbers them as it likes.",
+            detail=f"{plan.cluster.name} has {len(kinds)} kinds of nodes, to be numbered in the order "
+            "of the plan's groups: a scheduler numbers them as it likes.",
             legal="a cluster of one kind of node; or the engine's own export, started on each node with its "
             "NODE_RANK",
             fix="--to the engine",

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from enum import StrEnum
 
 from planner.codec import noun
+from planner.engines.defaults import usual_exchange
 from planner.engines.recipes import every_kth, first_of_each, most_on_a_rank
 from planner.model import ModelSpec
+from planner.stack import Engine
 from planner.strategy import (
     CpExchange,
     Degrees,
@@ -73,10 +75,10 @@ class Settings:
     method: Method | None = None
 
 
-def settings_of(strategy: Strategy, workload: Workload) -> Settings:
-    """The settings of a strategy. A mix of options that is no engine's recipe is MIXED."""
+def settings_of(strategy: Strategy, workload: Workload, mixes: Sequence[Recipe] = ()) -> Settings:
+    """The settings of a strategy. A mix of options that is none of the `mixes` of an engine is MIXED."""
     degrees, stages = strategy.degrees, strategy.stages
-    recipe, number = recipe_of(strategy)
+    recipe, number = recipe_of(strategy, mixes)
     kept = {stage.offload.activations for stage in stages}
     whole = all(stage.offload.activations == stage.layers for stage in stages)
     return Settings(
@@ -107,17 +109,20 @@ def settings_of(strategy: Strategy, workload: Workload) -> Settings:
     )
 
 
-def recipe_of(strategy: Strategy) -> tuple[Recipe, int]:
-    """The one recipe that all stages keep to, and its number of blocks (0 where it has none)."""
+def recipe_of(strategy: Strategy, mixes: Sequence[Recipe]) -> tuple[Recipe, int]:
+    """The one recipe that all stages keep to, and its number of blocks (0 where it has none).
+
+    Of recipes that mix options, those in `mixes` are tried: several may say the same.
+    """
     counts = [stage.recompute for stage in strategy.stages]
     sizes = [stage.layers for stage in strategy.stages]
     for recipe, option in _UNIFORM.items():
-        if counts == [stage.recompute for stage in sized_stages(sizes, option)]:
+        if counts == _counts(sized_stages(sizes, option)):
             return recipe, 0
     most = max(count.full for count in counts)
-    if counts == _counts(first_of_each(sizes, most)):
+    if Recipe.FIRST in mixes and counts == _counts(first_of_each(sizes, most)):
         return Recipe.FIRST, most
-    for k in range(2, most_on_a_rank(strategy.degrees, sizes) + 1):
+    for k in range(2, most_on_a_rank(strategy.degrees, sizes) + 1) if Recipe.EVERY in mixes else ():
         if counts == _counts(every_kth(strategy.degrees, sizes, k)):
             return Recipe.EVERY, k
     return Recipe.MIXED, 0
@@ -134,8 +139,10 @@ def _counts(stages: Sequence[Stage]) -> list[RecomputeCounts]:
     return [stage.recompute for stage in stages]
 
 
-def strategy_from(settings: Settings, model: ModelSpec, batch: int, devices: int) -> Strategy:
-    """The strategy of settings on so many devices: what they leave open follows from the rest.
+def strategy_from(
+    settings: Settings, model: ModelSpec, batch: int, devices: int, engine: Engine | None
+) -> Strategy:
+    """The strategy of settings on so many devices: what they leave open follows from the rest, or the engine.
 
     Degrees that do not fit the devices or the batch are kept as said: rules tell what is wrong with them.
     """
@@ -149,7 +156,7 @@ def strategy_from(settings: Settings, model: ModelSpec, batch: int, devices: int
         dp_replicate=replicate,
         dp_shard=shard,
         cp=settings.cp,
-        cp_exchange=settings.cp_exchange or CpExchange.RING,
+        cp_exchange=settings.cp_exchange or usual_exchange(engine),
         ep=settings.ep,
         etp=None if settings.etp == settings.tp else settings.etp,
         zero=settings.zero,
@@ -164,7 +171,7 @@ def _data_ranks(settings: Settings, devices: int) -> tuple[int, int]:
     """dp_replicate and dp_shard."""
     dp = max(1, devices // (settings.tp * settings.pp * settings.cp))
     if settings.dp_shard is not None:
-        return settings.dp_replicate or 1, settings.dp_shard
+        return settings.dp_replicate or max(1, dp // settings.dp_shard), settings.dp_shard
     if settings.zero is Zero.NONE:
         return settings.dp_replicate or dp, 1
     replicate = settings.dp_replicate or 1

@@ -86,7 +86,7 @@ def _task(plan: Plan, launched: Launched) -> dict[str, Any]:
 
 
 def _resources(plan: Plan) -> dict[str, Any]:
-    """An instance where the cluster names one of a cloud that SkyPilot knows, else accelerators by its names."""
+    """The instance that the cluster names, where SkyPilot knows its cloud; else accelerators."""
     group = plan.cluster.groups[0]
     resources: dict[str, Any] = {}
     provider, _, instance = plan.cluster.name.partition("*")[2].partition("/")

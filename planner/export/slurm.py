@@ -21,8 +21,8 @@ def export_slurm(plan: Plan) -> Export:
     limit_s = run_s(plan)
     yours = [
         *launched.yours,
-        "partition and account (sbatch --partition --account); a shorter --time where the partition wants it: "
-        "an interrupted run is queued again and goes on",
+        "partition and account (sbatch --partition --account); a shorter --time where the partition wants "
+        "it: an interrupted run is queued again and goes on",
     ]
     if limit_s is None:
         yours.append("--time: the plan's tokens are not known, and so neither is how long it runs")
@@ -90,7 +90,7 @@ def _time(limit_s: float) -> str:
 
 
 def _run(plan: Plan) -> str:
-    """Every task is a rank: Slurm's signals reach it without a launcher in between, which would end it sooner."""
+    """Every task is a rank: signals reach it without a launcher in between, which would end it sooner."""
     return (
         run_variables()
         + "export RUN_DIR RESUME\n"

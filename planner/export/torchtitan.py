@@ -229,6 +229,13 @@ INERT = (
     "activation_checkpoint.debug",
     "activation_checkpoint.early_stop",
 )
+FIXED: Mapping[str, Any] = {
+    "training.dtype": "float32",
+    "compile.enable": False,
+    "quantize.linear.float8.recipe_name": "tensorwise",
+    "quantize.linear.float8.filter_fqns": ["output"],
+}
+"""Written with every job (float8 with fp8 alone): what is priced. Other values change time or memory."""
 OLDER_SPLITS = (
     "parallelism.pipeline_parallel_layers_per_stage",
     "parallelism.pipeline_parallel_first_stage_less_layers",
@@ -267,9 +274,8 @@ def settings_from(
         return Settings(), ()
     if FLOAT8 in said.get("model.converters", []):
         settings = dataclasses.replace(settings, precision=Precision.FP8)
-    known = (*INERT, *OLDER_SPLITS)
-    lost = unread(found, KEYS, known)
-    return settings, lost
+    usual = tuple(name for name, value in FIXED.items() if found.get(name) == value)
+    return settings, unread(found, KEYS, (*INERT, *OLDER_SPLITS, *usual))
 
 
 def _recipe(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -303,7 +309,7 @@ def _data(said: Mapping[str, Any], settings: Settings, devices: int) -> dict[str
     local, batch = whole(said["training.local_batch_size"]), int(said["training.global_batch_size"])
     micro = whole(said["parallelism.pipeline_parallel_microbatch_size"]) if settings.pp > 1 else local
     batch = local * replicate * shard if batch < 0 else batch
-    changes = {
+    changes: dict[str, Any] = {
         "dp_replicate": replicate,
         "dp_shard": shard,
         "zero": zero,

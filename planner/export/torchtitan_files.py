@@ -9,8 +9,8 @@ from planner.export import facts, shell
 from planner.export.artifact import Export, ExportFile
 from planner.export.key import written
 from planner.export.megatron_files import steps_of
-from planner.export.settings import Settings, settings_of
-from planner.export.torchtitan import KEYS, RELEASE, toml_text
+from planner.export.settings import Recipe, Settings, settings_of
+from planner.export.torchtitan import FIXED, FLOAT8, KEYS, RELEASE, toml_text
 from planner.export.torchtitan_model import MODULE, Flavor, flavor_of
 from planner.plan import Plan
 from planner.strategy import Schedule
@@ -58,7 +58,7 @@ def torchtitan_refusals(plan: Plan) -> list[Rejected]:
 
 def export_torchtitan(plan: Plan) -> Export:
     """The job, the module of its model where needed, and what is left to torchtitan."""
-    settings = settings_of(plan.strategy, plan.workload)
+    settings = settings_of(plan.strategy, plan.workload, (Recipe.EVERY,))
     flavor = flavor_of(plan.model)
     assert isinstance(flavor, Flavor)
     files = [
@@ -72,7 +72,7 @@ def export_torchtitan(plan: Plan) -> Export:
         release=RELEASE,
         files=tuple(files),
         start=f"./{SCRIPT}",
-        decides=(*_decides(plan, settings), *facts.node_order(plan)),
+        decides=(*_turned(flavor), *_decides(plan, settings), *facts.node_order(plan)),
         yours=(
             "data and tokenizer (training.dataset, model.hf_assets_path), learning rate, checkpoints",
             *facts.priced_elsewhere(plan, "torchtitan"),
@@ -81,6 +81,7 @@ def export_torchtitan(plan: Plan) -> Export:
 
 
 def _job(plan: Plan, settings: Settings, flavor: Flavor) -> str:
+    fp8 = settings.precision is Precision.FP8
     flat: dict[str, Any] = {
         "job.dump_folder": "./outputs",
         "job.description": plan.model.name,
@@ -89,22 +90,24 @@ def _job(plan: Plan, settings: Settings, flavor: Flavor) -> str:
         **written(KEYS, settings),
         "training.steps": steps_of(plan),
         "training.max_norm": 1.0,
-        "training.dtype": "float32",
         "training.dataset": "c4",
         "optimizer.lr": 3e-4,
-        "compile.enable": False,
+        **{name: value for name, value in FIXED.items() if fp8 or not name.startswith(FLOAT8)},
     }
     if flavor.module is not None:
         flat["experimental.custom_import"] = MODULE
-    if settings.precision is Precision.FP8:
-        flat["quantize.linear.float8.recipe_name"] = "tensorwise"
-        flat["quantize.linear.float8.filter_fqns"] = ["output"]
     return facts.comment([f"For {RELEASE}.", *facts.predictions(plan)]) + "\n" + toml_text(flat)
+
+
+def _turned(flavor: Flavor) -> tuple[str, ...]:
+    if not flavor.turns:
+        return ()
+    return (f"flavour {flavor.flavor} of {flavor.name} has its own rotary frequencies: {flavor.turns}",)
 
 
 def _decides(plan: Plan, settings: Settings) -> tuple[str, ...]:
     said = [
-        "blocks, embedding and head are gathered and reduced each on its own, and the last pair stays gathered",
+        "blocks, embedding and head are gathered and reduced each on its own; the last pair stays gathered",
         "compile is off, as the figures have it; compile.enable = true is faster",
     ]
     if plan.model.experts:

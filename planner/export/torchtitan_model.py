@@ -1,7 +1,7 @@
 """A model as a flavour of torchtitan 0.2.2: one that it has, or one to be registered beside them.
 
-Classes and flavours are those of torchtitan/models/*/__init__.py and model/args.py. A flavour that it lacks is
-written as a Python module, which a job imports by `experimental.custom_import`.
+Classes and flavours are those of torchtitan/models/*/__init__.py and model/args.py. A flavour that it lacks
+is written as a Python module, which a job imports by `experimental.custom_import`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ LLAMA3_SCALING = RopeScaling(
     high_freq_factor=4.0,
 )
 """RoPEScalingArgs of models/llama3/model/args.py, which every flavour of llama3 has."""
+LLAMA3_THETA, QWEN3_THETA = 500_000, 1_000_000
+LLAMA3_TURNS = f"base {LLAMA3_THETA}, stretched as Llama 3.1's"
+QWEN3_TURNS = f"base {QWEN3_THETA}"
 
 LLAMA3_FLAVORS: dict[str, Shape] = {
     "8B": (4096, 32, 32, 8, 14336, 128256),
     "70B": (8192, 80, 64, 8, 28672, 128256),
     "405B": (16384, 126, 128, 8, 53248, 128256),
 }
-"""dim, n_layers, n_heads, n_kv_heads, width of the MLP, vocab_size. All with rope_theta 500000."""
+"""dim, n_layers, n_heads, n_kv_heads, width of the MLP, vocab_size."""
 
 QWEN3_FLAVORS: dict[str, Shape] = {
     "0.6B": (1024, 28, 16, 8, 3072, 151936),
@@ -44,17 +47,21 @@ QWEN3_FLAVORS: dict[str, Shape] = {
     "14B": (5120, 40, 40, 8, 17408, 151936),
     "32B": (5120, 64, 64, 8, 25600, 151936),
 }
-"""The same, with heads of 128, normed queries and keys and rope_theta 1000000; the first three are tied."""
+"""The same, with heads of 128, normed queries and keys; the first three are tied."""
 QWEN3_TIED = ("0.6B", "1.7B", "4B")
 
 
 @noun
 class Flavor:
-    """A model of torchtitan: its name, flavour, and the module to import where the flavour is not its own."""
+    """A model of torchtitan: its name, flavour, and the module to import where the flavour is not its own.
+
+    `turns` says how its own flavour turns queries and keys, where that is not as the plan's model has it.
+    """
 
     name: str
     flavor: str
     module: str | None = None
+    turns: str = ""
 
 
 def flavor_of(model: ModelSpec) -> Flavor | list[str]:
@@ -148,8 +155,9 @@ def _llama3(model: ModelSpec, mixer: Attention, block: Block) -> Flavor | list[s
         return [f"its rotary frequencies are stretched by {scaling.kind}"]
     shape = (model.hidden, model.layers, mixer.heads, mixer.kv_heads, width, model.vocab)
     for name, known in LLAMA3_FLAVORS.items():
-        if shape == known and scaling == LLAMA3_SCALING and model.rope_theta == 500_000:
-            return Flavor(name="llama3", flavor=name)
+        if shape == known:
+            same = scaling == LLAMA3_SCALING and model.rope_theta == LLAMA3_THETA
+            return Flavor(name="llama3", flavor=name, turns="" if same else LLAMA3_TURNS)
     usual = int(8 * model.hidden / 3)  # FeedForward multiplies this, and rounds up to multiple_of
     arguments = {
         "dim": model.hidden,
@@ -186,10 +194,11 @@ def _qwen3(model: ModelSpec, mixer: Attention, blocks: list[Block]) -> Flavor | 
     width = dense.width if dense else experts.expert.width if experts else 0
     shape = (model.hidden, model.layers, mixer.heads, mixer.kv_heads, width, model.vocab)
     normed = mixer.qk_norm is QkNorm.HEAD
-    usual = normed and mixer.head_dim == 128 and model.rope_theta == 1_000_000 and experts is None
+    usual = normed and mixer.head_dim == 128 and experts is None
     for name, known in QWEN3_FLAVORS.items():
         if shape == known and usual and model.tied_embeddings == (name in QWEN3_TIED):
-            return Flavor(name="qwen3", flavor=name)
+            turns = "" if model.rope_theta == QWEN3_THETA else QWEN3_TURNS
+            return Flavor(name="qwen3", flavor=name, turns=turns)
     arguments = {
         "dim": model.hidden,
         "n_layers": model.layers,

@@ -16,7 +16,7 @@ def yaml_text(document: Any) -> str:
     """A document as YAML, keys in their order, texts of several lines as blocks."""
     import yaml
 
-    class Dumper(yaml.SafeDumper):
+    class Dumper(yaml.SafeDumper):  # type: ignore[misc]
         """Blocks for texts of several lines."""
 
     def text(dumper: Any, value: str) -> Any:
