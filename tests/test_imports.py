@@ -268,7 +268,10 @@ def test_every_planning_command_runs_without_torch(tmp_path: Path) -> None:
     if "solve" in COMMANDS:
         lines += [line for name, line in PLANNED.items() if name in COMMANDS]
     plan = str(tmp_path / "plan.json")
-    lines = [[plan if word == "PLAN" else word for word in line] for line in lines]
+    config, job = tmp_path / "ds_config.json", str(tmp_path / "job")
+    config.write_text(json.dumps({"train_batch_size": 16, "train_micro_batch_size_per_gpu": 1}))
+    files = {"PLAN": plan, "DS": str(config), "JOB": job}
+    lines = [[files.get(word, word) for word in line] for line in lines]
     answer = subprocess.run(
         [sys.executable, "-c", BLOCKED, json.dumps(lines)],
         capture_output=True,

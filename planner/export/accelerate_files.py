@@ -26,9 +26,21 @@ OTHERS = "another engine: --to deepspeed, megatron or torchtitan"
 
 def accelerate_refusals(plan: Plan) -> list[Rejected]:
     """What Accelerate with Hugging Face's Trainer cannot run, each a rule with what it would take."""
-    settings = settings_of(plan.strategy, plan.workload)
+    return [
+        Rejected(rule=rule, detail=detail, legal=legal, fix=OTHERS)
+        for (rule, detail, legal), holds in {**_axes(plan), **_rest(plan)}.items()
+        if holds
+    ]
+
+
+Faults = dict[tuple[str, str, str], bool]
+"""Rule, what is wrong, what would be legal; and whether it is so."""
+
+
+def _axes(plan: Plan) -> Faults:
+    """Degrees that Accelerate's mesh has no place for."""
     degrees, zero = plan.strategy.degrees, plan.strategy.degrees.zero
-    faults = {
+    return {
         ("accelerate_pipeline", f"pp={degrees.pp}: Accelerate trains without a pipeline.", "pp=1"): degrees.pp
         > 1,
         ("accelerate_experts", f"ep={degrees.ep}: Accelerate shares out no experts.", "ep=1"): degrees.ep > 1,
@@ -53,6 +65,13 @@ def accelerate_refusals(plan: Plan) -> list[Rejected]:
             f"zero={int(zero)} over {degrees.dp_shard} of dp={degrees.dp} ranks: FSDP2 alone has replicas.",
             f"zero=2 or 3, or dp_shard={degrees.dp}",
         ): zero is Zero.OPTIMIZER and degrees.dp_replicate > 1,
+    }
+
+
+def _rest(plan: Plan) -> Faults:
+    """Devices, recipes, what is offloaded, and what is trained."""
+    settings, zero = settings_of(plan.strategy, plan.workload), plan.strategy.degrees.zero
+    return {
         (
             "accelerate_device",
             f"zero={int(zero)} on a CPU: Accelerate's FSDP2 wants an accelerator.",
@@ -80,11 +99,6 @@ def accelerate_refusals(plan: Plan) -> list[Rejected]:
             f"--optimizer {', '.join(OPTIMIZERS)}",
         ): plan.workload.optimizer not in OPTIMIZERS,
     }
-    return [
-        Rejected(rule=rule, detail=detail, legal=legal, fix=OTHERS)
-        for (rule, detail, legal), holds in faults.items()
-        if holds
-    ]
 
 
 def export_accelerate(plan: Plan) -> Export:
