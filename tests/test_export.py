@@ -79,6 +79,7 @@ REFUSED = {
     "megatron_sharding": ("megatron", sharded(pp=2, dp_shard=8)),
     "deepspeed_precision": ("deepspeed", sharded(precision=Precision.FP8)),
     "deepspeed_optimizer": ("deepspeed", sharded(optimizer=Optimizer.ADAFACTOR)),
+    "deepspeed_replicas": ("deepspeed", sharded(dp_shard=8, dp_replicate=2)),
     "deepspeed_recompute": ("deepspeed", sharded(recompute=Recompute.SELECTIVE)),
     "torchtitan_model": ("torchtitan", sharded(model=tiny_gpt2())),
     "torchtitan_tied": (

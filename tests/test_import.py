@@ -74,7 +74,6 @@ TRIPS: list[tuple[str, dict[str, Any]]] = [
     ("deepspeed", {"dp_replicate": 8}),
     ("deepspeed", {"dp_shard": 8, "zero": Z1}),
     ("deepspeed", {"dp_shard": 8, "zero": Z2, "micro_batch": 2}),
-    ("deepspeed", {"dp_shard": 4, "dp_replicate": 2, "zero": Z3}),
     ("deepspeed", {"pp": 2, "tp": 2, "dp_shard": 2, "zero": Z1, "recompute": Recompute.FULL}),
     ("deepspeed", {"cp": 2, "cp_exchange": TRADE, "dp_shard": 4, "zero": Z3}),
     ("deepspeed", {"dp_shard": 8, "zero": Z2, "stages": offloaded(split(4), Offload.OPTIMIZER)}),
@@ -308,6 +307,14 @@ def test_what_the_trainer_fills_in_is_not_said(tmp_path: Path) -> None:
         "zero_optimization.stage3_prefetch_bucket_size",
         "zero_optimization.sub_group_size",
     }
+
+
+def test_mics_of_older_releases_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "mics_shard_size": 4}}))
+    found, problems = read(path, "deepspeed")
+    degrees = strategy_from(found.settings, tiny_llama(), 8, 8, found.engine).degrees
+    assert (problems, degrees.dp_replicate, degrees.dp_shard) == ([], 2, 4)
 
 
 def test_torchtitans_own_defaults_are_what_a_job_does_not_say(tmp_path: Path) -> None:

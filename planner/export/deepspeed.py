@@ -117,7 +117,7 @@ KEYS = (
         name="zero_optimization.mics_shard_size",
         field="dp_shard",
         source="deepspeed/runtime/zero/mics.py",
-        write=_hybrid,
+        write=lambda _: None,  # refused since it was removed; 0.16 to 0.18 have it
         read=whole,
     ),
     Key(

@@ -32,6 +32,16 @@ def deepspeed_refusals(plan: Plan) -> list[Rejected]:
                 fix="--precision bf16",
             )
         )
+    if degrees.dp_replicate > 1 and degrees.dp_shard > 1:
+        found.append(
+            Rejected(
+                rule="deepspeed_replicas",
+                detail=f"shards over {degrees.dp_shard} of dp={degrees.dp} ranks: {RELEASE} has no replicas "
+                "of shards any more (MiCS was removed: its issue 8489).",
+                legal=f"dp_shard={degrees.dp}",
+                fix="solve again, or --to torchtitan or accelerate",
+            )
+        )
     flat = workload.optimizer is Optimizer.ADAFACTOR and degrees.zero is not Zero.NONE
     hosted = Offload.OPTIMIZER in plan.strategy.offloads and workload.optimizer is not Optimizer.ADAMW
     if flat or hosted:
