@@ -267,6 +267,48 @@ def test_slurm_ranks_get_their_place_and_go_on_where_there_is_a_checkpoint(tmp_p
     assert ("--resume" in first, "--resume" in second) == (False, True)
 
 
+WHO = 'echo "$@" >> {0}/ran'
+
+
+@pytest.mark.parametrize(
+    ("given", "rank", "address"),
+    [
+        ({}, "0", "127.0.0.1"),
+        ({"NODE_RANK": "1", "MASTER_ADDR": "a"}, "1", "a"),
+        ({"PET_NODE_RANK": "1", "PET_MASTER_ADDR": "b"}, "1", "b"),
+    ],
+)
+def test_a_script_takes_its_node_from_whoever_starts_it(
+    given: dict[str, str], rank: str, address: str, tmp_path: Path
+) -> None:
+    export = TARGETS["deepspeed"].export(sharded())
+    write_export(export, export.files, tmp_path / "out")
+    stub(tmp_path, "torchrun", WHO.format(tmp_path))
+    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "TRAIN_SCRIPT": "t.py", **given}
+    script = ["bash", str(tmp_path / "out" / "deepspeed.sh"), "--more"]
+    assert subprocess.run(script, env=environment, timeout=60).returncode == 0
+    ran = (tmp_path / "ran").read_text()
+    assert f"--nnodes 2 --nproc-per-node 8 --node-rank {rank} --master-addr {address}" in ran
+    assert f"t.py --deepspeed {tmp_path}/out/ds_config.json --more" in ran
+
+
+def test_skypilots_nodes_are_told_their_place(tmp_path: Path) -> None:
+    export = TARGETS["skypilot"].export(sharded(Engine.NATIVE))
+    write_export(export, export.files, tmp_path / "out")
+    stub(tmp_path, "torchrun", WHO.format(tmp_path))
+    task = yaml.safe_load((tmp_path / "out" / "task.yaml").read_text())
+    environment = {
+        "PATH": f"{tmp_path}/bin:/usr/bin:/bin",
+        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+        "SKYPILOT_NODE_RANK": "1",
+        "RUN_DIR": str(tmp_path / "run"),
+    }
+    folder = tmp_path / "out"
+    subprocess.run(["bash", "-c", task["run"]], env=environment, cwd=folder, check=True, timeout=60)
+    ran = (tmp_path / "ran").read_text()
+    assert "--node-rank 1 --master-addr 10.0.0.1" in ran and "--no-python plan train" in ran
+
+
 def test_the_time_limit_is_the_slow_end_of_the_run_at_its_goodput() -> None:
     plan = sharded(Engine.NATIVE)
     assert run_s(plan) is None
@@ -289,6 +331,7 @@ def test_the_time_limit_is_the_slow_end_of_the_run_at_its_goodput() -> None:
     lossy = dataclasses.replace(plan, estimate=dataclasses.replace(estimate, job=job))
     assert run_s(lossy) == 4 * 86_400 + 900
     script = files(TARGETS["slurm"].export(lossy))["plan.sbatch"]
+    assert "2 at a goodput of 50.0%" in script
     assert "#SBATCH --time=4-00:15:00" in script and "--checkpoint-every 50" in script
 
 
@@ -299,7 +342,11 @@ def test_kubernetes_pods_have_the_files_shared_memory_and_time_to_save() -> None
     pod = node["template"]["spec"]["template"]["spec"]
     assert set(config["data"]) == {"plan.json", "native.sh"}
     assert pod["terminationGracePeriodSeconds"] > 300
-    assert {volume["name"] for volume in pod["volumes"]} == {"plan", "shm", "run-dir"}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert set(volumes) == {"plan", "shm", "run-dir"}
+    assert volumes["shm"]["emptyDir"] == {"medium": "Memory"}
+    mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert mounts["shm"] == "/dev/shm" and pod["containers"][0]["command"][1].startswith(mounts["plan"])
     assert job["spec"]["trainer"]["resourcesPerNode"]["limits"] == {"nvidia.com/gpu": 8}
     assert job["spec"]["trainer"]["numNodes"] == 2
     assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
@@ -358,7 +405,22 @@ def test_the_command_writes_prints_and_refuses(tmp_path: Path) -> None:
     assert run("export", str(tmp_path / "no.json"), "--to", "slurm").exit_code == 2
 
 
-def test_the_schedule_is_named_as_torch_names_it() -> None:
+@pytest.mark.parametrize(
+    ("schedule", "chunks", "name"),
+    [
+        (Schedule.GPIPE, 1, "GPipe"),
+        (Schedule.ONE_F_ONE_B, 1, "1F1B"),
+        (Schedule.INTERLEAVED, 2, "Interleaved1F1B"),
+        (Schedule.DUALPIPEV, 2, "DualPipeV"),
+    ],
+)
+def test_schedules_are_named_as_torch_names_them(schedule: Schedule, chunks: int, name: str) -> None:
+    plan = sharded(pp=2, dp_shard=8, chunks=chunks, schedule=schedule, num_micro_batches=8)
+    text = files(TARGETS["torchtitan"].export(plan))["job.toml"]
+    assert f'pipeline_parallel_schedule = "{name}"' in text
+
+
+def test_a_v_of_stages_is_a_job_of_torchtitan() -> None:
     changes = {"pp": 2, "chunks": 2, "schedule": Schedule.ZBV, "dp_shard": 8, "zero": Zero.GRADIENTS}
     plan = planned(Engine.TORCHTITAN, **changes, num_micro_batches=8)
     text = files(TARGETS["torchtitan"].export(plan))["job.toml"]

@@ -71,7 +71,8 @@ def _refused(plan: Plan, to: str, violations: list[Rejected]) -> str:
     from planner.commands.estimate import violations_text
     from planner.export.targets import TARGETS
 
-    engine = TARGETS[to].engine or plan.engine
+    target = TARGETS[to]
+    engine = target.engine or plan.engine or ("native" if target.schedules else None)
     cure = f"`plan solve --engine {engine}` makes only plans that it runs." if engine is not None else ""
     text = f"{to} cannot run this plan as it is:\n{violations_text(violations)}"
     return f"{text}\n{cure}".rstrip()

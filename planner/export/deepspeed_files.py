@@ -117,7 +117,10 @@ def _decides(settings: Settings) -> tuple[str, ...]:
 
 
 def _yours(plan: Plan, settings: Settings) -> tuple[str, ...]:
-    said = ["learning rate, weight decay and betas in optimizer.params; data; checkpoints"]
+    said = [
+        "learning rate, weight decay and betas in optimizer.params; data; checkpoints",
+        "names of your nodes in hostfile, which only the launcher `deepspeed` reads",
+    ]
     if settings.pp > 1:
         interval = int(settings.recompute is Recipe.FULL)
         said.append(
