@@ -214,6 +214,7 @@ ARGUMENTS_ONLY = (
     "--eval-iters",
     "--log-interval",
     "--log-throughput",
+    "--exit-signal-handler",
     "--use-rope-scaling",
     "--rope-scaling-factor",
     "--squared-relu",

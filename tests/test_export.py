@@ -218,9 +218,9 @@ def stub(folder: Path, name: str, text: str) -> None:
     path.chmod(0o755)
 
 
-def slurm_job(tmp_path: Path, ranks: str) -> tuple[list[str], dict[str, str]]:
+def slurm_job(tmp_path: Path, ranks: str, engine: Engine = Engine.NATIVE) -> tuple[list[str], dict[str, str]]:
     """The batch script with stubs of Slurm in its path, and what to run it by."""
-    export = TARGETS["slurm"].export(sharded(Engine.NATIVE))
+    export = TARGETS["slurm"].export(sharded(engine))
     write_export(export, (*export.files, ExportFile(name=MARK, text="x")), tmp_path / "job")
     stub(tmp_path, "srun", ranks)
     stub(
@@ -235,16 +235,31 @@ def slurm_job(tmp_path: Path, ranks: str) -> tuple[list[str], dict[str, str]]:
     return ["bash", str(tmp_path / "job" / "plan.sbatch")], environment
 
 
-def test_a_slurm_job_that_is_told_to_end_saves_and_is_queued_again(tmp_path: Path) -> None:
-    saved = f'trap "echo saved >> {tmp_path}/said; exit 0" TERM'
-    ranks = f"{saved}; touch {tmp_path}/up; while :; do sleep 0.05; done"
-    command, environment = slurm_job(tmp_path, ranks)
+def ended_early(tmp_path: Path, command: list[str], environment: dict[str, str]) -> int:
+    """Exit code of a job that gets SIGTERM once its ranks are up."""
     job = subprocess.Popen(command, env=environment)
     deadline = time.monotonic() + 60
     while not (tmp_path / "up").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(60) == 0
+    return job.wait(60)
+
+
+@pytest.mark.parametrize("resumes", ["", "1"])
+def test_an_engine_that_ends_badly_is_queued_again_only_where_it_resumes(
+    resumes: str, tmp_path: Path
+) -> None:
+    ranks = f'trap "exit 1" TERM; touch {tmp_path}/up; while :; do sleep 0.05; done'
+    command, environment = slurm_job(tmp_path, ranks, Engine.DEEPSPEED)
+    assert ended_early(tmp_path, command, {**environment, "RESUMES": resumes}) == 1
+    assert (tmp_path / "said").exists() == bool(resumes)
+
+
+def test_a_slurm_job_that_is_told_to_end_saves_and_is_queued_again(tmp_path: Path) -> None:
+    saved = f'trap "echo saved >> {tmp_path}/said; exit 0" TERM'
+    ranks = f"{saved}; touch {tmp_path}/up; while :; do sleep 0.05; done"
+    command, environment = slurm_job(tmp_path, ranks)
+    assert ended_early(tmp_path, command, environment) == 0
     assert (tmp_path / "said").read_text().splitlines() == ["saved", "requeue 12"]
 
 

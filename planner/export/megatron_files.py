@@ -132,6 +132,7 @@ def training_flags(plan: Plan) -> dict[str, Any]:
         "--eval-iters": 0,
         "--log-interval": 1,
         "--log-throughput": True,
+        "--exit-signal-handler": True,
     }
 
 

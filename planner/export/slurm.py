@@ -13,6 +13,8 @@ from planner.export.scheduled import Launched, job_name, nodes, run_s
 from planner.plan import Plan
 
 FILE = "plan.sbatch"
+RESUMES = "RESUMES"
+"""Variable by which the user says that an engine goes on from its own checkpoints."""
 
 
 def export_slurm(plan: Plan) -> Export:
@@ -21,9 +23,13 @@ def export_slurm(plan: Plan) -> Export:
     limit_s = run_s(plan)
     yours = [
         *launched.yours,
-        "partition and account (sbatch --partition --account); a shorter --time where the partition wants "
-        "it: an interrupted run is queued again and goes on",
+        "partition and account (sbatch --partition --account); a shorter --time where the partition wants it",
     ]
+    if not launched.native:
+        yours.append(
+            f"{RESUMES}=1 where the engine saves checkpoints and loads the newest: a job cut short is then "
+            "queued again, whatever the launcher's exit code"
+        )
     if limit_s is None:
         yours.append("--time: the plan's tokens are not known, and so neither is how long it runs")
     return Export(
@@ -57,7 +63,7 @@ def _script(plan: Plan, launched: Launched, limit_s: float | None) -> str:
     header = "".join(
         f"#SBATCH --{name}{'' if value is None else f'={value}'}\n" for name, value in options.items()
     )
-    comments = facts.comment([*facts.predictions(plan), *_why(limit_s)])
+    comments = facts.comment([*facts.predictions(plan), *_why(launched, limit_s)])
     return "\n".join(
         [
             shell.head(header + comments),
@@ -65,20 +71,31 @@ def _script(plan: Plan, launched: Launched, limit_s: float | None) -> str:
             'HERE="${HERE:-$SLURM_SUBMIT_DIR}"',
             'MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
             f"MASTER_PORT=$(({shell.PORT} + SLURM_JOB_ID % 1000))",
-            "export HERE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS=1",
+            "export HERE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS=1 "
+            f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={round(grace_s(plan))}",
             _run(plan) if launched.native else _run_script(launched),
             _WAIT,
         ]
     )
 
 
-def _why(limit_s: float | None) -> list[str]:
+def _why(launched: Launched, limit_s: float | None) -> list[str]:
+    """What the time and the signal are."""
     told = (
-        "SIGTERM comes before the limit: the step is finished, a checkpoint saved, and the job queued again."
+        []
+        if limit_s is None
+        else ["--time is the run predicted at the slow end of its interval, and its start."]
     )
-    if limit_s is None:
-        return [told]
-    return ["--time is the predicted run at the slow end of its interval, and its start.", told]
+    if launched.native:
+        told.append(
+            "SIGTERM comes before the limit: the step is finished, a checkpoint saved, the job queued again."
+        )
+    else:
+        told.append(
+            f"SIGTERM comes before the limit. {RESUMES}=1 says that {launched.engine} saves and goes on: "
+            "then the job is queued again."
+        )
+    return told
 
 
 def _time(limit_s: float) -> str:
@@ -118,6 +135,8 @@ trap 'interrupted=1; kill -TERM "$step"' TERM
 # A signal ends the first wait; the second is for the checkpoint.
 code=0; wait "$step" || code=$?
 if [[ -n "$interrupted" ]]; then code=0; wait "$step" || code=$?; fi
-if [[ -n "$interrupted" && "$code" -eq 0 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+if [[ -n "$interrupted" && ( "$code" -eq 0 || -n "${RESUMES:-}" ) ]]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
 exit "$code"
 """
