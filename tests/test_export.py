@@ -417,6 +417,9 @@ def test_the_command_writes_prints_and_refuses(tmp_path: Path) -> None:
     told = run("export", plan, "--to", "torchtitan", "-o", str(tmp_path / "none"))
     assert told.exit_code == 3 and "plan solve --engine torchtitan" in told.stderr
     assert not (tmp_path / "none").exists()
+    assert run(*ESTIMATE, "--fix", "tp=8", "--fix", "pp=2", "-o", plan).exit_code == 0
+    told = run("export", plan, "--to", "torchtitan")  # bf16 without shards, which no search knows of
+    assert "torchtitan_precision" in told.stderr and "plan solve" not in told.stderr
     assert run("export", str(tmp_path / "no.json"), "--to", "slurm").exit_code == 2
 
 

@@ -73,7 +73,9 @@ def _refused(plan: Plan, to: str, violations: list[Rejected]) -> str:
 
     target = TARGETS[to]
     engine = target.engine or plan.engine or ("native" if target.schedules else None)
-    cure = f"`plan solve --engine {engine}` makes only plans that it runs." if engine is not None else ""
+    beside = {rejected.rule for rejected in target.refusals(plan)}  # what a search does not know of
+    known = engine is not None and not any(violation.rule in beside for violation in violations)
+    cure = f"`plan solve --engine {engine}` makes only plans that it runs." if known else ""
     text = f"{to} cannot run this plan as it is:\n{violations_text(violations)}"
     return f"{text}\n{cure}".rstrip()
 
