@@ -360,6 +360,14 @@ def test_flags_complete_a_file_and_never_contradict_it() -> None:
     assert "the file says 2" in str(problems[0])
 
 
+def test_what_is_shared_out_over_one_rank_is_not_shared_out() -> None:
+    settings = Settings(zero=Z3, sequence_parallel=True)
+    alone = strategy_from(settings, tiny_llama(), 8, 1, Engine.MEGATRON).degrees
+    assert (alone.zero, alone.sequence_parallel) == (Zero.NONE, False)
+    two = strategy_from(dataclasses.replace(settings, tp=2), tiny_llama(), 8, 4, Engine.MEGATRON).degrees
+    assert (two.zero, two.sequence_parallel, two.dp_shard) == (Z3, True, 2)
+
+
 def test_arguments_are_read_from_yaml(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("ENV_VARS: {A: 1}\nMODEL_ARGS:\n  --bf16: true\n  --fp16: false\n  micro_batch_size: 2\n")

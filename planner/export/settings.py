@@ -144,7 +144,8 @@ def strategy_from(
 ) -> Strategy:
     """The strategy of settings on so many devices: what they leave open follows from the rest, or the engine.
 
-    Degrees that do not fit the devices or the batch are kept as said: rules tell what is wrong with them.
+    Degrees that do not fit the devices or the batch are kept as said: rules tell what is wrong with them. What
+    is shared out over one rank, or split over one, is not: engines let that pass.
     """
     replicate, shard = _data_ranks(settings, devices)
     micro = settings.micro_batch or 1
@@ -159,10 +160,10 @@ def strategy_from(
         cp_exchange=settings.cp_exchange or usual_exchange(engine),
         ep=settings.ep,
         etp=None if settings.etp == settings.tp else settings.etp,
-        zero=settings.zero,
+        zero=settings.zero if shard * settings.cp > 1 else Zero.NONE,
         micro_batch=micro,
         num_micro_batches=settings.num_micro_batches or max(1, batch // (replicate * shard * micro)),
-        sequence_parallel=bool(settings.sequence_parallel),
+        sequence_parallel=bool(settings.sequence_parallel) and settings.tp > 1,
     )
     return Strategy(degrees=degrees, stages=_stages(settings, degrees, model.layers))
 
