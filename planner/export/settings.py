@@ -144,8 +144,8 @@ def strategy_from(
 ) -> Strategy:
     """The strategy of settings on so many devices: what they leave open follows from the rest, or the engine.
 
-    Degrees that do not fit the devices or the batch are kept as said: rules tell what is wrong with them. What
-    is shared out over one rank, or split over one, is not: engines let that pass.
+    Degrees that do not fit the devices or the batch are kept as said: rules tell what is wrong with them.
+    What is shared out over one rank, or split over one, is not: engines let that pass.
     """
     replicate, shard = _data_ranks(settings, devices)
     micro = settings.micro_batch or 1
