@@ -203,9 +203,13 @@ ARGS=(
   --global-batch-size=8 --bf16
   --cp-comm-type p2p
   --recompute-activations --use-distributed-optimizer --moe-expert-capacity-factor 1.25
+    --sequence-parallel
 )
-torchrun --nproc_per_node 8 pretrain_gpt.py $MODEL "${ARGS[@]}" --lr 1e-4 \\
-  --sequence-parallel
+if [ -n "${WANDB}" ]; then
+    LOGS+=(--wandb-project ${WANDB_PROJECT:-"X"})
+fi
+torchrun --nproc_per_node 8 pretrain_gpt.py $MODEL --lr 1e-4 ${ARGS[@]} \\
+  --optimizer sgd ${LOGS[@]}
 """
 
 
@@ -218,7 +222,12 @@ def test_a_script_of_others_is_read_with_its_variables(tmp_path: Path) -> None:
     assert (settings.tp, settings.pp, settings.sizes) == (2, 2, (2, 2))
     assert (settings.zero, settings.recompute, settings.sequence_parallel) == (Z1, Recipe.SELECTIVE, True)
     assert (settings.precision, settings.batch, settings.seq) == (Precision.BF16, 8, 16)
-    assert found.not_read == ("--moe-expert-capacity-factor",)
+    assert settings.optimizer is Optimizer.SGD
+    assert found.not_read[0] == "--moe-expert-capacity-factor"
+    assert "--overlap-grad-reduce" in found.not_read[1]
+    path.write_text(SCRIPT.replace("--cp-comm", "--overlap-grad-reduce --overlap-param-gather --cp-comm"))
+    again, _ = read(path, "megatron")
+    assert set(again.not_read) == {"--moe-expert-capacity-factor", "--overlap-param-gather"}
 
 
 @pytest.mark.parametrize(
@@ -296,7 +305,13 @@ def test_what_the_trainer_fills_in_is_not_said(tmp_path: Path) -> None:
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
         "bf16": {"enabled": "auto"},
-        "zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 1000, "sub_group_size": 5},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_prefetch_bucket_size": 1000,
+            "sub_group_size": 5,
+            "reduce_bucket_size": 5e8,
+            "overlap_comm": False,
+        },
     }
     path.write_text(json.dumps(document))
     found, problems = read(path, "deepspeed")
@@ -306,6 +321,7 @@ def test_what_the_trainer_fills_in_is_not_said(tmp_path: Path) -> None:
     assert set(found.not_read) == {
         "zero_optimization.stage3_prefetch_bucket_size",
         "zero_optimization.sub_group_size",
+        "zero_optimization.overlap_comm",  # which stage 3 is priced with
     }
 
 

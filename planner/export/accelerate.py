@@ -170,12 +170,12 @@ def settings_from(
         )
     if settings.cp > 1 and settings.cp_exchange is None:
         settings = dataclasses.replace(settings, cp_exchange=CpExchange.GATHER)
-    return settings, unread(_said(found), KEYS, INERT)
+    return settings, unread(_said(found), KEYS, INERT, settings)
 
 
-def _said(found: Mapping[str, Any]) -> list[str]:
+def _said(found: Mapping[str, Any]) -> dict[str, Any]:
     """Keys that say something: none that are off."""
-    return [name for name, value in found.items() if value not in (None, False, "no", "NO", "false")]
+    return {name: value for name, value in found.items() if value not in (None, False, "no", "NO", "false")}
 
 
 def _fsdp_zero(found: Mapping[str, Any], source: str, problems: list[Problem]) -> Zero:

@@ -14,6 +14,8 @@ from planner.export.yaml_text import load_yaml_object
 _ASSIGNED = re.compile(r"^(?:export\s+)?([A-Za-z_]\w*)\+?=(.*)$", re.DOTALL)
 _VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?[-=]([^{}]*))?\}|(\w+))")
 YAML_SUFFIXES = (".yaml", ".yml")
+SEPARATORS = ("(", ")", "&&", "||", ";", "|", "&")
+"""Words that end an argument's values; a line's end is one of them."""
 MOST_ROUNDS = 8
 """Variables within variables that are put in; scripts have one or two."""
 
@@ -62,10 +64,10 @@ def _from_script(text: str) -> dict[str, Any]:
         if word.startswith("--") and len(word) > 2:
             current = name
             flags[current] = value if equals else True
-        elif current is not None and word not in ("(", ")", "&&", ";", "|", "&"):
+        elif word in SEPARATORS or word.startswith("$"):  # the end of a line, or an array put in here
+            current = None
+        elif current is not None:
             flags[current] = word if flags[current] is True else f"{flags[current]} {word}"
-            if word.startswith("$") or "/" in word:
-                current = None
     return flags
 
 

@@ -84,6 +84,7 @@ KEYS = (
         source=ZERO,
         words={Zero.OPTIMIZER: False, Zero.GRADIENTS: False, Zero.PARAMETERS: True},
         reads=False,
+        strict=True,
     ),
     Key(
         name="zero_optimization.contiguous_gradients",
@@ -91,6 +92,7 @@ KEYS = (
         source=ZERO,
         words=dict.fromkeys((Zero.OPTIMIZER, Zero.GRADIENTS, Zero.PARAMETERS), True),
         reads=False,
+        strict=True,
     ),
     Key(
         name="zero_optimization.reduce_scatter",
@@ -98,6 +100,7 @@ KEYS = (
         source=ZERO,
         words=dict.fromkeys((Zero.OPTIMIZER, Zero.GRADIENTS), True),
         reads=False,
+        strict=True,
     ),
     Key(
         name="zero_optimization.reduce_bucket_size",
@@ -105,6 +108,7 @@ KEYS = (
         source=ZERO,
         words=dict.fromkeys((Zero.OPTIMIZER, Zero.GRADIENTS, Zero.PARAMETERS), BUCKET),
         reads=False,
+        strict=True,
     ),
     Key(
         name="zero_optimization.allgather_bucket_size",
@@ -112,6 +116,7 @@ KEYS = (
         source=ZERO,
         words=dict.fromkeys((Zero.OPTIMIZER, Zero.GRADIENTS), BUCKET),
         reads=False,
+        strict=True,
     ),
     Key(
         name="zero_optimization.mics_shard_size",
@@ -256,7 +261,13 @@ def settings_from(
         settings = dataclasses.replace(settings, schedule=Schedule.ONE_F_ONE_B)
     if settings.offload_activations and "recompute" not in fields:
         settings = dataclasses.replace(settings, recompute=Recipe.FULL)
-    return settings, unread(said, KEYS, INERT)
+    return settings, unread({**said, **_off(found)}, KEYS, INERT, settings)
+
+
+def _off(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Strict keys that are said to be off."""
+    strict = {key.name for key in KEYS if key.strict}
+    return {name: value for name, value in found.items() if value is False and name in strict}
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

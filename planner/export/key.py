@@ -16,7 +16,8 @@ class Key:
 
     `field` is that of Settings. `words` are the engine's value for ours, where these differ: a value without
     one is not written. `write` and `read` convert where words do not do. `source` is the file of the engine
-    that reads the setting. A key that only follows from others is not read (`reads` False).
+    that reads the setting. A key that only follows from others is not read (`reads` False). What is
+    priced as it is written is `strict`: another value is told as not read.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Key:
     write: Callable[[Settings], Any] | None = None
     read: Callable[[Any], Any] | None = None
     reads: bool = True
+    strict: bool = False
 
     def written(self, settings: Settings) -> Any:
         """The engine's value for settings; None: the key is left out."""
@@ -93,12 +95,26 @@ def _legal(key: Key) -> str:
     return "a whole number above 0" if key.read is None else ""
 
 
-def unread(found: Iterable[str], known: Iterable[Key], inert: Iterable[str]) -> tuple[str, ...]:
-    """Settings of a file that are neither read nor known to change no time and no memory."""
-    names, still = {key.name for key in known}, tuple(inert)
+def unread(
+    found: Mapping[str, Any], keys: Iterable[Key], inert: Iterable[str], settings: Settings
+) -> tuple[str, ...]:
+    """Settings of a file that are neither read nor known to change no time and no memory.
+
+    So are those of strict keys that say otherwise than an export of the same settings.
+    """
+    known, still = {key.name: key for key in keys}, tuple(inert)
     return tuple(
-        name for name in found if name not in names and not any(_under(name, other) for other in still)
+        name
+        for name, value in found.items()
+        if (name in known and known[name].strict and not _same(known[name].written(settings), value))
+        or (name not in known and not any(_under(name, other) for other in still))
     )
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, int) and isinstance(theirs, float):  # 5e8
+        return ours == theirs
+    return str(ours).lower() == str(theirs).lower()
 
 
 def _under(name: str, other: str) -> bool:

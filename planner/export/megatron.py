@@ -159,7 +159,14 @@ KEYS = (
         read=whole,
     ),
     Key(name="--overlap-grad-reduce", field="zero", source=ARGUMENTS, write=lambda _: True, reads=False),
-    Key(name="--overlap-param-gather", field="zero", source=ARGUMENTS, words=FSDP, reads=False),
+    Key(
+        name="--overlap-param-gather",
+        field="zero",
+        source=ARGUMENTS,
+        words=FSDP,
+        reads=False,
+        strict=True,
+    ),
     Key(
         name="--recompute-granularity",
         field="recompute",
@@ -242,9 +249,11 @@ def settings_from(
     if "--cp-comm-type" not in found and settings.cp > 1:
         settings = dataclasses.replace(settings, cp_exchange=CpExchange.RING)
     known = (*OLDER_SPLITS, *MODEL_FLAGS, *INERT, "--use-custom-fsdp")
-    return settings, unread(found, KEYS, known)
+    lost = unread(found, KEYS, known, settings)
+    return settings, lost if "--overlap-grad-reduce" in found else (*lost, NOT_OVERLAPPED)
 
 
+NOT_OVERLAPPED = "the lack of --overlap-grad-reduce: priced as if it were there"
 RECOMPUTE_LEGAL = "selective of core_attn, full with uniform 1, or full with block N"
 _STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
 

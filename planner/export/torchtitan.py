@@ -275,7 +275,7 @@ def settings_from(
     if FLOAT8 in said.get("model.converters", []):
         settings = dataclasses.replace(settings, precision=Precision.FP8)
     usual = tuple(name for name, value in FIXED.items() if found.get(name) == value)
-    return settings, unread(found, KEYS, (*INERT, *OLDER_SPLITS, *usual))
+    return settings, unread(found, KEYS, (*INERT, *OLDER_SPLITS, *usual), settings)
 
 
 def _recipe(said: Mapping[str, Any]) -> dict[str, Any]:
