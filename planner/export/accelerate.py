@@ -181,7 +181,7 @@ def _said(found: Mapping[str, Any]) -> dict[str, Any]:
 def _fsdp_zero(found: Mapping[str, Any], source: str, problems: list[Problem]) -> Zero:
     reshard = found.get("fsdp_config.fsdp_reshard_after_forward", True)
     strategy = found.get("fsdp_config.fsdp_sharding_strategy")
-    if int(found.get("fsdp_config.fsdp_version", 1)) == 1 and isinstance(strategy, str):
+    if str(found.get("fsdp_config.fsdp_version", 1)) == "1" and isinstance(strategy, str):
         reshard = strategy
     if isinstance(reshard, bool):
         return Zero.PARAMETERS if reshard else Zero.GRADIENTS
