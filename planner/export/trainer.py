@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from planner.adapters import adapts, module_names
 from planner.export.artifact import ExportFile
 from planner.export.settings import Recipe, settings_of
+from planner.model import ModelSpec
 from planner.plan import Plan
 from planner.strategy import Zero
 from planner.workload import AdapterModules, Optimizer, Precision
@@ -24,15 +26,6 @@ OPTIMIZERS = {
 }
 """Values of `optim` (OptimizerNames of transformers/training_args.py)."""
 
-TARGETS: dict[AdapterModules, Any] = {
-    AdapterModules.QV: ["q_proj", "v_proj"],
-    AdapterModules.QKV: ["q_proj", "k_proj", "v_proj"],
-    AdapterModules.ATTENTION: ["q_proj", "k_proj", "v_proj", "o_proj"],
-    AdapterModules.ALL: "all-linear",
-}
-"""target_modules of LoraConfig, by the names that llama and most families after it have."""
-
-
 def trainer_files(plan: Plan, deepspeed: str | None = None, full_by_fsdp: bool = False) -> list[ExportFile]:
     """training_args.json, and for adapters lora_config.json."""
     files = [ExportFile(name=ARGUMENTS_FILE, text=_json(_arguments(plan, deepspeed, full_by_fsdp)))]
@@ -41,11 +34,22 @@ def trainer_files(plan: Plan, deepspeed: str | None = None, full_by_fsdp: bool =
         document = {
             "r": adapters.rank,
             "lora_alpha": 2 * adapters.rank,
-            "target_modules": TARGETS[adapters.modules],
+            "target_modules": _targets(plan.model, adapters.modules),
             "task_type": "CAUSAL_LM",
         }
         files.append(ExportFile(name=ADAPTERS_FILE, text=_json(document)))
     return files
+
+
+def _targets(model: ModelSpec, modules: str) -> list[str] | str:
+    """target_modules of LoraConfig, by the names that llama and most families after it have.
+
+    All linear layers have a word of their own, whatever they are called; of a model with experts, routers
+    would be among them.
+    """
+    if modules == AdapterModules.ALL and not model.experts:
+        return "all-linear"
+    return [name for name in module_names(model) if adapts(modules, name)]
 
 
 def _arguments(plan: Plan, deepspeed: str | None, full_by_fsdp: bool) -> dict[str, Any]:
