@@ -13,6 +13,7 @@ from planner.changes import Change, lora, narrower, nodes_of, other_optimizers, 
 from planner.changes import with_workload as changed_workload
 from planner.choices import freed, pinned, text
 from planner.codec import noun
+from planner.engine_changes import accepted
 from planner.least_memory import Need, Survey, fitting
 from planner.problem import PlanningProblem
 from planner.search.space import Pins, shapes
@@ -43,7 +44,7 @@ class Candidate:
 def candidates(problem: PlanningProblem, pins: Pins, found: Survey) -> Iterator[Candidate]:
     """Every single change that may help, the cheapest to try first."""
     yield from _freed(problem, pins)
-    same = [*other_optimizers(problem), *lora(problem), *narrower(problem)]
+    same = [*accepted(problem), *other_optimizers(problem), *lora(problem), *narrower(problem)]
     for change in same:
         yield Candidate(kind=change.flag.split()[0], change=change, pins=pins)
     if found.need is None:

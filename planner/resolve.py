@@ -17,8 +17,8 @@ from planner.errors import InfeasibleError
 from planner.estimate import Verdict
 from planner.problem import PlanningProblem
 from planner.rules import broken_rules
+from planner.search.engine_search import solve_for_engine
 from planner.search.solve import SolveOptions
-from planner.search.solve import solve as search
 from planner.search.space import Pins
 from planner.strategy import Strategy
 
@@ -100,7 +100,7 @@ def resolved(
     model = CostModel(problem)
     found, lower_s = [], 0.0
     try:
-        plan = None if clock.spent else search(problem, clock.effort.options(pins))
+        plan = None if clock.spent else solve_for_engine(problem, clock.effort.options(pins))
         if plan is not None:
             found.append(model.evaluate(plan.strategy))
             lower_s = plan.solver.lower_bound_s if plan.solver is not None else 0.0

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 
 from planner.divisors import divisors, legal_values
-from planner.engine_rules import engine_rules, engine_strategy_rules
+from planner.engine_rules import engine_rules, engine_strategy_rules, problem_refused
 from planner.estimate import Rejected
 from planner.offload_rules import offload_possible
 from planner.problem import PlanningProblem
@@ -314,6 +314,9 @@ def _rules_of(problem: PlanningProblem) -> tuple[DegreesRule, ...]:
 
 def broken_rule(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
     """The first rule that the degrees break, or None."""
+    refused = problem_refused(problem)
+    if refused:
+        return refused[0]
     for rule in _rules_of(problem):
         rejected = rule(problem, degrees)
         if rejected is not None:
@@ -325,7 +328,8 @@ def broken_rules(problem: PlanningProblem, strategy: Strategy) -> list[Rejected]
     """Every rule that a strategy breaks, its stages included."""
     degrees = strategy.degrees
     rules = _rules_of(problem)
-    found = [rejected for rule in rules if (rejected := rule(problem, degrees)) is not None]
+    found = problem_refused(problem)
+    found += [rejected for rule in rules if (rejected := rule(problem, degrees)) is not None]
     stages = strategy.stages
     bounds = [0, *(stage.end for stage in stages)]
     covers = all(stage.first == bound for stage, bound in zip(stages, bounds, strict=False))

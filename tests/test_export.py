@@ -20,18 +20,18 @@ from planner.arithmetic import RopeKind, RopeScaling
 from planner.catalog import load_model
 from planner.cli import cli
 from planner.cluster_grammar import parse_cluster
+from planner.engines.megatron_model import ModelArguments
+from planner.engines.torchtitan_model import Flavor, flavor_of
 from planner.errors import InputError
 from planner.estimate import JobFigures
 from planner.export import accelerate, deepspeed, megatron, torchtitan
 from planner.export.artifact import MARK, Export, ExportFile, write_export
 from planner.export.facts import readme
 from planner.export.kubernetes import MOST_BYTES
-from planner.export.megatron_model import ModelArguments
 from planner.export.scheduled import run_s
 from planner.export.settings import Settings
 from planner.export.skypilot import accelerator
 from planner.export.targets import TARGETS, refusals
-from planner.export.torchtitan_model import Flavor, flavor_of
 from planner.plan import Plan
 from planner.stack import Engine
 from planner.strategy import CpExchange, Degrees, Offload, Recompute, Schedule, Zero, offloaded
@@ -79,7 +79,7 @@ REFUSED = {
     "megatron_sharding": ("megatron", sharded(pp=2, dp_shard=8)),
     "deepspeed_precision": ("deepspeed", sharded(precision=Precision.FP8)),
     "deepspeed_optimizer": ("deepspeed", sharded(optimizer=Optimizer.ADAFACTOR)),
-    "deepspeed_replicas": ("deepspeed", sharded(dp_shard=8, dp_replicate=2)),
+    "deepspeed_hybrid": ("deepspeed", sharded(dp_shard=8, dp_replicate=2)),
     "deepspeed_recompute": ("deepspeed", sharded(recompute=Recompute.SELECTIVE)),
     "torchtitan_model": ("torchtitan", sharded(model=tiny_gpt2())),
     "torchtitan_tied": (
@@ -417,9 +417,10 @@ def test_the_command_writes_prints_and_refuses(tmp_path: Path) -> None:
     told = run("export", plan, "--to", "torchtitan", "-o", str(tmp_path / "none"))
     assert told.exit_code == 3 and "plan solve --engine torchtitan" in told.stderr
     assert not (tmp_path / "none").exists()
-    assert run(*ESTIMATE, "--fix", "tp=8", "--fix", "pp=2", "-o", plan).exit_code == 0
-    told = run("export", plan, "--to", "torchtitan")  # bf16 without shards, which no search knows of
-    assert "torchtitan_precision" in told.stderr and "plan solve" not in told.stderr
+    mixed = ["--cluster", "1x8:a100-sxm-80gb+1x8:h100-sxm-80gb@ndr400x8", "--fix", "zero=3", "--fix", "pp=1"]
+    assert run(*ESTIMATE, *mixed, "-o", plan).exit_code == 0
+    told = run("export", plan, "--to", "slurm")  # which no search knows of
+    assert "one_kind_of_node" in told.stderr and "plan solve" not in told.stderr
     assert run("export", str(tmp_path / "no.json"), "--to", "slurm").exit_code == 2
 
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed (0.16 to 0.18, 2025) runs, read in its source: files are named at each rule."""
+"""What DeepSpeed (0.19.8, 2026) runs, read in its source: files are named at each rule."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ from planner.engines.heads import without_copies
 from planner.estimate import Rejected
 from planner.problem import PlanningProblem
 from planner.strategy import CpExchange, Degrees, Offload, Schedule, Strategy, Zero
+from planner.workload import Optimizer, Precision
+
+RELEASE = "DeepSpeed 0.19.8"
+
+
+def deepspeed_precision(problem: PlanningProblem) -> Rejected | None:
+    """`bf16` and `fp16` of ds_config.json (deepspeed/runtime/precision_config.py), else fp32."""
+    if problem.workload.precision is not Precision.FP8:
+        return None
+    return Rejected(
+        rule="deepspeed_precision",
+        detail="precision=fp8: ds_config.json has bf16 and fp16; fp8 is no setting of it.",
+        legal="--precision bf16, fp16 or fp32",
+        fix="--precision bf16",
+    )
 
 
 def deepspeed_pipeline_sharding(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
@@ -68,16 +83,37 @@ def deepspeed_heads(problem: PlanningProblem, degrees: Degrees) -> Rejected | No
 
 
 def deepspeed_hybrid(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
-    """Shards over a part of the data ranks are MiCS, which is ZeRO 3 (deepspeed/runtime/zero/mics.py)."""
-    hybrid = degrees.dp_shard > 1 and degrees.dp_replicate > 1
-    if not hybrid or degrees.zero is Zero.PARAMETERS:
+    """Shards over a part of the data ranks were MiCS, which is refused since it was removed.
+
+    "MiCS ZeRO-3 sharding has been removed" (deepspeed/runtime/config.py, `_REMOVED_ZERO_CONFIG_KEYS`; the
+    project's issue 8489). Releases 0.16 to 0.18 have it, with zero=3 alone.
+    """
+    if degrees.dp_shard == 1 or degrees.dp_replicate == 1:
         return None
     return Rejected(
         rule="deepspeed_hybrid",
-        detail=f"zero={int(degrees.zero)} over {degrees.dp_shard} of dp={degrees.dp} ranks: DeepSpeed shares "
-        "out over a part of them with zero=3 alone (mics_shard_size).",
-        legal=f"zero=3, or dp_shard={degrees.dp}",
-        fix="--fix zero=3",
+        detail=f"zero={int(degrees.zero)} over {degrees.dp_shard} of dp={degrees.dp} ranks: {RELEASE} has no "
+        "replicas of shards any more (MiCS was removed).",
+        legal=f"dp_shard={degrees.dp}",
+        fix=f"--fix dp_shard={degrees.dp}, or --engine torchtitan",
+    )
+
+
+def deepspeed_optimizer(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """ZeRO updates flat pieces of parameters; Adafactor needs their rows and columns.
+
+    `flatten_dense_tensors_aligned` of deepspeed/runtime/zero/stage_1_and_2.py, and `_create_fp32_partitions`
+    of stage3.py; shapes of factors are those of arXiv 1804.04235.
+    """
+    optimizer = problem.workload.optimizer
+    if optimizer is not Optimizer.ADAFACTOR or degrees.zero is Zero.NONE:
+        return None
+    return Rejected(
+        rule="deepspeed_optimizer",
+        detail=f"{optimizer} with zero={int(degrees.zero)}: DeepSpeed's ZeRO flattens matrices, whose "
+        "rows and columns it needs.",
+        legal="zero=0, or --optimizer adamw",
+        fix="--optimizer adamw",
     )
 
 
@@ -156,6 +192,21 @@ def deepspeed_recompute(problem: PlanningProblem, strategy: Strategy) -> Rejecte
     )
 
 
+def deepspeed_offload_optimizer(problem: PlanningProblem, strategy: Strategy) -> Rejected | None:
+    """State in host memory is updated by DeepSpeedCPUAdam (`_configure_basic_optimizer` and
+    `zero_force_ds_cpu_optimizer` of deepspeed/runtime/engine.py)."""
+    optimizer = problem.workload.optimizer
+    if Offload.OPTIMIZER not in strategy.offloads or optimizer is Optimizer.ADAMW:
+        return None
+    return Rejected(
+        rule="deepspeed_offload_optimizer",
+        detail=f"offload=optimizer of {optimizer}: DeepSpeed updates state in host memory by "
+        "DeepSpeedCPUAdam.",
+        legal="--optimizer adamw, or offload=none",
+        fix="--optimizer adamw, or --fix offload=none",
+    )
+
+
 def deepspeed_offload(problem: PlanningProblem, strategy: Strategy) -> Rejected | None:
     """`offload_optimizer` takes all of the state under ZeRO 1 to 3 (deepspeed/runtime/zero/config.py);
     `cpu_checkpointing` moves the inputs of recomputed blocks alone."""
@@ -181,6 +232,7 @@ def deepspeed_offload(problem: PlanningProblem, strategy: Strategy) -> Rejected 
     return None
 
 
+DEEPSPEED_PROBLEM_RULES = (deepspeed_precision,)
 DEEPSPEED_RULES = (
     deepspeed_pipeline_sharding,
     deepspeed_schedule,
@@ -188,7 +240,13 @@ DEEPSPEED_RULES = (
     deepspeed_tensor_sharding,
     deepspeed_heads,
     deepspeed_hybrid,
+    deepspeed_optimizer,
     deepspeed_context,
     deepspeed_experts,
 )
-DEEPSPEED_STRATEGY_RULES = (deepspeed_stages, deepspeed_recompute, deepspeed_offload)
+DEEPSPEED_STRATEGY_RULES = (
+    deepspeed_stages,
+    deepspeed_recompute,
+    deepspeed_offload,
+    deepspeed_offload_optimizer,
+)

@@ -8,14 +8,43 @@ from __future__ import annotations
 
 from planner.divisors import divisors, legal_values
 from planner.engines.heads import without_copies
+from planner.engines.megatron_model import ModelArguments
 from planner.engines.recipes import first_of_each
 from planner.estimate import Rejected
 from planner.problem import PlanningProblem
 from planner.strategy import Degrees, Offload, Schedule, Strategy, Zero
-from planner.workload import Optimizer
+from planner.workload import Method, Optimizer, Precision
 
+RELEASE = "Megatron-LM with Megatron Core 0.15"
 MEGATRON_SCHEDULES = (Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED)
 MEGATRON_OPTIMIZERS = (Optimizer.ADAMW, Optimizer.SGD)
+
+
+def megatron_model(problem: PlanningProblem) -> Rejected | None:
+    """A GPT whose sizes and arithmetic have arguments (planner.engines.megatron_model)."""
+    faults = ModelArguments(problem.model, problem.workload).faults
+    if not faults:
+        return None
+    return Rejected(
+        rule="megatron_model",
+        detail=f"pretrain_gpt.py of {RELEASE} has no argument for what {problem.model.name} is: "
+        f"{'; '.join(faults)}.",
+        legal="models of one kind of attention, two norms a block, arithmetic as Llama's or GPT's",
+        fix="--model, or another --engine",
+    )
+
+
+def megatron_adapters(problem: PlanningProblem) -> Rejected | None:
+    """No argument of megatron/training/arguments.py adds adapters."""
+    if problem.workload.method is not Method.LORA:
+        return None
+    return Rejected(
+        rule="megatron_adapters",
+        detail="method=lora: pretrain_gpt.py trains all weights; adapters are Megatron Bridge's, another "
+        "program.",
+        legal="--method pretrain or finetune",
+        fix="--method finetune",
+    )
 
 
 def megatron_schedule(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
@@ -114,6 +143,18 @@ def megatron_optimizer(problem: PlanningProblem, degrees: Degrees) -> Rejected |
     )
 
 
+def megatron_experts_precision(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """Asserted: "Expert parallelism is not supported with fp16 training" (megatron/training/arguments.py)."""
+    if degrees.ep == 1 or problem.workload.precision is not Precision.FP16:
+        return None
+    return Rejected(
+        rule="megatron_experts_precision",
+        detail=f"ep={degrees.ep} in fp16: Megatron-LM asserts that experts are whole in fp16.",
+        legal="--precision bf16, fp32 or fp8, or ep=1",
+        fix="--precision bf16",
+    )
+
+
 def megatron_recompute(problem: PlanningProblem, strategy: Strategy) -> Rejected | None:
     """None, selective for all blocks, or full for the first N blocks of every stage, one N for all.
 
@@ -166,6 +207,22 @@ def megatron_offload(problem: PlanningProblem, strategy: Strategy) -> Rejected |
     return None
 
 
+def megatron_offload_layers(problem: PlanningProblem, strategy: Strategy) -> Rejected | None:
+    """Asserted: --cpu-offloading-num-layers is below the number of layers (megatron/core/transformer/
+    transformer_config.py)."""
+    layers = problem.model.layers
+    if all(stage.offload.activations < layers for stage in strategy.stages):
+        return None
+    return Rejected(
+        rule="megatron_offload_layers",
+        detail=f"offload=activations of all {layers} blocks: Megatron-LM asserts --cpu-offloading-num-layers "
+        "below their number.",
+        legal=f"activations of up to {layers - 1} blocks, or offload=none",
+        fix="--fix offload=none",
+    )
+
+
+MEGATRON_PROBLEM_RULES = (megatron_model, megatron_adapters)
 MEGATRON_RULES = (
     megatron_schedule,
     megatron_sharding,
@@ -173,5 +230,6 @@ MEGATRON_RULES = (
     megatron_heads,
     megatron_context,
     megatron_optimizer,
+    megatron_experts_precision,
 )
-MEGATRON_STRATEGY_RULES = (megatron_recompute, megatron_offload)
+MEGATRON_STRATEGY_RULES = (megatron_recompute, megatron_offload, megatron_offload_layers)

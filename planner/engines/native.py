@@ -67,7 +67,7 @@ def native_workload(problem: PlanningProblem, degrees: Degrees) -> Rejected | No
     )
 
 
-def native_model(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+def native_model(problem: PlanningProblem) -> Rejected | None:
     """Blocks that the runtime builds."""
     faults = not_executed(problem.model)
     if not faults:
@@ -93,5 +93,6 @@ def native_offload(problem: PlanningProblem, strategy: Strategy) -> Rejected | N
     )
 
 
-NATIVE_RULES = (native_context, native_vocabulary, native_workload, native_model)
+NATIVE_PROBLEM_RULES = (native_model,)
+NATIVE_RULES = (native_context, native_vocabulary, native_workload)
 NATIVE_STRATEGY_RULES = (native_offload,)

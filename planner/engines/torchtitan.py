@@ -1,15 +1,17 @@
-"""What torchtitan runs, as of its release 0.2 (2025), read in its source: files are named at each rule."""
+"""What torchtitan runs, as of its release 0.2.2 (2026), read in its source: files are named at each rule."""
 
 from __future__ import annotations
 
 from planner.divisors import divisors, legal_values
 from planner.engines.heads import without_copies
 from planner.engines.recipes import every_kth, most_on_a_rank
+from planner.engines.torchtitan_model import model_faults
 from planner.estimate import Rejected
 from planner.problem import PlanningProblem
 from planner.strategy import CpExchange, Degrees, Schedule, Strategy, Zero
 from planner.workload import Method, Optimizer, Precision
 
+RELEASE = "torchtitan 0.2.2"
 TORCH_SCHEDULES = (
     Schedule.GPIPE,
     Schedule.ONE_F_ONE_B,
@@ -19,6 +21,19 @@ TORCH_SCHEDULES = (
 )
 """GPipe, 1F1B, Interleaved1F1B, ZBVZeroBubble and DualPipeV of torch.distributed.pipelining.schedules, where
 `get_schedule_class` finds what `pipeline_parallel_schedule` names; InterleavedZeroBubble is not planned."""
+
+
+def torchtitan_model(problem: PlanningProblem) -> Rejected | None:
+    """Classes of torchtitan/models that export writes flavours of (planner.engines.torchtitan_model)."""
+    faults = model_faults(problem.model)
+    if not faults:
+        return None
+    return Rejected(
+        rule="torchtitan_model",
+        detail=f"no class of {RELEASE} is {problem.model.name}: {'; '.join(faults)}.",
+        legal="models like Llama 3, Qwen 3 (dense or experts alone) and DeepSeek-V3",
+        fix="--model, or another --engine",
+    )
 
 
 def torchtitan_sharding(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
@@ -152,7 +167,7 @@ def torchtitan_experts(problem: PlanningProblem, degrees: Degrees) -> Rejected |
     )
 
 
-def torchtitan_workload(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+def torchtitan_workload(problem: PlanningProblem) -> Rejected | None:
     """Adam and AdamW, parameters in bf16 or fp32 with fp8 products, all weights trained.
 
     `build_optimizers` of torchtitan/components/optimizer.py knows Adam and AdamW, `mixed_precision_param` of
@@ -172,6 +187,38 @@ def torchtitan_workload(problem: PlanningProblem, degrees: Degrees) -> Rejected 
         detail=f"torchtitan cannot train this workload: {'; '.join(found)}.",
         legal="--optimizer adamw, --precision bf16, fp32 or fp8, --method pretrain or finetune",
         fix="--optimizer, --precision, --method",
+    )
+
+
+def torchtitan_tied(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """Embedding and head are tied where both are of one module (torchtitan/models/qwen3/model/model.py,
+    `enable_weight_tying`); stages are copies of the model without the other's parts."""
+    if degrees.pp == 1 or not problem.model.tied_embeddings:
+        return None
+    return Rejected(
+        rule="torchtitan_tied",
+        detail=f"pp={degrees.pp} and tied embeddings: torchtitan ties them within one stage alone.",
+        legal="pp=1",
+        fix="--fix pp=1",
+    )
+
+
+def torchtitan_precision(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
+    """Parameters are cast by FSDP, or by autocast where nothing is split.
+
+    "Mixed precision training with TP or PP is only supported when FSDP/HSDP/CP is enabled": otherwise it is
+    disabled with a warning (`maybe_enable_amp` of torchtitan/distributed/utils.py).
+    """
+    sharded, split = degrees.dp_shard * degrees.cp > 1, degrees.tp * degrees.pp > 1
+    precision = problem.workload.precision
+    if sharded or not split or precision is Precision.FP32:
+        return None
+    return Rejected(
+        rule="torchtitan_precision",
+        detail=f"{precision} with tp={degrees.tp}, pp={degrees.pp} and no shards: torchtitan casts "
+        "parameters in FSDP alone, and would train in fp32.",
+        legal="zero=2 or 3 over two or more ranks, or --precision fp32",
+        fix="--fix zero=3",
     )
 
 
@@ -217,6 +264,7 @@ def torchtitan_offload(problem: PlanningProblem, strategy: Strategy) -> Rejected
     )
 
 
+TORCHTITAN_PROBLEM_RULES = (torchtitan_model, torchtitan_workload)
 TORCHTITAN_RULES = (
     torchtitan_sharding,
     torchtitan_replicas,
@@ -226,6 +274,7 @@ TORCHTITAN_RULES = (
     torchtitan_schedule,
     torchtitan_context,
     torchtitan_experts,
-    torchtitan_workload,
+    torchtitan_tied,
+    torchtitan_precision,
 )
 TORCHTITAN_STRATEGY_RULES = (torchtitan_recompute, torchtitan_offload)

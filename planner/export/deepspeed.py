@@ -16,7 +16,6 @@ from planner.export.settings import Recipe, Settings
 from planner.strategy import CpExchange, Schedule, Zero
 from planner.workload import Optimizer, Precision
 
-RELEASE = "DeepSpeed 0.19.8"
 CONFIG = "deepspeed/runtime/config.py"
 ZERO = "deepspeed/runtime/zero/config.py"
 TP = "deepspeed/runtime/tensor_parallel/config.py"

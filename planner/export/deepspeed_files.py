@@ -5,60 +5,19 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from planner.estimate import Rejected
+from planner.engines.deepspeed import RELEASE
 from planner.export import facts, shell
 from planner.export.artifact import Export, ExportFile
-from planner.export.deepspeed import BUCKET, KEYS, RELEASE, nested
+from planner.export.deepspeed import BUCKET, KEYS, nested
 from planner.export.key import written
 from planner.export.settings import Recipe, Settings, settings_of
 from planner.export.trainer import trainer_files
 from planner.plan import Plan
-from planner.strategy import Offload, Zero
+from planner.strategy import Zero
 from planner.workload import Optimizer, Precision
 
 SCRIPT = "deepspeed.sh"
 CONFIG_FILE = "ds_config.json"
-
-
-def deepspeed_refusals(plan: Plan) -> list[Rejected]:
-    """What DeepSpeed cannot run beside the rules of degrees and stages."""
-    found, workload, degrees = [], plan.workload, plan.strategy.degrees
-    if workload.precision is Precision.FP8:
-        found.append(
-            Rejected(
-                rule="deepspeed_precision",
-                detail="precision=fp8: ds_config.json has bf16 and fp16; fp8 is no setting of it.",
-                legal="--precision bf16, fp16 or fp32",
-                fix="--precision bf16",
-            )
-        )
-    if degrees.dp_replicate > 1 and degrees.dp_shard > 1:
-        found.append(
-            Rejected(
-                rule="deepspeed_replicas",
-                detail=f"shards over {degrees.dp_shard} of dp={degrees.dp} ranks: {RELEASE} has no replicas "
-                "of shards any more (MiCS was removed: its issue 8489).",
-                legal=f"dp_shard={degrees.dp}",
-                fix="solve again, or --to torchtitan or accelerate",
-            )
-        )
-    flat = workload.optimizer is Optimizer.ADAFACTOR and degrees.zero is not Zero.NONE
-    hosted = Offload.OPTIMIZER in plan.strategy.offloads and workload.optimizer is not Optimizer.ADAMW
-    if flat or hosted:
-        why = (
-            f"zero={int(degrees.zero)} flattens matrices, whose rows and columns it needs"
-            if flat
-            else "optimizer state in host memory is updated by DeepSpeedCPUAdam"
-        )
-        found.append(
-            Rejected(
-                rule="deepspeed_optimizer",
-                detail=f"{workload.optimizer}: {why}.",
-                legal="--optimizer adamw, or " + ("zero=0" if flat else "offload=none"),
-                fix="--optimizer adamw",
-            )
-        )
-    return found
 
 
 def export_deepspeed(plan: Plan) -> Export:

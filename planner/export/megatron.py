@@ -18,7 +18,6 @@ from planner.export.settings import Recipe, Settings
 from planner.strategy import CpExchange, Schedule, Zero, even_stages
 from planner.workload import Optimizer, Precision
 
-RELEASE = "Megatron-LM with Megatron Core 0.15"
 ARGUMENTS = "megatron/training/arguments.py"
 CONFIG = "megatron/core/transformer/transformer_config.py"
 LAYOUT = "megatron/core/transformer/pipeline_parallel_layer_layout.py"

@@ -4,66 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.estimate import Rejected
+from planner.engines.megatron import RELEASE
+from planner.engines.megatron_model import ModelArguments
 from planner.export import facts, shell
 from planner.export.artifact import Export, ExportFile
 from planner.export.key import written
-from planner.export.megatron import KEYS, RELEASE
-from planner.export.megatron_model import ModelArguments
+from planner.export.megatron import KEYS
 from planner.export.settings import Recipe, Settings, settings_of
 from planner.export.yaml_text import yaml_text
 from planner.plan import Plan
 from planner.strategy import Zero
-from planner.workload import Method, Precision
+from planner.workload import Precision
 
 SCRIPT = "megatron.sh"
 DEFAULT_STEPS = 100
 """Steps of a run whose tokens the plan does not know; TRAIN_ITERS overrides."""
-
-
-def megatron_refusals(plan: Plan) -> list[Rejected]:
-    """What pretrain_gpt.py cannot run beside the engine's rules: models, adapters, precisions."""
-    found, workload, degrees = [], plan.workload, plan.strategy.degrees
-    faults = ModelArguments(plan.model, workload, degrees.tp).faults
-    if faults:
-        found.append(
-            Rejected(
-                rule="megatron_model",
-                detail=f"pretrain_gpt.py of {RELEASE} has no argument for what {plan.model.name} is: "
-                f"{'; '.join(faults)}.",
-                legal="models of one kind of attention, two norms a block, arithmetic as Llama's or GPT's",
-                fix="--model, or another engine",
-            )
-        )
-    if workload.method is Method.LORA:
-        found.append(
-            Rejected(
-                rule="megatron_adapters",
-                detail="pretrain_gpt.py trains all weights: adapters are Megatron Bridge's, another program.",
-                legal="--method pretrain or finetune",
-                fix="--method finetune",
-            )
-        )
-    if degrees.ep > 1 and workload.precision is Precision.FP16:
-        found.append(
-            Rejected(
-                rule="megatron_experts_precision",
-                detail=f"ep={degrees.ep} in fp16: Megatron-LM asserts that experts are whole in fp16.",
-                legal="--precision bf16, fp32 or fp8, or ep=1",
-                fix="--precision bf16",
-            )
-        )
-    if any(stage.offload.activations >= plan.model.layers for stage in plan.strategy.stages):
-        found.append(
-            Rejected(
-                rule="megatron_offload_layers",
-                detail=f"offload=activations of all {plan.model.layers} blocks: Megatron-LM asserts "
-                "--cpu-offloading-num-layers below their number.",
-                legal=f"activations of up to {plan.model.layers - 1} blocks, or offload=none",
-                fix="--fix offload=none",
-            )
-        )
-    return found
 
 
 def export_megatron(plan: Plan) -> Export:

@@ -10,13 +10,13 @@ from planner.codec import noun
 from planner.estimate import Rejected
 from planner.export.accelerate_files import accelerate_refusals, export_accelerate
 from planner.export.artifact import Export
-from planner.export.deepspeed_files import deepspeed_refusals, export_deepspeed
+from planner.export.deepspeed_files import export_deepspeed
 from planner.export.kubernetes import export_kubernetes
-from planner.export.megatron_files import export_megatron, megatron_refusals
+from planner.export.megatron_files import export_megatron
 from planner.export.scheduled import one_kind_of_node
 from planner.export.skypilot import export_skypilot
 from planner.export.slurm import export_slurm
-from planner.export.torchtitan_files import export_torchtitan, torchtitan_refusals
+from planner.export.torchtitan_files import export_torchtitan
 from planner.limits import Limits
 from planner.plan import Plan
 from planner.rules import broken_rules
@@ -42,11 +42,9 @@ class Target:
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
-        "deepspeed": Target(export=export_deepspeed, refusals=deepspeed_refusals, engine=Engine.DEEPSPEED),
-        "megatron": Target(export=export_megatron, refusals=megatron_refusals, engine=Engine.MEGATRON),
-        "torchtitan": Target(
-            export=export_torchtitan, refusals=torchtitan_refusals, engine=Engine.TORCHTITAN
-        ),
+        "deepspeed": Target(export=export_deepspeed, engine=Engine.DEEPSPEED),
+        "megatron": Target(export=export_megatron, engine=Engine.MEGATRON),
+        "torchtitan": Target(export=export_torchtitan, engine=Engine.TORCHTITAN),
         "accelerate": Target(export=export_accelerate, refusals=accelerate_refusals),
         "slurm": Target(export=export_slurm, refusals=one_kind_of_node, schedules=True),
         "kubernetes": Target(export=export_kubernetes, refusals=one_kind_of_node, schedules=True),
@@ -58,11 +56,6 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
 def refusals(plan: Plan, to: str) -> list[Rejected]:
     """Everything that keeps a target from running exactly this plan; empty where it can."""
     target = TARGETS[to]
-    engine = target.engine
-    found = target.refusals(plan)
-    if target.schedules:
-        engine = plan.engine or Engine.NATIVE
-        if engine is not Engine.NATIVE:
-            found = found + TARGETS[str(engine)].refusals(plan)
+    engine = plan.engine or Engine.NATIVE if target.schedules else target.engine
     problem = dataclasses.replace(plan.problem, limits=Limits(engine=engine))
-    return broken_rules(problem, plan.strategy) + found
+    return broken_rules(problem, plan.strategy) + target.refusals(plan)

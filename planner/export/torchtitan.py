@@ -17,7 +17,6 @@ from planner.export.settings import Recipe, Settings
 from planner.strategy import CpExchange, Schedule, Zero
 from planner.workload import Method, Optimizer, Precision
 
-RELEASE = "torchtitan 0.2.2"
 CONFIG = "torchtitan/config/job_config.py"
 PIPELINE = "torchtitan/distributed/pipeline_parallel.py"
 RECOMPUTE = "torchtitan/distributed/activation_checkpoint.py"

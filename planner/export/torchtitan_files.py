@@ -4,56 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.estimate import Rejected
+from planner.engines.torchtitan import RELEASE
+from planner.engines.torchtitan_model import MODULE, Flavor, flavor_of
 from planner.export import facts, shell
 from planner.export.artifact import Export, ExportFile
 from planner.export.key import written
 from planner.export.megatron_files import steps_of
 from planner.export.settings import Recipe, Settings, settings_of
-from planner.export.torchtitan import FIXED, FLOAT8, KEYS, RELEASE, toml_text
-from planner.export.torchtitan_model import MODULE, Flavor, flavor_of
+from planner.export.torchtitan import FIXED, FLOAT8, KEYS, toml_text
 from planner.plan import Plan
 from planner.strategy import Schedule
 from planner.workload import Precision
 
 SCRIPT = "torchtitan.sh"
 JOB = "job.toml"
-
-
-def torchtitan_refusals(plan: Plan) -> list[Rejected]:
-    """What torchtitan 0.2.2 cannot run beside the rules of degrees and stages."""
-    found, degrees, precision = [], plan.strategy.degrees, plan.workload.precision
-    flavor = flavor_of(plan.model)
-    if not isinstance(flavor, Flavor):
-        found.append(
-            Rejected(
-                rule="torchtitan_model",
-                detail=f"no class of {RELEASE} is {plan.model.name}: {'; '.join(flavor)}.",
-                legal="models like Llama 3, Qwen 3 (dense or experts alone) and DeepSeek-V3",
-                fix="--model, or another engine",
-            )
-        )
-    if degrees.pp > 1 and plan.model.tied_embeddings:
-        found.append(
-            Rejected(
-                rule="torchtitan_tied",
-                detail=f"pp={degrees.pp} and tied embeddings: torchtitan ties them within one stage alone.",
-                legal="pp=1",
-                fix="--fix pp=1",
-            )
-        )
-    sharded, split = degrees.dp_shard * degrees.cp > 1, degrees.tp * degrees.pp > 1
-    if split and not sharded and precision is not Precision.FP32:
-        found.append(
-            Rejected(
-                rule="torchtitan_precision",
-                detail=f"{precision} with tp={degrees.tp}, pp={degrees.pp} and no shards: torchtitan casts "
-                "parameters in FSDP alone, and would train in fp32 (maybe_enable_amp).",
-                legal="zero=2 or 3 over two or more ranks, or --precision fp32",
-                fix="--fix zero=3",
-            )
-        )
-    return found
 
 
 def export_torchtitan(plan: Plan) -> Export:

@@ -25,7 +25,7 @@ from itertools import permutations, product
 from planner.cluster import ClusterSpec
 from planner.codec import noun
 from planner.divisors import divisors
-from planner.engine_rules import candidate_schedules, engine_rules
+from planner.engine_rules import candidate_schedules, engine_rules, problem_refused
 from planner.errors import InputError, Problem
 from planner.estimate import Rejected
 from planner.nouns import replaced
@@ -231,7 +231,7 @@ class _Maker:
     def __init__(self, problem: PlanningProblem, pins: Pins, *, usual: bool = False) -> None:
         self.problem, self.pins, self.usual = problem, pins, usual
         self.devices, self.batch = problem.cluster.devices, problem.workload.batch
-        self.rejected: list[Rejected] = []
+        self.rejected: list[Rejected] = problem_refused(problem)
         self.engine_rules = engine_rules(problem.limits.engine)
         self.pipes = cache(self._pipes)
 
@@ -245,6 +245,9 @@ class _Maker:
         return True
 
     def bases(self) -> Iterator[tuple[Degrees, tuple[Pipe, ...]]]:
+        """Legal bases; none where the engine can run the problem by no plan."""
+        if self.rejected:
+            return
         for layers in self._layers():
             for pp in self._pps():
                 split = layers.tp * layers.cp * pp

@@ -8,6 +8,7 @@ import random
 
 import pytest
 
+from planner.changes import with_workload
 from planner.cost import constants
 from planner.cost.evaluate import CostModel
 from planner.errors import InfeasibleError, InputError
@@ -47,6 +48,7 @@ def asked(seed: int, engine: Engine) -> PlanningProblem:
     """A small problem that an engine must run, at its own prices.
 
     Its memory lies between what plans need that recompute everything and nothing: activations, mostly.
+    torchtitan's are in fp32: in bf16 it has no pipeline without shards.
     """
     draw = random.Random(seed)
     spec = instances.model(layers=draw.randint(3, 5), hidden=32, vocab=64)
@@ -56,6 +58,8 @@ def asked(seed: int, engine: Engine) -> PlanningProblem:
         nodes=nodes, per_node=per_node, link_bytes_per_s=rate, inter_bytes_per_s=rate, latency_s=1e-7
     )
     base = instances.problem(of=spec, on=cluster, seq=16384, batch=draw.choice([2, 4]), limit_bytes=1 << 60)
+    if engine is Engine.TORCHTITAN:
+        base = with_workload(base, precision=Precision.FP32)
     problem = on(base, engine)
     low, high = (
         solve_for_engine(problem, pinned(f"recompute={option}", "micro_batch=1")).estimate.peak_memory_bytes

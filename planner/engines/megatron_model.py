@@ -22,9 +22,9 @@ LLAMA3_ROPE = (1.0, 4.0, 8192)
 
 
 class ModelArguments:
-    """The arguments of a model, and in words what of it none of them says."""
+    """The arguments of a model, and in words what of it none of them says, whatever `tp` is."""
 
-    def __init__(self, model: ModelSpec, workload: Workload, tp: int) -> None:
+    def __init__(self, model: ModelSpec, workload: Workload, tp: int = 1) -> None:
         self.model, self.workload = model, workload
         self.flags: Flags = {}
         self.faults: list[str] = []

@@ -81,6 +81,12 @@ def flavor_of(model: ModelSpec) -> Flavor | list[str]:
     return _qwen3(model, mixer, blocks)
 
 
+def model_faults(model: ModelSpec) -> list[str]:
+    """Why no class of torchtitan is a model, in words; empty where one is."""
+    found = flavor_of(model)
+    return found if isinstance(found, list) else []
+
+
 def _faults(model: ModelSpec, blocks: list[Block]) -> list[str]:
     arithmetic = model.arithmetic
     mixers = {block.mixer for block in blocks}
