@@ -81,3 +81,18 @@ def test_an_architecture_named_for_a_catalog_model_is_read_as_that() -> None:
     assert catalog.load_model("llama-2-7b", arch="mistral").model_type == "mistral"
     with pytest.raises(InputError, match="--arch"):
         catalog.load_model("llama-2-7b", arch="lama")
+
+
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        ("qwen2-7b", 1e6), ("qwen2.5-14b", 1e6), ("qwen3-8b", 1e6), ("qwen3-235b-a22b", 1e6),
+        ("qwen3-coder-480b-a35b", 1e7), ("qwen3-next-80b-a3b", 1e7), ("olmo-2-7b-1124", 5e5),
+        ("phi-4-14b", 250_000.0), ("moonlight-16b-a3b", 50_000.0), ("mistral-nemo-12b", 1e6),
+        ("glm-4.5-355b-a32b", 1e6), ("smollm3-3b", 5e6), ("mistral-7b-v0.1", 1e4), ("llama-3-8b", 5e5),
+    ],
+)  # fmt: skip
+def test_rotary_bases_are_those_of_the_published_configs(name: str, base: float) -> None:
+    """Not those that a library has where a config says none. Where they were read is in the index."""
+    assert catalog.load_model(name).rope_theta == base
+    assert base in (1e4, 5e5) or any("rope_theta" in source for source in INDEX[name].sources)

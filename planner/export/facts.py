@@ -48,7 +48,7 @@ def priced_elsewhere(plan: Plan, engine: str) -> tuple[str, ...]:
 
 
 def rotary(plan: Plan) -> tuple[str, ...]:
-    """Rotary frequencies change no cost, and the catalog's configurations have not all their own."""
+    """Rotary frequencies change no cost, and the catalog has no stretch of them."""
     if not plan.model.rotary:
         return ()
     return (

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
-from planner.attention import Attention, Reach, Span
 from planner.engine_rules import (
-    ENGINE_PROBLEM_RULES,
     ENGINE_RULES,
     ENGINE_SCHEDULES,
-    ENGINE_STRATEGY_RULES,
     EngineRule,
-    StrategyRule,
     candidate_schedules,
-    problem_refused,
 )
-from planner.engines.recipes import every_kth, first_of_each, recipe_families, stages_of_ranks
-from planner.feed_forward import Activation, Experts, Mlp
 from planner.limits import Limits
-from planner.model import Norm
 from planner.problem import PlanningProblem
 from planner.rules import broken_rule, broken_rules
 from planner.search.space import Pins, parse_pins, shapes
@@ -29,45 +21,31 @@ from planner.stack import Engine
 from planner.strategy import (
     CpExchange,
     Degrees,
-    Offload,
-    OffloadCounts,
-    Recompute,
-    RecomputeCounts,
     Schedule,
-    Stage,
     Strategy,
     Zero,
-    even_stages,
-    offloaded,
-    sized_stages,
 )
-from planner.workload import AdapterModules, Adapters, Method, Optimizer, Precision
+from planner.workload import Optimizer, Precision
 
 from . import instances
-
-N, T, M, D = Engine.NATIVE, Engine.TORCHTITAN, Engine.MEGATRON, Engine.DEEPSPEED
-
-
-def held(engine: Engine | None, problem: PlanningProblem | None = None, **workload: Any) -> PlanningProblem:
-    """A problem on two nodes of four devices that an engine must run."""
-    base = problem or instances.problem(on=instances.cluster(nodes=2))
-    changed = dataclasses.replace(base.workload, **workload)
-    return dataclasses.replace(base, workload=changed, limits=Limits(engine=engine))
-
-
-def grouped() -> PlanningProblem:
-    """The same with two key-value heads in every layer."""
-    mixer = Attention(heads=4, kv_heads=2, head_dim=16)
-    spec = instances.model(blocks=[dataclasses.replace(instances.dense_block(64), mixer=mixer)] * 4)
-    return instances.problem(of=spec, on=instances.cluster(nodes=2))
-
-
-def experts() -> PlanningProblem:
-    """The same with eight experts in every layer."""
-    mlp = Mlp(width=128, gated=True, activation=Activation.SILU)
-    block = dataclasses.replace(instances.dense_block(64), mlp=Experts(count=8, topk=2, expert=mlp))
-    spec = instances.model(blocks=[block] * 4)
-    return instances.problem(of=spec, on=instances.cluster(nodes=2))
+from .engine_cases import (
+    LORA,
+    PP2,
+    PP3,
+    TIED,
+    TP2,
+    TWO_NODES,
+    ZERO3,
+    D,
+    M,
+    N,
+    T,
+    experts,
+    grouped,
+    held,
+    uneven,
+    windowed,
+)
 
 
 class Case(NamedTuple):
@@ -80,24 +58,6 @@ class Case(NamedTuple):
     says: tuple[str, ...]
     legal_problem: PlanningProblem | None = None
     illegal_problem: PlanningProblem | None = None
-
-
-LORA: dict[str, Any] = {"method": Method.LORA, "adapters": Adapters(rank=8, modules=AdapterModules.ALL)}
-PP2 = Degrees(pp=2, dp_shard=4, zero=Zero.OPTIMIZER)
-TP2 = Degrees(tp=2, dp_replicate=4)
-TWO_NODES = instances.cluster(nodes=2)
-ZERO3 = Degrees(dp_shard=8, zero=Zero.PARAMETERS)
-PP3 = Degrees(pp=2, dp_shard=4, zero=Zero.PARAMETERS)
-TIED = dataclasses.replace(instances.model(), tied_embeddings=True)
-
-
-def windowed() -> PlanningProblem:
-    """The same with windows of 64 keys in every layer."""
-    block = instances.dense_block(64)
-    assert isinstance(block.mixer, Attention)
-    mixer = dataclasses.replace(block.mixer, span=Span(reach=Reach.WINDOW, size=64))
-    spec = instances.model(blocks=[dataclasses.replace(block, mixer=mixer)] * 4)
-    return held(N, instances.problem(of=spec, on=TWO_NODES))
 
 
 CASES = (
@@ -313,178 +273,6 @@ def test_every_rule_of_degrees_has_a_case() -> None:
     assert all(rule.__doc__ for rules in ENGINE_RULES.values() for rule in rules)
 
 
-class ProblemCase(NamedTuple):
-    """A rule of problems with one that it allows and one that it refuses, and what the refusal says."""
-
-    rule: str
-    engine: Engine
-    legal: PlanningProblem
-    illegal: PlanningProblem
-    says: tuple[str, ...]
-
-
-def pooled() -> PlanningProblem:
-    """The same with a pooler behind its blocks."""
-    return instances.problem(of=dataclasses.replace(instances.model(), pooler=True), on=TWO_NODES)
-
-
-def layernormed() -> PlanningProblem:
-    """The same with other norms."""
-    return instances.problem(of=dataclasses.replace(instances.model(), norm=Norm.LAYERNORM), on=TWO_NODES)
-
-
-def capped() -> PlanningProblem:
-    """The same with capped logits."""
-    arithmetic = dataclasses.replace(instances.model().arithmetic, logit_cap=30.0)
-    spec = dataclasses.replace(instances.model(), arithmetic=arithmetic)
-    return instances.problem(of=spec, on=TWO_NODES)
-
-
-PROBLEM_CASES = (
-    ProblemCase("native_model", N, held(N), held(N, pooled()), ("pooler", "llama")),
-    ProblemCase("torchtitan_model", T, held(T), held(T, layernormed()), ("layernorm", "Llama 3")),
-    ProblemCase(
-        "torchtitan_workload", T, held(T), held(T, precision=Precision.FP16, optimizer=Optimizer.SGD),
-        ("sgd", "fp16", "adamw"),
-    ),
-    ProblemCase("torchtitan_workload", T, held(T, precision=Precision.FP8), held(T, **LORA), ("lora",)),
-    ProblemCase("megatron_model", M, held(M, layernormed()), held(M, capped()), ("capped", "Llama's or GPT's")),
-    ProblemCase("megatron_adapters", M, held(M), held(M, **LORA), ("Bridge", "finetune")),
-    ProblemCase("deepspeed_precision", D, held(D), held(D, precision=Precision.FP8), ("fp8", "fp16")),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("case", PROBLEM_CASES, ids=lambda case: f"{case.rule}-{case.says[0]}")
-def test_a_rule_of_problems(case: ProblemCase) -> None:
-    """It is asked once a search, whose space is then empty, and of every strategy."""
-    (rule,) = (each for each in ENGINE_PROBLEM_RULES[case.engine] if each.__name__ == case.rule)
-    assert rule(case.legal) is None and not problem_refused(case.legal)
-    rejected = rule(case.illegal)
-    assert rejected is not None and rejected.rule == case.rule and rejected.legal and rejected.fix
-    for said in case.says:
-        assert said in f"{rejected.detail} | {rejected.legal}", said
-    assert list(shapes(case.illegal, Pins())) == problem_refused(case.illegal) == [rejected]
-    assert broken_rule(case.illegal, ZERO3) == rejected
-    strategy = Strategy(degrees=ZERO3, stages=even_stages(4, 1))
-    assert rejected in broken_rules(case.illegal, strategy)
-
-
-def test_every_rule_of_problems_has_a_case() -> None:
-    known = {(engine, rule.__name__) for engine, rules in ENGINE_PROBLEM_RULES.items() for rule in rules}
-    assert {(case.engine, case.rule) for case in PROBLEM_CASES} == known
-    assert all(rule.__doc__ for rules in ENGINE_PROBLEM_RULES.values() for rule in rules)
-
-
-def uneven(*counts: tuple[int, int, int]) -> tuple[Stage, ...]:
-    """Stages with so many blocks that recompute nothing, selectively, in full."""
-    stages, first = [], 0
-    for none, selective, full in counts:
-        each = RecomputeCounts(none=none, selective=selective, full=full)
-        stages.append(Stage(first=first, end=first + each.layers, recompute=each))
-        first += each.layers
-    return tuple(stages)
-
-
-PLAIN = even_stages(8, 2)
-FULL = even_stages(8, 2, Recompute.FULL)
-SELECTIVE = even_stages(8, 2, Recompute.SELECTIVE)
-OFF, KEPT = Offload.OPTIMIZER, Offload.ACTIVATIONS
-
-
-def kept(blocks: int) -> tuple[Stage, ...]:
-    """One stage of four blocks, of which so many keep activations in host memory."""
-    counts = OffloadCounts(activations=blocks)
-    return tuple(dataclasses.replace(stage, offload=counts) for stage in even_stages(4, 1))
-
-
-class StageCase(NamedTuple):
-    """A rule of a whole strategy with stages that it allows and stages that it refuses."""
-
-    rule: str
-    engine: Engine
-    legal: tuple[Stage, ...]
-    illegal: tuple[Stage, ...]
-    says: tuple[str, ...]
-    degrees: Degrees = PP2
-    legal_degrees: Degrees | None = None
-    workload: dict[str, Any] = {}
-
-
-STAGE_CASES = (
-    StageCase(
-        "native_offload", N, offloaded(FULL, KEPT), offloaded(SELECTIVE, KEPT),
-        ("optimizer", "none"),
-    ),
-    StageCase(
-        "torchtitan_recompute", T, even_stages(8, 2, Recompute.SELECTIVE), uneven((3, 1, 0), (4, 0, 0)),
-        ("7 blocks", "1 selectively", "every k-th"),
-    ),
-    StageCase(
-        "torchtitan_recompute", T, uneven((2, 0, 2), (2, 0, 2)), uneven((0, 0, 4), (4, 0, 0)),
-        ("4 blocks recompute nothing", "4 in full"),
-    ),
-    StageCase("torchtitan_offload", T, PLAIN, offloaded(PLAIN, OFF), ("optimizer", "offload=none")),
-    StageCase(
-        "megatron_recompute", M, uneven((3, 0, 1), (3, 0, 1)), uneven((2, 0, 2), (3, 0, 1)),
-        ("2/0/2, 3/0/1", "first N of every stage"),
-    ),
-    StageCase(
-        "megatron_recompute", M, even_stages(8, 2, Recompute.SELECTIVE), uneven((0, 4, 0), (0, 3, 1)),
-        ("0/4/0, 0/3/1", "selective"),
-    ),
-    StageCase(
-        "megatron_offload", M, offloaded(PLAIN, OFF), offloaded(PLAIN, KEPT), ("pp=2", "recompute=none"),
-    ),
-    StageCase(
-        "megatron_offload", M, offloaded(even_stages(8, 1), KEPT), offloaded(even_stages(8, 1), OFF),
-        ("zero=3", "zero=1"), ZERO3,
-    ),
-    StageCase("deepspeed_stages", D, sized_stages([5, 4]), sized_stages([5, 3]), ("3 to 5", "4 blocks")),
-    StageCase("deepspeed_stages", D, PLAIN, sized_stages([2, 5]), ("2 to 5", "3 or 4")),
-    StageCase(
-        "deepspeed_recompute", D, FULL, uneven((4, 0, 0), (3, 0, 1)),
-        ("7 blocks", "1 in full", "none or full"),
-    ),
-    StageCase(
-        "deepspeed_offload", D, offloaded(PLAIN, OFF), offloaded(PLAIN, OFF), ("zero=0", "zero=1, 2 or 3"),
-        Degrees(pp=2, dp_replicate=4), PP2,
-    ),
-    StageCase(
-        "deepspeed_offload", D, offloaded(FULL, KEPT), offloaded(PLAIN, KEPT),
-        ("activations", "recompute=full"),
-    ),
-    StageCase(
-        "deepspeed_offload_optimizer", D, offloaded(FULL, KEPT), offloaded(PLAIN, OFF),
-        ("muon", "adamw", "offload=none"), workload={"optimizer": Optimizer.MUON},
-    ),
-    StageCase(
-        "megatron_offload_layers", M, kept(3), kept(4), ("all 4", "3 blocks"), Degrees(dp_replicate=8),
-    ),
-)  # fmt: skip
-
-
-def strategy_rule(engine: Engine, name: str) -> StrategyRule:
-    (found,) = (rule for rule in ENGINE_STRATEGY_RULES[engine] if rule.__name__ == name)
-    return found
-
-
-@pytest.mark.parametrize("case", STAGE_CASES, ids=lambda case: f"{case.rule}-{case.says[0]}")
-def test_a_rule_of_stages(case: StageCase) -> None:
-    rule, problem = strategy_rule(case.engine, case.rule), held(case.engine, **case.workload)
-    assert rule(problem, Strategy(degrees=case.legal_degrees or case.degrees, stages=case.legal)) is None
-    rejected = rule(problem, Strategy(degrees=case.degrees, stages=case.illegal))
-    assert rejected is not None and rejected.rule == case.rule
-    for said in case.says:
-        assert said in f"{rejected.detail} | {rejected.legal}", said
-    assert rejected.legal and rejected.fix
-
-
-def test_every_rule_of_stages_has_a_case() -> None:
-    known = {(engine, rule.__name__) for engine, rules in ENGINE_STRATEGY_RULES.items() for rule in rules}
-    assert {(case.engine, case.rule) for case in STAGE_CASES} == known
-    assert all(rule.__doc__ for rules in ENGINE_STRATEGY_RULES.values() for rule in rules)
-
-
 def test_rules_of_an_engine_hold_where_it_is_asked_for_alone() -> None:
     """`broken_rule` and `broken_rules` see them; without an engine, or for degrees alone, they do not."""
     degrees = dataclasses.replace(PP2, num_micro_batches=2)
@@ -531,32 +319,3 @@ def test_max_tp_is_a_limit_with_a_name() -> None:
     assert rejected is not None and rejected.rule == "max_tp"
     assert "tp=4" in rejected.detail and "--max-tp 2" in rejected.detail and rejected.legal == "1, 2"
     assert not [s for s in shapes(problem, parse_pins(("tp=4",))) if isinstance(s, Degrees)]
-
-
-@pytest.mark.parametrize("engine", list(Engine))
-def test_recipes_are_what_the_engine_can_express(engine: Engine) -> None:
-    """Each keeps the rules of stages, and recomputes more than the one before it in its family."""
-    problem = held(engine)
-    for degrees, sizes in (
-        (Degrees(pp=2, chunks=2, schedule=Schedule.INTERLEAVED, dp_replicate=4), (3, 2, 2, 1)),
-        (Degrees(pp=2, chunks=2, schedule=Schedule.ZBV, dp_replicate=4), (1, 2, 3, 4)),
-        (Degrees(dp_replicate=8), (7,)),
-    ):
-        for family in recipe_families(engine, degrees, sizes):
-            full = [sum(stage.recompute.full for stage in stages) for stages in family]
-            assert full == sorted(set(full))
-            for stages in family:
-                assert stages[-1].end == sum(sizes)
-                strategy = Strategy(degrees=degrees, stages=stages)
-                broken = [rule(problem, strategy) for rule in ENGINE_STRATEGY_RULES[engine]]
-                assert not any(broken), broken
-
-
-def test_blocks_of_a_rank_are_counted_through() -> None:
-    """torchtitan's one counter runs over the stages of a rank; Megatron-LM counts in each stage."""
-    looped = Degrees(pp=2, chunks=2, schedule=Schedule.INTERLEAVED)
-    assert stages_of_ranks(looped) == [[0, 2], [1, 3]]
-    assert stages_of_ranks(Degrees(pp=2, chunks=2, schedule=Schedule.ZBV)) == [[0, 3], [1, 2]]
-    kth = every_kth(looped, (3, 3, 3, 3), 2)
-    assert [stage.recompute.full for stage in kth] == [1, 1, 2, 2]
-    assert [stage.recompute.full for stage in first_of_each((3, 3, 1, 3), 2)] == [2, 2, 1, 2]
