@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from planner.divisors import divisors, legal_values
 from planner.engines.heads import without_copies
-from planner.engines.megatron_model import ModelArguments
+from planner.engines.megatron_model import model_faults
 from planner.engines.recipes import first_of_each
 from planner.estimate import Rejected
 from planner.problem import PlanningProblem
@@ -22,7 +22,7 @@ MEGATRON_OPTIMIZERS = (Optimizer.ADAMW, Optimizer.SGD)
 
 def megatron_model(problem: PlanningProblem) -> Rejected | None:
     """A GPT whose sizes and arithmetic have arguments (planner.engines.megatron_model)."""
-    faults = ModelArguments(problem.model, problem.workload).faults
+    faults = model_faults(problem.model, problem.workload)
     if not faults:
         return None
     return Rejected(

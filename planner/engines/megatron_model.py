@@ -7,6 +7,7 @@ megatron/core/transformer/transformer_config.py.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 from planner.arithmetic import Arithmetic, RopeKind
@@ -19,6 +20,12 @@ from planner.workload import Precision, Workload
 Flags = dict[str, Any]
 LLAMA3_ROPE = (1.0, 4.0, 8192)
 """Low and high frequency factors and the first length that --use-rope-scaling has built in."""
+
+
+@lru_cache(maxsize=64)
+def model_faults(model: ModelSpec, workload: Workload) -> tuple[str, ...]:
+    """What of a model no argument says, in words; empty where all is said."""
+    return tuple(ModelArguments(model, workload).faults)
 
 
 class ModelArguments:

@@ -6,6 +6,7 @@ is written as a Python module, which a job imports by `experimental.custom_impor
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from planner.arithmetic import PLAIN, Arithmetic, RopeKind, RopeScaling
@@ -81,10 +82,11 @@ def flavor_of(model: ModelSpec) -> Flavor | list[str]:
     return _qwen3(model, mixer, blocks)
 
 
-def model_faults(model: ModelSpec) -> list[str]:
+@lru_cache(maxsize=64)
+def model_faults(model: ModelSpec) -> tuple[str, ...]:
     """Why no class of torchtitan is a model, in words; empty where one is."""
     found = flavor_of(model)
-    return found if isinstance(found, list) else []
+    return tuple(found) if isinstance(found, list) else ()
 
 
 def _faults(model: ModelSpec, blocks: list[Block]) -> list[str]:

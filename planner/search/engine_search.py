@@ -27,7 +27,7 @@ from planner.rules import broken_rules
 from planner.search.alternatives import why_slower
 from planner.search.solve import OPTIMAL_GAP, SolveOptions, make_plan, solve
 from planner.search.verify import verify
-from planner.strategy import Degrees, Recompute, Strategy
+from planner.strategy import Degrees, Offload, Recompute, Strategy, offloaded
 
 LEAST_SHAPES = 8
 """Runners-up that a search is asked for: their shapes are tried with the engine's recipes."""
@@ -118,8 +118,17 @@ class _EngineSearch:
     def _recipes(self, shape: Shape) -> list[Strategy]:
         allowed = set(self.options.pins.recomputes)
         families = recipe_families(self.engine, shape.degrees, shape.sizes)
-        least = [self._least(shape.degrees, _within(family, allowed)) for family in families]
+        kept = [self._offloading(shape.degrees, _within(family, allowed)) for family in families]
+        least = [self._least(shape.degrees, family) for family in kept]
         return [strategy for strategy in least if strategy is not None and self._expressed(strategy)]
+
+    def _offloading(self, degrees: Degrees, family: Family) -> Family:
+        """The recipes of a family with what is pinned to host memory there, as far as rules allow it."""
+        what = self.options.pins.offloaded
+        if what is Offload.NONE:
+            return family
+        each = [offloaded(stages, what) for stages in family]
+        return [stages for stages in each if self._expressed(Strategy(degrees=degrees, stages=stages))]
 
     def _least(self, degrees: Degrees, family: Family) -> Strategy | None:
         """The recipe of a family with the least recomputation that is SAFE, by bisection."""

@@ -25,7 +25,7 @@ from itertools import permutations, product
 from planner.cluster import ClusterSpec
 from planner.codec import noun
 from planner.divisors import divisors
-from planner.engine_rules import candidate_schedules, engine_rules, problem_refused
+from planner.engine_rules import candidate_schedules, engine_rules, engine_strategy_rules, problem_refused
 from planner.errors import InputError, Problem
 from planner.estimate import Rejected
 from planner.nouns import replaced
@@ -358,11 +358,30 @@ class _Maker:
 
     def _for_engine(self, base: Degrees, pipes: tuple[Pipe, ...]) -> tuple[Pipe, ...]:
         """The schedules of a base that the engine of the problem runs."""
+        shaped = ((pipe, replaced(base, schedule=pipe[0], chunks=pipe[1])) for pipe in pipes)
         return tuple(
-            (schedule, chunks)
-            for schedule, chunks in pipes
-            if self._keeps(self.engine_rules, replaced(base, schedule=schedule, chunks=chunks))
+            pipe
+            for pipe, degrees in shaped
+            if self._keeps(self.engine_rules, degrees) and self._engine_offloads(degrees)
         )
+
+    def _engine_offloads(self, degrees: Degrees) -> bool:
+        """Whether the engine sends what is pinned to host memory there, by some option of recomputation."""
+        what, layers = self.pins.offloaded, self.problem.model.layers
+        if what is Offload.NONE or degrees.stages > layers:
+            return True
+        broken: list[Rejected] = []
+        for option in self.pins.recomputes:
+            stages = offloaded(even_stages(layers, degrees.stages, option), what)
+            strategy = Strategy(degrees=degrees, stages=stages)
+            rules = engine_strategy_rules(self.problem.limits.engine)
+            found = (rule(self.problem, strategy) for rule in rules)
+            rejected = next((fault for fault in found if fault is not None), None)
+            if rejected is None:
+                return True
+            broken.append(rejected)
+        self.rejected += broken[:1]
+        return False
 
     def _shardings(self, whole: Degrees) -> list[tuple[Zero, int]]:
         """ZeRO stages with their shard degree: all data ranks, or those of one node (hybrid sharding)."""

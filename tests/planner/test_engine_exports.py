@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from planner.changes import with_workload
+from planner.choices import keeps
 from planner.errors import InfeasibleError
 from planner.export.targets import TARGETS, refusals
 from planner.limits import Limits
@@ -19,7 +20,7 @@ from planner.problem import PlanningProblem
 from planner.runs.engine_stack import engine_stack
 from planner.search.objective import solve_for
 from planner.search.solve import SolveOptions
-from planner.search.space import parse_pins
+from planner.search.space import Pins, parse_pins
 from planner.stack import Engine
 from planner.workload import AdapterModules, Adapters, Method, Optimizer, Precision
 from tests.plans import tiny_gpt2, tiny_mixtral, tiny_mla
@@ -70,8 +71,8 @@ def asked(seed: int, engine: Engine) -> tuple[PlanningProblem, tuple[str, ...]]:
     return held, draw.choice(PINS)
 
 
-def solved(engine: Engine) -> Iterator[Plan]:
-    """The plans of the grid; an engine runs not all of it."""
+def solved(engine: Engine) -> Iterator[tuple[Plan, Pins]]:
+    """The plans of the grid, and their pins; an engine runs not all of it."""
     for seed in range(PROBLEMS):
         problem, pinned = asked(seed, engine)
         options = SolveOptions(pins=parse_pins(pinned), top=2, gap_tolerance=0.5, rounds=1, reproducible=True)
@@ -79,7 +80,7 @@ def solved(engine: Engine) -> Iterator[Plan]:
             plan = solve_for(problem, options, Goal())
         except InfeasibleError:
             continue
-        yield plan
+        yield plan, options.pins
 
 
 @pytest.mark.parametrize("engine", list(Engine))
@@ -87,9 +88,9 @@ def test_what_is_solved_for_an_engine_is_exported(engine: Engine) -> None:
     """The plan and its runners-up break no rule of the export, and the plan is written."""
     to = "slurm" if engine is Engine.NATIVE else str(engine)
     count = 0
-    for plan in solved(engine):
+    for plan, pins in solved(engine):
         count += 1
-        assert plan.engine is engine
+        assert plan.engine is engine and keeps(plan.strategy, pins)
         for strategy in (plan.strategy, *(other.strategy for other in plan.alternatives)):
             refused = refusals(dataclasses.replace(plan, strategy=strategy), to)
             assert [rejected.detail for rejected in refused] == [], strategy.degrees.label()

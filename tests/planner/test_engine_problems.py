@@ -7,12 +7,15 @@ from typing import NamedTuple
 
 import pytest
 
+from planner.engine_changes import accepted
 from planner.engine_rules import (
     ENGINE_PROBLEM_RULES,
     problem_refused,
 )
 from planner.model import Norm
 from planner.problem import PlanningProblem
+from planner.repairs import why_infeasible
+from planner.resolve import Effort
 from planner.rules import broken_rule, broken_rules
 from planner.search.space import Pins, shapes
 from planner.stack import Engine
@@ -95,3 +98,36 @@ def test_every_rule_of_problems_has_a_case() -> None:
     known = {(engine, rule.__name__) for engine, rules in ENGINE_PROBLEM_RULES.items() for rule in rules}
     assert {(case.engine, case.rule) for case in PROBLEM_CASES} == known
     assert all(rule.__doc__ for rules in ENGINE_PROBLEM_RULES.values() for rule in rules)
+
+
+FLAGS = {
+    "megatron_adapters": {"--method finetune", "--engine native", "--engine deepspeed"},
+    "deepspeed_precision": {
+        "--precision bf16",
+        "--engine native",
+        "--engine megatron",
+        "--engine torchtitan",
+    },
+    "megatron_model": {"--engine native", "--engine deepspeed"},
+}
+
+
+@pytest.mark.parametrize("case", PROBLEM_CASES, ids=lambda case: f"{case.rule}-{case.says[0]}")
+def test_changes_that_an_engine_accepts(case: ProblemCase) -> None:
+    """Precision, method, optimizer or another engine; none where nothing is refused."""
+    changes = list(accepted(case.illegal))
+    assert not any(problem_refused(change.problem) for change in changes)
+    assert {change.flag for change in changes} >= FLAGS.get(case.rule, set())
+    assert all(change.problem.stack.engine is change.problem.limits.engine for change in changes[-1:])
+    assert not list(accepted(case.legal))
+
+
+def test_what_would_help_an_engine_is_a_plan_that_it_can_run() -> None:
+    """The binding rule is named, and every repair keeps the rules of its engine."""
+    for problem, rule in (
+        (held(D, precision=Precision.FP8), "deepspeed_precision"),
+        (dataclasses.replace(held(D, seq=2048), memory_limit_bytes=1 << 29), "memory"),
+    ):
+        answer = why_infeasible(problem, Pins(), Effort(each_s=None, total_s=None))
+        assert answer.binding.rule == rule
+        assert answer.repairs and all(repair.verified for repair in answer.repairs)

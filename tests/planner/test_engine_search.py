@@ -26,7 +26,7 @@ from planner.search.objective import solve_for
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import parse_pins
 from planner.stack import Engine, Stack
-from planner.strategy import Recompute, Strategy
+from planner.strategy import Offload, Recompute, Strategy
 from planner.workload import Precision
 
 from . import instances
@@ -161,6 +161,32 @@ def test_no_recipe_that_fits_is_told_with_its_rule() -> None:
         solve_for_engine(problem, pinned("recompute=selective"))
     assert "deepspeed_recompute" in str(caught.value) and "recompute=none or full" in str(caught.value)
     assert caught.value.exit_code == 3
+
+
+def hosted(engine: Engine) -> PlanningProblem:
+    """A problem on devices whose way to host memory is known."""
+    device = dataclasses.replace(instances.device(), host_link_bytes_per_s=1e10)
+    return on(instances.problem(on=instances.cluster(of=device)), engine)
+
+
+@pytest.mark.parametrize("engine", [Engine.MEGATRON, Engine.DEEPSPEED])
+def test_what_is_pinned_to_host_memory_is_there(engine: Engine) -> None:
+    """Recipes of the engine keep it, too: here the search's own plan mixes options, which DeepSpeed cannot."""
+    problem = hosted(engine)
+    plan = solve_for_engine(problem, pinned("offload=optimizer"))
+    strategies = [plan.strategy, *(other.strategy for other in plan.alternatives)]
+    assert {offload for each in strategies for offload in each.offloads} == {Offload.OPTIMIZER}
+    assert all(each.offloads for each in strategies)
+
+
+def test_offloading_that_an_engine_lacks_is_told_by_its_rule() -> None:
+    for engine, rule in (
+        (Engine.MEGATRON, "megatron_offload_layers"),
+        (Engine.TORCHTITAN, "torchtitan_offload"),
+    ):
+        with pytest.raises(InfeasibleError) as caught:
+            solve_for_engine(hosted(engine), pinned("offload=activations", "pp=1"))
+        assert rule in str(caught.value)
 
 
 def test_a_plan_names_its_engine_and_is_checked_by_its_rules() -> None:
