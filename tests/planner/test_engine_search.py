@@ -171,7 +171,7 @@ def hosted(engine: Engine) -> PlanningProblem:
 
 @pytest.mark.parametrize("engine", [Engine.MEGATRON, Engine.DEEPSPEED])
 def test_what_is_pinned_to_host_memory_is_there(engine: Engine) -> None:
-    """Recipes of the engine keep it, too: here the search's own plan mixes options, which DeepSpeed cannot."""
+    """Recipes of the engine keep it, too, where the search's own plan mixes options."""
     problem = hosted(engine)
     plan = solve_for_engine(problem, pinned("offload=optimizer"))
     strategies = [plan.strategy, *(other.strategy for other in plan.alternatives)]
