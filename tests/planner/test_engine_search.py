@@ -19,6 +19,7 @@ from planner.plan import decode_plan, encode_plan
 from planner.plan_check import check_plan
 from planner.problem import PlanningProblem
 from planner.profile import PROFILE_SCHEMA, Constant, LayerKind, LayerSample, Profile
+from planner.resolve import Clock, Effort, resolved
 from planner.rules import broken_rules
 from planner.runs.engine_stack import engine_stack, fitted_framework, priced_as
 from planner.search.engine_search import solve_for_engine
@@ -186,7 +187,15 @@ def test_offloading_that_an_engine_lacks_is_told_by_its_rule() -> None:
     ):
         with pytest.raises(InfeasibleError) as caught:
             solve_for_engine(hosted(engine), pinned("offload=activations", "pp=1"))
-        assert rule in str(caught.value)
+        assert rule in str(caught.value) and "Without this rule" not in str(caught.value)
+
+
+def test_a_changed_problem_is_solved_again_for_its_engine() -> None:
+    """Of what an explanation solves, too, the engine runs every plan."""
+    for seed in range(4):
+        problem = asked(seed, Engine.DEEPSPEED)
+        solved = resolved(problem, parse_pins(()), Clock(Effort(each_s=None, total_s=None)))
+        assert solved is not None and not broken_rules(problem, solved.strategy)
 
 
 def test_a_plan_names_its_engine_and_is_checked_by_its_rules() -> None:
