@@ -26,6 +26,7 @@ OPTIMIZERS = {
 }
 """Values of `optim` (OptimizerNames of transformers/training_args.py)."""
 
+
 def trainer_files(plan: Plan, deepspeed: str | None = None, full_by_fsdp: bool = False) -> list[ExportFile]:
     """training_args.json, and for adapters lora_config.json."""
     files = [ExportFile(name=ARGUMENTS_FILE, text=_json(_arguments(plan, deepspeed, full_by_fsdp)))]
