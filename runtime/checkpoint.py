@@ -61,7 +61,7 @@ def save_checkpoint(
         quiet = contextlib.nullcontext() if dist.is_initialized() else _quiet_alone()
         with _reasons("written"), quiet:
             state_dict_saver.save(
-                dict(_leaves(state)),
+                flattened(state),
                 storage_writer=writer,
                 planner=planner,
                 process_group=group,
@@ -82,7 +82,7 @@ def load_checkpoint(path: Path, index: CheckpointIndex, state: State) -> dict[st
     Every rank calls it. Raises InputError on every rank with every tensor that the checkpoint lacks or
     holds in another shape.
     """
-    flat = dict(_leaves(state))
+    flat = flattened(state)
     wanted = {name: leaf for name, leaf in flat.items() if not isinstance(leaf, Tensor) or leaf.numel()}
 
     def load() -> None:
@@ -100,8 +100,16 @@ def load_checkpoint(path: Path, index: CheckpointIndex, state: State) -> dict[st
     return result
 
 
+def flattened(state: State) -> dict[str, Any]:
+    """Nested state as values by name, tensors cut off from autograd; of such a state, itself.
+
+    What is saved behind the steps goes through this first: a DTensor that is cut off works out its layout on
+    fake tensors, which in a thread of its own ends a forked process of torch 2.11.
+    """
+    return dict(_leaves(state))
+
+
 def _leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Names and values of nested state, tensors cut off from autograd."""
     for key, value in state.items():
         name = f"{prefix}/{key}" if prefix else str(key)
         if isinstance(value, Mapping):
@@ -109,7 +117,7 @@ def _leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Any]]:
         elif isinstance(value, (list, tuple)):
             yield from _leaves({str(place): item for place, item in enumerate(value)}, name)
         elif isinstance(value, Tensor):
-            yield name, value.detach()
+            yield name, value.detach() if value.requires_grad else value
         else:
             assert value is None or isinstance(value, (bool, int, float, str)), (name, type(value))
             yield name, value

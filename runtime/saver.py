@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from runtime.checkpoint import save_checkpoint
+from runtime.checkpoint import flattened, save_checkpoint
 from runtime.committed import Value
 
 WRITE_TIMEOUT_S = 3600.0
@@ -54,7 +54,7 @@ class Saver:
         begin_s = time.monotonic()
         try:
             if self.behind:
-                self._start(state, step, run)
+                self._start(flattened(state), step, run)
             else:
                 self._save(state, step, run, None)
         finally:
