@@ -9,6 +9,8 @@ the engine does otherwise:
   into what reads it; so do Megatron's fused SwiGLU and GELU.
 - Selective recomputation is the engine's own (planner.stack.Selective). What is traded for heads
   (planner.cost.context.traded_bytes) it trades again, unless it recomputes the MLP alone.
+- The own runtime's pass back frees what it has used up before it forms more (planner.cost.between), as was
+  traced on shapes alone.
 - The loss over a sharded vocabulary takes 6 bytes a logit more at its worst than the whole one does in
   torch's loss_parallel (18, not 12: shifted logits, their exponentials and a copy for the sum). Where ranks
   gather the logits instead, each holds all of them.
@@ -21,6 +23,7 @@ from __future__ import annotations
 import math
 
 from planner.attention import Attention
+from planner.cost.between import formed_values, widest_values
 from planner.cost.chunked_loss import chunk_logits
 from planner.cost.context import both_sides_bytes, traded_bytes
 from planner.cost.layer import LayerCost, LayerShape, block_saved_bytes
@@ -86,14 +89,14 @@ def _chunked_bytes(
     Instead of logits their gradients stay from the forward pass: of the head's input and of its weights.
     Source: Liger Kernel, arXiv 2410.10989 (FusedLinearCrossEntropy: h/V of the tokens at a time); the own
     runtime's chunks are planner.cost.chunked_loss'. There a logit takes, besides what the product gives, its
-    value in fp32 and the exponential of it; compiled, the gradient alone.
+    exponential in fp32, and in 16 bits its gradient; compiled, the gradient alone.
     """
     size = shape.precision.compute_bytes
     vocab, kept = model.vocab_shard(shape.tp), 4.0 + (size if size < 4 else 0)
     if stack.liger:
         chunk = constants.loss_bytes * vocab * shape.tokens / math.ceil(model.vocab / model.token_width)
     else:
-        beside = size if stack.compiled else 8.0 if size < 4 else 4.0
+        beside = size if stack.compiled else 4.0 + (size if size < 4 else 0.0)
         chunk = (size + beside) * chunk_logits(shape.tokens, vocab)
     gradients = size * (shape.tokens * model.token_width + vocab * model.token_width)
     return replaced(
@@ -119,10 +122,13 @@ def _block_bytes(
         kept = constants.activation_scale * analytic
     if shape.recompute is Recompute.SELECTIVE:
         kept = _selective_bytes(whole, plain - analytic, block, shape, stack, constants)
+    each = shape.precision.compute_bytes * shape.tokens
     working = cost.backward_transient_bytes - (plain - analytic) + _gathered_bytes(block, shape, stack)
     if stack.liger and isinstance(block.mlp, Mlp):
         stream = block.hidden / (shape.tp if shape.sequence_parallel else 1)
-        working = shape.precision.compute_bytes * shape.tokens * (2 * stream + block.mlp.width / shape.tp)
+        working = each * (2 * stream + block.mlp.width / shape.tp)
+    elif stack.engine is Engine.NATIVE:
+        working += each * (formed_values(block, shape) - widest_values(block, shape)) / shape.tp
     working *= constants.transient_scale
     return replaced(
         cost,

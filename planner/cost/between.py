@@ -68,3 +68,10 @@ def widest_values(block: Block, shape: LayerShape) -> float:
     """Values a token that live for a moment at the widest place: one and a half times its products."""
     mixing, feeding = _sublayers_kept(block, shape)
     return 1.5 * max(k.products + k.whole + k.routed for k in mixing + feeding)
+
+
+def formed_values(block: Block, shape: LayerShape) -> float:
+    """Values a token that a pass back forms at the widest place, less those that it has used up there: the
+    gradients of an MLP's product and of its two factors, without the product. As many as the products."""
+    mixing, feeding = _sublayers_kept(block, shape)
+    return max([*(k.products + k.whole for k in mixing), *(k.products for k in feeding)])

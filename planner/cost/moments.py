@@ -7,8 +7,10 @@ largest unit:
     native       the largest of, with G' = G once a pass back is done, and A = a s + w d + messages
       forward    W + O + G' + A + T_forward + gathered units (see _native_gathered)
       head       W + O + G' + A + 4 U_head (1 + 1/n), its gradients being reduced
-      block j    W + O + G' + A - s + s_j + T_block + some of its gradients, units gathered and reduced; or
-                 all of its gradients, its activations being gone
+      block j    W + O + G' + A - s + s_j + T_block + some of its gradients, units gathered, and what is
+                 reduced: the block behind or the head, under ZeRO 0 and 1 behind a step's last pass alone,
+                 beside which a rank of one stage has nothing in flight; or all of its gradients, its
+                 activations being gone. Experts that are a unit of their own run back and are reduced first
       step       G and O beside W without the copies that ZeRO 0 to 2 gather
     megatron,    W + G + O + a s + T; gradients lie in buffers of their own from the start. Under ZeRO 3 with
     deepspeed    gathered units as native
@@ -38,6 +40,7 @@ from planner.cost.chunked_loss import chunk_logits
 from planner.cost.flight import InFlight
 from planner.cost.seconds import larger
 from planner.cost.stage import ShapeModel
+from planner.cost.stage_bytes import apart_params
 from planner.cost.stage_cost import StageCost
 from planner.cost.states import ParamBytes
 from planner.stack import Engine
@@ -100,27 +103,34 @@ def least_pass_bytes(
     engine = shape.problem.stack.engine
     if engine is Engine.TORCHTITAN:
         return 0.0
-    unit = _least_unit(shape)
     each = [shape.block(own, option) for own in ([key] if key else shape.classes) for option in options]
     running = min(cost.backward_transient_bytes for cost in each)
     if engine is not Engine.NATIVE:
-        return running + _unit_buffer_bytes(shape, unit)
+        return running + _unit_buffer_bytes(shape, min(own.params for own in shape.block_units.values()))
     reduced = reducing_bytes(shape) - max(cost.saved_bytes for cost in each) if behind else 0.0
-    return running + _native_unit_bytes(shape, unit, FIRST_GRADIENTS) + larger(reduced, 0.0)
+    unit = min(_native_unit_bytes(shape, *parts, FIRST_GRADIENTS) for parts in _unit_parts(shape))
+    return running + unit + larger(reduced, 0.0)
 
 
 def reducing_bytes(shape: ShapeModel) -> float:
     """What reducing the gradients of a block takes at least, less the copy of its weights that is freed:
-    native alone, where another block runs back meanwhile."""
-    if shape.problem.stack.engine is not Engine.NATIVE:
+    native alone, where another block runs back meanwhile. 0 where a stage may do so with less in flight."""
+    if shape.problem.stack.engine is not Engine.NATIVE or (shape.degrees.pp > 1 and _reduces_once(shape)):
         return 0.0
-    copies = (_freed_copy(shape, begun=begun) for begun in (False, True))
-    return larger((_native_reduced(shape) - max(copies)) * _least_unit(shape), 0.0)
+    copy = max(_freed_copy(shape, begun=begun) for begun in (False, True))
+    reduced = _native_reduced(shape)
+    return larger(min(reduced * rest - copy * (rest + apart) for rest, apart in _unit_parts(shape)), 0.0)
 
 
-def _least_unit(shape: ShapeModel) -> float:
-    """Parameters of the smallest class of blocks."""
-    return min(own.params for own in shape.block_units.values())
+def _unit_parts(shape: ShapeModel) -> list[tuple[float, float]]:
+    """Parameters of each class of blocks: of its unit, and of experts that are one of their own."""
+    found = [(own.params, apart_params(shape, own)) for own in shape.block_units.values()]
+    return [(params - apart, apart) for params, apart in found]
+
+
+def _reduces_once(shape: ShapeModel) -> bool:
+    """Whether gradients are reduced behind a step's last pass back alone, of several."""
+    return shape.degrees.zero <= Zero.OPTIMIZER and shape.degrees.num_micro_batches > 1
 
 
 def stage_pass_bytes(shape: ShapeModel, stage: StageCost) -> float:
@@ -135,13 +145,15 @@ def _native_reduced(shape: ShapeModel) -> float:
     return 4 * (1 + 1 / shape.degrees.weight_shards) if shape.degrees.replicas > 1 else 0.0
 
 
-def _native_unit_bytes(shape: ShapeModel, unit: float, made: float) -> float:
-    """What native holds of a unit while it runs back: those of its gradients that are `made`, a share, in the
-    compute precision, which wait for the last of them (where nothing is wrapped each is added up at once),
-    and what ZeRO 3 gathered."""
+def _native_unit_bytes(shape: ShapeModel, rest: float, apart: float, made: float) -> float:
+    """What native holds of a block's weights while it runs back: those of its gradients that are `made`, a
+    share, in the compute precision, which wait for the last of them (where nothing is wrapped each is added
+    up at once), and what ZeRO 3 gathered: them, and the message of those in the unit to come next. Experts
+    that are a unit `apart` run back before the `rest`, which comes next then."""
     degrees, size = shape.degrees, shape.problem.workload.precision.compute_bytes
     wrapped = degrees.replicas > 1 or size < 4
-    return (made * size * wrapped + 2 * size * (degrees.zero is Zero.PARAMETERS)) * unit
+    gathered = (2 * rest + apart) * (degrees.zero is Zero.PARAMETERS)
+    return size * (made * (rest + apart) * wrapped + gathered)
 
 
 def _freed_copy(shape: ShapeModel, *, begun: bool) -> float:
@@ -200,32 +212,61 @@ def _copy_bytes(shape: ShapeModel) -> float:
     return size
 
 
-def _native_pass_bytes(
-    shape: ShapeModel, stage: StageCost, kept: ParamBytes, *, begun: bool, waits: bool
-) -> float:
+def _native_pass_bytes(shape: ShapeModel, stage: StageCost, kept: ParamBytes, flight: InFlight) -> float:
     """The most that a pass needs beside the states that exist and what is in flight: the worst forward pass,
-    the reduction of the head, the backward passes of blocks. `waits` says whether anything waits for its
-    weight gradients."""
+    the reduction of the head, the backward passes of blocks. Where a step reduces once, nothing else is alive
+    then on a rank of one stage."""
     head = shape.head_unit.params if stage.holds_head else 0.0
     window = _window_bytes(stage)
     moments = [window + stage.forward_transient_bytes + _native_gathered(shape, stage, head)]
-    reduced = _native_reduced(shape)
+    reduced, copy = _native_reduced(shape), _freed_copy(shape, begun=flight.begun)
+    alone = _reduces_once(shape) and shape.degrees.chunks == 1
+    gone = larger(flight.alive - 1, 0) * stage.saved_bytes if alone else 0.0
     if stage.holds_head:
-        moments.append(window + reduced * shape.head_unit.trained)
-    unit, copy = stage.largest_block_params, _freed_copy(shape, begun=begun)
+        moments.append(window + reduced * shape.head_unit.trained - gone)
     for index in _blocks_to_try(stage.blocks):
         behind = stage.blocks - 1 - index
-        start = stage.block_transient_bytes + _native_unit_bytes(shape, unit, FIRST_GRADIENTS)
-        end = shape.working_bytes + _native_unit_bytes(shape, unit, 1.0)
-        own = _kept_until(stage, index) + larger(start, end - stage.block_saved_bytes / stage.blocks)
-        if behind:
-            own += reduced * unit - copy * unit * behind
-        if waits:  # and so does what the running pass leaves
+        before = reduced * (stage.largest_block_params - stage.largest_apart_params)
+        if not behind:
+            before = larger(reduced - copy, 0.0) * _head_apart(shape, stage)
+        own = _native_block_bytes(shape, stage, before, reduced * stage.largest_apart_params)
+        if alone:
+            own = larger(own - gone, _native_block_bytes(shape, stage, 0.0, 0.0))
+        if not index:
+            own += _embedding_message_bytes(shape, stage, head)
+        own += _kept_until(stage, index) - stage.saved_bytes - copy * stage.largest_block_params * behind
+        if flight.waiting:  # and so does what the running pass leaves
             own += stage.waiting_bytes * behind / stage.blocks
-        if not begun:
+        if not flight.begun:
             own += kept.grads * behind / stage.blocks * (1 - head / larger(stage.params, 1.0))
-        moments.append(own - stage.saved_bytes)
+        moments.append(own)
     return larger(*moments)
+
+
+def _native_block_bytes(shape: ShapeModel, stage: StageCost, before: float, experts: float) -> float:
+    """What a block needs to run back, beside what is kept and so many bytes in which gradients are reduced:
+    of what ran back `before` it, and in the end, if they are a unit, of its own `experts`."""
+    apart = stage.largest_apart_params
+    rest = stage.largest_block_params - apart
+    start = stage.block_transient_bytes + _native_unit_bytes(shape, rest, apart, FIRST_GRADIENTS)
+    end = shape.working_bytes + _native_unit_bytes(shape, rest, 0.0, 1.0)
+    end -= stage.block_saved_bytes / stage.blocks
+    return larger(start + before, end + (experts if apart else before))
+
+
+def _embedding_message_bytes(shape: ShapeModel, stage: StageCost, head: float) -> float:
+    """What ZeRO 3 has of the embedding's weights on their way while the first block runs back, beyond a
+    block's."""
+    if shape.degrees.zero is not Zero.PARAMETERS:
+        return 0.0
+    size, rest = shape.problem.workload.precision.compute_bytes, stage.largest_block_params
+    return size * larger(stage.end_params - head - (rest - stage.largest_apart_params), 0.0)
+
+
+def _head_apart(shape: ShapeModel, stage: StageCost) -> float:
+    """Parameters of a head that is a unit of its own: not the one whose weight the stage's embedding has."""
+    tied = shape.problem.model.tied_embeddings and shape.degrees.stages == 1
+    return shape.head_unit.trained if stage.holds_head and not tied else 0.0
 
 
 def _native_gathered(shape: ShapeModel, stage: StageCost, head: float) -> float:
@@ -291,7 +332,7 @@ class StageMemory:
     def __init__(self, shape: ShapeModel, stage: StageCost) -> None:
         self.shape, self.stage = shape, stage
         self.kept = resident(shape, stage)
-        self._passes: dict[tuple[bool, bool], float] = {}
+        self._passes: dict[tuple[bool, bool, int], float] = {}
 
     @property
     def late_bytes(self) -> float:
@@ -326,9 +367,9 @@ class StageMemory:
             moments = _unit_moments(shape, stage, flight.alive, kept)
             return larger(self._step_bytes, *moments) + shape.memory.workspace_bytes
         if shape.problem.stack.engine is Engine.NATIVE:
-            begun, waits = known = flight.begun, flight.waiting > 0
+            known = flight.begun, flight.waiting > 0, flight.alive
             if known not in self._passes:
-                self._passes[known] = _native_pass_bytes(shape, stage, kept, begun=begun, waits=waits)
+                self._passes[known] = _native_pass_bytes(shape, stage, kept, flight)
             messages = flight.messages * shape.messages.boundary_bytes()
             return larger(self._step_bytes, self.held_bytes(flight) + messages + self._passes[known])
         alive_bytes = flight.kept_bytes(stage) + min(flight.alive, 1) * _window_bytes(stage)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from planner.cost.passes import Unit
 from planner.cost.seconds import larger, smaller
 from planner.cost.waiting import most_waits, waiting_bytes
 from planner.model import Block
@@ -26,17 +27,24 @@ def stage_bytes(
     saved = sum(count * cost.saved_bytes for cost, count in each)
     widest = larger(*(cost.backward_transient_bytes * (count > 0) for cost, count in each))
     forward = larger(*(cost.forward_transient_bytes * (count > 0) for cost, count in each))
+    largest = max((shape.block_units[key] for key in blocks), key=lambda unit: unit.params)
     ends = [shape.embedding_unit.params] * first + [shape.head_unit.params] * last
     return {
         "saved_bytes": saved + sum(cost.saved_bytes for cost in ends_of),
         "forward_transient_bytes": larger(forward, *(cost.forward_transient_bytes for cost in ends_of)),
         "backward_transient_bytes": larger(widest, *(cost.backward_transient_bytes for cost in ends_of)),
         "end_params": sum(ends) - shape.tied_params(first, last) * bool(ends),
-        "largest_block_params": max(shape.block_units[key].params for key in blocks),
+        "largest_block_params": largest.params,
+        "largest_apart_params": apart_params(shape, largest),
         "block_saved_bytes": saved,
         "block_transient_bytes": widest,
         "waiting_bytes": sum(count * shape.waiting_bytes[choice] for choice, count in chosen),
     }
+
+
+def apart_params(shape: KindLayers | ShapeModel, unit: Unit) -> float:
+    """Parameters of a block's experts where these are a unit of their own, reduced before the rest of it."""
+    return unit.routed_trained if shape.degrees.spreads_experts else 0.0
 
 
 def block_waiting_bytes(shape: KindLayers, key: str, option: Recompute) -> float:

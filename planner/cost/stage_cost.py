@@ -33,7 +33,8 @@ class StageCost:
     after the reduction of all stages. `copied_s` of `reduce_s` sums the gradients of key-value heads over
     the tensor-parallel ranks that have copies of them. `params` are those of one device's shard by tensor
     and expert parallelism, before any sharding over data ranks; `end_params` those of embedding and head
-    among them, `routed_params` those of routed experts. `saved_bytes` are kept for each micro-batch;
+    among them, `routed_params` those of routed experts, `largest_apart_params` those of the largest block's
+    experts where they are a unit of their own. `saved_bytes` are kept for each micro-batch;
     `block_saved_bytes` of them by blocks; `waiting_bytes` from its input gradients to its weight gradients,
     where a schedule puts those off and the engine holds less for them. `frozen` weights have no gradients:
     those of adapters beside them alone. `hosted` says what of the stage lies in host memory, where something
@@ -56,6 +57,7 @@ class StageCost:
     end_params: float = 0.0
     routed_params: float = 0.0
     largest_block_params: float = 0.0
+    largest_apart_params: float = 0.0
     block_saved_bytes: float = 0.0
     block_transient_bytes: float = 0.0
     waiting_bytes: float = 0.0

@@ -154,6 +154,7 @@ def loss_and_gradients(
             torch.mm(gradient.T, x, out=weight)
         elif weight is not None:
             weight.addmm_(gradient.T, x)
+        del gradient  # else it lives beside the next chunk's logits
     return LossAndGradients(loss, hidden, weight, bias)
 
 
@@ -204,8 +205,11 @@ def _chunk(
 
 
 def _statistics(logits: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-    """log sum exp of each row, and the logit at `place` [T, 1], in fp32."""
-    return logits.float().logsumexp(1), logits.gather(1, place)[:, 0].float()
+    """log sum exp of each row, and the logit at `place` [T, 1], in fp32. One value in fp32 a logit is formed:
+    torch's own logsumexp forms two."""
+    top = logits.amax(1, keepdim=True).float()
+    shifted = logits.float().sub_(top) if logits.dtype is not torch.float32 else logits - top
+    return shifted.exp_().sum(1).log_().add_(top[:, 0]), logits.gather(1, place)[:, 0].float()
 
 
 def _softmax(logits: Tensor, lse: Tensor, share: Tensor) -> Tensor:
