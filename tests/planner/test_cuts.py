@@ -34,9 +34,11 @@ def tight(seed: int, fix: tuple[str, ...], pp: int, *, mixed: bool) -> Iterator[
 
 
 def cuts_with_times(space: StageSpace) -> list[tuple[float, Cut]]:
-    """Every cut whose stages have recipes, and its step time."""
+    """Every cut of the space whose stages have recipes, and its step time."""
     found = []
     for cut in all_cuts(space.layers, space.degrees.stages):
+        if not all(first in space.near(stage) for stage, (first, _) in enumerate(cut)):
+            continue
         each = [space.recipe(stage, span) for stage, span in enumerate(cut)]
         columns = tuple(column for column in each if column is not None)
         if len(columns) == len(cut):

@@ -125,7 +125,7 @@ def test_the_best_deal_with_trades_is_no_slower_and_fits(
 ) -> None:
     """And its time is that of its replay; some are faster."""
     compared = faster = 0
-    for seed, space in cases(pipe, range(24)):
+    for seed, space in cases(pipe, range(30)):
         even = tuple(b - a for a, b in itertools.pairwise(space.even))
         found = Dealer(space).best(even, float("inf"))
         with monkeypatch.context() as patched:
