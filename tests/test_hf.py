@@ -93,11 +93,16 @@ def test_synonyms_are_read_and_must_agree() -> None:
     assert read_config(nested, source="c", name="x").rope_theta == 7e5
 
 
-def test_what_is_not_described_is_said_in_the_sources() -> None:
-    config = {**LLAMA, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "some_new_key": 1}
-    notes = " ".join(read_config(config, source="c", name="x", sources=("here",)).sources)
-    assert notes.startswith("here")
-    assert "rope_scaling" in notes and "some_new_key" in notes
+def test_what_is_not_described_is_said() -> None:
+    """Keys in the sources; ways to stretch rotary frequencies where it is said what cannot be trained."""
+    known = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}
+    config = {**LLAMA, "rope_scaling": known, "some_new_key": 1}
+    model = read_config(config, source="c", name="x", sources=("here",))
+    notes = " ".join(model.sources)
+    assert notes.startswith("here") and "some_new_key" in notes and "rope_scaling" not in notes
+    assert not model.arithmetic.unexpressed
+    other = read_config({**config, "rope_scaling": {"rope_type": "spiral"}}, source="c", name="x")
+    assert "rotary frequencies are stretched by 'spiral'" in " ".join(other.arithmetic.unexpressed)
     assert read_config(LLAMA, source="c", name="x", sources=("here",)).sources == ("here",)
 
 

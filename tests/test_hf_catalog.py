@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from planner import catalog
+from planner.arithmetic import RopeKind
 from planner.codec import decode, load_toml_object
 from planner.errors import InputError
 from planner.hf import FAMILIES, WRAPPERS, read_config
@@ -96,3 +97,18 @@ def test_rotary_bases_are_those_of_the_published_configs(name: str, base: float)
     """Not those that a library has where a config says none. Where they were read is in the index."""
     assert catalog.load_model(name).rope_theta == base
     assert base in (1e4, 5e5) or any("rope_theta" in source for source in INDEX[name].sources)
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [
+        *(("llama-3.1-8b", 8.0), ("llama-3.1-70b", 8.0), ("llama-3.1-405b", 8.0), ("llama-3.3-70b", 8.0)),
+        ("llama-3.2-1b", 32.0),
+    ],
+)
+def test_llamas_of_131072_positions_scale_their_rotary_frequencies(name: str, factor: float) -> None:
+    scaling = catalog.load_model(name).arithmetic.rope_scaling
+    assert scaling is not None and scaling.kind is RopeKind.LLAMA3
+    assert (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor) == (factor, 1.0, 4.0)
+    assert scaling.original_positions == 8192
+    assert catalog.load_model("llama-3-8b").arithmetic.rope_scaling is None

@@ -29,7 +29,8 @@ _INERT = """
     mamba_ssm_cache_dtype mamba_ssm_dtype mamba_hidden_act mamba_proj_bias moe_shared_expert_overlap
     num_logits_to_keep rescale_prenorm_residual use_routing_bias shared_intermediate_size image_token_id
     video_token_id vision_start_token_id vision_end_token_id vision_token_id image_token_index
-    indexer_rope_interleave unsloth_fixed unsloth_version rope_parameters max_sequence_length
+    indexer_rope_interleave unsloth_fixed unsloth_version rope_parameters rope_scaling
+    max_sequence_length
     """
 
 INERT = frozenset(_INERT.split())
@@ -39,8 +40,6 @@ _WITHOUT_MTP = "without multi-token prediction, of which the config has {value}"
 
 NOTED: Mapping[str, tuple[Any, str]] = MappingProxyType(
     {
-        "rope_scaling": (None, "not described: rope_scaling = {value}"),
-        "rope_parameters.rope_type": ("default", "not described: rope_parameters.rope_type = {value}"),
         "quantization_config": (
             None,
             "published with quantised weights (quantization_config); training starts from dequantised ones",
