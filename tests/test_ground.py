@@ -36,7 +36,7 @@ def test_every_requirement_is_pinned_exactly() -> None:
 def test_planning_does_not_require_torch() -> None:
     names = [re.split(r"[<>=!~ ]", requirement)[0] for requirement in PYPROJECT["project"]["dependencies"]]
     assert not {"torch", "tokenizers", "safetensors"} & set(names)
-    assert len(names) <= 12
+    assert len(names) <= 13  # the last of them reads and writes the YAML of engines and schedulers
 
 
 def readme_lines() -> list[str]:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from planner.model import ModelSpec
 from planner.plan import Plan
 from runtime.checkpoint import load_checkpoint, save_checkpoint
-from runtime.children import ChildFailed, run_children
+from runtime.children import ChildFailed, Emit, run_children
 from runtime.committed import committed_folders, load_index
 from runtime.executor import Executor
 from runtime.local_ranks import join_group, run_local
@@ -60,8 +60,12 @@ def in_a_process(test: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
+        def body(_rank: int, _emit: Emit) -> None:
+            torch.set_num_threads(1)  # threads that the parent had are not there
+            test(*args, **kwargs)
+
         try:
-            for _ in run_children(lambda _rank, _emit: test(*args, **kwargs)):
+            for _ in run_children(body):
                 pass
         except ChildFailed as failure:
             pytest.fail(str(failure))
