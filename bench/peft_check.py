@@ -146,24 +146,37 @@ def own_logits(plan: Plan, base: Path, halves: dict[str, Tensor], tokens: Tensor
         return model(tokens)
 
 
+def by_transformers(folder: Path) -> Any:
+    """The model of transformers in a folder of this check's own: safetensors, and no code."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        attn_implementation="eager",
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+
+
 def with_peft(base: Path, adapter: Path) -> Any:
     """The model of transformers with peft's adapters of a folder; a key that is missing is an error."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    plain = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager", dtype=torch.float32)
+    plain = by_transformers(base)
     with warnings.catch_warnings():
         for category in (UserWarning, RuntimeWarning):
             warnings.simplefilter("error", category)
-        return PeftModel.from_pretrained(plain, adapter, is_trainable=True).eval()
+        adapted = PeftModel.from_pretrained(plain, adapter, is_trainable=True, local_files_only=True)
+    return adapted.train(False)
 
 
 def make_adapters(case: Case, plan: Plan, like: Path, folder: Path) -> None:
     """Adapters that peft makes and saves, of the modules of a run's, both halves drawn at random."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    plain = AutoModelForCausalLM.from_pretrained(case.base, dtype=torch.float32)
+    plain = by_transformers(case.base)
     modules = json.loads((like / "adapter_config.json").read_text())["target_modules"]
     turned = bool(names_of(plan.model).transposed)
     model = get_peft_model(
@@ -228,11 +241,9 @@ def apart(one: Tensor, other: Tensor) -> float:
 
 def merged_apart(case: Case, run_dir: Path, model: Any, tokens: Tensor) -> tuple[float, float]:
     """How far our merged weights, and their logits, are from peft's."""
-    from transformers import AutoModelForCausalLM
-
     out = case.folder / "merged"
     command("export-weights", str(run_dir), "-o", str(out), "--merge-adapters", str(case.base))
-    ours = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager", dtype=torch.float32).eval()
+    ours = by_transformers(out).train(False)
     theirs = model.merge_and_unload()
     weights, own = theirs.state_dict(), ours.state_dict()
     assert weights.keys() == own.keys()

@@ -13,9 +13,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from planner.plan import Plan, load_plan, save_plan
+from planner.report.earlier import EARLIER
 from runtime.committed import step_folder
 
-CHECKPOINTS, EARLIER, LOCK = "checkpoints", "earlier", ".lock"
+CHECKPOINTS, LOCK = "checkpoints", ".lock"
 PLAN, OPTIONS, METRICS, SUMMARY, TIMELINE = (
     "plan.json",
     "options.json",

@@ -11,6 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from planner.cli import cli
+from planner.commands.export import TO
+from planner.commands.import_config import FROM
 from planner.engines.recipes import every_kth, first_of_each
 from planner.errors import InputError, Problem
 from planner.export.argument_file import read_arguments
@@ -422,3 +424,9 @@ def test_the_command_estimates_and_compares(tmp_path: Path) -> None:
     assert broken.exit_code == 3
     rules = {each["rule"] for each in json.loads(broken.stdout)["violations"]}
     assert "deepspeed_pipeline_sharding" in rules
+
+
+def test_commands_offer_the_targets_that_there_are() -> None:
+    """Their names are written out there, so that help loads no engine's tables."""
+    assert set(TO) == set(TARGETS)
+    assert set(FROM) == {name for name, target in TARGETS.items() if not target.schedules}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from planner.commands.estimate import BROKEN_RULE_EXIT
 from planner.commands.options import json_option
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from planner.export.artifact import Export, ExportFile
     from planner.plan import Plan
 
-BROKEN_RULE_EXIT = 3
 TO = ("deepspeed", "megatron", "torchtitan", "accelerate", "slurm", "kubernetes", "skypilot")
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from planner.commands.estimate import BROKEN_RULE_EXIT
 from planner.commands.options import ProblemOptions, problem_options
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from planner.plan import Plan
     from planner.strategy import Strategy
 
-BROKEN_RULE_EXIT = 3
 DEFAULT_TIME_LIMIT_S = 30.0
 FROM = ("deepspeed", "megatron", "torchtitan", "accelerate")
 
