@@ -45,6 +45,7 @@ from planner.cost.schedule import fullest
 from planner.cost.stage import ShapeModel
 from planner.cost.states import offloaded_states, states_of
 from planner.cost.waiting import most_waits
+from planner.search.even_stages import even_factor
 from planner.stack import Engine
 from planner.strategy import Degrees, Offload, Recompute, Schedule, Zero
 
@@ -79,6 +80,18 @@ def live_at_least(
     alive, waiting = fullest(schedule, pp, chunks, num_micro_batches, waits)
     over = layers - len(alive)
     return Live(tuple(sorted(alive + (min(alive),) * over)), tuple(sorted(waiting + (min(waiting),) * over)))
+
+
+@lru_cache(maxsize=4096)
+def live_on_fullest(
+    schedule: Schedule, pp: int, chunks: int, num_micro_batches: int, waits: int, layers: int
+) -> Live:
+    """The same if all ranks were as full as the fullest, and stages even."""
+    alive, waiting = fullest(schedule, pp, chunks, num_micro_batches, waits)
+    ranks = [range(rank, pp * chunks, pp) for rank in range(pp)]  # whatever stages these are
+    most = max(ranks, key=lambda places: sum(alive[place] + waiting[place] for place in places))
+    each = [most[layer * chunks // layers] for layer in range(layers)]
+    return Live(tuple(sorted(alive[place] for place in each)), tuple(sorted(waiting[p] for p in each)))
 
 
 class Recomputing:
@@ -198,6 +211,17 @@ class BaseBound:
         if self._exclusive:
             span_s = max(span_s, degrees.num_micro_batches * self._fullest_s(degrees))
         return float(max(span_s, self.spread_s) + self._once_s * degrees.chunks + self.optimizer_s)
+
+    def even_s(self, degrees: Degrees) -> float:
+        """About what even stages take that all recompute what those of the fullest rank must, for which the
+        others wait; no bound. Infinite where these do not fit."""
+        pipe = degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches
+        waits, split = most_waits(self._stack, degrees), degrees.schedule.splits_every_backward
+        live = live_on_fullest(*pipe, waits, self._layers)
+        again_s = min(kind.again_s(live, split=split) for kind in self._kinds)
+        whole_s = max(self.whole_s, degrees.pp * self._fullest_s(degrees)) + again_s
+        span_s = max(whole_s * even_factor(degrees), self.spread_s)
+        return span_s + self._once_s * degrees.chunks + self.optimizer_s
 
     def _fullest_s(self, degrees: Degrees) -> float:
         """What the rank that takes longest takes at least for a micro-batch, blocks being whole: each goes

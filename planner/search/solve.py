@@ -34,6 +34,7 @@ from planner.problem import PlanningProblem
 from planner.search.alternatives import distinct, why_slower
 from planner.search.crew import Crew, processes_for
 from planner.search.dominance import without_dominated
+from planner.search.first_shapes import first_shapes
 from planner.search.frontier import Candidate, Frontier
 from planner.search.modeller import MEMORY, Base, Modeller, no_recipe, too_large
 from planner.search.open_shapes import OpenShapes
@@ -53,11 +54,9 @@ if TYPE_CHECKING:
     Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 OPTIMAL_GAP = 1e-6
-GREEDY_SHAPES = 4
-"""Shapes of each schedule, in order of their bound, that get an even split first: a good incumbent prunes the
-rest. Of each, since the bounds of some schedules are closer than those of others."""
-BETTER_SHAPES = 6
-"""Shapes, in order of that split's time, for which something better is looked for before any is searched."""
+BETTER_SHAPES, BETTER_WITHIN = 4, 1.1
+"""Shapes, in order of the time of an even split, for which something better is looked for before any is
+searched; of those within so many times the best."""
 LAG = 8
 """Shapes that are searched before what they find counts."""
 OVERRUN = 0.03
@@ -104,6 +103,7 @@ class Solver:
         self.found: list[Found] = []
         self.bounds_s: list[float] = []
         self._bases: dict[int, Base] = {}
+        self._modelled = cache(self._candidate)
 
     def solve(self) -> Plan:
         """The best plan. Raises InfeasibleError where no strategy keeps the rules and fits."""
@@ -119,17 +119,10 @@ class Solver:
         )
         if not self.space.complete:
             self.bounds_s.append(0.0)
-        numbers = np.arange(len(quick_s))
-        modelled = cache(self._candidate)
-        candidates = Frontier(quick_s, numbers, modelled, self._expired)
-        kinds = self._kinds()
-        by_kind = [
-            Frontier(quick_s[kinds == kind], numbers[kinds == kind], modelled, self._expired)
-            for kind in np.unique(kinds)
-        ]
+        candidates = Frontier(quick_s, np.arange(len(quick_s)), self._modelled, self._expired)
         crew = Crew(self._work, processes_for(len(quick_s)), self._expired, self._overdue)
         try:
-            self._begin(crew, by_kind)
+            self._begin(crew, first_shapes(self.space, quick_s, cache(self._promised), self._expired))
             out_of_time = self._search(crew, candidates)
         finally:
             crew.close()
@@ -229,6 +222,12 @@ class Solver:
         """The bound of a shape; None where it cannot fit."""
         return self.modeller.candidate(*self._of(number), number)
 
+    def _promised(self, number: int) -> Candidate | None:
+        """A shape as a candidate of about its time; None where it cannot fit."""
+        degrees, base = self._of(number)
+        candidate = self._modelled(number)
+        return candidate and candidate._replace(bound_s=max(candidate.bound_s, base.bound.even_s(degrees)))
+
     def _work(self, task: Task) -> ShapeResult:
         """The result of a task; it depends on nothing but the task."""
         degrees, base = self._of(task.number)
@@ -264,28 +263,13 @@ class Solver:
                 return found, evaluation
         raise InfeasibleError(self.rejections.why_infeasible(self.problem, self.shapes))
 
-    def _kinds(self) -> Ints:
-        """The schedule of each shape as a number, 0 without a pipeline."""
-        import numpy as np
-
-        numbers = {schedule: number for number, schedule in enumerate(Schedule, 1)}
-        kinds = [
-            0 if base.pp == 1 else numbers[schedule]
-            for base, pipes in zip(self.space.bases, self.space.pipes, strict=True)
-            for schedule, _ in pipes
-        ]
-        return np.asarray(kinds, dtype=np.int64)
-
-    def _begin(self, crew: Crew, by_kind: list[Frontier]) -> None:
-        """Even splits of the first shapes of every schedule, and better deals of the fastest."""
-        first = [[candidate.order for candidate in islice(kind, GREEDY_SHAPES)] for kind in by_kind]
-        greedy = self._all(crew, TaskKind.GREEDY, (number for kind in first for number in kind), float("inf"))
+    def _begin(self, crew: Crew, shapes: list[int]) -> None:
+        """Even splits of some shapes, and better deals of the fastest."""
+        greedy = self._all(crew, TaskKind.GREEDY, shapes, float("inf"))
         started = sorted((found.step_time_s, number) for number, found in greedy.items())
-        to_beat_s = started[0][0] if started else float("inf")
-        fastest = [number for _, number in started[:BETTER_SHAPES]]
-        of_kinds = [next((n for _, n in started if n in kind), None) for kind in first]
-        better = [*fastest, *(n for n in of_kinds if n is not None and n not in fastest)]
-        self._all(crew, TaskKind.BETTER, better, to_beat_s)
+        known_s = min((found.step_time_s for found in self.found), default=float("inf"))
+        better = [number for step_s, number in started if step_s < BETTER_WITHIN * known_s]
+        self._all(crew, TaskKind.BETTER, better[:BETTER_SHAPES], known_s)
 
     def _all(self, crew: Crew, kind: TaskKind, shapes: Iterable[int], to_beat_s: float) -> dict[int, Found]:
         """What a task of each of these shapes finds, if anything; it is kept."""
