@@ -221,7 +221,7 @@ class BaseBound:
         again_s = min(kind.again_s(live, split=split) for kind in self._kinds)
         whole_s = max(self.whole_s, degrees.pp * self._fullest_s(degrees)) + again_s
         span_s = max(whole_s * even_factor(degrees), self.spread_s)
-        return span_s + self._once_s * degrees.chunks + self.optimizer_s
+        return float(span_s + self._once_s * degrees.chunks + self.optimizer_s)
 
     def _fullest_s(self, degrees: Degrees) -> float:
         """What the rank that takes longest takes at least for a micro-batch, blocks being whole: each goes

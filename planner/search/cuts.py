@@ -117,7 +117,7 @@ class Cuts:
         import numpy as np
 
         self.space, self.stages, self.table = space, len(space.table), space.table
-        self.near = [np.asarray(space.near(boundary)) for boundary in range(self.stages + 1)]
+        self.near = [np.asarray(layers) for layers in space.near]
         self._own = [book.least_passes for book in space.books]
         each = {id(book): book.least_passes for book in space.books}.values()
         back = INPUT_GRAD if space.degrees.schedule.splits_every_backward else BACKWARD
@@ -173,7 +173,7 @@ class Cuts:
 
         kept, reached = [], np.asarray([0])
         for stage, each in enumerate(found):
-            held = self._recipes(stage, each.only(np.isin(each.firsts, reached)))
+            held = self._recipes(stage, each.only(_among(each.firsts, reached)))
             before, after = self._before_s[stage][:, held.firsts], self._after_s[stage + 1][:, held.ends]
             kept.append(held.only(self._least_s(stage, held, before, after) < within_s))
             reached = kept[-1].ends
@@ -243,17 +243,26 @@ def _chained(
     return found
 
 
+def _among(layers: Ints, reached: Ints) -> Any:
+    """Which of some layers, of which there is one at least, are reached; sooner than numpy.isin of a few."""
+    import numpy as np
+
+    known = np.zeros(max(layers.max(initial=0), reached.max(initial=0)) + 1, dtype=bool)
+    known[reached] = True
+    return known[layers]
+
+
 def _joined(found: list[_Held]) -> list[_Held] | None:
     """The spans that lie in whole cuts; None where there are none."""
     import numpy as np
 
     forth, reached = list[_Held](), np.asarray([0])
     for held in found:
-        forth.append(held.only(np.isin(held.firsts, reached)))
+        forth.append(held.only(_among(held.firsts, reached)))
         reached = forth[-1].ends
     back = list[_Held]()
     for held in reversed(forth):
-        back.append(held.only(np.isin(held.ends, reached)))
+        back.append(held.only(_among(held.ends, reached)))
         reached = back[-1].firsts
     return back[::-1] if all(len(held.ends) for held in back) else None
 

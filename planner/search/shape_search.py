@@ -327,8 +327,7 @@ class ShapeSearch:
         open and the ways are many."""
         if not tolerance or self.space.one_class or self.dealable or self.model.sharing is not None:
             return False
-        stages = range(self.degrees.stages)
-        return sum(len(ends) for s in stages for ends in self.space.spans(s, None)) > MAX_SEVERAL
+        return self.space.near_spans > MAX_SEVERAL
 
     def _may_beat(self, to_beat_s: float) -> bool:
         if self.space.one_class:

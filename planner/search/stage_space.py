@@ -173,20 +173,31 @@ class StageSpace:
         Of one class, blocks between the same ends cost the same: only their number matters.
         """
         if sizes is None:
-            firsts, ends = self.near(index), self.near(index + 1)
+            firsts, ends = self.near[index : index + 2]
             return [[(first, end) for end in ends if end > first] for first in firsts]
         least, most = sizes.stages[index]
         return [[self.span(index, size) for size in range(least, most + 1)]]
 
-    def near(self, boundary: int) -> list[int]:
-        """Layers near an even boundary where a stage may begin instead: an even stage to either side."""
+    @cached_property
+    def near(self) -> list[range]:
+        """Of each boundary the layers near the even one where a stage may begin: an even stage to either
+        side."""
         layers, stages = self.layers, self.degrees.stages
-        if boundary in (0, stages):
-            return [self.even[boundary]]
         reach = min(MAX_REACH, math.ceil(layers / stages))
-        middle = self.even[boundary]
-        low, high = max(boundary, middle - reach), min(layers - (stages - boundary), middle + reach)
-        return list(range(low, high + 1))
+        between = [
+            range(max(boundary, middle - reach), min(layers - (stages - boundary), middle + reach) + 1)
+            for boundary, middle in enumerate(self.even[1:-1], 1)
+        ]
+        return [range(1), *between, range(layers, layers + 1)]
+
+    @cached_property
+    def near_spans(self) -> int:
+        """How many spans near the even ones all stages may hold."""
+        return sum(
+            max(0, ends.stop - max(first + 1, ends.start))
+            for firsts, ends in pairwise(self.near)
+            for first in firsts
+        )
 
     # Cuts, where layers are of several classes
 
@@ -209,7 +220,8 @@ class StageSpace:
         bounds = [0]
         for stage in range(1, stages):
             wanted = done[-1] * speeds[stage] / speeds[-1]
-            nearest = min(range(layers + 1), key=lambda layer: abs(done[layer] - wanted))
+            behind = bisect.bisect_left(done, wanted, 1, layers)
+            nearest = behind - (wanted - done[behind - 1] <= done[behind] - wanted)
             bounds.append(min(max(nearest, bounds[-1] + 1), layers - (stages - stage)))
         return [*bounds, layers]
 
