@@ -6,7 +6,7 @@ With F, I and W of a stage a second each, v stages on each of p ranks and m micr
     GPipe, 1F1B, interleaved    3 (p - 1)
     ZB-H1                       max(p - 1, 2 p - 1 - m)          arXiv 2401.10241, table 1, where m >= p
     ZB-V                        max(p - 1, 4 p - 2 - 2 m)        no bubble but the way down to the last rank
-    DualPipeV                   4 (p - 1)                        github.com/deepseek-ai/DualPipe
+    DualPipeV                   2 (p - 1)                        github.com/deepseek-ai/DualPipe
 
 and the whole model 3 v p. Of few micro-batches the two zero-bubble schedules wait for the first to come back.
 """
@@ -29,5 +29,5 @@ def even_factor(degrees: Degrees) -> float:
         case Schedule.ZBV:
             bubble = max(p - 1, 4 * p - 2 - 2 * m)
         case Schedule.DUALPIPEV:
-            bubble = 4 * (p - 1)
+            bubble = 2 * (p - 1)
     return (3 * m * v + bubble) / (3 * v * p)

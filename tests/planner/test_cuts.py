@@ -37,7 +37,7 @@ def cuts_with_times(space: StageSpace) -> list[tuple[float, Cut]]:
     """Every cut of the space whose stages have recipes, and its step time."""
     found = []
     for cut in all_cuts(space.layers, space.degrees.stages):
-        if not all(first in space.near(stage) for stage, (first, _) in enumerate(cut)):
+        if not all(first in space.near[stage] for stage, (first, _) in enumerate(cut)):
             continue
         each = [space.recipe(stage, span) for stage, span in enumerate(cut)]
         columns = tuple(column for column in each if column is not None)
