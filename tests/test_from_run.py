@@ -153,7 +153,7 @@ def test_faults_of_several_runs_are_listed_at_once(tmp_path: Path) -> None:
     text = faults(call(*(word for path in paths for word in ("--from-run", str(path)))))
     for fault in ("is 99; this version reads", "line 1: is not a JSON", "holds no step", "no such file"):
         assert fault in text
-    assert "holds neither metrics.jsonl (plan train) nor wandb-summary.json" in text
+    assert "holds neither metrics.jsonl (plan train) nor run-ID.wandb" in text
 
 
 def test_a_resumed_run_counts_its_own_plan_and_each_step_once(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_local_folder_of_wandb_gives_settings_machine_and_last_figures(tmp_pat
     assert (run.tp, run.seq_len, run.global_batch, run.micro_batch) == (4, 4096, 64, 2)
     assert (run.precision, run.recompute) == ("bf16", "full")
     assert (run.step_time_s, run.peak_reserved_gib) == (2.5, 61.5)
-    assert "run-*.wandb" in result.output and "the last step alone" in run.notes
+    assert "no history (run-ID.wandb)" in result.output and "the last step alone" in run.notes
     assert not isinstance(run_problem(run, None), Rejected)
 
 

@@ -5,6 +5,8 @@ Later sources win: the plan or the tracker's settings, then what the user set. F
 logged it follows from the tokens a second:
 
     step time = sequence length x global batch / (tokens a second x devices it is stated for)
+
+and where a tracker logged neither, from the times of its entries and the steps between them.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,11 @@ DESCRIBING = ("device", "nodes", "gpus_per_node", "seq_len", "global_batch", "mi
 
 LAYOUT = ("tp", "pp", "zero", "recompute", "precision", "framework")
 """What is taken for granted where it is not found."""
+
+CLOCK = "_timestamp"
+COUNTERS = ("train/global_step", "trainer/global_step", "global_step", "train.global_step", "_step")
+"""When W&B was told of a step, in seconds, and the step's number: a trainer's own before W&B's count of
+entries."""
 
 PRECISIONS = {"bf16": r"bf16|bfloat16", "fp8": r"fp8|float8", "fp16": r"fp16|float16|^16", "fp32": r"32"}
 RECOMPUTES = {"true": "full", "1": "full", "false": "none", "0": "none", "": "none"}
@@ -241,6 +249,9 @@ def _step_times(
         values = _series(steps, name, problems)
         if size is None or values or problems:
             return [(size or 0.0) / value for value in values], name
+    clocked = _by_the_clock(steps)
+    if clocked:
+        return clocked, "the tracker's clock"
     logged = [name for step in log.steps for name in step.values]
     shown = ", ".join(list(dict.fromkeys(logged))[:12])
     problems.append(
@@ -252,6 +263,24 @@ def _step_times(
         )
     )
     return None
+
+
+def _by_the_clock(steps: Sequence[Logged]) -> list[float]:
+    """Seconds a step between entries of a tracker that stamps each with its time (W&B; seconds): what a
+    trainer that logs no rate leaves."""
+    names = {name for step in steps for name in step.values}
+    counter = next((name for name in COUNTERS if name in names), None)
+    stamps = [
+        (time_s, number)
+        for step in steps
+        if (time_s := _number(step.values.get(CLOCK))) is not None
+        and (number := _number(step.values.get(counter or ""))) is not None
+    ]
+    return [
+        (later_s - time_s) / (later - number)
+        for (time_s, number), (later_s, later) in pairwise(stamps)
+        if later > number and later_s > time_s
+    ]
 
 
 def _tokens_per_step(

@@ -1,8 +1,10 @@
 """RunLog: what a run left behind, read from its files, before anything is made of it.
 
 a folder with metrics.jsonl     of `plan train`: its metrics and its plan
-a folder with wandb-summary     of W&B: settings and the last step's figures; its history lies in
-.json                           run-*.wandb, which only the wandb package reads
+a folder with run-ID.wandb, or  of W&B: its history, settings and machine
+that file
+a folder with wandb-summary     of W&B without that file: settings and the last step's figures
+.json
 FILE.jsonl, FILE.json           one step a line, or a list of steps; plan.json or config.yaml beside it
 FILE.csv                        W&B's panel as CSV: a column a figure, `RUN - NAME` or plain names
 """
@@ -21,8 +23,10 @@ from planner.codec import load_json_object, noun, read_text
 from planner.errors import InputError, Problem
 from planner.history.flat_yaml import read_flat_yaml
 from planner.history.own_steps import ran_by
+from planner.history.wandb_file import read_wandb_file
 from planner.plan import Plan, load_plan
 
+WANDB = ".wandb"
 SUMMARY, METADATA, CONFIG = "wandb-summary.json", "wandb-metadata.json", "config.yaml"
 MAX_FAULTS = 20
 BANDS = re.compile(r"__(min|max)$", re.IGNORECASE)
@@ -61,6 +65,8 @@ def read_log(path: Path, plan: Plan | None) -> RunLog:
         return _read_folder(path, plan)
     kind = path.suffix.lower()
     remarks: tuple[str, ...] = ()
+    if kind == WANDB:
+        return _read_tracked(path, path.parent / "files", [path], plan)
     if kind == ".csv":
         steps = _csv_steps(path)
     elif kind in (".jsonl", ".ndjson", ".json"):
@@ -93,12 +99,13 @@ def _read_folder(path: Path, plan: Plan | None) -> RunLog:
     if (path / "metrics.jsonl").exists():
         return _read_trained(path, plan)
     files = path / "files" if (path / "files").is_dir() else path
-    if (files / SUMMARY).exists():
-        return _read_tracked(path, files, plan)
+    own = sorted({*path.glob(f"run-*{WANDB}"), *files.parent.glob(f"run-*{WANDB}")})
+    if own or (files / SUMMARY).exists():
+        return _read_tracked(path, files, own, plan)
     raise InputError(
         Problem(
             where=f"--from-run {path}",
-            fault=f"holds neither metrics.jsonl (plan train) nor {SUMMARY} (W&B).",
+            fault=f"holds neither metrics.jsonl (plan train) nor run-ID{WANDB} or {SUMMARY} (W&B).",
             legal="a folder of `plan train` or of W&B, or the history's own file",
         )
     )
@@ -179,22 +186,43 @@ def _predicted_s(step: Logged) -> float | None:
     return predicted if isinstance(predicted, float) else None
 
 
-def _read_tracked(path: Path, files: Path, plan: Plan | None) -> RunLog:
-    """A local folder of W&B: settings, the machine, and each figure as it was last logged."""
-    summary = load_json_object(files / SUMMARY)
+def _read_tracked(path: Path, files: Path, own: list[Path], plan: Plan | None) -> RunLog:
+    """A run of W&B: settings, the machine, and each logged step; without the run's `own` file, or where it
+    has none, each figure as it was last logged."""
+    if len(own) > 1:
+        names = ", ".join(file.name for file in own[:5])
+        fault = f"holds {len(own)} runs: {names}."
+        raise InputError(
+            Problem(where=f"--from-run {path}", fault=fault, legal="one run", fix="name its file")
+        )
     settings = read_flat_yaml(files / CONFIG) if (files / CONFIG).exists() else {}
     metadata = load_json_object(files / METADATA) if (files / METADATA).exists() else {}
     machine = {key: str(metadata[key]) for key in ("gpu", "gpu_count") if metadata.get(key)}
-    history = "its history (run-*.wandb) is not read without the wandb package; each figure is the last one"
-    absent = () if settings else (f"{files / CONFIG} was not found: no settings",)
+    steps: tuple[Logged, ...] = ()
+    remarks: tuple[str, ...] = ()
+    for file in own:
+        found = read_wandb_file(file)
+        settings |= found.settings
+        steps = tuple(Logged(where=f"{file}: {n}", values=values) for n, values in enumerate(found.steps))
+        remarks = (f"{file}: ends within a record, which was left out",) * found.cut_off
+    only_last = not steps
+    if only_last:
+        if not (files / SUMMARY).exists():
+            raise InputError(
+                Problem(where=str(own[0]), fault="holds no step.", legal="a run that logged figures")
+            )
+        steps = (Logged(where=str(files / SUMMARY), values=load_json_object(files / SUMMARY)),)
+        remarks = (*remarks, f"no history (run-ID{WANDB}) beside it: each figure is the last one")
+    if not settings:
+        remarks = (*remarks, f"{files / CONFIG} was not found: no settings")
     return RunLog(
         path=path,
-        name=path.absolute().name,
-        steps=(Logged(where=str(files / SUMMARY), values=summary),),
+        name=path.absolute().name if path.is_dir() else path.stem,
+        steps=steps,
         settings={**machine, **settings},
         plan=plan,
-        remarks=(f"{history}: export run.history() for a median", *absent),
-        only_last=True,
+        remarks=remarks,
+        only_last=only_last,
     )
 
 
