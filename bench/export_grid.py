@@ -154,7 +154,7 @@ def plan_of(case: Case) -> Plan | Unexported:
         limits=Limits(engine=engine),
     )
     if engine is not None:
-        problem = dataclasses.replace(problem, stack=engine_stack(engine, None))
+        problem = dataclasses.replace(problem, stack=engine_stack(engine, None, cluster))
     strategy = _strategy(case, problem)
     plan = make_plan(problem, CostModel(problem).evaluate(strategy), None, {}, ())
     plan = dataclasses.replace(plan, engine=engine)

@@ -129,7 +129,7 @@ def plan_of(model: str, cluster: str, seq: int, batch: int, pins: str) -> Asked:
         memory_limit_bytes=device.usable_memory_bytes,
         limits=Limits(engine=Engine.NATIVE),
     )
-    problem = dataclasses.replace(problem, stack=engine_stack(Engine.NATIVE, own))
+    problem = dataclasses.replace(problem, stack=engine_stack(Engine.NATIVE, own, parsed))
     strategy = strategy_of(problem, parse_pins(tuple(pins.split())))
     broken = broken_rules(problem, strategy)
     assert not broken, (model, pins, broken)

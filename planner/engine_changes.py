@@ -49,6 +49,6 @@ def _engines(problem: PlanningProblem) -> Iterator[Change]:
                 problem=dataclasses.replace(
                     problem,
                     limits=dataclasses.replace(limits, engine=engine),
-                    stack=engine_stack(engine, problem.profile),
+                    stack=engine_stack(engine, problem.profile, problem.cluster),
                 ),
             )

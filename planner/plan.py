@@ -22,7 +22,7 @@ from planner.objective import Objective
 from planner.problem import PlanningProblem
 from planner.profile_use import ProfileUse
 from planner.rehearsal import Rehearsal
-from planner.stack import Engine
+from planner.stack import Engine, own_stack
 from planner.strategy import CpExchange, Degrees, OffloadCounts, RecomputeCounts, Stage, Strategy
 from planner.workload import Workload
 
@@ -92,6 +92,7 @@ class Plan:
             cluster=self.cluster,
             profile=None,
             memory_limit_bytes=self.estimate.memory_limit_bytes,
+            stack=own_stack(self.cluster),
             limits=Limits(engine=self.engine),
         )
 

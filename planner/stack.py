@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from planner.codec import noun
 from planner.kept import AttentionKernel
 from planner.workload import Precision
+
+if TYPE_CHECKING:
+    from planner.cluster import ClusterSpec
 
 SCALING = r"aleph|aa-scaling"
 """Names of Aleph Alpha's framework (github.com/Aleph-Alpha/scaling)."""
@@ -107,6 +111,18 @@ class Stack:
         return self.engine is Engine.NATIVE and not self.framework
 
     @property
+    def keeps_compiled(self) -> bool:
+        """Whether blocks keep what compiled ones do. The own runtime's are taken to keep what eager ones do,
+        some of it in vain: their plans have to fit where a machine has no compiler, too."""
+        return self.compiled and not self.own
+
+    @property
+    def compiles_experts(self) -> bool:
+        """Whether blocks with experts are compiled. The own runtime compiles what is around the experts, and
+        is charged for none of it."""
+        return self.compiled and not self.own
+
+    @property
     def chunks_loss(self) -> bool:
         """Whether head and loss are one, over chunks of tokens, so that all logits never exist."""
         return self.liger or self.own
@@ -156,3 +172,8 @@ class Stack:
 
 
 NATIVE = Stack()
+
+
+def own_stack(cluster: ClusterSpec) -> Stack:
+    """The own runtime's on a cluster: `plan train` compiles blocks on whatever is no CPU."""
+    return Stack(compiled=all(group.device.name != "cpu" for group in cluster.groups))

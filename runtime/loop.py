@@ -129,6 +129,9 @@ class _Loop:
         chosen = resolve(options, plan, saved)
         for remark in self.job.setup.remarks:
             self.send({"say": remark})
+        self.compiled = compiles(options.compile, self.device)
+        if plan.problem.stack.compiled and not self.compiled:
+            self.send({"say": "blocks run eagerly; the plan's times are those of compiled ones"})
         self.executor = Executor(
             plan,
             device=self.device,
@@ -136,7 +139,7 @@ class _Loop:
             optimizer_options=chosen,
             backend=backend_of(options),
             lora_alpha=options.lora_alpha,
-            compiled=compiles(options.compile, self.device),
+            compiled=self.compiled,
         )
         if options.init_from is not None:
             fill = load_into if options.hf_config is None else load_their_names
@@ -287,7 +290,7 @@ class _Loop:
     def _finish(self) -> None:
         self.saver.wait()
         executed, plan = self.executor.executed(), self.job.plan
-        self.seen.executed = encode(executed)
+        self.seen.executed = {**encode(executed), "compiled": self.compiled}
         self.seen.executed_differences = executed.differences(plan)
         if self.first:
             published = self.saver.published

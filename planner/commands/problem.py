@@ -43,7 +43,7 @@ def read_problem(options: ProblemOptions) -> Asked:
     if options.engine in (None, "any"):
         return asked
     engine, profile = Engine(options.engine), asked.problem.profile
-    stack = engine_stack(engine, profile)
+    stack = engine_stack(engine, profile, asked.problem.cluster)
     problem = dataclasses.replace(asked.problem, stack=stack, limits=Limits(engine=engine))
     return asked._replace(problem=problem, basis=f"{asked.basis}; {priced_as(stack, profile)}")
 
@@ -51,6 +51,7 @@ def read_problem(options: ProblemOptions) -> Asked:
 def asked_of(inputs: ProblemInputs) -> Asked:
     """The problem of what was read, with the profiles that count. Raises InputError."""
     from planner.problem import PlanningProblem
+    from planner.stack import own_stack
 
     limits = _limits_bytes(inputs)
     problem = PlanningProblem(
@@ -59,6 +60,7 @@ def asked_of(inputs: ProblemInputs) -> Asked:
         cluster=inputs.cluster,
         profile=None,
         memory_limit_bytes=min(limits.values()),
+        stack=own_stack(inputs.cluster),
         upkeep=inputs.upkeep,
     )
     known = _profiles(inputs)
@@ -174,7 +176,8 @@ def _priced(problem: PlanningProblem) -> PlanningProblem:
 
     if problem.limits.engine is None:
         return problem
-    return dataclasses.replace(problem, stack=engine_stack(problem.limits.engine, problem.profile))
+    stack = engine_stack(problem.limits.engine, problem.profile, problem.cluster)
+    return dataclasses.replace(problem, stack=stack)
 
 
 def _limits_bytes(inputs: ProblemInputs) -> dict[Device, int]:

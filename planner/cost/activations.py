@@ -89,15 +89,14 @@ def _chunked_bytes(
     Instead of logits their gradients stay from the forward pass: of the head's input and of its weights.
     Source: Liger Kernel, arXiv 2410.10989 (FusedLinearCrossEntropy: h/V of the tokens at a time); the own
     runtime's chunks are planner.cost.chunked_loss'. There a logit takes, besides what the product gives, its
-    exponential in fp32, and in 16 bits its gradient; compiled, the gradient alone.
+    exponential in fp32, and in 16 bits its gradient.
     """
     size = shape.precision.compute_bytes
     vocab, kept = model.vocab_shard(shape.tp), 4.0 + (size if size < 4 else 0)
     if stack.liger:
         chunk = constants.loss_bytes * vocab * shape.tokens / math.ceil(model.vocab / model.token_width)
     else:
-        beside = size if stack.compiled else 4.0 + (size if size < 4 else 0.0)
-        chunk = (size + beside) * chunk_logits(shape.tokens, vocab)
+        chunk = (size + kept) * chunk_logits(shape.tokens, vocab)
     gradients = size * (shape.tokens * model.token_width + vocab * model.token_width)
     return replaced(
         cost,
@@ -170,7 +169,7 @@ def _probability_bytes(block: Block, shape: LayerShape) -> float:
 def _fused_bytes(block: Block, shape: LayerShape, stack: Stack) -> float:
     """What fusing the activation function spares: its result, one width of the MLP."""
     modern = stack.engine is Engine.MEGATRON and shape.kernel is AttentionKernel.FLASH
-    fused = stack.compiled or stack.liger or modern
+    fused = stack.keeps_compiled or stack.liger or modern
     if not (fused and isinstance(block.mlp, Mlp)):
         return 0.0
     return shape.precision.compute_bytes * shape.tokens * block.mlp.width / shape.tp

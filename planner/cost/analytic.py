@@ -56,6 +56,7 @@ class DeviceRates:
     physics: Physics
     precise: GemmModel | None = None
     compiled: bool = False
+    compiled_experts: bool = False
     graphed: bool = False
     fused_experts: bool = False
     fused: bool = False
@@ -66,6 +67,10 @@ class DeviceRates:
     sampled_precise: MeasuredRates | None = None
     own: bool = False
     serial: bool = False
+
+    def compiles(self, block: Block) -> bool:
+        """Whether a block is compiled."""
+        return self.compiled and (self.compiled_experts or not isinstance(block.mlp, Experts))
 
     def pieces(self, shape: LayerShape) -> Pieces | None:
         """The parts of a layer by their operators; None where these were not sampled, or are another's."""
@@ -106,6 +111,7 @@ def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | No
         attention_flops=physics.attention_share * whole * _flash_carried(problem.stack, device.name),
         physics=physics,
         compiled=problem.stack.compiled,
+        compiled_experts=problem.stack.compiles_experts,
         graphed=problem.stack.graphed,
         fused_experts=problem.stack.fused_experts,
         fused=problem.stack.engine is Engine.MEGATRON,
@@ -272,7 +278,7 @@ def _block_cost(
     between = _remembered(known, key, lambda: between_products(block, shape, stream, rates))
     beside_s = size * tokens * rates.physics.elementwise_scale / rates.memory_bytes_per_s
     casts_s, casts_backward_s = alike.casts_s
-    if rates.compiled:
+    if rates.compiles(block):
         between = between.times(rates.physics.compiled_elementwise_share)
         beside_s *= rates.physics.compiled_elementwise_share
     again_host_s = constants.RECOMPUTE_HOST * host_s
@@ -321,7 +327,7 @@ def _host_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
         eager_s += physics.host_tp_forward_s * modules / constants.SHARDED_MODULES
     if rates.graphed:
         return eager_s * physics.graphed_share
-    return eager_s * (physics.compiled_host_share if rates.compiled else 1.0)
+    return eager_s * (physics.compiled_host_share if rates.compiles(block) else 1.0)
 
 
 def _attention_s(block: Block, shape: LayerShape, rates: DeviceRates) -> tuple[float, float]:

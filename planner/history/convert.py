@@ -165,6 +165,7 @@ def _columns(log: RunLog, asked: Asked) -> tuple[dict[str, Any], tuple[str, ...]
         raise InputError(Problem(where=where, fault="holds no plan.json.", fix=fix))
     if log.plan is not None:
         columns, remarks = plan_columns(log.plan)
+        columns |= {} if log.compiled is None else {"compile": log.compiled}
     else:
         columns, remarks = _settings_columns(log.settings)
     return {**columns, **asked.columns}, remarks

@@ -46,7 +46,8 @@ class Logged:
 class RunLog:
     """A run's steps, its settings by path, the plan that it ran, and remarks on what was left out.
 
-    `only_last` where the steps are the last one alone; `trained` where it is a folder of `plan train`.
+    `compiled` is whether its blocks were, where the run says so; `only_last` where the steps are the last one
+    alone; `trained` where it is a folder of `plan train`.
     """
 
     path: Path
@@ -55,6 +56,7 @@ class RunLog:
     settings: Mapping[str, str]
     plan: Plan | None = None
     remarks: tuple[str, ...] = ()
+    compiled: bool | None = None
     only_last: bool = False
     trained: bool = False
 
@@ -116,7 +118,7 @@ def _read_trained(path: Path, plan: Plan | None) -> RunLog:
     problems: list[Problem] = []
     steps: tuple[Logged, ...] = ()
     remarks: tuple[str, ...] = ()
-    differences: tuple[str, ...] = ()
+    summary: Mapping[str, Any] = {}
     own = path / "plan.json"
     try:
         plan = load_plan(own) if own.exists() else plan
@@ -127,7 +129,7 @@ def _read_trained(path: Path, plan: Plan | None) -> RunLog:
     except InputError as error:
         problems.extend(error.problems)
     try:
-        differences = _differences(path / "summary.json")
+        summary = load_json_object(path / "summary.json") if (path / "summary.json").exists() else {}
     except InputError as error:
         problems.extend(error.problems)
     if problems:
@@ -139,14 +141,22 @@ def _read_trained(path: Path, plan: Plan | None) -> RunLog:
         steps=kept,
         settings={},
         plan=plan,
-        remarks=(*remarks, *left_out, *differences),
+        remarks=(*remarks, *left_out, *_differences(summary)),
+        compiled=_compiled(summary),
         trained=True,
     )
 
 
-def _differences(summary: Path) -> tuple[str, ...]:
+def _compiled(summary: Mapping[str, Any]) -> bool | None:
+    """Whether the run's blocks were compiled, where its summary says so."""
+    executed = summary.get("executed")
+    found = executed.get("compiled") if isinstance(executed, dict) else None
+    return found if isinstance(found, bool) else None
+
+
+def _differences(summary: Mapping[str, Any]) -> tuple[str, ...]:
     """Where the summary says that the run was not as its plan."""
-    found = load_json_object(summary).get("executed_differences") if summary.exists() else None
+    found = summary.get("executed_differences")
     each = found if isinstance(found, list) else []
     return tuple(f"the run differs from its plan: {str(text)[:200]}" for text in each)
 

@@ -18,6 +18,7 @@ from planner.market.market import Market
 from planner.model import ModelSpec
 from planner.problem import PlanningProblem
 from planner.rules import broken_rules
+from planner.stack import own_stack
 from planner.strategy import Degrees, Recompute, Strategy, Zero, even_stages
 from planner.workload import Precision, Workload
 
@@ -131,6 +132,7 @@ def evaluated(
         cluster=cluster,
         profile=None,
         memory_limit_bytes=cluster.groups[0].device.usable_memory_bytes,
+        stack=own_stack(cluster),
     )
     costs = CostModel(problem)
     degrees = Degrees(

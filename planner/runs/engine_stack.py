@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from planner.cluster import ClusterSpec
 from planner.profile import Profile
 from planner.runs.software import run_engine
-from planner.stack import Engine, Stack
+from planner.stack import Engine, Stack, own_stack
 
 TITLES = {
     Engine.NATIVE: "the native runtime",
@@ -14,12 +15,14 @@ TITLES = {
 }
 
 
-def engine_stack(engine: Engine, profile: Profile | None) -> Stack:
+def engine_stack(engine: Engine, profile: Profile | None, cluster: ClusterSpec) -> Stack:
     """The engine as its own recipes run it: flash attention, gradients reduced early where it can.
 
     Megatron-LM can with --overlap-grad-reduce, which its guide recommends; DeepSpeed reduces after the last
     backward pass.
     """
+    if engine is Engine.NATIVE:
+        return own_stack(cluster)
     return Stack(
         engine=engine,
         framework=fitted_framework(engine, profile),

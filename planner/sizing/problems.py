@@ -12,6 +12,7 @@ from planner.profile import Profile
 from planner.shipped_profile import shipped_profile, shipped_profiles
 from planner.sizing.request import SizingRequest
 from planner.sizing.usual_upkeep import usual_upkeep
+from planner.stack import own_stack
 
 
 def profiles_for(request: SizingRequest) -> dict[str, Profile]:
@@ -46,5 +47,6 @@ def problem_on(
         cluster=cluster,
         profile=profile,
         memory_limit_bytes=min(usable, request.memory_limit_bytes or usable),
+        stack=own_stack(cluster),
         upkeep=usual_upkeep(cluster.devices, request.upkeep),
     )

@@ -60,7 +60,7 @@ def drawn_problem(
     return dataclasses.replace(
         drawn,
         workload=workload,
-        stack=engine_stack(engine, None),
+        stack=dataclasses.replace(engine_stack(engine, None, on), compiled=False),
         cluster=of_two_kinds(on, draw) if mixed else on,
     )
 

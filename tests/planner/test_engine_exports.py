@@ -66,7 +66,7 @@ def asked(seed: int, engine: Engine) -> tuple[PlanningProblem, tuple[str, ...]]:
     problem = with_workload(problem, precision=draw.choice(PRECISIONS), optimizer=draw.choice(OPTIMIZERS))
     if draw.random() < 0.1:
         problem = with_workload(problem, method=Method.LORA, adapters=LORA)
-    stack = engine_stack(engine, None)
+    stack = engine_stack(engine, None, cluster)
     held = dataclasses.replace(problem, stack=stack, limits=Limits(engine=engine))
     return held, draw.choice(PINS)
 

@@ -9,6 +9,7 @@ import random
 import pytest
 
 from planner.changes import with_workload
+from planner.cluster_grammar import parse_cluster
 from planner.cost import constants
 from planner.cost.evaluate import CostModel
 from planner.errors import InfeasibleError, InputError
@@ -26,12 +27,14 @@ from planner.search.engine_search import solve_for_engine
 from planner.search.objective import solve_for
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import parse_pins
-from planner.stack import Engine, Stack
+from planner.stack import Engine, Stack, own_stack
 from planner.strategy import Offload, Recompute, Strategy
 from planner.workload import Precision
 
 from . import instances
 from .brute_force import EXACT, all_stages, legal_degrees
+
+CLUSTER = parse_cluster("1x8:h100-sxm-80gb")
 
 OTHERS = (Engine.TORCHTITAN, Engine.MEGATRON, Engine.DEEPSPEED)
 
@@ -42,7 +45,9 @@ def pinned(*texts: str) -> SolveOptions:
 
 def on(problem: PlanningProblem, engine: Engine) -> PlanningProblem:
     """The problem for an engine, at its own prices."""
-    return dataclasses.replace(problem, stack=engine_stack(engine, None), limits=Limits(engine=engine))
+    return dataclasses.replace(
+        problem, stack=engine_stack(engine, None, problem.cluster), limits=Limits(engine=engine)
+    )
 
 
 def asked(seed: int, engine: Engine) -> PlanningProblem:
@@ -240,16 +245,18 @@ def test_an_engine_is_priced_by_constants_that_were_fitted_to_it() -> None:
     """One framework of the engine is taken; of several, or of Megatron-DeepSpeed, the family's hold."""
     known = profile(constant("step_s", "TorchTitan (FSDP2)"), constant("step_s", "NeMo / Megatron-Core"))
     assert fitted_framework(Engine.TORCHTITAN, known) == "TorchTitan (FSDP2)"
-    assert engine_stack(Engine.MEGATRON, known).framework == "NeMo / Megatron-Core"
+    assert engine_stack(Engine.MEGATRON, known, CLUSTER).framework == "NeMo / Megatron-Core"
     assert fitted_framework(Engine.DEEPSPEED, known) == "" == fitted_framework(Engine.NATIVE, known)
-    assert "TorchTitan (FSDP2)" in priced_as(engine_stack(Engine.TORCHTITAN, known), known)
+    assert "TorchTitan (FSDP2)" in priced_as(engine_stack(Engine.TORCHTITAN, known, CLUSTER), known)
     several = profile(constant("step_s", "Megatron-LM"), constant("step_s", "nanotron", "megatron"))
     assert fitted_framework(Engine.MEGATRON, several) == ""
-    assert "its family (megatron)" in priced_as(engine_stack(Engine.MEGATRON, several), several)
+    assert "its family (megatron)" in priced_as(engine_stack(Engine.MEGATRON, several, CLUSTER), several)
     both = profile(constant("step_s", "Megatron-DeepSpeed"))
     assert fitted_framework(Engine.MEGATRON, both) == "" == fitted_framework(Engine.DEEPSPEED, None)
-    assert "no run was fitted" in priced_as(engine_stack(Engine.MEGATRON, both), both)
-    assert engine_stack(Engine.NATIVE, known) == Stack()
+    assert "no run was fitted" in priced_as(engine_stack(Engine.MEGATRON, both, CLUSTER), both)
+    on_cpu = parse_cluster("local:4")
+    assert engine_stack(Engine.NATIVE, known, CLUSTER) == own_stack(CLUSTER) == Stack(compiled=True)
+    assert engine_stack(Engine.NATIVE, known, on_cpu) == own_stack(on_cpu) == Stack()
 
 
 def test_layers_that_were_measured_elsewhere_are_told() -> None:
@@ -273,5 +280,5 @@ def test_layers_that_were_measured_elsewhere_are_told() -> None:
     )
     measured = dataclasses.replace(profile(), layers=(sample,))
     for engine in Engine:
-        told = "measured natively" in priced_as(engine_stack(engine, measured), measured)
+        told = "measured natively" in priced_as(engine_stack(engine, measured, CLUSTER), measured)
         assert told == (engine in (Engine.MEGATRON, Engine.DEEPSPEED))
