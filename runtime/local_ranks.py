@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import selectors
@@ -141,6 +142,7 @@ def _child(
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         _redirect(log)
+        gc.freeze()  # what was there before the fork is nobody's here: collecting it would copy its pages
         port = int(os.read(gate, PORT_DIGITS) or os._exit(1))  # nothing to read: the parent gave up
         os.environ.update(_environment(rank, world, port))
         with os.fdopen(writer, "w", encoding="utf-8", buffering=1) as pipe:

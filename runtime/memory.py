@@ -25,6 +25,7 @@ from __future__ import annotations
 import gc
 import re
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -80,13 +81,17 @@ def measure_peak(
     Before and after it, what is alive must be in reach of Python: call it for whole steps.
     """
     gc.collect()
-    start_bytes = live_bytes(device)
     _reset_peak_rss()
-    changes: list[tuple[int, int]] = []
-    (phase,) = trace_phases([work], device, whole=True, changes=changes)
-    if timeline is not None and changes:
-        timeline += _live(changes, start_bytes)
     on_cuda = device.type == "cuda"
+    if on_cuda:
+        start_bytes = live_bytes(device)
+        (phase,) = _trace_cuda([work], device)
+    else:
+        live = _live_storages()
+        start_bytes = sum(storage.nbytes() for storage in live.values())
+        changes, (phase,) = _trace_cpu([work], live, whole=True)
+        if timeline is not None and changes:
+            timeline += _live(changes, start_bytes)
     free_bytes, total_bytes = torch.cuda.mem_get_info(device) if on_cuda else (0, 0)
     return PeakMemory(
         allocated_bytes=start_bytes + phase.peak_bytes,
@@ -123,25 +128,15 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(storages.values())
 
 
-def trace_phases(
-    phases: Sequence[Callable[[], object]],
-    device: torch.device,
-    *,
-    whole: bool = False,
-    changes: list[tuple[int, int]] | None = None,
-) -> list[PhaseMemory]:
+def trace_phases(phases: Sequence[Callable[[], object]], device: torch.device) -> list[PhaseMemory]:
     """Runs the phases one after another and returns the live bytes of each.
 
-    Values that phases return are dropped; what shall stay alive must be held by the caller. `whole` says
-    that after the last phase nothing is alive that Python cannot reach, such as a graph's saved tensors.
-    On a CPU, `changes` is filled with (nanoseconds, change of live bytes) in the order of time.
+    Values that phases return are dropped; what shall stay alive must be held by the caller.
     """
     gc.collect()
     if device.type == "cuda":
         return _trace_cuda(phases, device)
-    found, phase_memory = _trace_cpu(phases, whole)
-    if changes is not None:
-        changes += found
+    _, phase_memory = _trace_cpu(phases, _live_storages(), whole=False)
     return phase_memory
 
 
@@ -163,17 +158,23 @@ def _trace_cuda(phases: Sequence[Callable[[], object]], device: torch.device) ->
 
 
 def _trace_cpu(
-    phases: Sequence[Callable[[], object]], whole: bool
+    phases: Sequence[Callable[[], object]], live: dict[int, torch.UntypedStorage], *, whole: bool
 ) -> tuple[list[tuple[int, int]], list[PhaseMemory]]:
-    live = _live_storages()
+    """(Nanoseconds, change of live bytes) in the order of time, and the phases. `live` is what is alive as
+    they begin; it is emptied. `whole` says that after the last phase nothing is alive that Python cannot
+    reach, such as a graph's saved tensors."""
     released: list[tuple[int, int]] = []
     watches = [_watch(storage, released) for storage in live.values()]
     sizes = {address: storage.nbytes() for address, storage in live.items()}
-    del live
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        for index, work in enumerate(phases):
-            with record_function(f"{_MARK}{index}"):
-                work()
+    live.clear()
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with warnings.catch_warnings():
+        # Without acc_events it says that only the last cycle counts; with it, it makes objects of all events.
+        warnings.filterwarnings("ignore", "Profiler clears events", UserWarning)
+        with profiler:
+            for index, work in enumerate(phases):
+                with record_function(f"{_MARK}{index}"):
+                    work()
     del watches
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events = list(_walk(profiler.profiler.kineto_results.experimental_event_tree()))
@@ -244,7 +245,10 @@ def _phase(changes: Sequence[tuple[int, int]], begin: int, end: int) -> PhaseMem
 def _live_storages() -> dict[int, torch.UntypedStorage]:
     """By address, every CPU storage of torch's allocator that Python can reach."""
     # type(), not isinstance(): the latter asks proxies for their __class__, which may warn or import.
-    tensors = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
+    objects = gc.get_objects()
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, torch.Tensor)}
+    tensors = [value for value in objects if type(value) in kinds]
+    del objects
     return {
         storage.data_ptr(): storage for storage in _storages_under(tensors) if storage.device.type == "cpu"
     }

@@ -34,12 +34,11 @@ def rehearsed_run(plan: Plan) -> Run:
     notes = [columns.pop("notes"), f"rehearsed on {done.mode}, torch {done.versions['torch']}", *remarks]
     known = not oom and bool(peaks)
     return Run(
-        **columns,
+        **{**columns, "compile": done.compiled},
         id=f"rehearsed-{_digest(plan.workload, 6)}-{_digest(plan.strategy, 12)}",
         where="plan rehearse",
         group=f"rehearsed-{plan.model.name}",
         source="plan rehearse",
-        compile=done.compiled,
         status=Status.OOM if oom else Status.OK,
         peak_memory_gib=max(peaks) / GIB if known else None,
         memory_kind=MemoryKind.ALLOCATED if known else None,

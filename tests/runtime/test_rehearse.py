@@ -53,7 +53,7 @@ def sized(model: ModelSpec) -> ModelSpec:
 
 
 def plan_of(degrees: Degrees, recompute: Recompute = Recompute.NONE, **more: Any) -> Plan:
-    model = sized(tiny_llama(layers=8, hidden=128, vocab=512))
+    model = sized(tiny_llama(layers=max(4, degrees.stages), hidden=128, vocab=512))
     return make_plan(model, degrees, seq=SEQ, recompute=recompute, **more)
 
 
@@ -62,7 +62,7 @@ def test_a_rank_alone_holds_what_it_holds_among_others(name: str) -> None:
     recompute = Recompute.FULL if name == "zero 3" else Recompute.NONE
     plan = plan_of(SHAPES[name], recompute)
     peaks = real_peaks(plan)
-    for rank in (0, plan.strategy.degrees.world - 1):
+    for rank in (0, plan.strategy.degrees.world - 1)[: plan.strategy.degrees.pp]:  # else they are alike
         for mode in (RehearsalMode.PROCESSOR, RehearsalMode.FAKE_TENSORS):
             alone = rehearse_rank(plan, rank, (0,), RehearsalOptions(mode=mode, steps=1))
             assert alone.allocated_bytes == pytest.approx(peaks[rank], rel=WITHIN), (rank, mode)
