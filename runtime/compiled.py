@@ -18,6 +18,7 @@ from planner.attention import Attention
 from planner.errors import CheckError, InputError, Problem
 from planner.feed_forward import Activation, Mlp
 from planner.model import Block, ModelSpec, Norm, Segment
+from planner.plan import Plan
 from planner.strategy import Degrees
 from runtime.parallel.context import ContextCore
 from runtime.parallel.meshes import Meshes
@@ -48,6 +49,13 @@ def compiles(asked: bool | None, device: torch.device) -> bool:
             Problem(where="--compile", fault=f"needs {missing}, which is not installed.", fix=fix)
         )
     return device.type == "cuda" and not missing if asked is None else asked
+
+
+def run_eagerly(plan: Plan, *, compiled: bool) -> str | None:
+    """What is to be said of a plan that was priced as compiled and does not run so; None of others."""
+    if compiled or not plan.problem.stack.compiled:
+        return None
+    return "blocks run eagerly; the plan's times are those of compiled ones"
 
 
 def _missing_compiler(device: torch.device) -> str | None:

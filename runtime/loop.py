@@ -26,7 +26,7 @@ from runtime.adapter_files import AdapterFolder, say_export
 from runtime.backends.transformers import backend_of
 from runtime.backends.transformers import load_into as load_their_names
 from runtime.causes import mean_causes
-from runtime.compiled import compiles
+from runtime.compiled import compiles, run_eagerly
 from runtime.data.index import data_summary
 from runtime.data.order import BatchReader
 from runtime.data.prepare import data_weights
@@ -130,8 +130,8 @@ class _Loop:
         for remark in self.job.setup.remarks:
             self.send({"say": remark})
         self.compiled = compiles(options.compile, self.device)
-        if plan.problem.stack.compiled and not self.compiled:
-            self.send({"say": "blocks run eagerly; the plan's times are those of compiled ones"})
+        if eager := run_eagerly(plan, compiled=self.compiled):
+            self.send({"say": eager})
         self.executor = Executor(
             plan,
             device=self.device,

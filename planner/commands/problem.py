@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from planner.problem import PlanningProblem
     from planner.profile import Profile
     from planner.profile_use import ProfileUse
+    from planner.stack import Engine, Stack
 
 
 class Asked(NamedTuple):
@@ -35,21 +36,22 @@ class Known(NamedTuple):
 
 def read_problem(options: ProblemOptions) -> Asked:
     """Reads everything that the options name. Raises InputError with every fault."""
-    from planner.limits import Limits
-    from planner.runs.engine_stack import engine_stack, priced_as
+    from planner.runs.engine_stack import priced_as
     from planner.stack import Engine
 
-    asked = asked_of(load_problem(options))
+    inputs = load_problem(options)
     if options.engine in (None, "any"):
-        return asked
-    engine, profile = Engine(options.engine), asked.problem.profile
-    stack = engine_stack(engine, profile, asked.problem.cluster)
-    problem = dataclasses.replace(asked.problem, stack=stack, limits=Limits(engine=engine))
-    return asked._replace(problem=problem, basis=f"{asked.basis}; {priced_as(stack, profile)}")
+        return asked_of(inputs)
+    engine = Engine(options.engine)
+    asked = asked_of(inputs, engine)
+    words = priced_as(asked.problem.stack, asked.problem.profile)
+    return asked._replace(basis=f"{asked.basis}; {words}")
 
 
-def asked_of(inputs: ProblemInputs) -> Asked:
-    """The problem of what was read, with the profiles that count. Raises InputError."""
+def asked_of(inputs: ProblemInputs, engine: Engine | None = None) -> Asked:
+    """The problem of what was read, with the profiles that count, at the prices of an engine (None: of the
+    own runtime). Raises InputError."""
+    from planner.limits import Limits
     from planner.problem import PlanningProblem
     from planner.stack import own_stack
 
@@ -60,25 +62,27 @@ def asked_of(inputs: ProblemInputs) -> Asked:
         cluster=inputs.cluster,
         profile=None,
         memory_limit_bytes=min(limits.values()),
-        stack=own_stack(inputs.cluster),
         upkeep=inputs.upkeep,
     )
     known = _profiles(inputs)
-    problem = dataclasses.replace(problem, profile=known[problem.device].profile)
+    problem = dataclasses.replace(
+        problem, profile=known[problem.device].profile, limits=Limits(engine=engine)
+    )
+    problem = _priced(problem) if engine else dataclasses.replace(problem, stack=own_stack(inputs.cluster))
     if len(known) > 1:
         problem = dataclasses.replace(
             problem,
             device_profiles=tuple((device.name, own.profile) for device, own in known.items()),
             device_limits_bytes=tuple((device.name, limit) for device, limit in limits.items()),
         )
-    return Asked(problem, _basis(known), _uses(known))
+    return Asked(problem, _basis(known, problem.stack), _uses(known))
 
 
-def _basis(known: dict[Device, Known]) -> str:
-    """In words what the figures of each kind of device rest on."""
-    if len(known) == 1:
-        return next(iter(known.values())).basis
-    return "; ".join(f"{device.name}: {own.basis}" for device, own in known.items())
+def _basis(known: dict[Device, Known], stack: Stack) -> str:
+    """In words what the figures of each kind of device rest on, and that blocks are taken as compiled."""
+    each = [f"{device.name}: {own.basis}" for device, own in known.items()]
+    words = [own.basis for own in known.values()] if len(known) == 1 else each
+    return "; ".join([*words, *(["blocks compiled, as plan train runs them"] if stack.compiled else [])])
 
 
 def _uses(known: dict[Device, Known]) -> tuple[ProfileUse, ...]:
@@ -137,7 +141,8 @@ def problem_of_plan(plan: Plan, profile: Path | None) -> Asked:
             device_profiles=tuple((device.name, own.profile) for device, own in known.items()),
             device_limits_bytes=tuple(limits.items()),
         )
-    return Asked(_priced(problem), _basis(known), _uses(known))
+    priced = _priced(problem)
+    return Asked(priced, _basis(known, priced.stack), _uses(known))
 
 
 def _profile_of_plan(

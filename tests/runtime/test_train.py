@@ -87,6 +87,7 @@ def test_a_run_writes_what_the_contract_lists(straight: tuple[Path, TrainSummary
     assert written["measured_peak_memory_bytes"] == max(lines[-1]["peak_memory_bytes"])
     assert (written["goodput"] > 0, written["cost_usd"], written["status"]) == (True, None, "finished")
     assert load_plan(run_dir / "plan.json") == PP2
+    assert written["executed"]["compiled"] is False, "on a CPU"
 
 
 def test_dollars_without_a_price_are_unknown_and_never_0(straight: tuple[Path, TrainSummary]) -> None:
