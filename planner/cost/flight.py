@@ -14,13 +14,15 @@ class InFlight(NamedTuple):
     `alive` are between their forward and their backward, or its input part; they keep all that the forward
     kept. `waiting` are between input part and weight gradients, where what waits is less. `begun` says
     whether gradients of an earlier micro-batch lie beside them, and `messages` how many hidden states, or
-    gradients of them, the rank holds for its neighbours then, besides the inputs of what is alive.
+    gradients of them, the rank holds for its neighbours then, besides the inputs of what is alive. `only`
+    where the rank has no other stage.
     """
 
     alive: int = 0
     waiting: int = 0
     begun: bool = True
     messages: int = 0
+    only: bool = True
 
     @property
     def micro_batches(self) -> int:

@@ -220,7 +220,7 @@ def _native_pass_bytes(shape: ShapeModel, stage: StageCost, kept: ParamBytes, fl
     window = _window_bytes(stage)
     moments = [window + stage.forward_transient_bytes + _native_gathered(shape, stage, head)]
     reduced, copy = _native_reduced(shape), _freed_copy(shape, begun=flight.begun)
-    alone = _reduces_once(shape) and shape.degrees.chunks == 1
+    alone = _reduces_once(shape) and flight.only
     gone = larger(flight.alive - 1, 0) * stage.saved_bytes if alone else 0.0
     if stage.holds_head:
         moments.append(window + reduced * shape.head_unit.trained - gone)
@@ -332,7 +332,7 @@ class StageMemory:
     def __init__(self, shape: ShapeModel, stage: StageCost) -> None:
         self.shape, self.stage = shape, stage
         self.kept = resident(shape, stage)
-        self._passes: dict[tuple[bool, bool, int], float] = {}
+        self._passes: dict[tuple[bool, bool, int, bool], float] = {}
 
     @property
     def late_bytes(self) -> float:
@@ -367,7 +367,7 @@ class StageMemory:
             moments = _unit_moments(shape, stage, flight.alive, kept)
             return larger(self._step_bytes, *moments) + shape.memory.workspace_bytes
         if shape.problem.stack.engine is Engine.NATIVE:
-            known = flight.begun, flight.waiting > 0, flight.alive
+            known = flight.begun, flight.waiting > 0, flight.alive, flight.only
             if known not in self._passes:
                 self._passes[known] = _native_pass_bytes(shape, stage, kept, flight)
             messages = flight.messages * shape.messages.boundary_bytes()

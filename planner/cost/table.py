@@ -149,7 +149,10 @@ class Table:
             return tuple(self._flights(stages, counts, waits) for counts in each)
         several = self.num_micro_batches > 1
         return tuple(
-            {stage: InFlight(count, begun=several) for stage, count in zip(stages, counts, strict=True)}
+            {
+                stage: InFlight(count, begun=several, only=len(stages) == 1)
+                for stage, count in zip(stages, counts, strict=True)
+            }
             for counts in each
         )
 
@@ -170,7 +173,7 @@ class Table:
         messages += later and stages != [self.stages - 1]
         held = zip(stages, alive, both, begun, strict=True)
         return {
-            stage: InFlight(count, (weighted - count) // waits, bool(own), messages)
+            stage: InFlight(count, (weighted - count) // waits, bool(own), messages, each == 1)
             for stage, count, weighted, own in held
         }
 

@@ -7,6 +7,7 @@ stages take (BaseBound.even_s) tells the best apart: a good plan from the start 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from planner.nouns import replaced
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 EACH = 2
-"""Shapes of each schedule."""
-LOOKED_AT = 12
+"""Shapes of each schedule; without a pipeline all that are looked at, for which one recipe is found."""
+LOOKED_AT = 16
 """Of so many that promise most the first of each kind of pipeline: others differ in how messages are sent or
 state is shared out, and have nearly its time."""
 PROMISING = 1.3
@@ -45,7 +46,8 @@ def first_shapes(
     each: list[list[Candidate]] = []
     for schedule in np.unique(schedules):
         own = schedules == schedule
-        each.append(list(_unlike(Frontier(least_s[own], numbers[own], promised, expired))))
+        promising = Frontier(least_s[own], numbers[own], promised, expired)
+        each.append(list(_unlike(promising) if schedule else islice(promising, LOOKED_AT)))
     best_s = min((kind[0].bound_s for kind in each if kind), default=float("inf"))
     found = [candidate for kind in each for candidate in kind if candidate.bound_s <= PROMISING * best_s]
     return [candidate.order for candidate in sorted(found)]
@@ -54,13 +56,13 @@ def first_shapes(
 def _unlike(promising: Frontier) -> Iterator[Candidate]:
     """The first of each of the first few kinds of pipeline."""
     known: set[tuple[object, ...]] = set()
-    for looked_at, candidate in enumerate(promising):
+    for candidate in islice(promising, LOOKED_AT):
         d = candidate.degrees
         key = d.tp, d.cp, d.ep, d.pp, d.chunks, d.micro_batch
         if key not in known:
             known.add(key)
             yield candidate
-        if len(known) == EACH or looked_at == LOOKED_AT:
+        if len(known) == EACH:
             return
 
 

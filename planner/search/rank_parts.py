@@ -58,7 +58,7 @@ def _moments(schedule: Schedule, pp: int, chunks: int, num_micro_batches: int, w
         for row in flights
     ]
     found = np.asarray([[[tuple(own) for own in each] for each in row] for row in rows], dtype=np.int64)
-    alive, waiting, begun, messages = np.moveaxis(found, -1, 0)
+    alive, waiting, begun, messages, _ = np.moveaxis(found, -1, 0)
     return RankMoments(alive, waiting, begun > 0, messages[:, :, 0])
 
 
