@@ -141,7 +141,7 @@ def test_what_a_killed_run_did_not_finish_is_left_out(tmp_path: Path) -> None:
     path.write_bytes(whole[:-9] + b"?" + whole[-8:])
     assert len(read_wandb_file(path).steps) == 19
     result = call("--from-run", path.parent, "-o", tmp_path / "r.csv")
-    assert "ends within a record, which was left out" in result.output
+    assert "run-abc.wandb: cut off or damaged behind its first 19 steps" in result.output
 
 
 def test_a_trainer_that_logs_no_rate_is_timed_by_the_trackers_clock(tmp_path: Path) -> None:

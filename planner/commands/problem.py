@@ -53,7 +53,6 @@ def asked_of(inputs: ProblemInputs, engine: Engine | None = None) -> Asked:
     own runtime). Raises InputError."""
     from planner.limits import Limits
     from planner.problem import PlanningProblem
-    from planner.stack import own_stack
 
     limits = _limits_bytes(inputs)
     problem = PlanningProblem(
@@ -62,13 +61,11 @@ def asked_of(inputs: ProblemInputs, engine: Engine | None = None) -> Asked:
         cluster=inputs.cluster,
         profile=None,
         memory_limit_bytes=min(limits.values()),
+        limits=Limits(engine=engine),
         upkeep=inputs.upkeep,
     )
     known = _profiles(inputs)
-    problem = dataclasses.replace(
-        problem, profile=known[problem.device].profile, limits=Limits(engine=engine)
-    )
-    problem = _priced(problem) if engine else dataclasses.replace(problem, stack=own_stack(inputs.cluster))
+    problem = _priced(dataclasses.replace(problem, profile=known[problem.device].profile))
     if len(known) > 1:
         problem = dataclasses.replace(
             problem,
@@ -176,13 +173,15 @@ def _minded(use: ProfileUse) -> str:
 
 
 def _priced(problem: PlanningProblem) -> PlanningProblem:
-    """The problem with the software of its engine, where it names one."""
+    """The problem with the software of its engine, or where it names none with that of the own runtime."""
+    from planner.stack import own_stack
+
+    engine = problem.limits.engine
+    if engine is None:
+        return dataclasses.replace(problem, stack=own_stack(problem.cluster))
     from planner.runs.engine_stack import engine_stack
 
-    if problem.limits.engine is None:
-        return problem
-    stack = engine_stack(problem.limits.engine, problem.profile, problem.cluster)
-    return dataclasses.replace(problem, stack=stack)
+    return dataclasses.replace(problem, stack=engine_stack(engine, problem.profile, problem.cluster))
 
 
 def _limits_bytes(inputs: ProblemInputs) -> dict[Device, int]:

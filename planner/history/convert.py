@@ -270,12 +270,12 @@ def _by_the_clock(steps: Sequence[Logged]) -> list[float]:
     """Seconds a step between entries of a tracker that stamps each with its time (W&B; seconds): what a
     trainer that logs no rate leaves."""
     names = {name for step in steps for name in step.values}
-    counter = next((name for name in COUNTERS if name in names), None)
+    counter = next((name for name in COUNTERS if name in names), COUNTERS[-1])
     stamps = [
         (time_s, number)
         for step in steps
         if (time_s := _number(step.values.get(CLOCK))) is not None
-        and (number := _number(step.values.get(counter or ""))) is not None
+        and (number := _number(step.values.get(counter))) is not None
     ]
     return [
         (later_s - time_s) / (later - number)

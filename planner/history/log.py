@@ -214,7 +214,7 @@ def _read_tracked(path: Path, files: Path, own: list[Path], plan: Plan | None) -
         found = read_wandb_file(file)
         settings |= found.settings
         steps = tuple(Logged(where=f"{file}: {n}", values=values) for n, values in enumerate(found.steps))
-        remarks = (f"{file}: ends within a record, which was left out",) * found.cut_off
+        remarks = (f"{file}: cut off or damaged behind its first {len(steps)} steps",) * found.cut_off
     only_last = not steps
     if only_last:
         if not (files / SUMMARY).exists():

@@ -5,7 +5,7 @@ one piece or several, no piece across blocks; each has its CRC-32, its length an
 format with zlib's checksum). A record is a protobuf message of wandb_internal.proto (github.com/wandb/wandb,
 MIT), of which four fields are read here. Offline runs of wandb 0.31 leave no other file with these.
 
-What a killed run did not finish is left out.
+What a killed run did not finish is left out, and all behind a piece that is not what was written.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ VARINT, EIGHT_BYTES, BYTES, FOUR_BYTES = 0, 1, 2, 5
 
 class WandbFile(NamedTuple):
     """Of a run the figures of each logged step and its settings, both by dotted path; `cut_off` where the
-    file ends within a record."""
+    file ends within a record, or a piece is not what was written."""
 
     steps: list[dict[str, Any]]
     settings: dict[str, str]

@@ -1,6 +1,7 @@
 """solve(): the best plan of the whole space, with a certificate.
 
-1. Every legal shape gets a quick lower bound of its step time, all at once.
+1. Every legal shape gets a quick lower bound of its step time, all at once. Those whose even stages promise
+   most get plans, so that there is something to beat (planner.search.first_shapes).
 2. In order of it shapes are modelled, which gives each a better bound; those whose weights alone overflow are
    pruned. Shapes are searched in order of that bound.
 3. The search stops when the next bound is no better than the incumbent: nothing left can win. Shapes that are
@@ -122,7 +123,7 @@ class Solver:
         candidates = Frontier(quick_s, np.arange(len(quick_s)), self._modelled, self._expired)
         crew = Crew(self._work, processes_for(len(quick_s)), self._expired, self._overdue)
         try:
-            self._begin(crew, first_shapes(self.space, quick_s, cache(self._promised), self._expired))
+            self._begin(crew, first_shapes(self.space, quick_s, self._promised, self._expired))
             out_of_time = self._search(crew, candidates)
         finally:
             crew.close()

@@ -1,21 +1,15 @@
-"""First plans: what even stages take, and that the shapes which promise most are those that keep it."""
+"""First plans: the shapes that promise most are those that keep it."""
 
 from __future__ import annotations
 
 import pytest
 
-from planner.cost.schedule import build_table
-from planner.cost.simulate import replay
-from planner.search.even_stages import even_factor
 from planner.search.first_shapes import EACH, LOOKED_AT, first_shapes
 from planner.search.quick_bounds import space_bounds_s
 from planner.search.solve import SolveOptions, Solver
 from planner.search.space import parse_pins
-from planner.strategy import Degrees, Schedule
 
 from .catalog_problems import problem
-from .instances import cost
-from .test_schedule import SHAPES
 
 PROBLEMS: dict[str, tuple[str, str, int, int, str]] = {
     "roomy": ("llama-3-8b", "4x8:h100-sxm-80gb", 4096, 256, "tp=2"),
@@ -24,17 +18,6 @@ PROBLEMS: dict[str, tuple[str, str, int, int, str]] = {
     "experts": ("mixtral-8x7b", "4x8:h100-sxm-80gb", 4096, 256, "tp=1"),
     "two kinds": ("llama-2-7b", "1x8:a100-sxm-80gb+1x8:h100-sxm-80gb", 4096, 128, "micro_batch=1"),
 }
-
-
-@pytest.mark.parametrize(("schedule", "pp", "chunks", "micro_batches"), SHAPES)
-def test_even_stages_take_what_their_table_replays(
-    schedule: Schedule, pp: int, chunks: int, micro_batches: int
-) -> None:
-    """Their passes are a forward and a backward of twice that, halves of it where it is split."""
-    table = build_table(schedule, pp, chunks, micro_batches)
-    step_s = replay(table, [cost(1.0, 2.0)] * (pp * chunks), 0.0, None, 1).step_time_s
-    degrees = Degrees(pp=pp, chunks=chunks, schedule=schedule, num_micro_batches=micro_batches)
-    assert even_factor(degrees) * 3 * pp * chunks == pytest.approx(step_s)
 
 
 def looked_at(name: str) -> tuple[list[int], Solver]:

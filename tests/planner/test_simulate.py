@@ -14,7 +14,8 @@ from planner.cost.passes import Pass
 from planner.cost.schedule import Action, ActionKind, Table, build_table, table_faults
 from planner.cost.simulate import Sharing, kind_passes, replay, split_backward
 from planner.cost.stage_cost import StageCost
-from planner.strategy import Schedule
+from planner.search.even_stages import even_factor
+from planner.strategy import Degrees, Schedule
 
 from .instances import cost
 from .test_schedule import SHAPES
@@ -22,31 +23,15 @@ from .test_schedule import SHAPES
 F, B, INPUT, W = ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.INPUT_GRAD, ActionKind.WEIGHT_GRAD
 
 
-def bubble_s(schedule: Schedule, pp: int, chunks: int, micro_batches: int) -> float | None:
-    """Idle seconds of even stages with F, I and W of one second each; None where no form is published."""
-    match schedule:
-        case Schedule.GPIPE | Schedule.ONE_F_ONE_B | Schedule.INTERLEAVED:
-            return 3.0 * (pp - 1)
-        case Schedule.ZB_H1:  # (p - 1)(F + I - W), arXiv 2401.10241, table 1
-            return 1.0 * (pp - 1) if micro_batches >= pp else None
-        case Schedule.ZBV:  # no bubble but the way to the last rank's first stage
-            return 1.0 * (pp - 1) if micro_batches >= 2 * pp - 1 else None
-        case Schedule.DUALPIPEV:  # (PP / 2 - 1)(F&B + B - 3 W) of the 2 p = PP stages
-            return (3.0 + 2.0 - 3.0) * (pp - 1)
-
-
 @pytest.mark.parametrize(("schedule", "pp", "chunks", "micro_batches"), SHAPES)
 def test_even_stages_give_the_closed_form(
     schedule: Schedule, pp: int, chunks: int, micro_batches: int
 ) -> None:
-    """Even stages take their work, 3 m v seconds, and the schedule's bubble."""
+    """Their passes are a forward and a backward of twice that, halves of it where it is split."""
     table = build_table(schedule, pp, chunks, micro_batches)
     step_s = replay(table, [cost(1.0, 2.0)] * (pp * chunks), 0.0, None, 1).step_time_s
-    expected_s = bubble_s(schedule, pp, chunks, micro_batches)
-    if expected_s is not None:
-        assert step_s - 3.0 * micro_batches * chunks == pytest.approx(expected_s)
-    else:
-        assert 3.0 * micro_batches * chunks < step_s <= 3.0 * chunks * (micro_batches + pp - 1)
+    degrees = Degrees(pp=pp, chunks=chunks, schedule=schedule, num_micro_batches=micro_batches)
+    assert step_s == pytest.approx(even_factor(degrees) * 3 * pp * chunks)
 
 
 @pytest.mark.parametrize(("f", "b"), [(1.0, 2.0), (1.0, 1.0), (2.0, 3.0), (1.0, 4.0)])
