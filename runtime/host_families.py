@@ -11,8 +11,9 @@ from planner.model import ModelSpec
 from planner.profile import Constant, ContentionSample
 from planner.workload import Precision
 from runtime.families import Reading, readings
+from runtime.measure_contention import Contended, measure_contention
 from runtime.measure_device import OF_CUDA, measure_communicators
-from runtime.measure_host import CONSTANTS, measure_contention, measure_host
+from runtime.measure_host import CONSTANTS, measure_host
 from runtime.timing import Effort
 
 
@@ -98,11 +99,12 @@ class ContentionCase:
 
 @dataclass(frozen=True)
 class ContentionFamily:
-    """Slowdown of compute by the number of ranks at work. Accelerators do not share theirs."""
+    """Slowdown of compute by the number of ranks at work on `cores`. Accelerators do not share theirs."""
 
     model: ModelSpec
     seq: int
     ranks: int
+    cores: int
     precision: Precision
     window_s: float
     on_cuda: bool
@@ -125,11 +127,22 @@ class ContentionFamily:
         return [ContentionSample(active=n, slowdown=1.0) for n in range(1, case.ranks + 1)]
 
     def _measured(self, case: ContentionCase) -> list[ContentionSample]:
-        seconds: dict[int, list[float]] = {}
-        for message in measure_contention(self.model, self.seq, case.ranks, self.precision, self.window_s):
-            seconds.setdefault(message["active"], []).append(message["seconds"])
-        alone = statistics.fmean(seconds[1])
-        return [
-            ContentionSample(active=active, slowdown=max(statistics.fmean(seconds[active]) / alone, 1.0))
-            for active in sorted(seconds)
-        ]
+        taken = measure_contention(
+            self.model, self.seq, case.ranks, self.cores, self.precision, self.window_s
+        )
+        return contention(list(taken), self.cores)
+
+
+def contention(taken: Sequence[Contended], cores: int) -> list[ContentionSample]:
+    """The slowdown with each number of ranks at work: of rounds, each against its block alone, the median."""
+    rounds: dict[int, dict[int, list[float]]] = {}
+    for each in taken:
+        rounds.setdefault(each.active, {}).setdefault(each.turn, []).append(each.seconds)
+    alone = {turn: statistics.fmean(seconds) for turn, seconds in rounds.pop(0).items()}
+    samples: list[ContentionSample] = []
+    most = 1.0
+    for active, turns in sorted(rounds.items()):
+        ratios = [statistics.fmean(seconds) / alone[turn] for turn, seconds in turns.items()]
+        most = max(most, statistics.median(ratios))  # more ranks never slow each other less: that is noise
+        samples.append(ContentionSample(active=active, slowdown=max(1.0, active / cores) * most))
+    return samples

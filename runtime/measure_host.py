@@ -7,8 +7,6 @@ and a part per byte are the line through a small and a large case.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -352,65 +350,3 @@ CONSTANTS: dict[str, Callable[[torch.device, Precision, Effort], Iterator[Consta
     "the optimizer": _optimizer,
 }
 """What measures each group of constants."""
-
-
-# Contention
-
-
-CONTENTION_ROUNDS = 3
-CONTENTION_BLOCKS = 4
-"""Blocks that a rank goes through: their weights and activations must compete for caches and memory as
-those of a stage do. A single small block showed a slowdown of 2.0 for 4 ranks on 2 cores where whole models
-slowed by 2.2."""
-
-
-def measure_contention(
-    model: ModelSpec, seq: int, ranks: int, precision: Precision, window_s: float
-) -> Iterator[dict[str, Any]]:
-    """Yields `{"active", "rank", "seconds"}`: mean time of some blocks' passes with `active` ranks at work.
-
-    In a window for k ranks the first k processes compute and the others sleep, all by one clock. The
-    windows come round CONTENTION_ROUNDS times; the median of the rounds is given.
-    """
-    begin = time.monotonic() + 1.5 + 0.1 * ranks
-
-    def body(rank: int, emit: Emit) -> None:
-        torch.set_num_threads(1)
-        run = _busy_blocks(model, seq, precision)
-        run()
-        if time.monotonic() > begin:
-            raise RuntimeError("this machine is too busy to start the ranks within the time given")
-        seconds: dict[int, list[float]] = {active: [] for active in range(1, ranks + 1)}
-        for turn in range(CONTENTION_ROUNDS * ranks):
-            opens = begin + turn * window_s
-            time.sleep(max(0.0, opens - time.monotonic()))
-            active = turn % ranks + 1
-            if rank < active:
-                seconds[active].append(_until(run, opens + window_s * 0.95))
-        for active in range(rank + 1, ranks + 1):
-            emit({"active": active, "rank": rank, "seconds": statistics.median(seconds[active])})
-
-    yield from run_children(body, ranks)
-
-
-def _until(run: Callable[[], object], deadline: float) -> float:
-    began, count = time.monotonic(), 0
-    while time.monotonic() < deadline or count == 0:
-        run()
-        count += 1
-    return (time.monotonic() - began) / count
-
-
-def _busy_blocks(model: ModelSpec, seq: int, precision: Precision) -> Callable[[], None]:
-    """Forward and backward of the model's first blocks, for one sequence."""
-    stage = build_transformer(model, 0, min(CONTENTION_BLOCKS, model.layers), False, False, seq=seq)
-    for name, part in stage.parts():
-        materialize(part, model, prefix=f"{name}.", seed=0, device="cpu")
-        to_precision(part, precision)
-    x = torch.randn(1, seq, model.hidden, dtype=DTYPES[precision])
-    grad = torch.randn_like(x)
-
-    def run() -> None:
-        torch.autograd.backward(stage(x), grad)
-
-    return run

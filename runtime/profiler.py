@@ -120,11 +120,12 @@ def families_of(
     on_cuda = _on_cuda(cluster)
     device_type = "cuda" if on_cuda else "cpu"
     window_s, device = scope.contention_window_s, cluster.groups[0].device
+    cores = cluster.groups[0].slots_per_node or usable_cores()
     world = joint.world if joint else World(ranks=cluster.devices, per_node=cluster.devices)
     return [
         HostFamily(device_type, precision, scope.host_effort),
         CommunicatorFamily(cluster.devices, on_cuda and joint is None),
-        ContentionFamily(models[0], scope.seqs[0], cluster.devices, precision, window_s, on_cuda),
+        ContentionFamily(models[0], scope.seqs[0], cluster.devices, cores, precision, window_s, on_cuda),
         CommFamily(world, device_type, scope.sizes_bytes, scope.comm_effort, joint),
         *_layer_families(models, device, device_type, precision, scope),
         *rate_families(device_type, precision, scope.sweep_effort, scope.sweeps),

@@ -82,7 +82,7 @@ def default_scope(
         layer_effort=once if quick else Effort(warmup=1, least=3, most=30, budget_s=0.10),
         comm_effort=once if quick else Effort(warmup=2, least=3, most=40, budget_s=0.08),
         host_effort=once if quick else Effort(warmup=2, least=7, most=40, budget_s=0.15),
-        contention_window_s=0.1 if quick else 0.5,
+        contention_window_s=0.1 if quick else 0.3,
         time_limit_s=QUICK_TIME_LIMIT_S if quick else TIME_LIMIT_S,
         sweeps=Sweeps.FEW if quick else Sweeps.ALL,
         sweep_effort=once if quick else SWEEP_EFFORT,
