@@ -11,10 +11,11 @@ allocator is held to the plan's limit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from planner.codec import decode, encode
 from planner.cost.action import ActionKind, parse_action
+from planner.machine import usable_cores
 from planner.plan import Plan
 from planner.rehearsal import RankRehearsal, RehearsalMode, RehearsedPass
 from runtime.causes import GRADIENT_SUMS, OPTIMIZER, Span
@@ -43,6 +45,9 @@ from runtime.timing import clock_of, reference_s, summarize
 
 SILENCE_S = 900.0
 """A rank that says nothing for so long has failed: a step of a large stage on a CPU takes minutes."""
+
+KILLED = "SIGKILL"
+"""What a failure says where the system ended the process, for want of memory mostly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,37 +68,53 @@ class RehearsalOptions:
         return torch.device("cuda", 0) if self.mode is RehearsalMode.DEVICE else torch.device("cpu")
 
 
+Asked = tuple[int, tuple[int, ...]]
+"""A rank, and the pipeline ranks that do the same."""
+
+
 def rehearse_rank(plan: Plan, rank: int, alike: tuple[int, ...], options: RehearsalOptions) -> RankRehearsal:
     """What rank `rank` of the plan does alone, in a process of its own.
 
     Too little memory is part of the answer. Raises RunFailedError where the process ended otherwise.
     """
-    begun_s = time.monotonic()
+    try:
+        (found,) = _side_by_side(plan, [(rank, alike)], options)
+    except ChildFailed as failure:
+        if KILLED not in str(failure):
+            raise RunFailedError(f"rank {rank} could not be rehearsed: {failure}") from failure
+        found = dataclasses.replace(_asked(plan, rank, alike), ran_out="the system ended the process")
+    return found
+
+
+def _asked(plan: Plan, rank: int, alike: tuple[int, ...]) -> RankRehearsal:
+    """A rank of which nothing is known yet."""
     degrees = plan.strategy.degrees
     held = degrees.stages_of_pp_rank(degrees.pp_rank_of_rank(rank))
-    found = RankRehearsal(rank=rank, alike=alike, stages=held)
+    return RankRehearsal(rank=rank, alike=alike, stages=held)
 
-    def body(_: int, emit: Emit) -> None:
+
+def _side_by_side(plan: Plan, ranks: Sequence[Asked], options: RehearsalOptions) -> list[RankRehearsal]:
+    """What some ranks do, each in a process of its own, at the same time. Raises ChildFailed if one fails."""
+    begun_s = time.monotonic()
+
+    def body(place: int, emit: Emit) -> None:
         torch.set_num_threads(1)
-        where = "building the stages"
+        found, where = _asked(plan, *ranks[place]), "building the stages"
         try:
             with ExitStack() as stack:
-                run = _Rank(plan, rank, options, stack)
+                run = _Rank(plan, found.rank, options, stack)
                 where = "running a step"
-                emit(encode(run.rehearsed(found)))
+                found = run.rehearsed(found)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            emit(encode(dataclasses.replace(found, ran_out=where)))
+            found = dataclasses.replace(found, ran_out=where)
+        emit(encode(dataclasses.replace(found, wall_s=time.monotonic() - begun_s)))
 
-    try:
-        (message,) = run_children(body, silence_s=SILENCE_S)
-    except ChildFailed as failure:
-        if "SIGKILL" not in str(failure):
-            raise RunFailedError(f"rank {rank} could not be rehearsed: {failure}") from failure
-        message = encode(dataclasses.replace(found, ran_out="the system ended the process"))
-    answer = decode(RankRehearsal, message, source="a rehearsing process")
-    return dataclasses.replace(answer, wall_s=time.monotonic() - begun_s)
+    messages = run_children(body, len(ranks), silence_s=SILENCE_S)
+    found = [decode(RankRehearsal, message, source="a rehearsing process") for message in messages]
+    order = [rank for rank, _ in ranks]
+    return sorted(found, key=lambda each: order.index(each.rank))
 
 
 class _Rank:
@@ -285,9 +306,20 @@ Progress = Callable[[str], None]
 
 
 def rehearse_ranks(
-    plan: Plan, ranks: list[tuple[int, tuple[int, ...]]], options: RehearsalOptions, progress: Progress
+    plan: Plan, ranks: list[Asked], options: RehearsalOptions, progress: Progress
 ) -> Iterator[RankRehearsal]:
-    """Rehearses (rank, pipeline ranks that do the same) one after another."""
-    for number, (rank, alike) in enumerate(ranks, start=1):
-        progress(f"rank {rank} ({number} of {len(ranks)})")
-        yield rehearse_rank(plan, rank, alike, options)
+    """Rehearses ranks one after another; on shapes alone, where nothing is timed, a rank for each core."""
+    at_once = usable_cores() if options.mode is RehearsalMode.FAKE_TENSORS else 1
+    for first in range(0, len(ranks), at_once):
+        batch = ranks[first : first + at_once]
+        names = " and ".join(f"rank {rank}" for rank, _ in batch)
+        progress(f"{names} ({first + len(batch)} of {len(ranks)})")
+        yield from _batch(plan, batch, options)
+
+
+def _batch(plan: Plan, ranks: Sequence[Asked], options: RehearsalOptions) -> Iterable[RankRehearsal]:
+    """Some ranks at the same time, or one by one where they fail together: each then says what its own is."""
+    if len(ranks) > 1:
+        with contextlib.suppress(ChildFailed):
+            return _side_by_side(plan, ranks, options)
+    return (rehearse_rank(plan, rank, alike, options) for rank, alike in ranks)

@@ -25,7 +25,7 @@ from planner.workload import Precision  # noqa: E402
 from runtime import rehearse  # noqa: E402
 from runtime.fake_tensors import fake_tensors  # noqa: E402
 from runtime.local_ranks import RunFailedError  # noqa: E402
-from runtime.rehearse import RehearsalOptions, idle_share, rehearse_rank  # noqa: E402
+from runtime.rehearse import RehearsalOptions, idle_share, rehearse_rank, rehearse_ranks  # noqa: E402
 from tests.plans import make_plan, tiny_deepseek_experts, tiny_llama  # noqa: E402
 from tests.runtime.ranks import real_peaks  # noqa: E402
 
@@ -98,6 +98,32 @@ def test_shapes_alone_are_not_timed_and_take_no_memory() -> None:
     alone = rehearse_rank(plan, 0, (0,), RehearsalOptions(mode=RehearsalMode.FAKE_TENSORS))
     assert alone.passes == () and alone.step_s is None
     assert alone.allocated_bytes is not None and alone.allocated_bytes > 4 * 2**30
+
+
+def test_ranks_side_by_side_are_what_each_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearse, "usable_cores", lambda: 2)
+    plan, options = plan_of(SHAPES["zero bubble V"]), RehearsalOptions(mode=RehearsalMode.FAKE_TENSORS)
+    asked, said = [(rank, (rank,)) for rank in (3, 0, 1)], list[str]()
+    found = list(rehearse_ranks(plan, asked, options, said.append))
+    assert said == ["rank 3 and rank 0 (2 of 3)", "rank 1 (3 of 3)"]
+    alone = [rehearse_rank(plan, *each, options) for each in asked]
+    assert [dataclasses.replace(each, wall_s=0.0) for each in found] == [
+        dataclasses.replace(each, wall_s=0.0) for each in alone
+    ]
+
+
+def test_of_ranks_side_by_side_each_fails_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def steps(self: Any) -> None:
+        if self.executor.modules[0].index == 1:
+            raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(rehearse, "usable_cores", lambda: 2)
+    monkeypatch.setattr(rehearse._Rank, "step", steps)
+    options = RehearsalOptions(mode=RehearsalMode.FAKE_TENSORS)
+    ranks = rehearse_ranks(plan_of(SHAPES["pipeline"]), [(0, (0,)), (2, (1,))], options, lambda _: None)
+    assert next(ranks).rank == 0
+    with pytest.raises(RunFailedError, match="rank 2 could not be rehearsed: RuntimeError: no such kernel"):
+        next(ranks)
 
 
 def test_live_bytes_follow_storages() -> None:
