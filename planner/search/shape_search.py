@@ -52,7 +52,7 @@ PLAYED_WITHIN = 1.03
 """A game is played where the best deal is within this of it."""
 FEW, MANY = 3, 16
 """Replays of a relaxation when a shape is searched, and when its bound is asked for."""
-NODES = 60
+NODES = 20
 """Nodes of branch and bound for a relaxation of whole blocks."""
 ROUNDING = 1e-6
 """Share of a step time by which an ILP's bound may lie below its own optimum: HiGHS's tolerance."""
