@@ -36,8 +36,10 @@ class Change:
 
 
 def with_limit(problem: PlanningProblem, limit_bytes: int) -> PlanningProblem:
-    """The same devices with another memory limit."""
-    return dataclasses.replace(problem, memory_limit_bytes=limit_bytes)
+    """The same devices with another memory limit; where kinds have their own, each as much more or less."""
+    more = limit_bytes - problem.memory_limit_bytes
+    each = tuple((name, own + more) for name, own in problem.device_limits_bytes)
+    return dataclasses.replace(problem, memory_limit_bytes=limit_bytes, device_limits_bytes=each)
 
 
 def with_workload(problem: PlanningProblem, **values: object) -> PlanningProblem:

@@ -6,6 +6,7 @@ What binds comes from the plan's own evaluation; what the runners-up lose is the
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable
 
 from planner.codec import noun
@@ -72,12 +73,7 @@ def recompute_step(stage: Stage) -> Stage | None:
 
 def stage_figures(problem: PlanningProblem, evaluation: Evaluation) -> tuple[StageFigure, ...]:
     """Every stage with what is left of its rank's safe memory."""
-    degrees = evaluation.strategy.degrees
-    safe = safe_bytes(problem, evaluation)
-    held: dict[int, int] = {}
-    for index, stage in enumerate(evaluation.stages):
-        rank = degrees.pp_rank_of_stage(index)
-        held[rank] = held.get(rank, 0) + stage.memory.total_bytes
+    degrees, held = evaluation.strategy.degrees, _held_bytes(evaluation)
     return tuple(
         StageFigure(
             index=index,
@@ -85,7 +81,9 @@ def stage_figures(problem: PlanningProblem, evaluation: Evaluation) -> tuple[Sta
             recompute=stage.recompute,
             time_s=figures.time_s,
             memory=figures.memory,
-            headroom_bytes=int(safe - held[degrees.pp_rank_of_stage(index)]),
+            headroom_bytes=int(
+                safe_bytes(problem, evaluation, index) - held[degrees.pp_rank_of_stage(index)]
+            ),
         )
         for index, (stage, figures) in enumerate(
             zip(evaluation.strategy.stages, evaluation.stages, strict=True)
@@ -93,9 +91,18 @@ def stage_figures(problem: PlanningProblem, evaluation: Evaluation) -> tuple[Sta
     )
 
 
-def safe_bytes(problem: PlanningProblem, evaluation: Evaluation) -> float:
-    """The largest peak that is SAFE under the problem's limit."""
-    return safe_peak_bytes(problem.memory_limit_bytes, memory_band(problem, evaluation.estimate.coverage))
+def _held_bytes(evaluation: Evaluation) -> Counter[int]:
+    """The peak of each pipeline rank."""
+    held = Counter[int]()
+    for index, stage in enumerate(evaluation.stages):
+        held[evaluation.strategy.degrees.pp_rank_of_stage(index)] += stage.memory.total_bytes
+    return held
+
+
+def safe_bytes(problem: PlanningProblem, evaluation: Evaluation, stage: int) -> float:
+    """The largest peak that is SAFE under the limit of the devices of a stage."""
+    limit = evaluation.stages[stage].memory_limit_bytes or problem.memory_limit_bytes
+    return safe_peak_bytes(limit, memory_band(problem, evaluation.estimate.coverage))
 
 
 def what_binds(problem: PlanningProblem, evaluation: Evaluation) -> tuple[Bind, ...]:
@@ -131,7 +138,7 @@ def memory_words(problem: PlanningProblem, evaluation: Evaluation) -> str:
     figures = stage_figures(problem, evaluation)
     fullest = min(figures, key=lambda figure: figure.headroom_bytes)
     room = fullest.headroom_bytes
-    safe = format_bytes(safe_bytes(problem, evaluation))
+    safe = format_bytes(safe_bytes(problem, evaluation, fullest.index))
     words = f"stage {fullest.index} leaves {format_bytes(room)} of {safe} that are safe"
     if room < 0:
         words = f"stage {fullest.index} exceeds the {safe} that are safe by {format_bytes(-room)}"
@@ -141,7 +148,8 @@ def memory_words(problem: PlanningProblem, evaluation: Evaluation) -> str:
     stages = list(evaluation.strategy.stages)
     stages[fullest.index] = again
     other = CostModel(problem).evaluate(dataclasses.replace(evaluation.strategy, stages=tuple(stages)))
-    taken = other.estimate.peak_memory_bytes - evaluation.estimate.peak_memory_bytes
+    rank = evaluation.strategy.degrees.pp_rank_of_stage(fullest.index)
+    taken = _held_bytes(other)[rank] - _held_bytes(evaluation)[rank]
     verb = "does not fit" if taken > room else "fits"
     return f"{words}; one block recomputed less takes {format_bytes(taken)} more and {verb}"
 

@@ -16,7 +16,8 @@ found. Where a schedule deals several stages to a rank, even stages are an upper
 such a shape may need less still.
 
 What must be there is more than the predicted peak, by the error band that a verdict of SAFE asks for:
-limit = peak (1 + upper).
+limit = peak (1 + upper). Where kinds of devices have limits of their own, all are told by the least of them:
+a rank's is that and what its devices have more.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ from planner.cost.flight import InFlight
 from planner.cost.memory_constants import fitted_constant
 from planner.cost.moments import StageMemory
 from planner.cost.offload import with_offload
+from planner.cost.stage import ShapeModel
 from planner.cost.verdict import memory_band
 from planner.estimate import Coverage, MemoryBreakdown, Rejected
+from planner.placement import rank_limits_bytes
 from planner.problem import PlanningProblem
 from planner.rules import broken_rules
 from planner.search.bounds import least_state_bytes
@@ -64,13 +67,15 @@ class Need:
     """What the least demanding strategy of a problem needs of each device.
 
     `limit_bytes` is the least memory limit, in whole MiB, at which it is SAFE; `memory` are the tenants of
-    its fullest device. `exact` says that no strategy of the space needs less.
+    its fullest device, whose kind has `more_bytes` more than that. `exact` says that no strategy of the space
+    needs less.
     """
 
     strategy: Strategy
     limit_bytes: int
     memory: MemoryBreakdown
     exact: bool
+    more_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -124,7 +129,7 @@ def fitting(problem: PlanningProblem, pins: Pins) -> Need | None:
     """A strategy that keeps pins and rules and is SAFE within the problem's limit, if there is one."""
     least = _Least(problem, pins)
     spread = Degrees(dp_shard=problem.cluster.devices, zero=Zero.PARAMETERS)
-    if least.state_bytes(spread) > problem.memory_limit_bytes:
+    if least.state_bytes(spread) > problem.memory_limit_bytes + least.most_more_bytes:
         return None  # not even shared out over all devices
     return least.search(_undominated(space_of(problem, pins)), problem.memory_limit_bytes)
 
@@ -138,6 +143,8 @@ class _Least:
         fitted = fitted_constant(problem, "memory_error_upper")
         self._least_error = min(constants.MEMORY_ERROR.values()) if fitted is None else fitted
         self._states: dict[tuple[object, ...], float] = {}
+        self._more: dict[tuple[int, tuple[int, ...]], float] = {}
+        self.most_more_bytes = max(self.model.limits_bytes) - problem.memory_limit_bytes
 
     def search(self, legal: list[Degrees], enough_bytes: int | None = None) -> Need | None:
         """The least need; with `enough_bytes`, any need of at most that, or None."""
@@ -177,7 +184,18 @@ class _Least:
         """Below every need of a shape, without its model: state and communicators."""
         runtime = self.model.layers.runtime_bytes(degrees)
         slack = self.model.layers.memory.allocator_slack
-        return (self.state_bytes(degrees) * slack + runtime) * (1 + self._least_error)
+        whole = (self.state_bytes(degrees) * slack + runtime) * (1 + self._least_error)
+        return whole - self._mean_more_bytes(degrees)
+
+    def _mean_more_bytes(self, degrees: Degrees) -> float:
+        """What ranks' devices have more than the least limit, on average."""
+        if not self.most_more_bytes:
+            return 0.0
+        key = degrees.pp, degrees.device_order
+        if key not in self._more:
+            limits = rank_limits_bytes(self.problem, degrees)
+            self._more[key] = sum(limits) / len(limits) - self.problem.memory_limit_bytes
+        return self._more[key]
 
 
 def _undominated(space: Space) -> list[Degrees]:
@@ -191,8 +209,9 @@ def _undominated(space: Space) -> list[Degrees]:
     ]
 
 
-_Same = tuple[tuple[InFlight, ...], tuple[int, ...], bool, bool]
-"""What a stage's need depends on: what is in flight, blocks of each class, the ends that it holds."""
+_Same = tuple[int, tuple[InFlight, ...], tuple[int, ...], bool, bool]
+"""What a stage's need depends on: its rank's kind, what is in flight, blocks of each class, the ends that it
+holds."""
 
 
 class _ShapeNeed:
@@ -201,7 +220,8 @@ class _ShapeNeed:
     def __init__(self, model: CostModel, degrees: Degrees, pins: Pins) -> None:
         self.model, self.degrees, self.pins = model, degrees, pins
         self.layers = model.problem.model.layers
-        self.shape = model.shape(degrees)
+        shapes = model.rank_shapes(degrees)
+        self._shapes = [shapes[degrees.pp_rank_of_stage(stage)] for stage in range(degrees.stages)]
         self._known: dict[_Same, tuple[float, Recompute]] = {}
         self._flights = self._in_flight()
 
@@ -212,34 +232,40 @@ class _ShapeNeed:
         return tuple(tuple({v[s]: None for v in by_rank[rank]}) for s, rank in enumerate(ranks))
 
     @cached_property
-    def _error(self) -> float:
-        return memory_band(self.model.problem, self.model.coverage(self.shape)).upper
+    def _errors(self) -> dict[int, float]:
+        """The upper error of each kind of rank."""
+        kinds = {id(shape): shape for shape in self._shapes}
+        return {
+            key: memory_band(shape.problem, self.model.coverage(shape)).upper for key, shape in kinds.items()
+        }
 
-    def limit(self, used_bytes: float) -> float:
-        """The memory limit at which tensors and runtime of `used_bytes` are SAFE."""
-        slack, runtime = self.shape.memory.allocator_slack, self.shape.runtime_bytes
-        return ((used_bytes - runtime) * slack + runtime) * (1 + self._error)
-
-    def _within(self, limit_bytes: float) -> float:
-        """The reverse: what tensors and runtime may take under a memory limit."""
-        slack, runtime = self.shape.memory.allocator_slack, self.shape.runtime_bytes
-        return (limit_bytes / (1 + self._error) - runtime) / slack + runtime
+    def limit(self, index: int, used_bytes: float) -> float:
+        """The memory limit at which tensors and runtime of `used_bytes` on stage `index` are SAFE."""
+        shape = self._shapes[index]
+        slack, runtime = shape.memory.allocator_slack, shape.runtime_bytes
+        whole = ((used_bytes - runtime) * slack + runtime) * (1 + self._errors[id(shape)])
+        return whole - more_bytes(self.model.problem, shape)
 
     def used(self, index: int, first: int, end: int) -> tuple[float, Recompute]:
-        """Bytes of stage `index` with the blocks [first, end) at the option that takes least."""
-        flights = self._flights[index]
-        blocks = tuple(self.shape.count(key, first, end) for key in self.shape.classes)
-        key = (flights, blocks, first == 0, end == self.layers)
+        """The limit that stage `index` needs with the blocks [first, end) at the option that takes least."""
+        flights, shape = self._flights[index], self._shapes[index]
+        blocks = tuple(shape.count(key, first, end) for key in shape.classes)
+        key = (id(shape), flights, blocks, first == 0, end == self.layers)
         if key not in self._known:
-            options = ((self._with(option, flights, first, end), option) for option in self.pins.recomputes)
-            self._known[key] = min(options, key=lambda each: each[0])
+            options = (
+                (self._with(shape, option, flights, first, end), option) for option in self.pins.recomputes
+            )
+            size, option = min(options, key=lambda each: each[0])
+            self._known[key] = self.limit(index, size), option
         return self._known[key]
 
-    def _with(self, option: Recompute, flights: Sequence[InFlight], first: int, end: int) -> float:
+    def _with(
+        self, shape: ShapeModel, option: Recompute, flights: Sequence[InFlight], first: int, end: int
+    ) -> float:
         stage = dataclasses.replace(sized_stages([end - first], option)[0], first=first, end=end)
         stage = offloaded((stage,), self.pins.offload or Offload.NONE)[0]
-        cost = with_offload(self.shape, stage, self.shape.stage(stage))
-        return self.shape.runtime_bytes + max(map(StageMemory(self.shape, cost).reserved_bytes, flights))
+        cost = with_offload(shape, stage, shape.stage(stage))
+        return shape.runtime_bytes + max(map(StageMemory(shape, cost).reserved_bytes, flights))
 
     def bound(self) -> float:
         """Below every need of the shape: a stage of one layer at either end, and the mean of states.
@@ -253,17 +279,17 @@ class _ShapeNeed:
             return 0.0
         layers, stages = self.layers, self.degrees.stages
         if stages == 1:
-            return self.limit(self.used(0, 0, layers)[0])
+            return self.used(0, 0, layers)[0]
         ends = (self.used(0, 0, 1), self.used(stages - 1, layers - 1, layers))
         states = least_state_bytes(self.model.layers, self.degrees, self.pins.offloaded)
-        states += self.shape.runtime_bytes
-        return self.limit(max(states, *(size for size, _ in ends)))
+        mean = sum(self.limit(s, states + self._shapes[s].runtime_bytes) for s in range(stages)) / stages
+        return max(mean, *(limit for limit, _ in ends))
 
     def need(self, to_beat_bytes: float) -> Need | None:
         """The least demanding strategy; None where it does not beat a limit or offloading breaks a rule."""
         if self.degrees.chunks > 1:
             return self._least([self._even(option) for option in self.pins.recomputes], exact=False)
-        if to_beat_bytes < math.inf and self._fitting(self._within(to_beat_bytes)) is None:
+        if to_beat_bytes < math.inf and self._fitting(to_beat_bytes) is None:
             return None
         bounds = self._cut()
         ranges = [(s, bounds[s], bounds[s + 1]) for s in range(self.degrees.stages)]
@@ -287,13 +313,14 @@ class _ShapeNeed:
         """Where stages begin, and the end, such that the fullest stage is least."""
         stages = self.degrees.stages
         bounds = [self.layers * stage // stages for stage in range(stages + 1)]
-        high, low = self._fullest(bounds), 0.0
+        high = self._fullest(bounds)
+        low = min(0.0, high) - max(more_bytes(self.model.problem, shape) for shape in self._shapes)
         while stages > 1:
-            middle = (low + high) / 2 if high - low > 1e-3 * high else math.nextafter(high, 0.0)
+            middle = (low + high) / 2 if high - low > 1e-3 * abs(high) else math.nextafter(high, -math.inf)
             found = self._fitting(middle)
             if found is not None:
                 bounds, high = found, self._fullest(found)
-            elif middle == math.nextafter(high, 0.0):
+            elif middle == math.nextafter(high, -math.inf):
                 break
             else:
                 low = middle
@@ -320,17 +347,24 @@ class _ShapeNeed:
         return bounds
 
 
+def more_bytes(problem: PlanningProblem, shape: ShapeModel) -> int:
+    """What the devices of a rank have more than the least limit of a problem."""
+    return shape.problem.memory_limit_bytes - problem.memory_limit_bytes
+
+
 def need_of(model: CostModel, strategy: Strategy, exact: bool = False) -> Need | None:
     """What a strategy needs; None where it breaks a rule."""
     if broken_rules(model.problem, strategy):
         return None
-    shape = model.shape(strategy.degrees)
-    shapes = model.rank_shapes(strategy.degrees)
+    shape, shapes = model.shape(strategy.degrees), model.rank_shapes(strategy.degrees)
     ranks = memory_of_ranks(shapes, model.table(strategy.degrees), model.stage_costs(shape, strategy))
-    fullest = max(ranks, key=lambda rank: rank.peak_bytes)
-    total = sum(fullest.parts.values(), MemoryBreakdown())
-    limit = safe_limit_bytes(model.problem, total.total_bytes, model.coverage(shape))
-    return Need(strategy=strategy, limit_bytes=limit, memory=total, exact=exact)
+    found: Need | None = None
+    for own, rank in zip(shapes, ranks, strict=True):
+        total, more = sum(rank.parts.values(), MemoryBreakdown()), more_bytes(model.problem, own)
+        limit = safe_limit_bytes(own.problem, total.total_bytes, model.coverage(own)) - more
+        if found is None or limit > found.limit_bytes:
+            found = Need(strategy=strategy, limit_bytes=limit, memory=total, exact=exact, more_bytes=more)
+    return found
 
 
 def safe_limit_bytes(problem: PlanningProblem, peak_bytes: int, coverage: Coverage) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from planner.changes import with_limit
 from planner.codec import noun
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.least_memory import need_of, safe_limit_bytes, survey
+from planner.least_memory import need_of, survey
 from planner.problem import PlanningProblem
 from planner.resolve import Clock, Effort, Solved, resolved
 from planner.search.space import Pins
@@ -46,10 +46,9 @@ class Front:
 
 def front(problem: PlanningProblem, evaluation: Evaluation, effort: Effort, steps: int = STEPS) -> Front:
     """The front from a plan down to the least memory that there is."""
-    least = survey(problem, Pins()).need
-    assert least is not None, "the plan itself is legal"
-    clock, strategies = Clock(effort), [evaluation.strategy, least.strategy]
-    top = safe_limit_bytes(problem, evaluation.estimate.peak_memory_bytes, evaluation.estimate.coverage)
+    least, own = survey(problem, Pins()).need, need_of(CostModel(problem), evaluation.strategy)
+    assert least is not None and own is not None, "the plan itself is legal"
+    clock, strategies, top = Clock(effort), [evaluation.strategy, least.strategy], own.limit_bytes
     limits = [top + (least.limit_bytes - top) * step // steps // MIB * MIB for step in range(steps)]
     limits = sorted({limit for limit in limits if limit > least.limit_bytes}, reverse=True)
     limits.append(least.limit_bytes)

@@ -15,6 +15,7 @@ from planner.choices import freed, pinned, text
 from planner.codec import noun
 from planner.engine_changes import accepted
 from planner.least_memory import Need, Survey, fitting
+from planner.placement import is_mixed
 from planner.problem import PlanningProblem
 from planner.search.space import Pins, shapes
 from planner.strategy import Degrees, Offload
@@ -107,7 +108,10 @@ def _larger_limit(problem: PlanningProblem, pins: Pins, need: Need) -> Candidate
     flag = f"--memory-limit {need.limit_bytes // MIB}MiB"
     words = f"a memory limit of {format_bytes(need.limit_bytes)}"
     beyond = need.limit_bytes > usable
-    if beyond:
+    if beyond and is_mixed(problem.cluster):
+        short = format_bytes(need.limit_bytes - problem.memory_limit_bytes)
+        words = f"devices that give a program {short} more each"
+    elif beyond:
         words = (
             f"devices that give a program {format_bytes(need.limit_bytes)} each "
             f"({problem.device.name} gives {format_bytes(usable)})"

@@ -11,8 +11,9 @@ own. Repairs are compared by device-seconds a token of the plan that each gives,
 
 which is what the repaired run costs on rented devices, whatever a changed batch or sequence does to a step.
 The three cheapest of different kinds are `repairs`; a second optimizer, say, stands in `others` with what
-costs more. Once time is spent and three are found, no more are tried. A memory limit above what the device
-has is never among the three: it asks for other devices.
+costs more. Once time is spent and three are found, no more are tried; once it is spent twice, one will do,
+and four times, none. A memory limit above what the device has is never among the three: it asks for other
+devices.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from planner.strategy import Degrees, Strategy, even_stages, offloaded
 from planner.units import MIB, format_bytes
 
 BEST = 3
+PATIENCE = (2.0, 4.0)
+"""Times the time that is given after which one repair is enough, and none."""
 SHAPE_KEYS = tuple(key for key in KEYS if key in {"dp", *Degrees.__dataclass_fields__} - {"zero"})
 """Keys that fix a shape's degrees, besides its ZeRO stage."""
 
@@ -86,7 +89,8 @@ def why_infeasible(problem: PlanningProblem, pins: Pins, effort: Effort) -> Infe
         found = dataclasses.replace(found, need=_from_search(problem, pins, found.need, clock))
     solved: list[tuple[bool, Repair]] = []
     for candidate in candidates(problem, pins, found):
-        if clock.spent and len({repair.kind for over, repair in solved if not over}) >= BEST:
+        kinds = {repair.kind for over, repair in solved if not over}
+        if clock.spent and len(kinds) >= _wanted(clock):
             break
         repair = _repaired(candidate, clock)
         if repair is not None:
@@ -108,6 +112,12 @@ def why_infeasible(problem: PlanningProblem, pins: Pins, effort: Effort) -> Infe
     )
 
 
+def _wanted(clock: Clock) -> int:
+    """How many repairs are enough by now, once time is spent."""
+    one, none = PATIENCE
+    return BEST if clock.used < one else 1 if clock.used < none else 0
+
+
 OF_PLACE = ("--cluster", "--memory-limit", "fix", "offload")
 """Beginnings of the kinds of repairs that leave the job as it is."""
 
@@ -122,16 +132,21 @@ def for_a_run(answer: Infeasible) -> Infeasible:
 
 GROWTH = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0)
 """Times an inexact least limit at which the search is asked for a plan, until it finds one."""
+LONGER = 5
+"""Times the time of another search that these may take together."""
 
 
 def _from_search(problem: PlanningProblem, pins: Pins, need: Need, clock: Clock) -> Need:
     """The need with the least limit of GROWTH at which the search, too, finds a plan.
 
-    Where a rank holds several stages it narrows which sizes and mixes it looks at.
+    Where a rank holds several stages it narrows which sizes and mixes it looks at. Where time is too short
+    to find one, nothing is said of the search.
     """
+    each_s = clock.effort.each_s and LONGER * clock.effort.each_s
+    longer = Clock(Effort(each_s=each_s, total_s=each_s))
     for factor in GROWTH:
         limit = math.ceil(need.limit_bytes * factor / MIB) * MIB
-        solved = resolved(with_limit(problem, limit), pins, clock)
+        solved = resolved(with_limit(problem, limit), pins, longer)
         if solved is not None:
             return dataclasses.replace(need, limit_bytes=limit)
     return need
@@ -140,13 +155,13 @@ def _from_search(problem: PlanningProblem, pins: Pins, need: Need, clock: Clock)
 def binding(problem: PlanningProblem, found: Survey) -> Binding:
     """The limit in the way: the memory of a device where a shape is legal, else the rule most break."""
     if found.need is not None:
-        limit = problem.memory_limit_bytes
+        more, least = found.need.more_bytes, problem.memory_limit_bytes
         return Binding(
             rule="memory",
             detail=_memory_words(problem, found, found.need),
-            needed_bytes=found.need.limit_bytes,
-            limit_bytes=limit,
-            short_bytes=found.need.limit_bytes - limit,
+            needed_bytes=found.need.limit_bytes + more,
+            limit_bytes=least + more,
+            short_bytes=found.need.limit_bytes - least,
         )
     broken = [rule for rule in found.rejected if rule != "world_size"] or list(found.rejected)
     rule = broken[0] if broken else "memory"  # world_size is asked first: who breaks another kept it
@@ -158,11 +173,12 @@ def binding(problem: PlanningProblem, found: Survey) -> Binding:
 
 
 def _memory_words(problem: PlanningProblem, found: Survey, need: Need) -> str:
-    limit, devices = problem.memory_limit_bytes, problem.cluster.devices
-    safe = limit * need.peak_bytes / need.limit_bytes
+    devices, limit = problem.cluster.devices, problem.memory_limit_bytes + need.more_bytes
+    needed = need.limit_bytes + need.more_bytes
+    safe = limit * need.peak_bytes / needed
     short = (
-        f"SAFE takes {format_bytes(need.limit_bytes)}, the limit is {format_bytes(limit)}: short by "
-        f"{format_bytes(need.limit_bytes - limit)}"
+        f"SAFE takes {format_bytes(needed)}, the limit is {format_bytes(limit)}: short by "
+        f"{format_bytes(needed - limit)}"
     )
     memory = need.memory
     parts = {

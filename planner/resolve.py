@@ -39,7 +39,8 @@ class Effort:
         """The options of one search."""
         if self.each_s is None:
             return SolveOptions(pins=pins, top=0, gap_tolerance=NO_CLOCK_GAP, rounds=1, reproducible=True)
-        return SolveOptions(pins=pins, top=0, gap_tolerance=QUICK_GAP, time_limit_s=self.each_s)
+        limit_s = self.each_s
+        return SolveOptions(pins=pins, top=0, gap_tolerance=QUICK_GAP, time_limit_s=limit_s, gives_up=True)
 
 
 class Clock:
@@ -49,10 +50,17 @@ class Clock:
         self.effort, self._started_s = effort, time.monotonic()
 
     @property
+    def used(self) -> float:
+        """What was used of the time, as a share: 0 where no clock is, 1 where there is none to use."""
+        total_s = self.effort.total_s
+        if not total_s:
+            return 0.0 if total_s is None else 1.0
+        return (time.monotonic() - self._started_s) / total_s
+
+    @property
     def spent(self) -> bool:
         """Whether no further search may start."""
-        total_s = self.effort.total_s
-        return total_s is not None and time.monotonic() - self._started_s >= total_s
+        return self.used >= 1
 
 
 @noun
@@ -124,6 +132,6 @@ def verified(solved: Solved, pins: Pins) -> bool:
         not broken_rules(problem, strategy)
         and keeps(strategy, pins)
         and estimate.verdict is Verdict.SAFE
-        and estimate.peak_memory_bytes <= problem.memory_limit_bytes
+        and estimate.peak_memory_bytes <= estimate.memory_limit_bytes
         and abs(estimate.step_time_s - solved.step_time_s) <= 1e-9 * solved.step_time_s
     )

@@ -79,7 +79,8 @@ class SolveOptions:
     It stops when nothing left can be faster by more than `gap_tolerance`, a share of the step time.
     `rounds` ILPs at most are solved for one shape, of `nodes` branch-and-bound nodes each (None: no limit):
     limits of work, not of time, so that the answer is the same on every machine. `reproducible` uses no
-    clock and writes no wall time.
+    clock and writes no wall time. A search goes on beyond its time until it has a plan, or knows that there
+    is none, unless it `gives_up`: InfeasibleError then says no more than that none was found.
     """
 
     pins: Pins
@@ -89,6 +90,7 @@ class SolveOptions:
     rounds: int = 100
     nodes: int | None = 20
     reproducible: bool = False
+    gives_up: bool = False
 
 
 class Solver:
@@ -180,9 +182,9 @@ class Solver:
                 return
 
     def _expired(self) -> bool:
-        """Whether the time is up and there is a plan to end with."""
+        """Whether the time is up and there is a plan to end with, or none is waited for."""
         left = self._seconds_left()
-        return left is not None and left <= 0 and bool(self.found)
+        return left is not None and left <= 0 and (bool(self.found) or self.options.gives_up)
 
     def _legal(self) -> Space:
         """Every legal base whose weights, gradients and optimizer state may fit."""

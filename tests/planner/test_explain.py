@@ -10,7 +10,7 @@ from planner.changes import faster_devices, faster_links, faster_network, with_n
 from planner.choices import KEYS, chosen, keeps, nearest_first, parse_choice, text, values_of
 from planner.cluster_grammar import parse_cluster
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.cost.verdict import memory_band
+from planner.cost.verdict import memory_band, safe_peak_bytes
 from planner.errors import InputError
 from planner.estimate import TIME_CAUSES, Verdict
 from planner.explain import explain, losers, stage_figures, what_binds
@@ -297,3 +297,16 @@ def test_plans_of_other_batches_are_compared_a_token(plan: Plan) -> None:
     per_token = other.estimate.step_time_s / 16 / (plan.estimate.step_time_s / 8)
     assert found.ratio == pytest.approx(per_token)
     assert found.faster == (0 if abs(per_token - 1) <= 1e-3 else 1 if per_token > 1 else 2)
+
+
+@pytest.mark.parametrize("seed", [1, 5, 9, 14])  # their plans have stages on devices of both kinds
+def test_headroom_is_of_the_limit_of_a_stage_s_own_devices(seed: int) -> None:
+    asked = instances.two_kinds(seed)
+    plan = solve(asked, SolveOptions(pins=Pins()))
+    done = CostModel(asked).evaluate(plan.strategy)
+    band = memory_band(asked, done.estimate.coverage)
+    assert len({stage.memory_limit_bytes for stage in done.stages}) > 1
+    for figure, stage in zip(stage_figures(asked, done), done.stages, strict=True):
+        safe = safe_peak_bytes(stage.memory_limit_bytes or 0, band)
+        assert figure.headroom_bytes == pytest.approx(safe - stage.memory.total_bytes, abs=1)
+        assert figure.headroom_bytes >= -1

@@ -6,6 +6,8 @@ import dataclasses
 
 import pytest
 
+from planner.changes import with_limit
+from planner.cluster import DeviceGroup
 from planner.cost.evaluate import CostModel
 from planner.errors import InfeasibleError
 from planner.estimate import Verdict
@@ -48,6 +50,32 @@ def test_the_least_need_equals_brute_force(seed: int) -> None:
     found = survey(problem, Pins()).need
     assert found is not None and found.exact
     assert abs(found.limit_bytes - least_by_force(problem)) <= MIB
+
+
+def two_limits(seed: int) -> PlanningProblem:
+    """Two nodes of different devices, one with 300 MiB more than the other."""
+    drawn = small(200 + seed)
+    names = ("little", "much")
+    groups = tuple(
+        DeviceGroup(device=instances.device(name=name), nodes=1, devices_per_node=2) for name in names
+    )
+    cluster = dataclasses.replace(instances.cluster(), groups=groups)
+    limits = (drawn.memory_limit_bytes, drawn.memory_limit_bytes + 300 * MIB)
+    return dataclasses.replace(
+        drawn, cluster=cluster, device_limits_bytes=tuple(zip(names, limits, strict=True))
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_devices_of_each_kind_hold_what_they_have(seed: int) -> None:
+    problem = two_limits(seed)
+    found = survey(problem, Pins()).need
+    assert found is not None and found.exact and found.more_bytes in (0, 300 * MIB)
+    assert abs(found.limit_bytes - least_by_force(problem)) <= MIB
+    enough, less = (with_limit(problem, found.limit_bytes + more) for more in (0, -2 * MIB))
+    assert fitting(enough, Pins()) is not None and fitting(less, Pins()) is None
+    for asked, verdict in ((enough, Verdict.SAFE), (less, Verdict.RISKY)):
+        assert CostModel(asked).evaluate(found.strategy).estimate.verdict is verdict
 
 
 @pytest.mark.parametrize("seed", range(4))

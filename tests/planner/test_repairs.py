@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from planner.changes import with_limit
 from planner.least_memory import survey
 from planner.repairs import BEST, why_infeasible
 from planner.resolve import Effort
@@ -113,3 +114,25 @@ def test_once_time_is_spent_there_are_still_repairs() -> None:
     answer = why_infeasible(asked.problem, asked.pins, Effort(each_s=0.1, total_s=0.0))
     assert answer.repairs and len(answer.repairs) <= BEST
     assert all(repair.verified for repair in answer.repairs)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 4, 5, 7, 8])  # the others have no shape that keeps all rules
+def test_kinds_of_devices_are_told_and_repaired_by_their_own_limits(seed: int) -> None:
+    problem = instances.two_kinds(seed)
+    need = survey(problem, Pins()).need
+    assert need is not None
+    short = with_limit(problem, need.limit_bytes - 8 * MIB)
+    answer = why_infeasible(short, Pins(), EFFORT)
+    binding, limits = answer.binding, [limit for _, limit in short.device_limits_bytes]
+    assert binding.rule == "memory" and binding.limit_bytes in limits
+    assert (binding.needed_bytes or 0) - (binding.limit_bytes or 0) == binding.short_bytes
+    assert need.exact is (binding.short_bytes == 8 * MIB)
+    assert all(repair.verified for repair in (*answer.repairs, *answer.others))
+    larger = [repair for repair in answer.others if repair.kind == "--memory-limit"]
+    assert all(repair.change.endswith(" more each") for repair in larger)
+
+
+def test_long_after_its_time_the_search_for_repairs_asks_for_the_last_resort_alone() -> None:
+    asked = case(2)
+    answer = why_infeasible(asked.problem, asked.pins, Effort(each_s=0.1, total_s=1e-9))
+    assert [repair.flag for repair in answer.repairs] == ["leave out every --fix"]

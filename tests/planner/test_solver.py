@@ -9,6 +9,7 @@ import pytest
 from planner.cost.schedule import build_table
 from planner.engine_rules import ENGINE_SCHEDULES
 from planner.errors import InfeasibleError
+from planner.estimate import Verdict
 from planner.limits import Limits
 from planner.plan import decode_plan, encode_plan
 from planner.rules import broken_rules
@@ -193,3 +194,15 @@ def test_solver_equals_brute_force_where_it_once_did_not(family: str, seed: int)
     roomier = dataclasses.replace(problem, memory_limit_bytes=round(1.02 * problem.memory_limit_bytes))
     compared = compare(roomier)
     assert not compared.fault and compared.best_s is not None
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_search_that_gives_up_ends_without_a_plan_or_with_a_legal_one(seed: int) -> None:
+    problem = instances.two_kinds(seed)
+    options = SolveOptions(pins=Pins(), time_limit_s=1e-9, gives_up=True)
+    try:
+        plan = solve(problem, options)
+    except InfeasibleError:
+        return
+    assert broken_rules(problem, plan.strategy) == [] and plan.estimate.verdict is Verdict.SAFE
+    assert plan.solver is not None and plan.solver.lower_bound_s <= plan.estimate.step_time_s
