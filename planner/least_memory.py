@@ -26,7 +26,7 @@ import dataclasses
 import heapq
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
 from planner.codec import noun
@@ -125,13 +125,19 @@ def survey(problem: PlanningProblem, pins: Pins) -> Survey:
     )
 
 
-def fitting(problem: PlanningProblem, pins: Pins) -> Need | None:
-    """A strategy that keeps pins and rules and is SAFE within the problem's limit, if there is one."""
+def never() -> bool:
+    """Time that is never up."""
+    return False
+
+
+def fitting(problem: PlanningProblem, pins: Pins, over: Callable[[], bool] = never) -> Need | None:
+    """A strategy that keeps pins and rules and is SAFE within the problem's limit, if there is one, and is
+    found before time is `over`."""
     least = _Least(problem, pins)
     spread = Degrees(dp_shard=problem.cluster.devices, zero=Zero.PARAMETERS)
     if least.state_bytes(spread) > problem.memory_limit_bytes + least.most_more_bytes:
         return None  # not even shared out over all devices
-    return least.search(_undominated(space_of(problem, pins)), problem.memory_limit_bytes)
+    return least.search(_undominated(space_of(problem, pins, over)), problem.memory_limit_bytes, over)
 
 
 class _Least:
@@ -146,8 +152,10 @@ class _Least:
         self._more: dict[tuple[int, tuple[int, ...]], float] = {}
         self.most_more_bytes = max(self.model.limits_bytes) - problem.memory_limit_bytes
 
-    def search(self, legal: list[Degrees], enough_bytes: int | None = None) -> Need | None:
-        """The least need; with `enough_bytes`, any need of at most that, or None."""
+    def search(
+        self, legal: list[Degrees], enough_bytes: int | None = None, over: Callable[[], bool] = never
+    ) -> Need | None:
+        """The least need; with `enough_bytes`, any need of at most that, or None, also when time is over."""
         heap: list[tuple[float, int, int, Degrees | _ShapeNeed]] = [
             (self._cheap_bound(degrees), degrees.micro_batch, order, degrees)
             for order, degrees in enumerate(legal)
@@ -155,7 +163,7 @@ class _Least:
         heapq.heapify(heap)
         best: Need | None = None
         to_beat = math.inf if enough_bytes is None else enough_bytes + MIB
-        while heap and heap[0][0] < to_beat - MIB:
+        while heap and heap[0][0] < to_beat - MIB and not over():
             _, micro_batch, order, item = heapq.heappop(heap)
             if isinstance(item, Degrees):
                 modelled = _ShapeNeed(self.model, item, self.pins)

@@ -42,7 +42,11 @@ class Candidate:
     hypothetical: bool = False
 
 
-def candidates(problem: PlanningProblem, pins: Pins, found: Survey) -> Iterator[Candidate]:
+Over = Callable[[], bool]
+"""Whether time is over: nothing more is looked for then."""
+
+
+def candidates(problem: PlanningProblem, pins: Pins, found: Survey, over: Over) -> Iterator[Candidate]:
     """Every single change that may help, the cheapest to try first."""
     yield from _freed(problem, pins)
     same = [*accepted(problem), *other_optimizers(problem), *lora(problem), *narrower(problem)]
@@ -52,10 +56,10 @@ def candidates(problem: PlanningProblem, pins: Pins, found: Survey) -> Iterator[
         yield from _other_batches(problem, pins)
     else:
         yield _larger_limit(problem, pins, found.need)
-    yield from _other_nodes(problem, pins, fewer=found.need is None)
-    yield from _shorter(problem, pins)
+    yield from _other_nodes(problem, pins, over, fewer=found.need is None)
+    yield from _shorter(problem, pins, over)
     if found.need is not None:
-        yield from _more_pins(problem, pins)
+        yield from _more_pins(problem, pins, over)
 
 
 def _freed(problem: PlanningProblem, pins: Pins) -> Iterator[Candidate]:
@@ -73,15 +77,15 @@ def all_freed(problem: PlanningProblem, pins: Pins) -> Candidate:
     return Candidate(kind="fix", change=change, pins=Pins())
 
 
-def _more_pins(problem: PlanningProblem, pins: Pins) -> Iterator[Candidate]:
+def _more_pins(problem: PlanningProblem, pins: Pins, over: Over) -> Iterator[Candidate]:
     """Choices that the search takes only when they are asked for: context and expert ranks, host memory."""
     devices, experts = problem.cluster.devices, [each.count for each in problem.model.experts]
     degrees = [2**power for power in range(1, 8) if devices % 2**power == 0]
     if pins.cp is None:
-        yield from _first_fitting(problem, pins, "cp", degrees, "ranks share out each sequence")
+        yield from _first_fitting(problem, pins, over, "cp", degrees, "ranks share out each sequence")
     if pins.ep is None and experts:
         legal = [degree for degree in degrees if experts[0] % degree == 0]
-        yield from _first_fitting(problem, pins, "ep", legal, "ranks share out the experts")
+        yield from _first_fitting(problem, pins, over, "ep", legal, "ranks share out the experts")
     if pins.offload is None:
         for offload, what in (
             (Offload.OPTIMIZER, "optimizer state"),
@@ -92,11 +96,11 @@ def _more_pins(problem: PlanningProblem, pins: Pins) -> Iterator[Candidate]:
 
 
 def _first_fitting(
-    problem: PlanningProblem, pins: Pins, key: str, degrees: list[int], what: str
+    problem: PlanningProblem, pins: Pins, over: Over, key: str, degrees: list[int], what: str
 ) -> Iterator[Candidate]:
     for degree in degrees:
         more = dataclasses.replace(pins, **{key: degree})  # type: ignore[arg-type]
-        if fitting(problem, more) is not None:
+        if fitting(problem, more, over) is not None:
             change = Change(change=f"{degree} {what}", flag=f"--fix {key}={degree}", problem=problem)
             yield Candidate(kind=f"fix {key}", change=change, pins=more)
             return
@@ -120,14 +124,14 @@ def _larger_limit(problem: PlanningProblem, pins: Pins, need: Need) -> Candidate
     return Candidate(kind="--memory-limit", change=change, pins=pins, hypothetical=beyond)
 
 
-def _other_nodes(problem: PlanningProblem, pins: Pins, *, fewer: bool) -> Iterator[Candidate]:
+def _other_nodes(problem: PlanningProblem, pins: Pins, over: Over, *, fewer: bool) -> Iterator[Candidate]:
     now = nodes_of(problem.cluster)
     if now is None or pins.dp is not None:
         return
 
     def fits(nodes: int) -> bool:
         changed = with_nodes(problem, nodes)
-        return changed is not None and fitting(changed, pins) is not None
+        return changed is not None and fitting(changed, pins, over) is not None
 
     numbers = [_least_nodes(now, problem.cluster.devices_per_node, fits)]
     if fewer:
@@ -160,7 +164,7 @@ def _least_nodes(now: int, per_node: int, fits: Callable[[int], bool]) -> int | 
     return next((nodes for nodes in range(low + 1, high) if fits(nodes)), high)
 
 
-def _shorter(problem: PlanningProblem, pins: Pins) -> Iterator[Candidate]:
+def _shorter(problem: PlanningProblem, pins: Pins, over: Over) -> Iterator[Candidate]:
     """The longest sequence that fits, in steps of a sixteenth, then by halves."""
     seq = problem.workload.seq
     step = seq // SEQ_PARTS
@@ -169,7 +173,7 @@ def _shorter(problem: PlanningProblem, pins: Pins) -> Iterator[Candidate]:
     lengths = [length for length in lengths if length >= MIN_SEQ]
 
     def fits(length: int) -> bool:
-        return fitting(changed_workload(problem, seq=length), pins) is not None
+        return fitting(changed_workload(problem, seq=length), pins, over) is not None
 
     if not lengths or not fits(lengths[-1]):
         return

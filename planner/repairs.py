@@ -27,9 +27,9 @@ from planner.codec import noun
 from planner.cost.evaluate import CostModel
 from planner.errors import InputError
 from planner.estimate import Verdict
-from planner.least_memory import Need, Survey, fitting, survey
+from planner.least_memory import Need, Survey, fitting, never, survey
 from planner.problem import PlanningProblem
-from planner.repair_candidates import Candidate, all_freed, candidates
+from planner.repair_candidates import Candidate, Over, all_freed, candidates
 from planner.resolve import Clock, Effort, Solved, resolved, verified
 from planner.rules import broken_rules
 from planner.search.space import Pins
@@ -88,15 +88,16 @@ def why_infeasible(problem: PlanningProblem, pins: Pins, effort: Effort) -> Infe
     if found.need is not None and not found.need.exact:
         found = dataclasses.replace(found, need=_from_search(problem, pins, found.need, clock))
     solved: list[tuple[bool, Repair]] = []
-    for candidate in candidates(problem, pins, found):
-        kinds = {repair.kind for over, repair in solved if not over}
-        if clock.spent and len(kinds) >= _wanted(clock):
-            break
-        repair = _repaired(candidate, clock)
+
+    def over() -> bool:
+        return clock.spent and len({repair.kind for beyond, repair in solved if not beyond}) >= _wanted(clock)
+
+    for candidate in candidates(problem, pins, found, over):
+        repair = None if over() else _repaired(candidate, clock, over)
         if repair is not None:
             solved.append((candidate.hypothetical, repair))
     if not solved and len(pinned(pins)) > 1:
-        last = _repaired(all_freed(problem, pins), clock)
+        last = _repaired(all_freed(problem, pins), clock, never)
         solved += [(False, last)] if last is not None else []
     solved.sort(key=lambda each: (each[0], each[1].device_seconds_per_token, each[1].flag))
     best: dict[str, Repair] = {}
@@ -199,10 +200,10 @@ def _memory_words(problem: PlanningProblem, found: Survey, need: Need) -> str:
     return f"{least}, peaks at {format_bytes(need.peak_bytes)} a device ({held}); {short}"
 
 
-def _repaired(candidate: Candidate, clock: Clock) -> Repair | None:
-    """The change solved and verified; None where it does not make the problem feasible."""
+def _repaired(candidate: Candidate, clock: Clock, over: Over) -> Repair | None:
+    """The change solved and verified; None where it does not make the problem feasible, or time is over."""
     change, pins = candidate.change, candidate.pins
-    need = fitting(change.problem, pins)
+    need = fitting(change.problem, pins, over)
     if need is None:
         return None
     words, flag = change.change, change.flag
