@@ -23,6 +23,7 @@ from planner.changes import (
 from planner.codec import noun
 from planner.cost.evaluate import CostModel
 from planner.least_memory import survey
+from planner.placement import is_mixed
 from planner.problem import PlanningProblem
 from planner.repairs import binding
 from planner.resolve import Clock, Solved, resolved
@@ -70,11 +71,9 @@ def what_more_buys(
 def _changes(problem: PlanningProblem, degrees: Degrees) -> Iterable[Change]:
     cluster, batch = problem.cluster, problem.workload.batch
     more = with_limit(problem, problem.memory_limit_bytes + GIB)
-    yield Change(
-        change="1 GiB more a device",
-        flag=f"--memory-limit {format_bytes(more.memory_limit_bytes).replace(' ', '')}",
-        problem=more,
-    )
+    limit = format_bytes(more.memory_limit_bytes).replace(" ", "")
+    flag = "" if is_mixed(cluster) else f"--memory-limit {limit}"  # which is one for all kinds of devices
+    yield Change(change="1 GiB more a device", flag=flag, problem=more)
     nodes = nodes_of(cluster)
     larger = with_nodes(problem, nodes + 1) if nodes else None
     if larger is not None:
