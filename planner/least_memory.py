@@ -290,7 +290,10 @@ class _ShapeNeed:
             return self.used(0, 0, layers)[0]
         ends = (self.used(0, 0, 1), self.used(stages - 1, layers - 1, layers))
         states = least_state_bytes(self.model.layers, self.degrees, self.pins.offloaded)
-        mean = sum(self.limit(s, states + self._shapes[s].runtime_bytes) for s in range(stages)) / stages
+        slack = min(shape.memory.allocator_slack for shape in self._shapes)
+        runtime = min(shape.runtime_bytes for shape in self._shapes)
+        mean = (states * slack + runtime) * (1 + min(self._errors.values()))
+        mean -= sum(more_bytes(self.model.problem, shape) for shape in self._shapes) / stages
         return max(mean, *(limit for limit, _ in ends))
 
     def need(self, to_beat_bytes: float) -> Need | None:

@@ -93,7 +93,9 @@ def why_infeasible(problem: PlanningProblem, pins: Pins, effort: Effort) -> Infe
         return clock.spent and len({repair.kind for beyond, repair in solved if not beyond}) >= _wanted(clock)
 
     for candidate in candidates(problem, pins, found, over):
-        repair = None if over() else _repaired(candidate, clock, over)
+        if over():
+            break
+        repair = _repaired(candidate, clock, over)
         if repair is not None:
             solved.append((candidate.hypothetical, repair))
     if not solved and len(pinned(pins)) > 1:

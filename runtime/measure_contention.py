@@ -7,7 +7,7 @@ another with 1, 2, ... ranks at work.
 
 Seconds are those that a process had of a core: what others take of the machine is not in them. Where more
 ranks work than there are cores, each waits for its turn besides: ranks / cores times as long. By the wall,
-4 ranks on 2 cores were slowed 1.5 to 2.4 times in ten profiles of one machine.
+4 ranks on 2 cores were slowed 1.5 to 2.4 times in twelve measurements of one machine.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ MICRO_BATCHES = (2, 1)
 """The most blocks and sequences that a rank goes through, as far as one pass fits into a window: their
 weights and activations compete for caches as those of a stage do."""
 
+ROOM = 1.5
+"""Times a pass alone that one among others has at least."""
+
 
 @noun
 class Contended:
@@ -54,8 +57,9 @@ def measure_contention(
     """
     (block_s,) = (message["seconds"] for message in run_children(_one_block(model, seq, precision)))
     shape = _shape(model, block_s, window_s)
-    windows_s = [max(window_s, block_s * shape[0] * shape[1]) * max(1.0, k / cores) for k in range(ranks + 1)]
-    begin = time.monotonic() + 1.5 + 0.1 * ranks
+    pass_s = block_s * shape[0] * shape[1]
+    windows_s = [max(window_s, ROOM * pass_s) * max(1.0, k / cores) for k in range(ranks + 1)]
+    begin = time.monotonic() + 1.5 + 0.1 * ranks + 2 * ROOM * pass_s * max(1.0, ranks / cores)
 
     def body(rank: int, emit: Emit) -> None:
         torch.set_num_threads(1)
