@@ -41,6 +41,8 @@ _SMALL_HIDDEN = 64
 _LARGE_HIDDEN = {"cpu": 512, "cuda": 2048}
 """Units of 3.1 and 50 million parameters. A smaller one's copies would vanish on an accelerator behind the
 time it takes to begin them; three of the larger one, with gradients and masters, take 2.4 GB."""
+_BEYOND_HIDDEN = 1024
+"""Units of 12.6 million parameters, on a CPU: tensors over 32 MiB get fresh pages each time they are made."""
 _MICRO_BATCHES = 8
 
 
@@ -189,15 +191,16 @@ def _wrappers(device: torch.device, precision: Precision, effort: Effort) -> Ite
     replicated = Degrees(dp_replicate=2, zero=Zero.NONE)
     for name, degrees in (("fsdp", sharded), ("replicate", replicated)):
         with fake_world(degrees, device.type) as meshes:
-            small, large = (
+            units = [
                 _wrapper_costs(hidden, degrees, precision, device, meshes, effort)
-                for hidden in (_SMALL_HIDDEN, _LARGE_HIDDEN[device.type])
-            )
-            messages = [_fake_message_s(costs.params, degrees, precision, device) for costs in (small, large)]
-        yield from _wrapper_constants(name, small, large, messages, precision)
+                for hidden in (_SMALL_HIDDEN, _LARGE_HIDDEN[device.type], _BEYOND_HIDDEN)
+                if hidden != _BEYOND_HIDDEN or device.type == "cpu"
+            ]
+            messages = [_fake_message_s(unit.params, degrees, precision, device) for unit in units]
+        yield from _wrapper_constants(name, units, messages, precision)
     yield constant(
         "grad_accumulate_s_per_param",
-        max(large.accumulate_s, 0.0) / large.params,
+        max(units[1].accumulate_s, 0.0) / units[1].params,
         "backward pass into gradients that exist, against none",
     )
 
@@ -223,36 +226,37 @@ def _fake_message_s(
 
 
 def _wrapper_constants(
-    name: str,
-    small: _WrapperCosts,
-    large: _WrapperCosts,
-    messages: list[tuple[float, float]],
-    precision: Precision,
+    name: str, units: list[_WrapperCosts], messages: list[tuple[float, float]], precision: Precision
 ) -> Iterator[Constant]:
+    """Of a small and a large unit, and of one beyond these where memory is not as quick for it."""
+    small, each = units[0], list(zip(units, messages, strict=True))
     yield constant(
         f"{name}_unit_forward_s", max(small.hooks.forward_s, 0.0), "hooks of a wrapped block, no messages"
     )
     yield constant(
         f"{name}_unit_backward_s", max(small.hooks.backward_s, 0.0), "hooks of a wrapped block, no messages"
     )
-    (small_gather_s, small_reduce_s), (large_gather_s, large_reduce_s) = messages
     # Bytes of the whole unit: gathered in the compute precision, reduced in fp32.
-    reduce_unit_s, reduce_s_per_byte = _line(
-        (4.0 * small.params, small.sync.backward_s - small_reduce_s),
-        (4.0 * large.params, large.sync.backward_s - large_reduce_s),
-    )
-    yield constant(f"{name}_reduce_unit_s", reduce_unit_s, "reducing a block's gradients, per block")
-    yield constant(f"{name}_reduce_copy_s_per_byte", reduce_s_per_byte, "the same, per byte in fp32")
+    reduced = [(4.0 * unit.params, unit.sync.backward_s - reduce_s) for unit, (_, reduce_s) in each]
+    yield from _copies(f"{name}_reduce", "reducing a block's gradients", reduced)
     if name == "fsdp":
-        size = precision.compute_bytes
-        gather_unit_s, gather_s_per_byte = _line(
-            (float(size * small.params), small.sync.forward_s - small_gather_s),
-            (float(size * large.params), large.sync.forward_s - large_gather_s),
-        )
-        yield constant("fsdp_gather_unit_s", gather_unit_s, "gathering a block's parameters, per block")
-        yield constant("fsdp_gather_copy_s_per_byte", gather_s_per_byte, "the same, per gathered byte")
-        mean = (gather_s_per_byte + reduce_s_per_byte) / 2
-        yield constant("fsdp_copy_s_per_byte", mean, "mean of gathering and reducing")
+        size = float(precision.compute_bytes)
+        gathered = [(size * unit.params, unit.sync.forward_s - gather_s) for unit, (gather_s, _) in each]
+        yield from _copies(f"{name}_gather", "gathering a block's parameters", gathered)
+        slopes = [_line(*points[:2])[1] for points in (gathered, reduced)]
+        yield constant("fsdp_copy_s_per_byte", sum(slopes) / 2, "mean of gathering and reducing")
+
+
+def _copies(name: str, what: str, points: list[tuple[float, float]]) -> Iterator[Constant]:
+    """The line through two points (bytes, seconds), and the slope from the second to a third."""
+    unit_s, s_per_byte = _line(*points[:2])
+    yield constant(f"{name}_unit_s", unit_s, f"{what}, per block")
+    yield constant(f"{name}_copy_s_per_byte", s_per_byte, "the same, per byte")
+    for beyond in points[2:]:
+        bend_bytes, known_s = points[1]
+        slope = max((beyond[1] - known_s) / (beyond[0] - bend_bytes), 0.0)
+        yield constant(f"{name}_bend_bytes", bend_bytes, f"{what}: what lies beyond has the next slope")
+        yield constant(f"{name}_beyond_s_per_byte", slope, "the same, per byte beyond")
 
 
 def _line(small: tuple[float, float], large: tuple[float, float]) -> tuple[float, float]:

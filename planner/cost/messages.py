@@ -202,8 +202,7 @@ class Messages:
             dense_params, routed_params = params, 0.0
         if max(degrees.weight_shards, degrees.expert_shards if routed_params else 1) == 1 or params == 0:
             return Pass()
-        size = params * self.value_bytes
-        copies_s = self.constant("fsdp_gather_unit_s") + size * self.constant("fsdp_gather_copy_s_per_byte")
+        copies_s = self._copies_s("fsdp_gather", params * self.value_bytes)
         seconds = self.seconds(Op.ALL_GATHER, dense_params * self.value_bytes, self.shard_group())
         routed = routed_params * self.value_bytes
         seconds += self.seconds(Op.ALL_GATHER, routed, self.expert_shard_group())
@@ -218,13 +217,20 @@ class Messages:
         ranks = max(degrees.replicas, degrees.expert_replicas if unit.routed_trained else 1)
         if ranks == 1 or unit.trained == 0:
             return Pass()
-        per_byte = self.constant(f"{self.wrapper}_reduce_copy_s_per_byte")
-        copies_s = self.constant(f"{self.wrapper}_reduce_unit_s") + each * unit.trained * per_byte
+        copies_s = self._copies_s(f"{self.wrapper}_reduce", each * unit.trained)
         routed = each * unit.routed_trained * degrees.spreads_experts
         dense = each * unit.trained - routed
         seconds = self._reduced_s(dense, self.shard_group(), self.replicate_group())
         seconds += self._reduced_s(routed, self.expert_shard_group(), self.expert_replicate_group())
         return Pass(host_s=copies_s, dp_s=self._data_parallel_s(seconds, degrees.replicas))
+
+    def _copies_s(self, name: str, size_bytes: float) -> float:
+        """Seconds of a unit's copies around a message: by its bytes, and beyond some of them by another rate,
+        where the profile tells of one (a CPU's: its large tensors get fresh pages each time)."""
+        per_byte, bend = self.constant(f"{name}_copy_s_per_byte"), self.constant(f"{name}_bend_bytes")
+        seconds = self.constant(f"{name}_unit_s") + size_bytes * per_byte
+        beyond = max(size_bytes - bend, 0.0) if bend else 0.0
+        return seconds + beyond * (self.constant(f"{name}_beyond_s_per_byte") - per_byte)
 
     def _reduced_s(self, size_bytes: float, shards: Group, replicas: Group) -> float:
         """Seconds of scattering gradients over shards and summing each over replicas, or of summing all."""

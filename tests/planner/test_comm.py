@@ -13,7 +13,9 @@ from planner.catalog import device_names
 from planner.cluster import ClusterSpec, Link
 from planner.cluster_grammar import parse_cluster
 from planner.cost.comm import CommModel, Group
-from planner.profile import PROFILE_SCHEMA, CommSample, Op, Profile
+from planner.cost.evaluate import CostModel
+from planner.profile import PROFILE_SCHEMA, CommSample, Constant, Op, Profile
+from planner.strategy import Degrees, Zero
 from planner.tables import measured
 from planner.tables.curves import CollectiveCurves, curves_of, wire_factor
 from planner.tables.measured import Collective
@@ -365,3 +367,24 @@ def test_a_sample_of_no_time_is_no_sample() -> None:
     assert comm.cost(Op.ALL_GATHER, MIB, inside(2)) == model_of("1x8:h100-sxm-80gb").cost(
         Op.ALL_GATHER, MIB, inside(2)
     )
+
+
+def test_copies_of_a_large_unit_have_a_rate_of_their_own_where_one_was_measured() -> None:
+    """0.1 ms and 1 ns a byte up to a million of them, 5 ns beyond; without that, 1 ns for all."""
+    line = {"fsdp_gather_unit_s": 1e-4, "fsdp_gather_copy_s_per_byte": 1e-9}
+    bend = {"fsdp_gather_bend_bytes": 1e6, "fsdp_gather_beyond_s_per_byte": 5e-9}
+    degrees = Degrees(dp_shard=4, zero=Zero.PARAMETERS)
+
+    def copied_s(values: dict[str, float], size_bytes: float) -> float:
+        constants = tuple(
+            Constant(name=name, value=value, origin="measured") for name, value in values.items()
+        )
+        problem = instances.problem(on=instances.cluster(per_node=4))
+        asked = dataclasses.replace(problem, profile=instances.profile(constants=constants))
+        messages = CostModel(asked).shape(degrees).messages
+        return messages.gather(size_bytes / messages.value_bytes).host_s
+
+    assert copied_s(line | bend, 4e5) == pytest.approx(5e-4) == copied_s(line, 4e5)
+    assert copied_s(line | bend, 1e6) == pytest.approx(1.1e-3)
+    assert copied_s(line | bend, 3e6) == pytest.approx(1.11e-2)
+    assert copied_s(line, 3e6) == pytest.approx(3.1e-3)

@@ -123,7 +123,8 @@ def test_figures_are_positive(watched: tuple[Profile, Silence]) -> None:
     assert written >= {
         "fsdp_unit_forward_s", "fsdp_unit_backward_s", "fsdp_copy_s_per_byte", "replicate_unit_forward_s",
         "replicate_unit_backward_s", "pp_action_s", "optimizer_s_per_tensor", "clip_s_per_param",
-        "clip_s_per_tensor", "grad_accumulate_s_per_param", "runtime_bytes",
+        "clip_s_per_tensor", "grad_accumulate_s_per_param", "runtime_bytes", "fsdp_gather_bend_bytes",
+        "fsdp_reduce_beyond_s_per_byte", "replicate_reduce_bend_bytes",
     }  # fmt: skip
 
 
