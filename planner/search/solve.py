@@ -27,6 +27,7 @@ from planner.cost.schedule import print_table
 from planner.divisors import divisors
 from planner.errors import InfeasibleError
 from planner.estimate import Verdict
+from planner.least_memory import fitting
 from planner.not_modelled import not_modelled
 from planner.nouns import replaced
 from planner.placement import is_mixed
@@ -131,6 +132,8 @@ class Solver:
             crew.close()
         self._add_runners_up(candidates)
         if not self.found:
+            self._far_from_even(float(quick_s.min(initial=float("inf"))))
+        if not self.found:
             raise InfeasibleError(self.rejections.why_infeasible(self.problem, self.shapes))
         best, evaluation = self._best_safe()
         unmodelled = candidates.count_unmodelled(best.step_time_s * (1 - self.options.gap_tolerance))
@@ -180,6 +183,17 @@ class Solver:
             left, limit = self._seconds_left(), self.options.time_limit_s
             if self.found and left is not None and limit is not None and left < START_LEAVES * limit:
                 return
+
+    def _far_from_even(self, least_s: float) -> None:
+        """A plan that fits though its cut is far from the even one: of models of several layer classes none
+        such is searched. All that is known of its like is what no shape beats, `least_s`."""
+        if len({segment.block.shape_key for segment in self.problem.model.segments}) == 1:
+            return
+        need = fitting(self.problem, self.options.pins, self._expired)
+        if need is not None:
+            step_s = self.model.evaluate(need.strategy).estimate.step_time_s
+            self.found.append(Found(need.strategy, step_s))
+            self.bounds_s.append(least_s)
 
     def _expired(self) -> bool:
         """Whether the time is up and there is a plan to end with, or none is waited for."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from planner.estimate import Verdict
+from planner.rules import broken_rules
 from planner.search.solve import SolveOptions, Solver
 from planner.search.space import parse_pins
 
-from .catalog_problems import problem
+from .catalog_problems import problem, solved
 
 PROBLEMS = {
     "V of one class": ("llama-2-70b", "8x8:a100-sxm-80gb", 4096, 256, ("schedule=zbv", "tp=4", "zero=1")),
@@ -27,3 +28,14 @@ def test_all_that_is_found_is_safe(name: str) -> None:
     verdicts = [solver.model.evaluate(found.strategy).estimate.verdict for found in solver.found]
     assert len(verdicts) >= 3 and set(verdicts) == {Verdict.SAFE}
     assert plan.estimate.step_time_s == min(found.step_time_s for found in solver.found)
+
+
+def test_a_plan_is_found_where_only_a_cut_far_from_the_even_one_fits() -> None:
+    """Two layer classes, and a node of little memory that holds one layer of 46. The search itself looks near
+    the even cut; what is known of others is a bound over all shapes."""
+    of = problem("gemma-2-27b", "8x2:a100-sxm-80gb+2x2:a100-sxm-40gb", 131072, 16)
+    plan = solved(of, "pp=5", "tp=2")
+    assert plan.estimate.verdict is Verdict.SAFE and not broken_rules(of, plan.strategy)
+    assert min(stage.layers for stage in plan.strategy.stages) < 46 // 5 - 46 // 10
+    assert plan.solver is not None and plan.solver.status == "gap"
+    assert 0 < plan.solver.lower_bound_s < plan.estimate.step_time_s
