@@ -33,6 +33,7 @@ from planner.codec import noun
 from planner.cost import constants
 from planner.cost.evaluate import CostModel, memory_of_ranks
 from planner.cost.flight import InFlight
+from planner.cost.judged import RankMemory
 from planner.cost.memory_constants import fitted_constant
 from planner.cost.moments import StageMemory
 from planner.cost.offload import with_offload
@@ -125,12 +126,16 @@ def survey(problem: PlanningProblem, pins: Pins) -> Survey:
     )
 
 
+Over = Callable[[], bool]
+"""Whether time is over: nothing more is looked for then."""
+
+
 def never() -> bool:
-    """Time that is never up."""
+    """Time that is never over."""
     return False
 
 
-def fitting(problem: PlanningProblem, pins: Pins, over: Callable[[], bool] = never) -> Need | None:
+def fitting(problem: PlanningProblem, pins: Pins, over: Over = never) -> Need | None:
     """A strategy that keeps pins and rules and is SAFE within the problem's limit, if there is one, and is
     found before time is `over`."""
     least = _Least(problem, pins)
@@ -153,7 +158,7 @@ class _Least:
         self.most_more_bytes = max(self.model.limits_bytes) - problem.memory_limit_bytes
 
     def search(
-        self, legal: list[Degrees], enough_bytes: int | None = None, over: Callable[[], bool] = never
+        self, legal: list[Degrees], enough_bytes: int | None = None, over: Over = never
     ) -> Need | None:
         """The least need; with `enough_bytes`, any need of at most that, or None, also when time is over."""
         heap: list[tuple[float, int, int, Degrees | _ShapeNeed]] = [
@@ -254,7 +259,7 @@ class _ShapeNeed:
         whole = ((used_bytes - runtime) * slack + runtime) * (1 + self._errors[id(shape)])
         return whole - more_bytes(self.model.problem, shape)
 
-    def used(self, index: int, first: int, end: int) -> tuple[float, Recompute]:
+    def needs(self, index: int, first: int, end: int) -> tuple[float, Recompute]:
         """The limit that stage `index` needs with the blocks [first, end) at the option that takes least."""
         flights, shape = self._flights[index], self._shapes[index]
         blocks = tuple(shape.count(key, first, end) for key in shape.classes)
@@ -287,8 +292,8 @@ class _ShapeNeed:
             return 0.0
         layers, stages = self.layers, self.degrees.stages
         if stages == 1:
-            return self.used(0, 0, layers)[0]
-        ends = (self.used(0, 0, 1), self.used(stages - 1, layers - 1, layers))
+            return self.needs(0, 0, layers)[0]
+        ends = (self.needs(0, 0, 1), self.needs(stages - 1, layers - 1, layers))
         states = least_state_bytes(self.model.layers, self.degrees, self.pins.offloaded)
         slack = min(shape.memory.allocator_slack for shape in self._shapes)
         runtime = min(shape.runtime_bytes for shape in self._shapes)
@@ -306,7 +311,7 @@ class _ShapeNeed:
         ranges = [(s, bounds[s], bounds[s + 1]) for s in range(self.degrees.stages)]
         stages = tuple(
             dataclasses.replace(
-                sized_stages([end - first], self.used(s, first, end)[1])[0], first=first, end=end
+                sized_stages([end - first], self.needs(s, first, end)[1])[0], first=first, end=end
             )
             for s, first, end in ranges
         )
@@ -338,7 +343,7 @@ class _ShapeNeed:
         return bounds
 
     def _fullest(self, bounds: list[int]) -> float:
-        return max(self.used(s, bounds[s], bounds[s + 1])[0] for s in range(self.degrees.stages))
+        return max(self.needs(s, bounds[s], bounds[s + 1])[0] for s in range(self.degrees.stages))
 
     def _fitting(self, limit_bytes: float) -> list[int] | None:
         """A cut whose stages all keep a limit: each in turn takes as many layers as fit."""
@@ -346,11 +351,11 @@ class _ShapeNeed:
         for s in range(stages):
             first, most = bounds[-1], self.layers - (stages - 1 - s)
             low, high = (most if s == stages - 1 else first + 1), most
-            if self.used(s, first, low)[0] > limit_bytes:
+            if self.needs(s, first, low)[0] > limit_bytes:
                 return None
             while low < high:
                 middle = (low + high + 1) // 2
-                if self.used(s, first, middle)[0] <= limit_bytes:
+                if self.needs(s, first, middle)[0] <= limit_bytes:
                     low = middle
                 else:
                     high = middle - 1
@@ -369,13 +374,17 @@ def need_of(model: CostModel, strategy: Strategy, exact: bool = False) -> Need |
         return None
     shape, shapes = model.shape(strategy.degrees), model.rank_shapes(strategy.degrees)
     ranks = memory_of_ranks(shapes, model.table(strategy.degrees), model.stage_costs(shape, strategy))
-    found: Need | None = None
+    fullest: dict[int, tuple[ShapeModel, RankMemory]] = {}
     for own, rank in zip(shapes, ranks, strict=True):
+        known = fullest.get(id(own))
+        if known is None or rank.peak_bytes > known[1].peak_bytes:
+            fullest[id(own)] = own, rank
+    needs = []
+    for own, rank in fullest.values():
         total, more = sum(rank.parts.values(), MemoryBreakdown()), more_bytes(model.problem, own)
         limit = safe_limit_bytes(own.problem, total.total_bytes, model.coverage(own)) - more
-        if found is None or limit > found.limit_bytes:
-            found = Need(strategy=strategy, limit_bytes=limit, memory=total, exact=exact, more_bytes=more)
-    return found
+        needs.append(Need(strategy=strategy, limit_bytes=limit, memory=total, exact=exact, more_bytes=more))
+    return max(needs, key=lambda need: need.limit_bytes)
 
 
 def safe_limit_bytes(problem: PlanningProblem, peak_bytes: int, coverage: Coverage) -> int:

@@ -46,7 +46,8 @@ class Front:
 
 def front(problem: PlanningProblem, evaluation: Evaluation, effort: Effort, steps: int = STEPS) -> Front:
     """The front from a plan down to the least memory that there is."""
-    least, own = survey(problem, Pins()).need, need_of(CostModel(problem), evaluation.strategy)
+    model = CostModel(problem)
+    least, own = survey(problem, Pins()).need, need_of(model, evaluation.strategy)
     assert least is not None and own is not None, "the plan itself is legal"
     clock, strategies, top = Clock(effort), [evaluation.strategy, least.strategy], own.limit_bytes
     limits = [top + (least.limit_bytes - top) * step // steps // MIB * MIB for step in range(steps)]
@@ -60,7 +61,6 @@ def front(problem: PlanningProblem, evaluation: Evaluation, effort: Effort, step
         if solved is not None:
             found.append(solved)
             strategies.append(solved.strategy)
-    model = CostModel(problem)
     points = [_point(model, strategy) for strategy in dict.fromkeys(strategies)]
     kept = [point for point in points if point is not None and point.headroom_bytes >= 0]
     return Front(

@@ -14,7 +14,7 @@ from planner.changes import with_workload as changed_workload
 from planner.choices import freed, pinned, text
 from planner.codec import noun
 from planner.engine_changes import accepted
-from planner.least_memory import Need, Survey, fitting
+from planner.least_memory import Need, Over, Survey, fitting
 from planner.placement import is_mixed
 from planner.problem import PlanningProblem
 from planner.search.space import Pins, shapes
@@ -40,10 +40,6 @@ class Candidate:
     change: Change
     pins: Pins
     hypothetical: bool = False
-
-
-Over = Callable[[], bool]
-"""Whether time is over: nothing more is looked for then."""
 
 
 def candidates(problem: PlanningProblem, pins: Pins, found: Survey, over: Over) -> Iterator[Candidate]:

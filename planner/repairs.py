@@ -27,9 +27,9 @@ from planner.codec import noun
 from planner.cost.evaluate import CostModel
 from planner.errors import InputError
 from planner.estimate import Verdict
-from planner.least_memory import Need, Survey, fitting, never, survey
+from planner.least_memory import Need, Over, Survey, fitting, never, survey
 from planner.problem import PlanningProblem
-from planner.repair_candidates import Candidate, Over, all_freed, candidates
+from planner.repair_candidates import Candidate, all_freed, candidates
 from planner.resolve import Clock, Effort, Solved, resolved, verified
 from planner.rules import broken_rules
 from planner.search.space import Pins

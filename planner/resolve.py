@@ -39,8 +39,9 @@ class Effort:
         """The options of one search."""
         if self.each_s is None:
             return SolveOptions(pins=pins, top=0, gap_tolerance=NO_CLOCK_GAP, rounds=1, reproducible=True)
-        limit_s = self.each_s
-        return SolveOptions(pins=pins, top=0, gap_tolerance=QUICK_GAP, time_limit_s=limit_s, gives_up=True)
+        return SolveOptions(
+            pins=pins, top=0, gap_tolerance=QUICK_GAP, time_limit_s=self.each_s, gives_up=True
+        )
 
 
 class Clock:

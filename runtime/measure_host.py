@@ -38,11 +38,10 @@ from runtime.weights import Weight
 _UNITS = 3
 _SEQ = 8
 _SMALL_HIDDEN = 64
-_LARGE_HIDDEN = {"cpu": 512, "cuda": 2048}
-"""Units of 3.1 and 50 million parameters. A smaller one's copies would vanish on an accelerator behind the
-time it takes to begin them; three of the larger one, with gradients and masters, take 2.4 GB."""
-_BEYOND_HIDDEN = 1024
-"""Units of 12.6 million parameters, on a CPU: tensors over 32 MiB get fresh pages each time they are made."""
+_LARGER_HIDDEN = {"cpu": (512, 1024), "cuda": (2048,)}
+"""Units of 3.1 and 12.6, and of 50 million parameters. On a CPU tensors over 32 MiB get fresh pages each time
+they are made, which the second shows. On an accelerator copies of smaller units would vanish behind the time
+it takes to begin them; three of its unit, with gradients and masters, take 2.4 GB."""
 _MICRO_BATCHES = 8
 
 
@@ -193,8 +192,7 @@ def _wrappers(device: torch.device, precision: Precision, effort: Effort) -> Ite
         with fake_world(degrees, device.type) as meshes:
             units = [
                 _wrapper_costs(hidden, degrees, precision, device, meshes, effort)
-                for hidden in (_SMALL_HIDDEN, _LARGE_HIDDEN[device.type], _BEYOND_HIDDEN)
-                if hidden != _BEYOND_HIDDEN or device.type == "cpu"
+                for hidden in (_SMALL_HIDDEN, *_LARGER_HIDDEN[device.type])
             ]
             messages = [_fake_message_s(unit.params, degrees, precision, device) for unit in units]
         yield from _wrapper_constants(name, units, messages, precision)

@@ -7,6 +7,9 @@
 3. The search stops when the next bound is no better than the incumbent: nothing left can win. Shapes that are
    not modelled by then count as ruled out by their bound.
 
+Of models of several layer classes only cuts near the even one are searched. Where none of these fits, the
+strategy that needs least memory is the answer if it does.
+
 The certificate's lower bound is the least of the bounds of all shapes, searched and unsearched; the gap is
 what lies between it and the plan.
 """
@@ -187,7 +190,7 @@ class Solver:
     def _far_from_even(self, least_s: float) -> None:
         """A plan that fits though its cut is far from the even one: of models of several layer classes none
         such is searched. All that is known of its like is what no shape beats, `least_s`."""
-        if len({segment.block.shape_key for segment in self.problem.model.segments}) == 1:
+        if len(self.problem.model.classes()) == 1:
             return
         need = fitting(self.problem, self.options.pins, self._expired)
         if need is not None:

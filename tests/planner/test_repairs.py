@@ -12,10 +12,11 @@ from planner.repairs import BEST, why_infeasible
 from planner.resolve import Effort
 from planner.search.space import Pins, parse_pins
 from planner.strategy import Offload
-from planner.units import GIB, MIB
+from planner.units import GIB, MIB, format_bytes
 from planner.workload import Optimizer
 
 from . import instances
+from .catalog_problems import problem
 from .infeasible import EFFORT, Case, case, check_case, feasible
 
 
@@ -128,8 +129,14 @@ def test_kinds_of_devices_are_told_and_repaired_by_their_own_limits(seed: int) -
     assert (binding.needed_bytes or 0) - (binding.limit_bytes or 0) == binding.short_bytes
     assert need.exact is (binding.short_bytes == 8 * MIB)
     assert all(repair.verified for repair in (*answer.repairs, *answer.others))
-    larger = [repair for repair in answer.others if repair.kind == "--memory-limit"]
-    assert all(repair.change.endswith(" more each") for repair in larger)
+
+
+def test_more_memory_on_devices_of_several_kinds_is_told_as_more_of_each() -> None:
+    asked = problem("llama-13b", "1x1:a100-sxm-80gb+1x1:a100-sxm-40gb", 2048, 2)
+    answer = why_infeasible(asked, Pins(), Effort(each_s=1.0, total_s=20.0))
+    (larger,) = [repair for repair in answer.others if repair.kind == "--memory-limit"]
+    assert larger.verified and larger.change.startswith("devices that give a program ")
+    assert larger.change.endswith(f"{format_bytes(answer.binding.short_bytes or 0)} more each")
 
 
 def test_long_after_its_time_the_search_for_repairs_asks_for_the_last_resort_alone() -> None:
