@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from planner.attention import Attention
+from planner.cost.evaluate import CostModel
 from planner.errors import InputError
-from planner.estimate import Rejected
+from planner.estimate import Rejected, Verdict
 from planner.feed_forward import Experts
 from planner.kept import AttentionKernel
 from planner.model import Block, Norm
@@ -20,6 +21,7 @@ from planner.runs.setup import RunSetup, Setups, run_problem
 from planner.runs.table import READERS, read_runs
 from planner.stack import Dispatch, Engine, Selective
 from planner.strategy import CpExchange, Offload, Recompute, Schedule, Zero
+from planner.validation import validate
 from planner.workload import Method, Precision
 
 DATA = Path(__file__).parents[1] / "bench" / "data"
@@ -243,7 +245,9 @@ def test_what_is_assumed_is_listed() -> None:
         ({"experts": 64, "topk": 2}, "model_known", "expert_ffn"),
         ({"experts": 8}, "model_known", "topk"),
         ({"notes": "precision bf16-true"}, "not_modelled", "bf16"),
-        ({"micro_batch": None}, "row_complete", "micro_batch"),
+        ({"micro_batch": None, "global_batch": None}, "row_complete", "global_batch"),
+        ({"micro_batch": None, "dp": 3}, "world_size", "12 devices of 8"),
+        ({"micro_batch": None, "global_batch": 31}, "batch_divides", "31"),
         ({"global_batch": None}, "row_complete", "global_batch"),
         ({"global_batch": 31}, "batch_divides", "31"),
         ({"dp": 3}, "world_size", "12 devices of 8"),
@@ -407,6 +411,34 @@ def test_one_rank_keeps_the_wrapper_that_shards_parameters_and_no_other() -> Non
     for zero, kept in ((0, Zero.NONE), (1, Zero.NONE), (2, Zero.NONE), (3, Zero.PARAMETERS)):
         run = dataclasses.replace(GPT, zero=zero, **alone)  # type: ignore[arg-type]
         assert setup(run).strategy.degrees.zero is kept
+
+
+def test_a_micro_batch_that_is_left_out_is_the_fastest_that_fits() -> None:
+    open_run = dataclasses.replace(GPT, micro_batch=None)
+    made = setup(open_run)
+    stated = [setup(dataclasses.replace(GPT, micro_batch=size)) for size in (1, 2, 4, 8, 16)]
+    done = {each.strategy: CostModel(each.problem).evaluate(each.strategy).estimate for each in stated}
+    fitting = [each for each, estimate in done.items() if estimate.verdict is Verdict.SAFE]
+    assert made.strategy == min(fitting, key=lambda each: done[each].step_time_s)
+    size = made.strategy.degrees.micro_batch
+    assert made.assumed[0] == f"micro_batch {size}, the fastest that fits"
+    long = setup(dataclasses.replace(open_run, seq_len=16384, recompute=RunRecompute.NONE))
+    assert long.strategy.degrees.micro_batch < size, "longer sequences leave memory for fewer of them"
+    one = setup(dataclasses.replace(open_run, global_batch=2))
+    assert one.assumed[0] == "micro_batch 1"
+
+
+def test_a_micro_batch_is_chosen_though_none_fits() -> None:
+    large = dataclasses.replace(GPT, micro_batch=None, hidden=16384, ffn=65536, heads=128, kv_heads=128)
+    assert "none fits" in setup(large).assumed[0]
+
+
+def test_megatrons_weak_scaling_is_predicted_though_it_states_no_micro_batch() -> None:
+    """arXiv 2104.04473, table 1: 3.6 to 530 billion parameters on 64 to 2,520 A100, from priors alone."""
+    runs = [run for run in read_runs([DATA / "tables.csv"]).runs if run.id.startswith("mlm21")]
+    runs = [run for run in runs if run.micro_batch is None]
+    errors = [row.error for row in validate(runs, lambda device: None).rows]
+    assert len(errors) == 6 and all(error is not None and abs(error) < 0.1 for error in errors)
 
 
 def test_every_row_gives_a_setup_or_a_reason_whatever_it_leaves_out() -> None:

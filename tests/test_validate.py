@@ -182,7 +182,7 @@ def test_json_has_the_keys_of_the_contract_and_nothing_else_is_on_stdout(tmp_pat
         f"a,g,{BODY},1,1,8,1,none,4,32,ok,0.2,9.5,allocated\n"
         f"b,g,{BODY},2,1,4,0,full,4,32,ok,0.3,,\n"
         f"c,g,{BODY},1,1,8,0,none,64,512,oom,,,\n"
-        f"d,g,{BODY},1,1,8,0,none,,512,ok,0.2,,\n",
+        f"d,g,{BODY},1,1,8,0,none,4,,ok,0.2,,\n",
         encoding="utf-8",
     )
     result = run(str(file), "--json")
@@ -196,7 +196,7 @@ def test_json_has_the_keys_of_the_contract_and_nothing_else_is_on_stdout(tmp_pat
     assert first["error"] == pytest.approx(first["predicted_step_time_s"] / 0.2 - 1)
     assert first["memory_error"] == pytest.approx(first["predicted_peak_memory_gib"] / 9.5 - 1)
     assert (oom["status"], oom["error"]) == ("oom", None) and oom["verdict"] in list(Verdict)
-    assert partial["predicted_step_time_s"] is None and "micro_batch" in partial["reason"]
+    assert partial["predicted_step_time_s"] is None and "global_batch" in partial["reason"]
     assert set(document["summary"]) >= {"n", "time_mape", "time_bias", "memory_mape", "memory_bias"}
     (group,) = document["groups"]
     assert set(group) >= {"group", "n", "time_mape", "kendall_tau", "regret", "chosen", "best"}
@@ -207,7 +207,7 @@ def test_json_has_the_keys_of_the_contract_and_nothing_else_is_on_stdout(tmp_pat
 def test_text_shows_errors_verdicts_and_what_was_not_predicted(tmp_path: Path) -> None:
     file = tmp_path / "runs.csv"
     file.write_text(
-        f"{HEADER}\na,g,{BODY},1,1,8,1,none,4,32,ok,0.2,,\nb,g,{BODY},1,1,8,1,none,,32,ok,0.2,,\n"
+        f"{HEADER}\na,g,{BODY},1,1,8,1,none,4,32,ok,0.2,,\nb,g,{BODY},1,1,8,1,none,4,,ok,0.2,,\n"
         f"c,g,{BODY},2,1,4,1,none,4,32,ok,0.3,,\n",
         encoding="utf-8",
     )
@@ -218,7 +218,7 @@ def test_text_shows_errors_verdicts_and_what_was_not_predicted(tmp_path: Path) -
         "mean error",
         "SAFE",
         "furthest off",
-        "micro_batch unknown",
+        "global_batch unknown",
         "tau",
         "basis",
     ):

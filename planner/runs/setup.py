@@ -35,6 +35,7 @@ from planner.runs.software import (
     unmodelled,
     usual_chunks,
 )
+from planner.runs.tuned import fastest_that_fits, tried_micro_batches
 from planner.stack import SCALING
 from planner.strategy import (
     Degrees,
@@ -96,10 +97,35 @@ class Setups:
 
     def setup(self, run: Run) -> RunSetup | Rejected:
         """The problem and strategy of one run, or the reason why it cannot be predicted."""
-        assumed: list[str] = []
         refused = _unpredictable(run) or unmodelled(run)
         if refused is not None:
             return refused
+        if run.micro_batch is None and run.global_batch is not None:
+            return self._tuned(run, run.global_batch)
+        return self._stated(run)
+
+    def _tuned(self, run: Run, batch: int) -> RunSetup | Rejected:
+        """The setup of a run whose micro-batch is not stated: the fastest that fits."""
+        shape = _shape(run, [])
+        if isinstance(shape, Rejected):
+            return shape
+        sizes = tried_micro_batches(max(1, batch // shape.dp))
+        tried = [self._stated(dataclasses.replace(run, micro_batch=size)) for size in sizes]
+        setups = {each.strategy: each for each in tried if isinstance(each, RunSetup)}
+        if not setups:
+            return tried[0]
+        first = next(iter(setups.values()))
+        try:
+            best, fits = fastest_that_fits(first.problem, setups)
+        except InputError:  # whoever evaluates it meets it again, and says so
+            return first
+        why = "" if len(setups) == 1 else ", the fastest that fits" if fits else ", the fastest; none fits"
+        told = f"micro_batch {best.degrees.micro_batch}{why}"
+        return dataclasses.replace(setups[best], assumed=(told, *setups[best].assumed))
+
+    def _stated(self, run: Run) -> RunSetup | Rejected:
+        """The setup of a run whose micro-batch is known, or which has no batch."""
+        assumed: list[str] = []
         cluster = self._cluster(run)
         if isinstance(cluster, Rejected):
             return cluster
@@ -250,10 +276,7 @@ def _micro_batches(run: Run, dp: int, assumed: list[str]) -> tuple[int, int] | R
     if rest:
         return Rejected(rule="batch_divides", detail=f"{batch} sequences do not divide by dp {dp}.")
     if micro is None:
-        if share > 1:
-            return Rejected(rule="row_complete", detail="micro_batch unknown.")
-        assumed.append("micro_batch 1")
-        micro = 1
+        return Rejected(rule="row_complete", detail="micro_batch unknown.")
     count = -(-share // micro)
     if share % micro:
         count = next(n for n in range(count, share + 1) if share % n == 0)
