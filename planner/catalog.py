@@ -134,6 +134,11 @@ def load_device(text: str, where: str = "--cluster") -> DeviceFile:
     return _shipped_device(name)
 
 
+def architecture_of(device: str) -> str:
+    """The architecture of a device by its catalog name; "" where the catalog has none of that name."""
+    return _shipped_device(device).architecture if device in device_names() else ""
+
+
 @functools.cache
 def _shipped_device(name: str) -> DeviceFile:
     return load_device_file(data_folder() / "devices" / f"{name}.toml")

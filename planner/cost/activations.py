@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 
 from planner.attention import Attention
+from planner.cost.again import keeps_every_second
 from planner.cost.between import formed_values, widest_values
 from planner.cost.chunked_loss import chunk_logits
 from planner.cost.context import both_sides_bytes, traded_bytes
@@ -35,6 +36,7 @@ from planner.nouns import replaced
 from planner.profile import LayerKind
 from planner.stack import Engine, Selective, Stack
 from planner.strategy import Recompute
+from planner.workload import Precision
 
 SHARDED_LOSS_BYTES = 6.0
 """Bytes a logit that torch's vocabulary-parallel loss needs over the plain one, at the worst moment."""
@@ -190,7 +192,7 @@ def _selective_bytes(
     size, tokens = shape.precision.compute_bytes, shape.tokens
     scale = constants.activation_scale
     match stack.recomputes:
-        case Selective.EVERY_SECOND if _plain(block):
+        case Selective.EVERY_SECOND if keeps_every_second(block):
             return min(whole, scale * _every_second_bytes(block, shape))
         case Selective.ELEMENTWISE | Selective.EVERY_SECOND:
             if stack.own:
@@ -216,16 +218,14 @@ def _mlp_values(kept: Kept, shape: LayerShape) -> float:
     return (kept.products + kept.elementwise) / shape.tp + kept.whole + routed
 
 
-def _plain(block: Block) -> bool:
-    return isinstance(block.mlp, Mlp) and all(isinstance(mixer, Attention) for mixer in block.mixers)
-
-
 def _every_second_bytes(block: Block, shape: LayerShape) -> float:
-    """The block's input, attention's result with its statistics, every second product, messages over tp."""
+    """The block's input, attention's result with its statistics, every second product but of those in fp8
+    (planner.cost.again), messages over tp."""
     size, stream = shape.precision.compute_bytes, block.hidden / (shape.tp if shape.sequence_parallel else 1)
-    products = [matrix.shard(shape.tp)[1] for matrix in block.matrices()]
+    kept = () if shape.precision is Precision.FP8 else block.matrices()[::2]
+    products = sum(matrix.shard(shape.tp)[1] for matrix in kept)
     attentions = [mixer for mixer in block.mixers if isinstance(mixer, Attention)]
     results = sum(mixer.out_width for mixer in attentions) / shape.tp
     statistics = 4.0 * sum(mixer.heads for mixer in attentions) / shape.tp
     messages = block.sublayers * stream if shape.sequence_parallel else 0.0
-    return shape.tokens * (size * (stream + results + sum(products[::2]) + messages) + statistics)
+    return shape.tokens * (size * (stream + results + products + messages) + statistics)

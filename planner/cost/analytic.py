@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
 from planner.attention import Attention, LatentAttention
-from planner.catalog import device_names, load_device
+from planner.catalog import architecture_of
 from planner.codec import noun
 from planner.cost import constants
+from planner.cost.again import selected_s
 from planner.cost.between import between_products, widest_values
 from planner.cost.gemm import GemmModel
 from planner.cost.launches import launches
@@ -29,7 +30,7 @@ from planner.kept import AttentionKernel
 from planner.model import Block, Layer, ModelSpec
 from planner.problem import PlanningProblem
 from planner.profile import LayerKind
-from planner.stack import Engine, Stack
+from planner.stack import Engine, Selective, Stack
 from planner.strategy import Recompute
 from planner.traced import TracedLayer
 from planner.workload import Adapters, Precision
@@ -45,8 +46,8 @@ class DeviceRates:
     profile measured the rate of large ones. `precise` is that of products that stay in bf16 under fp8.
     `fused` says that products with one input are one product. `imbalance` is that of experts.
     `sampled` are times of operators from a profile's sweeps, `sampled_precise` those of what stays in bf16
-    under fp8. `own` says that the runtime whose operators they are runs them; `serial` that the device is a
-    CPU, which launches and computes by turns.
+    under fp8. `selective` is what selective recomputation runs again. `own` says that the runtime whose
+    operators they are runs them; `serial` that the device is a CPU, which launches and computes by turns.
     """
 
     flops: float
@@ -65,6 +66,7 @@ class DeviceRates:
     origin: str = "datasheet"
     sampled: MeasuredRates | None = None
     sampled_precise: MeasuredRates | None = None
+    selective: Selective = Selective.ELEMENTWISE
     own: bool = False
     serial: bool = False
 
@@ -122,6 +124,7 @@ def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | No
         else "datasheet",
         sampled=sampled,
         sampled_precise=measured_rates(problem.profile, precise),
+        selective=problem.stack.recomputes,
         own=own,
         serial=own and device.name == "cpu",
     )
@@ -129,7 +132,7 @@ def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | No
 
 def _flash_carried(stack: Stack, device: str) -> float:
     """What a flash kernel keeps of its share of the peak on devices newer than it was written for."""
-    newer = device in device_names() and load_device(device).architecture.startswith(constants.AFTER_AMPERE)
+    newer = architecture_of(device).startswith(constants.AFTER_AMPERE)
     return constants.AMPERE_FLASH_KEEPS if stack.ampere_flash and newer else 1.0
 
 
@@ -290,11 +293,12 @@ def _block_cost(
     busy_backward_s = 2 * layer_s + rates.physics.backward_scale * turned_s
     busy_backward_s += between.backward_s + beside_backward_s
     backward_s = _launched_s(busy_backward_s, host_s * (2 + more.backward_launches), rates)
-    again_busy_s, again_s = {
-        Recompute.NONE: (0.0, 0.0),
-        Recompute.SELECTIVE: (between.forward_s, larger(between.forward_s, 0.5 * host_s)),
-        Recompute.FULL: (busy_s, larger(forward_s, again_host_s)),
-    }[shape.recompute]
+    again_busy_s, again_s = 0.0, 0.0
+    if shape.recompute is Recompute.FULL:
+        again_busy_s, again_s = busy_s, larger(forward_s, again_host_s)
+    elif shape.recompute is Recompute.SELECTIVE:
+        again_busy_s, whole = selected_s(block, shape, stream, rates, between.forward_s, attention_s)
+        again_s = larger(again_busy_s, again_host_s if whole else 0.5 * host_s)
     idle = not rates.serial  # where host and device are one, neither waits
     working = size * tokens * (2 * stream + alike.widest_values / tp)
     full_again = saved = block_saved_bytes(block, shape, Recompute.NONE)

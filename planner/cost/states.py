@@ -9,6 +9,7 @@ parameter of this device's tensor-parallel shard:
               ZeRO 2    4/n + c              4/n                 s/n
               ZeRO 3    4/n                  4/n                 s/n
     torchtitan          as native; on one device as ZeRO 3 with n = 1
+      in a pipeline     4/n + c              4 (**)              s/n
     megatron  ZeRO 0    c                    4                   4 + s
               ZeRO 1    c                    4                   (4 + s)/n
               ZeRO 2    c                    4/n                 (4 + s)/n
@@ -27,9 +28,11 @@ are trained as above.
 Where the optimizer is offloaded, all engines keep what offloaded_states says.
 
 Sources: native and torchtitan, what FSDP2 keeps (fp32 shards, units gathered in the compute precision, fp32
-reduction). Megatron-LM: 18 bytes a parameter, 6 + 12/d with its distributed optimizer (docs, Distributed
-Optimizer). DeepSpeed: 2 + 2 + 12 (ZeRO, arXiv 1910.02054); its BF16_Optimizer adds fp32 gradients. States by
-optimizer: planner/workload.py.
+reduction). torch's pipelines reduce gradients behind the last micro-batch alone, and keep weights gathered
+from the first backward on, whatever FSDP2 is told (torch/distributed/pipelining/stage.py,
+backward_maybe_with_nosync). Megatron-LM: 18 bytes a parameter, 6 + 12/d with its distributed optimizer (docs,
+Distributed Optimizer). DeepSpeed: 2 + 2 + 12 (ZeRO, arXiv 1910.02054); its BF16_Optimizer adds fp32
+gradients. States by optimizer: planner/workload.py.
 """
 
 from __future__ import annotations
@@ -169,10 +172,12 @@ def _trained(problem: PlanningProblem, degrees: Degrees, state: float, n: int) -
     if problem.stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
         return _with_master(problem, degrees, state, n)
     zero, size = degrees.zero, problem.workload.precision.compute_bytes
-    copied = size if zero in (Zero.OPTIMIZER, Zero.GRADIENTS) else 0
+    deferred = problem.stack.engine is Engine.TORCHTITAN and degrees.pp > 1 and zero is not Zero.NONE
+    copied = size if deferred or zero in (Zero.OPTIMIZER, Zero.GRADIENTS) else 0
     if zero is Zero.NONE and (degrees.replicas > 1 or (size < 4 and problem.stack.engine is Engine.NATIVE)):
         copied = size
-    whole = zero is Zero.NONE or (zero is Zero.OPTIMIZER and degrees.num_micro_batches > 1)
+    late = deferred or zero is Zero.OPTIMIZER
+    whole = zero is Zero.NONE or (late and degrees.num_micro_batches > 1)
     return ParamBytes(weights=4 / n + copied, grads=4.0 if whole else 4 / n, optimizer=state / n)
 
 

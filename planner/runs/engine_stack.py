@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from planner.cluster import ClusterSpec
 from planner.profile import Profile
-from planner.runs.software import run_engine
+from planner.runs.software import run_engine, titan_flash_is_amperes
 from planner.stack import Engine, Stack, own_stack
 
 TITLES = {
@@ -19,13 +19,15 @@ def engine_stack(engine: Engine, profile: Profile | None, cluster: ClusterSpec) 
     """The engine as its own recipes run it: flash attention, gradients reduced early where it can.
 
     Megatron-LM can with --overlap-grad-reduce, which its guide recommends; DeepSpeed reduces after the last
-    backward pass.
+    backward pass. On Hopper torchtitan's attention is PyTorch's FlashAttention-2.
     """
     if engine is Engine.NATIVE:
         return own_stack(cluster)
+    titan = engine is Engine.TORCHTITAN
     return Stack(
         engine=engine,
         framework=fitted_framework(engine, profile),
+        ampere_flash=titan and all(map(titan_flash_is_amperes, (g.device.name for g in cluster.groups))),
         overlaps_gradients=engine is Engine.MEGATRON,
     )
 

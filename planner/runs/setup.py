@@ -34,6 +34,7 @@ from planner.runs.software import (
     run_zero,
     unmodelled,
     usual_chunks,
+    usual_micro_batch,
 )
 from planner.runs.tuned import fastest_that_fits, tried_micro_batches
 from planner.stack import SCALING
@@ -105,11 +106,14 @@ class Setups:
         return self._stated(run)
 
     def _tuned(self, run: Run, batch: int) -> RunSetup | Rejected:
-        """The setup of a run whose micro-batch is not stated: the fastest that fits."""
+        """The setup of a run whose micro-batch is not stated: its framework's usual one, or the fastest
+        that fits."""
         shape = _shape(run, [])
         if isinstance(shape, Rejected):
             return shape
-        sizes = tried_micro_batches(max(1, batch // shape.dp))
+        share = max(1, batch // shape.dp)
+        usual = usual_micro_batch(run, share)
+        sizes = (usual,) if usual else tried_micro_batches(share)
         tried = [self._stated(dataclasses.replace(run, micro_batch=size)) for size in sizes]
         setups = {each.strategy: each for each in tried if isinstance(each, RunSetup)}
         if not setups:

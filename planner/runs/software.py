@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from planner.catalog import architecture_of
 from planner.cluster import Device
 from planner.engines.defaults import USUAL_EXCHANGE
 from planner.estimate import Rejected
@@ -69,6 +70,9 @@ it 175 do, most with two layers a chunk."""
 
 CHUNK_LAYERS = 2
 
+TITAN_CHUNKS = 2
+"""Stages of a rank in torchtitan's schedules of several (its pipeline_parallel.py)."""
+
 ULYSSES = r"ulysses"
 DEDUPLICATES = r"\bdeepep\b|\bhybrid-?ep\b"
 FP8_DISPATCH = r"fp8 dispatch"
@@ -88,7 +92,7 @@ SCHEDULES: tuple[tuple[str, str], ...] = (
     (r"dualpipe-?v", "dualpipev"),
     (r"dualpipe", "dualpipe"),
     (r"\bgpipe\b", "gpipe"),
-    (r"1f1b-i schedule", "interleaved"),
+    (r"1f1b-i schedule|interleaved 1f1b", "interleaved"),
 )
 """Schedules as frameworks and papers write them. Zero Bubble's ZB-1p keeps 1F1B's memory: ZB-H1."""
 
@@ -183,7 +187,7 @@ def run_stack(run: Run, assumed: list[str]) -> Stack:
         kernels=run.fused_kernels,
         compiled=compiled,
         selective=Selective.MLP if run.recompute is RunRecompute.MLP else None,
-        ampere_flash=bool(re.search(AMPERE_FLASH, run.words)) and not re.search(LATER_FLASH, run.words),
+        ampere_flash=_ampere_flash(run),
         dispatch=_dispatch(run, assumed),
         dispatch_bytes=1 if re.search(FP8_DISPATCH, run.words) else None,
         balanced=bool(re.search(BALANCED, run.words)),
@@ -195,6 +199,19 @@ def run_stack(run: Run, assumed: list[str]) -> Stack:
         liger="liger" in run.words,
         fused_loss=bool(re.search(FUSED_LOSS, run.words)),
     )
+
+
+def _ampere_flash(run: Run) -> bool:
+    if re.search(LATER_FLASH, run.words):
+        return False
+    titan = "torchtitan" in run.framework.lower() and titan_flash_is_amperes(run.device)
+    return titan or bool(re.search(AMPERE_FLASH, run.words))
+
+
+def titan_flash_is_amperes(device: str) -> bool:
+    """Whether torchtitan's attention runs FlashAttention-2 on a device newer than that was written for: on
+    Hopper PyTorch's kernel is that; on Blackwell torchtitan asks for cuDNN's (its models/attention.py)."""
+    return architecture_of(device).startswith("Hopper")
 
 
 def _graphed(run: Run, assumed: list[str]) -> bool:
@@ -285,11 +302,24 @@ def run_precision(run: Run, device: Device, assumed: list[str]) -> Precision | R
     return usual
 
 
+def usual_micro_batch(run: Run, share: int) -> int | None:
+    """The micro-batch of a row that leaves it open, of a data rank's share, where its framework has a usual
+    one: torchtitan's pipelines split the share into as many as they have ranks, unless told otherwise
+    (experimental.pipeline_parallel_microbatches)."""
+    pp = run.pp or 1
+    if pp == 1 or run_engine(run.framework) is not Engine.TORCHTITAN or share % pp:
+        return None
+    return share // pp
+
+
 def usual_chunks(run: Run, layers: int, pp: int, micro_batches: int, assumed: list[str]) -> int:
     """Chunks of a rank where a row leaves them open: as recipes of its framework do, else 1.
 
     Chunks are of the fewest layers from CHUNK_LAYERS up that divide a rank's.
     """
+    if run_engine(run.framework) is Engine.TORCHTITAN and run_schedule(run, pp, 1) is Schedule.INTERLEAVED:
+        assumed.append(f"chunks {TITAN_CHUNKS}")
+        return TITAN_CHUNKS
     own, rest = divmod(layers, pp)
     if pp == 1 or rest or micro_batches % pp or not re.search(INTERLEAVES, run.framework.lower()):
         return 1
@@ -319,6 +349,10 @@ def run_zero(run: Run, dp: int, assumed: list[str]) -> Zero:
     """What data ranks share out. One rank shares nothing, but ZeRO 3 wraps and casts its weights as ever."""
     if dp == 1:
         return Zero.PARAMETERS if run.zero == Zero.PARAMETERS else Zero.NONE
+    pipelined = run_engine(run.framework) is Engine.TORCHTITAN and (run.pp or 1) > 1
+    if pipelined and run.zero in (None, Zero.PARAMETERS):
+        assumed.append("zero 2, weights gathered throughout, as torchtitan's pipelines keep them")
+        return Zero.GRADIENTS
     if run.zero is not None:
         return Zero(run.zero)
     usual = Zero.NONE

@@ -1,0 +1,56 @@
+"""Seconds of what selective recomputation runs again going back: each engine's own kind (planner.stack)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from planner.attention import Attention
+from planner.cost.between import between_products
+from planner.cost.layer import LayerShape
+from planner.cost.products import cast_s, matrices_s, product_s
+from planner.feed_forward import Mlp
+from planner.model import Block
+from planner.nouns import replaced
+from planner.stack import Selective
+from planner.workload import Precision
+
+if TYPE_CHECKING:
+    from planner.cost.analytic import DeviceRates
+
+
+def selected_s(
+    block: Block, shape: LayerShape, stream: float, rates: DeviceRates, between_s: float, core_s: float
+) -> tuple[float, bool]:
+    """Seconds on the device, and whether the host goes through the whole block again.
+
+    `between_s` are those of the element-wise work, `core_s` of what lies between attention's projections.
+    """
+    match rates.selective:
+        case Selective.ATTENTION:
+            return core_s, False
+        case Selective.MLP if block.mlp is not None:
+            alone = replaced(block, mixer=None, cross=None, norms=1)
+            share = rates.physics.compiled_elementwise_share if rates.compiles(block) else 1.0
+            beside_s = share * between_products(alone, shape, stream, rates).forward_s
+            return matrices_s(alone, shape, rates) + cast_s(alone, shape, rates)[0] + beside_s, False
+        case Selective.EVERY_SECOND if keeps_every_second(block):
+            return between_s + _not_kept_s(block, shape, rates), True
+    return between_s, False
+
+
+def keeps_every_second(block: Block) -> bool:
+    """Whether a block is of attention and one MLP, whose products torchtitan counts."""
+    return isinstance(block.mlp, Mlp) and all(isinstance(mixer, Attention) for mixer in block.mixers)
+
+
+def _not_kept_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
+    """Products that run again: the second, fourth and so on; in fp8 all but the last, with their casts.
+
+    Products in fp8 are not among the operators whose results are kept (torchtitan's _save_list has mm, and
+    the maxima that scales are made of), and nothing going back needs the last one's.
+    """
+    products, casts_s = block.matrices()[1::2], 0.0
+    if shape.precision is Precision.FP8:
+        products, casts_s = block.matrices()[:-1], cast_s(block, shape, rates)[0]
+    shards = (matrix.shard(shape.tp) for matrix in products)
+    return casts_s + sum(product_s(shape.tokens, outputs, inputs, rates) for inputs, outputs in shards)
