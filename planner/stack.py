@@ -128,6 +128,13 @@ class Stack:
         return self.liger or self.own
 
     @property
+    def stops_early(self) -> bool:
+        """Whether recomputation ends when all that going back needs is there again: that of
+        torch.utils.checkpoint. Megatron-LM runs a block's whole forward again, or of its selective kind only
+        the core of attention, which sends nothing (arXiv 2205.05198)."""
+        return self.engine in (Engine.NATIVE, Engine.TORCHTITAN)
+
+    @property
     def recomputes_once(self) -> bool:
         """Whether a backward split into inputs and weights recomputes a block once, not for every weight."""
         return self.own

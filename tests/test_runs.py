@@ -428,6 +428,17 @@ def test_a_micro_batch_that_is_left_out_is_the_fastest_that_fits() -> None:
     assert one.assumed[0] == "micro_batch 1"
 
 
+def test_torchtitan_splits_a_share_into_as_many_micro_batches_as_stages() -> None:
+    """And keeps weights gathered in a pipeline; of schedules with several stages a rank it has two."""
+    piped = dataclasses.replace(LLAMA, pp=4, dp=1, tp=2, micro_batch=None, global_batch=32)
+    degrees = setup(piped).strategy.degrees
+    assert (degrees.micro_batch, degrees.num_micro_batches, degrees.chunks) == (8, 4, 1)
+    wide = dataclasses.replace(piped, nodes=2, dp=2, notes="Interleaved 1F1B")
+    degrees = setup(wide).strategy.degrees
+    assert (degrees.micro_batch, degrees.num_micro_batches, degrees.chunks) == (4, 4, 2)
+    assert degrees.schedule is Schedule.INTERLEAVED and degrees.zero is Zero.GRADIENTS
+
+
 def test_a_micro_batch_is_chosen_though_none_fits() -> None:
     large = dataclasses.replace(GPT, micro_batch=None, hidden=16384, ffn=65536, heads=128, kv_heads=128)
     assert "none fits" in setup(large).assumed[0]

@@ -9,6 +9,7 @@ from planner.cost.between import between_products
 from planner.cost.layer import LayerShape
 from planner.cost.products import cast_s, matrices_s, product_s
 from planner.feed_forward import Mlp
+from planner.matrix import Matrix
 from planner.model import Block
 from planner.nouns import replaced
 from planner.stack import Selective
@@ -29,13 +30,21 @@ def selected_s(
         case Selective.ATTENTION:
             return core_s, False
         case Selective.MLP if block.mlp is not None:
-            alone = replaced(block, mixer=None, cross=None, norms=1)
-            share = rates.physics.compiled_elementwise_share if rates.compiles(block) else 1.0
-            beside_s = share * between_products(alone, shape, stream, rates).forward_s
-            return matrices_s(alone, shape, rates) + cast_s(alone, shape, rates)[0] + beside_s, False
+            return _mlp_s(block, shape, stream, rates), False
         case Selective.EVERY_SECOND if keeps_every_second(block):
             return between_s + _not_kept_s(block, shape, rates), True
     return between_s, False
+
+
+def _mlp_s(block: Block, shape: LayerShape, stream: float, rates: DeviceRates) -> float:
+    """The MLP with its norm, without its last product where recomputation stops when all is there again."""
+    alone = replaced(block, mixer=None, cross=None, norms=1)
+    share = rates.physics.compiled_elementwise_share if rates.compiles(block) else 1.0
+    beside_s = share * between_products(alone, shape, stream, rates).forward_s
+    again_s = matrices_s(alone, shape, rates) + cast_s(alone, shape, rates)[0] + beside_s
+    if rates.stops_early and isinstance(block.mlp, Mlp):
+        again_s -= _product_s(alone.matrices()[-1], shape, rates)
+    return again_s
 
 
 def keeps_every_second(block: Block) -> bool:
@@ -52,5 +61,9 @@ def _not_kept_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
     products, casts_s = block.matrices()[1::2], 0.0
     if shape.precision is Precision.FP8:
         products, casts_s = block.matrices()[:-1], cast_s(block, shape, rates)[0]
-    shards = (matrix.shard(shape.tp) for matrix in products)
-    return casts_s + sum(product_s(shape.tokens, outputs, inputs, rates) for inputs, outputs in shards)
+    return casts_s + sum(_product_s(matrix, shape, rates) for matrix in products)
+
+
+def _product_s(matrix: Matrix, shape: LayerShape, rates: DeviceRates) -> float:
+    inputs, outputs = matrix.shard(shape.tp)
+    return product_s(shape.tokens, outputs, inputs, rates)

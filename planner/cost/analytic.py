@@ -46,8 +46,9 @@ class DeviceRates:
     profile measured the rate of large ones. `precise` is that of products that stay in bf16 under fp8.
     `fused` says that products with one input are one product. `imbalance` is that of experts.
     `sampled` are times of operators from a profile's sweeps, `sampled_precise` those of what stays in bf16
-    under fp8. `selective` is what selective recomputation runs again. `own` says that the runtime whose
-    operators they are runs them; `serial` that the device is a CPU, which launches and computes by turns.
+    under fp8. `selective` is what selective recomputation runs again, `stops_early` as the stack does. `own`
+    says that the runtime whose operators they are runs them; `serial` that the device is a CPU, which
+    launches and computes by turns.
     """
 
     flops: float
@@ -67,6 +68,7 @@ class DeviceRates:
     sampled: MeasuredRates | None = None
     sampled_precise: MeasuredRates | None = None
     selective: Selective = Selective.ELEMENTWISE
+    stops_early: bool = False
     own: bool = False
     serial: bool = False
 
@@ -125,6 +127,7 @@ def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | No
         sampled=sampled,
         sampled_precise=measured_rates(problem.profile, precise),
         selective=problem.stack.recomputes,
+        stops_early=problem.stack.stops_early,
         own=own,
         serial=own and device.name == "cpu",
     )

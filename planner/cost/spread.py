@@ -14,13 +14,9 @@ from planner.cost.passes import Unit
 from planner.feed_forward import Experts
 from planner.model import Block, Layer
 from planner.profile import Op
-from planner.stack import Engine, Selective, Stack
+from planner.stack import Selective, Stack
 from planner.strategy import CpExchange, Degrees, Recompute
 from planner.traced import TracedLayer
-
-STOPS_EARLY = (Engine.NATIVE, Engine.TORCHTITAN)
-"""Engines that recompute by torch.utils.checkpoint. Megatron-LM runs a block's whole forward again, or of its
-selective kind only the core of attention, which sends nothing (arXiv 2205.05198)."""
 
 
 def tensor_exchanges(layer: Layer, degrees: Degrees, stack: Stack) -> tuple[int, int]:
@@ -62,7 +58,7 @@ def tensor_s(layer: Layer, messages: Messages, option: Recompute) -> tuple[float
     sp = degrees.sequence_parallel
     forward_s = reads * gather + sums * scatter if sp else sums * reduce
     backward_s = sums * gather + reads * scatter if sp else reads * reduce
-    if messages.problem.stack.engine not in STOPS_EARLY:
+    if not messages.problem.stack.stops_early:
         return forward_s, backward_s + forward_s * (option is Recompute.FULL)
     spared = sums > 0 and _last_sum_spared(layer, degrees)
     again_s = forward_s - (scatter if sp else reduce) * spared

@@ -149,11 +149,17 @@ def test_fsdp2_is_predicted_from_first_principles() -> None:
     assert statistics.mean(reserved) < 0.012 and max(reserved) < 0.03
 
 
-def bytes_kept(stack: Stack, recompute: Recompute, tp: int = 1, sequence_parallel: bool = False) -> float:
+def bytes_kept(
+    stack: Stack,
+    recompute: Recompute,
+    tp: int = 1,
+    sequence_parallel: bool = False,
+    precision: Precision = Precision.BF16,
+) -> float:
     problem = dataclasses.replace(instances.problem(), stack=stack)
     shape = LayerShape(
         kind=LayerKind.BLOCK, tp=tp, sequence_parallel=sequence_parallel, micro_batch=2, seq=128,
-        precision=Precision.BF16, recompute=recompute, kernel=stack.attention,
+        precision=precision, recompute=recompute, kernel=stack.attention,
     )  # fmt: skip
     model = CostModel(problem)
     return model.layers.cost(shape).saved_bytes
@@ -182,6 +188,12 @@ def test_torchtitan_keeps_every_second_product() -> None:
     kept = bytes_kept(Stack(engine=Engine.TORCHTITAN), Recompute.SELECTIVE)
     values = 64 + 64 + (64 + 64 + 3 * 64 + 64)
     assert kept == 2 * 128 * (2 * values + 4 * 4)
+
+
+def test_torchtitan_keeps_no_product_in_fp8() -> None:
+    """Its list of what is kept has mm, not the scaled products of fp8: input and attention's result stay."""
+    kept = bytes_kept(Stack(engine=Engine.TORCHTITAN), Recompute.SELECTIVE, precision=Precision.FP8)
+    assert kept == 2 * 128 * (2 * (64 + 64) + 4 * 4)
 
 
 def test_a_fused_loss_takes_8_bytes_a_logit_and_megatron_a_weight_gradient() -> None:
