@@ -62,8 +62,8 @@ LLAMA = dataclasses.replace(
     tp=1,
     dp=8,
     zero=3,
-    micro_batch=1,
-    global_batch=8,
+    micro_batch=4,
+    global_batch=32,
 )
 NONE, FULL = RunRecompute.NONE, RunRecompute.FULL
 
