@@ -17,6 +17,10 @@ SCALING = r"aleph|aa-scaling"
 """Names of Aleph Alpha's framework (github.com/Aleph-Alpha/scaling)."""
 
 
+OLD_TORCH = r"composer"
+"""Frameworks whose published runs are of torch before 2.1: llm-foundry's tables are of 2023."""
+
+
 class Engine(StrEnum):
     """The training framework, which decides what is kept in which format and what overlaps."""
 
@@ -130,9 +134,10 @@ class Stack:
     @property
     def stops_early(self) -> bool:
         """Whether recomputation ends when all that going back needs is there again: that of
-        torch.utils.checkpoint. Megatron-LM runs a block's whole forward again, or of its selective kind only
-        the core of attention, which sends nothing (arXiv 2205.05198)."""
-        return self.engine in (Engine.NATIVE, Engine.TORCHTITAN)
+        torch.utils.checkpoint since torch 2.1. Megatron-LM runs a block's whole forward again, or of its
+        selective kind only the core of attention, which sends nothing (arXiv 2205.05198)."""
+        torch = self.engine in (Engine.NATIVE, Engine.TORCHTITAN)
+        return torch and not re.search(OLD_TORCH, self.framework.lower())
 
     @property
     def recomputes_once(self) -> bool:

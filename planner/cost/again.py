@@ -42,9 +42,16 @@ def _mlp_s(block: Block, shape: LayerShape, stream: float, rates: DeviceRates) -
     share = rates.physics.compiled_elementwise_share if rates.compiles(block) else 1.0
     beside_s = share * between_products(alone, shape, stream, rates).forward_s
     again_s = matrices_s(alone, shape, rates) + cast_s(alone, shape, rates)[0] + beside_s
-    if rates.stops_early and isinstance(block.mlp, Mlp):
-        again_s -= _product_s(alone.matrices()[-1], shape, rates)
-    return again_s
+    return again_s - spared_s(block, shape, rates)
+
+
+def spared_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
+    """Seconds of an MLP's last product, which nothing going back needs but a norm of its result: it does not
+    run again where recomputation stops when all is there."""
+    if not (rates.stops_early and isinstance(block.mlp, Mlp)) or block.norms > block.sublayers:
+        return 0.0
+    last, pieces = block.matrices()[-1], rates.pieces(shape)
+    return pieces.products((last,)).forward_s if pieces else _product_s(last, shape, rates)
 
 
 def keeps_every_second(block: Block) -> bool:

@@ -13,7 +13,7 @@ from planner.attention import Attention, LatentAttention
 from planner.catalog import architecture_of
 from planner.codec import noun
 from planner.cost import constants
-from planner.cost.again import selected_s
+from planner.cost.again import selected_s, spared_s
 from planner.cost.between import between_products, widest_values
 from planner.cost.gemm import GemmModel
 from planner.cost.launches import launches
@@ -298,7 +298,8 @@ def _block_cost(
     backward_s = _launched_s(busy_backward_s, host_s * (2 + more.backward_launches), rates)
     again_busy_s, again_s = 0.0, 0.0
     if shape.recompute is Recompute.FULL:
-        again_busy_s, again_s = busy_s, larger(forward_s, again_host_s)
+        again_busy_s = busy_s - spared_s(block, shape, rates)
+        again_s = _launched_s(again_busy_s, again_host_s, rates)
     elif shape.recompute is Recompute.SELECTIVE:
         again_busy_s, whole = selected_s(block, shape, stream, rates, between.forward_s, attention_s)
         again_s = larger(again_busy_s, again_host_s if whole else 0.5 * host_s)
