@@ -359,6 +359,19 @@ def test_a_name_of_the_catalog_gives_what_the_row_leaves_open() -> None:
     assert isinstance(block, Block) and isinstance(block.mlp, Experts)
 
 
+@pytest.mark.parametrize(
+    ("size", "pp", "layers"), [("200B", 10, 80), ("205B", 9, 81), ("195B", 11, 77), ("183B", 12, 72)]
+)
+def test_a_models_size_tells_its_layers(size: str, pp: int, layers: int) -> None:
+    """BLOOM's team tried GPTs of width 14,400 whose layers it made divide by the stages, and lists sizes."""
+    large = {"layers": None, "hidden": 14400, "ffn": 57600, "heads": 100, "kv_heads": 100, "vocab": 250000}
+    nodes = {"tp": 8, "pp": pp, "dp": 4, "nodes": 4 * pp, "global_batch": 2048}
+    made = setup(dataclasses.replace(GPT, model=f"GPT {size}", **large, **nodes))  # type: ignore[arg-type]
+    assert made.problem.model.layers == layers
+    assert f"layers {layers}, of {size} parameters" in made.assumed
+    assert reason(GPT, **large, model="GPT").rule == "model_known"
+
+
 def test_few_experts_are_whole_mlps() -> None:
     made = setup(dataclasses.replace(GPT, experts=8, topk=2, notes="LoRA, bf16-true"))
     block = made.problem.model.segments[0].block

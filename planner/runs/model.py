@@ -11,6 +11,7 @@ import re
 
 from planner.attention import Attention
 from planner.catalog import load_model, model_index
+from planner.divisors import divisors
 from planner.estimate import Rejected
 from planner.feed_forward import Activation, Experts, FeedForward, Mlp
 from planner.model import Block, ModelSpec, Norm, Segment
@@ -30,6 +31,10 @@ USUAL_HEAD = 128
 ROTARY = r"rotary|\brope\b"
 WITHOUT_TABLE = rf"no position embed|alibi|\bmpt|{ROTARY}"
 GATED_NAMES = r"llama|mistral|mixtral|qwen|gemma|deepseek|yi-|olmo|smollm|phi-3"
+SIZE = r"\b(\d{1,5}(?:\.\d{1,4})?) ?[Bb]\b"
+SIZE_ROUNDS = 0.03
+"""Parameters in a model's name, in billions, and how far off one expects them to be."""
+
 DECORATIONS = r"\(.*?\)|truncated to \d+ layers|\bproxy\b|\bsft\b|\bfull\b|\bfinetuning with.*|\bq?lora\b"
 """What tables write behind a model's name."""
 
@@ -57,12 +62,29 @@ def run_model(run: Run, named_models: NamedModels, assumed: list[str]) -> ModelS
     named = named_models.find(run.model)
     if named is not None and _agrees(run, named):
         return _ends(run, _as_run(run, named), assumed)
+    if run.layers is None and run.hidden is not None:
+        run = _with_layers(run, assumed)
     unknown = [name for name in ("layers", "hidden") if getattr(run, name) is None]
     if unknown:
         model = f"'{run.model}' is not in the catalog and " if run.model else ""
         return Rejected(rule="model_known", detail=f"{model}{' and '.join(unknown)} are unknown.")
     built = _from_dims(run, assumed)
     return built if isinstance(built, Rejected) else _ends(run, built, assumed)
+
+
+def _with_layers(run: Run, assumed: list[str]) -> Run:
+    """The run with as many layers as the size in its model's name tells at its width: in whole ones for every
+    stage where the size leaves room for that. Unchanged where the name tells none."""
+    size = re.search(SIZE, run.model)
+    one = _from_dims(dataclasses.replace(run, layers=1), []) if size else None
+    if size is None or not isinstance(one, ModelSpec):
+        return run
+    exact = 1 + (float(size.group(1)) * 1e9 - one.params_total) / one.params_blocks
+    stages = (run.pp or 1) * (run.chunks or 1)
+    even = max(1, round(exact / stages)) * stages
+    layers = even if abs(even / exact - 1) < SIZE_ROUNDS else max(1, round(exact))
+    assumed.append(f"layers {layers}, of {size.group(0)} parameters")
+    return dataclasses.replace(run, layers=layers)
 
 
 def _agrees(run: Run, model: ModelSpec) -> bool:
@@ -105,7 +127,7 @@ def _from_dims(run: Run, assumed: list[str]) -> ModelSpec | Rejected:
     gated = _is_gated(run, assumed)
     heads = run.heads
     if heads is None:
-        heads = max(1, run.hidden // USUAL_HEAD)
+        heads = _usual_heads(run.hidden, run.tp or 1)
         assumed.append(f"heads {heads}")
     if run.hidden % heads:
         return Rejected(rule="model_known", detail=f"hidden {run.hidden} does not divide into {heads} heads.")
@@ -139,6 +161,13 @@ def _from_dims(run: Run, assumed: list[str]) -> ModelSpec | Rejected:
         tied_embeddings=bool(run.tied_embeddings),
         segments=(Segment(block=block, count=run.layers),),
     )
+
+
+def _usual_heads(hidden: int, tp: int) -> int:
+    """Heads of about USUAL_HEAD values each, as many for every tensor-parallel rank where that can be."""
+    found = divisors(hidden)
+    shared = [heads for heads in found if heads % tp == 0] or found
+    return min(shared, key=lambda heads: abs(hidden / heads - USUAL_HEAD))
 
 
 def _is_gated(run: Run, assumed: list[str]) -> bool:
