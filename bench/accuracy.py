@@ -188,6 +188,14 @@ SETS = (
         parts=5,
     ),
     RunSet(
+        name="torchtitan",
+        title="torchtitan (FSDP2) on A100, H100 and H200, a model left out",
+        file="tables.csv",
+        prefixes=("titan",),
+        keep=by_model,
+        parts=3,
+    ),
+    RunSet(
         name="new-device",
         title="H100 from A100's calibration, llm-foundry (FSDP)",
         file="tables.csv",

@@ -17,8 +17,8 @@ SCALING = r"aleph|aa-scaling"
 """Names of Aleph Alpha's framework (github.com/Aleph-Alpha/scaling)."""
 
 
-OLD_TORCH = r"composer"
-"""Frameworks whose published runs are of torch before 2.1: llm-foundry's tables are of 2023."""
+OLD_TORCH = r"composer|sagemaker"
+"""Frameworks whose published runs are of torch before 2.1: llm-foundry's tables of 2023, BloombergGPT's."""
 
 
 class Engine(StrEnum):
