@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
-from planner.attention import Attention, LatentAttention
 from planner.catalog import architecture_of
 from planner.codec import noun
 from planner.cost import constants
 from planner.cost.again import selected_s, spared_s
+from planner.cost.attention_core import attention_core_s
 from planner.cost.between import between_products, widest_values
 from planner.cost.gemm import GemmModel
 from planner.cost.launches import launches
@@ -26,7 +26,6 @@ from planner.cost.seconds import larger
 from planner.cost.trained import Trained, beside_frozen, without_lowest
 from planner.errors import InputError, Problem
 from planner.feed_forward import Experts
-from planner.kept import AttentionKernel
 from planner.model import Block, Layer, ModelSpec
 from planner.problem import PlanningProblem
 from planner.profile import LayerKind
@@ -42,8 +41,9 @@ T = TypeVar("T")
 class DeviceRates:
     """What the analytic model needs of a device: product rate, bandwidth, host floor of a block.
 
-    `flops` is what large products reach. `by_shape` is the rate of products by their shape; None where a
-    profile measured the rate of large ones. `precise` is that of products that stay in bf16 under fp8.
+    `flops` is what large products reach, `unaligned_flops` batched ones that miss the matrix units.
+    `by_shape` is the rate of products by their shape; None where a profile measured the rate of large ones.
+    `precise` is that of products that stay in bf16 under fp8.
     `fused` says that products with one input are one product. `imbalance` is that of experts.
     `sampled` are times of operators from a profile's sweeps, `sampled_precise` those of what stays in bf16
     under fp8. `selective` is what selective recomputation runs again, `stops_early` as the stack does. `own`
@@ -55,6 +55,7 @@ class DeviceRates:
     by_shape: GemmModel | None
     memory_bytes_per_s: float
     attention_flops: float
+    unaligned_flops: float
     physics: Physics
     precise: GemmModel | None = None
     compiled: bool = False
@@ -113,6 +114,7 @@ def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | No
         precise=None if measured else GemmModel(device, precise),
         memory_bytes_per_s=memory,
         attention_flops=physics.attention_share * whole * _flash_carried(problem.stack, device.name),
+        unaligned_flops=min(flops, constants.GEMM_EFFICIENCY * (device.peak_fp32_flops or peak or flops)),
         physics=physics,
         compiled=problem.stack.compiled,
         compiled_experts=problem.stack.compiles_experts,
@@ -182,7 +184,7 @@ def _class_of(model: ModelSpec, shape: LayerShape) -> Layer:
 def core_s(model: ModelSpec, shape: LayerShape, rates: DeviceRates) -> tuple[float, float]:
     """Seconds between a block's projections, forward and backward: what a ring hides its hops behind."""
     block = _class_of(model, shape)
-    return _attention_s(block, shape, rates) if isinstance(block, Block) else (0.0, 0.0)
+    return attention_core_s(block, shape, rates) if isinstance(block, Block) else (0.0, 0.0)
 
 
 def _layer_cost(
@@ -265,7 +267,7 @@ def _alike(block: Block, shape: LayerShape, rates: DeviceRates) -> Alike:
         layer_s += own_s * (rates.physics.graphed_share if rates.graphed else 1.0)
     return Alike(
         products_s=matrices_s(block, shape, rates),
-        attention_s=_attention_s(block, shape, rates),
+        attention_s=attention_core_s(block, shape, rates),
         casts_s=cast_s(block, shape, rates),
         host_s=_host_s(block, shape, rates),
         layer_s=layer_s,
@@ -336,37 +338,6 @@ def _host_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
     if rates.graphed:
         return eager_s * physics.graphed_share
     return eager_s * (physics.compiled_host_share if rates.compiles(block) else 1.0)
-
-
-def _attention_s(block: Block, shape: LayerShape, rates: DeviceRates) -> tuple[float, float]:
-    """Seconds between the projections, forward and backward.
-
-    A flash kernel skips what is masked, in blocks of FLASH_BLOCK keys, and computes scores again going back:
-    2.5 times. So does a recurrent mixer's scan, at a rate of its own. The others compute the whole square as
-    batched products, twice going back, and read and write every probability.
-    """
-    pieces = rates.pieces(shape)
-    measured = pieces.attention(block) if pieces else None
-    if measured is not None:
-        return measured.forward_s, measured.backward_s
-    flops = block.attention_flops_forward(shape.tokens, shape.seq) / shape.tp
-    attentions = [mixer for mixer in block.mixers if isinstance(mixer, (Attention, LatentAttention))]
-    if not attentions:
-        slower = rates.physics.attention_share / rates.physics.scan_share
-        return flops / rates.attention_flops * slower, 2.5 * flops / rates.attention_flops * slower
-    if shape.kernel is AttentionKernel.FLASH:
-        half = constants.FLASH_BLOCK / 2  # of the block on the diagonal is masked, and computed all the same
-        masked = sum(m.core_flops(shape.seq) * half / m.span.mean_keys(shape.seq) for m in attentions)
-        forward_s = (flops + masked * shape.tokens / shape.tp) / rates.attention_flops
-        return forward_s, 2.5 * forward_s
-    square = sum(mixer.core_flops(shape.seq) / mixer.span.mean_keys(shape.seq) for mixer in attentions)
-    products_s = square * shape.seq * shape.tokens / shape.tp / (rates.flops * rates.physics.gemm_scale)
-    heads = sum(mixer.heads for mixer in attentions) / shape.tp
-    pass_s = shape.precision.compute_bytes * heads * shape.seq * shape.tokens / rates.memory_bytes_per_s
-    passes_s = rates.physics.probability_passes * pass_s
-    if shape.kernel is AttentionKernel.EAGER:
-        passes_s *= constants.EAGER_PASSES
-    return products_s + passes_s, 2 * (products_s + passes_s)
 
 
 def _traced_cost(layer: TracedLayer, shape: LayerShape, rates: DeviceRates) -> LayerCost:

@@ -107,3 +107,7 @@ to 11 forwards of each layer and micro-batch under zbv and the interleaved zero 
 ALIGNED_VALUES = 8
 """Values of 2 bytes that tensor cores load at once: a matrix whose rows are no multiple of it is read in
 smaller pieces (NVIDIA, Matrix Multiplication Background User's Guide)."""
+
+ALIGNED_BYTES = 16
+"""Bytes whose multiple the rows of batched products have to be for tensor cores: others run at the rate of
+fp32 without them (the same guide)."""
