@@ -107,10 +107,12 @@ class Stack:
     def recomputes(self) -> Selective:
         """What selective recomputation does not keep: the engine's own kind unless the stack says another.
         Other programs on FSDP than torchtitan keep what is expensive, as LLaMA's did (arXiv 2302.13971)."""
-        own = {Engine.MEGATRON: Selective.ATTENTION, Engine.TORCHTITAN: Selective.EVERY_SECOND}
-        if self.engine is Engine.TORCHTITAN and not re.search(r"^$|torchtitan", self.framework.lower()):
-            return self.selective or Selective.ELEMENTWISE
-        return self.selective or own.get(self.engine, Selective.ELEMENTWISE)
+        if self.selective is not None:
+            return self.selective
+        if self.engine is Engine.MEGATRON:
+            return Selective.ATTENTION
+        titan = self.engine is Engine.TORCHTITAN and re.search(r"^$|torchtitan", self.framework.lower())
+        return Selective.EVERY_SECOND if titan else Selective.ELEMENTWISE
 
     @property
     def own(self) -> bool:
