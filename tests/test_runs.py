@@ -437,8 +437,13 @@ def test_a_micro_batch_that_is_left_out_is_the_fastest_that_fits() -> None:
     assert made.assumed[0] == f"micro_batch {size}, the fastest that fits"
     long = setup(dataclasses.replace(open_run, seq_len=16384, recompute=RunRecompute.NONE))
     assert long.strategy.degrees.micro_batch < size, "longer sequences leave memory for fewer of them"
-    one = setup(dataclasses.replace(open_run, global_batch=2))
-    assert one.assumed[0] == "micro_batch 1"
+    one = dataclasses.replace(open_run, global_batch=2)
+    assert (
+        setup(one).assumed[0]
+        == setup(dataclasses.replace(one, status=Status.OOM)).assumed[0]
+        == "micro_batch 1"
+    )
+    assert reason(open_run, status=Status.OOM).detail == "micro_batch unknown, and the run did not fit."
 
 
 def test_torchtitan_splits_a_share_into_as_many_micro_batches_as_stages() -> None:

@@ -114,6 +114,8 @@ class Setups:
         share = max(1, batch // shape.dp)
         usual = usual_micro_batch(run, share)
         sizes = (usual,) if usual else tried_micro_batches(share)
+        if run.status is Status.OOM and len(sizes) > 1:
+            return Rejected(rule="row_complete", detail="micro_batch unknown, and the run did not fit.")
         tried = [self._stated(dataclasses.replace(run, micro_batch=size)) for size in sizes]
         setups = {each.strategy: each for each in tried if isinstance(each, RunSetup)}
         if not setups:
