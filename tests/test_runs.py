@@ -1,181 +1,25 @@
-"""The reader of runs.csv, and what a row says of a problem and a strategy."""
+"""What a row of a table says of a problem and a strategy."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
-import random
 from pathlib import Path
 
 import pytest
 
 from planner.attention import Attention
-from planner.cost.evaluate import CostModel
-from planner.errors import InputError
-from planner.estimate import Rejected, Verdict
 from planner.feed_forward import Experts
 from planner.kept import AttentionKernel
 from planner.model import Block, Norm
-from planner.runs.run import MemoryKind, Run, RunRecompute, Status
-from planner.runs.setup import RunSetup, Setups, run_problem
+from planner.runs.run import RunRecompute, Status
 from planner.runs.table import READERS, read_runs
 from planner.stack import Dispatch, Engine, Selective
 from planner.strategy import CpExchange, Offload, Recompute, Schedule, Zero
-from planner.validation import validate
 from planner.workload import Method, Precision
+from tests.run_samples import GPT, LLAMA, reason, setup
 
 DATA = Path(__file__).parents[1] / "bench" / "data"
-
-GPT = Run(
-    id="gpt",
-    where="runs.csv: line 2",
-    layers=24,
-    hidden=2048,
-    ffn=8192,
-    heads=16,
-    kv_heads=16,
-    vocab=51200,
-    gated_mlp=False,
-    tied_embeddings=True,
-    seq_len=1024,
-    device="a100-sxm-80gb",
-    nodes=1,
-    gpus_per_node=8,
-    framework="Megatron-LM",
-    precision="fp16",
-    tp=2,
-    pp=2,
-    dp=2,
-    zero=0,
-    recompute=RunRecompute.FULL,
-    micro_batch=2,
-    global_batch=32,
-    status=Status.OK,
-    step_time_s=1.0,
-)
-LLAMA = dataclasses.replace(
-    GPT,
-    id="llama",
-    ffn=5632,
-    kv_heads=4,
-    gated_mlp=True,
-    tied_embeddings=False,
-    framework="TorchTitan (FSDP2)",
-    precision="bf16",
-    zero=3,
-    pp=1,
-    dp=4,
-    recompute=RunRecompute.NONE,
-)
-
-
-def write(path: Path, *lines: str) -> Path:
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def setup(run: Run) -> RunSetup:
-    made = run_problem(run, None)
-    assert isinstance(made, RunSetup), made
-    return made
-
-
-def reason(run: Run, **changes: object) -> Rejected:
-    made = run_problem(dataclasses.replace(run, **changes), None)  # type: ignore[arg-type]
-    assert isinstance(made, Rejected), made
-    return made
-
-
-# The reader
-
-
-def test_cells_are_typed_and_empty_ones_unknown(tmp_path: Path) -> None:
-    file = write(
-        tmp_path / "runs.csv",
-        "id,layers,gated_mlp,compile,network,attention,recompute,status,step_time_s,memory_kind,quality,device",
-        "a,40.0,True,,none,flash,mlp,oom,,reserved,A,h100-sxm-80gb",
-        "b,nan,0,yes,,FUSED,,ok,1.5e-1,,B,",
-        "",
-    )
-    first, second = read_runs([file]).runs
-    assert (first.layers, first.gated_mlp, first.compile, first.network) == (40, True, None, "none")
-    assert (first.attention, first.recompute) == (AttentionKernel.FLASH, RunRecompute.MLP)
-    assert (first.status, first.step_time_s, first.memory_kind) == (Status.OOM, None, MemoryKind.RESERVED)
-    assert (second.layers, second.gated_mlp, second.compile, second.step_time_s) == (None, False, True, 0.15)
-    assert second.where == f"{file}: line 3"
-
-
-@pytest.mark.parametrize(
-    ("column", "cell", "words"),
-    [
-        ("layers", "many", ("'many' is not a number",)),
-        ("layers", "1.5", ("is 1.5", "whole number from 1 to 10000")),
-        ("layers", "1e300", ("1e300",)),
-        ("tp", "0", ("is 0", "from 1")),
-        ("tp", "inf", ("is inf",)),
-        ("zero", "4", ("from 0 to 3",)),
-        ("step_time_s", "-1", ("is -1", "above 0")),
-        ("step_time_s", "1,5", ("is not a number",)),
-        ("gated_mlp", "perhaps", ("neither true nor false",)),
-        ("attention", "sdpa", ("flash, fused, eager",)),
-        ("status", "killed", ("ok, oom, error",)),
-        ("recompute", "some", ("none, selective, full, mlp",)),
-    ],
-)
-def test_a_bad_cell_is_named_with_line_and_column(
-    tmp_path: Path, column: str, cell: str, words: tuple[str, ...]
-) -> None:
-    file = write(tmp_path / "runs.csv", f"id,device,{column}", "a,t4,", f'b,t4,"{cell}"')
-    with pytest.raises(InputError) as caught:
-        read_runs([file])
-    (problem,) = caught.value.problems
-    assert problem.where == f"{file}: line 3, column {column}"
-    for word in words:
-        assert word in str(problem)
-
-
-def test_all_faults_of_all_files_are_listed(tmp_path: Path) -> None:
-    first = write(tmp_path / "a.csv", "device,tp,pp", "t4,x,y")
-    second = write(tmp_path / "b.csv", "device,tp", "t4,1,2,3")
-    with pytest.raises(InputError) as caught:
-        read_runs([first, second, tmp_path / "c.csv"])
-    text = str(caught.value)
-    assert len(caught.value.problems) == 4
-    for words in ("column tp", "column pp", "has 4 cells, the header has 2", "no such file"):
-        assert words in text
-
-
-@pytest.mark.parametrize(
-    ("lines", "words"),
-    [
-        (("",), "is not the header"),
-        (("name,value", "a,1"), "is not the header of a table of runs: it begins with name, value"),
-        (("device,tp,tp", "t4,1,2"), "column 'tp' twice"),
-        (("device,tp",), "holds no run"),
-        (('device,tp\n"t4,1',), "is not a CSV file"),
-    ],
-)
-def test_a_file_that_is_no_table_of_runs_is_refused(
-    tmp_path: Path, lines: tuple[str, ...], words: str
-) -> None:
-    with pytest.raises(InputError, match=words):
-        read_runs([write(tmp_path / "runs.csv", *lines)])
-
-
-def test_a_misspelt_column_is_warned_of_and_others_are_not(tmp_path: Path) -> None:
-    table = read_runs([write(tmp_path / "runs.csv", "device,microbatch,quality,loss", "t4,1,A,2.5")])
-    (warning,) = table.warnings
-    assert "'microbatch' is not read; did you mean 'micro_batch'" in warning
-
-
-def test_a_group_that_is_not_stated_is_made_of_what_makes_runs_comparable() -> None:
-    assert dataclasses.replace(GPT, group="g").group_name == "g"
-    assert dataclasses.replace(GPT, tp=8, dp=1, pp=1, micro_batch=1).group_name == GPT.group_name
-    for changes in ({"hidden": 4096}, {"seq_len": 2048}, {"nodes": 2}, {"fused_kernels": "fused"}):
-        assert dataclasses.replace(GPT, **changes).group_name != GPT.group_name
-
-
-# Problems and strategies
 
 
 def test_a_gpt_row_is_the_gpt_of_its_dimensions() -> None:
@@ -307,13 +151,6 @@ def test_words_of_a_run_say_what_it_offloads() -> None:
     assert setup(dataclasses.replace(GPT, framework="DeepSpeed + Liger")).problem.stack.liger
 
 
-def test_degrees_that_are_left_out_follow_from_the_devices() -> None:
-    alone = setup(dataclasses.replace(GPT, tp=None, pp=None, dp=8))
-    assert (alone.strategy.degrees.tp, alone.strategy.degrees.pp) == (1, 1)
-    filled = setup(dataclasses.replace(GPT, tp=None))
-    assert filled.strategy.degrees.tp == 2
-
-
 def test_chunks_make_an_interleaved_pipeline() -> None:
     degrees = setup(dataclasses.replace(GPT, chunks=3)).strategy.degrees
     assert (degrees.schedule, degrees.chunks, degrees.stages) == (Schedule.INTERLEAVED, 3, 6)
@@ -321,55 +158,11 @@ def test_chunks_make_an_interleaved_pipeline() -> None:
     assert (flat.schedule, flat.chunks) == (Schedule.ONE_F_ONE_B, 1), "one stage holds no chunks"
 
 
-def test_a_share_that_does_not_divide_becomes_equal_micro_batches() -> None:
-    degrees = setup(dataclasses.replace(GPT, micro_batch=5)).strategy.degrees
-    assert (degrees.micro_batch, degrees.num_micro_batches) == (4, 4)
-    assert degrees.batch == 32
-
-
-def test_memory_alone_needs_no_global_batch() -> None:
-    run = dataclasses.replace(GPT, global_batch=None, step_time_s=None, peak_memory_gib=10.0)
-    assert setup(run).strategy.degrees.num_micro_batches == 1
-
-
-def test_a_vocabulary_that_does_not_split_is_padded_as_megatron_pads() -> None:
-    made = setup(dataclasses.replace(GPT, vocab=50257))
-    assert made.problem.model.vocab == 50432, "the next multiple of 128 x tp 2"
-    assert setup(dataclasses.replace(LLAMA, vocab=50304)).problem.model.vocab == 50304
-
-
 def test_a_stage_alone_has_no_ends() -> None:
     made = setup(dataclasses.replace(GPT, embedding=False, head=False))
     assert made.problem.model.vocab == made.problem.model.params_embedding == 0
     headed = setup(dataclasses.replace(LLAMA, embedding=False, head=True))
     assert headed.problem.model.tied_embeddings
-
-
-def test_a_name_of_the_catalog_gives_what_the_row_leaves_open() -> None:
-    bare = dataclasses.replace(
-        LLAMA,
-        model="LLAMA3.1_8B",
-        **dict.fromkeys(("layers", "hidden", "ffn", "heads", "kv_heads", "vocab")),  # type: ignore[arg-type]
-    )
-    assert setup(bare).problem.model.params_total == 8_030_261_248
-    fewer = setup(dataclasses.replace(bare, model="Llama 3.1 8B truncated to 4 layers", layers=4))
-    assert fewer.problem.model.layers == 4
-    experts = setup(dataclasses.replace(bare, model="Mixtral 8x7B", experts=8, topk=2, tp=1, dp=8))
-    block = experts.problem.model.segments[0].block
-    assert isinstance(block, Block) and isinstance(block.mlp, Experts)
-
-
-@pytest.mark.parametrize(
-    ("size", "pp", "layers"), [("200B", 10, 80), ("205B", 9, 81), ("195B", 11, 77), ("183B", 12, 72)]
-)
-def test_a_models_size_tells_its_layers(size: str, pp: int, layers: int) -> None:
-    """BLOOM's team tried GPTs of width 14,400 whose layers it made divide by the stages, and lists sizes."""
-    large = {"layers": None, "hidden": 14400, "ffn": 57600, "heads": 100, "kv_heads": 100, "vocab": 250000}
-    nodes = {"tp": 8, "pp": pp, "dp": 4, "nodes": 4 * pp, "global_batch": 2048}
-    made = setup(dataclasses.replace(GPT, model=f"GPT {size}", **large, **nodes))  # type: ignore[arg-type]
-    assert made.problem.model.layers == layers
-    assert f"layers {layers}, of {size} parameters" in made.assumed
-    assert reason(GPT, **large, model="GPT").rule == "model_known"
 
 
 def test_few_experts_are_whole_mlps() -> None:
@@ -397,7 +190,8 @@ def test_dimensions_win_over_a_name_that_contradicts_them() -> None:
 
 
 def test_a_model_cell_is_never_opened_as_a_path(tmp_path: Path) -> None:
-    secret = write(tmp_path / "config.json", "{")
+    secret = tmp_path / "config.json"
+    secret.write_text("{", encoding="utf-8")
     refused = reason(GPT, model=str(secret), layers=None)
     assert "not in the catalog" in refused.detail
 
@@ -424,70 +218,6 @@ def test_one_rank_keeps_the_wrapper_that_shards_parameters_and_no_other() -> Non
     for zero, kept in ((0, Zero.NONE), (1, Zero.NONE), (2, Zero.NONE), (3, Zero.PARAMETERS)):
         run = dataclasses.replace(GPT, zero=zero, **alone)  # type: ignore[arg-type]
         assert setup(run).strategy.degrees.zero is kept
-
-
-def test_a_micro_batch_that_is_left_out_is_the_fastest_that_fits() -> None:
-    open_run = dataclasses.replace(GPT, micro_batch=None)
-    made = setup(open_run)
-    stated = [setup(dataclasses.replace(GPT, micro_batch=size)) for size in (1, 2, 4, 8, 16)]
-    done = {each.strategy: CostModel(each.problem).evaluate(each.strategy).estimate for each in stated}
-    fitting = [each for each, estimate in done.items() if estimate.verdict is Verdict.SAFE]
-    assert made.strategy == min(fitting, key=lambda each: done[each].step_time_s)
-    size = made.strategy.degrees.micro_batch
-    assert made.assumed[0] == f"micro_batch {size}, the fastest that fits"
-    long = setup(dataclasses.replace(open_run, seq_len=16384, recompute=RunRecompute.NONE))
-    assert long.strategy.degrees.micro_batch < size, "longer sequences leave memory for fewer of them"
-    one = dataclasses.replace(open_run, global_batch=2)
-    assert (
-        setup(one).assumed[0]
-        == setup(dataclasses.replace(one, status=Status.OOM)).assumed[0]
-        == "micro_batch 1"
-    )
-    assert reason(open_run, status=Status.OOM).detail == "micro_batch unknown, and the run did not fit."
-
-
-def test_torchtitan_splits_a_share_into_as_many_micro_batches_as_stages() -> None:
-    """And keeps weights gathered in a pipeline; of schedules with several stages a rank it has two."""
-    piped = dataclasses.replace(LLAMA, pp=4, dp=1, tp=2, micro_batch=None, global_batch=32)
-    degrees = setup(piped).strategy.degrees
-    assert (degrees.micro_batch, degrees.num_micro_batches, degrees.chunks) == (8, 4, 1)
-    wide = dataclasses.replace(piped, nodes=2, dp=2, notes="Interleaved 1F1B")
-    degrees = setup(wide).strategy.degrees
-    assert (degrees.micro_batch, degrees.num_micro_batches, degrees.chunks) == (4, 4, 2)
-    assert degrees.schedule is Schedule.INTERLEAVED and degrees.zero is Zero.GRADIENTS
-
-
-def test_a_micro_batch_is_chosen_though_none_fits() -> None:
-    large = dataclasses.replace(GPT, micro_batch=None, hidden=16384, ffn=65536, heads=128, kv_heads=128)
-    assert "none fits" in setup(large).assumed[0]
-
-
-def test_megatrons_weak_scaling_is_predicted_though_it_states_no_micro_batch() -> None:
-    """arXiv 2104.04473, table 1: 3.6 to 530 billion parameters on 64 to 2,520 A100, from priors alone."""
-    runs = [run for run in read_runs([DATA / "tables.csv"]).runs if run.id.startswith("mlm21")]
-    runs = [run for run in runs if run.micro_batch is None]
-    errors = [row.error for row in validate(runs, lambda device: None).rows]
-    assert len(errors) == 6 and all(error is not None and abs(error) < 0.1 for error in errors)
-
-
-def test_every_row_gives_a_setup_or_a_reason_whatever_it_leaves_out() -> None:
-    """Published rows with random cells emptied: never an exception, and a setup keeps its batch."""
-    runs = read_runs([DATA / "tables.csv", DATA / "layout_sweeps.csv", DATA / "h100_reference.csv"]).runs
-    rng = random.Random(7)
-    setups, made = Setups(lambda device: None), 0
-    for run in rng.sample(runs, 400):
-        emptied = {name: Run.__dataclass_fields__[name].default for name in READERS if rng.random() < 0.05}
-        emptied.pop("id", None)
-        changed = dataclasses.replace(run, **emptied)
-        result = setups.setup(changed)
-        if isinstance(result, Rejected):
-            assert result.detail
-            continue
-        made += 1
-        degrees = result.strategy.degrees
-        assert degrees.world == changed.devices
-        assert changed.global_batch in (None, degrees.batch)
-    assert made > 50
 
 
 def test_bench_data_names_its_sources_and_every_column_is_read() -> None:
