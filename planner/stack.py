@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 SCALING = r"aleph|aa-scaling"
 """Names of Aleph Alpha's framework (github.com/Aleph-Alpha/scaling)."""
 
-
 OLD_TORCH = r"composer|sagemaker"
 """Frameworks whose published runs are of torch before 2.1: llm-foundry's tables of 2023, BloombergGPT's."""
 
@@ -105,14 +104,9 @@ class Stack:
 
     @property
     def recomputes(self) -> Selective:
-        """What selective recomputation does not keep: the engine's own kind unless the stack says another.
-        Other programs on FSDP than torchtitan keep what is expensive, as LLaMA's did (arXiv 2302.13971)."""
-        if self.selective is not None:
-            return self.selective
-        if self.engine is Engine.MEGATRON:
-            return Selective.ATTENTION
-        titan = self.engine is Engine.TORCHTITAN and re.search(r"^$|torchtitan", self.framework.lower())
-        return Selective.EVERY_SECOND if titan else Selective.ELEMENTWISE
+        """What selective recomputation does not keep: the engine's own kind unless the stack says another."""
+        own = {Engine.MEGATRON: Selective.ATTENTION, Engine.TORCHTITAN: Selective.EVERY_SECOND}
+        return self.selective or own.get(self.engine, Selective.ELEMENTWISE)
 
     @property
     def own(self) -> bool:

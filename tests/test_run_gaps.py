@@ -84,12 +84,9 @@ def test_a_micro_batch_that_is_left_out_is_the_fastest_that_fits() -> None:
     assert made.assumed[0] == f"micro_batch {size}, the fastest that fits"
     long = setup(dataclasses.replace(open_run, seq_len=16384, recompute=RunRecompute.NONE))
     assert long.strategy.degrees.micro_batch < size, "longer sequences leave memory for fewer of them"
-    one = dataclasses.replace(open_run, global_batch=2)
-    assert (
-        setup(one).assumed[0]
-        == setup(dataclasses.replace(one, status=Status.OOM)).assumed[0]
-        == "micro_batch 1"
-    )
+    for status in (Status.OK, Status.OOM):
+        one = dataclasses.replace(open_run, global_batch=2, status=status)
+        assert setup(one).assumed[0] == "micro_batch 1"
     assert reason(open_run, status=Status.OOM).detail == "micro_batch unknown, and the run did not fit."
 
 
@@ -102,6 +99,14 @@ def test_torchtitan_splits_a_share_into_as_many_micro_batches_as_stages() -> Non
     degrees = setup(wide).strategy.degrees
     assert (degrees.micro_batch, degrees.num_micro_batches, degrees.chunks) == (4, 4, 2)
     assert degrees.schedule is Schedule.INTERLEAVED and degrees.zero is Zero.GRADIENTS
+
+
+def test_a_micro_batch_that_no_rate_can_choose_is_refused_where_it_is_evaluated() -> None:
+    """A100 has no fp8: such a row has a setup, and the reason when it is predicted."""
+    open_run = dataclasses.replace(GPT, micro_batch=None, precision="fp8")
+    assert not any("micro_batch" in text for text in setup(open_run).assumed)
+    (row,) = validate([open_run], lambda device: None).rows
+    assert row.predicted_step_time_s is None and "peak is unknown" in row.reason
 
 
 def test_a_micro_batch_is_chosen_though_none_fits() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from planner.cluster import ClusterSpec
 from planner.profile import Profile
 from planner.runs.software import run_engine, titan_flash_is_amperes
-from planner.stack import Engine, Selective, Stack, own_stack
+from planner.stack import Engine, Stack, own_stack
 
 TITLES = {
     Engine.NATIVE: "the native runtime",
@@ -27,7 +27,6 @@ def engine_stack(engine: Engine, profile: Profile | None, cluster: ClusterSpec) 
     return Stack(
         engine=engine,
         framework=fitted_framework(engine, profile),
-        selective=Selective.EVERY_SECOND if titan else None,
         ampere_flash=titan and all(map(titan_flash_is_amperes, (g.device.name for g in cluster.groups))),
         overlaps_gradients=engine is Engine.MEGATRON,
     )

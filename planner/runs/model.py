@@ -82,7 +82,7 @@ def _with_layers(run: Run, assumed: list[str]) -> Run:
     exact = 1 + (float(size.group(1)) * 1e9 - one.params_total) / one.params_blocks
     stages = (run.pp or 1) * (run.chunks or 1)
     even = max(1, round(exact / stages)) * stages
-    layers = even if abs(even / exact - 1) < SIZE_ROUNDS else max(1, round(exact))
+    layers = even if abs(even - exact) < SIZE_ROUNDS * exact else max(1, round(exact))
     assumed.append(f"layers {layers}, of {size.group(0)} parameters")
     return dataclasses.replace(run, layers=layers)
 

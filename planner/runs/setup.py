@@ -120,12 +120,13 @@ class Setups:
         setups = {each.strategy: each for each in tried if isinstance(each, RunSetup)}
         if not setups:
             return tried[0]
-        first = next(iter(setups.values()))
-        try:
-            best, fits = fastest_that_fits(first.problem, setups)
-        except InputError:  # whoever evaluates it meets it again, and says so
-            return first
-        why = "" if len(setups) == 1 else ", the fastest that fits" if fits else ", the fastest; none fits"
+        best, why = next(iter(setups)), ""
+        if len(setups) > 1:
+            try:
+                best, fits = fastest_that_fits(setups[best].problem, setups)
+            except InputError:  # whoever evaluates it meets it again, and says so
+                return setups[best]
+            why = ", the fastest that fits" if fits else ", the fastest; none fits"
         told = f"micro_batch {best.degrees.micro_batch}{why}"
         return dataclasses.replace(setups[best], assumed=(told, *setups[best].assumed))
 
@@ -281,8 +282,7 @@ def _micro_batches(run: Run, dp: int, assumed: list[str]) -> tuple[int, int] | R
     share, rest = divmod(batch, dp)
     if rest:
         return Rejected(rule="batch_divides", detail=f"{batch} sequences do not divide by dp {dp}.")
-    if micro is None:
-        return Rejected(rule="row_complete", detail="micro_batch unknown.")
+    assert micro is not None, "chosen before"
     count = -(-share // micro)
     if share % micro:
         count = next(n for n in range(count, share + 1) if share % n == 0)

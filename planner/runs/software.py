@@ -186,7 +186,7 @@ def run_stack(run: Run, assumed: list[str]) -> Stack:
         attention=attention,
         kernels=run.fused_kernels,
         compiled=compiled,
-        selective=Selective.MLP if run.recompute is RunRecompute.MLP else None,
+        selective=_selective(run),
         ampere_flash=_ampere_flash(run),
         dispatch=_dispatch(run, assumed),
         dispatch_bytes=1 if re.search(FP8_DISPATCH, run.words) else None,
@@ -201,10 +201,26 @@ def run_stack(run: Run, assumed: list[str]) -> Stack:
     )
 
 
+def _is_torchtitan(run: Run) -> bool:
+    """Whether a run is of torchtitan itself, not of another program on FSDP, which counts as that engine."""
+    return "torchtitan" in run.framework.lower()
+
+
+def _selective(run: Run) -> Selective | None:
+    """What selective recomputation means where it is not the engine's own kind: that of the MLP alone, and
+    what other programs on FSDP than torchtitan do, which keep what is expensive (LLaMA's: arXiv 2302.13971).
+    """
+    if run.recompute is RunRecompute.MLP:
+        return Selective.MLP
+    other = run_engine(run.framework) is Engine.TORCHTITAN and not _is_torchtitan(run)
+    return Selective.ELEMENTWISE if other else None
+
+
 def _ampere_flash(run: Run) -> bool:
+    """Whether a run's flash kernel was written for Ampere."""
     if re.search(LATER_FLASH, run.words):
         return False
-    titan = "torchtitan" in run.framework.lower() and titan_flash_is_amperes(run.device)
+    titan = _is_torchtitan(run) and titan_flash_is_amperes(run.device)
     return titan or bool(re.search(AMPERE_FLASH, run.words))
 
 

@@ -13,65 +13,47 @@ from planner.cost.physics import usual_physics
 from planner.cost.states import states_of
 from planner.profile import LayerKind
 from planner.runs.run import Run, RunRecompute
-from planner.runs.setup import RunSetup, run_problem
 from planner.runs.table import read_runs
 from planner.stack import Engine, Stack
 from planner.strategy import Degrees, Zero
 from planner.validation import validate
+from tests import run_samples
 from tests.planner import instances
 
 DATA = Path(__file__).parents[2] / "bench" / "data"
-MEGATRON_22B = Run(
-    id="22B",
-    where="",
+MEGATRON_22B = dataclasses.replace(
+    run_samples.GPT,
     layers=48,
     hidden=6144,
     ffn=4 * 6144,
     heads=64,
     kv_heads=64,
-    vocab=51200,
-    gated_mlp=False,
     seq_len=2048,
-    device="a100-sxm-80gb",
-    nodes=1,
-    gpus_per_node=8,
-    framework="Megatron-LM",
-    precision="fp16",
     tp=8,
     pp=1,
     dp=1,
-    zero=0,
     micro_batch=4,
     global_batch=4,
 )
-
-
 LLAMA = dataclasses.replace(
-    MEGATRON_22B,
+    run_samples.LLAMA,
     layers=32,
     hidden=4096,
     ffn=14336,
     heads=32,
     kv_heads=8,
-    vocab=128256,
-    gated_mlp=True,
     seq_len=2048,
     device="h100-sxm-80gb",
-    framework="TorchTitan (FSDP2)",
-    precision="bf16",
     tp=1,
     dp=8,
-    zero=3,
     micro_batch=4,
-    global_batch=32,
 )
 NONE, FULL = RunRecompute.NONE, RunRecompute.FULL
 
 
 def backward_s(run: Run, recompute: RunRecompute) -> float:
     """Seconds that a block of a run takes going back."""
-    setup = run_problem(dataclasses.replace(run, recompute=recompute), None)
-    assert isinstance(setup, RunSetup)
+    setup = run_samples.setup(dataclasses.replace(run, recompute=recompute))
     problem, degrees = setup.problem, setup.strategy.degrees
     shape = LayerShape(
         kind=LayerKind.BLOCK,
