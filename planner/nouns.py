@@ -33,8 +33,21 @@ def noun(cls: type[T]) -> type[T]:
 def replaced(value: T, **changes: Any) -> T:
     """dataclasses.replace() of a noun, sooner done."""
     cls: Any = type(value)
-    names, values = _fields(cls)
-    return cls(**{**dict(zip(names, values(value), strict=True)), **changes})  # type: ignore[no-any-return]
+    slots, copied = _slots(cls), cls.__new__(cls)
+    for get, put in slots.values():
+        put(copied, get(value))
+    for name, change in changes.items():
+        if name not in slots:
+            raise TypeError(f"{cls.__name__}() has no field {name!r}")
+        slots[name][1](copied, change)
+    return copied  # type: ignore[no-any-return]
+
+
+@cache
+def _slots(cls: Any) -> dict[str, tuple[Method, Method]]:
+    """What gets and sets each of a noun's fields."""
+    each = ((field.name, getattr(cls, field.name)) for field in dataclasses.fields(cls))
+    return {name: (slot.__get__, slot.__set__) for name, slot in each}
 
 
 @cache

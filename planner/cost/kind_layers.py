@@ -32,14 +32,18 @@ def kind_of(d: Degrees) -> Kind:
     return d.tp, d.sequence_parallel, d.micro_batch, d.cp, d.cp_exchange, d.ep, d.etp, d.world
 
 
-class KeptRanges(NamedTuple):
-    """Bytes of each layer, the largest first: what it keeps, and what waits for its weight gradients, with
-    the option that has least of it and with the one that has most."""
+Sizes = list[tuple[float, int]]
+"""Bytes of layers and how many have them, the largest first."""
 
-    least: list[float]
-    most: list[float]
-    least_waits: list[float]
-    most_waits: list[float]
+
+class KeptRanges(NamedTuple):
+    """Bytes of layers: what they keep, and what waits for their weight gradients, with the option that has
+    least of it and with the one that has most."""
+
+    least: Sizes
+    most: Sizes
+    least_waits: Sizes
+    most_waits: Sizes
 
 
 class KindLayers:
@@ -178,13 +182,13 @@ class KindLayers:
     def kept_ranges(self, options: tuple[Recompute, ...]) -> KeptRanges:
         """Bytes of all layers of the model with any of these options."""
         if options not in self._ranges:
-            each: list[list[float]] = [[], [], [], []]
+            each: tuple[Sizes, ...] = [], [], [], []
             for key in self.classes:
                 saved = [self.block(key, option).saved_bytes for option in options]
                 waiting = [self.waiting_bytes[key, option] for option in options]
                 count = self.layer_model.count(key, 0, self.problem.model.layers)
                 ends = (min(saved), max(saved), min(waiting), max(waiting))
                 for found, size in zip(each, ends, strict=True):
-                    found += [size] * count
+                    found.append((size, count))
             self._ranges[options] = KeptRanges(*(sorted(sizes, reverse=True) for sizes in each))
         return self._ranges[options]

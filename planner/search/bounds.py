@@ -31,14 +31,15 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from operator import mul
+from itertools import accumulate
 from typing import NamedTuple
 
 from planner.cost import constants
 from planner.cost.compute import LayerModel
 from planner.cost.evaluate import CostModel
+from planner.cost.kind_layers import Sizes
 from planner.cost.moments import least_pass_bytes
 from planner.cost.passes import Pass
 from planner.cost.schedule import fullest
@@ -50,11 +51,38 @@ from planner.stack import Engine
 from planner.strategy import Degrees, Offload, Recompute, Schedule, Zero
 
 
-class Live(NamedTuple):
-    """Of each layer the micro-batches that are alive, and those that wait for W; either ascending."""
+class Counts(NamedTuple):
+    """Micro-batches of layers, where fewest are first: of the first 0, 1, ... layers together, and the most
+    of any."""
 
-    alive: tuple[int, ...]
-    waiting: tuple[int, ...]
+    sums: tuple[int, ...]
+    most: int
+
+    def bytes_of(self, sizes: Sizes) -> float:
+        """The least that layers of these sizes hold, however they lie (rearrangement inequality)."""
+        total, first = 0.0, 0
+        for size, count in sizes:
+            total += size * (self.sums[first + count] - self.sums[first])
+            first += count
+        return total
+
+
+class Live(NamedTuple):
+    """Of layers the micro-batches that are alive, and those that wait for W."""
+
+    alive: Counts
+    waiting: Counts
+
+
+def _live(alive: Iterable[int], waiting: Iterable[int]) -> Live:
+    each = sorted(alive), sorted(waiting)
+    return Live(*(Counts(tuple(accumulate(own, initial=0)), own[-1]) for own in each))
+
+
+@lru_cache
+def _one_of_each(layers: int) -> Live:
+    """A micro-batch of every layer."""
+    return _live((1,) * layers, (0,) * layers)
 
 
 def whole_units(shape: ShapeModel, options: tuple[Recompute, ...]) -> list[Pass]:
@@ -79,7 +107,7 @@ def live_at_least(
     """
     alive, waiting = fullest(schedule, pp, chunks, num_micro_batches, waits)
     over = layers - len(alive)
-    return Live(tuple(sorted(alive + (min(alive),) * over)), tuple(sorted(waiting + (min(waiting),) * over)))
+    return _live(alive + (min(alive),) * over, waiting + (min(waiting),) * over)
 
 
 @lru_cache(maxsize=4096)
@@ -91,7 +119,7 @@ def live_on_fullest(
     ranks = [range(rank, pp * chunks, pp) for rank in range(pp)]  # whatever stages these are
     most = max(ranks, key=lambda places: sum(alive[place] + waiting[place] for place in places))
     each = [most[layer * chunks // layers] for layer in range(layers)]
-    return Live(tuple(sorted(alive[place] for place in each)), tuple(sorted(waiting[p] for p in each)))
+    return _live((alive[place] for place in each), (waiting[place] for place in each))
 
 
 class Recomputing:
@@ -133,21 +161,17 @@ class Recomputing:
 
     def least_s(self, live: Live, *, split: bool) -> float:
         """Seconds that it takes at least for a micro-batch; infinite where the shape cannot fit."""
-        if _sum(live.alive, self._least) + _sum(live.waiting, self._least_waits) > self._free_bytes:
+        alive, waiting = live
+        if alive.bytes_of(self._least) + waiting.bytes_of(self._least_waits) > self._free_bytes:
             return math.inf
-        excess = _sum(live.alive, self._most) + _sum(live.waiting, self._most_waits) - self._free_bytes
+        excess = alive.bytes_of(self._most) + waiting.bytes_of(self._most_waits) - self._free_bytes
         if excess <= 0:
             return 0.0
         spared = (
-            (more_s, live.alive[-1] * size + live.waiting[-1] * waits)
+            (more_s, alive.most * size + waiting.most * waits)
             for more_s, size, waits in self._traded(split=split)
         )
         return min((excess * more_s / bytes_ for more_s, bytes_ in spared if bytes_ > 0), default=math.inf)
-
-
-def _sum(counts: tuple[int, ...], sizes: list[float]) -> float:
-    """The least that the layers keep, however they lie (rearrangement inequality)."""
-    return math.fsum(map(mul, counts, sizes))
 
 
 class BaseBound:
@@ -159,6 +183,8 @@ class BaseBound:
     combination of both in which work weighs the same on every rank gives
 
         W k rho / (1 + k (rho H - p) / m)              rho the largest rho_r
+
+    which of few micro-batches is less than W k.
     """
 
     def __init__(
@@ -184,6 +210,7 @@ class BaseBound:
         self._exclusive, self._ends_s = model.sharing is None, (fastest[0], fastest[1])
         known = {key: kind.block_s for key, kind in zip(kinds, each, strict=True)}
         self._block_s = [known[id(shape)] for shape in shapes]
+        self._fullest: dict[tuple[int, int], float] = {}
         self.spread_s = 0.0
         if model.sharing:
             self.spread_s = each[0].work_s * m * per_rank / model.sharing.best_throughput(degrees.world)
@@ -206,7 +233,7 @@ class BaseBound:
             return again_s
         factor = schedule_factor(degrees)
         if self._beyond > 0:
-            factor *= self._slowest / (1 + factor * self._beyond / degrees.num_micro_batches)
+            factor *= max(1.0, self._slowest / (1 + factor * self._beyond / degrees.num_micro_batches))
         span_s = (self.whole_s + again_s) * factor
         if self._exclusive:
             span_s = max(span_s, degrees.num_micro_batches * self._fullest_s(degrees))
@@ -226,15 +253,21 @@ class BaseBound:
     def _fullest_s(self, degrees: Degrees) -> float:
         """What the rank that takes longest takes at least for a micro-batch, blocks being whole: each goes
         where it is done first, after one on every stage."""
-        ends = [0.0] * degrees.pp
-        for stage, end_s in ((0, self._ends_s[0]), (degrees.stages - 1, self._ends_s[1])):
-            ends[degrees.pp_rank_of_stage(stage)] += end_s
+        key = degrees.chunks, degrees.pp_rank_of_stage(degrees.stages - 1)
+        if key not in self._fullest:
+            self._fullest[key] = self._dealt_s(*key)
+        return self._fullest[key]
+
+    def _dealt_s(self, chunks: int, last: int) -> float:
+        ends = [0.0] * len(self._block_s)
+        ends[0] += self._ends_s[0]
+        ends[last] += self._ends_s[1]
         done = [
-            (end_s + (degrees.chunks + 1) * block_s, end_s + degrees.chunks * block_s, block_s)
+            (end_s + (chunks + 1) * block_s, end_s + chunks * block_s, block_s)
             for end_s, block_s in zip(ends, self._block_s, strict=True)
         ]
         heapq.heapify(done)
-        for _ in range(self._layers - degrees.stages):
+        for _ in range(self._layers - chunks * len(done)):
             next_s, _, block_s = done[0]
             heapq.heapreplace(done, (next_s + block_s, next_s, block_s))
         return max(so_far_s for _, so_far_s, _ in done)
@@ -259,9 +292,8 @@ class _KindBound:
 
     def again_s(self, live: Live, *, split: bool) -> float:
         """What a micro-batch must at least recompute: with so many in flight, or one of every layer."""
-        layers = len(live.alive)
-        one = Live((1,) * layers, (0,) * layers)
-        return max(self._recomputing.least_s(each, split=split) for each in {live, one})
+        one = _one_of_each(len(live.alive.sums) - 1)
+        return max(self._recomputing.least_s(live, split=split), self._recomputing.least_s(one, split=split))
 
 
 def step_bound_s(

@@ -8,11 +8,13 @@ micro-batch, put together from those of few kinds and those of few ways to share
     step time >= W x factor(schedule, p, m)          factor: planner.search.bounds
 
 and where devices share cores, the work of all micro-batches over their throughput. It lies below
-`step_bound_s`, which knows the shape's memory and optimizer.
+`step_bound_s`, which knows the shape's memory and optimizer. Where ranks lie on different devices the factor
+is that of planner.search.bounds.BaseBound.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +24,7 @@ from planner.cost.messages import Messages
 from planner.cost.overlap import overlap_of
 from planner.cost.passes import Pass, stacked
 from planner.nouns import replaced
+from planner.placement import is_mixed, rank_groups
 from planner.search.bounds import schedule_factor
 from planner.search.space import Pipe, Space
 from planner.strategy import Degrees, Recompute, Zero
@@ -31,6 +34,11 @@ if TYPE_CHECKING:
 
     Floats = np.ndarray[Any, np.dtype[np.float64]]
     Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+TINY_S = 1e-12
+"""What a unit takes at least where it is divided by."""
+MOST_SLOWER = 1e6
+"""How many times as long a rank takes at most: units that take no time say nothing."""
 
 
 def space_bounds_s(
@@ -79,17 +87,17 @@ def _times(
         options = (Recompute.NONE,)  # by the formula, no other takes less time
     kinds: dict[Kind, int] = {}
     which = np.asarray([kinds.setdefault(kind_of(degrees), len(kinds)) for degrees in bases])
-    each = [_unit_passes(own, kinds, options, expired) for own in model.kinds]
+    m = np.asarray([d.num_micro_batches for d in bases], dtype=np.float64)
     if model.sharing is None:
-        sent = zip(model.kinds, each, strict=True)
-        whole_s = np.min([_with_messages(own, bases, units, which, expired) for own, units in sent], axis=0)
-        whole: Floats = whole_s[rows] * factor
-        return whole
-    (units,) = each
+        ranks = _ranks_on(model, bases)
+        each = [_unit_passes(own, kinds, options, expired) for own in ranks]
+        sent = zip(ranks, each, strict=True)
+        units_s = np.stack([_with_messages(own, bases, units, which, expired) for own, units in sent])
+        return _placed_s(units_s, np.stack(list(ranks.values())), m, rows, factor)
+    units = _unit_passes(model, kinds, options, expired)
     work_s = np.sum([unit.many * (unit.forward.work_s + unit.backward.work_s) for unit in units], axis=0)
     fixed_s = np.sum([unit.many * (unit.forward.fixed_s + unit.backward.fixed_s) for unit in units], axis=0)
     work_s, fixed_s = work_s[which], fixed_s[which]
-    m = np.asarray([d.num_micro_batches for d in bases], dtype=np.float64)
     per_rank = np.asarray([d.world // d.pp for d in bases])
     slow = np.asarray([model.sharing.slowdown(n) for n in range(int(per_rank.max()) + 1)])[per_rank]
     worlds = np.asarray([d.world for d in bases])
@@ -98,6 +106,40 @@ def _times(
     spread_s = work_s * m * per_rank / throughput
     shared: Floats = np.maximum((work_s * slow + fixed_s)[rows] * factor, spread_s[rows])
     return shared
+
+
+def _ranks_on(model: CostModel, bases: Sequence[Degrees]) -> dict[CostModel, Ints]:
+    """Pipeline ranks of each base by the model of the devices on which they lie [base]."""
+    import numpy as np
+
+    if not is_mixed(model.problem.cluster):
+        return {model: np.asarray([d.pp for d in bases])}
+    known: dict[tuple[int, tuple[int, ...]], Counter[CostModel]] = {}
+    for d in bases:
+        if (d.pp, d.device_order) not in known:
+            groups = rank_groups(model.problem.cluster, d)
+            known[d.pp, d.device_order] = Counter(map(model.seen_from, groups))
+    each = [known[d.pp, d.device_order] for d in bases]
+    return {own: np.asarray([count[own] for count in each]) for own in {o: None for c in each for o in c}}
+
+
+def _placed_s(units_s: Floats, ranks: Ints, m: Floats, rows: Ints, factor: Floats) -> Floats:
+    """The bounds of shapes from the seconds of units [devices, unit, base] and how many ranks lie on which
+    devices [devices, base] (planner.search.bounds.BaseBound)."""
+    import numpy as np
+
+    there = ranks > 0
+    fastest_s = np.where(there[:, None], units_s, np.inf).min(axis=0)
+    whole_s = fastest_s.sum(axis=0)[rows]
+    if len(ranks) == 1:
+        return np.asarray(whole_s * factor)
+    slower = np.where(fastest_s > 0, units_s, np.inf) / np.maximum(fastest_s, TINY_S)
+    slower = np.where(there, np.minimum(slower.min(axis=1), MOST_SLOWER), 1.0)
+    slowest = slower.max(axis=0)
+    beyond = slowest * (ranks / slower).sum(axis=0) - ranks.sum(axis=0)
+    apart = slowest[rows] / (1 + factor * (beyond / m)[rows])
+    placed: Floats = whole_s * factor * np.maximum(apart, 1.0)
+    return placed
 
 
 class _UnitPasses(NamedTuple):
@@ -141,8 +183,8 @@ def _with_messages(
     which: Ints,
     expired: Callable[[], bool],
 ) -> Floats:
-    """Both passes of the whole model under each base, of kind which[n], with what ZeRO 2 and 3 send in every
-    micro-batch beside them (planner.cost.stage)."""
+    """Both passes of all layers of each unit under each base [unit, base], of kind which[n], with what ZeRO 2
+    and 3 send in every micro-batch beside them (planner.cost.stage)."""
     import numpy as np
 
     known: dict[tuple[object, ...], int] = {}
@@ -155,12 +197,12 @@ def _with_messages(
             sent.append([(0.0, 0.0)] * len(units) if expired() else _sent_s(model, d))
         numbers.append(known[key])
     messages_s = np.asarray(sent)[numbers]  # [base, unit, gathered or reduced]
-    overlap, total_s = overlap_of(model.problem.profile), np.zeros(len(bases))
+    overlap, total_s = overlap_of(model.problem.profile), np.zeros((len(units), len(bases)))
     for number, unit in enumerate(units):
         gather_s, reduce_s = messages_s[:, number].T
         for passes, message_s in ((unit.forward, gather_s), (unit.backward, gather_s + reduce_s)):
             pass_s = np.asarray(passes.total_s)[which]
-            total_s += unit.many * (pass_s + overlap.shown_s(message_s, pass_s))
+            total_s[number] += unit.many * (pass_s + overlap.shown_s(message_s, pass_s))
     return total_s
 
 

@@ -156,7 +156,7 @@ class Solver:
             milps=self.milps,
             verified=True,
         )
-        others = self._alternatives(best)
+        others = self._alternatives(evaluation)
         return make_plan(self.problem, evaluation, certificate, dict(sorted(rejected.items())), others)
 
     def _scout(self) -> None:
@@ -244,9 +244,11 @@ class Solver:
 
     def _promised(self, number: int) -> Candidate | None:
         """A shape as a candidate of about its time; None where it cannot fit."""
-        degrees, base = self._of(number)
         candidate = self._modelled(number)
-        return candidate and candidate._replace(bound_s=max(candidate.bound_s, base.bound.even_s(degrees)))
+        if candidate is None:
+            return None
+        even_s = self._bases[int(self.rows[number])].bound.even_s(candidate.degrees)
+        return candidate._replace(bound_s=max(candidate.bound_s, even_s))
 
     def _work(self, task: Task) -> ShapeResult:
         """The result of a task; it depends on nothing but the task."""
@@ -377,14 +379,14 @@ class Solver:
                     known.add(greedy.strategy.degrees)
                     self.found.append(greedy)
 
-    def _alternatives(self, best: Found) -> tuple[Alternative, ...]:
+    def _alternatives(self, best: Evaluation) -> tuple[Alternative, ...]:
         """The best strategies found of other shapes, and why each lost."""
         others = {f.strategy.degrees: f for f in sorted(self.found, key=lambda f: -f.step_time_s)}
         others.pop(best.strategy.degrees, None)
         nearest = sorted(others.values(), key=lambda f: (f.step_time_s, f.strategy.degrees.label()))
         return tuple(self._alternative(f.strategy, best) for f in distinct(nearest)[: self.options.top])
 
-    def _alternative(self, strategy: Strategy, best: Found) -> Alternative:
+    def _alternative(self, strategy: Strategy, best: Evaluation) -> Alternative:
         evaluation = self.model.evaluate(strategy)
         estimate = evaluation.estimate
         return Alternative(
@@ -392,7 +394,7 @@ class Solver:
             step_time_s=estimate.step_time_s,
             peak_memory_bytes=estimate.peak_memory_bytes,
             verdict=estimate.verdict,
-            reason=why_slower(self.model.evaluate(best.strategy), evaluation),
+            reason=why_slower(best, evaluation),
         )
 
 

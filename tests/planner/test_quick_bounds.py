@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 import pytest
 
 from planner.cost.evaluate import CostModel
 from planner.search.bounds import step_bound_s
+from planner.search.modeller import Modeller
 from planner.search.quick_bounds import space_bounds_s
+from planner.search.rejections import Rejections
 from planner.search.space import Pins, parse_pins, space_of
 from planner.strategy import Schedule
 
-from . import instances
+from . import catalog_problems, instances
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -57,3 +61,26 @@ def test_quick_bounds_of_experts_lie_below_the_bounds(fixed: tuple[str, ...]) ->
             assert 0 < bound_s <= exact_s * (1 + 1e-9), degrees.label()
         compared += len(legal)
     assert compared >= 4
+
+
+@pytest.mark.parametrize(
+    "cluster",
+    [
+        "1x8:a100-sxm-80gb+1x8:h100-sxm-80gb",
+        "3x4:a100-sxm-40gb+1x4:h100-sxm-80gb",
+        "2x4:h100-sxm-80gb+1x4:a100-sxm-80gb+1x4:a100-sxm-40gb",
+    ],
+)
+def test_quick_bounds_of_mixed_clusters_lie_below_the_bounds(cluster: str) -> None:
+    """Where pipeline ranks lie on different devices, in either order, or straddle them: and near them."""
+    problem = catalog_problems.problem("llama-3.2-1b", cluster, 2048, 64)
+    model, pins = CostModel(problem), Pins()
+    space, modeller = space_of(problem, pins), Modeller(model, pins, Rejections())
+    quick = space_bounds_s(model, space, pins.recomputes)[0].tolist()
+    legal = list(space.shapes())
+    exact = [modeller.base(degrees).bound.of(degrees) for degrees in legal]
+    shares = [bound_s / exact_s for bound_s, exact_s in zip(quick, exact, strict=True)]
+    assert 0 < min(shares) <= max(shares) <= 1 + 1e-9
+    apart = [share for share, d in zip(shares, legal, strict=True) if d.pp == 2 and d.num_micro_batches > 8]
+    assert len(apart) > 10
+    assert median(apart) > 0.85
