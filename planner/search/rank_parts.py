@@ -70,6 +70,18 @@ class Room(NamedTuple):
     free: Floats
 
 
+class Passes(NamedTuple):
+    """What a block of each place holds by its kind [rank, moment, place, kind], what the pass back of one
+    needs beyond the least that any does [rank, kind], what it needs more while the gradients of a block
+    behind it are reduced that kept as much as one of a kind [rank, kind], and what all blocks of the rank may
+    hold while that which needs least runs back [rank, moment]."""
+
+    held: Floats
+    more: Floats
+    behind: Floats
+    free: Floats
+
+
 class _Ends(NamedTuple):
     """What ranks hold besides blocks [rank, moment], what a forward pass needs, and of what the ends keep,
     the most that is freed before blocks run back."""
@@ -108,7 +120,7 @@ class RankParts:
         each: Floats = np.asarray([figure(book) for book in self._books], dtype=np.float64)[self._kinds]
         return each
 
-    def _by_kind(self, name: str) -> Floats:
+    def by_kind(self, name: str) -> Floats:
         """Bytes of a block of each rank by its class and option [rank, kind]."""
         return self._of(lambda book: [own for each in book.class_bytes for own in _options(each, name)])
 
@@ -120,12 +132,12 @@ class RankParts:
         if not self.bounded:
             return None
         (alive, waiting, begun, _), ends = self.moments, self._ends
-        held = alive[..., None] * self._by_kind("saved")[:, None, None]
-        held += waiting[..., None] * self._by_kind("waiting")[:, None, None]
-        held += self._by_kind("states")[:, None, None]
+        held = alive[..., None] * self.by_kind("saved")[:, None, None]
+        held += waiting[..., None] * self.by_kind("waiting")[:, None, None]
+        held += self.by_kind("states")[:, None, None]
         late = np.where(begun.all(axis=-1), 0.0, 1.0)[..., None, None]
-        held -= self._by_kind("late")[:, None, None] * late
-        least = self._by_kind("passing").min(axis=-1)[:, None]
+        held -= self.by_kind("late")[:, None, None] * late
+        least = self.by_kind("passing").min(axis=-1)[:, None]
         return Room(held, self._left - np.maximum(least - ends.freed, ends.passing))
 
     @property
@@ -152,8 +164,8 @@ class RankParts:
         if room is None:
             return Room(np.zeros((1, *alive.shape, self._kind_count)), np.ones((1, *alive.shape[:2])))
         low, high = np.asarray(limits).T[:, self.space.stages_of]
-        passing = self._by_kind("passing")
-        reducing = passing - self._by_kind("saved") + self._by_kind("reducing")
+        passing = self.by_kind("passing")
+        reducing = passing - self.by_kind("saved") + self.by_kind("reducing")
         left = self._left + self._ends.freed
         held, free = [room.held], [room.free]
         places = np.arange(alive.shape[-1])
@@ -168,6 +180,17 @@ class RankParts:
                 held.append(room.held + share * (there & running[:, :, None])[..., None])
                 free.append(np.where(running, left - least, room.free))
         return Room(np.stack(held), np.stack(free))
+
+    def passes(self) -> Passes | None:
+        """What passes back need; None without bounds."""
+        import numpy as np
+
+        if self.room is None:
+            return None
+        passing = self.by_kind("passing")
+        least = passing.min(axis=-1, keepdims=True)
+        behind = np.maximum(self.by_kind("reducing") - self.by_kind("saved"), 0.0)
+        return Passes(self.room.held, passing - least, behind, self._left + self._ends.freed - least)
 
     @cached_property
     def _ends(self) -> _Ends:

@@ -31,6 +31,7 @@ from planner.search.least_passes import option_passes
 from planner.search.linear import LinearProgramme, Solution
 from planner.search.row_paths import row_paths
 from planner.search.sizes import Sizes
+from planner.search.timed import MAX_PLACES, timed
 from planner.strategy import Recompute, Zero
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ BEHIND = 0.7
 that of a corner."""
 NEAR = 1e-3
 """Share of a bound by which a replay may lie above it, and be its own."""
+LEAST_ROUNDS = 2
+"""Replays, but for one, before a search for a bound gives up that cannot succeed."""
 WHOLE_ROUNDS = 4
 """Replays of whole blocks."""
 FEW_STAGES = 16
@@ -125,8 +128,9 @@ class Relaxation:
         self._cuts: list[tuple[Floats, Floats]] = []
 
     @cached_property
-    def _figures(self) -> tuple[Floats, Floats]:
-        """What stages take at least for each block [stage, figure, kind], and besides [stage, figure]."""
+    def figures(self) -> tuple[Floats, Floats]:
+        """What stages take at least for each block [stage, figure, kind], and besides [stage, figure]: their
+        actions by kind, their gathering, their reduction."""
         import numpy as np
 
         space = self.space
@@ -144,11 +148,11 @@ class Relaxation:
 
     @property
     def _block_s(self) -> Floats:
-        return self._figures[0]
+        return self.figures[0]
 
     @property
     def _fixed_s(self) -> Floats:
-        return self._figures[1]
+        return self.figures[1]
 
     def within(self, to_beat_s: float, sizes: Sizes, rounds: int, whole: Whole | None = None) -> Relaxed:
         """What no strategy beats within sizes, or `to_beat_s`, after so many replays at most; of few stages,
@@ -208,6 +212,23 @@ class Relaxation:
             fixed_s += there @ self._fixed_s[:, figure]
         return _Paths(block_s.reshape(len(numbers), -1), fixed_s, paths.ranks)
 
+    def sums(self, sizes: Sizes, counts: Ints | None) -> tuple[Floats, Floats, Floats]:
+        """Sums of blocks [row, stage x kind] and what they are at least and at most [row]: of stages, ranks,
+        classes, or the `counts` [stage, class] of each stage."""
+        import numpy as np
+
+        space, stages, classes = self.space, len(sizes.stages), len(self.classes)
+        if counts is None:
+            ranks = np.asarray(space.rank_of) == np.arange(space.degrees.pp)[:, None]
+            of_stages = np.repeat(np.concatenate([np.eye(stages), ranks]), classes, axis=1)
+            sums = np.concatenate([of_stages, np.tile(np.eye(classes), stages)])
+            totals = [(n, n) for n in (space.shape.count(key, 0, space.layers) for key in self.classes)]
+            limits = np.asarray([*sizes.stages, *sizes.ranks, *totals], dtype=np.float64)
+        else:
+            sums = np.eye(stages * classes)
+            limits = np.repeat(counts.reshape(-1, 1), 2, axis=1).astype(np.float64)
+        return np.repeat(sums, len(self.options), axis=1), *limits.T
+
     def memory(self, sizes: Sizes) -> _Memory:
         """What blocks hold within sizes."""
         import numpy as np
@@ -228,11 +249,15 @@ class Relaxation:
         for cut in self._cuts:
             programme.add(*cut)
         found = self._least_of(programme, within_s, rounds, BEHIND)
-        if whole is not None and found.bound_s < within_s:
-            programme.linear.make_whole(*whole)
+        if whole is None or found.bound_s >= within_s:
+            return found
+        if len(self.table.order.needed) <= MAX_PLACES:
+            exact = timed(self, sizes, whole.seconds)
+            other = Relaxed(float("inf"), None) if exact is None else Relaxed(*exact)
+        else:
+            programme.linear.make_whole(whole.nodes, whole.seconds)
             other = self._least_of(programme, within_s, WHOLE_ROUNDS, 0.0)
-            found = Relaxed(max(found.bound_s, other.bound_s), other.blocks)
-        return found
+        return Relaxed(max(found.bound_s, other.bound_s), other.blocks)
 
     def _least_of(self, programme: _Programme, within_s: float, rounds: int, behind: float) -> Relaxed:
         """The same of a programme, `behind` being how far replays stay behind what is found."""
@@ -248,8 +273,8 @@ class Relaxation:
             path, ends_s = self._replayed(x)
             if ends_s < best_s:
                 best_s, best = ends_s, x
-            if best_s <= bound_s * (1 + NEAR):
-                break
+            if best_s <= bound_s * (1 + NEAR) or (number >= LEAST_ROUNDS and best_s < within_s):
+                break  # the optimum lies between them, or below what is to be ruled out
             self._cuts.append(self._cut(path))
             programme.add(*self._cuts[-1])
         return Relaxed(bound_s, None if best is None else best.reshape(len(self._fixed_s), -1).sum(axis=1))
@@ -298,18 +323,8 @@ class _Programme:
         import numpy as np
 
         self.paths, self.memory = relaxation.paths, relaxation.memory(sizes)
-        space, options = relaxation.space, len(relaxation.options)
-        stages, classes = len(sizes.stages), len(relaxation.classes)
-        if counts is None:
-            ranks = np.asarray(space.rank_of) == np.arange(space.degrees.pp)[:, None]
-            of_stages = np.repeat(np.concatenate([np.eye(stages), ranks]), classes, axis=1)
-            sums = np.concatenate([of_stages, np.tile(np.eye(classes), stages)])
-            totals = [(n, n) for n in (space.shape.count(key, 0, space.layers) for key in relaxation.classes)]
-            limits = np.asarray([*sizes.stages, *sizes.ranks, *totals], dtype=np.float64)
-        else:
-            sums = np.eye(stages * classes)
-            limits = np.repeat(counts.reshape(-1, 1), 2, axis=1).astype(np.float64)
-        self.linear = LinearProgramme(np.repeat(sums, options, axis=1), *limits.T)
+        options, stages, classes = len(relaxation.options), len(sizes.stages), len(relaxation.classes)
+        self.linear = LinearProgramme(*relaxation.sums(sizes, counts))
         self._added: set[int | tuple[int, int]] = set()
         x = np.zeros((stages, classes, options))
         x[:, :, 0] = np.asarray(sizes.stages).mean(axis=1, keepdims=True) / classes

@@ -50,7 +50,7 @@ DEALT_WITHIN = 1.05
 """Blocks are dealt better where a first deal is within this of the step time to beat."""
 PLAYED_WITHIN = 1.03
 """A game is played where the best deal is within this of it."""
-FEW, MANY = 3, 16
+FEW, MANY = 3, 60
 """Replays of a relaxation when a shape is searched, and when its bound is asked for."""
 NODES = 20
 """Nodes of branch and bound for a relaxation of whole blocks."""
@@ -231,6 +231,10 @@ class ShapeSearch:
         if bound_s < budget.to_beat_s and (left is None or left > 0):
             relaxed = self._relaxed(budget.to_beat_s, 0, Whole(NODES, left))
             bound_s = max(bound_s, relaxed.bound_s)
+            if relaxed.blocks is not None:
+                dealt = self.dealt(DEALT_WITHIN * budget.to_beat_s, self._rounded(relaxed.blocks))
+                each = [found for found in (best, dealt) if found is not None]
+                best = min(each, key=lambda found: found.step_time_s, default=None)
         return ShapeResult(best, bound_s, 0)
 
     def _bounded(self, to_beat_s: float, tolerance: float, rounds: int) -> Outcome:
