@@ -12,18 +12,20 @@ stage r,
 
 A way in and a way out make a path. The stages before a layer take no less than their fastest chain of spans
 that ends there, and those after it likewise. So the spans of a stage that are in time follow from where it
-begins and ends alone: first with the cheapest options, then with recipes, until no chain of those that
-are left gets slower. That some stage holds more layers than the mean, which relaxations do not see, is seen
-here.
+begins and ends alone: first with the cheapest options, then with the recomputation that its memory asks
+for if blocks recompute in parts, then with recipes, until no chain of those that are left gets slower. That
+some stage holds more layers than the mean, which relaxations do not see, is seen here.
+
+Spans are arrays over [stage, first, end], counted among the layers near a boundary of the even split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.table import BACKWARD, FORWARD, INPUT_GRAD, KINDS, PAIRED, Table
+from planner.search.least_passes import option_passes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from planner.search.stage_space import StageSpace
 
     Ints = np.ndarray[Any, np.dtype[np.int64]]
+    Bools = np.ndarray[Any, np.dtype[np.bool_]]
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 Spans = list[list[tuple[int, int]]]
@@ -38,8 +41,9 @@ Spans = list[list[tuple[int, int]]]
 
 
 class _StagePaths(NamedTuple):
-    """The paths through one rank's row: its actions by kind [path, kind], how often it goes forward and back
-    through the stages before and after [path, 2], its messages, and whether it ends as rank 0 does."""
+    """The paths through each rank's row, one of them again where a rank has fewer: its actions by kind
+    [stage, path, kind], how often it goes forward and back through the stages before and after [stage, path,
+    2], its messages, and whether it ends as rank 0 does [stage, path]."""
 
     own: Ints
     before: Ints
@@ -48,52 +52,47 @@ class _StagePaths(NamedTuple):
     tail: Ints
 
 
-class _Held(NamedTuple):
-    """Spans that a stage may hold, by first layers and ends, and the seconds of its actions [n, kind]."""
-
-    firsts: Ints
-    ends: Ints
-    seconds: Floats
-
-    def only(self, kept: Any) -> _Held:
-        """Some of them."""
-        return _Held(self.firsts[kept], self.ends[kept], self.seconds[kept])
-
-
 @lru_cache(maxsize=256)
-def _stage_paths(table: Table) -> tuple[_StagePaths, ...]:
+def _stage_paths(table: Table) -> _StagePaths:
     """The paths of every rank, each with one stage."""
     import numpy as np
 
-    found = []
-    for rank in range(len(table)):
-        kinds, later = _row_kinds(table, rank), len(table) - 1 - rank
-        forwards, backs = _places(kinds, FORWARD, PAIRED), _places(kinds, BACKWARD, INPUT_GRAD)
-        last_forward, first_back, last_back = forwards[-1], backs[0], backs[-1]
-        forth, back = np.eye(len(KINDS), dtype=np.int64)[[0, kinds[first_back]]]
-        ways_in = (  # where it begins in the row, its actions besides, through stages before, after, messages
-            (0, 0 * forth, (1, 0), (0, 0), rank),
-            (first_back, forth, (1, 0), (1, 1), rank + 2 * later),
+    each = [_paths_of(table, rank) for rank in range(len(table))]
+    most = max(map(len, each))
+    padded = [paths + paths[:1] * (most - len(paths)) for paths in each]
+    fields = zip(*(zip(*paths, strict=True) for paths in padded), strict=True)
+    return _StagePaths(*(np.asarray(field) for field in fields))
+
+
+def _paths_of(table: Table, rank: int) -> list[tuple[Any, ...]]:
+    """The paths of one rank: the fields of _StagePaths."""
+    import numpy as np
+
+    kinds, later = _row_kinds(table, rank), len(table) - 1 - rank
+    forwards, backs = _places(kinds, FORWARD, PAIRED), _places(kinds, BACKWARD, INPUT_GRAD)
+    last_forward, first_back, last_back = forwards[-1], backs[0], backs[-1]
+    forth, back = np.eye(len(KINDS), dtype=np.int64)[[0, kinds[first_back]]]
+    ways_in = (  # where it begins in the row, its actions besides, through stages before, after, messages
+        (0, 0 * forth, (1, 0), (0, 0), rank),
+        (first_back, forth, (1, 0), (1, 1), rank + 2 * later),
+    )
+    ways_out = (
+        (len(kinds), 0 * back, (0, 0), (0, 0), 0),
+        (last_back + 1, 0 * back, (0, 1), (0, 0), rank),
+        (last_forward + 1, back, (0, 1), (1, 1), rank + 2 * later),
+    )
+    return [
+        (
+            np.bincount(kinds[begin:end], minlength=len(KINDS)) + more + still,
+            np.add(before, before_out),
+            np.add(after, after_out),
+            hops + hops_out,
+            before_out[1],
         )
-        ways_out = (
-            (len(kinds), 0 * back, (0, 0), (0, 0), 0),
-            (last_back + 1, 0 * back, (0, 1), (0, 0), rank),
-            (last_forward + 1, back, (0, 1), (1, 1), rank + 2 * later),
-        )
-        each = [
-            (
-                np.bincount(kinds[begin:end], minlength=len(KINDS)) + more + still,
-                np.add(before, before_out),
-                np.add(after, after_out),
-                hops + hops_out,
-                before_out[1],
-            )
-            for begin, more, before, after, hops in ways_in
-            for end, still, before_out, after_out, hops_out in ways_out
-            if begin < end
-        ]
-        found.append(_StagePaths(*map(np.asarray, zip(*each, strict=True))))
-    return tuple(found)
+        for begin, more, before, after, hops in ways_in
+        for end, still, before_out, after_out, hops_out in ways_out
+        if begin < end
+    ]
 
 
 def _row_kinds(table: Table, rank: int) -> Ints:
@@ -110,6 +109,14 @@ def _places(kinds: Ints, *of: int) -> list[int]:
     return found
 
 
+class _Held(NamedTuple):
+    """Which spans stages may hold [stage, first, end], and the seconds of their actions [stage, kind, first,
+    end]."""
+
+    there: Bools
+    seconds: Floats
+
+
 class Cuts:
     """The cuts of one shape near its even one."""
 
@@ -117,18 +124,27 @@ class Cuts:
         import numpy as np
 
         self.space, self.stages, self.table = space, len(space.table), space.table
-        self.near = [np.asarray(layers) for layers in space.near]
-        self._own = [book.least_passes for book in space.books]
-        each = {id(book): book.least_passes for book in space.books}.values()
+        most = max(map(len, space.near))
+        layers = [[*near] + [near[-1]] * (most - len(near)) for near in space.near]
+        self.firsts, self.ends = np.asarray(layers[:-1]), np.asarray(layers[1:])
+        counts, places = np.asarray([len(near) for near in space.near]), np.arange(most)
+        begins, ends = (places < own[:, None] for own in (counts[:-1], counts[1:]))
+        longer = self.ends[:, None, :] > self.firsts[:, :, None]
+        self._every = begins[:, :, None] & ends[:, None, :] & longer
+        books = {id(book): book for book in space.books}
+        numbers = {name: number for number, name in enumerate(books)}
+        self._book = np.asarray([numbers[id(book)] for book in space.books])
+        self._own = [book.least_passes for book in books.values()]
         back = INPUT_GRAD if space.degrees.schedule.splits_every_backward else BACKWARD
         self._kinds = [FORWARD, back]
-        sums, action = (np.min(parts, axis=0)[self._kinds] for parts in zip(*each, strict=True))
-        stages = np.arange(self.stages + 1)[:, None, None]
-        self._before_s = stages * action[:, None] + sums
-        self._after_s = (self.stages - stages) * action[:, None] + sums[:, -1:] - sums
+        sums, action = (np.min(parts, axis=0)[self._kinds] for parts in zip(*self._own, strict=True))
+        stages = np.arange(self.stages)[:, None, None]
+        self._before_s = stages * action[:, None] + np.moveaxis(sums[:, self.firsts], 0, 1)
+        later = (self.stages - 1 - stages) * action[:, None]
+        self._after_s = later + sums[:, -1:] - np.moveaxis(sums[:, self.ends], 0, 1)
         paths = self._paths = _stage_paths(self.table)
         hop_s, tail_s = space.shape.messages.p2p_s(), self._tail_s()
-        self._besides_s = [each.hops * hop_s + each.tail * tail_s for each in paths]
+        self._besides_s = paths.hops * hop_s + paths.tail * tail_s
         self._known: dict[float, list[Spans] | None] = {}
 
     def within(self, to_beat_s: float) -> list[Spans] | None:
@@ -138,138 +154,174 @@ class Cuts:
         return self._known[to_beat_s]
 
     def _within(self, to_beat_s: float) -> list[Spans] | None:
-        within_s = self.space.within_s(to_beat_s)
-        found = _joined([self._quick(stage, within_s) for stage in range(self.stages)])
-        found = found and self._with_recipes(found, within_s)
-        while found is not None:
-            left = self._around(found, within_s)
-            if all(len(a.ends) == len(b.ends) for a, b in zip(left, found, strict=True)):
-                return [_spans(each) for each in found]
-            found = _joined(left)
-        return None
-
-    def _quick(self, stage: int, within_s: float) -> _Held:
-        """The spans of a stage that are in time with the cheapest options."""
         import numpy as np
 
-        own = self._own[stage]
-        firsts, ends = (each.ravel() for each in np.meshgrid(*self.near[stage : stage + 2], indexing="ij"))
-        firsts, ends = firsts[ends > firsts], ends[ends > firsts]
-        held = _Held(firsts, ends, own.stage_s(firsts, ends).T)
-        before, after = self._before_s[stage][:, firsts], self._after_s[stage + 1][:, ends]
-        return held.only(self._least_s(stage, held, before, after) < within_s)
+        within_s = self.space.within_s(to_beat_s)
+        least = self._least()
+        there = _joined(self._in_time(_Held(self._every, least), within_s))
+        if there is None:
+            return None
+        again_s = self._again_s()
+        fits: Bools = np.isfinite(again_s).all(axis=1)
+        in_parts = _Held(there & fits, least + np.where(fits[:, None], again_s, 0.0))
+        there = _joined(self._in_time(in_parts, within_s))
+        found = there is not None and self._with_recipes(_Held(there, least.copy()), within_s)
+        while found:
+            left = _joined(self._around(found, within_s))
+            if left is None:
+                return None
+            if np.array_equal(left, found.there):
+                return [self._spans(stage, left[stage]) for stage in range(self.stages)]
+            found = found._replace(there=left)
+        return None
 
-    def _least_s(self, stage: int, held: _Held, before: Floats, after: Floats) -> Floats:
-        """What a step takes at least with each span, but for gathering, reduction and updates; `before` and
-        `after` [2, n] are what all stages there take for a forward, and a pass back."""
-        paths = self._paths[stage]
-        total_s = paths.own @ held.seconds.T + paths.before @ before + paths.after @ after
-        worst_s: Floats = (total_s + self._besides_s[stage][:, None]).max(axis=0)
-        return worst_s
+    def _least(self) -> Floats:
+        """What actions of all spans take at least."""
+        import numpy as np
 
-    def _with_recipes(self, found: list[_Held], within_s: float) -> list[_Held] | None:
+        each = []
+        for own in self._own:
+            behind, before = (own.sums[:, layers] for layers in (self.ends, self.firsts))
+            each.append(behind[:, :, None, :] - before[:, :, :, None] + own.action[:, None, None, None])
+        least: Floats = np.stack(each)[self._book, :, np.arange(self.stages)]
+        return least
+
+    def _again_s(self) -> Floats:
+        """What actions take more at least where blocks recompute in parts (planner.search.rank_parts) [stage,
+        kind, first, end]; infinite where blocks cannot fit."""
+        import numpy as np
+
+        parts, space = self.space.ranks.parts, self.space
+        room = parts.room
+        if room is None:
+            return np.zeros((self.stages, len(KINDS), 1, 1))
+        classes, options = list(space.shape.classes), space.books[0].options
+        among = np.asarray([classes.index(key) for key in space.shape.layer_model.keys])
+        upto = np.concatenate(
+            [np.zeros((len(classes), 1)), np.cumsum(np.eye(len(classes))[among].T, axis=1)], 1
+        )
+        counts = (
+            upto[:, self.ends][:, :, None, :] - upto[:, self.firsts][:, :, :, None]
+        )  # [class, stage, ...]
+        held = room.held[:, :, 0].reshape(*room.held.shape[:2], len(classes), len(options))
+        books = list({id(book): book for book in space.books}.values())
+        passes = np.asarray([[option_passes(book.shape, key, options) for key in classes] for book in books])[
+            self._book
+        ]  # [stage, class, option, kind]
+        more = passes - passes.min(axis=2, keepdims=True)
+        fits = np.einsum("smc,csij->smij", held.min(axis=-1), counts) <= room.free[:, :, None, None]
+        found = np.zeros((self.stages, len(KINDS), *counts.shape[2:]))
+        for kind in range(len(KINDS)):
+            quick = np.where(more[:, None, :, :, kind] > 0, np.inf, held).min(axis=-1)
+            freed = quick[..., None] - held
+            with np.errstate(divide="ignore", invalid="ignore"):
+                each_s = np.where(freed > 0, more[:, None, :, :, kind] / freed, np.inf).min(axis=(2, 3))
+            over = np.einsum("smc,csij->smij", quick, counts) - room.free[:, :, None, None]
+            again_s = np.where(
+                over > 0, over * np.where(np.isfinite(each_s), each_s, 0.0)[:, :, None, None], 0.0
+            )
+            found[:, kind] = again_s.max(axis=1)
+        return np.where(fits.all(axis=1)[:, None], found, np.inf)
+
+    def _in_time(
+        self, held: _Held, within_s: float, before: Floats | None = None, after: Floats | None = None
+    ) -> Bools:
+        """Which spans are in time, but for gathering, reduction and updates; `before` and `after` [stage, 2,
+        n] are what all stages there take for a forward, and a pass back."""
+        import numpy as np
+
+        before = self._before_s if before is None else before
+        after = self._after_s if after is None else after
+        paths = self._paths
+        own_s = np.einsum("spk,skij->spij", paths.own, np.where(held.there[:, None], held.seconds, 0.0))
+        around_s = np.einsum("spd,sdi->spi", paths.before, before)[:, :, :, None]
+        around_s = around_s + np.einsum("spd,sdj->spj", paths.after, after)[:, :, None, :]
+        worst_s = (own_s + around_s + self._besides_s[:, :, None, None]).max(axis=1)
+        in_time: Bools = held.there & (worst_s < within_s)
+        return in_time
+
+    def _with_recipes(self, held: _Held, within_s: float) -> _Held | None:
         """Those that are in time with their own recipes, stage after stage where one before it ends."""
         import numpy as np
 
-        kept, reached = [], np.asarray([0])
-        for stage, each in enumerate(found):
-            held = self._recipes(stage, each.only(_among(each.firsts, reached)))
-            before, after = self._before_s[stage][:, held.firsts], self._after_s[stage + 1][:, held.ends]
-            kept.append(held.only(self._least_s(stage, held, before, after) < within_s))
-            reached = kept[-1].ends
-            if not len(reached):
+        there, reached = np.zeros_like(held.there), held.there[0].any(axis=1)
+        for stage in range(self.stages):
+            there[stage] = held.there[stage] & reached[:, None]
+            self._put_recipes(stage, there[stage], held.seconds[stage])
+            there[stage] = self._in_time(held._replace(there=there), within_s)[stage]
+            reached = there[stage].any(axis=0)
+            if not reached.any():
                 return None
-        return _joined(kept)
+        left = _joined(there)
+        return None if left is None else held._replace(there=left)
 
-    def _recipes(self, stage: int, held: _Held) -> _Held:
-        """Spans that have a recipe, with what it takes; of several between the same ends it is the same."""
+    def _put_recipes(self, stage: int, there: Bools, seconds: Floats) -> None:
+        """Puts in what the recipes of spans take; those that have none are there no more. Spans alike between
+        the same ends have the same."""
         import numpy as np
 
         book, known = self.space.books[stage], dict[tuple[int, int], tuple[float, ...] | None]()
-        each = []
-        for span in zip(held.firsts.tolist(), held.ends.tolist(), strict=True):
+        for i, j in np.argwhere(there).tolist():
+            span = int(self.firsts[stage, i]), int(self.ends[stage, j])
             like = book.blocks(*span)
             if like not in known:
                 column = self.space.recipe(stage, span)
                 known[like] = None if column is None else column.passes_s
-            each.append(known[like])
-        kept = [number for number, seconds in enumerate(each) if seconds is not None]
-        seconds = np.asarray([each[number] for number in kept], dtype=np.float64).reshape(-1, len(KINDS))
-        return _Held(held.firsts[kept], held.ends[kept], seconds)
+            passes_s = known[like]
+            if passes_s is None:
+                there[i, j] = False
+            else:
+                seconds[:, i, j] = passes_s
 
-    def _around(self, found: list[_Held], within_s: float) -> list[_Held]:
+    def _around(self, held: _Held, within_s: float) -> Bools:
         """Those that are in time with the fastest chains of spans before and after them."""
-        each_s = [held.seconds[:, self._kinds] @ [[1, 1], [0, 1]] for held in found]  # forward, and both
-        begins, ends = ([getattr(held, name) for held in found] for name in ("firsts", "ends"))
-        before = _chained(begins, ends, each_s, 0, self.space.layers)
-        after = _chained(ends[::-1], begins[::-1], each_s[::-1], self.space.layers, self.space.layers)[::-1]
-        kept = []
-        for stage, held in enumerate(found):
-            around = (_parts(before[stage][:, held.firsts]), _parts(after[stage][:, held.ends]))
-            kept.append(held.only(self._least_s(stage, held, *around) < within_s))
-        return kept
+        import numpy as np
+
+        each_s = np.where(held.there[:, None], held.seconds[:, self._kinds], np.inf)
+        each_s[:, 1] += each_s[:, 0]  # forward, and both
+        before = _chained(each_s)
+        after = _chained(np.swapaxes(each_s, 2, 3)[::-1])[::-1]
+        for chains in (before, after):
+            chains[~np.isfinite(chains)] = 0.0  # no span of those that are left begins or ends there
+            chains[:, 1] -= chains[:, 0]
+        return self._in_time(held, within_s, before, after)
+
+    def _spans(self, stage: int, there: Bools) -> Spans:
+        """The spans of a stage by their first layers."""
+        rows = (
+            [(int(first), int(end)) for end in self.ends[stage][own]]
+            for first, own in zip(self.firsts[stage], there, strict=True)
+        )
+        return [row for row in rows if row]
 
     def _tail_s(self) -> float:
         """What rank 0 does at least behind its last pass back."""
         import numpy as np
 
-        kinds, own = _row_kinds(self.table, 0), self._own[0]
+        kinds, own = _row_kinds(self.table, 0), self._own[self._book[0]]
         last = _places(kinds, BACKWARD, INPUT_GRAD)[-1]
         counts = np.bincount(kinds[last + 1 :], minlength=len(KINDS))
-        return float(counts @ own.stage_s(0, self.near[1][0]))
+        return float(counts @ own.stage_s(0, self.space.near[1][0]))
 
 
-def _parts(sums: Floats) -> Floats:
-    """A forward and a pass back [2, n] of least forwards and least sums of both."""
+def _chained(each_s: Floats) -> Floats:
+    """Of each stage the least of chains that come before it [stage, 2, n], by where they end."""
     import numpy as np
 
-    return np.stack([sums[0], sums[1] - sums[0]])
-
-
-def _chained(
-    begins: Sequence[Ints], ends: Sequence[Ints], each_s: Sequence[Floats], start: int, layers: int
-) -> list[Floats]:
-    """Of each stage the least of chains that come before it [2, layers + 1], by where they end."""
-    import numpy as np
-
-    least = np.full((2, layers + 1), np.inf)
-    least[:, start] = 0.0
-    found = [least]
-    for first, end, seconds in zip(begins[:-1], ends[:-1], each_s[:-1], strict=True):
-        least = np.full((2, layers + 1), np.inf)
-        for row, own_s in enumerate(seconds.T):
-            np.minimum.at(least[row], end, found[-1][row][first] + own_s)
-        found.append(least)
+    found = np.full(each_s.shape[:3], np.inf)
+    found[0, :, 0] = 0.0
+    for stage, own_s in enumerate(each_s[:-1]):
+        found[stage + 1] = (found[stage][:, :, None] + own_s).min(axis=1)
     return found
 
 
-def _among(layers: Ints, reached: Ints) -> Any:
-    """Which of some layers are reached: numpy.isin, sooner done where they are few."""
-    import numpy as np
-
-    known = np.zeros(max(layers.max(initial=0), reached.max(initial=0)) + 1, dtype=bool)
-    known[reached] = True
-    return known[layers]
-
-
-def _joined(found: list[_Held]) -> list[_Held] | None:
+def _joined(there: Bools) -> Bools | None:
     """The spans that lie in whole cuts; None where there are none."""
-    import numpy as np
-
-    forth, reached = list[_Held](), np.asarray([0])
-    for held in found:
-        forth.append(held.only(_among(held.firsts, reached)))
-        reached = forth[-1].ends
-    back = list[_Held]()
-    for held in reversed(forth):
-        back.append(held.only(_among(held.ends, reached)))
-        reached = back[-1].firsts
-    return back[::-1] if all(len(held.ends) for held in back) else None
-
-
-def _spans(held: _Held) -> Spans:
-    """The spans of a stage by their first layers."""
-    rows: dict[int, list[tuple[int, int]]] = {}
-    for first, end in sorted(zip(held.firsts.tolist(), held.ends.tolist(), strict=True)):
-        rows.setdefault(first, []).append((first, end))
-    return list(rows.values())
+    left, reached = there.copy(), there[0].any(axis=1)
+    for own in left:
+        own &= reached[:, None]
+        reached = own.any(axis=0)
+    for own in left[::-1]:
+        own &= reached
+        reached = own.any(axis=1)
+    return left if left[0].any() else None

@@ -20,6 +20,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.critical_path import critical_path
+from planner.search import even_split
 from planner.search.choices import Place
 from planner.search.deal import Dealer
 from planner.search.ilp import StageIlp, StageProgramme
@@ -308,9 +309,9 @@ class ShapeSearch:
     def _not_dealt(self, budget: Budget) -> ShapeResult:
         """The best of a shape whose blocks are not dealt: shared cores, or several classes and chunks."""
         if self._even_only(budget.tolerance):
-            bound_s = self.space.even_floor_s()
+            bound_s = even_split.floor_s(self.space, budget.to_beat_s)
             if bound_s < budget.to_beat_s:
-                bound_s = max(bound_s, self.space.even_bound_s(budget.to_beat_s))
+                bound_s = max(bound_s, even_split.bound_s(self.space, budget.to_beat_s))
             if bound_s < budget.to_beat_s < float("inf"):
                 bound_s = max(bound_s, self.space.relaxation.even(budget.to_beat_s, FEW).bound_s)
             if bound_s >= budget.to_beat_s:

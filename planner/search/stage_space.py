@@ -20,7 +20,6 @@ from planner.cost.flight import Flights, InFlight
 from planner.cost.schedule import Table
 from planner.cost.simulate import Replay
 from planner.cost.stage import ShapeModel
-from planner.cost.table import BACKWARD, FORWARD
 from planner.search.bounds import least_once_s
 from planner.search.cuts import Cuts, Spans
 from planner.search.rank_ways import RankWays
@@ -298,7 +297,7 @@ class StageSpace:
 
     def within_s(self, to_beat_s: float) -> float:
         """What the passes of a rank may take in a step that is shorter."""
-        return to_beat_s - self.optimizer_s - self._once_s
+        return to_beat_s - self.optimizer_s - self.once_s
 
     def _with_memory(
         self, by_rank: Limits, done: Callable[[int, int, float], bool], left_s: float
@@ -341,34 +340,10 @@ class StageSpace:
         own_s = (left_s - self._entered_s[rank]) / m
         return min(own_s, (left_s - self._twice_s) / (m - p - 1)) if self._even_bound else own_s
 
-    def even_floor_s(self) -> float:
-        """What the even split does not beat with the cheapest options of all layers."""
-        each = zip(self.rank_of, pairwise(self.even), strict=True)
-        stages = (self.books[rank].least_passes.stage_s(*span).tolist() for rank, span in each)
-        cell_s = [seconds for stage in stages for seconds in stage]
-        begin_s = [0.0] * self.degrees.pp
-        _, ends_s = self.table.order.durations(cell_s).ends_s(begin_s, self.hop_s)
-        return max(ends_s) + self._once_s + self.optimizer_s
-
-    def even_bound_s(self, enough_s: float = float("inf")) -> float:
-        """What no recipes of the even split beat, or a bound of at least `enough_s` where that is no more;
-        infinite where none fit."""
-        spans, hop_s = list(pairwise(self.even)), self.hop_s
-        through = [FORWARD] if self.degrees.schedule.splits_backward else [FORWARD, BACKWARD]
-        worst_s = entered_s = 0.0
-        once_s = self._once_s + self.optimizer_s
-        for rank, stages in enumerate(self.stages_of):
-            worst_s = max(worst_s, entered_s + self.ranks.even_own_s(rank, spans))
-            if worst_s + once_s >= enough_s:
-                break
-            own_s = self.books[rank].least_passes.stage_s(*spans[stages[0]])
-            entered_s += sum(hop_s + float(own_s[kind]) for kind in through)
-        return worst_s + once_s
-
     # Least seconds
 
     @cached_property
-    def _once_s(self) -> float:
+    def once_s(self) -> float:
         """What a rank gathers before and reduces after all passes takes at least."""
         if self.model.sharing is not None:
             return 0.0
