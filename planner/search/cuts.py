@@ -162,8 +162,8 @@ class Cuts:
         if there is None:
             return None
         again_s = self._again_s()
-        fits: Bools = np.isfinite(again_s).all(axis=1)
-        in_parts = _Held(there & fits, least + np.where(fits[:, None], again_s, 0.0))
+        fits = np.all(np.isfinite(again_s), axis=1, keepdims=True)
+        in_parts = _Held(there & fits[:, 0], least + np.where(fits, again_s, 0.0))
         there = _joined(self._in_time(in_parts, within_s))
         found = there is not None and self._with_recipes(_Held(there, least.copy()), within_s)
         while found:
