@@ -60,7 +60,8 @@ class Crew:
     """Works out tasks by `work`, in `processes` of its own or (0) here.
 
     Tasks that are not begun when `expired` have an empty result, which says nothing of their shape; so have
-    those that a process still works at when `overdue`.
+    those that a process still works at when `overdue`. Tasks of one `kin` go to one process if it is not busy
+    while another idles: what it worked out for one is there for the next.
     """
 
     def __init__(
@@ -69,8 +70,9 @@ class Crew:
         processes: int,
         expired: Callable[[], bool],
         overdue: Callable[[], bool],
+        kin: Callable[[Task], int] = lambda task: task.number,
     ) -> None:
-        self._work, self._expired, self._overdue = work, expired, overdue
+        self._work, self._expired, self._overdue, self._kin = work, expired, overdue, kin
         self._waiting: deque[Task] = deque()  # not begun
         self._results: dict[Task, ShapeResult] = {}
         self._given: dict[Connection, deque[Task]] = {}
@@ -110,11 +112,14 @@ class Crew:
         return self._results.pop(task)
 
     def _feed(self) -> None:
-        """Gives waiting tasks to the processes that have fewest."""
+        """Gives waiting tasks to the process of their kin, or to one that has nothing to do."""
         while self._waiting and self._given and not self._expired():
-            process = min(self._given, key=lambda each: len(self._given[each]))
+            each = list(self._given)
+            process = each[self._kin(self._waiting[0]) % len(each)]
             if len(self._given[process]) >= AHEAD:
-                return
+                process = min(each, key=lambda other: len(self._given[other]))
+                if self._given[process]:
+                    return
             task = self._waiting.popleft()
             try:
                 process.send_bytes(task.to_json())

@@ -127,13 +127,17 @@ class Solver:
         if not self.space.complete:
             self.bounds_s.append(0.0)
         candidates = Frontier(quick_s, np.arange(len(quick_s)), self._modelled, self._expired)
-        crew = Crew(self._work, processes_for(len(quick_s)), self._expired, self._overdue)
+        promising = first_shapes(self.space, quick_s, self._promised, self._expired)
+        processes = processes_for(len(quick_s))  # that know what was modelled until now
+        crew = Crew(
+            self._work, processes, self._expired, self._overdue, lambda task: int(self.rows[task.number])
+        )
         try:
-            self._begin(crew, first_shapes(self.space, quick_s, self._promised, self._expired))
+            self._begin(crew, promising)
             out_of_time = self._search(crew, candidates)
+            self._add_runners_up(crew, candidates)
         finally:
             crew.close()
-        self._add_runners_up(candidates)
         if not self.found:
             self._far_from_even(float(quick_s.min(initial=float("inf"))))
         if not self.found:
@@ -366,18 +370,18 @@ class Solver:
         deadline_s = None if left is None else time.monotonic() + left
         return Budget(deadline_s, to_beat_s, options.rounds, options.nodes, options.gap_tolerance)
 
-    def _add_runners_up(self, candidates: Frontier) -> None:
+    def _add_runners_up(self, crew: Crew, candidates: Frontier) -> None:
         """An even split of the next shapes that were not searched, so that there is something to compare."""
-        known = {found.strategy.degrees for found in self.found}
-        for tried, candidate in enumerate(candidates):
-            enough = len(known) > 4 * self.options.top or self._expired()
-            if enough or (self.found and tried >= MAX_RUNNERS_UP):
+        known, left = {found.strategy.degrees for found in self.found}, iter(candidates)
+        for tried in range(0, MAX_RUNNERS_UP if self.found else self.shapes, LAG):
+            each = list(islice(left, LAG))
+            if not each or len(known) > 4 * self.options.top or self._expired():
                 break
-            if candidate.degrees not in known:
-                greedy = self._work(Task(TaskKind.GREEDY, candidate.order, self._budget(float("inf")))).found
-                if greedy is not None:
-                    known.add(greedy.strategy.degrees)
-                    self.found.append(greedy)
+            new = [candidate.order for candidate in each if candidate.degrees not in known]
+            found = self._all(crew, TaskKind.GREEDY, new, float("inf"))
+            known |= {own.strategy.degrees for own in found.values()}
+            if found and tried >= MAX_RUNNERS_UP:
+                break
 
     def _alternatives(self, best: Evaluation) -> tuple[Alternative, ...]:
         """The best strategies found of other shapes, and why each lost."""

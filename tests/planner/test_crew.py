@@ -184,3 +184,21 @@ def test_a_plan_does_not_depend_on_the_number_of_processes(monkeypatch: pytest.M
 
 def test_small_spaces_are_searched_here() -> None:
     assert processes_for(3) == 0
+
+
+def test_tasks_of_one_kin_go_to_one_process() -> None:
+    """While neither waits; one that has nothing to do takes what another cannot begin."""
+
+    def where(task: Task) -> ShapeResult:
+        time.sleep(0.01)
+        return ShapeResult(None, float(os.getpid()), 0)
+
+    crew, each = Crew(where, 2, lambda: False, lambda: False, lambda task: task.number // 10), tasks(28)
+    try:
+        pairs = [taken(crew, [each[number], each[10 + number]]) for number in range(6)]
+        first, second = (set(results) for results in zip(*pairs, strict=True))
+        assert len(first) == len(second) == 1 and first != second
+        alone = {result.bound_s for result in taken(crew, each[20:])}
+        assert len(alone) == 2
+    finally:
+        crew.close()
