@@ -92,6 +92,13 @@ class LinearProgramme:
         least = float(info.mip_dual_bound) if self._whole else value if known else 0.0
         return Solution(max(0.0, least), value, np.asarray(self._highs.getSolution().col_value)[:-1])
 
+    def prices(self, count: int) -> Floats:
+        """What T would fall by if the last so many rows might be more by 1 [row], none whole."""
+        import numpy as np
+
+        duals: Floats = np.asarray(self._highs.getSolution().row_dual, dtype=np.float64)
+        return np.maximum(-duals[-count:], 0.0)
+
 
 def _sparse(rows: Floats) -> tuple[Any, Any, Floats]:
     """Where each row starts among its values that are not 0, their columns, and these."""

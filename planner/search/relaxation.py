@@ -29,7 +29,8 @@ from planner.cost.simulate import PathTimes
 from planner.cost.table import KINDS
 from planner.search.least_passes import option_passes
 from planner.search.linear import LinearProgramme, Solution
-from planner.search.row_paths import row_paths
+from planner.search.proofs import Proof, Proofs, least_sum
+from planner.search.row_paths import RowPaths, row_paths
 from planner.search.sizes import Sizes
 from planner.search.timed import MAX_PLACES, timed
 from planner.strategy import Recompute, Zero
@@ -56,6 +57,8 @@ WHOLE_ROUNDS = 4
 """Replays of whole blocks."""
 FEW_STAGES = 16
 """Stages up to which blocks may be whole."""
+KNOWN = Proofs()
+"""What ruled out shapes before."""
 MAX_PARTS = 1_000_000
 """Stages of all paths along rows together beyond which a shape is not relaxed: that would take long."""
 
@@ -200,9 +203,12 @@ class Relaxation:
     @cached_property
     def paths(self) -> _Paths:
         """The seconds of the paths along rows."""
+        return self._seconds(row_paths(self.space.degrees))
+
+    def _seconds(self, paths: RowPaths) -> _Paths:
         import numpy as np
 
-        paths, kinds = row_paths(self.space.degrees), len(KINDS)
+        kinds = len(KINDS)
         block_s = paths.seconds(self._block_s[:, :kinds])
         fixed_s = paths.seconds(self._fixed_s[:, :kinds, None]).sum(axis=(1, 2)) + paths.hops * self.hop_s
         rank_of, numbers = np.asarray(self.space.rank_of), np.arange(len(paths.last))
@@ -245,10 +251,15 @@ class Relaxation:
 
         Where blocks are of several classes, `counts` [stage, class] may be those of each stage.
         """
+        first = rounds == 0 and counts is None and not self._cuts and len(self.classes) == 1
+        if first and self._proven(within_s, sizes):
+            return Relaxed(within_s, None)
         programme = _Programme(self, sizes, counts)
         for cut in self._cuts:
             programme.add(*cut)
         found = self._least_of(programme, within_s, rounds, BEHIND)
+        if first and within_s <= found.bound_s < float("inf"):
+            KNOWN.add(self.space.degrees, len(self.options), programme.proof(found.bound_s))
         if whole is None or found.bound_s >= within_s:
             return found
         if len(self.table.order.needed) <= MAX_PLACES:
@@ -258,6 +269,20 @@ class Relaxation:
             programme.linear.make_whole(whole.nodes, whole.seconds)
             other = self._least_of(programme, within_s, WHOLE_ROUNDS, 0.0)
         return Relaxed(max(found.bound_s, other.bound_s), other.blocks)
+
+    def _proven(self, within_s: float, sizes: Sizes) -> bool:
+        """Whether what ruled out another shape with this table says that no strategy takes less."""
+        for proof in KNOWN.of(self.space.degrees, len(self.options)):
+            paths = self._seconds(row_paths(self.space.degrees).only(proof.paths))
+            each, least_s = proof.weights @ paths.each, float(proof.weights @ paths.fixed)
+            if proof.moments:
+                prices = proof.prices * within_s
+                each, least_s = each + prices @ self.memory(sizes).rows(proof.moments), least_s - prices.sum()
+            stages = each.reshape(len(sizes.stages), -1).min(axis=1).tolist()
+            least_s += least_sum(stages, sizes, self.space.rank_of, self.space.layers)
+            if least_s >= within_s * (1 + 4 * EXACT):
+                return True
+        return False
 
     def _least_of(self, programme: _Programme, within_s: float, rounds: int, behind: float) -> Relaxed:
         """The same of a programme, `behind` being how far replays stay behind what is found."""
@@ -325,7 +350,8 @@ class _Programme:
         self.paths, self.memory = relaxation.paths, relaxation.memory(sizes)
         options, stages, classes = len(relaxation.options), len(sizes.stages), len(relaxation.classes)
         self.linear = LinearProgramme(*relaxation.sums(sizes, counts))
-        self._added: set[int | tuple[int, int]] = set()
+        self._added: dict[int | tuple[int, int], None] = {}
+        """Paths by number and moments by rank, in the order of their rows."""
         x = np.zeros((stages, classes, options))
         x[:, :, 0] = np.asarray(sizes.stages).mean(axis=1, keepdims=True) / classes
         self._scale_s = float((self.paths.each @ x.ravel() + self.paths.fixed).max()) or 1.0
@@ -338,11 +364,22 @@ class _Programme:
 
         longest = [each for each in self.paths.longest(x, than_s) if each not in self._added]
         fullest = [each for each in self.memory.fullest(x, than) if each not in self._added]
-        self._added.update(longest, fullest)
+        self._added |= dict.fromkeys([*longest, *fullest])
         self.add(self.paths.each[longest], self.paths.fixed[longest])
         if fullest:
             self.linear.add(np.pad(self.memory.rows(fullest), ((0, 0), (0, 1))), np.ones(len(fullest)))
         return bool(longest or fullest)
+
+    def proof(self, bound_s: float) -> Proof:
+        """What its optimum follows from, if no other rows were added."""
+        import numpy as np
+
+        prices = dict(zip(self._added, self.linear.prices(len(self._added)).tolist(), strict=True))
+        paths = {key: price for key, price in prices.items() if isinstance(key, int) and price > 0}
+        moments = {key: price for key, price in prices.items() if isinstance(key, tuple) and price > 0}
+        weights = np.asarray(list(paths.values()))
+        shares = np.asarray(list(moments.values())) * self._scale_s / bound_s
+        return Proof(np.asarray(list(paths)), weights / weights.sum(), list(moments), shares / weights.sum())
 
     def add(self, block_s: Floats, fixed_s: Floats) -> None:
         """Adds paths as rows."""

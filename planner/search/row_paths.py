@@ -40,6 +40,10 @@ class RowPaths(NamedTuple):
     last: Ints
     hops: Ints
 
+    def only(self, numbers: Ints) -> RowPaths:
+        """Some of them."""
+        return RowPaths(*(field[numbers] for field in self))
+
     def seconds(self, each_s: Floats) -> Floats:
         """What a path takes of every stage [path, stage, n], whose actions take each_s [stage, kind, n]."""
         import numpy as np
