@@ -31,17 +31,18 @@ EACH, MOST = 3, 4096
 
 
 class Proof(NamedTuple):
-    """Weights of paths along rows by their numbers, and prices of moments (rank and number) as shares of the
-    time that was ruled out."""
+    """Weights of paths along rows by their numbers, and prices of moments (rank and number, of so many) as
+    shares of the time that was ruled out."""
 
     paths: Ints
     weights: Floats
     moments: list[tuple[int, int]]
+    moment_count: int
     prices: Floats
 
 
 class Proofs:
-    """Proofs by table, the last ones of each."""
+    """Proofs of one problem by table, the last ones of each."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], deque[Proof]] = {}
@@ -79,5 +80,7 @@ def least_sum(each: Floats, sizes: Sizes, rank_of: list[int], layers: int) -> fl
             held[stage] += more
             ranks[rank] += more
             left -= more
-    short = any(own < low for own, (low, _) in zip(ranks, sizes.ranks, strict=True))
-    return float("inf") if left or short else float(sum(n * own for n, own in zip(held, each, strict=True)))
+    kept = all(low <= own <= high for own, (low, high) in zip(ranks, sizes.ranks, strict=True))
+    return (
+        float(sum(n * own for n, own in zip(held, each, strict=True))) if kept and not left else float("inf")
+    )

@@ -23,8 +23,10 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from planner.cost.critical_path import CriticalPath, longest_path
+from planner.cost.evaluate import CostModel
 from planner.cost.simulate import PathTimes
 from planner.cost.table import KINDS
 from planner.search.least_passes import option_passes
@@ -57,8 +59,8 @@ WHOLE_ROUNDS = 4
 """Replays of whole blocks."""
 FEW_STAGES = 16
 """Stages up to which blocks may be whole."""
-KNOWN = Proofs()
-"""What ruled out shapes before."""
+KNOWN: WeakKeyDictionary[CostModel, Proofs] = WeakKeyDictionary()
+"""What ruled out shapes of a problem before."""
 MAX_PARTS = 1_000_000
 """Stages of all paths along rows together beyond which a shape is not relaxed: that would take long."""
 
@@ -72,10 +74,11 @@ class Whole(NamedTuple):
 
 class Relaxed(NamedTuple):
     """What no strategy beats within some limits, and blocks of each stage, in fractions, that nearly reach it
-    (None: there are none)."""
+    (None: there are none), with what these take."""
 
     bound_s: float
     blocks: Floats | None
+    replayed_s: float = float("inf")
 
 
 class _Paths(NamedTuple):
@@ -129,6 +132,7 @@ class Relaxation:
         self.space, self.table, self.hop_s = space, space.table, space.hop_s
         self.options, self.classes = space.books[0].options, list(space.shape.classes)
         self._cuts: list[tuple[Floats, Floats]] = []
+        self._proofs = KNOWN.setdefault(space.model, Proofs())
 
     @cached_property
     def figures(self) -> tuple[Floats, Floats]:
@@ -198,7 +202,8 @@ class Relaxation:
         if parts > MAX_PARTS or space.model.sharing:
             return Relaxed(0.0, None)
         found = self._least(to_beat_s - space.optimizer_s, sizes, rounds, whole, counts)
-        return found._replace(bound_s=min(to_beat_s, found.bound_s + space.optimizer_s))
+        bound_s, replayed_s = (each + space.optimizer_s for each in (found.bound_s, found.replayed_s))
+        return found._replace(bound_s=min(to_beat_s, bound_s), replayed_s=replayed_s)
 
     @cached_property
     def paths(self) -> _Paths:
@@ -259,7 +264,7 @@ class Relaxation:
             programme.add(*cut)
         found = self._least_of(programme, within_s, rounds, BEHIND)
         if first and within_s <= found.bound_s < float("inf"):
-            KNOWN.add(self.space.degrees, len(self.options), programme.proof(found.bound_s))
+            self._proofs.add(self.space.degrees, len(self.options), programme.proof(found.bound_s))
         if whole is None or found.bound_s >= within_s:
             return found
         if len(self.table.order.needed) <= MAX_PLACES:
@@ -272,12 +277,14 @@ class Relaxation:
 
     def _proven(self, within_s: float, sizes: Sizes) -> bool:
         """Whether what ruled out another shape with this table says that no strategy takes less."""
-        for proof in KNOWN.of(self.space.degrees, len(self.options)):
+        for proof in self._proofs.of(self.space.degrees, len(self.options)):
             paths = self._seconds(row_paths(self.space.degrees).only(proof.paths))
             each, least_s = proof.weights @ paths.each, float(proof.weights @ paths.fixed)
             if proof.moments:
-                prices = proof.prices * within_s
-                each, least_s = each + prices @ self.memory(sizes).rows(proof.moments), least_s - prices.sum()
+                memory, prices = self.memory(sizes), proof.prices * within_s
+                if memory.shares.shape[1] != proof.moment_count:
+                    continue
+                each, least_s = each + prices @ memory.rows(proof.moments), least_s - prices.sum()
             stages = each.reshape(len(sizes.stages), -1).min(axis=1).tolist()
             least_s += least_sum(stages, sizes, self.space.rank_of, self.space.layers)
             if least_s >= within_s * (1 + 4 * EXACT):
@@ -302,7 +309,8 @@ class Relaxation:
                 break  # the optimum lies between them, or below what is to be ruled out
             self._cuts.append(self._cut(path))
             programme.add(*self._cuts[-1])
-        return Relaxed(bound_s, None if best is None else best.reshape(len(self._fixed_s), -1).sum(axis=1))
+        blocks = None if best is None else best.reshape(len(self._fixed_s), -1).sum(axis=1)
+        return Relaxed(bound_s, blocks, best_s)
 
     def _replayed(self, x: Floats) -> tuple[CriticalPath, float]:
         """The longest path with these blocks, and its length."""
@@ -379,7 +387,13 @@ class _Programme:
         moments = {key: price for key, price in prices.items() if isinstance(key, tuple) and price > 0}
         weights = np.asarray(list(paths.values()))
         shares = np.asarray(list(moments.values())) * self._scale_s / bound_s
-        return Proof(np.asarray(list(paths)), weights / weights.sum(), list(moments), shares / weights.sum())
+        return Proof(
+            paths=np.asarray(list(paths)),
+            weights=weights / weights.sum(),
+            moments=list(moments),
+            moment_count=self.memory.shares.shape[1],
+            prices=shares / weights.sum(),
+        )
 
     def add(self, block_s: Floats, fixed_s: Floats) -> None:
         """Adds paths as rows."""
