@@ -57,6 +57,8 @@ LEAST_ROUNDS = 2
 """Replays, but for one, before a search for a bound gives up that cannot succeed."""
 WHOLE_ROUNDS = 4
 """Replays of whole blocks."""
+WORTH_TIMING = 0.97
+"""Share of the time to beat from which on a bound is worth a programme of whole blocks and all paths."""
 FEW_STAGES = 16
 """Stages up to which blocks may be whole."""
 KNOWN: WeakKeyDictionary[CostModel, Proofs] = WeakKeyDictionary()
@@ -267,7 +269,8 @@ class Relaxation:
             self._proofs.add(self.space.degrees, len(self.options), programme.proof(found.bound_s))
         if whole is None or found.bound_s >= within_s:
             return found
-        if len(self.table.order.needed) <= MAX_PLACES:
+        near = found.bound_s >= WORTH_TIMING * within_s
+        if near and len(self.table.order.needed) <= MAX_PLACES:
             exact = timed(self, sizes, whole.seconds)
             other = Relaxed(float("inf"), None) if exact is None else Relaxed(*exact)
         else:
