@@ -191,23 +191,17 @@ class Cuts:
         kind, first, end]; infinite where blocks cannot fit."""
         import numpy as np
 
-        parts, space = self.space.ranks.parts, self.space
-        room = parts.room
+        space, room = self.space, self.space.ranks.parts.room
         if room is None:
             return np.zeros((self.stages, len(KINDS), 1, 1))
         classes, options = list(space.shape.classes), space.books[0].options
-        among = np.asarray([classes.index(key) for key in space.shape.layer_model.keys])
-        upto = np.concatenate(
-            [np.zeros((len(classes), 1)), np.cumsum(np.eye(len(classes))[among].T, axis=1)], 1
-        )
-        counts = (
-            upto[:, self.ends][:, :, None, :] - upto[:, self.firsts][:, :, :, None]
-        )  # [class, stage, ...]
+        among = np.eye(len(classes))[[classes.index(key) for key in space.shape.layer_model.keys]]
+        upto = np.pad(np.cumsum(among.T, axis=1), ((0, 0), (1, 0)))  # blocks of each class before each layer
+        counts = upto[:, self.ends][:, :, None, :] - upto[:, self.firsts][:, :, :, None]
         held = room.held[:, :, 0].reshape(*room.held.shape[:2], len(classes), len(options))
-        books = list({id(book): book for book in space.books}.values())
-        passes = np.asarray([[option_passes(book.shape, key, options) for key in classes] for book in books])[
-            self._book
-        ]  # [stage, class, option, kind]
+        shapes = {id(book): book.shape for book in space.books}.values()
+        known = [[option_passes(shape, key, options) for key in classes] for shape in shapes]
+        passes = np.asarray(known)[self._book]  # [stage, class, option, kind]
         more = passes - passes.min(axis=2, keepdims=True)
         fits = np.einsum("smc,csij->smij", held.min(axis=-1), counts) <= room.free[:, :, None, None]
         found = np.zeros((self.stages, len(KINDS), *counts.shape[2:]))
@@ -216,11 +210,9 @@ class Cuts:
             freed = quick[..., None] - held
             with np.errstate(divide="ignore", invalid="ignore"):
                 each_s = np.where(freed > 0, more[:, None, :, :, kind] / freed, np.inf).min(axis=(2, 3))
+            each_s[~np.isfinite(each_s)] = 0.0
             over = np.einsum("smc,csij->smij", quick, counts) - room.free[:, :, None, None]
-            again_s = np.where(
-                over > 0, over * np.where(np.isfinite(each_s), each_s, 0.0)[:, :, None, None], 0.0
-            )
-            found[:, kind] = again_s.max(axis=1)
+            found[:, kind] = (np.maximum(over, 0.0) * each_s[:, :, None, None]).max(axis=1)
         return np.where(fits.all(axis=1)[:, None], found, np.inf)
 
     def _in_time(

@@ -127,7 +127,7 @@ class ShapeSearch:
             return ShapeResult(None, budget.to_beat_s, 0)
         within_s = DEALT_WITHIN * budget.to_beat_s
         starts = [None] if relaxed.blocks is None else [None, self._rounded(relaxed.blocks)]
-        worth = relaxed.blocks is None or relaxed.replayed_s <= within_s  # whole blocks take no less
+        worth = relaxed.blocks is None or relaxed.replayed_s <= within_s
         each = [f for start in starts if worth and (f := self.dealt(within_s, start)) is not None]
         near_s = PLAYED_WITHIN * budget.to_beat_s
         near = not self.space.one_class or any(found.step_time_s < near_s for found in each)

@@ -21,7 +21,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from functools import cache, partial
-from itertools import islice, product
+from itertools import count, islice, product
 from typing import TYPE_CHECKING, Any
 
 from planner.codec import digest, noun
@@ -129,9 +129,7 @@ class Solver:
         candidates = Frontier(quick_s, np.arange(len(quick_s)), self._modelled, self._expired)
         promising = first_shapes(self.space, quick_s, self._promised, self._expired)
         processes = processes_for(len(quick_s))  # that know what was modelled until now
-        crew = Crew(
-            self._work, processes, self._expired, self._overdue, lambda task: int(self.rows[task.number])
-        )
+        crew = Crew(self._work, processes, self._expired, self._overdue, self._row)
         try:
             self._begin(crew, promising)
             out_of_time = self._search(crew, candidates)
@@ -233,6 +231,10 @@ class Solver:
         left, dominated = without_dominated(self.model, fitting, options, self._expired)
         self.rejections.counts += Counter(dominated=dominated)
         return left
+
+    def _row(self, task: Task) -> int:
+        """The number of a task's base."""
+        return int(self.rows[task.number])
 
     def _of(self, number: int) -> tuple[Degrees, Base]:
         """A shape by its number, and its base."""
@@ -373,15 +375,14 @@ class Solver:
     def _add_runners_up(self, crew: Crew, candidates: Frontier) -> None:
         """An even split of the next shapes that were not searched, so that there is something to compare."""
         known, left = {found.strategy.degrees for found in self.found}, iter(candidates)
-        for tried in range(0, MAX_RUNNERS_UP if self.found else self.shapes, LAG):
+        for tried in count(0, LAG):
             each = list(islice(left, LAG))
-            if not each or len(known) > 4 * self.options.top or self._expired():
+            enough = len(known) > 4 * self.options.top or self._expired()
+            if not each or enough or (self.found and tried >= MAX_RUNNERS_UP):
                 break
             new = [candidate.order for candidate in each if candidate.degrees not in known]
             found = self._all(crew, TaskKind.GREEDY, new, float("inf"))
             known |= {own.strategy.degrees for own in found.values()}
-            if found and tried >= MAX_RUNNERS_UP:
-                break
 
     def _alternatives(self, best: Evaluation) -> tuple[Alternative, ...]:
         """The best strategies found of other shapes, and why each lost."""
