@@ -81,6 +81,6 @@ def least_sum(each: Floats, sizes: Sizes, rank_of: list[int], layers: int) -> fl
             ranks[rank] += more
             left -= more
     kept = all(low <= own <= high for own, (low, high) in zip(ranks, sizes.ranks, strict=True))
-    return (
-        float(sum(n * own for n, own in zip(held, each, strict=True))) if kept and not left else float("inf")
-    )
+    if left or not kept:
+        return float("inf")
+    return float(sum(n * own for n, own in zip(held, each, strict=True)))

@@ -68,7 +68,8 @@ MAX_PARTS = 1_000_000
 
 
 class Whole(NamedTuple):
-    """Nodes of branch and bound that are spent on whole blocks each time, and seconds in all (None: any)."""
+    """Nodes of branch and bound that are spent on whole blocks each time, where paths are added one by one
+    (planner.search.timed has its own), and seconds in all (None: any)."""
 
     nodes: int
     seconds: float | None = None
@@ -280,11 +281,12 @@ class Relaxation:
 
     def _proven(self, within_s: float, sizes: Sizes) -> bool:
         """Whether what ruled out another shape with this table says that no strategy takes less."""
+        memory: _Memory | None = None
         for proof in self._proofs.of(self.space.degrees, len(self.options)):
             paths = self._seconds(row_paths(self.space.degrees).only(proof.paths))
             each, least_s = proof.weights @ paths.each, float(proof.weights @ paths.fixed)
             if proof.moments:
-                memory, prices = self.memory(sizes), proof.prices * within_s
+                memory, prices = memory or self.memory(sizes), proof.prices * within_s
                 if memory.shares.shape[1] != proof.moment_count:
                     continue
                 each, least_s = each + prices @ memory.rows(proof.moments), least_s - prices.sum()
