@@ -50,6 +50,11 @@ class BlockBytes:
         self._ends: dict[tuple[bool, bool, bool], EndBytes] = {}
         self._passing: dict[tuple[bool, bool], float] = {}
 
+    def by_option(self, name: str) -> list[float]:
+        """A figure for each option."""
+        figure = getattr(self, name)
+        return list(figure.values()) if isinstance(figure, dict) else [figure] * len(self.saved)
+
     def ends(self, first: bool, last: bool, *, begun: bool) -> EndBytes:
         """Those of a stage that holds the first or the last block, without gradients before a pass back has
         `begun`."""

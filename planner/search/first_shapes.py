@@ -44,7 +44,7 @@ def first_shapes(
     schedules, ratios = _pipes(space)
     numbers, least_s = np.arange(len(quick_s)), quick_s * ratios
     each: list[list[Candidate]] = []
-    for schedule in np.unique(schedules):
+    for schedule in sorted(set(schedules.tolist())):
         own = schedules == schedule
         promising = Frontier(least_s[own], numbers[own], promised, expired)
         each.append(list(_unlike(promising) if schedule else islice(promising, LOOKED_AT)))

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.schedule import in_flight
 from planner.cost.waiting import most_waits
-from planner.search.block_bytes import BlockBytes
 from planner.search.rank_floor import DUST
 from planner.search.recipes import RecipeBook
 from planner.search.sizes import Limits
@@ -122,7 +121,7 @@ class RankParts:
 
     def by_kind(self, name: str) -> Floats:
         """Bytes of a block of each rank by its class and option [rank, kind]."""
-        return self._of(lambda book: [own for each in book.class_bytes for own in _options(each, name)])
+        return self._of(lambda book: book.kind_figures[name])
 
     @cached_property
     def room(self) -> Room | None:
@@ -197,26 +196,18 @@ class RankParts:
         import numpy as np
 
         (alive, _, begun, messages), space = self.moments, self.space
-        every, last = slice(None), space.degrees.stages - 1
-        first_place: tuple[Any, ...] = every, space.rank_of[0], every, 0
-        last_place = every, space.rank_of[last], every, space.stages_of[space.rank_of[last]].index(last)
-        resident, saved, passing = figures = self._end_bytes(begun, first=False, last=False)
-        figures[first_place] = self._end_bytes(begun, first=True, last=False)[first_place]
-        figures[last_place] = self._end_bytes(begun, first=False, last=True)[last_place]
+        last = space.degrees.stages - 1
+        where = np.full((len(alive), 1, alive.shape[-1]), 2)
+        where[space.rank_of[0], 0, 0] = 0
+        where[space.rank_of[last], 0, space.stages_of[space.rank_of[last]].index(last)] = 1
+        ranks = np.arange(len(alive))[:, None, None]
+        figures = self._of(attrgetter("end_figures"))[ranks, begun.astype(np.int64), where]
+        resident, saved, passing = np.moveaxis(figures, -1, 0)
         runtime = self._of(attrgetter("shape.runtime_bytes"))[:, None]
         standing = runtime + (resident + alive * saved).sum(axis=-1)
         standing += messages * self._of(lambda book: book.shape.messages.boundary_bytes())[:, None]
         forward, freed = (np.where(alive > 0, each, 0.0).max(axis=-1) for each in (passing, saved))
         return _Ends(standing, forward, freed)
-
-    def _end_bytes(self, begun: Ints, *, first: bool, last: bool) -> Floats:
-        """Those of stages that hold the first or the last block [figure, rank, moment, place]."""
-        import numpy as np
-
-        before = self._of(lambda book: book.end_bytes(first, last, begun=False))
-        after = self._of(lambda book: book.end_bytes(first, last, begun=True))
-        found: Floats = np.where(begun, *(each.T[:, :, None, None] for each in (after, before)))
-        return found
 
     def least_s(self, most: int) -> Floats:
         """What every rank takes at least for a micro-batch with 0, 1, ... `most` blocks of one class [rank,
@@ -252,9 +243,3 @@ class RankParts:
         held = np.clip(blocks - (np.cumsum(most, axis=-1) - most)[..., None], 0, most[..., None])
         total: Floats = (np.take_along_axis(each, order, axis=-1)[..., None] * held).sum(axis=-2)
         return total
-
-
-def _options(own: BlockBytes, name: str) -> list[float]:
-    """A figure of a class for each of its options."""
-    figure = getattr(own, name)
-    return list(figure.values()) if isinstance(figure, dict) else [figure] * len(own.saved)

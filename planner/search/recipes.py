@@ -144,6 +144,30 @@ class RecipeBook:
         each = (own.ends(first, last, begun=begun) for own in self.class_bytes)
         return EndBytes(*map(min, zip(*each, strict=True)))
 
+    @cached_property
+    def end_figures(self) -> Floats:
+        """The same [begun, where, figure]: where being that of the first block, of the last, or any other."""
+        import numpy as np
+
+        each = [
+            [
+                self.end_bytes(first, last, begun=begun)
+                for first, last in ((True, False), (False, True), (False, False))
+            ]
+            for begun in (False, True)
+        ]
+        return np.asarray(each)
+
+    @cached_property
+    def kind_figures(self) -> dict[str, Floats]:
+        """What a block holds by its class and option [kind]: every figure of BlockBytes by its name."""
+        import numpy as np
+
+        return {
+            name: np.concatenate([own.by_option(name) for own in self.class_bytes])
+            for name in ("saved", "waiting", "states", "late", "passing", "reducing")
+        }
+
     @property
     def bounded(self) -> bool:
         """Whether what a stage holds follows from its blocks at every moment.

@@ -98,7 +98,7 @@ def _of_row(table: Table, rank: int, hops: Ints, whole: Ints) -> tuple[Ints, ...
     forward, back = (np.isin(kind, kinds) for kinds in ((FORWARD, PAIRED), (BACKWARD, INPUT_GRAD)))
     first = (own & forward).argmax(axis=1)
     final = np.append(len(row) - 1 - (own & back)[:, ::-1].argmax(axis=1), len(row) - 1)
-    breaks = np.unique(np.concatenate([[0], first, final + 1]))
+    breaks = np.asarray(sorted({0, *first.tolist(), *(final + 1).tolist()}))
     number = np.searchsorted(stages, stage) * len(KINDS) + kind
     parts = np.searchsorted(breaks, np.arange(len(row)), side="right")
     size = v * len(KINDS)
