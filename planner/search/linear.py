@@ -60,15 +60,18 @@ class LinearProgramme:
         low = np.full(len(rows), -highspy.kHighsInf)
         self._highs.addRows(len(rows), low, high, len(columns), starts, columns, values)
 
-    def make_whole(self, nodes: int, seconds: float | None, first: int | None = None) -> None:
-        """Asks for whole numbers from now on, of all variables or the first few; of so many branch-and-bound
-        nodes each time at most, and in so many seconds of all times (None: no limit)."""
+    def make_whole(
+        self, nodes: int, seconds: float | None, *, most: float = float("inf"), first: int | None = None
+    ) -> None:
+        """Asks for whole numbers from now on, of all variables or the first few, with T at most `most`; of so
+        many branch-and-bound nodes each time at most, and in so many seconds of all times (None: no limit)."""
         import highspy
         import numpy as np
 
         columns = np.arange(self.variables if first is None else first, dtype=np.int32)
         kinds = np.full(len(columns), highspy.HighsVarType.kInteger)
         self._highs.changeColsIntegrality(len(columns), columns, kinds)
+        self._highs.changeColBounds(self.variables, 0.0, most)
         for name, value in (("presolve", "on"), ("solver", "choose"), ("mip_max_nodes", nodes)):
             self._highs.setOptionValue(name, value)
         if seconds is not None:

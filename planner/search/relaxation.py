@@ -59,7 +59,7 @@ WHOLE_ROUNDS = 4
 """Replays of whole blocks."""
 WORTH_TIMING = 0.97
 """Share of the time to beat from which on a bound is worth a programme of whole blocks and all paths."""
-FEW_STAGES = 16
+FEW_STAGES = 32
 """Stages up to which blocks may be whole."""
 KNOWN: WeakKeyDictionary[CostModel, Proofs] = WeakKeyDictionary()
 """What ruled out shapes of a problem before."""
@@ -275,7 +275,7 @@ class Relaxation:
             exact = timed(self, sizes, whole.seconds)
             other = Relaxed(float("inf"), None) if exact is None else Relaxed(*exact)
         else:
-            programme.linear.make_whole(whole.nodes, whole.seconds)
+            programme.make_whole(whole, within_s * (1 + EXACT))
             other = self._least_of(programme, within_s, WHOLE_ROUNDS, 0.0)
         return Relaxed(max(found.bound_s, other.bound_s), other.blocks)
 
@@ -407,6 +407,10 @@ class _Programme:
         if len(block_s):
             rows = np.pad(block_s / self._scale_s, ((0, 0), (0, 1)), constant_values=-1.0)
             self.linear.add(rows, -fixed_s / self._scale_s)
+
+    def make_whole(self, whole: Whole, most_s: float) -> None:
+        """Asks for whole blocks from now on, and for no more than `most_s`."""
+        self.linear.make_whole(whole.nodes, whole.seconds, most=most_s / self._scale_s)
 
     def solved(self, enough_s: float) -> Solution | None:
         """The optimum, EXACT less; None where there is none. Paths and moments are added that it breaks,
