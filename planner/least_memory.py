@@ -43,7 +43,7 @@ from planner.estimate import Coverage, MemoryBreakdown, Rejected
 from planner.placement import rank_limits_bytes
 from planner.problem import PlanningProblem
 from planner.rules import broken_rules
-from planner.search.bounds import least_state_bytes
+from planner.search.bounds import Recomputing, least_state_bytes, live_under
 from planner.search.space import Pins, Space, space_of
 from planner.strategy import (
     Degrees,
@@ -288,18 +288,29 @@ class _ShapeNeed:
         even = Strategy(degrees=self.degrees, stages=self._even(self.pins.recomputes[0]))
         if even.offloads and broken_rules(self.model.problem, even):
             return math.inf
+        mean = self._mean()
         if self.degrees.chunks > 1:
-            return 0.0
+            return mean
         layers, stages = self.layers, self.degrees.stages
         if stages == 1:
             return self.needs(0, 0, layers)[0]
         ends = (self.needs(0, 0, 1), self.needs(stages - 1, layers - 1, layers))
-        states = least_state_bytes(self.model.layers, self.degrees, self.pins.offloaded)
-        slack = min(shape.memory.allocator_slack for shape in self._shapes)
-        runtime = min(shape.runtime_bytes for shape in self._shapes)
-        mean = (states * slack + runtime) * (1 + min(self._errors.values()))
-        mean -= sum(more_bytes(self.model.problem, shape) for shape in self._shapes) / stages
         return max(mean, *(limit for limit, _ in ends))
+
+    def _mean(self) -> float:
+        """Below what ranks need on average, and so the fullest: states, what micro-batches in flight keep at
+        least, what a block's pass back takes."""
+        kinds = {id(shape): shape for shape in self._shapes}.values()
+        slack = min(shape.memory.allocator_slack for shape in kinds)
+        runtime = min(shape.runtime_bytes for shape in kinds)
+        if self.pins.offloaded is Offload.NONE:
+            live = live_under(self.model.problem.stack, self.degrees, self.layers)
+            used = min(Recomputing(shape, self.pins.recomputes).least_bytes(live) for shape in kinds)
+        else:
+            used = runtime + least_state_bytes(self.model.layers, self.degrees, self.pins.offloaded)
+        whole = ((used - runtime) * slack + runtime) * (1 + min(self._errors.values()))
+        more = sum(more_bytes(self.model.problem, shape) for shape in self._shapes)
+        return whole - more / len(self._shapes)
 
     def need(self, to_beat_bytes: float) -> Need | None:
         """The least demanding strategy; None where it does not beat a limit or offloading breaks a rule."""

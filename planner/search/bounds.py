@@ -47,7 +47,7 @@ from planner.cost.stage import ShapeModel
 from planner.cost.states import offloaded_states, states_of
 from planner.cost.waiting import most_waits
 from planner.search.even_stages import even_factor
-from planner.stack import Engine
+from planner.stack import Engine, Stack
 from planner.strategy import Degrees, Offload, Recompute, Schedule, Zero
 
 
@@ -110,6 +110,12 @@ def live_at_least(
     return _live(alive + (min(alive),) * over, waiting + (min(waiting),) * over)
 
 
+def live_under(stack: Stack, degrees: Degrees, layers: int) -> Live:
+    """The same of a shape."""
+    d = degrees
+    return live_at_least(d.schedule, d.pp, d.chunks, d.num_micro_batches, most_waits(stack, d), layers)
+
+
 @lru_cache(maxsize=4096)
 def live_on_fullest(
     schedule: Schedule, pp: int, chunks: int, num_micro_batches: int, waits: int, layers: int
@@ -131,13 +137,15 @@ class Recomputing:
     `split` says whether all backward passes are split.
     """
 
-    def __init__(self, shape: ShapeModel, options: tuple[Recompute, ...], limit_bytes: float) -> None:
+    def __init__(
+        self, shape: ShapeModel, options: tuple[Recompute, ...], limit_bytes: float = math.inf
+    ) -> None:
         self._shape, self._options = shape, options
         self._trades: dict[bool, list[tuple[float, float, float]]] = {}
         ranges = shape.kind.kept_ranges(options)
         self._least, self._most, self._least_waits, self._most_waits = ranges
-        each = memory_bound_bytes(shape) + shape.runtime_bytes + least_pass_bytes(shape, options)
-        self._free_bytes = shape.degrees.pp * (limit_bytes - each)
+        self._rank_bytes = memory_bound_bytes(shape) + shape.runtime_bytes + least_pass_bytes(shape, options)
+        self._free_bytes = shape.degrees.pp * (limit_bytes - self._rank_bytes)
 
     def _traded(self, *, split: bool) -> list[tuple[float, float, float]]:
         """Of each class and option the seconds that it takes more than another, and the bytes that it keeps
@@ -159,10 +167,18 @@ class Recomputing:
             self._trades[split] = found
         return self._trades[split]
 
+    def _live_bytes(self, live: Live) -> float:
+        """What all ranks together keep of micro-batches at least."""
+        return live.alive.bytes_of(self._least) + live.waiting.bytes_of(self._least_waits)
+
+    def least_bytes(self, live: Live) -> float:
+        """What the fullest rank holds at least: no less than the mean."""
+        return self._rank_bytes + self._live_bytes(live) / self._shape.degrees.pp
+
     def least_s(self, live: Live, *, split: bool) -> float:
         """Seconds that it takes at least for a micro-batch; infinite where the shape cannot fit."""
         alive, waiting = live
-        if alive.bytes_of(self._least) + waiting.bytes_of(self._least_waits) > self._free_bytes:
+        if self._live_bytes(live) > self._free_bytes:
             return math.inf
         excess = alive.bytes_of(self._most) + waiting.bytes_of(self._most_waits) - self._free_bytes
         if excess <= 0:
@@ -225,9 +241,7 @@ class BaseBound:
 
     def of(self, degrees: Degrees) -> float:
         """No strategy of these degrees that fits has a shorter replay; infinite where none fits."""
-        pipe = degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches
-        waits, split = most_waits(self._stack, degrees), degrees.schedule.splits_every_backward
-        live = live_at_least(*pipe, waits, self._layers)
+        live, split = live_under(self._stack, degrees, self._layers), degrees.schedule.splits_every_backward
         again_s = min(kind.again_s(live, split=split) for kind in self._kinds)
         if again_s == float("inf"):
             return again_s

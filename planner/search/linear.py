@@ -63,8 +63,8 @@ class LinearProgramme:
     def make_whole(
         self, nodes: int, seconds: float | None, *, most: float = float("inf"), first: int | None = None
     ) -> None:
-        """Asks for whole numbers from now on, of all variables or the first few, with T at most `most`; of so
-        many branch-and-bound nodes each time at most, and in so many seconds of all times (None: no limit)."""
+        """Asks for whole numbers from now on, of all variables or the first few, and for T of at most `most`;
+        in so many branch-and-bound nodes each time, and so many seconds of all times (None: no limit)."""
         import highspy
         import numpy as np
 
