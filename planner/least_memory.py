@@ -108,8 +108,18 @@ class Survey:
         return self.need is not None and self.need.limit_bytes <= limit_bytes
 
 
-def survey(problem: PlanningProblem, pins: Pins) -> Survey:
-    """Every shape of a problem asked: what the others break, and the least that a legal one needs."""
+Over = Callable[[], bool]
+"""Whether time is over: nothing more is looked for then."""
+
+
+def never() -> bool:
+    """Time that is never over."""
+    return False
+
+
+def survey(problem: PlanningProblem, pins: Pins, over: Over = never) -> Survey:
+    """Every shape of a problem asked: what the others break, and the least that a legal one needs; of those
+    that were looked at before time is `over`, one at least."""
     space = space_of(problem, pins)
     rejected = Counter(each.rule for each in space.rejected)
     nearest: dict[str, Rejected] = {}
@@ -122,17 +132,8 @@ def survey(problem: PlanningProblem, pins: Pins) -> Survey:
         rejected=dict(rejected.most_common()),
         nearest=nearest,
         least_state_bytes=min(map(least.state_bytes, legal), default=0.0),
-        need=least.search(legal),
+        need=least.search(legal, over=over),
     )
-
-
-Over = Callable[[], bool]
-"""Whether time is over: nothing more is looked for then."""
-
-
-def never() -> bool:
-    """Time that is never over."""
-    return False
 
 
 def fitting(problem: PlanningProblem, pins: Pins, over: Over = never) -> Need | None:
@@ -160,20 +161,29 @@ class _Least:
     def search(
         self, legal: list[Degrees], enough_bytes: int | None = None, over: Over = never
     ) -> Need | None:
-        """The least need; with `enough_bytes`, any need of at most that, or None, also when time is over."""
-        heap: list[tuple[float, int, int, Degrees | _ShapeNeed]] = [
+        """The least need, of those found until time is `over` if there is one by then; with `enough_bytes`,
+        any need of at most that, or None, also when time is over."""
+        heap: list[tuple[float, int, int, Degrees | ShapeNeed]] = [
             (self._cheap_bound(degrees), degrees.micro_batch, order, degrees)
             for order, degrees in enumerate(legal)
         ]
         heapq.heapify(heap)
         best: Need | None = None
         to_beat = math.inf if enough_bytes is None else enough_bytes + MIB
-        while heap and heap[0][0] < to_beat - MIB and not over():
-            _, micro_batch, order, item = heapq.heappop(heap)
+        unknown = math.inf  # from here on shapes may need less than was found of them
+        while heap and heap[0][0] < to_beat - MIB:
+            if over():
+                unknown = min(unknown, heap[0][0])
+                if best is not None or enough_bytes is not None:
+                    break
+                heap = sorted(each for each in heap if isinstance(each[-1], ShapeNeed)) or heap
+            bound, micro_batch, order, item = heapq.heappop(heap)
             if isinstance(item, Degrees):
-                modelled = _ShapeNeed(self.model, item, self.pins)
+                modelled = ShapeNeed(self.model, item, self.pins)
                 heapq.heappush(heap, (modelled.bound(), micro_batch, order, modelled))
                 continue
+            if item.degrees.chunks > 1:
+                unknown = min(unknown, bound)
             found = item.need(to_beat)
             if found is not None and found.limit_bytes < to_beat:
                 best, to_beat = found, found.limit_bytes
@@ -181,8 +191,7 @@ class _Least:
                     return best
         if best is None or enough_bytes is not None:
             return None
-        dealt = (self._cheap_bound(degrees) for degrees in legal if degrees.chunks > 1)
-        return dataclasses.replace(best, exact=best.exact and min(dealt, default=math.inf) >= to_beat)
+        return dataclasses.replace(best, exact=best.exact and unknown >= to_beat)
 
     def state_bytes(self, degrees: Degrees) -> float:
         """Weights, gradients and optimizer state of the mean device, remembered by what they depend on."""
@@ -227,7 +236,7 @@ _Same = tuple[int, tuple[InFlight, ...], tuple[int, ...], bool, bool]
 holds."""
 
 
-class _ShapeNeed:
+class ShapeNeed:
     """The least that strategies of one shape need."""
 
     def __init__(self, model: CostModel, degrees: Degrees, pins: Pins) -> None:

@@ -18,7 +18,7 @@ from planner.least_memory import Need, Over, Survey, fitting
 from planner.placement import is_mixed
 from planner.problem import PlanningProblem
 from planner.search.space import Pins, shapes
-from planner.strategy import Degrees, Offload
+from planner.strategy import Degrees, Offload, Strategy
 from planner.units import MIB, format_bytes
 
 DOUBLINGS = 6
@@ -34,24 +34,28 @@ MAX_BATCH_STEPS = 512
 
 @noun
 class Candidate:
-    """A change to try, with the pins that are left under it; `kind` is alike for changes of one flag."""
+    """A change to try, with the pins that are left under it; `kind` is alike for changes of one flag.
+
+    `fits` is a strategy that keeps rules, pins and limit then, where one is known before it is looked for.
+    """
 
     kind: str
     change: Change
     pins: Pins
     hypothetical: bool = False
+    fits: Strategy | None = None
 
 
 def candidates(problem: PlanningProblem, pins: Pins, found: Survey, over: Over) -> Iterator[Candidate]:
     """Every single change that may help, the cheapest to try first."""
     yield from _freed(problem, pins)
+    if found.need is not None:
+        yield _larger_limit(problem, pins, found.need)
     same = [*accepted(problem), *other_optimizers(problem), *lora(problem), *narrower(problem)]
     for change in same:
         yield Candidate(kind=change.flag.split()[0], change=change, pins=pins)
     if found.need is None:
         yield from _other_batches(problem, pins)
-    else:
-        yield _larger_limit(problem, pins, found.need)
     yield from _other_nodes(problem, pins, over, fewer=found.need is None)
     yield from _shorter(problem, pins, over)
     if found.need is not None:
@@ -117,7 +121,7 @@ def _larger_limit(problem: PlanningProblem, pins: Pins, need: Need) -> Candidate
             f"({problem.device.name} gives {format_bytes(usable)})"
         )
     change = Change(change=words, flag=flag, problem=with_limit(problem, need.limit_bytes))
-    return Candidate(kind="--memory-limit", change=change, pins=pins, hypothetical=beyond)
+    return Candidate(kind="--memory-limit", change=change, pins=pins, hypothetical=beyond, fits=need.strategy)
 
 
 def _other_nodes(problem: PlanningProblem, pins: Pins, over: Over, *, fewer: bool) -> Iterator[Candidate]:

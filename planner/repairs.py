@@ -11,9 +11,9 @@ own. Repairs are compared by device-seconds a token of the plan that each gives,
 
 which is what the repaired run costs on rented devices, whatever a changed batch or sequence does to a step.
 The three cheapest of different kinds are `repairs`; a second optimizer, say, stands in `others` with what
-costs more. Once time is spent and three are found, no more are tried; once it is spent twice, one will do,
-and four times, none. A memory limit above what the device has is never among the three: it asks for other
-devices.
+costs more. Half of the time is for the limit that binds. Once time is spent no more are tried, until it is
+spent twice where there is none yet. A memory limit above what the device has is never among the three: it
+asks for other devices.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ from planner.strategy import Degrees, Strategy, even_stages, offloaded
 from planner.units import MIB, format_bytes
 
 BEST = 3
-PATIENCE = (2.0, 4.0)
-"""Times the time that is given after which one repair is enough, and none."""
+PATIENCE = 2.0
+"""Times the time that is given until which a first repair is looked for."""
+SURVEYED = 0.5
+"""Part of the time in which the least limit is looked for."""
 SHAPE_KEYS = tuple(key for key in KEYS if key in {"dp", *Degrees.__dataclass_fields__} - {"zero"})
 """Keys that fix a shape's degrees, besides its ZeRO stage."""
 
@@ -84,13 +86,14 @@ class Infeasible:
 
 def why_infeasible(problem: PlanningProblem, pins: Pins, effort: Effort) -> Infeasible:
     """What binds, and repairs by rising cost."""
-    found, clock = survey(problem, pins), Clock(effort)
+    clock = Clock(effort)
+    found = survey(problem, pins, lambda: clock.used >= SURVEYED)
     if found.need is not None and not found.need.exact:
-        found = dataclasses.replace(found, need=_from_search(problem, pins, found.need, clock))
+        found = dataclasses.replace(found, need=_from_search(problem, pins, found.need, effort))
     solved: list[tuple[bool, Repair]] = []
 
     def over() -> bool:
-        return clock.spent and len({repair.kind for beyond, repair in solved if not beyond}) >= _wanted(clock)
+        return clock.spent and (any(not beyond for beyond, _ in solved) or clock.used >= PATIENCE)
 
     for candidate in candidates(problem, pins, found, over):
         if over():
@@ -115,12 +118,6 @@ def why_infeasible(problem: PlanningProblem, pins: Pins, effort: Effort) -> Infe
     )
 
 
-def _wanted(clock: Clock) -> int:
-    """How many repairs are enough by now, once time is spent."""
-    one, none = PATIENCE
-    return BEST if clock.used < one else 1 if clock.used < none else 0
-
-
 OF_PLACE = ("--cluster", "--memory-limit", "fix", "offload")
 """Beginnings of the kinds of repairs that leave the job as it is."""
 
@@ -135,22 +132,17 @@ def for_a_run(answer: Infeasible) -> Infeasible:
 
 GROWTH = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0)
 """Times an inexact least limit at which the search is asked for a plan, until it finds one."""
-LONGER = 5
-"""Times the time of another search that these may take together."""
 
 
-def _from_search(problem: PlanningProblem, pins: Pins, need: Need, clock: Clock) -> Need:
+def _from_search(problem: PlanningProblem, pins: Pins, need: Need, effort: Effort) -> Need:
     """The need with the least limit of GROWTH at which the search, too, finds a plan.
 
     Where a rank holds several stages it narrows which sizes and mixes it looks at. Where time is too short
     to find one, nothing is said of the search.
     """
-    each_s = clock.effort.each_s and LONGER * clock.effort.each_s
-    longer = Clock(Effort(each_s=each_s, total_s=each_s))
     for factor in GROWTH:
         limit = math.ceil(need.limit_bytes * factor / MIB) * MIB
-        solved = resolved(with_limit(problem, limit), pins, longer)
-        if solved is not None:
+        if _of_its_shape(with_limit(problem, limit), pins, effort, need.strategy) is not None:
             return dataclasses.replace(need, limit_bytes=limit)
     return need
 
@@ -205,14 +197,17 @@ def _memory_words(problem: PlanningProblem, found: Survey, need: Need) -> str:
 def _repaired(candidate: Candidate, clock: Clock, over: Over) -> Repair | None:
     """The change solved and verified; None where it does not make the problem feasible, or time is over."""
     change, pins = candidate.change, candidate.pins
-    need = fitting(change.problem, pins, over)
-    if need is None:
-        return None
+    fits = candidate.fits
+    if fits is None:
+        need = fitting(change.problem, pins, over)
+        if need is None:
+            return None
+        fits = need.strategy
     words, flag = change.change, change.flag
     try:
-        solved = _solved(change.problem, pins, clock, need)
+        solved = _solved(change.problem, pins, clock, fits)
     except InputError:  # a pin that the search does not take yet, and an estimate does
-        solved = _estimated(change.problem, pins, need.strategy)
+        solved = _estimated(change.problem, pins, fits)
         flag = f"plan estimate {_fixes(solved.strategy)}" if solved is not None else flag
     if solved is None:
         return None
@@ -230,20 +225,25 @@ def _repaired(candidate: Candidate, clock: Clock, over: Over) -> Repair | None:
     )
 
 
-def _solved(problem: PlanningProblem, pins: Pins, clock: Clock, need: Need) -> Solved | None:
+def _solved(problem: PlanningProblem, pins: Pins, clock: Clock, fits: Strategy) -> Solved | None:
     """The best plan of a short search; else, or once time is spent, the best of the shape that fits.
 
     None where the search finds none even of that shape: who follows the repair would be told the same.
     """
     if not clock.spent:
-        solved = resolved(problem, pins, clock, [need.strategy])
+        solved = resolved(problem, pins, clock, [fits])
         if solved is not None and solved.gap is not None:
             return solved
-    degrees = need.strategy.degrees
+    return _of_its_shape(problem, pins, clock.effort, fits)
+
+
+def _of_its_shape(problem: PlanningProblem, pins: Pins, effort: Effort, fits: Strategy) -> Solved | None:
+    """The best plan that a search finds with the degrees of a strategy that fits."""
+    degrees = fits.degrees
     pins = dataclasses.replace(pins, **{key: getattr(degrees, key) for key in SHAPE_KEYS})
     pins = dataclasses.replace(pins, zero=int(degrees.zero))
-    each_s = clock.effort.each_s
-    solved = resolved(problem, pins, Clock(Effort(each_s=each_s, total_s=each_s)), [need.strategy])
+    clock = Clock(dataclasses.replace(effort, total_s=effort.each_s))
+    solved = resolved(problem, pins, clock, [fits])
     return solved if solved is not None and solved.gap is not None else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,26 +17,31 @@ if TYPE_CHECKING:
 
 INFEASIBLE_EXIT = 3
 REPAIRS_S = 20.0
-"""Seconds after which no further repair is tried; one search that has begun ends."""
-ONE_REPAIR_S = 1.0
+"""Seconds for the answer at most."""
+LEAST_SHARE = 0.1
+"""Share of the time limit that is given to it at least, however long the search took."""
+ONE_REPAIR_S, OF_ALL = 1.0, 0.25
+"""Seconds for one repair at most, and the share of the time for all."""
 COLUMNS = 100
 
 
 def tell_infeasible(
-    problem: PlanningProblem, options: SolveOptions, *, as_json: bool, goes_on: bool = False
+    problem: PlanningProblem, options: SolveOptions, begun_s: float, *, as_json: bool, goes_on: bool = False
 ) -> int:
     """Prints why a problem has no plan and what would give it one. Returns the exit code.
 
-    `goes_on`: the problem is that of a run which goes on, and may change its place and its plan alone.
+    The command began at `begun_s` of the monotonic clock, and its time limit goes on. `goes_on`: the problem
+    is that of a run which goes on, and may change its place and its plan alone.
     """
     from planner.repairs import for_a_run, why_infeasible
     from planner.resolve import Effort
 
     click.echo("no feasible plan; looking for the cheapest changes that give one", err=True)
-    total_s = min(REPAIRS_S, options.time_limit_s or REPAIRS_S)
-    effort = Effort(each_s=min(ONE_REPAIR_S, total_s), total_s=total_s)
-    if options.reproducible:
-        effort = Effort(each_s=None, total_s=None)
+    effort = Effort(each_s=None, total_s=None)
+    if not options.reproducible:
+        limit_s = options.time_limit_s or REPAIRS_S
+        total_s = min(REPAIRS_S, max(begun_s + limit_s - time.monotonic(), LEAST_SHARE * limit_s))
+        effort = Effort(each_s=min(ONE_REPAIR_S, OF_ALL * total_s), total_s=total_s)
     answer = why_infeasible(problem, options.pins, effort)
     if goes_on:
         answer = for_a_run(answer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,7 @@ def replan(
     from planner.errors import InfeasibleError
 
     collect_no_cycles()
+    begun_s = time.monotonic()
     run = read_run(folder, steps)
     _check_output(output, folder)
     asked, remarks = problem_of_run(run, place)
@@ -71,7 +73,7 @@ def replan(
     except InfeasibleError:
         _tell(remarks)
         if goal.plain:
-            return tell_infeasible(asked.problem, chosen, as_json=as_json, goes_on=True)
+            return tell_infeasible(asked.problem, chosen, begun_s, as_json=as_json, goes_on=True)
         raise
     if output is not None:
         from planner.plan import save_plan

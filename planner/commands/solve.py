@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,7 @@ def solve(
 ) -> int:
     """Find the best plan and prove how good it is."""
     collect_no_cycles()
+    begun_s = time.monotonic()
     import dataclasses
 
     from planner.commands.goal import read_goal
@@ -72,7 +74,7 @@ def solve(
         plan = solve_for(problem, chosen, goal)
     except InfeasibleError:
         if goal.plain:
-            return tell_infeasible(problem, chosen, as_json=as_json)
+            return tell_infeasible(problem, chosen, begun_s, as_json=as_json)
         raise
     plan = dataclasses.replace(plan, profiles=asked.profiles)
     if rehearse is not None:

@@ -200,7 +200,8 @@ class BaseBound:
 
         W k rho / (1 + k (rho H - p) / m)              rho the largest rho_r
 
-    which of few micro-batches is less than W k.
+    which of few micro-batches is less than W k. What all ranks hold together has to fit into all of them, so
+    the limit of each is their mean.
     """
 
     def __init__(
@@ -213,8 +214,8 @@ class BaseBound:
     ) -> None:
         if offload is not Offload.NONE:
             limits_bytes = [float("inf")] * len(limits_bytes)  # what the device need not hold is not counted
-        kinds = {id(shape): (shape, limit) for shape, limit in zip(shapes, limits_bytes, strict=True)}
-        each = [_KindBound(model, shape, options, limit) for shape, limit in kinds.values()]
+        kinds, mean_bytes = {id(shape): shape for shape in shapes}, sum(limits_bytes) / len(limits_bytes)
+        each = [_KindBound(model, shape, options, mean_bytes) for shape in kinds.values()]
         degrees = shapes[0].degrees
         m, per_rank = degrees.num_micro_batches, degrees.world // degrees.pp
         fastest = [min(units) for units in zip(*(kind.units_s for kind in each), strict=True)]

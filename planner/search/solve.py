@@ -133,7 +133,8 @@ class Solver:
         try:
             self._begin(crew, promising)
             out_of_time = self._search(crew, candidates)
-            self._add_runners_up(crew, candidates)
+            if self.found or out_of_time:
+                self._add_runners_up(crew, candidates)
         finally:
             crew.close()
         if not self.found:

@@ -11,7 +11,7 @@ from planner.cluster import DeviceGroup
 from planner.cost.evaluate import CostModel
 from planner.errors import InfeasibleError
 from planner.estimate import Verdict
-from planner.least_memory import fitting, need_of, survey
+from planner.least_memory import ShapeNeed, fitting, need_of, survey
 from planner.problem import PlanningProblem
 from planner.rules import broken_rules
 from planner.search.solve import SolveOptions, solve
@@ -50,6 +50,33 @@ def test_the_least_need_equals_brute_force(seed: int) -> None:
     found = survey(problem, Pins()).need
     assert found is not None and found.exact
     assert abs(found.limit_bytes - least_by_force(problem)) <= MIB
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("seed", [4, 5, 11, 12])  # others have no such shape, or take long
+def test_no_strategy_of_several_stages_a_rank_needs_less_than_their_bound(seed: int, mixed: bool) -> None:
+    drawn = instances.random_problem(seed, layers=5, mixed=mixed)
+    problem = dataclasses.replace(drawn, workload=dataclasses.replace(drawn.workload, seq=4096))
+    model, asked = CostModel(problem), 0
+    for degrees in legal_degrees(problem):
+        if degrees.chunks == 1:
+            continue
+        each = [Strategy(degrees=degrees, stages=s) for s in all_stages(problem.model.layers, degrees.stages)]
+        needs = [need.limit_bytes for strategy in each if (need := need_of(model, strategy)) is not None]
+        if needs:
+            asked += 1
+            assert ShapeNeed(model, degrees, Pins()).bound() <= min(needs)
+    assert asked >= 2
+
+
+def test_a_survey_that_time_ends_says_what_it_found_and_that_less_may_do() -> None:
+    problem = instances.random_problem(0)
+    whole, ended = survey(problem, Pins()).need, survey(problem, Pins(), lambda: True).need
+    assert whole is not None and ended is not None
+    assert whole.exact and not ended.exact
+    assert ended.limit_bytes >= whole.limit_bytes
+    at = with_limit(problem, ended.limit_bytes)
+    assert CostModel(at).evaluate(ended.strategy).estimate.verdict is Verdict.SAFE
 
 
 def two_limits(seed: int) -> PlanningProblem:
