@@ -16,6 +16,7 @@ from planner.device_file import DeviceFile
 from planner.errors import InputError, Problem
 from planner.market.market import Market, shipped_market
 from planner.network import Network
+from planner.nouns import noun
 from planner.units import GIB
 
 GRAMMAR = (
@@ -31,7 +32,7 @@ _INSTANCES = re.compile(r"^([0-9]{1,12})\s*\*\s*([^@\s]+)(?:@([^@\s]+))?$")
 _LOCAL = re.compile(r"^local(?::([0-9]{1,12}))?$")
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@noun
 class Part:
     """One part of a cluster text: equal nodes, their links, and their price and its source where known.
 
@@ -97,7 +98,7 @@ def _parse_part(text: str, where: str, market: Market) -> Part:
     raise _fault(where, f"'{text[:80]}' cannot be read.")
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@noun
 class EqualNodes:
     """A cluster text of equal nodes as it stands: of an instance, or of so many devices each."""
 

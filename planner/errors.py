@@ -11,10 +11,10 @@ of these.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from planner.nouns import noun
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@noun
 class Problem:
     """One fault of an input: where it is, what is wrong, and what would be legal instead."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from types import MappingProxyType
 from typing import Any
 
@@ -11,12 +11,13 @@ from planner.attention import QkNorm
 from planner.feed_forward import Activation
 from planner.hf.keys import KEYS
 from planner.model import Norm, Segment
+from planner.nouns import noun
 from planner.routing import Score, TopkMethod
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@noun
 class Description:
     """The facts of one model, of which a family reads some and states others; `planner.hf.keys` has their
     names in files. None is "derived" or "none", as the builders say.
@@ -149,7 +150,7 @@ Sparse = Callable[[Description], Sequence[bool]]
 Build = Callable[[Description, "Family"], tuple[Segment, ...]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@noun
 class Family:
     """One model_type as data.
 

@@ -7,12 +7,12 @@ is where a key is absent. Source: the configuration classes of transformers 5.23
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
 from typing import Any
 
 from planner.feed_forward import Activation
+from planner.nouns import noun
 from planner.routing import Score, TopkMethod
 
 MAX_LAYERS = 10_000
@@ -36,7 +36,7 @@ class Kind(Enum):
     TYPES = "a list of [[types], repeats]"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@noun
 class Key:
     """One key: its names in files (the first is the usual one), type and range.
 

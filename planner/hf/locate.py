@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from planner.errors import InputError, Problem
@@ -12,9 +11,10 @@ from planner.hf.inert import CODE_KEYS
 from planner.hf.registry import FAMILIES, TEXT_PARTS, WRAPPERS
 from planner.hf.values import show
 from planner.naming import nearest
+from planner.nouns import noun
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@noun
 class TextPart:
     """The text model of a config: its table, its family, and the path that errors begin with.
 

@@ -11,7 +11,6 @@ import functools
 import os
 import re
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +23,7 @@ from planner.instance import (
     load_instances,
     sane_instances,
 )
+from planner.nouns import noun
 
 if TYPE_CHECKING:  # read only where a price asks for them: `plan list` answers at once
     from planner.device_file import DeviceFile
@@ -40,7 +40,7 @@ SKYPILOT_VARIABLE = "SHARDWISE_SKYPILOT"
 _DATE = re.compile(r"^[0-9]{4}-[0-9]{2}(-[0-9]{2})?$")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@noun
 class Market:
     """Instances with their prices, and how devices are priced. `on_premises` is None unless asked for."""
 
