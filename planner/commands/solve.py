@@ -141,5 +141,9 @@ def ended_by_time(plan: Plan, time_limit_s: float | None) -> bool:
     """Whether the time limit ended the search that made a plan."""
     if plan.objective is not None:
         return plan.objective.status == "time_limit"
+    from planner.search.solve import FINISHING
+
     assert plan.solver is not None
-    return plan.solver.status == "gap" and time_limit_s is not None and plan.solver.wall_s >= time_limit_s
+    if time_limit_s is None or plan.solver.status != "gap":
+        return False
+    return plan.solver.wall_s >= (1 - FINISHING) * time_limit_s

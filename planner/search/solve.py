@@ -64,6 +64,8 @@ BETTER_SHAPES, BETTER_WITHIN = 4, 1.1
 searched; of those within so many times the best."""
 LAG = 8
 """Shapes that are searched before what they find counts."""
+FINISHING = 0.03
+"""Share of the time limit that is left to verify what was found and to compare runners-up."""
 OVERRUN = 0.03
 """Share of the time limit after which a process that still searches is ended."""
 START_BELOW_S = 30.0
@@ -279,7 +281,7 @@ class Solver:
 
     def _seconds_left(self) -> float | None:
         limit = None if self.options.reproducible else self.options.time_limit_s
-        return None if limit is None else limit - (time.monotonic() - self.started_s)
+        return None if limit is None else (1 - FINISHING) * limit - (time.monotonic() - self.started_s)
 
     def _best_safe(self) -> tuple[Found, Evaluation]:
         """The fastest of what was found whose own estimate is SAFE: bytes are rounded, so that few are not.
