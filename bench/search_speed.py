@@ -56,8 +56,9 @@ CASES = (
     ),
     Case(
         name="175B-1024xA100",
-        asked="--model gpt3-175b --cluster 128x8:a100-sxm-80gb@hdr200x8 --seq 2048 --batch 1536",
+        asked="--model gpt3-175b --cluster 128x8:a100-sxm-80gb@hdr200x8 --seq 2048 --batch 1536 --gap 0",
         aim_s=2.0,
+        aim_gap=0.0,
     ),
     Case(
         name="405B-16384xH100",
