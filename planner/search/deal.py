@@ -44,7 +44,11 @@ def _spans(deal: Deal) -> list[Span]:
 
 
 class Dealer:
-    """Deals of one shape whose blocks are of one class, or whose ranks hold one stage each."""
+    """Deals of one shape.
+
+    Where layers are of several classes, or cores are shared, the stages of a rank have the recipes that are
+    fastest together where these are few, else each its own within an equal part of the memory.
+    """
 
     def __init__(self, space: StageSpace) -> None:
         self.space, self.ranks = space, space.stages_of
@@ -86,6 +90,8 @@ class Dealer:
         if len(stages) == 1:
             only = space.recipe(stages[0], spans[0])
             return None if only is None else (only,)
+        if not space.one_class or space.model.sharing is not None:
+            return space.ranks.fastest(rank, spans) or self._apart(rank, spans)
         fastest = (space.recipe(s, span, float("inf")) for s, span in zip(stages, spans, strict=True))
         chosen = tuple(column for column in fastest if column is not None)
         if self._fits(rank, chosen):
@@ -105,6 +111,13 @@ class Dealer:
                     return mixed
         least = self._smallest(rank, spans)
         return least if self._fits(rank, least) else None
+
+    def _apart(self, rank: int, spans: tuple[Span, ...]) -> tuple[Column, ...] | None:
+        """The recipes of a rank's stages, each within an equal part of its memory."""
+        space, stages = self.space, self.ranks[rank]
+        each = [space.recipe(s, span, space.share_bytes(s)) for s, span in zip(stages, spans, strict=True)]
+        found = tuple(column for column in each if column is not None)
+        return found if len(found) == len(each) else None
 
     def _smallest(self, rank: int, spans: tuple[Span, ...]) -> tuple[Column, ...]:
         """The columns that keep least, each stage's blocks having one option."""

@@ -179,11 +179,11 @@ class Relaxation:
         counts = np.asarray([[shape.count(key, *span) for key in self.classes] for span in spans])
         return self._bound(to_beat_s, self._sizes([(b - a, b - a) for a, b in spans]), rounds, None, counts)
 
-    def near(self, to_beat_s: float) -> Relaxed:
+    def near(self, to_beat_s: float, rounds: int) -> Relaxed:
         """The same of all cuts near it, as if layers of each class lay anywhere."""
         stages = range(self.space.degrees.stages)
         each = [[end - first for spans in self.space.spans(s, None) for first, end in spans] for s in stages]
-        return self._bound(to_beat_s, self._sizes([(min(own), max(own)) for own in each]), 0)
+        return self._bound(to_beat_s, self._sizes([(min(own), max(own)) for own in each]), rounds)
 
     def _sizes(self, stages: Sequence[tuple[int, int]]) -> Sizes:
         """Those of ranks whose stages lie within limits."""

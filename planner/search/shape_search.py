@@ -250,10 +250,9 @@ class ShapeSearch:
 
         None where none fits, or none is tried.
         """
-        if not self.dealable:
+        if self.degrees.pp == 1 or self.model.sharing is not None:
             return None
-        even = tuple(b - a for a, b in pairwise(self.space.even))
-        deal = self.dealer.best(even if start is None else start, within_s)
+        deal = self.dealer.best(self._even_deal if start is None else start, within_s)
         return None if deal is None else self._found(deal[0], self.space.replay(deal[0]).step_time_s)
 
     @cached_property
@@ -262,28 +261,18 @@ class ShapeSearch:
         return Dealer(self.space)
 
     def greedy(self) -> Found | None:
-        """An even split, each stage with its own recipe, several of a rank with those that are fastest
-        together. None where one of them does not fit."""
-        if self.degrees.chunks > 1 and self.dealable:
-            return self.dealt(0.0)
-        spans = list(pairwise(self.space.even))
-        chosen: dict[int, Column] = {}
-        for rank, stages in enumerate(self.space.stages_of):
-            own = self.space.ranks.fastest(rank, [spans[s] for s in stages]) if len(stages) > 1 else None
-            for place, s in enumerate(stages):
-                column = own[place] if own else self.space.recipe(s, spans[s], self.space.share_bytes(s))
-                if column is None:
-                    return None
-                chosen[s] = column
-        columns = tuple(chosen[s] for s in range(len(spans)))
-        return self._found(columns, self.space.replay(columns).step_time_s)
+        """An even split, or one near it where that does not fit. None where neither does."""
+        return self.dealt(0.0) if self.degrees.chunks > 1 and self.dealable else self.even()
 
     def even(self) -> Found | None:
         """An even split and no other: None where a rank has no recipe for it that fits."""
-        if self.degrees.chunks == 1 or not self.dealable:
-            return self.greedy()
-        columns = self.dealer.columns(tuple(b - a for a, b in pairwise(self.space.even)))
+        columns = self.dealer.columns(self._even_deal)
         return None if columns is None else self._found(columns, self.space.replay(columns).step_time_s)
+
+    @cached_property
+    def _even_deal(self) -> tuple[int, ...]:
+        """Blocks of each stage of an even split."""
+        return tuple(b - a for a, b in pairwise(self.space.even))
 
     def _found(self, columns: tuple[Column, ...], step_time_s: float) -> Found:
         stages, first = [], 0
@@ -315,12 +304,17 @@ class ShapeSearch:
             played = self.played(budget)
             if played.bound_s >= budget.to_beat_s:
                 return played
-            best = _fastest(played.found, self.greedy())
+            best = _fastest(played.found, self.dealt(DEALT_WITHIN * budget.to_beat_s))
             return ShapeResult(best, max(bound_s, played.bound_s), 0)
         sizes = self.space.sizes(budget.to_beat_s) if self.space.one_class else None
-        if sizes is None and self.space.relaxation.near(budget.to_beat_s).bound_s >= budget.to_beat_s:
+        near_s = 0.0 if sizes else self.space.relaxation.near(budget.to_beat_s, FEW).bound_s
+        if near_s >= budget.to_beat_s:
             return ShapeResult(None, budget.to_beat_s, 0)
-        return self._by_programme(self._columns(budget, sizes), budget)
+        columns = self._columns(budget, sizes)
+        if budget.tolerance and not self.space.one_class and sum(map(len, columns)) > MAX_COLUMNS:
+            return ShapeResult(self.dealt(DEALT_WITHIN * budget.to_beat_s), near_s, 0)
+        result = self._by_programme(columns, budget)
+        return result._replace(bound_s=max(result.bound_s, near_s))
 
     def _even_only(self, tolerance: float) -> bool:
         """Whether the blocks are dealt evenly and in no other way: of several classes, where a gap may stay
