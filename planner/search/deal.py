@@ -16,6 +16,7 @@ from planner.cost.critical_path import critical_path
 from planner.cost.flight import InFlight, total_count
 from planner.cost.longest_path import many_row_ends_s
 from planner.search.recipes import Column
+from planner.search.sizes import Limits
 from planner.search.stage_space import StageSpace
 from planner.search.trades import Trade, trades
 from planner.strategy import Stage
@@ -230,9 +231,19 @@ class Dealer:
                 return columns, deal
         return None, start
 
+    @cached_property
+    def _limits(self) -> Limits:
+        """Blocks that a stage may hold; of several classes as many as the boundaries near the even ones let."""
+        if self.space.one_class or self.space.degrees.chunks == 1:
+            return self.space.size_limits
+        pairs = itertools.pairwise(self.space.near)
+        return tuple(
+            (max(1, ends.start - firsts.stop + 1), ends.stop - 1 - firsts.start) for firsts, ends in pairs
+        )
+
     def _chunk_moves(self, deal: Deal) -> Iterator[Deal]:
         """Deals in which every rank moves a block from one of its stages to another, the same on all."""
-        degrees, limits = self.space.degrees, self.space.size_limits
+        degrees, limits = self.space.degrees, self._limits
         chunks = [range(degrees.pp * c, degrees.pp * (c + 1)) for c in range(degrees.chunks)]
         for a, b in itertools.permutations(chunks, 2):
             moved = list(deal)
@@ -245,7 +256,7 @@ class Dealer:
 
     def _moves(self, deal: Deal) -> Iterator[Deal]:
         """Deals that move one block: by distance of the stages, so that cut lists keep the near ones."""
-        limits = self.space.size_limits
+        limits = self._limits
         yield from self._chunk_moves(deal)
         stages = len(deal)
         pairs = sorted(
