@@ -233,7 +233,7 @@ class Dealer:
 
     @cached_property
     def _limits(self) -> Limits:
-        """Blocks that a stage may hold; of several classes as many as the boundaries near the even ones let."""
+        """Blocks that a stage may hold: of several classes as many as boundaries near the even ones let."""
         if self.space.one_class or self.space.degrees.chunks == 1:
             return self.space.size_limits
         pairs = itertools.pairwise(self.space.near)

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
+DUAL, PRIMAL, SCALED = 1, 4, 2
+"""HiGHS's strategies of the simplex and of scaling: its choice is 1 and 2."""
+
+
 class Solution(NamedTuple):
     """What T is at least, 0 where that is not known; T of a solution, and its other variables (None: none was
     found)."""
@@ -85,7 +89,10 @@ class LinearProgramme:
 
         with quiet_stdout() if self._whole else nullcontext():
             self._highs.run()
-        status, info = self._highs.getModelStatus(), self._highs.getInfo()
+        status = self._highs.getModelStatus()
+        if status == highspy.HighsModelStatus.kUnknown and not self._whole:
+            status = self._by_primal_simplex()
+        info = self._highs.getInfo()
         if status == highspy.HighsModelStatus.kInfeasible:
             return None
         if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
@@ -94,6 +101,18 @@ class LinearProgramme:
         known = status == highspy.HighsModelStatus.kOptimal
         least = float(info.mip_dual_bound) if self._whole else value if known else 0.0
         return Solution(max(0.0, least), value, np.asarray(self._highs.getSolution().col_value)[:-1])
+
+    def _by_primal_simplex(self) -> Any:
+        """The status from the beginning by the other simplex, where the dual one gave up: it does so where
+        there is no solution, and rows differ much in size."""
+        for name, value in (("simplex_strategy", PRIMAL), ("simplex_scale_strategy", 0)):
+            self._highs.setOptionValue(name, value)
+        self._highs.clearSolver()
+        self._highs.run()
+        status = self._highs.getModelStatus()
+        for name, value in (("simplex_strategy", DUAL), ("simplex_scale_strategy", SCALED)):
+            self._highs.setOptionValue(name, value)
+        return status
 
     def prices(self, count: int) -> Floats:
         """What T would fall by if the last so many rows might be more by 1 [row], none whole."""

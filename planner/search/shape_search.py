@@ -126,9 +126,9 @@ class ShapeSearch:
         if relaxed.bound_s >= budget.to_beat_s:
             return ShapeResult(None, budget.to_beat_s, 0)
         within_s = DEALT_WITHIN * budget.to_beat_s
-        starts = [None] if relaxed.blocks is None else [None, self._rounded(relaxed.blocks)]
         worth = relaxed.blocks is None or relaxed.replayed_s <= within_s
-        each = [f for start in starts if worth and (f := self.dealt(within_s, start)) is not None]
+        starts = self._starts(relaxed) if worth else []
+        each = [f for start in starts if (f := self.dealt(within_s, start)) is not None]
         near_s = PLAYED_WITHIN * budget.to_beat_s
         near = not self.space.one_class or any(found.step_time_s < near_s for found in each)
         played = self.played(budget) if near else ShapeResult(None, 0.0, 0)
@@ -153,6 +153,10 @@ class ShapeSearch:
         if sizes is None:
             return Relaxed(to_beat_s, None)
         return self.space.relaxation.within(to_beat_s, sizes, rounds, whole)
+
+    def _starts(self, relaxed: Relaxed) -> list[tuple[int, ...] | None]:
+        """Deals to begin with: an even one, and fractions of blocks made whole."""
+        return [None] if relaxed.blocks is None else [None, self._rounded(relaxed.blocks)]
 
     def _rounded(self, blocks: Floats) -> tuple[int, ...]:
         """Whole blocks near fractions of them, as many: on each rank, then on its stages."""
@@ -237,11 +241,11 @@ class ShapeSearch:
     def _bounded(self, to_beat_s: float, tolerance: float, rounds: int) -> Outcome:
         """What the relaxation, after so many replays, or a game says of a step time, taking its time."""
         if self.dealable and self.space.one_class:
-            relaxed = self._relaxed(to_beat_s, rounds)
-            return Outcome(None, float("inf"), relaxed.bound_s)
+            return Outcome(None, float("inf"), self._relaxed(to_beat_s, rounds).bound_s)
         outcome = self._game(to_beat_s, tolerance, thorough=True)
-        if outcome.bound_s < to_beat_s < float("inf") and self._even_only(tolerance):
-            relaxed = self.space.relaxation.even(to_beat_s, rounds)
+        if self.degrees.pp > 1 and not self.dealable and outcome.bound_s < to_beat_s < float("inf"):
+            relaxation, even = self.space.relaxation, self._even_only(tolerance)
+            relaxed = relaxation.even(to_beat_s, rounds) if even else relaxation.near(to_beat_s, rounds)
             outcome = outcome._replace(bound_s=max(outcome.bound_s, relaxed.bound_s))
         return outcome
 
@@ -307,14 +311,16 @@ class ShapeSearch:
             best = _fastest(played.found, self.dealt(DEALT_WITHIN * budget.to_beat_s))
             return ShapeResult(best, max(bound_s, played.bound_s), 0)
         sizes = self.space.sizes(budget.to_beat_s) if self.space.one_class else None
-        near_s = 0.0 if sizes else self.space.relaxation.near(budget.to_beat_s, FEW).bound_s
-        if near_s >= budget.to_beat_s:
+        near = Relaxed(0.0, None) if sizes else self.space.relaxation.near(budget.to_beat_s, FEW)
+        if near.bound_s >= budget.to_beat_s:
             return ShapeResult(None, budget.to_beat_s, 0)
         columns = self._columns(budget, sizes)
         if budget.tolerance and not self.space.one_class and sum(map(len, columns)) > MAX_COLUMNS:
-            return ShapeResult(self.dealt(DEALT_WITHIN * budget.to_beat_s), near_s, 0)
+            within_s = DEALT_WITHIN * budget.to_beat_s
+            each = [self.dealt(within_s, start) for start in self._starts(near)]
+            return ShapeResult(_fastest(*each), near.bound_s, 0)
         result = self._by_programme(columns, budget)
-        return result._replace(bound_s=max(result.bound_s, near_s))
+        return result._replace(bound_s=max(result.bound_s, near.bound_s))
 
     def _even_only(self, tolerance: float) -> bool:
         """Whether the blocks are dealt evenly and in no other way: of several classes, where a gap may stay
