@@ -91,8 +91,11 @@ class Dealer:
         if len(stages) == 1:
             only = space.recipe(stages[0], spans[0])
             return None if only is None else (only,)
+        least = self._smallest(rank, spans)
+        if not self._fits(rank, least):
+            return None
         if not space.one_class or space.model.sharing is not None:
-            return space.ranks.fastest(rank, spans) or self._apart(rank, spans)
+            return space.ranks.fastest(rank, spans) or self._apart(rank, spans) or least
         fastest = (space.recipe(s, span, float("inf")) for s, span in zip(stages, spans, strict=True))
         chosen = tuple(column for column in fastest if column is not None)
         if self._fits(rank, chosen):
@@ -110,8 +113,7 @@ class Dealer:
                 )
                 if self._fits(rank, mixed):
                     return mixed
-        least = self._smallest(rank, spans)
-        return least if self._fits(rank, least) else None
+        return least
 
     def _apart(self, rank: int, spans: tuple[Span, ...]) -> tuple[Column, ...] | None:
         """The recipes of a rank's stages, each within an equal part of its memory."""
@@ -146,14 +148,17 @@ class Dealer:
         return float(space.limits_bytes[rank] - standing - kept)
 
     def _fits(self, rank: int, columns: Sequence[Column]) -> bool:
-        space, book = self.space, self.space.books[rank]
+        return self._used_bytes(rank, columns) <= self.space.limits_bytes[rank]
+
+    def _used_bytes(self, rank: int, columns: Sequence[Column]) -> float:
+        """What a rank takes at its fullest moment."""
+        space, book, most = self.space, self.space.books[rank], 0.0
         for moment in space.in_flight[rank]:
             each = [(column, moment[s]) for column, s in zip(columns, self.ranks[rank], strict=True)]
             held = sum(column.held_bytes(flight) for column, flight in each)
             passing = max(book.transient_bytes(column, flight) for column, flight in each)
-            if book.shape.runtime_bytes + held + passing > space.limits_bytes[rank]:
-                return False
-        return True
+            most = max(most, book.shape.runtime_bytes + held + passing)
+        return most
 
     def steps_s(self, deals: Sequence[tuple[Column, ...]]) -> list[float]:
         """The replayed step time of each."""
@@ -224,12 +229,29 @@ class Dealer:
         return tuple(chosen[s] for s in range(len(columns))) if fits else None
 
     def _any(self, start: Deal) -> tuple[tuple[Column, ...] | None, Deal]:
-        """A deal near the first that fits where that does not."""
-        for deal in itertools.islice(self._moves(start), MAX_MOVES):
-            columns = self.columns(deal)
-            if columns is not None:
-                return columns, deal
+        """A deal near the first that fits where that does not: one block after another leaves the rank that
+        is fullest for the one that has most room."""
+        deal, limits = start, self._limits
+        for _ in range(self.space.layers):
+            over = [self._over_bytes(rank, deal) for rank in range(len(self.ranks))]
+            fullest, emptiest = (over.index(end) for end in (max(over), min(over)))
+            if over[fullest] <= 0:
+                return self.columns(deal), deal
+            givers = [s for s in self.ranks[fullest] if deal[s] > limits[s][0]]
+            takers = [s for s in self.ranks[emptiest] if deal[s] < limits[s][1]]
+            if over[emptiest] >= 0 or not givers or not takers:
+                break
+            moved = list(deal)
+            moved[max(givers, key=lambda s: deal[s])] -= 1
+            moved[min(takers, key=lambda s: deal[s])] += 1
+            deal = tuple(moved)
         return None, start
+
+    def _over_bytes(self, rank: int, deal: Deal) -> float:
+        """What a rank's stages take beyond its memory if they keep as little as they can."""
+        space, spans = self.space, _spans(deal)
+        own = [space.span(s, deal[s]) if space.one_class else spans[s] for s in self.ranks[rank]]
+        return self._used_bytes(rank, self._smallest(rank, tuple(own))) - space.limits_bytes[rank]
 
     @cached_property
     def _limits(self) -> Limits:

@@ -29,15 +29,20 @@ LOOKED_AT = 16
 """Of so many that promise most the first of each kind of pipeline: others differ in how messages are sent or
 state is shared out, and have nearly its time."""
 PROMISING = 1.3
-"""Schedules whose first shape promises more than so many times the least have none."""
+"""Times the least that is promised within which a schedule's first shape is looked at."""
 
 
 def first_shapes(
-    space: Space, quick_s: Floats, promised: Callable[[int], Candidate | None], expired: Callable[[], bool]
+    space: Space,
+    quick_s: Floats,
+    promised: Callable[[int], Candidate | None],
+    expired: Callable[[], bool],
+    within: float = PROMISING,
 ) -> list[int]:
     """Numbers of shapes of a space whose quick bounds are `quick_s`, by what they promise.
 
     `promised` gives a shape, by its number, as the candidate of about its time, or None where it cannot fit.
+    Schedules whose first shape promises more than `within` times the least have none.
     """
     import numpy as np
 
@@ -49,7 +54,7 @@ def first_shapes(
         promising = Frontier(least_s[own], numbers[own], promised, expired)
         each.append(list(_unlike(promising) if schedule else islice(promising, LOOKED_AT)))
     best_s = min((kind[0].bound_s for kind in each if kind), default=float("inf"))
-    found = [candidate for kind in each for candidate in kind if candidate.bound_s <= PROMISING * best_s]
+    found = [candidate for kind in each for candidate in kind if candidate.bound_s <= within * best_s]
     return [candidate.order for candidate in sorted(found)]
 
 

@@ -7,6 +7,8 @@ from planner.search.shape_search import Found
 PATIENCE = 250
 """Shapes that are searched without a better plan, once the gap of one stays open below the bound of the next:
 more could not close it, only find a better plan."""
+WIDE = 0.1
+"""Gap from which on more are searched, in proportion: the better plan is likely there."""
 
 
 class Progress:
@@ -27,7 +29,12 @@ class Progress:
     @property
     def stale(self) -> bool:
         """Whether many shapes were searched since a better plan was found."""
-        return self._stale >= PATIENCE
+        return self.incumbent_s < float("inf") and self._stale >= PATIENCE
+
+    def spent(self, least_s: float) -> bool:
+        """Whether they are as many as are worth it where no plan is faster than `least_s`."""
+        gap = 1 - least_s / self.incumbent_s
+        return self.stale and self._stale >= PATIENCE * gap / WIDE
 
     def add(self, found: Found | None) -> None:
         """Counts the search of a shape."""

@@ -129,11 +129,14 @@ class Solver:
         if not self.space.complete:
             self.bounds_s.append(0.0)
         candidates = Frontier(quick_s, np.arange(len(quick_s)), self._modelled, self._expired)
-        promising = first_shapes(self.space, quick_s, self._promised, self._expired)
+        begin = partial(first_shapes, self.space, quick_s, self._promised, self._expired)
+        promising = begin()
         processes = processes_for(len(quick_s))  # that know what was modelled until now
         crew = Crew(self._work, processes, self._expired, self._overdue, self._row)
         try:
             self._begin(crew, promising)
+            if not self.found:
+                self._begin(crew, begin(within=float("inf")))
             out_of_time = self._search(crew, candidates)
             if self.found or out_of_time:
                 self._add_runners_up(crew, candidates)
@@ -331,7 +334,8 @@ class Solver:
         for candidate in candidates:
             take(LAG - 1)
             if progress.stale:
-                patient = open_shapes.least_s(candidate.bound_s, progress.to_beat_s) >= candidate.bound_s
+                least_s = open_shapes.least_s(candidate.bound_s, progress.to_beat_s)
+                patient = least_s >= candidate.bound_s or not progress.spent(least_s)
             won = candidate.bound_s >= progress.to_beat_s
             if won or not patient or self._expired():
                 self.bounds_s.append(candidate.bound_s)  # the least of all that are left
