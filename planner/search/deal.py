@@ -233,7 +233,7 @@ class Dealer:
         is fullest for the one that has most room."""
         deal, limits = start, self._limits
         for _ in range(self.space.layers):
-            over = [self._over_bytes(rank, deal) for rank in range(len(self.ranks))]
+            over = [self.over_bytes(rank, deal) for rank in range(len(self.ranks))]
             fullest, emptiest = (over.index(end) for end in (max(over), min(over)))
             if over[fullest] <= 0:
                 return self.columns(deal), deal
@@ -247,7 +247,7 @@ class Dealer:
             deal = tuple(moved)
         return None, start
 
-    def _over_bytes(self, rank: int, deal: Deal) -> float:
+    def over_bytes(self, rank: int, deal: Deal) -> float:
         """What a rank's stages take beyond its memory if they keep as little as they can."""
         space, spans = self.space, _spans(deal)
         own = [space.span(s, deal[s]) if space.one_class else spans[s] for s in self.ranks[rank]]

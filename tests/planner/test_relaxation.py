@@ -252,3 +252,23 @@ def test_no_row_is_added_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     space = tightened(roomy, 0.5)
     for rounds, whole in ((0, None), (3, None), (0, Whole(20))):
         assert space.relaxation.within(ANY, every_size(space), rounds, whole).bound_s < ANY
+
+
+@pytest.mark.parametrize("most", [1.0, 3.0])
+def test_where_the_dual_simplex_gives_up_the_other_one_answers(most: float) -> None:
+    """Two variables add up to two, and to `most` at most. The strategies are HiGHS's own again then."""
+    import highspy
+    import numpy as np
+
+    linear = LinearProgramme(np.ones((1, 2)), np.asarray([2.0]), np.asarray([2.0]))
+    linear.add(np.asarray([[1.0, 1.0, 0.0]]), np.asarray([most]))
+    linear.add(np.asarray([[1.0, 0.0, -1.0], [0.0, 1.0, -1.0]]), np.zeros(2))
+    possible = most >= 2
+    status = linear._by_primal_simplex()
+    kinds = highspy.HighsModelStatus
+    assert status == (kinds.kOptimal if possible else kinds.kInfeasible)
+    found = linear.solved()
+    assert (found is not None and abs(found.least - 1.0) < 1e-6) if possible else found is None
+    highs, usual = linear._highs, highspy.Highs()
+    for name in ("simplex_strategy", "simplex_scale_strategy"):
+        assert highs.getOptionValue(name) == usual.getOptionValue(name)
