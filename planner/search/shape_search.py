@@ -44,8 +44,8 @@ MAX_COLUMNS, MIXES_EACH = 80, 5
 """Columns beyond which a programme is not solved, and how many a stage and size have about where stages share
 a rank's tight memory. The shape's bound is then that of its relaxation, and its gap stays open."""
 MAX_SEVERAL = 400
-"""Spans that stages may hold, all counted, beyond which a shape of several layer classes and several stages
-a rank has an even split alone: this narrows the space that the certificate speaks of."""
+"""Spans that stages may hold, all counted, beyond which the certificate speaks of the even split alone of a
+shape of several layer classes and several stages a rank; moves of blocks may find better ones."""
 DEALT_WITHIN = 1.05
 """Blocks are dealt where fractions of them, and dealt better where a first deal, are within this of the step
 time to beat: of 295 shapes deals of 30 beat it, at fractions of 1.031 at most."""
