@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 INFEASIBLE_EXIT = 3
 REPAIRS_S = 20.0
-"""Seconds for the answer at most."""
+"""Seconds for the answer; twice as many at most, where nothing was found that helps."""
 LEAST_SHARE = 0.1
 """Share of the time limit that is given to it at least, however long the search took."""
 ONE_REPAIR_S, OF_ALL = 1.0, 0.25
