@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 from planner.catalog import profile_files
 from planner.profile import Profile, load_profile
@@ -10,11 +11,16 @@ from planner.profile import Profile, load_profile
 
 def shipped_profile(device: str) -> Profile | None:
     """The profile for a device's name; None where none is shipped."""
-    fitting = [profile for profile in shipped_profiles() if device in profile.devices]
+    named = (path for path in profile_files() if device in path.read_text(encoding="utf-8"))
+    fitting = [profile for profile in map(_loaded, named) if device in profile.devices]
     return max(fitting, key=lambda profile: (profile.device == device, profile.created), default=None)
 
 
 @functools.cache
+def _loaded(path: Path) -> Profile:
+    return load_profile(path)
+
+
 def shipped_profiles() -> tuple[Profile, ...]:
     """All shipped profiles."""
-    return tuple(load_profile(path) for path in profile_files())
+    return tuple(map(_loaded, profile_files()))
