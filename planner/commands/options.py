@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
-
-from planner.nouns import noun
 
 if TYPE_CHECKING:
     from planner.cluster import ClusterSpec
@@ -36,7 +35,7 @@ LORA_RANK = 16
 """Rank of adapters where none is asked for, as in the published LoRA and QLoRA fine-tunings of 7B to 70B."""
 
 
-@noun
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProblemOptions:
     """The common options as typed; `load_problem` reads what they name."""
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
-
-from planner.nouns import noun
 
 if TYPE_CHECKING:
     from planner.problem import PlanningProblem
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 DEFAULT_TIME_LIMIT_S = 60.0
 
 
-@noun
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SearchRequest:
     """The options as typed."""
 
