@@ -9,6 +9,7 @@ from planner.catalog import profile_files
 from planner.profile import Profile, load_profile
 
 
+@functools.cache
 def shipped_profile(device: str) -> Profile | None:
     """The profile for a device's name; None where none is shipped."""
     named = (path for path in profile_files() if device in path.read_text(encoding="utf-8"))

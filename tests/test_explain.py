@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+from planner import repairs
 from planner.cli import cli
+from planner.commands.infeasible import INFEASIBLE_EXIT, LEAST_SHARE, tell_infeasible
+from planner.problem import PlanningProblem
+from planner.resolve import Effort
+from planner.search.solve import SolveOptions
+from planner.search.space import Pins, parse_pins
+
+from .planner.catalog_problems import problem
 
 ASKED = ("--model", "gpt2", "--cluster", "1x2:a100-sxm-40gb", "--seq", "1024", "--batch", "8")
 TOO_LARGE = ("--model", "llama-3-8b", "--cluster", "1x2:a100-sxm-40gb", "--seq", "2048", "--batch", "8")
@@ -183,3 +192,23 @@ def test_an_infeasible_answer_without_a_clock_is_the_same_twice() -> None:
     asked = ("solve", *ASKED, "--fix", "dp=2", "--fix", "micro_batch=3", "--reproducible")
     first, second = run_json(*asked, code=3), run_json(*asked, code=3)
     assert first == second and first["repairs"]
+
+
+@pytest.mark.parametrize("used_s", [0.0, 100.0])
+def test_an_infeasible_answer_has_what_the_search_left_of_the_time(
+    used_s: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    efforts, answer = [], repairs.why_infeasible
+
+    def noted(problem: PlanningProblem, pins: Pins, effort: Effort) -> repairs.Infeasible:
+        efforts.append(effort)
+        return answer(problem, pins, effort)
+
+    monkeypatch.setattr(repairs, "why_infeasible", noted)
+    options = SolveOptions(pins=parse_pins(("tp=2", "dp=2")), time_limit_s=4.0)
+    asked = problem("gpt2", "1x2:a100-sxm-40gb", 1024, 8)
+    assert tell_infeasible(asked, options, time.monotonic() - used_s, as_json=True) == INFEASIBLE_EXIT
+    (effort,) = efforts
+    least_s, most_s = (3.0, 4.0) if used_s == 0 else (LEAST_SHARE * 4.0,) * 2
+    assert effort.total_s is not None and least_s <= effort.total_s <= most_s
+    assert json.loads(capsys.readouterr().out)["binding"]["rule"] == "world_size"

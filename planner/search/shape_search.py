@@ -265,7 +265,7 @@ class ShapeSearch:
         return Dealer(self.space)
 
     def greedy(self) -> Found | None:
-        """An even split, or one near it where that does not fit. None where neither does."""
+        """An even split; of equal blocks and several stages a rank one near it, where that does not fit."""
         return self.dealt(0.0) if self.degrees.chunks > 1 and self.dealable else self.even()
 
     def even(self) -> Found | None:
@@ -296,7 +296,7 @@ class ShapeSearch:
         return [self.space.columns(s, budget.to_beat_s, sizes) for s in range(self.degrees.stages)]
 
     def _not_dealt(self, budget: Budget) -> ShapeResult:
-        """The best of a shape whose blocks are not dealt: shared cores, or several classes and chunks."""
+        """The best of a shape on shared cores, or of several classes and several stages a rank."""
         if self._even_only(budget.tolerance):
             bound_s = even_split.floor_s(self.space, budget.to_beat_s)
             if bound_s < budget.to_beat_s:
@@ -323,8 +323,8 @@ class ShapeSearch:
         return result._replace(bound_s=max(result.bound_s, near.bound_s))
 
     def _even_only(self, tolerance: float) -> bool:
-        """Whether the blocks are dealt evenly and in no other way: of several classes, where a gap may stay
-        open and the ways are many."""
+        """Whether bounds are of the even split alone: of several classes, where a gap may stay open and the
+        ways are many."""
         if not tolerance or self.space.one_class or self.dealable or self.model.sharing is not None:
             return False
         return self.space.near_spans > MAX_SEVERAL

@@ -96,6 +96,8 @@ def test_the_best_of_every_deal_is_not_less_than_its_bound_and_near_to_it(pipe: 
             assert bound_s <= least_s * (1 + DUST), (name, deal)
         whole_s = space.relaxation.within(ANY, every_size(space), 6, Whole(500)).bound_s
         assert whole_s <= best_s * (1 + DUST), name
+        near_s = space.relaxation.within(1.001 * best_s, every_size(space), 6, Whole(500)).bound_s
+        assert best_s == ANY or near_s <= best_s * (1 + DUST), name
         if len(space.table.order.needed) <= MAX_PLACES:
             exact = timed(space.relaxation, every_size(space), None)
             exact_s = ANY if exact is None else exact.least_s + space.optimizer_s
@@ -254,6 +256,25 @@ def test_no_row_is_added_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         assert space.relaxation.within(ANY, every_size(space), rounds, whole).bound_s < ANY
 
 
+class GivesUp:
+    """HiGHS that does not know after its first run."""
+
+    def __init__(self, highs: Any) -> None:
+        self.highs, self.runs = highs, 0
+
+    def run(self) -> None:
+        self.runs += 1
+        self.highs.run()
+
+    def getModelStatus(self) -> Any:  # noqa: N802
+        import highspy
+
+        return highspy.HighsModelStatus.kUnknown if self.runs == 1 else self.highs.getModelStatus()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.highs, name)
+
+
 @pytest.mark.parametrize("most", [1.0, 3.0])
 def test_where_the_dual_simplex_gives_up_the_other_one_answers(most: float) -> None:
     """Two variables add up to two, and to `most` at most. The strategies are HiGHS's own again then."""
@@ -263,12 +284,10 @@ def test_where_the_dual_simplex_gives_up_the_other_one_answers(most: float) -> N
     linear = LinearProgramme(np.ones((1, 2)), np.asarray([2.0]), np.asarray([2.0]))
     linear.add(np.asarray([[1.0, 1.0, 0.0]]), np.asarray([most]))
     linear.add(np.asarray([[1.0, 0.0, -1.0], [0.0, 1.0, -1.0]]), np.zeros(2))
-    possible = most >= 2
-    status = linear._by_primal_simplex()
-    kinds = highspy.HighsModelStatus
-    assert status == (kinds.kOptimal if possible else kinds.kInfeasible)
+    linear._highs = GivesUp(linear._highs)
     found = linear.solved()
-    assert (found is not None and abs(found.least - 1.0) < 1e-6) if possible else found is None
-    highs, usual = linear._highs, highspy.Highs()
+    assert (found is not None and abs(found.least - 1.0) < 1e-6) if most >= 2 else found is None
+    assert linear._highs.runs == 2
+    usual = highspy.Highs()
     for name in ("simplex_strategy", "simplex_scale_strategy"):
-        assert highs.getOptionValue(name) == usual.getOptionValue(name)
+        assert linear._highs.getOptionValue(name) == usual.getOptionValue(name)
