@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from pathlib import Path
 
+from planner.block_residual import BlockResiduals
 from planner.codec import load_json, noun
 from planner.errors import InputError, Problem
 from planner.model import Layer, ModelSpec
@@ -202,6 +203,7 @@ class Profile:
     fits: tuple[FamilyFit, ...] = ()
     clocks: Clocks | None = None
     rates: tuple[RateSample, ...] = ()
+    residuals: tuple[BlockResiduals, ...] = ()
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -227,22 +229,33 @@ class Profile:
         network: str = "",
     ) -> float | None:
         """The constant that speaks most narrowly of software, device and network, in this order."""
-        fitting = [
-            constant
-            for constant in self.constants
-            if constant.name == name
-            and constant.device in ("", device)
-            and constant.framework in ("", framework)
-            and constant.kernels in ("", kernels)
-            and constant.engine in ("", engine)
-            and constant.network in ("", network)
-        ]
-        narrowest = max(
-            fitting,
-            key=lambda c: tuple(map(bool, (c.kernels, c.framework, c.engine, c.device, c.network))),
-            default=None,
-        )
+        named = (c for c in self.constants if c.name == name and c.kernels in ("", kernels))
+        fitting = [c for c in named if _speaks_of(c, device, framework, engine, network)]
+        narrowest = max(fitting, key=lambda c: (bool(c.kernels), *_narrowness(c)), default=None)
         return None if narrowest is None else narrowest.value
+
+    def residuals_of(
+        self, *, device: str, framework: str, engine: str, network: str
+    ) -> BlockResiduals | None:
+        """What runs told of blocks, that speaks most narrowly of them."""
+        fitting = [told for told in self.residuals if _speaks_of(told, device, framework, engine, network)]
+        return max(fitting, key=_narrowness, default=None)
+
+
+def _speaks_of(
+    told: Constant | BlockResiduals, device: str, framework: str, engine: str, network: str
+) -> bool:
+    return (
+        told.device in ("", device)
+        and told.framework in ("", framework)
+        and told.engine in ("", engine)
+        and told.network in ("", network)
+    )
+
+
+def _narrowness(told: Constant | BlockResiduals) -> tuple[bool, ...]:
+    """Of software first, then of the device, then of the network."""
+    return tuple(map(bool, (told.framework, told.engine, told.device, told.network)))
 
 
 def load_profile(path: Path) -> Profile:

@@ -59,6 +59,7 @@ LAYERS = (
     | {"stack", "upkeep", "limits", "objective"},
     {
         "profile",
+        "block_residual",
         "rate_sample",
         "profile_use",
         "rehearsal",

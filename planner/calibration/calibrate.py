@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from statistics import fmean
 
+from planner.calibration.blocks import ToldBlocks, nothing_told, told_of_blocks
 from planner.calibration.fit import Fit, Scope, fit
 from planner.calibration.memory import MemoryFit, calibrate_memory
 from planner.calibration.predict import Measured, with_constants
@@ -39,12 +40,14 @@ QUANTILE = 0.9
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Calibration:
-    """The profile, the fits that it is made of, and the runs that could not be used, by reason."""
+    """The profile, the fits that it is made of with what each tells of blocks, and the runs that could not be
+    used, by reason."""
 
     profile: Profile
     fits: tuple[Fit, ...]
     unused: dict[str, int]
     memory: tuple[MemoryFit, ...] = ()
+    blocks: tuple[ToldBlocks, ...] = ()
 
 
 def calibrate(
@@ -54,6 +57,8 @@ def calibrate(
 
     Raises InputError where no run can be used, or `base` was measured on another device than theirs.
     """
+    if base is not None:
+        base = dataclasses.replace(base, residuals=())  # they are left of other constants
     measured, unused = usable(runs, base)
     if len(measured) < MIN_RUNS:
         listed = ", ".join(f"{rule} ({count})" for rule, count in unused.items())
@@ -68,26 +73,34 @@ def calibrate(
         check_device(base, sorted({_device(run) for run in measured}), "--profile", "the runs are")
     usual = profile = base or _empty(name, measured)
     fits: list[Fit] = []
+    blocks: list[ToldBlocks] = []
     for scope, chosen in scopes(measured):
         found = fit(chosen, scope, profile, progress)
         if fits:
             alone = fit(chosen, scope, usual, progress)
             found = min(found, alone, key=lambda each: each.left_out_error)
         fits.append(found)
+        family = _family(found.runs[0])
+        profile = with_constants(profile, found.constants(profile))
+        told = told_of_blocks(found, profile, family)
+        blocks.append(told)
         error = Constant(
             name=TIME_ERROR,
-            value=_quantile([abs(error) for error in found.left_out]),
+            value=_quantile([abs(error) for error in told.left_out]),
             origin=f"{QUANTILE:.0%} of {len(found.runs)} runs, each predicted from the other groups",
             device=scope.device,
             framework=scope.framework,
-            engine=scope.engine or _family(found.runs[0]),
+            engine=scope.engine or family,
             network=scope.network,
         )
-        profile = with_constants(profile, [*found.constants(profile), error])
+        held = told.residuals or (nothing_told(scope, family) if profile.residuals else None)
+        profile = with_constants(profile, [error])
+        if held:
+            profile = dataclasses.replace(profile, residuals=(*profile.residuals, held))
     memory = calibrate_memory(runs, profile)
-    for told in memory:
-        profile = with_constants(profile, told.constants)
-    return Calibration(profile=profile, fits=tuple(fits), unused=unused, memory=memory)
+    for each in memory:
+        profile = with_constants(profile, each.constants)
+    return Calibration(profile, tuple(fits), unused, memory, tuple(blocks))
 
 
 def usable(runs: Sequence[Run], base: Profile | None) -> tuple[list[Measured], dict[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,6 +136,11 @@ def _document(result: Calibration, output: Path) -> dict[str, Any]:
                 "time_bias": _mean(fit.errors),
                 "left_out_mape": _mean_abs(fit.left_out),
                 "left_out_bias": _mean(fit.left_out),
+                "blocks": {
+                    "shapes": len(told.residuals.told) if told.residuals else 0,
+                    "left_out_mape": _mean_abs(told.left_out),
+                    "left_out_bias": _mean(told.left_out),
+                },
                 "constants": [
                     {
                         "name": unknown.name,
@@ -147,7 +153,7 @@ def _document(result: Calibration, output: Path) -> dict[str, Any]:
                     for index, unknown in enumerate(fit.unknowns)
                 ],
             }
-            for fit in result.fits
+            for fit, told in zip(result.fits, result.blocks, strict=True)
         ],
         "memory": [
             {
@@ -182,6 +188,7 @@ def _text(result: Calibration, output: Path) -> str:
     header = ("fit", "fitted to", "runs", "mean error", "bias", "left out", "bias")
     parts = [table(header, rows, numbers={0, 2, 3, 4, 5, 6})]
     parts.append("left out: every group of runs, predicted from the other groups alone")
+    parts.append(_blocks_text(result))
     parts.append(_constants_text(result.fits))
     if result.memory:
         parts.append(_memory_text(result))
@@ -193,7 +200,31 @@ def _text(result: Calibration, output: Path) -> str:
         ("judge it", f"on runs that it has not seen: {judged}"),
     ]
     parts.append(pairs(ends, WIDTH))
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
+
+
+def _blocks_text(result: Calibration) -> str:
+    """What runs tell of blocks besides constants, where they tell anything."""
+    from planner.commands.text import table
+
+    rows = []
+    for number, (fit, told) in enumerate(zip(result.fits, result.blocks, strict=True), 1):
+        if told.residuals:
+            ratios = sorted(math.exp(each.log_ratio) for each in told.residuals.told)
+            rows.append(
+                (
+                    number,
+                    len(ratios),
+                    f"{ratios[0]:.2f} to {ratios[-1]:.2f}",
+                    f"{_mean_abs(fit.left_out):.1%}",
+                    f"{_mean_abs(told.left_out):.1%}",
+                )
+            )
+    if not rows:
+        return ""
+    header = ("fit", "block shapes", "time over price", "left out", "with blocks")
+    said = "blocks of one shape take the same time in every run: what theirs took beyond the fitted price"
+    return table(header, rows, numbers={0, 1, 3, 4}) + f"\n{said}"
 
 
 def _memory_text(result: Calibration) -> str:

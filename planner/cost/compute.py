@@ -18,13 +18,14 @@ from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.memory_constants import memory_constants, process_groups
 from planner.cost.passes import Unit
 from planner.cost.physics import Physics
+from planner.cost.residuals import Ratios, block_shape, residuals_of
 from planner.cost.samples import Run, SampleTable, at_usual_speed
-from planner.cost.seconds import smaller
+from planner.cost.seconds import larger, smaller
 from planner.cost.wrapped import Units, units_of
 from planner.kept import AttentionKernel
 from planner.problem import PlanningProblem
-from planner.profile import shape_key
-from planner.strategy import Degrees
+from planner.profile import LayerKind, shape_key
+from planner.strategy import Degrees, Recompute
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,8 +44,9 @@ class LayerModel:
     `classes` are the model's layer classes by key, `keys` the class of each layer.
     """
 
-    def __init__(self, problem: PlanningProblem, physics: Physics) -> None:
+    def __init__(self, problem: PlanningProblem, physics: Physics, ratios: Ratios | None = None) -> None:
         self.problem, self.physics = problem, physics
+        self.ratios = ratios or residuals_of(problem.profile, problem)
         self.samples = at_usual_speed(problem.profile.layers) if problem.profile else []
         self.rates = device_rates(problem, physics)
         precision, curved = problem.workload.precision, self.rates is not None
@@ -114,8 +116,36 @@ class LayerModel:
     def cost(self, shape: LayerShape) -> LayerCost:
         """The cost of a layer of the problem's model."""
         if shape not in self._known:
-            self._known[shape] = self._with_frozen(self._cost(shape), shape)
+            self._known[shape] = self._as_ran(self._with_frozen(self._cost(shape), shape), shape)
         return self._known[shape]
+
+    def _as_ran(self, cost: LayerCost, shape: LayerShape) -> LayerCost:
+        """The cost with the time that runs tell of such a block, no shorter than one that recomputes nothing.
+
+        What a forward pass takes does not follow what is recomputed later: the rest is the backward's.
+        """
+        if self.ratios is None or shape.kind is not LayerKind.BLOCK or cost.backward_s == 0:
+            return cost
+        usual = dataclasses.replace(shape, recompute=Recompute.NONE)
+        ratio = self._ratio(usual)
+        forward_s, backward_s = ratio * cost.forward_s, ratio * cost.backward_s
+        busy_s = backward_s - ratio * cost.backward_idle_s
+        if shape != usual:
+            keeping, whole_s = self.cost(usual), self._ratio(shape) * (cost.forward_s + cost.backward_s)
+            backward_s = larger(whole_s - forward_s, keeping.backward_s)
+            share = 1 - cost.backward_idle_s / cost.backward_s
+            busy_s = larger(share * backward_s, keeping.backward_s - keeping.backward_idle_s)
+        return dataclasses.replace(
+            cost,
+            forward_s=forward_s,
+            backward_s=backward_s,
+            forward_idle_s=ratio * cost.forward_idle_s,
+            backward_idle_s=backward_s - busy_s,
+        )
+
+    def _ratio(self, shape: LayerShape) -> Any:
+        block = self.classes[shape.block or self.keys[0]]
+        return self.ratios.ratio(block_shape(block, shape, self.problem)) if self.ratios else 1.0
 
     def _with_frozen(self, cost: LayerCost, shape: LayerShape) -> LayerCost:
         """The cost with the times of adapters beside frozen weights, where the workload trains only those.
@@ -143,7 +173,8 @@ class LayerModel:
         if adapters is None or self.rates is None:
             return 0.0
         each = [analytic_cost(model, shape, self.rates, adapters, lowest=end) for end in (False, True)]
-        return each[0].backward_s - each[1].backward_s
+        spared: float = self._ratio(shape) * (each[0].backward_s - each[1].backward_s)
+        return spared
 
     def core_s(self, shape: LayerShape) -> tuple[float, float]:
         """Forward and backward between a block's projections; (0, 0) where the device's rates are unknown."""

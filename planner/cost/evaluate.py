@@ -270,11 +270,15 @@ def _time_error(problem: PlanningProblem, breakdown: TimeBreakdown, coverage: Co
     """Half width of the step time's interval, as a share of it.
 
     What a calibration left out speaks for messages only where its runs told of some; else their share of
-    the step is as uncertain as any that no run of this cluster speaks for.
+    the step is as uncertain as any that no run of this cluster speaks for; and so is a step on a device that
+    none of its runs was on.
     """
     fitted = fitted_constant(problem, "time_error")
     if fitted is None:
         return band(constants.TIME_ERROR, coverage)
+    devices = problem.profile.devices if problem.profile else ()
+    if any(devices) and problem.device.name not in devices:
+        fitted = max(fitted, constants.TIME_ERROR["fitted"])
     known = band(constants.TIME_ERROR | {"fitted": fitted}, coverage)
     if any(fitted_constant(problem, name) is not None for name in ("tp_scale", "dp_scale")):
         return known

@@ -88,7 +88,7 @@ class Surface:
         import numpy as np
 
         x = np.log2(np.asarray([sizes], dtype=float))
-        across = self._scale * _kernel(x, self._x, self._lengths)[0]
+        across = self._scale * matern(x, self._x, self._lengths)[0]
         variance = self._scale - across @ self._inverse @ across
         return math.sqrt(max(float(variance), 0.0))
 
@@ -180,7 +180,7 @@ class Surface:
     def _process(self, lengths: Floats, noise: float) -> _Process:
         import numpy as np
 
-        covariance = self._scale * _kernel(self._x, self._x, lengths) + noise**2 * np.eye(len(self._x))
+        covariance = self._scale * matern(self._x, self._x, lengths) + noise**2 * np.eye(len(self._x))
         inverse: Floats = np.linalg.inv(covariance)  # type: ignore[assignment]
         left_out = (inverse @ self._residual) / np.diag(inverse)
         return _Process(lengths, noise, inverse, left_out, float(np.mean(np.abs(left_out))))
@@ -197,7 +197,7 @@ class Surface:
         x = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
         log_s = np.log(self._forms(x))
         if self._corrects:
-            across = self._scale * _kernel(x, self._x, self._lengths)
+            across = self._scale * matern(x, self._x, self._lengths)
             log_s = log_s + across @ (self._inverse @ self._residual)
         rising = _rising(log_s.reshape([len(axis) for axis in axes]))
         return [(int(a), int(b)) for a, b in zip(low, high, strict=True)], rising.ravel().tolist()
@@ -213,7 +213,7 @@ class _Process(NamedTuple):
     error: float
 
 
-def _kernel(a: Floats, b: Floats, lengths: Floats) -> Floats:
+def matern(a: Floats, b: Floats, lengths: Floats) -> Floats:
     """Matern 3/2 between two lists of points, with a length for each axis."""
     import numpy as np
 

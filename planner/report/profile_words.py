@@ -44,7 +44,7 @@ def headline(profile: Profile, classes: Classes, today: datetime.date) -> str:
         runs = fitted_runs(profile)
         of = f"Fitted to {counted(runs, 'run')}" if runs else "Fitted to runs"
         names = " and ".join((", ".join(profile.devices[:-1]), profile.devices[-1])).removeprefix(" and ")
-        return f"{of} on {names}, {age}: {counted(len(profile.constants), 'constant')} and no samples."
+        return f"{of} on {names}, {age}: {holds(profile, classes)} and no samples."
     torch = profile.versions.get("torch", "")
     software = f" with torch {torch}" if torch else ""
     return f"Measured on {where}{software}, {age}: {holds(profile, classes)}."
@@ -56,6 +56,11 @@ def fitted_runs(profile: Profile) -> int:
     return max((int(match[1]) for match in found if match), default=0)
 
 
+def block_shapes(profile: Profile) -> int:
+    """Shapes of blocks of which runs tell, by scope."""
+    return sum(len(each.told) for each in profile.residuals)
+
+
 def holds(profile: Profile, classes: Classes) -> str:
     """`80 layers of 3 classes, 56 collectives, 22 constants`."""
     parts = [
@@ -63,6 +68,7 @@ def holds(profile: Profile, classes: Classes) -> str:
         counted(len(profile.comms), "collective") if profile.comms else "",
         counted(len(profile.rates), "operator") if profile.rates else "",
         counted(len(profile.constants), "constant") if profile.constants else "",
+        counted(block_shapes(profile), "block shape") if block_shapes(profile) else "",
     ]
     return ", ".join(part for part in parts if part) or "nothing"
 

@@ -206,6 +206,7 @@ FAMILIES: dict[str, Callable[[int], PlanningProblem]] = {
     "layer classes": lambda seed: instances.random_problem(seed, mixed=True),
     "experts": instances.expert_problem,
     "two kinds": instances.two_kinds,
+    "blocks that ran": instances.told_problem,
 }
 """Random problems by their seed."""
 

@@ -8,16 +8,20 @@ from itertools import groupby
 from typing import Any
 
 from planner.attention import Attention, LatentAttention, Reach, Span
+from planner.block_residual import BlockResidual, BlockResiduals
 from planner.cluster import ClusterSpec, Device, DeviceGroup, Link
 from planner.cost import constants
+from planner.cost.layer import LayerShape
 from planner.cost.passes import Pass
+from planner.cost.residuals import block_shape
 from planner.cost.stage_cost import StageCost
 from planner.feed_forward import Activation, Experts, Mlp
 from planner.mixers import Mixer
 from planner.model import Block, ModelSpec, Norm, Segment
 from planner.problem import PlanningProblem
-from planner.profile import PROFILE_SCHEMA, Profile
+from planner.profile import PROFILE_SCHEMA, LayerKind, Profile
 from planner.recurrent import DeltaNet, StateSpace
+from planner.strategy import Recompute
 from planner.workload import Precision, Workload
 
 
@@ -195,6 +199,36 @@ def _limit_bytes(need_bytes: float, devices: int) -> int:
     groups = 2 if devices == 4 else 1  # axes over which a device talks, of the tightest shapes
     each = need_bytes / devices**0.5 + groups * constants.COMMUNICATOR_BYTES
     return int(each * (1 + constants.MEMORY_ERROR["datasheet"]))
+
+
+def told_problem(seed: int) -> PlanningProblem:
+    """A small problem with a profile whose runs took a fifth more or less than blocks are priced."""
+    draw = random.Random(seed)
+    plain = random_problem(seed, layers=3, mixed=seed % 2 == 1)
+    blocks = list(plain.model.classes().values())
+    told = [
+        BlockResidual(
+            shape=block_shape(draw.choice(blocks), shape, plain),
+            log_ratio=draw.gauss(0, 0.2),
+            weight=draw.uniform(1, 9),
+        )
+        for shape in (_layer_shape(draw, plain) for _ in range(draw.randint(1, 12)))
+    ]
+    residuals = BlockResiduals(spread=0.2, noise=0.05, told=tuple(told))
+    return dataclasses.replace(plain, profile=profile(residuals=(residuals,)))
+
+
+def _layer_shape(draw: random.Random, of: PlanningProblem) -> LayerShape:
+    """Some block on a rank."""
+    return LayerShape(
+        kind=LayerKind.BLOCK,
+        tp=draw.choice([1, 2, 4]),
+        sequence_parallel=False,
+        micro_batch=draw.choice([1, 2, 3]),
+        seq=of.workload.seq,
+        precision=of.workload.precision,
+        recompute=draw.choice(list(Recompute)),
+    )
 
 
 def expert_problem(seed: int) -> PlanningProblem:

@@ -1,0 +1,207 @@
+"""What runs tell of blocks besides constants: the same block takes the same time in every run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from planner.block_residual import BlockResidual, BlockResiduals
+from planner.calibration.calibrate import calibrate, usable
+from planner.cli import cli
+from planner.cost import constants
+from planner.cost.compute import LayerModel
+from planner.cost.evaluate import CostModel
+from planner.cost.layer import LayerShape
+from planner.cost.physics import usual_physics
+from planner.cost.residuals import block_shape
+from planner.problem import PlanningProblem
+from planner.profile import LayerKind, Profile, load_profile
+from planner.runs.run import Run
+from planner.strategy import Recompute
+from planner.validation import Validation, validate
+from planner.workload import Precision
+
+from .planner import instances
+from .test_calibration import HEADER, TRUTH, empty, grid, made_by, quiet, read_runs, time_of
+
+SLOW = 0.2
+"""ln of the time over its price that a block takes here where tp is 2 and a rank has two sequences."""
+
+
+def shape(**changes: object) -> LayerShape:
+    usual = LayerShape(
+        kind=LayerKind.BLOCK, tp=2, sequence_parallel=False, micro_batch=2, seq=128, precision=Precision.BF16
+    )
+    return dataclasses.replace(usual, **changes)  # type: ignore[arg-type]
+
+
+def problem(told: float = SLOW, of: LayerShape | None = None, **scope: str) -> PlanningProblem:
+    """A problem of whose blocks many runs told at one shape."""
+    plain = instances.problem()
+    residual = BlockResidual(
+        shape=block_shape(plain.model.segments[0].block, of or shape(), plain), log_ratio=told, weight=1e4
+    )
+    residuals = BlockResiduals(spread=0.2, noise=0.02, told=(residual,), **scope)
+    return dataclasses.replace(plain, profile=instances.profile(residuals=(residuals,)))
+
+
+def ratio(of: PlanningProblem, asked: LayerShape) -> float:
+    """The time of a layer over what it is without what runs told."""
+    both = [LayerModel(p, usual_physics(p)).cost(asked) for p in (of, dataclasses.replace(of, profile=None))]
+    told, priced = (cost.forward_s + cost.backward_s for cost in both)
+    return told / priced
+
+
+def test_a_shape_that_ran_takes_what_its_runs_tell() -> None:
+    assert ratio(problem(), shape()) == pytest.approx(math.exp(SLOW), rel=1e-3)
+    assert ratio(problem(-SLOW), shape()) == pytest.approx(math.exp(-SLOW), rel=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{"tp": 1}, {"micro_batch": 4}, {"seq": 256, "micro_batch": 1}])
+def test_shapes_an_octave_away_are_told_of_by_half(changes: dict[str, object]) -> None:
+    assert 1.05 < ratio(problem(), shape(**changes)) < math.exp(0.6 * SLOW)
+
+
+@pytest.mark.parametrize("changes", [{"tp": 16}, {"micro_batch": 64}])
+def test_shapes_unlike_all_that_ran_keep_their_price(changes: dict[str, object]) -> None:
+    assert ratio(problem(), shape(**changes)) == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", [LayerKind.EMBEDDING, LayerKind.HEAD])
+def test_the_ends_of_a_model_are_no_blocks(kind: LayerKind) -> None:
+    assert ratio(problem(), shape(kind=kind)) == 1.0
+
+
+def test_recomputation_is_another_kind_and_never_quicker_than_none() -> None:
+    full = shape(recompute=Recompute.FULL)
+    assert ratio(problem(), full) == pytest.approx(math.exp(SLOW / 2), rel=1e-3)
+    quick = problem(-1.0, of=full)
+    assert ratio(quick, full) < 0.85
+    layers = LayerModel(quick, usual_physics(quick))
+    whole, none = layers.cost(full), layers.cost(shape())
+    assert whole.forward_s == pytest.approx(none.forward_s) and whole.backward_s >= none.backward_s
+
+
+def test_the_narrowest_scope_speaks_even_where_it_tells_nothing() -> None:
+    of = problem()
+    assert of.profile is not None
+    silent = BlockResiduals(spread=0.1, noise=0.02, told=(), device=of.device.name)
+    narrow = dataclasses.replace(of.profile, residuals=(*of.profile.residuals, silent))
+    assert ratio(dataclasses.replace(of, profile=narrow), shape()) == 1.0
+    other = dataclasses.replace(silent, device="another")
+    wide = dataclasses.replace(of.profile, residuals=(*of.profile.residuals, other))
+    assert ratio(dataclasses.replace(of, profile=wide), shape()) > 1.2
+
+
+# From runs
+
+
+def models(tmp_path: Path) -> list[Run]:
+    """Layouts of three models of one width, each a group, whose step times are still to be made."""
+    lines = [HEADER]
+    for layers in (16, 24, 32):
+        for tp, dp, micro_batch in (
+            (1, 16, 1),
+            (1, 16, 2),
+            (2, 8, 1),
+            (2, 8, 2),
+            (2, 8, 4),
+            (4, 4, 2),
+            (8, 2, 2),
+        ):
+            lines.append(
+                f"{len(lines)},L{layers},Megatron-LM,{layers},4096,16384,32,32,50304,false,true,2048,a100-sxm-80gb,"
+                f"2,8,hdr200x8,bf16,flash,,{tp},1,{dp},1,none,{micro_batch},64,ok,1.0"
+            )  # fmt: skip
+    path = tmp_path / "models.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return list(read_runs([path]).runs)
+
+
+def slow_where(runs: list[Run]) -> list[Run]:
+    """Their step times, blocks of tp 2 and two sequences being slower than any constant says."""
+    measured, _ = usable(made_by(runs, TRUTH), None)
+    found = []
+    for run in measured:
+        problem, degrees = run.setup.problem, run.setup.strategy.degrees
+        layers = CostModel(problem).shape(degrees)
+        told = [
+            BlockResidual(
+                shape=block_shape(problem.model.segments[0].block, layers.shape_of(LayerKind.BLOCK), problem),
+                log_ratio=SLOW,
+                weight=1e6,
+            )
+        ]
+        slow = (degrees.tp, degrees.micro_batch) == (2, 2)
+        residuals = (BlockResiduals(spread=0.2, noise=0.02, told=tuple(told)),) if slow else ()
+        factor = time_of(run, dataclasses.replace(empty(), residuals=residuals)) / time_of(run, empty())
+        found.append(dataclasses.replace(run.run, step_time_s=run.step_time_s * factor))
+    return found
+
+
+def worst(judged: Validation) -> float:
+    return max(abs(row.error) for row in judged.rows if row.error is not None)
+
+
+def test_other_models_of_the_same_blocks_are_predicted_with_what_runs_tell(tmp_path: Path) -> None:
+    runs = slow_where(models(tmp_path))
+    seen, unseen = [run for run in runs if run.layers != 24], [run for run in runs if run.layers == 24]
+    found = calibrate(seen, name="seen", base=None, progress=quiet)
+    (told,) = found.profile.residuals
+    assert {(each.shape.tp, each.shape.tokens) for each in told.told if each.log_ratio > 0.1} == {(2, 4096)}
+    without = dataclasses.replace(found.profile, residuals=())
+    assert worst(validate(unseen, lambda device: without)) > 0.1
+    assert worst(validate(unseen, lambda device: found.profile)) < 0.05
+    fit, blocks = found.fits[0], found.blocks[0]
+    assert max(map(abs, blocks.left_out)) < max(map(abs, fit.left_out)) / 2
+
+
+def test_runs_that_constants_explain_tell_nothing_more(tmp_path: Path) -> None:
+    found = calibrate(made_by(grid(tmp_path), TRUTH, noise=0.04), name="made", base=None, progress=quiet)
+    assert found.profile.residuals == () and found.blocks[0].left_out == found.fits[0].left_out
+
+
+def test_what_a_base_profile_told_is_left_behind(tmp_path: Path) -> None:
+    runs = slow_where(models(tmp_path))
+    fresh = calibrate(runs, name="runs", base=None, progress=quiet).profile
+    again = calibrate(
+        runs, name="runs", base=dataclasses.replace(fresh, constants=()), progress=quiet
+    ).profile
+    assert (again.constants, again.residuals) == (fresh.constants, fresh.residuals)
+
+
+def test_the_command_says_what_blocks_took_and_the_file_holds_it(tmp_path: Path) -> None:
+    runs = slow_where(models(tmp_path))
+    times = {run.id: run.step_time_s for run in runs}
+    table, made = tmp_path / "slow.csv", (tmp_path / "models.csv").read_text().splitlines()
+    rows = [f"{line.removesuffix(',1.0')},{times[line.split(',')[0]]}" for line in made[1:]]
+    table.write_text("\n".join([made[0], *rows]) + "\n")
+    profile = tmp_path / "profile.json"
+    said = CliRunner().invoke(cli, ["calibrate", str(table), "-o", str(profile)])
+    assert said.exit_code == 0, said.output
+    assert "block shapes" in said.stdout and "with blocks" in said.stdout
+    document = CliRunner().invoke(cli, ["calibrate", str(table), "-o", str(profile), "--json"])
+    (fit,) = json.loads(document.stdout)["fits"]
+    assert fit["blocks"]["shapes"] == 7 and fit["blocks"]["left_out_mape"] < fit["left_out_mape"]
+    read = load_profile(profile)
+    assert len(read.residuals[0].told) == 7
+    assert worst(validate(runs, lambda device: read)) < 0.05
+
+
+def test_a_device_that_no_run_was_on_has_a_wider_interval(tmp_path: Path) -> None:
+    runs = made_by(grid(tmp_path), TRUTH)
+    profile: Profile = calibrate(runs, name="a100", base=None, progress=quiet).profile
+
+    def width(device: str) -> float:
+        ((run,), _) = usable([dataclasses.replace(runs[0], device=device)], profile)
+        estimate = CostModel(run.setup.problem).evaluate(run.setup.strategy).estimate
+        low, high = estimate.step_time_interval_s
+        return (high - low) / estimate.step_time_s
+
+    assert width("h100-sxm-80gb") == pytest.approx(2 * constants.TIME_ERROR["fitted"])
+    assert width("a100-sxm-80gb") < constants.TIME_ERROR["fitted"]
