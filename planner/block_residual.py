@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from planner.codec import noun
+from planner.kept import AttentionKernel
 from planner.strategy import Recompute
 from planner.workload import Precision
 
@@ -18,6 +19,7 @@ class BlockShape:
     device: str
     precision: Precision
     recompute: Recompute
+    kernel: AttentionKernel
     compiled: bool
     routed: bool
     tp: int

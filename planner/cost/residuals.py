@@ -35,8 +35,8 @@ OCTAVES = (1.0, 1.0, 1.0, 0.25)
 and measured runs of one width say little of another, even half an octave away."""
 
 UNLIKE = 0.5
-"""Correlation of blocks that differ in one of device, precision, recomputation, compilation, experts or
-whether ranks share out their sequences."""
+"""Correlation of blocks that differ in one of device, precision, recomputation, kernel of attention,
+compilation, experts, or whether ranks share out their sequences."""
 
 
 class Ratios(Protocol):
@@ -94,6 +94,7 @@ def block_shape(block: Layer, shape: LayerShape, problem: PlanningProblem) -> Bl
         device=problem.device.name,
         precision=shape.precision,
         recompute=shape.recompute,
+        kernel=shape.kernel,
         compiled=problem.stack.compiled,
         routed=block.params_active < block.params,
         tp=shape.tp,
@@ -116,7 +117,10 @@ def placed(shapes: Sequence[BlockShape]) -> Placed:
     import numpy as np
 
     sizes = [(each.tp, each.tokens, each.seq, each.width) for each in shapes]
-    kinds = [(s.device, s.precision, s.recompute, s.compiled, s.routed, s.cp > 1) for s in shapes]
+    kinds = [
+        (each.device, each.precision, each.recompute, each.kernel, each.compiled, each.routed, each.cp > 1)
+        for each in shapes
+    ]
     return Placed(np.log2(sizes), np.array(kinds, dtype=object))
 
 
