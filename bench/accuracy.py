@@ -58,6 +58,11 @@ def by_group(run: Run) -> str:
     return run.group_name
 
 
+def by_width(run: Run) -> str:
+    """Models of one hidden size stay together."""
+    return str(run.hidden)
+
+
 def by_device(run: Run) -> str:
     """Devices stay together."""
     return run.device
@@ -139,6 +144,14 @@ SETS = (
         keep=by_model,
         parts=5,
         target="5 %, regret 1.5 %",
+    ),
+    RunSet(
+        name="small-gpt-width",
+        title="small GPTs on one node, a width (two or three models) left out",
+        file="small_gpt.csv",
+        prefixes=("vtrain-single",),
+        keep=by_width,
+        parts=2,
     ),
     RunSet(
         name="large-gpt",

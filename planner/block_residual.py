@@ -28,6 +28,11 @@ class BlockShape:
     seq: int
     width: float
 
+    @property
+    def splits_sequences(self) -> bool:
+        """Whether ranks share out the tokens of a sequence."""
+        return self.cp > 1
+
 
 @noun
 class BlockResidual:

@@ -35,6 +35,9 @@ Kernels that a library picks badly for one size cost a block a tenth and more.""
 ROUNDS = 6
 """Times that runs are weighed anew by how far they are off."""
 
+LEAST_RUNS = 10
+"""Fewer runs than this tell nothing of blocks: with few groups errors fall by chance."""
+
 WORTH = 0.97
 """Left-out errors must fall below this share of what they were."""
 
@@ -55,6 +58,8 @@ def told_of_blocks(found: Fit, profile: Profile, family: str) -> ToldBlocks:
     """What the runs of a fit tell; `profile` has its constants."""
     import numpy as np
 
+    if len(found.runs) < LEAST_RUNS:
+        return ToldBlocks(None, found.left_out)
     shapes, shares = _blocks(found.runs, profile)
     seen, left_out = (-np.log1p(np.asarray(errors)) for errors in (found.errors, found.left_out))
     groups = np.array([run.group for run in found.runs])

@@ -34,9 +34,16 @@ OCTAVES = (1.0, 1.0, 1.0, 0.25)
 """Octaves of tp, tokens, sequence and width over which blocks are alike. Kernels are picked by exact widths,
 and measured runs of one width say little of another, even half an octave away."""
 
-UNLIKE = 0.5
-"""Correlation of blocks that differ in one of device, precision, recomputation, kernel of attention,
-compilation, experts, or whether ranks share out their sequences."""
+UNLIKE = {
+    "device": 0.5,
+    "precision": 0.5,
+    "recompute": 0.5,
+    "kernel": 0.8,
+    "compiled": 0.5,
+    "routed": 0.5,
+    "splits_sequences": 0.5,
+}
+"""Correlation of blocks that differ in one of these; a kernel of attention is the least of a block."""
 
 
 class Ratios(Protocol):
@@ -117,10 +124,7 @@ def placed(shapes: Sequence[BlockShape]) -> Placed:
     import numpy as np
 
     sizes = [(each.tp, each.tokens, each.seq, each.width) for each in shapes]
-    kinds = [
-        (each.device, each.precision, each.recompute, each.kernel, each.compiled, each.routed, each.cp > 1)
-        for each in shapes
-    ]
+    kinds = [[getattr(each, name) for name in UNLIKE] for each in shapes]
     return Placed(np.log2(sizes), np.array(kinds, dtype=object))
 
 
@@ -128,6 +132,7 @@ def likeness(a: Placed, b: Placed) -> Floats:
     """Correlation of the ratios of two lists of shapes."""
     import numpy as np
 
-    unlike = (a.kinds[:, None] != b.kinds[None, :]).sum(axis=2)
-    found: Floats = matern(a.sizes, b.sizes, np.array(OCTAVES)) * UNLIKE**unlike
+    unlike = a.kinds[:, None] != b.kinds[None, :]
+    kin = np.where(unlike, list(UNLIKE.values()), 1.0).prod(axis=2)
+    found: Floats = matern(a.sizes, b.sizes, np.array(OCTAVES)) * kin
     return found
