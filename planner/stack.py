@@ -163,6 +163,13 @@ class Stack:
         return bool(re.search(SCALING, self.framework.lower())) or self.accumulates_beside(precision)
 
     @property
+    def sends_operands_cast(self) -> bool:
+        """Whether what tensor-parallel ranks gather for products in fp8, activations going forward and
+        gradients going back, is cast first, so that half the bytes are sent: Transformer Engine's modules
+        (gather_along_first_dim with a quantizer)."""
+        return self.engine is Engine.MEGATRON
+
+    @property
     def scatters_boundaries(self) -> bool:
         """Whether each tensor-parallel rank sends its share of a stage's result, where all hold it whole, and
         the next stage puts the shares together: Megatron-LM's scatter and gather (arXiv 2104.04473, 4.1), and

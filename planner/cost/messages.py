@@ -29,7 +29,7 @@ class Messages:
         self.problem, self.degrees, self.comm_model = problem, degrees, comms
         self.physics, self.stream_width = physics, stream_width
         self._groups: dict[tuple[int, int], Group] = {}
-        self._over_tp_s: dict[Op, float] = {}
+        self._over_tp_s: dict[tuple[Op, bool], float] = {}
         self.wrapper = "replicate" if degrees.zero is Zero.NONE else "fsdp"
 
     def constant(self, name: str) -> float:
@@ -149,14 +149,18 @@ class Messages:
         """What of that one device sends, and its neighbour holds."""
         return self.message_bytes() / (self.degrees.tp if self.degrees.sequence_parallel else 1)
 
-    def over_tp(self, op: Op) -> float:
-        """Seconds of a message of the residual stream over the tensor-parallel group."""
-        if op not in self._over_tp_s:
-            self._over_tp_s[op] = self._stream_s(op)
-        return self._over_tp_s[op]
+    def over_tp(self, op: Op, operands: bool = False) -> float:
+        """Seconds of a message of the residual stream over the tensor-parallel group; `operands`: of what goes
+        into products, which some engines cast before they send it."""
+        cast = operands and self.problem.stack.sends_operands_cast
+        if (op, cast) not in self._over_tp_s:
+            self._over_tp_s[op, cast] = self._stream_s(op, cast)
+        return self._over_tp_s[op, cast]
 
-    def _stream_s(self, op: Op) -> float:
-        seconds = self.seconds(op, self.hidden_bytes(), self.tp_group())
+    def _stream_s(self, op: Op, cast: bool) -> float:
+        precision = self.problem.workload.precision
+        share = precision.operand_bytes / precision.compute_bytes if cast else 1.0
+        seconds = self.seconds(op, share * self.hidden_bytes(), self.tp_group())
         half = 1.0 if op is Op.ALL_REDUCE else 0.5
         late_s = half * self._late_s(self.physics.tp_rank_s, self.degrees.tp, seconds)
         return late_s + self.physics.tp_scale * seconds

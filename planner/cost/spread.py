@@ -52,7 +52,7 @@ def tensor_s(layer: Layer, messages: Messages, option: Recompute) -> tuple[float
     Where PyTorch's recomputing runs a block again, it stops at the last result that is needed.
     """
     degrees = messages.degrees
-    gather, scatter = messages.over_tp(Op.ALL_GATHER), messages.over_tp(Op.REDUCE_SCATTER)
+    gather, scatter = messages.over_tp(Op.ALL_GATHER, operands=True), messages.over_tp(Op.REDUCE_SCATTER)
     reduce = messages.over_tp(Op.ALL_REDUCE)
     reads, sums = tensor_exchanges(layer, degrees, messages.problem.stack)
     sp = degrees.sequence_parallel
