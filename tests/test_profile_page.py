@@ -153,6 +153,19 @@ def test_fitted_constants_are_drawn_over_their_usual_values() -> None:
     assert built(samples.cpu()).moved is None
 
 
+def test_blocks_that_runs_tell_of_are_listed_by_scope() -> None:
+    profile = samples.shipped()["a100-published-runs"]
+    told = [each for each in profile.residuals if each.told]
+    page = built(profile)
+    assert told and len(page.blocks) == len(told)
+    for shown, each in zip(page.blocks, told, strict=True):
+        assert len(shown.table.rows) == len(each.told) and (each.framework or each.engine) in shown.scope
+        ratios = [float(row[-2]) for row in shown.table.rows]
+        assert max(ratios) == pytest.approx(max(math.exp(e.log_ratio) for e in each.told), abs=1e-3)
+    assert f"{sum(len(each.told) for each in told):,} block shapes" in page.headline
+    assert not built(samples.cpu()).blocks
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.9, 1.2), (3e-4, 0.2), (1, 1e9), (4.1, 4.2)])
 def test_ticks_are_few_and_inside(low: float, high: float) -> None:
     values = ticks.log_ticks(low, high)

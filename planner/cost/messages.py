@@ -150,8 +150,10 @@ class Messages:
         return self.message_bytes() / (self.degrees.tp if self.degrees.sequence_parallel else 1)
 
     def over_tp(self, op: Op, operands: bool = False) -> float:
-        """Seconds of a message of the residual stream over the tensor-parallel group; `operands`: of what goes
-        into products, which some engines cast before they send it."""
+        """Seconds of a message of the residual stream over the tensor-parallel group.
+
+        `operands`: of what goes into products, which some engines cast before they send it.
+        """
         cast = operands and self.problem.stack.sends_operands_cast
         if (op, cast) not in self._over_tp_s:
             self._over_tp_s[op, cast] = self._stream_s(op, cast)

@@ -45,6 +45,7 @@ class ProfilePage:
     quality: tuple[Figure, ...]
     constants: tuple[tables.ConstantRow, ...]
     moved: Figure | None
+    blocks: tuple[tables.BlockTable, ...]
     colours: tuple[Colour, ...]
 
 
@@ -74,5 +75,6 @@ def build_profile_page(profile: Profile, models: Sequence[ModelSpec], today: dat
         ),
         constants=tables.constant_rows(profile),
         moved=figures.constant_figure(profile),
+        blocks=tables.block_tables(profile),
         colours=(*COLOURS, *MARK_COLOURS),
     )

@@ -1,10 +1,12 @@
-"""The samples and constants of a profile as tables."""
+"""The samples, constants and blocks of a profile as tables."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import median
 
+from planner.block_residual import BlockResidual, BlockResiduals
 from planner.codec import noun
 from planner.cost.meanings import meaning_of, told_value, usual_value
 from planner.profile import CommSample, Constant, LayerSample, Op, Profile
@@ -149,9 +151,58 @@ def _constant_row(name: str, constants: Sequence[Constant]) -> ConstantRow:
     )
 
 
-def scope_text(constant: Constant) -> str:
+@noun
+class BlockTable:
+    """What runs of one scope tell of blocks."""
+
+    scope: str
+    table: Table
+
+
+def block_tables(profile: Profile) -> tuple[BlockTable, ...]:
+    """Shapes of blocks with the time that runs tell of them over their price, scope by scope."""
+    return tuple(
+        BlockTable(scope=scope_text(each), table=_told(each)) for each in profile.residuals if each.told
+    )
+
+
+def _told(residuals: BlockResiduals) -> Table:
+    def order(each: BlockResidual) -> tuple[object, ...]:
+        of = each.shape
+        return of.device, of.width, of.seq, of.tp, of.tokens, OPTIONS.index(of.recompute)
+
+    rows = (
+        (
+            of.device,
+            f"{of.width:,.0f}",
+            f"{of.seq:,}",
+            f"tp{of.tp}" + (f" cp{of.cp}" if of.cp > 1 else ""),
+            f"{of.tokens:,.0f}",
+            str(of.recompute),
+            f"{of.precision}, {of.kernel}" + ", compiled" * of.compiled + ", experts" * of.routed,
+            f"{math.exp(each.log_ratio):.3f}",
+            f"{each.weight:.1f}",
+        )
+        for each in sorted(residuals.told, key=order)
+        for of in (each.shape,)
+    )
+    header = (
+        "device",
+        "width",
+        "sequence",
+        "shards",
+        "tokens",
+        "recompute",
+        "kind",
+        "time over price",
+        "runs",
+    )
+    return Table(header=header, rows=tuple(rows), numbers=(7, 9))
+
+
+def scope_text(told: Constant | BlockResiduals) -> str:
     """What a constant holds for: `Megatron-LM on a100-sxm-80gb, ndr400x8`, or `everything`."""
-    software = constant.framework or constant.engine
-    software += f" ({constant.kernels})" if constant.kernels else ""
-    place = ", ".join(part for part in (constant.device, constant.network) if part)
+    software = told.framework or told.engine
+    software += f" ({told.kernels})" if isinstance(told, Constant) and told.kernels else ""
+    place = ", ".join(part for part in (told.device, told.network) if part)
     return " on ".join(part for part in (software, place) if part) or "everything"

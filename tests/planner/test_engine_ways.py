@@ -147,3 +147,20 @@ def test_gradients_that_are_summed_beside_themselves_are_reduced_whole() -> None
     half = shape(beside, precision=Precision.FP16)
     scatter_s = half.messages.seconds(Op.REDUCE_SCATTER, 2 * unit.trained, half.messages.shard_group())
     assert half.reduces[unit].dp_s == pytest.approx(scatter_s)
+
+
+@pytest.mark.parametrize(("stack", "share"), [(MEGATRON, 0.5), (NATIVE, 1.0)])
+def test_what_ranks_gather_for_products_in_fp8_is_cast_before_it_is_sent(stack: Stack, share: float) -> None:
+    def messages(precision: Precision) -> dict[Op, float]:
+        own = shape(stack, degrees(sequence_parallel=True), precision).messages
+        return {
+            op: own.over_tp(op, operands=op is Op.ALL_GATHER) for op in (Op.ALL_GATHER, Op.REDUCE_SCATTER)
+        }
+
+    fp8, bf16 = messages(Precision.FP8), messages(Precision.BF16)
+    of = shape(stack, degrees(sequence_parallel=True), Precision.FP8).messages
+    alone = of.seconds(Op.ALL_GATHER, share * of.hidden_bytes(), of.tp_group())
+    assert fp8[Op.ALL_GATHER] == pytest.approx(of.physics.tp_scale * alone)
+    assert fp8[Op.REDUCE_SCATTER] == bf16[Op.REDUCE_SCATTER]
+    whole = of.seconds(Op.ALL_GATHER, of.hidden_bytes(), of.tp_group())
+    assert bf16[Op.ALL_GATHER] == pytest.approx(of.physics.tp_scale * whole)
