@@ -2,9 +2,8 @@
 
 Every set is split by whole groups of runs into parts, by a fixed seed; what is fitted on never holds a row
 of what is predicted. `keep` says what stays together: a model (so models are wholly left out), a group (one
-model, workload and cluster), or a device. A set is fitted on all parts but one and that one is predicted,
-in turn; where `narrow`, it is fitted on one part alone and all others are predicted. Errors are over all
-rows so predicted.
+model, workload and cluster), a width or a device. A set is fitted on all parts but one and that is predicted,
+in turn; where `narrow`, it is fitted on one part alone and all others are. Errors are over all rows predicted.
 
 Beside them: the cost model without a fit, and the naive rule, which has no constants:
 
@@ -59,7 +58,7 @@ def by_group(run: Run) -> str:
 
 
 def by_width(run: Run) -> str:
-    """Models of one hidden size stay together."""
+    """Hidden sizes stay together."""
     return str(run.hidden)
 
 
@@ -147,7 +146,7 @@ SETS = (
     ),
     RunSet(
         name="small-gpt-width",
-        title="small GPTs on one node, a width (two or three models) left out",
+        title="small GPTs on one node, a width left out",
         file="small_gpt.csv",
         prefixes=("vtrain-single",),
         keep=by_width,

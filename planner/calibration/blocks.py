@@ -146,6 +146,9 @@ class _Slower:
 
         return np.array([1.0, 1.0 + STEP])
 
+    def doubt(self, shape: BlockShape) -> float:
+        return 0.0
+
 
 def _blocks(runs: Sequence[Measured], profile: Profile) -> tuple[list[BlockShape], Any]:
     """The shape of each run's blocks, of several classes that of most, and the share of its step that follows

@@ -167,6 +167,12 @@ class LayerModel:
         }
         return dataclasses.replace(cost, **scaled, origin="fitted")
 
+    def doubt(self, shape: LayerShape) -> float:
+        """The standard deviation of a block's time, as a share, around what runs tell; 0 where none do."""
+        if self.ratios is None:
+            return 0.0
+        return self.ratios.doubt(block_shape(self.classes[shape.block or self.keys[0]], shape, self.problem))
+
     def lowest_spares_s(self, shape: LayerShape) -> float:
         """Seconds by which the first block's backward is shorter, nothing below it being trained."""
         adapters, model = self.problem.workload.adapters, self.problem.model

@@ -85,6 +85,9 @@ TIME_ERROR = {"measured": 0.10, "interpolated": 0.15, "fitted": 0.25, "datasheet
 """Half width of the step-time interval by origin, as a share. Measured: what bench/results holds for the
 shipped CPU runs; the others widen until they are calibrated."""
 
+NINE_IN_TEN = 1.645
+"""Standard deviations within which 90 % of a normal distribution lie: intervals are of so many."""
+
 MEMORY_ERROR = {"measured": 0.05, "interpolated": 0.08, "fitted": 0.12, "datasheet": 0.15}
 """Half width of the memory band by origin, as a share; the verdict is SAFE only beyond it."""
 

@@ -7,6 +7,7 @@ limit. In a mixed cluster each pipeline rank has the costs and the limit of its 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ from planner.estimate import Coverage, Estimate, MemoryBreakdown, StageEstimate,
 from planner.nouns import replaced
 from planner.placement import Groups, device_names, is_mixed, rank_groups, seen_from, stage_groups
 from planner.problem import PlanningProblem
+from planner.profile import LayerKind
 from planner.strategy import Degrees, Schedule, Strategy
 from planner.units import DAY_S
 
@@ -166,7 +168,7 @@ class CostModel:
         return Evaluation(
             strategy=strategy,
             estimate=replaced(
-                self._estimate(replayed, breakdown, shapes, ranks),
+                self._estimate(replayed, breakdown, shapes, ranks, _doubt(shapes, strategy)),
                 job=job_figures(shape, costs, replayed.step_time_s, breakdown),
             ),
             stages=self._stages(strategy, costs, ranks, shapes),
@@ -224,13 +226,14 @@ class CostModel:
         breakdown: TimeBreakdown,
         shapes: tuple[ShapeModel, ...],
         ranks: list[RankMemory],
+        doubt: float,
     ) -> Estimate:
         workload, cluster = self.problem.workload, self.problem.cluster
         step_s = replayed.step_time_s
         tokens_per_s = workload.tokens_per_step / step_s
         kinds = {id(shape): shape for shape in shapes}.values()
         known = [(shape, self.coverage(shape)) for shape in kinds]
-        error = max(_time_error(shape.problem, breakdown, coverage) for shape, coverage in known)
+        error = max(_time_error(shape.problem, breakdown, coverage, doubt) for shape, coverage in known)
         memory = most_pressed(shapes, ranks, known)
         seconds = workload.tokens / tokens_per_s if workload.tokens else None
         price = cluster.price_usd_per_hour
@@ -266,12 +269,27 @@ def _placed_costs(shapes: tuple[ShapeModel, ...], strategy: Strategy) -> tuple[S
     return tuple(with_offload(shape, stage, shape.stage(stage)) for shape, stage in placed)
 
 
-def _time_error(problem: PlanningProblem, breakdown: TimeBreakdown, coverage: Coverage) -> float:
+def _doubt(shapes: Sequence[ShapeModel], strategy: Strategy) -> float:
+    """How little runs tell of the strategy's blocks, of the one that they tell least of."""
+    options = {option for stage in strategy.stages for option in stage.recompute.options()}
+    kinds = {id(shape): shape for shape in shapes}.values()
+    blocks = itertools.product(kinds, options)
+    doubts = (
+        shape.layer_model.doubt(shape.shape_of(LayerKind.BLOCK, option, key))
+        for shape, option in blocks
+        for key in shape.classes
+    )
+    return max(doubts, default=0.0)
+
+
+def _time_error(
+    problem: PlanningProblem, breakdown: TimeBreakdown, coverage: Coverage, doubt: float
+) -> float:
     """Half width of the step time's interval, as a share of it.
 
     What a calibration left out speaks for messages only where its runs told of some; else their share of
     the step is as uncertain as any that no run of this cluster speaks for; and so is a step on a device that
-    none of its runs was on.
+    none of its runs was on. It speaks for blocks as its runs had them: others are in `doubt` besides.
     """
     fitted = fitted_constant(problem, "time_error")
     if fitted is None:
@@ -279,6 +297,7 @@ def _time_error(problem: PlanningProblem, breakdown: TimeBreakdown, coverage: Co
     devices = problem.profile.devices if problem.profile else ()
     if any(devices) and problem.device.name not in devices:
         fitted = max(fitted, constants.TIME_ERROR["fitted"])
+    fitted = math.hypot(fitted, constants.NINE_IN_TEN * doubt)
     known = band(constants.TIME_ERROR | {"fitted": fitted}, coverage)
     if any(fitted_constant(problem, name) is not None for name in ("tp_scale", "dp_scale")):
         return known

@@ -53,31 +53,51 @@ class Ratios(Protocol):
         """The factor on its time; an array where several are asked for at once."""
         ...
 
+    def doubt(self, shape: BlockShape) -> float:
+        """The standard deviation of its logarithm."""
+        ...
+
 
 class Residuals:
     """The ratios that the runs of a profile's fit tell."""
 
     def __init__(self, told: BlockResiduals) -> None:
         self.told = told
+        self._doubts: dict[BlockShape, float] = {}
 
     def ratio(self, shape: BlockShape) -> float:
         """1 where no run tells of such a block."""
         across = self.told.spread**2 * likeness(placed([shape]), self._placed)
         return math.exp(float((across @ self._weights)[0]))
 
+    def doubt(self, shape: BlockShape) -> float:
+        """`spread` where no run tells of such a block, next to nothing where many do."""
+        if shape not in self._doubts:
+            across = self.told.spread**2 * likeness(placed([shape]), self._placed)[0]
+            left = self.told.spread**2 - float(across @ self._inverse @ across)
+            self._doubts[shape] = math.sqrt(max(left, 0.0))
+        return self._doubts[shape]
+
     @cached_property
     def _placed(self) -> Placed:
         return placed([each.shape for each in self.told.told])
 
     @cached_property
-    def _weights(self) -> Floats:
-        """The inverse of the covariance of what was told, times that."""
+    def _inverse(self) -> Floats:
+        """The inverse of the covariance of what was told."""
         import numpy as np
 
         between = self.told.spread**2 * likeness(self._placed, self._placed)
         noise = np.diag([self.told.noise**2 / each.weight for each in self.told.told])
-        said = np.array([each.log_ratio for each in self.told.told])
-        found: Floats = np.linalg.inv(between + noise) @ said
+        found: Floats = np.linalg.inv(between + noise)  # type: ignore[assignment]
+        return found
+
+    @cached_property
+    def _weights(self) -> Floats:
+        """That times what was told."""
+        import numpy as np
+
+        found: Floats = self._inverse @ np.array([each.log_ratio for each in self.told.told])
         return found
 
 
