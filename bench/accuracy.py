@@ -3,7 +3,7 @@
 Every set is split by whole groups of runs into parts, by a fixed seed; what is fitted on never holds a row
 of what is predicted. `keep` says what stays together: a model (so models are wholly left out), a group (one
 model, workload and cluster), a width or a device. A set is fitted on all parts but one and that is predicted,
-in turn; where `narrow`, it is fitted on one part alone and all others are. Errors are over all rows predicted.
+in turn; where `narrow`, it is fitted on one part alone and all others are. Errors are over rows predicted.
 
 Beside them: the cost model without a fit, and the naive rule, which has no constants:
 
