@@ -289,7 +289,7 @@ def fit() -> Profile:
     rows = read_runs([DATA.parent / "tables.csv"]).runs
     used = [row for row in rows if row.id.startswith(FITTED_ON)]
     return calibrate(
-        used, name=FITTED.stem, base=None, progress=lambda text: print(text, file=sys.stderr)
+        used, name=FITTED.stem, blocks=False, progress=lambda text: print(text, file=sys.stderr)
     ).profile
 
 

@@ -175,6 +175,8 @@ def test_other_models_of_the_same_blocks_are_predicted_with_what_runs_tell(tmp_p
     without = dataclasses.replace(found.profile, residuals=())
     assert worst(validate(unseen, lambda device: without)) > 0.1
     assert worst(validate(unseen, lambda device: found.profile)) < 0.05
+    plain = calibrate(seen, name="seen", blocks=False, progress=quiet)
+    assert plain.profile.residuals == () and plain.blocks[0].left_out == found.fits[0].left_out
     fit, blocks = found.fits[0], found.blocks[0]
     assert max(map(abs, blocks.left_out)) < max(map(abs, fit.left_out)) / 2
 

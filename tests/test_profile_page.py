@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import math
 import re
@@ -9,6 +10,8 @@ from collections.abc import Callable
 
 import pytest
 
+from planner.block_residual import BlockResidual, BlockResiduals, BlockShape
+from planner.kept import AttentionKernel
 from planner.profile import LayerKind, Profile
 from planner.rate_sample import RateKind
 from planner.report import ticks
@@ -18,7 +21,9 @@ from planner.report.profile_operators import operator_figure
 from planner.report.profile_page import ProfilePage, build_profile_page, render_profile
 from planner.report.profile_tables import best_rates
 from planner.sampled_layers import SampledClass, covered_models, rate_flops, sampled_classes, width_text
+from planner.strategy import Recompute
 from planner.units import format_seconds, format_si
+from planner.workload import Precision
 from tests import profile_samples as samples
 from tests.html_reader import Reader
 from tests.planner import sweeps
@@ -154,15 +159,25 @@ def test_fitted_constants_are_drawn_over_their_usual_values() -> None:
 
 
 def test_blocks_that_runs_tell_of_are_listed_by_scope() -> None:
-    profile = samples.shipped()["a100-published-runs"]
-    told = [each for each in profile.residuals if each.told]
-    page = built(profile)
-    assert told and len(page.blocks) == len(told)
-    for shown, each in zip(page.blocks, told, strict=True):
-        assert len(shown.table.rows) == len(each.told) and (each.framework or each.engine) in shown.scope
-        ratios = [float(row[-2]) for row in shown.table.rows]
-        assert max(ratios) == pytest.approx(max(math.exp(e.log_ratio) for e in each.told), abs=1e-3)
-    assert f"{sum(len(each.told) for each in told):,} block shapes" in page.headline
+    shape = BlockShape(
+        device="a100-sxm-80gb", precision=Precision.BF16, recompute=Recompute.FULL, tokens=4096.0, seq=8192,
+        kernel=AttentionKernel.FLASH, compiled=False, routed=True, tp=2, cp=4, width=5120.4,
+    )  # fmt: skip
+    told = [
+        BlockResidual(shape=dataclasses.replace(shape, tp=tp), log_ratio=math.log(ratio), weight=1.5)
+        for tp, ratio in ((4, 1.25), (2, 0.9))
+    ]
+    residuals = BlockResiduals(
+        spread=0.1, noise=0.02, told=tuple(told), engine="megatron", network="hdr200x8"
+    )
+    silent = dataclasses.replace(residuals, told=(), framework="NeMo")
+    page = built(dataclasses.replace(samples.shipped()["a100-published-runs"], residuals=(residuals, silent)))
+    (shown,) = page.blocks
+    assert shown.scope == "megatron on hdr200x8" and "2 block shapes" in page.headline
+    assert shown.table.rows[0] == (
+        "a100-sxm-80gb", "5,120", "8,192", "tp2 cp4", "4,096", "full", "bf16, flash, experts", "0.900", "1.5",
+    )  # fmt: skip
+    assert [row[-2] for row in shown.table.rows] == ["0.900", "1.250"]
     assert not built(samples.cpu()).blocks
 
 

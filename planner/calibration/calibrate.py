@@ -51,9 +51,15 @@ class Calibration:
 
 
 def calibrate(
-    runs: Sequence[Run], *, name: str, base: Profile | None = None, progress: Callable[[str], None] = print
+    runs: Sequence[Run],
+    *,
+    name: str,
+    base: Profile | None = None,
+    blocks: bool = True,
+    progress: Callable[[str], None] = print,
 ) -> Calibration:
-    """The profile of constants that explains the runs best.
+    """The profile of constants that explains the runs best, with what they tell of their `blocks`: little use
+    to a profile that is to speak for all models of a device.
 
     Raises InputError where no run can be used, or `base` was measured on another device than theirs.
     """
@@ -73,7 +79,7 @@ def calibrate(
         check_device(base, sorted({_device(run) for run in measured}), "--profile", "the runs are")
     usual = profile = base or _empty(name, measured)
     fits: list[Fit] = []
-    blocks: list[ToldBlocks] = []
+    tellings: list[ToldBlocks] = []
     for scope, chosen in scopes(measured):
         found = fit(chosen, scope, profile, progress)
         if fits:
@@ -82,8 +88,8 @@ def calibrate(
         fits.append(found)
         family = _family(found.runs[0])
         profile = with_constants(profile, found.constants(profile))
-        told = told_of_blocks(found, profile, family)
-        blocks.append(told)
+        told = told_of_blocks(found, profile, family) if blocks else ToldBlocks(None, found.left_out)
+        tellings.append(told)
         error = Constant(
             name=TIME_ERROR,
             value=_quantile([abs(error) for error in told.left_out]),
@@ -100,7 +106,7 @@ def calibrate(
     memory = calibrate_memory(runs, profile)
     for each in memory:
         profile = with_constants(profile, each.constants)
-    return Calibration(profile, tuple(fits), unused, memory, tuple(blocks))
+    return Calibration(profile, tuple(fits), unused, memory, tuple(tellings))
 
 
 def usable(runs: Sequence[Run], base: Profile | None) -> tuple[list[Measured], dict[str, int]]:
