@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from planner.codec import noun
 from planner.kept import AttentionKernel
 from planner.strategy import Recompute
@@ -60,3 +62,10 @@ class BlockResiduals:
     framework: str = ""
     engine: str = ""
     network: str = ""
+
+    def sizes(self) -> Iterator[tuple[str, float]]:
+        """All that has to be above 0, by name."""
+        yield from (("spread", self.spread), ("noise", self.noise))
+        for each in self.told:
+            yield "weight", each.weight
+            yield from ((name, getattr(each.shape, name)) for name in ("tp", "cp", "tokens", "seq", "width"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from pathlib import Path
 
@@ -259,7 +260,8 @@ def _narrowness(told: Constant | BlockResiduals) -> tuple[bool, ...]:
 
 
 def load_profile(path: Path) -> Profile:
-    """The profile in a file that `plan profile` wrote. Raises InputError for another schema."""
+    """The profile in a file that `plan profile` wrote. Raises InputError for another schema, and for sizes of
+    blocks that none has."""
     profile = load_json(path, Profile)
     if profile.schema_version != PROFILE_SCHEMA:
         raise InputError(
@@ -269,4 +271,17 @@ def load_profile(path: Path) -> Profile:
                 fix="measure again with `plan profile`",
             )
         )
+    faults = [
+        Problem(
+            where=f"{path}: residuals[{index}]",
+            fault=f"has {name} {value:g}.",
+            legal="a number above 0",
+            fix="fit again with `plan calibrate`",
+        )
+        for index, told in enumerate(profile.residuals)
+        for name, value in told.sizes()
+        if not 0 < value < math.inf
+    ]
+    if faults:
+        raise InputError(*faults)
     return profile

@@ -13,12 +13,14 @@ from click.testing import CliRunner
 from planner.block_residual import BlockResidual, BlockResiduals
 from planner.calibration.calibrate import TIME_ERROR, calibrate, usable
 from planner.cli import cli
+from planner.codec import encode
 from planner.cost import constants
 from planner.cost.compute import LayerModel
 from planner.cost.evaluate import CostModel
 from planner.cost.layer import LayerShape
 from planner.cost.physics import usual_physics
 from planner.cost.residuals import block_shape
+from planner.errors import InputError
 from planner.problem import PlanningProblem
 from planner.profile import Constant, LayerKind, Profile, load_profile
 from planner.runs.run import Run
@@ -211,6 +213,22 @@ def test_the_command_says_what_blocks_took_and_the_file_holds_it(tmp_path: Path)
     read = load_profile(profile)
     assert len(read.residuals[0].told) == 7
     assert worst(validate(runs, lambda device: read)) < 0.05
+
+
+@pytest.mark.parametrize(("name", "value"), [("weight", 0.0), ("noise", -1.0), ("tokens", 0)])
+def test_a_file_with_blocks_that_cannot_be_is_refused(tmp_path: Path, name: str, value: float) -> None:
+    profile = problem().profile
+    assert profile is not None
+    document = json.loads(json.dumps(encode(profile)))
+    (told,) = document["residuals"]
+    holder = {"weight": told["told"][0], "noise": told, "tokens": told["told"][0]["shape"]}[name]
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(document))
+    assert load_profile(path) == profile
+    holder[name] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match=rf"residuals\[0\].*{name} {value:g}"):
+        load_profile(path)
 
 
 def test_a_device_that_no_run_was_on_has_a_wider_interval(tmp_path: Path) -> None:

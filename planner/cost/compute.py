@@ -10,6 +10,7 @@ import dataclasses
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from planner.block_residual import BlockShape
 from planner.cost import constants
 from planner.cost.activations import engine_bytes
 from planner.cost.analytic import DeviceRates, Known, analytic_cost, core_s, device_rates
@@ -144,8 +145,10 @@ class LayerModel:
         )
 
     def _ratio(self, shape: LayerShape) -> Any:
-        block = self.classes[shape.block or self.keys[0]]
-        return self.ratios.ratio(block_shape(block, shape, self.problem)) if self.ratios else 1.0
+        return self.ratios.ratio(self._block_shape(shape)) if self.ratios else 1.0
+
+    def _block_shape(self, shape: LayerShape) -> BlockShape:
+        return block_shape(self.classes[shape.block or self.keys[0]], shape, self.problem)
 
     def _with_frozen(self, cost: LayerCost, shape: LayerShape) -> LayerCost:
         """The cost with the times of adapters beside frozen weights, where the workload trains only those.
@@ -169,9 +172,7 @@ class LayerModel:
 
     def doubt(self, shape: LayerShape) -> float:
         """The standard deviation of a block's time, as a share, around what runs tell; 0 where none do."""
-        if self.ratios is None:
-            return 0.0
-        return self.ratios.doubt(block_shape(self.classes[shape.block or self.keys[0]], shape, self.problem))
+        return self.ratios.doubt(self._block_shape(shape)) if self.ratios else 0.0
 
     def lowest_spares_s(self, shape: LayerShape) -> float:
         """Seconds by which the first block's backward is shorter, nothing below it being trained."""
