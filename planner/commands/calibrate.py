@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,11 +205,13 @@ def _text(result: Calibration, output: Path) -> str:
 def _blocks_text(result: Calibration) -> str:
     """What runs tell of blocks besides constants, where they tell anything."""
     from planner.commands.text import table
+    from planner.cost.residuals import Residuals
 
     rows = []
     for number, (fit, told) in enumerate(zip(result.fits, result.blocks, strict=True), 1):
         if told.residuals:
-            ratios = sorted(math.exp(each.log_ratio) for each in told.residuals.told)
+            ratio = Residuals(told.residuals).ratio
+            ratios = sorted(ratio(each.shape) for each in told.residuals.told)
             rows.append(
                 (
                     number,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from statistics import median
 
 from planner.block_residual import BlockResidual, BlockResiduals
 from planner.codec import noun
 from planner.cost.meanings import meaning_of, told_value, usual_value
+from planner.cost.residuals import Residuals
 from planner.profile import CommSample, Constant, LayerSample, Op, Profile
 from planner.rate_sample import RateKind, RateSample
 from planner.report.profile_words import op_title
@@ -171,6 +171,7 @@ def _told(residuals: BlockResiduals) -> Table:
         of = each.shape
         return of.device, of.width, of.seq, of.tp, of.tokens, OPTIONS.index(of.recompute)
 
+    ratio = Residuals(residuals).ratio
     rows = (
         (
             of.device,
@@ -180,7 +181,7 @@ def _told(residuals: BlockResiduals) -> Table:
             f"{of.tokens:,.0f}",
             str(of.recompute),
             f"{of.precision}, {of.kernel}" + ", compiled" * of.compiled + ", experts" * of.routed,
-            f"{math.exp(each.log_ratio):.3f}",
+            f"{ratio(of):.3f}",
             f"{each.weight:.1f}",
         )
         for each in sorted(residuals.told, key=order)
