@@ -188,6 +188,13 @@ def test_runs_that_constants_explain_tell_nothing_more(tmp_path: Path) -> None:
     assert found.profile.residuals == () and found.blocks[0].left_out == found.fits[0].left_out
 
 
+def test_a_framework_whose_runs_tell_nothing_is_not_told_by_its_family(tmp_path: Path) -> None:
+    plain = made_by(grid(tmp_path, framework="Megatron-Core"), TRUTH)
+    found = calibrate([*slow_where(models(tmp_path)), *plain], name="both", progress=quiet)
+    counts = {told.framework: len(told.told) for told in found.profile.residuals}
+    assert counts["Megatron-LM"] == 7 and counts["Megatron-Core"] == 0 and counts[""] > 0
+
+
 def test_what_a_base_profile_told_is_left_behind(tmp_path: Path) -> None:
     runs = slow_where(models(tmp_path))
     fresh = calibrate(runs, name="runs", base=None, progress=quiet).profile

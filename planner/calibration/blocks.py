@@ -74,16 +74,7 @@ def told_of_blocks(found: Fit, profile: Profile, family: str) -> ToldBlocks:
 
 def nothing_told(scope: Scope, family: str) -> BlockResiduals:
     """Where runs of a scope tell nothing of their blocks, and those of a wider one do."""
-    return BlockResiduals(spread=SPREADS[0], noise=NOISES[0], told=(), **_scope(scope, family))
-
-
-def _scope(scope: Scope, family: str) -> dict[str, str]:
-    return {
-        "device": scope.device,
-        "framework": scope.framework,
-        "engine": scope.engine or family,
-        "network": scope.network,
-    }
+    return BlockResiduals(spread=SPREADS[0], noise=NOISES[0], told=(), **scope.named(family))
 
 
 class _Process:
@@ -133,7 +124,7 @@ class _Process:
             spread=self.spread,
             noise=self.noise,
             told=tuple(told),
-            **_scope(scope, family),
+            **scope.named(family),
         )
 
 
@@ -145,9 +136,6 @@ class _Slower:
         import numpy as np
 
         return np.array([1.0, 1.0 + STEP])
-
-    def doubt(self, shape: BlockShape) -> float:
-        return 0.0
 
 
 def _blocks(runs: Sequence[Measured], profile: Profile) -> tuple[list[BlockShape], Any]:

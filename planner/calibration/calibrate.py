@@ -94,10 +94,7 @@ def calibrate(
             name=TIME_ERROR,
             value=_quantile([abs(error) for error in told.left_out]),
             origin=f"{QUANTILE:.0%} of {len(found.runs)} runs, each predicted from the other groups",
-            device=scope.device,
-            framework=scope.framework,
-            engine=scope.engine or family,
-            network=scope.network,
+            **scope.named(family),
         )
         held = told.residuals or (nothing_told(scope, family) if profile.residuals else None)
         profile = with_constants(profile, [error])

@@ -127,17 +127,23 @@ class Scope:
         place = ", ".join(part for part in (self.device, self.network) if part)
         return " on ".join(part for part in (self.framework or self.engine, place) if part) or "all runs"
 
+    def named(self, family: str) -> dict[str, str]:
+        """Fields of what holds for it and belongs to software: for its family of engines at most."""
+        return {
+            "device": self.device,
+            "framework": self.framework,
+            "engine": self.engine or family,
+            "network": self.network,
+        }
+
     def constant(self, unknown: Unknown, value: float, origin: str, family: str = "") -> Constant:
         """A constant of this scope; one that belongs to software holds for its family of engines at most."""
         return Constant(
             name=unknown.name,
             value=value,
             origin=origin,
-            device=self.device,
-            framework=self.framework,
             kernels=unknown.kernels,
-            engine=self.engine or ("" if PRIORS[unknown.name].device else family),
-            network=self.network,
+            **self.named("" if PRIORS[unknown.name].device else family),
         )
 
 

@@ -19,7 +19,7 @@ from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.memory_constants import memory_constants, process_groups
 from planner.cost.passes import Unit
 from planner.cost.physics import Physics
-from planner.cost.residuals import Ratios, block_shape, residuals_of
+from planner.cost.residuals import Ratios, Residuals, block_shape, residuals_of
 from planner.cost.samples import Run, SampleTable, at_usual_speed
 from planner.cost.seconds import larger, smaller
 from planner.cost.wrapped import Units, units_of
@@ -172,7 +172,7 @@ class LayerModel:
 
     def doubt(self, shape: LayerShape) -> float:
         """The standard deviation of a block's time, as a share, around what runs tell; 0 where none do."""
-        return self.ratios.doubt(self._block_shape(shape)) if self.ratios else 0.0
+        return self.ratios.doubt(self._block_shape(shape)) if isinstance(self.ratios, Residuals) else 0.0
 
     def lowest_spares_s(self, shape: LayerShape) -> float:
         """Seconds by which the first block's backward is shorter, nothing below it being trained."""

@@ -53,10 +53,6 @@ class Ratios(Protocol):
         """The factor on its time; an array where several are asked for at once."""
         ...
 
-    def doubt(self, shape: BlockShape) -> float:
-        """The standard deviation of its logarithm."""
-        ...
-
 
 class Residuals:
     """The ratios that the runs of a profile's fit tell."""
@@ -71,7 +67,8 @@ class Residuals:
         return math.exp(float((across @ self._weights)[0]))
 
     def doubt(self, shape: BlockShape) -> float:
-        """`spread` where no run tells of such a block, next to nothing where many do."""
+        """Standard deviation of the ratio's logarithm: `spread` where no run tells of such a block, next to
+        nothing where many do."""
         if shape not in self._doubts:
             across = self.told.spread**2 * likeness(placed([shape]), self._placed)[0]
             left = self.told.spread**2 - float(across @ self._inverse @ across)
