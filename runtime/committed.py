@@ -4,8 +4,9 @@
                               index.json                what lies where, plain values, whose run it is
                               COMMIT                    size and SHA-256 of every other file
 
-All of it is written in `step-00000120.tmp`, COMMIT last, and appears by one rename. A step exists exactly if
-its COMMIT verifies.
+All of it is written in `step-00000120.tmp`, COMMIT last, and appears by one rename. A step can be resumed
+from exactly if its COMMIT verifies. A step whose COMMIT is missing or does not verify (an incomplete copy, a
+damaged disk) is refused by name and set aside; only folders whose name ends in `.tmp` are deleted unasked.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ COMMIT = "COMMIT"
 INDEX = "index.json"
 DAMAGED = ".damaged"
 """Suffix of the folder of a step that did not verify when a run went on from an older one."""
+UNFINISHED = ".tmp"
+"""Suffix of the folder of a step that is being written or removed; nothing resumes from one."""
 BLOCK_BYTES = 1 << 20
 MAX_INDEX_BYTES = 1 << 32
 """About 75 bytes a box: 70B parameters with AdamW, sharded over 512 ranks, need 110 MB."""
@@ -114,33 +117,50 @@ def digest_file(path: Path) -> FileDigest:
 
 
 def remove_step(folder: Path) -> None:
-    """Takes the commit away first, so that a removal cut short leaves no step that looks whole."""
-    (folder / COMMIT).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    """Deletes a step, renamed first: a removal that is cut short leaves nothing that looks like a step."""
+    removed = folder.with_name(f"{folder.name}.removed{UNFINISHED}")
+    shutil.rmtree(removed, ignore_errors=True)
+    folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Folders of all saved steps, newest first, whether or not they can be resumed from."""
+    found = [path for path in folder.glob("step-*") if path.is_dir() and not path.suffix]
+    return sorted(found, key=lambda path: path.name, reverse=True)
 
 
 def committed_folders(folder: Path) -> list[Path]:
     """Folders of steps that carry a COMMIT, newest first. Their content is not verified yet."""
-    found = [path.parent for path in folder.glob(f"step-*/{COMMIT}") if not path.parent.suffix]
-    return sorted(found, key=lambda path: path.name, reverse=True)
+    return [path for path in step_folders(folder) if (path / COMMIT).exists()]
 
 
-def sweep(folder: Path) -> None:
-    """Removes what a save that was cut short left behind: `*.tmp`, and steps without COMMIT."""
-    for path in folder.glob("step-*"):
-        if path.suffix != DAMAGED and (path.suffix == ".tmp" or not (path / COMMIT).exists()):
-            shutil.rmtree(path, ignore_errors=True)
+def remove_unfinished(folder: Path) -> None:
+    """Deletes `step-*.tmp`, the folders of saves and removals that were cut short, and nothing else."""
+    for path in folder.glob(f"step-*{UNFINISHED}"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(path: Path) -> Path:
-    """Takes a damaged step out of the count of those that are kept; nothing of it is deleted."""
-    aside = path.with_name(path.name + DAMAGED)
-    shutil.rmtree(aside, ignore_errors=True)
-    return path.rename(aside)
+    """Renames a step that cannot be resumed from, so that it no longer counts as one. Nothing is deleted.
+
+    `step-00000120` becomes `step-00000120.damaged`, or `step-00000120.2.damaged` where that name is taken.
+    """
+    names = itertools.chain([path.name], (f"{path.name}.{number}" for number in itertools.count(2)))
+    free = (path.with_name(name + DAMAGED) for name in names)
+    return path.rename(next(aside for aside in free if not aside.exists()))
 
 
 def verify(path: Path) -> list[Problem]:
-    """What is wrong with a committed step: nothing, or each file that differs from its COMMIT."""
+    """The faults of a saved step: a COMMIT that is missing or unreadable, each file that differs from it."""
+    if not (path / COMMIT).exists():
+        return [
+            Problem(
+                where=str(path / COMMIT),
+                fault="is missing, so that nothing proves this step whole.",
+                fix="copy it from where this step was saved, if the folder is an incomplete copy",
+            )
+        ]
     try:
         commit = load_json(path / COMMIT, Commit)
     except InputError as error:
@@ -163,7 +183,7 @@ def _compare(path: Path, want: FileDigest) -> list[Problem]:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The newest step that verifies (if there is one), and which newer ones were passed over and why."""
+    """The newest step that verifies (if there is one), why newer ones were passed over, and their folders."""
 
     path: Path | None
     refused: tuple[str, ...]
@@ -174,7 +194,7 @@ def find_checkpoint(folder: Path) -> Found:
     """The newest whole step below `folder`; every file is read to verify it."""
     refused: list[str] = []
     damaged: list[Path] = []
-    for path in committed_folders(folder):
+    for path in step_folders(folder):
         problems = verify(path)
         if not problems:
             return Found(path, tuple(refused), tuple(damaged))

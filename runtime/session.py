@@ -20,11 +20,11 @@ from runtime.checkpoint import load_checkpoint
 from runtime.committed import (
     CheckpointIndex,
     Value,
-    committed_folders,
     find_checkpoint,
     load_index,
+    remove_unfinished,
     set_aside,
-    sweep,
+    step_folders,
 )
 from runtime.data.index import DataIndex, open_data
 from runtime.data.order import shares
@@ -69,7 +69,7 @@ def lock_run_dir(run_dir: Path) -> int:
 
 
 def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
-    """Checks the options, sweeps the folder, tokenizes the data, and finds the step to go on from.
+    """Checks the options, removes unfinished saves, tokenizes the data, and finds the step to go on from.
 
     Raises InputError where the folder holds a run already and `resume` is not given, or holds none and
     it is.
@@ -79,7 +79,7 @@ def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
     check_trackers(options.log)
     run_dir = Path(options.run_dir)
     folder = run_dir / CHECKPOINTS
-    sweep(folder)
+    remove_unfinished(folder)
     remarks = [remark for remark in (foreign_cpu(plan), foreign_torch(plan)) if remark is not None]
     checkpoint = None
     if options.resume:
@@ -90,12 +90,14 @@ def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
                 Problem(
                     where=str(folder),
                     fault="holds no checkpoint to resume from." + "".join(f" {t}" for t in found.refused),
-                    fix="train without --resume",
+                    fix="restore what is missing, or train into another --run-dir; nothing was deleted"
+                    if found.refused
+                    else "train without --resume",
                 )
             )
         checkpoint = str(found.path)
         remarks += [f"kept aside: {set_aside(path)}" for path in found.damaged]
-    elif steps := committed_folders(folder):
+    elif steps := step_folders(folder):
         raise InputError(
             Problem(
                 where=f"--run-dir {run_dir}",

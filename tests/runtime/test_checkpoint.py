@@ -15,15 +15,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from planner.errors import InputError
-from runtime import checkpoint_writer
+from runtime import checkpoint_writer, committed
 from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.committed import (
     COMMIT,
     committed_folders,
     find_checkpoint,
     load_index,
+    remove_step,
+    remove_unfinished,
+    set_aside,
     step_folder,
-    sweep,
     verify,
 )
 from runtime.local_ranks import Send, join_group, run_local
@@ -111,13 +113,39 @@ def test_the_newest_whole_step_is_found_and_two_are_kept(tmp_path: Path) -> None
     assert find_checkpoint(tmp_path).path == step_folder(tmp_path, 10)
 
 
-def test_a_step_without_commit_does_not_exist(tmp_path: Path) -> None:
+def test_a_step_without_commit_is_refused_and_never_deleted(tmp_path: Path) -> None:
     _save(tmp_path, 1)
     (_save(tmp_path, 2) / COMMIT).unlink()
     step_folder(tmp_path, 3).with_suffix(".tmp").mkdir()
     found = find_checkpoint(tmp_path)
+    assert (found.path, found.damaged) == (step_folder(tmp_path, 1), (step_folder(tmp_path, 2),))
+    assert "step-00000002/COMMIT: is missing" in found.refused[0]
+    remove_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+    assert [path.name for path in committed_folders(tmp_path)] == ["step-00000001"]
+
+
+def test_steps_set_aside_keep_their_files_and_each_a_name_of_its_own(tmp_path: Path) -> None:
+    asides = []
+    for content in ("first", "second", "third"):
+        step = step_folder(tmp_path, 7)
+        step.mkdir()
+        (step / "file").write_text(content)
+        asides.append(set_aside(step))
+    assert [path.name for path in asides] == [f"step-00000007{n}.damaged" for n in ("", ".2", ".3")]
+    assert [(path / "file").read_text() for path in asides] == ["first", "second", "third"]
+    assert find_checkpoint(tmp_path).path is None
+
+
+def test_a_removal_cut_short_leaves_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _save(tmp_path, 1)
+    path = _save(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(committed.shutil, "rmtree", lambda *_, **__: None)
+        remove_step(path)
+    found = find_checkpoint(tmp_path)
     assert (found.path, found.refused) == (step_folder(tmp_path, 1), ())
-    sweep(tmp_path)
+    remove_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
@@ -135,7 +163,7 @@ def test_a_crash_before_the_commit_leaves_the_old_step(
         with pytest.raises(KeyboardInterrupt):
             _save(tmp_path, 2)
     assert find_checkpoint(tmp_path).path == step_folder(tmp_path, 1)
-    sweep(tmp_path)
+    remove_unfinished(tmp_path)
     _save(tmp_path, 2)
     assert find_checkpoint(tmp_path).path == step_folder(tmp_path, 2)
 

@@ -19,7 +19,7 @@ from planner.errors import InputError
 from runtime import checkpoint_writer, safetensors_file
 from runtime.checkpoint import load_checkpoint
 from runtime.checkpoint_writer import JsonSavePlanner
-from runtime.committed import committed_folders, find_checkpoint, load_index, step_folder, sweep
+from runtime.committed import committed_folders, find_checkpoint, load_index, remove_unfinished, step_folder
 from runtime.local_ranks import RunFailedError, Send, join_group, run_local
 from runtime.saver import Saver
 from tests.runtime.ranks import on_ranks
@@ -211,5 +211,5 @@ def test_kill_9_at_any_moment_leaves_a_whole_step(when: str, tmp_path: Path) -> 
     found = find_checkpoint(folder)
     assert (found.path, found.refused) == (step_folder(folder, newest), ())
     _check_whole(step_folder(folder, newest), newest)
-    sweep(folder)
+    remove_unfinished(folder)
     assert {path.name for path in folder.iterdir()} == {f"step-{n:08d}" for n in range(1, newest + 1)}

@@ -162,6 +162,27 @@ def test_steps_after_the_checkpoint_are_dropped_from_the_metrics(text: str, tmp_
     assert _trajectory(tmp_path) == whole, "resumed from step 4, since step 5 is damaged"
 
 
+def test_a_step_that_lost_its_commit_is_set_aside_and_never_deleted(text: str, tmp_path: Path) -> None:
+    plan = make_plan(MODEL, Degrees(micro_batch=2))
+    _train(plan, _options(text, tmp_path, 2, sync_checkpoints=True))
+    step = committed_folders(tmp_path / "checkpoints")[0]
+    commit = (step / "COMMIT").read_text()
+    (step / "COMMIT").unlink()
+    files = sorted(path.name for path in step.iterdir())
+    with pytest.raises(InputError, match=r"holds a run already \(step-00000002\)"):
+        _train(plan, _options(text, tmp_path, 2))
+    with pytest.raises(InputError, match=r"COMMIT: is missing.* nothing was deleted"):
+        _train(plan, _options(text, tmp_path, 4, resume=True))
+    assert sorted(path.name for path in step.iterdir()) == files
+    (step / "COMMIT").write_text(commit)
+    _train(plan, _options(text, tmp_path, 4, resume=True))
+    newest = committed_folders(tmp_path / "checkpoints")[0]
+    (newest / "COMMIT").unlink()
+    _train(plan, _options(text, tmp_path, 4, resume=True))
+    assert newest.with_name("step-00000004.damaged").is_dir(), "resumed from step 2, and step 4 is kept aside"
+    assert committed_folders(tmp_path / "checkpoints")[0].name == "step-00000004"
+
+
 # ------------------------------------------------------------------------------------------- faults
 
 
