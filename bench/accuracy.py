@@ -31,15 +31,15 @@ from typing import Any
 import click
 
 from planner.calibration.calibrate import calibrate
-from planner.codec import encode, noun, write_atomic
-from planner.commands.text import table
-from planner.estimate import Verdict
-from planner.profile import Profile
-from planner.runs.run import Run, Status
-from planner.runs.setup import RunSetup, Setups
-from planner.runs.table import read_runs
-from planner.strategy import Recompute
-from planner.validation import ValidatedRow, Validation, judge, validate
+from planner.calibration.run import Run, Status
+from planner.calibration.run_setup import RunSetup, Setups
+from planner.calibration.runs_table import read_runs
+from planner.calibration.validate import ValidatedRow, Validation, judge, validate
+from planner.commands.shared.text import table
+from planner.foundation.decode import encode, noun, write_atomic
+from planner.profile.profile import Profile
+from planner.strategy.estimate import Verdict
+from planner.strategy.strategy import Recompute
 
 DATA = Path(__file__).parent / "data"
 SEED = 20261124

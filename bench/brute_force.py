@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from planner.commands.text import table
+from planner.commands.shared.text import table
 from tests.planner.brute_force import FAMILIES, compare
 
 SHARES = {"plain": 8, "layer classes": 5, "experts": 2, "two kinds": 3, "blocks that ran": 2}

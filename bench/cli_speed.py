@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from planner.codec import write_atomic
+from planner.foundation.decode import write_atomic
 
 AIM_S = 0.3
 COMMANDS = (

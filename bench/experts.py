@@ -23,25 +23,25 @@ from typing import Any
 import click
 
 from planner.calibration.calibrate import calibrate
-from planner.catalog import profile_files
-from planner.codec import encode, noun, write_atomic
-from planner.commands.text import table
+from planner.calibration.run import Run, RunRecompute, Status
+from planner.calibration.run_setup import RunSetup, Setups
+from planner.calibration.runs_table import read_runs
+from planner.commands.shared.text import table
 from planner.cost.evaluate import CostModel
-from planner.divisors import divisors
-from planner.errors import InfeasibleError
-from planner.estimate import Estimate, Rejected, Verdict
-from planner.limits import Limits
-from planner.plan import Plan
-from planner.problem import PlanningProblem
-from planner.profile import Profile, load_profile
-from planner.rules import broken_rules
-from planner.runs.run import Run, RunRecompute, Status
-from planner.runs.setup import RunSetup, Setups
-from planner.runs.table import read_runs
+from planner.foundation.decode import encode, noun, write_atomic
+from planner.foundation.divisors import divisors
+from planner.foundation.errors import InfeasibleError
+from planner.hardware.catalog import profile_files
+from planner.job.limits import Limits
+from planner.job.problem import PlanningProblem
+from planner.profile.profile import Profile, load_profile
 from planner.search.engine_search import solve_for_engine
 from planner.search.solve import SolveOptions
 from planner.search.space import Pins
-from planner.strategy import Strategy
+from planner.strategy.estimate import Estimate, Rejected, Verdict
+from planner.strategy.plan import Plan
+from planner.strategy.rules import broken_rules
+from planner.strategy.strategy import Strategy
 
 DATA = Path(__file__).parent / "data"
 RESULTS = Path(__file__).parent / "results"

@@ -23,15 +23,15 @@ from typing import Any, NamedTuple
 import click
 
 from bench.export_grid import Case, Unexported, cases, plan_of
-from planner.commands.text import table
-from planner.errors import Problem
+from planner.commands.shared.text import table
 from planner.export.artifact import write_export
 from planner.export.facts import readme
 from planner.export.imported import read_config
 from planner.export.settings import strategy_from
 from planner.export.targets import TARGETS
-from planner.plan import Plan
-from planner.strategy import CpExchange, Strategy
+from planner.foundation.errors import Problem
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import CpExchange, Strategy
 
 CHECK = Path(__file__).with_name("export_check.py")
 READ = {

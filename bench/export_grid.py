@@ -6,21 +6,21 @@ import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from planner.catalog import load_model
-from planner.cluster_grammar import parse_cluster
-from planner.commands.estimate import strategy_of
+from planner.calibration.engine_stack import engine_stack
+from planner.commands.splitting.estimate import strategy_of
 from planner.cost.evaluate import CostModel
-from planner.engines.recipes import every_kth, first_of_each
 from planner.export.targets import refusals
-from planner.limits import Limits
-from planner.plan import Plan
-from planner.problem import PlanningProblem
-from planner.runs.engine_stack import engine_stack
+from planner.hardware.catalog import load_model
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.job.engine_settings import Engine
+from planner.job.limits import Limits
+from planner.job.problem import PlanningProblem
+from planner.model.workload import AdapterModules, Adapters, Method, Optimizer, Precision, Workload
 from planner.search.solve import make_plan
 from planner.search.space import parse_pins
-from planner.stack import Engine
-from planner.strategy import Strategy, sized_stages
-from planner.workload import AdapterModules, Adapters, Method, Optimizer, Precision, Workload
+from planner.strategy.engines.recipes import every_kth, first_of_each
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import Strategy, sized_stages
 
 DENSE = "llama-3.1-8b"
 LATENT = "deepseek-v3-671b-r1"

@@ -1,7 +1,7 @@
 """Goodput of published runs, predicted with what runs usually suffer: `python -m bench.goodput --out FILE`.
 
 Nodes, failures and checkpoints are the published ones where they are known; the rest is what
-planner.sizing.usual_upkeep fills in. Also the time of one such prediction.
+planner.sizing.usual_overheads fills in. Also the time of one such prediction.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import click
 
-from planner.codec import write_atomic
-from planner.commands.text import table
+from planner.commands.shared.text import table
 from planner.cost.goodput import Job, figures_of
-from planner.failures import failure_file
-from planner.sizing.usual_upkeep import usual_upkeep
-from planner.units import DAY_S, format_seconds
-from planner.upkeep import Upkeep
+from planner.foundation.decode import write_atomic
+from planner.foundation.units import DAY_S, format_seconds
+from planner.hardware.failures import failure_file
+from planner.job.overheads import Upkeep
+from planner.sizing.usual_overheads import usual_upkeep
 
 HOUR_S = 3600.0
 REPEATS = 2000

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import click
 
-from planner.codec import write_atomic
-from planner.commands.text import pairs
-from planner.repairs import why_infeasible
+from planner.advice.repairs import why_infeasible
+from planner.commands.shared.text import pairs
+from planner.foundation.decode import write_atomic
 from tests.planner.infeasible import EFFORT, case, check_case
 
 

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.codec import write_atomic
+from planner.foundation.decode import write_atomic
 
 if TYPE_CHECKING:
-    from planner.profile import LayerSample
-    from runtime.families import Reading
-    from runtime.layer_family import LayerFamily
-    from runtime.measure_layers import LayerCase
+    from planner.profile.profile import LayerSample
+    from runtime.profiler.layer_family import LayerFamily
+    from runtime.profiler.measure_layers import LayerCase
+    from runtime.profiler.profile_cases import Reading
 
 Error = tuple[float, float]
 """A relative error, and how much its layer class takes of a pass through the model."""
@@ -51,7 +51,7 @@ class Replayed:
         return list(self.record)
 
     def measure(self, cases: Sequence[LayerCase]) -> Iterator[Reading]:
-        from runtime.families import Reading
+        from runtime.profiler.profile_cases import Reading
 
         for case in cases:
             self.taken.append(case)
@@ -72,10 +72,10 @@ def family_of(
     """The layers of a model as `plan profile` measures them on a local cluster of four."""
     import dataclasses
 
-    from planner.catalog import load_model
-    from planner.cluster_grammar import parse_cluster
-    from runtime.layer_family import LayerFamily
-    from runtime.scope import default_scope
+    from planner.hardware.catalog import load_model
+    from planner.hardware.cluster_grammar import parse_cluster
+    from runtime.profiler.layer_family import LayerFamily
+    from runtime.profiler.scope import default_scope
 
     cluster = parse_cluster(device)
     of = cluster.groups[0].device
@@ -87,7 +87,7 @@ def family_of(
 
 def measured_twice(family: LayerFamily) -> tuple[dict[LayerCase, LayerSample], dict[LayerCase, LayerSample]]:
     """Every case, one time and another."""
-    from planner.profile import LayerSample
+    from planner.profile.profile import LayerSample
 
     times: list[dict[LayerCase, LayerSample]] = []
     for _ in range(2):
@@ -106,7 +106,7 @@ def errors(
     family: LayerFamily, taken: Sequence[LayerCase], record: Mapping[LayerCase, LayerSample]
 ) -> list[Error]:
     """Errors of forward and backward of every case that was not taken, from those that were."""
-    from planner.cost.samples import at_usual_speed
+    from planner.cost.compute.layer_samples import at_usual_speed
 
     even = dict(zip(record, at_usual_speed(list(record.values())), strict=True))
     known, weights = [even[case] for case in taken], family.weights(list(record.values()))
@@ -124,7 +124,7 @@ def errors(
 
 def adaptive(family: LayerFamily, record: Mapping[LayerCase, LayerSample], target: float) -> dict[str, Any]:
     """What the scheduler takes to a target, what it claims, and what is true of the rest."""
-    from runtime.scheduler import Scheduler
+    from runtime.profiler.scheduler import Scheduler
 
     replayed = Replayed(family, record)
     scheduler = Scheduler([replayed], target, 3600.0, Nobody())
@@ -158,8 +158,8 @@ def summary(found: Sequence[Error]) -> dict[str, float | int]:
 
 def report(family: LayerFamily) -> dict[str, Any]:
     """All figures of one model."""
-    from planner.cost.samples import at_usual_speed
-    from runtime.layer_grid import corners
+    from planner.cost.compute.layer_samples import at_usual_speed
+    from runtime.profiler.layer_grid import corners
 
     first, second = measured_twice(family)
     both = [case for case in first if case in second]

@@ -3,7 +3,8 @@
 The plans are fixed here, before anything is measured, and cover every axis: replication, each ZeRO stage,
 tensor parallelism with and without sequence parallelism, the three schedules, uneven stages, recompute.
 A profile is taken first; then every plan is trained for a few steps, in several rounds so that slow
-changes of a shared machine's speed meet all plans alike. A reference (runtime.timing) is timed before and
+changes of a shared machine's speed meet all plans alike. A reference (runtime.profiler.timing) is timed
+before and
 after each run: how the machine's speed compares with that in the profile is printed beside the errors, and
 nothing is corrected by it.
 
@@ -24,22 +25,22 @@ from pathlib import Path
 
 import click
 
-from planner.catalog import load_model
-from planner.cluster_grammar import parse_cluster
-from planner.codec import to_json, write_atomic
-from planner.commands.estimate import strategy_of
-from planner.commands.profile import measure
-from planner.commands.with_torch import require_torch
+from planner.commands.running.profile import measure
+from planner.commands.shared.with_torch import require_torch
+from planner.commands.splitting.estimate import strategy_of
 from planner.cost.evaluate import CostModel
-from planner.plan import Plan
-from planner.problem import PlanningProblem
-from planner.profile import Profile, load_profile
+from planner.foundation.decode import to_json, write_atomic
+from planner.hardware.catalog import load_model
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.job.problem import PlanningProblem
+from planner.model.workload import Precision, Workload
+from planner.profile.profile import Profile, load_profile
 from planner.report.comparison import ComparisonRow, judge_order
-from planner.rules import broken_rules
 from planner.search.solve import make_plan
 from planner.search.space import parse_pins
-from planner.strategy import RecomputeCounts, Stage, Strategy
-from planner.workload import Precision, Workload
+from planner.strategy.plan import Plan
+from planner.strategy.rules import broken_rules
+from planner.strategy.strategy import RecomputeCounts, Stage, Strategy
 
 MODEL, SEQ, BATCH = "shardwise-demo", 256, 16
 PLANS: tuple[tuple[str, tuple[int, ...]], ...] = (
@@ -82,10 +83,10 @@ def build_plan(problem: PlanningProblem, pins: str, layers: tuple[int, ...]) -> 
 
 def train(plan: Plan, steps: int, cache: Path) -> Run:
     """Trains a plan for a few steps in a folder that is thrown away."""
-    from runtime.data.prepare import DataOptions
-    from runtime.options import TrainOptions
-    from runtime.timing import reference_s
-    from runtime.train import run_training
+    from runtime.profiler.timing import reference_s
+    from runtime.train.data.prepare import DataOptions
+    from runtime.train.options import TrainOptions
+    from runtime.train.train import run_training
 
     before_s = reference_s()
     with tempfile.TemporaryDirectory() as folder:
@@ -121,7 +122,7 @@ def row(plan: Plan, runs: list[Run]) -> ComparisonRow:
 
 def take_profile(path: Path | None, cluster_text: str) -> tuple[Profile, float | None]:
     """The profile in `path`, or a new one with the reference time around its measurement."""
-    from runtime.timing import reference_s
+    from runtime.profiler.timing import reference_s
 
     if path is not None and path.exists():
         return load_profile(path), None
@@ -168,7 +169,7 @@ def main(rounds: int, steps: int, profile_path: Path | None, out: Path | None, o
 
 def table(rows: tuple[ComparisonRow, ...], runs: list[list[Run]], profiled_s: float | None) -> str:
     """The errors, and how fast the machine was compared with when it was profiled."""
-    from planner.commands.demo import comparison_text
+    from planner.commands.running.demo import comparison_text
 
     speed = []
     if profiled_s is not None:

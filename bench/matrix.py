@@ -24,8 +24,8 @@ from typing import Any
 import click
 import torch
 
-from planner.codec import write_atomic
-from planner.commands.text import table
+from planner.commands.shared.text import table
+from planner.foundation.decode import write_atomic
 from tests.runtime.matrix import MODELS, SGD_TOLERANCE, TOLERANCE, Case, execute, matrix, under_sgd
 
 RESULTS = Path(__file__).parent / "results"

@@ -20,14 +20,14 @@ from typing import Any
 
 import click
 
-from planner.calibration.memory import calibrate_memory
+from planner.calibration.memory_fit import calibrate_memory
 from planner.calibration.predict import with_constants
-from planner.codec import write_atomic
-from planner.commands.text import table
-from planner.profile import PROFILE_SCHEMA, Profile
-from planner.runs.run import Run, Status
-from planner.runs.table import read_runs
-from planner.validation import validate
+from planner.calibration.run import Run, Status
+from planner.calibration.runs_table import read_runs
+from planner.calibration.validate import validate
+from planner.commands.shared.text import table
+from planner.foundation.decode import write_atomic
+from planner.profile.profile import PROFILE_SCHEMA, Profile
 
 DATA = Path(__file__).parent / "data"
 FILES = ("h100_reference.csv", "tables.csv")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import click
 
-from planner.catalog import load_model, model_index
-from planner.codec import write_atomic
+from planner.foundation.decode import write_atomic
+from planner.hardware.catalog import load_model, model_index
 
 COLUMNS = (
     "model", "model_type", "layers", "layer_classes", "params_total", "params_active", "recorded_total",

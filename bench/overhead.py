@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.codec import write_atomic
-from planner.strategy import Degrees, Zero
-from planner.workload import Precision
+from planner.foundation.decode import write_atomic
+from planner.model.workload import Precision
+from planner.strategy.strategy import Degrees, Zero
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from planner.plan import Plan
+    from planner.strategy.plan import Plan
 
 MODEL, SEQ = "shardwise-demo", 256
 CASES = {
@@ -55,8 +55,8 @@ class Pair:
 
 def plan_of(name: str) -> Plan:
     """The plan of a case."""
-    from planner.catalog import load_model
-    from runtime.bench_plan import bench_plan
+    from planner.hardware.catalog import load_model
+    from runtime.profiler.timed_plans import bench_plan
 
     precision = Precision.BF16 if "bf16" in name else Precision.FP32
     return bench_plan(load_model(MODEL), CASES[name], SEQ, precision)
@@ -66,9 +66,9 @@ def by_hand(plan: Plan) -> Callable[[torch.Tensor], object]:
     """A step in plain PyTorch on the same modules, with FSDP2 where the plan shards (or keeps masters)."""
     import torch
 
-    from runtime.optimizer import OptimizerOptions
-    from runtime.transformer.initial import materialize
-    from runtime.transformer.model import build_transformer
+    from runtime.model.initial import materialize
+    from runtime.model.transformer import build_transformer
+    from runtime.train.optimizer import OptimizerOptions
 
     degrees, spec, options = plan.strategy.degrees, plan.model, OptimizerOptions()
     model = build_transformer(spec, 0, spec.layers, True, True, seq=plan.workload.seq)
@@ -122,15 +122,15 @@ def _shard(model: nn.Module, plan: Plan) -> None:
 
 def measure(name: str, pairs: int) -> list[Pair]:
     """Pairs of steps of rank 0 of a case."""
-    from runtime.local_ranks import Send, join_group, run_local
+    from runtime.launch.local_ranks import Send, join_group, run_local
 
     found: list[Pair] = []
 
     def body(rank: int, send: Send) -> None:
         import torch
 
-        from runtime.executor import Executor
-        from runtime.optimizer import OptimizerOptions
+        from runtime.train.executor import Executor
+        from runtime.train.optimizer import OptimizerOptions
 
         torch.set_num_threads(1)
         join_group("gloo", timeout_s=120)

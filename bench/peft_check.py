@@ -36,20 +36,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from planner.cli import cli
-from planner.codec import write_atomic
-from planner.commands.text import table
-from planner.errors import InputError
-from planner.plan import Plan, load_plan
-from runtime.adapter_files import AdapterFolder, read_adapters
-from runtime.data.sources import shipped_corpus
-from runtime.executor import Executor
-from runtime.hf_weights.folder import load_into
-from runtime.hf_weights.names import names_of
-from runtime.hf_weights.read import WeightFolder
-from runtime.lora import apply_lora
-from runtime.peft_modules import peft_modules
-from runtime.transformer.initial import materialize
-from runtime.transformer.model import build_transformer
+from planner.commands.shared.text import table
+from planner.foundation.decode import write_atomic
+from planner.foundation.errors import InputError
+from planner.strategy.plan import Plan, load_plan
+from runtime.checkpoint.adapter_files import AdapterFolder, read_adapters
+from runtime.checkpoint.huggingface.folder import load_into
+from runtime.model.huggingface.names import names_of
+from runtime.model.huggingface.read import WeightFolder
+from runtime.model.initial import materialize
+from runtime.model.lora import apply_lora
+from runtime.model.peft_modules import peft_modules
+from runtime.model.transformer import build_transformer
+from runtime.train.data.sources import shipped_corpus
+from runtime.train.executor import Executor
 from tests.runtime.hf_models import make_model
 from tests.runtime.ranks import OPTIONS, batch_of, on_ranks, slice_of
 
@@ -66,7 +66,7 @@ FAMILIES = {
     "deepseek_v3-direct": "qv",
 }
 """Models of tests.runtime.hf_models and the modules that get adapters in each. MLPs of deepseek are left out:
-see `runtime.adapter_files.UNREAD`."""
+see `runtime.checkpoint.adapter_files.UNREAD`."""
 RANK, ALPHA, SEQ, BATCH = 4, 12.0, 24, 4
 TOLERANCE, LEAST_MOVED = 1e-4, 1e-2
 UNCHANGED = "1e-30"

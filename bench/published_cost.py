@@ -10,7 +10,8 @@ anew to the rows of FITTED_ON in bench/data/tables.csv; none of them is of a run
 
 A layout is the published one; degrees that are not published are a search's over all that fit, `chosen` in
 the file, which `--search` makes anew. Goodput is that of what runs usually suffer, as `plan size` counts it
-(planner.sizing.usual_upkeep). With T tokens, S of them in a step of t seconds on n GPUs, and a goodput g (1
+(planner.sizing.usual_overheads). With T tokens, S of them in a step of t seconds on n GPUs, and a goodput g
+(1
 where the published figure was derived from the time of steps alone):
 
     days = T / S x t / g / 86400      GPU-hours = 24 n x days      dollars = GPU-hours x the published price
@@ -31,17 +32,17 @@ from typing import Any, NamedTuple
 
 import click
 
-from planner.catalog import data_folder
-from planner.codec import decode, encode, load_toml, noun, write_atomic
-from planner.commands.text import table
+from planner.calibration.run import Run, RunRecompute
+from planner.calibration.run_setup import RunSetup, Setups
+from planner.commands.shared.text import table
 from planner.cost.evaluate import CostModel
-from planner.estimate import Estimate, Rejected, Verdict
-from planner.profile import Profile, load_profile
-from planner.runs.run import Run, RunRecompute
-from planner.runs.setup import RunSetup, Setups
-from planner.shipped_profile import shipped_profile
-from planner.sizing.usual_upkeep import usual_upkeep
-from planner.units import DAY_S
+from planner.foundation.decode import decode, encode, load_toml, noun, write_atomic
+from planner.foundation.units import DAY_S
+from planner.hardware.catalog import data_folder
+from planner.profile.profile import Profile, load_profile
+from planner.profile.shipped import shipped_profile
+from planner.sizing.usual_overheads import usual_upkeep
+from planner.strategy.estimate import Estimate, Rejected, Verdict
 
 DATA = Path(__file__).parent / "data" / "published_costs.toml"
 FITTED = data_folder() / "measured" / "a100-published-runs.json"
@@ -284,7 +285,7 @@ def choose(cost: PublishedCost, setups: Setups) -> dict[str, Any]:
 def fit() -> Profile:
     """Constants of other runs, by `plan calibrate`'s own fit."""
     from planner.calibration.calibrate import calibrate
-    from planner.runs.table import read_runs
+    from planner.calibration.runs_table import read_runs
 
     rows = read_runs([DATA.parent / "tables.csv"]).runs
     used = [row for row in rows if row.id.startswith(FITTED_ON)]

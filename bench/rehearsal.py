@@ -24,32 +24,32 @@ from typing import Any, NamedTuple
 
 import click
 
-from planner.attention import Attention
-from planner.catalog import load_model
-from planner.cluster_grammar import parse_cluster
-from planner.codec import write_atomic
-from planner.commands.estimate import strategy_of
-from planner.commands.text import table
-from planner.commands.with_torch import require_torch
+from planner.advice.rank_kinds import alike_ranks, shortened
+from planner.advice.refine import refine
+from planner.calibration.engine_stack import engine_stack
+from planner.commands.shared.text import table
+from planner.commands.shared.with_torch import require_torch
+from planner.commands.splitting.estimate import strategy_of
 from planner.cost.evaluate import CostModel
-from planner.estimate import Verdict
-from planner.feed_forward import Activation, Mlp
-from planner.limits import Limits
-from planner.model import Block, ModelSpec, Norm, Segment
-from planner.plan import Plan
-from planner.problem import PlanningProblem
-from planner.rank_kinds import alike_ranks, shortened
-from planner.refine import refine
-from planner.rehearsal import RankRehearsal, RehearsalMode
-from planner.rules import broken_rules
-from planner.runs.engine_stack import engine_stack
+from planner.foundation.decode import write_atomic
+from planner.foundation.units import GIB
+from planner.hardware.catalog import load_model
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.job.engine_settings import Engine
+from planner.job.limits import Limits
+from planner.job.problem import PlanningProblem
+from planner.model.attention import Attention
+from planner.model.feed_forward import Activation, Mlp
+from planner.model.spec import Block, ModelSpec, Norm, Segment
+from planner.model.workload import Precision, Workload
+from planner.profile.shipped import shipped_profile
 from planner.search.solve import make_plan
 from planner.search.space import parse_pins
-from planner.shipped_profile import shipped_profile
-from planner.stack import Engine
-from planner.strategy import Degrees, Recompute, Strategy, Zero, even_stages
-from planner.units import GIB
-from planner.workload import Precision, Workload
+from planner.strategy.estimate import Verdict
+from planner.strategy.plan import Plan
+from planner.strategy.rehearsal import RankRehearsal, RehearsalMode
+from planner.strategy.rules import broken_rules
+from planner.strategy.strategy import Degrees, Recompute, Strategy, Zero, even_stages
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -139,7 +139,7 @@ def plan_of(model: str, cluster: str, seq: int, batch: int, pins: str) -> Asked:
 
 def rehearsed(plan: Plan, mode: RehearsalMode, **options: Any) -> list[RankRehearsal]:
     """One rank of each kind, alone."""
-    from runtime.rehearse import RehearsalOptions, rehearse_ranks
+    from runtime.rehearse.rehearse import RehearsalOptions, rehearse_ranks
 
     degrees = plan.strategy.degrees
     ranks = [(degrees.ranks_of_pp_rank(kind[0])[0], kind) for kind in alike_ranks(plan)]
@@ -200,7 +200,7 @@ def reference() -> Iterator[dict[str, Any]]:
 
     Both hold blocks alone under tensor, sequence and ZeRO-3 data parallelism (bench/data/h100_reference.csv).
     """
-    from planner.runs.table import read_runs
+    from planner.calibration.runs_table import read_runs
 
     measured = {run.id: run for run in read_runs([Path(__file__).parent / "data/h100_reference.csv"]).runs}
     for name, plan in _middle_stages():
@@ -214,7 +214,7 @@ def reference() -> Iterator[dict[str, Any]]:
 
 
 def _traced(plan: Plan, rank: int) -> RankRehearsal:
-    from runtime.rehearse import RehearsalOptions, rehearse_rank
+    from runtime.rehearse.rehearse import RehearsalOptions, rehearse_rank
 
     return rehearse_rank(plan, rank, (1,), RehearsalOptions(mode=RehearsalMode.FAKE_TENSORS))
 
@@ -222,7 +222,7 @@ def _traced(plan: Plan, rank: int) -> RankRehearsal:
 def _middle_stages() -> Iterator[tuple[str, Plan]]:
     """The runs without embedding and head: each as the second of three stages, for the same device."""
     from bench.step import llama
-    from runtime.bench_plan import bench_plan
+    from runtime.profiler.timed_plans import bench_plan
 
     cases = (
         ("h100-l70-20L-tp8-fsdp4-s8k-b1-full", llama(60, 8192, 28672, 64, 8, 128256), 4, 1, 8192, True),
@@ -315,7 +315,7 @@ def _compute_errors(asked: Asked, ranks: Sequence[RankRehearsal]) -> list[float]
 
 def _at_limits() -> Iterator[dict[str, Any]]:
     """Plans solved at a memory limit that leaves little, rehearsed with the allocator held to it."""
-    from planner.errors import InfeasibleError
+    from planner.foundation.errors import InfeasibleError
     from planner.search.solve import SolveOptions, solve
 
     for model, seq in LIMIT_CASES:

@@ -22,18 +22,18 @@ from pathlib import Path
 
 import click
 
-from planner.catalog import load_model
-from planner.cluster_grammar import parse_cluster
-from planner.codec import write_atomic
-from planner.commands.text import table
+from planner.commands.shared.text import table
 from planner.cost.evaluate import CostModel
-from planner.cost.schedule import Action, ActionKind, Table, build_table
-from planner.cost.table import cell
-from planner.problem import PlanningProblem
+from planner.foundation.decode import write_atomic
+from planner.hardware.catalog import load_model
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.job.problem import PlanningProblem
+from planner.model.workload import Precision, Workload
 from planner.search.quick_bounds import space_bounds_s
 from planner.search.space import Pins, Space, space_of
-from planner.strategy import Degrees, Schedule, Strategy, even_stages
-from planner.workload import Precision, Workload
+from planner.strategy.schedule.schedules import Action, ActionKind, Table, build_table
+from planner.strategy.schedule.table import cell
+from planner.strategy.strategy import Degrees, Schedule, Strategy, even_stages
 
 STAGES, MICRO_BATCHES, SHAPES, RUNS = 64, 512, 10_000, 9
 ESTIMATE_MS, BOUND_MS = 50.0, 100.0

@@ -23,12 +23,12 @@ from typing import Any
 import click
 import torch
 
-from planner.codec import write_atomic
-from planner.commands.text import table
-from planner.errors import InputError
-from planner.model import ModelSpec
-from planner.plan import Plan
-from planner.strategy import CpExchange, Degrees, Schedule, Zero
+from planner.commands.shared.text import table
+from planner.foundation.decode import write_atomic
+from planner.foundation.errors import InputError
+from planner.model.spec import ModelSpec
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import CpExchange, Degrees, Schedule, Zero
 from runtime.parallel.supported import check_supported
 from tests.plans import make_plan, split, tiny_gpt2, tiny_llama
 from tests.runtime.resharding import AFTER, BEFORE, TOLERANCE, reshard, resumes_exactly

@@ -23,8 +23,8 @@ from typing import Any
 
 import click
 
-from planner.codec import noun, write_atomic
-from planner.commands.text import table
+from planner.commands.shared.text import table
+from planner.foundation.decode import noun, write_atomic
 
 RESULTS = Path(__file__).parent / "results"
 AIM_PEAK_MB = 500

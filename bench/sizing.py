@@ -21,16 +21,16 @@ from pathlib import Path
 
 import click
 
-from planner.catalog import load_model
-from planner.cluster_grammar import parse_cluster
-from planner.codec import write_atomic
-from planner.commands.text import table
-from planner.errors import InfeasibleError
-from planner.problem import PlanningProblem
-from planner.search.scout import Scout, Shared
+from planner.commands.shared.text import table
+from planner.foundation.decode import write_atomic
+from planner.foundation.errors import InfeasibleError
+from planner.hardware.catalog import load_model
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.job.problem import PlanningProblem
+from planner.model.workload import Workload
+from planner.search.first_plan import Scout, Shared
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import Pins
-from planner.workload import Workload
 
 COMMANDS = (
     ("compare, all offers", "compare --model llama-3-70b --tokens 2T --seq 8192", 15.0),

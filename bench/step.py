@@ -32,12 +32,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.attention import Attention
-from planner.codec import write_atomic
-from planner.feed_forward import Activation, Mlp
-from planner.model import Block, ModelSpec, Norm, Segment
-from planner.strategy import Degrees, Zero
-from planner.workload import Precision
+from planner.foundation.decode import write_atomic
+from planner.model.attention import Attention
+from planner.model.feed_forward import Activation, Mlp
+from planner.model.spec import Block, ModelSpec, Norm, Segment
+from planner.model.workload import Precision
+from planner.strategy.strategy import Degrees, Zero
 
 if TYPE_CHECKING:
     import torch
@@ -137,10 +137,10 @@ def runtime_step(case: Case, device: torch.device, *, compiled: bool) -> Callabl
     """A step of the runtime: the executor's own, or of a middle stage its passes and its update."""
     import torch
 
-    from runtime.bench_plan import bench_plan
-    from runtime.executor import Executor
-    from runtime.optimizer import OptimizerOptions
     from runtime.parallel.meshes import build_meshes
+    from runtime.profiler.timed_plans import bench_plan
+    from runtime.train.executor import Executor
+    from runtime.train.optimizer import OptimizerOptions
 
     plan = bench_plan(case.model, case.degrees, case.seq, Precision.BF16)
     if not case.whole:
@@ -158,10 +158,10 @@ def _stage_step(case: Case, meshes: Meshes, device: torch.device, *, compiled: b
     from torch import nn
     from torch.distributed.tensor import DTensor
 
-    from planner.workload import Optimizer
-    from runtime.bench_plan import bench_plan
-    from runtime.optimizer import OptimizerOptions, build_optimizer
-    from runtime.parallelize import build_stage
+    from planner.model.workload import Optimizer
+    from runtime.parallel.parallelize import build_stage
+    from runtime.profiler.timed_plans import bench_plan
+    from runtime.train.optimizer import OptimizerOptions, build_optimizer
 
     layers, degrees = case.model.layers, case.degrees
     whole = dataclasses.replace(
@@ -229,7 +229,7 @@ def measure(case: Case, side: str, *, compiled: bool, attention: str, steps: int
     """Median seconds of a step in this process, its first step, and the peak of allocated bytes."""
     import torch
 
-    from runtime.fake_world import fake_group
+    from runtime.parallel.fake_world import fake_group
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     build = {"runtime": runtime_step, "plain": plain_step_of}[side]
@@ -260,7 +260,7 @@ def measure(case: Case, side: str, *, compiled: bool, attention: str, steps: int
 
 
 def _timed(step: Callable[[], object], device: torch.device) -> float:
-    from runtime.timing import synchronize
+    from runtime.profiler.timing import synchronize
 
     synchronize(device)
     begun = time.perf_counter()
@@ -281,7 +281,7 @@ def in_own_process(arguments: list[str]) -> dict[str, Any]:
 
 def peak_flops() -> float | None:
     """Dense bf16 FLOPs a second of this machine's device; None where unknown."""
-    from planner.cluster_grammar import parse_cluster
+    from planner.hardware.cluster_grammar import parse_cluster
 
     return parse_cluster("local:1").groups[0].device.peak_flops(Precision.BF16)
 

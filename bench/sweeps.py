@@ -1,6 +1,7 @@
 """Layers that nobody measured, predicted from sweeps of operators on this machine.
 
-Operators alone are timed (`runtime.measure_sweeps`) and constants of the host. From these the forward and
+Operators alone are timed (`runtime.profiler.measure_sweeps`) and constants of the host. From these the
+forward and
 backward of layers are predicted whose shapes no sample touched: blocks, heads and embeddings of five models,
 at two micro-batches, whole and in two shards. Then the layers themselves are timed as `plan profile` does.
 Beside it stands the prediction of a profile without sweeps: one rate of products, one of memory. Nothing is
@@ -26,19 +27,19 @@ from typing import Any
 
 import click
 
-from planner.attention import Attention, QkNorm
-from planner.cluster_grammar import parse_cluster
-from planner.codec import decode, noun, to_json, write_atomic
-from planner.cost.analytic import analytic_cost, device_rates
-from planner.cost.layer import LayerShape
-from planner.cost.physics import usual_physics
-from planner.feed_forward import Activation, Experts, Mlp
-from planner.model import Block, ModelSpec, Norm, Segment
-from planner.problem import PlanningProblem
-from planner.profile import PROFILE_SCHEMA, Constant, LayerSample, Profile, load_profile
-from planner.rate_sample import RateSample
-from planner.strategy import Recompute
-from planner.workload import Precision, Workload
+from planner.cost.compute.analytic import analytic_cost, device_rates
+from planner.cost.compute.layer import LayerShape
+from planner.cost.compute.time_constants import usual_physics
+from planner.foundation.decode import decode, noun, to_json, write_atomic
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.job.problem import PlanningProblem
+from planner.model.attention import Attention, QkNorm
+from planner.model.feed_forward import Activation, Experts, Mlp
+from planner.model.spec import Block, ModelSpec, Norm, Segment
+from planner.model.workload import Precision, Workload
+from planner.profile.operator_sample import RateSample
+from planner.profile.profile import PROFILE_SCHEMA, Constant, LayerSample, Profile, load_profile
+from planner.strategy.strategy import Recompute
 
 EFFORT_S = 0.25
 
@@ -103,10 +104,10 @@ def cases() -> list[Case]:
 
 def take(device_type: str, precision: Precision) -> tuple[list[RateSample], list[Constant], float]:
     """Sweeps and constants of the host, and how long the sweeps took."""
-    from runtime.measure_host import measure_host
-    from runtime.rate_family import rate_families
-    from runtime.scope import SWEEP_EFFORT, Sweeps
-    from runtime.timing import Effort
+    from runtime.profiler.measure_host import measure_host
+    from runtime.profiler.rate_family import rate_families
+    from runtime.profiler.scope import SWEEP_EFFORT, Sweeps
+    from runtime.profiler.timing import Effort
 
     began = time.monotonic()
     rates: list[RateSample] = []
@@ -146,9 +147,9 @@ def as_profile(rates: Sequence[RateSample], constants: Sequence[Constant], devic
 
 def measured(case: Case, device_type: str, precision: Precision) -> Iterator[LayerSample]:
     """The layers themselves, nothing recomputed."""
-    from runtime.layer_grid import layer_cases
-    from runtime.measure_layers import measure_layers
-    from runtime.timing import Effort
+    from runtime.profiler.layer_grid import layer_cases
+    from runtime.profiler.measure_layers import measure_layers
+    from runtime.profiler.timing import Effort
 
     effort = Effort(warmup=1, least=5, most=40, budget_s=EFFORT_S)
     every = layer_cases(case.model, [case.seq], case.widths, (1, 2))

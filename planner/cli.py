@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import click
 
-from planner.errors import PlannerError
+from planner.foundation.errors import PlannerError
 
 INTERNAL_ERROR = 1
 INTERRUPTED = 130
@@ -27,40 +27,100 @@ ENDS = "ends"
 
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
-        "demo": ("planner.commands.demo:demo", "The main job on this machine: profile, solve, train."),
-        "list": ("planner.commands.catalog:list_command", "List the catalog: models, devices, instances."),
-        "show": ("planner.commands.catalog:show_command", "Show one entry of the catalog with its sources."),
-        "napkin": ("planner.commands.napkin:napkin", "First principles: bytes, 6ND, days, with formulas."),
-        "scaling": ("planner.commands.scaling:scaling", "Compute-optimal size and tokens for a budget."),
-        "profile": ("planner.commands.profile:profile", "Measure layers, collectives, memory: a profile."),
-        "trace": ("planner.commands.trace:trace", "A torch module of one's own as a model, to plan it."),
-        "estimate": ("planner.commands.estimate:estimate", "Time, memory and verdict of a given strategy."),
-        "solve": ("planner.commands.solve:solve", "The best plan, with a certificate; writes plan.json."),
-        "size": ("planner.commands.size:size", "The smallest and the cheapest cluster for a run."),
-        "compare": ("planner.commands.compare:compare", "Hardware choices: dollars against days, one page."),
-        "explain": ("planner.commands.explain:explain", "Why this plan; what any other choice would cost."),
-        "diff": ("planner.commands.diff:diff", "Two plans side by side, and which is faster by what."),
-        "rehearse": ("planner.commands.rehearse:rehearse", "Single ranks of a plan on one device, measured."),
-        "train": ("planner.commands.train:train", "Execute a plan on real ranks; checkpoint, log, resume."),
-        "replan": ("planner.commands.replan:replan", "A new plan for what is left of a run's cluster."),
-        "export": ("planner.commands.export:export", "A plan as another engine's or scheduler's files."),
+        "demo": (
+            "planner.commands.running.demo:demo",
+            "The main job on this machine: profile, solve, train.",
+        ),
+        "list": (
+            "planner.commands.hardware.catalog:list_command",
+            "List the catalog: models, devices, instances.",
+        ),
+        "show": (
+            "planner.commands.hardware.catalog:show_command",
+            "Show one entry of the catalog with its sources.",
+        ),
+        "napkin": (
+            "planner.commands.hardware.napkin:napkin",
+            "First principles: bytes, 6ND, days, with formulas.",
+        ),
+        "scaling": (
+            "planner.commands.hardware.scaling:scaling",
+            "Compute-optimal size and tokens for a budget.",
+        ),
+        "profile": (
+            "planner.commands.running.profile:profile",
+            "Measure layers, collectives, memory: a profile.",
+        ),
+        "trace": (
+            "planner.commands.running.trace:trace",
+            "A torch module of one's own as a model, to plan it.",
+        ),
+        "estimate": (
+            "planner.commands.splitting.estimate:estimate",
+            "Time, memory and verdict of a given strategy.",
+        ),
+        "solve": (
+            "planner.commands.splitting.solve:solve",
+            "The best plan, with a certificate; writes plan.json.",
+        ),
+        "size": ("planner.commands.hardware.size:size", "The smallest and the cheapest cluster for a run."),
+        "compare": (
+            "planner.commands.hardware.compare:compare",
+            "Hardware choices: dollars against days, one page.",
+        ),
+        "explain": (
+            "planner.commands.splitting.explain:explain",
+            "Why this plan; what any other choice would cost.",
+        ),
+        "diff": (
+            "planner.commands.splitting.diff:diff",
+            "Two plans side by side, and which is faster by what.",
+        ),
+        "rehearse": (
+            "planner.commands.running.rehearse:rehearse",
+            "Single ranks of a plan on one device, measured.",
+        ),
+        "train": (
+            "planner.commands.running.train:train",
+            "Execute a plan on real ranks; checkpoint, log, resume.",
+        ),
+        "replan": (
+            "planner.commands.running.replan:replan",
+            "A new plan for what is left of a run's cluster.",
+        ),
+        "export": (
+            "planner.commands.splitting.export:export",
+            "A plan as another engine's or scheduler's files.",
+        ),
         "import": (
-            "planner.commands.import_config:import_config",
+            "planner.commands.splitting.import_config:import_config",
             "A strategy from an engine's files, estimated.",
         ),
         "export-weights": (
-            "planner.commands.export_weights:export_weights",
+            "planner.commands.running.export_weights:export_weights",
             "A run's weights as a Hugging Face folder.",
         ),
-        "web": ("planner.commands.web:web", "The page of hardware choices with its inputs, on 127.0.0.1."),
-        "report": ("planner.commands.report:report", "One offline HTML page and a Perfetto trace."),
+        "web": (
+            "planner.commands.hardware.web:web",
+            "The page of hardware choices with its inputs, on 127.0.0.1.",
+        ),
+        "report": ("planner.commands.running.report:report", "One offline HTML page and a Perfetto trace."),
         "calibrate": (
-            "planner.commands.calibrate:calibrate",
+            "planner.commands.accuracy.calibrate:calibrate",
             "Fit the cost model to measured runs; a profile.",
         ),
-        "validate": ("planner.commands.validate:validate", "Predicted against measured over runs.csv."),
-        "check": ("planner.commands.check:check", "Check a plan as far as it can be without devices."),
-        "doctor": ("planner.commands.doctor:doctor", "Report versions, devices, and what is missing."),
+        "validate": (
+            "planner.commands.accuracy.validate:validate",
+            "Predicted against measured over runs.csv.",
+        ),
+        "check": (
+            "planner.commands.splitting.check:check",
+            "Check a plan as far as it can be without devices.",
+        ),
+        "doctor": (
+            "planner.commands.running.doctor:doctor",
+            "Report versions, devices, and what is missing.",
+        ),
     }
 )
 """Name of a command: where its click object is (`module:attribute`), and its line in `plan --help`."""

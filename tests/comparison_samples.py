@@ -10,14 +10,14 @@ import sys
 from itertools import product
 from pathlib import Path
 
-from planner.estimate import Coverage, JobFigures, TimeBreakdown, Verdict
-from planner.objective import Goal, Minimise
+from planner.foundation.units import DAY_S, GIB
+from planner.job.objective import Goal, Minimise
+from planner.model.workload import Workload
 from planner.sizing.comparison import Assumption, BreakEven, Comparison, LeftOut, Sensitivity
 from planner.sizing.offer import Pricing, Rate
 from planner.sizing.option import Option, SizedPlan
-from planner.strategy import Degrees, Schedule, Strategy, Zero, even_stages
-from planner.units import DAY_S, GIB
-from planner.workload import Workload
+from planner.strategy.estimate import Coverage, JobFigures, TimeBreakdown, Verdict
+from planner.strategy.strategy import Degrees, Schedule, Strategy, Zero, even_stages
 
 PARAMS = 70_553_706_496
 TOKENS = 2_000_000_000_000

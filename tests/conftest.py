@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from planner.market.market import PRICES_VARIABLE, SKYPILOT_VARIABLE
-from planner.tables.aiconfigurator import TABLES_VARIABLE
+from planner.hardware.aiconfigurator import TABLES_VARIABLE
+from planner.hardware.prices import PRICES_VARIABLE, SKYPILOT_VARIABLE
 
 
 def pytest_configure() -> None:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 
-from planner.arithmetic import Arithmetic
-from planner.attention import Attention, LatentAttention
-from planner.cluster import ClusterSpec, Device, DeviceGroup, Link
-from planner.cost.schedule import build_table, print_table
-from planner.estimate import Coverage, Estimate, MemoryBreakdown, StageEstimate, TimeBreakdown, Verdict
-from planner.feed_forward import Activation, Experts, Mlp
-from planner.model import Block, ModelSpec, Norm, Segment
-from planner.plan import Plan
-from planner.routing import Routing, Score
-from planner.strategy import AXES, Degrees, Recompute, RecomputeCounts, Stage, Strategy, even_stages
-from planner.workload import Adapters, Method, Optimizer, Precision, Workload
+from planner.hardware.cluster import ClusterSpec, Device, DeviceGroup, Link
+from planner.model.arithmetic import Arithmetic
+from planner.model.attention import Attention, LatentAttention
+from planner.model.feed_forward import Activation, Experts, Mlp
+from planner.model.routing import Routing, Score
+from planner.model.spec import Block, ModelSpec, Norm, Segment
+from planner.model.workload import Adapters, Method, Optimizer, Precision, Workload
+from planner.strategy.estimate import (
+    Coverage,
+    Estimate,
+    MemoryBreakdown,
+    StageEstimate,
+    TimeBreakdown,
+    Verdict,
+)
+from planner.strategy.plan import Plan
+from planner.strategy.schedule.schedules import build_table, print_table
+from planner.strategy.strategy import AXES, Degrees, Recompute, RecomputeCounts, Stage, Strategy, even_stages
 
 
 def tiny_llama(

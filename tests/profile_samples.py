@@ -6,8 +6,10 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from planner.catalog import load_model, profile_files
-from planner.profile import (
+from planner.hardware.catalog import load_model, profile_files
+from planner.model.workload import Precision
+from planner.profile.operator_sample import RateKind, RateSample
+from planner.profile.profile import (
     Clocks,
     Constant,
     ContentionSample,
@@ -17,10 +19,8 @@ from planner.profile import (
     load_profile,
     shape_key,
 )
-from planner.rate_sample import RateKind, RateSample
 from planner.report.profile_tables import COPIES
-from planner.strategy import CpExchange, Recompute
-from planner.workload import Precision
+from planner.strategy.strategy import CpExchange, Recompute
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>&\"'"
 

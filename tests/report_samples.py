@@ -9,10 +9,14 @@ import json
 import sys
 from pathlib import Path
 
-from planner.attention import Attention
-from planner.cluster import ClusterSpec, Device, DeviceGroup, Link
-from planner.cost.schedule import Table, build_table, print_table
-from planner.estimate import (
+from planner.foundation.units import GIB, MIB
+from planner.hardware.cluster import ClusterSpec, Device, DeviceGroup, Link
+from planner.model.attention import Attention
+from planner.model.feed_forward import Activation, Mlp
+from planner.model.spec import Block, ModelSpec, Norm, Segment
+from planner.model.workload import Precision, Workload
+from planner.report.comparison import ComparisonRow, save_comparison
+from planner.strategy.estimate import (
     Coverage,
     Estimate,
     MemoryBreakdown,
@@ -21,11 +25,9 @@ from planner.estimate import (
     TimelineEvent,
     Verdict,
 )
-from planner.feed_forward import Activation, Mlp
-from planner.model import Block, ModelSpec, Norm, Segment
-from planner.plan import Alternative, Certificate, Plan, save_plan
-from planner.report.comparison import ComparisonRow, save_comparison
-from planner.strategy import (
+from planner.strategy.plan import Alternative, Certificate, Plan, save_plan
+from planner.strategy.schedule.schedules import Table, build_table, print_table
+from planner.strategy.strategy import (
     AXES,
     Degrees,
     Recompute,
@@ -36,8 +38,6 @@ from planner.strategy import (
     Zero,
     even_stages,
 )
-from planner.units import GIB, MIB
-from planner.workload import Precision, Workload
 
 
 def model(name: str = "llama-demo-30m", layers: int = 12, hidden: int = 384, vocab: int = 4096) -> ModelSpec:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from planner.estimate import Rejected
-from planner.runs.run import Run, RunRecompute, Status
-from planner.runs.setup import RunSetup, run_problem
+from planner.calibration.run import Run, RunRecompute, Status
+from planner.calibration.run_setup import RunSetup, run_problem
+from planner.strategy.estimate import Rejected
 
 GPT = Run(
     id="gpt",

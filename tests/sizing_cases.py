@@ -9,16 +9,16 @@ from typing import Any
 
 from click.testing import CliRunner, Result
 
-from planner.catalog import load_model
 from planner.cli import cli
-from planner.market.market import shipped_market
-from planner.objective import Goal
+from planner.hardware.catalog import load_model
+from planner.hardware.prices import shipped_market
+from planner.job.objective import Goal
+from planner.model.workload import Workload
 from planner.sizing.compare import compare
 from planner.sizing.comparison import Comparison
 from planner.sizing.offer import Offer
 from planner.sizing.offers import Wanted, find_offers
 from planner.sizing.request import SizingRequest
-from planner.workload import Workload
 
 MARKET = shipped_market()
 BILLION = 10**9

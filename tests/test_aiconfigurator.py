@@ -18,11 +18,11 @@ import pytest
 from click.testing import CliRunner
 
 from planner.cli import cli
-from planner.commands import doctor
-from planner.errors import InputError
-from planner.profile import Op
-from planner.tables import aiconfigurator, measured
-from planner.tables.aiconfigurator import (
+from planner.commands.running import doctor
+from planner.foundation.errors import InputError
+from planner.hardware import aiconfigurator
+from planner.hardware import measured_tables as measured
+from planner.hardware.aiconfigurator import (
     MODULE,
     TABLES_VARIABLE,
     can_read,
@@ -32,7 +32,8 @@ from planner.tables.aiconfigurator import (
     read_collectives,
     read_products,
 )
-from planner.tables.curves import CollectiveCurves
+from planner.hardware.collective_curves import CollectiveCurves
+from planner.profile.profile import Op
 
 NCCL = ("nccl_dtype", "num_gpus", "message_size", "op_name", "latency")
 GEMM = ("gemm_dtype", "m", "n", "k", "latency")

@@ -10,23 +10,23 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from planner.block_residual import BlockResidual, BlockResiduals
 from planner.calibration.calibrate import TIME_ERROR, calibrate, usable
+from planner.calibration.run import Run
+from planner.calibration.validate import Validation, validate
 from planner.cli import cli
-from planner.codec import encode
-from planner.cost import constants
-from planner.cost.compute import LayerModel
+from planner.cost.compute import constants
+from planner.cost.compute.block_correction import block_shape
+from planner.cost.compute.layer import LayerShape
+from planner.cost.compute.layer_cost import LayerModel
+from planner.cost.compute.time_constants import usual_physics
 from planner.cost.evaluate import CostModel
-from planner.cost.layer import LayerShape
-from planner.cost.physics import usual_physics
-from planner.cost.residuals import block_shape
-from planner.errors import InputError
-from planner.problem import PlanningProblem
-from planner.profile import Constant, LayerKind, Profile, load_profile
-from planner.runs.run import Run
-from planner.strategy import Degrees, Recompute, Schedule, Strategy, Zero, even_stages
-from planner.validation import Validation, validate
-from planner.workload import Precision
+from planner.foundation.decode import encode
+from planner.foundation.errors import InputError
+from planner.job.problem import PlanningProblem
+from planner.model.workload import Precision
+from planner.profile.block_residual import BlockResidual, BlockResiduals
+from planner.profile.profile import Constant, LayerKind, Profile, load_profile
+from planner.strategy.strategy import Degrees, Recompute, Schedule, Strategy, Zero, even_stages
 
 from .planner import instances
 from .test_calibration import HEADER, TRUTH, empty, grid, made_by, quiet, read_runs, time_of

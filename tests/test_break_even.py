@@ -7,9 +7,9 @@ import random
 
 import pytest
 
-from planner import catalog
-from planner.market.market import on_premises_inputs, shipped_market
-from planner.market.on_premises import OnPremises, cost_per_device_hour
+from planner.hardware import catalog
+from planner.hardware.on_premises import OnPremises, cost_per_device_hour
+from planner.hardware.prices import on_premises_inputs, shipped_market
 from planner.sizing.break_even import (
     COMMITTED,
     Owned,

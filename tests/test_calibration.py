@@ -14,14 +14,14 @@ from click.testing import CliRunner
 from planner.calibration.calibrate import TIME_ERROR, calibrate, scopes, usable
 from planner.calibration.fit import MAX_RUNS, Scope, Unknown, evenly, fit
 from planner.calibration.predict import Measured, step_time_s, with_constants
+from planner.calibration.run import Run
+from planner.calibration.runs_table import read_runs
 from planner.cli import cli
+from planner.cost.compute.time_constants import PRIORS, Physics, physics_of
 from planner.cost.evaluate import CostModel
-from planner.cost.physics import PRIORS, Physics, physics_of
-from planner.errors import InputError
-from planner.profile import PROFILE_SCHEMA, Constant, Profile, load_profile
-from planner.runs.run import Run
-from planner.runs.table import read_runs
-from planner.stack import NATIVE, Engine, Stack
+from planner.foundation.errors import InputError
+from planner.job.engine_settings import NATIVE, Engine, Stack
+from planner.profile.profile import PROFILE_SCHEMA, Constant, Profile, load_profile
 
 REFERENCE = Path(__file__).parents[1] / "bench" / "data" / "h100_reference.csv"
 HEADER = (

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from planner import catalog
-from planner.codec import decode, encode
-from planner.device_file import DeviceFile, load_device_file
-from planner.errors import InputError
-from planner.instance import load_instances
-from planner.naming import nearest, squash
-from planner.network import NetworkFile, load_networks, parse_network
-from planner.tables.measured import table_of
-from planner.units import GIB
+from planner.foundation.decode import decode, encode
+from planner.foundation.errors import InputError
+from planner.foundation.suggest import nearest, squash
+from planner.foundation.units import GIB
+from planner.hardware import catalog
+from planner.hardware.device_file import DeviceFile, load_device_file
+from planner.hardware.instance import load_instances
+from planner.hardware.measured_tables import table_of
+from planner.hardware.network import NetworkFile, load_networks, parse_network
 
 DEVICES = catalog.device_names()
 MODELS = list(catalog.model_index())

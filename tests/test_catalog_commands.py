@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from planner import catalog
 from planner.cli import cli
+from planner.hardware import catalog
 
 WIDTH = 120
 

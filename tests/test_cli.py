@@ -16,9 +16,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from planner.cli import COMMANDS, cli
-from planner.commands.options import ProblemInputs, ProblemOptions, load_problem, problem_options
-from planner.errors import CheckError, InfeasibleError, InputError, Problem
-from planner.workload import Precision
+from planner.commands.shared.options import ProblemInputs, ProblemOptions, load_problem, problem_options
+from planner.foundation.errors import CheckError, InfeasibleError, InputError, Problem
+from planner.model.workload import Precision
 
 
 def run(*arguments: str) -> Result:
@@ -122,7 +122,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[BaseException]]:
     def fail(path: Path) -> None:
         raise errors[0]
 
-    monkeypatch.setattr("planner.plan.load_plan", fail)
+    monkeypatch.setattr("planner.strategy.plan.load_plan", fail)
     yield errors
 
 

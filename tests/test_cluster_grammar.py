@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from planner import machine
-from planner.cluster import ClusterSpec
-from planner.cluster_grammar import parse_cluster
-from planner.codec import decode, encode
-from planner.errors import InputError
+from planner.foundation.decode import decode, encode
+from planner.foundation.errors import InputError
+from planner.hardware import local_machine as machine
+from planner.hardware.cluster import ClusterSpec
+from planner.hardware.cluster_grammar import parse_cluster
 
 
 def test_shape_device_and_network() -> None:
@@ -245,7 +245,7 @@ def write(folder: Path, text: str) -> str:
 
 
 def test_a_cluster_file(tmp_path: Path) -> None:
-    from planner.catalog import data_folder
+    from planner.hardware.catalog import data_folder
 
     own = (data_folder() / "devices" / "a100-sxm-80gb.toml").read_text().replace("a100-sxm-80gb", "mine")
     (tmp_path / "mine.toml").write_text(own)

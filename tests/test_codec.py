@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from planner.codec import (
+from planner.commands.shared.text import print_json
+from planner.foundation.decode import (
     MAX_FILE_BYTES,
     decode,
     decode_json,
@@ -25,8 +26,7 @@ from planner.codec import (
     to_json,
     write_atomic,
 )
-from planner.commands.text import print_json
-from planner.errors import InputError
+from planner.foundation.errors import InputError
 
 
 @noun

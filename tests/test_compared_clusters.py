@@ -8,9 +8,9 @@ import pytest
 from click.testing import CliRunner
 
 from planner.cli import cli
-from planner.cluster_grammar import EqualNodes, parse_cluster, read_equal_nodes
-from planner.errors import InputError
-from planner.market.market import shipped_market
+from planner.foundation.errors import InputError
+from planner.hardware.cluster_grammar import EqualNodes, parse_cluster, read_equal_nodes
+from planner.hardware.prices import shipped_market
 from planner.sizing.offer import Pricing
 from planner.sizing.offers import offers_of_clusters
 

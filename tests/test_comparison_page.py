@@ -12,7 +12,9 @@ from collections.abc import Callable
 import pytest
 
 from planner.cost.goodput import Job, figures_of
-from planner.objective import Goal, Minimise
+from planner.foundation.units import DAY_S
+from planner.job.objective import Goal, Minimise
+from planner.job.overheads import BEST, Upkeep
 from planner.report import options_bars as bars
 from planner.report import options_plot as plots
 from planner.report import options_tables as tables
@@ -21,8 +23,6 @@ from planner.report.comparison_page import render_comparison
 from planner.report.palette import MARK_COLOURS
 from planner.sizing.comparison import Comparison
 from planner.sizing.offer import Pricing
-from planner.units import DAY_S
-from planner.upkeep import BEST, Upkeep
 from tests import comparison_samples as samples
 from tests.html_reader import Reader
 
@@ -322,7 +322,7 @@ def test_short_numbers(value: float, text: str) -> None:
 
 
 def test_samples_survive_json(usual: Comparison) -> None:
-    from planner.codec import decode_json, to_json
+    from planner.foundation.decode import decode_json, to_json
 
     assert decode_json(Comparison, to_json(usual), source="sample") == usual
     assert json.loads(to_json(usual))["options"]

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from planner.calibration.history.log import read_log
+from planner.calibration.history.plan_row import plan_columns
 from planner.cli import cli
-from planner.commands.estimate import strategy_of
+from planner.commands.splitting.estimate import strategy_of
 from planner.cost.evaluate import CostModel
-from planner.estimate import Estimate
-from planner.history.log import read_log
-from planner.history.plan_row import plan_columns
-from planner.problem import PlanningProblem
-from planner.rules import broken_rules
+from planner.job.engine_settings import Stack, own_stack
+from planner.job.problem import PlanningProblem
 from planner.search.space import parse_pins
-from planner.stack import Stack, own_stack
+from planner.strategy.estimate import Estimate
+from planner.strategy.rules import broken_rules
 from tests.planner.catalog_problems import problem
 from tests.plans import make_plan, tiny_llama
 from tests.test_from_run import DEGREES, plan_on_h100, step, trained
@@ -70,7 +70,7 @@ def test_the_figures_say_what_they_rest_on(engine: str, told: bool) -> None:
 
 def test_a_run_without_a_compiler_is_told_so() -> None:
     pytest.importorskip("torch")
-    from runtime.compiled import run_eagerly
+    from runtime.parallel.compiled import run_eagerly
 
     assert "times are those of compiled ones" in (run_eagerly(plan_on_h100(), compiled=False) or "")
     assert run_eagerly(plan_on_h100(), compiled=True) is None

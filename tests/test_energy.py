@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from planner import catalog
-from planner.errors import InputError
-from planner.market.market import on_premises_inputs, shipped_market
-from planner.market.on_premises import OnPremisesTable, OwnedDevice, with_own
+from planner.foundation.errors import InputError
+from planner.hardware import catalog
+from planner.hardware.on_premises import OnPremisesTable, OwnedDevice, with_own
+from planner.hardware.prices import on_premises_inputs, shipped_market
 from planner.sizing.energy import RunEnergy, energy_facts, energy_kwh, load_energy, run_energy
 from planner.sizing.offer import Pricing
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from planner import repairs
+from planner.advice import repairs
+from planner.advice.resolve import Effort
 from planner.cli import cli
-from planner.commands.infeasible import INFEASIBLE_EXIT, LEAST_SHARE, tell_infeasible
-from planner.problem import PlanningProblem
-from planner.resolve import Effort
+from planner.commands.shared.infeasible import INFEASIBLE_EXIT, LEAST_SHARE, tell_infeasible
+from planner.job.problem import PlanningProblem
 from planner.search.solve import SolveOptions
 from planner.search.space import Pins, parse_pins
 

@@ -16,14 +16,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from planner.arithmetic import RopeKind, RopeScaling
-from planner.catalog import load_model
 from planner.cli import cli
-from planner.cluster_grammar import parse_cluster
-from planner.engines.megatron_model import ModelArguments
-from planner.engines.torchtitan_model import Flavor, flavor_of
-from planner.errors import InputError
-from planner.estimate import JobFigures
 from planner.export import accelerate, deepspeed, megatron, torchtitan
 from planner.export.artifact import MARK, Export, ExportFile, write_export
 from planner.export.facts import readme
@@ -32,10 +25,17 @@ from planner.export.scheduled import run_s
 from planner.export.settings import Settings
 from planner.export.skypilot import accelerator
 from planner.export.targets import TARGETS, refusals
-from planner.plan import Plan
-from planner.stack import Engine
-from planner.strategy import CpExchange, Degrees, Offload, Recompute, Schedule, Zero, offloaded
-from planner.workload import AdapterModules, Adapters, Optimizer, Precision
+from planner.foundation.errors import InputError
+from planner.hardware.catalog import load_model
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.job.engine_settings import Engine
+from planner.model.arithmetic import RopeKind, RopeScaling
+from planner.model.workload import AdapterModules, Adapters, Optimizer, Precision
+from planner.strategy.engines.megatron_model import ModelArguments
+from planner.strategy.engines.torchtitan_model import Flavor, flavor_of
+from planner.strategy.estimate import JobFigures
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import CpExchange, Degrees, Offload, Recompute, Schedule, Zero, offloaded
 from tests.plans import make_plan, split, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_mla
 
 GPUS = "2x8:h100-sxm-80gb@ndr400x8"

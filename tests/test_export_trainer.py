@@ -7,9 +7,9 @@ import json
 import pytest
 
 from planner.export.trainer import ADAPTERS_FILE, trainer_files
-from planner.model import ModelSpec
-from planner.strategy import Degrees
-from planner.workload import Adapters
+from planner.model.spec import ModelSpec
+from planner.model.workload import Adapters
+from planner.strategy.strategy import Degrees
 from tests.plans import make_plan, tiny_llama, tiny_mixtral, tiny_mla
 
 

@@ -6,16 +6,16 @@ import dataclasses
 
 import pytest
 
-from planner.catalog import data_folder, device_names, load_device
-from planner.cluster_grammar import parse_cluster
-from planner.codec import load_toml
-from planner.commands.options import ProblemOptions
-from planner.commands.upkeep_options import read_upkeep
-from planner.errors import Problem
-from planner.failures import FailureFile, failure_file, rated_nodes, usual_failures_per_s
-from planner.sizing.usual_upkeep import upkeep_assumptions, usual_storage_bytes_per_s, usual_upkeep
-from planner.units import DAY_S
-from planner.upkeep import BEST, NOTHING_SAID, Upkeep
+from planner.commands.shared.options import ProblemOptions
+from planner.commands.shared.overhead_options import read_upkeep
+from planner.foundation.decode import load_toml
+from planner.foundation.errors import Problem
+from planner.foundation.units import DAY_S
+from planner.hardware.catalog import data_folder, device_names, load_device
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.failures import FailureFile, failure_file, rated_nodes, usual_failures_per_s
+from planner.job.overheads import BEST, NOTHING_SAID, Upkeep
+from planner.sizing.usual_overheads import upkeep_assumptions, usual_storage_bytes_per_s, usual_upkeep
 
 FILE = failure_file()
 
@@ -172,7 +172,7 @@ def test_options_that_need_others_count_alone_where_the_rest_is_filled_in() -> N
 
 
 def test_the_flags_that_are_told_are_those_of_the_command() -> None:
-    from planner.commands.estimate import estimate
+    from planner.commands.splitting.estimate import estimate
 
     names = {option for parameter in estimate.params for option in parameter.opts}
     flags = told(usual_upkeep(8, spot=True))

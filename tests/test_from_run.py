@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from planner.calibration.history.flat_yaml import read_flat_yaml
+from planner.calibration.history.names import QUANTITIES, SETTINGS, quantity_of
+from planner.calibration.history.steady import steady, warmup
+from planner.calibration.run import Run
+from planner.calibration.run_setup import run_problem
+from planner.calibration.runs_table import READERS, read_runs
+from planner.calibration.runs_writer import COLUMNS, runs_csv
 from planner.cli import cli
-from planner.cluster_grammar import parse_cluster
-from planner.estimate import Rejected
-from planner.history.flat_yaml import read_flat_yaml
-from planner.history.names import QUANTITIES, SETTINGS, quantity_of
-from planner.history.steady import steady, warmup
-from planner.plan import Plan, save_plan
-from planner.runs.run import Run
-from planner.runs.setup import run_problem
-from planner.runs.table import READERS, read_runs
-from planner.runs.write import COLUMNS, runs_csv
-from planner.strategy import Degrees, Recompute, Stage, Zero, even_stages
-from planner.workload import Precision
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.model.workload import Precision
+from planner.strategy.estimate import Rejected
+from planner.strategy.plan import Plan, save_plan
+from planner.strategy.strategy import Degrees, Recompute, Stage, Zero, even_stages
 from tests.plans import make_plan, split, tiny_gpt2, tiny_llama
 
 DEGREES = Degrees(tp=2, pp=2, dp_shard=2, zero=Zero.OPTIMIZER, num_micro_batches=4, sequence_parallel=True)

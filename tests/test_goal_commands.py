@@ -14,8 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from planner.cli import cli
-from planner.commands.goal import read_deadline_s, read_usd
-from planner.errors import InputError
+from planner.commands.shared.goal import read_deadline_s, read_usd
+from planner.foundation.errors import InputError
 from planner.search.shape_search import Budget, ShapeResult, ShapeSearch
 
 MODEL = ("--model", "tinyllama-1.1b", "--seq", "1024", "--batch", "32")

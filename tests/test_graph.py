@@ -6,14 +6,14 @@ import random
 
 import pytest
 
-from planner.attention import CAUSAL, Attention, Reach, Span
-from planner.feed_forward import Activation, Mlp
-from planner.model import Block, ModelSpec, Norm, Segment
-from planner.traced import Product, TracedLayer
-from planner.tracing.graph import Chain, Piece, boundary_values, layer_network, pieces
-from planner.tracing.operator_graph import Operator, OperatorGraph, ParameterTensor, Value
-from planner.tracing.repetition import Run, runs
-from planner.tracing.traced_model import layer_pieces, traced_model
+from planner.model.attention import CAUSAL, Attention, Reach, Span
+from planner.model.feed_forward import Activation, Mlp
+from planner.model.spec import Block, ModelSpec, Norm, Segment
+from planner.model.traced_layer import Product, TracedLayer
+from planner.model.tracing.graph import Chain, Piece, boundary_values, layer_network, pieces
+from planner.model.tracing.operator_graph import Operator, OperatorGraph, ParameterTensor, Value
+from planner.model.tracing.repetition import Run, runs
+from planner.model.tracing.traced_model import layer_pieces, traced_model
 
 # Repetition
 

@@ -10,11 +10,17 @@ from typing import Any
 
 import pytest
 
-from planner.catalog import data_folder
-from planner.errors import InputError
-from planner.feed_forward import Activation
-from planner.hf import FAMILIES, MAX_CONFIG_BYTES, read_config, read_config_file, read_model_toml
-from planner.model import Norm
+from planner.foundation.errors import InputError
+from planner.hardware.catalog import data_folder
+from planner.model.feed_forward import Activation
+from planner.model.huggingface import (
+    FAMILIES,
+    MAX_CONFIG_BYTES,
+    read_config,
+    read_config_file,
+    read_model_toml,
+)
+from planner.model.spec import Norm
 
 COUNTS = list(csv.DictReader((Path(__file__).parent / "data" / "model_params.csv").read_text().splitlines()))
 

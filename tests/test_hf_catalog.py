@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from planner import catalog
-from planner.arithmetic import RopeKind
-from planner.codec import decode, load_toml_object
-from planner.errors import InputError
-from planner.hf import FAMILIES, WRAPPERS, read_config
+from planner.foundation.decode import decode, load_toml_object
+from planner.foundation.errors import InputError
+from planner.hardware import catalog
+from planner.model.arithmetic import RopeKind
+from planner.model.huggingface import FAMILIES, WRAPPERS, read_config
 
 FOLDER = catalog.data_folder() / "models"
 INDEX = catalog.model_index()

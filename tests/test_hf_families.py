@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from planner.attention import CAUSAL, Attention, LatentAttention, QkNorm, Reach, Span
-from planner.catalog import load_model
-from planner.errors import InputError
-from planner.feed_forward import Activation, Experts, Mlp
-from planner.hf import FAMILIES, WRAPPERS, read_config
-from planner.model import Block, ModelSpec, Norm
-from planner.recurrent import DeltaNet, LightningAttention, StateSpace
+from planner.foundation.errors import InputError
+from planner.hardware.catalog import load_model
+from planner.model.attention import CAUSAL, Attention, LatentAttention, QkNorm, Reach, Span
+from planner.model.feed_forward import Activation, Experts, Mlp
+from planner.model.huggingface import FAMILIES, WRAPPERS, read_config
+from planner.model.recurrent import DeltaNet, LightningAttention, StateSpace
+from planner.model.spec import Block, ModelSpec, Norm
 
 DIMS: dict[str, Any] = {
     "hidden_size": 64,

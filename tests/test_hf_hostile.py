@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from planner.cli import cli
-from planner.errors import InputError
-from planner.hf import FAMILIES, WRAPPERS, read_config, read_config_file
-from planner.hf.keys import MAX_LAYERS
+from planner.foundation.errors import InputError
+from planner.model.huggingface import FAMILIES, WRAPPERS, read_config, read_config_file
+from planner.model.huggingface.keys import MAX_LAYERS
 from tests.model_configs import MAKERS
 
 MIXTRAL: dict[str, Any] = {

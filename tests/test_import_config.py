@@ -11,20 +11,21 @@ import pytest
 from click.testing import CliRunner
 
 from planner.cli import cli
-from planner.commands.export import TO
-from planner.commands.import_config import FROM
-from planner.engines.recipes import every_kth, first_of_each
-from planner.errors import InputError, Problem
+from planner.commands.splitting.export import TO
+from planner.commands.splitting.import_config import FROM
 from planner.export.argument_file import read_arguments
 from planner.export.imported import Imported, completed, read_config
 from planner.export.megatron import layout_sizes, layout_text
 from planner.export.settings import Recipe, Settings, recipe_of, strategy_from
 from planner.export.targets import TARGETS, refusals
 from planner.export.yaml_text import load_yaml_object
-from planner.plan import Plan
+from planner.foundation.errors import InputError, Problem
+from planner.job.engine_settings import Engine
+from planner.model.workload import Optimizer, Precision
 from planner.search.space import Pins
-from planner.stack import Engine
-from planner.strategy import (
+from planner.strategy.engines.recipes import every_kth, first_of_each
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import (
     CpExchange,
     Degrees,
     Offload,
@@ -35,7 +36,6 @@ from planner.strategy import (
     offloaded,
     sized_stages,
 )
-from planner.workload import Optimizer, Precision
 from tests.plans import make_plan, split, tiny_llama, tiny_mixtral
 
 FILES = {

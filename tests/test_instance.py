@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from planner import catalog
-from planner.instance import (
+from planner.hardware import catalog
+from planner.hardware.instance import (
     Instance,
     doubt_of,
     fault_of,
@@ -16,7 +16,7 @@ from planner.instance import (
     median_prices,
     sane_instances,
 )
-from planner.market.market import price_terms, shipped_market
+from planner.hardware.prices import price_terms, shipped_market
 
 ALL = load_instances(catalog.data_folder() / "instances.csv")
 DEVICES = catalog.device_names()

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from planner import catalog
-from planner.codec import decode, encode
-from planner.errors import InputError
-from planner.profile import Op
-from planner.tables import measured
-from planner.tables.curves import wire_factor
-from planner.tables.measured import MAX_PROBLEMS, Collective, LinkFigure, MeasuredTable, Product
+from planner.foundation.decode import decode, encode
+from planner.foundation.errors import InputError
+from planner.hardware import catalog
+from planner.hardware import measured_tables as measured
+from planner.hardware.collective_curves import wire_factor
+from planner.hardware.measured_tables import MAX_PROBLEMS, Collective, LinkFigure, MeasuredTable, Product
+from planner.profile.profile import Op
 
 FOLDER = measured.folder()
 LOADERS: dict[str, Callable[[Path], tuple[Any, ...]]] = {

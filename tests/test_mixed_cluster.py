@@ -11,23 +11,23 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from planner.advice.plan_check import check_plan
 from planner.cli import cli
-from planner.cluster import ClusterSpec
-from planner.cluster_grammar import parse_cluster
-from planner.codec import decode, encode
-from planner.commands.options import ProblemOptions
-from planner.commands.problem import problem_of_plan, read_problem
+from planner.commands.shared.options import ProblemOptions
+from planner.commands.shared.problem import problem_of_plan, read_problem
 from planner.cost.evaluate import CostModel
-from planner.errors import InputError
-from planner.placement import is_mixed, parse_device_order, seen_from
-from planner.plan import Plan, decode_plan, encode_plan, load_plan
-from planner.plan_check import check_plan
+from planner.foundation.decode import decode, encode
+from planner.foundation.errors import InputError
+from planner.foundation.units import GIB
+from planner.hardware.cluster import ClusterSpec
+from planner.hardware.cluster_grammar import parse_cluster
 from planner.report.page import render_page
 from planner.report.record import ReportInput
 from planner.report.sections import memory_figure
 from planner.search.solve import make_plan
-from planner.strategy import Degrees, Strategy, Zero, even_stages
-from planner.units import GIB
+from planner.strategy.placement import is_mixed, parse_device_order, seen_from
+from planner.strategy.plan import Plan, decode_plan, encode_plan, load_plan
+from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 
 MIXED = "2x8:a100-sxm-40gb+2x8:h100-sxm-80gb"
 WORDS = f"estimate --model llama-13b --cluster {MIXED} --seq 2048 --batch 64"
@@ -175,8 +175,8 @@ def test_a_stated_limit_caps_every_kind() -> None:
 
 
 def test_a_measured_profile_must_be_of_one_of_the_devices() -> None:
-    from planner.catalog import profile_files
-    from planner.profile import load_profile
+    from planner.hardware.catalog import profile_files
+    from planner.profile.profile import load_profile
 
     path = next(path for path in profile_files() if load_profile(path).layers)
     with pytest.raises(InputError, match="a100-sxm-40gb and h100-sxm-80gb"):

@@ -6,14 +6,14 @@ import dataclasses
 
 import pytest
 
-from planner.attention import CAUSAL, Attention, LatentAttention, QkNorm, Reach, Span
-from planner.feed_forward import Activation, Experts, Mlp
-from planner.kept import AttentionKernel
-from planner.matrix import Matrix, Split
-from planner.mixers import Mixer
-from planner.model import Block, ModelSpec, Norm, Segment
-from planner.recurrent import DeltaNet, LightningAttention, StateSpace
-from planner.strategy import Recompute
+from planner.model.attention import CAUSAL, Attention, LatentAttention, QkNorm, Reach, Span
+from planner.model.feed_forward import Activation, Experts, Mlp
+from planner.model.mixers import Mixer
+from planner.model.recurrent import DeltaNet, LightningAttention, StateSpace
+from planner.model.saved_tensors import AttentionKernel
+from planner.model.spec import Block, ModelSpec, Norm, Segment
+from planner.model.weight_matrix import Matrix, Split
+from planner.strategy.strategy import Recompute
 
 SWIGLU = Mlp(width=28, gated=True, activation=Activation.SILU)
 MIXERS: dict[str, Mixer] = {

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from planner.attention import Attention, LatentAttention, Reach, Span
-from planner.hf import read_config
-from planner.mixers import Mixer
-from planner.model import Block, ModelSpec
+from planner.model.attention import Attention, LatentAttention, Reach, Span
+from planner.model.huggingface import read_config
+from planner.model.mixers import Mixer
+from planner.model.spec import Block, ModelSpec
 from tests.model_configs import MAKERS
 
 transformers = pytest.importorskip("transformers")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from planner.attention import Reach
-from planner.hf import FAMILIES, read_config
-from planner.hf.keys import KEYS
-from planner.model import ModelSpec
+from planner.model.attention import Reach
+from planner.model.huggingface import FAMILIES, read_config
+from planner.model.huggingface.keys import KEYS
+from planner.model.spec import ModelSpec
 from tests.model_configs import MAKERS, TWINS
 
 transformers = pytest.importorskip("transformers")

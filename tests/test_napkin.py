@@ -8,26 +8,26 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from planner.adapters import adapted, adapter_params
-from planner.catalog import load_device, load_model
 from planner.cli import cli
-from planner.estimate import Verdict
-from planner.hf import read_config
-from planner.instance import Instance
-from planner.market.market import Market
-from planner.principles.device_rate import Price, device_rate, price_of, published_mfu
-from planner.principles.napkin import Question, left_out, rule_of_thumb, short
-from planner.principles.napkin_estimate import (
+from planner.foundation.units import GIB
+from planner.hardware.catalog import load_device, load_model
+from planner.hardware.instance import Instance
+from planner.hardware.prices import Market
+from planner.model.huggingface import read_config
+from planner.model.lora import adapted, adapter_params
+from planner.model.workload import AdapterModules, Adapters, Precision
+from planner.sizing.principles.device_rate import Price, device_rate, price_of, published_mfu
+from planner.sizing.principles.napkin import Question, left_out, rule_of_thumb, short
+from planner.sizing.principles.napkin_estimate import (
     activations_bytes,
     cluster_of,
     evaluated,
     node_shape,
     own_estimate,
 )
-from planner.principles.napkin_methods import Method, methods
-from planner.principles.napkin_size import bare_size, model_size, reference_shape
-from planner.units import GIB
-from planner.workload import AdapterModules, Adapters, Precision
+from planner.sizing.principles.napkin_methods import Method, methods
+from planner.sizing.principles.napkin_size import bare_size, model_size, reference_shape
+from planner.strategy.estimate import Verdict
 
 
 def run(*arguments: str) -> Result:

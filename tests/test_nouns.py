@@ -9,7 +9,7 @@ from dataclasses import field
 
 import pytest
 
-from planner.nouns import noun, replaced
+from planner.foundation.frozen import noun, replaced
 
 
 @noun

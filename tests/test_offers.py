@@ -7,9 +7,9 @@ import random
 
 import pytest
 
-from planner.catalog import device_names
-from planner.cluster_grammar import parse_cluster
-from planner.errors import InputError
+from planner.foundation.errors import InputError
+from planner.hardware.catalog import device_names
+from planner.hardware.cluster_grammar import parse_cluster
 from planner.sizing.kinds import MOST_NODES, most_nodes
 from planner.sizing.ladder import ODD, between, ladder
 from planner.sizing.offer import Offer, Pricing, Rate
@@ -141,6 +141,6 @@ def test_small_nodes_are_tried_only_below_a_larger_one_that_is_no_dearer() -> No
 
 
 def test_names_with_commas_are_names_one_by_one() -> None:
-    from planner.commands.sizing_options import _each_of
+    from planner.commands.hardware.sizing_options import _each_of
 
     assert _each_of(("h100, a100-sxm-80gb", "l4", ",")) == ("h100", "a100-sxm-80gb", "l4")

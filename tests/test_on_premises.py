@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from planner import catalog
-from planner.codec import encode
-from planner.errors import InputError
-from planner.market.market import on_premises_inputs
-from planner.market.on_premises import (
+from planner.foundation.decode import encode
+from planner.foundation.errors import InputError
+from planner.hardware import catalog
+from planner.hardware.on_premises import (
     BOUNDS,
     OnPremises,
     OnPremisesTable,
@@ -22,6 +21,7 @@ from planner.market.on_premises import (
     on_premises_rows,
     with_own,
 )
+from planner.hardware.prices import on_premises_inputs
 
 DEFAULTS = on_premises_inputs()
 

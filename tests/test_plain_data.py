@@ -10,12 +10,12 @@ from typing import Any, Literal
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from planner.catalog import data_folder, device_names
-from planner.codec import load_toml_object
-from planner.device_file import DeviceFile
-from planner.nouns import noun
-from planner.plain_data import UnsureError, parse_json, read_plain
-from planner.profile import Profile
+from planner.foundation.decode import load_toml_object
+from planner.foundation.decode_plain import UnsureError, parse_json, read_plain
+from planner.foundation.frozen import noun
+from planner.hardware.catalog import data_folder, device_names
+from planner.hardware.device_file import DeviceFile
+from planner.profile.profile import Profile
 
 
 class Colour(StrEnum):

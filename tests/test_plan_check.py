@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from planner.catalog import load_model
+from planner.advice.plan_check import check_plan
 from planner.cli import cli
-from planner.cluster_grammar import parse_cluster
 from planner.cost.evaluate import CostModel
-from planner.plan import Certificate, Plan, decode_plan, encode_plan, load_plan, save_plan
-from planner.plan_check import check_plan
-from planner.problem import PlanningProblem
+from planner.foundation.units import GIB
+from planner.hardware.catalog import load_model
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.job.problem import PlanningProblem
+from planner.model.workload import Workload
 from planner.search.solve import make_plan
-from planner.strategy import Degrees, Strategy, Zero, even_stages
-from planner.units import GIB
-from planner.workload import Workload
+from planner.strategy.plan import Certificate, Plan, decode_plan, encode_plan, load_plan, save_plan
+from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_solve_hands_out_no_certificate_that_does_not_hold(
     for factor, code in ((1.0, 0), (0.9, 4)):
         solver = dataclasses.replace(plan.solver, objective_s=factor * plan.solver.objective_s)
         answer = dataclasses.replace(plan, solver=solver)
-        monkeypatch.setattr("planner.search.objective.solve_for", lambda *given, answer=answer: answer)
+        monkeypatch.setattr("planner.search.solve_for.solve_for", lambda *given, answer=answer: answer)
         done = CliRunner().invoke(cli, [*words, str(tmp_path / f"{code}.json")])
         assert done.exit_code == code
         assert (tmp_path / f"{code}.json").exists() is (code == 0)

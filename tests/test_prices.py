@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from planner.cli import cli
-from planner.cluster_grammar import parse_cluster
-from planner.commands import doctor
-from planner.errors import InputError
-from planner.market.market import PRICES_VARIABLE, read_market
+from planner.commands.running import doctor
+from planner.foundation.errors import InputError
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.prices import PRICES_VARIABLE, read_market
 
 FILE = """
 as_of = 2026-11-01

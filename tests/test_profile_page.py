@@ -10,21 +10,27 @@ from collections.abc import Callable
 
 import pytest
 
-from planner.block_residual import BlockResidual, BlockResiduals, BlockShape
-from planner.cost.residuals import Residuals
-from planner.kept import AttentionKernel
-from planner.profile import LayerKind, Profile
-from planner.rate_sample import RateKind
+from planner.cost.compute.block_correction import Residuals
+from planner.cost.profile_coverage import (
+    SampledClass,
+    covered_models,
+    rate_flops,
+    sampled_classes,
+    width_text,
+)
+from planner.foundation.units import format_seconds, format_si
+from planner.model.saved_tensors import AttentionKernel
+from planner.model.workload import Precision
+from planner.profile.block_residual import BlockResidual, BlockResiduals, BlockShape
+from planner.profile.operator_sample import RateKind
+from planner.profile.profile import LayerKind, Profile
 from planner.report import ticks
 from planner.report.profile_layers import MOST_CLASSES
 from planner.report.profile_lines import ProfileLines
 from planner.report.profile_operators import operator_figure
 from planner.report.profile_page import ProfilePage, build_profile_page, render_profile
 from planner.report.profile_tables import best_rates
-from planner.sampled_layers import SampledClass, covered_models, rate_flops, sampled_classes, width_text
-from planner.strategy import Recompute
-from planner.units import format_seconds, format_si
-from planner.workload import Precision
+from planner.strategy.strategy import Recompute
 from tests import profile_samples as samples
 from tests.html_reader import Reader
 from tests.planner import sweeps

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from planner.commands.profile_text import describe
-from planner.profile import Clocks, FamilyFit
+from planner.commands.running.profile_text import describe
+from planner.profile.profile import Clocks, FamilyFit
 from tests.profile_samples import cpu
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from planner import catalog
-from planner.instance import Instance
-from planner.market.market import Market, price_terms, read_market, shipped_market
-from planner.market.on_premises import BOUNDS, cost_per_device_hour
-from planner.market.prices import YOURS
+from planner.hardware import catalog
+from planner.hardware.instance import Instance
+from planner.hardware.on_premises import BOUNDS, cost_per_device_hour
+from planner.hardware.prices import Market, price_terms, read_market, shipped_market
+from planner.hardware.user_prices import YOURS
 from planner.sizing.offer import Pricing, Rate
 from planner.sizing.rates import owned_interval, rates_of, rates_of_device
 
@@ -159,7 +159,7 @@ def test_inputs_of_ones_own_have_no_range(tmp_path: Path) -> None:
 
 
 def read_inputs() -> object:
-    from planner.market.market import on_premises_inputs
+    from planner.hardware.prices import on_premises_inputs
 
     return on_premises_inputs()
 

@@ -9,9 +9,13 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from planner.cli import cli
-from planner.estimate import Verdict
-from planner.plan import Plan, load_plan, save_plan
-from planner.rehearsal import (
+from planner.foundation.units import format_bytes, format_seconds
+from planner.report.page import build_page, render_page
+from planner.report.record import ReportInput
+from planner.report.rehearsed import rehearsed_section
+from planner.strategy.estimate import Verdict
+from planner.strategy.plan import Plan, load_plan, save_plan
+from planner.strategy.rehearsal import (
     RankRehearsal,
     Refined,
     Rehearsal,
@@ -19,10 +23,6 @@ from planner.rehearsal import (
     RehearsedPass,
     RehearsedPlan,
 )  # fmt: skip
-from planner.report.page import build_page, render_page
-from planner.report.record import ReportInput
-from planner.report.rehearsed import rehearsed_section
-from planner.units import format_bytes, format_seconds
 from tests import report_samples as samples
 from tests.html_reader import Reader
 

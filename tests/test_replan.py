@@ -14,16 +14,17 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from planner.advice.plan_check import check_plan
 from planner.cli import cli
-from planner.codec import to_json
-from planner.commands.train_again import resume_words
-from planner.objective import Goal, Minimise, Objective, Rest, goal_left, goal_of
-from planner.plan import Plan, load_plan, save_plan
-from planner.plan_check import check_plan
+from planner.commands.running.train_again import resume_words
+from planner.foundation.decode import to_json
+from planner.foundation.units import DAY_S, GIB
+from planner.job.objective import Goal, Minimise, Objective, Rest, goal_left, goal_of
+from planner.model.workload import AdapterModules, Adapters
 from planner.report.record import load_report_input
-from planner.units import DAY_S, GIB
-from planner.workload import AdapterModules, Adapters
-from runtime.committed import (
+from planner.strategy.plan import Plan, load_plan, save_plan
+from runtime.checkpoint.identity import plan_facts, plan_identity
+from runtime.checkpoint.store import (
     CHECKPOINT_SCHEMA,
     COMMIT,
     INDEX,
@@ -33,10 +34,9 @@ from runtime.committed import (
     index_text,
     step_folder,
 )
-from runtime.identity import plan_facts, plan_identity
-from runtime.metrics import Earlier, MetricsLog
-from runtime.run_folder import keep_plan
-from runtime.summary import Seen
+from runtime.train.metrics import Earlier, MetricsLog
+from runtime.train.run_folder import keep_plan
+from runtime.train.summary import Seen
 
 SHARD = "shard-00000.safetensors"
 STEPS, TOKENS_PER_STEP = 40, 16 * 64

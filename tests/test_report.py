@@ -13,14 +13,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from planner.codec import write_atomic
-from planner.commands.report import report, write_report
+from planner.commands.running.report import report, write_report
 from planner.cost.goodput import Job, figures_of
-from planner.errors import InputError
-from planner.estimate import MEMORY_TENANTS, TIME_CAUSES
-from planner.plan import Plan, save_plan
-from planner.plan_cost import predicted_usd, usd_per_hour
-from planner.profile_use import ProfileUse
+from planner.foundation.decode import write_atomic
+from planner.foundation.errors import InputError
+from planner.job.overheads import Upkeep
+from planner.profile.choose import ProfileUse
 from planner.report.comparison import ComparisonRow, judge_order, load_comparison
 from planner.report.page import render_page
 from planner.report.palette import CAUSE_COLOURS, COLOURS, TENANT_COLOURS
@@ -30,8 +28,10 @@ from planner.report.sections import MAX_SLICES, memory_figure, timeline_figures
 from planner.report.timeline import Slice, SliceKind, classify, first_rank_of_each, idle_share, slices_of
 from planner.report.trace import build_trace, print_trace
 from planner.report.words import describe_error, headline
-from planner.strategy import Degrees, Schedule, Zero
-from planner.upkeep import Upkeep
+from planner.strategy.estimate import MEMORY_TENANTS, TIME_CAUSES
+from planner.strategy.plan import Plan, save_plan
+from planner.strategy.plan_cost import predicted_usd, usd_per_hour
+from planner.strategy.strategy import Degrees, Schedule, Zero
 from tests import report_samples as samples
 from tests.html_reader import Reader
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from planner.codec import decode, encode
-from planner.errors import InputError
-from planner.feed_forward import Experts
-from planner.hf import read_config
-from planner.model import Block, ModelSpec
-from planner.routing import Routing, Score
+from planner.foundation.decode import decode, encode
+from planner.foundation.errors import InputError
+from planner.model.feed_forward import Experts
+from planner.model.huggingface import read_config
+from planner.model.routing import Routing, Score
+from planner.model.spec import Block, ModelSpec
 
 CONFIG: dict[str, Any] = {
     "hidden_size": 64,

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from planner.calibration.run import Run, RunRecompute, Status
+from planner.calibration.run_setup import Setups
+from planner.calibration.runs_table import READERS, read_runs
+from planner.calibration.validate import validate
 from planner.cost.evaluate import CostModel
-from planner.estimate import Rejected, Verdict
-from planner.feed_forward import Experts
-from planner.model import Block
-from planner.runs.run import Run, RunRecompute, Status
-from planner.runs.setup import Setups
-from planner.runs.table import READERS, read_runs
-from planner.strategy import Schedule, Zero
-from planner.validation import validate
+from planner.model.feed_forward import Experts
+from planner.model.spec import Block
+from planner.strategy.estimate import Rejected, Verdict
+from planner.strategy.strategy import Schedule, Zero
 from tests.run_samples import GPT, LLAMA, reason, setup
 
 DATA = Path(__file__).parents[1] / "bench" / "data"

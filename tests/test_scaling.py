@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from planner.cli import cli
-from planner.principles.scaling import (
+from planner.sizing.principles.scaling import (
     Law,
     iso_flop,
     load_laws,

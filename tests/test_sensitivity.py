@@ -8,19 +8,19 @@ import random
 
 import pytest
 
-from planner import catalog
 from planner.cost.goodput import Job, figures_of
-from planner.estimate import Coverage, JobFigures, TimeBreakdown, Verdict
-from planner.market.market import on_premises_inputs
-from planner.objective import Goal, Minimise
+from planner.foundation.units import DAY_S
+from planner.hardware import catalog
+from planner.hardware.prices import on_premises_inputs
+from planner.job.objective import Goal, Minimise
 from planner.sizing.break_even import owned
 from planner.sizing.comparison import Sensitivity
 from planner.sizing.offer import Pricing, Rate
 from planner.sizing.option import Option, SizedPlan
 from planner.sizing.sensitivity import best_of, failure_factor, sensitivities
-from planner.sizing.usual_upkeep import usual_upkeep
-from planner.strategy import Degrees, RecomputeCounts, Stage, Strategy
-from planner.units import DAY_S
+from planner.sizing.usual_overheads import usual_upkeep
+from planner.strategy.estimate import Coverage, JobFigures, TimeBreakdown, Verdict
+from planner.strategy.strategy import Degrees, RecomputeCounts, Stage, Strategy
 
 COST = Goal(minimise=Minimise.COST)
 PLAN = SizedPlan(

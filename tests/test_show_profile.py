@@ -13,15 +13,15 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from planner.catalog import load_model, profile_files
 from planner.cli import cli
-from planner.codec import to_json
-from planner.commands.show_profile import MOST_ROWS, find_profile
-from planner.cost.meanings import MEANINGS, meaning_of, told_value
-from planner.cost.memory_constants import MEMORY_PRIORS
-from planner.cost.physics import PRIORS
-from planner.profile import FamilyFit, LayerKind, Profile, load_profile
-from planner.sampled_layers import noisy
+from planner.commands.hardware.show_profile import MOST_ROWS, find_profile
+from planner.cost.compute.constant_docs import MEANINGS, meaning_of, told_value
+from planner.cost.compute.time_constants import PRIORS
+from planner.cost.memory.memory_constants import MEMORY_PRIORS
+from planner.cost.profile_coverage import noisy
+from planner.foundation.decode import to_json
+from planner.hardware.catalog import load_model, profile_files
+from planner.profile.profile import FamilyFit, LayerKind, Profile, load_profile
 
 NAMES = [path.stem for path in profile_files()]
 CPU = next(p for p in map(load_profile, profile_files()) if p.device == "cpu")
@@ -253,15 +253,17 @@ def test_the_doctor_says_whether_a_profile_speaks_for_this_machine(monkeypatch: 
         findings = document_of("doctor")["findings"]
         return next(finding for finding in findings if finding["what"] == "profile")
 
-    monkeypatch.setattr("planner.commands.doctor._torch_facts", lambda: None)
-    monkeypatch.setattr("planner.machine.accelerators", list)
-    monkeypatch.setattr("planner.machine.cpu_title", lambda: "Z80")
+    monkeypatch.setattr("planner.commands.running.doctor._torch_facts", lambda: None)
+    monkeypatch.setattr("planner.hardware.local_machine.accelerators", list)
+    monkeypatch.setattr("planner.hardware.local_machine.cpu_title", lambda: "Z80")
     other = found()
     assert other["state"] == "note" and "this is Z80" in other["detail"] and "plan profile" in other["fix"]
-    monkeypatch.setattr("planner.machine.accelerators", lambda: [("NVIDIA H100 80GB HBM3", 81559)])
+    monkeypatch.setattr(
+        "planner.hardware.local_machine.accelerators", lambda: [("NVIDIA H100 80GB HBM3", 81559)]
+    )
     fitted = found()
     assert fitted["state"] == "note" and "fitted to runs on h100-sxm-80gb" in fitted["detail"]
-    monkeypatch.setattr("planner.machine.accelerators", lambda: [("NVIDIA H200", 143771)])
+    monkeypatch.setattr("planner.hardware.local_machine.accelerators", lambda: [("NVIDIA H200", 143771)])
     none = found()
     assert "none is shipped" in none["detail"] and "plan profile" in none["fix"]
 

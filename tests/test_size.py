@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from planner.catalog import load_model
-from planner.cluster_grammar import parse_cluster
-from planner.commands.sizing_options import CLOSE, read_batch
-from planner.commands.sizing_text import days_text, short_money
-from planner.errors import InputError
-from planner.objective import Goal, Minimise
-from planner.principles.scaling import load_laws, optimal_tokens, recommended
-from planner.search.scout import Scout, Shared
+from planner.commands.hardware.sizing_options import CLOSE, read_batch
+from planner.commands.hardware.sizing_text import days_text, short_money
+from planner.foundation.errors import InputError
+from planner.foundation.units import DAY_S, parse_count
+from planner.hardware.catalog import load_model
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.job.objective import Goal, Minimise
+from planner.search.first_plan import Scout, Shared
 from planner.search.space import Pins
 from planner.sizing import floors
 from planner.sizing.ability import SEQ_PART, ability_of
@@ -26,7 +26,7 @@ from planner.sizing.floors import RULED_OUT
 from planner.sizing.ladder import between, ladder
 from planner.sizing.offers import Wanted, find_offers
 from planner.sizing.option import Option
-from planner.units import DAY_S, parse_count
+from planner.sizing.principles.scaling import load_laws, optimal_tokens, recommended
 from tests.planner.catalog_problems import problem as catalog_problem
 from tests.sizing_cases import BILLION, MARKET, compared, document, request, run
 
@@ -438,11 +438,11 @@ def test_a_cluster_and_other_hardware_are_refused_together() -> None:
 
 
 def test_no_sequence_is_longer_than_the_positions_that_are_learned() -> None:
-    from planner.catalog import load_model
-    from planner.cluster_grammar import parse_cluster
-    from planner.problem import PlanningProblem
+    from planner.hardware.catalog import load_model
+    from planner.hardware.cluster_grammar import parse_cluster
+    from planner.job.problem import PlanningProblem
+    from planner.model.workload import Workload
     from planner.sizing.ability import longest_sequence
-    from planner.workload import Workload
 
     model = dataclasses.replace(load_model("gpt2"), learned_positions=512, max_positions=512)
     cluster = parse_cluster("1x1:h100-sxm-80gb")

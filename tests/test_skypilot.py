@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from planner import catalog
 from planner.cli import cli
-from planner.cluster_grammar import parse_cluster
-from planner.commands import doctor
-from planner.instance import Instance
-from planner.market.market import (
+from planner.commands.running import doctor
+from planner.hardware import catalog
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.instance import Instance
+from planner.hardware.prices import (
     SKYPILOT_VARIABLE,
     Market,
     device_memory_mib,
@@ -24,7 +24,7 @@ from planner.market.market import (
     shipped_market,
     skypilot_folder,
 )
-from planner.market.skypilot import LiveCatalog, catalog_files, load_names, read_live
+from planner.hardware.skypilot import LiveCatalog, catalog_files, load_names, read_live
 
 AWS = (
     "InstanceType,AcceleratorName,AcceleratorCount,vCPUs,MemoryGiB,GpuInfo,Price,SpotPrice,Region,"

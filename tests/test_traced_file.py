@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from planner.catalog import load_model
-from planner.codec import encode
-from planner.errors import InputError
-from planner.model import ModelSpec, Norm, Segment
-from planner.traced import Product, TracedLayer
-from planner.tracing.traced_file import TracedFile, read_traced_model, write_traced_model
+from planner.foundation.decode import encode
+from planner.foundation.errors import InputError
+from planner.hardware.catalog import load_model
+from planner.model.spec import ModelSpec, Norm, Segment
+from planner.model.traced_layer import Product, TracedLayer
+from planner.model.tracing.traced_file import TracedFile, read_traced_model, write_traced_model
 
 LAYER = TracedLayer(
     key="traced-1",

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from planner.codec import to_json
-from planner.commands.train import _data_options, train
-from planner.commands.train_again import ONCE, SET_HERE, resume_words, told_at_launch
-from planner.strategy import Degrees
-from runtime.options import TrainOptions
+from planner.commands.running.train import _data_options, train
+from planner.commands.running.train_again import ONCE, SET_HERE, resume_words, told_at_launch
+from planner.foundation.decode import to_json
+from planner.strategy.strategy import Degrees
+from runtime.train.options import TrainOptions
 from tests.plans import make_plan, tiny_llama
 
 CHATS = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from planner.errors import InputError
-from planner.units import (
+from planner.foundation.errors import InputError
+from planner.foundation.units import (
     format_bytes,
     format_count,
     format_seconds,

@@ -14,15 +14,15 @@ from click.testing import CliRunner, Result
 from scipy import stats
 
 from bench import accuracy
+from planner.calibration.run import MemoryKind, Status
+from planner.calibration.run_setup import RunSetup, run_problem
+from planner.calibration.runs_table import read_runs
+from planner.calibration.validate import ValidatedRow, choose, judge, judge_group, kendall_tau, validate
 from planner.cli import cli
-from planner.commands.validate import profile_choice
-from planner.estimate import Verdict
+from planner.commands.accuracy.validate import profile_choice
 from planner.report.scatter import scatter_page
 from planner.report.ticks import log_ticks
-from planner.runs.run import MemoryKind, Status
-from planner.runs.setup import RunSetup, run_problem
-from planner.runs.table import read_runs
-from planner.validation import ValidatedRow, choose, judge, judge_group, kendall_tau, validate
+from planner.strategy.estimate import Verdict
 
 DATA = Path(__file__).parents[1] / "bench" / "data"
 REFERENCE = DATA / "h100_reference.csv"
@@ -267,8 +267,8 @@ def test_a_framework_is_escaped_on_the_page() -> None:
 
 
 def test_a_profile_with_layers_counts_for_its_own_device_alone() -> None:
-    from planner.catalog import profile_files
-    from planner.profile import load_profile
+    from planner.hardware.catalog import profile_files
+    from planner.profile.profile import load_profile
 
     file = next(file for file in profile_files() if load_profile(file).layers)
     device = load_profile(file).device

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from planner.calibration.history.wandb_file import BLOCK, HEADER, read_wandb_file
+from planner.calibration.runs_table import read_runs
 from planner.cli import cli
-from planner.errors import InputError
-from planner.history.wandb_file import BLOCK, HEADER, read_wandb_file
-from planner.runs.table import read_runs
+from planner.foundation.errors import InputError
 
 WRITTEN = Path(__file__).parent / "data" / "wandb" / "run-k3v9.wandb"
 """Of 14 steps and 2 evaluations, by wandb 0.31.0 offline, machine and console left out."""

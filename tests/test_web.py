@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from planner.errors import InputError
-from planner.web.asked import FIELDS, arguments, at_first, check_model, read_query
-from planner.web.guard import own_hosts
-from planner.web.serve import listen
+from planner.foundation.errors import InputError
+from planner.report.web.asked import FIELDS, arguments, at_first, check_model, read_query
+from planner.report.web.guard import own_hosts
+from planner.report.web.serve import listen
 from tests.html_reader import Reader
 from tests.web_server import Sampled, Served, serving
 
@@ -280,8 +280,8 @@ def test_without_the_extra_it_says_how_to_get_it() -> None:
     code = (
         "import sys, importlib.util as u; real = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name in ('starlette', 'uvicorn') else real(name, *a)\n"
-        "from planner.commands.with_web import require_web\n"
-        "from planner.errors import InputError\n"
+        "from planner.commands.shared.with_web import require_web\n"
+        "from planner.foundation.errors import InputError\n"
         "try:\n    require_web('web')\nexcept InputError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -15,13 +15,13 @@ import pytest
 from click.testing import CliRunner
 
 from planner.cli import cli
-from planner.commands.web import answers, compared, planned, typed
-from planner.errors import InputError
-from planner.plan import decode_plan
+from planner.commands.hardware.web import answers, compared, planned, typed
+from planner.foundation.errors import InputError
+from planner.report.web.asked import Asked, arguments, read_query
+from planner.report.web.latest import SupersededError
+from planner.report.web.serve import listen
 from planner.sizing import search
-from planner.web.asked import Asked, arguments, read_query
-from planner.web.latest import SupersededError
-from planner.web.serve import listen
+from planner.strategy.plan import decode_plan
 from tests.html_reader import Reader
 
 SMALL = {

@@ -9,15 +9,19 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from planner.adapters import adapted, adapter_params, layer_adapter_params
-from planner.catalog import load_model
 from planner.cli import cli
-from planner.codec import decode, encode
-from planner.errors import InputError
-from planner.execution import check_executed_workload, not_executed_workload, products_not_executed
-from planner.plan import load_plan
-from planner.strategy import Degrees
-from planner.workload import AdapterModules, Adapters, Method, Optimizer, Precision, Workload
+from planner.foundation.decode import decode, encode
+from planner.foundation.errors import InputError
+from planner.hardware.catalog import load_model
+from planner.model.lora import adapted, adapter_params, layer_adapter_params
+from planner.model.workload import AdapterModules, Adapters, Method, Optimizer, Precision, Workload
+from planner.strategy.engines.runtime_support import (
+    check_executed_workload,
+    not_executed_workload,
+    products_not_executed,
+)
+from planner.strategy.plan import load_plan
+from planner.strategy.strategy import Degrees
 
 ASK = ["--model", "llama-3-8b", "--cluster", "1x8:h100-sxm-80gb", "--seq", "4096", "--batch", "16"]
 FIXED = ["--fix", "dp=8", "--fix", "zero=3", "--fix", "recompute=full"]

@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from planner.codec import to_json
-from planner.errors import InputError, Problem
+from planner.foundation.decode import to_json
+from planner.foundation.errors import InputError, Problem
+from planner.foundation.units import parse_duration
+from planner.report.web.app import Answers, build_app
+from planner.report.web.asked import Asked
+from planner.report.web.latest import SupersededError
+from planner.report.web.serve import listen, server
 from planner.sizing.comparison import Comparison
-from planner.units import parse_duration
-from planner.web.app import Answers, build_app
-from planner.web.asked import Asked
-from planner.web.latest import SupersededError
-from planner.web.serve import listen, server
 from tests import comparison_samples as samples
 
 

@@ -2,7 +2,8 @@
 
 Run i of step time t_i, predicted p_i, of which a share s_i follows the time of its blocks of shape x_i, says
 
-    ln(t_i / p_i) = s_i g(x_i) + noise,     g ~ Gaussian process over shapes (planner.cost.residuals)
+    ln(t_i / p_i) = s_i g(x_i) + noise,     g ~ Gaussian process over shapes
+    (planner.cost.compute.block_correction)
 
 with noise as Cauchy's, as in the fit: what other runs of like blocks do not say too is no block's. Spread
 and noise are those that predict groups of runs best from the others, by g of all but them (eq. 5.12 of
@@ -18,14 +19,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from planner.block_residual import BlockResidual, BlockResiduals, BlockShape
 from planner.calibration.fit import Fit, Scope
 from planner.calibration.predict import LayersKey, Measured, step_time_s
-from planner.cost.compute import LayerModel
+from planner.cost.compute.block_correction import block_shape, likeness, placed
+from planner.cost.compute.layer_cost import LayerModel
+from planner.cost.compute.time_constants import physics_of
 from planner.cost.evaluate import CostModel
-from planner.cost.physics import physics_of
-from planner.cost.residuals import block_shape, likeness, placed
-from planner.profile import LayerKind, Profile
+from planner.profile.block_residual import BlockResidual, BlockResiduals, BlockShape
+from planner.profile.profile import LayerKind, Profile
 
 SPREADS = (0.05, 0.1)
 NOISES = (0.02, 0.05)

@@ -16,13 +16,13 @@ from statistics import fmean
 
 from planner.calibration.blocks import ToldBlocks, nothing_told, told_of_blocks
 from planner.calibration.fit import Fit, Scope, fit
-from planner.calibration.memory import MemoryFit, calibrate_memory
+from planner.calibration.memory_fit import MemoryFit, calibrate_memory
 from planner.calibration.predict import Measured, with_constants
-from planner.errors import InputError, Problem
-from planner.profile import PROFILE_SCHEMA, Constant, Profile
-from planner.profile_use import check_device
-from planner.runs.run import Run, Status
-from planner.runs.setup import RunSetup, Setups
+from planner.calibration.run import Run, Status
+from planner.calibration.run_setup import RunSetup, Setups
+from planner.foundation.errors import InputError, Problem
+from planner.profile.choose import check_device
+from planner.profile.profile import PROFILE_SCHEMA, Constant, Profile
 
 MIN_RUNS = 3
 """Fewer runs than this are not fitted."""

@@ -24,11 +24,11 @@ from statistics import fmean
 from typing import Any
 
 from planner.calibration.predict import LayersKey, Measured, ProblemKey, step_time_s
-from planner.cost.compute import LayerModel
+from planner.cost.compute.layer_cost import LayerModel
+from planner.cost.compute.time_constants import PRIORS, Physics, physics_of, prior_of
 from planner.cost.evaluate import CostModel
-from planner.cost.physics import PRIORS, Physics, physics_of, prior_of
-from planner.profile import Constant, Profile
-from planner.stack import Stack
+from planner.job.engine_settings import Stack
+from planner.profile.profile import Constant, Profile
 
 LEAST_ERROR, MOST_ERROR = 0.03, 0.3
 """Scatter is not believed to be less than the first, nor more than the second."""

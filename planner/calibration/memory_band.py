@@ -16,8 +16,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from planner.cost import constants
-from planner.profile import Constant
+from planner.cost.compute import constants
+from planner.profile.profile import Constant
 
 MARGIN = 0.02
 """Added above: limits themselves are known to about this, as what else is on a device differs."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from planner.cluster import ClusterSpec, Device
+from planner.calibration.run import Run
+from planner.calibration.run_setup import RunSetup
+from planner.cost.compute.seconds import larger
 from planner.cost.evaluate import CostModel
-from planner.cost.seconds import larger
-from planner.model import ModelSpec
-from planner.profile import Constant, Profile
-from planner.runs.run import Run
-from planner.runs.setup import RunSetup
+from planner.hardware.cluster import ClusterSpec, Device
+from planner.job.engine_settings import Stack
+from planner.model.spec import ModelSpec
+from planner.model.workload import Workload
+from planner.profile.profile import Constant, Profile
 from planner.search.paths import makespan_bound
-from planner.stack import Stack
-from planner.strategy import Strategy
-from planner.workload import Workload
+from planner.strategy.strategy import Strategy
 
 ProblemKey = tuple[ModelSpec, Workload, ClusterSpec, Stack]
 """What tells problems apart that one profile speaks of: a profile holds a dict and has no hash."""

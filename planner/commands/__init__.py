@@ -1,5 +1,6 @@
-"""The bodies of the commands, one module for a command or a small family.
+"""The commands of `plan`: each reads its input, calls one function, and prints the answer.
 
-A module here imports click and plain standard modules at its top; everything heavier is imported inside
-the command's body. `planner.cli.COMMANDS` names each command, its module and its one-line help.
+A module imports click and errors at its top and everything else in the command's body, so that help is
+quick. `planner.cli.COMMANDS` names each command, its module and its one-line help; `shared/options.py` is
+where to start.
 """

@@ -2,7 +2,7 @@
 
 The step time is the replay of the strategy's own action table; the memory is that of the rank nearest to its
 limit. In a mixed cluster each pipeline rank has the costs and the limit of its own devices
-(planner.placement), and every message between ranks takes as long as over the slowest link.
+(planner.strategy.placement), and every message between ranks takes as long as over the slowest link.
 """
 
 from __future__ import annotations
@@ -12,35 +12,35 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from planner.codec import noun
-from planner.cost import constants
-from planner.cost.comm import CommModel
-from planner.cost.compute import ORIGINS, LayerModel
-from planner.cost.flight import Flights
+from planner.cost.communication.collectives import CommModel
+from planner.cost.compute import constants
+from planner.cost.compute.layer_cost import ORIGINS, LayerModel
+from planner.cost.compute.passes import Pass
+from planner.cost.compute.shared_costs import SharedCosts
+from planner.cost.compute.time_constants import usual_physics
+from planner.cost.compute.weight_gradients import trained_flops_per_token
 from planner.cost.goodput import Job
-from planner.cost.job import job_figures, job_of
-from planner.cost.judged import RankMemory, most_pressed
-from planner.cost.memory import host_bytes, rank_memory
-from planner.cost.memory_constants import fitted_constant
-from planner.cost.offload import with_offload
-from planner.cost.origins import origins_s
-from planner.cost.passes import Pass
-from planner.cost.physics import usual_physics
-from planner.cost.schedule import ActionKind, Table, build_table, in_flight
-from planner.cost.shared import SharedCosts
-from planner.cost.simulate import PathTimes, Replay, kind_passes, replay, sharing_of
-from planner.cost.stage import ShapeModel
-from planner.cost.stage_cost import StageCost
-from planner.cost.trained import trained_flops_per_token
-from planner.cost.verdict import band
-from planner.cost.waiting import most_waits
-from planner.estimate import Coverage, Estimate, MemoryBreakdown, StageEstimate, TimeBreakdown
-from planner.nouns import replaced
-from planner.placement import Groups, device_names, is_mixed, rank_groups, seen_from, stage_groups
-from planner.problem import PlanningProblem
-from planner.profile import LayerKind
-from planner.strategy import Degrees, Schedule, Strategy
-from planner.units import DAY_S
+from planner.cost.job_inputs import job_figures, job_of
+from planner.cost.memory.limits_check import RankMemory, most_pressed
+from planner.cost.memory.memory_constants import fitted_constant
+from planner.cost.memory.offload import with_offload
+from planner.cost.memory.peak_memory import host_bytes, rank_memory
+from planner.cost.memory.verdict import band
+from planner.cost.memory.zero_bubble_memory import most_waits
+from planner.cost.pipeline.simulate import PathTimes, Replay, kind_passes, replay, sharing_of
+from planner.cost.pipeline.stage import ShapeModel
+from planner.cost.pipeline.stage_cost import StageCost
+from planner.cost.provenance import origins_s
+from planner.foundation.decode import noun
+from planner.foundation.frozen import replaced
+from planner.foundation.units import DAY_S
+from planner.job.problem import PlanningProblem
+from planner.profile.profile import LayerKind
+from planner.strategy.estimate import Coverage, Estimate, MemoryBreakdown, StageEstimate, TimeBreakdown
+from planner.strategy.placement import Groups, device_names, is_mixed, rank_groups, seen_from, stage_groups
+from planner.strategy.schedule.in_flight import Flights
+from planner.strategy.schedule.schedules import ActionKind, Table, build_table, in_flight
+from planner.strategy.strategy import Degrees, Schedule, Strategy
 
 
 @noun

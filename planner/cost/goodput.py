@@ -44,11 +44,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from planner.codec import noun
-from planner.estimate import JobFigures
-from planner.failures import failure_file
-from planner.units import DAY_S
-from planner.upkeep import BEST, Upkeep
+from planner.foundation.decode import noun
+from planner.foundation.units import DAY_S
+from planner.hardware.failures import failure_file
+from planner.job.overheads import BEST, Upkeep
+from planner.strategy.estimate import JobFigures
 
 NEWTON_STEPS = 60
 """More than it ever took: it converges from one side, doubling its digits."""

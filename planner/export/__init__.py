@@ -1,4 +1,6 @@
-"""Plans as configurations of other engines and schedulers, and strategies read back from such files.
+"""Plans as configurations of other engines and launchers, and strategies read back from such files.
 
-Nothing here imports an engine: files are text. What an engine cannot express is told by name, never dropped.
+In goes a Plan; out come files for DeepSpeed, Megatron-LM, torchtitan, Accelerate, Slurm, Kubernetes or
+SkyPilot. Nothing here imports an engine: files are text, and what an engine cannot express is refused by
+name. Open `targets.py` first.
 """

@@ -11,11 +11,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from planner.errors import Problem
 from planner.export.key import Key, read_back, unread
 from planner.export.settings import Recipe, Settings
-from planner.strategy import CpExchange, Zero
-from planner.workload import Precision
+from planner.foundation.errors import Problem
+from planner.model.workload import Precision
+from planner.strategy.strategy import CpExchange, Zero
 
 RELEASE = "Accelerate 1.15"
 CONFIG = "accelerate/commands/config/config_args.py"

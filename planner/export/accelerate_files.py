@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from planner.estimate import Rejected
 from planner.export import facts, shell
 from planner.export.accelerate import FIXED, KEYS, RELEASE, SHARDED
 from planner.export.artifact import Export, ExportFile
@@ -15,9 +14,10 @@ from planner.export.key import written
 from planner.export.settings import Recipe, Settings, settings_of
 from planner.export.trainer import OPTIMIZERS, trainer_files
 from planner.export.yaml_text import yaml_text
-from planner.plan import Plan
-from planner.strategy import CpExchange, Zero
-from planner.workload import Precision
+from planner.model.workload import Precision
+from planner.strategy.estimate import Rejected
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import CpExchange, Zero
 
 SCRIPT = "accelerate.sh"
 YAML = "accelerate.yaml"

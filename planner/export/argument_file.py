@@ -7,9 +7,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from planner.codec import read_text
-from planner.errors import InputError, Problem
 from planner.export.yaml_text import load_yaml_object
+from planner.foundation.decode import read_text
+from planner.foundation.errors import InputError, Problem
 
 _ASSIGNED = re.compile(r"^(?:export\s+)?([A-Za-z_]\w*)\+?=(.*)$", re.DOTALL)
 _VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?[-=]([^{}]*))?\}|(\w+))")

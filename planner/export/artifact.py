@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from planner.codec import noun, write_atomic
-from planner.errors import InputError, Problem
+from planner.foundation.decode import noun, write_atomic
+from planner.foundation.errors import InputError, Problem
 
 MARK = "README.txt"
 """A folder that holds this file and only names of an export is one of ours, and may be written again."""

@@ -1,7 +1,8 @@
 """Settings as a configuration of DeepSpeed, and back: one table of keys of ds_config.json.
 
 Read in DeepSpeed 0.19.8: deepspeed/runtime/config.py and what it calls. What is priced is a reduction behind
-the backward pass (planner.runs.engine_stack), so overlap_comm is written as that of the stage's default.
+the backward pass (planner.calibration.engine_stack), so overlap_comm is written as that of the stage's
+default.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from planner.errors import Problem
 from planner.export.key import Key, read_back, unread, whole
 from planner.export.settings import Recipe, Settings
-from planner.strategy import CpExchange, Schedule, Zero
-from planner.workload import Optimizer, Precision
+from planner.foundation.errors import Problem
+from planner.model.workload import Optimizer, Precision
+from planner.strategy.strategy import CpExchange, Schedule, Zero
 
 CONFIG = "deepspeed/runtime/config.py"
 ZERO = "deepspeed/runtime/zero/config.py"

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from planner.engines.deepspeed import RELEASE
 from planner.export import facts, shell
 from planner.export.artifact import Export, ExportFile
 from planner.export.deepspeed import BUCKET, KEYS, nested
 from planner.export.key import written
 from planner.export.settings import Recipe, Settings, settings_of
 from planner.export.trainer import trainer_files
-from planner.plan import Plan
-from planner.strategy import Zero
-from planner.workload import Optimizer, Precision
+from planner.model.workload import Optimizer, Precision
+from planner.strategy.engines.deepspeed import RELEASE
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import Zero
 
 SCRIPT = "deepspeed.sh"
 CONFIG_FILE = "ds_config.json"

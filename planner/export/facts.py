@@ -6,8 +6,8 @@ import textwrap
 
 from planner.export.artifact import MARK, Export, ExportFile
 from planner.export.settings import workload_words
-from planner.plan import Plan
-from planner.units import format_bytes, format_count, format_seconds
+from planner.foundation.units import format_bytes, format_count, format_seconds
+from planner.strategy.plan import Plan
 
 COLUMNS = 100
 

@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from planner.codec import load_json_object, load_toml_object, noun
-from planner.errors import Problem
 from planner.export import accelerate, deepspeed, megatron, torchtitan
 from planner.export.argument_file import read_arguments
 from planner.export.megatron_flags import MODEL_SIZES
 from planner.export.settings import Recipe, Settings
 from planner.export.yaml_text import load_yaml_object
-from planner.model import ModelSpec
+from planner.foundation.decode import load_json_object, load_toml_object, noun
+from planner.foundation.errors import Problem
+from planner.job.engine_settings import Engine
+from planner.model.spec import ModelSpec
 from planner.search.space import Pins
-from planner.stack import Engine
-from planner.strategy import Offload, Zero
+from planner.strategy.strategy import Offload, Zero
 
 
 @noun

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from planner.codec import noun
-from planner.errors import Problem
 from planner.export.settings import Settings
+from planner.foundation.decode import noun
+from planner.foundation.errors import Problem
 
 
 @noun

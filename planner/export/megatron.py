@@ -12,11 +12,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from planner.errors import Problem
 from planner.export.key import Key, read_back, unread, whole
 from planner.export.settings import Recipe, Settings
-from planner.strategy import CpExchange, Schedule, Zero, even_stages
-from planner.workload import Optimizer, Precision
+from planner.foundation.errors import Problem
+from planner.model.workload import Optimizer, Precision
+from planner.strategy.strategy import CpExchange, Schedule, Zero, even_stages
 
 ARGUMENTS = "megatron/training/arguments.py"
 CONFIG = "megatron/core/transformer/transformer_config.py"

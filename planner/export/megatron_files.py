@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.engines.megatron import RELEASE
-from planner.engines.megatron_model import ModelArguments
 from planner.export import facts, shell
 from planner.export.artifact import Export, ExportFile
 from planner.export.key import written
 from planner.export.megatron import KEYS
 from planner.export.settings import Recipe, Settings, settings_of
 from planner.export.yaml_text import yaml_text
-from planner.plan import Plan
-from planner.strategy import Zero
-from planner.workload import Precision
+from planner.model.workload import Precision
+from planner.strategy.engines.megatron import RELEASE
+from planner.strategy.engines.megatron_model import ModelArguments
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import Zero
 
 SCRIPT = "megatron.sh"
 DEFAULT_STEPS = 100

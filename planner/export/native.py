@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
-from planner.codec import encode
 from planner.export import facts, shell
 from planner.export.artifact import ExportFile
-from planner.nouns import replaced
-from planner.plan import Plan, encode_plan
+from planner.foundation.decode import encode
+from planner.foundation.frozen import replaced
+from planner.strategy.plan import Plan, encode_plan
 
 PLAN_FILE = "plan.json"
 SCRIPT = "native.sh"

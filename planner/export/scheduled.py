@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 
-from planner.estimate import Rejected
 from planner.export.artifact import Export, ExportFile
 from planner.export.native import SCRIPT as NATIVE_SCRIPT
 from planner.export.native import native_files
-from planner.plan import Plan
-from planner.stack import Engine
+from planner.job.engine_settings import Engine
+from planner.strategy.estimate import Rejected
+from planner.strategy.plan import Plan
 
 START_S = 900.0
 """Seconds for starting, loading and compiling, beside the steps."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 
-from planner.codec import noun
-from planner.engines.defaults import usual_exchange
-from planner.engines.recipes import every_kth, first_of_each, most_on_a_rank
-from planner.model import ModelSpec
-from planner.stack import Engine
-from planner.strategy import (
+from planner.foundation.decode import noun
+from planner.job.engine_settings import Engine
+from planner.model.spec import ModelSpec
+from planner.model.workload import Adapters, Method, Optimizer, Precision, Workload
+from planner.strategy.engines.defaults import usual_exchange
+from planner.strategy.engines.recipes import every_kth, first_of_each, most_on_a_rank
+from planner.strategy.strategy import (
     CpExchange,
     Degrees,
     OffloadCounts,
@@ -26,7 +27,6 @@ from planner.strategy import (
     even_stages,
     sized_stages,
 )
-from planner.workload import Adapters, Method, Optimizer, Precision, Workload
 
 
 class Recipe(StrEnum):

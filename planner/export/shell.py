@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from planner.plan import Plan
+from planner.strategy.plan import Plan
 
 PORT = 29500
 """torchrun's own default of --master-port."""

@@ -13,8 +13,8 @@ from planner.export.artifact import Export, ExportFile
 from planner.export.scheduled import Launched, job_name, nodes
 from planner.export.shell import PORT
 from planner.export.yaml_text import yaml_text
-from planner.plan import Plan
-from planner.stack import Engine
+from planner.job.engine_settings import Engine
+from planner.strategy.plan import Plan
 
 FILE = "task.yaml"
 CLOUDS = (
@@ -102,9 +102,9 @@ def _resources(plan: Plan) -> dict[str, Any]:
 
 def accelerator(device: str) -> str:
     """SkyPilot's name of a device. Raises InputError where it has none."""
-    from planner.catalog import data_folder
-    from planner.errors import InputError, Problem
-    from planner.market.skypilot import load_names
+    from planner.foundation.errors import InputError, Problem
+    from planner.hardware.catalog import data_folder
+    from planner.hardware.skypilot import load_names
 
     names = load_names(data_folder() / "skypilot.toml").accelerators
     first = [name for name, devices in names.items() if devices[0] == device]

@@ -10,7 +10,7 @@ from planner.export import facts, shell
 from planner.export.artifact import Export, ExportFile
 from planner.export.native import grace_s, run_variables, train_command
 from planner.export.scheduled import Launched, job_name, nodes, run_s
-from planner.plan import Plan
+from planner.strategy.plan import Plan
 
 FILE = "plan.sbatch"
 RESUMES = "RESUMES"

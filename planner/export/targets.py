@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from planner.codec import noun
-from planner.estimate import Rejected
 from planner.export.accelerate_files import accelerate_refusals, export_accelerate
 from planner.export.artifact import Export
 from planner.export.deepspeed_files import export_deepspeed
@@ -17,10 +15,12 @@ from planner.export.scheduled import one_kind_of_node
 from planner.export.skypilot import export_skypilot
 from planner.export.slurm import export_slurm
 from planner.export.torchtitan_files import export_torchtitan
-from planner.limits import Limits
-from planner.plan import Plan
-from planner.rules import broken_rules
-from planner.stack import Engine
+from planner.foundation.decode import noun
+from planner.job.engine_settings import Engine
+from planner.job.limits import Limits
+from planner.strategy.estimate import Rejected
+from planner.strategy.plan import Plan
+from planner.strategy.rules import broken_rules
 
 
 def nothing_refused(plan: Plan) -> list[Rejected]:

@@ -11,11 +11,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from planner.errors import Problem
 from planner.export.key import Key, read_back, unread, whole
 from planner.export.settings import Recipe, Settings
-from planner.strategy import CpExchange, Schedule, Zero
-from planner.workload import Method, Optimizer, Precision
+from planner.foundation.errors import Problem
+from planner.model.workload import Method, Optimizer, Precision
+from planner.strategy.strategy import CpExchange, Schedule, Zero
 
 CONFIG = "torchtitan/config/job_config.py"
 PIPELINE = "torchtitan/distributed/pipeline_parallel.py"

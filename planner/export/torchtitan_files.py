@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.engines.torchtitan import RELEASE
-from planner.engines.torchtitan_model import MODULE, Flavor, flavor_of
 from planner.export import facts, shell
 from planner.export.artifact import Export, ExportFile
 from planner.export.key import written
 from planner.export.megatron_files import steps_of
 from planner.export.settings import Recipe, Settings, settings_of
 from planner.export.torchtitan import FIXED, FLOAT8, KEYS, toml_text
-from planner.plan import Plan
-from planner.strategy import Schedule
-from planner.workload import Precision
+from planner.model.workload import Precision
+from planner.strategy.engines.torchtitan import RELEASE
+from planner.strategy.engines.torchtitan_model import MODULE, Flavor, flavor_of
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import Schedule
 
 SCRIPT = "torchtitan.sh"
 JOB = "job.toml"

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from planner.adapters import adapts, module_names
 from planner.export.artifact import ExportFile
 from planner.export.settings import Recipe, settings_of
-from planner.model import ModelSpec
-from planner.plan import Plan
-from planner.strategy import Zero
-from planner.workload import AdapterModules, Optimizer, Precision
+from planner.model.lora import adapts, module_names
+from planner.model.spec import ModelSpec
+from planner.model.workload import AdapterModules, Optimizer, Precision
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import Zero
 
 ARGUMENTS_FILE = "training_args.json"
 ADAPTERS_FILE = "lora_config.json"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from planner.codec import read_text
-from planner.errors import InputError, Problem
+from planner.foundation.decode import read_text
+from planner.foundation.errors import InputError, Problem
 
 MOST_ALIASES = 0
 """Aliases (`*name`) in a file that is read: a few can stand for very large values."""

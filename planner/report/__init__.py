@@ -1,1 +1,5 @@
-"""The report of a plan or a run: one offline HTML page, and a Perfetto trace of the same step."""
+"""Pages and charts: a plan or a run, a profile, and choices of hardware, each one offline HTML file.
+
+In go a Plan, a run's folder, a Profile or a Comparison; out comes one HTML document that needs no
+network, or a Perfetto trace. Open `page.py` first.
+"""

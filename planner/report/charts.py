@@ -14,10 +14,10 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from planner.codec import noun
+from planner.foundation.decode import noun
+from planner.foundation.units import GIB, MIB, format_bytes, format_seconds
 from planner.report.palette import variable
 from planner.report.timeline import Slice
-from planner.units import GIB, MIB, format_bytes, format_seconds
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 WIDE_PX = 980

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from planner.codec import decode_json, noun, read_text, to_json, write_atomic
-from planner.errors import InputError, Problem
+from planner.foundation.decode import decode_json, noun, read_text, to_json, write_atomic
+from planner.foundation.errors import InputError, Problem
 
 DISTINCT = 0.10
 """Measured times closer than this count as equal: their order says nothing about the planner."""

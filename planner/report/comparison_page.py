@@ -5,7 +5,7 @@ Like the report, its content security policy forbids every fetch and the templat
 
 from __future__ import annotations
 
-from planner.codec import noun
+from planner.foundation.decode import noun
 from planner.report import options_bars as bars
 from planner.report import options_tables as tables
 from planner.report import options_words as words

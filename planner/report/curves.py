@@ -8,7 +8,7 @@ from typing import Any
 
 import altair as alt
 
-from planner.codec import noun
+from planner.foundation.decode import noun
 from planner.report import ticks
 from planner.report.charts import NARROW_PX, Row, chart_of, layered, render
 from planner.report.palette import variable

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from planner.errors import InputError
-from planner.plan import load_plan
+from planner.foundation.errors import InputError
+from planner.strategy.plan import load_plan
 
 EARLIER = "earlier"
 STEP = re.compile(r"step-(\d+)")

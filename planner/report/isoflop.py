@@ -12,8 +12,14 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from planner.principles.scaling import FLOPS_PER_PARAM_TOKEN, Law, Optimum, ParametricLoss, training_point
-from planner.units import format_count
+from planner.foundation.units import format_count
+from planner.sizing.principles.scaling import (
+    FLOPS_PER_PARAM_TOKEN,
+    Law,
+    Optimum,
+    ParametricLoss,
+    training_point,
+)
 
 BUDGETS = (0.01, 0.1, 1.0, 10.0)
 """Curves that are drawn, as multiples of the budget."""

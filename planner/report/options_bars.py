@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planner.codec import noun
-from planner.estimate import TIME_CAUSES, JobFigures
+from planner.foundation.decode import noun
+from planner.foundation.units import format_bytes, format_seconds
 from planner.report import options_words as words
 from planner.report.palette import CAUSE_COLOURS
 from planner.report.words import Table, percent
 from planner.sizing.option import Option
-from planner.units import format_bytes, format_seconds
+from planner.strategy.estimate import TIME_CAUSES, JobFigures
 
 LOSS_COLOURS = {
     "kept steps": "compute",

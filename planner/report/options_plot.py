@@ -11,11 +11,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from planner.codec import noun
+from planner.foundation.decode import noun
+from planner.foundation.units import DAY_S, format_count
 from planner.report.options_words import limit_days, provider_of, provider_title, tip, usd
 from planner.sizing.comparison import Comparison
 from planner.sizing.option import Option
-from planner.units import DAY_S, format_count
 
 MARGIN = 1.18
 """Room beyond the outermost points, as a factor."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from planner.codec import noun
+from planner.foundation.decode import noun
+from planner.foundation.units import format_count, format_seconds
 from planner.report import options_words as words
 from planner.report.words import Table, percent
 from planner.sizing.comparison import Comparison
 from planner.sizing.option import Option
-from planner.units import format_count, format_seconds
 
 LECTURE = ("aws", "azure", "gcp", words.ON_PREMISES)
 """The choices that stand side by side on every page."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from planner.codec import noun
-from planner.objective import Goal, Minimise
+from planner.foundation.decode import noun
+from planner.foundation.units import DAY_S, GIB, format_bytes, format_count, format_seconds
+from planner.job.objective import Goal, Minimise
+from planner.model.workload import Method
 from planner.report.words import Tile, percent
 from planner.sizing.answer import extremes
 from planner.sizing.comparison import Comparison
 from planner.sizing.offer import Pricing
 from planner.sizing.option import Option
 from planner.sizing.sensitivity import best_of
-from planner.units import DAY_S, GIB, format_bytes, format_count, format_seconds
-from planner.workload import Method
 
 UNKNOWN = "unknown"
 ON_PREMISES = "on-premises"

@@ -6,8 +6,8 @@ that is passed through are the charts that this program drew.
 
 from __future__ import annotations
 
-from planner.codec import noun
-from planner.plan import Plan
+from planner.foundation.decode import noun
+from planner.foundation.units import format_seconds
 from planner.report import sections, verification, words
 from planner.report.palette import COLOURS, Colour
 from planner.report.picture import Picture, draw_plan
@@ -15,7 +15,7 @@ from planner.report.record import ReportInput, RunRecord
 from planner.report.rehearsed import RehearsedSection, rehearsed_section
 from planner.report.templating import template
 from planner.report.timeline import Slice, first_rank_of_each, slices_of
-from planner.units import format_seconds
+from planner.strategy.plan import Plan
 
 
 @noun

@@ -6,8 +6,8 @@ colour-blind readers and in grey print. Passes share the family of compute: they
 
 from __future__ import annotations
 
-from planner.codec import noun
-from planner.estimate import MEMORY_TENANTS, TIME_CAUSES
+from planner.foundation.decode import noun
+from planner.strategy.estimate import MEMORY_TENANTS, TIME_CAUSES
 
 
 @noun

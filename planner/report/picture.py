@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 
-from planner.codec import noun
-from planner.plan import Plan
-from planner.strategy import AXES, Recompute
+from planner.foundation.decode import noun
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import AXES, Recompute
 
 MAX_ROWS = 32
 MAX_CHIPS = 384

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planner.cost.comm import NOISY_SPREAD
-from planner.cost.meanings import told_value, usual_value
-from planner.profile import CommSample, Op, Profile
+from planner.cost.communication.collectives import NOISY_SPREAD
+from planner.cost.compute.constant_docs import told_value, usual_value
+from planner.cost.profile_coverage import (
+    Timed,
+    bus_bytes_per_s,
+    group_title,
+    noisy,
+    rate_text,
+    sample_text,
+    timed,
+)
+from planner.foundation.units import format_bytes, format_seconds, format_si
+from planner.hardware.collective_curves import wire_factor
+from planner.profile.profile import CommSample, Op, Profile
 from planner.report import curves
 from planner.report.curves import Curve, Dot, draw_curves
 from planner.report.palette import mark_colour
@@ -17,17 +28,6 @@ from planner.report.profile_words import op_title
 from planner.report.sections import Figure, LegendItem
 from planner.report.strips import Strip, draw_strips
 from planner.report.words import percent
-from planner.sampled_layers import (
-    Timed,
-    bus_bytes_per_s,
-    group_title,
-    noisy,
-    rate_text,
-    sample_text,
-    timed,
-)
-from planner.tables.curves import wire_factor
-from planner.units import format_bytes, format_seconds, format_si
 
 OP_COLOURS = {op: mark_colour(number) for number, op in enumerate(Op)}
 

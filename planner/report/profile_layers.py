@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
-from planner.codec import noun
-from planner.cost.samples import at_usual_speed
-from planner.profile import LayerKind, LayerSample, Profile
+from planner.cost.compute.layer_samples import at_usual_speed
+from planner.cost.profile_coverage import ClassKey, SampledClass, sample_text, variant_text, width_text
+from planner.foundation.decode import noun
+from planner.foundation.units import format_bytes, format_seconds
+from planner.profile.profile import LayerKind, LayerSample, Profile
 from planner.report import curves
 from planner.report.curves import Axis, Curve, Dot, draw_curves, draw_scatter
 from planner.report.palette import mark_colour
@@ -15,9 +17,7 @@ from planner.report.profile_lines import ProfileLines
 from planner.report.profile_tables import layer_table
 from planner.report.sections import Figure, LegendItem
 from planner.report.words import Table, percent, signed_percent
-from planner.sampled_layers import ClassKey, SampledClass, sample_text, variant_text, width_text
-from planner.strategy import Recompute
-from planner.units import format_bytes, format_seconds
+from planner.strategy.strategy import Recompute
 
 LINE_POINTS = 24
 FAR_FLOOR = 3.0

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
-from planner.catalog import device_names, load_device, load_model
-from planner.cluster import ClusterSpec, Device, DeviceGroup, Link, unknown_device
-from planner.cost.comm import CommModel, Group
-from planner.cost.compute import LayerModel
-from planner.cost.layer import LayerCost, LayerShape
-from planner.cost.physics import usual_physics
-from planner.model import ModelSpec
-from planner.problem import PlanningProblem
-from planner.profile import CommSample, LayerKind, LayerSample, Profile
-from planner.stack import Stack
-from planner.strategy import CpExchange
-from planner.workload import Precision, Workload
+from planner.cost.communication.collectives import CommModel, Group
+from planner.cost.compute.layer import LayerCost, LayerShape
+from planner.cost.compute.layer_cost import LayerModel
+from planner.cost.compute.time_constants import usual_physics
+from planner.hardware.catalog import device_names, load_device, load_model
+from planner.hardware.cluster import ClusterSpec, Device, DeviceGroup, Link, unknown_device
+from planner.job.engine_settings import Stack
+from planner.job.problem import PlanningProblem
+from planner.model.spec import ModelSpec
+from planner.model.workload import Precision, Workload
+from planner.profile.profile import CommSample, LayerKind, LayerSample, Profile
+from planner.strategy.strategy import CpExchange
 
 ANY_MODEL = "shardwise-demo"
 """Collectives do not depend on the model of the problem that they are part of."""

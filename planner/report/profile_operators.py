@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from statistics import median
 
-from planner.cost.measured_rates import MeasuredRates, at_usual_speed
-from planner.profile import Profile
-from planner.rate_sample import RateKind, RateSample
+from planner.cost.compute.measured_rates import MeasuredRates, at_usual_speed
+from planner.foundation.units import format_seconds
+from planner.profile.operator_sample import RateKind, RateSample
+from planner.profile.profile import Profile
 from planner.report import curves
 from planner.report.curves import Curve, Dot, draw_scatter
 from planner.report.palette import mark_colour
 from planner.report.sections import Figure, LegendItem
 from planner.report.words import percent
-from planner.units import format_seconds
 
 SORTS = {
     RateKind.GEMM: "products",

@@ -8,9 +8,10 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 
-from planner.codec import noun
-from planner.model import ModelSpec
-from planner.profile import Profile
+from planner.cost.profile_coverage import sampled_classes
+from planner.foundation.decode import noun
+from planner.model.spec import ModelSpec
+from planner.profile.profile import Profile
 from planner.report import profile_figures as figures
 from planner.report import profile_tables as tables
 from planner.report import profile_words as words
@@ -22,7 +23,6 @@ from planner.report.profile_rates import rate_figures
 from planner.report.sections import Figure
 from planner.report.templating import template
 from planner.report.words import Fact, Tile
-from planner.sampled_layers import sampled_classes
 
 
 @noun

@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from planner.block_residual import BlockResidual, BlockResiduals
-from planner.codec import noun
-from planner.cost.meanings import meaning_of, told_value, usual_value
-from planner.cost.residuals import Residuals
-from planner.profile import CommSample, Constant, LayerSample, Op, Profile
-from planner.rate_sample import RateKind, RateSample
-from planner.report.profile_words import op_title
-from planner.report.words import Table, percent
-from planner.sampled_layers import (
+from planner.cost.compute.block_correction import Residuals
+from planner.cost.compute.constant_docs import meaning_of, told_value, usual_value
+from planner.cost.profile_coverage import (
     SampledClass,
     Timed,
     bus_bytes_per_s,
@@ -23,8 +17,14 @@ from planner.sampled_layers import (
     rate_values,
     width_text,
 )
-from planner.strategy import Recompute
-from planner.units import format_bytes, format_seconds, format_si
+from planner.foundation.decode import noun
+from planner.foundation.units import format_bytes, format_seconds, format_si
+from planner.profile.block_residual import BlockResidual, BlockResiduals
+from planner.profile.operator_sample import RateKind, RateSample
+from planner.profile.profile import CommSample, Constant, LayerSample, Op, Profile
+from planner.report.profile_words import op_title
+from planner.report.words import Table, percent
+from planner.strategy.strategy import Recompute
 
 COPIES = (RateKind.COPY, RateKind.TO_DEVICE, RateKind.TO_HOST)
 OPTIONS = tuple(Recompute)

@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Mapping
 from statistics import median
 
-from planner.cost.comm import NOISY_SPREAD
-from planner.cost.meanings import told_value
-from planner.profile import Clocks, CommSample, FamilyFit, LayerSample, Op, Profile
-from planner.profile_merge import MORE_CASES
-from planner.profile_use import OLD_MONTHS, months_old, told_age
-from planner.rate_sample import RateSample
+from planner.cost.communication.collectives import NOISY_SPREAD
+from planner.cost.compute.constant_docs import told_value
+from planner.cost.profile_coverage import ClassKey, SampledClass, covered_models, noisy, timed
+from planner.profile.choose import OLD_MONTHS, months_old, told_age
+from planner.profile.merge import MORE_CASES
+from planner.profile.operator_sample import RateSample
+from planner.profile.profile import Clocks, CommSample, FamilyFit, LayerSample, Op, Profile
 from planner.report.words import Fact, Tile, percent
-from planner.sampled_layers import ClassKey, SampledClass, covered_models, noisy, timed
 
 Classes = Mapping[ClassKey, SampledClass]
 MOST_NAMES = 6

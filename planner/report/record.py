@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from planner.codec import decode, decode_json, load_json_object, noun, read_text
-from planner.errors import InputError, Problem
-from planner.history.own_steps import ran_by
-from planner.plan import Plan, load_plan
-from planner.plan_cost import predicted_usd
+from planner.calibration.history.own_steps import ran_by
+from planner.foundation.decode import decode, decode_json, load_json_object, noun, read_text
+from planner.foundation.errors import InputError, Problem
 from planner.report.comparison import ComparisonRow, load_comparison
 from planner.report.earlier import earlier_plans
+from planner.strategy.plan import Plan, load_plan
+from planner.strategy.plan_cost import predicted_usd
 
 T = TypeVar("T")
 

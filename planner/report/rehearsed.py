@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from planner.codec import noun
-from planner.plan import Plan
-from planner.rehearsal import (
+from planner.foundation.decode import noun
+from planner.foundation.units import format_bytes, format_seconds
+from planner.report import charts
+from planner.report.sections import Figure, LegendItem
+from planner.report.words import Fact, Table, percent, signed_percent
+from planner.strategy.plan import Plan
+from planner.strategy.rehearsal import (
     BACKWARD_KINDS,
     FORWARD_KINDS,
     RankRehearsal,
@@ -12,10 +16,6 @@ from planner.rehearsal import (
     Rehearsal,
     RehearsalMode,
 )
-from planner.report import charts
-from planner.report.sections import Figure, LegendItem
-from planner.report.words import Fact, Table, percent, signed_percent
-from planner.units import format_bytes, format_seconds
 
 PREDICTED = LegendItem(colour="predicted", title="predicted", shape="dot")
 REHEARSED = LegendItem(colour="measured", title="rehearsed", shape="diamond")

@@ -14,8 +14,8 @@ from typing import Any
 import altair as alt
 import vl_convert
 
+from planner.calibration.validate import Summary, ValidatedRow, Validation, summarise
 from planner.report.ticks import log_ticks
-from planner.validation import Summary, ValidatedRow, Validation, summarise
 
 SIDE_PX = 620
 MOST_COLOURS = 9

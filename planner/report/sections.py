@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planner.codec import noun
-from planner.estimate import MEMORY_TENANTS, TIME_CAUSES, MemoryBreakdown
-from planner.placement import device_names, is_mixed, rank_groups
-from planner.plan import Plan
+from planner.foundation.decode import noun
+from planner.foundation.units import format_bytes, format_seconds
 from planner.report import charts
 from planner.report.palette import CAUSE_COLOURS, TENANT_COLOURS
 from planner.report.record import RunRecord
 from planner.report.timeline import Slice, SliceKind, idle_share
 from planner.report.words import Table, percent, signed_percent
-from planner.units import format_bytes, format_seconds
+from planner.strategy.estimate import MEMORY_TENANTS, TIME_CAUSES, MemoryBreakdown
+from planner.strategy.placement import device_names, is_mixed, rank_groups
+from planner.strategy.plan import Plan
 
 MAX_SLICES = 1600
 """Slices drawn in one timeline. More are thinner than a pixel, and the trace holds them all."""

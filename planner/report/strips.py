@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import altair as alt
 
-from planner.codec import noun
+from planner.foundation.decode import noun
 from planner.report import ticks
 from planner.report.charts import NARROW_PX, chart_of, layered, render, row_axis
 from planner.report.curves import ROOM, SPAN, Dot

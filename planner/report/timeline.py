@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable
 from enum import StrEnum
 
-from planner.codec import noun
-from planner.estimate import TimelineEvent
+from planner.foundation.decode import noun
 from planner.report.record import MeasuredEvent
-from planner.strategy import Degrees
+from planner.strategy.estimate import TimelineEvent
+from planner.strategy.strategy import Degrees
 
 
 class SliceKind(StrEnum):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from planner.codec import noun
+from planner.foundation.decode import noun
+from planner.foundation.units import format_bytes, format_seconds
 from planner.report import charts
 from planner.report.comparison import DISTINCT, ComparisonRow, judge_order
 from planner.report.sections import MEASURED, Figure, LegendItem
 from planner.report.words import Table, percent, signed_percent
-from planner.units import format_bytes, format_seconds
 
 
 @noun

@@ -6,14 +6,14 @@ import platform
 from collections import Counter
 from importlib import metadata
 
-from planner.cluster import ClusterSpec
-from planner.codec import noun
-from planner.estimate import Verdict
-from planner.plan import PLAN_SCHEMA, Certificate, Plan
-from planner.plan_cost import told_usd, usd_per_hour
+from planner.foundation.decode import noun
+from planner.foundation.units import format_bytes, format_count, format_seconds
+from planner.hardware.cluster import ClusterSpec
 from planner.report.record import RunRecord
-from planner.strategy import Degrees, Schedule, Zero
-from planner.units import format_bytes, format_count, format_seconds
+from planner.strategy.estimate import Verdict
+from planner.strategy.plan import PLAN_SCHEMA, Certificate, Plan
+from planner.strategy.plan_cost import told_usd, usd_per_hour
+from planner.strategy.strategy import Degrees, Schedule, Zero
 
 GOOD_ERROR = 0.10
 FAIR_ERROR = 0.25

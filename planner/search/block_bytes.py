@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from planner.cost.moments import least_pass_bytes, reducing_bytes, stage_pass_bytes
-from planner.strategy import Recompute, RecomputeCounts, Stage
+from planner.cost.memory.memory_timeline import least_pass_bytes, reducing_bytes, stage_pass_bytes
+from planner.strategy.strategy import Recompute, RecomputeCounts, Stage
 
 if TYPE_CHECKING:
     from planner.search.recipes import RecipeBook

@@ -36,19 +36,19 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
-from planner.cost import constants
-from planner.cost.compute import LayerModel
+from planner.cost.compute import constants
+from planner.cost.compute.kind_layers import Sizes
+from planner.cost.compute.layer_cost import LayerModel
+from planner.cost.compute.passes import Pass
 from planner.cost.evaluate import CostModel
-from planner.cost.kind_layers import Sizes
-from planner.cost.moments import least_pass_bytes
-from planner.cost.passes import Pass
-from planner.cost.schedule import fullest
-from planner.cost.stage import ShapeModel
-from planner.cost.states import offloaded_states, states_of
-from planner.cost.waiting import most_waits
+from planner.cost.memory.memory_timeline import least_pass_bytes
+from planner.cost.memory.parameter_state import offloaded_states, states_of
+from planner.cost.memory.zero_bubble_memory import most_waits
+from planner.cost.pipeline.stage import ShapeModel
+from planner.job.engine_settings import Engine, Stack
 from planner.search.even_stages import even_factor
-from planner.stack import Engine, Stack
-from planner.strategy import Degrees, Offload, Recompute, Schedule, Zero
+from planner.strategy.schedule.schedules import fullest
+from planner.strategy.strategy import Degrees, Offload, Recompute, Schedule, Zero
 
 
 class Counts(NamedTuple):
@@ -332,7 +332,7 @@ def least_once_s(shape: ShapeModel) -> float:
 
 
 def split_again_s(shape: ShapeModel, key: str, option: Recompute) -> float:
-    """What a split backward pass of a block takes more than a whole one (planner.cost.simulate)."""
+    """What a split backward pass of a block takes more than a whole one (planner.cost.pipeline.simulate)."""
     if option is Recompute.NONE:
         return 0.0
     if shape.problem.stack.recomputes_once:

@@ -24,8 +24,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner.cost.table import BACKWARD, FORWARD, INPUT_GRAD, KINDS, PAIRED, Table
 from planner.search.least_passes import option_passes
+from planner.strategy.schedule.table import BACKWARD, FORWARD, INPUT_GRAD, KINDS, PAIRED, Table
 
 if TYPE_CHECKING:
     import numpy as np

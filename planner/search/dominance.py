@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from planner.cost.compute.kind_layers import Kind, kind_of
 from planner.cost.evaluate import CostModel
-from planner.cost.kind_layers import Kind, kind_of
-from planner.profile import LayerKind
+from planner.profile.profile import LayerKind
 from planner.search.quick_bounds import alone
 from planner.search.space import Space
-from planner.strategy import Degrees, Recompute
+from planner.strategy.strategy import Degrees, Recompute
 
 
 def without_dominated(

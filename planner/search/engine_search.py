@@ -3,7 +3,7 @@
 1. One search sets aside what the engine can express of stages and recomputation: its space is larger, so its
    bound holds for the engine's as well. Where its plan is one that the engine can express, it is the answer.
 2. Else one search for each option of recomputation, which all blocks then share, and for every shape that
-   came up, the recipes of the engine (planner.engines.recipes): in each family the one with least
+   came up, the recipes of the engine (planner.strategy.engines.recipes): in each family the one with least
    recomputation that is SAFE. The fastest of all is the answer; its gap is to the bound of the first search.
 
 Where an engine has no other recipes than one option for all blocks, the first search is left out: the least
@@ -18,16 +18,16 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.engines.recipes import UNIFORM, Family, Stages, recipe_families
-from planner.errors import InfeasibleError
-from planner.estimate import Verdict
-from planner.plan import Alternative, Certificate, Plan
-from planner.problem import PlanningProblem
-from planner.rules import broken_rules
+from planner.foundation.errors import InfeasibleError
+from planner.job.problem import PlanningProblem
 from planner.search.alternatives import why_slower
 from planner.search.solve import OPTIMAL_GAP, SolveOptions, make_plan, solve
 from planner.search.verify import verify
-from planner.strategy import Degrees, Offload, Recompute, Strategy, offloaded
+from planner.strategy.engines.recipes import UNIFORM, Family, Stages, recipe_families
+from planner.strategy.estimate import Verdict
+from planner.strategy.plan import Alternative, Certificate, Plan
+from planner.strategy.rules import broken_rules
+from planner.strategy.strategy import Degrees, Offload, Recompute, Strategy, offloaded
 
 LEAST_SHAPES = 8
 """Runners-up that a search is asked for: their shapes are tried with the engine's recipes."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from planner.cost.table import BACKWARD, FORWARD
+from planner.strategy.schedule.table import BACKWARD, FORWARD
 
 if TYPE_CHECKING:
     import numpy as np

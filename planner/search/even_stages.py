@@ -13,7 +13,7 @@ and the whole model 3 v p. Of few micro-batches the two zero-bubble schedules wa
 
 from __future__ import annotations
 
-from planner.strategy import Degrees, Schedule
+from planner.strategy.strategy import Degrees, Schedule
 
 
 def even_factor(degrees: Degrees) -> float:

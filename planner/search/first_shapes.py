@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from planner.nouns import replaced
+from planner.foundation.frozen import replaced
 from planner.search.bounds import schedule_factor
 from planner.search.even_stages import even_factor
-from planner.search.frontier import Candidate, Frontier
+from planner.search.shape_queue import Candidate, Frontier
 from planner.search.space import Space
-from planner.strategy import Degrees, Schedule
+from planner.strategy.strategy import Degrees, Schedule
 
 if TYPE_CHECKING:
     import numpy as np

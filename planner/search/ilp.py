@@ -43,14 +43,14 @@ from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from planner.codec import noun
-from planner.cost.critical_path import CriticalPath
-from planner.cost.flight import Flights, InFlight
+from planner.cost.pipeline.critical_path import CriticalPath
+from planner.foundation.decode import noun
+from planner.foundation.units import GIB
 from planner.search.paths import Path, first_paths
 from planner.search.quiet import quiet_stdout
 from planner.search.recipes import Column
-from planner.strategy import Degrees, Schedule
-from planner.units import GIB
+from planner.strategy.schedule.in_flight import Flights, InFlight
+from planner.strategy.strategy import Degrees, Schedule
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,6 +1,7 @@
 """What the layers of a model take at least, whatever recomputes: sums from which a stage's passes follow.
 
-Gradients of inputs and of weights count as planner.cost.simulate.split_backward divides a backward pass, or,
+Gradients of inputs and of weights count as planner.cost.pipeline.simulate.split_backward divides a backward
+pass, or,
 where torch divides that of a whole stage, as no stage takes less.
 """
 
@@ -8,10 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner.cost.passes import Pass
-from planner.cost.stage import ShapeModel
+from planner.cost.compute.passes import Pass
+from planner.cost.pipeline.stage import ShapeModel
 from planner.search.bounds import split_again_s
-from planner.strategy import Recompute
+from planner.strategy.strategy import Recompute
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 
 class LeastPasses(NamedTuple):
-    """Least seconds by kind of action (planner.cost.table.KINDS): `sums` [kind, layers + 1] of all layers
+    """Least seconds by kind of action (planner.strategy.schedule.table.KINDS): `sums` [kind, layers + 1] of
+    all layers
     before each, embedding and head with the first and the last; `action` [kind] of what an action takes
     besides."""
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from planner.cost.evaluate import CostModel
-from planner.cost.stage import ShapeModel
-from planner.cost.verdict import MemoryLimits, memory_limits
-from planner.estimate import Rejected
+from planner.cost.memory.verdict import MemoryLimits, memory_limits
+from planner.cost.pipeline.stage import ShapeModel
+from planner.foundation.units import format_bytes
 from planner.search.bounds import BaseBound, least_state_bytes
-from planner.search.frontier import Candidate
 from planner.search.recipes import RecipeBook
 from planner.search.rejections import Rejections
+from planner.search.shape_queue import Candidate
 from planner.search.shape_search import ShapeSearch
 from planner.search.space import Pins
 from planner.search.stage_space import StageSpace
-from planner.strategy import Degrees
-from planner.units import format_bytes
+from planner.strategy.estimate import Rejected
+from planner.strategy.strategy import Degrees
 
 MEMORY = "memory"
 """The rule that shapes break which cannot fit."""

@@ -23,9 +23,9 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
-from planner.cost.schedule import ActionKind, Row, build_table
-from planner.cost.seconds import larger
-from planner.strategy import Degrees, Schedule
+from planner.cost.compute.seconds import larger
+from planner.strategy.schedule.schedules import ActionKind, Row, build_table
+from planner.strategy.strategy import Degrees, Schedule
 
 SHORT = 8
 """Stages up to which all bounding paths of 1F1B are written down at first."""

@@ -18,16 +18,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from planner.cost.communication.messages import Messages
+from planner.cost.communication.overlap import overlap_of
+from planner.cost.compute.kind_layers import Kind, kind_of
+from planner.cost.compute.passes import Pass, stacked
 from planner.cost.evaluate import CostModel
-from planner.cost.kind_layers import Kind, kind_of
-from planner.cost.messages import Messages
-from planner.cost.overlap import overlap_of
-from planner.cost.passes import Pass, stacked
-from planner.nouns import replaced
-from planner.placement import is_mixed, rank_groups
+from planner.foundation.frozen import replaced
 from planner.search.bounds import schedule_factor
 from planner.search.space import Pipe, Space
-from planner.strategy import Degrees, Recompute, Zero
+from planner.strategy.placement import is_mixed, rank_groups
+from planner.strategy.strategy import Degrees, Recompute, Zero
 
 if TYPE_CHECKING:
     import numpy as np
@@ -184,7 +184,7 @@ def _with_messages(
     expired: Callable[[], bool],
 ) -> Floats:
     """Both passes of all layers of each unit under each base [unit, base], of kind which[n], with what ZeRO 2
-    and 3 send in every micro-batch beside them (planner.cost.stage)."""
+    and 3 send in every micro-batch beside them (planner.cost.pipeline.stage)."""
     import numpy as np
 
     known: dict[tuple[object, ...], int] = {}

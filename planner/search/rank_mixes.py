@@ -4,7 +4,8 @@ Every mix of one stage is set beside every mix of the others: at each moment of 
 
     runtime + sum over stages s of (states_s + kept_s) + the largest transient <= limit
 
-with what micro-batches in flight on each keep (planner.cost.flight), and transients of stages that have some.
+with what micro-batches in flight on each keep (planner.strategy.schedule.in_flight), and transients of
+stages that have some.
 Where blocks are of one class this is exact for given sizes.
 """
 
@@ -14,13 +15,13 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner.cost.action import ActionKind
-from planner.cost.flight import InFlight
-from planner.cost.moments import StageMemory, idle_apart
-from planner.cost.simulate import kind_passes
-from planner.cost.table import KINDS
+from planner.cost.memory.memory_timeline import StageMemory, idle_apart
+from planner.cost.pipeline.simulate import kind_passes
 from planner.search.recipes import Column, RecipeBook
-from planner.strategy import Offload
+from planner.strategy.schedule.action import ActionKind
+from planner.strategy.schedule.in_flight import InFlight
+from planner.strategy.schedule.table import KINDS
+from planner.strategy.strategy import Offload
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,12 +12,12 @@ from functools import cached_property, lru_cache
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner.cost.schedule import in_flight
-from planner.cost.waiting import most_waits
+from planner.cost.memory.zero_bubble_memory import most_waits
 from planner.search.rank_floor import DUST
 from planner.search.recipes import RecipeBook
 from planner.search.sizes import Limits
-from planner.strategy import Degrees, Schedule
+from planner.strategy.schedule.schedules import in_flight
+from planner.strategy.strategy import Degrees, Schedule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,7 @@ class RankMoments(NamedTuple):
 
 
 def moments_of(degrees: Degrees, waits: int) -> RankMoments:
-    """Those of a shape's table (planner.cost.schedule.in_flight)."""
+    """Those of a shape's table (planner.strategy.schedule.schedules.in_flight)."""
     d = degrees
     return _moments(d.schedule, d.pp, d.chunks, d.num_micro_batches, waits)
 

@@ -10,14 +10,14 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from planner.cost.action import ActionKind
-from planner.cost.flight import InFlight
 from planner.search.rank_fill import Way, can_hold
 from planner.search.rank_floor import DUST, RankFloor
 from planner.search.rank_mixes import Held, RankMixes
 from planner.search.rank_parts import RankParts
 from planner.search.recipes import Column
 from planner.search.sizes import Limits
+from planner.strategy.schedule.action import ActionKind
+from planner.strategy.schedule.in_flight import InFlight
 
 if TYPE_CHECKING:
     import numpy as np

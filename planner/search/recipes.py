@@ -12,20 +12,20 @@ from functools import cache, cached_property
 from operator import le
 from typing import TYPE_CHECKING, Any
 
-from planner.codec import noun
-from planner.cost.flight import InFlight
-from planner.cost.moments import StageMemory
-from planner.cost.offload import with_offload
-from planner.cost.seconds import larger
-from planner.cost.simulate import kind_passes
-from planner.cost.stage import ShapeModel
-from planner.cost.stage_cost import StageCost
-from planner.cost.table import KINDS
+from planner.cost.compute.seconds import larger
+from planner.cost.memory.memory_timeline import StageMemory
+from planner.cost.memory.offload import with_offload
+from planner.cost.pipeline.simulate import kind_passes
+from planner.cost.pipeline.stage import ShapeModel
+from planner.cost.pipeline.stage_cost import StageCost
+from planner.foundation.decode import noun
+from planner.job.engine_settings import Engine
 from planner.search.block_bytes import BlockBytes, EndBytes
 from planner.search.bounds import split_again_s
 from planner.search.least_passes import LeastPasses, least_passes
-from planner.stack import Engine
-from planner.strategy import Offload, Recompute, RecomputeCounts, Schedule, Stage, offloaded
+from planner.strategy.schedule.in_flight import InFlight
+from planner.strategy.schedule.table import KINDS
+from planner.strategy.strategy import Offload, Recompute, RecomputeCounts, Schedule, Stage, offloaded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +42,8 @@ class Column:
     """A recipe of a stage: its blocks and their options, and what they cost.
 
     Where all blocks are of one class it stands for any blocks as many, between the same ends. `passes_s` are
-    the seconds of its actions by kind (planner.cost.table.KINDS); `late_bytes` those of its states that a
+    the seconds of its actions by kind (planner.strategy.schedule.table.KINDS); `late_bytes` those of its
+    states that a
     pass back makes.
     """
 
@@ -57,7 +58,8 @@ class Column:
         return self.stage.layers
 
     def held_bytes(self, flight: InFlight) -> float:
-        """Its states that exist, and what micro-batches in flight keep (planner.cost.memory.held_bytes)."""
+        """Its states that exist, and what micro-batches in flight keep
+        (planner.cost.memory.peak_memory.held_bytes)."""
         late = 0.0 if flight.begun else self.late_bytes
         return self.resident_bytes - late + flight.kept_bytes(self.cost)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from planner.estimate import Rejected
-from planner.problem import PlanningProblem
+from planner.job.problem import PlanningProblem
+from planner.strategy.estimate import Rejected
 
 
 class Rejections:

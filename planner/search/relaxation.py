@@ -14,7 +14,7 @@ Blocks and what ranks may hold are whole elsewhere (planner.search.stage_space),
 belong here: where no rank may hold more than its equal part, all hold just that. Paths along rows
 (planner.search.row_paths) are there from the beginning, those of them that matter. What is found then is
 replayed, between it and the best found before, and the longest path becomes a row, a few times. The dual of
-this programme is the game that planner.search.path_game plays, in fractions.
+this programme is the game that planner.search.path_bound plays, in fractions.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from planner.cost.critical_path import CriticalPath, longest_path
 from planner.cost.evaluate import CostModel
-from planner.cost.simulate import PathTimes
-from planner.cost.table import KINDS
+from planner.cost.pipeline.critical_path import CriticalPath, longest_path
+from planner.cost.pipeline.simulate import PathTimes
+from planner.search.dominance_proofs import Proof, Proofs, least_sum
 from planner.search.least_passes import option_passes
 from planner.search.linear import LinearProgramme, Solution
-from planner.search.proofs import Proof, Proofs, least_sum
 from planner.search.row_paths import RowPaths, row_paths
 from planner.search.sizes import Sizes
 from planner.search.timed import MAX_PLACES, timed
-from planner.strategy import Recompute, Zero
+from planner.strategy.schedule.table import KINDS
+from planner.strategy.strategy import Recompute, Zero
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,9 +10,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner.cost.schedule import build_table
-from planner.cost.table import BACKWARD, FORWARD, INPUT_GRAD, KINDS, PAIRED, Table
-from planner.strategy import Degrees, Schedule
+from planner.strategy.schedule.schedules import build_table
+from planner.strategy.schedule.table import BACKWARD, FORWARD, INPUT_GRAD, KINDS, PAIRED, Table
+from planner.strategy.strategy import Degrees, Schedule
 
 if TYPE_CHECKING:
     import numpy as np

@@ -3,7 +3,7 @@
 Sizes of stages that cannot beat the incumbent are left out, and cuts of models of several layer classes
 (planner.search.cuts). Stages in fractions of blocks (planner.search.relaxation) bound what is left, and their
 sizes, made whole, are deals of blocks to begin with beside the even one. Where one of these is near the
-incumbent a game of paths against recipes (planner.search.path_game) finds better recipes.
+incumbent a game of paths against recipes (planner.search.path_bound) finds better recipes.
 
 Where few ways to deal the blocks remain, all are replayed at once. Else the ILP's optimum is a lower bound of
 every replay; what it finds is replayed, its critical path becomes a row of the programme, and it is solved
@@ -19,17 +19,17 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner.cost.critical_path import critical_path
+from planner.cost.pipeline.critical_path import critical_path
 from planner.search import even_split
-from planner.search.choices import Place
-from planner.search.deal import Dealer
 from planner.search.ilp import StageIlp, StageProgramme
-from planner.search.path_game import Outcome, PathGame, even_splits, splits_within
+from planner.search.path_bound import Outcome, PathGame, even_splits, splits_within
 from planner.search.recipes import Column
 from planner.search.relaxation import Relaxed, Whole
 from planner.search.sizes import Sizes, narrowed, splits, whole
+from planner.search.stage_assignment import Dealer
+from planner.search.stage_choices import Place
 from planner.search.stage_space import StageSpace
-from planner.strategy import Strategy
+from planner.strategy.strategy import Strategy
 
 if TYPE_CHECKING:
     import numpy as np

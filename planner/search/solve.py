@@ -24,34 +24,34 @@ from functools import cache, partial
 from itertools import count, islice, product
 from typing import TYPE_CHECKING, Any
 
-from planner.codec import digest, noun
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.cost.schedule import print_table
-from planner.divisors import divisors
-from planner.errors import InfeasibleError
-from planner.estimate import Verdict
-from planner.least_memory import fitting
-from planner.not_modelled import not_modelled
-from planner.nouns import replaced
-from planner.placement import is_mixed
-from planner.plan import Alternative, Certificate, Plan
-from planner.problem import PlanningProblem
+from planner.cost.not_modelled import not_modelled
+from planner.foundation.decode import digest, noun
+from planner.foundation.divisors import divisors
+from planner.foundation.errors import InfeasibleError
+from planner.foundation.frozen import replaced
+from planner.job.problem import PlanningProblem
 from planner.search.alternatives import distinct, why_slower
-from planner.search.crew import Crew, processes_for
 from planner.search.dominance import without_dominated
+from planner.search.first_plan import Scout, Shared
 from planner.search.first_shapes import first_shapes
-from planner.search.frontier import Candidate, Frontier
+from planner.search.least_memory import fitting
 from planner.search.modeller import MEMORY, Base, Modeller, no_recipe, too_large
 from planner.search.open_shapes import OpenShapes
 from planner.search.progress import Progress
 from planner.search.quick_bounds import space_bounds_s
 from planner.search.rejections import Rejections
-from planner.search.scout import Scout, Shared
+from planner.search.shape_queue import Candidate, Frontier
 from planner.search.shape_search import Budget, Found, ShapeResult
 from planner.search.space import Pins, Space, space_of
 from planner.search.task import Task, TaskKind
 from planner.search.verify import verify
-from planner.strategy import AXES, Degrees, Schedule, Strategy
+from planner.search.workers import Crew, processes_for
+from planner.strategy.estimate import Verdict
+from planner.strategy.placement import is_mixed
+from planner.strategy.plan import Alternative, Certificate, Plan
+from planner.strategy.schedule.schedules import print_table
+from planner.strategy.strategy import AXES, Degrees, Schedule, Strategy
 
 if TYPE_CHECKING:
     import numpy as np

@@ -22,17 +22,23 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import permutations, product
 
-from planner.cluster import ClusterSpec
-from planner.codec import noun
-from planner.divisors import divisors
-from planner.engine_rules import candidate_schedules, engine_rules, engine_strategy_rules, problem_refused
-from planner.errors import InputError, Problem
-from planner.estimate import Rejected
-from planner.nouns import replaced
-from planner.offload_rules import offload_possible
-from planner.placement import is_mixed, parse_device_order
-from planner.problem import PlanningProblem
-from planner.rules import (
+from planner.foundation.decode import noun
+from planner.foundation.divisors import divisors
+from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import replaced
+from planner.hardware.cluster import ClusterSpec
+from planner.job.problem import PlanningProblem
+from planner.strategy.engines.engine_rules import (
+    candidate_schedules,
+    engine_rules,
+    engine_strategy_rules,
+    problem_refused,
+)
+from planner.strategy.estimate import Rejected
+from planner.strategy.offload_rules import offload_possible
+from planner.strategy.parallel_rules import experts_within_replicas
+from planner.strategy.placement import is_mixed, parse_device_order
+from planner.strategy.rules import (
     EXPERT_RULES,
     LAYER_RULES,
     PIPELINE_RULES,
@@ -43,8 +49,7 @@ from planner.rules import (
     world_matches,
     zero_matches_shards,
 )
-from planner.spread_rules import experts_within_replicas
-from planner.strategy import (
+from planner.strategy.strategy import (
     CpExchange,
     Degrees,
     Offload,

@@ -16,17 +16,17 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 from planner.cost.evaluate import CostModel
-from planner.cost.flight import Flights, InFlight
-from planner.cost.schedule import Table
-from planner.cost.simulate import Replay
-from planner.cost.stage import ShapeModel
+from planner.cost.pipeline.simulate import Replay
+from planner.cost.pipeline.stage import ShapeModel
 from planner.search.bounds import least_once_s
 from planner.search.cuts import Cuts, Spans
 from planner.search.rank_ways import RankWays
 from planner.search.recipes import Column, RecipeBook
 from planner.search.relaxation import Relaxation
 from planner.search.sizes import Limits, Sizes, narrowed
-from planner.strategy import Schedule
+from planner.strategy.schedule.in_flight import Flights, InFlight
+from planner.strategy.schedule.schedules import Table
+from planner.strategy.strategy import Schedule
 
 MAX_REACH = 4
 """Layers that a boundary of stages may lie from the even split, in a model of several layer classes: this

@@ -1,7 +1,7 @@
 """A shape's stages in whole blocks, with the end of every action as a variable: for tables of few actions.
 
 With x_so whole blocks of stage s of kind o as in planner.search.relaxation, d_c what an action of cell c
-takes and e_k when the action of place k ends (planner.cost.longest_path),
+takes and e_k when the action of place k ends (planner.strategy.schedule.longest_path),
 
     minimise T
     cell c     d_c = its seconds by x
@@ -22,9 +22,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner.cost.table import KINDS
 from planner.search.linear import LinearProgramme
 from planner.search.sizes import Sizes
+from planner.strategy.schedule.table import KINDS
 
 if TYPE_CHECKING:
     import numpy as np

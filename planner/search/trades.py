@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.search.recipes import Column, RecipeBook
-from planner.strategy import RecomputeCounts, Stage
+from planner.strategy.strategy import RecomputeCounts, Stage
 
 if TYPE_CHECKING:
     import numpy as np

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 
 from planner.cost.evaluate import Evaluation
-from planner.cost.schedule import ActionKind, table_faults
-from planner.errors import CheckError
-from planner.placement import rank_limits_bytes
-from planner.problem import PlanningProblem
-from planner.rules import broken_rules
+from planner.foundation.errors import CheckError
+from planner.job.problem import PlanningProblem
+from planner.strategy.placement import rank_limits_bytes
+from planner.strategy.rules import broken_rules
+from planner.strategy.schedule.schedules import ActionKind, table_faults
 
 TOLERANCE = 1e-9
 

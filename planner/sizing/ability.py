@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
-from planner.catalog import load_model, model_index
-from planner.codec import noun
-from planner.errors import InfeasibleError
-from planner.estimate import JobFigures
-from planner.least_memory import fitting
-from planner.placement import is_mixed
-from planner.plan import Plan
-from planner.problem import PlanningProblem
-from planner.search.scout import Scout, Shared
+from planner.foundation.decode import noun
+from planner.foundation.errors import InfeasibleError
+from planner.hardware.catalog import load_model, model_index
+from planner.job.problem import PlanningProblem
+from planner.search.first_plan import Scout, Shared
+from planner.search.least_memory import fitting
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import Pins
+from planner.strategy.estimate import JobFigures
+from planner.strategy.placement import is_mixed
+from planner.strategy.plan import Plan
 
 MOST_SEQ = 2**24
 """Sequences beyond this are not looked for: published contexts end at ten million tokens."""

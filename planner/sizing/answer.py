@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
-from planner.codec import noun
-from planner.objective import Goal
+from planner.foundation.decode import noun
+from planner.foundation.units import DAY_S
+from planner.job.objective import Goal
 from planner.sizing.comparison import Comparison
 from planner.sizing.option import Option
-from planner.units import DAY_S
 
 
 class Standing(StrEnum):

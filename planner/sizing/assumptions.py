@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from planner.catalog import load_device
-from planner.market.on_premises import BOUNDS, OnPremises
-from planner.profile_use import use_of
+from planner.foundation.units import format_count
+from planner.hardware.catalog import load_device
+from planner.hardware.on_premises import BOUNDS, OnPremises
+from planner.profile.choose import use_of
 from planner.sizing.comparison import Assumption
 from planner.sizing.energy import energy_facts
 from planner.sizing.offer import Pricing
 from planner.sizing.option import Option
 from planner.sizing.problems import profiles_for
 from planner.sizing.request import SizingRequest
-from planner.sizing.usual_upkeep import upkeep_assumptions, usual_upkeep
-from planner.units import format_count
+from planner.sizing.usual_overheads import upkeep_assumptions, usual_upkeep
 
 PROFILE_OF = "profile of"
 """How the assumption begins that names the profile of a device."""

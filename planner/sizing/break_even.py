@@ -1,6 +1,6 @@
 """Buying against renting a device: above which use owning is cheaper, and when it has paid for itself.
 
-The cost on premises (planner.market.on_premises) is of an hour in use. What goes on through idle hours is
+The cost on premises (planner.hardware.on_premises) is of an hour in use. What goes on through idle hours is
 divided by the utilisation u, the share of hours in use; electricity is not:
 
     owned(u) = (running + written off) / u + energy                             dollars a device-hour in use
@@ -23,9 +23,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from planner.codec import noun
-from planner.device_file import DeviceFile
-from planner.market.on_premises import OnPremises, cost_per_device_hour
+from planner.foundation.decode import noun
+from planner.hardware.device_file import DeviceFile
+from planner.hardware.on_premises import OnPremises, cost_per_device_hour
 from planner.sizing.comparison import BreakEven
 from planner.sizing.offer import Offer, Pricing, Rate
 

@@ -6,9 +6,9 @@ import datetime
 import importlib.metadata
 from collections.abc import Iterable, Sequence
 
-from planner.catalog import load_device
-from planner.market.market import Market, on_premises_inputs
-from planner.market.on_premises import OnPremises
+from planner.hardware.catalog import load_device
+from planner.hardware.on_premises import OnPremises
+from planner.hardware.prices import Market, on_premises_inputs
 from planner.sizing.assumptions import assumptions_of
 from planner.sizing.break_even import break_evens, owned
 from planner.sizing.comparison import BreakEven, Comparison, LeftOut, Sensitivity

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from planner.codec import noun
-from planner.objective import Goal
+from planner.foundation.decode import noun
+from planner.job.objective import Goal
+from planner.model.workload import Workload
 from planner.sizing.option import Option
-from planner.workload import Workload
 
 
 @noun

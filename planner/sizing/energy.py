@@ -16,10 +16,10 @@ from __future__ import annotations
 from dataclasses import field
 from pathlib import Path
 
-from planner.codec import load_toml, noun
-from planner.device_file import DeviceFile
-from planner.errors import InputError, Problem
-from planner.market.on_premises import OnPremises, OwnedDevice
+from planner.foundation.decode import load_toml, noun
+from planner.foundation.errors import InputError, Problem
+from planner.hardware.device_file import DeviceFile
+from planner.hardware.on_premises import OnPremises, OwnedDevice
 from planner.sizing.offer import Pricing
 
 KG_PER_G = 1e-3
@@ -100,7 +100,7 @@ def load_energy(path: Path) -> EnergyFacts:
 
 def energy_facts() -> EnergyFacts:
     """The facts as shipped."""
-    from planner.catalog import data_folder
+    from planner.hardware.catalog import data_folder
 
     return load_energy(data_folder() / "energy.toml")
 

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from planner.foundation.units import DAY_S
 from planner.sizing.kinds import Kind, Scouting
 from planner.sizing.ladder import between
 from planner.sizing.offer import Offer
 from planner.sizing.problems import peak_device_s
 from planner.sizing.request import SizingRequest
 from planner.sizing.sized import losses_at
-from planner.units import DAY_S
 
 LIKELIEST = 4
 """Kinds of nodes that are planned first, by dollars and by devices each: what they reach rules others out."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from planner.cluster import Device
-from planner.codec import noun
+from planner.foundation.decode import noun
+from planner.hardware.cluster import Device
 
 
 class Pricing(StrEnum):

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import TypeVar
 
-from planner.catalog import device_names, load_device
-from planner.cluster import Device
-from planner.cluster_grammar import parse_cluster, read_equal_nodes
-from planner.codec import noun
-from planner.errors import InputError, Problem
-from planner.instance import Instance, find_instance
-from planner.market.market import Market
-from planner.naming import squash, unknown
+from planner.foundation.decode import noun
+from planner.foundation.errors import InputError, Problem
+from planner.foundation.suggest import squash, unknown
+from planner.hardware.catalog import device_names, load_device
+from planner.hardware.cluster import Device
+from planner.hardware.cluster_grammar import parse_cluster, read_equal_nodes
+from planner.hardware.instance import Instance, find_instance
+from planner.hardware.prices import Market
 from planner.sizing.offer import Offer, Pricing
 from planner.sizing.rates import rates_of, rates_of_device
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from planner.codec import noun
-from planner.estimate import Coverage, JobFigures, TimeBreakdown, Verdict
+from planner.foundation.decode import noun
 from planner.sizing.offer import Rate
-from planner.strategy import Strategy
+from planner.strategy.estimate import Coverage, JobFigures, TimeBreakdown, Verdict
+from planner.strategy.strategy import Strategy
 
 
 @noun

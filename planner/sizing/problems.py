@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from planner.catalog import device_names
-from planner.cluster import ClusterSpec, Device
-from planner.cost.trained import trained_flops_per_token
-from planner.problem import PlanningProblem
-from planner.profile import Profile
-from planner.shipped_profile import shipped_profile, shipped_profiles
+from planner.cost.compute.weight_gradients import trained_flops_per_token
+from planner.hardware.catalog import device_names
+from planner.hardware.cluster import ClusterSpec, Device
+from planner.job.engine_settings import own_stack
+from planner.job.problem import PlanningProblem
+from planner.profile.profile import Profile
+from planner.profile.shipped import shipped_profile, shipped_profiles
 from planner.sizing.request import SizingRequest
-from planner.sizing.usual_upkeep import usual_upkeep
-from planner.stack import own_stack
+from planner.sizing.usual_overheads import usual_upkeep
 
 
 def profiles_for(request: SizingRequest) -> dict[str, Profile]:

@@ -8,7 +8,7 @@ on-demand price p and a range of a to b off that holds for a provider in general
 
 A price of the user's stands in place of the listed ones, and no general range is taken off it.
 
-Of a device on one's own premises: its cost by planner.market.on_premises. Each input moves to either end of
+Of a device on one's own premises: its cost by planner.hardware.on_premises. Each input moves to either end of
 its range alone; the changes in one direction, taken as independent, add up as the root of their squares:
 
     low = max(0, c - sqrt(sum d_down^2))        high = c + sqrt(sum d_up^2)        dollars a device-hour
@@ -20,15 +20,15 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from planner.market.prices import YOURS
+from planner.hardware.user_prices import YOURS
 from planner.sizing.offer import Pricing, Rate
 
 if TYPE_CHECKING:
-    from planner.device_file import DeviceFile
-    from planner.instance import Instance
-    from planner.market.market import Market
-    from planner.market.on_premises import OnPremises
-    from planner.market.prices import PriceTerm
+    from planner.hardware.device_file import DeviceFile
+    from planner.hardware.instance import Instance
+    from planner.hardware.on_premises import OnPremises
+    from planner.hardware.prices import Market
+    from planner.hardware.user_prices import PriceTerm
 
 RENTED = "the whole instance: devices, CPUs, memory and local disks as listed; not storage, egress or support"
 GIVEN = "what your price covers"
@@ -94,7 +94,7 @@ def _source(instance: Instance) -> str:
 
 def _reserved(listed: Rate, provider: str) -> tuple[Rate, ...]:
     """The price on demand less what the provider takes off in general, where both are known."""
-    from planner.market.market import price_terms
+    from planner.hardware.prices import price_terms
 
     price = listed.usd_per_node_hour
     if price is None:
@@ -120,8 +120,8 @@ def rates_of_device(facts: DeviceFile, market: Market, devices_per_node: int) ->
 
     Without a purchase price or a power there is none: the rate is unknown, and its source says what lacks.
     """
-    from planner.market.market import on_premises_inputs
-    from planner.market.on_premises import cost_per_device_hour, missing
+    from planner.hardware.on_premises import cost_per_device_hour, missing
+    from planner.hardware.prices import on_premises_inputs
 
     own = None if market.prices is None else market.prices.device_price(facts.name)
     if own is not None:
@@ -161,7 +161,7 @@ def owned_interval(facts: DeviceFile, inputs: OnPremises) -> tuple[float, float]
 
     An input without a range, such as the user's own, moves nothing. The device must have a cost.
     """
-    from planner.market.on_premises import cost_per_device_hour
+    from planner.hardware.on_premises import cost_per_device_hour
 
     def cost_usd(changed: OnPremises) -> float:
         cost = cost_per_device_hour(facts, changed)
@@ -177,7 +177,7 @@ def owned_interval(facts: DeviceFile, inputs: OnPremises) -> tuple[float, float]
 
 def _ends(facts: DeviceFile, inputs: OnPremises) -> list[list[OnPremises]]:
     """The inputs with one at either end of its range, for each that has one; the purchase price too."""
-    from planner.market.on_premises import BOUNDS, OwnedDevice
+    from planner.hardware.on_premises import BOUNDS, OwnedDevice
 
     found = []
     for name in BOUNDS:

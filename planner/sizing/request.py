@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from planner.codec import noun
-from planner.model import ModelSpec
-from planner.objective import Goal
-from planner.profile import Profile
+from planner.foundation.decode import noun
+from planner.job.objective import Goal
+from planner.job.overheads import NOTHING_SAID, Upkeep
+from planner.model.spec import ModelSpec
+from planner.model.workload import Precision, Workload
+from planner.profile.profile import Profile
 from planner.sizing.offer import Offer
-from planner.upkeep import NOTHING_SAID, Upkeep
-from planner.workload import Precision, Workload
 
 
 @noun
@@ -16,7 +16,7 @@ class SizingRequest:
     """A run, and the offers that may do it.
 
     `workload.tokens` is the whole run; where `precision` is None, each device computes in its usual one.
-    What `upkeep` does not say is as usual (planner.sizing.usual_upkeep). `counts` are numbers of nodes to
+    What `upkeep` does not say is as usual (planner.sizing.usual_overheads). `counts` are numbers of nodes to
     try; None: a ladder up to `most_devices`, of which `least` asks for the fewest that keep the deadline and
     the cheapest; unless `thorough`, what can neither be the cheapest nor the smallest even at its devices'
     peak is not planned then. `profile` counts for the device it was measured on, or if it was fitted for all;

@@ -21,13 +21,14 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping
 from functools import partial
 
-from planner.cluster_grammar import parse_cluster
 from planner.cost.goodput import figures_of
-from planner.market.market import Market
-from planner.not_modelled import TAKEN_BACK, not_modelled
-from planner.objective import Goal
-from planner.profile import Profile
-from planner.search.scout import Scout, Shared
+from planner.cost.not_modelled import TAKEN_BACK, not_modelled
+from planner.foundation.units import DAY_S
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.prices import Market
+from planner.job.objective import Goal
+from planner.profile.profile import Profile
+from planner.search.first_plan import Scout, Shared
 from planner.search.space import Pins
 from planner.sizing.floors import Floors
 from planner.sizing.kinds import Kind, Scouting, most_nodes
@@ -36,8 +37,7 @@ from planner.sizing.offer import Offer
 from planner.sizing.problems import peak_device_s, problem_on, profiles_for
 from planner.sizing.request import SizingRequest
 from planner.sizing.sized import Sized, sized
-from planner.sizing.usual_upkeep import usual_upkeep
-from planner.units import DAY_S
+from planner.sizing.usual_overheads import usual_upkeep
 
 Progress = Callable[[int, int], None]
 """Called with the kinds that are done and all of them."""

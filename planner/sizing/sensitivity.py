@@ -18,12 +18,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from planner.objective import Goal, Minimise
+from planner.foundation.units import DAY_S
+from planner.job.objective import Goal, Minimise
 from planner.sizing.break_even import Owned
 from planner.sizing.comparison import Sensitivity
 from planner.sizing.offer import Pricing
 from planner.sizing.option import Option
-from planner.units import DAY_S
 
 PRICE_CHANGE = 0.2
 """As asked for: what contracts and months change a listed price by."""

@@ -12,18 +12,18 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from planner.catalog import load_device
 from planner.cost.goodput import Job, figures_of
-from planner.estimate import JobFigures
-from planner.market.on_premises import OnPremises
-from planner.objective import Goal
-from planner.search.scout import Scouted
+from planner.foundation.units import DAY_S
+from planner.hardware.catalog import load_device
+from planner.hardware.on_premises import OnPremises
+from planner.job.objective import Goal
+from planner.job.overheads import Upkeep
+from planner.search.first_plan import Scouted
 from planner.sizing.energy import EnergyFacts, run_energy
 from planner.sizing.offer import Offer, Rate
 from planner.sizing.option import Option, SizedPlan
-from planner.sizing.usual_upkeep import usual_upkeep
-from planner.units import DAY_S
-from planner.upkeep import Upkeep
+from planner.sizing.usual_overheads import usual_upkeep
+from planner.strategy.estimate import JobFigures
 
 BILLION = 1e9
 

@@ -1,5 +1,5 @@
 """Collectives that autograd goes back through. They are the operators that torch traces, so that selective
-recomputation can keep their results (`runtime.recompute`)."""
+recomputation can keep their results (`runtime.parallel.recompute`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime.parallel.fake_answers import FILLS, alone, balanced_counts, fill
+from runtime.launch.fake_answers import FILLS, alone, balanced_counts, fill
 
 _ops = torch.ops._c10d_functional
 

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from planner.strategy import CpExchange, Degrees
+from planner.strategy.strategy import CpExchange, Degrees
+from runtime.model.attention_core import Core
+from runtime.model.block import Block
+from runtime.model.rotary import Rotary
 from runtime.parallel.context_attention import gathered_attention, ring_attention
 from runtime.parallel.context_messages import heads_for_sequence, sequence_for_heads
 from runtime.parallel.meshes import Meshes
-from runtime.transformer.block import Block
-from runtime.transformer.core import Core
-from runtime.transformer.rotary import Rotary
 
 
 def apply_context_parallel(part: nn.Module, seq: int, degrees: Degrees, meshes: Meshes) -> None:

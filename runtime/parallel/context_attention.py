@@ -9,13 +9,16 @@ rank has as many pairs of tokens. Of the keys of rank j, rank r's queries meet
 
 so no mask is needed, and each but the own is half of the block's pairs. A ring meets ranks r, r-1, r-2, ...
 in turn, each block while the next keys are on their way; gathered, those before and those behind are a block
-each. Blocks are merged by their statistics (runtime.attention_blocks). Going back, gradients of keys and
+each. Blocks are merged by their statistics (runtime.model.attention_blocks). Going back, gradients of keys
+and
 values go round with them, and home by a last hop; or they are scattered and summed.
 
-Within documents (`begins`, as in runtime.document_attention) the same blocks come and go, and of each only
+Within documents (`begins`, as in runtime.model.document_attention) the same blocks come and go, and of each
+only
 what meets is computed.
 
-Both are operators of their own, so that recomputation can keep what they give (runtime.recompute) instead of
+Both are operators of their own, so that recomputation can keep what they give (runtime.parallel.recompute)
+instead of
 sending everything again, and so that compilers leave them whole.
 
 Shapes: B micro-batch, S positions of this rank, N query heads, K key heads, D head_dim, E value width.
@@ -30,8 +33,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime.attention_blocks import ALL, Merged, attend, empty_results
-from runtime.document_attention import (
+from runtime.model.attention_blocks import ALL, Merged, attend, empty_results
+from runtime.model.document_attention import (
     Meeting,
     Slice,
     Three,

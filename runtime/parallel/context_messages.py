@@ -14,8 +14,8 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor
 
+from runtime.launch.fake_answers import FILLS, alone, fill
 from runtime.parallel.collectives import with_transpose
-from runtime.parallel.fake_answers import FILLS, alone, fill
 
 
 class Ring:

@@ -12,11 +12,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from planner.strategy import Degrees, Zero
-from planner.workload import Precision
+from planner.model.workload import Precision
+from planner.strategy.strategy import Degrees, Zero
+from runtime.model.experts import Experts
+from runtime.model.precision import compute_dtype
 from runtime.parallel.meshes import Meshes
-from runtime.precision import compute_dtype
-from runtime.transformer.experts import Experts
 
 
 def apply_data_parallel(

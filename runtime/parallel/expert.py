@@ -29,12 +29,12 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
 )
 
-from planner.strategy import Degrees
+from planner.strategy.strategy import Degrees
+from runtime.launch.fake_answers import row_counts
+from runtime.model.experts import Experts, MixtureOfExperts
 from runtime.parallel.collectives import exchange_counts, exchange_rows, gather_ranks, sum_to_ranks
 from runtime.parallel.context import held_positions
-from runtime.parallel.fake_answers import row_counts
 from runtime.parallel.meshes import Meshes
-from runtime.transformer.experts import Experts, MixtureOfExperts
 
 WIDTH_DIM = {"gate": 1, "up": 1, "down": 2, "gate_bias": 1, "up_bias": 1}
 """The dimension of each stacked weight that is an expert's width; down_bias has none."""

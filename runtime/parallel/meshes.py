@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from planner.plan import Plan
-from planner.strategy import AXES, Degrees, Zero
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import AXES, Degrees, Zero
 
 HEAD_AXES = ("kv_heads", "kv_copies")
 

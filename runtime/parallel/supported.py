@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from planner.errors import InputError, Problem
-from planner.execution import (
+from planner.foundation.errors import InputError, Problem
+from planner.model.spec import ModelSpec
+from planner.model.workload import Optimizer
+from planner.strategy.engines.runtime_support import (
     WORKLOADS_EXECUTED,
     check_executed_offload,
     context_not_executed,
@@ -11,18 +13,16 @@ from planner.execution import (
     products_not_executed,
     vocabulary_not_executed,
 )
-from planner.model import ModelSpec
-from planner.plan import Plan
-from planner.schedule_check import check_schedule_table
-from planner.spread_rules import (
+from planner.strategy.parallel_rules import (
     context_divides,
     context_heads,
     experts_divide,
     experts_need_sequence_parallel,
     experts_within_replicas,
 )
-from planner.strategy import AXES, Degrees, Zero
-from planner.workload import Optimizer
+from planner.strategy.plan import Plan
+from planner.strategy.schedule_check import check_schedule_table
+from planner.strategy.strategy import AXES, Degrees, Zero
 
 MOST_TP = 64
 """Larger tensor-parallel degrees are not named as legal."""

@@ -21,14 +21,14 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional
 
-from planner.strategy import Degrees
+from planner.strategy.strategy import Degrees
+from runtime.model.attention import Attention
+from runtime.model.block import Block
+from runtime.model.experts import MixtureOfExperts
+from runtime.model.head import Head
+from runtime.model.norms import WidthNorm
 from runtime.parallel.expert import Leave, mixtures, shared_expert_plan
 from runtime.parallel.meshes import HEAD_AXES, HeadMeshes, Meshes, mesh_axes
-from runtime.transformer.attention import Attention
-from runtime.transformer.block import Block
-from runtime.transformer.experts import MixtureOfExperts
-from runtime.transformer.head import Head
-from runtime.transformer.norms import WidthNorm
 
 
 def apply_tensor_parallel(name: str, part: nn.Module, degrees: Degrees, meshes: Meshes) -> None:

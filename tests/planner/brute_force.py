@@ -7,24 +7,33 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from planner.cost import constants
+from planner.cost.compute import constants
 from planner.cost.evaluate import CostModel
-from planner.cost.judged import RankMemory
-from planner.cost.memory import rank_memory
-from planner.cost.schedule import build_table
-from planner.cost.stage_cost import StageCost
-from planner.cost.verdict import band
-from planner.cost.waiting import most_waits
-from planner.divisors import divisors
-from planner.errors import InfeasibleError
-from planner.estimate import Verdict
-from planner.placement import is_mixed
-from planner.problem import PlanningProblem
-from planner.rules import broken_rule
+from planner.cost.memory.limits_check import RankMemory
+from planner.cost.memory.peak_memory import rank_memory
+from planner.cost.memory.verdict import band
+from planner.cost.memory.zero_bubble_memory import most_waits
+from planner.cost.pipeline.stage_cost import StageCost
+from planner.foundation.divisors import divisors
+from planner.foundation.errors import InfeasibleError
+from planner.job.problem import PlanningProblem
 from planner.search.bounds import BaseBound, memory_bound_bytes
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import MAX_CHUNKS, MIN_SPLIT, MIN_TOKENS, Pins
-from planner.strategy import CpExchange, Degrees, Recompute, RecomputeCounts, Schedule, Stage, Strategy, Zero
+from planner.strategy.estimate import Verdict
+from planner.strategy.placement import is_mixed
+from planner.strategy.rules import broken_rule
+from planner.strategy.schedule.schedules import build_table
+from planner.strategy.strategy import (
+    CpExchange,
+    Degrees,
+    Recompute,
+    RecomputeCounts,
+    Schedule,
+    Stage,
+    Strategy,
+    Zero,
+)
 
 from . import instances
 

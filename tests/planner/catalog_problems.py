@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from planner.commands.options import ProblemOptions
-from planner.commands.problem import read_problem
-from planner.plan import Plan
-from planner.problem import PlanningProblem
+from planner.commands.shared.options import ProblemOptions
+from planner.commands.shared.problem import read_problem
+from planner.job.problem import PlanningProblem
 from planner.search.engine_search import solve_for_engine
 from planner.search.solve import SolveOptions
 from planner.search.space import parse_pins
+from planner.strategy.plan import Plan
 
 GAP = 0.01
 

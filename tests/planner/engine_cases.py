@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from planner.attention import Attention, Reach, Span
-from planner.feed_forward import Activation, Experts, Mlp
-from planner.limits import Limits
-from planner.problem import PlanningProblem
-from planner.stack import Engine
-from planner.strategy import (
+from planner.job.engine_settings import Engine
+from planner.job.limits import Limits
+from planner.job.problem import PlanningProblem
+from planner.model.attention import Attention, Reach, Span
+from planner.model.feed_forward import Activation, Experts, Mlp
+from planner.model.workload import AdapterModules, Adapters, Method
+from planner.strategy.strategy import (
     Degrees,
     RecomputeCounts,
     Stage,
     Zero,
 )
-from planner.workload import AdapterModules, Adapters, Method
 
 from . import instances
 

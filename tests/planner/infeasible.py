@@ -7,19 +7,19 @@ import random
 import re
 from typing import NamedTuple
 
+from planner.advice.repairs import BEST, Infeasible, Repair, why_infeasible
+from planner.advice.resolve import Effort
 from planner.cost.evaluate import CostModel
-from planner.errors import InfeasibleError
-from planner.estimate import Verdict
-from planner.least_memory import survey
-from planner.problem import PlanningProblem
-from planner.repairs import BEST, Infeasible, Repair, why_infeasible
-from planner.resolve import Effort
-from planner.rules import broken_rules
+from planner.foundation.errors import InfeasibleError
+from planner.foundation.units import MIB, parse_bytes
+from planner.job.problem import PlanningProblem
+from planner.model.workload import AdapterModules, Adapters, Method, Optimizer, Precision
+from planner.search.least_memory import survey
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import Pins, parse_pins, shapes
-from planner.strategy import Degrees
-from planner.units import MIB, parse_bytes
-from planner.workload import AdapterModules, Adapters, Method, Optimizer, Precision
+from planner.strategy.estimate import Verdict
+from planner.strategy.rules import broken_rules
+from planner.strategy.strategy import Degrees
 
 from . import instances
 

@@ -7,22 +7,22 @@ import random
 from itertools import groupby
 from typing import Any
 
-from planner.attention import Attention, LatentAttention, Reach, Span
-from planner.block_residual import BlockResidual, BlockResiduals
-from planner.cluster import ClusterSpec, Device, DeviceGroup, Link
-from planner.cost import constants
-from planner.cost.layer import LayerShape
-from planner.cost.passes import Pass
-from planner.cost.residuals import block_shape
-from planner.cost.stage_cost import StageCost
-from planner.feed_forward import Activation, Experts, Mlp
-from planner.mixers import Mixer
-from planner.model import Block, ModelSpec, Norm, Segment
-from planner.problem import PlanningProblem
-from planner.profile import PROFILE_SCHEMA, LayerKind, Profile
-from planner.recurrent import DeltaNet, StateSpace
-from planner.strategy import Recompute
-from planner.workload import Precision, Workload
+from planner.cost.compute import constants
+from planner.cost.compute.block_correction import block_shape
+from planner.cost.compute.layer import LayerShape
+from planner.cost.compute.passes import Pass
+from planner.cost.pipeline.stage_cost import StageCost
+from planner.hardware.cluster import ClusterSpec, Device, DeviceGroup, Link
+from planner.job.problem import PlanningProblem
+from planner.model.attention import Attention, LatentAttention, Reach, Span
+from planner.model.feed_forward import Activation, Experts, Mlp
+from planner.model.mixers import Mixer
+from planner.model.recurrent import DeltaNet, StateSpace
+from planner.model.spec import Block, ModelSpec, Norm, Segment
+from planner.model.workload import Precision, Workload
+from planner.profile.block_residual import BlockResidual, BlockResiduals
+from planner.profile.profile import PROFILE_SCHEMA, LayerKind, Profile
+from planner.strategy.strategy import Recompute
 
 
 def cost(forward_s: float, backward_s: float, fixed_s: float = 0.0) -> StageCost:

@@ -6,14 +6,14 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-from planner.cost.moments import idle_apart
-from planner.cost.simulate import kind_passes
-from planner.problem import PlanningProblem
+from planner.cost.memory.memory_timeline import idle_apart
+from planner.cost.pipeline.simulate import kind_passes
+from planner.job.problem import PlanningProblem
 from planner.search.recipes import Column
 from planner.search.solve import Solver
 from planner.search.space import parse_pins, shapes
 from planner.search.stage_space import StageSpace
-from planner.strategy import Degrees, Stage
+from planner.strategy.strategy import Degrees, Stage
 
 from .brute_force import EXACT, mixes_of
 

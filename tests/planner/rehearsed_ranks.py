@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from planner.catalog import load_model, profile_files
-from planner.cluster_grammar import parse_cluster
-from planner.commands.estimate import strategy_of
+from planner.advice.rank_kinds import alike_ranks
+from planner.advice.refine import refine
+from planner.commands.splitting.estimate import strategy_of
 from planner.cost.evaluate import CostModel
-from planner.cost.simulate import kind_passes
-from planner.plan import Plan
-from planner.problem import PlanningProblem
-from planner.profile import load_profile
-from planner.rank_kinds import alike_ranks
-from planner.refine import refine
-from planner.rehearsal import RankRehearsal, Rehearsal, RehearsalMode, RehearsedPass, RehearsedPlan
-from planner.rules import broken_rules
+from planner.cost.pipeline.simulate import kind_passes
+from planner.hardware.catalog import load_model, profile_files
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.job.problem import PlanningProblem
+from planner.model.workload import Precision, Workload
+from planner.profile.profile import load_profile
 from planner.search.solve import make_plan
 from planner.search.space import parse_pins
-from planner.workload import Precision, Workload
+from planner.strategy.plan import Plan
+from planner.strategy.rehearsal import RankRehearsal, Rehearsal, RehearsalMode, RehearsedPass, RehearsedPlan
+from planner.strategy.rules import broken_rules
 
 PINS = (
     "dp=4 zero=0 micro_batch=2",

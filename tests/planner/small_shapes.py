@@ -7,16 +7,16 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 
-from planner.cluster import ClusterSpec
-from planner.problem import PlanningProblem
-from planner.runs.engine_stack import engine_stack
-from planner.search.deal import Dealer
+from planner.calibration.engine_stack import engine_stack
+from planner.hardware.cluster import ClusterSpec
+from planner.job.engine_settings import Engine
+from planner.job.problem import PlanningProblem
+from planner.model.workload import AdapterModules, Adapters, Method
 from planner.search.recipes import Column
 from planner.search.sizes import Sizes, narrowed
+from planner.search.stage_assignment import Dealer
 from planner.search.stage_space import StageSpace
-from planner.stack import Engine
-from planner.strategy import RecomputeCounts, Stage
-from planner.workload import AdapterModules, Adapters, Method
+from planner.strategy.strategy import RecomputeCounts, Stage
 
 from . import instances
 from .rank_samples import fits, spaces, used_bytes

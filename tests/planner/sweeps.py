@@ -7,9 +7,9 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 
-from planner.profile import Constant, LayerSample, Profile
-from planner.rate_sample import RateKind, RateSample
-from planner.workload import Precision
+from planner.model.workload import Precision
+from planner.profile.operator_sample import RateKind, RateSample
+from planner.profile.profile import Constant, LayerSample, Profile
 
 from . import instances
 

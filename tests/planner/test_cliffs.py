@@ -9,23 +9,23 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from planner.attention import Attention
-from planner.catalog import load_device, load_model
-from planner.cluster_grammar import parse_cluster
-from planner.cost.comm import CommModel, Group
-from planner.cost.compute import LayerModel
+from planner.cost.communication.collectives import CommModel, Group
+from planner.cost.compute.gemm import GemmModel
+from planner.cost.compute.layer import LayerShape
+from planner.cost.compute.layer_cost import LayerModel
+from planner.cost.compute.time_constants import physics_of
 from planner.cost.evaluate import CostModel
-from planner.cost.gemm import GemmModel
-from planner.cost.layer import LayerShape
-from planner.cost.physics import physics_of
-from planner.estimate import Estimate
-from planner.feed_forward import Activation, Mlp
-from planner.model import Block, ModelSpec, Norm
-from planner.problem import PlanningProblem
-from planner.profile import CommSample, LayerKind, LayerSample, Op
-from planner.strategy import Degrees, Recompute, Strategy, Zero, even_stages
-from planner.tables import measured
-from planner.workload import Precision, Workload
+from planner.hardware import measured_tables as measured
+from planner.hardware.catalog import load_device, load_model
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.job.problem import PlanningProblem
+from planner.model.attention import Attention
+from planner.model.feed_forward import Activation, Mlp
+from planner.model.spec import Block, ModelSpec, Norm
+from planner.model.workload import Precision, Workload
+from planner.profile.profile import CommSample, LayerKind, LayerSample, Op
+from planner.strategy.estimate import Estimate
+from planner.strategy.strategy import Degrees, Recompute, Strategy, Zero, even_stages
 
 from . import instances
 

@@ -9,16 +9,16 @@ import statistics
 
 import pytest
 
-from planner.catalog import device_names
-from planner.cluster import ClusterSpec, Link
-from planner.cluster_grammar import parse_cluster
-from planner.cost.comm import CommModel, Group
+from planner.cost.communication.collectives import CommModel, Group
 from planner.cost.evaluate import CostModel
-from planner.profile import PROFILE_SCHEMA, CommSample, Constant, Op, Profile
-from planner.strategy import Degrees, Zero
-from planner.tables import measured
-from planner.tables.curves import CollectiveCurves, curves_of, wire_factor
-from planner.tables.measured import Collective
+from planner.hardware import measured_tables as measured
+from planner.hardware.catalog import device_names
+from planner.hardware.cluster import ClusterSpec, Link
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.collective_curves import CollectiveCurves, curves_of, wire_factor
+from planner.hardware.measured_tables import Collective
+from planner.profile.profile import PROFILE_SCHEMA, CommSample, Constant, Op, Profile
+from planner.strategy.strategy import Degrees, Zero
 
 from . import instances
 

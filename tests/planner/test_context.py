@@ -7,20 +7,20 @@ import itertools
 
 import pytest
 
-from planner.attention import Attention, Reach, Span
-from planner.cost.compute import LayerModel
-from planner.cost.context import copies_of_heads, exchange_of, widths_of
+from planner.cost.communication.context_parallel import copies_of_heads, exchange_of, widths_of
+from planner.cost.communication.overlap import overlap_of
+from planner.cost.compute.layer import LayerShape
+from planner.cost.compute.layer_cost import LayerModel
+from planner.cost.compute.time_constants import PRIORS, physics_of
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.cost.layer import LayerShape
-from planner.cost.overlap import overlap_of
-from planner.cost.physics import PRIORS, physics_of
-from planner.model import Block, ModelSpec
-from planner.problem import PlanningProblem
-from planner.profile import LayerKind, Op
-from planner.recurrent import StateSpace
-from planner.rules import broken_rules
-from planner.strategy import CpExchange, Degrees, Recompute, Strategy, Zero, even_stages
-from planner.workload import Precision
+from planner.job.problem import PlanningProblem
+from planner.model.attention import Attention, Reach, Span
+from planner.model.recurrent import StateSpace
+from planner.model.spec import Block, ModelSpec
+from planner.model.workload import Precision
+from planner.profile.profile import LayerKind, Op
+from planner.strategy.rules import broken_rules
+from planner.strategy.strategy import CpExchange, Degrees, Recompute, Strategy, Zero, even_stages
 
 from . import instances
 

@@ -6,19 +6,19 @@ import dataclasses
 
 import pytest
 
-from planner.adapters import layer_adapter_params
-from planner.attention import Attention
-from planner.catalog import load_model
 from planner.cost.evaluate import CostModel
-from planner.least_memory import survey
-from planner.model import Block, ModelSpec
-from planner.problem import PlanningProblem
-from planner.rules import broken_rules
+from planner.hardware.catalog import load_model
+from planner.job.problem import PlanningProblem
+from planner.model.attention import Attention
+from planner.model.lora import layer_adapter_params
+from planner.model.spec import Block, ModelSpec
+from planner.model.workload import AdapterModules, Adapters
 from planner.search.bounds import memory_bound_bytes, step_bound_s
+from planner.search.least_memory import survey
 from planner.search.solve import solve
 from planner.search.space import Pins, parse_pins, shapes
-from planner.strategy import Degrees, Recompute, Strategy, Zero, even_stages
-from planner.workload import AdapterModules, Adapters
+from planner.strategy.rules import broken_rules
+from planner.strategy.strategy import Degrees, Recompute, Strategy, Zero, even_stages
 
 from . import instances
 from .brute_force import EXACT, brute_force

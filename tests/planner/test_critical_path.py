@@ -7,13 +7,13 @@ import random
 import numpy as np
 import pytest
 
-from planner.cost.critical_path import CriticalPath, critical_path
-from planner.cost.longest_path import many_row_ends_s
-from planner.cost.schedule import build_table
-from planner.cost.simulate import kind_passes, replay
-from planner.cost.stage_cost import StageCost
-from planner.cost.table import KINDS, Table
-from planner.strategy import Schedule
+from planner.cost.pipeline.critical_path import CriticalPath, critical_path
+from planner.cost.pipeline.simulate import kind_passes, replay
+from planner.cost.pipeline.stage_cost import StageCost
+from planner.strategy.schedule.longest_path import many_row_ends_s
+from planner.strategy.schedule.schedules import build_table
+from planner.strategy.schedule.table import KINDS, Table
+from planner.strategy.strategy import Schedule
 
 from .instances import cost
 

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-from planner.search.deal import Dealer
+from planner.search.stage_assignment import Dealer
 from planner.search.stage_space import StageSpace
 
 from . import instances

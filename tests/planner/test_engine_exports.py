@@ -8,21 +8,21 @@ from collections.abc import Iterator
 
 import pytest
 
-from planner.changes import with_workload
-from planner.choices import keeps
-from planner.errors import InfeasibleError
+from planner.advice.what_if import with_workload
+from planner.calibration.engine_stack import engine_stack
 from planner.export.targets import TARGETS, refusals
-from planner.limits import Limits
-from planner.model import ModelSpec, Norm
-from planner.objective import Goal
-from planner.plan import Plan
-from planner.problem import PlanningProblem
-from planner.runs.engine_stack import engine_stack
-from planner.search.objective import solve_for
+from planner.foundation.errors import InfeasibleError
+from planner.job.engine_settings import Engine
+from planner.job.limits import Limits
+from planner.job.objective import Goal
+from planner.job.problem import PlanningProblem
+from planner.model.spec import ModelSpec, Norm
+from planner.model.workload import AdapterModules, Adapters, Method, Optimizer, Precision
 from planner.search.solve import SolveOptions
+from planner.search.solve_for import solve_for
 from planner.search.space import Pins, parse_pins
-from planner.stack import Engine
-from planner.workload import AdapterModules, Adapters, Method, Optimizer, Precision
+from planner.strategy.fix_keys import keeps
+from planner.strategy.plan import Plan
 from tests.plans import tiny_gpt2, tiny_mixtral, tiny_mla
 
 from . import instances

@@ -7,23 +7,23 @@ from typing import NamedTuple
 
 import pytest
 
-from planner.engine_changes import accepted
-from planner.engine_rules import (
+from planner.advice.engine_changes import accepted
+from planner.advice.repairs import why_infeasible
+from planner.advice.resolve import Effort
+from planner.job.engine_settings import Engine
+from planner.job.problem import PlanningProblem
+from planner.model.spec import Norm
+from planner.model.workload import Optimizer, Precision
+from planner.search.space import Pins, shapes
+from planner.strategy.engines.engine_rules import (
     ENGINE_PROBLEM_RULES,
     problem_refused,
 )
-from planner.model import Norm
-from planner.problem import PlanningProblem
-from planner.repairs import why_infeasible
-from planner.resolve import Effort
-from planner.rules import broken_rule, broken_rules
-from planner.search.space import Pins, shapes
-from planner.stack import Engine
-from planner.strategy import (
+from planner.strategy.rules import broken_rule, broken_rules
+from planner.strategy.strategy import (
     Strategy,
     even_stages,
 )
-from planner.workload import Optimizer, Precision
 
 from . import instances
 from .engine_cases import (

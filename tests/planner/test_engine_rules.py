@@ -7,25 +7,25 @@ from typing import NamedTuple
 
 import pytest
 
-from planner.engine_rules import (
+from planner.job.engine_settings import Engine
+from planner.job.limits import Limits
+from planner.job.problem import PlanningProblem
+from planner.model.workload import Optimizer, Precision
+from planner.search.space import Pins, parse_pins, shapes
+from planner.strategy.engines.engine_rules import (
     ENGINE_RULES,
     ENGINE_SCHEDULES,
     EngineRule,
     candidate_schedules,
 )
-from planner.limits import Limits
-from planner.problem import PlanningProblem
-from planner.rules import broken_rule, broken_rules
-from planner.search.space import Pins, parse_pins, shapes
-from planner.stack import Engine
-from planner.strategy import (
+from planner.strategy.rules import broken_rule, broken_rules
+from planner.strategy.strategy import (
     CpExchange,
     Degrees,
     Schedule,
     Strategy,
     Zero,
 )
-from planner.workload import Optimizer, Precision
 
 from . import instances
 from .engine_cases import (

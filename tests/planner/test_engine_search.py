@@ -8,28 +8,28 @@ import random
 
 import pytest
 
-from planner.changes import with_workload
-from planner.cluster_grammar import parse_cluster
-from planner.cost import constants
+from planner.advice.plan_check import check_plan
+from planner.advice.resolve import Clock, Effort, resolved
+from planner.advice.what_if import with_workload
+from planner.calibration.engine_stack import engine_stack, fitted_framework, priced_as
+from planner.cost.compute import constants
 from planner.cost.evaluate import CostModel
-from planner.errors import InfeasibleError, InputError
-from planner.estimate import Verdict
-from planner.limits import Limits
-from planner.objective import Goal
-from planner.plan import decode_plan, encode_plan
-from planner.plan_check import check_plan
-from planner.problem import PlanningProblem
-from planner.profile import PROFILE_SCHEMA, Constant, LayerKind, LayerSample, Profile
-from planner.resolve import Clock, Effort, resolved
-from planner.rules import broken_rules
-from planner.runs.engine_stack import engine_stack, fitted_framework, priced_as
+from planner.foundation.errors import InfeasibleError, InputError
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.job.engine_settings import Engine, Stack, own_stack
+from planner.job.limits import Limits
+from planner.job.objective import Goal
+from planner.job.problem import PlanningProblem
+from planner.model.workload import Precision
+from planner.profile.profile import PROFILE_SCHEMA, Constant, LayerKind, LayerSample, Profile
 from planner.search.engine_search import solve_for_engine
-from planner.search.objective import solve_for
 from planner.search.solve import SolveOptions, solve
+from planner.search.solve_for import solve_for
 from planner.search.space import parse_pins
-from planner.stack import Engine, Stack, own_stack
-from planner.strategy import Offload, Recompute, Strategy
-from planner.workload import Precision
+from planner.strategy.estimate import Verdict
+from planner.strategy.plan import decode_plan, encode_plan
+from planner.strategy.rules import broken_rules
+from planner.strategy.strategy import Offload, Recompute, Strategy
 
 from . import instances
 from .brute_force import EXACT, all_stages, legal_degrees

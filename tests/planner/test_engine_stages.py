@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 import pytest
 
-from planner.engine_rules import (
+from planner.job.engine_settings import Engine
+from planner.model.workload import Optimizer
+from planner.strategy.engines.engine_rules import (
     ENGINE_STRATEGY_RULES,
     StrategyRule,
 )
-from planner.engines.recipes import every_kth, first_of_each, recipe_families, stages_of_ranks
-from planner.stack import Engine
-from planner.strategy import (
+from planner.strategy.engines.recipes import every_kth, first_of_each, recipe_families, stages_of_ranks
+from planner.strategy.strategy import (
     Degrees,
     Offload,
     OffloadCounts,
@@ -25,7 +26,6 @@ from planner.strategy import (
     offloaded,
     sized_stages,
 )
-from planner.workload import Optimizer
 
 from .engine_cases import (
     PP2,

@@ -6,20 +6,20 @@ import dataclasses
 
 import pytest
 
-from planner.cluster_grammar import parse_cluster
-from planner.cost.analytic import analytic_cost
-from planner.cost.comm import Group
-from planner.cost.compute import LayerModel
+from planner.cost.communication.collectives import Group
+from planner.cost.compute.analytic import analytic_cost
+from planner.cost.compute.layer_cost import LayerModel
+from planner.cost.compute.optimizer_time import accumulate_s
+from planner.cost.compute.time_constants import physics_of
 from planner.cost.evaluate import CostModel
-from planner.cost.physics import physics_of
-from planner.cost.stage import ShapeModel
-from planner.cost.update import accumulate_s
-from planner.kept import AttentionKernel
-from planner.problem import PlanningProblem
-from planner.profile import LayerKind, Op
-from planner.stack import NATIVE, Engine, Stack
-from planner.strategy import Degrees, Recompute, Schedule, Zero
-from planner.workload import Precision
+from planner.cost.pipeline.stage import ShapeModel
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.job.engine_settings import NATIVE, Engine, Stack
+from planner.job.problem import PlanningProblem
+from planner.model.saved_tensors import AttentionKernel
+from planner.model.workload import Precision
+from planner.profile.profile import LayerKind, Op
+from planner.strategy.strategy import Degrees, Recompute, Schedule, Zero
 
 from . import instances
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from bench.experts import GAP, SETS, defect, experts_layout, fastest, judge, shipped, variants
-from planner.estimate import Rejected, Verdict
-from planner.runs.run import Run, RunRecompute
-from planner.runs.setup import Setups
-from planner.runs.table import read_runs
+from planner.calibration.run import Run, RunRecompute
+from planner.calibration.run_setup import Setups
+from planner.calibration.runs_table import read_runs
+from planner.strategy.estimate import Rejected, Verdict
 
 TABLES = Path(__file__).parents[2] / "bench/data/tables.csv"
 QUICK = ("mlm21-0002", "mcore-0001", "mcore-0002")

@@ -9,17 +9,17 @@ import random
 
 import pytest
 
-from planner.cost.compute import LayerModel
+from planner.cost.communication.expert_parallel import distinct_parts, expert_pass
+from planner.cost.compute.layer_cost import LayerModel
+from planner.cost.compute.time_constants import physics_of
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.cost.experts import distinct_parts, expert_pass
-from planner.cost.physics import physics_of
-from planner.feed_forward import Activation, Experts, Mlp
-from planner.model import Block, ModelSpec
-from planner.problem import PlanningProblem
-from planner.rules import broken_rules
+from planner.job.engine_settings import Dispatch, Engine, Stack
+from planner.job.problem import PlanningProblem
+from planner.model.feed_forward import Activation, Experts, Mlp
+from planner.model.spec import Block, ModelSpec
 from planner.search.bounds import memory_bound_bytes
-from planner.stack import Dispatch, Engine, Stack
-from planner.strategy import Degrees, Recompute, Strategy, Zero, even_stages
+from planner.strategy.rules import broken_rules
+from planner.strategy.strategy import Degrees, Recompute, Strategy, Zero, even_stages
 
 from . import instances
 
@@ -118,7 +118,7 @@ def test_state_over_all_ranks_is_that_of_the_model(degrees: Degrees) -> None:
 @pytest.mark.parametrize("degrees", LAYOUTS, ids=lambda d: d.label())
 def test_products_of_experts_over_ranks_are_those_of_all_tokens(degrees: Degrees) -> None:
     """Where products run at one rate and loads are even, experts take the same whatever their layout."""
-    from planner.cost.products import routed_s
+    from planner.cost.compute.products import routed_s
 
     stack = Stack(engine=Engine.MEGATRON, balanced=True)
     of = problem(stack=stack)
@@ -137,7 +137,7 @@ def test_products_of_experts_over_ranks_are_those_of_all_tokens(degrees: Degrees
 
 
 def shape_kind() -> object:
-    from planner.profile import LayerKind
+    from planner.profile.profile import LayerKind
 
     return LayerKind.BLOCK
 

@@ -6,24 +6,24 @@ import dataclasses
 
 import pytest
 
-from planner.changes import faster_devices, faster_links, faster_network, with_nodes
-from planner.choices import KEYS, chosen, keeps, nearest_first, parse_choice, text, values_of
-from planner.cluster_grammar import parse_cluster
+from planner.advice.explain import explain, losers, stage_figures, what_binds
+from planner.advice.pareto import front
+from planner.advice.plan_diff import plan_diff
+from planner.advice.resolve import Clock, Effort, resolved
+from planner.advice.what_if import faster_devices, faster_links, faster_network, with_nodes
+from planner.advice.why_not import Answer, why_not
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.cost.verdict import memory_band, safe_peak_bytes
-from planner.errors import InputError
-from planner.estimate import TIME_CAUSES, Verdict
-from planner.explain import explain, losers, stage_figures, what_binds
-from planner.pareto import front
-from planner.plan import Plan
-from planner.plan_diff import plan_diff
-from planner.problem import PlanningProblem
-from planner.resolve import Clock, Effort, resolved
+from planner.cost.memory.verdict import memory_band, safe_peak_bytes
+from planner.foundation.errors import InputError
+from planner.foundation.units import GIB, MIB
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.job.problem import PlanningProblem
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import Pins, parse_pins
-from planner.strategy import Degrees, Strategy, Zero, even_stages
-from planner.units import GIB, MIB
-from planner.why_not import Answer, why_not
+from planner.strategy.estimate import TIME_CAUSES, Verdict
+from planner.strategy.fix_keys import KEYS, chosen, keeps, nearest_first, parse_choice, text, values_of
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 
 from . import instances
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from planner.estimate import Verdict
-from planner.rules import broken_rules
 from planner.search.solve import SolveOptions, Solver
 from planner.search.space import parse_pins
+from planner.strategy.estimate import Verdict
+from planner.strategy.rules import broken_rules
 
 from .catalog_problems import problem, solved
 

@@ -10,9 +10,9 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from planner.cluster_grammar import parse_cluster
+from planner.hardware.cluster_grammar import parse_cluster
 from planner.search import solve as solver
-from planner.search.frontier import Candidate, Frontier
+from planner.search.shape_queue import Candidate, Frontier
 from planner.search.shape_search import ShapeSearch
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import Pins

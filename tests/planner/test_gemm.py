@@ -7,10 +7,10 @@ import itertools
 
 import pytest
 
-from planner.catalog import device_names, load_device
-from planner.cost.gemm import MIN_SAMPLES, GemmModel, centre, table_shares
-from planner.tables import measured
-from planner.workload import Precision
+from planner.cost.compute.gemm import MIN_SAMPLES, GemmModel, centre, table_shares
+from planner.hardware import measured_tables as measured
+from planner.hardware.catalog import device_names, load_device
+from planner.model.workload import Precision
 
 from . import instances
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from planner.cost.goodput import Job, erlang_loss, figures_of
-from planner.estimate import JobFigures
-from planner.failures import failure_file
-from planner.sizing.usual_upkeep import usual_upkeep
-from planner.units import DAY_S
-from planner.upkeep import BEST, Upkeep
+from planner.foundation.units import DAY_S
+from planner.hardware.failures import failure_file
+from planner.job.overheads import BEST, Upkeep
+from planner.sizing.usual_overheads import usual_upkeep
+from planner.strategy.estimate import JobFigures
 
 HOUR_S = 3600.0
 

@@ -9,20 +9,20 @@ import math
 import pytest
 from click.testing import CliRunner, Result
 
-from planner.catalog import load_model
 from planner.cli import cli
-from planner.cluster_grammar import parse_cluster
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.cost.goodput import figures_of, largest_of
-from planner.cost.job import checkpoint_bytes, host_link_bytes_per_s
-from planner.estimate import JobFigures
-from planner.not_modelled import not_modelled
-from planner.plan import decode_plan
-from planner.problem import PlanningProblem
-from planner.strategy import Degrees, Strategy, Zero, even_stages
-from planner.units import GIB
-from planner.upkeep import NOTHING_SAID, Upkeep
-from planner.workload import AdapterModules, Adapters, Method, Optimizer, Precision, Workload
+from planner.cost.job_inputs import checkpoint_bytes, host_link_bytes_per_s
+from planner.cost.not_modelled import not_modelled
+from planner.foundation.units import GIB
+from planner.hardware.catalog import load_model
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.job.overheads import NOTHING_SAID, Upkeep
+from planner.job.problem import PlanningProblem
+from planner.model.workload import AdapterModules, Adapters, Method, Optimizer, Precision, Workload
+from planner.strategy.estimate import JobFigures
+from planner.strategy.plan import decode_plan
+from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 
 DEGREES = Degrees(pp=2, dp_shard=8, zero=Zero.OPTIMIZER, num_micro_batches=4)
 

@@ -9,17 +9,17 @@ from collections import Counter
 
 import pytest
 
-from planner.cluster import Link
-from planner.cost.comm import CommModel, Group
-from planner.cost.compute import LayerModel, LayerShape
+from planner.cost.communication.collectives import CommModel, Group
+from planner.cost.compute.layer_cost import LayerModel, LayerShape
+from planner.cost.compute.time_constants import physics_of
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.cost.physics import physics_of
-from planner.problem import PlanningProblem
-from planner.profile import LayerKind, Op
-from planner.rules import broken_rules
+from planner.hardware.cluster import Link
+from planner.job.problem import PlanningProblem
+from planner.model.workload import Precision
+from planner.profile.profile import LayerKind, Op
 from planner.search.space import Pins, shapes
-from planner.strategy import Degrees, Recompute, Strategy, Zero, even_stages
-from planner.workload import Precision
+from planner.strategy.rules import broken_rules
+from planner.strategy.strategy import Degrees, Recompute, Strategy, Zero, even_stages
 
 from . import instances
 

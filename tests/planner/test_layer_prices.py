@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from planner.catalog import load_model
-from planner.cluster_grammar import parse_cluster
-from planner.cost.compute import LayerModel
+from planner.cost.compute.layer import LayerShape
+from planner.cost.compute.layer_cost import LayerModel
+from planner.cost.compute.time_constants import physics_of
 from planner.cost.evaluate import CostModel
-from planner.cost.layer import LayerShape
-from planner.cost.physics import physics_of
-from planner.problem import PlanningProblem
-from planner.profile import LayerKind, load_profile
-from planner.strategy import CpExchange, Degrees, Recompute, Strategy, Zero, even_stages
-from planner.workload import Precision, Workload
+from planner.hardware.catalog import load_model
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.job.problem import PlanningProblem
+from planner.model.workload import Precision, Workload
+from planner.profile.profile import LayerKind, load_profile
+from planner.strategy.strategy import CpExchange, Degrees, Recompute, Strategy, Zero, even_stages
 
 PROFILE = Path(__file__).parent / "golden" / "profile.json"
 """The first shipped profile of a CPU, as it was: nothing but tensor parallelism, at one length."""
@@ -33,7 +33,8 @@ FIGURES = (
 )
 GOLDEN = Path(__file__).parent / "golden" / "layer-prices.json"
 """Written before samples had lengths, context and expert parallelism: what each is priced at. Peaks of plans
-are those of the own runtime's moments (planner.cost.moments); each of 8 ranks has a whole one of the
+are those of the own runtime's moments (planner.cost.memory.memory_timeline); each of 8 ranks has a whole one
+of the
 model's 4 key-value heads. Full recomputation at other lengths is without an MLP's last product."""
 
 

@@ -6,18 +6,18 @@ import dataclasses
 
 import pytest
 
-from planner.changes import with_limit
-from planner.cluster import DeviceGroup
+from planner.advice.what_if import with_limit
 from planner.cost.evaluate import CostModel
-from planner.errors import InfeasibleError
-from planner.estimate import Verdict
-from planner.least_memory import ShapeNeed, fitting, need_of, survey
-from planner.problem import PlanningProblem
-from planner.rules import broken_rules
+from planner.foundation.errors import InfeasibleError
+from planner.foundation.units import MIB
+from planner.hardware.cluster import DeviceGroup
+from planner.job.problem import PlanningProblem
+from planner.search.least_memory import ShapeNeed, fitting, need_of, survey
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import Pins, parse_pins
-from planner.strategy import Offload, Recompute, Strategy, sized_stages
-from planner.units import MIB
+from planner.strategy.estimate import Verdict
+from planner.strategy.rules import broken_rules
+from planner.strategy.strategy import Offload, Recompute, Strategy, sized_stages
 
 from . import instances
 from .brute_force import all_stages, legal_degrees

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from planner.job.engine_settings import Engine
 from planner.search.least_passes import LeastPasses, least_passes, option_passes
-from planner.stack import Engine
-from planner.strategy import Recompute, Stage
+from planner.strategy.strategy import Recompute, Stage
 
 from .brute_force import mixes_of
 from .small_shapes import drawn_shapes

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from planner.catalog import load_model
-from planner.cluster_grammar import parse_cluster
+from planner.calibration.run_setup import run_problem
+from planner.calibration.runs_table import read_runs
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.estimate import Rejected
-from planner.problem import PlanningProblem
-from planner.runs.setup import run_problem
-from planner.runs.table import read_runs
-from planner.strategy import Degrees, Recompute, Schedule, Strategy, Zero, even_stages
-from planner.units import GIB
-from planner.workload import AdapterModules, Adapters, Method, Precision, Workload
+from planner.foundation.units import GIB
+from planner.hardware.catalog import load_model
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.job.problem import PlanningProblem
+from planner.model.workload import AdapterModules, Adapters, Method, Precision, Workload
+from planner.strategy.estimate import Rejected
+from planner.strategy.strategy import Degrees, Recompute, Schedule, Strategy, Zero, even_stages
 
 TABLES = Path(__file__).parents[2] / "bench" / "data" / "tables.csv"
 QKV = Adapters(rank=16, modules=AdapterModules.QKV)

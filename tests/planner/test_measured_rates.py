@@ -8,24 +8,24 @@ import random
 
 import pytest
 
-from planner.changes import faster_devices
-from planner.codec import decode, decode_json, to_json
-from planner.cost.analytic import DeviceRates, analytic_cost, device_rates
-from planner.cost.compute import LayerModel
+from planner.advice.what_if import faster_devices
+from planner.cost.compute.analytic import DeviceRates, analytic_cost, device_rates
+from planner.cost.compute.layer import LayerCost, LayerShape
+from planner.cost.compute.layer_cost import LayerModel
+from planner.cost.compute.measured_rates import MeasuredRates, at_usual_speed, measured_rates
+from planner.cost.compute.products import matrices_s, product_s
+from planner.cost.compute.time_constants import usual_physics
 from planner.cost.evaluate import CostModel
-from planner.cost.layer import LayerCost, LayerShape
-from planner.cost.measured_rates import MeasuredRates, at_usual_speed, measured_rates
-from planner.cost.offload import COPIED_BYTES
-from planner.cost.physics import usual_physics
-from planner.cost.products import matrices_s, product_s
-from planner.feed_forward import Activation, Experts, Mlp
-from planner.model import ModelSpec
-from planner.problem import PlanningProblem
-from planner.profile import Constant, LayerKind, LayerSample, Profile, shape_key
-from planner.rate_sample import RateKind
-from planner.stack import Engine, Stack
-from planner.strategy import Degrees, Recompute
-from planner.workload import Precision
+from planner.cost.memory.offload import COPIED_BYTES
+from planner.foundation.decode import decode, decode_json, to_json
+from planner.job.engine_settings import Engine, Stack
+from planner.job.problem import PlanningProblem
+from planner.model.feed_forward import Activation, Experts, Mlp
+from planner.model.spec import ModelSpec
+from planner.model.workload import Precision
+from planner.profile.operator_sample import RateKind
+from planner.profile.profile import Constant, LayerKind, LayerSample, Profile, shape_key
+from planner.strategy.strategy import Degrees, Recompute
 
 from . import instances, sweeps
 

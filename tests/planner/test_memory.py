@@ -10,27 +10,27 @@ from pathlib import Path
 
 import pytest
 
-from planner.calibration.memory import calibrate_memory
+from planner.calibration.memory_fit import calibrate_memory
 from planner.calibration.predict import with_constants
-from planner.cost.activations import engine_bytes
-from planner.cost.chunked_loss import CHUNK_BYTES
+from planner.calibration.run import MemoryKind, Run, Status
+from planner.calibration.run_setup import RunSetup, run_problem
+from planner.calibration.runs_table import read_runs
+from planner.calibration.validate import validate
+from planner.cost.compute.layer import LayerCost, LayerShape
 from planner.cost.evaluate import CostModel, Evaluation, predicted_memory_bytes
-from planner.cost.layer import LayerCost, LayerShape
-from planner.cost.memory_constants import MEMORY_PRIORS, memory_constants, process_groups
-from planner.cost.states import States, states_of
-from planner.cost.verdict import ErrorBand, memory_band, safe_peak_bytes, safe_tensor_bytes, verdict
-from planner.estimate import Coverage, Verdict
-from planner.kept import AttentionKernel
-from planner.problem import PlanningProblem
-from planner.profile import PROFILE_SCHEMA, Constant, LayerKind, Profile
-from planner.runs.run import MemoryKind, Run, Status
-from planner.runs.setup import RunSetup, run_problem
-from planner.runs.table import read_runs
-from planner.stack import Engine, Selective, Stack
-from planner.strategy import Degrees, Recompute, Strategy, Zero, even_stages
-from planner.units import GIB
-from planner.validation import validate
-from planner.workload import AdapterModules, Adapters, Method, Optimizer, Precision
+from planner.cost.memory.activations import engine_bytes
+from planner.cost.memory.chunked_loss import CHUNK_BYTES
+from planner.cost.memory.memory_constants import MEMORY_PRIORS, memory_constants, process_groups
+from planner.cost.memory.parameter_state import States, states_of
+from planner.cost.memory.verdict import ErrorBand, memory_band, safe_peak_bytes, safe_tensor_bytes, verdict
+from planner.foundation.units import GIB
+from planner.job.engine_settings import Engine, Selective, Stack
+from planner.job.problem import PlanningProblem
+from planner.model.saved_tensors import AttentionKernel
+from planner.model.workload import AdapterModules, Adapters, Method, Optimizer, Precision
+from planner.profile.profile import PROFILE_SCHEMA, Constant, LayerKind, Profile
+from planner.strategy.estimate import Coverage, Verdict
+from planner.strategy.strategy import Degrees, Recompute, Strategy, Zero, even_stages
 from tests.planner import instances
 
 REFERENCE = Path(__file__).parents[2] / "bench" / "data" / "h100_reference.csv"

@@ -7,17 +7,17 @@ import random
 
 import pytest
 
-from planner.cluster import ClusterSpec, DeviceGroup, Link
-from planner.cost.physics import physics_of
-from planner.errors import InfeasibleError
-from planner.limits import Limits
-from planner.plan import Plan
-from planner.problem import PlanningProblem
-from planner.profile import PROFILE_SCHEMA, Constant, Profile
+from planner.cost.compute.time_constants import physics_of
+from planner.foundation.errors import InfeasibleError
+from planner.hardware.cluster import ClusterSpec, DeviceGroup, Link
+from planner.job.engine_settings import Engine
+from planner.job.limits import Limits
+from planner.job.problem import PlanningProblem
+from planner.profile.profile import PROFILE_SCHEMA, Constant, Profile
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import Pins, parse_pins
-from planner.stack import Engine
-from planner.strategy import Strategy
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import Strategy
 
 from . import instances
 

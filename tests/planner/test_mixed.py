@@ -8,19 +8,22 @@ import random
 
 import pytest
 
-from planner.catalog import load_model, profile_files
-from planner.cluster import ClusterSpec, DeviceGroup, Link
-from planner.cluster_grammar import parse_cluster
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.estimate import Verdict
-from planner.not_modelled import not_modelled
-from planner.placement import device_names, rank_groups, rank_limits_bytes, seen_from, stage_groups
-from planner.problem import PlanningProblem
-from planner.profile import Op, load_profile
-from planner.rules import broken_rule, broken_rules
+from planner.cost.not_modelled import not_modelled
+from planner.foundation.units import GIB
+from planner.hardware.catalog import load_model, profile_files
+from planner.hardware.cluster import ClusterSpec, DeviceGroup, Link
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.job.overheads import Upkeep
+from planner.job.problem import PlanningProblem
+from planner.model.workload import Workload
+from planner.profile.profile import Op, load_profile
 from planner.search.space import Pins, shapes
 from planner.search.verify import memory_faults
-from planner.strategy import (
+from planner.strategy.estimate import Verdict
+from planner.strategy.placement import device_names, rank_groups, rank_limits_bytes, seen_from, stage_groups
+from planner.strategy.rules import broken_rule, broken_rules
+from planner.strategy.strategy import (
     Degrees,
     Offload,
     Recompute,
@@ -32,9 +35,6 @@ from planner.strategy import (
     offloaded,
     sized_stages,
 )
-from planner.units import GIB
-from planner.upkeep import Upkeep
-from planner.workload import Workload
 from tests.planner import instances
 
 SLOW = DeviceGroup(device=instances.device(name="slow"), nodes=1, devices_per_node=4)

@@ -9,18 +9,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from planner.cluster import ClusterSpec
-from planner.cluster_grammar import parse_cluster
 from planner.cost.evaluate import CostModel
-from planner.cost.schedule import build_table
-from planner.cost.simulate import replay
-from planner.errors import InfeasibleError
-from planner.estimate import Estimate
-from planner.problem import PlanningProblem
+from planner.cost.pipeline.simulate import replay
+from planner.foundation.errors import InfeasibleError
+from planner.hardware.cluster import ClusterSpec
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.job.problem import PlanningProblem
+from planner.model.workload import Workload
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import Pins, parse_pins, shapes
-from planner.strategy import Degrees, Recompute, Schedule, Strategy, even_stages
-from planner.workload import Workload
+from planner.strategy.estimate import Estimate
+from planner.strategy.schedule.schedules import build_table
+from planner.strategy.strategy import Degrees, Recompute, Schedule, Strategy, even_stages
 
 from . import instances
 from .instances import cost

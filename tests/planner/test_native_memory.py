@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from bench.rehearsal import H100, plan_of
+from planner.advice.rank_kinds import alike_ranks
 from planner.cost.evaluate import CostModel
-from planner.cost.flight import InFlight
-from planner.cost.moments import StageMemory
-from planner.rank_kinds import alike_ranks
-from planner.strategy import Zero
-from planner.units import GIB
+from planner.cost.memory.memory_timeline import StageMemory
+from planner.foundation.units import GIB
+from planner.strategy.schedule.in_flight import InFlight
+from planner.strategy.strategy import Zero
 
 TRACES = sorted((Path(__file__).parents[2] / "bench" / "results").glob("*-rehearsal-traces.json"))[-1]
 TRACED = {row["plan"]: row["gib"] for row in json.loads(TRACES.read_text())["rows"]}

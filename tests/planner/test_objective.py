@@ -10,26 +10,26 @@ from typing import NamedTuple
 
 import pytest
 
-from planner.cluster import ClusterSpec
-from planner.commands.objective_text import objective_text
-from planner.cost import constants
+from planner.advice.plan_check import check_plan
+from planner.commands.shared.objective_text import objective_text
+from planner.cost.compute import constants
 from planner.cost.evaluate import CostModel
-from planner.errors import InfeasibleError
-from planner.limits import Limits
-from planner.objective import Goal, Minimise, Objective
-from planner.plan import Plan, decode_plan, encode_plan
-from planner.plan_check import check_plan
-from planner.problem import PlanningProblem
-from planner.rules import broken_rules
+from planner.foundation.errors import InfeasibleError
+from planner.foundation.units import DAY_S
+from planner.hardware.cluster import ClusterSpec
+from planner.job.engine_settings import Engine
+from planner.job.limits import Limits
+from planner.job.objective import Goal, Minimise, Objective
+from planner.job.overheads import NOTHING_SAID, Upkeep
+from planner.job.problem import PlanningProblem
 from planner.search.engine_search import solve_for_engine
 from planner.search.nodes import StepBounds, node_counts, part_of, run_bound_s
-from planner.search.objective import run_seconds, solve_for
 from planner.search.solve import solve
+from planner.search.solve_for import run_seconds, solve_for
 from planner.search.space import parse_pins
-from planner.stack import Engine
-from planner.strategy import Degrees, Recompute, Strategy, Zero, even_stages
-from planner.units import DAY_S
-from planner.upkeep import NOTHING_SAID, Upkeep
+from planner.strategy.plan import Plan, decode_plan, encode_plan
+from planner.strategy.rules import broken_rules
+from planner.strategy.strategy import Degrees, Recompute, Strategy, Zero, even_stages
 
 from . import instances
 from .test_solver import EXACT

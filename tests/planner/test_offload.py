@@ -11,24 +11,26 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from planner.calibration.runs_table import read_runs
+from planner.calibration.validate import validate
 from planner.cli import cli
-from planner.cluster_grammar import parse_cluster
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.cost.offload import WINDOW
-from planner.cost.states import offloaded_states
-from planner.errors import InfeasibleError, InputError
-from planner.estimate import Verdict
-from planner.execution import check_executed_offload
-from planner.feed_forward import Activation, Experts, Mlp
-from planner.not_modelled import not_modelled
-from planner.plan import decode_plan, encode_plan, load_plan
-from planner.problem import PlanningProblem
-from planner.rules import broken_rules
-from planner.runs.table import read_runs
+from planner.cost.memory.offload import WINDOW
+from planner.cost.memory.parameter_state import offloaded_states
+from planner.cost.not_modelled import not_modelled
+from planner.foundation.errors import InfeasibleError, InputError
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.job.engine_settings import Engine, Stack
+from planner.job.problem import PlanningProblem
+from planner.model.feed_forward import Activation, Experts, Mlp
+from planner.model.workload import Optimizer, Precision
 from planner.search.solve import SolveOptions, make_plan, solve
 from planner.search.space import Pins, parse_pins, shapes
-from planner.stack import Engine, Stack
-from planner.strategy import (
+from planner.strategy.engines.runtime_support import check_executed_offload
+from planner.strategy.estimate import Verdict
+from planner.strategy.plan import decode_plan, encode_plan, load_plan
+from planner.strategy.rules import broken_rules
+from planner.strategy.strategy import (
     Degrees,
     Offload,
     OffloadCounts,
@@ -40,8 +42,6 @@ from planner.strategy import (
     even_stages,
     offloaded,
 )
-from planner.validation import validate
-from planner.workload import Optimizer, Precision
 from tests.planner import instances
 
 TABLES = Path(__file__).parents[2] / "bench" / "data" / "tables.csv"

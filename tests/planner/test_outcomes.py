@@ -11,9 +11,9 @@ import dataclasses
 import pytest
 
 from planner.cost.evaluate import CostModel
-from planner.errors import InfeasibleError
-from planner.plan import Plan
-from planner.strategy import Strategy, Zero, even_stages
+from planner.foundation.errors import InfeasibleError
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import Strategy, Zero, even_stages
 
 from .catalog_problems import GAP, problem, solved, solved_s
 

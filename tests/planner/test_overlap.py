@@ -7,10 +7,10 @@ import random
 
 import pytest
 
+from planner.cost.communication.overlap import Overlap, overlap_of
 from planner.cost.evaluate import CostModel
-from planner.cost.overlap import Overlap, overlap_of
-from planner.profile import Constant, Profile
-from planner.strategy import Degrees, Recompute, Zero
+from planner.profile.profile import Constant, Profile
+from planner.strategy.strategy import Degrees, Recompute, Zero
 
 from . import instances
 

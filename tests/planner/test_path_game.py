@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from planner.search.path_game import PathGame, Splits, even_splits, splits_within
+from planner.search.path_bound import PathGame, Splits, even_splits, splits_within
 from planner.search.stage_space import StageSpace
 
 from . import instances

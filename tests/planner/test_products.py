@@ -6,18 +6,18 @@ import dataclasses
 
 import pytest
 
-from planner.catalog import load_device
-from planner.cost.analytic import DeviceRates, analytic_cost, device_rates
-from planner.cost.gemm import FP8_SHARE, GemmModel
-from planner.cost.layer import LayerShape
-from planner.cost.physics import physics_of
-from planner.cost.products import cast_s, matrices_s, product_s
-from planner.feed_forward import Activation, Experts, Mlp
-from planner.model import Block
-from planner.problem import PlanningProblem
-from planner.profile import LayerKind
-from planner.stack import Engine, Stack
-from planner.workload import Precision
+from planner.cost.compute.analytic import DeviceRates, analytic_cost, device_rates
+from planner.cost.compute.gemm import FP8_SHARE, GemmModel
+from planner.cost.compute.layer import LayerShape
+from planner.cost.compute.products import cast_s, matrices_s, product_s
+from planner.cost.compute.time_constants import physics_of
+from planner.hardware.catalog import load_device
+from planner.job.engine_settings import Engine, Stack
+from planner.job.problem import PlanningProblem
+from planner.model.feed_forward import Activation, Experts, Mlp
+from planner.model.spec import Block
+from planner.model.workload import Precision
+from planner.profile.profile import LayerKind
 
 from . import instances
 

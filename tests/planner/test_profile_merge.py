@@ -7,19 +7,9 @@ import random
 
 import pytest
 
-from planner.codec import decode_json, to_json
-from planner.profile import (
-    PROFILE_SCHEMA,
-    CommSample,
-    Constant,
-    ContentionSample,
-    FamilyFit,
-    LayerKind,
-    LayerSample,
-    Op,
-    Profile,
-)
-from planner.profile_merge import (
+from planner.foundation.decode import decode_json, to_json
+from planner.model.workload import Precision
+from planner.profile.merge import (
     FIELDS,
     FIGURES,
     MORE_CASES,
@@ -30,8 +20,18 @@ from planner.profile_merge import (
     merge,
     stack_of,
 )
-from planner.strategy import Recompute
-from planner.workload import Precision
+from planner.profile.profile import (
+    PROFILE_SCHEMA,
+    CommSample,
+    Constant,
+    ContentionSample,
+    FamilyFit,
+    LayerKind,
+    LayerSample,
+    Op,
+    Profile,
+)
+from planner.strategy.strategy import Recompute
 
 
 def layer(source: random.Random, keys: range) -> LayerSample:

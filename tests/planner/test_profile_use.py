@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from planner.catalog import load_device, load_model, profile_files
 from planner.cli import cli
-from planner.cluster_grammar import parse_cluster
-from planner.codec import to_json
-from planner.errors import InputError
-from planner.machine import cpu_device
-from planner.plan import load_plan
-from planner.profile import Profile, load_profile
-from planner.profile_use import check_device, installed_torch, months_old, told_age, use_of
-from planner.workload import Precision
+from planner.foundation.decode import to_json
+from planner.foundation.errors import InputError
+from planner.hardware.catalog import load_device, load_model, profile_files
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.local_machine import cpu_device
+from planner.model.workload import Precision
+from planner.profile.choose import check_device, installed_torch, months_old, told_age, use_of
+from planner.profile.profile import Profile, load_profile
+from planner.strategy.plan import load_plan
 from tests import profile_samples as samples
 
 SHIPPED = {path.stem: load_profile(path) for path in profile_files()}

@@ -7,11 +7,11 @@ import random
 
 import pytest
 
-from planner.search.proofs import EACH, Proof, Proofs, least_sum
+from planner.search.dominance_proofs import EACH, Proof, Proofs, least_sum
 from planner.search.relaxation import KNOWN
 from planner.search.sizes import Sizes
 from planner.search.stage_space import StageSpace
-from planner.strategy import Degrees, Schedule
+from planner.strategy.strategy import Degrees, Schedule
 
 from .small_shapes import PIPES, drawn_shapes, tightened
 

@@ -12,7 +12,7 @@ from planner.search.modeller import Modeller
 from planner.search.quick_bounds import space_bounds_s
 from planner.search.rejections import Rejections
 from planner.search.space import Pins, parse_pins, space_of
-from planner.strategy import Schedule
+from planner.strategy.strategy import Schedule
 
 from . import catalog_problems, instances
 

@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 
-from planner.cost.schedule import parse_table
-from planner.rank_kinds import LEAST_MICRO_BATCHES, alike_ranks, shortened
-from planner.strategy import Degrees, RecomputeCounts, Schedule, Stage, even_stages
+from planner.advice.rank_kinds import LEAST_MICRO_BATCHES, alike_ranks, shortened
+from planner.strategy.schedule.schedules import parse_table
+from planner.strategy.strategy import Degrees, RecomputeCounts, Schedule, Stage, even_stages
 from tests.plans import make_plan, tiny_llama
 
 CASES = [

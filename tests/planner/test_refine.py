@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from planner.estimate import Verdict
-from planner.plan import decode_plan, encode_plan
-from planner.refine import refine
-from planner.rehearsal import RehearsalMode, is_refined_choice
+from planner.advice.refine import refine
+from planner.strategy.estimate import Verdict
+from planner.strategy.plan import decode_plan, encode_plan
+from planner.strategy.rehearsal import RehearsalMode, is_refined_choice
 from tests.planner.rehearsed_ranks import PINS, as_modelled, plan_of, problem, rehearsal_of
 
 

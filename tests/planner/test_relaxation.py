@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from planner.search.deal import Dealer
+from planner.job.engine_settings import Engine
 from planner.search.linear import LinearProgramme, Solution
 from planner.search.relaxation import Whole
 from planner.search.sizes import Sizes
+from planner.search.stage_assignment import Dealer
 from planner.search.stage_space import StageSpace
 from planner.search.timed import MAX_PLACES, timed
-from planner.stack import Engine
 
 from .brute_force import all_cuts
 from .rank_samples import best_of

@@ -6,14 +6,14 @@ import dataclasses
 
 import pytest
 
-from planner.changes import with_limit
-from planner.least_memory import survey
-from planner.repairs import BEST, why_infeasible
-from planner.resolve import Effort
+from planner.advice.repairs import BEST, why_infeasible
+from planner.advice.resolve import Effort
+from planner.advice.what_if import with_limit
+from planner.foundation.units import GIB, MIB, format_bytes
+from planner.model.workload import Optimizer
+from planner.search.least_memory import survey
 from planner.search.space import Pins, parse_pins
-from planner.strategy import Offload
-from planner.units import GIB, MIB, format_bytes
-from planner.workload import Optimizer
+from planner.strategy.strategy import Offload
 
 from . import instances
 from .catalog_problems import problem

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from planner.cost.action import Action, ActionKind
-from planner.cost.schedule import build_table
-from planner.cost.simulate import kind_passes, replay
-from planner.cost.table import KINDS, PAIRED, Table
+from planner.cost.pipeline.simulate import kind_passes, replay
 from planner.search.row_paths import RowPaths, row_paths
-from planner.strategy import Degrees, Schedule
+from planner.strategy.schedule.action import Action, ActionKind
+from planner.strategy.schedule.schedules import build_table
+from planner.strategy.schedule.table import KINDS, PAIRED, Table
+from planner.strategy.strategy import Degrees, Schedule
 
 from .instances import cost
 

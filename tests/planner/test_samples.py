@@ -10,18 +10,18 @@ from collections.abc import Sequence
 
 import pytest
 
-from planner.cost.compute import LayerModel, rates_of_run
+from planner.cost.compute.layer import LayerCost, LayerShape
+from planner.cost.compute.layer_cost import LayerModel, rates_of_run
+from planner.cost.compute.layer_samples import Run, SampleTable, distance, form_of
+from planner.cost.compute.time_constants import physics_of
 from planner.cost.evaluate import CostModel
-from planner.cost.layer import LayerCost, LayerShape
-from planner.cost.physics import physics_of
-from planner.cost.samples import Run, SampleTable, distance, form_of
-from planner.feed_forward import Activation, Experts, Mlp
-from planner.model import ModelSpec
-from planner.problem import PlanningProblem
-from planner.profile import Constant, LayerKind, LayerSample, shape_key
-from planner.stack import NATIVE, Stack
-from planner.strategy import CpExchange, Degrees, Recompute, Strategy, even_stages
-from planner.workload import Precision
+from planner.job.engine_settings import NATIVE, Stack
+from planner.job.problem import PlanningProblem
+from planner.model.feed_forward import Activation, Experts, Mlp
+from planner.model.spec import ModelSpec
+from planner.model.workload import Precision
+from planner.profile.profile import Constant, LayerKind, LayerSample, shape_key
+from planner.strategy.strategy import CpExchange, Degrees, Recompute, Strategy, even_stages
 
 from . import instances
 from .test_cliffs import FIGURES, assert_smooth, geometric

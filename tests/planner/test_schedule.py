@@ -7,8 +7,9 @@ import random
 
 import pytest
 
-from planner.cost.flight import InFlight, total_count, with_gradients
-from planner.cost.schedule import (
+from planner.foundation.errors import InputError
+from planner.strategy.schedule.in_flight import InFlight, total_count, with_gradients
+from planner.strategy.schedule.schedules import (
     Action,
     ActionKind,
     Row,
@@ -22,8 +23,7 @@ from planner.cost.schedule import (
     print_table,
     table_faults,
 )
-from planner.errors import InputError
-from planner.strategy import Degrees, Schedule
+from planner.strategy.strategy import Degrees, Schedule
 
 F, B, INPUT, W = ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.INPUT_GRAD, ActionKind.WEIGHT_GRAD
 

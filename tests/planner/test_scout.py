@@ -8,18 +8,18 @@ from statistics import median
 
 import pytest
 
-from planner.cluster import ClusterSpec
-from planner.cluster_grammar import parse_cluster
 from planner.cost.evaluate import CostModel
-from planner.errors import InfeasibleError
-from planner.estimate import Verdict
-from planner.least_memory import fitting, survey
-from planner.problem import PlanningProblem
-from planner.rules import broken_rules
-from planner.search.scout import Scout, Scouted, Shared
+from planner.foundation.errors import InfeasibleError
+from planner.hardware.cluster import ClusterSpec
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.job.problem import PlanningProblem
+from planner.search.first_plan import Scout, Scouted, Shared
+from planner.search.least_memory import fitting, survey
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import Pins, space_of
-from planner.strategy import Degrees
+from planner.strategy.estimate import Verdict
+from planner.strategy.rules import broken_rules
+from planner.strategy.strategy import Degrees
 from tests.planner.catalog_problems import problem as catalog_problem
 from tests.planner.instances import expert_problem, random_problem
 

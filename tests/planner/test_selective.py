@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from planner.cost.compute import LayerModel
-from planner.cost.layer import LayerShape
-from planner.cost.physics import usual_physics
-from planner.cost.states import states_of
-from planner.profile import LayerKind
-from planner.runs.run import Run, RunRecompute
-from planner.runs.table import read_runs
-from planner.stack import Engine, Stack
-from planner.strategy import Degrees, Zero
-from planner.validation import validate
+from planner.calibration.run import Run, RunRecompute
+from planner.calibration.runs_table import read_runs
+from planner.calibration.validate import validate
+from planner.cost.compute.layer import LayerShape
+from planner.cost.compute.layer_cost import LayerModel
+from planner.cost.compute.time_constants import usual_physics
+from planner.cost.memory.parameter_state import states_of
+from planner.job.engine_settings import Engine, Stack
+from planner.profile.profile import LayerKind
+from planner.strategy.strategy import Degrees, Zero
 from tests import run_samples
 from tests.planner import instances
 

@@ -9,13 +9,14 @@ import random
 import networkx
 import pytest
 
-from planner.cost import constants, longest_path
-from planner.cost.passes import Pass
-from planner.cost.schedule import Action, ActionKind, Table, build_table, table_faults
-from planner.cost.simulate import Sharing, kind_passes, replay, split_backward
-from planner.cost.stage_cost import StageCost
+from planner.cost.compute import constants
+from planner.cost.compute.passes import Pass
+from planner.cost.pipeline.simulate import Sharing, kind_passes, replay, split_backward
+from planner.cost.pipeline.stage_cost import StageCost
 from planner.search.even_stages import even_factor
-from planner.strategy import Degrees, Schedule
+from planner.strategy.schedule import longest_path
+from planner.strategy.schedule.schedules import Action, ActionKind, Table, build_table, table_faults
+from planner.strategy.strategy import Degrees, Schedule
 
 from .instances import cost
 from .test_schedule import SHAPES

@@ -6,18 +6,18 @@ import dataclasses
 
 import pytest
 
-from planner.cost.schedule import build_table
-from planner.engine_rules import ENGINE_SCHEDULES
-from planner.errors import InfeasibleError
-from planner.estimate import Verdict
-from planner.limits import Limits
-from planner.plan import decode_plan, encode_plan
-from planner.rules import broken_rules
+from planner.foundation.errors import InfeasibleError
+from planner.job.engine_settings import Engine
+from planner.job.limits import Limits
 from planner.search.paths import makespan_bound
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import Pins, parse_pins, shapes
-from planner.stack import Engine
-from planner.strategy import Degrees, Recompute, Schedule
+from planner.strategy.engines.engine_rules import ENGINE_SCHEDULES
+from planner.strategy.estimate import Verdict
+from planner.strategy.plan import decode_plan, encode_plan
+from planner.strategy.rules import broken_rules
+from planner.strategy.schedule.schedules import build_table
+from planner.strategy.strategy import Degrees, Recompute, Schedule
 
 from . import instances
 from .brute_force import EXACT, FAMILIES, brute_force, compare
@@ -101,7 +101,7 @@ def test_paths_never_exceed_the_replay(schedule: Schedule) -> None:
     """Any bounding path is at most the makespan of the replay, for uneven stages too."""
     import random
 
-    from planner.cost.simulate import replay
+    from planner.cost.pipeline.simulate import replay
 
     draw = random.Random(1)
     for _ in range(200):

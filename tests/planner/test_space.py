@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 
-from planner.limits import Limits
-from planner.problem import PlanningProblem
+from planner.job.engine_settings import Engine
+from planner.job.limits import Limits
+from planner.job.problem import PlanningProblem
 from planner.search.space import Pins, parse_pins, shapes
-from planner.stack import Engine
-from planner.strategy import Degrees
+from planner.strategy.strategy import Degrees
 
 from . import instances
 from .brute_force import FAMILIES, legal_degrees

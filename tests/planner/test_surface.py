@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from planner.cost.measured_rates import TERMS
-from planner.cost.surface import FEWEST, Surface
-from planner.rate_sample import RateKind
+from planner.cost.compute.measured_rates import TERMS
+from planner.cost.compute.surface import FEWEST, Surface
+from planner.profile.operator_sample import RateKind
 
 RATE_FLOPS, BYTES_PER_S, LAUNCH_S = 400e12, 2e12, 4e-6
 TILE, WAVE = 96.0, 1024.0

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from planner.cost.critical_path import critical_path
-from planner.search import deal
-from planner.search.deal import Dealer
+from planner.cost.pipeline.critical_path import critical_path
+from planner.search import stage_assignment as deal
+from planner.search.stage_assignment import Dealer
 from planner.search.stage_space import StageSpace
 from planner.search.trades import Trade, trades
-from planner.strategy import RecomputeCounts
+from planner.strategy.strategy import RecomputeCounts
 
 from .small_shapes import PIPES, Columns, assignments, drawn_shapes, held_fits, tightened
 

@@ -7,16 +7,16 @@ import itertools
 
 import pytest
 
-from planner.catalog import load_model
 from planner.cost.evaluate import CostModel
-from planner.limits import Limits
-from planner.model import VOCAB_UNIT, ModelSpec
-from planner.problem import PlanningProblem
-from planner.rules import broken_rules
+from planner.hardware.catalog import load_model
+from planner.job.engine_settings import Engine, Stack
+from planner.job.limits import Limits
+from planner.job.problem import PlanningProblem
+from planner.model.spec import VOCAB_UNIT, ModelSpec
 from planner.search.bounds import memory_bound_bytes
 from planner.search.space import Pins, shapes
-from planner.stack import Engine, Stack
-from planner.strategy import Degrees, Strategy, Zero, even_stages
+from planner.strategy.rules import broken_rules
+from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 
 from . import instances
 

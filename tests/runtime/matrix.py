@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from planner.limits import Limits
-from planner.model import ModelSpec
-from planner.plan import Plan
-from planner.problem import PlanningProblem
-from planner.rules import broken_rules
-from planner.stack import Engine
-from planner.strategy import (
+from planner.job.engine_settings import Engine
+from planner.job.limits import Limits
+from planner.job.problem import PlanningProblem
+from planner.model.spec import ModelSpec
+from planner.model.workload import Optimizer, Precision, Workload
+from planner.strategy.plan import Plan
+from planner.strategy.rules import broken_rules
+from planner.strategy.strategy import (
     CpExchange,
     Degrees,
     Recompute,
@@ -31,7 +32,6 @@ from planner.strategy import (
     Zero,
     even_stages,
 )
-from planner.workload import Optimizer, Precision, Workload
 from tests.plans import local_cluster, make_plan, tiny_deepseek_experts, tiny_gpt2, tiny_llama, tiny_mla
 from tests.runtime.ranks import Trajectory, by_adamw, by_sgd, make_executor, on_ranks, single_process, train
 

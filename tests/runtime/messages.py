@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from planner.attention import Attention
-from planner.cost.charged import COPIES, Message, charged_messages
-from planner.feed_forward import Experts
-from planner.plan import Plan
-from planner.profile import Op
-from planner.strategy import AXES, Zero
-from runtime.comm_count import count_messages
-from runtime.transformer.router import Router
+from planner.cost.communication.message_list import COPIES, Message, charged_messages
+from planner.model.attention import Attention
+from planner.model.feed_forward import Experts
+from planner.profile.profile import Op
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import AXES, Zero
+from runtime.check.comm_count import count_messages
+from runtime.model.router import Router
 from tests.runtime.ranks import batch_of, make_executor, on_ranks, slice_of
 
 Ranks = tuple[int, ...]
@@ -81,7 +81,7 @@ def _routed_bytes(plan: Plan) -> set[int]:
 
 def _names(plan: Plan) -> dict[str, str]:
     """The name by which the ranks of every axis go: of axes with the same ranks the last of the grid, with
-    those of experts behind all others (runtime.comm_count)."""
+    those of experts behind all others (runtime.check.comm_count)."""
     degrees = plan.strategy.degrees
     data = ["dp_replicate"] if degrees.zero is Zero.NONE else ["dp_replicate", "dp_shard"]
     by_axis: dict[str, Ranks] = {"world": tuple(range(degrees.world))}

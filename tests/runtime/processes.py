@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from planner.errors import PlannerError
+from planner.foundation.errors import PlannerError
 
 PATIENCE_S = 60.0
 

@@ -15,19 +15,19 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from planner.model import ModelSpec
-from planner.plan import Plan
-from runtime.checkpoint import load_checkpoint, save_checkpoint
-from runtime.children import ChildFailed, Emit, run_children
-from runtime.committed import committed_folders, load_index
-from runtime.executor import Executor
-from runtime.local_ranks import join_group, run_local
-from runtime.memory import live_bytes, measure_peak
-from runtime.optimizer import OptimizerOptions
-from runtime.transformer.borders import Borders
-from runtime.transformer.initial import materialize
-from runtime.transformer.model import build_transformer
-from runtime.transformer.router import Router
+from planner.model.spec import ModelSpec
+from planner.strategy.plan import Plan
+from runtime.check.measured_memory import live_bytes, measure_peak
+from runtime.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from runtime.checkpoint.store import committed_folders, load_index
+from runtime.launch.local_ranks import join_group, run_local
+from runtime.model.borders import Borders
+from runtime.model.initial import materialize
+from runtime.model.router import Router
+from runtime.model.transformer import build_transformer
+from runtime.profiler.subprocesses import ChildFailed, Emit, run_children
+from runtime.train.executor import Executor
+from runtime.train.optimizer import OptimizerOptions
 
 SEED = 7
 OPTIONS = OptimizerOptions(

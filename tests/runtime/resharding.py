@@ -18,11 +18,11 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from planner.plan import Plan
-from runtime.checkpoint import load_checkpoint, save_checkpoint
-from runtime.committed import committed_folders, load_index
-from runtime.exchange import gather_json
-from runtime.executor import Executor
+from planner.strategy.plan import Plan
+from runtime.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from runtime.checkpoint.store import committed_folders, load_index
+from runtime.launch.exchange import gather_json
+from runtime.train.executor import Executor
 from tests.runtime.ranks import make_executor, on_ranks, train
 
 BEFORE, AFTER = 2, 3

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from runtime import attention_blocks
-from runtime.attention_blocks import (
+from runtime.model import attention_blocks
+from runtime.model.attention_blocks import (
     FlashOnCpu,
     FlashOnCuda,
     Kernel,

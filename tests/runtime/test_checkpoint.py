@@ -14,10 +14,11 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
-from planner.errors import InputError
-from runtime import checkpoint_writer, committed
-from runtime.checkpoint import load_checkpoint, save_checkpoint
-from runtime.committed import (
+from planner.foundation.errors import InputError
+from runtime.checkpoint import store as committed
+from runtime.checkpoint import writer as checkpoint_writer
+from runtime.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from runtime.checkpoint.store import (
     COMMIT,
     committed_folders,
     find_checkpoint,
@@ -28,7 +29,7 @@ from runtime.committed import (
     step_folder,
     verify,
 )
-from runtime.local_ranks import Send, join_group, run_local
+from runtime.launch.local_ranks import Send, join_group, run_local
 
 WEIGHT = torch.arange(7 * 6, dtype=torch.float32).reshape(7, 6)
 BIAS = torch.arange(5, dtype=torch.bfloat16)

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from planner.errors import CheckError, InputError
-from planner.plan import Plan
-from planner.strategy import CpExchange, Degrees, RecomputeCounts, Stage, Zero
-from runtime import compiled
-from runtime.executor import Executor
+from planner.foundation.errors import CheckError, InputError
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import CpExchange, Degrees, RecomputeCounts, Stage, Zero
+from runtime.parallel import compiled
+from runtime.train.executor import Executor
 from tests.plans import make_plan, parallel, tiny_gpt2, tiny_llama, tiny_mixtral
 from tests.runtime.ranks import OPTIONS, SEED, on_ranks, single_process, train
 

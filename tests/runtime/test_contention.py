@@ -8,9 +8,9 @@ from tests.plans import tiny_llama
 
 pytest.importorskip("torch")
 
-from planner.workload import Precision
-from runtime.host_families import contention
-from runtime.measure_contention import ROUNDS, Contended, measure_contention
+from planner.model.workload import Precision
+from runtime.profiler.host_families import contention
+from runtime.profiler.measure_contention import ROUNDS, Contended, measure_contention
 
 
 def rounds(seconds: dict[int, float], speeds: tuple[float, ...]) -> list[Contended]:

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from planner.attention import CAUSAL
-from planner.codec import decode, encode
-from planner.plan import Plan
-from planner.strategy import CpExchange, Degrees, Recompute, RecomputeCounts, Schedule, Stage, Zero
+from planner.foundation.decode import decode, encode
+from planner.model.attention import CAUSAL
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import CpExchange, Degrees, Recompute, RecomputeCounts, Schedule, Stage, Zero
+from runtime.check.executed_settings import Executed
+from runtime.model.attention_core import Core
 from runtime.parallel.context import held_positions, make_core
-from runtime.readback import Executed
-from runtime.transformer.core import Core
 from tests.plans import batch8, make_plan, split, tiny_gpt2, tiny_llama
 from tests.runtime.matrix import TOLERANCE
 from tests.runtime.ranks import make_executor, on_ranks, single_process, train

@@ -13,12 +13,12 @@ from click.testing import CliRunner
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from planner.cli import cli
-from planner.errors import InputError
-from runtime.data.chat_template import CHATML, choose_template
-from runtime.data.conversation import TrainOn
-from runtime.data.documents import Columns
-from runtime.data.index import TokenData, data_summary, open_data
-from runtime.data.prepare import DataOptions, prepare_data
+from planner.foundation.errors import InputError
+from runtime.train.data.chat_template import CHATML, choose_template
+from runtime.train.data.conversation import TrainOn
+from runtime.train.data.documents import Columns
+from runtime.train.data.index import TokenData, data_summary, open_data
+from runtime.train.data.prepare import DataOptions, prepare_data
 
 SPECIAL = (
     "<s>",

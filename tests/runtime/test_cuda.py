@@ -11,15 +11,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from planner.attention import CAUSAL, Reach, Span
-from planner.rehearsal import RehearsalMode
-from planner.strategy import Degrees, Recompute, Zero
-from planner.workload import Precision
-from runtime.attention_blocks import Merged, WrittenOut, attend, attend_backward
-from runtime.executor import Executor
-from runtime.launch import enter_group
-from runtime.rehearse import RehearsalOptions, rehearse_rank
-from runtime.transformer.core import Core
+from planner.model.attention import CAUSAL, Reach, Span
+from planner.model.workload import Precision
+from planner.strategy.rehearsal import RehearsalMode
+from planner.strategy.strategy import Degrees, Recompute, Zero
+from runtime.launch.rank import enter_group
+from runtime.model.attention_blocks import Merged, WrittenOut, attend, attend_backward
+from runtime.model.attention_core import Core
+from runtime.rehearse.rehearse import RehearsalOptions, rehearse_rank
+from runtime.train.executor import Executor
 from tests.plans import make_plan, tiny_gpt2, tiny_llama
 from tests.runtime.ranks import OPTIONS, SEED, single_process, train
 

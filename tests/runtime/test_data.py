@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from planner.errors import InputError
-from runtime.data.index import open_data
-from runtime.data.order import BatchReader, permute
-from runtime.data.prepare import DataOptions, prepare_data
-from runtime.data.sources import find_sources, shipped_corpus
+from planner.foundation.errors import InputError
+from runtime.train.data.index import open_data
+from runtime.train.data.order import BatchReader, permute
+from runtime.train.data.prepare import DataOptions, prepare_data
+from runtime.train.data.sources import find_sources, shipped_corpus
 
 VOCAB = 300
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from runtime import device_time
-from runtime.device_time import time_apart
-from runtime.timing import Effort
+from runtime.profiler import device_time
+from runtime.profiler.device_time import time_apart
+from runtime.profiler.timing import Effort
 
 EFFORT = Effort(warmup=1, least=3, most=5, budget_s=0.0)
 

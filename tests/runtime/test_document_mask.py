@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from planner.arithmetic import Arithmetic
-from planner.attention import CAUSAL, Reach, Span
-from planner.errors import InputError
-from planner.plan import Plan
-from planner.strategy import (
+from planner.foundation.errors import InputError
+from planner.model.arithmetic import Arithmetic
+from planner.model.attention import CAUSAL, Reach, Span
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import (
     CpExchange,
     Degrees,
     OffloadCounts,
@@ -29,19 +29,19 @@ from planner.strategy import (
     Stage,
     Zero,
 )
-from runtime.data.index import data_summary, open_data
-from runtime.data.order import BatchReader
-from runtime.data.prepare import DataOptions, prepare_data
-from runtime.document_attention import Slice, document_bounds, meetings
-from runtime.executor import Executor
-from runtime.options import TrainOptions
+from runtime.model.attention_core import Core
+from runtime.model.borders import Borders
+from runtime.model.document_attention import Slice, document_bounds, meetings
+from runtime.model.initial import materialize
+from runtime.model.transformer import Transformer, build_transformer
 from runtime.parallel.context import held_positions, make_core
-from runtime.summary import TrainSummary
-from runtime.train import run_training
-from runtime.transformer.borders import Borders
-from runtime.transformer.core import Core
-from runtime.transformer.initial import materialize
-from runtime.transformer.model import Transformer, build_transformer
+from runtime.train.data.index import data_summary, open_data
+from runtime.train.data.order import BatchReader
+from runtime.train.data.prepare import DataOptions, prepare_data
+from runtime.train.executor import Executor
+from runtime.train.options import TrainOptions
+from runtime.train.summary import TrainSummary
+from runtime.train.train import run_training
 from tests.plans import batch8, make_plan, split, tiny_deepseek_experts, tiny_gpt2, tiny_llama, tiny_mla
 from tests.runtime.matrix import TOLERANCE
 from tests.runtime.ranks import (
@@ -82,7 +82,7 @@ def test_attention_is_that_of_each_document_alone(
     span: Span, cap: float | None, widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Results and gradients, with chunks of queries that documents go over."""
-    monkeypatch.setattr("runtime.transformer.core.LEAST_CHUNK", 7)
+    monkeypatch.setattr("runtime.model.attention_core.LEAST_CHUNK", 7)
     core, generator = Core(span, 0.3, cap), torch.Generator().manual_seed(1)
     shapes = ((4, widths[0]), (2, widths[0]), (2, widths[1]), (4, widths[1]))
     q, k, v, grad = (torch.randn(3, 32, *shape, generator=generator) for shape in shapes)

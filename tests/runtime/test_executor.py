@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from planner.errors import InputError
-from planner.plan import Plan
-from planner.strategy import CpExchange, Degrees, Schedule, Zero
-from planner.workload import Optimizer, Precision
-from runtime.executor import Executor
-from runtime.optimizer import OptimizerOptions, learning_rate
+from planner.foundation.errors import InputError
+from planner.model.workload import Optimizer, Precision
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import CpExchange, Degrees, Schedule, Zero
 from runtime.parallel.supported import check_supported
+from runtime.train.executor import Executor
+from runtime.train.optimizer import OptimizerOptions, learning_rate
 from tests.plans import make_plan, tiny_gpt2, tiny_llama
 from tests.runtime.ranks import (
     batch_of,

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from planner.errors import InputError
-from planner.feed_forward import Activation, Mlp
-from planner.plan import Plan
-from planner.routing import Routing, Score
-from planner.strategy import Degrees, RecomputeCounts, Schedule, Stage, Zero
-from runtime.executor import Executor
+from planner.foundation.errors import InputError
+from planner.model.feed_forward import Activation, Mlp
+from planner.model.routing import Routing, Score
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import Degrees, RecomputeCounts, Schedule, Stage, Zero
 from runtime.parallel.supported import check_supported
+from runtime.train.executor import Executor
 from tests.plans import batch8, make_plan, tiny_deepseek_experts, tiny_mixtral
 from tests.runtime.matrix import SGD_TOLERANCE, TOLERANCE, execute, under_sgd
 from tests.runtime.ranks import interrupted, make_executor, on_ranks, single_process, train

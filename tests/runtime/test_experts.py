@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from planner.feed_forward import Activation, Experts, Mlp
-from planner.routing import Routing, Score
-from runtime.transformer import experts as experts_module
-from runtime.transformer.experts import MixtureOfExperts
-from runtime.transformer.initial import materialize
+from planner.model.feed_forward import Activation, Experts, Mlp
+from planner.model.routing import Routing, Score
+from runtime.model import experts as experts_module
+from runtime.model.experts import MixtureOfExperts
+from runtime.model.initial import materialize
 from tests.plans import tiny_mixtral
 
 HIDDEN, SEQ = 16, 12

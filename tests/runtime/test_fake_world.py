@@ -8,15 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from planner.attention import CAUSAL
-from planner.strategy import CpExchange, Degrees
-from runtime.fake_world import fake_world
+from planner.model.attention import CAUSAL
+from planner.strategy.strategy import CpExchange, Degrees
+from runtime.launch.fake_answers import balanced_counts, fill
+from runtime.model.attention_core import Core
 from runtime.parallel import collectives, context_messages
 from runtime.parallel.collectives import exchange_counts, exchange_rows, sum_to_ranks
 from runtime.parallel.context import make_core
 from runtime.parallel.expert import SentByRank
-from runtime.parallel.fake_answers import balanced_counts, fill
-from runtime.transformer.core import Core
+from runtime.parallel.fake_world import fake_world
 
 SPREAD = Degrees(dp_replicate=4, ep=4)
 

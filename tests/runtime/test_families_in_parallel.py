@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from planner.arithmetic import Arithmetic, RopeKind, RopeScaling
-from planner.attention import Attention, LatentAttention, QkNorm, Reach, Span
-from planner.errors import InputError
-from planner.feed_forward import Activation, Mlp
-from planner.model import Block, ModelSpec, Norm, Segment
-from planner.plan import Plan
-from planner.strategy import CpExchange, Recompute, Zero
+from planner.foundation.errors import InputError
+from planner.model.arithmetic import Arithmetic, RopeKind, RopeScaling
+from planner.model.attention import Attention, LatentAttention, QkNorm, Reach, Span
+from planner.model.feed_forward import Activation, Mlp
+from planner.model.spec import Block, ModelSpec, Norm, Segment
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import CpExchange, Recompute, Zero
 from runtime.parallel.supported import check_supported
 from tests.plans import batch8, make_plan, split, tiny_llama
 from tests.runtime.ranks import make_executor, on_ranks, single_process, train

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from planner.plan import save_plan
-from planner.strategy import Degrees
-from runtime.committed import committed_folders
-from runtime.data.sources import shipped_corpus
-from runtime.local_ranks import RunFailedError, Send, join_group, run_local
-from runtime.patience import COMPILE_FLOOR_S, FLOOR_S, describe_hang, group_timeout_s
+from planner.strategy.plan import save_plan
+from planner.strategy.strategy import Degrees
+from runtime.checkpoint.store import committed_folders
+from runtime.launch.local_ranks import RunFailedError, Send, join_group, run_local
+from runtime.launch.timeouts import COMPILE_FLOOR_S, FLOOR_S, describe_hang, group_timeout_s
+from runtime.train.data.sources import shipped_corpus
 from tests.plans import make_plan, tiny_llama
 
 PP2 = make_plan(tiny_llama(vocab=258), Degrees(pp=2, micro_batch=1, num_micro_batches=4))

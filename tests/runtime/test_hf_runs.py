@@ -14,18 +14,18 @@ import torch
 from safetensors.torch import load_file
 
 from planner.cli import cli
-from planner.errors import InputError
-from planner.hf import read_config_file
-from planner.model import ModelSpec
-from planner.plan import Plan
-from planner.strategy import Degrees, Zero
-from planner.workload import AdapterModules, Adapters
-from runtime.adapter_files import read_adapters
-from runtime.data.prepare import DataOptions
-from runtime.data.sources import shipped_corpus
-from runtime.hf_weights.names import names_of
-from runtime.options import TrainOptions
-from runtime.train import run_training
+from planner.foundation.errors import InputError
+from planner.model.huggingface import read_config_file
+from planner.model.spec import ModelSpec
+from planner.model.workload import AdapterModules, Adapters
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import Degrees, Zero
+from runtime.checkpoint.adapter_files import read_adapters
+from runtime.model.huggingface.names import names_of
+from runtime.train.data.prepare import DataOptions
+from runtime.train.data.sources import shipped_corpus
+from runtime.train.options import TrainOptions
+from runtime.train.train import run_training
 from tests.plans import make_plan
 from tests.runtime.hf_models import make_model
 

@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from planner.arithmetic import PLAIN
-from planner.errors import InputError
-from planner.execution import EXECUTED_TYPES, not_executed
-from planner.hf import read_config_file
-from planner.model import ModelSpec
-from planner.strategy import Degrees, Zero
-from runtime.hf_weights.names import FAMILY_NAMES
-from runtime.hf_weights.read import INDEX, WeightFolder
-from runtime.hf_weights.write import write_weights
-from runtime.transformer.initial import materialize
-from runtime.transformer.model import Transformer, build_transformer
+from planner.foundation.errors import InputError
+from planner.model.arithmetic import PLAIN
+from planner.model.huggingface import read_config_file
+from planner.model.spec import ModelSpec
+from planner.strategy.engines.runtime_support import EXECUTED_TYPES, not_executed
+from planner.strategy.strategy import Degrees, Zero
+from runtime.model.huggingface.names import FAMILY_NAMES
+from runtime.model.huggingface.read import INDEX, WeightFolder
+from runtime.model.huggingface.write import write_weights
+from runtime.model.initial import materialize
+from runtime.model.transformer import Transformer, build_transformer
 from tests.plans import make_plan
 from tests.runtime.hf_models import CONFIGS, make_model
 from tests.runtime.ranks import make_executor, on_ranks, slice_of

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from planner.errors import InputError
-from runtime.launch import enter_group, started_as_rank
+from planner.foundation.errors import InputError
+from runtime.launch.rank import enter_group, started_as_rank
 
 ENVIRONMENT = {
     "RANK": "0",

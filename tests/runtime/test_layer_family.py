@@ -16,20 +16,20 @@ import pytest
 
 pytest.importorskip("torch")
 
-from planner.cluster_grammar import parse_cluster
-from planner.cost.samples import Run
-from planner.model import ModelSpec
-from planner.profile import LayerKind, LayerSample, shape_key
-from planner.strategy import Recompute
-from planner.workload import Precision
-from runtime.families import Adaptive, Reading
-from runtime.layer_family import LayerFamily
-from runtime.layer_grid import corners, layer_cases
-from runtime.layer_prediction import separation
-from runtime.measure_layers import LayerCase
-from runtime.profiler import families_of
-from runtime.scheduler import Scheduler
-from runtime.scope import Scope, default_scope
+from planner.cost.compute.layer_samples import Run
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.model.spec import ModelSpec
+from planner.model.workload import Precision
+from planner.profile.profile import LayerKind, LayerSample, shape_key
+from planner.strategy.strategy import Recompute
+from runtime.profiler.layer_family import LayerFamily
+from runtime.profiler.layer_grid import corners, layer_cases
+from runtime.profiler.layer_prediction import separation
+from runtime.profiler.measure_layers import LayerCase
+from runtime.profiler.profile_cases import Adaptive, Reading
+from runtime.profiler.profiler import families_of
+from runtime.profiler.scheduler import Scheduler
+from runtime.profiler.scope import Scope, default_scope
 from tests.plans import local_cluster, tiny_llama, tiny_mixtral
 
 TARGET = 0.05

@@ -15,22 +15,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from planner.adapters import adapter_params, module_names
-from planner.errors import InputError
-from planner.model import ModelSpec
-from planner.plan import Plan
-from planner.plan_check import check_sound
-from planner.strategy import Degrees, RecomputeCounts, Stage, Zero
-from planner.workload import AdapterModules, Adapters, Precision
-from runtime.checkpoint import load_checkpoint, save_checkpoint
-from runtime.committed import committed_folders, load_index
-from runtime.data.prepare import DataOptions
-from runtime.executor import Executor
-from runtime.lora import adapted_modules
-from runtime.options import TrainOptions
-from runtime.train import run_training
-from runtime.transformer.initial import drawn
-from runtime.transformer.model import build_transformer
+from planner.advice.plan_check import check_sound
+from planner.foundation.errors import InputError
+from planner.model.lora import adapter_params, module_names
+from planner.model.spec import ModelSpec
+from planner.model.workload import AdapterModules, Adapters, Precision
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import Degrees, RecomputeCounts, Stage, Zero
+from runtime.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from runtime.checkpoint.store import committed_folders, load_index
+from runtime.model.initial import drawn
+from runtime.model.lora import adapted_modules
+from runtime.model.transformer import build_transformer
+from runtime.train.data.prepare import DataOptions
+from runtime.train.executor import Executor
+from runtime.train.options import TrainOptions
+from runtime.train.train import run_training
 from tests.plans import (
     changed_mixer,
     make_plan,
@@ -182,7 +182,8 @@ def test_modules_that_a_model_does_not_have_are_no_sound_plan() -> None:
 
 @pytest.mark.parametrize("zero", [Zero(0), Zero(1), Zero(3)])
 def test_frozen_weights_are_in_the_compute_precision_and_have_no_state(zero: Zero) -> None:
-    """As planner.cost.states charges them: c bytes a weight, shared out under ZeRO 3 alone."""
+    """As planner.cost.memory.parameter_state charges them: c bytes a weight, shared out under ZeRO 3
+    alone."""
     degrees = Degrees(dp_shard=2 if zero else 1, micro_batch=2, num_micro_batches=2, zero=zero)
     plan = make_plan(LLAMA, degrees, adapters=ALL, precision=Precision.BF16)
 

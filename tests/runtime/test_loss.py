@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.nn import functional
 
-from planner.cost import chunked_loss
-from runtime.transformer.head import Head
-from runtime.transformer.loss import IGNORED, cross_entropy
+from planner.cost.memory import chunked_loss
+from runtime.model.head import Head
+from runtime.model.loss import IGNORED, cross_entropy
 from tests.runtime.ranks import on_ranks
 
 TOKENS, HIDDEN, VOCAB = 50, 16, 96
@@ -101,7 +101,7 @@ def test_a_backward_pass_split_into_inputs_and_weights_runs_each_part_once() -> 
 
 
 def test_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    from runtime.memory import trace_phases
+    from runtime.check.measured_memory import trace_phases
 
     x, weight, targets = (
         torch.randn(512, 8).requires_grad_(),

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from planner.strategy import Degrees, Zero
-from runtime.transformer.initial import materialize
-from runtime.transformer.model import build_transformer
+from planner.strategy.strategy import Degrees, Zero
+from runtime.model.initial import materialize
+from runtime.model.transformer import build_transformer
 from tests.plans import make_plan, tiny_llama
 from tests.runtime.ranks import SEED, batch_of, make_executor, on_ranks, slice_of
 

@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from planner.attention import Attention, Reach, Span
-from planner.codec import decode, decode_json, to_json
-from planner.model import Block, ModelSpec, Segment
-from planner.profile import LayerKind, LayerSample
-from planner.strategy import CpExchange, Recompute
-from planner.workload import Precision
-from runtime.fake_world import fake_world
-from runtime.layer_grid import layer_cases
-from runtime.measure_layers import LayerBench, LayerCase, build_layer, measure_layers
-from runtime.parallel.fake_answers import FILLS
-from runtime.timing import Effort
-from runtime.transformer.experts import MixtureOfExperts
+from planner.foundation.decode import decode, decode_json, to_json
+from planner.model.attention import Attention, Reach, Span
+from planner.model.spec import Block, ModelSpec, Segment
+from planner.model.workload import Precision
+from planner.profile.profile import LayerKind, LayerSample
+from planner.strategy.strategy import CpExchange, Recompute
+from runtime.launch.fake_answers import FILLS
+from runtime.model.experts import MixtureOfExperts
+from runtime.parallel.fake_world import fake_world
+from runtime.profiler.layer_grid import layer_cases
+from runtime.profiler.measure_layers import LayerBench, LayerCase, build_layer, measure_layers
+from runtime.profiler.timing import Effort
 from tests.plans import tiny_deepseek_experts, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_mla
 from tests.runtime.ranks import in_a_process
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from planner.feed_forward import Activation
-from planner.model import ModelSpec
-from runtime.transformer.initial import materialize
-from runtime.transformer.model import Transformer, build_transformer
+from planner.model.feed_forward import Activation
+from planner.model.spec import ModelSpec
+from runtime.model.initial import materialize
+from runtime.model.transformer import Transformer, build_transformer
 from tests.plans import tiny_gpt2, tiny_llama
 
 SEQ = 8

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from planner.cost.states import states_of
-from planner.plan import Plan
-from planner.problem import PlanningProblem
-from planner.strategy import Degrees, Zero
-from planner.workload import Optimizer
-from runtime.muon import orthogonalize
+from planner.cost.memory.parameter_state import states_of
+from planner.job.problem import PlanningProblem
+from planner.model.workload import Optimizer
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import Degrees, Zero
+from runtime.train.muon import orthogonalize
 from tests.plans import make_plan, tiny_gpt2, tiny_llama
 from tests.runtime.ranks import interrupted, make_executor, on_ranks, single_process, train
 
@@ -124,9 +124,9 @@ def test_muon_and_adafactor_are_those_of_torch() -> None:
     """One process, one matrix: torch's own optimizers, whose Muon multiplies in bf16."""
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("this torch has no Muon")
-    from runtime.adafactor import Adafactor
-    from runtime.muon import Muon
-    from runtime.weights import Weight
+    from runtime.parallel.held_weights import Weight
+    from runtime.train.adafactor import Adafactor
+    from runtime.train.muon import Muon
 
     def weight(values: Tensor) -> Weight:
         shard = nn.Parameter(values.clone())
@@ -158,7 +158,7 @@ def test_muon_and_adafactor_are_those_of_torch() -> None:
 
 
 def test_the_default_momentum_and_rate_fit_the_optimizer() -> None:
-    from runtime.options import TrainOptions, default_lr, resolve
+    from runtime.train.options import TrainOptions, default_lr, resolve
 
     options = TrainOptions(steps=10, run_dir="unused")
     plan = make_plan(LLAMA, Degrees(micro_batch=4), optimizer=Optimizer.MUON)

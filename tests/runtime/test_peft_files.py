@@ -16,19 +16,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from planner.errors import InputError
-from planner.feed_forward import Mlp
-from planner.hf import read_config_file
-from planner.model import Block, ModelSpec, Segment
-from planner.plan import Plan
-from planner.strategy import Degrees, Zero
-from planner.workload import Adapters
-from runtime import adapter_files
-from runtime.adapter_files import UNREAD, AdapterFolder, write_adapters
-from runtime.hf_weights.read import local_box
-from runtime.lora import adapted_modules
-from runtime.peft_modules import peft_modules
-from runtime.transformer.model import build_transformer
+from planner.foundation.errors import InputError
+from planner.model.feed_forward import Mlp
+from planner.model.huggingface import read_config_file
+from planner.model.spec import Block, ModelSpec, Segment
+from planner.model.workload import Adapters
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import Degrees, Zero
+from runtime.checkpoint import adapter_files
+from runtime.checkpoint.adapter_files import UNREAD, AdapterFolder, write_adapters
+from runtime.model.huggingface.read import local_box
+from runtime.model.lora import adapted_modules
+from runtime.model.peft_modules import peft_modules
+from runtime.model.transformer import build_transformer
 from tests.plans import make_plan, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_mla
 from tests.runtime.hf_models import make_model
 from tests.runtime.ranks import make_executor, on_ranks

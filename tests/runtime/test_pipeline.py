@@ -7,16 +7,23 @@ from typing import Any
 
 import pytest
 
-from planner.codec import decode, encode
-from planner.cost.schedule import ActionKind, Row, build_table, parse_table, peak_in_flight, print_table
-from planner.errors import InputError
-from planner.plan import Plan
-from planner.strategy import Degrees, Recompute, RecomputeCounts, Schedule, Stage, Zero
+from planner.foundation.decode import decode, encode
+from planner.foundation.errors import InputError
+from planner.strategy.plan import Plan
+from planner.strategy.schedule.schedules import (
+    ActionKind,
+    Row,
+    build_table,
+    parse_table,
+    peak_in_flight,
+    print_table,
+)
+from planner.strategy.strategy import Degrees, Recompute, RecomputeCounts, Schedule, Stage, Zero
+from runtime.check.executed_settings import Executed
+from runtime.model.attention import Attention
+from runtime.parallel.pipeline import Pipeline
+from runtime.parallel.pipeline.program import Await, Receive, Release, Run, Send, lower
 from runtime.parallel.supported import check_supported
-from runtime.pipeline import Pipeline
-from runtime.pipeline.program import Await, Receive, Release, Run, Send, lower
-from runtime.readback import Executed
-from runtime.transformer.attention import Attention
 from tests.plans import make_plan, split, tiny_gpt2, tiny_llama
 from tests.runtime.ranks import make_executor, on_ranks, single_process, train
 

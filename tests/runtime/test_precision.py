@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from planner.plan import Plan
-from planner.strategy import Degrees, Schedule, Zero
-from planner.workload import Precision
-from runtime.checkpoint import load_checkpoint, save_checkpoint
-from runtime.committed import committed_folders, load_index
-from runtime.executor import Executor
-from runtime.precision import LossScaler
+from planner.model.workload import Precision
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import Degrees, Schedule, Zero
+from runtime.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from runtime.checkpoint.store import committed_folders, load_index
+from runtime.model.precision import LossScaler
+from runtime.train.executor import Executor
 from tests.plans import make_plan, tiny_llama
 from tests.runtime.ranks import batch_of, make_executor, on_ranks, single_process, slice_of, train
 

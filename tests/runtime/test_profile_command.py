@@ -19,15 +19,15 @@ torch = pytest.importorskip("torch")
 
 from torch.distributed import HashStore  # noqa: E402
 
-from planner.commands.profile import profile as profile_command  # noqa: E402
-from planner.commands.profile_progress import ProfileProgress  # noqa: E402
-from planner.errors import InputError  # noqa: E402
-from planner.profile import Constant, Op, load_profile  # noqa: E402
-from planner.profile_merge import NO_TIME, key_of  # noqa: E402
-from planner.workload import Precision  # noqa: E402
-from runtime.joint_world import END, JointWorld  # noqa: E402
-from runtime.layouts import World  # noqa: E402
-from runtime.scheduler import Scheduler  # noqa: E402
+from planner.commands.running.profile import profile as profile_command  # noqa: E402
+from planner.commands.running.profile_progress import ProfileProgress  # noqa: E402
+from planner.foundation.errors import InputError  # noqa: E402
+from planner.model.workload import Precision  # noqa: E402
+from planner.profile.merge import NO_TIME, key_of  # noqa: E402
+from planner.profile.profile import Constant, Op, load_profile  # noqa: E402
+from runtime.profiler.joint_world import END, JointWorld  # noqa: E402
+from runtime.profiler.rank_groups import World  # noqa: E402
+from runtime.profiler.scheduler import Scheduler  # noqa: E402
 
 
 def write_config(folder: Path) -> Path:
@@ -287,7 +287,7 @@ def test_a_cluster_of_another_size_than_was_started_is_refused(
 ) -> None:
     """The first rank says so before anybody measures."""
     joint = JointWorld(0, 0, World(ranks=4, per_node=2), ("", 0), HashStore())
-    monkeypatch.setattr("planner.commands.profile.join_ranks", lambda: joint)
+    monkeypatch.setattr("planner.commands.running.profile.join_ranks", lambda: joint)
     result = CliRunner().invoke(profile_command, [*arguments, "--cluster", "local:3"])
     assert isinstance(result.exception, InputError)
     (problem,) = result.exception.problems

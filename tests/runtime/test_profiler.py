@@ -11,19 +11,19 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from planner.codec import decode_json, to_json  # noqa: E402
-from planner.errors import InputError  # noqa: E402
-from planner.profile import LayerKind, LayerSample, Op, Profile, load_profile  # noqa: E402
-from planner.strategy import Degrees, Recompute  # noqa: E402
-from planner.workload import Precision  # noqa: E402
-from runtime import measure_layers  # noqa: E402
-from runtime.children import ChildFailed, Emit, run_children  # noqa: E402
-from runtime.fake_world import fake_world  # noqa: E402
-from runtime.measure_layers import LayerBench, LayerCase, build_layer  # noqa: E402
-from runtime.memory import storage_bytes  # noqa: E402
-from runtime.profiler import take_profile  # noqa: E402
-from runtime.scope import Scope  # noqa: E402
-from runtime.timing import Effort, summarize, time_phases  # noqa: E402
+from planner.foundation.decode import decode_json, to_json  # noqa: E402
+from planner.foundation.errors import InputError  # noqa: E402
+from planner.model.workload import Precision  # noqa: E402
+from planner.profile.profile import LayerKind, LayerSample, Op, Profile, load_profile  # noqa: E402
+from planner.strategy.strategy import Degrees, Recompute  # noqa: E402
+from runtime.check.measured_memory import storage_bytes  # noqa: E402
+from runtime.parallel.fake_world import fake_world  # noqa: E402
+from runtime.profiler import measure_layers  # noqa: E402
+from runtime.profiler.measure_layers import LayerBench, LayerCase, build_layer  # noqa: E402
+from runtime.profiler.profiler import take_profile  # noqa: E402
+from runtime.profiler.scope import Scope  # noqa: E402
+from runtime.profiler.subprocesses import ChildFailed, Emit, run_children  # noqa: E402
+from runtime.profiler.timing import Effort, summarize, time_phases  # noqa: E402
 from tests.plans import local_cluster, tiny_llama  # noqa: E402
 
 SEQ, HIDDEN, VOCAB = 32, 32, 64

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from planner.codec import decode, encode
-from planner.cost.schedule import build_table, print_table
-from planner.plan import Plan
-from planner.strategy import Degrees, RecomputeCounts, Schedule, Stage, Zero
-from runtime.readback import Executed
-from runtime.transformer.attention import Attention
+from planner.foundation.decode import decode, encode
+from planner.strategy.plan import Plan
+from planner.strategy.schedule.schedules import build_table, print_table
+from planner.strategy.strategy import Degrees, RecomputeCounts, Schedule, Stage, Zero
+from runtime.check.executed_settings import Executed
+from runtime.model.attention import Attention
 from tests.plans import make_plan, tiny_llama
 from tests.runtime.ranks import make_executor, on_ranks, train
 

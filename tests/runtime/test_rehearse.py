@@ -12,20 +12,20 @@ from click.testing import CliRunner, Result
 
 torch = pytest.importorskip("torch")
 
+from planner.calibration.run import Status  # noqa: E402
+from planner.calibration.runs_table import read_runs  # noqa: E402
 from planner.cli import cli  # noqa: E402
-from planner.errors import InputError  # noqa: E402
-from planner.estimate import Verdict  # noqa: E402
-from planner.model import ModelSpec  # noqa: E402
-from planner.plan import Plan, load_plan, save_plan  # noqa: E402
-from planner.rehearsal import RehearsalMode  # noqa: E402
-from planner.runs.run import Status  # noqa: E402
-from planner.runs.table import read_runs  # noqa: E402
-from planner.strategy import CpExchange, Degrees, Recompute, Schedule, Zero  # noqa: E402
-from planner.workload import Precision  # noqa: E402
-from runtime import rehearse  # noqa: E402
-from runtime.fake_tensors import fake_tensors  # noqa: E402
-from runtime.local_ranks import RunFailedError  # noqa: E402
-from runtime.rehearse import RehearsalOptions, idle_share, rehearse_rank, rehearse_ranks  # noqa: E402
+from planner.foundation.errors import InputError  # noqa: E402
+from planner.model.spec import ModelSpec  # noqa: E402
+from planner.model.workload import Precision  # noqa: E402
+from planner.strategy.estimate import Verdict  # noqa: E402
+from planner.strategy.plan import Plan, load_plan, save_plan  # noqa: E402
+from planner.strategy.rehearsal import RehearsalMode  # noqa: E402
+from planner.strategy.strategy import CpExchange, Degrees, Recompute, Schedule, Zero  # noqa: E402
+from runtime.launch.local_ranks import RunFailedError  # noqa: E402
+from runtime.rehearse import rehearse  # noqa: E402
+from runtime.rehearse.fake_tensors import fake_tensors  # noqa: E402
+from runtime.rehearse.rehearse import RehearsalOptions, idle_share, rehearse_rank, rehearse_ranks  # noqa: E402
 from tests.plans import make_plan, tiny_deepseek_experts, tiny_llama  # noqa: E402
 from tests.runtime.ranks import real_peaks  # noqa: E402
 
@@ -247,7 +247,7 @@ def test_a_rank_that_ran_out_is_exit_code_4_and_a_row(
 
 def test_solve_picks_by_what_rehearsals_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first plan is made to look ten times slower: a runner-up is the answer, with its own bound."""
-    from planner.commands import rehearsed_choice
+    from planner.commands.splitting import rehearsed_choice
 
     real, told = rehearsed_choice._rehearsed, []
 
@@ -298,8 +298,8 @@ def test_shapes_alone_tell_of_memory(solved: Path) -> None:
 
 
 def test_an_accelerator_that_others_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from planner import nvidia
-    from planner.commands.rehearsing import _check_free
+    from planner.commands.shared.rehearsing import _check_free
+    from planner.hardware import nvidia
 
     monkeypatch.setattr(nvidia, "others_at_work", lambda count: ["process 7 (train.py) computes"])
     with pytest.raises(InputError, match=r"process 7 .*--anyway"):

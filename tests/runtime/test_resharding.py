@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from planner.plan import Plan
-from planner.strategy import Degrees, Schedule, Zero
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import Degrees, Schedule, Zero
 from tests.plans import make_plan, split, tiny_gpt2, tiny_llama
 from tests.runtime.resharding import reshard
 

@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from planner.plan import Plan
-from planner.replanning import read_bytes_by_stage_rank
-from planner.shipped_profile import shipped_profile
-from planner.strategy import Degrees, Schedule, Zero
-from runtime.checkpoint import save_checkpoint
-from runtime.checkpoint_reader import JsonLoadPlanner, SafetensorsReader
-from runtime.committed import find_checkpoint, load_index, step_folder
-from runtime.data.prepare import DataOptions
-from runtime.data.sources import shipped_corpus
-from runtime.exchange import own_rank
-from runtime.options import TrainOptions
-from runtime.session import restore, training_state
-from runtime.train import run_training
+from planner.advice.replanning import read_bytes_by_stage_rank
+from planner.profile.shipped import shipped_profile
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import Degrees, Schedule, Zero
+from runtime.checkpoint.checkpoint import save_checkpoint
+from runtime.checkpoint.reader import JsonLoadPlanner, SafetensorsReader
+from runtime.checkpoint.store import find_checkpoint, load_index, step_folder
+from runtime.launch.exchange import own_rank
+from runtime.train.data.prepare import DataOptions
+from runtime.train.data.sources import shipped_corpus
+from runtime.train.options import TrainOptions
+from runtime.train.session import restore, training_state
+from runtime.train.train import run_training
 from tests.plans import make_plan, split, tiny_llama, tiny_mixtral
 from tests.runtime.ranks import OPTIONS, batch_of, make_executor, on_ranks, slice_of
 

@@ -15,13 +15,20 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from planner.errors import InputError
-from runtime import checkpoint_writer, safetensors_file
-from runtime.checkpoint import load_checkpoint
-from runtime.checkpoint_writer import JsonSavePlanner
-from runtime.committed import committed_folders, find_checkpoint, load_index, remove_unfinished, step_folder
-from runtime.local_ranks import RunFailedError, Send, join_group, run_local
-from runtime.saver import Saver
+from planner.foundation.errors import InputError
+from runtime.checkpoint import safetensors_file
+from runtime.checkpoint import writer as checkpoint_writer
+from runtime.checkpoint.checkpoint import load_checkpoint
+from runtime.checkpoint.saver import Saver
+from runtime.checkpoint.store import (
+    committed_folders,
+    find_checkpoint,
+    load_index,
+    remove_unfinished,
+    step_folder,
+)
+from runtime.checkpoint.writer import JsonSavePlanner
+from runtime.launch.local_ranks import RunFailedError, Send, join_group, run_local
 from tests.runtime.ranks import on_ranks
 
 WHOLE = torch.arange(64, dtype=torch.float32).reshape(8, 8)

@@ -22,8 +22,8 @@ from torch.distributed.pipelining.schedules import (
     _PipelineScheduleRuntime,
 )
 
-from planner.cost.schedule import build_table, peak_in_flight, print_table
-from planner.strategy import Degrees, Schedule
+from planner.strategy.schedule.schedules import build_table, peak_in_flight, print_table
+from planner.strategy.strategy import Degrees, Schedule
 from tests.runtime.ranks import on_ranks
 
 IN_TORCH: dict[Schedule, Any] = {

@@ -11,25 +11,25 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from planner.catalog import load_model  # noqa: E402
-from planner.codec import decode  # noqa: E402
-from planner.cost.measured_rates import TERMS, measured_rates  # noqa: E402
-from planner.cost.surface import Surface  # noqa: E402
-from planner.profile import Profile  # noqa: E402
-from planner.rate_sample import RateKind, RateSample  # noqa: E402
-from planner.workload import Precision  # noqa: E402
-from runtime.families import Adaptive  # noqa: E402
-from runtime.fp8 import LEAST_CAPABILITY  # noqa: E402
-from runtime.host_families import CommunicatorFamily, HostFamily  # noqa: E402
-from runtime.measure_device import OF_CUDA  # noqa: E402
-from runtime.measure_host import CONSTANTS, measure_host  # noqa: E402
-from runtime.measure_sweeps import Bench, measure_sweeps  # noqa: E402
-from runtime.profiler import take_profile  # noqa: E402
-from runtime.rate_family import Operator, RateFamily, rate_families  # noqa: E402
-from runtime.scope import Sweeps  # noqa: E402
-from runtime.sweep_cases import FEW_SHARES, LIMITS, SORTS, SWEEPS, Sweep, cases_of, work_of  # noqa: E402
-from runtime.sweep_pieces import RateCase, build_piece  # noqa: E402
-from runtime.timing import Effort  # noqa: E402
+from planner.cost.compute.measured_rates import TERMS, measured_rates  # noqa: E402
+from planner.cost.compute.surface import Surface  # noqa: E402
+from planner.foundation.decode import decode  # noqa: E402
+from planner.hardware.catalog import load_model  # noqa: E402
+from planner.model.workload import Precision  # noqa: E402
+from planner.profile.operator_sample import RateKind, RateSample  # noqa: E402
+from planner.profile.profile import Profile  # noqa: E402
+from runtime.model.fp8 import LEAST_CAPABILITY  # noqa: E402
+from runtime.profiler.host_families import CommunicatorFamily, HostFamily  # noqa: E402
+from runtime.profiler.measure_device import OF_CUDA  # noqa: E402
+from runtime.profiler.measure_host import CONSTANTS, measure_host  # noqa: E402
+from runtime.profiler.measure_sweeps import Bench, measure_sweeps  # noqa: E402
+from runtime.profiler.profile_cases import Adaptive  # noqa: E402
+from runtime.profiler.profiler import take_profile  # noqa: E402
+from runtime.profiler.rate_family import Operator, RateFamily, rate_families  # noqa: E402
+from runtime.profiler.scope import Sweeps  # noqa: E402
+from runtime.profiler.sweep_cases import FEW_SHARES, LIMITS, SORTS, SWEEPS, Sweep, cases_of, work_of  # noqa: E402
+from runtime.profiler.sweep_pieces import RateCase, build_piece  # noqa: E402
+from runtime.profiler.timing import Effort  # noqa: E402
 from tests.plans import local_cluster, tiny_llama  # noqa: E402
 from tests.runtime.test_profiler import Silence, scope  # noqa: E402
 

@@ -10,20 +10,20 @@ import torch
 from torch import Size, Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from planner.cluster_grammar import parse_cluster
-from planner.codec import load_json, to_json
-from planner.errors import InputError
-from planner.model import ModelSpec
-from planner.plan import decode_plan, encode_plan
-from planner.problem import PlanningProblem
+from planner.foundation.decode import load_json, to_json
+from planner.foundation.errors import InputError
+from planner.hardware.cluster_grammar import parse_cluster
+from planner.job.problem import PlanningProblem
+from planner.model.spec import ModelSpec
+from planner.model.traced_layer import TracedLayer
+from planner.model.tracing.graph import Chain, boundary_values
+from planner.model.tracing.traced_model import layer_pieces
+from planner.model.workload import Precision, Workload
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import parse_pins
-from planner.traced import TracedLayer
-from planner.tracing.graph import Chain, boundary_values
-from planner.tracing.traced_model import layer_pieces
-from planner.workload import Precision, Workload
-from runtime.trace import trace_module, trace_operators
-from runtime.transformer.model import build_transformer
+from planner.strategy.plan import decode_plan, encode_plan
+from runtime.model.tracing.trace import trace_module, trace_operators
+from runtime.model.transformer import build_transformer
 from tests.plans import tiny_gpt2, tiny_llama
 
 from .modules import (

@@ -10,8 +10,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from planner.cli import cli
-from planner.errors import InputError
-from runtime.trace_input import load_factory, parse_inputs, trace_factory
+from planner.foundation.errors import InputError
+from runtime.model.tracing.trace_input import load_factory, parse_inputs, trace_factory
 
 
 def test_inputs_are_tensors_on_meta() -> None:

@@ -14,20 +14,20 @@ from typing import Any
 
 import pytest
 
-from planner.cluster import ClusterSpec
-from planner.commands.train import _report
-from planner.errors import InputError
-from planner.plan import Plan, load_plan, save_plan
-from planner.strategy import Degrees, Zero
-from runtime.committed import committed_folders
-from runtime.data.prepare import DataOptions
-from runtime.data.sources import shipped_corpus
-from runtime.local_ranks import RunFailedError
-from runtime.metrics import Probes
-from runtime.options import TrainOptions
-from runtime.present import check_world, pick_device
-from runtime.summary import TrainSummary
-from runtime.train import run_training
+from planner.commands.running.train import _report
+from planner.foundation.errors import InputError
+from planner.hardware.cluster import ClusterSpec
+from planner.strategy.plan import Plan, load_plan, save_plan
+from planner.strategy.strategy import Degrees, Zero
+from runtime.checkpoint.store import committed_folders
+from runtime.launch.device_check import check_world, pick_device
+from runtime.launch.local_ranks import RunFailedError
+from runtime.train.data.prepare import DataOptions
+from runtime.train.data.sources import shipped_corpus
+from runtime.train.metrics import Probes
+from runtime.train.options import TrainOptions
+from runtime.train.summary import TrainSummary
+from runtime.train.train import run_training
 from tests.plans import make_plan, tiny_llama
 from tests.runtime.processes import alive, children, exit_code, forked, wait_for
 
@@ -319,7 +319,13 @@ def test_the_command_trains_and_torchrun_goes_on(text: str, tmp_path: Path) -> N
     assert "step 2/2" in first.stderr
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     second = _call(
-        [*torchrun, "-m", "runtime.train"], tmp_path / "tp2.json", text, run_dir, 4, "--resume", "--json"
+        [*torchrun, "-m", "runtime.train"],
+        tmp_path / "tp2.json",
+        text,
+        run_dir,
+        4,
+        "--resume",
+        "--json",
     )
     assert second.returncode == 0, second.stderr
     assert json.loads(second.stdout)["first_step"] == 3

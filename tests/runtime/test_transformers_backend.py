@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from planner.errors import InputError
-from planner.hf import read_config_file
-from planner.plan import Plan
-from planner.strategy import Degrees, Offload, Recompute, Schedule, Zero, even_stages, offloaded
-from planner.workload import Optimizer
-from runtime.backends.transformers import check_backend, load_config, transformers_backend
-from runtime.executor import Executor
+from planner.foundation.errors import InputError
+from planner.model.huggingface import read_config_file
+from planner.model.workload import Optimizer
+from planner.strategy.plan import Plan
+from planner.strategy.strategy import Degrees, Offload, Recompute, Schedule, Zero, even_stages, offloaded
+from runtime.train.executor import Executor
+from runtime.train.transformers_backend import check_backend, load_config, transformers_backend
 from tests.plans import batch8, make_plan, split
 from tests.runtime.matrix import TOLERANCE
 from tests.runtime.ranks import OPTIONS, SEED, batch_of, on_ranks, train

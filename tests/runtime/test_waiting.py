@@ -1,4 +1,5 @@
-"""What waits between input and weight gradients is what the cost model counts (planner.cost.waiting)."""
+"""What waits between input and weight gradients is what the cost model counts
+(planner.cost.memory.zero_bubble_memory)."""
 
 from __future__ import annotations
 
@@ -12,17 +13,17 @@ torch = pytest.importorskip("torch")
 from torch.distributed.tensor import DTensor  # noqa: E402
 
 from bench.rehearsal import plan_of, predicted_bytes  # noqa: E402
-from planner.cost.layer import LayerShape  # noqa: E402
-from planner.cost.waiting import waiting_bytes  # noqa: E402
-from planner.model import Block  # noqa: E402
-from planner.plan import Plan  # noqa: E402
-from planner.profile import LayerKind  # noqa: E402
-from planner.rehearsal import RehearsalMode  # noqa: E402
-from planner.strategy import Degrees, Schedule  # noqa: E402
-from planner.workload import Precision  # noqa: E402
-from runtime.deferred import Deferred  # noqa: E402
-from runtime.pipeline.gradient_units import GradientUnits  # noqa: E402
-from runtime.rehearse import RehearsalOptions, rehearse_rank  # noqa: E402
+from planner.cost.compute.layer import LayerShape  # noqa: E402
+from planner.cost.memory.zero_bubble_memory import waiting_bytes  # noqa: E402
+from planner.model.spec import Block  # noqa: E402
+from planner.model.workload import Precision  # noqa: E402
+from planner.profile.profile import LayerKind  # noqa: E402
+from planner.strategy.plan import Plan  # noqa: E402
+from planner.strategy.rehearsal import RehearsalMode  # noqa: E402
+from planner.strategy.strategy import Degrees, Schedule  # noqa: E402
+from runtime.parallel.deferred_gradients import Deferred  # noqa: E402
+from runtime.parallel.pipeline.gradient_units import GradientUnits  # noqa: E402
+from runtime.rehearse.rehearse import RehearsalOptions, rehearse_rank  # noqa: E402
 from tests.plans import make_plan, parallel, tiny_deepseek_experts, tiny_gpt2, tiny_llama, tiny_mla  # noqa: E402
 from tests.runtime.ranks import batch_of, make_executor, on_ranks, slice_of  # noqa: E402
 

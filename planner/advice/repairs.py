@@ -1,0 +1,279 @@
+"""Why a problem has no feasible plan, and the single changes that give it one.
+
+The binding limit is the memory of a device where some shape keeps all rules: the least memory limit at which
+a strategy is SAFE is exact (planner.search.least_memory), and what it exceeds the given one by is the
+shortfall.
+Where no shape keeps the rules, it is the rule that most shapes break first.
+
+A repair is one change, solved: its strategy keeps rules, pins and limit, asked again of a cost model of its
+own. Repairs are compared by device-seconds a token of the plan that each gives,
+
+    devices x step time / (sequences x tokens of a step)
+
+which is what the repaired run costs on rented devices, whatever a changed batch or sequence does to a step.
+The three cheapest of different kinds are `repairs`; a second optimizer, say, stands in `others` with what
+costs more. Half of the time is for the limit that binds. Once time is spent no more are tried, until it is
+spent twice where there is none yet. A memory limit above what the device has is never among the three: it
+asks for other devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from planner.advice.repair_candidates import Candidate, all_freed, candidates
+from planner.advice.resolve import Clock, Effort, Solved, resolved, verified
+from planner.advice.what_if import with_limit
+from planner.cost.evaluate import CostModel
+from planner.foundation.decode import noun
+from planner.foundation.errors import InputError
+from planner.foundation.units import MIB, format_bytes
+from planner.job.problem import PlanningProblem
+from planner.search.least_memory import Need, Over, Survey, fitting, never, survey
+from planner.search.space import Pins
+from planner.strategy.estimate import Verdict
+from planner.strategy.fix_keys import KEYS, chosen, pinned, text
+from planner.strategy.rules import broken_rules
+from planner.strategy.strategy import Degrees, Strategy, even_stages, offloaded
+
+BEST = 3
+PATIENCE = 2.0
+"""Times the time that is given until which a first repair is looked for."""
+SURVEYED = 0.5
+"""Part of the time in which the least limit is looked for."""
+SHAPE_KEYS = tuple(key for key in KEYS if key in {"dp", *Degrees.__dataclass_fields__} - {"zero"})
+"""Keys that fix a shape's degrees, besides its ZeRO stage."""
+
+
+@noun
+class Binding:
+    """What stands in the way. The bytes are of a device, None where it is not memory.
+
+    Raising the limit to `needed_bytes` makes the problem feasible; `short_bytes` is what it lacks.
+    """
+
+    rule: str
+    detail: str
+    needed_bytes: int | None = None
+    limit_bytes: int | None = None
+    short_bytes: int | None = None
+
+
+@noun
+class Repair:
+    """One change that makes the problem feasible, the flag for it, and the plan that it gives."""
+
+    change: str
+    flag: str
+    kind: str
+    step_time_s: float
+    device_seconds_per_token: float
+    strategy: Strategy
+    peak_memory_bytes: int
+    verified: bool
+
+
+@noun
+class Infeasible:
+    """The whole answer to a problem without a feasible plan."""
+
+    shapes: int
+    rejected: dict[str, int]
+    binding: Binding
+    repairs: tuple[Repair, ...]
+    others: tuple[Repair, ...]
+
+
+def why_infeasible(problem: PlanningProblem, pins: Pins, effort: Effort) -> Infeasible:
+    """What binds, and repairs by rising cost."""
+    clock = Clock(effort)
+    found = survey(problem, pins, lambda: clock.used >= SURVEYED)
+    if found.need is not None and not found.need.exact:
+        found = dataclasses.replace(found, need=_from_search(problem, pins, found.need, effort))
+    solved: list[tuple[bool, Repair]] = []
+
+    def over() -> bool:
+        return clock.spent and (any(not beyond for beyond, _ in solved) or clock.used >= PATIENCE)
+
+    for candidate in candidates(problem, pins, found, over):
+        if over():
+            break
+        repair = _repaired(candidate, clock, over)
+        if repair is not None:
+            solved.append((candidate.hypothetical, repair))
+    if not solved and len(pinned(pins)) > 1:
+        last = _repaired(all_freed(problem, pins), clock, never)
+        solved += [(False, last)] if last is not None else []
+    solved.sort(key=lambda each: (each[0], each[1].device_seconds_per_token, each[1].flag))
+    best: dict[str, Repair] = {}
+    for hypothetical, repair in solved:
+        if not hypothetical and len(best) < BEST:
+            best.setdefault(repair.kind, repair)
+    return Infeasible(
+        shapes=found.shapes,
+        rejected=found.rejected | ({"memory": found.legal} if found.legal else {}),
+        binding=binding(problem, found),
+        repairs=tuple(best.values()),
+        others=tuple(repair for _, repair in solved if repair not in best.values()),
+    )
+
+
+OF_PLACE = ("--cluster", "--memory-limit", "fix", "offload")
+"""Beginnings of the kinds of repairs that leave the job as it is."""
+
+
+def for_a_run(answer: Infeasible) -> Infeasible:
+    """The answer for a run that goes on: repairs that change its job stand among the others, as they would
+    make it another run."""
+    every = (*answer.repairs, *answer.others)
+    kept = tuple(repair for repair in every if repair.kind.startswith(OF_PLACE))
+    return dataclasses.replace(answer, repairs=kept, others=tuple(r for r in every if r not in kept))
+
+
+GROWTH = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0)
+"""Times an inexact least limit at which the search is asked for a plan, until it finds one."""
+
+
+def _from_search(problem: PlanningProblem, pins: Pins, need: Need, effort: Effort) -> Need:
+    """The need with the least limit of GROWTH at which the search, too, finds a plan.
+
+    Where a rank holds several stages it narrows which sizes and mixes it looks at. Where time is too short
+    to find one, nothing is said of the search.
+    """
+    for factor in GROWTH:
+        limit = math.ceil(need.limit_bytes * factor / MIB) * MIB
+        if _of_its_shape(with_limit(problem, limit), pins, effort, need.strategy) is not None:
+            return dataclasses.replace(need, limit_bytes=limit)
+    return need
+
+
+def binding(problem: PlanningProblem, found: Survey) -> Binding:
+    """The limit in the way: the memory of a device where a shape is legal, else the rule most break."""
+    if found.need is not None:
+        more, least = found.need.more_bytes, problem.memory_limit_bytes
+        return Binding(
+            rule="memory",
+            detail=_memory_words(problem, found, found.need),
+            needed_bytes=found.need.limit_bytes + more,
+            limit_bytes=least + more,
+            short_bytes=found.need.limit_bytes - least,
+        )
+    broken = [rule for rule in found.rejected if rule != "world_size"] or list(found.rejected)
+    rule = broken[0] if broken else "memory"  # world_size is asked first: who breaks another kept it
+    nearest = found.nearest.get(rule)
+    if nearest is None:
+        return Binding(rule=rule, detail="no shape exists for these pins")
+    legal = f" Legal here: {nearest.legal}." if nearest.legal else ""
+    return Binding(rule=rule, detail=nearest.detail + legal)
+
+
+def _memory_words(problem: PlanningProblem, found: Survey, need: Need) -> str:
+    devices, limit = problem.cluster.devices, problem.memory_limit_bytes + need.more_bytes
+    needed = need.limit_bytes + need.more_bytes
+    safe = limit * need.peak_bytes / needed
+    short = (
+        f"SAFE takes {format_bytes(needed)}, the limit is {format_bytes(limit)}: short by "
+        f"{format_bytes(needed - limit)}"
+    )
+    memory = need.memory
+    parts = {
+        "states": need.state_bytes,
+        "activations": memory.activations_bytes,
+        "transient": memory.transient_bytes,
+        "communicators and allocator": memory.runtime_bytes + memory.allocator_bytes,
+    }
+    held = ", ".join(f"{format_bytes(size)} {name}" for name, size in parts.items() if size > 0)
+    least = f"the {'' if need.exact else 'nearly '}least demanding strategy, {need.strategy.degrees.label()}"
+    if found.least_state_bytes > safe:
+        return (
+            f"weights, gradients and optimizer state alone take "
+            f"{format_bytes(found.least_state_bytes * devices)} over {devices} devices: "
+            f"{format_bytes(found.least_state_bytes)} a device at best, {format_bytes(safe)} are safe. "
+            f"With what else {least}, holds, a device peaks at {format_bytes(need.peak_bytes)}; {short}"
+        )
+    return f"{least}, peaks at {format_bytes(need.peak_bytes)} a device ({held}); {short}"
+
+
+def _repaired(candidate: Candidate, clock: Clock, over: Over) -> Repair | None:
+    """The change solved and verified; None where it does not make the problem feasible, or time is over."""
+    change, pins = candidate.change, candidate.pins
+    fits = candidate.fits
+    if fits is None:
+        need = fitting(change.problem, pins, over)
+        if need is None:
+            return None
+        fits = need.strategy
+    words, flag = change.change, change.flag
+    try:
+        solved = _solved(change.problem, pins, clock, fits)
+    except InputError:  # a pin that the search does not take yet, and an estimate does
+        solved = _estimated(change.problem, pins, fits)
+        flag = f"plan estimate {_fixes(solved.strategy)}" if solved is not None else flag
+    if solved is None:
+        return None
+    if flag.startswith("leave out"):
+        words, flag = _named(candidate, solved.strategy)
+    return Repair(
+        change=words,
+        flag=flag,
+        kind=candidate.kind,
+        step_time_s=solved.step_time_s,
+        device_seconds_per_token=solved.device_seconds_per_token,
+        strategy=solved.strategy,
+        peak_memory_bytes=solved.evaluation.estimate.peak_memory_bytes,
+        verified=verified(solved, pins),
+    )
+
+
+def _solved(problem: PlanningProblem, pins: Pins, clock: Clock, fits: Strategy) -> Solved | None:
+    """The best plan of a short search; else, or once time is spent, the best of the shape that fits.
+
+    None where the search finds none even of that shape: who follows the repair would be told the same.
+    """
+    if not clock.spent:
+        solved = resolved(problem, pins, clock, [fits])
+        if solved is not None and solved.gap is not None:
+            return solved
+    return _of_its_shape(problem, pins, clock.effort, fits)
+
+
+def _of_its_shape(problem: PlanningProblem, pins: Pins, effort: Effort, fits: Strategy) -> Solved | None:
+    """The best plan that a search finds with the degrees of a strategy that fits."""
+    degrees = fits.degrees
+    pins = dataclasses.replace(pins, **{key: getattr(degrees, key) for key in SHAPE_KEYS})
+    pins = dataclasses.replace(pins, zero=int(degrees.zero))
+    clock = Clock(dataclasses.replace(effort, total_s=effort.each_s))
+    solved = resolved(problem, pins, clock, [fits])
+    return solved if solved is not None and solved.gap is not None else None
+
+
+def _estimated(problem: PlanningProblem, pins: Pins, strategy: Strategy) -> Solved | None:
+    """The fastest strategy of even stages that is SAFE with the degrees and the offloading of another."""
+    degrees = strategy.degrees
+    if degrees.dp_replicate > 1 and degrees.dp_shard > 1:
+        return None  # no --fix says how many ranks share out state
+    model, offload = CostModel(problem), strategy.offloads[0]
+    each = (even_stages(problem.model.layers, degrees.stages, option) for option in pins.recomputes)
+    strategies = [Strategy(degrees=degrees, stages=offloaded(stages, offload)) for stages in each]
+    legal = [model.evaluate(each) for each in strategies if not broken_rules(problem, each)]
+    safe = [each for each in legal if each.estimate.verdict is Verdict.SAFE]
+    best = min(safe, key=lambda each: each.estimate.step_time_s, default=None)
+    return None if best is None else Solved(problem=problem, evaluation=best, lower_bound_s=0.0)
+
+
+def _fixes(strategy: Strategy) -> str:
+    """The flags of `plan estimate` for a strategy."""
+    nominal = {"chunks": 1, "cp": 1, "ep": 1, "cp_exchange": "ring", "etp": strategy.degrees.tp}
+    values = {key: chosen(strategy, key) for key in KEYS}
+    return " ".join(f"--fix {text(key, v)}" for key, v in values.items() if v != nominal.get(key))
+
+
+def _named(candidate: Candidate, strategy: Strategy) -> tuple[str, str]:
+    """Words and flag of a freed choice: the value that the plan has for it, where it has one."""
+    change = candidate.change
+    key = candidate.kind.removeprefix("fix ")
+    value = chosen(strategy, key) if key in KEYS else None
+    if value is None:
+        return change.change, change.flag
+    return f"{text(key, value)} instead of {change.flag.rpartition('=')[2]}", f"--fix {text(key, value)}"

@@ -1,0 +1,200 @@
+"""What the layers of a model cost under degrees of one kind: all that data parallelism does not change.
+
+Shapes that differ in data parallelism, pipeline and schedule alone share it.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+from planner.cost.communication.context_parallel import Exchanged
+from planner.cost.communication.expert_parallel import ExpertPass
+from planner.cost.communication.messages import Messages
+from planner.cost.communication.overlap import overlap_of
+from planner.cost.communication.parallel_cost import (
+    cp_sent_again,
+    exchanged,
+    experts_pass,
+    experts_sent_again,
+    tensor_s,
+)
+from planner.cost.compute.layer import LayerCost, LayerShape
+from planner.cost.compute.layer_cost import LayerModel
+from planner.cost.compute.optimizer_time import accumulate_s
+from planner.cost.compute.passes import Pass
+from planner.cost.compute.seconds import larger
+from planner.cost.memory.stage_bytes import block_waiting_bytes
+from planner.job.problem import PlanningProblem
+from planner.profile.profile import LayerKind, Op
+from planner.strategy.strategy import CpExchange, Degrees, Recompute
+
+Kind = tuple[int, bool, int, int, CpExchange, int, int | None, int]
+"""tp, sequence parallelism, micro-batch, cp and its exchange, ep, etp, devices."""
+
+
+def kind_of(d: Degrees) -> Kind:
+    """What the cost of a layer depends on besides data parallelism."""
+    return d.tp, d.sequence_parallel, d.micro_batch, d.cp, d.cp_exchange, d.ep, d.etp, d.world
+
+
+Sizes = list[tuple[float, int]]
+"""Bytes of layers and how many have them, the largest first."""
+
+
+class KeptRanges(NamedTuple):
+    """Bytes of layers: what they keep, and what waits for their weight gradients, with the option that has
+    least of it and with the one that has most."""
+
+    least: Sizes
+    most: Sizes
+    least_waits: Sizes
+    most_waits: Sizes
+
+
+class KindLayers:
+    """Costs of single layers, remembered. `degrees` and `messages` are those of any shape of the kind."""
+
+    def __init__(
+        self, problem: PlanningProblem, degrees: Degrees, layers: LayerModel, messages: Messages
+    ) -> None:
+        self.problem, self.degrees = problem, degrees
+        self.layer_model, self.messages, self.classes = layers, messages, layers.classes
+        self.overlaps = problem.cluster.groups[0].slots_per_node is None
+        self.overlap = overlap_of(problem.profile)
+        self.accumulate_s = accumulate_s(messages, layers.rates)
+        self._shapes: dict[tuple[LayerKind, Recompute, str], LayerShape] = {}
+        self._layers: dict[tuple[LayerKind, Recompute, str], LayerCost] = {}
+        self._exchanged: dict[str, Exchanged] = {}
+        self._experts: dict[str, ExpertPass] = {}
+        self._blocks: dict[tuple[str, Recompute], tuple[Pass, Pass]] = {}
+        self._ends: dict[LayerKind, tuple[Pass, Pass]] = {}
+        self._ranges: dict[tuple[Recompute, ...], KeptRanges] = {}
+
+    def layer(self, kind: LayerKind, recompute: Recompute = Recompute.NONE, block: str = "") -> LayerCost:
+        """One layer on one device for one micro-batch."""
+        key = kind, recompute, block
+        if key not in self._layers:
+            self._layers[key] = self.layer_model.cost(self.shape_of(*key))
+        return self._layers[key]
+
+    def block(self, key: str, recompute: Recompute = Recompute.NONE) -> LayerCost:
+        """One block of a class on one device for one micro-batch."""
+        return self.layer(LayerKind.BLOCK, recompute, key)
+
+    def shape_of(self, kind: LayerKind, recompute: Recompute = Recompute.NONE, block: str = "") -> LayerShape:
+        """What is asked of one layer's cost under these degrees."""
+        key = kind, recompute, block
+        if key not in self._shapes:
+            degrees, workload = self.degrees, self.problem.workload
+            self._shapes[key] = LayerShape(
+                kind=kind,
+                tp=degrees.tp,
+                sequence_parallel=degrees.sequence_parallel,
+                micro_batch=degrees.micro_batch,
+                seq=workload.seq,
+                precision=workload.precision,
+                recompute=recompute,
+                block=block,
+                kernel=self.layer_model.kernel(degrees),
+                rotary=self.problem.model.rotary,
+                cp=degrees.cp,
+                cp_exchange=degrees.cp_exchange,
+                ep=degrees.ep,
+                etp=degrees.etp,
+            )
+        return self._shapes[key]
+
+    def exchanged(self, key: str) -> Exchanged:
+        """What a block of a class shows of its context-parallel exchange."""
+        if key not in self._exchanged:
+            shape = self.shape_of(LayerKind.BLOCK, Recompute.NONE, key)
+            self._exchanged[key] = exchanged(self.classes[key], shape, self.messages, self.layer_model)
+        return self._exchanged[key]
+
+    def experts(self, key: str) -> ExpertPass:
+        """What sharing out the experts of a block of a class shows."""
+        if key not in self._experts:
+            self._experts[key] = experts_pass(self.classes[key], self.messages)
+        return self._experts[key]
+
+    def block_passes(self, key: str, option: Recompute) -> tuple[Pass, Pass]:
+        """Forward and backward of a block without what data parallelism adds."""
+        if (key, option) not in self._blocks:
+            self._blocks[key, option] = self._block_passes(key, option)
+        return self._blocks[key, option]
+
+    def _block_passes(self, key: str, option: Recompute) -> tuple[Pass, Pass]:
+        cost, plain = self.block(key, option), self.block(key)
+        tp_forward_s, tp_backward_s = tensor_s(self.classes[key], self.messages, option)
+        if self.overlaps:  # while the device waits for the host, its messages go out
+            tp_forward_s = larger(tp_forward_s - cost.forward_idle_s, 0.0)
+            tp_backward_s = larger(tp_backward_s - cost.backward_idle_s, 0.0)
+        extra_s = larger(cost.backward_s - plain.backward_s, 0.0)
+        again_s = self.messages.physics.recompute_scale * extra_s
+        cp, ep = self.exchanged(key), self.experts(key)
+        cp_again = cp_sent_again(option, self.problem.stack, self.degrees.cp_exchange)
+        ep_s = ep.forward_s + ep.beside_s
+        forward = Pass(compute_s=cost.forward_s, tp_s=tp_forward_s, cp_s=cp.forward_s, ep_s=ep_s)
+        backward = Pass(
+            compute_s=cost.backward_s - extra_s,
+            recompute_s=again_s,
+            tp_s=tp_backward_s,
+            cp_s=cp.backward_s + cp_again * cp.forward_s,
+            ep_s=ep.backward_s + experts_sent_again(option, self.problem.stack, ep),
+        )
+        return forward, backward
+
+    def end_passes(self, kind: LayerKind) -> tuple[Pass, Pass]:
+        """The same of the embedding or the head."""
+        if kind not in self._ends:
+            self._ends[kind] = self._end_passes(kind)
+        return self._ends[kind]
+
+    def _end_passes(self, kind: LayerKind) -> tuple[Pass, Pass]:
+        cost = self.layer(kind)
+        gather, scatter = self.messages.over_tp(Op.ALL_GATHER), self.messages.over_tp(Op.REDUCE_SCATTER)
+        reduce = self.messages.over_tp(Op.ALL_REDUCE)
+        sp = self.degrees.sequence_parallel
+        if kind is LayerKind.EMBEDDING:
+            forward_tp, backward_tp = (scatter, gather) if sp else (reduce, 0.0)
+        else:
+            loss = self.messages.loss_s()
+            forward_tp, backward_tp = (gather + loss, scatter) if sp else (loss, reduce)
+        forward = Pass(compute_s=cost.forward_s, tp_s=forward_tp)
+        return forward, Pass(compute_s=cost.backward_s, tp_s=backward_tp)
+
+    @cached_property
+    def working_bytes(self) -> float:
+        """What a block's backward pass needs for a moment beyond what was kept or is computed again."""
+        each = ((self.block(key, option) for option in Recompute) for key in self.classes)
+        return max(min(cost.backward_transient_bytes for cost in costs) for costs in each)
+
+    @cached_property
+    def waiting_bytes(self) -> dict[tuple[str, Recompute], float]:
+        """What a block holds between its input and its weight gradients, by class and option."""
+        return {
+            (key, option): block_waiting_bytes(self, key, option)
+            for key in self.classes
+            for option in Recompute
+        }
+
+    @cached_property
+    def deferrable_s(self) -> dict[str, float]:
+        """Seconds of a block's weight gradients that the own runtime can leave for later, by class."""
+        shapes = {key: self.shape_of(LayerKind.BLOCK, block=key) for key in self.classes}
+        return {key: self.layer_model.deferrable_s(shape) for key, shape in shapes.items()}
+
+    def kept_ranges(self, options: tuple[Recompute, ...]) -> KeptRanges:
+        """Bytes of all layers of the model with any of these options."""
+        if options not in self._ranges:
+            each: tuple[Sizes, ...] = [], [], [], []
+            for key in self.classes:
+                saved = [self.block(key, option).saved_bytes for option in options]
+                waiting = [self.waiting_bytes[key, option] for option in options]
+                count = self.layer_model.count(key, 0, self.problem.model.layers)
+                ends = (min(saved), max(saved), min(waiting), max(waiting))
+                for found, size in zip(each, ends, strict=True):
+                    found.append((size, count))
+            self._ranges[options] = KeptRanges(*(sorted(sizes, reverse=True) for sizes in each))
+        return self._ranges[options]

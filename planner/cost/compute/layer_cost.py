@@ -1,0 +1,240 @@
+"""Time and activation bytes of one layer on one device, from samples or from first principles.
+
+Where the profile measured the layer's class, its samples tell (planner.cost.compute.layer_samples):
+"measured",
+"interpolated" or "fitted". Without any the analytic time stands alone ("datasheet").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from planner.cost.communication.context_parallel import with_context_buffers
+from planner.cost.compute import constants
+from planner.cost.compute.analytic import DeviceRates, Known, analytic_cost, core_s, device_rates
+from planner.cost.compute.block_correction import Ratios, Residuals, block_shape, residuals_of
+from planner.cost.compute.fsdp_units import Units, units_of
+from planner.cost.compute.layer import LayerCost, LayerShape
+from planner.cost.compute.layer_samples import Run, SampleTable, at_usual_speed
+from planner.cost.compute.passes import Unit
+from planner.cost.compute.seconds import larger, smaller
+from planner.cost.compute.time_constants import Physics
+from planner.cost.memory.activations import engine_bytes
+from planner.cost.memory.memory_constants import memory_constants, process_groups
+from planner.job.problem import PlanningProblem
+from planner.model.saved_tensors import AttentionKernel
+from planner.profile.block_residual import BlockShape
+from planner.profile.profile import LayerKind, shape_key
+from planner.strategy.strategy import Degrees, Recompute
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+TIMES = ("forward_s", "backward_s", "forward_idle_s", "backward_idle_s")
+"""The seconds of a layer's cost."""
+
+ORIGINS = ("measured", "interpolated", "fitted", "datasheet")
+
+
+class LayerModel:
+    """Layer costs of one planning problem, remembered by shape.
+
+    `classes` are the model's layer classes by key, `keys` the class of each layer.
+    """
+
+    def __init__(self, problem: PlanningProblem, physics: Physics, ratios: Ratios | None = None) -> None:
+        self.problem, self.physics = problem, physics
+        self.ratios = ratios or residuals_of(problem.profile, problem)
+        self.samples = at_usual_speed(problem.profile.layers) if problem.profile else []
+        self.rates = device_rates(problem, physics)
+        precision, curved = problem.workload.precision, self.rates is not None
+        self.table = SampleTable(self.samples, precision, self.analytic, curved=curved)
+        self.memory = memory_constants(problem)
+        model = problem.model
+        self.classes, self.params_total = model.classes(), model.params_total
+        self.attention = model.attention
+        self.params_routed = model.params_routed
+        self.stream_width = model.stream_width
+        each = [(segment.block.shape_key, segment.count) for segment in model.segments]
+        self.keys = tuple(key for key, count in each for _ in range(count))
+        self._before = {key: [0, *accumulate(k == key for k in self.keys)] for key in self.classes}
+        self._known: dict[LayerShape, LayerCost] = {}
+        self._blocks: Known = {}
+        self._units: dict[tuple[int, int, int | None], Units] = {}
+        self._copied: dict[int, int] = {}
+        self._run_rates: dict[Run, DeviceRates] = {}
+        self._analytic_known: dict[tuple[LayerShape, Run], LayerCost] = {}
+
+    def count(self, key: str, first: int, end: int) -> int:
+        """Blocks of a class among the layers [first, end)."""
+        return self._before[key][end] - self._before[key][first]
+
+    def counts(self, key: str, firsts: Ints, ends: Ints) -> Ints:
+        """The same of many ranges of layers at once."""
+        import numpy as np
+
+        before = np.asarray(self._before[key])
+        counted: Ints = before[ends] - before[firsts]
+        return counted
+
+    def units(self, degrees: Degrees) -> Units:
+        """What data parallelism wraps of the model."""
+        key = degrees.tp, degrees.ep, degrees.etp
+        if key not in self._units:
+            self._units[key] = units_of(self.problem, self.classes, degrees)
+        return self._units[key]
+
+    def runtime_bytes(self, degrees: Degrees) -> int:
+        """Bytes of a device's communicators; processes that share the cores of a host have none."""
+        if degrees.world == 1 or self.problem.cluster.groups[0].slots_per_node is not None:
+            return 0
+        if degrees.tp not in self._copied:
+            self._copied[degrees.tp] = len(self.problem.model.heads_copied(degrees.tp))
+        groups = process_groups(degrees, self._copied[degrees.tp])
+        return round(self.memory.communicator_bytes * groups)
+
+    def all_units(self, degrees: Degrees) -> list[tuple[Unit, int]]:
+        """The units of the whole model with their counts."""
+        units = self.units(degrees)
+        blocks = [(units.blocks[key], self.count(key, 0, len(self.keys))) for key in self.classes]
+        return [*blocks, (units.embedding, 1), (units.head, 1)]
+
+    def kernel(self, degrees: Degrees) -> AttentionKernel:
+        """The attention kernel that runs: a fused softmax does not take every shape."""
+        kernel = self.problem.stack.attention
+        if kernel is not AttentionKernel.FUSED or self.attention is None:
+            return kernel
+        pairs = degrees.micro_batch * self.attention.heads // degrees.tp
+        taken = (
+            pairs % constants.FUSED_SOFTMAX_BATCHES == 0
+            and self.problem.workload.seq <= constants.FUSED_SOFTMAX_KEYS
+        )
+        return kernel if taken else AttentionKernel.EAGER
+
+    def cost(self, shape: LayerShape) -> LayerCost:
+        """The cost of a layer of the problem's model."""
+        if shape not in self._known:
+            self._known[shape] = self._as_ran(self._with_frozen(self._cost(shape), shape), shape)
+        return self._known[shape]
+
+    def _as_ran(self, cost: LayerCost, shape: LayerShape) -> LayerCost:
+        """The cost with the time that runs tell of such a block, no shorter than one that recomputes nothing.
+
+        What a forward pass takes does not follow what is recomputed later: the rest is the backward's.
+        """
+        if self.ratios is None or shape.kind is not LayerKind.BLOCK or cost.backward_s == 0:
+            return cost
+        usual = dataclasses.replace(shape, recompute=Recompute.NONE)
+        ratio = self._ratio(usual)
+        forward_s, backward_s = ratio * cost.forward_s, ratio * cost.backward_s
+        busy_s = backward_s - ratio * cost.backward_idle_s
+        if shape != usual:
+            keeping, whole_s = self.cost(usual), self._ratio(shape) * (cost.forward_s + cost.backward_s)
+            backward_s = larger(whole_s - forward_s, keeping.backward_s)
+            share = 1 - cost.backward_idle_s / cost.backward_s
+            busy_s = larger(share * backward_s, keeping.backward_s - keeping.backward_idle_s)
+        return dataclasses.replace(
+            cost,
+            forward_s=forward_s,
+            backward_s=backward_s,
+            forward_idle_s=ratio * cost.forward_idle_s,
+            backward_idle_s=backward_s - busy_s,
+        )
+
+    def _ratio(self, shape: LayerShape) -> Any:
+        return self.ratios.ratio(self._block_shape(shape)) if self.ratios else 1.0
+
+    def _block_shape(self, shape: LayerShape) -> BlockShape:
+        return block_shape(self.classes[shape.block or self.keys[0]], shape, self.problem)
+
+    def _with_frozen(self, cost: LayerCost, shape: LayerShape) -> LayerCost:
+        """The cost with the times of adapters beside frozen weights, where the workload trains only those.
+
+        Samples are of full training: they are scaled by what the analytic times say of the difference.
+        """
+        adapters, model = self.problem.workload.adapters, self.problem.model
+        if adapters is None or self.rates is None:
+            return cost
+        frozen = analytic_cost(model, shape, self.rates, adapters, known=self._blocks)
+        if not self.samples:
+            times = {name: getattr(frozen, name) for name in TIMES}
+            return dataclasses.replace(cost, **times)
+        whole = analytic_cost(model, shape, self.rates)
+        scaled = {
+            name: getattr(cost, name) * getattr(frozen, name) / getattr(whole, name)
+            for name in TIMES
+            if getattr(whole, name) > 0
+        }
+        return dataclasses.replace(cost, **scaled, origin="fitted")
+
+    def doubt(self, shape: LayerShape) -> float:
+        """The standard deviation of a block's time, as a share, around what runs tell; 0 where none do."""
+        return self.ratios.doubt(self._block_shape(shape)) if isinstance(self.ratios, Residuals) else 0.0
+
+    def lowest_spares_s(self, shape: LayerShape) -> float:
+        """Seconds by which the first block's backward is shorter, nothing below it being trained."""
+        adapters, model = self.problem.workload.adapters, self.problem.model
+        if adapters is None or self.rates is None:
+            return 0.0
+        each = [analytic_cost(model, shape, self.rates, adapters, lowest=end) for end in (False, True)]
+        spared: float = self._ratio(shape) * (each[0].backward_s - each[1].backward_s)
+        return spared
+
+    def core_s(self, shape: LayerShape) -> tuple[float, float]:
+        """Forward and backward between a block's projections; (0, 0) where the device's rates are unknown."""
+        return core_s(self.problem.model, shape, self.rates) if self.rates else (0.0, 0.0)
+
+    def deferrable_s(self, shape: LayerShape) -> float:
+        """Seconds of a block's weight gradients that can wait for W: as its forward takes, at most half
+        of its backward.
+
+        Attention's part of the forward, which has no weights, is in it: a share that follows the sequence or
+        the device's rates would let a pass take longer where its work or its time falls.
+        """
+        if self.problem.workload.adapters is not None:
+            return 0.0
+        cost = self.cost(shape)
+        return smaller(cost.forward_s, cost.backward_s / 2)
+
+    def exchange_measured(self, shape: LayerShape) -> bool:
+        """Whether a layer's cost holds what a rank itself does for its context-parallel exchange: the host's
+        part of each message, and putting together what came."""
+        form = self.table.nearest(self._key(shape), shape, compiled=self.problem.stack.compiled)
+        return form is not None and shape.cp > 1 and form.exchange is shape.cp_exchange
+
+    def _key(self, shape: LayerShape) -> str:
+        return shape.block or shape_key(self.problem.model, shape.kind)
+
+    def _cost(self, shape: LayerShape) -> LayerCost:
+        stack = self.problem.stack
+        measured = self.table.cost(self._key(shape), shape, compiled=stack.compiled)
+        if measured is not None:
+            return measured
+        analytic = analytic_cost(self.problem.model, shape, self.rates, known=self._blocks)
+        analytic = with_context_buffers(analytic, self.problem.model, shape)
+        return engine_bytes(analytic, self.problem.model, shape, stack, self.memory)
+
+    def analytic(self, shape: LayerShape, run: Run) -> LayerCost:
+        """The cost from first principles, samples left aside, of a layer that runs like this."""
+        if (shape, run) not in self._analytic_known:
+            cost = analytic_cost(self.problem.model, shape, self._rates(run))
+            self._analytic_known[shape, run] = with_context_buffers(cost, self.problem.model, shape)
+        return self._analytic_known[shape, run]
+
+    def _rates(self, run: Run) -> DeviceRates | None:
+        if self.rates is not None and run not in self._run_rates:
+            self._run_rates[run] = rates_of_run(self.rates, run)
+        return self._run_rates.get(run)
+
+
+def rates_of_run(rates: DeviceRates, run: Run) -> DeviceRates:
+    """The rates under which a layer runs as samples of it did."""
+    physics = rates.physics
+    if run.apart:
+        physics = dataclasses.replace(physics, host_block_forward_s=0.0, host_tp_forward_s=0.0)
+    imbalance = 1.0 if run.balanced else rates.imbalance
+    return dataclasses.replace(rates, compiled=run.compiled, imbalance=imbalance, physics=physics)

@@ -1,0 +1,62 @@
+"""The errors a user can meet, and the exit code of each.
+
+PlannerError
+├── InputError        2  wrong use or bad input; carries every problem found
+├── InfeasibleError   3  no feasible plan; carries what was rejected and why
+└── CheckError        4  a validation or verification failed
+
+`assert` is kept for our own invariants; anything that a user's file, flag or machine can cause is one
+of these.
+"""
+
+from __future__ import annotations
+
+from planner.foundation.frozen import noun
+
+
+@noun
+class Problem:
+    """One fault of an input: where it is, what is wrong, and what would be legal instead."""
+
+    where: str
+    fault: str
+    legal: str = ""
+    fix: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.fault}"
+        if self.legal:
+            text += f" Legal here: {self.legal}."
+        if self.fix:
+            text += f" Fix: {self.fix}."
+        return text
+
+
+class PlannerError(Exception):
+    """A fault that the user can act on. `exit_code` is what the command line returns."""
+
+    exit_code = 2
+
+
+class InputError(PlannerError):
+    """Bad input. Lists all problems at once."""
+
+    exit_code = 2
+
+    def __init__(self, *problems: Problem) -> None:
+        if not problems:
+            raise ValueError("an InputError names at least one problem")
+        self.problems = problems
+        super().__init__("\n".join(str(problem) for problem in problems))
+
+
+class InfeasibleError(PlannerError):
+    """No plan satisfies the rules and limits."""
+
+    exit_code = 3
+
+
+class CheckError(PlannerError):
+    """A check that was asked for did not hold."""
+
+    exit_code = 4

@@ -1,1 +1,0 @@
-"""Prices: instances, catalogs of clouds, the user's own, cost on premises."""

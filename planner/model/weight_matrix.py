@@ -1,0 +1,69 @@
+"""Matrix: a weight that tokens are multiplied with, and what it counts in parameters, FLOPs and tensors.
+
+Every sublayer names its matrices once; parameters, FLOPs, tensors and the times of products follow.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from planner.foundation.decode import noun
+
+
+class Split(StrEnum):
+    """How tensor parallelism cuts a matrix: its outputs, its inputs, or not at all."""
+
+    OUTPUTS = "outputs"
+    INPUTS = "inputs"
+    NONE = "none"
+
+
+@noun
+class Matrix:
+    """`copies` weights of shape [outputs, inputs], of which each token meets `used` (experts and top-k)."""
+
+    inputs: int
+    outputs: int
+    split: Split = Split.OUTPUTS
+    bias: bool = False
+    copies: int = 1
+    used: int = 1
+
+    @property
+    def params_each(self) -> int:
+        return self.inputs * self.outputs + self.outputs * self.bias
+
+    @property
+    def routed(self) -> bool:
+        """Whether tokens choose among its copies: experts."""
+        return self.copies > 1
+
+    @property
+    def params(self) -> int:
+        return self.copies * self.params_each
+
+    @property
+    def params_active(self) -> int:
+        return self.used * self.params_each
+
+    @property
+    def tensors(self) -> int:
+        """Parameter tensors; the copies of experts are stacked into one."""
+        return 1 + self.bias
+
+    @property
+    def flops_per_token(self) -> float:
+        """FLOPs of one token's forward product: 2 per weight that it meets."""
+        return 2.0 * self.used * self.inputs * self.outputs
+
+    def shard(self, tp: int) -> tuple[float, float]:
+        """Inputs and outputs of one of `tp` shards."""
+        return (
+            self.inputs / (tp if self.split is Split.INPUTS else 1),
+            self.outputs / (tp if self.split is Split.OUTPUTS else 1),
+        )
+
+    def params_shard(self, tp: int) -> float:
+        """Parameters of one of `tp` shards; a bias behind a sum over shards stays whole."""
+        inputs, outputs = self.shard(tp)
+        return self.copies * (inputs * outputs + outputs * self.bias)

@@ -1,1 +1,0 @@
-"""First principles and scaling laws: `plan napkin` and `plan scaling`."""

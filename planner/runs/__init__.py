@@ -1,1 +1,0 @@
-"""Measured runs: the table runs.csv, and what each row says of a planning problem and a strategy."""

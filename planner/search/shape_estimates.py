@@ -1,0 +1,218 @@
+"""Outlook: about how long a step of each of thousands of shapes takes, all at once, before any is replayed.
+
+With W the passes of the whole model for one micro-batch without data parallelism, p ranks of v stages, m
+micro-batches, f the factor of the schedule (planner.search.bounds), and t the slowest rank's part of W, whose
+blocks are whole and of which the last has the head:
+
+    step ~ m t + (f - m / p) W + f p R + D
+
+R is what the first rank recomputes, which has most in flight: it holds states s and n micro-batches of 1 / p
+of the activations a, n = min(m, p), and interleaved p + (p - 1) / v. What exceeds its limit is recomputed
+away by the option that saves most bytes a second, r seconds a byte:
+
+    R = r max(0, s + a n / p - limit) / n
+
+D, messages of data parallelism that do not hide: under ZeRO 3 gathers and reductions of every pass beyond its
+compute, else the gradients of a step beyond the last backward. Shapes that cannot fit take for ever. It is no
+bound: what is replayed says how near it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from planner.cost.communication.messages import Messages
+from planner.cost.communication.overlap import overlap_of
+from planner.cost.compute.kind_layers import kind_of
+from planner.cost.evaluate import CostModel
+from planner.cost.memory.verdict import safe_tensor_bytes
+from planner.cost.pipeline.stage import ShapeModel
+from planner.search.bounds import schedule_factor
+from planner.search.quick_bounds import alone
+from planner.search.space import Pins, Pipe, Space
+from planner.strategy.strategy import Degrees, Recompute, Schedule, Zero
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+MOST_LOOKED_AT = 16
+"""Shapes, in order of an outlook with messages by bytes and nominal rates, whose messages are looked at."""
+
+Kind = tuple[object, ...]
+
+
+class Activations(NamedTuple):
+    """Of a kind of shape, for one micro-batch: passes without recomputation, of all, of a block on average
+    and of the head; bytes that blocks keep, the most of them that recomputing saves, what a byte costs; and
+    what a device holds safely."""
+
+    passes_s: float
+    forward_s: float
+    block_s: float
+    head_s: float
+    kept_bytes: float
+    savable_bytes: float
+    seconds_per_byte: float
+    safe_bytes: float
+
+
+class Shapes(NamedTuple):
+    """Shapes that promise most with their outlooks in seconds, how full a device is at least under each, as a
+    share of what is safe, and the least bound of all."""
+
+    degrees: list[Degrees]
+    seconds: Floats
+    fullness: Floats
+    bound_s: float
+
+
+class Outlook:
+    """Outlooks on one offer's nodes. What does not depend on their number is remembered."""
+
+    def __init__(self, pins: Pins) -> None:
+        self.pins = pins
+        self._kinds: dict[Kind, Activations] = {}
+        self._factors: dict[tuple[object, ...], float] = {}
+
+    def of(self, model: CostModel, space: Space, states_bytes: Sequence[float]) -> Shapes:
+        """The outlooks of a space's shapes; `states_bytes` are what a device holds of weights, gradients and
+        optimizer state under each base."""
+        import numpy as np
+
+        shapes: list[tuple[Degrees, Pipe]] = []
+        rows: list[tuple[float, ...]] = []
+        for base, pipes, state in zip(space.bases, space.pipes, states_bytes, strict=True):
+            kind, m = self._kind(model, base), base.num_micro_batches
+            rough = _rough_s(model, base)
+            for pipe in pipes:
+                interleaved = pipe[0] is Schedule.INTERLEAVED
+                factor = self._factor(base, pipe)
+                shapes.append((base, pipe))
+                rows.append((*kind, state, *rough, factor, base.pp, m, pipe[1], interleaved))
+        if not rows:
+            return Shapes([], np.zeros(0), np.zeros(0), math.inf)
+        return self._shapes(model, shapes, np.asarray(rows).T)
+
+    def _shapes(self, model: CostModel, shapes: list[tuple[Degrees, Pipe]], columns: Floats) -> Shapes:
+        import numpy as np
+
+        passes, forward, block, head, kept, savable, rate, limit = columns[:8]
+        state, each, once, factor, p, m, v, interleaved = columns[8:]
+        alive = np.minimum(m, p + (p - 1) / v * (interleaved > 0))
+        excess = np.maximum(state + kept * alive / p - limit, 0.0)
+        again = np.where(excess > 0, rate * excess / alive, 0.0)
+        layers = model.problem.model.layers
+        most, least = np.ceil(layers / (p * v)) * v, np.floor(layers / (p * v)) * v
+        slowest = np.maximum(passes / p, np.maximum(most * block, least * block + head * (p > 1)))
+        seconds = m * slowest + (factor - m / p) * passes + factor * p * again
+        seconds[excess > savable * alive / p] = math.inf
+        fullness = (state + (kept - savable) * alive / p) / limit
+        bound_s = float((passes * factor).min())
+        whole, shown = passes + p * again, overlap_of(model.problem.profile).shown_s
+        rough_s = seconds + shown(each, whole) * m / p + shown(once, (whole - forward) / p)
+        kept_ones = rough_s.argsort(kind="stable")[:MOST_LOOKED_AT]
+        sent: dict[tuple[object, ...], tuple[float, float]] = {}
+        for number in kept_ones[np.isfinite(seconds[kept_ones])]:
+            each_s, once_s = self._sent(model, shapes[number][0], sent)
+            behind_s = (whole[number] - forward[number]) / p[number]
+            shown_s = shown(each_s, whole[number]) * m[number] / p[number] + shown(once_s, behind_s)
+            seconds[number] += shown_s
+        degrees = [
+            dataclasses.replace(shapes[number][0], schedule=shapes[number][1][0], chunks=shapes[number][1][1])
+            for number in kept_ones
+        ]
+        return Shapes(degrees, seconds[kept_ones], fullness[kept_ones], bound_s)
+
+    @staticmethod
+    def _sent(
+        model: CostModel, degrees: Degrees, known: dict[tuple[object, ...], tuple[float, float]]
+    ) -> tuple[float, float]:
+        d = degrees
+        key = d.tp, d.cp, d.ep, d.etp, d.pp, d.dp_shard, d.dp_replicate, d.zero
+        if key not in known:
+            known[key] = _sent_s(model, degrees)
+        return known[key]
+
+    def _factor(self, base: Degrees, pipe: Pipe) -> float:
+        key = *pipe, base.pp, base.num_micro_batches
+        if key not in self._factors:
+            schedule, chunks = pipe
+            self._factors[key] = schedule_factor(dataclasses.replace(base, schedule=schedule, chunks=chunks))
+        return self._factors[key]
+
+    def _kind(self, model: CostModel, base: Degrees) -> Activations:
+        kind = kind_of(base)
+        key = model.problem.cluster.network, *(kind if model.sharing else kind[:-1])
+        if key not in self._kinds:
+            shape = model.shape(alone(kind))
+            safe = safe_tensor_bytes(model.problem, model.coverage(shape), shape.runtime_bytes)
+            self._kinds[key] = _activations(shape, self.pins.recomputes, safe)
+        return self._kinds[key]
+
+
+def _activations(shape: ShapeModel, options: tuple[Recompute, ...], safe_bytes: float) -> Activations:
+    """The figures of the whole model under degrees without data parallelism."""
+    layers = shape.problem.model.layers
+    ends = (shape.embedding_passes, shape.head_passes)
+    passes_s = sum(forward.total_s + backward.total_s for forward, backward in ends)
+    forward_s = sum(forward.total_s for forward, _ in ends)
+    kept = savable = 0.0
+    rates = []
+    for key in shape.classes:
+        count = shape.count(key, 0, layers)
+        costs = {
+            option: (shape.passes(key, option), shape.block(key, option).saved_bytes) for option in options
+        }
+        fastest = min(costs.values(), key=lambda cost: cost[0][1].total_s)
+        forward, backward = fastest[0]
+        passes_s += count * (forward.total_s + backward.total_s)
+        forward_s += count * forward.total_s
+        kept += count * fastest[1]
+        savable += count * (fastest[1] - min(size for _, size in costs.values()))
+        rates += [
+            (again.total_s - backward.total_s) / (fastest[1] - size)
+            for (_, again), size in costs.values()
+            if size < fastest[1]
+        ]
+    head_s = sum(passes.total_s for passes in shape.head_passes)
+    block_s = (passes_s - sum(f.total_s + b.total_s for f, b in ends)) / layers
+    rate = min(rates, default=0.0)
+    return Activations(passes_s, forward_s, block_s, head_s, kept, savable, rate, safe_bytes)
+
+
+def _rough_s(model: CostModel, base: Degrees) -> tuple[float, float]:
+    """About what `_sent_s` says, from bytes and nominal rates alone: ranks of a node send side by side."""
+    if base.replicas == 1:
+        return 0.0, 0.0
+    cluster, layers = model.problem.cluster, model.layers
+    rate, beside = cluster.intra.bytes_per_s, base.tp * base.cp
+    if base.weight_shards * base.tp > cluster.devices_per_node and rate and cluster.inter.bytes_per_s:
+        rate = min(rate, cluster.inter.bytes_per_s * max(1, cluster.devices_per_node // beside))
+    if not rate:
+        return 0.0, 0.0
+    params = (layers.params_total - layers.params_routed) / base.tp + layers.params_routed / base.expert_ranks
+    size = model.problem.workload.precision.compute_bytes
+    if base.zero is Zero.PARAMETERS:
+        return params * (2 * size + 4) / rate, 0.0
+    return 0.0, params * (size + 4) / rate / base.pp
+
+
+def _sent_s(model: CostModel, base: Degrees) -> tuple[float, float]:
+    """Seconds of all messages of data parallelism: in each micro-batch's passes, and once a step."""
+    if base.replicas == 1:
+        return 0.0, 0.0
+    layers = model.layers
+    messages = Messages(model.problem, base, model.comms, layers.physics, layers.stream_width)
+    units = layers.all_units(base)
+    gathers = sum(messages.gather(u.dense_params, u.routed_params).total_s * count for u, count in units)
+    reduces = sum(messages.reduce(u).total_s * count for u, count in units)
+    if base.zero is Zero.PARAMETERS:
+        return 2 * gathers + reduces, 0.0
+    if base.zero is Zero.GRADIENTS:
+        return reduces, gathers / base.pp
+    return 0.0, (reduces + gathers * (base.zero is Zero.OPTIMIZER)) / base.pp

@@ -1,1 +1,0 @@
-"""Measured tables: collectives and matrix products by device and size."""

@@ -1,1 +1,0 @@
-"""Arbitrary modules as graphs of operators, cut into a chain of layer classes."""

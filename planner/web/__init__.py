@@ -1,1 +1,0 @@
-"""The page of hardware choices as a local server: read-only, for this machine alone."""

@@ -1,0 +1,184 @@
+"""Saving and loading nested state of all ranks, by torch.distributed.checkpoint (DCP), no pickle on disk.
+
+A leaf of the state is a DTensor (this rank's box of a whole), a tensor (the same on every rank that has it),
+or a plain value. Its name is its path. DCP plans who writes which box (replicas once, spread evenly) and
+what a rank of any other layout has to read. Its own storage pickles metadata and plain values into files;
+ours (`checkpoint_writer`, `checkpoint_reader`) keeps
+
+    tensors          shard-RANK.safetensors, each box under NAME@OFFSET
+    plain values     index.json
+    metadata         index.json: global shape and type of each tensor; offset, shape and file of its boxes
+
+so that nothing that is read can run code. Between the ranks of a running job DCP passes its plans as pickles
+over the process group; these never reach a file, and come from no one but the job itself. `committed` says
+how a step is found again, `saver` how it is saved behind the steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+
+from planner.foundation.errors import InputError, Problem
+from runtime.checkpoint.reader import JsonLoadPlanner, SafetensorsReader
+from runtime.checkpoint.store import CheckpointIndex, Value
+from runtime.checkpoint.writer import JsonSavePlanner, SafetensorsWriter
+from runtime.launch.exchange import agree, own_rank
+
+State = Mapping[str, Any]
+
+
+def save_checkpoint(
+    folder: Path,
+    state: State,
+    *,
+    step: int,
+    run: dict[str, Value],
+    keep: int = 2,
+    group: dist.ProcessGroup | None = None,
+    staged: Callable[[], None] | None = None,
+    remembered: str | None = None,
+) -> Path:
+    """Writes `state` of all ranks as the checkpoint of `step`, publishes it, and drops all but the newest.
+
+    Every rank of `group` (None: the default one) calls it. `keep` (at least 2) checkpoints stay. `staged` is
+    called when this rank's part is copied, so that training may go on before it is written. `remembered`:
+    see JsonSavePlanner. Raises InputError on every rank if one of them cannot write; then the step does not
+    exist and older ones are untouched.
+    """
+    planner = JsonSavePlanner(remembered)
+    writer = SafetensorsWriter(folder, planner, step=step, run=run, keep=keep, staged=staged)
+    try:
+        quiet = contextlib.nullcontext() if dist.is_initialized() else _quiet_alone()
+        with _reasons("written"), quiet:
+            state_dict_saver.save(
+                flattened(state),
+                storage_writer=writer,
+                planner=planner,
+                process_group=group,
+                no_dist=not dist.is_initialized(),
+            )
+    except InputError:
+        if own_rank() == 0:  # a full disk gets its room back
+            shutil.rmtree(writer.temporary, ignore_errors=True)
+        raise
+    return writer.final
+
+
+def load_checkpoint(path: Path, index: CheckpointIndex, state: State) -> dict[str, Any]:
+    """`state` with every tensor filled from the checkpoint, in place, and every plain value replaced.
+
+    The layout of `state` may be another one than that which was saved. Each rank reads what it holds, and
+    plans that alone: DCP would send all ranks' plans to the first one and back, to change nothing in them.
+    Every rank calls it. Raises InputError on every rank with every tensor that the checkpoint lacks or
+    holds in another shape.
+    """
+    flat = flattened(state)
+    wanted = {name: leaf for name, leaf in flat.items() if not isinstance(leaf, Tensor) or leaf.numel()}
+
+    def load() -> None:
+        _check_fit(path, index, flat)
+        with _reasons("read"), _quiet_alone():
+            state_dict_loader.load(
+                wanted,
+                storage_reader=SafetensorsReader(path, index),
+                planner=JsonLoadPlanner(),
+                no_dist=True,
+            )
+
+    agree(load)
+    result: dict[str, Any] = _rebuild(state, {**flat, **wanted})
+    return result
+
+
+def flattened(state: State) -> dict[str, Any]:
+    """Nested state as values by name, tensors cut off from autograd; of such a state, itself.
+
+    What is saved behind the steps goes through this first: a DTensor that is cut off works out its layout on
+    fake tensors, which in a thread of its own ends a forked process of torch 2.11.
+    """
+    return dict(_leaves(state))
+
+
+def _leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in state.items():
+        name = f"{prefix}/{key}" if prefix else str(key)
+        if isinstance(value, Mapping):
+            yield from _leaves(value, name)
+        elif isinstance(value, (list, tuple)):
+            yield from _leaves({str(place): item for place, item in enumerate(value)}, name)
+        elif isinstance(value, Tensor):
+            yield name, value.detach() if value.requires_grad else value
+        else:
+            assert value is None or isinstance(value, (bool, int, float, str)), (name, type(value))
+            yield name, value
+
+
+def _rebuild(state: Any, leaves: Mapping[str, Any], prefix: str = "") -> Any:
+    """Nested state as before, with these leaves by name."""
+
+    def below(key: object, value: Any) -> Any:
+        return _rebuild(value, leaves, f"{prefix}/{key}" if prefix else str(key))
+
+    if isinstance(state, Mapping):
+        return {key: below(key, value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(below(place, item) for place, item in enumerate(state))
+    return leaves[prefix]
+
+
+def _check_fit(path: Path, index: CheckpointIndex, flat: Mapping[str, Any]) -> None:
+    problems = [problem for name, leaf in flat.items() for problem in _misfits(path, index, name, leaf)]
+    if problems:
+        raise InputError(*problems)
+
+
+def _misfits(path: Path, index: CheckpointIndex, name: str, leaf: Any) -> Iterator[Problem]:
+    if not isinstance(leaf, Tensor):
+        if name not in index.values:
+            yield Problem(where=str(path), fault=f"lacks {name}.")
+        return
+    stored, shape = index.tensors.get(name), tuple(leaf.shape)
+    if stored is None and leaf.numel():
+        yield Problem(where=str(path), fault=f"lacks the tensor {name}.")
+    elif stored is not None and stored.shape != shape:
+        yield Problem(
+            where=str(path),
+            fault=f"holds {name} as {list(stored.shape)}, this model has {list(shape)}.",
+        )
+
+
+@contextlib.contextmanager
+def _reasons(done: str) -> Iterator[None]:
+    """Raises what went wrong on the ranks that failed, in place of DCP's account of it."""
+    try:
+        yield
+    except CheckpointException as error:
+        problems: list[Problem] = []
+        for cause, _ in error.failures.values():
+            if isinstance(cause, OSError):
+                problems.append(
+                    Problem(where=str(cause.filename), fault=f"cannot be {done}: {cause.strerror}.")
+                )
+            elif isinstance(cause, InputError):
+                problems += cause.problems
+            else:
+                raise cause from error
+        raise InputError(*problems) from error
+
+
+@contextlib.contextmanager
+def _quiet_alone() -> Iterator[None]:
+    """Where ranks are not to meet, DCP warns that they do not, which is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

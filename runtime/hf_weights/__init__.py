@@ -1,1 +1,0 @@
-"""Weights in Hugging Face's format: what every family calls them, read into any layout, and written."""

@@ -1,1 +1,0 @@
-"""What of a stage lies in host memory: masters and optimizer state, or activations of its blocks."""

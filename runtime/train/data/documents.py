@@ -1,0 +1,270 @@
+"""The documents of data files: whole texts, JSON lines, and rows of Parquet and Arrow files.
+
+Nothing in a file is ever executed. What is broken is refused with its file and line or row: a line that is
+no JSON, a column that is not there, a value that is no text or no conversation, a shard that was cut short.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from planner.foundation.decode import noun
+from planner.foundation.errors import InputError, Problem
+from runtime.train.data.chat_template import ChatTemplate, Trained
+from runtime.train.data.conversation import TrainOn, read_conversation
+from runtime.train.data.sources import DataFile, FileFormat
+
+CHUNK_CHARACTERS = 1 << 20
+ROWS = 1024
+ARROW_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+"""The end-of-stream marker of the Arrow IPC stream format; a file without it was cut short."""
+
+Piece = tuple[str, Trained]
+"""A piece of a document that becomes tokens on its own, and which of it is trained on."""
+
+Record = tuple[str, tuple[Any, ...]]
+"""The place of a document in a file, and its values."""
+
+
+@noun
+class Columns:
+    """Which keys of a JSON object, or columns of a table, hold a document.
+
+    Where `messages` is given, it holds a conversation, of which `train_on` is trained on (None: what the
+    assistant said). Of `prompt` and `completion`, where given, only the completion is trained on. Else `text`
+    is the document.
+    """
+
+    text: str = "text"
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None
+    train_on: TrainOn | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        if self.messages is not None:
+            return (self.messages,)
+        if self.prompt is not None and self.completion is not None:
+            return (self.prompt, self.completion)
+        return (self.text,)
+
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens are read and not trained on."""
+        return self.prompt is not None or (self.messages is not None and self.train_on is not TrainOn.ALL)
+
+    @property
+    def holds(self) -> str:
+        """What a value of a column is."""
+        return "text" if self.messages is None else "a list of messages"
+
+    def flag(self, name: str) -> str:
+        """The option that names a column."""
+        named = {self.messages: "--messages-key", self.prompt: "--prompt-key"}
+        return named.get(name) or ("--completion-key" if name == self.completion else "--text-key")
+
+    def check(self) -> None:
+        """Raises InputError for options that do not go together."""
+        problems = []
+        if (self.prompt is None) != (self.completion is None):
+            fault = "only one of the two is given."
+            problems.append(Problem(where="--prompt-key, --completion-key", fault=fault, fix="give both"))
+        if self.messages is not None and (self.prompt is not None or self.completion is not None):
+            fault = "is given with --prompt-key or --completion-key: a document is one or the other."
+            problems.append(Problem(where="--messages-key", fault=fault, fix="leave one of them out"))
+        if self.messages is None and self.train_on is not None:
+            fault = "is given without --messages-key: only conversations have turns to choose from."
+            problems.append(Problem(where="--train-on", fault=fault, fix="add --messages-key KEY"))
+        if problems:
+            raise InputError(*problems)
+
+
+def documents(
+    file: DataFile, columns: Columns, template: ChatTemplate | None = None
+) -> Iterator[Iterator[Piece]]:
+    """The documents of a file in order, each as its pieces; conversations are written by `template`.
+
+    Raises InputError where the file is broken.
+    """
+    path = Path(file.path)
+    if path.stat().st_size == 0:
+        raise InputError(Problem(where=str(path), fault="is empty.", fix="remove it, or copy it again"))
+    if file.format is FileFormat.TEXT:
+        yield from _text(path, columns)
+        return
+    train_on = columns.train_on or TrainOn.ASSISTANT
+    for place, values in _READERS[file.format](path, columns):
+        if template is not None:
+            where = f"{place}: {columns.messages}"
+            yield iter([template.render(read_conversation(values[0], where), train_on, where)])
+        elif columns.masked:
+            yield iter([(values[0], False), (values[1], True)])
+        else:
+            yield iter([(values[0], True)])
+
+
+def _text(path: Path, columns: Columns) -> Iterator[Iterator[Piece]]:
+    missing = "prompts and completions" if columns.prompt is not None else "conversations"
+    if columns.prompt is not None or columns.messages is not None:
+        raise InputError(
+            Problem(
+                where=str(path),
+                fault=f"is plain text, which has no {missing}.",
+                legal="JSON lines, Parquet or Arrow with what the options name",
+            )
+        )
+    yield ((chunk, True) for chunk in _chunks(path))
+
+
+def _chunks(path: Path) -> Iterator[str]:
+    """The text of a file in pieces of about CHUNK_CHARACTERS that end at line ends."""
+    try:
+        with path.open(encoding="utf-8", newline="") as handle:
+            while lines := handle.readlines(CHUNK_CHARACTERS):
+                yield "".join(lines)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(str(path), error) from None
+
+
+def _not_utf8(where: str, error: UnicodeDecodeError) -> InputError:
+    return InputError(
+        Problem(where=where, fault=f"is not UTF-8 text: {error.reason}.", fix="convert it to UTF-8")
+    )
+
+
+def _json_lines(path: Path, columns: Columns) -> Iterator[Record]:
+    number = 0
+    try:
+        with path.open("rb") as raw:
+            lines: Iterable[bytes] = gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    where = f"{path}, line {number}"
+                    yield where, _take(_parse(line, where), columns, where)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(
+            Problem(
+                where=f"{path}, after line {number}",
+                fault=f"the compressed file is cut short or damaged: {error}.",
+                fix="copy it again",
+            )
+        ) from None
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(where, error) from None
+    except (ValueError, RecursionError) as error:
+        cut = (
+            "" if line.endswith(b"\n") else " It is the last line and has no end: the file may be cut short."
+        )
+        raise InputError(Problem(where=where, fault=f"is not JSON: {error}.{cut}")) from None
+    if not isinstance(value, dict):
+        raise InputError(Problem(where=where, fault=f"holds a {type(value).__name__}, not an object."))
+    return value
+
+
+def _take(record: dict[str, Any], columns: Columns, where: str) -> tuple[Any, ...]:
+    for key in columns.names:
+        if key not in record:
+            raise _no_column(where, key, columns, list(record))
+        if columns.messages is None and not isinstance(record[key], str):
+            kind = type(record[key]).__name__
+            raise InputError(Problem(where=f"{where}: {key}", fault=f"is of type {kind}, not text."))
+    return tuple(record[key] for key in columns.names)
+
+
+def _no_column(where: str, key: str, columns: Columns, there: list[str]) -> InputError:
+    fix = f"name one of them by {columns.flag(key)}"
+    if {"prompt", "completion"} <= set(there):
+        fix = "to train on completions only, add --prompt-key prompt --completion-key completion"
+    for usual in ("messages", "conversations"):
+        if usual in there and columns.messages is None:
+            fix = f"to train on conversations, add --messages-key {usual}"
+    return InputError(
+        Problem(where=where, fault=f"has no {key!r}.", legal=", ".join(map(repr, there[:20])), fix=fix)
+    )
+
+
+def _parquet(path: Path, columns: Columns) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            _check_columns(path, columns, table.schema_arrow)
+            yield from _rows(path, columns, table.iter_batches(batch_size=ROWS, columns=list(columns.names)))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(path, error) from None
+
+
+def _arrow(path: Path, columns: Columns) -> Iterator[Record]:
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            if source.read_at(6, 0) == b"ARROW1":
+                table = pyarrow.ipc.open_file(source)
+                batches: Any = (table.get_batch(i) for i in range(table.num_record_batches))
+            else:
+                if source.read_at(len(ARROW_END), max(0, source.size() - len(ARROW_END))) != ARROW_END:
+                    raise OSError("its end marker is missing")
+                table = batches = pyarrow.ipc.open_stream(source)
+            _check_columns(path, columns, table.schema)
+            yield from _rows(path, columns, batches)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200].rstrip(".")
+    fault = f"cannot be read as {path.suffix.lstrip('.')}, it may be cut short: {reason}."
+    return InputError(Problem(where=str(path), fault=fault, fix="copy it again"))
+
+
+def _check_columns(path: Path, columns: Columns, schema: Any) -> None:
+    from pyarrow import types
+
+    texts, lists = (types.is_string, types.is_large_string), (types.is_list, types.is_large_list)
+    good = texts if columns.messages is None else lists
+    for key in columns.names:
+        if key not in schema.names:
+            raise _no_column(str(path), key, columns, schema.names)
+        kind = schema.field(key).type
+        if not any(is_so(kind) for is_so in good):
+            raise InputError(
+                Problem(where=f"{path}: {key}", fault=f"is of type {kind}, not {columns.holds}.")
+            )
+
+
+def _rows(path: Path, columns: Columns, batches: Any) -> Iterator[Record]:
+    first, keys = 0, columns.names
+    for batch in batches:
+        lists = [batch.column(key).to_pylist() for key in keys]
+        for offset, values in enumerate(zip(*lists, strict=True)):
+            where = f"{path}, row {first + offset}"
+            if None in values:
+                key = keys[values.index(None)]
+                raise InputError(Problem(where=f"{where}: {key}", fault=f"is null, not {columns.holds}."))
+            yield where, values
+        first += batch.num_rows
+
+
+_READERS: dict[FileFormat, Callable[[Path, Columns], Iterator[Record]]] = {
+    FileFormat.JSONL: _json_lines,
+    FileFormat.PARQUET: _parquet,
+    FileFormat.ARROW: _arrow,
+}
+
+
+def needs_pyarrow(files: Sequence[DataFile]) -> bool:
+    """Whether any of the files is a table."""
+    return any(file.format in (FileFormat.PARQUET, FileFormat.ARROW) for file in files)

@@ -1,0 +1,242 @@
+"""The set-up of a run: its folder, its data, whose run it is, and where it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from planner.foundation.decode import encode, load_json, to_json, write_atomic
+from planner.foundation.errors import InputError, Problem
+from planner.strategy.plan import Plan
+from runtime.checkpoint.adapter_files import AdapterFolder
+from runtime.checkpoint.checkpoint import load_checkpoint
+from runtime.checkpoint.huggingface.folder import check_folder, keep_files
+from runtime.checkpoint.identity import check_identity, plan_identity
+from runtime.checkpoint.store import (
+    CheckpointIndex,
+    Value,
+    find_checkpoint,
+    load_index,
+    remove_unfinished,
+    set_aside,
+    step_folders,
+)
+from runtime.launch.device_check import foreign_cpu, foreign_torch
+from runtime.launch.exchange import own_rank
+from runtime.train.data.index import DataIndex, open_data
+from runtime.train.data.order import shares
+from runtime.train.data.prepare import data_weights, prepare_data
+from runtime.train.executor import Executor
+from runtime.train.metrics import prepare_run_dir
+from runtime.train.optimizer import OptimizerOptions
+from runtime.train.options import TrainOptions, check_options
+from runtime.train.run_folder import CHECKPOINTS, LOCK, OPTIONS, keep_plan
+from runtime.train.trackers import check_trackers
+from runtime.train.transformers_backend import check_backend
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What one process prepares and all ranks use. `checkpoint` is the step to go on from, if any."""
+
+    index: str
+    checkpoint: str | None
+    remarks: tuple[str, ...]
+
+
+def lock_run_dir(run_dir: Path) -> int:
+    """Makes the run folder and holds its lock until this process ends; returns the lock's descriptor."""
+    prepare_run_dir(run_dir)
+    handle = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise InputError(
+            Problem(
+                where=f"--run-dir {run_dir}",
+                fault="another run is writing there.",
+                fix="wait for its end, or name another folder",
+            )
+        ) from None
+    return handle
+
+
+def prepare_run(plan: Plan, options: TrainOptions) -> Setup:
+    """Checks the options, removes unfinished saves, tokenizes the data, and finds the step to go on from.
+
+    Raises InputError where the folder holds a run already and `resume` is not given, or holds none and
+    it is.
+    """
+    check_options(options)
+    _check_adapters(plan, options)
+    check_trackers(options.log)
+    run_dir = Path(options.run_dir)
+    folder = run_dir / CHECKPOINTS
+    remove_unfinished(folder)
+    remarks = [remark for remark in (foreign_cpu(plan), foreign_torch(plan)) if remark is not None]
+    checkpoint = None
+    if options.resume:
+        found = find_checkpoint(folder)
+        remarks += [f"passed over: {text}" for text in found.refused]
+        if found.path is None:
+            raise InputError(
+                Problem(
+                    where=str(folder),
+                    fault="holds no checkpoint to resume from." + "".join(f" {t}" for t in found.refused),
+                    fix="restore what is missing, or train into another --run-dir; nothing was deleted"
+                    if found.refused
+                    else "train without --resume",
+                )
+            )
+        checkpoint = str(found.path)
+        remarks += [f"kept aside: {set_aside(path)}" for path in found.damaged]
+    elif steps := step_folders(folder):
+        raise InputError(
+            Problem(
+                where=f"--run-dir {run_dir}",
+                fault=f"holds a run already ({steps[0].name}).",
+                fix="go on with --resume, or name another folder",
+            )
+        )
+    if options.hf_config is not None:
+        check_backend(plan, Path(options.hf_config))
+    if options.adapters_from is not None:
+        _begin_with_adapters(Path(options.adapters_from), plan, options)
+    if options.init_from is not None:
+        _begin_with(Path(options.init_from), plan, options)
+    cache = run_dir / "data" if options.data_cache is None else Path(options.data_cache)
+    index = prepare_data(options.data, vocab=plan.model.vocab, cache=cache, borders=options.document_mask)
+    done = 0 if checkpoint is None else _check_goes_on(Path(checkpoint), plan, options, index)
+    keep_plan(plan, run_dir, done)
+    write_atomic(run_dir / OPTIONS, to_json(options))
+    return Setup(str(index), checkpoint, tuple(remarks))
+
+
+def _check_goes_on(checkpoint: Path, plan: Plan, options: TrainOptions, data: Path) -> int:
+    """The steps that a checkpoint has done. Raises InputError where it is another run's, or nothing is
+    left."""
+    index = load_index(checkpoint)
+    check_identity(checkpoint, index.run, run_identity(plan, options, load_json(data, DataIndex)))
+    if options.steps <= index.step:
+        raise InputError(
+            Problem(
+                where="--steps",
+                fault=f"is {options.steps}, and the checkpoint is already at step {index.step}.",
+                legal=f"more than {index.step}: steps count from the beginning of training",
+            )
+        )
+    return index.step
+
+
+def _check_adapters(plan: Plan, options: TrainOptions) -> None:
+    if options.lora_alpha is not None and plan.workload.adapters is None:
+        raise InputError(
+            Problem(
+                where="--lora-alpha",
+                fault=f"is given, but the plan trains all weights (method {plan.workload.method}).",
+                fix="leave it out, or solve with --method lora",
+            )
+        )
+
+
+def _begin_with_adapters(folder: Path, plan: Plan, options: TrainOptions) -> None:
+    """Checks the folder that a new run takes its adapters from."""
+    if options.resume or plan.workload.adapters is None:
+        why = "with --resume, which takes them from the run's own checkpoint"
+        if plan.workload.adapters is None:
+            why = f"but the plan trains all weights (method {plan.workload.method})"
+        fault, fix = f"is given, {why}.", "leave it out"
+        raise InputError(Problem(where="--adapters-from", fault=fault, fix=fix))
+    AdapterFolder(folder, plan, alpha=options.lora_alpha)
+
+
+def _begin_with(folder: Path, plan: Plan, options: TrainOptions) -> None:
+    """Checks the folder that a new run takes its weights from, and keeps what export needs of it.
+
+    A run of adapters takes them from there each time it goes on: its checkpoints do not hold them.
+    """
+    if options.resume and plan.workload.adapters is None:
+        fault = "is given with --resume, which takes the weights from the run's own checkpoint."
+        raise InputError(Problem(where="--init-from", fault=fault, fix="give one of the two"))
+    if options.hf_config is None:
+        check_folder(folder, plan.model)
+    keep_files(folder, Path(options.run_dir))
+
+
+def run_identity(plan: Plan, options: TrainOptions, data: DataIndex) -> dict[str, Value]:
+    """What must not change when a run goes on, as flat values: model, workload, data and its order."""
+    return {
+        **plan_identity(plan),
+        "backend": "native" if options.hf_config is None else "transformers",
+        "data.digest": data.digest,
+        "data.tokenizer": f"{data.tokenizer} {data.tokenizer_digest[:16]}",
+        "data.weights": " ".join(map(str, shares(weights)))
+        if (weights := data_weights(options.data))
+        else "",
+        "seed": options.seed,
+        **({"document_mask": True} if options.document_mask else {}),
+        **({} if plan.workload.adapters is None else {"lora_alpha": options.lora_alpha}),
+    }
+
+
+def saved_options(index: CheckpointIndex) -> OptimizerOptions:
+    """The optimizer's settings that a checkpoint keeps."""
+    fields = dataclasses.fields(OptimizerOptions)
+    values: dict[str, Any] = {field.name: index.values[f"options/{field.name}"] for field in fields}
+    return OptimizerOptions(**values)
+
+
+def training_state(executor: Executor, options: OptimizerOptions) -> dict[str, Any]:
+    """All that a run needs to go on exactly: weights, optimizer, step, random state and settings.
+
+    The data's position and the learning rate are functions of the step, the seed and the settings.
+    """
+    state: dict[str, Any] = {
+        "executor": executor.state_dict(),
+        "random": {f"rank-{own_rank()}": torch.get_rng_state()},
+        "options": encode(options),
+    }
+    if executor.device.type == "cuda":
+        state["random-cuda"] = {f"rank-{own_rank()}": torch.cuda.get_rng_state(executor.device)}
+    return state
+
+
+def restore(path: Path, index: CheckpointIndex, executor: Executor, options: OptimizerOptions) -> None:
+    """Loads a checkpoint of any layout of the same model into the executor.
+
+    Random states belong to ranks, so they are taken over only where the number of ranks is the same.
+    """
+    state = training_state(executor, options)
+    del state["options"]
+    if (
+        index.world != executor.plan.strategy.degrees.world
+        or f"random/rank-{own_rank()}" not in index.tensors
+    ):
+        state.pop("random")
+        state.pop("random-cuda", None)
+    state = load_checkpoint(path, index, state)
+    executor.load_state_dict(state["executor"])
+    for rng in state.get("random", {}).values():
+        torch.set_rng_state(rng)
+    for rng in state.get("random-cuda", {}).values():
+        torch.cuda.set_rng_state(rng, executor.device)
+
+
+def open_run_data(setup: Setup, *, verify: bool) -> Any:
+    """The run's tokens; one process of a run verifies their checksum."""
+    return open_data(Path(setup.index), verify=verify)
+
+
+def load_resumed(setup: Setup) -> tuple[Path, CheckpointIndex] | None:
+    """The checkpoint to go on from, already verified by the process that set the run up."""
+    if setup.checkpoint is None:
+        return None
+    path = Path(setup.checkpoint)
+    return path, load_index(path)
