@@ -37,9 +37,9 @@ from planner.calibration.runs_table import read_runs
 from planner.calibration.validate import ValidatedRow, Validation, judge, validate
 from planner.commands.shared.text import table
 from planner.foundation.decode import encode, noun, write_atomic
+from planner.model.saved_tensors import Recompute
 from planner.profile.profile import Profile
 from planner.strategy.estimate import Verdict
-from planner.strategy.strategy import Recompute
 
 DATA = Path(__file__).parent / "data"
 SEED = 20261124

@@ -37,8 +37,8 @@ from planner.job.problem import PlanningProblem
 from planner.profile.profile import Profile, load_profile
 from planner.search.engine_search import solve_for_engine
 from planner.search.solve import SolveOptions
-from planner.search.space import Pins
 from planner.strategy.estimate import Estimate, Rejected, Verdict
+from planner.strategy.fix_keys import Pins
 from planner.strategy.plan import Plan
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import Strategy

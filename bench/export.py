@@ -30,8 +30,9 @@ from planner.export.imported import read_config
 from planner.export.settings import strategy_from
 from planner.export.targets import TARGETS
 from planner.foundation.errors import Problem
+from planner.model.attention import CpExchange
 from planner.strategy.plan import Plan
-from planner.strategy.strategy import CpExchange, Strategy
+from planner.strategy.strategy import Strategy
 
 CHECK = Path(__file__).with_name("export_check.py")
 READ = {

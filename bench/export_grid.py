@@ -17,8 +17,8 @@ from planner.job.limits import Limits
 from planner.job.problem import PlanningProblem
 from planner.model.workload import AdapterModules, Adapters, Method, Optimizer, Precision, Workload
 from planner.search.solve import make_plan
-from planner.search.space import parse_pins
 from planner.strategy.engines.recipes import every_kth, first_of_each
+from planner.strategy.fix_keys import parse_pins
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Strategy, sized_stages
 

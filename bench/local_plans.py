@@ -37,7 +37,7 @@ from planner.model.workload import Precision, Workload
 from planner.profile.profile import Profile, load_profile
 from planner.report.comparison import ComparisonRow, judge_order
 from planner.search.solve import make_plan
-from planner.search.space import parse_pins
+from planner.strategy.fix_keys import parse_pins
 from planner.strategy.plan import Plan
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import RecomputeCounts, Stage, Strategy

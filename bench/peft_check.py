@@ -41,7 +41,6 @@ from planner.foundation.decode import write_atomic
 from planner.foundation.errors import InputError
 from planner.strategy.plan import Plan, load_plan
 from runtime.checkpoint.adapter_files import AdapterFolder, read_adapters
-from runtime.checkpoint.huggingface.folder import load_into
 from runtime.model.huggingface.names import names_of
 from runtime.model.huggingface.read import WeightFolder
 from runtime.model.initial import materialize
@@ -50,6 +49,7 @@ from runtime.model.peft_modules import peft_modules
 from runtime.model.transformer import build_transformer
 from runtime.train.data.sources import shipped_corpus
 from runtime.train.executor import Executor
+from runtime.train.session import load_into
 from tests.runtime.hf_models import make_model
 from tests.runtime.ranks import OPTIONS, batch_of, on_ranks, slice_of
 

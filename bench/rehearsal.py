@@ -40,16 +40,17 @@ from planner.job.limits import Limits
 from planner.job.problem import PlanningProblem
 from planner.model.attention import Attention
 from planner.model.feed_forward import Activation, Mlp
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, ModelSpec, Norm, Segment
 from planner.model.workload import Precision, Workload
 from planner.profile.shipped import shipped_profile
 from planner.search.solve import make_plan
-from planner.search.space import parse_pins
 from planner.strategy.estimate import Verdict
+from planner.strategy.fix_keys import parse_pins
 from planner.strategy.plan import Plan
 from planner.strategy.rehearsal import RankRehearsal, RehearsalMode
 from planner.strategy.rules import broken_rules
-from planner.strategy.strategy import Degrees, Recompute, Strategy, Zero, even_stages
+from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 
 RESULTS = Path(__file__).parent / "results"
 

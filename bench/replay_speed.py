@@ -30,7 +30,8 @@ from planner.hardware.cluster_grammar import parse_cluster
 from planner.job.problem import PlanningProblem
 from planner.model.workload import Precision, Workload
 from planner.search.quick_bounds import space_bounds_s
-from planner.search.space import Pins, Space, space_of
+from planner.search.space import Space, space_of
+from planner.strategy.fix_keys import Pins
 from planner.strategy.schedule.schedules import Action, ActionKind, Table, build_table
 from planner.strategy.schedule.table import cell
 from planner.strategy.strategy import Degrees, Schedule, Strategy, even_stages

@@ -26,9 +26,10 @@ import torch
 from planner.commands.shared.text import table
 from planner.foundation.decode import write_atomic
 from planner.foundation.errors import InputError
+from planner.model.attention import CpExchange
 from planner.model.spec import ModelSpec
 from planner.strategy.plan import Plan
-from planner.strategy.strategy import CpExchange, Degrees, Schedule, Zero
+from planner.strategy.strategy import Degrees, Schedule, Zero
 from runtime.parallel.supported import check_supported
 from tests.plans import make_plan, split, tiny_gpt2, tiny_llama
 from tests.runtime.resharding import AFTER, BEFORE, TOLERANCE, reshard, resumes_exactly

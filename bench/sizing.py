@@ -30,7 +30,7 @@ from planner.job.problem import PlanningProblem
 from planner.model.workload import Workload
 from planner.search.first_plan import Scout, Shared
 from planner.search.solve import SolveOptions, solve
-from planner.search.space import Pins
+from planner.strategy.fix_keys import Pins
 
 COMMANDS = (
     ("compare, all offers", "compare --model llama-3-70b --tokens 2T --seq 8192", 15.0),

@@ -35,11 +35,11 @@ from planner.hardware.cluster_grammar import parse_cluster
 from planner.job.problem import PlanningProblem
 from planner.model.attention import Attention, QkNorm
 from planner.model.feed_forward import Activation, Experts, Mlp
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, ModelSpec, Norm, Segment
 from planner.model.workload import Precision, Workload
 from planner.profile.operator_sample import RateSample
 from planner.profile.profile import PROFILE_SCHEMA, Constant, LayerSample, Profile, load_profile
-from planner.strategy.strategy import Recompute
 
 EFFORT_S = 0.25
 

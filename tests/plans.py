@@ -9,6 +9,7 @@ from planner.model.arithmetic import Arithmetic
 from planner.model.attention import Attention, LatentAttention
 from planner.model.feed_forward import Activation, Experts, Mlp
 from planner.model.routing import Routing, Score
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, ModelSpec, Norm, Segment
 from planner.model.workload import Adapters, Method, Optimizer, Precision, Workload
 from planner.strategy.estimate import (
@@ -21,7 +22,7 @@ from planner.strategy.estimate import (
 )
 from planner.strategy.plan import Plan
 from planner.strategy.schedule.schedules import build_table, print_table
-from planner.strategy.strategy import AXES, Degrees, Recompute, RecomputeCounts, Stage, Strategy, even_stages
+from planner.strategy.strategy import AXES, Degrees, RecomputeCounts, Stage, Strategy, even_stages
 
 
 def tiny_llama(

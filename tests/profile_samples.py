@@ -7,10 +7,12 @@ import math
 from collections.abc import Callable
 
 from planner.hardware.catalog import load_model, profile_files
+from planner.hardware.nvidia import Clocks
+from planner.model.attention import CpExchange
+from planner.model.saved_tensors import Recompute
 from planner.model.workload import Precision
 from planner.profile.operator_sample import RateKind, RateSample
 from planner.profile.profile import (
-    Clocks,
     Constant,
     ContentionSample,
     LayerKind,
@@ -20,7 +22,6 @@ from planner.profile.profile import (
     shape_key,
 )
 from planner.report.profile_tables import COPIES
-from planner.strategy.strategy import CpExchange, Recompute
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>&\"'"
 

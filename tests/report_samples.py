@@ -13,6 +13,7 @@ from planner.foundation.units import GIB, MIB
 from planner.hardware.cluster import ClusterSpec, Device, DeviceGroup, Link
 from planner.model.attention import Attention
 from planner.model.feed_forward import Activation, Mlp
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, ModelSpec, Norm, Segment
 from planner.model.workload import Precision, Workload
 from planner.report.comparison import ComparisonRow, save_comparison
@@ -30,7 +31,6 @@ from planner.strategy.schedule.schedules import Table, build_table, print_table
 from planner.strategy.strategy import (
     AXES,
     Degrees,
-    Recompute,
     RecomputeCounts,
     Schedule,
     Stage,

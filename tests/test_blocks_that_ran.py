@@ -23,10 +23,11 @@ from planner.cost.evaluate import CostModel
 from planner.foundation.decode import encode
 from planner.foundation.errors import InputError
 from planner.job.problem import PlanningProblem
+from planner.model.saved_tensors import Recompute
 from planner.model.workload import Precision
 from planner.profile.block_residual import BlockResidual, BlockResiduals
 from planner.profile.profile import Constant, LayerKind, Profile, load_profile
-from planner.strategy.strategy import Degrees, Recompute, Schedule, Strategy, Zero, even_stages
+from planner.strategy.strategy import Degrees, Schedule, Strategy, Zero, even_stages
 
 from .planner import instances
 from .test_calibration import HEADER, TRUTH, empty, grid, made_by, quiet, read_runs, time_of

@@ -16,8 +16,8 @@ from planner.commands.splitting.estimate import strategy_of
 from planner.cost.evaluate import CostModel
 from planner.job.engine_settings import Stack, own_stack
 from planner.job.problem import PlanningProblem
-from planner.search.space import parse_pins
 from planner.strategy.estimate import Estimate
+from planner.strategy.fix_keys import parse_pins
 from planner.strategy.rules import broken_rules
 from tests.planner.catalog_problems import problem
 from tests.plans import make_plan, tiny_llama

@@ -16,7 +16,7 @@ from planner.cli import cli
 from planner.commands.shared.infeasible import INFEASIBLE_EXIT, LEAST_SHARE, tell_infeasible
 from planner.job.problem import PlanningProblem
 from planner.search.solve import SolveOptions
-from planner.search.space import Pins, parse_pins
+from planner.strategy.fix_keys import Pins, parse_pins
 
 from .planner.catalog_problems import problem
 

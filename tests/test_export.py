@@ -30,12 +30,14 @@ from planner.hardware.catalog import load_model
 from planner.hardware.cluster_grammar import parse_cluster
 from planner.job.engine_settings import Engine
 from planner.model.arithmetic import RopeKind, RopeScaling
+from planner.model.attention import CpExchange
+from planner.model.saved_tensors import Recompute
 from planner.model.workload import AdapterModules, Adapters, Optimizer, Precision
 from planner.strategy.engines.megatron_model import ModelArguments
 from planner.strategy.engines.torchtitan_model import Flavor, flavor_of
 from planner.strategy.estimate import JobFigures
 from planner.strategy.plan import Plan
-from planner.strategy.strategy import CpExchange, Degrees, Offload, Recompute, Schedule, Zero, offloaded
+from planner.strategy.strategy import Degrees, Offload, Schedule, Zero, offloaded
 from tests.plans import make_plan, split, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_mla
 
 GPUS = "2x8:h100-sxm-80gb@ndr400x8"

@@ -19,10 +19,11 @@ from planner.calibration.runs_table import READERS, read_runs
 from planner.calibration.runs_writer import COLUMNS, runs_csv
 from planner.cli import cli
 from planner.hardware.cluster_grammar import parse_cluster
+from planner.model.saved_tensors import Recompute
 from planner.model.workload import Precision
 from planner.strategy.estimate import Rejected
 from planner.strategy.plan import Plan, save_plan
-from planner.strategy.strategy import Degrees, Recompute, Stage, Zero, even_stages
+from planner.strategy.strategy import Degrees, Stage, Zero, even_stages
 from tests.plans import make_plan, split, tiny_gpt2, tiny_llama
 
 DEGREES = Degrees(tp=2, pp=2, dp_shard=2, zero=Zero.OPTIMIZER, num_micro_batches=4, sequence_parallel=True)

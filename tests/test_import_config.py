@@ -21,21 +21,13 @@ from planner.export.targets import TARGETS, refusals
 from planner.export.yaml_text import load_yaml_object
 from planner.foundation.errors import InputError, Problem
 from planner.job.engine_settings import Engine
+from planner.model.attention import CpExchange
+from planner.model.saved_tensors import Recompute
 from planner.model.workload import Optimizer, Precision
-from planner.search.space import Pins
 from planner.strategy.engines.recipes import every_kth, first_of_each
+from planner.strategy.fix_keys import Pins
 from planner.strategy.plan import Plan
-from planner.strategy.strategy import (
-    CpExchange,
-    Degrees,
-    Offload,
-    Recompute,
-    Schedule,
-    Strategy,
-    Zero,
-    offloaded,
-    sized_stages,
-)
+from planner.strategy.strategy import Degrees, Offload, Schedule, Strategy, Zero, offloaded, sized_stages
 from tests.plans import make_plan, split, tiny_llama, tiny_mixtral
 
 FILES = {

@@ -19,7 +19,7 @@ from planner.cost.profile_coverage import (
     width_text,
 )
 from planner.foundation.units import format_seconds, format_si
-from planner.model.saved_tensors import AttentionKernel
+from planner.model.saved_tensors import AttentionKernel, Recompute
 from planner.model.workload import Precision
 from planner.profile.block_residual import BlockResidual, BlockResiduals, BlockShape
 from planner.profile.operator_sample import RateKind
@@ -30,7 +30,6 @@ from planner.report.profile_lines import ProfileLines
 from planner.report.profile_operators import operator_figure
 from planner.report.profile_page import ProfilePage, build_profile_page, render_profile
 from planner.report.profile_tables import best_rates
-from planner.strategy.strategy import Recompute
 from tests import profile_samples as samples
 from tests.html_reader import Reader
 from tests.planner import sweeps

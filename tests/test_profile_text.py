@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from planner.commands.running.profile_text import describe
-from planner.profile.profile import Clocks, FamilyFit
+from planner.hardware.nvidia import Clocks
+from planner.profile.profile import FamilyFit
 from tests.profile_samples import cpu
 
 

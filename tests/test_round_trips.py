@@ -17,14 +17,16 @@ from planner.foundation.decode import decode, decode_json, encode, to_json
 from planner.hardware.catalog import device_names, load_device, load_model, model_index, profile_files
 from planner.hardware.cluster import ClusterSpec
 from planner.hardware.cluster_grammar import parse_cluster
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import ModelSpec
 from planner.model.workload import Method, Optimizer, Precision, Workload
 from planner.profile.profile import Profile, load_profile
 from planner.search.solve import make_plan
-from planner.search.space import parse_pins, shapes
+from planner.search.space import shapes
+from planner.strategy.fix_keys import parse_pins
 from planner.strategy.plan import decode_plan, encode_plan
 from planner.strategy.schedule.schedules import parse_table, print_table
-from planner.strategy.strategy import Degrees, Recompute, Schedule, Strategy, even_stages
+from planner.strategy.strategy import Degrees, Schedule, Strategy, even_stages
 from tests.planner import instances
 from tests.planner.test_simulate import random_table
 

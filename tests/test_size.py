@@ -18,7 +18,6 @@ from planner.hardware.catalog import load_model
 from planner.hardware.cluster_grammar import parse_cluster
 from planner.job.objective import Goal, Minimise
 from planner.search.first_plan import Scout, Shared
-from planner.search.space import Pins
 from planner.sizing import floors
 from planner.sizing.ability import SEQ_PART, ability_of
 from planner.sizing.answer import Answers, Standing, answers_of
@@ -27,6 +26,7 @@ from planner.sizing.ladder import between, ladder
 from planner.sizing.offers import Wanted, find_offers
 from planner.sizing.option import Option
 from planner.sizing.principles.scaling import load_laws, optimal_tokens, recommended
+from planner.strategy.fix_keys import Pins
 from tests.planner.catalog_problems import problem as catalog_problem
 from tests.sizing_cases import BILLION, MARKET, compared, document, request, run
 

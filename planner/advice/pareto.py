@@ -15,7 +15,7 @@ from planner.foundation.decode import noun
 from planner.foundation.units import MIB
 from planner.job.problem import PlanningProblem
 from planner.search.least_memory import need_of, survey
-from planner.search.space import Pins
+from planner.strategy.fix_keys import Pins
 from planner.strategy.strategy import Strategy
 
 STEPS = 6

@@ -17,8 +17,8 @@ from planner.foundation.decode import noun
 from planner.foundation.units import MIB, format_bytes
 from planner.job.problem import PlanningProblem
 from planner.search.least_memory import Need, Over, Survey, fitting
-from planner.search.space import Pins, shapes
-from planner.strategy.fix_keys import freed, pinned, text
+from planner.search.space import shapes
+from planner.strategy.fix_keys import Pins, freed, pinned, text
 from planner.strategy.placement import is_mixed
 from planner.strategy.strategy import Degrees, Offload, Strategy
 

@@ -31,9 +31,8 @@ from planner.foundation.errors import InputError
 from planner.foundation.units import MIB, format_bytes
 from planner.job.problem import PlanningProblem
 from planner.search.least_memory import Need, Over, Survey, fitting, never, survey
-from planner.search.space import Pins
 from planner.strategy.estimate import Verdict
-from planner.strategy.fix_keys import KEYS, chosen, pinned, text
+from planner.strategy.fix_keys import KEYS, Pins, chosen, pinned, text
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import Degrees, Strategy, even_stages, offloaded
 

@@ -16,9 +16,8 @@ from planner.foundation.errors import InfeasibleError
 from planner.job.problem import PlanningProblem
 from planner.search.engine_search import solve_for_engine
 from planner.search.solve import SolveOptions
-from planner.search.space import Pins
 from planner.strategy.estimate import Verdict
-from planner.strategy.fix_keys import keeps
+from planner.strategy.fix_keys import Pins, keeps
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import Strategy
 

@@ -27,7 +27,7 @@ from planner.foundation.decode import noun
 from planner.foundation.units import GIB, format_bytes
 from planner.job.problem import PlanningProblem
 from planner.search.least_memory import survey
-from planner.search.space import Pins
+from planner.strategy.fix_keys import Pins
 from planner.strategy.placement import is_mixed
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import Degrees, Strategy

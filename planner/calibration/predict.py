@@ -9,12 +9,12 @@ from planner.calibration.run import Run
 from planner.calibration.run_setup import RunSetup
 from planner.cost.compute.seconds import larger
 from planner.cost.evaluate import CostModel
+from planner.cost.pipeline.makespan_paths import makespan_bound
 from planner.hardware.cluster import ClusterSpec, Device
 from planner.job.engine_settings import Stack
 from planner.model.spec import ModelSpec
 from planner.model.workload import Workload
 from planner.profile.profile import Constant, Profile
-from planner.search.paths import makespan_bound
 from planner.strategy.strategy import Strategy
 
 ProblemKey = tuple[ModelSpec, Workload, ClusterSpec, Stack]

@@ -34,21 +34,13 @@ from planner.hardware.cluster import ClusterSpec
 from planner.hardware.cluster_grammar import parse_cluster
 from planner.job.engine_settings import SCALING
 from planner.job.problem import PlanningProblem
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import ModelSpec
 from planner.model.workload import Precision, Workload
 from planner.profile.profile import Profile
 from planner.strategy.estimate import Rejected
 from planner.strategy.rules import broken_rules
-from planner.strategy.strategy import (
-    Degrees,
-    Recompute,
-    Schedule,
-    Strategy,
-    Zero,
-    even_stages,
-    offloaded,
-    sized_stages,
-)
+from planner.strategy.strategy import Degrees, Schedule, Strategy, Zero, even_stages, offloaded, sized_stages
 
 MAX_ACTIONS = 2_000_000
 """Passes of a step that are replayed at most; tables of real runs stay under a tenth of it."""

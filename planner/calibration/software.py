@@ -13,11 +13,12 @@ from planner.calibration.run import Run, RunRecompute
 from planner.hardware.catalog import architecture_of
 from planner.hardware.cluster import Device
 from planner.job.engine_settings import SCALING, Dispatch, Engine, Selective, Stack
+from planner.model.attention import CpExchange
 from planner.model.saved_tensors import AttentionKernel
 from planner.model.workload import AdapterModules, Adapters, Method, Precision
 from planner.strategy.engines.defaults import USUAL_EXCHANGE
 from planner.strategy.estimate import Rejected
-from planner.strategy.strategy import CpExchange, Offload, Schedule, Zero
+from planner.strategy.strategy import Offload, Schedule, Zero
 
 ENGINES: tuple[tuple[str, Engine], ...] = (
     (r"deepspeed.*megatron|megatron-?deepspeed", Engine.MEGATRON),

@@ -14,10 +14,10 @@ from planner.cost.communication.collectives import NOISY_SPREAD
 from planner.foundation.decode import noun
 from planner.hardware.catalog import load_model, model_index
 from planner.hardware.collective_curves import wire_factor
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, Layer, ModelSpec
 from planner.profile.operator_sample import RateKind, RateSample
 from planner.profile.profile import CommSample, LayerKind, LayerSample, Profile, shape_key
-from planner.strategy.strategy import Recompute
 
 ClassKey = tuple[LayerKind, str]
 

@@ -14,8 +14,9 @@ from typing import Any
 from planner.export.key import Key, read_back, unread
 from planner.export.settings import Recipe, Settings
 from planner.foundation.errors import Problem
+from planner.model.attention import CpExchange
 from planner.model.workload import Precision
-from planner.strategy.strategy import CpExchange, Zero
+from planner.strategy.strategy import Zero
 
 RELEASE = "Accelerate 1.15"
 CONFIG = "accelerate/commands/config/config_args.py"

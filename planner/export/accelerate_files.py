@@ -14,10 +14,11 @@ from planner.export.key import written
 from planner.export.settings import Recipe, Settings, settings_of
 from planner.export.trainer import OPTIMIZERS, trainer_files
 from planner.export.yaml_text import yaml_text
+from planner.model.attention import CpExchange
 from planner.model.workload import Precision
 from planner.strategy.estimate import Rejected
 from planner.strategy.plan import Plan
-from planner.strategy.strategy import CpExchange, Zero
+from planner.strategy.strategy import Zero
 
 SCRIPT = "accelerate.sh"
 YAML = "accelerate.yaml"

@@ -14,8 +14,9 @@ from typing import Any
 from planner.export.key import Key, read_back, unread, whole
 from planner.export.settings import Recipe, Settings
 from planner.foundation.errors import Problem
+from planner.model.attention import CpExchange
 from planner.model.workload import Optimizer, Precision
-from planner.strategy.strategy import CpExchange, Schedule, Zero
+from planner.strategy.strategy import Schedule, Zero
 
 CONFIG = "deepspeed/runtime/config.py"
 ZERO = "deepspeed/runtime/zero/config.py"

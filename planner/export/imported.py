@@ -16,7 +16,7 @@ from planner.foundation.decode import load_json_object, load_toml_object, noun
 from planner.foundation.errors import Problem
 from planner.job.engine_settings import Engine
 from planner.model.spec import ModelSpec
-from planner.search.space import Pins
+from planner.strategy.fix_keys import Pins
 from planner.strategy.strategy import Offload, Zero
 
 

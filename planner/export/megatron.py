@@ -15,8 +15,9 @@ from typing import Any
 from planner.export.key import Key, read_back, unread, whole
 from planner.export.settings import Recipe, Settings
 from planner.foundation.errors import Problem
+from planner.model.attention import CpExchange
 from planner.model.workload import Optimizer, Precision
-from planner.strategy.strategy import CpExchange, Schedule, Zero, even_stages
+from planner.strategy.strategy import Schedule, Zero, even_stages
 
 ARGUMENTS = "megatron/training/arguments.py"
 CONFIG = "megatron/core/transformer/transformer_config.py"

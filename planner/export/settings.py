@@ -10,15 +10,15 @@ from enum import StrEnum
 
 from planner.foundation.decode import noun
 from planner.job.engine_settings import Engine
+from planner.model.attention import CpExchange
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import ModelSpec
 from planner.model.workload import Adapters, Method, Optimizer, Precision, Workload
 from planner.strategy.engines.defaults import usual_exchange
 from planner.strategy.engines.recipes import every_kth, first_of_each, most_on_a_rank
 from planner.strategy.strategy import (
-    CpExchange,
     Degrees,
     OffloadCounts,
-    Recompute,
     RecomputeCounts,
     Schedule,
     Stage,

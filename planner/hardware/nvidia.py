@@ -13,9 +13,27 @@ from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
 
+from planner.foundation.decode import noun
 from planner.foundation.units import GIB, MIB
 from planner.hardware.local_machine import query_driver
-from planner.profile.profile import Clocks
+
+
+@noun
+class Clocks:
+    """How an accelerator ran while it was measured, sampled in between; its settings were left alone.
+
+    Medians, the lowest clock and the highest temperature of the samples in which it was at work. `throttled`
+    is the share of them in which the driver held clocks back, by its reason.
+    """
+
+    sm_hz: float
+    sm_lowest_hz: float
+    memory_hz: float
+    power_w: float
+    temperature_c: float
+    throttled: dict[str, float]
+    samples: int
+
 
 BUSY_BYTES = GIB
 """More memory in use than this is somebody's: a driver alone holds some hundred MiB."""

@@ -11,6 +11,22 @@ from planner.model.saved_tensors import AttentionKernel, Kept
 from planner.model.weight_matrix import Matrix, Split
 
 
+class CpExchange(StrEnum):
+    """How ranks that share out a sequence meet each other's keys and values.
+
+    ring        K and V go round, a hop for each part of the sequence, behind the part's attention
+                (Ring Attention, arXiv 2310.01889; Transformer Engine's p2p, Megatron-LM's default)
+    gather      K and V of the whole sequence are gathered first, their gradients scattered after
+                (Llama 3, arXiv 2407.21783; torch's and so torchtitan's default)
+    all_to_all  ranks trade their part of the sequence for a part of the heads and back
+                (DeepSpeed Ulysses, arXiv 2309.14509)
+    """
+
+    RING = "ring"
+    GATHER = "gather"
+    ALL_TO_ALL = "all_to_all"
+
+
 class Reach(StrEnum):
     """Which keys a query meets: those before it, a window or a chunk of them, some chosen, or all."""
 

@@ -33,3 +33,15 @@ class Kept:
     statistics: float = 0.0
     whole: float = 0.0
     routed: float = 0.0
+
+
+class Recompute(StrEnum):
+    """What a block recomputes in the backward pass instead of keeping it.
+
+    `selective` keeps the results of matrix products and of attention and recomputes the element-wise
+    rest; `full` keeps only the block's input.
+    """
+
+    NONE = "none"
+    SELECTIVE = "selective"
+    FULL = "full"

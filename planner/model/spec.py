@@ -19,10 +19,9 @@ from planner.model.attention import Attention, LatentAttention
 from planner.model.feed_forward import Experts, FeedForward
 from planner.model.heads import Heads
 from planner.model.mixers import Mixer
-from planner.model.saved_tensors import AttentionKernel, Kept
+from planner.model.saved_tensors import AttentionKernel, Kept, Recompute
 from planner.model.traced_layer import TracedLayer
 from planner.model.weight_matrix import Matrix
-from planner.strategy.strategy import Recompute
 
 VOCAB_UNIT = 128
 """Rows to a multiple of which engines pad each rank's part of a vocabulary that does not divide.

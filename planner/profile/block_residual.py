@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from planner.foundation.decode import noun
-from planner.model.saved_tensors import AttentionKernel
+from planner.model.saved_tensors import AttentionKernel, Recompute
 from planner.model.workload import Precision
-from planner.strategy.strategy import Recompute
 
 
 @noun

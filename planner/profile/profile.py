@@ -8,11 +8,13 @@ from pathlib import Path
 
 from planner.foundation.decode import load_json, noun
 from planner.foundation.errors import InputError, Problem
+from planner.hardware.nvidia import Clocks
+from planner.model.attention import CpExchange
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import Layer, ModelSpec
 from planner.model.workload import Precision
 from planner.profile.block_residual import BlockResiduals
 from planner.profile.operator_sample import RateSample
-from planner.strategy.strategy import CpExchange, Recompute
 
 PROFILE_SCHEMA = 1
 
@@ -159,23 +161,6 @@ class FamilyFit:
     cases: int
     taken: int
     error: float | None = None
-
-
-@noun
-class Clocks:
-    """How an accelerator ran while it was measured, sampled in between; its settings were left alone.
-
-    Medians, the lowest clock and the highest temperature of the samples in which it was at work. `throttled`
-    is the share of them in which the driver held clocks back, by its reason.
-    """
-
-    sm_hz: float
-    sm_lowest_hz: float
-    memory_hz: float
-    power_w: float
-    temperature_c: float
-    throttled: dict[str, float]
-    samples: int
 
 
 @noun

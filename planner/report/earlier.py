@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from planner.foundation.errors import InputError
+from planner.foundation.run_files import EARLIER
 from planner.strategy.plan import load_plan
 
-EARLIER = "earlier"
 STEP = re.compile(r"step-(\d+)")
 
 

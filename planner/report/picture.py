@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 
 from planner.foundation.decode import noun
+from planner.model.saved_tensors import Recompute
 from planner.strategy.plan import Plan
-from planner.strategy.strategy import AXES, Recompute
+from planner.strategy.strategy import AXES
 
 MAX_ROWS = 32
 MAX_CHIPS = 384

@@ -9,6 +9,7 @@ from planner.cost.compute.layer_samples import at_usual_speed
 from planner.cost.profile_coverage import ClassKey, SampledClass, sample_text, variant_text, width_text
 from planner.foundation.decode import noun
 from planner.foundation.units import format_bytes, format_seconds
+from planner.model.saved_tensors import Recompute
 from planner.profile.profile import LayerKind, LayerSample, Profile
 from planner.report import curves
 from planner.report.curves import Axis, Curve, Dot, draw_curves, draw_scatter
@@ -17,7 +18,6 @@ from planner.report.profile_lines import ProfileLines
 from planner.report.profile_tables import layer_table
 from planner.report.sections import Figure, LegendItem
 from planner.report.words import Table, percent, signed_percent
-from planner.strategy.strategy import Recompute
 
 LINE_POINTS = 24
 FAR_FLOOR = 3.0

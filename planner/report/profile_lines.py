@@ -12,10 +12,10 @@ from planner.hardware.catalog import device_names, load_device, load_model
 from planner.hardware.cluster import ClusterSpec, Device, DeviceGroup, Link, unknown_device
 from planner.job.engine_settings import Stack
 from planner.job.problem import PlanningProblem
+from planner.model.attention import CpExchange
 from planner.model.spec import ModelSpec
 from planner.model.workload import Precision, Workload
 from planner.profile.profile import CommSample, LayerKind, LayerSample, Profile
-from planner.strategy.strategy import CpExchange
 
 ANY_MODEL = "shardwise-demo"
 """Collectives do not depend on the model of the problem that they are part of."""

@@ -19,12 +19,12 @@ from planner.cost.profile_coverage import (
 )
 from planner.foundation.decode import noun
 from planner.foundation.units import format_bytes, format_seconds, format_si
+from planner.model.saved_tensors import Recompute
 from planner.profile.block_residual import BlockResidual, BlockResiduals
 from planner.profile.operator_sample import RateKind, RateSample
 from planner.profile.profile import CommSample, Constant, LayerSample, Op, Profile
 from planner.report.profile_words import op_title
 from planner.report.words import Table, percent
-from planner.strategy.strategy import Recompute
 
 COPIES = (RateKind.COPY, RateKind.TO_DEVICE, RateKind.TO_HOST)
 OPTIONS = tuple(Recompute)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from planner.cost.memory.memory_timeline import least_pass_bytes, reducing_bytes, stage_pass_bytes
-from planner.strategy.strategy import Recompute, RecomputeCounts, Stage
+from planner.model.saved_tensors import Recompute
+from planner.strategy.strategy import RecomputeCounts, Stage
 
 if TYPE_CHECKING:
     from planner.search.recipes import RecipeBook

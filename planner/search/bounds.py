@@ -46,9 +46,10 @@ from planner.cost.memory.parameter_state import offloaded_states, states_of
 from planner.cost.memory.zero_bubble_memory import most_waits
 from planner.cost.pipeline.stage import ShapeModel
 from planner.job.engine_settings import Engine, Stack
+from planner.model.saved_tensors import Recompute
 from planner.search.even_stages import even_factor
 from planner.strategy.schedule.schedules import fullest
-from planner.strategy.strategy import Degrees, Offload, Recompute, Schedule, Zero
+from planner.strategy.strategy import Degrees, Offload, Schedule, Zero
 
 
 class Counts(NamedTuple):

@@ -12,10 +12,11 @@ from collections.abc import Callable
 
 from planner.cost.compute.kind_layers import Kind, kind_of
 from planner.cost.evaluate import CostModel
+from planner.model.saved_tensors import Recompute
 from planner.profile.profile import LayerKind
 from planner.search.quick_bounds import alone
 from planner.search.space import Space
-from planner.strategy.strategy import Degrees, Recompute
+from planner.strategy.strategy import Degrees
 
 
 def without_dominated(

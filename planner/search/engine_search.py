@@ -20,6 +20,7 @@ from typing import NamedTuple
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.foundation.errors import InfeasibleError
 from planner.job.problem import PlanningProblem
+from planner.model.saved_tensors import Recompute
 from planner.search.alternatives import why_slower
 from planner.search.solve import OPTIMAL_GAP, SolveOptions, make_plan, solve
 from planner.search.verify import verify
@@ -27,7 +28,7 @@ from planner.strategy.engines.recipes import UNIFORM, Family, Stages, recipe_fam
 from planner.strategy.estimate import Verdict
 from planner.strategy.plan import Alternative, Certificate, Plan
 from planner.strategy.rules import broken_rules
-from planner.strategy.strategy import Degrees, Offload, Recompute, Strategy, offloaded
+from planner.strategy.strategy import Degrees, Offload, Strategy, offloaded
 
 LEAST_SHAPES = 8
 """Runners-up that a search is asked for: their shapes are tried with the engine's recipes."""

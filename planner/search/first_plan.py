@@ -35,9 +35,10 @@ from planner.search.bounds import least_state_bytes
 from planner.search.recipes import RecipeBook
 from planner.search.shape_estimates import Outlook, Shapes
 from planner.search.shape_search import Found, ShapeSearch
-from planner.search.space import Pins, Space, space_of
+from planner.search.space import Space, space_of
 from planner.search.stage_space import StageSpace
 from planner.strategy.estimate import Verdict
+from planner.strategy.fix_keys import Pins
 from planner.strategy.strategy import Degrees
 
 if TYPE_CHECKING:

@@ -44,9 +44,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from planner.cost.pipeline.critical_path import CriticalPath
+from planner.cost.pipeline.makespan_paths import Path, first_paths
 from planner.foundation.decode import noun
 from planner.foundation.units import GIB
-from planner.search.paths import Path, first_paths
 from planner.search.quiet import quiet_stdout
 from planner.search.recipes import Column
 from planner.strategy.schedule.in_flight import Flights, InFlight

@@ -40,16 +40,17 @@ from planner.cost.pipeline.stage import ShapeModel
 from planner.foundation.decode import noun
 from planner.foundation.units import MIB
 from planner.job.problem import PlanningProblem
+from planner.model.saved_tensors import Recompute
 from planner.search.bounds import Recomputing, least_state_bytes, live_under
-from planner.search.space import Pins, Space, space_of
+from planner.search.space import Space, space_of
 from planner.strategy.estimate import Coverage, MemoryBreakdown, Rejected
+from planner.strategy.fix_keys import Pins
 from planner.strategy.placement import rank_limits_bytes
 from planner.strategy.rules import broken_rules
 from planner.strategy.schedule.in_flight import InFlight
 from planner.strategy.strategy import (
     Degrees,
     Offload,
-    Recompute,
     Schedule,
     Stage,
     Strategy,

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.compute.passes import Pass
 from planner.cost.pipeline.stage import ShapeModel
+from planner.model.saved_tensors import Recompute
 from planner.search.bounds import split_again_s
-from planner.strategy.strategy import Recompute
 
 if TYPE_CHECKING:
     import numpy as np

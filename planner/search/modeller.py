@@ -13,9 +13,9 @@ from planner.search.recipes import RecipeBook
 from planner.search.rejections import Rejections
 from planner.search.shape_queue import Candidate
 from planner.search.shape_search import ShapeSearch
-from planner.search.space import Pins
 from planner.search.stage_space import StageSpace
 from planner.strategy.estimate import Rejected
+from planner.strategy.fix_keys import Pins
 from planner.strategy.strategy import Degrees
 
 MEMORY = "memory"

@@ -24,7 +24,8 @@ from planner.cost.job_inputs import most_kept
 from planner.hardware.cluster import ClusterSpec
 from planner.job.problem import PlanningProblem
 from planner.search.quick_bounds import space_bounds_s
-from planner.search.space import Pins, space_of
+from planner.search.space import space_of
+from planner.strategy.fix_keys import Pins
 
 EVERY_COUNT = 16
 """Up to this many nodes every number is tried."""

@@ -24,10 +24,11 @@ from planner.cost.compute.kind_layers import Kind, kind_of
 from planner.cost.compute.passes import Pass, stacked
 from planner.cost.evaluate import CostModel
 from planner.foundation.frozen import replaced
+from planner.model.saved_tensors import Recompute
 from planner.search.bounds import schedule_factor
 from planner.search.space import Pipe, Space
 from planner.strategy.placement import is_mixed, rank_groups
-from planner.strategy.strategy import Degrees, Recompute, Zero
+from planner.strategy.strategy import Degrees, Zero
 
 if TYPE_CHECKING:
     import numpy as np

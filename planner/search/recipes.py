@@ -20,12 +20,13 @@ from planner.cost.pipeline.stage import ShapeModel
 from planner.cost.pipeline.stage_cost import StageCost
 from planner.foundation.decode import noun
 from planner.job.engine_settings import Engine
+from planner.model.saved_tensors import Recompute
 from planner.search.block_bytes import BlockBytes, EndBytes
 from planner.search.bounds import split_again_s
 from planner.search.least_passes import LeastPasses, least_passes
 from planner.strategy.schedule.in_flight import InFlight
 from planner.strategy.schedule.table import KINDS
-from planner.strategy.strategy import Offload, Recompute, RecomputeCounts, Schedule, Stage, offloaded
+from planner.strategy.strategy import Offload, RecomputeCounts, Schedule, Stage, offloaded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,7 +62,7 @@ class Column:
         """Its states that exist, and what micro-batches in flight keep
         (planner.cost.memory.peak_memory.held_bytes)."""
         late = 0.0 if flight.begun else self.late_bytes
-        return self.resident_bytes - late + flight.kept_bytes(self.cost)
+        return self.resident_bytes - late + flight.kept_bytes(self.cost.saved_bytes, self.cost.waiting_bytes)
 
     def whole_s(self, schedule: Schedule) -> float:
         """What one micro-batch takes at least under a schedule."""

@@ -28,6 +28,7 @@ from weakref import WeakKeyDictionary
 from planner.cost.evaluate import CostModel
 from planner.cost.pipeline.critical_path import CriticalPath, longest_path
 from planner.cost.pipeline.simulate import PathTimes
+from planner.model.saved_tensors import Recompute
 from planner.search.dominance_proofs import Proof, Proofs, least_sum
 from planner.search.least_passes import option_passes
 from planner.search.linear import LinearProgramme, Solution
@@ -35,7 +36,7 @@ from planner.search.row_paths import RowPaths, row_paths
 from planner.search.sizes import Sizes
 from planner.search.timed import MAX_PLACES, timed
 from planner.strategy.schedule.table import KINDS
-from planner.strategy.strategy import Recompute, Zero
+from planner.strategy.strategy import Zero
 
 if TYPE_CHECKING:
     import numpy as np

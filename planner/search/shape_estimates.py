@@ -30,10 +30,12 @@ from planner.cost.compute.kind_layers import kind_of
 from planner.cost.evaluate import CostModel
 from planner.cost.memory.verdict import safe_tensor_bytes
 from planner.cost.pipeline.stage import ShapeModel
+from planner.model.saved_tensors import Recompute
 from planner.search.bounds import schedule_factor
 from planner.search.quick_bounds import alone
-from planner.search.space import Pins, Pipe, Space
-from planner.strategy.strategy import Degrees, Recompute, Schedule, Zero
+from planner.search.space import Pipe, Space
+from planner.strategy.fix_keys import Pins
+from planner.strategy.strategy import Degrees, Schedule, Zero
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,8 +8,8 @@ step takes at least
 
 besides what its rank gathers before, reduces after and updates at least (planner.search.stage_space), so
 stages that are too large are left out, and those that would leave too much to the others. (*) With i the
-stage that takes longest, the path with both detours (planner.search.paths) has 2 W - sum_{j<i} t_j +
-(m - w_i - 2) t_i, of which the sum is at most i t_i; any other stage takes no longer.
+stage that takes longest, the path with both detours (planner.cost.pipeline.makespan_paths) has
+2 W - sum_{j<i} t_j + (m - w_i - 2) t_i, of which the sum is at most i t_i; any other stage takes no longer.
 """
 
 from __future__ import annotations

@@ -43,11 +43,12 @@ from planner.search.quick_bounds import space_bounds_s
 from planner.search.rejections import Rejections
 from planner.search.shape_queue import Candidate, Frontier
 from planner.search.shape_search import Budget, Found, ShapeResult
-from planner.search.space import Pins, Space, space_of
+from planner.search.space import Space, space_of
 from planner.search.task import Task, TaskKind
 from planner.search.verify import verify
 from planner.search.workers import Crew, processes_for
 from planner.strategy.estimate import Verdict
+from planner.strategy.fix_keys import Pins
 from planner.strategy.placement import is_mixed
 from planner.strategy.plan import Alternative, Certificate, Plan
 from planner.strategy.schedule.schedules import print_table

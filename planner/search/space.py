@@ -24,10 +24,9 @@ from itertools import permutations, product
 
 from planner.foundation.decode import noun
 from planner.foundation.divisors import divisors
-from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import replaced
-from planner.hardware.cluster import ClusterSpec
 from planner.job.problem import PlanningProblem
+from planner.model.attention import CpExchange
 from planner.strategy.engines.engine_rules import (
     candidate_schedules,
     engine_rules,
@@ -35,9 +34,10 @@ from planner.strategy.engines.engine_rules import (
     problem_refused,
 )
 from planner.strategy.estimate import Rejected
+from planner.strategy.fix_keys import MAX_CHUNKS, MAX_MICRO_BATCH, MAX_ORDERED, Pins
 from planner.strategy.offload_rules import offload_possible
 from planner.strategy.parallel_rules import experts_within_replicas
-from planner.strategy.placement import is_mixed, parse_device_order
+from planner.strategy.placement import is_mixed
 from planner.strategy.rules import (
     EXPERT_RULES,
     LAYER_RULES,
@@ -49,130 +49,26 @@ from planner.strategy.rules import (
     world_matches,
     zero_matches_shards,
 )
-from planner.strategy.strategy import (
-    CpExchange,
-    Degrees,
-    Offload,
-    Recompute,
-    Schedule,
-    Strategy,
-    Zero,
-    even_stages,
-    offloaded,
-)
+from planner.strategy.strategy import Degrees, Offload, Schedule, Strategy, Zero, even_stages, offloaded
 
-MAX_MICRO_BATCH = 64
-"""Larger micro-batches than this are not tried: products are at full rate long before, memory is not."""
 MAX_TOKENS = 65536
 """Nor are those with more tokens on a rank, but for single sequences."""
 MAX_ODD = 3
 """Micro-batches are powers of two, or as much as this times one: products of odd sizes fill no tiles."""
-MAX_CHUNKS = 4
-"""More stages a rank than this cost more messages than the bubble that they save."""
+
 USUAL_MICRO_BATCH, USUAL_CHUNKS, USUAL_PIPELINE = 8, 2, 32
 USUAL_TOKENS_OF_RANK = 16384
 USUAL_SPLIT, USUAL_TOKENS = 32768, 8192
 USUAL_EPS = (4, 8, 16, 32, 64)
 USUAL_SCHEDULES = (Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED)
 """What a search among usual choices has: see space_of."""
-MAX_ORDERED = 3
-"""Of more groups of devices than this, only the order of the cluster and its reverse are tried."""
+
 CLOCKED = 64
 """Bases that are made between two looks at the clock."""
 MIN_TOKENS = 2048
 """Tokens of a sequence that context parallelism leaves to a rank at least, unless it is pinned."""
 MIN_SPLIT = 8192
 """Sequences below this are split where that is pinned only: micro-batches get small enough without."""
-
-
-@noun
-class Pins:
-    """Choices that the user fixed; None leaves one open."""
-
-    tp: int | None = None
-    pp: int | None = None
-    chunks: int | None = None
-    schedule: Schedule | None = None
-    dp: int | None = None
-    cp: int | None = None
-    ep: int | None = None
-    zero: int | None = None
-    micro_batch: int | None = None
-    sequence_parallel: bool | None = None
-    recompute: Recompute | None = None
-    cp_exchange: CpExchange | None = None
-    etp: int | None = None
-    offload: Offload | None = None
-    device_order: tuple[int, ...] | None = None
-
-    @property
-    def offloaded(self) -> Offload:
-        """What lies in host memory: nothing, unless it is pinned."""
-        return self.offload or Offload.NONE
-
-    @property
-    def recomputes(self) -> tuple[Recompute, ...]:
-        """The recompute options that a recipe may use."""
-        return tuple(Recompute) if self.recompute is None else (self.recompute,)
-
-
-_BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
-_CHOICES = {
-    "schedule": Schedule,
-    "recompute": Recompute,
-    "cp_exchange": CpExchange,
-    "offload": Offload,
-}
-
-
-def parse_pins(texts: tuple[str, ...], cluster: ClusterSpec | None = None) -> Pins:
-    """Pins from `--fix KEY=VALUE` texts; an order of the cluster's groups may name their devices.
-
-    Raises InputError listing every wrong one.
-    """
-    values: dict[str, object] = {}
-    problems: list[Problem] = []
-    for text in texts:
-        key, separator, value = text.partition("=")
-        try:
-            if not separator:
-                raise ValueError("needs the form KEY=VALUE")
-            if key == "device_order" and cluster is not None:
-                values[key] = parse_device_order(value.strip().lower(), cluster)
-            else:
-                values[key] = _pin(key, value.strip().lower())
-        except InputError as error:
-            problems += error.problems
-        except ValueError as error:
-            problems.append(Problem(where=f"--fix {text}", fault=f"{error}."))
-    if problems:
-        raise InputError(*problems)
-    return Pins(**values)  # type: ignore[arg-type]
-
-
-def _pin(key: str, value: str) -> object:
-    if key in _CHOICES:
-        choice = _CHOICES[key]
-        if value not in list(choice):
-            raise ValueError(f"'{value}' is not one of {', '.join(choice)}")
-        return choice(value)
-    if key == "device_order":
-        places = value.split(",")
-        if not all(place.strip().isdigit() for place in places):
-            raise ValueError(f"'{value}' is no list of groups of the cluster by number, such as 1,0")
-        return tuple(int(place) for place in places)
-    if key == "sequence_parallel":
-        if value not in _BOOLEANS:
-            raise ValueError(f"'{value}' is not true or false")
-        return _BOOLEANS[value]
-    if key not in Pins.__dataclass_fields__:
-        raise ValueError(f"unknown key; known are {', '.join(Pins.__dataclass_fields__)}")
-    low = 0 if key == "zero" else 1
-    if not value.isdigit() or not low <= int(value) <= (3 if key == "zero" else 10**6):
-        raise ValueError(
-            f"'{value}' is not a whole number from {low} up" + (" to 3" if key == "zero" else "")
-        )
-    return int(value)
 
 
 Pipe = tuple[Schedule, int]

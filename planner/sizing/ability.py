@@ -11,8 +11,8 @@ from planner.job.problem import PlanningProblem
 from planner.search.first_plan import Scout, Shared
 from planner.search.least_memory import fitting
 from planner.search.solve import SolveOptions, solve
-from planner.search.space import Pins
 from planner.strategy.estimate import JobFigures
+from planner.strategy.fix_keys import Pins
 from planner.strategy.placement import is_mixed
 from planner.strategy.plan import Plan
 

@@ -29,7 +29,6 @@ from planner.hardware.prices import Market
 from planner.job.objective import Goal
 from planner.profile.profile import Profile
 from planner.search.first_plan import Scout, Shared
-from planner.search.space import Pins
 from planner.sizing.floors import Floors
 from planner.sizing.kinds import Kind, Scouting, most_nodes
 from planner.sizing.ladder import between, ladder
@@ -38,6 +37,7 @@ from planner.sizing.problems import peak_device_s, problem_on, profiles_for
 from planner.sizing.request import SizingRequest
 from planner.sizing.sized import Sized, sized
 from planner.sizing.usual_overheads import usual_upkeep
+from planner.strategy.fix_keys import Pins
 
 Progress = Callable[[int, int], None]
 """Called with the kinds that are done and all of them."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from planner.hardware.cluster_grammar import parse_cluster
 from planner.hardware.prices import Market
 from planner.search.solve import SolveOptions, solve
-from planner.search.space import Pins
 from planner.sizing.option import Option
 from planner.sizing.problems import problem_on, profiles_for
 from planner.sizing.request import SizingRequest
+from planner.strategy.fix_keys import Pins
 from planner.strategy.plan import Plan
 
 TIME_LIMIT_S = 60.0

@@ -5,12 +5,114 @@ from __future__ import annotations
 import dataclasses
 from itertools import permutations
 
+from planner.foundation.decode import noun
 from planner.foundation.divisors import divisors
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.suggest import nearest
+from planner.hardware.cluster import ClusterSpec
 from planner.job.problem import PlanningProblem
-from planner.search.space import MAX_CHUNKS, MAX_MICRO_BATCH, MAX_ORDERED, Pins, parse_pins
-from planner.strategy.strategy import CpExchange, Offload, Recompute, Schedule, Strategy
+from planner.model.attention import CpExchange
+from planner.model.saved_tensors import Recompute
+from planner.strategy.placement import parse_device_order
+from planner.strategy.strategy import Offload, Schedule, Strategy
+
+MAX_MICRO_BATCH = 64
+"""Larger micro-batches than this are not tried: products are at full rate long before, memory is not."""
+MAX_CHUNKS = 4
+"""More stages a rank than this cost more messages than the bubble that they save."""
+MAX_ORDERED = 3
+"""Of more groups of devices than this, only the order of the cluster and its reverse are tried."""
+
+
+@noun
+class Pins:
+    """Choices that the user fixed; None leaves one open."""
+
+    tp: int | None = None
+    pp: int | None = None
+    chunks: int | None = None
+    schedule: Schedule | None = None
+    dp: int | None = None
+    cp: int | None = None
+    ep: int | None = None
+    zero: int | None = None
+    micro_batch: int | None = None
+    sequence_parallel: bool | None = None
+    recompute: Recompute | None = None
+    cp_exchange: CpExchange | None = None
+    etp: int | None = None
+    offload: Offload | None = None
+    device_order: tuple[int, ...] | None = None
+
+    @property
+    def offloaded(self) -> Offload:
+        """What lies in host memory: nothing, unless it is pinned."""
+        return self.offload or Offload.NONE
+
+    @property
+    def recomputes(self) -> tuple[Recompute, ...]:
+        """The recompute options that a recipe may use."""
+        return tuple(Recompute) if self.recompute is None else (self.recompute,)
+
+
+_BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
+_CHOICES = {
+    "schedule": Schedule,
+    "recompute": Recompute,
+    "cp_exchange": CpExchange,
+    "offload": Offload,
+}
+
+
+def parse_pins(texts: tuple[str, ...], cluster: ClusterSpec | None = None) -> Pins:
+    """Pins from `--fix KEY=VALUE` texts; an order of the cluster's groups may name their devices.
+
+    Raises InputError listing every wrong one.
+    """
+    values: dict[str, object] = {}
+    problems: list[Problem] = []
+    for text in texts:
+        key, separator, value = text.partition("=")
+        try:
+            if not separator:
+                raise ValueError("needs the form KEY=VALUE")
+            if key == "device_order" and cluster is not None:
+                values[key] = parse_device_order(value.strip().lower(), cluster)
+            else:
+                values[key] = _pin(key, value.strip().lower())
+        except InputError as error:
+            problems += error.problems
+        except ValueError as error:
+            problems.append(Problem(where=f"--fix {text}", fault=f"{error}."))
+    if problems:
+        raise InputError(*problems)
+    return Pins(**values)  # type: ignore[arg-type]
+
+
+def _pin(key: str, value: str) -> object:
+    if key in _CHOICES:
+        choice = _CHOICES[key]
+        if value not in list(choice):
+            raise ValueError(f"'{value}' is not one of {', '.join(choice)}")
+        return choice(value)
+    if key == "device_order":
+        places = value.split(",")
+        if not all(place.strip().isdigit() for place in places):
+            raise ValueError(f"'{value}' is no list of groups of the cluster by number, such as 1,0")
+        return tuple(int(place) for place in places)
+    if key == "sequence_parallel":
+        if value not in _BOOLEANS:
+            raise ValueError(f"'{value}' is not true or false")
+        return _BOOLEANS[value]
+    if key not in Pins.__dataclass_fields__:
+        raise ValueError(f"unknown key; known are {', '.join(Pins.__dataclass_fields__)}")
+    low = 0 if key == "zero" else 1
+    if not value.isdigit() or not low <= int(value) <= (3 if key == "zero" else 10**6):
+        raise ValueError(
+            f"'{value}' is not a whole number from {low} up" + (" to 3" if key == "zero" else "")
+        )
+    return int(value)
+
 
 Choice = int | bool | str | None
 """The value of a key; None where a strategy mixes several, or keeps the order of a cluster's groups."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from planner.foundation.divisors import divisors, legal_values
 from planner.job.problem import PlanningProblem
-from planner.model.attention import Attention, LatentAttention
+from planner.model.attention import Attention, CpExchange, LatentAttention
 from planner.model.traced_layer import TracedLayer
 from planner.strategy.estimate import Rejected
-from planner.strategy.strategy import CpExchange, Degrees
+from planner.strategy.strategy import Degrees
 
 
 def context_divides(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:

@@ -19,6 +19,7 @@ from planner.job.engine_settings import Engine, own_stack
 from planner.job.limits import Limits
 from planner.job.objective import Objective
 from planner.job.problem import PlanningProblem
+from planner.model.attention import CpExchange
 from planner.model.spec import ModelSpec
 from planner.model.workload import Workload
 from planner.profile.choose import ProfileUse
@@ -31,7 +32,7 @@ from planner.strategy.estimate import (
     Verdict,
 )
 from planner.strategy.rehearsal import Rehearsal
-from planner.strategy.strategy import CpExchange, Degrees, OffloadCounts, RecomputeCounts, Stage, Strategy
+from planner.strategy.strategy import Degrees, OffloadCounts, RecomputeCounts, Stage, Strategy
 
 PLAN_SCHEMA = 1
 
@@ -368,3 +369,13 @@ def save_plan(plan: Plan, path: Path) -> None:
 def load_plan(path: Path) -> Plan:
     """The plan in a file."""
     return decode_plan(load_json_object(path), source=str(path))
+
+
+def predicted_memory_by_rank(plan: Plan) -> tuple[int, ...]:
+    """Predicted peak bytes of every rank: weights and activations of all stages that it holds."""
+    degrees = plan.strategy.degrees
+    peaks = [0] * degrees.world
+    for stage, estimate in enumerate(plan.stage_estimates):
+        for rank in degrees.ranks_of_pp_rank(degrees.pp_rank_of_stage(stage)):
+            peaks[rank] += estimate.memory.total_bytes
+    return tuple(peaks)

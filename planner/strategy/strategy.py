@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from enum import IntEnum, StrEnum
 
 from planner.foundation.decode import noun
+from planner.model.attention import CpExchange
+from planner.model.saved_tensors import Recompute
 
 
 class Schedule(StrEnum):
@@ -48,34 +50,6 @@ class Zero(IntEnum):
     OPTIMIZER = 1
     GRADIENTS = 2
     PARAMETERS = 3
-
-
-class Recompute(StrEnum):
-    """What a block recomputes in the backward pass instead of keeping it.
-
-    `selective` keeps the results of matrix products and of attention and recomputes the element-wise
-    rest; `full` keeps only the block's input.
-    """
-
-    NONE = "none"
-    SELECTIVE = "selective"
-    FULL = "full"
-
-
-class CpExchange(StrEnum):
-    """How ranks that share out a sequence meet each other's keys and values.
-
-    ring        K and V go round, a hop for each part of the sequence, behind the part's attention
-                (Ring Attention, arXiv 2310.01889; Transformer Engine's p2p, Megatron-LM's default)
-    gather      K and V of the whole sequence are gathered first, their gradients scattered after
-                (Llama 3, arXiv 2407.21783; torch's and so torchtitan's default)
-    all_to_all  ranks trade their part of the sequence for a part of the heads and back
-                (DeepSpeed Ulysses, arXiv 2309.14509)
-    """
-
-    RING = "ring"
-    GATHER = "gather"
-    ALL_TO_ALL = "all_to_all"
 
 
 class Offload(StrEnum):

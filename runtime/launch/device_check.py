@@ -9,8 +9,7 @@ from planner.foundation.units import format_bytes
 from planner.hardware.catalog import device_reported_as
 from planner.hardware.local_machine import accelerators, cpu_title, physical_memory_bytes
 from planner.profile.choose import release
-from planner.strategy.plan import Plan
-from runtime.train.summary import predicted_memory_by_rank
+from planner.strategy.plan import Plan, predicted_memory_by_rank
 
 ANYWAY = "run it anyway with --any-device; what was predicted will not hold"
 

@@ -28,11 +28,11 @@ from planner.foundation.errors import InputError, Problem
 from planner.model.lora import adapts
 from planner.model.workload import Adapters, Workload
 from runtime.model.block import Block
+from runtime.model.held_weights import Weight, local_part, split_dim
 from runtime.model.huggingface.names import PROJECTIONS
 from runtime.model.initial import drawn
 from runtime.model.mlp import Mlp
 from runtime.model.precision import compute_dtype
-from runtime.parallel.held_weights import Weight, local_part, split_dim
 
 A, B = "lora_a", "lora_b"
 

@@ -7,7 +7,7 @@ a Llama model; `runtime.model.huggingface` knows what other families call them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,6 @@ from runtime.model.head import Head
 from runtime.model.initial import canonical_name, materialize
 from runtime.model.norms import make_norm
 from runtime.model.rotary import Rotary
-
-if TYPE_CHECKING:
-    from runtime.parallel.activation_offload import ActivationOffload
 
 
 class Transformer(nn.Module):
@@ -48,7 +45,7 @@ class Transformer(nn.Module):
         learned = spec.learned_positions if with_embedding else 0
         self.tied = spec.tied_embeddings and with_embedding and with_head
         self.position_ids: Tensor | None = None
-        self.offload: ActivationOffload | None = None
+        self.offload: Any = None  # an ActivationOffload (runtime.parallel) where activations are offloaded
         self.tok_embeddings = nn.Embedding(vocab, hidden) if with_embedding else None
         self.positions = nn.Embedding(learned, hidden) if learned else None
         self.rotary = _rotary(spec, seq) if spec.learned_positions == 0 else None

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from planner.strategy.strategy import Stage
-from runtime.parallel.held_weights import as_dtensor, local_part
+from runtime.model.held_weights import as_dtensor, local_part
 
 Key = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
 

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from planner.strategy.strategy import CpExchange, Degrees
+from planner.model.attention import CpExchange
+from planner.strategy.strategy import Degrees
 from runtime.model.attention_core import Core
 from runtime.model.block import Block
 from runtime.model.rotary import Rotary

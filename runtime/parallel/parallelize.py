@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from planner.model.saved_tensors import Recompute
 from planner.strategy.plan import Plan
 from planner.strategy.schedule.schedules import ActionKind
-from planner.strategy.strategy import Recompute, Stage
+from planner.strategy.strategy import Stage
 from runtime.model.fp8 import apply_fp8
 from runtime.model.lora import apply_lora
 from runtime.model.transformer import Transformer, build_transformer

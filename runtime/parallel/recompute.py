@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from planner.strategy.strategy import Recompute
+from planner.model.saved_tensors import Recompute
 from runtime.parallel.context_attention import ATTENTION_OPERATORS
 
 WRAPPER_PREFIX = "_checkpoint_wrapped_module."

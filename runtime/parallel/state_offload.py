@@ -21,58 +21,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from planner.strategy.strategy import Stage
+from runtime.model.held_weights import HostWeight, local_part
 from runtime.model.transformer import Transformer
 from runtime.parallel.data import unit_groups
-from runtime.parallel.held_weights import local_part
 from runtime.parallel.recompute import WRAPPER_PREFIX
-
-
-class HostWeight:
-    """The master of one parameter's shard in host memory, and the way of its gradients down to it."""
-
-    def __init__(self, parameter: nn.Parameter, master: Tensor) -> None:
-        self.parameter, self.master = parameter, nn.Parameter(master)
-        local = local_part(parameter.detach())
-        self._staged = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
-        self._arriving: torch.cuda.Event | None = None
-        self._sum: Tensor | None = None
-        self._holds_gradient = False
-
-    def receive(self, gradient: Tensor) -> None:
-        """Starts the copy of a gradient, laid out as the parameter is; it may be freed at once."""
-        self._add_staged()
-        self._staged.copy_(local_part(gradient.detach()), non_blocking=True)
-        self._arriving = torch.cuda.current_stream().record_event() if gradient.is_cuda else None
-        self._holds_gradient = True
-
-    def receive_and_free(self, parameter: Tensor) -> None:
-        """As a hook that FSDP calls with a parameter whose gradient it has just reduced."""
-        assert parameter.grad is not None
-        self.receive(parameter.grad)
-        parameter.grad = None
-
-    def take_gradient(self) -> Tensor:
-        """The sum of what came since the last call, in fp32; zeros if nothing did."""
-        self._add_staged()
-        gradient, self._sum = self._sum, None
-        return torch.zeros_like(self.master.detach()) if gradient is None else gradient
-
-    def send_up(self) -> None:
-        """Copies the master into the parameter, behind what the device does now."""
-        with torch.no_grad():
-            self._staged.copy_(self.master)
-            local_part(self.parameter.detach()).copy_(self._staged, non_blocking=True)
-
-    def _add_staged(self) -> None:
-        if not self._holds_gradient:
-            return
-        if self._arriving is not None:
-            self._arriving.synchronize()
-        if self._sum is None:
-            self._sum = self._staged.to(torch.float32, copy=True)
-        else:
-            self._sum.add_(self._staged)
-        self._holds_gradient = False
 
 
 def apply_state_offload(

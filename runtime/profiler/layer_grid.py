@@ -13,13 +13,14 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 
+from planner.model.attention import CpExchange
 from planner.model.feed_forward import Experts
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, ModelSpec
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind
 from planner.strategy.engines.runtime_support import context_not_executed
 from planner.strategy.parallel_rules import SPREAD_RULES
-from planner.strategy.strategy import CpExchange, Recompute
 from runtime.profiler.measure_layers import LayerCase, divides
 from runtime.profiler.timed_plans import bench_plan
 

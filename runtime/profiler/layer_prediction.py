@@ -21,10 +21,10 @@ from planner.cost.compute.time_constants import physics_of
 from planner.hardware.cluster import Device
 from planner.job.engine_settings import Stack
 from planner.job.problem import PlanningProblem
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import ModelSpec
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind, LayerSample, shape_key
-from planner.strategy.strategy import Recompute
 from runtime.profiler.measure_layers import LayerCase
 from runtime.profiler.timed_plans import bench_plan
 

@@ -20,11 +20,11 @@ from planner.model.spec import ModelSpec
 from planner.model.workload import Optimizer, Precision
 from planner.profile.profile import Constant
 from planner.strategy.strategy import Degrees, Schedule, Zero
+from runtime.model.held_weights import Weight
 from runtime.model.initial import materialize
 from runtime.model.transformer import Transformer, build_transformer
 from runtime.parallel.data import apply_data_parallel, set_unit, units_of
 from runtime.parallel.fake_world import fake_world
-from runtime.parallel.held_weights import Weight
 from runtime.parallel.meshes import Meshes
 from runtime.parallel.pipeline import Pipeline, Record, StageModule
 from runtime.parallel.tensor import apply_tensor_parallel

@@ -29,11 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from planner.foundation.decode import encode, noun
+from planner.model.attention import CpExchange
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import ModelSpec
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind, LayerSample, shape_key
 from planner.strategy.engines.runtime_support import vocabulary_not_executed
-from planner.strategy.strategy import CpExchange, Degrees, Recompute
+from planner.strategy.strategy import Degrees
 from runtime.check.measured_memory import storage_bytes, trace_phases
 from runtime.model.fp8 import apply_fp8
 from runtime.model.initial import materialize

@@ -23,11 +23,11 @@ from planner.profile.operator_sample import RateKind
 from runtime.model.attention_core import Core
 from runtime.model.experts import MixtureOfExperts, grouped_products
 from runtime.model.fp8 import scaled_product
+from runtime.model.held_weights import Weight
 from runtime.model.loss import cross_entropy
 from runtime.model.mlp import activate
 from runtime.model.norms import make_norm
 from runtime.model.rotary import Rotary, rotate
-from runtime.parallel.held_weights import Weight
 from runtime.profiler.measure_layers import DTYPES
 from runtime.train.optimizer import OptimizerOptions, build_optimizer, clip, weighted_square_sum
 

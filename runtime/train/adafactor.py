@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.parallel.held_weights import Weight, sum_over
+from runtime.model.held_weights import Weight, sum_over
 
 DECAY = -0.8
 LEAST_SCALE = 1e-3

@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 
 from planner.foundation.decode import encode
+from planner.foundation.run_files import CHECKPOINTS
 from planner.strategy.plan import Plan
 from runtime.checkpoint.adapter_files import AdapterFolder, say_export
-from runtime.checkpoint.huggingface.folder import load_into
 from runtime.checkpoint.identity import plan_facts
 from runtime.checkpoint.saver import Saver
 from runtime.launch.local_ranks import RunFailedError, Send
@@ -36,9 +36,9 @@ from runtime.train.metrics import MetricsLog, Probes, StepMetrics, mfu
 from runtime.train.optimizer import OptimizerOptions, learning_rate
 from runtime.train.options import TrainOptions, resolve
 from runtime.train.recording import Recorder
-from runtime.train.run_folder import CHECKPOINTS
 from runtime.train.session import (
     Setup,
+    load_into,
     load_resumed,
     open_run_data,
     restore,

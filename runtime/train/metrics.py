@@ -12,8 +12,8 @@ from typing import Any, TextIO
 
 from planner.foundation.decode import encode, noun, write_atomic
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.run_files import METRICS, TIMELINE
 from planner.strategy.plan import Plan
-from runtime.train.run_folder import METRICS, TIMELINE
 from runtime.train.step_breakdown import StepCauses
 
 

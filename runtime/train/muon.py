@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from runtime.parallel.held_weights import Weight, like
+from runtime.model.held_weights import Weight, like
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic a x + b x^3 + c x^5, steep at 0 and near 1 around 1 (Jordan 2024)."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from planner.foundation.decode import noun
 from planner.model.workload import Optimizer, Precision
-from runtime.parallel.held_weights import Weight
-from runtime.parallel.state_offload import HostWeight, block_of, send_up
+from runtime.model.held_weights import HostWeight, Weight
+from runtime.parallel.state_offload import block_of, send_up
 from runtime.train.adafactor import Adafactor
 from runtime.train.muon import Muon
 

@@ -1,29 +1,12 @@
-"""The files of a run's folder that say what runs there, and those of the plans before.
-
-plan.json                    the plan of the latest launch
-options.json                 what that launch was told beside it
-checkpoints/                 runtime.checkpoint.store
-metrics.jsonl                every step, of all plans (runtime.train.metrics)
-summary.json, timeline.json  of the latest launch
-earlier/step-00000120/       plan.json, summary.json and timeline.json of the plan that ran up to step 120
-"""
+"""Keeps the plan of a run in its folder, and those of earlier launches beside it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from planner.report.earlier import EARLIER
+from planner.foundation.run_files import EARLIER, PLAN, SUMMARY, TIMELINE
 from planner.strategy.plan import Plan, load_plan, save_plan
 from runtime.checkpoint.store import step_folder
-
-CHECKPOINTS, LOCK = "checkpoints", ".lock"
-PLAN, OPTIONS, METRICS, SUMMARY, TIMELINE = (
-    "plan.json",
-    "options.json",
-    "metrics.jsonl",
-    "summary.json",
-    "timeline.json",
-)
 
 
 def keep_plan(plan: Plan, run_dir: Path, step: int) -> None:

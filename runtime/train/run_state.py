@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from planner.foundation.decode import load_json, load_json_object
+from planner.foundation.run_files import CHECKPOINTS, LOCK, OPTIONS
 from planner.strategy.plan import Plan
 from runtime.checkpoint.identity import check_same_run, plan_facts
 from runtime.checkpoint.store import COMMIT, Commit, Value, find_checkpoint, load_index
-from runtime.train.run_folder import CHECKPOINTS, LOCK, OPTIONS
 
 
 @dataclass(frozen=True, slots=True)

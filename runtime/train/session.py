@@ -13,6 +13,7 @@ import torch
 
 from planner.foundation.decode import encode, load_json, to_json, write_atomic
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.run_files import CHECKPOINTS, LOCK, OPTIONS
 from planner.strategy.plan import Plan
 from runtime.checkpoint.adapter_files import AdapterFolder
 from runtime.checkpoint.checkpoint import load_checkpoint
@@ -29,6 +30,7 @@ from runtime.checkpoint.store import (
 )
 from runtime.launch.device_check import foreign_cpu, foreign_torch
 from runtime.launch.exchange import own_rank
+from runtime.model.huggingface.read import WeightFolder
 from runtime.train.data.index import DataIndex, open_data
 from runtime.train.data.order import shares
 from runtime.train.data.prepare import data_weights, prepare_data
@@ -36,7 +38,7 @@ from runtime.train.executor import Executor
 from runtime.train.metrics import prepare_run_dir
 from runtime.train.optimizer import OptimizerOptions
 from runtime.train.options import TrainOptions, check_options
-from runtime.train.run_folder import CHECKPOINTS, LOCK, OPTIONS, keep_plan
+from runtime.train.run_folder import keep_plan
 from runtime.train.trackers import check_trackers
 from runtime.train.transformers_backend import check_backend
 
@@ -240,3 +242,13 @@ def load_resumed(setup: Setup) -> tuple[Path, CheckpointIndex] | None:
         return None
     path = Path(setup.checkpoint)
     return path, load_index(path)
+
+
+def load_into(executor: Executor, folder: Path) -> None:
+    """Fills the weights of this rank from the folder; optimizer and step stay at the beginning."""
+    source = WeightFolder(folder, executor.plan.model)
+    known = {mapped.name for mapped in source.map.parameters}
+    for name, tensor in executor.weight_tensors():
+        if name in known:
+            source.fill(name, tensor)
+    executor.weights_filled()

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from planner.foundation.decode import noun, to_json, write_atomic
-from planner.strategy.plan import Plan
+from planner.foundation.run_files import SUMMARY
+from planner.strategy.plan import Plan, predicted_memory_by_rank
 from planner.strategy.plan_cost import added_usd, predicted_usd, usd_of
 from runtime.train.metrics import NOTHING_BEFORE, Earlier, StepMetrics, mfu
-from runtime.train.run_folder import SUMMARY
 from runtime.train.step_breakdown import StepCauses, predicted_causes
 
 SUMMARY_SCHEMA = 1
@@ -165,16 +165,6 @@ def _finite(value: float) -> float | None:
 def _error(predicted: float, measured: float | None) -> float | None:
     """(predicted - measured) / measured; None where either is unknown."""
     return (predicted - measured) / measured if measured and predicted else None
-
-
-def predicted_memory_by_rank(plan: Plan) -> tuple[int, ...]:
-    """Predicted peak bytes of every rank: weights and activations of all stages that it holds."""
-    degrees = plan.strategy.degrees
-    peaks = [0] * degrees.world
-    for stage, estimate in enumerate(plan.stage_estimates):
-        for rank in degrees.ranks_of_pp_rank(degrees.pp_rank_of_stage(stage)):
-            peaks[rank] += estimate.memory.total_bytes
-    return tuple(peaks)
 
 
 def quartile_spread(values: Sequence[float]) -> float | None:

@@ -17,23 +17,17 @@ from planner.cost.pipeline.stage_cost import StageCost
 from planner.foundation.divisors import divisors
 from planner.foundation.errors import InfeasibleError
 from planner.job.problem import PlanningProblem
+from planner.model.attention import CpExchange
+from planner.model.saved_tensors import Recompute
 from planner.search.bounds import BaseBound, memory_bound_bytes
 from planner.search.solve import SolveOptions, solve
-from planner.search.space import MAX_CHUNKS, MIN_SPLIT, MIN_TOKENS, Pins
+from planner.search.space import MIN_SPLIT, MIN_TOKENS
 from planner.strategy.estimate import Verdict
+from planner.strategy.fix_keys import MAX_CHUNKS, Pins
 from planner.strategy.placement import is_mixed
 from planner.strategy.rules import broken_rule
 from planner.strategy.schedule.schedules import build_table
-from planner.strategy.strategy import (
-    CpExchange,
-    Degrees,
-    Recompute,
-    RecomputeCounts,
-    Schedule,
-    Stage,
-    Strategy,
-    Zero,
-)
+from planner.strategy.strategy import Degrees, RecomputeCounts, Schedule, Stage, Strategy, Zero
 
 from . import instances
 

@@ -10,7 +10,7 @@ from planner.commands.shared.problem import read_problem
 from planner.job.problem import PlanningProblem
 from planner.search.engine_search import solve_for_engine
 from planner.search.solve import SolveOptions
-from planner.search.space import parse_pins
+from planner.strategy.fix_keys import parse_pins
 from planner.strategy.plan import Plan
 
 GAP = 0.01

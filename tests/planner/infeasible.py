@@ -16,8 +16,9 @@ from planner.job.problem import PlanningProblem
 from planner.model.workload import AdapterModules, Adapters, Method, Optimizer, Precision
 from planner.search.least_memory import survey
 from planner.search.solve import SolveOptions, solve
-from planner.search.space import Pins, parse_pins, shapes
+from planner.search.space import shapes
 from planner.strategy.estimate import Verdict
+from planner.strategy.fix_keys import Pins, parse_pins
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import Degrees
 

@@ -18,11 +18,11 @@ from planner.model.attention import Attention, LatentAttention, Reach, Span
 from planner.model.feed_forward import Activation, Experts, Mlp
 from planner.model.mixers import Mixer
 from planner.model.recurrent import DeltaNet, StateSpace
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, ModelSpec, Norm, Segment
 from planner.model.workload import Precision, Workload
 from planner.profile.block_residual import BlockResidual, BlockResiduals
 from planner.profile.profile import PROFILE_SCHEMA, LayerKind, Profile
-from planner.strategy.strategy import Recompute
 
 
 def cost(forward_s: float, backward_s: float, fixed_s: float = 0.0) -> StageCost:

@@ -11,8 +11,9 @@ from planner.cost.pipeline.simulate import kind_passes
 from planner.job.problem import PlanningProblem
 from planner.search.recipes import Column
 from planner.search.solve import Solver
-from planner.search.space import parse_pins, shapes
+from planner.search.space import shapes
 from planner.search.stage_space import StageSpace
+from planner.strategy.fix_keys import parse_pins
 from planner.strategy.strategy import Degrees, Stage
 
 from .brute_force import EXACT, mixes_of

@@ -13,7 +13,7 @@ from planner.job.problem import PlanningProblem
 from planner.model.workload import Precision, Workload
 from planner.profile.profile import load_profile
 from planner.search.solve import make_plan
-from planner.search.space import parse_pins
+from planner.strategy.fix_keys import parse_pins
 from planner.strategy.plan import Plan
 from planner.strategy.rehearsal import RankRehearsal, Rehearsal, RehearsalMode, RehearsedPass, RehearsedPlan
 from planner.strategy.rules import broken_rules

@@ -21,11 +21,12 @@ from planner.hardware.cluster_grammar import parse_cluster
 from planner.job.problem import PlanningProblem
 from planner.model.attention import Attention
 from planner.model.feed_forward import Activation, Mlp
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, ModelSpec, Norm
 from planner.model.workload import Precision, Workload
 from planner.profile.profile import CommSample, LayerKind, LayerSample, Op
 from planner.strategy.estimate import Estimate
-from planner.strategy.strategy import Degrees, Recompute, Strategy, Zero, even_stages
+from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 
 from . import instances
 

@@ -14,13 +14,14 @@ from planner.cost.compute.layer_cost import LayerModel
 from planner.cost.compute.time_constants import PRIORS, physics_of
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.job.problem import PlanningProblem
-from planner.model.attention import Attention, Reach, Span
+from planner.model.attention import Attention, CpExchange, Reach, Span
 from planner.model.recurrent import StateSpace
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, ModelSpec
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind, Op
 from planner.strategy.rules import broken_rules
-from planner.strategy.strategy import CpExchange, Degrees, Recompute, Strategy, Zero, even_stages
+from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 
 from . import instances
 

@@ -11,14 +11,16 @@ from planner.hardware.catalog import load_model
 from planner.job.problem import PlanningProblem
 from planner.model.attention import Attention
 from planner.model.lora import layer_adapter_params
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, ModelSpec
 from planner.model.workload import AdapterModules, Adapters
 from planner.search.bounds import memory_bound_bytes, step_bound_s
 from planner.search.least_memory import survey
 from planner.search.solve import solve
-from planner.search.space import Pins, parse_pins, shapes
+from planner.search.space import shapes
+from planner.strategy.fix_keys import Pins, parse_pins
 from planner.strategy.rules import broken_rules
-from planner.strategy.strategy import Degrees, Recompute, Strategy, Zero, even_stages
+from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 
 from . import instances
 from .brute_force import EXACT, brute_force

@@ -11,9 +11,9 @@ from planner.foundation.decode import to_json
 from planner.search import solve as solving
 from planner.search.shape_search import Budget, Found, ShapeResult
 from planner.search.solve import SolveOptions
-from planner.search.space import Pins
 from planner.search.task import Task, TaskKind
 from planner.search.workers import AHEAD, Crew, processes_for
+from planner.strategy.fix_keys import Pins
 from planner.strategy.strategy import Degrees, RecomputeCounts, Schedule, Stage, Strategy
 
 from .catalog_problems import problem

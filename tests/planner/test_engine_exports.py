@@ -20,8 +20,7 @@ from planner.model.spec import ModelSpec, Norm
 from planner.model.workload import AdapterModules, Adapters, Method, Optimizer, Precision
 from planner.search.solve import SolveOptions
 from planner.search.solve_for import solve_for
-from planner.search.space import Pins, parse_pins
-from planner.strategy.fix_keys import keeps
+from planner.strategy.fix_keys import Pins, keeps, parse_pins
 from planner.strategy.plan import Plan
 from tests.plans import tiny_gpt2, tiny_mixtral, tiny_mla
 

@@ -14,11 +14,12 @@ from planner.job.engine_settings import Engine
 from planner.job.problem import PlanningProblem
 from planner.model.spec import Norm
 from planner.model.workload import Optimizer, Precision
-from planner.search.space import Pins, shapes
+from planner.search.space import shapes
 from planner.strategy.engines.engine_rules import (
     ENGINE_PROBLEM_RULES,
     problem_refused,
 )
+from planner.strategy.fix_keys import Pins
 from planner.strategy.rules import broken_rule, broken_rules
 from planner.strategy.strategy import (
     Strategy,

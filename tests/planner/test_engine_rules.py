@@ -10,22 +10,18 @@ import pytest
 from planner.job.engine_settings import Engine
 from planner.job.limits import Limits
 from planner.job.problem import PlanningProblem
+from planner.model.attention import CpExchange
 from planner.model.workload import Optimizer, Precision
-from planner.search.space import Pins, parse_pins, shapes
+from planner.search.space import shapes
 from planner.strategy.engines.engine_rules import (
     ENGINE_RULES,
     ENGINE_SCHEDULES,
     EngineRule,
     candidate_schedules,
 )
+from planner.strategy.fix_keys import Pins, parse_pins
 from planner.strategy.rules import broken_rule, broken_rules
-from planner.strategy.strategy import (
-    CpExchange,
-    Degrees,
-    Schedule,
-    Strategy,
-    Zero,
-)
+from planner.strategy.strategy import Degrees, Schedule, Strategy, Zero
 
 from . import instances
 from .engine_cases import (

@@ -20,16 +20,17 @@ from planner.job.engine_settings import Engine, Stack, own_stack
 from planner.job.limits import Limits
 from planner.job.objective import Goal
 from planner.job.problem import PlanningProblem
+from planner.model.saved_tensors import Recompute
 from planner.model.workload import Precision
 from planner.profile.profile import PROFILE_SCHEMA, Constant, LayerKind, LayerSample, Profile
 from planner.search.engine_search import solve_for_engine
 from planner.search.solve import SolveOptions, solve
 from planner.search.solve_for import solve_for
-from planner.search.space import parse_pins
 from planner.strategy.estimate import Verdict
+from planner.strategy.fix_keys import parse_pins
 from planner.strategy.plan import decode_plan, encode_plan
 from planner.strategy.rules import broken_rules
-from planner.strategy.strategy import Offload, Recompute, Strategy
+from planner.strategy.strategy import Offload, Strategy
 
 from . import instances
 from .brute_force import EXACT, all_stages, legal_degrees

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 
 from planner.job.engine_settings import Engine
+from planner.model.saved_tensors import Recompute
 from planner.model.workload import Optimizer
 from planner.strategy.engines.engine_rules import (
     ENGINE_STRATEGY_RULES,
@@ -18,7 +19,6 @@ from planner.strategy.strategy import (
     Degrees,
     Offload,
     OffloadCounts,
-    Recompute,
     Schedule,
     Stage,
     Strategy,

@@ -16,10 +16,10 @@ from planner.cost.pipeline.stage import ShapeModel
 from planner.hardware.cluster_grammar import parse_cluster
 from planner.job.engine_settings import NATIVE, Engine, Stack
 from planner.job.problem import PlanningProblem
-from planner.model.saved_tensors import AttentionKernel
+from planner.model.saved_tensors import AttentionKernel, Recompute
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind, Op
-from planner.strategy.strategy import Degrees, Recompute, Schedule, Zero
+from planner.strategy.strategy import Degrees, Schedule, Zero
 
 from . import instances
 

@@ -16,10 +16,11 @@ from planner.cost.evaluate import CostModel, Evaluation
 from planner.job.engine_settings import Dispatch, Engine, Stack
 from planner.job.problem import PlanningProblem
 from planner.model.feed_forward import Activation, Experts, Mlp
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, ModelSpec
 from planner.search.bounds import memory_bound_bytes
 from planner.strategy.rules import broken_rules
-from planner.strategy.strategy import Degrees, Recompute, Strategy, Zero, even_stages
+from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 
 from . import instances
 

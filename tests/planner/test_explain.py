@@ -19,9 +19,18 @@ from planner.foundation.units import GIB, MIB
 from planner.hardware.cluster_grammar import parse_cluster
 from planner.job.problem import PlanningProblem
 from planner.search.solve import SolveOptions, solve
-from planner.search.space import Pins, parse_pins
 from planner.strategy.estimate import TIME_CAUSES, Verdict
-from planner.strategy.fix_keys import KEYS, chosen, keeps, nearest_first, parse_choice, text, values_of
+from planner.strategy.fix_keys import (
+    KEYS,
+    Pins,
+    chosen,
+    keeps,
+    nearest_first,
+    parse_choice,
+    parse_pins,
+    text,
+    values_of,
+)
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 

@@ -7,7 +7,7 @@ import pytest
 from planner.search.first_shapes import EACH, LOOKED_AT, first_shapes
 from planner.search.quick_bounds import space_bounds_s
 from planner.search.solve import SolveOptions, Solver
-from planner.search.space import parse_pins
+from planner.strategy.fix_keys import parse_pins
 
 from .catalog_problems import problem
 

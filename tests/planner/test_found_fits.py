@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from planner.search.solve import SolveOptions, Solver
-from planner.search.space import parse_pins
 from planner.strategy.estimate import Verdict
+from planner.strategy.fix_keys import parse_pins
 from planner.strategy.rules import broken_rules
 
 from .catalog_problems import problem, solved

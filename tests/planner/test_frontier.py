@@ -15,7 +15,7 @@ from planner.search import solve as solver
 from planner.search.shape_queue import Candidate, Frontier
 from planner.search.shape_search import ShapeSearch
 from planner.search.solve import SolveOptions, solve
-from planner.search.space import Pins
+from planner.strategy.fix_keys import Pins
 
 from . import instances
 

@@ -15,11 +15,13 @@ from planner.cost.compute.time_constants import physics_of
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.hardware.cluster import Link
 from planner.job.problem import PlanningProblem
+from planner.model.saved_tensors import Recompute
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind, Op
-from planner.search.space import Pins, shapes
+from planner.search.space import shapes
+from planner.strategy.fix_keys import Pins
 from planner.strategy.rules import broken_rules
-from planner.strategy.strategy import Degrees, Recompute, Strategy, Zero, even_stages
+from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 
 from . import instances
 

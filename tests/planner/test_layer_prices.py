@@ -17,9 +17,11 @@ from planner.cost.evaluate import CostModel
 from planner.hardware.catalog import load_model
 from planner.hardware.cluster_grammar import parse_cluster
 from planner.job.problem import PlanningProblem
+from planner.model.attention import CpExchange
+from planner.model.saved_tensors import Recompute
 from planner.model.workload import Precision, Workload
 from planner.profile.profile import LayerKind, load_profile
-from planner.strategy.strategy import CpExchange, Degrees, Recompute, Strategy, Zero, even_stages
+from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 
 PROFILE = Path(__file__).parent / "golden" / "profile.json"
 """The first shipped profile of a CPU, as it was: nothing but tensor parallelism, at one length."""

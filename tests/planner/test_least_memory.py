@@ -12,12 +12,13 @@ from planner.foundation.errors import InfeasibleError
 from planner.foundation.units import MIB
 from planner.hardware.cluster import DeviceGroup
 from planner.job.problem import PlanningProblem
+from planner.model.saved_tensors import Recompute
 from planner.search.least_memory import ShapeNeed, fitting, need_of, survey
 from planner.search.solve import SolveOptions, solve
-from planner.search.space import Pins, parse_pins
 from planner.strategy.estimate import Verdict
+from planner.strategy.fix_keys import Pins, parse_pins
 from planner.strategy.rules import broken_rules
-from planner.strategy.strategy import Offload, Recompute, Strategy, sized_stages
+from planner.strategy.strategy import Offload, Strategy, sized_stages
 
 from . import instances
 from .brute_force import all_stages, legal_degrees

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from planner.job.engine_settings import Engine
+from planner.model.saved_tensors import Recompute
 from planner.search.least_passes import LeastPasses, least_passes, option_passes
-from planner.strategy.strategy import Recompute, Stage
+from planner.strategy.strategy import Stage
 
 from .brute_force import mixes_of
 from .small_shapes import drawn_shapes

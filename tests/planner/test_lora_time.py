@@ -14,9 +14,10 @@ from planner.foundation.units import GIB
 from planner.hardware.catalog import load_model
 from planner.hardware.cluster_grammar import parse_cluster
 from planner.job.problem import PlanningProblem
+from planner.model.saved_tensors import Recompute
 from planner.model.workload import AdapterModules, Adapters, Method, Precision, Workload
 from planner.strategy.estimate import Rejected
-from planner.strategy.strategy import Degrees, Recompute, Schedule, Strategy, Zero, even_stages
+from planner.strategy.strategy import Degrees, Schedule, Strategy, Zero, even_stages
 
 TABLES = Path(__file__).parents[2] / "bench" / "data" / "tables.csv"
 QKV = Adapters(rank=16, modules=AdapterModules.QKV)

@@ -21,11 +21,12 @@ from planner.foundation.decode import decode, decode_json, to_json
 from planner.job.engine_settings import Engine, Stack
 from planner.job.problem import PlanningProblem
 from planner.model.feed_forward import Activation, Experts, Mlp
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import ModelSpec
 from planner.model.workload import Precision
 from planner.profile.operator_sample import RateKind
 from planner.profile.profile import Constant, LayerKind, LayerSample, Profile, shape_key
-from planner.strategy.strategy import Degrees, Recompute
+from planner.strategy.strategy import Degrees
 
 from . import instances, sweeps
 

@@ -26,11 +26,11 @@ from planner.cost.memory.verdict import ErrorBand, memory_band, safe_peak_bytes,
 from planner.foundation.units import GIB
 from planner.job.engine_settings import Engine, Selective, Stack
 from planner.job.problem import PlanningProblem
-from planner.model.saved_tensors import AttentionKernel
+from planner.model.saved_tensors import AttentionKernel, Recompute
 from planner.model.workload import AdapterModules, Adapters, Method, Optimizer, Precision
 from planner.profile.profile import PROFILE_SCHEMA, Constant, LayerKind, Profile
 from planner.strategy.estimate import Coverage, Verdict
-from planner.strategy.strategy import Degrees, Recompute, Strategy, Zero, even_stages
+from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 from tests.planner import instances
 
 REFERENCE = Path(__file__).parents[2] / "bench" / "data" / "h100_reference.csv"

@@ -15,7 +15,7 @@ from planner.job.limits import Limits
 from planner.job.problem import PlanningProblem
 from planner.profile.profile import PROFILE_SCHEMA, Constant, Profile
 from planner.search.solve import SolveOptions, solve
-from planner.search.space import Pins, parse_pins
+from planner.strategy.fix_keys import Pins, parse_pins
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Strategy
 

@@ -16,17 +16,18 @@ from planner.hardware.cluster import ClusterSpec, DeviceGroup, Link
 from planner.hardware.cluster_grammar import parse_cluster
 from planner.job.overheads import Upkeep
 from planner.job.problem import PlanningProblem
+from planner.model.saved_tensors import Recompute
 from planner.model.workload import Workload
 from planner.profile.profile import Op, load_profile
-from planner.search.space import Pins, shapes
+from planner.search.space import shapes
 from planner.search.verify import memory_faults
 from planner.strategy.estimate import Verdict
+from planner.strategy.fix_keys import Pins
 from planner.strategy.placement import device_names, rank_groups, rank_limits_bytes, seen_from, stage_groups
 from planner.strategy.rules import broken_rule, broken_rules
 from planner.strategy.strategy import (
     Degrees,
     Offload,
-    Recompute,
     Schedule,
     Stage,
     Strategy,

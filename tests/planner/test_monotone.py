@@ -15,12 +15,14 @@ from planner.foundation.errors import InfeasibleError
 from planner.hardware.cluster import ClusterSpec
 from planner.hardware.cluster_grammar import parse_cluster
 from planner.job.problem import PlanningProblem
+from planner.model.saved_tensors import Recompute
 from planner.model.workload import Workload
 from planner.search.solve import SolveOptions, solve
-from planner.search.space import Pins, parse_pins, shapes
+from planner.search.space import shapes
 from planner.strategy.estimate import Estimate
+from planner.strategy.fix_keys import Pins, parse_pins
 from planner.strategy.schedule.schedules import build_table
-from planner.strategy.strategy import Degrees, Recompute, Schedule, Strategy, even_stages
+from planner.strategy.strategy import Degrees, Schedule, Strategy, even_stages
 
 from . import instances
 from .instances import cost

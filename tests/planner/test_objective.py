@@ -22,14 +22,15 @@ from planner.job.limits import Limits
 from planner.job.objective import Goal, Minimise, Objective
 from planner.job.overheads import NOTHING_SAID, Upkeep
 from planner.job.problem import PlanningProblem
+from planner.model.saved_tensors import Recompute
 from planner.search.engine_search import solve_for_engine
 from planner.search.nodes import StepBounds, node_counts, part_of, run_bound_s
 from planner.search.solve import solve
 from planner.search.solve_for import run_seconds, solve_for
-from planner.search.space import parse_pins
+from planner.strategy.fix_keys import parse_pins
 from planner.strategy.plan import Plan, decode_plan, encode_plan
 from planner.strategy.rules import broken_rules
-from planner.strategy.strategy import Degrees, Recompute, Strategy, Zero, even_stages
+from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 
 from . import instances
 from .test_solver import EXACT

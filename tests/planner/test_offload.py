@@ -23,18 +23,19 @@ from planner.hardware.cluster_grammar import parse_cluster
 from planner.job.engine_settings import Engine, Stack
 from planner.job.problem import PlanningProblem
 from planner.model.feed_forward import Activation, Experts, Mlp
+from planner.model.saved_tensors import Recompute
 from planner.model.workload import Optimizer, Precision
 from planner.search.solve import SolveOptions, make_plan, solve
-from planner.search.space import Pins, parse_pins, shapes
+from planner.search.space import shapes
 from planner.strategy.engines.runtime_support import check_executed_offload
 from planner.strategy.estimate import Verdict
+from planner.strategy.fix_keys import Pins, parse_pins
 from planner.strategy.plan import decode_plan, encode_plan, load_plan
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import (
     Degrees,
     Offload,
     OffloadCounts,
-    Recompute,
     RecomputeCounts,
     Stage,
     Strategy,

@@ -9,8 +9,9 @@ import pytest
 
 from planner.cost.communication.overlap import Overlap, overlap_of
 from planner.cost.evaluate import CostModel
+from planner.model.saved_tensors import Recompute
 from planner.profile.profile import Constant, Profile
-from planner.strategy.strategy import Degrees, Recompute, Zero
+from planner.strategy.strategy import Degrees, Zero
 
 from . import instances
 

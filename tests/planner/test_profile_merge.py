@@ -8,6 +8,7 @@ import random
 import pytest
 
 from planner.foundation.decode import decode_json, to_json
+from planner.model.saved_tensors import Recompute
 from planner.model.workload import Precision
 from planner.profile.merge import (
     FIELDS,
@@ -31,7 +32,6 @@ from planner.profile.profile import (
     Op,
     Profile,
 )
-from planner.strategy.strategy import Recompute
 
 
 def layer(source: random.Random, keys: range) -> LayerSample:

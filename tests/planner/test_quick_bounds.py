@@ -11,7 +11,8 @@ from planner.search.bounds import step_bound_s
 from planner.search.modeller import Modeller
 from planner.search.quick_bounds import space_bounds_s
 from planner.search.rejections import Rejections
-from planner.search.space import Pins, parse_pins, space_of
+from planner.search.space import space_of
+from planner.strategy.fix_keys import Pins, parse_pins
 from planner.strategy.strategy import Schedule
 
 from . import catalog_problems, instances

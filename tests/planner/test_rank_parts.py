@@ -12,10 +12,10 @@ import pytest
 
 from planner.cost.memory.zero_bubble_memory import most_waits
 from planner.job.engine_settings import Engine
+from planner.model.saved_tensors import Recompute
 from planner.search.recipes import Column
 from planner.search.stage_space import StageSpace
 from planner.strategy.schedule.schedules import in_flight
-from planner.strategy.strategy import Recompute
 
 from .rank_samples import own_s
 from .small_shapes import PIPES, Columns, assignments, drawn_shapes, sizes_around, tightened

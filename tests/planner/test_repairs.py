@@ -12,7 +12,7 @@ from planner.advice.what_if import with_limit
 from planner.foundation.units import GIB, MIB, format_bytes
 from planner.model.workload import Optimizer
 from planner.search.least_memory import survey
-from planner.search.space import Pins, parse_pins
+from planner.strategy.fix_keys import Pins, parse_pins
 from planner.strategy.strategy import Offload
 
 from . import instances

@@ -17,11 +17,13 @@ from planner.cost.compute.time_constants import physics_of
 from planner.cost.evaluate import CostModel
 from planner.job.engine_settings import NATIVE, Stack
 from planner.job.problem import PlanningProblem
+from planner.model.attention import CpExchange
 from planner.model.feed_forward import Activation, Experts, Mlp
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import ModelSpec
 from planner.model.workload import Precision
 from planner.profile.profile import Constant, LayerKind, LayerSample, shape_key
-from planner.strategy.strategy import CpExchange, Degrees, Recompute, Strategy, even_stages
+from planner.strategy.strategy import Degrees, Strategy, even_stages
 
 from . import instances
 from .test_cliffs import FIGURES, assert_smooth, geometric

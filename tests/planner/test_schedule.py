@@ -8,7 +8,7 @@ import random
 import pytest
 
 from planner.foundation.errors import InputError
-from planner.strategy.schedule.in_flight import InFlight, total_count, with_gradients
+from planner.strategy.schedule.in_flight import Flights, InFlight, total_count
 from planner.strategy.schedule.schedules import (
     Action,
     ActionKind,
@@ -132,7 +132,7 @@ def test_fullest_moments_with_what_waits_apart(
             assert most[0] == pytest.approx(most[1])
             begun = [each for each in moments if all(own.begun for own in each.values())]
             if begun:
-                later = max(held(each, kept, left) for each in with_gradients(vectors))
+                later = max(held(each, kept, left) for each in _with_gradients(vectors))
                 assert later == pytest.approx(max(held(each, kept, left) for each in begun))
 
 
@@ -147,10 +147,15 @@ def test_what_is_in_flight_by_schedule_is_what_its_table_has(schedule: Schedule,
             found = in_flight(schedule, pp, chunks, micro_batches, waits)
             assert found == flights
             assert [list(map(list, row)) for row in found] == [list(map(list, row)) for row in flights]
-            most = [max(with_gradients(row), key=total_count) for row in flights]
+            most = [max(_with_gradients(row), key=total_count) for row in flights]
             held = [(own.alive, own.waiting) for vector in most for own in vector.values()]
             told = fullest(schedule, pp, chunks, micro_batches, waits)
             assert sorted(zip(*told, strict=True)) == sorted(held)
+
+
+def _with_gradients(flights: Flights) -> Flights:
+    """The moments at which all stages have gradients; all moments of a step that has a single micro-batch."""
+    return tuple(each for each in flights if all(own.begun for own in each.values())) or flights
 
 
 def _around_short_tables(schedule: Schedule, pp: int, chunks: int) -> list[int]:

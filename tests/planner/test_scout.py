@@ -16,8 +16,9 @@ from planner.job.problem import PlanningProblem
 from planner.search.first_plan import Scout, Scouted, Shared
 from planner.search.least_memory import fitting, survey
 from planner.search.solve import SolveOptions, solve
-from planner.search.space import Pins, space_of
+from planner.search.space import space_of
 from planner.strategy.estimate import Verdict
+from planner.strategy.fix_keys import Pins
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import Degrees
 from tests.planner.catalog_problems import problem as catalog_problem

@@ -6,18 +6,20 @@ import dataclasses
 
 import pytest
 
+from planner.cost.pipeline.makespan_paths import makespan_bound
 from planner.foundation.errors import InfeasibleError
 from planner.job.engine_settings import Engine
 from planner.job.limits import Limits
-from planner.search.paths import makespan_bound
+from planner.model.saved_tensors import Recompute
 from planner.search.solve import SolveOptions, solve
-from planner.search.space import Pins, parse_pins, shapes
+from planner.search.space import shapes
 from planner.strategy.engines.engine_rules import ENGINE_SCHEDULES
 from planner.strategy.estimate import Verdict
+from planner.strategy.fix_keys import Pins, parse_pins
 from planner.strategy.plan import decode_plan, encode_plan
 from planner.strategy.rules import broken_rules
 from planner.strategy.schedule.schedules import build_table
-from planner.strategy.strategy import Degrees, Recompute, Schedule
+from planner.strategy.strategy import Degrees, Schedule
 
 from . import instances
 from .brute_force import EXACT, FAMILIES, brute_force, compare

@@ -14,7 +14,8 @@ from planner.job.limits import Limits
 from planner.job.problem import PlanningProblem
 from planner.model.spec import VOCAB_UNIT, ModelSpec
 from planner.search.bounds import memory_bound_bytes
-from planner.search.space import Pins, shapes
+from planner.search.space import shapes
+from planner.strategy.fix_keys import Pins
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 

@@ -17,21 +17,13 @@ from typing import Any
 from planner.job.engine_settings import Engine
 from planner.job.limits import Limits
 from planner.job.problem import PlanningProblem
+from planner.model.attention import CpExchange
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import ModelSpec
 from planner.model.workload import Optimizer, Precision, Workload
 from planner.strategy.plan import Plan
 from planner.strategy.rules import broken_rules
-from planner.strategy.strategy import (
-    CpExchange,
-    Degrees,
-    Recompute,
-    RecomputeCounts,
-    Schedule,
-    Stage,
-    Strategy,
-    Zero,
-    even_stages,
-)
+from planner.strategy.strategy import Degrees, RecomputeCounts, Schedule, Stage, Strategy, Zero, even_stages
 from tests.plans import local_cluster, make_plan, tiny_deepseek_experts, tiny_gpt2, tiny_llama, tiny_mla
 from tests.runtime.ranks import Trajectory, by_adamw, by_sgd, make_executor, on_ranks, single_process, train
 

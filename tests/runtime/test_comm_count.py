@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from planner.model.attention import CpExchange
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import ModelSpec
 from planner.model.workload import Precision
 from planner.strategy.plan import Plan
-from planner.strategy.strategy import CpExchange, Degrees, Recompute, Schedule, Stage, Zero
+from planner.strategy.strategy import Degrees, Schedule, Stage, Zero
 from tests.plans import make_plan, parallel, split, tiny_deepseek_experts, tiny_gpt2, tiny_llama, tiny_mixtral
 from tests.runtime.messages import expected_messages, sent_messages
 

@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 
 from planner.foundation.decode import decode, encode
-from planner.model.attention import CAUSAL
+from planner.model.attention import CAUSAL, CpExchange
+from planner.model.saved_tensors import Recompute
 from planner.strategy.plan import Plan
-from planner.strategy.strategy import CpExchange, Degrees, Recompute, RecomputeCounts, Schedule, Stage, Zero
+from planner.strategy.strategy import Degrees, RecomputeCounts, Schedule, Stage, Zero
 from runtime.check.executed_settings import Executed
 from runtime.model.attention_core import Core
 from runtime.parallel.context import held_positions, make_core

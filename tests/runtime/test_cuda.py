@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 from planner.model.attention import CAUSAL, Reach, Span
+from planner.model.saved_tensors import Recompute
 from planner.model.workload import Precision
 from planner.strategy.rehearsal import RehearsalMode
-from planner.strategy.strategy import Degrees, Recompute, Zero
+from planner.strategy.strategy import Degrees, Zero
 from runtime.launch.rank import enter_group
 from runtime.model.attention_blocks import Merged, WrittenOut, attend, attend_backward
 from runtime.model.attention_core import Core

@@ -17,18 +17,10 @@ from torch.nn import functional
 
 from planner.foundation.errors import InputError
 from planner.model.arithmetic import Arithmetic
-from planner.model.attention import CAUSAL, Reach, Span
+from planner.model.attention import CAUSAL, CpExchange, Reach, Span
+from planner.model.saved_tensors import Recompute
 from planner.strategy.plan import Plan
-from planner.strategy.strategy import (
-    CpExchange,
-    Degrees,
-    OffloadCounts,
-    Recompute,
-    RecomputeCounts,
-    Schedule,
-    Stage,
-    Zero,
-)
+from planner.strategy.strategy import Degrees, OffloadCounts, RecomputeCounts, Schedule, Stage, Zero
 from runtime.model.attention_core import Core
 from runtime.model.borders import Borders
 from runtime.model.document_attention import Slice, document_bounds, meetings

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from planner.foundation.errors import InputError
+from planner.model.attention import CpExchange
 from planner.model.workload import Optimizer, Precision
 from planner.strategy.plan import Plan
-from planner.strategy.strategy import CpExchange, Degrees, Schedule, Zero
+from planner.strategy.strategy import Degrees, Schedule, Zero
 from runtime.parallel.supported import check_supported
 from runtime.train.executor import Executor
 from runtime.train.optimizer import OptimizerOptions, learning_rate

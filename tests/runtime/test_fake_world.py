@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from planner.model.attention import CAUSAL
-from planner.strategy.strategy import CpExchange, Degrees
+from planner.model.attention import CAUSAL, CpExchange
+from planner.strategy.strategy import Degrees
 from runtime.launch.fake_answers import balanced_counts, fill
 from runtime.model.attention_core import Core
 from runtime.parallel import collectives, context_messages

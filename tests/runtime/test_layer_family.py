@@ -18,10 +18,10 @@ pytest.importorskip("torch")
 
 from planner.cost.compute.layer_samples import Run
 from planner.hardware.cluster_grammar import parse_cluster
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import ModelSpec
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind, LayerSample, shape_key
-from planner.strategy.strategy import Recompute
 from runtime.profiler.layer_family import LayerFamily
 from runtime.profiler.layer_grid import corners, layer_cases
 from runtime.profiler.layer_prediction import separation

@@ -10,11 +10,11 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from planner.foundation.decode import decode, decode_json, to_json
-from planner.model.attention import Attention, Reach, Span
+from planner.model.attention import Attention, CpExchange, Reach, Span
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, ModelSpec, Segment
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind, LayerSample
-from planner.strategy.strategy import CpExchange, Recompute
 from runtime.launch.fake_answers import FILLS
 from runtime.model.experts import MixtureOfExperts
 from runtime.parallel.fake_world import fake_world

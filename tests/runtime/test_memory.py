@@ -9,10 +9,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from planner.strategy.strategy import Degrees, Zero  # noqa: E402
-from runtime.check.measured_memory import live_bytes, measure_peak, storage_bytes, trace_phases  # noqa: E402
-from tests.plans import make_plan, tiny_llama  # noqa: E402
-from tests.runtime.ranks import batch_of, make_executor, on_ranks, slice_of  # noqa: E402
+from planner.strategy.strategy import Degrees, Zero
+from runtime.check.measured_memory import live_bytes, measure_peak, storage_bytes, trace_phases
+from tests.plans import make_plan, tiny_llama
+from tests.runtime.ranks import batch_of, make_executor, on_ranks, slice_of
 
 CPU = torch.device("cpu")
 MIB = 1024**2

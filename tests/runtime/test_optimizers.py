@@ -124,7 +124,7 @@ def test_muon_and_adafactor_are_those_of_torch() -> None:
     """One process, one matrix: torch's own optimizers, whose Muon multiplies in bf16."""
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("this torch has no Muon")
-    from runtime.parallel.held_weights import Weight
+    from runtime.model.held_weights import Weight
     from runtime.train.adafactor import Adafactor
     from runtime.train.muon import Muon
 

@@ -9,8 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from runtime.profiler.measure_device import Beside  # noqa: E402
-from runtime.profiler.timing import Effort  # noqa: E402
+from runtime.profiler.measure_device import Beside
+from runtime.profiler.timing import Effort
 
 WORK_S, MESSAGE_S = 2e-3, 3e-4
 WORK_SLOWER, MESSAGE_SLOWER = 1.25, 1.6

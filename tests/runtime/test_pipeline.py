@@ -9,6 +9,7 @@ import pytest
 
 from planner.foundation.decode import decode, encode
 from planner.foundation.errors import InputError
+from planner.model.saved_tensors import Recompute
 from planner.strategy.plan import Plan
 from planner.strategy.schedule.schedules import (
     ActionKind,
@@ -18,7 +19,7 @@ from planner.strategy.schedule.schedules import (
     peak_in_flight,
     print_table,
 )
-from planner.strategy.strategy import Degrees, Recompute, RecomputeCounts, Schedule, Stage, Zero
+from planner.strategy.strategy import Degrees, RecomputeCounts, Schedule, Stage, Zero
 from runtime.check.executed_settings import Executed
 from runtime.model.attention import Attention
 from runtime.parallel.pipeline import Pipeline

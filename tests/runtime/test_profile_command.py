@@ -17,17 +17,17 @@ from click.testing import CliRunner
 
 torch = pytest.importorskip("torch")
 
-from torch.distributed import HashStore  # noqa: E402
+from torch.distributed import HashStore
 
-from planner.commands.running.profile import profile as profile_command  # noqa: E402
-from planner.commands.running.profile_progress import ProfileProgress  # noqa: E402
-from planner.foundation.errors import InputError  # noqa: E402
-from planner.model.workload import Precision  # noqa: E402
-from planner.profile.merge import NO_TIME, key_of  # noqa: E402
-from planner.profile.profile import Constant, Op, load_profile  # noqa: E402
-from runtime.profiler.joint_world import END, JointWorld  # noqa: E402
-from runtime.profiler.rank_groups import World  # noqa: E402
-from runtime.profiler.scheduler import Scheduler  # noqa: E402
+from planner.commands.running.profile import profile as profile_command
+from planner.commands.running.profile_progress import ProfileProgress
+from planner.foundation.errors import InputError
+from planner.model.workload import Precision
+from planner.profile.merge import NO_TIME, key_of
+from planner.profile.profile import Constant, Op, load_profile
+from runtime.profiler.joint_world import END, JointWorld
+from runtime.profiler.rank_groups import World
+from runtime.profiler.scheduler import Scheduler
 
 
 def write_config(folder: Path) -> Path:

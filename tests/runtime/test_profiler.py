@@ -11,20 +11,21 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from planner.foundation.decode import decode_json, to_json  # noqa: E402
-from planner.foundation.errors import InputError  # noqa: E402
-from planner.model.workload import Precision  # noqa: E402
-from planner.profile.profile import LayerKind, LayerSample, Op, Profile, load_profile  # noqa: E402
-from planner.strategy.strategy import Degrees, Recompute  # noqa: E402
-from runtime.check.measured_memory import storage_bytes  # noqa: E402
-from runtime.parallel.fake_world import fake_world  # noqa: E402
-from runtime.profiler import measure_layers  # noqa: E402
-from runtime.profiler.measure_layers import LayerBench, LayerCase, build_layer  # noqa: E402
-from runtime.profiler.profiler import take_profile  # noqa: E402
-from runtime.profiler.scope import Scope  # noqa: E402
-from runtime.profiler.subprocesses import ChildFailed, Emit, run_children  # noqa: E402
-from runtime.profiler.timing import Effort, summarize, time_phases  # noqa: E402
-from tests.plans import local_cluster, tiny_llama  # noqa: E402
+from planner.foundation.decode import decode_json, to_json
+from planner.foundation.errors import InputError
+from planner.model.saved_tensors import Recompute
+from planner.model.workload import Precision
+from planner.profile.profile import LayerKind, LayerSample, Op, Profile, load_profile
+from planner.strategy.strategy import Degrees
+from runtime.check.measured_memory import storage_bytes
+from runtime.parallel.fake_world import fake_world
+from runtime.profiler import measure_layers
+from runtime.profiler.measure_layers import LayerBench, LayerCase, build_layer
+from runtime.profiler.profiler import take_profile
+from runtime.profiler.scope import Scope
+from runtime.profiler.subprocesses import ChildFailed, Emit, run_children
+from runtime.profiler.timing import Effort, summarize, time_phases
+from tests.plans import local_cluster, tiny_llama
 
 SEQ, HIDDEN, VOCAB = 32, 32, 64
 ONCE = Effort(warmup=1, least=2, most=2, budget_s=0.0)

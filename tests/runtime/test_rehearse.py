@@ -12,22 +12,24 @@ from click.testing import CliRunner, Result
 
 torch = pytest.importorskip("torch")
 
-from planner.calibration.run import Status  # noqa: E402
-from planner.calibration.runs_table import read_runs  # noqa: E402
-from planner.cli import cli  # noqa: E402
-from planner.foundation.errors import InputError  # noqa: E402
-from planner.model.spec import ModelSpec  # noqa: E402
-from planner.model.workload import Precision  # noqa: E402
-from planner.strategy.estimate import Verdict  # noqa: E402
-from planner.strategy.plan import Plan, load_plan, save_plan  # noqa: E402
-from planner.strategy.rehearsal import RehearsalMode  # noqa: E402
-from planner.strategy.strategy import CpExchange, Degrees, Recompute, Schedule, Zero  # noqa: E402
-from runtime.launch.local_ranks import RunFailedError  # noqa: E402
-from runtime.rehearse import rehearse  # noqa: E402
-from runtime.rehearse.fake_tensors import fake_tensors  # noqa: E402
-from runtime.rehearse.rehearse import RehearsalOptions, idle_share, rehearse_rank, rehearse_ranks  # noqa: E402
-from tests.plans import make_plan, tiny_deepseek_experts, tiny_llama  # noqa: E402
-from tests.runtime.ranks import real_peaks  # noqa: E402
+from planner.calibration.run import Status
+from planner.calibration.runs_table import read_runs
+from planner.cli import cli
+from planner.foundation.errors import InputError
+from planner.model.attention import CpExchange
+from planner.model.saved_tensors import Recompute
+from planner.model.spec import ModelSpec
+from planner.model.workload import Precision
+from planner.strategy.estimate import Verdict
+from planner.strategy.plan import Plan, load_plan, save_plan
+from planner.strategy.rehearsal import RehearsalMode
+from planner.strategy.strategy import Degrees, Schedule, Zero
+from runtime.launch.local_ranks import RunFailedError
+from runtime.rehearse import rehearse
+from runtime.rehearse.fake_tensors import fake_tensors
+from runtime.rehearse.rehearse import RehearsalOptions, idle_share, rehearse_rank, rehearse_ranks
+from tests.plans import make_plan, tiny_deepseek_experts, tiny_llama
+from tests.runtime.ranks import real_peaks
 
 SEQ = 64
 WITHIN = 0.03

@@ -20,7 +20,7 @@ from planner.job.overheads import NOTHING_SAID
 from planner.model.spec import Block, ModelSpec, Segment
 from planner.model.workload import Precision, Workload
 from planner.search.solve import SolveOptions, solve
-from planner.search.space import parse_pins
+from planner.strategy.fix_keys import parse_pins
 from planner.strategy.plan import Plan, load_plan, save_plan
 from planner.strategy.strategy import Degrees
 from runtime.train.data.prepare import DataOptions

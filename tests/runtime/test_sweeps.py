@@ -11,27 +11,27 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from planner.cost.compute.measured_rates import TERMS, measured_rates  # noqa: E402
-from planner.cost.compute.surface import Surface  # noqa: E402
-from planner.foundation.decode import decode  # noqa: E402
-from planner.hardware.catalog import load_model  # noqa: E402
-from planner.model.workload import Precision  # noqa: E402
-from planner.profile.operator_sample import RateKind, RateSample  # noqa: E402
-from planner.profile.profile import Profile  # noqa: E402
-from runtime.model.fp8 import LEAST_CAPABILITY  # noqa: E402
-from runtime.profiler.host_families import CommunicatorFamily, HostFamily  # noqa: E402
-from runtime.profiler.measure_device import OF_CUDA  # noqa: E402
-from runtime.profiler.measure_host import CONSTANTS, measure_host  # noqa: E402
-from runtime.profiler.measure_sweeps import Bench, measure_sweeps  # noqa: E402
-from runtime.profiler.profile_cases import Adaptive  # noqa: E402
-from runtime.profiler.profiler import take_profile  # noqa: E402
-from runtime.profiler.rate_family import Operator, RateFamily, rate_families  # noqa: E402
-from runtime.profiler.scope import Sweeps  # noqa: E402
-from runtime.profiler.sweep_cases import FEW_SHARES, LIMITS, SORTS, SWEEPS, Sweep, cases_of, work_of  # noqa: E402
-from runtime.profiler.sweep_pieces import RateCase, build_piece  # noqa: E402
-from runtime.profiler.timing import Effort  # noqa: E402
-from tests.plans import local_cluster, tiny_llama  # noqa: E402
-from tests.runtime.test_profiler import Silence, scope  # noqa: E402
+from planner.cost.compute.measured_rates import TERMS, measured_rates
+from planner.cost.compute.surface import Surface
+from planner.foundation.decode import decode
+from planner.hardware.catalog import load_model
+from planner.model.workload import Precision
+from planner.profile.operator_sample import RateKind, RateSample
+from planner.profile.profile import Profile
+from runtime.model.fp8 import LEAST_CAPABILITY
+from runtime.profiler.host_families import CommunicatorFamily, HostFamily
+from runtime.profiler.measure_device import OF_CUDA
+from runtime.profiler.measure_host import CONSTANTS, measure_host
+from runtime.profiler.measure_sweeps import Bench, measure_sweeps
+from runtime.profiler.profile_cases import Adaptive
+from runtime.profiler.profiler import take_profile
+from runtime.profiler.rate_family import Operator, RateFamily, rate_families
+from runtime.profiler.scope import Sweeps
+from runtime.profiler.sweep_cases import FEW_SHARES, LIMITS, SORTS, SWEEPS, Sweep, cases_of, work_of
+from runtime.profiler.sweep_pieces import RateCase, build_piece
+from runtime.profiler.timing import Effort
+from tests.plans import local_cluster, tiny_llama
+from tests.runtime.test_profiler import Silence, scope
 
 ONCE = Effort(warmup=1, least=2, most=2, budget_s=0.0)
 CPU = torch.device("cpu")

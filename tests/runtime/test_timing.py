@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from runtime.profiler.timing import Effort, clock_of, time_call  # noqa: E402
+from runtime.profiler.timing import Effort, clock_of, time_call
 
 CPU = torch.device("cpu")
 

@@ -20,7 +20,7 @@ from planner.model.tracing.graph import Chain, boundary_values
 from planner.model.tracing.traced_model import layer_pieces
 from planner.model.workload import Precision, Workload
 from planner.search.solve import SolveOptions, solve
-from planner.search.space import parse_pins
+from planner.strategy.fix_keys import parse_pins
 from planner.strategy.plan import decode_plan, encode_plan
 from runtime.model.tracing.trace import trace_module, trace_operators
 from runtime.model.transformer import build_transformer

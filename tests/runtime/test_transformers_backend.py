@@ -11,9 +11,10 @@ import torch
 
 from planner.foundation.errors import InputError
 from planner.model.huggingface import read_config_file
+from planner.model.saved_tensors import Recompute
 from planner.model.workload import Optimizer
 from planner.strategy.plan import Plan
-from planner.strategy.strategy import Degrees, Offload, Recompute, Schedule, Zero, even_stages, offloaded
+from planner.strategy.strategy import Degrees, Offload, Schedule, Zero, even_stages, offloaded
 from runtime.train.executor import Executor
 from runtime.train.transformers_backend import check_backend, load_config, transformers_backend
 from tests.plans import batch8, make_plan, split

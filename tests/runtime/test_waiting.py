@@ -10,22 +10,22 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch.distributed.tensor import DTensor  # noqa: E402
+from torch.distributed.tensor import DTensor
 
-from bench.rehearsal import plan_of, predicted_bytes  # noqa: E402
-from planner.cost.compute.layer import LayerShape  # noqa: E402
-from planner.cost.memory.zero_bubble_memory import waiting_bytes  # noqa: E402
-from planner.model.spec import Block  # noqa: E402
-from planner.model.workload import Precision  # noqa: E402
-from planner.profile.profile import LayerKind  # noqa: E402
-from planner.strategy.plan import Plan  # noqa: E402
-from planner.strategy.rehearsal import RehearsalMode  # noqa: E402
-from planner.strategy.strategy import Degrees, Schedule  # noqa: E402
-from runtime.parallel.deferred_gradients import Deferred  # noqa: E402
-from runtime.parallel.pipeline.gradient_units import GradientUnits  # noqa: E402
-from runtime.rehearse.rehearse import RehearsalOptions, rehearse_rank  # noqa: E402
-from tests.plans import make_plan, parallel, tiny_deepseek_experts, tiny_gpt2, tiny_llama, tiny_mla  # noqa: E402
-from tests.runtime.ranks import batch_of, make_executor, on_ranks, slice_of  # noqa: E402
+from bench.rehearsal import plan_of, predicted_bytes
+from planner.cost.compute.layer import LayerShape
+from planner.cost.memory.zero_bubble_memory import waiting_bytes
+from planner.model.spec import Block
+from planner.model.workload import Precision
+from planner.profile.profile import LayerKind
+from planner.strategy.plan import Plan
+from planner.strategy.rehearsal import RehearsalMode
+from planner.strategy.strategy import Degrees, Schedule
+from runtime.parallel.deferred_gradients import Deferred
+from runtime.parallel.pipeline.gradient_units import GradientUnits
+from runtime.rehearse.rehearse import RehearsalOptions, rehearse_rank
+from tests.plans import make_plan, parallel, tiny_deepseek_experts, tiny_gpt2, tiny_llama, tiny_mla
+from tests.runtime.ranks import batch_of, make_executor, on_ranks, slice_of
 
 MODELS = {
     "llama": tiny_llama(),

@@ -9,11 +9,11 @@ from planner.hardware.catalog import load_network
 from planner.hardware.cluster import ClusterSpec
 from planner.model.attention import Attention
 from planner.model.feed_forward import Experts, Mlp
-from planner.model.saved_tensors import AttentionKernel
+from planner.model.saved_tensors import AttentionKernel, Recompute
 from planner.model.spec import Block, ModelSpec
 from planner.model.workload import Method, Optimizer
 from planner.strategy.plan import Plan
-from planner.strategy.strategy import Recompute, even_stages
+from planner.strategy.strategy import even_stages
 
 FRAMEWORK = "shardwise"
 

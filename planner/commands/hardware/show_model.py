@@ -72,8 +72,7 @@ def _class(model: ModelSpec, key: str, layer: Layer, seq: int) -> dict[str, Any]
 
 def _activations(block: Any, seq: int) -> dict[str, dict[str, float]]:
     """16-bit activation bytes a token, by attention kernel and recomputation, without parallelism."""
-    from planner.model.saved_tensors import AttentionKernel
-    from planner.strategy.strategy import Recompute
+    from planner.model.saved_tensors import AttentionKernel, Recompute
 
     return {
         str(kernel): {

@@ -163,7 +163,7 @@ def _solve(problem: PlanningProblem, fixed: tuple[str, ...], path: Path | None, 
     from planner.job.objective import Goal
     from planner.search.solve import SolveOptions
     from planner.search.solve_for import solve_for
-    from planner.search.space import parse_pins
+    from planner.strategy.fix_keys import parse_pins
     from planner.strategy.plan import save_plan
 
     plan = solve_for(problem, SolveOptions(pins=parse_pins(fixed)), Goal())

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planner.profile.profile import Clocks, FamilyFit, Profile
+    from planner.hardware.nvidia import Clocks
+    from planner.profile.profile import FamilyFit, Profile
 
 
 def describe(profile: Profile, output: Path, wall_s: float) -> str:

@@ -99,8 +99,8 @@ def read_run(folder: Path, steps: int | None) -> RunToGoOn:
     """
     from planner.commands.running.train_again import told_at_launch
     from planner.foundation.errors import InputError, Problem
+    from planner.foundation.run_files import CHECKPOINTS, OPTIONS
     from planner.report.record import load_report_input
-    from runtime.train.run_folder import CHECKPOINTS, OPTIONS
     from runtime.train.run_state import read_run_state
 
     if not folder.is_dir():

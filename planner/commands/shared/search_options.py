@@ -12,7 +12,7 @@ import click
 if TYPE_CHECKING:
     from planner.job.problem import PlanningProblem
     from planner.search.solve import SolveOptions
-    from planner.search.space import Pins
+    from planner.strategy.fix_keys import Pins
 
 DEFAULT_TIME_LIMIT_S = 60.0
 
@@ -59,8 +59,8 @@ def _pins_for(fixed: tuple[str, ...], problem: PlanningProblem) -> Pins:
     """The pinned choices; what context parallelism leaves open is the engine's way, where it has one."""
     import dataclasses
 
-    from planner.search.space import parse_pins
     from planner.strategy.engines.defaults import usual_exchange
+    from planner.strategy.fix_keys import parse_pins
 
     pins = parse_pins(fixed, problem.cluster)
     if problem.limits.engine is None or pins.cp in (None, 1) or pins.cp_exchange is not None:

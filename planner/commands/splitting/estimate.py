@@ -11,8 +11,8 @@ from planner.commands.shared.options import ProblemOptions, problem_options
 
 if TYPE_CHECKING:
     from planner.job.problem import PlanningProblem
-    from planner.search.space import Pins
     from planner.strategy.estimate import Rejected
+    from planner.strategy.fix_keys import Pins
     from planner.strategy.strategy import Strategy
 
 BROKEN_RULE_EXIT = 3
@@ -47,7 +47,7 @@ def estimate(options: ProblemOptions, as_json: bool, fixed: tuple[str, ...], out
     from planner.cost.evaluate import CostModel
     from planner.foundation.decode import encode
     from planner.search.solve import make_plan
-    from planner.search.space import parse_pins
+    from planner.strategy.fix_keys import parse_pins
     from planner.strategy.plan import encode_plan, save_plan
     from planner.strategy.rules import broken_rules
 
@@ -73,17 +73,9 @@ def estimate(options: ProblemOptions, as_json: bool, fixed: tuple[str, ...], out
 
 def strategy_of(problem: PlanningProblem, pins: Pins) -> Strategy:
     """The strategy that pins describe: free degrees are 1, dp fills the cluster, stages are even."""
+    from planner.model.saved_tensors import Recompute
     from planner.strategy.engines.defaults import usual_exchange, usual_sequence_parallel
-    from planner.strategy.strategy import (
-        Degrees,
-        Offload,
-        Recompute,
-        Schedule,
-        Strategy,
-        Zero,
-        even_stages,
-        offloaded,
-    )
+    from planner.strategy.strategy import Degrees, Offload, Schedule, Strategy, Zero, even_stages, offloaded
 
     tp, pp, cp = pins.tp or 1, pins.pp or 1, pins.cp or 1
     dp = pins.dp or max(1, problem.cluster.devices // (tp * pp * cp))

@@ -100,7 +100,7 @@ def _read(
     from planner.foundation.errors import InputError
     from planner.hardware.catalog import load_model
     from planner.hardware.cluster_grammar import parse_cluster
-    from planner.search.space import parse_pins
+    from planner.strategy.fix_keys import parse_pins
 
     market = open_market(options.prices, options.on_premises, options.cluster)
     model, cluster = (
@@ -187,7 +187,7 @@ def _best(asked: Asked, time_limit_s: float) -> Plan | None:
     from planner.foundation.errors import InfeasibleError
     from planner.search.engine_search import solve_for_engine
     from planner.search.solve import SolveOptions
-    from planner.search.space import Pins
+    from planner.strategy.fix_keys import Pins
 
     options = SolveOptions(pins=Pins(), time_limit_s=time_limit_s, top=0)
     try:

@@ -24,10 +24,10 @@ from planner.cost.communication.overlap import Overlap
 from planner.cost.compute.layer import LayerCost, LayerShape
 from planner.foundation.decode import noun
 from planner.foundation.frozen import replaced
-from planner.model.attention import Attention, LatentAttention, Reach
+from planner.model.attention import Attention, CpExchange, LatentAttention, Reach
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, ModelSpec
 from planner.profile.profile import LayerKind, Op
-from planner.strategy.strategy import CpExchange, Recompute
 
 CORRECTION_BYTES = 10
 """Bytes moved for each value of attention's result behind a part of a ring: fp32 read and written, and a new

@@ -12,11 +12,13 @@ from planner.cost.compute.layer import LayerShape
 from planner.cost.compute.layer_cost import LayerModel
 from planner.cost.compute.passes import Unit
 from planner.job.engine_settings import Selective, Stack
+from planner.model.attention import CpExchange
 from planner.model.feed_forward import Experts
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, Layer
 from planner.model.traced_layer import TracedLayer
 from planner.profile.profile import Op
-from planner.strategy.strategy import CpExchange, Degrees, Recompute
+from planner.strategy.strategy import Degrees
 
 
 def tensor_exchanges(layer: Layer, degrees: Degrees, stack: Stack) -> tuple[int, int]:

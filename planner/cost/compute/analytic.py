@@ -28,11 +28,11 @@ from planner.hardware.catalog import architecture_of
 from planner.job.engine_settings import Engine, Selective, Stack
 from planner.job.problem import PlanningProblem
 from planner.model.feed_forward import Experts
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, Layer, ModelSpec
 from planner.model.traced_layer import TracedLayer
 from planner.model.workload import Adapters, Precision
 from planner.profile.profile import LayerKind
-from planner.strategy.strategy import Recompute
 
 T = TypeVar("T")
 

@@ -26,8 +26,10 @@ from planner.cost.compute.passes import Pass
 from planner.cost.compute.seconds import larger
 from planner.cost.memory.stage_bytes import block_waiting_bytes
 from planner.job.problem import PlanningProblem
+from planner.model.attention import CpExchange
+from planner.model.saved_tensors import Recompute
 from planner.profile.profile import LayerKind, Op
-from planner.strategy.strategy import CpExchange, Degrees, Recompute
+from planner.strategy.strategy import Degrees
 
 Kind = tuple[int, bool, int, int, CpExchange, int, int | None, int]
 """tp, sequence parallelism, micro-batch, cp and its exchange, ep, etp, devices."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from planner.foundation.decode import noun
-from planner.model.saved_tensors import AttentionKernel
+from planner.model.attention import CpExchange
+from planner.model.saved_tensors import AttentionKernel, Recompute
 from planner.model.spec import Block
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind
-from planner.strategy.strategy import CpExchange, Recompute
 
 
 @noun

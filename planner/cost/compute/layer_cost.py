@@ -24,10 +24,10 @@ from planner.cost.compute.time_constants import Physics
 from planner.cost.memory.activations import engine_bytes
 from planner.cost.memory.memory_constants import memory_constants, process_groups
 from planner.job.problem import PlanningProblem
-from planner.model.saved_tensors import AttentionKernel
+from planner.model.saved_tensors import AttentionKernel, Recompute
 from planner.profile.block_residual import BlockShape
 from planner.profile.profile import LayerKind, shape_key
-from planner.strategy.strategy import Degrees, Recompute
+from planner.strategy.strategy import Degrees
 
 if TYPE_CHECKING:
     import numpy as np

@@ -29,10 +29,10 @@ from typing import NamedTuple, Protocol
 
 from planner.cost.compute.layer import LayerCost, LayerShape
 from planner.cost.compute.seconds import larger
-from planner.model.saved_tensors import AttentionKernel
+from planner.model.attention import CpExchange
+from planner.model.saved_tensors import AttentionKernel, Recompute
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind, LayerSample
-from planner.strategy.strategy import CpExchange, Recompute
 
 STRAIGHT = 0.25
 """Samples whose times lie on a line within this are noise around it."""

@@ -36,11 +36,10 @@ from planner.foundation.frozen import replaced
 from planner.job.engine_settings import Engine, Selective, Stack
 from planner.model.attention import Attention
 from planner.model.feed_forward import Mlp
-from planner.model.saved_tensors import AttentionKernel, Kept
+from planner.model.saved_tensors import AttentionKernel, Kept, Recompute
 from planner.model.spec import Block, ModelSpec
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind
-from planner.strategy.strategy import Recompute
 
 SHARDED_LOSS_BYTES = 6.0
 """Bytes a logit that torch's vocabulary-parallel loss needs over the plain one, at the worst moment."""

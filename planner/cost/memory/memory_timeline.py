@@ -44,9 +44,10 @@ from planner.cost.memory.stage_bytes import apart_params
 from planner.cost.pipeline.stage import ShapeModel
 from planner.cost.pipeline.stage_cost import StageCost
 from planner.job.engine_settings import Engine
+from planner.model.saved_tensors import Recompute
 from planner.model.workload import Optimizer
 from planner.strategy.schedule.in_flight import InFlight
-from planner.strategy.strategy import Recompute, Zero
+from planner.strategy.strategy import Zero
 
 HOLE_SHARE = 0.6
 """Part of the freed half-width logits' place that nothing else fits into: fitted to reserved less allocated
@@ -343,7 +344,7 @@ class StageMemory:
     def held_bytes(self, flight: InFlight) -> float:
         """The states that exist, and what micro-batches in flight keep."""
         late = 0.0 if flight.begun else self.late_bytes
-        return self.kept.total - late + flight.kept_bytes(self.stage)
+        return self.kept.total - late + flight.kept_bytes(self.stage.saved_bytes, self.stage.waiting_bytes)
 
     def transient_bytes(self, flight: InFlight) -> float:
         """What is reserved at worst beyond what is held, before the slack.
@@ -373,7 +374,9 @@ class StageMemory:
                 self._passes[known] = _native_pass_bytes(shape, stage, kept, flight)
             messages = flight.messages * shape.messages.boundary_bytes()
             return larger(self._step_bytes, self.held_bytes(flight) + messages + self._passes[known])
-        alive_bytes = flight.kept_bytes(stage) + min(flight.alive, 1) * _window_bytes(stage)
+        alive_bytes = flight.kept_bytes(stage.saved_bytes, stage.waiting_bytes) + min(
+            flight.alive, 1
+        ) * _window_bytes(stage)
         return larger(self._step_bytes, kept.total + alive_bytes + pass_bytes(shape, stage))
 
     @cached_property

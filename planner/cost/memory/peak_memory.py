@@ -75,7 +75,9 @@ class _Moment:
                 weights_bytes=round(each.kept.weights),
                 grads_bytes=round(each.kept.grads - late[index]),
                 optimizer_bytes=round(each.kept.optimizer),
-                activations_bytes=round(flight[index].kept_bytes(each.stage)),
+                activations_bytes=round(
+                    flight[index].kept_bytes(each.stage.saved_bytes, each.stage.waiting_bytes)
+                ),
                 transient_bytes=round(max(transient, 0.0)) if index == widest else 0,
             )
             for index, each in held.items()

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from planner.cost.compute.passes import Unit
 from planner.cost.compute.seconds import larger, smaller
 from planner.cost.memory.zero_bubble_memory import most_waits, waiting_bytes
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block
 from planner.profile.profile import LayerKind
-from planner.strategy.strategy import Recompute
 
 if TYPE_CHECKING:
     from planner.cost.compute.kind_layers import KindLayers

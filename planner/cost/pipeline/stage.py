@@ -25,8 +25,9 @@ from planner.cost.memory.stage_bytes import stage_bytes
 from planner.cost.pipeline.stage_cost import StageCost
 from planner.job.engine_settings import Engine
 from planner.job.problem import PlanningProblem
+from planner.model.saved_tensors import Recompute
 from planner.profile.profile import LayerKind
-from planner.strategy.strategy import Degrees, Recompute, Stage, Zero
+from planner.strategy.strategy import Degrees, Stage, Zero
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,11 +16,12 @@ from planner.hardware.cluster_grammar import join, shaped_part
 from planner.hardware.prices import Market
 from planner.job.engine_settings import own_stack
 from planner.job.problem import PlanningProblem
+from planner.model.saved_tensors import Recompute
 from planner.model.spec import ModelSpec
 from planner.model.workload import Precision, Workload
 from planner.strategy.estimate import MemoryBreakdown, Verdict
 from planner.strategy.rules import broken_rules
-from planner.strategy.strategy import Degrees, Recompute, Strategy, Zero, even_stages
+from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 
 STEP_TOKENS = 2**22
 """Tokens of a global step: 4 Mi, as GPT-3 (3.2M) and Llama 2 (4M) took. It sets how often weights are

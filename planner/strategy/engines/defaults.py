@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from planner.job.engine_settings import Engine
-from planner.strategy.strategy import CpExchange, Degrees
+from planner.model.attention import CpExchange
+from planner.strategy.strategy import Degrees
 
 USUAL_EXCHANGE: Mapping[Engine, CpExchange] = MappingProxyType(
     {

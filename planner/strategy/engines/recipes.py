@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from planner.job.engine_settings import Engine
-from planner.strategy.strategy import Degrees, Recompute, RecomputeCounts, Stage, even_stages, sized_stages
+from planner.model.saved_tensors import Recompute
+from planner.strategy.strategy import Degrees, RecomputeCounts, Stage, even_stages, sized_stages
 
 Stages = tuple[Stage, ...]
 Family = list[Stages]

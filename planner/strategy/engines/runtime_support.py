@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from planner.foundation.errors import InputError, Problem
-from planner.model.attention import CAUSAL, Attention, LatentAttention, QkNorm, Reach, Span
+from planner.model.attention import CAUSAL, Attention, CpExchange, LatentAttention, QkNorm, Reach, Span
 from planner.model.feed_forward import Experts, FeedForward
 from planner.model.spec import Block, Layer, ModelSpec
 from planner.model.workload import Precision, Workload
-from planner.strategy.strategy import CpExchange, Degrees, Strategy
+from planner.strategy.strategy import Degrees, Strategy
 
 EXECUTED_TYPES = (
     *(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from planner.foundation.divisors import divisors, legal_values
 from planner.job.problem import PlanningProblem
+from planner.model.attention import CpExchange
 from planner.model.workload import Method, Optimizer, Precision
 from planner.strategy.engines.heads import without_copies
 from planner.strategy.engines.recipes import every_kth, most_on_a_rank
 from planner.strategy.engines.torchtitan_model import model_faults
 from planner.strategy.estimate import Rejected
-from planner.strategy.strategy import CpExchange, Degrees, Schedule, Strategy, Zero
+from planner.strategy.strategy import Degrees, Schedule, Strategy, Zero
 
 RELEASE = "torchtitan 0.2.2"
 TORCH_SCHEDULES = (

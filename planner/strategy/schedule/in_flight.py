@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from planner.cost.pipeline.stage_cost import StageCost
+from typing import NamedTuple
 
 
 class InFlight(NamedTuple):
@@ -29,9 +26,9 @@ class InFlight(NamedTuple):
         """Micro-batches that something is held of."""
         return self.alive + self.waiting
 
-    def kept_bytes(self, stage: StageCost) -> float:
-        """What they keep, of a stage or of many mixes of one."""
-        return self.alive * stage.saved_bytes + self.waiting * stage.waiting_bytes
+    def kept_bytes(self, saved_bytes: float, waiting_bytes: float) -> float:
+        """Bytes that they keep, of a stage that saves so much for one of each (or arrays of such stages)."""
+        return self.alive * saved_bytes + self.waiting * waiting_bytes
 
 
 Flights = tuple[dict[int, InFlight], ...]
@@ -41,9 +38,3 @@ Flights = tuple[dict[int, InFlight], ...]
 def total_count(flight: dict[int, InFlight]) -> int:
     """Micro-batches in flight on all stages of a rank."""
     return sum(each.micro_batches for each in flight.values())
-
-
-def with_gradients(flights: Flights) -> Flights:
-    """Those moments at which all stages have gradients; all where there is none, in a step's only
-    micro-batch."""
-    return tuple(each for each in flights if all(own.begun for own in each.values())) or flights

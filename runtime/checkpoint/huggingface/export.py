@@ -13,6 +13,7 @@ from torch import Tensor
 
 from planner.foundation.decode import load_json_object
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.run_files import CHECKPOINTS, PLAN
 from planner.strategy.engines.runtime_support import check_executed
 from planner.strategy.plan import Plan, load_plan
 from runtime.checkpoint.checkpoint import load_checkpoint
@@ -20,7 +21,6 @@ from runtime.checkpoint.huggingface.folder import CONFIG, KEPT, check_config, si
 from runtime.checkpoint.huggingface.merged import MergedWeights
 from runtime.checkpoint.store import CheckpointIndex, committed_folders, find_checkpoint, load_index, verify
 from runtime.model.huggingface.write import ReadParameter, write_weights
-from runtime.train.run_folder import CHECKPOINTS, PLAN
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -12,7 +12,6 @@ from planner.foundation.errors import InputError, Problem
 from planner.model.huggingface import read_config_file
 from planner.model.spec import ModelSpec
 from runtime.model.huggingface.read import WeightFolder
-from runtime.train.executor import Executor
 
 KEPT = "huggingface"
 """Where a run keeps config.json and the tokenizer's files of the folder that it began with."""
@@ -73,13 +72,3 @@ def side_files(folder: Path) -> list[Path]:
     named = [folder / name for name in KEPT_FILES]
     found = [path for pattern in KEPT_PATTERNS for path in sorted(folder.glob(pattern))]
     return [path for path in (*named, *found) if path.is_file()]
-
-
-def load_into(executor: Executor, folder: Path) -> None:
-    """Fills the weights of this rank from the folder; optimizer and step stay at the beginning."""
-    source = WeightFolder(folder, executor.plan.model)
-    known = {mapped.name for mapped in source.map.parameters}
-    for name, tensor in executor.weight_tensors():
-        if name in known:
-            source.fill(name, tensor)
-    executor.weights_filled()

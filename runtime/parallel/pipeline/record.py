@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from planner.model.attention import CpExchange
 from planner.strategy.schedule.schedules import Action
-from planner.strategy.strategy import CpExchange
 
 
 @dataclass
