@@ -106,7 +106,7 @@ def errors(
     family: LayerFamily, taken: Sequence[LayerCase], record: Mapping[LayerCase, LayerSample]
 ) -> list[Error]:
     """Errors of forward and backward of every case that was not taken, from those that were."""
-    from planner.cost.compute.layer_samples import at_usual_speed
+    from planner.cost.stage.layer_samples import at_usual_speed
 
     even = dict(zip(record, at_usual_speed(list(record.values())), strict=True))
     known, weights = [even[case] for case in taken], family.weights(list(record.values()))
@@ -158,7 +158,7 @@ def summary(found: Sequence[Error]) -> dict[str, float | int]:
 
 def report(family: LayerFamily) -> dict[str, Any]:
     """All figures of one model."""
-    from planner.cost.compute.layer_samples import at_usual_speed
+    from planner.cost.stage.layer_samples import at_usual_speed
     from runtime.profiler.layer_grid import corners
 
     first, second = measured_twice(family)

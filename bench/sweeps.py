@@ -28,8 +28,8 @@ from typing import Any
 import click
 
 from planner.cost.compute.analytic import analytic_cost, device_rates
-from planner.cost.compute.layer import LayerShape
-from planner.cost.compute.time_constants import usual_physics
+from planner.cost.layer import LayerShape
+from planner.cost.time_constants import usual_physics
 from planner.foundation.decode import decode, noun, to_json, write_atomic
 from planner.hardware.cluster_grammar import parse_cluster
 from planner.job.problem import PlanningProblem

@@ -14,12 +14,12 @@ from planner.calibration.calibrate import TIME_ERROR, calibrate, usable
 from planner.calibration.run import Run
 from planner.calibration.validate import Validation, validate
 from planner.cli import cli
-from planner.cost.compute import constants
+from planner.cost import constants
 from planner.cost.compute.block_correction import block_shape
-from planner.cost.compute.layer import LayerShape
-from planner.cost.compute.layer_cost import LayerModel
-from planner.cost.compute.time_constants import usual_physics
 from planner.cost.evaluate import CostModel
+from planner.cost.layer import LayerShape
+from planner.cost.stage.layer_cost import LayerModel
+from planner.cost.time_constants import usual_physics
 from planner.foundation.decode import encode
 from planner.foundation.errors import InputError
 from planner.job.problem import PlanningProblem

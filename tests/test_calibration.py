@@ -17,8 +17,8 @@ from planner.calibration.predict import Measured, step_time_s, with_constants
 from planner.calibration.run import Run
 from planner.calibration.runs_table import read_runs
 from planner.cli import cli
-from planner.cost.compute.time_constants import PRIORS, Physics, physics_of
 from planner.cost.evaluate import CostModel
+from planner.cost.time_constants import PRIORS, Physics, physics_of
 from planner.foundation.errors import InputError
 from planner.job.engine_settings import NATIVE, Engine, Stack
 from planner.profile.profile import PROFILE_SCHEMA, Constant, Profile, load_profile

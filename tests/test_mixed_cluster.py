@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from planner.advice.plan_check import check_plan
 from planner.cli import cli
 from planner.commands.shared.options import ProblemOptions
 from planner.commands.shared.problem import problem_of_plan, read_problem
@@ -27,6 +26,7 @@ from planner.report.sections import memory_figure
 from planner.search.solve import make_plan
 from planner.strategy.placement import is_mixed, parse_device_order, seen_from
 from planner.strategy.plan import Plan, decode_plan, encode_plan, load_plan
+from planner.strategy.plan_check import check_plan
 from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 
 MIXED = "2x8:a100-sxm-40gb+2x8:h100-sxm-80gb"

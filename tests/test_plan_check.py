@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from planner.advice.plan_check import check_plan
 from planner.cli import cli
 from planner.cost.evaluate import CostModel
 from planner.foundation.units import GIB
@@ -21,6 +20,7 @@ from planner.job.problem import PlanningProblem
 from planner.model.workload import Workload
 from planner.search.solve import make_plan
 from planner.strategy.plan import Certificate, Plan, decode_plan, encode_plan, load_plan, save_plan
+from planner.strategy.plan_check import check_plan
 from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from planner.advice.plan_check import check_plan
 from planner.cli import cli
 from planner.commands.running.train_again import resume_words
 from planner.foundation.decode import to_json
@@ -23,6 +22,7 @@ from planner.job.objective import Goal, Minimise, Objective, Rest, goal_left, go
 from planner.model.workload import AdapterModules, Adapters
 from planner.report.record import load_report_input
 from planner.strategy.plan import Plan, load_plan, save_plan
+from planner.strategy.plan_check import check_plan
 from runtime.checkpoint.identity import plan_facts, plan_identity
 from runtime.checkpoint.store import (
     CHECKPOINT_SCHEMA,

@@ -19,14 +19,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from planner.cost.compute import constants
-from planner.cost.compute.layer_samples import usual_reference_s
-from planner.cost.compute.passes import Pass
+from planner.cost import constants
 from planner.cost.evaluate import CostModel, memory_of_ranks, time_breakdown
-from planner.cost.memory.limits_check import RankMemory
-from planner.cost.memory.verdict import ErrorBand, verdict
-from planner.cost.pipeline.stage import ShapeModel
-from planner.cost.pipeline.stage_cost import StageCost
+from planner.cost.fit.limits_check import RankMemory
+from planner.cost.fit.verdict import ErrorBand, verdict
+from planner.cost.passes import Pass
+from planner.cost.stage.layer_samples import usual_reference_s
+from planner.cost.stage.stage import ShapeModel
+from planner.cost.stage.stage_cost import StageCost
 from planner.job.problem import PlanningProblem
 from planner.strategy.estimate import TimeBreakdown, Verdict
 from planner.strategy.plan import Plan

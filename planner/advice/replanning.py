@@ -74,7 +74,7 @@ def read_bytes_by_stage_rank(problem: PlanningProblem, strategy: Strategy) -> tu
     """Bytes that a device of each pipeline rank reads of a checkpoint: its shard of all stages it holds.
 
     Replicas read the same. These are the fp32 weights and the optimizer's state
-    (planner.cost.memory.run_memory).
+    (planner.cost.fit.run_memory).
     """
     model = CostModel(problem)
     shape = model.shape(strategy.degrees)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 
 from planner.cost.communication.collectives import CommModel, Group
-from planner.cost.compute.time_constants import usual_physics
+from planner.cost.time_constants import usual_physics
 from planner.foundation.decode import noun
 from planner.foundation.errors import InputError
 from planner.hardware.cluster import ClusterSpec, Device

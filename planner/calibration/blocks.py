@@ -22,9 +22,9 @@ from typing import Any
 from planner.calibration.fit import Fit, Scope
 from planner.calibration.predict import LayersKey, Measured, step_time_s
 from planner.cost.compute.block_correction import block_shape, likeness, placed
-from planner.cost.compute.layer_cost import LayerModel
-from planner.cost.compute.time_constants import physics_of
 from planner.cost.evaluate import CostModel
+from planner.cost.stage.layer_cost import LayerModel
+from planner.cost.time_constants import physics_of
 from planner.profile.block_residual import BlockResidual, BlockResiduals, BlockShape
 from planner.profile.profile import LayerKind, Profile
 

@@ -24,9 +24,9 @@ from statistics import fmean
 from typing import Any
 
 from planner.calibration.predict import LayersKey, Measured, ProblemKey, step_time_s
-from planner.cost.compute.layer_cost import LayerModel
-from planner.cost.compute.time_constants import PRIORS, Physics, physics_of, prior_of
 from planner.cost.evaluate import CostModel
+from planner.cost.stage.layer_cost import LayerModel
+from planner.cost.time_constants import PRIORS, Physics, physics_of, prior_of
 from planner.job.engine_settings import Stack
 from planner.profile.profile import Constant, Profile
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from planner.cost.compute import constants
+from planner.cost import constants
 from planner.profile.profile import Constant
 
 MARGIN = 0.02

@@ -21,10 +21,10 @@ from planner.calibration.memory_band import memory_band
 from planner.calibration.predict import with_constants
 from planner.calibration.run import MemoryKind, Run, Status
 from planner.calibration.run_setup import RunSetup, Setups
-from planner.cost.compute.time_constants import Prior
 from planner.cost.evaluate import CostModel, memory_of_ranks
-from planner.cost.memory.limits_check import RankMemory
-from planner.cost.memory.memory_constants import MEMORY_PRIORS, constant_name, fitted_constant, memory_prior
+from planner.cost.fit.limits_check import RankMemory
+from planner.cost.memory_constants import MEMORY_PRIORS, constant_name, fitted_constant, memory_prior
+from planner.cost.time_constants import Prior
 from planner.foundation.units import GIB
 from planner.job.engine_settings import Engine
 from planner.job.problem import PlanningProblem

@@ -12,25 +12,25 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+from planner.cost import constants
 from planner.cost.communication.collectives import CommModel
-from planner.cost.compute import constants
-from planner.cost.compute.layer_cost import ORIGINS, LayerModel
-from planner.cost.compute.passes import Pass
-from planner.cost.compute.shared_costs import SharedCosts
-from planner.cost.compute.time_constants import usual_physics
 from planner.cost.compute.weight_gradients import trained_flops_per_token
+from planner.cost.fit.limits_check import RankMemory, most_pressed
+from planner.cost.fit.offload import with_offload
+from planner.cost.fit.peak_memory import host_bytes, rank_memory
+from planner.cost.fit.verdict import band
 from planner.cost.goodput import Job
 from planner.cost.job_inputs import job_figures, job_of
-from planner.cost.memory.limits_check import RankMemory, most_pressed
-from planner.cost.memory.memory_constants import fitted_constant
-from planner.cost.memory.offload import with_offload
-from planner.cost.memory.peak_memory import host_bytes, rank_memory
-from planner.cost.memory.verdict import band
 from planner.cost.memory.zero_bubble_memory import most_waits
+from planner.cost.memory_constants import fitted_constant
+from planner.cost.passes import Pass
 from planner.cost.pipeline.simulate import PathTimes, Replay, kind_passes, replay, sharing_of
-from planner.cost.pipeline.stage import ShapeModel
-from planner.cost.pipeline.stage_cost import StageCost
 from planner.cost.provenance import origins_s
+from planner.cost.stage.layer_cost import ORIGINS, LayerModel
+from planner.cost.stage.shared_costs import SharedCosts
+from planner.cost.stage.stage import ShapeModel
+from planner.cost.stage.stage_cost import StageCost
+from planner.cost.time_constants import usual_physics
 from planner.foundation.decode import noun
 from planner.foundation.frozen import replaced
 from planner.foundation.units import DAY_S

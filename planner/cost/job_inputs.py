@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from planner.cost.fit.run_memory import state_bytes
 from planner.cost.goodput import Job, figures_of, interruptions, no_node_free
-from planner.cost.memory.run_memory import state_bytes
-from planner.cost.pipeline.stage import ShapeModel
-from planner.cost.pipeline.stage_cost import StageCost
+from planner.cost.stage.stage import ShapeModel
+from planner.cost.stage.stage_cost import StageCost
 from planner.hardware.cluster import ClusterSpec
 from planner.hardware.failures import rated_nodes, usual_failures_per_s
 from planner.job.overheads import BEST, Upkeep

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 
 from planner.cost.communication.collectives import CommCost
-from planner.cost.communication.parallel_cost import tensor_exchanges
-from planner.cost.pipeline.stage import ShapeModel
+from planner.cost.stage.parallel_cost import tensor_exchanges
+from planner.cost.stage.stage import ShapeModel
 from planner.profile.profile import LayerKind, Op
 
 

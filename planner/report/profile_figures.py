@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from planner.cost.communication.collectives import NOISY_SPREAD
-from planner.cost.compute.constant_docs import told_value, usual_value
+from planner.cost.constant_docs import told_value, usual_value
 from planner.cost.profile_coverage import (
     Timed,
     bus_bytes_per_s,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
-from planner.cost.compute.layer_samples import at_usual_speed
 from planner.cost.profile_coverage import ClassKey, SampledClass, sample_text, variant_text, width_text
+from planner.cost.stage.layer_samples import at_usual_speed
 from planner.foundation.decode import noun
 from planner.foundation.units import format_bytes, format_seconds
 from planner.model.saved_tensors import Recompute

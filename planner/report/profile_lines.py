@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from planner.cost.communication.collectives import CommModel, Group
-from planner.cost.compute.layer import LayerCost, LayerShape
-from planner.cost.compute.layer_cost import LayerModel
-from planner.cost.compute.time_constants import usual_physics
+from planner.cost.layer import LayerCost, LayerShape
+from planner.cost.stage.layer_cost import LayerModel
+from planner.cost.time_constants import usual_physics
 from planner.hardware.catalog import device_names, load_device, load_model
 from planner.hardware.cluster import ClusterSpec, Device, DeviceGroup, Link, unknown_device
 from planner.job.engine_settings import Stack

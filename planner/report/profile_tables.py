@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from planner.cost.compute.block_correction import Residuals
-from planner.cost.compute.constant_docs import meaning_of, told_value, usual_value
+from planner.cost.constant_docs import meaning_of, told_value, usual_value
 from planner.cost.profile_coverage import (
     SampledClass,
     Timed,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from statistics import median
 
 from planner.cost.communication.collectives import NOISY_SPREAD
-from planner.cost.compute.constant_docs import told_value
+from planner.cost.constant_docs import told_value
 from planner.cost.profile_coverage import ClassKey, SampledClass, covered_models, noisy, timed
 from planner.hardware.nvidia import Clocks
 from planner.profile.choose import OLD_MONTHS, months_old, told_age

@@ -36,15 +36,15 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
-from planner.cost.compute import constants
-from planner.cost.compute.kind_layers import Sizes
-from planner.cost.compute.layer_cost import LayerModel
-from planner.cost.compute.passes import Pass
+from planner.cost import constants
 from planner.cost.evaluate import CostModel
-from planner.cost.memory.memory_timeline import least_pass_bytes
+from planner.cost.fit.memory_timeline import least_pass_bytes
 from planner.cost.memory.parameter_state import offloaded_states, states_of
 from planner.cost.memory.zero_bubble_memory import most_waits
-from planner.cost.pipeline.stage import ShapeModel
+from planner.cost.passes import Pass
+from planner.cost.stage.kind_layers import Sizes
+from planner.cost.stage.layer_cost import LayerModel
+from planner.cost.stage.stage import ShapeModel
 from planner.job.engine_settings import Engine, Stack
 from planner.model.saved_tensors import Recompute
 from planner.search.even_stages import even_factor

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from planner.cost.compute.kind_layers import Kind, kind_of
 from planner.cost.evaluate import CostModel
+from planner.cost.stage.kind_layers import Kind, kind_of
 from planner.model.saved_tensors import Recompute
 from planner.profile.profile import LayerKind
 from planner.search.quick_bounds import alone

@@ -23,11 +23,11 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from planner.cost.compute.layer_cost import LayerModel
-from planner.cost.compute.time_constants import Physics, usual_physics
 from planner.cost.evaluate import CostModel, Evaluation
+from planner.cost.fit.verdict import safe_tensor_bytes
 from planner.cost.goodput import Job
-from planner.cost.memory.verdict import safe_tensor_bytes
+from planner.cost.stage.layer_cost import LayerModel
+from planner.cost.time_constants import Physics, usual_physics
 from planner.foundation.units import format_bytes
 from planner.hardware.cluster import ClusterSpec
 from planner.job.problem import PlanningProblem

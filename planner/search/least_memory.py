@@ -29,14 +29,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
-from planner.cost.compute import constants
+from planner.cost import constants
 from planner.cost.evaluate import CostModel, memory_of_ranks
-from planner.cost.memory.limits_check import RankMemory
-from planner.cost.memory.memory_constants import fitted_constant
-from planner.cost.memory.memory_timeline import StageMemory
-from planner.cost.memory.offload import with_offload
-from planner.cost.memory.verdict import memory_band
-from planner.cost.pipeline.stage import ShapeModel
+from planner.cost.fit.limits_check import RankMemory
+from planner.cost.fit.memory_timeline import StageMemory
+from planner.cost.fit.offload import with_offload
+from planner.cost.fit.verdict import memory_band
+from planner.cost.memory_constants import fitted_constant
+from planner.cost.stage.stage import ShapeModel
 from planner.foundation.decode import noun
 from planner.foundation.units import MIB
 from planner.job.problem import PlanningProblem

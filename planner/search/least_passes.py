@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner.cost.compute.passes import Pass
-from planner.cost.pipeline.stage import ShapeModel
+from planner.cost.passes import Pass
+from planner.cost.stage.stage import ShapeModel
 from planner.model.saved_tensors import Recompute
 from planner.search.bounds import split_again_s
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from planner.cost.evaluate import CostModel
-from planner.cost.memory.verdict import MemoryLimits, memory_limits
-from planner.cost.pipeline.stage import ShapeModel
+from planner.cost.fit.verdict import MemoryLimits, memory_limits
+from planner.cost.stage.stage import ShapeModel
 from planner.foundation.units import format_bytes
 from planner.search.bounds import BaseBound, least_state_bytes
 from planner.search.recipes import RecipeBook

@@ -17,10 +17,10 @@ import math
 import re
 from collections.abc import Iterator
 
-from planner.cost.compute.layer_cost import LayerModel
 from planner.cost.evaluate import CostModel
 from planner.cost.goodput import evaluation_s, spares_factor
 from planner.cost.job_inputs import most_kept
+from planner.cost.stage.layer_cost import LayerModel
 from planner.hardware.cluster import ClusterSpec
 from planner.job.problem import PlanningProblem
 from planner.search.quick_bounds import space_bounds_s

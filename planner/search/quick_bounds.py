@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.communication.messages import Messages
 from planner.cost.communication.overlap import overlap_of
-from planner.cost.compute.kind_layers import Kind, kind_of
-from planner.cost.compute.passes import Pass, stacked
 from planner.cost.evaluate import CostModel
+from planner.cost.passes import Pass, stacked
+from planner.cost.stage.kind_layers import Kind, kind_of
 from planner.foundation.frozen import replaced
 from planner.model.saved_tensors import Recompute
 from planner.search.bounds import schedule_factor
@@ -185,7 +185,7 @@ def _with_messages(
     expired: Callable[[], bool],
 ) -> Floats:
     """Both passes of all layers of each unit under each base [unit, base], of kind which[n], with what ZeRO 2
-    and 3 send in every micro-batch beside them (planner.cost.pipeline.stage)."""
+    and 3 send in every micro-batch beside them (planner.cost.stage.stage)."""
     import numpy as np
 
     known: dict[tuple[object, ...], int] = {}

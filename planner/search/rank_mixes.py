@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner.cost.memory.memory_timeline import StageMemory, idle_apart
+from planner.cost.fit.memory_timeline import StageMemory, idle_apart
 from planner.cost.pipeline.simulate import kind_passes
 from planner.search.recipes import Column, RecipeBook
 from planner.strategy.schedule.action import ActionKind

@@ -12,12 +12,12 @@ from functools import cache, cached_property
 from operator import le
 from typing import TYPE_CHECKING, Any
 
-from planner.cost.compute.seconds import larger
-from planner.cost.memory.memory_timeline import StageMemory
-from planner.cost.memory.offload import with_offload
+from planner.cost.fit.memory_timeline import StageMemory
+from planner.cost.fit.offload import with_offload
 from planner.cost.pipeline.simulate import kind_passes
-from planner.cost.pipeline.stage import ShapeModel
-from planner.cost.pipeline.stage_cost import StageCost
+from planner.cost.seconds import larger
+from planner.cost.stage.stage import ShapeModel
+from planner.cost.stage.stage_cost import StageCost
 from planner.foundation.decode import noun
 from planner.job.engine_settings import Engine
 from planner.model.saved_tensors import Recompute
@@ -60,7 +60,7 @@ class Column:
 
     def held_bytes(self, flight: InFlight) -> float:
         """Its states that exist, and what micro-batches in flight keep
-        (planner.cost.memory.peak_memory.held_bytes)."""
+        (planner.cost.fit.peak_memory.held_bytes)."""
         late = 0.0 if flight.begun else self.late_bytes
         return self.resident_bytes - late + flight.kept_bytes(self.cost.saved_bytes, self.cost.waiting_bytes)
 

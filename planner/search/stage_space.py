@@ -17,7 +17,7 @@ from itertools import accumulate, pairwise
 
 from planner.cost.evaluate import CostModel
 from planner.cost.pipeline.simulate import Replay
-from planner.cost.pipeline.stage import ShapeModel
+from planner.cost.stage.stage import ShapeModel
 from planner.search.bounds import least_once_s
 from planner.search.cuts import Cuts, Spans
 from planner.search.rank_ways import RankWays

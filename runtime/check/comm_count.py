@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from planner.cost.communication.message_list import COPIES, Message
+from planner.cost.message_list import COPIES, Message
 from planner.profile.profile import Op
 from runtime.parallel import context_attention
 from runtime.parallel.meshes import Meshes

@@ -14,10 +14,10 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from planner.cost.compute.layer import LayerCost, LayerShape
-from planner.cost.compute.layer_cost import LayerModel
-from planner.cost.compute.layer_samples import SampleTable, at_usual_speed, distance, form_of
-from planner.cost.compute.time_constants import physics_of
+from planner.cost.layer import LayerCost, LayerShape
+from planner.cost.stage.layer_cost import LayerModel
+from planner.cost.stage.layer_samples import SampleTable, at_usual_speed, distance, form_of
+from planner.cost.time_constants import physics_of
 from planner.hardware.cluster import Device
 from planner.job.engine_settings import Stack
 from planner.job.problem import PlanningProblem

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from planner.advice.plan_check import check_sound
 from planner.strategy.plan import Plan
+from planner.strategy.plan_check import check_sound
 from runtime.launch.device_check import check_fits_here, check_same_devices, check_world, pick_device
 from runtime.launch.exchange import agree
 from runtime.launch.local_ranks import RunFailedError, Send, run_local

@@ -7,13 +7,13 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from planner.cost.compute import constants
+from planner.cost import constants
 from planner.cost.evaluate import CostModel
-from planner.cost.memory.limits_check import RankMemory
-from planner.cost.memory.peak_memory import rank_memory
-from planner.cost.memory.verdict import band
+from planner.cost.fit.limits_check import RankMemory
+from planner.cost.fit.peak_memory import rank_memory
+from planner.cost.fit.verdict import band
 from planner.cost.memory.zero_bubble_memory import most_waits
-from planner.cost.pipeline.stage_cost import StageCost
+from planner.cost.stage.stage_cost import StageCost
 from planner.foundation.divisors import divisors
 from planner.foundation.errors import InfeasibleError
 from planner.job.problem import PlanningProblem

@@ -7,11 +7,11 @@ import random
 from itertools import groupby
 from typing import Any
 
-from planner.cost.compute import constants
+from planner.cost import constants
 from planner.cost.compute.block_correction import block_shape
-from planner.cost.compute.layer import LayerShape
-from planner.cost.compute.passes import Pass
-from planner.cost.pipeline.stage_cost import StageCost
+from planner.cost.layer import LayerShape
+from planner.cost.passes import Pass
+from planner.cost.stage.stage_cost import StageCost
 from planner.hardware.cluster import ClusterSpec, Device, DeviceGroup, Link
 from planner.job.problem import PlanningProblem
 from planner.model.attention import Attention, LatentAttention, Reach, Span

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-from planner.cost.memory.memory_timeline import idle_apart
+from planner.cost.fit.memory_timeline import idle_apart
 from planner.cost.pipeline.simulate import kind_passes
 from planner.job.problem import PlanningProblem
 from planner.search.recipes import Column

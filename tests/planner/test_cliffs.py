@@ -11,10 +11,10 @@ import pytest
 
 from planner.cost.communication.collectives import CommModel, Group
 from planner.cost.compute.gemm import GemmModel
-from planner.cost.compute.layer import LayerShape
-from planner.cost.compute.layer_cost import LayerModel
-from planner.cost.compute.time_constants import physics_of
 from planner.cost.evaluate import CostModel
+from planner.cost.layer import LayerShape
+from planner.cost.stage.layer_cost import LayerModel
+from planner.cost.time_constants import physics_of
 from planner.hardware import measured_tables as measured
 from planner.hardware.catalog import load_device, load_model
 from planner.hardware.cluster_grammar import parse_cluster

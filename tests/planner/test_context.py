@@ -9,10 +9,10 @@ import pytest
 
 from planner.cost.communication.context_parallel import copies_of_heads, exchange_of, widths_of
 from planner.cost.communication.overlap import overlap_of
-from planner.cost.compute.layer import LayerShape
-from planner.cost.compute.layer_cost import LayerModel
-from planner.cost.compute.time_constants import PRIORS, physics_of
 from planner.cost.evaluate import CostModel, Evaluation
+from planner.cost.layer import LayerShape
+from planner.cost.stage.layer_cost import LayerModel
+from planner.cost.time_constants import PRIORS, physics_of
 from planner.job.problem import PlanningProblem
 from planner.model.attention import Attention, CpExchange, Reach, Span
 from planner.model.recurrent import StateSpace

@@ -9,7 +9,7 @@ import pytest
 
 from planner.cost.pipeline.critical_path import CriticalPath, critical_path
 from planner.cost.pipeline.simulate import kind_passes, replay
-from planner.cost.pipeline.stage_cost import StageCost
+from planner.cost.stage.stage_cost import StageCost
 from planner.strategy.schedule.longest_path import many_row_ends_s
 from planner.strategy.schedule.schedules import build_table
 from planner.strategy.schedule.table import KINDS, Table

@@ -8,11 +8,10 @@ import random
 
 import pytest
 
-from planner.advice.plan_check import check_plan
 from planner.advice.resolve import Clock, Effort, resolved
 from planner.advice.what_if import with_workload
 from planner.calibration.engine_stack import engine_stack, fitted_framework, priced_as
-from planner.cost.compute import constants
+from planner.cost import constants
 from planner.cost.evaluate import CostModel
 from planner.foundation.errors import InfeasibleError, InputError
 from planner.hardware.cluster_grammar import parse_cluster
@@ -29,6 +28,7 @@ from planner.search.solve_for import solve_for
 from planner.strategy.estimate import Verdict
 from planner.strategy.fix_keys import parse_pins
 from planner.strategy.plan import decode_plan, encode_plan
+from planner.strategy.plan_check import check_plan
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import Offload, Strategy
 

@@ -8,11 +8,11 @@ import pytest
 
 from planner.cost.communication.collectives import Group
 from planner.cost.compute.analytic import analytic_cost
-from planner.cost.compute.layer_cost import LayerModel
-from planner.cost.compute.optimizer_time import accumulate_s
-from planner.cost.compute.time_constants import physics_of
 from planner.cost.evaluate import CostModel
-from planner.cost.pipeline.stage import ShapeModel
+from planner.cost.stage.layer_cost import LayerModel
+from planner.cost.stage.optimizer_time import accumulate_s
+from planner.cost.stage.stage import ShapeModel
+from planner.cost.time_constants import physics_of
 from planner.hardware.cluster_grammar import parse_cluster
 from planner.job.engine_settings import NATIVE, Engine, Stack
 from planner.job.problem import PlanningProblem

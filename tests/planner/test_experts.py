@@ -10,9 +10,9 @@ import random
 import pytest
 
 from planner.cost.communication.expert_parallel import distinct_parts, expert_pass
-from planner.cost.compute.layer_cost import LayerModel
-from planner.cost.compute.time_constants import physics_of
 from planner.cost.evaluate import CostModel, Evaluation
+from planner.cost.stage.layer_cost import LayerModel
+from planner.cost.time_constants import physics_of
 from planner.job.engine_settings import Dispatch, Engine, Stack
 from planner.job.problem import PlanningProblem
 from planner.model.feed_forward import Activation, Experts, Mlp

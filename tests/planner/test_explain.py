@@ -13,7 +13,7 @@ from planner.advice.resolve import Clock, Effort, resolved
 from planner.advice.what_if import faster_devices, faster_links, faster_network, with_nodes
 from planner.advice.why_not import Answer, why_not
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.cost.memory.verdict import memory_band, safe_peak_bytes
+from planner.cost.fit.verdict import memory_band, safe_peak_bytes
 from planner.foundation.errors import InputError
 from planner.foundation.units import GIB, MIB
 from planner.hardware.cluster_grammar import parse_cluster

@@ -10,9 +10,9 @@ from collections import Counter
 import pytest
 
 from planner.cost.communication.collectives import CommModel, Group
-from planner.cost.compute.layer_cost import LayerModel, LayerShape
-from planner.cost.compute.time_constants import physics_of
 from planner.cost.evaluate import CostModel, Evaluation
+from planner.cost.stage.layer_cost import LayerModel, LayerShape
+from planner.cost.time_constants import physics_of
 from planner.hardware.cluster import Link
 from planner.job.problem import PlanningProblem
 from planner.model.saved_tensors import Recompute

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from planner.cost.compute.layer import LayerShape
-from planner.cost.compute.layer_cost import LayerModel
-from planner.cost.compute.time_constants import physics_of
 from planner.cost.evaluate import CostModel
+from planner.cost.layer import LayerShape
+from planner.cost.stage.layer_cost import LayerModel
+from planner.cost.time_constants import physics_of
 from planner.hardware.catalog import load_model
 from planner.hardware.cluster_grammar import parse_cluster
 from planner.job.problem import PlanningProblem
@@ -35,7 +35,7 @@ FIGURES = (
 )
 GOLDEN = Path(__file__).parent / "golden" / "layer-prices.json"
 """Written before samples had lengths, context and expert parallelism: what each is priced at. Peaks of plans
-are those of the own runtime's moments (planner.cost.memory.memory_timeline); each of 8 ranks has a whole one
+are those of the own runtime's moments (planner.cost.fit.memory_timeline); each of 8 ranks has a whole one
 of the
 model's 4 key-value heads. Full recomputation at other lengths is without an MLP's last product."""
 

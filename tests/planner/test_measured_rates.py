@@ -10,13 +10,13 @@ import pytest
 
 from planner.advice.what_if import faster_devices
 from planner.cost.compute.analytic import DeviceRates, analytic_cost, device_rates
-from planner.cost.compute.layer import LayerCost, LayerShape
-from planner.cost.compute.layer_cost import LayerModel
 from planner.cost.compute.measured_rates import MeasuredRates, at_usual_speed, measured_rates
 from planner.cost.compute.products import matrices_s, product_s
-from planner.cost.compute.time_constants import usual_physics
 from planner.cost.evaluate import CostModel
-from planner.cost.memory.offload import COPIED_BYTES
+from planner.cost.fit.offload import COPIED_BYTES
+from planner.cost.layer import LayerCost, LayerShape
+from planner.cost.stage.layer_cost import LayerModel
+from planner.cost.time_constants import usual_physics
 from planner.foundation.decode import decode, decode_json, to_json
 from planner.job.engine_settings import Engine, Stack
 from planner.job.problem import PlanningProblem

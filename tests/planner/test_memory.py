@@ -16,13 +16,13 @@ from planner.calibration.run import MemoryKind, Run, Status
 from planner.calibration.run_setup import RunSetup, run_problem
 from planner.calibration.runs_table import read_runs
 from planner.calibration.validate import validate
-from planner.cost.compute.layer import LayerCost, LayerShape
 from planner.cost.evaluate import CostModel, Evaluation, predicted_memory_bytes
+from planner.cost.fit.verdict import ErrorBand, memory_band, safe_peak_bytes, safe_tensor_bytes, verdict
+from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.memory.activations import engine_bytes
 from planner.cost.memory.chunked_loss import CHUNK_BYTES
-from planner.cost.memory.memory_constants import MEMORY_PRIORS, memory_constants, process_groups
 from planner.cost.memory.parameter_state import States, states_of
-from planner.cost.memory.verdict import ErrorBand, memory_band, safe_peak_bytes, safe_tensor_bytes, verdict
+from planner.cost.memory_constants import MEMORY_PRIORS, memory_constants, process_groups
 from planner.foundation.units import GIB
 from planner.job.engine_settings import Engine, Selective, Stack
 from planner.job.problem import PlanningProblem

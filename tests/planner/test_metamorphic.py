@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from planner.cost.compute.time_constants import physics_of
+from planner.cost.time_constants import physics_of
 from planner.foundation.errors import InfeasibleError
 from planner.hardware.cluster import ClusterSpec, DeviceGroup, Link
 from planner.job.engine_settings import Engine

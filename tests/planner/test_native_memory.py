@@ -13,7 +13,7 @@ import pytest
 from bench.rehearsal import H100, plan_of
 from planner.advice.rank_kinds import alike_ranks
 from planner.cost.evaluate import CostModel
-from planner.cost.memory.memory_timeline import StageMemory
+from planner.cost.fit.memory_timeline import StageMemory
 from planner.foundation.units import GIB
 from planner.strategy.schedule.in_flight import InFlight
 from planner.strategy.strategy import Zero

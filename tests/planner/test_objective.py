@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-from planner.advice.plan_check import check_plan
 from planner.commands.shared.objective_text import objective_text
-from planner.cost.compute import constants
+from planner.cost import constants
 from planner.cost.evaluate import CostModel
 from planner.foundation.errors import InfeasibleError
 from planner.foundation.units import DAY_S
@@ -29,6 +28,7 @@ from planner.search.solve import solve
 from planner.search.solve_for import run_seconds, solve_for
 from planner.strategy.fix_keys import parse_pins
 from planner.strategy.plan import Plan, decode_plan, encode_plan
+from planner.strategy.plan_check import check_plan
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 

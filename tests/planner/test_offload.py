@@ -15,7 +15,7 @@ from planner.calibration.runs_table import read_runs
 from planner.calibration.validate import validate
 from planner.cli import cli
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.cost.memory.offload import WINDOW
+from planner.cost.fit.offload import WINDOW
 from planner.cost.memory.parameter_state import offloaded_states
 from planner.cost.not_modelled import not_modelled
 from planner.foundation.errors import InfeasibleError, InputError

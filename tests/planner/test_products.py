@@ -8,9 +8,9 @@ import pytest
 
 from planner.cost.compute.analytic import DeviceRates, analytic_cost, device_rates
 from planner.cost.compute.gemm import FP8_SHARE, GemmModel
-from planner.cost.compute.layer import LayerShape
 from planner.cost.compute.products import cast_s, matrices_s, product_s
-from planner.cost.compute.time_constants import physics_of
+from planner.cost.layer import LayerShape
+from planner.cost.time_constants import physics_of
 from planner.hardware.catalog import load_device
 from planner.job.engine_settings import Engine, Stack
 from planner.job.problem import PlanningProblem

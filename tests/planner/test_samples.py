@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from planner.cost.compute.layer import LayerCost, LayerShape
-from planner.cost.compute.layer_cost import LayerModel, rates_of_run
-from planner.cost.compute.layer_samples import Run, SampleTable, distance, form_of
-from planner.cost.compute.time_constants import physics_of
 from planner.cost.evaluate import CostModel
+from planner.cost.layer import LayerCost, LayerShape
+from planner.cost.stage.layer_cost import LayerModel, rates_of_run
+from planner.cost.stage.layer_samples import Run, SampleTable, distance, form_of
+from planner.cost.time_constants import physics_of
 from planner.job.engine_settings import NATIVE, Stack
 from planner.job.problem import PlanningProblem
 from planner.model.attention import CpExchange

@@ -10,10 +10,10 @@ import pytest
 from planner.calibration.run import Run, RunRecompute
 from planner.calibration.runs_table import read_runs
 from planner.calibration.validate import validate
-from planner.cost.compute.layer import LayerShape
-from planner.cost.compute.layer_cost import LayerModel
-from planner.cost.compute.time_constants import usual_physics
+from planner.cost.layer import LayerShape
 from planner.cost.memory.parameter_state import states_of
+from planner.cost.stage.layer_cost import LayerModel
+from planner.cost.time_constants import usual_physics
 from planner.job.engine_settings import Engine, Stack
 from planner.profile.profile import LayerKind
 from planner.strategy.strategy import Degrees, Zero

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from planner.cost.communication.message_list import COPIES, Message, charged_messages
+from planner.cost.message_list import COPIES, Message, charged_messages
 from planner.model.attention import Attention
 from planner.model.feed_forward import Experts
 from planner.profile.profile import Op

@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from planner.cost.compute.layer_samples import Run
+from planner.cost.stage.layer_samples import Run
 from planner.hardware.cluster_grammar import parse_cluster
 from planner.model.saved_tensors import Recompute
 from planner.model.spec import ModelSpec

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from planner.advice.plan_check import check_sound
 from planner.foundation.errors import InputError
 from planner.model.lora import adapter_params, module_names
 from planner.model.spec import ModelSpec
 from planner.model.workload import AdapterModules, Adapters, Precision
 from planner.strategy.plan import Plan
+from planner.strategy.plan_check import check_sound
 from planner.strategy.strategy import Degrees, RecomputeCounts, Stage, Zero
 from runtime.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from runtime.checkpoint.store import committed_folders, load_index

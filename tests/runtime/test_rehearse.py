@@ -300,7 +300,7 @@ def test_shapes_alone_tell_of_memory(solved: Path) -> None:
 
 
 def test_an_accelerator_that_others_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from planner.commands.shared.rehearsing import _check_free
+    from planner.commands.running.rehearsing import _check_free
     from planner.hardware import nvidia
 
     monkeypatch.setattr(nvidia, "others_at_work", lambda count: ["process 7 (train.py) computes"])

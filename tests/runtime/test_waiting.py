@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 from torch.distributed.tensor import DTensor
 
 from bench.rehearsal import plan_of, predicted_bytes
-from planner.cost.compute.layer import LayerShape
+from planner.cost.layer import LayerShape
 from planner.cost.memory.zero_bubble_memory import waiting_bytes
 from planner.model.spec import Block
 from planner.model.workload import Precision

@@ -250,7 +250,7 @@ FITS_A_TABLE = 7
 def _constants_text(fits: Sequence[Fit]) -> str:
     """What each fit determined, what that means, and what stayed at its prior everywhere."""
     from planner.commands.shared.text import WIDTH, pairs, table, wrapped_table
-    from planner.cost.compute.time_constants import PRIORS
+    from planner.cost.time_constants import PRIORS
 
     labels = dict.fromkeys(unknown.label for fit in fits for unknown in fit.unknowns)
     priors = {unknown.label: unknown.start for fit in reversed(fits) for unknown in fit.unknowns}
@@ -281,7 +281,7 @@ def _constants_text(fits: Sequence[Fit]) -> str:
 
 def _determined(fit: Fit) -> dict[str, str]:
     """The values that a fit determined, marked where they lie at the end of their range."""
-    from planner.cost.compute.time_constants import PRIORS
+    from planner.cost.time_constants import PRIORS
 
     found = {}
     for index, unknown in enumerate(fit.unknowns):

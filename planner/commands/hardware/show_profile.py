@@ -64,7 +64,7 @@ def show_profile(
 
 def profile_document(profile: Profile, classes: Classes, today: datetime.date) -> dict[str, Any]:
     """The profile as its file has it, with what its classes are and what is to be said of it."""
-    from planner.cost.compute.constant_docs import meaning_of
+    from planner.cost.constant_docs import meaning_of
     from planner.cost.profile_coverage import bus_bytes_per_s, covered_models, noisy
     from planner.foundation.decode import encode
     from planner.report.profile_words import warnings

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def describe(profile: Profile, output: Path, wall_s: float) -> str:
     """What was measured, for people."""
     from planner.commands.shared.text import pairs
-    from planner.cost.compute.constant_docs import told_value
+    from planner.cost.constant_docs import told_value
     from planner.foundation.units import format_seconds
 
     flops, copy = profile.constant("gemm_flops"), profile.constant("memory_bytes_per_s")

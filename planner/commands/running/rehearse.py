@@ -92,9 +92,9 @@ def rehearse(
     """
     import dataclasses
 
+    from planner.commands.running.rehearsing import Choice, check_rehearsable, rehearse_plan
     from planner.commands.shared.problem import problem_of_plan
     from planner.commands.shared.rehearsal_text import rehearsal_text
-    from planner.commands.shared.rehearsing import Choice, check_rehearsable, rehearse_plan
     from planner.commands.shared.text import print_json
     from planner.commands.shared.with_torch import require_torch
     from planner.foundation.decode import encode

@@ -172,7 +172,6 @@ def train(plan_file: Path, steps: int | None, as_json: bool, **given: Any) -> in
     of them. SIGTERM and Ctrl-C finish the step, save, and end with exit code 0. Exit code 4 where a rank
     died, the loss was not finite, or something else was executed than planned.
     """
-    from planner.advice.plan_check import check_sound
     from planner.commands.shared.text import print_json
     from planner.commands.shared.with_torch import require_torch
     from planner.strategy.engines.runtime_support import (
@@ -181,6 +180,7 @@ def train(plan_file: Path, steps: int | None, as_json: bool, **given: Any) -> in
         check_executed_workload,
     )
     from planner.strategy.plan import load_plan
+    from planner.strategy.plan_check import check_sound
     from planner.strategy.schedule_check import check_schedule_table
 
     require_torch("train")

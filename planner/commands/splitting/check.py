@@ -19,10 +19,10 @@ def check(plan_file: Path, as_json: bool) -> None:
     Its rules, rank grid, stages, schedule table, sums, certificate and digests of inputs. Exit code 4 if
     one of them does not hold.
     """
-    from planner.advice.plan_check import check_plan
     from planner.foundation.errors import CheckError
     from planner.strategy.engines.runtime_support import not_executed, offload_not_executed
     from planner.strategy.plan import load_plan
+    from planner.strategy.plan_check import check_plan
 
     plan = load_plan(plan_file)
     missing = not_executed(plan.model) + offload_not_executed(plan.strategy)

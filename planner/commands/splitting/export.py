@@ -36,13 +36,13 @@ def export(plan_file: Path, to: str, output: Path | None, as_json: bool) -> int:
     scheduler runs the plan with the engine that it was made for (`plan solve --engine`), else with
     `plan train`.
     """
-    from planner.advice.plan_check import check_sound
     from planner.commands.shared.text import print_json
     from planner.export.artifact import write_export
     from planner.export.facts import readme
     from planner.export.targets import TARGETS, refusals
     from planner.foundation.decode import encode
     from planner.strategy.plan import load_plan
+    from planner.strategy.plan_check import check_sound
 
     plan = load_plan(plan_file)
     check_sound(plan)

@@ -122,8 +122,8 @@ def _rehearsed(plan: Plan, problem: PlanningProblem, count: int) -> Plan:
 
 def check_certificate(plan: Plan) -> None:
     """Raises CheckError where what the answer claims does not hold."""
-    from planner.advice.plan_check import certificate_faults
     from planner.foundation.errors import CheckError
+    from planner.strategy.plan_check import certificate_faults
 
     faults = certificate_faults(plan)
     if faults:

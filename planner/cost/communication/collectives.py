@@ -31,7 +31,7 @@ import bisect
 import dataclasses
 import math
 
-from planner.cost.compute import constants
+from planner.cost import constants
 from planner.foundation.decode import noun
 from planner.hardware.cluster import ClusterSpec, Link
 from planner.hardware.collective_curves import CollectiveCurves, curves_of, rising, wire_factor

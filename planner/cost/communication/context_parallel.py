@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable
 
 from planner.cost.communication.overlap import Overlap
-from planner.cost.compute.layer import LayerCost, LayerShape
+from planner.cost.layer import LayerCost, LayerShape
 from planner.foundation.decode import noun
 from planner.foundation.frozen import replaced
 from planner.model.attention import Attention, CpExchange, LatentAttention, Reach

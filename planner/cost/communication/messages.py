@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from planner.cost.communication.collectives import CommCost, CommModel, Group
-from planner.cost.compute.passes import Pass, Unit
-from planner.cost.compute.time_constants import Physics
 from planner.cost.memory.chunked_loss import chunk_count
+from planner.cost.passes import Pass, Unit
+from planner.cost.time_constants import Physics
 from planner.job.engine_settings import Engine
 from planner.job.problem import PlanningProblem
 from planner.model.workload import Precision

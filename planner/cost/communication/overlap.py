@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.cost.compute import constants
-from planner.cost.compute.seconds import smaller
+from planner.cost import constants
+from planner.cost.seconds import smaller
 from planner.foundation.decode import noun
 from planner.profile.profile import Profile
 

@@ -1,5 +1,5 @@
-"""Time of one layer on one device: matrix products, attention, element-wise operators, recomputation.
+"""Time of a layer's operators on one device: matrix products, attention, element-wise operators.
 
-In go a layer class, its shard and a profile; out come seconds forward and backward, from measured samples
-where there are some and from first principles elsewhere. Open `layer_cost.py` first.
+In go a layer class, its shard and the rates of a device; out come seconds forward and backward, from
+measured operators where there are some and from first principles elsewhere. Open `analytic.py` first.
 """

@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
-from planner.cost.compute import constants
+from planner.cost import constants
 from planner.cost.compute.attention_core import attention_core_s
 from planner.cost.compute.elementwise_time import between_products, widest_values
 from planner.cost.compute.gemm import GemmModel
 from planner.cost.compute.launches import launches
-from planner.cost.compute.layer import NOTHING, LayerCost, LayerShape, block_saved_bytes
 from planner.cost.compute.measured_rates import MeasuredRates, measured_rates
 from planner.cost.compute.operator_time import BothWays, Pieces
 from planner.cost.compute.products import cast_s, matrices_s, product_s, products_of
 from planner.cost.compute.recompute_time import selected_s, spared_s
-from planner.cost.compute.seconds import larger
-from planner.cost.compute.time_constants import Physics, fitted_to_runs
 from planner.cost.compute.weight_gradients import Trained, beside_frozen, without_lowest
+from planner.cost.layer import NOTHING, LayerCost, LayerShape, block_saved_bytes
+from planner.cost.seconds import larger
+from planner.cost.time_constants import Physics, fitted_to_runs
 from planner.foundation.decode import noun
 from planner.foundation.errors import InputError, Problem
 from planner.hardware.catalog import architecture_of

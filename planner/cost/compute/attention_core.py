@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from planner.cost.compute import constants
-from planner.cost.compute.layer import LayerShape
+from planner.cost import constants
+from planner.cost.layer import LayerShape
 from planner.model.attention import Attention, LatentAttention
 from planner.model.saved_tensors import AttentionKernel
 from planner.model.spec import Block

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from planner.cost.compute.layer import LayerShape
 from planner.cost.compute.surface import matern
+from planner.cost.layer import LayerShape
 from planner.job.problem import PlanningProblem
 from planner.model.spec import Layer
 from planner.profile.block_residual import BlockResiduals, BlockShape

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from planner.cost.compute import constants
-from planner.cost.compute.layer import LayerShape
+from planner.cost import constants
 from planner.cost.compute.operator_time import BothWays
+from planner.cost.layer import LayerShape
 from planner.model.attention import Attention, LatentAttention
 from planner.model.feed_forward import Experts
 from planner.model.saved_tensors import Kept

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from planner.cost.compute import constants
-from planner.cost.compute.layer import LayerShape
+from planner.cost import constants
+from planner.cost.layer import LayerShape
 from planner.model.attention import Attention, LatentAttention
 from planner.model.feed_forward import Experts, FeedForward
 from planner.model.saved_tensors import AttentionKernel

@@ -6,8 +6,8 @@ what lies between them; embedding and head are an operator each.
 
 from __future__ import annotations
 
-from planner.cost.compute.layer import LayerShape
 from planner.cost.compute.measured_rates import MeasuredRates
+from planner.cost.layer import LayerShape
 from planner.foundation.decode import noun
 from planner.model.attention import Attention, LatentAttention, QkNorm
 from planner.model.feed_forward import Experts, FeedForward, Mlp

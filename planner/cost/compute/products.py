@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from planner.cost.compute import constants
-from planner.cost.compute.layer import LayerShape
+from planner.cost import constants
+from planner.cost.layer import LayerShape
 from planner.model.spec import Block
 from planner.model.weight_matrix import Matrix, Split
 from planner.model.workload import Precision

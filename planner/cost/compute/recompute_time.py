@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from planner.cost.compute.elementwise_time import between_products
-from planner.cost.compute.layer import LayerShape
 from planner.cost.compute.products import cast_s, matrices_s, product_s
+from planner.cost.layer import LayerShape
 from planner.foundation.frozen import replaced
 from planner.job.engine_settings import Selective
 from planner.model.attention import Attention

@@ -18,8 +18,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from planner.cost.compute.constants import BLOCK_LAUNCHES
-from planner.cost.compute.layer import LayerShape
+from planner.cost.constants import BLOCK_LAUNCHES
+from planner.cost.layer import LayerShape
 from planner.foundation.decode import noun
 from planner.model.lora import adapted
 from planner.model.spec import Block, ModelSpec

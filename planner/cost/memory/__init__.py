@@ -1,5 +1,5 @@
-"""Bytes on one device: weights, gradients, optimizer state, activations, buffers, and whether they fit.
+"""Bytes of activations that a layer saves, and of weights, gradients and optimizer state.
 
-In go a stage and the micro-batches that are in flight; out come bytes by tenant at each moment of a step,
-and the verdict SAFE, RISKY or NO. Open `memory_timeline.py` first.
+In go a layer class, its shard, the engine and the precision; out come bytes, from samples where there are
+some. Open `activations.py` first.
 """

@@ -28,10 +28,10 @@ import math
 
 from planner.cost.communication.context_parallel import both_sides_bytes, traded_bytes
 from planner.cost.compute.elementwise_time import formed_values, widest_values
-from planner.cost.compute.layer import LayerCost, LayerShape, block_saved_bytes
 from planner.cost.compute.recompute_time import keeps_every_second
+from planner.cost.layer import LayerCost, LayerShape, block_saved_bytes
 from planner.cost.memory.chunked_loss import chunk_logits
-from planner.cost.memory.memory_constants import MemoryConstants
+from planner.cost.memory_constants import MemoryConstants
 from planner.foundation.frozen import replaced
 from planner.job.engine_settings import Engine, Selective, Stack
 from planner.model.attention import Attention

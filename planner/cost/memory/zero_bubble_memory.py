@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planner.cost.compute.layer import LayerShape
+from planner.cost.layer import LayerShape
 from planner.job.engine_settings import Stack
 from planner.model.feed_forward import FeedForward, Mlp
 from planner.model.spec import Block

@@ -16,10 +16,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from planner.cost.compute import constants
-from planner.cost.compute.passes import Pass
-from planner.cost.compute.seconds import smaller
-from planner.cost.pipeline.stage_cost import StageCost
+from planner.cost import constants
+from planner.cost.passes import Pass
+from planner.cost.seconds import smaller
+from planner.cost.stage.stage_cost import StageCost
 from planner.foundation.decode import noun
 from planner.job.problem import PlanningProblem
 from planner.strategy.estimate import TimelineEvent

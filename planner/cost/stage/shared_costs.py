@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import cached_property
 
 from planner.cost.communication.messages import Messages
-from planner.cost.compute.fsdp_units import Units
-from planner.cost.compute.kind_layers import Kind, KindLayers, kind_of
-from planner.cost.compute.layer_cost import LayerModel
-from planner.cost.compute.passes import Pass, Unit
+from planner.cost.passes import Pass, Unit
+from planner.cost.stage.fsdp_units import Units
+from planner.cost.stage.kind_layers import Kind, KindLayers, kind_of
+from planner.cost.stage.layer_cost import LayerModel
 
 
 class UnitMessages:

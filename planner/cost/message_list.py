@@ -11,10 +11,10 @@ from collections import Counter
 from typing import NamedTuple
 
 from planner.cost.communication.collectives import FREE, CommCost, CommModel, Group
-from planner.cost.compute.layer_cost import LayerModel
-from planner.cost.compute.shared_costs import SharedCosts
-from planner.cost.compute.time_constants import usual_physics
-from planner.cost.pipeline.stage import ShapeModel
+from planner.cost.stage.layer_cost import LayerModel
+from planner.cost.stage.shared_costs import SharedCosts
+from planner.cost.stage.stage import ShapeModel
+from planner.cost.time_constants import usual_physics
 from planner.hardware.cluster import ClusterSpec, Device, DeviceGroup, Link
 from planner.job.engine_settings import Stack
 from planner.job.problem import PlanningProblem

@@ -11,8 +11,8 @@ origin, weighted by how much of an estimate rests on each.
 
 from __future__ import annotations
 
-from planner.cost.compute import constants
-from planner.cost.memory.memory_constants import fitted_constant, memory_constants
+from planner.cost import constants
+from planner.cost.memory_constants import fitted_constant, memory_constants
 from planner.foundation.decode import noun
 from planner.job.problem import PlanningProblem
 from planner.strategy.estimate import Coverage, Verdict

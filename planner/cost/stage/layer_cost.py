@@ -1,6 +1,6 @@
 """Time and activation bytes of one layer on one device, from samples or from first principles.
 
-Where the profile measured the layer's class, its samples tell (planner.cost.compute.layer_samples):
+Where the profile measured the layer's class, its samples tell (planner.cost.stage.layer_samples):
 "measured",
 "interpolated" or "fitted". Without any the analytic time stands alone ("datasheet").
 """
@@ -11,18 +11,18 @@ import dataclasses
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from planner.cost import constants
 from planner.cost.communication.context_parallel import with_context_buffers
-from planner.cost.compute import constants
 from planner.cost.compute.analytic import DeviceRates, Known, analytic_cost, core_s, device_rates
 from planner.cost.compute.block_correction import Ratios, Residuals, block_shape, residuals_of
-from planner.cost.compute.fsdp_units import Units, units_of
-from planner.cost.compute.layer import LayerCost, LayerShape
-from planner.cost.compute.layer_samples import Run, SampleTable, at_usual_speed
-from planner.cost.compute.passes import Unit
-from planner.cost.compute.seconds import larger, smaller
-from planner.cost.compute.time_constants import Physics
+from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.memory.activations import engine_bytes
-from planner.cost.memory.memory_constants import memory_constants, process_groups
+from planner.cost.memory_constants import memory_constants, process_groups
+from planner.cost.passes import Unit
+from planner.cost.seconds import larger, smaller
+from planner.cost.stage.fsdp_units import Units, units_of
+from planner.cost.stage.layer_samples import Run, SampleTable, at_usual_speed
+from planner.cost.time_constants import Physics
 from planner.job.problem import PlanningProblem
 from planner.model.saved_tensors import AttentionKernel, Recompute
 from planner.profile.block_residual import BlockShape
@@ -32,6 +32,8 @@ from planner.strategy.strategy import Degrees
 if TYPE_CHECKING:
     import numpy as np
 
+
+if TYPE_CHECKING:
     Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 TIMES = ("forward_s", "backward_s", "forward_idle_s", "backward_idle_s")

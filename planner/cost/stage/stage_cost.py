@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from planner.cost.compute.passes import Pass
 from planner.cost.memory.parameter_state import ParamBytes
+from planner.cost.passes import Pass
 from planner.foundation.decode import noun
 
 
@@ -38,7 +38,7 @@ class StageCost:
     `block_saved_bytes` of them by blocks; `waiting_bytes` from its input gradients to its weight gradients,
     where a schedule puts those off and the engine holds less for them. `frozen` weights have no gradients:
     those of adapters beside them alone. `hosted` says what of the stage lies in host memory, where something
-    does (planner.cost.memory.offload).
+    does (planner.cost.fit.offload).
     `weights_s` are the blocks' weight gradients that the engine can leave for later, `deferred_s` those that
     it does: of blocks that recompute nothing. None where it splits a backward as torch does.
     """

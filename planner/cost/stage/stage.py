@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from planner.cost.communication.collectives import CommModel
 from planner.cost.communication.messages import Messages
-from planner.cost.communication.parallel_cost import summed_copies_s
-from planner.cost.compute.layer_cost import LayerModel
-from planner.cost.compute.optimizer_time import update_s
-from planner.cost.compute.passes import Pass, Unit
-from planner.cost.compute.seconds import larger
-from planner.cost.compute.shared_costs import SharedCosts
 from planner.cost.memory.parameter_state import States, states_of
-from planner.cost.memory.stage_bytes import stage_bytes
-from planner.cost.pipeline.stage_cost import StageCost
+from planner.cost.passes import Pass, Unit
+from planner.cost.seconds import larger
+from planner.cost.stage.layer_cost import LayerModel
+from planner.cost.stage.optimizer_time import update_s
+from planner.cost.stage.parallel_cost import summed_copies_s
+from planner.cost.stage.shared_costs import SharedCosts
+from planner.cost.stage.stage_bytes import stage_bytes
+from planner.cost.stage.stage_cost import StageCost
 from planner.job.engine_settings import Engine
 from planner.job.problem import PlanningProblem
 from planner.model.saved_tensors import Recompute
@@ -32,6 +32,8 @@ from planner.strategy.strategy import Degrees, Stage, Zero
 if TYPE_CHECKING:
     import numpy as np
 
+
+if TYPE_CHECKING:
     Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 Chosen = tuple[tuple[str, Recompute], int]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from planner.cost.communication.messages import Messages
 from planner.cost.compute.analytic import DeviceRates
-from planner.cost.compute.time_constants import Physics
+from planner.cost.time_constants import Physics
 from planner.job.engine_settings import Engine
 
 UPDATE_BYTES = 28.0

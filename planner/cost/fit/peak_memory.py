@@ -1,7 +1,7 @@
 """Bytes of one device at its worst moment of a step, by tenant.
 
 States (weights, gradients, optimizer) are planner.cost.memory.parameter_state', moments
-planner.cost.memory.memory_timeline'. Activations:
+planner.cost.fit.memory_timeline'. Activations:
 what micro-batches in flight keep at the worst moment of the schedule's row
 (planner.strategy.schedule.in_flight). Transient:
 what that moment holds besides. Allocator: what it reserves beyond tensors, pools and a slack
@@ -14,9 +14,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from planner.cost.memory.memory_timeline import StageMemory, idle_apart
-from planner.cost.pipeline.stage import ShapeModel
-from planner.cost.pipeline.stage_cost import StageCost
+from planner.cost.fit.memory_timeline import StageMemory, idle_apart
+from planner.cost.stage.stage import ShapeModel
+from planner.cost.stage.stage_cost import StageCost
 from planner.strategy.estimate import MemoryBreakdown
 from planner.strategy.schedule.in_flight import Flights, InFlight
 

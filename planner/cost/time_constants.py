@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from planner.cost.compute import constants
+from planner.cost import constants
 from planner.foundation.decode import noun
 from planner.job.engine_settings import Engine, Stack
 from planner.job.problem import PlanningProblem

@@ -12,19 +12,19 @@ from planner.cost.communication.context_parallel import Exchanged
 from planner.cost.communication.expert_parallel import ExpertPass
 from planner.cost.communication.messages import Messages
 from planner.cost.communication.overlap import overlap_of
-from planner.cost.communication.parallel_cost import (
+from planner.cost.layer import LayerCost, LayerShape
+from planner.cost.passes import Pass
+from planner.cost.seconds import larger
+from planner.cost.stage.layer_cost import LayerModel
+from planner.cost.stage.optimizer_time import accumulate_s
+from planner.cost.stage.parallel_cost import (
     cp_sent_again,
     exchanged,
     experts_pass,
     experts_sent_again,
     tensor_s,
 )
-from planner.cost.compute.layer import LayerCost, LayerShape
-from planner.cost.compute.layer_cost import LayerModel
-from planner.cost.compute.optimizer_time import accumulate_s
-from planner.cost.compute.passes import Pass
-from planner.cost.compute.seconds import larger
-from planner.cost.memory.stage_bytes import block_waiting_bytes
+from planner.cost.stage.stage_bytes import block_waiting_bytes
 from planner.job.problem import PlanningProblem
 from planner.model.attention import CpExchange
 from planner.model.saved_tensors import Recompute

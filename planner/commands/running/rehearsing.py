@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from planner.strategy.plan import Plan
     from planner.strategy.rehearsal import RankRehearsal, Rehearsal, RehearsalMode
 
+
 USABLE_SHARE = 0.9
 """Part of the machine's memory that a rank rehearsed on the CPU may be predicted to take."""
 
@@ -31,12 +32,12 @@ class Choice:
 
 def check_rehearsable(plan: Plan) -> None:
     """Raises InputError where the runtime does not execute the plan."""
-    from planner.advice.plan_check import check_sound
     from planner.strategy.engines.runtime_support import (
         check_executed,
         check_executed_offload,
         check_executed_workload,
     )
+    from planner.strategy.plan_check import check_sound
     from planner.strategy.schedule_check import check_schedule_table
 
     check_sound(plan)

@@ -8,9 +8,9 @@ from planner.cost.communication.context_parallel import ContextCost, Exchanged
 from planner.cost.communication.expert_parallel import ExpertPass, expert_pass, spreads_experts
 from planner.cost.communication.messages import Messages
 from planner.cost.communication.overlap import overlap_of
-from planner.cost.compute.layer import LayerShape
-from planner.cost.compute.layer_cost import LayerModel
-from planner.cost.compute.passes import Unit
+from planner.cost.layer import LayerShape
+from planner.cost.passes import Unit
+from planner.cost.stage.layer_cost import LayerModel
 from planner.job.engine_settings import Selective, Stack
 from planner.model.attention import CpExchange
 from planner.model.feed_forward import Experts

@@ -6,16 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from planner.cost.compute.passes import Unit
-from planner.cost.compute.seconds import larger, smaller
 from planner.cost.memory.zero_bubble_memory import most_waits, waiting_bytes
+from planner.cost.passes import Unit
+from planner.cost.seconds import larger, smaller
 from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block
 from planner.profile.profile import LayerKind
 
 if TYPE_CHECKING:
-    from planner.cost.compute.kind_layers import KindLayers
-    from planner.cost.pipeline.stage import Chosen, ShapeModel
+    from planner.cost.stage.kind_layers import KindLayers
+    from planner.cost.stage.stage import Chosen, ShapeModel
 
 
 def stage_bytes(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.cost.compute.passes import Unit
+from planner.cost.passes import Unit
 from planner.foundation.decode import noun
 from planner.job.problem import PlanningProblem
 from planner.model.lora import adapted, layer_adapter_params

@@ -19,11 +19,11 @@ from __future__ import annotations
 import dataclasses
 from itertools import pairwise
 
-from planner.cost.compute.passes import Pass, Unit
-from planner.cost.compute.seconds import larger
 from planner.cost.memory.parameter_state import ParamBytes, States, offloaded_states, state_rates
-from planner.cost.pipeline.stage import ShapeModel
-from planner.cost.pipeline.stage_cost import Hosted, StageCost
+from planner.cost.passes import Pass, Unit
+from planner.cost.seconds import larger
+from planner.cost.stage.stage import ShapeModel
+from planner.cost.stage.stage_cost import Hosted, StageCost
 from planner.foundation.decode import noun
 from planner.strategy.strategy import OffloadCounts, Stage, Zero
 

@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from planner.cost.compute import constants
-from planner.cost.compute.time_constants import Prior, unfused_norms
+from planner.cost import constants
+from planner.cost.time_constants import Prior, unfused_norms
 from planner.foundation.decode import noun
 from planner.job.engine_settings import Engine, Stack
 from planner.job.problem import PlanningProblem

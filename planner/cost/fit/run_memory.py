@@ -2,7 +2,7 @@
 
     moment            device                               host, for each device of the node
     load              weights and one unit in fp32         a process, and that unit
-    forward_backward  planner.cost.memory.memory_timeline                 a process
+    forward_backward  planner.cost.fit.memory_timeline                 a process
     optimizer_step    weights, gradients, optimizer, the   a process
                       step's temporaries
     checkpoint_save   weights, optimizer (and gradients    a process, and a copy of the state that it
@@ -18,9 +18,9 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from planner.cost.memory.memory_timeline import resident, step_temporaries_bytes
-from planner.cost.pipeline.stage import ShapeModel
-from planner.cost.pipeline.stage_cost import StageCost
+from planner.cost.fit.memory_timeline import resident, step_temporaries_bytes
+from planner.cost.stage.stage import ShapeModel
+from planner.cost.stage.stage_cost import StageCost
 from planner.job.engine_settings import Engine
 from planner.strategy.estimate import MemoryBreakdown, MemoryFigures, MomentMemory
 

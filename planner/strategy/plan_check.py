@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Callable
 
-from planner.advice.rehearsal_check import rehearsal_faults
 from planner.foundation.decode import digest, noun
 from planner.foundation.errors import InputError, Problem
 from planner.job.objective import Minimise
@@ -14,6 +13,7 @@ from planner.model.lora import module_problems
 from planner.strategy.estimate import Verdict
 from planner.strategy.placement import device_names, stage_groups
 from planner.strategy.plan import Plan
+from planner.strategy.rehearsal_check import rehearsal_faults
 from planner.strategy.rules import broken_rules
 from planner.strategy.schedule_check import schedule_faults
 from planner.strategy.strategy import AXES

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from planner.cost.compute.constants import OVERLAP_SLOWDOWN
-from planner.cost.compute.time_constants import PRIORS
-from planner.cost.memory.memory_constants import MEMORY_PRIORS
+from planner.cost.constants import OVERLAP_SLOWDOWN
+from planner.cost.memory_constants import MEMORY_PRIORS
+from planner.cost.time_constants import PRIORS
 from planner.foundation.units import format_bytes, format_seconds, format_si
 
 MEANINGS: Mapping[str, str] = MappingProxyType(

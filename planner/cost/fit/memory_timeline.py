@@ -37,12 +37,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cached_property
 
-from planner.cost.compute.seconds import larger
 from planner.cost.memory.chunked_loss import chunk_logits
 from planner.cost.memory.parameter_state import ParamBytes
-from planner.cost.memory.stage_bytes import apart_params
-from planner.cost.pipeline.stage import ShapeModel
-from planner.cost.pipeline.stage_cost import StageCost
+from planner.cost.seconds import larger
+from planner.cost.stage.stage import ShapeModel
+from planner.cost.stage.stage_bytes import apart_params
+from planner.cost.stage.stage_cost import StageCost
 from planner.job.engine_settings import Engine
 from planner.model.saved_tensors import Recompute
 from planner.model.workload import Optimizer

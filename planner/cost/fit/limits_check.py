@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from planner.cost.memory.run_memory import memory_figures
-from planner.cost.memory.verdict import memory_band, verdict
-from planner.cost.pipeline.stage import ShapeModel
-from planner.cost.pipeline.stage_cost import StageCost
+from planner.cost.fit.run_memory import memory_figures
+from planner.cost.fit.verdict import memory_band, verdict
+from planner.cost.stage.stage import ShapeModel
+from planner.cost.stage.stage_cost import StageCost
 from planner.job.problem import PlanningProblem
 from planner.strategy.estimate import Coverage, MemoryBreakdown, MemoryFigures, Verdict
 
