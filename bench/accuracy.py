@@ -36,7 +36,8 @@ from planner.calibration.run_setup import RunSetup, Setups
 from planner.calibration.runs_table import read_runs
 from planner.calibration.validate import ValidatedRow, Validation, judge, validate
 from planner.commands.shared.text import table
-from planner.foundation.decode import encode, noun, write_atomic
+from planner.foundation.decode import encode, write_atomic
+from planner.foundation.frozen import frozen
 from planner.model.saved_tensors import Recompute
 from planner.profile.profile import Profile
 from planner.strategy.estimate import Verdict
@@ -67,7 +68,7 @@ def by_device(run: Run) -> str:
     return run.device
 
 
-@noun
+@frozen
 class RunSet:
     """Runs that are judged together, and how they are split; `also` are more runs to fit on.
 

@@ -28,9 +28,10 @@ from planner.calibration.run_setup import RunSetup, Setups
 from planner.calibration.runs_table import read_runs
 from planner.commands.shared.text import table
 from planner.cost.evaluate import CostModel
-from planner.foundation.decode import encode, noun, write_atomic
+from planner.foundation.decode import encode, write_atomic
 from planner.foundation.divisors import divisors
 from planner.foundation.errors import InfeasibleError
+from planner.foundation.frozen import frozen
 from planner.hardware.catalog import profile_files
 from planner.job.limits import Limits
 from planner.job.problem import PlanningProblem
@@ -64,7 +65,7 @@ def megatron_core(run: Run) -> bool:
     return run.framework.startswith("Megatron")
 
 
-@noun
+@frozen
 class ExpertSet:
     """Runs of a file by the prefix of their id; `fastest`: of each group of layouts the fastest alone."""
 

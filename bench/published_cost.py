@@ -36,7 +36,8 @@ from planner.calibration.run import Run, RunRecompute
 from planner.calibration.run_setup import RunSetup, Setups
 from planner.commands.shared.text import table
 from planner.cost.evaluate import CostModel
-from planner.foundation.decode import decode, encode, load_toml, noun, write_atomic
+from planner.foundation.decode import decode, encode, load_toml, write_atomic
+from planner.foundation.frozen import frozen
 from planner.foundation.units import DAY_S
 from planner.hardware.catalog import data_folder
 from planner.profile.profile import Profile, load_profile
@@ -75,7 +76,7 @@ class Losses(StrEnum):
     STEPS = "steps"
 
 
-@noun
+@frozen
 class PublishedCost:
     """One run: what is published of its cost, its settings, and what of them is not published."""
 
@@ -94,14 +95,14 @@ class PublishedCost:
     miss: str = ""
 
 
-@noun
+@frozen
 class PublishedCosts:
     """The file."""
 
     runs: tuple[PublishedCost, ...]
 
 
-@noun
+@frozen
 class PredictedCost:
     """A published figure with the predicted ones. An error is predicted / published - 1.
 

@@ -24,7 +24,8 @@ from typing import Any
 import click
 
 from planner.commands.shared.text import table
-from planner.foundation.decode import noun, write_atomic
+from planner.foundation.decode import write_atomic
+from planner.foundation.frozen import frozen
 
 RESULTS = Path(__file__).parent / "results"
 AIM_PEAK_MB = 500
@@ -33,7 +34,7 @@ SCALING_NODES = tuple(2**power for power in range(15))
 """Of eight devices each: 8 to 131,072."""
 
 
-@noun
+@frozen
 class Case:
     """A problem as arguments of `plan solve`; aims are seconds for the whole command, and a gap."""
 

@@ -30,7 +30,8 @@ import click
 from planner.cost.compute.analytic import analytic_cost, device_rates
 from planner.cost.layer import LayerShape
 from planner.cost.time_constants import usual_physics
-from planner.foundation.decode import decode, noun, to_json, write_atomic
+from planner.foundation.decode import decode, to_json, write_atomic
+from planner.foundation.frozen import frozen
 from planner.hardware.cluster_grammar import parse_cluster
 from planner.job.problem import PlanningProblem
 from planner.model.attention import Attention, QkNorm
@@ -44,7 +45,7 @@ from planner.profile.profile import PROFILE_SCHEMA, Constant, LayerSample, Profi
 EFFORT_S = 0.25
 
 
-@noun
+@frozen
 class Case:
     """A model of which layers are measured, at a length of sequences; `seen` while the code was written.
 

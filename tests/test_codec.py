@@ -21,15 +21,15 @@ from planner.foundation.decode import (
     load_json_object,
     load_toml,
     load_toml_object,
-    noun,
     read_text,
     to_json,
     write_atomic,
 )
 from planner.foundation.errors import InputError
+from planner.foundation.frozen import frozen
 
 
-@noun
+@frozen
 class Point:
     """A noun for tests."""
 
@@ -38,7 +38,7 @@ class Point:
     label: str = ""
 
 
-@noun
+@frozen
 class Line:
     """A noun of nouns."""
 

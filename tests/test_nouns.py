@@ -9,10 +9,10 @@ from dataclasses import field
 
 import pytest
 
-from planner.foundation.frozen import noun, replaced
+from planner.foundation.frozen import frozen, replaced
 
 
-@noun
+@frozen
 class Named:
     """A noun for tests."""
 
@@ -21,7 +21,7 @@ class Named:
     tags: dict[str, str] = field(default_factory=dict)
 
 
-@noun
+@frozen
 class Pair:
     """Another one, whose values can be hashed."""
 

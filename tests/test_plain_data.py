@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from planner.foundation.decode import load_toml_object
 from planner.foundation.decode_plain import UnsureError, parse_json, read_plain
-from planner.foundation.frozen import noun
+from planner.foundation.frozen import frozen
 from planner.hardware.catalog import data_folder, device_names
 from planner.hardware.device_file import DeviceFile
 from planner.profile.profile import Profile
@@ -30,7 +30,7 @@ class Level(IntEnum):
     LOW = 1
 
 
-@noun
+@frozen
 class Part:
     """A noun in another."""
 
@@ -38,7 +38,7 @@ class Part:
     note: str | None = None
 
 
-@noun
+@frozen
 class Whole:
     """One of every type that is known."""
 
@@ -50,7 +50,7 @@ class Whole:
     by_name: dict[str, float] = field(default_factory=dict)
 
 
-@noun
+@frozen
 class Odd:
     """A type that is left to pydantic."""
 

@@ -14,7 +14,7 @@ from planner.advice.resolve import Clock, Effort, Solved
 from planner.advice.what_more import More, what_more_buys
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.cost.fit.verdict import memory_band, safe_peak_bytes
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import format_bytes, format_seconds
 from planner.job.problem import PlanningProblem
 from planner.strategy.estimate import TIME_CAUSES, MemoryBreakdown
@@ -25,7 +25,7 @@ from planner.strategy.strategy import Degrees, RecomputeCounts, Stage, Strategy
 DUST_S = 1e-8
 
 
-@noun
+@frozen
 class Bind:
     """A resource, the seconds of a step that it takes, their share, and what it is made of, in words."""
 
@@ -35,7 +35,7 @@ class Bind:
     detail: str
 
 
-@noun
+@frozen
 class StageFigure:
     """A stage in numbers; headroom is what its rank's peak leaves of what is safe."""
 
@@ -47,7 +47,7 @@ class StageFigure:
     headroom_bytes: int
 
 
-@noun
+@frozen
 class Loser:
     """A runner-up: seconds by cause beyond the plan's, bytes beyond its peak, and the largest cause."""
 
@@ -224,7 +224,7 @@ def format_difference(seconds: float) -> str:
     return ("-" if seconds < 0 else "+") + format_seconds(abs(seconds))
 
 
-@noun
+@frozen
 class Explanation:
     """The whole answer of `plan explain`."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from planner.advice.resolve import Clock, Effort, Solved, resolved
 from planner.advice.what_if import with_limit
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import MIB
 from planner.job.problem import PlanningProblem
 from planner.search.least_memory import need_of, survey
@@ -21,7 +21,7 @@ from planner.strategy.strategy import Strategy
 STEPS = 6
 
 
-@noun
+@frozen
 class Point:
     """One plan of the front: the limit that it needs, and what it leaves of the problem's own."""
 
@@ -32,7 +32,7 @@ class Point:
     strategy: Strategy
 
 
-@noun
+@frozen
 class Front:
     """Plans none of which is both slower and larger than another, the fastest first.
 

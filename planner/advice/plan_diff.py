@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from planner.foundation.decode import encode, noun
+from planner.foundation.decode import encode
+from planner.foundation.frozen import frozen
 from planner.foundation.units import format_seconds
 from planner.strategy.estimate import MEMORY_TENANTS, TIME_CAUSES, MemoryBreakdown
 from planner.strategy.plan import Plan
@@ -21,7 +22,7 @@ MANY = 12
 """Differing inputs of one kind that are listed one by one."""
 
 
-@noun
+@frozen
 class Difference:
     """A value that differs, by its path."""
 
@@ -30,7 +31,7 @@ class Difference:
     second: Any
 
 
-@noun
+@frozen
 class Amount:
     """A quantity of both plans, and the second's over the first's."""
 
@@ -40,7 +41,7 @@ class Amount:
     difference: float
 
 
-@noun
+@frozen
 class PlanDiff:
     """What differs between two plans. `faster` is 1, 2 or 0 for neither; `statement` says why.
 

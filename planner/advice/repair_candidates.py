@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from planner.advice.engine_changes import accepted
 from planner.advice.what_if import Change, lora, narrower, nodes_of, other_optimizers, with_limit, with_nodes
 from planner.advice.what_if import with_workload as changed_workload
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import MIB, format_bytes
 from planner.job.problem import PlanningProblem
 from planner.search.least_memory import Need, Over, Survey, fitting
@@ -33,7 +33,7 @@ MIN_SEQ = 128
 MAX_BATCH_STEPS = 512
 
 
-@noun
+@frozen
 class Candidate:
     """A change to try, with the pins that are left under it; `kind` is alike for changes of one flag.
 

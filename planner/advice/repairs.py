@@ -26,8 +26,8 @@ from planner.advice.repair_candidates import Candidate, all_freed, candidates
 from planner.advice.resolve import Clock, Effort, Solved, resolved, verified
 from planner.advice.what_if import with_limit
 from planner.cost.evaluate import CostModel
-from planner.foundation.decode import noun
 from planner.foundation.errors import InputError
+from planner.foundation.frozen import frozen
 from planner.foundation.units import MIB, format_bytes
 from planner.job.problem import PlanningProblem
 from planner.search.least_memory import Need, Over, Survey, fitting, never, survey
@@ -45,7 +45,7 @@ SHAPE_KEYS = tuple(key for key in KEYS if key in {"dp", *Degrees.__dataclass_fie
 """Keys that fix a shape's degrees, besides its ZeRO stage."""
 
 
-@noun
+@frozen
 class Binding:
     """What stands in the way. The bytes are of a device, None where it is not memory.
 
@@ -59,7 +59,7 @@ class Binding:
     short_bytes: int | None = None
 
 
-@noun
+@frozen
 class Repair:
     """One change that makes the problem feasible, the flag for it, and the plan that it gives."""
 
@@ -73,7 +73,7 @@ class Repair:
     verified: bool
 
 
-@noun
+@frozen
 class Infeasible:
     """The whole answer to a problem without a feasible plan."""
 

@@ -12,7 +12,7 @@ import dataclasses
 
 from planner.cost.evaluate import CostModel
 from planner.cost.job_inputs import checkpoint_bytes
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import DAY_S
 from planner.job.objective import Goal, Rest
 from planner.job.problem import PlanningProblem
@@ -23,7 +23,7 @@ from planner.strategy.plan_cost import usd_of
 from planner.strategy.strategy import Strategy
 
 
-@noun
+@frozen
 class Left:
     """The steps that are left of a run by a plan, at the job's goodput. None: not known."""
 

@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterable
 
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.foundation.decode import noun
 from planner.foundation.errors import InfeasibleError
+from planner.foundation.frozen import frozen
 from planner.job.problem import PlanningProblem
 from planner.search.engine_search import solve_for_engine
 from planner.search.solve import SolveOptions
@@ -27,7 +27,7 @@ NO_CLOCK_GAP = 0.5
 """Without a clock the search ends with the best of its even splits, which is the same on every machine."""
 
 
-@noun
+@frozen
 class Effort:
     """Seconds of one search, and of all together; None: no clock is used."""
 
@@ -63,7 +63,7 @@ class Clock:
         return self.used >= 1
 
 
-@noun
+@frozen
 class Solved:
     """The best strategy known of a problem, evaluated, and the bound below all (0: nothing was searched)."""
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 
 from planner.cost.communication.collectives import CommModel, Group
 from planner.cost.time_constants import usual_physics
-from planner.foundation.decode import noun
 from planner.foundation.errors import InputError
+from planner.foundation.frozen import frozen
 from planner.hardware.cluster import ClusterSpec, Device
 from planner.job.problem import PlanningProblem
 from planner.model.workload import AdapterModules, Adapters, Method, Optimizer, Precision
@@ -26,7 +26,7 @@ LORA_RANK = 16
 _NODES = re.compile(r"^([0-9]+)(\s*[x*].*)$")
 
 
-@noun
+@frozen
 class Change:
     """A changed problem, what was changed in words, and the flag that does it."""
 

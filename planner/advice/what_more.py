@@ -23,7 +23,7 @@ from planner.advice.what_if import (
     with_workload,
 )
 from planner.cost.evaluate import CostModel
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import GIB, format_bytes
 from planner.job.problem import PlanningProblem
 from planner.search.least_memory import survey
@@ -36,7 +36,7 @@ FASTER = 1.1
 TWICE = 2.0
 
 
-@noun
+@frozen
 class More:
     """What a change buys. `same_plan_s` is the plan as it is under it, None where that breaks a rule.
 

@@ -12,7 +12,7 @@ from planner.advice.explain import cause_name, differences_s, format_difference
 from planner.advice.repairs import Binding, binding
 from planner.advice.resolve import Clock, resolved
 from planner.cost.evaluate import Evaluation
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.job.problem import PlanningProblem
 from planner.search.least_memory import fitting, survey
 from planner.strategy.fix_keys import Choice, chosen, nearest_first, parse_choice, pinned, text, values_of
@@ -31,7 +31,7 @@ class Answer(StrEnum):
     INFEASIBLE = "infeasible"
 
 
-@noun
+@frozen
 class WhyNot:
     """One answer. Times are None where the choice is the plan's own or infeasible.
 

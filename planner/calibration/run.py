@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.model.saved_tensors import AttentionKernel
 
 
@@ -33,7 +33,7 @@ class RunRecompute(StrEnum):
     MLP = "mlp"
 
 
-@noun
+@frozen
 class Run:
     """One measured run.
 

@@ -28,8 +28,8 @@ from planner.calibration.software import (
     usual_micro_batch,
 )
 from planner.calibration.tuned import fastest_that_fits, tried_micro_batches
-from planner.foundation.decode import noun
 from planner.foundation.errors import InputError
+from planner.foundation.frozen import frozen
 from planner.hardware.cluster import ClusterSpec
 from planner.hardware.cluster_grammar import parse_cluster
 from planner.job.engine_settings import SCALING
@@ -55,7 +55,7 @@ ProfileOf = Callable[[str], Profile | None]
 """The profile that counts for a device of a name."""
 
 
-@noun
+@frozen
 class RunSetup:
     """What the cost model takes to predict a run, and what was taken for granted."""
 
@@ -64,7 +64,7 @@ class RunSetup:
     assumed: tuple[str, ...] = ()
 
 
-@noun
+@frozen
 class _Shape:
     """The degrees of a row whose product is its number of devices."""
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from planner.calibration.run import MemoryKind, Run, RunRecompute, Status
-from planner.foundation.decode import noun, read_text
+from planner.foundation.decode import read_text
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.model.saved_tensors import AttentionKernel
 
 MAX_PROBLEMS = 50
@@ -61,7 +62,7 @@ class _BadCellError(ValueError):
         self.fault, self.legal = fault, legal
 
 
-@noun
+@frozen
 class RunTable:
     """The runs of one or more files, and what a reader should hear about the files."""
 

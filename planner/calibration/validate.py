@@ -17,8 +17,8 @@ from statistics import fmean
 from planner.calibration.run import MemoryKind, Run, Status
 from planner.calibration.run_setup import ProfileOf, RunSetup, Setups
 from planner.cost.evaluate import CostModel, Evaluation, predicted_memory_bytes
-from planner.foundation.decode import noun
 from planner.foundation.errors import InputError
+from planner.foundation.frozen import frozen
 from planner.foundation.units import GIB
 from planner.job.problem import PlanningProblem
 from planner.strategy.estimate import Rejected, Verdict
@@ -29,7 +29,7 @@ Progress = Callable[[int, int], None]
 """Called with the rows that are done and all rows."""
 
 
-@noun
+@frozen
 class ValidatedRow:
     """One run with its prediction. Without one, `reason` says why; `assumed` is what the row left open.
 
@@ -62,7 +62,7 @@ class ValidatedRow:
     assumed: tuple[str, ...] = ()
 
 
-@noun
+@frozen
 class Summary:
     """Errors over rows, as shares. `n` counts rows with a prediction, of `rows` in all.
 
@@ -84,7 +84,7 @@ class Summary:
     device_bias: float | None = None
 
 
-@noun
+@frozen
 class GroupResult:
     """How well the rows of a group were put in order; `chosen` and `best` are ids of rows."""
 
@@ -98,7 +98,7 @@ class GroupResult:
     best: str | None
 
 
-@noun
+@frozen
 class Validation:
     """All rows, their errors together and by group, and what became of each verdict."""
 

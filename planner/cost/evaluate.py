@@ -31,8 +31,7 @@ from planner.cost.stage.shared_costs import SharedCosts
 from planner.cost.stage.stage import ShapeModel
 from planner.cost.stage.stage_cost import StageCost
 from planner.cost.time_constants import usual_physics
-from planner.foundation.decode import noun
-from planner.foundation.frozen import replaced
+from planner.foundation.frozen import frozen, replaced
 from planner.foundation.units import DAY_S
 from planner.job.problem import PlanningProblem
 from planner.profile.profile import LayerKind
@@ -43,7 +42,7 @@ from planner.strategy.schedule.schedules import ActionKind, Table, build_table, 
 from planner.strategy.strategy import Degrees, Schedule, Strategy
 
 
-@noun
+@frozen
 class Evaluation:
     """An estimate with what it was made of."""
 

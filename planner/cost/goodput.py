@@ -44,7 +44,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import DAY_S
 from planner.hardware.failures import failure_file
 from planner.job.overheads import BEST, Upkeep
@@ -54,7 +54,7 @@ NEWTON_STEPS = 60
 """More than it ever took: it converges from one side, doubling its digits."""
 
 
-@noun
+@frozen
 class Job:
     """One plan's job in plain numbers, before anything is lost.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.model.attention import CpExchange
 from planner.model.saved_tensors import AttentionKernel, Recompute
 from planner.model.spec import Block
@@ -10,7 +10,7 @@ from planner.model.workload import Precision
 from planner.profile.profile import LayerKind
 
 
-@noun
+@frozen
 class LayerShape:
     """Which layer, on how many tokens, in how many shards. `block` is the class of a block, by its key.
 
@@ -49,7 +49,7 @@ class LayerShape:
         return self.cp > 1 or self.ep > 1 or self.expert_tp != self.tp
 
 
-@noun
+@frozen
 class LayerCost:
     """Seconds and bytes of one layer for one micro-batch on one device, communication not included.
 

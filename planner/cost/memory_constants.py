@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from planner.cost import constants
 from planner.cost.time_constants import Prior, unfused_norms
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.job.engine_settings import Engine, Stack
 from planner.job.problem import PlanningProblem
 from planner.model.saved_tensors import AttentionKernel
@@ -83,7 +83,7 @@ MEMORY_PRIORS: Mapping[str, Prior] = MappingProxyType(
 )  # fmt: skip
 
 
-@noun
+@frozen
 class MemoryConstants:
     """The constants of one stack: fitted where a profile has them, else their priors.
 

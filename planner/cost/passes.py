@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 
 
-@noun
+@frozen
 class Pass:
     """One direction of one micro-batch through some layers: seconds by cause. Adds up."""
 
@@ -85,7 +85,7 @@ def stacked(passes: Sequence[Pass]) -> Pass:
     return Pass(**{name: np.asarray([getattr(each, name) for each in passes]) for name in names})  # type: ignore[arg-type]
 
 
-@noun
+@frozen
 class Unit:
     """A layer that data parallelism wraps as one: a block, or the root with the embedding and the head.
 

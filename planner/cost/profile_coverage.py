@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from planner.cost.communication.collectives import NOISY_SPREAD
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.hardware.catalog import load_model, model_index
 from planner.hardware.collective_curves import wire_factor
 from planner.model.saved_tensors import Recompute
@@ -25,7 +25,7 @@ BACKWARD = 2
 """FLOPs of the backward pass for one of the forward: gradients of inputs and of weights."""
 
 
-@noun
+@frozen
 class SampledClass:
     """A layer class with samples, and the models that have it, those first that have most of the others too.
 

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from planner.cost import constants
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.job.engine_settings import Engine, Stack
 from planner.job.problem import PlanningProblem
 from planner.profile.profile import Profile
 
 
-@noun
+@frozen
 class Prior:
     """A constant before any fit: its value, how far from it one expects to be, bounds, meaning and source.
 
@@ -232,7 +232,7 @@ PRIORS: Mapping[str, Prior] = MappingProxyType(
 )  # fmt: skip
 
 
-@noun
+@frozen
 class Physics:
     """The constants of one stack on one device: fitted where a profile has them, else their priors."""
 

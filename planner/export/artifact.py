@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from planner.foundation.decode import noun, write_atomic
+from planner.foundation.decode import write_atomic
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 
 MARK = "README.txt"
 """A folder that holds this file and only names of an export is one of ours, and may be written again."""
 
 
-@noun
+@frozen
 class ExportFile:
     """One file of an export: its name in the folder and its text. Scripts may be run."""
 
@@ -23,7 +24,7 @@ class ExportFile:
         return self.name.endswith((".sh", ".sbatch"))
 
 
-@noun
+@frozen
 class Export:
     """What a plan is for another program: files, how they are started, and what they leave to it.
 

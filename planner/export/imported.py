@@ -12,15 +12,16 @@ from planner.export.argument_file import read_arguments
 from planner.export.megatron_flags import MODEL_SIZES
 from planner.export.settings import Recipe, Settings
 from planner.export.yaml_text import load_yaml_object
-from planner.foundation.decode import load_json_object, load_toml_object, noun
+from planner.foundation.decode import load_json_object, load_toml_object
 from planner.foundation.errors import Problem
+from planner.foundation.frozen import frozen
 from planner.job.engine_settings import Engine
 from planner.model.spec import ModelSpec
 from planner.strategy.fix_keys import Pins
 from planner.strategy.strategy import Offload, Zero
 
 
-@noun
+@frozen
 class Imported:
     """The settings of a file, its engine (None: Accelerate's own), and what of it is not read."""
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from planner.export.settings import Settings
-from planner.foundation.decode import noun
 from planner.foundation.errors import Problem
+from planner.foundation.frozen import frozen
 
 
-@noun
+@frozen
 class Key:
     """A setting by the engine's own name: a flag, or a dotted path in a file.
 

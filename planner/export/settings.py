@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.job.engine_settings import Engine
 from planner.model.attention import CpExchange
 from planner.model.saved_tensors import Recompute
@@ -40,7 +40,7 @@ class Recipe(StrEnum):
     MIXED = "mixed"
 
 
-@noun
+@frozen
 class Settings:
     """What a configuration says. None: it does not say.
 

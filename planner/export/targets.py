@@ -15,7 +15,7 @@ from planner.export.scheduled import one_kind_of_node
 from planner.export.skypilot import export_skypilot
 from planner.export.slurm import export_slurm
 from planner.export.torchtitan_files import export_torchtitan
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.job.engine_settings import Engine
 from planner.job.limits import Limits
 from planner.strategy.estimate import Rejected
@@ -27,7 +27,7 @@ def nothing_refused(plan: Plan) -> list[Rejected]:
     return []
 
 
-@noun
+@frozen
 class Target:
     """One target: how a plan is exported, what is refused beside an engine's rules, and whose rules hold.
 

@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 
 from planner.foundation.decode_plain import UnsureError, parse_json, read_plain
 from planner.foundation.errors import InputError, Problem
-from planner.foundation.frozen import noun as noun  # most modules have it from here
 
 T = TypeVar("T")
 MAX_FILE_BYTES = 64 * 1024 * 1024

@@ -11,10 +11,10 @@ of these.
 
 from __future__ import annotations
 
-from planner.foundation.frozen import noun
+from planner.foundation.frozen import frozen
 
 
-@noun
+@frozen
 class Problem:
     """One fault of an input: where it is, what is wrong, and what would be legal instead."""
 

@@ -1,4 +1,4 @@
-"""`noun`: the decorator that makes all values of the planner plain frozen dataclasses.
+"""`frozen`: the decorator that makes all values of the planner plain frozen dataclasses.
 
 A command has some hundred and fifty kinds of them, of which it makes few. What `dataclasses` would compile
 for each when its module is imported are closures here, which are made in no time.
@@ -17,7 +17,7 @@ Method = Callable[..., Any]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
-def noun(cls: type[T]) -> type[T]:
+def frozen(cls: type[T]) -> type[T]:
     """A frozen, slotted, keyword-only dataclass that refuses unknown keys, NaN and infinity in files."""
     cls.__pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # type: ignore[attr-defined]
     own = set(cls.__dict__)

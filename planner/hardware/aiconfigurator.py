@@ -27,8 +27,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from planner.foundation.decode import noun
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.hardware.measured_tables import Collective, Product
 
 TABLES_VARIABLE = "SHARDWISE_AICONFIGURATOR"
@@ -67,7 +67,7 @@ Columns = Mapping[str, Sequence[Any]]
 Reader = Callable[[Path, Sequence[str]], Columns]
 
 
-@noun
+@frozen
 class MeasuredPackage:
     """The installed package: its version, its folder of systems, and the systems that it has tables of."""
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import profiles
-from planner.foundation.decode import load_toml_object, noun, read_text
+from planner.foundation.decode import load_toml_object, read_text
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.foundation.suggest import squash, unknown
 from planner.hardware.device_file import DeviceFile, load_device_file
 from planner.hardware.instance import Instance, find_instance, load_instances
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from planner.model.spec import ModelSpec
 
 
-@noun
+@frozen
 class ModelEntry:
     """A model of the catalog: the config of the same name is beside the index.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.model.workload import Precision
 
 
-@noun
+@frozen
 class Device:
     """An accelerator, or a process on a CPU.
 
@@ -67,7 +67,7 @@ def unknown_device(name: str, title: str) -> Device:
     )
 
 
-@noun
+@frozen
 class Link:
     """A level of the network. `bytes_per_s` is nominal, per device, one direction; both None and 0 s: free.
 
@@ -89,7 +89,7 @@ def slowest_link(links: Sequence[Link]) -> Link:
     return dataclasses.replace(slowest, latency_s=max(link.latency_s for link in links))
 
 
-@noun
+@frozen
 class DeviceGroup:
     """Equal nodes of equal devices.
 
@@ -116,7 +116,7 @@ class DeviceGroup:
 ONE_NODE = "one node"
 
 
-@noun
+@frozen
 class ClusterSpec:
     """Device groups, the link inside a node and the link between nodes: of groups that differ, the slowest.
 

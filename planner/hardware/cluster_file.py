@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from planner.foundation.decode import load_toml, noun
+from planner.foundation.decode import load_toml
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.hardware.cluster import ClusterSpec, Link
 from planner.hardware.cluster_grammar import Part, instance_part, join, shaped_part
 from planner.hardware.prices import Market, shipped_market
@@ -15,7 +16,7 @@ MAX_GB_PER_S = 1e6
 MAX_LATENCY_US = 1e6
 
 
-@noun
+@frozen
 class LinkTable:
     """A link by its numbers: nominal, one direction, per device."""
 
@@ -25,7 +26,7 @@ class LinkTable:
     sources: tuple[str, ...] = ()
 
 
-@noun
+@frozen
 class GroupTable:
     """Equal nodes: `device` with `devices_per_node`, or `instance`. A device may be a path to its file.
 
@@ -41,7 +42,7 @@ class GroupTable:
     inter: LinkTable | None = None
 
 
-@noun
+@frozen
 class ClusterFile:
     """The tables of a cluster file. `intra` and `inter` are the links of all groups."""
 

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from planner.foundation.errors import InputError, Problem
-from planner.foundation.frozen import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import GIB
 from planner.hardware.catalog import load_device, load_network
 from planner.hardware.cluster import ClusterSpec, DeviceGroup, Link, slowest_link
@@ -32,7 +32,7 @@ _INSTANCES = re.compile(r"^([0-9]{1,12})\s*\*\s*([^@\s]+)(?:@([^@\s]+))?$")
 _LOCAL = re.compile(r"^local(?::([0-9]{1,12}))?$")
 
 
-@noun
+@frozen
 class Part:
     """One part of a cluster text: equal nodes, their links, and their price and its source where known.
 
@@ -98,7 +98,7 @@ def _parse_part(text: str, where: str, market: Market) -> Part:
     raise _fault(where, f"'{text[:80]}' cannot be read.")
 
 
-@noun
+@frozen
 class EqualNodes:
     """A cluster text of equal nodes as it stands: of an instance, or of so many devices each."""
 

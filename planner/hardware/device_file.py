@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from planner.foundation.decode import load_toml, noun
+from planner.foundation.decode import load_toml
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.foundation.units import GIB, MIB
 from planner.hardware.cluster import Device, Link
 from planner.hardware.network import share_origin
@@ -17,7 +18,7 @@ PCIE_SHARE_SOURCE = (
 """Part of the nominal PCIe rate that large collectives of a whole host reach, and where that was read."""
 
 
-@noun
+@frozen
 class MemoryFacts:
     """Device memory. `reported_mib` is what the driver shows, `usable_gib` what a program can allocate."""
 
@@ -30,7 +31,7 @@ class MemoryFacts:
     unverified: tuple[str, ...] = ()
 
 
-@noun
+@frozen
 class PeakFacts:
     """Dense peaks in TFLOPS by format; a format that is absent is unknown or unsupported."""
 
@@ -44,7 +45,7 @@ class PeakFacts:
     unverified: tuple[str, ...] = ()
 
 
-@noun
+@frozen
 class MeasuredFacts:
     """What large matrix products were measured to reach."""
 
@@ -52,7 +53,7 @@ class MeasuredFacts:
     sources: tuple[str, ...]
 
 
-@noun
+@frozen
 class LinkFacts:
     """The link between devices of a node. `domain` devices are joined by it; None: all of the host.
 
@@ -69,7 +70,7 @@ class LinkFacts:
     unverified: tuple[str, ...] = ()
 
 
-@noun
+@frozen
 class PcieFacts:
     """The link to the host, which also joins devices beyond the domain of the link above."""
 
@@ -78,7 +79,7 @@ class PcieFacts:
     sources: tuple[str, ...]
 
 
-@noun
+@frozen
 class PowerFacts:
     """Thermal design power of one device."""
 
@@ -87,7 +88,7 @@ class PowerFacts:
     unverified: tuple[str, ...] = ()
 
 
-@noun
+@frozen
 class PriceFacts:
     """Purchase price of one device in dollars, as of a date."""
 
@@ -99,7 +100,7 @@ class PriceFacts:
     unverified: tuple[str, ...] = ()
 
 
-@noun
+@frozen
 class DeviceFile:
     """Everything that the catalog knows of a device. `unverified` names keys that no source was read for."""
 

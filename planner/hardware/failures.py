@@ -10,13 +10,14 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from planner.foundation.decode import load_toml_object, noun
+from planner.foundation.decode import load_toml_object
+from planner.foundation.frozen import frozen
 from planner.foundation.units import DAY_S
 from planner.hardware.catalog import data_folder
 from planner.hardware.cluster import ClusterSpec
 
 
-@noun
+@frozen
 class FailureRate:
     """Interruptions in 1000 days of a node, with the range of sources; assumed for the devices `alike`."""
 
@@ -29,7 +30,7 @@ class FailureRate:
     alike: tuple[str, ...] = ()
 
 
-@noun
+@frozen
 class SpotTerms:
     """How often a provider takes a node back, after what notice, and how long until there is another."""
 
@@ -44,7 +45,7 @@ class SpotTerms:
     wait_source: str
 
 
-@noun
+@frozen
 class RestartTerms:
     """Seconds from an interruption until the job is started again."""
 
@@ -55,7 +56,7 @@ class RestartTerms:
     source: str
 
 
-@noun
+@frozen
 class RepairTerms:
     """What is assumed of a failed node."""
 
@@ -63,7 +64,7 @@ class RepairTerms:
     source: str
 
 
-@noun
+@frozen
 class StorageTerms:
     """What storage takes: so much a device, but of one node not more than that."""
 
@@ -75,7 +76,7 @@ class StorageTerms:
     source: str
 
 
-@noun
+@frozen
 class FailureFile:
     """profiles/failures.toml."""
 

@@ -9,12 +9,13 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from planner.foundation.decode import decode, noun, read_text
+from planner.foundation.decode import decode, read_text
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.foundation.suggest import squash, unknown
 
 
-@noun
+@frozen
 class Instance:
     """One kind of virtual machine or server. Prices are dollars an hour for the whole instance.
 
@@ -53,7 +54,7 @@ class Instance:
         return None if price is None else price / self.devices
 
 
-@noun
+@frozen
 class InstanceFault:
     """What is wrong with an instance, or doubtful about its price."""
 

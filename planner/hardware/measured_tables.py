@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import profiles
-from planner.foundation.decode import decode, load_toml_object, noun, read_text
+from planner.foundation.decode import decode, load_toml_object, read_text
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 
 T = TypeVar("T")
 MAX_PROBLEMS = 50
 """Faults of one file that are listed; more say nothing new."""
 
 
-@noun
+@frozen
 class Collective:
     """One collective over `ranks` devices; `bytes` is the full message, as in `profile.CommSample`.
 
@@ -40,7 +41,7 @@ class Collective:
     busbw_gb_per_s: float
 
 
-@noun
+@frozen
 class InternodeCollective:
     """One collective over several nodes. A row with `rejected` is kept with the reason and never used."""
 
@@ -57,7 +58,7 @@ class InternodeCollective:
     rejected: str
 
 
-@noun
+@frozen
 class Product:
     """Products (m, k) x (k, n) of one m, with min(n, k) in `min_nk_from`..`min_nk_to` (None: no end)."""
 
@@ -73,7 +74,7 @@ class Product:
     max_tflops: float
 
 
-@noun
+@frozen
 class LinkFigure:
     """What one source says of a link: nominal, measured, or the threshold that a healthy node passes."""
 
@@ -97,7 +98,7 @@ class LinkFigure:
     rejected: str
 
 
-@noun
+@frozen
 class MeasuredTable:
     """tables.toml: where a table was taken, and the catalog's devices that it speaks for."""
 

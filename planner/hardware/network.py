@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from planner.foundation.decode import decode, load_toml_object, noun
+from planner.foundation.decode import decode, load_toml_object
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.foundation.suggest import nearest, unknown
 from planner.hardware.cluster import Link
 
@@ -19,7 +20,7 @@ NETWORK_GRAMMAR = "KIND, Gbit/s of a port, and x with the ports of a node: hdr20
 _NETWORK = re.compile(r"^([a-z]+)(?:([0-9]{1,6})(?:x([0-9]{1,4}))?)?(?:-([a-z]+[0-9]{1,6}))?$")
 
 
-@noun
+@frozen
 class NetworkKind:
     """A network technology. `rates_gbit` are the port rates that exist; where empty, any is read.
 
@@ -39,7 +40,7 @@ class NetworkKind:
     beyond: str = ""
 
 
-@noun
+@frozen
 class NetworkFile:
     """networks.toml: the kinds, and names that are common."""
 
@@ -47,7 +48,7 @@ class NetworkFile:
     kinds: dict[str, NetworkKind]
 
 
-@noun
+@frozen
 class Network:
     """A network read from text.
 

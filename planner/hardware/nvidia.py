@@ -13,12 +13,12 @@ from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import GIB, MIB
 from planner.hardware.local_machine import query_driver
 
 
-@noun
+@frozen
 class Clocks:
     """How an accelerator ran while it was measured, sampled in between; its settings were left alone.
 

@@ -21,8 +21,9 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-from planner.foundation.decode import encode, load_toml, noun
+from planner.foundation.decode import encode, load_toml
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.hardware.device_file import DeviceFile
 
 HOURS_PER_YEAR = 8760.0
@@ -47,7 +48,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 }
 
 
-@noun
+@frozen
 class CostInput:
     """One input: its value, the range that sources give, and where it is from."""
 
@@ -59,7 +60,7 @@ class CostInput:
     unverified: bool = False
 
 
-@noun
+@frozen
 class OwnedDevice:
     """What is known of one device beyond its file: None means that the device file and the inputs hold."""
 
@@ -70,7 +71,7 @@ class OwnedDevice:
     source: str = ""
 
 
-@noun
+@frozen
 class OnPremises:
     """The inputs of the formula above, and devices that differ."""
 
@@ -91,7 +92,7 @@ class OnPremises:
     devices: dict[str, OwnedDevice] = field(default_factory=dict)
 
 
-@noun
+@frozen
 class OnPremisesTable:
     """The table `[on_premises]` of a prices file: what is left out keeps its default."""
 
@@ -112,7 +113,7 @@ class OnPremisesTable:
     devices: dict[str, OwnedDevice] = field(default_factory=dict)
 
 
-@noun
+@frozen
 class DeviceHourCost:
     """Dollars for one used hour of one device, by cause, and the purchase price they rest on."""
 

@@ -14,7 +14,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from planner.foundation.frozen import noun
+from planner.foundation.frozen import frozen
 from planner.hardware.catalog import data_folder, device_names, load_device
 from planner.hardware.instance import (
     Instance,
@@ -40,7 +40,7 @@ SKYPILOT_VARIABLE = "SHARDWISE_SKYPILOT"
 _DATE = re.compile(r"^[0-9]{4}-[0-9]{2}(-[0-9]{2})?$")
 
 
-@noun
+@frozen
 class Market:
     """Instances with their prices, and how devices are priced. `on_premises` is None unless asked for."""
 

@@ -14,13 +14,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from planner.foundation.decode import load_toml, noun
+from planner.foundation.decode import load_toml
+from planner.foundation.frozen import frozen
 from planner.foundation.suggest import squash
 from planner.hardware.instance import Instance, doubt_of, fault_of, median_prices
 from planner.hardware.skypilot_rows import Known, Left, Offer, SkyPilotNames, UnusableError, read_offers
 
 
-@noun
+@frozen
 class Warned:
     """A warning about one provider's file."""
 
@@ -28,7 +29,7 @@ class Warned:
     text: str
 
 
-@noun
+@frozen
 class LiveCatalog:
     """What SkyPilot's catalogs hold: one instance a name, at one region, and what was left out."""
 

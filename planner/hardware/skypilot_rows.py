@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from planner.foundation.decode import noun, read_text
+from planner.foundation.decode import read_text
 from planner.foundation.errors import InputError
+from planner.foundation.frozen import frozen
 from planner.foundation.suggest import squash
 from planner.hardware.instance import MEDIAN_FACTOR, Instance
 
@@ -39,7 +40,7 @@ _TOTAL = re.compile(r"['\"]TotalGpuMemoryInMiB['\"]: *([0-9]{1,9})")
 _GPU_NAME = re.compile(r"['\"]Name['\"]: *['\"]([^'\"]{1,60})")
 
 
-@noun
+@frozen
 class TpuNames:
     """A kind of TPU: its device, and how many of the units in a slice's name make a chip."""
 
@@ -47,7 +48,7 @@ class TpuNames:
     cores_per_chip: int
 
 
-@noun
+@frozen
 class SkyPilotNames:
     """skypilot.toml: accelerators and hosts by SkyPilot's names."""
 

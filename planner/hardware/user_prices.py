@@ -30,8 +30,9 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-from planner.foundation.decode import decode, load_toml, load_toml_object, noun
+from planner.foundation.decode import decode, load_toml, load_toml_object
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.hardware.instance import Instance, find_instance
 from planner.hardware.on_premises import OnPremisesTable, table_faults
 
@@ -42,7 +43,7 @@ YOURS = "yours"
 """The mark of a price that the user gave."""
 
 
-@noun
+@frozen
 class Price:
     """Dollars an hour of one thing: what it is, as of when, and where the price is from."""
 
@@ -56,7 +57,7 @@ class Price:
         return f"{self.what} {self.usd_per_hour:g}, {self.as_of or 'without a date'} ({self.source})"
 
 
-@noun
+@frozen
 class InstancePrice:
     """A price of the user's for a whole instance."""
 
@@ -66,7 +67,7 @@ class InstancePrice:
     source: str = ""
 
 
-@noun
+@frozen
 class DevicePrice:
     """A price of the user's for one device."""
 
@@ -75,7 +76,7 @@ class DevicePrice:
     source: str = ""
 
 
-@noun
+@frozen
 class PriceFile:
     """What a prices file holds. After `load_prices` devices have the names of the catalog."""
 
@@ -98,7 +99,7 @@ class PriceFile:
         )
 
 
-@noun
+@frozen
 class PriceTerm:
     """What a provider takes off for a commitment of some years, in general: `low` to `high` shares."""
 
@@ -116,7 +117,7 @@ class PriceTerm:
         return f"{years}: {span} off in general, {self.as_of} ({self.source})"
 
 
-@noun
+@frozen
 class PriceTermFile:
     """price_terms.toml."""
 

@@ -6,7 +6,7 @@ import re
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.model.saved_tensors import AttentionKernel
 from planner.model.workload import Precision
 
@@ -54,7 +54,7 @@ class Dispatch(StrEnum):
     DEDUPLICATED = "deduplicated"
 
 
-@noun
+@frozen
 class Stack:
     """An engine, its attention kernel, the named set of its fused kernels, and whether blocks are compiled.
 

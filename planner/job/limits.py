@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.job.engine_settings import Engine
 
 
-@noun
+@frozen
 class Limits:
     """The engine that must be able to run the plan (None: any), and the largest tensor-parallel degree.
 

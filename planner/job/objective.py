@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from planner.foundation.decode import noun
 from planner.foundation.errors import InfeasibleError
+from planner.foundation.frozen import frozen
 from planner.foundation.units import DAY_S, format_seconds
 
 
@@ -16,7 +16,7 @@ class Minimise(StrEnum):
     COST = "cost"
 
 
-@noun
+@frozen
 class Goal:
     """What is asked for. Seconds and dollars are of the whole run: all tokens, at the job's goodput."""
 
@@ -48,7 +48,7 @@ class Searched(StrEnum):
     NOT_SEARCHED = "not_searched"
 
 
-@noun
+@frozen
 class NodesTried:
     """A part of the cluster: no plan on it takes less than the bounds; figures of its best plan, if one was
     searched for and found."""
@@ -62,7 +62,7 @@ class NodesTried:
     step_time_s: float | None = None
 
 
-@noun
+@frozen
 class Rest:
     """The last `tokens` of a run that has taken so long and so much: a plan that it goes on by is chosen for
     these alone. `spent_usd` is None where a price was not known."""
@@ -72,7 +72,7 @@ class Rest:
     spent_usd: float | None
 
 
-@noun
+@frozen
 class Objective:
     """The goal, the nodes that the plan uses of those offered, and how good that choice is.
 

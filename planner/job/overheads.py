@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 
 BEST: Literal["best"] = "best"
 """The interval between checkpoints that loses least (planner.cost.goodput)."""
 
 
-@noun
+@frozen
 class Upkeep:
     """Rates are of the whole job. `checkpoint_every` counts steps, or is BEST; `checkpoint_async` writes
     behind the steps, which wait only for the copy to host memory. `device_spread` is a device's standard

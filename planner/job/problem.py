@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.hardware.cluster import ClusterSpec, Device
 from planner.job.engine_settings import NATIVE, Stack
 from planner.job.limits import NO_LIMITS, Limits
@@ -12,7 +12,7 @@ from planner.model.workload import Workload
 from planner.profile.profile import Profile
 
 
-@noun
+@frozen
 class PlanningProblem:
     """A model, a workload, a cluster, what is known of the device, its memory, the software, the upkeep, and
     what plans are held to by choice.

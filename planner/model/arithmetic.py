@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 
 
 class RopeKind(StrEnum):
@@ -20,7 +20,7 @@ class RopeKind(StrEnum):
     LONGROPE = "longrope"
 
 
-@noun
+@frozen
 class RopeScaling:
     """The stretching of rotary frequencies and its numbers, each used by the kinds that have it.
 
@@ -41,7 +41,7 @@ class RopeScaling:
     long: tuple[float, ...] = ()
 
 
-@noun
+@frozen
 class Arithmetic:
     """Scales, rotations and the places of norms. The defaults are Llama's.
 

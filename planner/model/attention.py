@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from enum import StrEnum
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.model.heads import Heads
 from planner.model.saved_tensors import AttentionKernel, Kept
 from planner.model.weight_matrix import Matrix, Split
@@ -37,7 +37,7 @@ class Reach(StrEnum):
     ALL = "all"
 
 
-@noun
+@frozen
 class Span:
     """The keys that a query meets. `size` is the width of a window or chunk, or the number chosen."""
 
@@ -79,7 +79,7 @@ class QkNorm(StrEnum):
     WIDTH = "width"
 
 
-@noun
+@frozen
 class Attention:
     """Multi-head attention with grouped key and value heads (`kv_heads` < `heads` is GQA, 1 is MQA).
 
@@ -210,7 +210,7 @@ class Attention:
         return f"{int(self.qkv_bias)}{int(self.out_bias)}"
 
 
-@noun
+@frozen
 class Indexer:
     """The small scorer of sparse attention, which chooses the keys of `Reach.CHOSEN`.
 
@@ -222,7 +222,7 @@ class Indexer:
     head_dim: int
 
 
-@noun
+@frozen
 class LatentAttention:
     """Multi-head latent attention: keys and values come from one small latent (DeepSeek-V2, 2405.04434).
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.model.routing import Routing
 from planner.model.saved_tensors import Kept
 from planner.model.weight_matrix import Matrix, Split
@@ -22,7 +22,7 @@ class Activation(StrEnum):
     RELU2 = "relu2"
 
 
-@noun
+@frozen
 class Mlp:
     """A feed-forward layer: up and down projections, and a gate beside the up when `gated`."""
 
@@ -66,7 +66,7 @@ class Mlp:
         return str(int(self.bias))
 
 
-@noun
+@frozen
 class Experts:
     """A mixture of experts: a router, `count` equal MLPs of which each token meets `topk`, shared ones.
 

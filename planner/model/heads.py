@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 
 
-@noun
+@frozen
 class Heads:
     """A count of heads of which each rank has whole ones, as many as the others.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.model.heads import Heads
 from planner.model.saved_tensors import AttentionKernel, Kept
 from planner.model.weight_matrix import Matrix, Split
 
 
-@noun
+@frozen
 class StateSpace:
     """A Mamba-2 layer: projections, a short convolution, and a recurrence over states (2405.21060).
 
@@ -88,7 +88,7 @@ class StateSpace:
         return f"{int(self.bias)}{int(self.conv_bias)}"
 
 
-@noun
+@frozen
 class DeltaNet:
     """A gated delta-rule layer: linear attention with a decaying, correcting state (2412.06464).
 
@@ -169,7 +169,7 @@ class DeltaNet:
         return "0"
 
 
-@noun
+@frozen
 class LightningAttention:
     """Linear attention with a fixed decay a head, normed and gated at its output (MiniMax-01, 2501.08313).
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 
 
 class Score(StrEnum):
@@ -26,7 +26,7 @@ class TopkMethod(StrEnum):
     CORRECTED = "noaux_tc"
 
 
-@noun
+@frozen
 class Routing:
     """How a token's experts are chosen and weighed, and what keeps their loads even.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 
 
 class AttentionKernel(StrEnum):
@@ -18,7 +18,7 @@ class AttentionKernel(StrEnum):
     EAGER = "eager"
 
 
-@noun
+@frozen
 class Kept:
     """Values a token that a sublayer keeps for its backward pass, besides the residual stream.
 

@@ -13,7 +13,7 @@ from enum import StrEnum
 from functools import lru_cache
 from itertools import chain
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.model.arithmetic import PLAIN, Arithmetic
 from planner.model.attention import Attention, LatentAttention
 from planner.model.feed_forward import Experts, FeedForward
@@ -58,7 +58,7 @@ class Norm(StrEnum):
         return self.tensors * width
 
 
-@noun
+@frozen
 class Block:
     """One transformer block, a layer class: a mixer, an MLP or experts, and norms over the hidden size.
 
@@ -242,7 +242,7 @@ def _kept(block: Block, seq: int, kernel: AttentionKernel) -> tuple[Kept, int]:
 Layer = Block | TracedLayer
 
 
-@noun
+@frozen
 class Segment:
     """`count` equal layers in a row."""
 
@@ -256,7 +256,7 @@ def _classes(segments: tuple[Segment, ...]) -> Mapping[str, Layer]:
     return {block.shape_key: block for block in distinct.values()}
 
 
-@noun
+@frozen
 class ModelSpec:
     """A language model: decoder-only, encoder-only, or an encoder followed by its decoder.
 

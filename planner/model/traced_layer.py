@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 
 
-@noun
+@frozen
 class Product:
     """`count` matrix products (m, k) x (k, n) in the forward pass of one sample."""
 
@@ -19,7 +19,7 @@ class Product:
         return 2.0 * self.m * self.n * self.k * self.count
 
 
-@noun
+@frozen
 class TracedLayer:
     """One layer between two cuts of a traced graph; every figure is of one sample.
 

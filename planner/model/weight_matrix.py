@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 
 
 class Split(StrEnum):
@@ -18,7 +18,7 @@ class Split(StrEnum):
     NONE = "none"
 
 
-@noun
+@frozen
 class Matrix:
     """`copies` weights of shape [outputs, inputs], of which each token meets `used` (experts and top-k)."""
 

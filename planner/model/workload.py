@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 
 
 class Precision(StrEnum):
@@ -80,7 +80,7 @@ class AdapterModules(StrEnum):
     ALL = "all"
 
 
-@noun
+@frozen
 class Adapters:
     """Adapters of one rank beside some weights: a group of them (AdapterModules), or the modules that are
     named, with commas between (planner.model.lora).
@@ -92,7 +92,7 @@ class Adapters:
     modules: str
 
 
-@noun
+@frozen
 class Workload:
     """A training job. `batch` counts sequences in a global step; `tokens` is the whole run, if known.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.model.saved_tensors import AttentionKernel, Recompute
 from planner.model.workload import Precision
 
 
-@noun
+@frozen
 class BlockShape:
     """What the time of a block follows on one device, whatever the number of blocks.
 
@@ -35,7 +35,7 @@ class BlockShape:
         return self.cp > 1
 
 
-@noun
+@frozen
 class BlockResidual:
     """Runs whose blocks have one shape: ln(time that their steps tell of a block / its price), and how many
     runs' worth speak for it: each by the share of its step that blocks are, and by how far it is off."""
@@ -45,7 +45,7 @@ class BlockResidual:
     weight: float
 
 
-@noun
+@frozen
 class BlockResiduals:
     """Those of a fit's runs, and the Gaussian process between them: the `spread` of blocks around their price
     and the `noise` of one run, both as shares.

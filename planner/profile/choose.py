@@ -5,8 +5,8 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 
-from planner.foundation.decode import noun
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.hardware.cluster import ClusterSpec, Device
 from planner.model.spec import ModelSpec
 from planner.model.workload import Precision
@@ -21,7 +21,7 @@ MOST_NAMED = 6
 """Devices that an error lists by name."""
 
 
-@noun
+@frozen
 class ProfileUse:
     """A profile as the figures of one kind of device rest on it; in plan.json under `inputs`.
 

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Collection, Hashable, Iterable
 from typing import Any
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.model.workload import Precision
 from planner.profile.operator_sample import RateSample
 from planner.profile.profile import CommSample, Constant, ContentionSample, FamilyFit, LayerSample, Profile
@@ -56,7 +56,7 @@ MORE_CASES = "more cases: "
 """How a skipped case ends, and how others of that kind are summed up after the first few."""
 
 
-@noun
+@frozen
 class Stack:
     """What times depend on besides the work: the device, the libraries, the format of products.
 

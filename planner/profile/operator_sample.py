@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.model.workload import Precision
 
 
@@ -43,7 +43,7 @@ class RateKind(StrEnum):
     TO_HOST = "to_host"
 
 
-@noun
+@frozen
 class RateSample:
     """Median seconds of `samples` bursts of one operator, of the device alone where it has a queue.
 

@@ -6,8 +6,9 @@ import math
 from enum import StrEnum
 from pathlib import Path
 
-from planner.foundation.decode import load_json, noun
+from planner.foundation.decode import load_json
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.hardware.nvidia import Clocks
 from planner.model.attention import CpExchange
 from planner.model.saved_tensors import Recompute
@@ -44,7 +45,7 @@ class Op(StrEnum):
     P2P = "p2p"
 
 
-@noun
+@frozen
 class LayerSample:
     """One layer class at one shard width and one micro-batch, measured without communication time.
 
@@ -98,7 +99,7 @@ class LayerSample:
     taken: str = ""
 
 
-@noun
+@frozen
 class CommSample:
     """One collective over `ranks` ranks while `groups` such groups ran at once on the same `nodes` nodes.
 
@@ -121,7 +122,7 @@ class CommSample:
     taken: str = ""
 
 
-@noun
+@frozen
 class ContentionSample:
     """How much slower compute runs per device while `active` devices of a node compute at once."""
 
@@ -130,7 +131,7 @@ class ContentionSample:
     taken: str = ""
 
 
-@noun
+@frozen
 class Constant:
     """A fitted or measured constant: value in SI units, and how it came to be.
 
@@ -149,7 +150,7 @@ class Constant:
     taken: str = ""
 
 
-@noun
+@frozen
 class FamilyFit:
     """How well a family of cases is known: `taken` of `cases` were measured.
 
@@ -163,7 +164,7 @@ class FamilyFit:
     error: float | None = None
 
 
-@noun
+@frozen
 class Profile:
     """All samples of a device and software stack, with versions and date.
 

@@ -14,7 +14,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import GIB, MIB, format_bytes, format_seconds
 from planner.report.palette import variable
 from planner.report.timeline import Slice
@@ -30,7 +30,7 @@ LABEL_LIMIT_PX = 260
 Row = dict[str, Any]
 
 
-@noun
+@frozen
 class Bar:
     """A piece of a stacked or waterfall bar: which row, which colour, from where to where, and its words."""
 
@@ -41,7 +41,7 @@ class Bar:
     tip: str
 
 
-@noun
+@frozen
 class Mark:
     """A measured value beside a bar."""
 
@@ -50,7 +50,7 @@ class Mark:
     tip: str
 
 
-@noun
+@frozen
 class Pair:
     """A predicted and a measured value of one row."""
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from planner.foundation.decode import decode_json, noun, read_text, to_json, write_atomic
+from planner.foundation.decode import decode_json, read_text, to_json, write_atomic
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 
 DISTINCT = 0.10
 """Measured times closer than this count as equal: their order says nothing about the planner."""
 
 
-@noun
+@frozen
 class ComparisonRow:
     """One plan that was run: what was predicted and what was measured.
 
@@ -38,7 +39,7 @@ class ComparisonRow:
         return self.predicted_peak_memory_bytes / self.measured_peak_memory_bytes - 1
 
 
-@noun
+@frozen
 class Ordering:
     """How many pairs of plans that truly differ were put in the right order, and the chosen's regret.
 

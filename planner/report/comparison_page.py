@@ -5,7 +5,7 @@ Like the report, its content security policy forbids every fetch and the templat
 
 from __future__ import annotations
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.report import options_bars as bars
 from planner.report import options_tables as tables
 from planner.report import options_words as words
@@ -16,7 +16,7 @@ from planner.report.words import Table, Tile
 from planner.sizing.comparison import Comparison
 
 
-@noun
+@frozen
 class OptionsPage:
     """All that the template shows. Tables without rows, and None, leave their part out."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import altair as alt
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.report import ticks
 from planner.report.charts import NARROW_PX, Row, chart_of, layered, render
 from planner.report.palette import variable
@@ -26,7 +26,7 @@ SPAN = 1.6
 Place = tuple[float, float]
 
 
-@noun
+@frozen
 class Dot:
     """A measured point, and its words."""
 
@@ -35,7 +35,7 @@ class Dot:
     tip: str
 
 
-@noun
+@frozen
 class Curve:
     """Measured points of one colour, the lines through them, and thin dashed ones beside them."""
 
@@ -45,7 +45,7 @@ class Curve:
     dashes: tuple[tuple[Place, ...], ...] = ()
 
 
-@noun
+@frozen
 class Axis:
     """A logarithmic axis: its title, the expression of its labels, and where it has ticks."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import format_bytes, format_seconds
 from planner.report import options_words as words
 from planner.report.palette import CAUSE_COLOURS
@@ -29,7 +29,7 @@ LEAST_SHARE = 1e-6
 """Less than this is what numbers were rounded by."""
 
 
-@noun
+@frozen
 class Piece:
     """A part of a bar; `share` is of the bar's full length."""
 
@@ -39,7 +39,7 @@ class Piece:
     tip: str
 
 
-@noun
+@frozen
 class BarRow:
     """A stacked bar with its name; `pieces` follow each other from the left."""
 
@@ -48,7 +48,7 @@ class BarRow:
     pieces: tuple[Piece, ...]
 
 
-@noun
+@frozen
 class Bars:
     """Bars with their legend (colour, title) and the same numbers as a table."""
 
@@ -57,7 +57,7 @@ class Bars:
     table: Table
 
 
-@noun
+@frozen
 class Meter:
     """A quantity against its limit."""
 

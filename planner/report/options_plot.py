@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import DAY_S, format_count
 from planner.report.options_words import limit_days, provider_of, provider_title, tip, usd
 from planner.sizing.comparison import Comparison
@@ -41,7 +41,7 @@ BEYOND = 30.0
 option that is interrupted without end takes millions of days."""
 
 
-@noun
+@frozen
 class PlotMark:
     """How the points of one provider look; `shape` is an index of SHAPES and of the mark colours."""
 
@@ -51,7 +51,7 @@ class PlotMark:
     count: int
 
 
-@noun
+@frozen
 class Point:
     """An option in the plot: `row` is its place in the comparison; `x` and `y` are percent from top left."""
 
@@ -64,7 +64,7 @@ class Point:
     tip: str
 
 
-@noun
+@frozen
 class Tick:
     """A line of the grid; `minor` ones have no label where there is little room."""
 
@@ -73,7 +73,7 @@ class Tick:
     minor: bool
 
 
-@noun
+@frozen
 class Segment:
     """A piece of a line, in percent."""
 
@@ -83,7 +83,7 @@ class Segment:
     y2: float
 
 
-@noun
+@frozen
 class Limit:
     """The deadline or the budget as a line; `at` is None where it lies too far away to be drawn."""
 
@@ -91,7 +91,7 @@ class Limit:
     text: str
 
 
-@noun
+@frozen
 class Plot:
     """The whole plot. Points are in drawing order: the Pareto front lies on top."""
 
@@ -108,7 +108,7 @@ class Plot:
     label: str
 
 
-@noun
+@frozen
 class LogAxis:
     """A logarithmic scale from `low` to `high`."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import format_count, format_seconds
 from planner.report import options_words as words
 from planner.report.words import Table, percent
@@ -19,7 +19,7 @@ LEAST_TOLD = 0.005
 """Shares below this are not told: they would read 0 %."""
 
 
-@noun
+@frozen
 class Cell:
     """A cell: its text, a line of detail below, and the number that it sorts by (None: unknown, the last)."""
 
@@ -29,7 +29,7 @@ class Cell:
     doubt: str = ""
 
 
-@noun
+@frozen
 class Row:
     """An option as a line of the table, and what the filters ask of it."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import DAY_S, GIB, format_bytes, format_count, format_seconds
 from planner.job.objective import Goal, Minimise
 from planner.model.workload import Method
@@ -32,7 +32,7 @@ METHOD_WORDS = {
 }
 
 
-@noun
+@frozen
 class Picks:
     """Options that a reader asks for first. `best` is what the page recommends; None: nothing meets the goal.
 

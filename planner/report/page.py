@@ -6,7 +6,7 @@ that is passed through are the charts that this program drew.
 
 from __future__ import annotations
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import format_seconds
 from planner.report import sections, verification, words
 from planner.report.palette import COLOURS, Colour
@@ -18,7 +18,7 @@ from planner.report.timeline import Slice, first_rank_of_each, slices_of
 from planner.strategy.plan import Plan
 
 
-@noun
+@frozen
 class Share:
     """A part of a whole, drawn as a piece of one bar."""
 
@@ -28,7 +28,7 @@ class Share:
     text: str
 
 
-@noun
+@frozen
 class RuleCount:
     """How many candidates a rule took out; `share` is of the rule that took most."""
 
@@ -37,7 +37,7 @@ class RuleCount:
     share: float
 
 
-@noun
+@frozen
 class Page:
     """All that the template shows. An empty tuple or None leaves its section out."""
 

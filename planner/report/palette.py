@@ -6,11 +6,11 @@ colour-blind readers and in grey print. Passes share the family of compute: they
 
 from __future__ import annotations
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.strategy.estimate import MEMORY_TENANTS, TIME_CAUSES
 
 
-@noun
+@frozen
 class Colour:
     """A colour of the page: the name of its CSS variable, its value in light and in dark mode."""
 

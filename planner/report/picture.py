@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.model.saved_tensors import Recompute
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import AXES
@@ -23,7 +23,7 @@ AXIS_TITLES = {
 }
 
 
-@noun
+@frozen
 class RankChip:
     """One rank: its number, and all its groups in words."""
 
@@ -31,7 +31,7 @@ class RankChip:
     tip: str
 
 
-@noun
+@frozen
 class RankBox:
     """The ranks that share one position on every axis but tp: a tensor-parallel group."""
 
@@ -39,7 +39,7 @@ class RankBox:
     chips: tuple[RankChip, ...]
 
 
-@noun
+@frozen
 class LayerCell:
     """One block of a stage, the embedding (`E`) or the head (`H`)."""
 
@@ -48,7 +48,7 @@ class LayerCell:
     tip: str
 
 
-@noun
+@frozen
 class StageStrip:
     """One stage: its title, and its layers in order."""
 
@@ -57,7 +57,7 @@ class StageStrip:
     recompute: str
 
 
-@noun
+@frozen
 class PipelineRow:
     """One pipeline rank: the stages that it holds and the ranks that hold them."""
 
@@ -67,7 +67,7 @@ class PipelineRow:
     hidden_boxes: int
 
 
-@noun
+@frozen
 class AxisGroups:
     """One axis of the grid: how long it is, and its groups of ranks in words."""
 
@@ -77,7 +77,7 @@ class AxisGroups:
     groups: str
 
 
-@noun
+@frozen
 class Picture:
     """All of it. `frame` says what a frame of ranks is; `hidden_rows` are pipeline ranks not drawn."""
 

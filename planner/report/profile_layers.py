@@ -7,7 +7,7 @@ from statistics import median
 
 from planner.cost.profile_coverage import ClassKey, SampledClass, sample_text, variant_text, width_text
 from planner.cost.stage.layer_samples import at_usual_speed
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import format_bytes, format_seconds
 from planner.model.saved_tensors import Recompute
 from planner.profile.profile import LayerKind, LayerSample, Profile
@@ -43,7 +43,7 @@ COLOURS_OF_KIND = {LayerKind.EMBEDDING: "mark_2", LayerKind.BLOCK: "mark_0", Lay
 Classes = Mapping[ClassKey, SampledClass]
 
 
-@noun
+@frozen
 class LayerSection:
     """One layer class in one format: two charts and all its numbers."""
 
@@ -161,7 +161,7 @@ def _line(
     return tuple(places)
 
 
-@noun
+@frozen
 class Against:
     """A measured and a predicted value: its group and colour, and which sample it is of."""
 

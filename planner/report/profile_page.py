@@ -9,7 +9,7 @@ import datetime
 from collections.abc import Sequence
 
 from planner.cost.profile_coverage import sampled_classes
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.model.spec import ModelSpec
 from planner.profile.profile import Profile
 from planner.report import profile_figures as figures
@@ -25,7 +25,7 @@ from planner.report.templating import template
 from planner.report.words import Fact, Tile
 
 
-@noun
+@frozen
 class ProfilePage:
     """All that the template shows. An empty tuple or None leaves its section out.
 

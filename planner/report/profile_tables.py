@@ -17,7 +17,7 @@ from planner.cost.profile_coverage import (
     rate_values,
     width_text,
 )
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import format_bytes, format_seconds, format_si
 from planner.model.saved_tensors import Recompute
 from planner.profile.block_residual import BlockResidual, BlockResiduals
@@ -125,7 +125,7 @@ def comm_table(samples: Sequence[CommSample]) -> Table:
     )
 
 
-@noun
+@frozen
 class ConstantRow:
     """All values of one constant of a profile, each with what it holds for and how it came to be."""
 
@@ -151,7 +151,7 @@ def _constant_row(name: str, constants: Sequence[Constant]) -> ConstantRow:
     )
 
 
-@noun
+@frozen
 class BlockTable:
     """What runs of one scope tell of blocks."""
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from planner.calibration.history.own_steps import ran_by
-from planner.foundation.decode import decode, decode_json, load_json_object, noun, read_text
+from planner.foundation.decode import decode, decode_json, load_json_object, read_text
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.report.comparison import ComparisonRow, load_comparison
 from planner.report.earlier import earlier_plans
 from planner.strategy.plan import Plan, load_plan
@@ -25,7 +26,7 @@ from planner.strategy.plan_cost import predicted_usd
 T = TypeVar("T")
 
 
-@noun
+@frozen
 class StepRecord:
     """One line of metrics.jsonl. `loss` and `grad_norm` are None where they were not finite.
 
@@ -48,7 +49,7 @@ class StepRecord:
     predicted_step_time_s: float | None = None
 
 
-@noun
+@frozen
 class RunSummary:
     """What the report uses of summary.json. Everything in it is optional."""
 
@@ -69,7 +70,7 @@ class RunSummary:
     versions: dict[str, str] | None = None
 
 
-@noun
+@frozen
 class MeasuredEvent:
     """One entry of timeline.json: what global rank `rank` did, and when."""
 
@@ -79,7 +80,7 @@ class MeasuredEvent:
     duration_s: float
 
 
-@noun
+@frozen
 class RunRecord:
     """All that is known of a run. `notes` are remarks on what was left out, for the page."""
 
@@ -168,7 +169,7 @@ def _median(values: list[float | None] | list[float]) -> float | None:
     return statistics.median(known) if known else None
 
 
-@noun
+@frozen
 class ReportInput:
     """A plan, and the run and comparison that belong to it where there are some."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import format_bytes, format_seconds
 from planner.report import charts
 from planner.report.sections import Figure, LegendItem
@@ -21,7 +21,7 @@ PREDICTED = LegendItem(colour="predicted", title="predicted", shape="dot")
 REHEARSED = LegendItem(colour="measured", title="rehearsed", shape="diamond")
 
 
-@noun
+@frozen
 class RehearsedSection:
     """What the page says of a rehearsal."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import format_bytes, format_seconds
 from planner.report import charts
 from planner.report.palette import CAUSE_COLOURS, TENANT_COLOURS
@@ -22,7 +22,7 @@ FAR_LIMIT = 3.0
 """A limit beyond this many times the largest bar is told in words: drawn, it would flatten the bars."""
 
 
-@noun
+@frozen
 class LegendItem:
     """A colour of a chart and what it stands for."""
 
@@ -31,7 +31,7 @@ class LegendItem:
     shape: str = "square"
 
 
-@noun
+@frozen
 class Figure:
     """A chart with what belongs to it. `svg` is markup that this program drew."""
 

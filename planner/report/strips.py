@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import altair as alt
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.report import ticks
 from planner.report.charts import NARROW_PX, chart_of, layered, render, row_axis
 from planner.report.curves import ROOM, SPAN, Dot
@@ -15,7 +15,7 @@ from planner.report.palette import variable
 STEP_PX = 28
 
 
-@noun
+@frozen
 class Strip:
     """The values of one row: of each dot `x` alone counts."""
 

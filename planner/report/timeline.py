@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from enum import StrEnum
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.report.record import MeasuredEvent
 from planner.strategy.estimate import TimelineEvent
 from planner.strategy.strategy import Degrees
@@ -65,7 +65,7 @@ _NAME_PARTS = (
 )
 
 
-@noun
+@frozen
 class Slice:
     """One thing that one row of a timeline does. `row` is a pipeline rank or a global rank."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import format_bytes, format_seconds
 from planner.report import charts
 from planner.report.comparison import DISTINCT, ComparisonRow, judge_order
@@ -13,7 +13,7 @@ from planner.report.sections import MEASURED, Figure, LegendItem
 from planner.report.words import Table, percent, signed_percent
 
 
-@noun
+@frozen
 class Verification:
     """Several plans, predicted and measured: whether their order was right, two charts and all numbers."""
 

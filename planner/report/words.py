@@ -6,7 +6,7 @@ import platform
 from collections import Counter
 from importlib import metadata
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import format_bytes, format_count, format_seconds
 from planner.hardware.cluster import ClusterSpec
 from planner.report.record import RunRecord
@@ -20,7 +20,7 @@ FAIR_ERROR = 0.25
 """Up to these a prediction counts as good, or as fair, in the page's colours. Nothing is decided by them."""
 
 
-@noun
+@frozen
 class Tile:
     """A headline figure: predicted, and measured with its error where it was measured."""
 
@@ -32,7 +32,7 @@ class Tile:
     tone: str = ""
 
 
-@noun
+@frozen
 class Table:
     """A table of texts. Columns from the first to before the second of `numbers` stand to the right."""
 
@@ -42,7 +42,7 @@ class Table:
     strong_rows: tuple[int, ...] = ()
 
 
-@noun
+@frozen
 class Fact:
     """A name and its value."""
 

@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.cost.pipeline.critical_path import CriticalPath
 from planner.cost.pipeline.makespan_paths import Path, first_paths
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import GIB
 from planner.search.quiet import quiet_stdout
 from planner.search.recipes import Column
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 MS = 1e3
 
 
-@noun
+@frozen
 class StageProgramme:
     """The data of the programme for one shape.
 
@@ -98,7 +98,7 @@ class StageProgramme:
         return self.degrees.stages_of_pp_rank(rank)
 
 
-@noun
+@frozen
 class IlpAnswer:
     """What the solver found: the chosen columns, their objective, and the proven bound.
 

@@ -37,7 +37,7 @@ from planner.cost.fit.offload import with_offload
 from planner.cost.fit.verdict import memory_band
 from planner.cost.memory_constants import fitted_constant
 from planner.cost.stage.stage import ShapeModel
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import MIB
 from planner.job.problem import PlanningProblem
 from planner.model.saved_tensors import Recompute
@@ -64,7 +64,7 @@ ROUNDED_BYTES = 64
 """What rounding each tenant to whole bytes may hide from a search that adds them unrounded."""
 
 
-@noun
+@frozen
 class Need:
     """What the least demanding strategy of a problem needs of each device.
 
@@ -89,7 +89,7 @@ class Need:
         return self.memory.weights_bytes + self.memory.grads_bytes + self.memory.optimizer_bytes
 
 
-@noun
+@frozen
 class Survey:
     """How many shapes a problem has, what they break, and the least that a legal one needs (None: none is).
 

@@ -54,14 +54,14 @@ def option_passes(shape: ShapeModel, key: str, options: tuple[Recompute, ...]) -
     """What a block of a class adds at least to its stage's actions, with each option [option, kind]."""
     import numpy as np
 
-    frozen, each = shape.problem.workload.adapters is not None, []
+    unchanged, each = shape.problem.workload.adapters is not None, []
     for option in options:
         forward, backward = shape.passes(key, option)
         if shape.problem.stack.recomputes_once:
             products_s = shape.deferrable_s[key]
             left_s, again_s = products_s * (option is Recompute.NONE), 0.0
         else:
-            left_s = 0.0 if frozen else backward.compute_s / 2
+            left_s = 0.0 if unchanged else backward.compute_s / 2
             products_s, again_s = min(left_s, forward.compute_s), split_again_s(shape, key, option)
         each.append(_parts_s(shape, forward, backward, left_s, products_s + again_s))
     return np.asarray(each)

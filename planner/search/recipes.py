@@ -18,7 +18,7 @@ from planner.cost.pipeline.simulate import kind_passes
 from planner.cost.seconds import larger
 from planner.cost.stage.stage import ShapeModel
 from planner.cost.stage.stage_cost import StageCost
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.job.engine_settings import Engine
 from planner.model.saved_tensors import Recompute
 from planner.search.block_bytes import BlockBytes, EndBytes
@@ -38,7 +38,7 @@ MAX_MIXES = 16
 """Recomputation mixes of one stage and size that the ILP chooses from where a rank holds several stages."""
 
 
-@noun
+@frozen
 class Column:
     """A recipe of a stage: its blocks and their options, and what they cost.
 
@@ -87,7 +87,7 @@ def _in_order(cost: Any, order: Ints) -> Any:
     return kind(**{name: _in_order(getattr(cost, name), order) for name in names}) if names else cost
 
 
-@noun
+@frozen
 class Mixes:
     """Ways to give a stage's blocks an option each, the fastest first: their counts, and costs as arrays."""
 

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.cost.not_modelled import not_modelled
-from planner.foundation.decode import digest, noun
+from planner.foundation.decode import digest
 from planner.foundation.divisors import divisors
 from planner.foundation.errors import InfeasibleError
-from planner.foundation.frozen import replaced
+from planner.foundation.frozen import frozen, replaced
 from planner.job.problem import PlanningProblem
 from planner.search.alternatives import distinct, why_slower
 from planner.search.dominance import without_dominated
@@ -79,7 +79,7 @@ MAX_TIMELINE = 4096
 """Events of a replay that a plan carries; a picture of more cannot be read."""
 
 
-@noun
+@frozen
 class SolveOptions:
     """What limits the search.
 

@@ -22,9 +22,8 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import permutations, product
 
-from planner.foundation.decode import noun
 from planner.foundation.divisors import divisors
-from planner.foundation.frozen import replaced
+from planner.foundation.frozen import frozen, replaced
 from planner.job.problem import PlanningProblem
 from planner.model.attention import CpExchange
 from planner.strategy.engines.engine_rules import (
@@ -75,7 +74,7 @@ Pipe = tuple[Schedule, int]
 """A schedule and the stages that each rank holds under it."""
 
 
-@noun
+@frozen
 class Space:
     """Bases, each with the schedules that it may run, and what rules cut off.
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from planner.foundation.decode import noun
 from planner.foundation.errors import InfeasibleError
+from planner.foundation.frozen import frozen
 from planner.hardware.catalog import load_model, model_index
 from planner.job.problem import PlanningProblem
 from planner.search.first_plan import Scout, Shared
@@ -24,7 +24,7 @@ TIME_LIMIT_S = 3.0
 """Seconds of the search for the plan of the run; `plan solve` takes longer and proves more."""
 
 
-@noun
+@frozen
 class Longest:
     """The longest sequence that fits, the sequences of a step at it, and what stands in the way of longer."""
 
@@ -33,7 +33,7 @@ class Longest:
     bound: str
 
 
-@noun
+@frozen
 class LargestModel:
     """The largest model of the catalog that fits, as this run trains it; None where none does."""
 
@@ -42,7 +42,7 @@ class LargestModel:
     params_active: int
 
 
-@noun
+@frozen
 class Ability:
     """What a cluster can do. `plan` is of the run that was asked for, None where it does not fit: `why_not`
     says why. Days and dollars are at the job's goodput."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import DAY_S
 from planner.job.objective import Goal
 from planner.sizing.comparison import Comparison
@@ -26,7 +26,7 @@ class Standing(StrEnum):
     UNPRICED = "keeps the deadline; its price is unknown"
 
 
-@noun
+@frozen
 class Outcome:
     """One offer at one rate: its best option by the goal, and where it misses, the nearest to it."""
 
@@ -44,7 +44,7 @@ class Extremes(NamedTuple):
     soonest: Option | None
 
 
-@noun
+@frozen
 class Answers:
     """The options that matter among those that keep the goal; None where none does."""
 

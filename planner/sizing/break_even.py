@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.hardware.device_file import DeviceFile
 from planner.hardware.on_premises import OnPremises, cost_per_device_hour
 from planner.sizing.comparison import BreakEven
@@ -33,7 +33,7 @@ COMMITTED = frozenset({Pricing.RESERVED_1Y, Pricing.RESERVED_3Y})
 """Pricings that are paid for in idle hours too."""
 
 
-@noun
+@frozen
 class Owned:
     """One device of one's own, in dollars of every hour, in use or not, and of an hour in use besides."""
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.job.objective import Goal
 from planner.model.workload import Workload
 from planner.sizing.option import Option
 
 
-@noun
+@frozen
 class LeftOut:
     """An offer that has no option: which rule or number stands in the way."""
 
@@ -16,7 +16,7 @@ class LeftOut:
     reason: str
 
 
-@noun
+@frozen
 class Assumption:
     """What the figures rest on: a statement with its source and date, and how to change it."""
 
@@ -27,7 +27,7 @@ class Assumption:
     flag: str = ""
 
 
-@noun
+@frozen
 class Sensitivity:
     """What changes where an input does: the best option's figures at the low and high end of it."""
 
@@ -43,7 +43,7 @@ class Sensitivity:
     best_at_high: str = ""
 
 
-@noun
+@frozen
 class BreakEven:
     """Buying against renting one device: the share of hours in use above which buying is cheaper.
 
@@ -61,7 +61,7 @@ class BreakEven:
     months: float | None
 
 
-@noun
+@frozen
 class Comparison:
     """All options of a run: those that keep the goal first, of them the cheapest first; of equal standing
     those without a price come last, the soonest first."""

@@ -16,8 +16,9 @@ from __future__ import annotations
 from dataclasses import field
 from pathlib import Path
 
-from planner.foundation.decode import load_toml, noun
+from planner.foundation.decode import load_toml
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.hardware.device_file import DeviceFile
 from planner.hardware.on_premises import OnPremises, OwnedDevice
 from planner.sizing.offer import Pricing
@@ -27,7 +28,7 @@ MAX_G_PER_KWH = 2000.0
 """No grid emits more: lignite alone is at 1,200."""
 
 
-@noun
+@frozen
 class Pue:
     """Power of the building over power of the nodes, and where that is from."""
 
@@ -35,7 +36,7 @@ class Pue:
     source: str
 
 
-@noun
+@frozen
 class Grid:
     """The mean emission of a kWh of one grid in a year, and the regions that draw from it."""
 
@@ -46,7 +47,7 @@ class Grid:
     regions: tuple[str, ...]
 
 
-@noun
+@frozen
 class EnergyFacts:
     """energy.toml: PUE by provider, the industry's for all others, and grids."""
 
@@ -64,7 +65,7 @@ class EnergyFacts:
         return next((grid for grid in self.grids if names & {name.lower() for name in grid.regions}), None)
 
 
-@noun
+@frozen
 class RunEnergy:
     """What a run takes from the grid. `carbon_kg` is None where no figure of the region's grid is known."""
 

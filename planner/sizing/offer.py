@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.hardware.cluster import Device
 
 
@@ -24,7 +24,7 @@ class Pricing(StrEnum):
         return self is Pricing.SPOT
 
 
-@noun
+@frozen
 class Rate:
     """Dollars an hour of one node under one pricing, with the range that its source gives.
 
@@ -42,7 +42,7 @@ class Rate:
     doubtful: str = ""
 
 
-@noun
+@frozen
 class Offer:
     """Equal nodes of one kind of device from one provider. `network` is as in `--cluster`; empty: one node
     alone, since nothing is known of what connects several.

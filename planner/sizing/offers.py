@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import TypeVar
 
-from planner.foundation.decode import noun
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.foundation.suggest import squash, unknown
 from planner.hardware.catalog import device_names, load_device
 from planner.hardware.cluster import Device
@@ -33,7 +33,7 @@ FEW = 6
 """Names that an error lists."""
 
 
-@noun
+@frozen
 class Wanted:
     """Which offers are asked for; an empty tuple: all. Names as the user wrote them."""
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.sizing.offer import Rate
 from planner.strategy.estimate import Coverage, JobFigures, TimeBreakdown, Verdict
 from planner.strategy.strategy import Strategy
 
 
-@noun
+@frozen
 class SizedPlan:
     """The plan of an option, short: what it does, how long a step takes, and whether it fits.
 
@@ -30,7 +30,7 @@ class SizedPlan:
     coverage: Coverage
 
 
-@noun
+@frozen
 class Option:
     """One way to do the run. Seconds, days and dollars are of all tokens, at the job's goodput.
 

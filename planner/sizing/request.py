@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.job.objective import Goal
 from planner.job.overheads import NOTHING_SAID, Upkeep
 from planner.model.spec import ModelSpec
@@ -11,7 +11,7 @@ from planner.profile.profile import Profile
 from planner.sizing.offer import Offer
 
 
-@noun
+@frozen
 class SizingRequest:
     """A run, and the offers that may do it.
 

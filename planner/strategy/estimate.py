@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from enum import StrEnum
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 
 
-@noun
+@frozen
 class TimeBreakdown:
     """Seconds of a step by cause. The sum is the step time."""
 
@@ -37,7 +37,7 @@ class TimeBreakdown:
 TIME_CAUSES = tuple(field.name for field in dataclasses.fields(TimeBreakdown))
 
 
-@noun
+@frozen
 class MemoryBreakdown:
     """Bytes of one device by tenant, at the worst moment of a step. The sum is the peak.
 
@@ -80,7 +80,7 @@ class Verdict(StrEnum):
     NO = "NO"
 
 
-@noun
+@frozen
 class Coverage:
     """Share of the compute and communication time by origin of its figures. Sums to 1."""
 
@@ -90,7 +90,7 @@ class Coverage:
     datasheet: float = 0.0
 
 
-@noun
+@frozen
 class StageEstimate:
     """One stage's memory on each of its devices, and its time for all micro-batches of a step.
 
@@ -106,7 +106,7 @@ class StageEstimate:
     memory_limit_bytes: int | None = None
 
 
-@noun
+@frozen
 class MomentMemory:
     """What one device holds at a moment of a run, and what its node holds in host memory."""
 
@@ -115,7 +115,7 @@ class MomentMemory:
     host_bytes: int
 
 
-@noun
+@frozen
 class MemoryFigures:
     """The peak of the fullest device as three observers see it, and the moments it is made of.
 
@@ -133,7 +133,7 @@ class MemoryFigures:
     hosted_bytes: int = 0
 
 
-@noun
+@frozen
 class JobFigures:
     """What a job loses between its steps: seconds a step by cause, and the shares lost to interruptions.
 
@@ -167,7 +167,7 @@ class JobFigures:
     ramp_up_s: float = 0.0
 
 
-@noun
+@frozen
 class Estimate:
     """The answer of the cost model for one strategy.
 
@@ -195,7 +195,7 @@ class Estimate:
     peak_memory_interval_bytes: tuple[int, int] | None = None
 
 
-@noun
+@frozen
 class TimelineEvent:
     """One piece of work of a pipeline rank. `kind`: forward, backward, unshard, reduce or optimizer."""
 
@@ -206,7 +206,7 @@ class TimelineEvent:
     duration_s: float
 
 
-@noun
+@frozen
 class Rejected:
     """A strategy that breaks a rule: which one, the numbers, the nearest legal values, the cure."""
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from itertools import permutations
 
-from planner.foundation.decode import noun
 from planner.foundation.divisors import divisors
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.foundation.suggest import nearest
 from planner.hardware.cluster import ClusterSpec
 from planner.job.problem import PlanningProblem
@@ -24,7 +24,7 @@ MAX_ORDERED = 3
 """Of more groups of devices than this, only the order of the cluster and its reverse are tried."""
 
 
-@noun
+@frozen
 class Pins:
     """Choices that the user fixed; None leaves one open."""
 

@@ -12,8 +12,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from planner.foundation.decode import decode, encode, load_json_object, noun, write_atomic
+from planner.foundation.decode import decode, encode, load_json_object, write_atomic
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.hardware.cluster import ClusterSpec
 from planner.job.engine_settings import Engine, own_stack
 from planner.job.limits import Limits
@@ -37,7 +38,7 @@ from planner.strategy.strategy import Degrees, OffloadCounts, RecomputeCounts, S
 PLAN_SCHEMA = 1
 
 
-@noun
+@frozen
 class Certificate:
     """What the solver proves. `gap` is (objective - lower bound) / objective.
 
@@ -56,7 +57,7 @@ class Certificate:
     verified: bool
 
 
-@noun
+@frozen
 class Alternative:
     """A runner-up, with its whole strategy so that it can be run as well."""
 
@@ -67,7 +68,7 @@ class Alternative:
     reason: str
 
 
-@noun
+@frozen
 class Plan:
     """Everything needed to execute a strategy and to judge it, and nothing that is found elsewhere."""
 
@@ -105,7 +106,7 @@ class Plan:
         )
 
 
-@noun
+@frozen
 class _ModelDocument:
     name: str
     params_total: int
@@ -113,7 +114,7 @@ class _ModelDocument:
     spec: ModelSpec
 
 
-@noun
+@frozen
 class _StrategyDocument:
     tp: int
     pp: int
@@ -133,7 +134,7 @@ class _StrategyDocument:
     device_order: tuple[int, ...] = ()
 
 
-@noun
+@frozen
 class _MemoryDocument:
     weights_bytes: int
     grads_bytes: int
@@ -145,7 +146,7 @@ class _MemoryDocument:
     allocator_bytes: int = 0
 
 
-@noun
+@frozen
 class _StageDocument:
     index: int
     layers: tuple[int, int]
@@ -160,19 +161,19 @@ class _StageDocument:
     memory_limit_bytes: int | None = None
 
 
-@noun
+@frozen
 class _RanksDocument:
     axes: tuple[str, ...]
     shape: tuple[int, ...]
 
 
-@noun
+@frozen
 class _InputsDocument:
     digests: dict[str, str]
     profiles: tuple[ProfileUse, ...] = ()
 
 
-@noun
+@frozen
 class _AlternativeDocument:
     strategy: _StrategyDocument
     stages: tuple[Stage, ...]
@@ -182,7 +183,7 @@ class _AlternativeDocument:
     reason: str
 
 
-@noun
+@frozen
 class _PlanDocument:
     schema_version: int
     model: _ModelDocument

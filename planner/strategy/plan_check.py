@@ -6,8 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Callable
 
-from planner.foundation.decode import digest, noun
+from planner.foundation.decode import digest
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.job.objective import Minimise
 from planner.model.lora import module_problems
 from planner.strategy.estimate import Verdict
@@ -21,7 +22,7 @@ from planner.strategy.strategy import AXES
 RELATIVE_TOLERANCE = 1e-6
 
 
-@noun
+@frozen
 class PlanCheck:
     """One check and what it found wrong; nothing where it holds."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.strategy.estimate import TimeBreakdown, Verdict
 
 
@@ -23,7 +23,7 @@ FORWARD_KINDS, BACKWARD_KINDS = "F", "BIW"
 """Kinds of passes: of backward ones, whole, or split into gradients of inputs and of weights."""
 
 
-@noun
+@frozen
 class RehearsedPass:
     """The passes of one kind through one stage, a micro-batch each: median seconds, and how they spread.
 
@@ -38,7 +38,7 @@ class RehearsedPass:
     samples: int
 
 
-@noun
+@frozen
 class RankRehearsal:
     """One rank, alone. `alike` are the pipeline ranks that it stands for.
 
@@ -77,7 +77,7 @@ class RankRehearsal:
         return sum(each.seconds for each in found if each.kind in kinds)
 
 
-@noun
+@frozen
 class Refined:
     """The plan's estimate with what was measured in place of what was modelled.
 
@@ -96,7 +96,7 @@ class Refined:
     verdict: Verdict
 
 
-@noun
+@frozen
 class RehearsedPlan:
     """A plan that was rehearsed beside the one that carries this, and what came of it."""
 
@@ -105,7 +105,7 @@ class RehearsedPlan:
     refined: Refined
 
 
-@noun
+@frozen
 class Rehearsal:
     """The rehearsed ranks of a plan and its refined prediction.
 

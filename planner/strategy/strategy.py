@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 from enum import IntEnum, StrEnum
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.model.attention import CpExchange
 from planner.model.saved_tensors import Recompute
 
@@ -64,7 +64,7 @@ AXES = ("pp", "dp_replicate", "dp_shard", "cp", "ep", "tp")
 """The axes of the rank grid, outermost first: neighbouring ranks share a tensor-parallel group."""
 
 
-@noun
+@frozen
 class RecomputeCounts:
     """How many blocks of a stage use each option. In layer order: full first, then selective, then none."""
 
@@ -85,7 +85,7 @@ class RecomputeCounts:
         )
 
 
-@noun
+@frozen
 class OffloadCounts:
     """How many blocks of a stage have optimizer state, and kept activations, in host memory: its first ones.
 
@@ -96,7 +96,7 @@ class OffloadCounts:
     activations: int = 0
 
 
-@noun
+@frozen
 class Stage:
     """One pipeline stage: the blocks [first, end), what they recompute, what of them is in host memory."""
 
@@ -110,7 +110,7 @@ class Stage:
         return self.end - self.first
 
 
-@noun
+@frozen
 class Degrees:
     """The global shape of a strategy: every degree, the schedule and the micro-batch.
 
@@ -238,7 +238,7 @@ class Degrees:
         return " ".join(parts)
 
 
-@noun
+@frozen
 class Strategy:
     """Degrees, and for every stage its blocks and their options. Stages are in layer order."""
 

@@ -16,7 +16,8 @@ from torch.distributed._composable.replicate_with_fsdp import ReplicateModule
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from planner.foundation.decode import decode, encode, noun
+from planner.foundation.decode import decode, encode
+from planner.foundation.frozen import frozen
 from planner.model.attention import CpExchange
 from planner.model.saved_tensors import Recompute
 from planner.strategy.plan import Plan
@@ -30,7 +31,7 @@ from runtime.parallel.meshes import mesh_axes
 from runtime.parallel.pipeline import Pipeline, Record, StageModule
 
 
-@noun
+@frozen
 class Executed:
     """The strategy and schedule table that the ranks of a run executed in their last step."""
 
@@ -51,7 +52,7 @@ class Executed:
         return tuple(found)
 
 
-@noun
+@frozen
 class _RankReport:
     """What one rank reads from its own modules and record."""
 

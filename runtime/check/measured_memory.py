@@ -35,14 +35,14 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 
 _MARK = "shardwise.phase."
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
-@noun
+@frozen
 class PeakMemory:
     """The most memory that a piece of work held at once.
 
@@ -59,7 +59,7 @@ class PeakMemory:
     rss_bytes: int
 
 
-@noun
+@frozen
 class PhaseMemory:
     """Live bytes in one phase of a trace, relative to the start of its first phase.
 

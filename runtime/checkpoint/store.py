@@ -20,8 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from planner.foundation.decode import decode_json, encode, load_json, noun, read_text
+from planner.foundation.decode import decode_json, encode, load_json, read_text
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 
 CHECKPOINT_SCHEMA = 1
 COMMIT = "COMMIT"
@@ -38,7 +39,7 @@ MOST_READERS = 8
 Value = bool | int | float | str | None
 
 
-@noun
+@frozen
 class Chunk:
     """A box of a tensor: which file holds it, where it begins in the whole tensor, its shape."""
 
@@ -52,7 +53,7 @@ class Chunk:
         return ",".join(map(str, self.offset))
 
 
-@noun
+@frozen
 class StoredTensor:
     """A whole tensor, in chunks that cover it once."""
 
@@ -61,7 +62,7 @@ class StoredTensor:
     chunks: tuple[Chunk, ...]
 
 
-@noun
+@frozen
 class CheckpointIndex:
     """Everything of a checkpoint that is not a tensor's content. `run` says whose run it is."""
 
@@ -73,7 +74,7 @@ class CheckpointIndex:
     tensors: dict[str, StoredTensor]
 
 
-@noun
+@frozen
 class FileDigest:
     """Size and content of a file."""
 
@@ -81,7 +82,7 @@ class FileDigest:
     sha256: str
 
 
-@noun
+@frozen
 class Commit:
     """The proof that a step is whole: the digest of every file in its folder."""
 

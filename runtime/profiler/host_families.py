@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
-from planner.foundation.decode import decode, noun
+from planner.foundation.decode import decode
+from planner.foundation.frozen import frozen
 from planner.model.spec import ModelSpec
 from planner.model.workload import Precision
 from planner.profile.profile import Constant, ContentionSample
@@ -17,7 +18,7 @@ from runtime.profiler.profile_cases import Reading, readings
 from runtime.profiler.timing import Effort
 
 
-@noun
+@frozen
 class HostCase:
     """One group of constants that are measured together."""
 
@@ -55,7 +56,7 @@ class HostFamily:
             yield Reading(samples=tuple(constants))
 
 
-@noun
+@frozen
 class CommunicatorCase:
     """One more process group over `ranks` devices of this node."""
 
@@ -87,7 +88,7 @@ class CommunicatorFamily:
             yield from readings(Constant, measure_communicators(case.ranks))
 
 
-@noun
+@frozen
 class ContentionCase:
     """Up to `ranks` ranks of a node at work at once."""
 

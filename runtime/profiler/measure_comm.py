@@ -28,7 +28,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore, Store  # type: ignore[attr-defined]  # public, but not in __all__
 
-from planner.foundation.decode import encode, noun
+from planner.foundation.decode import encode
+from planner.foundation.frozen import frozen
 from planner.profile.profile import CommSample, Op
 from runtime.profiler.joint_world import JointWorld
 from runtime.profiler.rank_groups import Layout, World, layouts, ops, sizes_of
@@ -48,7 +49,7 @@ _WORK_PRODUCTS, _WORK_DIM = 12, 256
 """The compute before a call: about 5 ms of a core, as much as lies between the messages of a block."""
 
 
-@noun
+@frozen
 class CommCase:
     """One sample to take: an operation over a layout with a full message of `bytes`."""
 

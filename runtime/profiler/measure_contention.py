@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.model.spec import ModelSpec
 from planner.model.workload import Precision
 from runtime.model.initial import materialize
@@ -37,7 +37,7 @@ ROOM = 1.5
 """Times a pass alone that one among others has at least."""
 
 
-@noun
+@frozen
 class Contended:
     """Seconds that a rank had of a core for one block's passes, with `active` ranks at work in this round.
 

@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from planner.foundation.decode import encode, noun
+from planner.foundation.decode import encode
+from planner.foundation.frozen import frozen
 from planner.model.attention import CpExchange
 from planner.model.saved_tensors import Recompute
 from planner.model.spec import ModelSpec
@@ -59,7 +60,7 @@ ATTEMPTS = 2
 """A sample whose interquartile range is more than this share of its median is taken again."""
 
 
-@noun
+@frozen
 class LayerCase:
     """One sample to take. `block` is the class of a block, by its key; empty: the model's first.
 

@@ -17,7 +17,8 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from planner.foundation.decode import decode, noun
+from planner.foundation.decode import decode
+from planner.foundation.frozen import frozen
 from planner.profile.merge import Sample
 
 
@@ -31,7 +32,7 @@ class Case(Hashable, Protocol):
 C = TypeVar("C", bound=Case)
 
 
-@noun
+@frozen
 class Reading:
     """What came of one case: its samples (often one), or why it was skipped."""
 

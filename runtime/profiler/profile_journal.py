@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from planner.foundation.decode import decode, encode, noun
+from planner.foundation.decode import decode, encode
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.profile.merge import FIELDS, Sample, Stack
 from runtime.profiler.profile_cases import Reading
 
@@ -24,7 +25,7 @@ LOCK_TRIES, LOCK_PAUSE_S = 10, 0.1
 """A second in all: children of a profile that was killed end within it."""
 
 
-@noun
+@frozen
 class Header:
     """Of what the readings are: they are taken again for any other.
 

@@ -6,11 +6,11 @@ ranks `stride` apart; stages that follow one another are pairs a stride apart.
 
 from __future__ import annotations
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.profile.profile import Op
 
 
-@noun
+@frozen
 class World:
     """All ranks, `per_node` on each node."""
 
@@ -18,7 +18,7 @@ class World:
     per_node: int
 
 
-@noun
+@frozen
 class Layout:
     """Groups of `ranks` ranks `stride` apart, each on `nodes` nodes, `groups` of them active there at once.
 

@@ -13,7 +13,7 @@ import torch
 
 from planner.cost.compute.measured_rates import MeasuredRates, at_usual_speed
 from planner.cost.compute.surface import Surface
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.model.workload import Precision
 from planner.profile.operator_sample import RateKind, RateSample
 from runtime.model.fp8 import LEAST_CAPABILITY
@@ -26,7 +26,7 @@ from runtime.profiler.sweep_pieces import RateCase
 from runtime.profiler.timing import Effort
 
 
-@noun
+@frozen
 class Operator:
     """One kind of operator, of one variant and in one precision."""
 

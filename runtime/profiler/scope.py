@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 
-from planner.foundation.decode import noun
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.model.spec import ModelSpec
 from runtime.profiler.layer_grid import layer_cases
 from runtime.profiler.measure_comm import CPU_LARGEST_BYTES, SIZES_BYTES
@@ -36,7 +36,7 @@ class Sweeps(StrEnum):
     ALL = "all"
 
 
-@noun
+@frozen
 class Scope:
     """What is measured of layers (lengths, widths, micro-batches, how they are compiled) and collectives.
 

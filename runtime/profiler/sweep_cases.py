@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.model.workload import Precision
 from planner.profile.operator_sample import RateKind
 from runtime.profiler.sweep_pieces import RateCase
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-@noun
+@frozen
 class Limits:
     """The largest case: FLOPs of its forward product, and values of its tensors together."""
 
@@ -44,7 +44,7 @@ LIMITS = {
 """A twentieth of a second about for one thread, and for an H100; 512 MiB in fp32, and 4 GiB in 16 bits."""
 
 
-@noun
+@frozen
 class Sweep:
     """One kind of operator: its variants, first and last of each size, and how many cases of each variant.
 

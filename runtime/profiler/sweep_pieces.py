@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.model.attention import CAUSAL
 from planner.model.feed_forward import Activation, Experts, Mlp
 from planner.model.spec import Norm
@@ -35,7 +35,7 @@ HEAD_DIM = 128
 """Dims of a head whose rotary positions are timed; a narrower tensor is one head."""
 
 
-@noun
+@frozen
 class RateCase:
     """One sample to take: a kind, its variant, and its sizes as `RateKind` names them."""
 

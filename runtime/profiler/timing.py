@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 
 
-@noun
+@frozen
 class Effort:
     """How long to repeat: at least `least` runs, at most `most`, between them until `budget_s` is used."""
 
@@ -21,7 +21,7 @@ class Effort:
     budget_s: float
 
 
-@noun
+@frozen
 class Timing:
     """Median seconds of `samples` runs; `spread` is the interquartile range over the median."""
 

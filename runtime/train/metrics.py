@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from planner.foundation.decode import encode, noun, write_atomic
+from planner.foundation.decode import encode, write_atomic
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.foundation.run_files import METRICS, TIMELINE
 from planner.strategy.plan import Plan
 from runtime.train.step_breakdown import StepCauses
 
 
-@noun
+@frozen
 class StepMetrics:
     """One line of metrics.jsonl. Steps count from 1.
 
@@ -54,7 +55,7 @@ class StepMetrics:
     predicted_cost_usd: float | None = None
 
 
-@noun
+@frozen
 class TimelineEvent:
     """What one rank did in the recorded step. Times of all ranks of a machine are of one clock."""
 
@@ -108,7 +109,7 @@ class Probes:
         return offset >= self.timed_from and offset not in self.profile
 
 
-@noun
+@frozen
 class Earlier:
     """What earlier launches took, lost steps included, and what that cost; None: a price is not known.
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.model.workload import Optimizer, Precision
 from runtime.model.held_weights import HostWeight, Weight
 from runtime.parallel.state_offload import block_of, send_up
@@ -22,7 +22,7 @@ from runtime.train.adafactor import Adafactor
 from runtime.train.muon import Muon
 
 
-@noun
+@frozen
 class OptimizerOptions:
     """The hyper-parameters of a run. `clip_norm` None leaves gradients as they are.
 

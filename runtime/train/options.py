@@ -6,8 +6,8 @@ import dataclasses
 import math
 from typing import Any
 
-from planner.foundation.decode import noun
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.model.spec import ModelSpec
 from planner.model.workload import Optimizer
 from planner.strategy.plan import Plan
@@ -24,7 +24,7 @@ MUON_MOMENTUM = 0.95
 """Jordan 2024; arXiv 2502.16982."""
 
 
-@noun
+@frozen
 class TrainOptions:
     """The options of `plan train`. None: chosen by `resolve`, or taken from the resumed checkpoint.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.strategy.plan import Plan
 
 GRADIENT_SUMS, OPTIMIZER = "gradient sums", "optimizer"
@@ -12,7 +12,7 @@ Span = tuple[str, float, float]
 """Name, begin and end of what a rank did."""
 
 
-@noun
+@frozen
 class StepCauses:
     """Seconds of one step of one rank, by cause; the sum is the step.
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from planner.foundation.decode import noun, to_json, write_atomic
+from planner.foundation.decode import to_json, write_atomic
+from planner.foundation.frozen import frozen
 from planner.foundation.run_files import SUMMARY
 from planner.strategy.plan import Plan, predicted_memory_by_rank
 from planner.strategy.plan_cost import added_usd, predicted_usd, usd_of
@@ -22,7 +23,7 @@ from runtime.train.step_breakdown import StepCauses, predicted_causes
 SUMMARY_SCHEMA = 1
 
 
-@noun
+@frozen
 class TrainSummary:
     """summary.json: predicted against measured, and how the run ended.
 

@@ -36,8 +36,8 @@ from planner.calibration.history.plan_row import plan_columns
 from planner.calibration.history.steady import Steady, steady
 from planner.calibration.run import MemoryKind, Run, Status
 from planner.calibration.runs_table import READERS, read_cell
-from planner.foundation.decode import noun
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.foundation.suggest import nearest
 from planner.strategy.plan import Plan
 
@@ -56,7 +56,7 @@ PRECISIONS = {"bf16": r"bf16|bfloat16", "fp8": r"fp8|float8", "fp16": r"fp16|flo
 RECOMPUTES = {"true": "full", "1": "full", "false": "none", "0": "none", "": "none"}
 
 
-@noun
+@frozen
 class Asked:
     """What the user says of the runs: a plan for those without one, columns, and names of figures."""
 
@@ -65,7 +65,7 @@ class Asked:
     metrics: Mapping[str, str]
 
 
-@noun
+@frozen
 class Converted:
     """A row, how its step time was found, and what a reader should hear."""
 

@@ -22,8 +22,9 @@ from typing import Any
 from planner.calibration.history.flat_yaml import read_flat_yaml
 from planner.calibration.history.own_steps import ran_by
 from planner.calibration.history.wandb_file import read_wandb_file
-from planner.foundation.decode import load_json_object, noun, read_text
+from planner.foundation.decode import load_json_object, read_text
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.strategy.plan import Plan, load_plan
 
 WANDB = ".wandb"
@@ -34,7 +35,7 @@ TABLE_OF_RUNS = {"name", "state", "runtime"}
 """Columns of W&B's table of runs, which holds last values and no history."""
 
 
-@noun
+@frozen
 class Logged:
     """One logged step: where it stands, and its figures as they were written."""
 
@@ -42,7 +43,7 @@ class Logged:
     values: Mapping[str, Any]
 
 
-@noun
+@frozen
 class RunLog:
     """A run's steps, its settings by path, the plan that it ran, and remarks on what was left out.
 

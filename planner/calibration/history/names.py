@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import GIB, MIB
 
 
-@noun
+@frozen
 class Quantity:
     """A logged figure: the column of runs.csv that it fills, its unit in SI, and the names it goes by.
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 
 LEAST_WARMUP, WARMUP_SHARE, MOST_WARMUP = 3, 0.1, 50
 
 
-@noun
+@frozen
 class Steady:
     """A figure in the steady state. `spread` is None for fewer than two steps."""
 

@@ -32,14 +32,14 @@ import dataclasses
 import math
 
 from planner.cost import constants
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.hardware.cluster import ClusterSpec, Link
 from planner.hardware.collective_curves import CollectiveCurves, curves_of, rising, wire_factor
 from planner.job.problem import PlanningProblem
 from planner.profile.profile import CommSample, Op
 
 
-@noun
+@frozen
 class Group:
     """`ranks` ranks, `groups` such groups at work at once in a node, inside a node or across nodes.
 
@@ -54,7 +54,7 @@ class Group:
     stride: int = 1
 
 
-@noun
+@frozen
 class CommCost:
     """Seconds of a communication and where the figure comes from."""
 

@@ -22,8 +22,7 @@ from collections.abc import Callable
 
 from planner.cost.communication.overlap import Overlap
 from planner.cost.layer import LayerCost, LayerShape
-from planner.foundation.decode import noun
-from planner.foundation.frozen import replaced
+from planner.foundation.frozen import frozen, replaced
 from planner.model.attention import Attention, CpExchange, LatentAttention, Reach
 from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, ModelSpec
@@ -36,7 +35,7 @@ result of 2 bytes read."""
 Mixer = Attention | LatentAttention
 
 
-@noun
+@frozen
 class Widths:
     """Bytes a token of one rank's query, key, value and result."""
 
@@ -50,7 +49,7 @@ class Widths:
         return self.key + self.value
 
 
-@noun
+@frozen
 class Exchanged:
     """Seconds that the exchange of one block shows in a forward and in a backward pass."""
 

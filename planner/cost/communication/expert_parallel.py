@@ -24,7 +24,7 @@ import math
 from functools import partial
 
 from planner.cost.communication.messages import Messages
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.job.engine_settings import Dispatch
 from planner.model.feed_forward import Experts
 from planner.model.spec import Block, Layer
@@ -45,7 +45,7 @@ def distinct_parts(count: int, topk: int, parts: int) -> float:
     return parts * (1.0 - misses)
 
 
-@noun
+@frozen
 class ExpertPass:
     """Seconds that sharing out one block's experts shows for a micro-batch.
 

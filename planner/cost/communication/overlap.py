@@ -14,11 +14,11 @@ from typing import Any
 
 from planner.cost import constants
 from planner.cost.seconds import smaller
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.profile.profile import Profile
 
 
-@noun
+@frozen
 class Overlap:
     """How much longer work and messages take while both run, as shares."""
 

@@ -22,8 +22,8 @@ from planner.cost.compute.weight_gradients import Trained, beside_frozen, withou
 from planner.cost.layer import NOTHING, LayerCost, LayerShape, block_saved_bytes
 from planner.cost.seconds import larger
 from planner.cost.time_constants import Physics, fitted_to_runs
-from planner.foundation.decode import noun
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.hardware.catalog import architecture_of
 from planner.job.engine_settings import Engine, Selective, Stack
 from planner.job.problem import PlanningProblem
@@ -37,7 +37,7 @@ from planner.profile.profile import LayerKind
 T = TypeVar("T")
 
 
-@noun
+@frozen
 class DeviceRates:
     """What the analytic model needs of a device: product rate, bandwidth, host floor of a block.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from planner.cost.compute.measured_rates import MeasuredRates
 from planner.cost.layer import LayerShape
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.model.attention import Attention, LatentAttention, QkNorm
 from planner.model.feed_forward import Experts, FeedForward, Mlp
 from planner.model.mixers import Mixer
@@ -25,7 +25,7 @@ ROUTED_PASSES = 4
 at its place again to be weighed and summed (runtime.model.experts)."""
 
 
-@noun
+@frozen
 class BothWays:
     """Seconds forward and backward."""
 

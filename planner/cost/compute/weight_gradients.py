@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from planner.cost.constants import BLOCK_LAUNCHES
 from planner.cost.layer import LayerShape
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.model.lora import adapted
 from planner.model.spec import Block, ModelSpec
 from planner.model.weight_matrix import Split
@@ -30,7 +30,7 @@ ProductSeconds = Callable[[float, float, float], float]
 """Seconds of an (m, k) x (k, n) product, from m, n and k."""
 
 
-@noun
+@frozen
 class Trained:
     """By direction: seconds of products, values moved a token, and launches over those of a block's forward.
 

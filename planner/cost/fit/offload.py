@@ -24,7 +24,7 @@ from planner.cost.passes import Pass, Unit
 from planner.cost.seconds import larger
 from planner.cost.stage.stage import ShapeModel
 from planner.cost.stage.stage_cost import Hosted, StageCost
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.strategy.strategy import OffloadCounts, Stage, Zero
 
 WINDOW = 2
@@ -38,7 +38,7 @@ UPDATE_BYTES = 12.0
 besides: 28 bytes for AdamW's two moments."""
 
 
-@noun
+@frozen
 class Offloaded:
     """Parameters whose optimizer state lies in host memory; those of ends and routed experts among them."""
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from planner.cost import constants
 from planner.cost.memory_constants import fitted_constant, memory_constants
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.job.problem import PlanningProblem
 from planner.strategy.estimate import Coverage, Verdict
 
 ORIGINS = ("measured", "interpolated", "fitted", "datasheet")
 
 
-@noun
+@frozen
 class ErrorBand:
     """How far a measured peak may lie below and above its prediction, as shares of the prediction."""
 
@@ -33,7 +33,7 @@ def band(errors: dict[str, float], coverage: Coverage) -> float:
     return float(sum(errors[origin] * getattr(coverage, origin) for origin in ORIGINS))
 
 
-@noun
+@frozen
 class MemoryLimits:
     """What a problem says of peaks: its limit, the band where runs left one, the allocator's slack."""
 

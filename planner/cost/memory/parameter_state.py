@@ -40,7 +40,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from planner.cost.memory_constants import memory_constants
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.job.engine_settings import Engine
 from planner.job.problem import PlanningProblem
 from planner.model.lora import layer_adapter_params
@@ -49,7 +49,7 @@ from planner.model.workload import Optimizer
 from planner.strategy.strategy import Degrees, Zero
 
 
-@noun
+@frozen
 class ParamBytes:
     """Bytes for one parameter on a device. Adds up; times a number of parameters."""
 
@@ -74,7 +74,7 @@ class ParamBytes:
         return self.weights + self.grads + self.optimizer
 
 
-@noun
+@frozen
 class States:
     """Bytes a parameter of blocks, of the ends (embedding and head), and of routed experts."""
 

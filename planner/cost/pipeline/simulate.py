@@ -20,7 +20,7 @@ from planner.cost import constants
 from planner.cost.passes import Pass
 from planner.cost.seconds import smaller
 from planner.cost.stage.stage_cost import StageCost
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.job.problem import PlanningProblem
 from planner.strategy.estimate import TimelineEvent
 from planner.strategy.schedule.action import Action, ActionKind
@@ -34,7 +34,7 @@ Span = tuple[float, float]
 """When an action started and ended."""
 
 
-@noun
+@frozen
 class PathTimes:
     """When the actions of a longest path ran: the ends of the places in the table's order, and of rows."""
 
@@ -67,7 +67,7 @@ class PathTimes:
         return spans
 
 
-@noun
+@frozen
 class RecordedTimes:
     """When actions ran, as they were recorded."""
 
@@ -82,7 +82,7 @@ class RecordedTimes:
         return self.rows[rank]
 
 
-@noun
+@frozen
 class Replay:
     """The outcome: the step time, and by rank when its actions ran and what came before and after them.
 

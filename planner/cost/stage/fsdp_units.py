@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from planner.cost.passes import Unit
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.job.problem import PlanningProblem
 from planner.model.lora import adapted, layer_adapter_params
 from planner.model.spec import Block, Layer
@@ -11,7 +11,7 @@ from planner.model.workload import Adapters
 from planner.strategy.strategy import Degrees
 
 
-@noun
+@frozen
 class Units:
     """One device's units: blocks by the key of their class, embedding, head."""
 

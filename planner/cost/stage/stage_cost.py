@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from planner.cost.memory.parameter_state import ParamBytes
 from planner.cost.passes import Pass
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 
 
-@noun
+@frozen
 class Hosted:
     """What of a stage lies in host memory: `blocks` first blocks' activations, state, or both.
 
@@ -25,7 +25,7 @@ class Hosted:
     window_bytes: float
 
 
-@noun
+@frozen
 class StageCost:
     """One stage on each of its devices.
 

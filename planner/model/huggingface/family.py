@@ -7,7 +7,7 @@ from dataclasses import field
 from types import MappingProxyType
 from typing import Any
 
-from planner.foundation.frozen import noun
+from planner.foundation.frozen import frozen
 from planner.model.attention import QkNorm
 from planner.model.feed_forward import Activation
 from planner.model.huggingface.keys import KEYS
@@ -17,7 +17,7 @@ from planner.model.spec import Norm, Segment
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-@noun
+@frozen
 class Description:
     """The facts of one model, of which a family reads some and states others;
     `planner.model.huggingface.keys` has their
@@ -151,7 +151,7 @@ Sparse = Callable[[Description], Sequence[bool]]
 Build = Callable[[Description, "Family"], tuple[Segment, ...]]
 
 
-@noun
+@frozen
 class Family:
     """One model_type as data.
 

@@ -12,7 +12,7 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Any
 
-from planner.foundation.frozen import noun
+from planner.foundation.frozen import frozen
 from planner.model.feed_forward import Activation
 from planner.model.routing import Score, TopkMethod
 
@@ -37,7 +37,7 @@ class Kind(Enum):
     TYPES = "a list of [[types], repeats]"
 
 
-@noun
+@frozen
 class Key:
     """One key: its names in files (the first is the usual one), type and range.
 

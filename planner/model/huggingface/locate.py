@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from planner.foundation.errors import InputError, Problem
-from planner.foundation.frozen import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.suggest import nearest
 from planner.model.huggingface.family import Family
 from planner.model.huggingface.inert import CODE_KEYS
@@ -14,7 +14,7 @@ from planner.model.huggingface.registry import FAMILIES, TEXT_PARTS, WRAPPERS
 from planner.model.huggingface.values import show
 
 
-@noun
+@frozen
 class TextPart:
     """The text model of a config: its table, its family, and the path that errors begin with.
 

@@ -7,11 +7,11 @@ values: every stage has its own.
 
 from __future__ import annotations
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.model.traced_layer import Product
 
 
-@noun
+@frozen
 class Value:
     """A tensor of `size` values of the compute precision, of one sample.
 
@@ -24,7 +24,7 @@ class Value:
     is_input: bool = False
 
 
-@noun
+@frozen
 class ParameterTensor:
     """One parameter tensor; a tied one has several names and is still one tensor."""
 
@@ -32,7 +32,7 @@ class ParameterTensor:
     count: int
 
 
-@noun
+@frozen
 class Operator:
     """One operator call. Operands are indices into the graph's values and parameters.
 
@@ -52,7 +52,7 @@ class Operator:
     moved_values: float = 0.0
 
 
-@noun
+@frozen
 class OperatorGraph:
     """The operators of a forward pass in the order in which they ran.
 

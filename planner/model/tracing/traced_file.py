@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from planner.foundation.decode import decode, load_json_object, noun, to_json, write_atomic
+from planner.foundation.decode import decode, load_json_object, to_json, write_atomic
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.model.spec import ModelSpec
 from planner.model.traced_layer import TracedLayer
 
@@ -16,7 +17,7 @@ MOST_BYTES = 8 * 1024 * 1024
 """A traced model has as many entries as it has layer classes: a hundred classes are a few hundred KiB."""
 
 
-@noun
+@frozen
 class TracedFile:
     """The document: a version and the model."""
 

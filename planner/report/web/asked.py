@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
-from planner.foundation.decode import noun
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.hardware.catalog import catalog_model
 
 LONGEST = 200
@@ -39,7 +39,7 @@ LISTS = frozenset({"device", "instance", "provider", "pricing", "nodes"})
 """Fields that hold several values, separated by commas."""
 
 
-@noun
+@frozen
 class Asked:
     """The fields as typed, without spaces around; equal ones have equal answers."""
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from planner.foundation.decode import noun
 from planner.foundation.errors import Problem
+from planner.foundation.frozen import frozen
 from planner.report.comparison_page import build_options_page
 from planner.report.palette import COLOURS, MARK_COLOURS
 from planner.report.templating import template
@@ -13,7 +13,7 @@ from planner.report.web.asked import FIELDS
 from planner.sizing.comparison import Comparison
 
 
-@noun
+@frozen
 class WebPage:
     """The form around the comparison: what was typed, what is wrong, what there is to choose from."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from planner.foundation.decode import load_toml, noun
+from planner.foundation.decode import load_toml
+from planner.foundation.frozen import frozen
 from planner.foundation.units import GIB, MIB
 from planner.hardware.catalog import data_folder
 from planner.hardware.device_file import DeviceFile
@@ -13,7 +14,7 @@ PRECISIONS = ("bf16", "fp16", "fp32", "fp8")
 """Formats of matrix products that a peak can be asked for."""
 
 
-@noun
+@frozen
 class MfuRun:
     """A published run: the share of the dense peak that its model FLOPs used."""
 
@@ -25,7 +26,7 @@ class MfuRun:
     sources: tuple[str, ...]
 
 
-@noun
+@frozen
 class PublishedMfu:
     """The default utilisation with its reason, and the runs that say what range is honest."""
 
@@ -40,7 +41,7 @@ class PublishedMfu:
         return min(run.low for run in runs), max(run.high for run in runs), runs
 
 
-@noun
+@frozen
 class Price:
     """Dollars for an hour of one device, and where that was read."""
 
@@ -48,7 +49,7 @@ class Price:
     source: str
 
 
-@noun
+@frozen
 class DeviceRate:
     """A device in one precision: its dense peak (None: unknown), assumed MFU, memory and price.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import DAY_S
 from planner.model.workload import Adapters
 from planner.sizing.principles.device_rate import DeviceRate
@@ -30,7 +30,7 @@ MIXED_BYTES = {
 Adam moments (ZeRO, arXiv 1910.02054, section 3.1: 16 bytes; 18 where gradients are summed in fp32)."""
 
 
-@noun
+@frozen
 class Figure:
     """One number with its derivation. `value` is None where it is unknown; `note` then says why."""
 
@@ -41,7 +41,7 @@ class Figure:
     note: str = ""
 
 
-@noun
+@frozen
 class Question:
     """Everything that the arithmetic is asked about."""
 

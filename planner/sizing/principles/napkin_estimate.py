@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.hardware.cluster import ClusterSpec
 from planner.hardware.cluster_grammar import join, shaped_part
 from planner.hardware.prices import Market
@@ -36,7 +36,7 @@ TP_DEGREES = (1, 2, 4, 8)
 RANK = {Verdict.SAFE: 0, Verdict.RISKY: 1, Verdict.NO: 2}
 
 
-@noun
+@frozen
 class OwnEstimate:
     """The fastest safe strategy on `devices`, or the best of what does not fit, with its verdict.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import DAY_S, format_bytes
 from planner.model.lora import adapted_weights, adapter_params
 from planner.model.workload import Adapters
@@ -21,7 +21,7 @@ MEMORY_MARGIN = 0.15
 """Share of memory left free where devices are counted: the error band of the datasheet memory model."""
 
 
-@noun
+@frozen
 class Method:
     """One way to a model that does the task, and what it costs.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.foundation.units import format_count
 from planner.model.huggingface import read_config
 from planner.model.spec import ModelSpec
@@ -21,7 +21,7 @@ REFERENCE_VOCAB = 32_000
 REFERENCE_SOURCE = "LLaMA, arXiv 2302.13971, Table 2"
 
 
-@noun
+@frozen
 class Size:
     """The model as the arithmetic sees it.
 

@@ -10,7 +10,8 @@ import math
 from collections.abc import Sequence
 from enum import StrEnum
 
-from planner.foundation.decode import load_toml, noun
+from planner.foundation.decode import load_toml
+from planner.foundation.frozen import frozen
 from planner.hardware.catalog import data_folder
 
 FLOPS_PER_PARAM_TOKEN = 6
@@ -40,7 +41,7 @@ class Quantity(StrEnum):
                 return value / FLOPS_PER_PARAM_TOKEN
 
 
-@noun
+@frozen
 class PowerFit:
     """The optimum as a power of the budget: value * (C / at_flops) ^ exponent."""
 
@@ -53,7 +54,7 @@ class PowerFit:
         return self.quantity.params(self.value * (flops / self.at_flops) ** self.exponent, flops)
 
 
-@noun
+@frozen
 class ParametricLoss:
     """L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al., arXiv 2203.15556, equation 2)."""
 
@@ -89,7 +90,7 @@ class ParametricLoss:
         return float(FLOPS_PER_PARAM_TOKEN * (scale / (loss - self.irreducible)) ** power)
 
 
-@noun
+@frozen
 class JointLoss:
     """L(N, D) = [(Nc / N)^(alpha_n / alpha_d) + Dc / D]^alpha_d (Kaplan et al., equation 1.5)."""
 
@@ -103,7 +104,7 @@ class JointLoss:
         return float((of_params + self.tokens / tokens) ** self.alpha_d)
 
 
-@noun
+@frozen
 class BudgetPower:
     """coefficient * C ^ exponent."""
 
@@ -114,7 +115,7 @@ class BudgetPower:
         return float(self.coefficient * flops**self.exponent)
 
 
-@noun
+@frozen
 class HyperFit:
     """Near-optimal peak learning rate, and batch in tokens, as powers of the budget."""
 
@@ -124,7 +125,7 @@ class HyperFit:
     fitted_max_flops: float
 
 
-@noun
+@frozen
 class Law:
     """One published law. Exactly one of `fit` and `loss` gives its optimum."""
 
@@ -155,7 +156,7 @@ class Law:
         return None if form is None else form.loss(params, tokens)
 
 
-@noun
+@frozen
 class Hyperparameters:
     """Batch and learning rate that a law gives for a budget."""
 
@@ -166,7 +167,7 @@ class Hyperparameters:
     fitted_max_flops: float
 
 
-@noun
+@frozen
 class Optimum:
     """What a law makes of a budget. `beyond_fit` is how far outside its range the budget lies; 1: inside."""
 
@@ -183,7 +184,7 @@ class Optimum:
         return self.tokens / self.params
 
 
-@noun
+@frozen
 class TrainingPoint:
     """A model of `params` trained on `tokens`, its loss, and the compute-optimal model of equal loss.
 
@@ -208,7 +209,7 @@ class TrainingPoint:
         return self.equal_params / self.params
 
 
-@noun
+@frozen
 class _LawFile:
     laws: tuple[Law, ...]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from planner.foundation.decode import noun
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.sizing.principles.device_rate import DeviceRate
 from planner.sizing.principles.scaling import LEAST_BUDGET_FLOPS, MOST_BUDGET_FLOPS
 
 
-@noun
+@frozen
 class Budget:
     """FLOPs to spend, how they were derived, and the device that spends them where one is named."""
 

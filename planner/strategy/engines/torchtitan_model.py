@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.model.arithmetic import PLAIN, Arithmetic, RopeKind, RopeScaling
 from planner.model.attention import CAUSAL, Attention, LatentAttention, QkNorm
 from planner.model.feed_forward import Activation, Experts, Mlp
@@ -52,7 +52,7 @@ QWEN3_FLAVORS: dict[str, Shape] = {
 QWEN3_TIED = ("0.6B", "1.7B", "4B")
 
 
-@noun
+@frozen
 class Flavor:
     """A model of torchtitan: its name, flavour, and the module to import where the flavour is not its own.
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
-from planner.foundation.decode import noun
+from planner.foundation.frozen import frozen
 from planner.strategy.schedule.table import KINDS, Table
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ WIDE_WAVE = 24
 """Places a wave from which numpy also adds up a table's times faster than a loop over places."""
 
 
-@noun
+@frozen
 class ActionOrder:
     """A table's actions in an order in which each comes after what it waits for.
 
@@ -66,7 +66,7 @@ class ActionOrder:
         )
 
 
-@noun
+@frozen
 class Durations:
     """Seconds of an order's places: what passes before each in its row, its own, what ends its row."""
 

@@ -19,8 +19,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from planner.foundation.decode import load_json_object, noun
+from planner.foundation.decode import load_json_object
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from runtime.train.data.conversation import Message, TrainOn
 from runtime.train.data.tokenizer import TokenizerKind, read_utf8
 
@@ -63,7 +64,7 @@ Trained = bool | Spans
 """Whether a text is trained on; of a conversation, what of it."""
 
 
-@noun
+@frozen
 class ChatTemplate:
     """The text of a template, where it is from, and the special tokens that it can write, by name."""
 

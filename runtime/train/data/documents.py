@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from planner.foundation.decode import noun
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from runtime.train.data.chat_template import ChatTemplate, Trained
 from runtime.train.data.conversation import TrainOn, read_conversation
 from runtime.train.data.sources import DataFile, FileFormat
@@ -31,7 +31,7 @@ Record = tuple[str, tuple[Any, ...]]
 """The place of a document in a file, and its values."""
 
 
-@noun
+@frozen
 class Columns:
     """Which keys of a JSON object, or columns of a table, hold a document.
 

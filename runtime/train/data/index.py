@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from planner.foundation.decode import load_json, noun
+from planner.foundation.decode import load_json
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from planner.foundation.units import format_bytes
 from runtime.train.data.tokenizer import TokenizerKind
 
@@ -33,7 +34,7 @@ TOKENS, MASK, DOCUMENTS = ".tokens", ".mask", ".documents"
 BLOCK_BYTES = 1 << 20
 
 
-@noun
+@frozen
 class SourceText:
     """One file that went into a data set."""
 
@@ -42,7 +43,7 @@ class SourceText:
     sha256: str
 
 
-@noun
+@frozen
 class DataPart:
     """The tokens of sources that are read as one, in place after those of the part before."""
 
@@ -50,7 +51,7 @@ class DataPart:
     tokens: int
 
 
-@noun
+@frozen
 class DataIndex:
     """The index of a prepared data set.
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from planner.foundation.decode import digest, noun, to_json, write_atomic
+from planner.foundation.decode import digest, to_json, write_atomic
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 from runtime.train.data.chat_template import ChatTemplate, choose_template
 from runtime.train.data.documents import Columns, documents, needs_pyarrow
 from runtime.train.data.encode import encoded
@@ -39,7 +40,7 @@ TRAINING_CHARACTERS = 1 << 28
 """Byte pairs are learned from so much of the text at most: more changes few merges and takes memory."""
 
 
-@noun
+@frozen
 class DataOptions:
     """What `plan train` is told of its data: sources as `PATH[:WEIGHT]`, the tokenizer, and the columns."""
 

@@ -6,8 +6,9 @@ import math
 from enum import StrEnum
 from pathlib import Path
 
-from planner.foundation.decode import load_json_object, noun
+from planner.foundation.decode import load_json_object
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
 
 
 class FileFormat(StrEnum):
@@ -39,7 +40,7 @@ LEGAL = "text, .jsonl, .jsonl.gz, .parquet or .arrow files, a folder of them, or
 TRAIN_SPLIT = "train"
 
 
-@noun
+@frozen
 class DataFile:
     """One file of a source."""
 
@@ -48,7 +49,7 @@ class DataFile:
     format: FileFormat
 
 
-@noun
+@frozen
 class DataSource:
     """What one `--data PATH[:WEIGHT]` names."""
 
