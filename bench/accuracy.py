@@ -31,14 +31,13 @@ from typing import Any
 import click
 
 from planner.calibration.calibrate import calibrate
-from planner.calibration.run import Run, Status
 from planner.calibration.run_setup import RunSetup, Setups
-from planner.calibration.runs_table import read_runs
+from planner.calibration.runs import Run, Status, read_runs
 from planner.calibration.validate import ValidatedRow, Validation, judge, validate
 from planner.commands.shared.text import table
 from planner.foundation.decode import encode, write_atomic
 from planner.foundation.frozen import frozen
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.profile.profile import Profile
 from planner.strategy.estimate import Verdict
 

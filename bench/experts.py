@@ -23,18 +23,16 @@ from typing import Any
 import click
 
 from planner.calibration.calibrate import calibrate
-from planner.calibration.run import Run, RunRecompute, Status
 from planner.calibration.run_setup import RunSetup, Setups
-from planner.calibration.runs_table import read_runs
+from planner.calibration.runs import Run, RunRecompute, Status, read_runs
 from planner.commands.shared.text import table
 from planner.cost.evaluate import CostModel
 from planner.foundation.decode import encode, write_atomic
-from planner.foundation.divisors import divisors
 from planner.foundation.errors import InfeasibleError
 from planner.foundation.frozen import frozen
+from planner.foundation.suggest import divisors
 from planner.hardware.catalog import profile_files
-from planner.job.limits import Limits
-from planner.job.problem import PlanningProblem
+from planner.job.problem import Limits, PlanningProblem
 from planner.profile.profile import Profile, load_profile
 from planner.search.engine_search import solve_for_engine
 from planner.search.solve import SolveOptions

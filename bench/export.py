@@ -24,8 +24,7 @@ import click
 
 from bench.export_grid import Case, Unexported, cases, plan_of
 from planner.commands.shared.text import table
-from planner.export.artifact import write_export
-from planner.export.facts import readme
+from planner.export.artifact import readme, write_export
 from planner.export.imported import read_config
 from planner.export.settings import strategy_from
 from planner.export.targets import TARGETS

@@ -6,15 +6,14 @@ import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from planner.calibration.engine_stack import engine_stack
+from planner.calibration.software import engine_stack
 from planner.commands.splitting.estimate import strategy_of
 from planner.cost.evaluate import CostModel
 from planner.export.targets import refusals
 from planner.hardware.catalog import load_model
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.job.engine_settings import Engine
-from planner.job.limits import Limits
-from planner.job.problem import PlanningProblem
+from planner.job.problem import Limits, PlanningProblem
 from planner.model.workload import AdapterModules, Adapters, Method, Optimizer, Precision, Workload
 from planner.search.solve import make_plan
 from planner.strategy.engines.recipes import every_kth, first_of_each

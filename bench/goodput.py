@@ -19,7 +19,7 @@ from planner.cost.goodput import Job, figures_of
 from planner.foundation.decode import write_atomic
 from planner.foundation.units import DAY_S, format_seconds
 from planner.hardware.failures import failure_file
-from planner.job.overheads import Upkeep
+from planner.job.problem import Upkeep
 from planner.sizing.usual_overheads import usual_upkeep
 
 HOUR_S = 3600.0

@@ -27,7 +27,7 @@ from planner.foundation.decode import write_atomic
 if TYPE_CHECKING:
     from planner.profile.profile import LayerSample
     from runtime.profiler.layer_family import LayerFamily
-    from runtime.profiler.measure_layers import LayerCase
+    from runtime.profiler.layers import LayerCase
     from runtime.profiler.profile_cases import Reading
 
 Error = tuple[float, float]
@@ -73,7 +73,7 @@ def family_of(
     import dataclasses
 
     from planner.hardware.catalog import load_model
-    from planner.hardware.cluster_grammar import parse_cluster
+    from planner.hardware.cluster_text import parse_cluster
     from runtime.profiler.layer_family import LayerFamily
     from runtime.profiler.scope import default_scope
 
@@ -159,7 +159,7 @@ def summary(found: Sequence[Error]) -> dict[str, float | int]:
 def report(family: LayerFamily) -> dict[str, Any]:
     """All figures of one model."""
     from planner.cost.stage.layer_samples import at_usual_speed
-    from runtime.profiler.layer_grid import corners
+    from runtime.profiler.layers import corners
 
     first, second = measured_twice(family)
     both = [case for case in first if case in second]

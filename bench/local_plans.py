@@ -31,11 +31,11 @@ from planner.commands.splitting.estimate import strategy_of
 from planner.cost.evaluate import CostModel
 from planner.foundation.decode import to_json, write_atomic
 from planner.hardware.catalog import load_model
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.job.problem import PlanningProblem
 from planner.model.workload import Precision, Workload
 from planner.profile.profile import Profile, load_profile
-from planner.report.comparison import ComparisonRow, judge_order
+from planner.report.run_record import ComparisonRow, judge_order
 from planner.search.solve import make_plan
 from planner.strategy.fix_keys import parse_pins
 from planner.strategy.plan import Plan

@@ -22,8 +22,7 @@ import click
 
 from planner.calibration.memory_fit import calibrate_memory
 from planner.calibration.predict import with_constants
-from planner.calibration.run import Run, Status
-from planner.calibration.runs_table import read_runs
+from planner.calibration.runs import Run, Status, read_runs
 from planner.calibration.validate import validate
 from planner.commands.shared.text import table
 from planner.foundation.decode import write_atomic

@@ -66,8 +66,7 @@ def by_hand(plan: Plan) -> Callable[[torch.Tensor], object]:
     """A step in plain PyTorch on the same modules, with FSDP2 where the plan shards (or keeps masters)."""
     import torch
 
-    from runtime.model.initial import materialize
-    from runtime.model.transformer import build_transformer
+    from runtime.model.transformer import build_transformer, materialize
     from runtime.train.optimizer import OptimizerOptions
 
     degrees, spec, options = plan.strategy.degrees, plan.model, OptimizerOptions()

@@ -41,13 +41,11 @@ from planner.foundation.decode import write_atomic
 from planner.foundation.errors import InputError
 from planner.strategy.plan import Plan, load_plan
 from runtime.checkpoint.adapter_files import AdapterFolder, read_adapters
+from runtime.model.huggingface.files import WeightFolder
 from runtime.model.huggingface.names import names_of
-from runtime.model.huggingface.read import WeightFolder
-from runtime.model.initial import materialize
-from runtime.model.lora import apply_lora
-from runtime.model.peft_modules import peft_modules
-from runtime.model.transformer import build_transformer
-from runtime.train.data.sources import shipped_corpus
+from runtime.model.lora import apply_lora, peft_modules
+from runtime.model.transformer import build_transformer, materialize
+from runtime.train.data.documents import shipped_corpus
 from runtime.train.executor import Executor
 from runtime.train.session import load_into
 from tests.runtime.hf_models import make_model

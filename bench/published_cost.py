@@ -32,16 +32,16 @@ from typing import Any, NamedTuple
 
 import click
 
-from planner.calibration.run import Run, RunRecompute
 from planner.calibration.run_setup import RunSetup, Setups
+from planner.calibration.runs import Run, RunRecompute
 from planner.commands.shared.text import table
 from planner.cost.evaluate import CostModel
 from planner.foundation.decode import decode, encode, load_toml, write_atomic
 from planner.foundation.frozen import frozen
 from planner.foundation.units import DAY_S
 from planner.hardware.catalog import data_folder
+from planner.profile.choose import shipped_profile
 from planner.profile.profile import Profile, load_profile
-from planner.profile.shipped import shipped_profile
 from planner.sizing.usual_overheads import usual_upkeep
 from planner.strategy.estimate import Estimate, Rejected, Verdict
 
@@ -286,7 +286,7 @@ def choose(cost: PublishedCost, setups: Setups) -> dict[str, Any]:
 def fit() -> Profile:
     """Constants of other runs, by `plan calibrate`'s own fit."""
     from planner.calibration.calibrate import calibrate
-    from planner.calibration.runs_table import read_runs
+    from planner.calibration.runs import read_runs
 
     rows = read_runs([DATA.parent / "tables.csv"]).runs
     used = [row for row in rows if row.id.startswith(FITTED_ON)]

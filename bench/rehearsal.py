@@ -24,9 +24,8 @@ from typing import Any, NamedTuple
 
 import click
 
-from planner.advice.rank_kinds import alike_ranks, shortened
-from planner.advice.refine import refine
-from planner.calibration.engine_stack import engine_stack
+from planner.advice.apply_rehearsal import refine
+from planner.calibration.software import engine_stack
 from planner.commands.shared.text import table
 from planner.commands.shared.with_torch import require_torch
 from planner.commands.splitting.estimate import strategy_of
@@ -34,17 +33,17 @@ from planner.cost.evaluate import CostModel
 from planner.foundation.decode import write_atomic
 from planner.foundation.units import GIB
 from planner.hardware.catalog import load_model
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.job.engine_settings import Engine
-from planner.job.limits import Limits
-from planner.job.problem import PlanningProblem
+from planner.job.problem import Limits, PlanningProblem
 from planner.model.attention import Attention
 from planner.model.feed_forward import Activation, Mlp
-from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, ModelSpec, Norm, Segment
+from planner.model.sublayer import Recompute
 from planner.model.workload import Precision, Workload
-from planner.profile.shipped import shipped_profile
+from planner.profile.choose import shipped_profile
 from planner.search.solve import make_plan
+from planner.strategy.equivalent_ranks import alike_ranks, shortened
 from planner.strategy.estimate import Verdict
 from planner.strategy.fix_keys import parse_pins
 from planner.strategy.plan import Plan
@@ -201,7 +200,7 @@ def reference() -> Iterator[dict[str, Any]]:
 
     Both hold blocks alone under tensor, sequence and ZeRO-3 data parallelism (bench/data/h100_reference.csv).
     """
-    from planner.calibration.runs_table import read_runs
+    from planner.calibration.runs import read_runs
 
     measured = {run.id: run for run in read_runs([Path(__file__).parent / "data/h100_reference.csv"]).runs}
     for name, plan in _middle_stages():

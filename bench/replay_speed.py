@@ -26,7 +26,7 @@ from planner.commands.shared.text import table
 from planner.cost.evaluate import CostModel
 from planner.foundation.decode import write_atomic
 from planner.hardware.catalog import load_model
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.job.problem import PlanningProblem
 from planner.model.workload import Precision, Workload
 from planner.search.quick_bounds import space_bounds_s

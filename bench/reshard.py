@@ -30,7 +30,7 @@ from planner.model.attention import CpExchange
 from planner.model.spec import ModelSpec
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees, Schedule, Zero
-from runtime.parallel.supported import check_supported
+from runtime.parallel.parallelize import check_supported
 from tests.plans import make_plan, split, tiny_gpt2, tiny_llama
 from tests.runtime.resharding import AFTER, BEFORE, TOLERANCE, reshard, resumes_exactly
 

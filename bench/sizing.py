@@ -25,7 +25,7 @@ from planner.commands.shared.text import table
 from planner.foundation.decode import write_atomic
 from planner.foundation.errors import InfeasibleError
 from planner.hardware.catalog import load_model
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.job.problem import PlanningProblem
 from planner.model.workload import Workload
 from planner.search.first_plan import Scout, Shared

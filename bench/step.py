@@ -229,7 +229,7 @@ def measure(case: Case, side: str, *, compiled: bool, attention: str, steps: int
     """Median seconds of a step in this process, its first step, and the peak of allocated bytes."""
     import torch
 
-    from runtime.parallel.fake_world import fake_group
+    from runtime.parallel.meshes import fake_group
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     build = {"runtime": runtime_step, "plain": plain_step_of}[side]
@@ -281,7 +281,7 @@ def in_own_process(arguments: list[str]) -> dict[str, Any]:
 
 def peak_flops() -> float | None:
     """Dense bf16 FLOPs a second of this machine's device; None where unknown."""
-    from planner.hardware.cluster_grammar import parse_cluster
+    from planner.hardware.cluster_text import parse_cluster
 
     return parse_cluster("local:1").groups[0].device.peak_flops(Precision.BF16)
 

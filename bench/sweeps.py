@@ -1,6 +1,6 @@
 """Layers that nobody measured, predicted from sweeps of operators on this machine.
 
-Operators alone are timed (`runtime.profiler.measure_sweeps`) and constants of the host. From these the
+Operators alone are timed (`runtime.profiler.operators`) and constants of the host. From these the
 forward and
 backward of layers are predicted whose shapes no sample touched: blocks, heads and embeddings of five models,
 at two micro-batches, whole and in two shards. Then the layers themselves are timed as `plan profile` does.
@@ -32,15 +32,14 @@ from planner.cost.layer import LayerShape
 from planner.cost.time_constants import usual_physics
 from planner.foundation.decode import decode, to_json, write_atomic
 from planner.foundation.frozen import frozen
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.job.problem import PlanningProblem
 from planner.model.attention import Attention, QkNorm
 from planner.model.feed_forward import Activation, Experts, Mlp
-from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, ModelSpec, Norm, Segment
+from planner.model.sublayer import Recompute
 from planner.model.workload import Precision, Workload
-from planner.profile.operator_sample import RateSample
-from planner.profile.profile import PROFILE_SCHEMA, Constant, LayerSample, Profile, load_profile
+from planner.profile.profile import PROFILE_SCHEMA, Constant, LayerSample, Profile, RateSample, load_profile
 
 EFFORT_S = 0.25
 
@@ -105,8 +104,8 @@ def cases() -> list[Case]:
 
 def take(device_type: str, precision: Precision) -> tuple[list[RateSample], list[Constant], float]:
     """Sweeps and constants of the host, and how long the sweeps took."""
-    from runtime.profiler.measure_host import measure_host
-    from runtime.profiler.rate_family import rate_families
+    from runtime.profiler.host import measure_host
+    from runtime.profiler.operators import rate_families
     from runtime.profiler.scope import SWEEP_EFFORT, Sweeps
     from runtime.profiler.timing import Effort
 
@@ -148,8 +147,7 @@ def as_profile(rates: Sequence[RateSample], constants: Sequence[Constant], devic
 
 def measured(case: Case, device_type: str, precision: Precision) -> Iterator[LayerSample]:
     """The layers themselves, nothing recomputed."""
-    from runtime.profiler.layer_grid import layer_cases
-    from runtime.profiler.measure_layers import measure_layers
+    from runtime.profiler.layers import layer_cases, measure_layers
     from runtime.profiler.timing import Effort
 
     effort = Effort(warmup=1, least=5, most=40, budget_s=EFFORT_S)

@@ -13,9 +13,17 @@ from pathlib import Path
 from planner.foundation.units import DAY_S, GIB
 from planner.job.objective import Goal, Minimise
 from planner.model.workload import Workload
-from planner.sizing.comparison import Assumption, BreakEven, Comparison, LeftOut, Sensitivity
-from planner.sizing.offer import Pricing, Rate
-from planner.sizing.option import Option, SizedPlan
+from planner.sizing.comparison import (
+    Assumption,
+    BreakEven,
+    Comparison,
+    LeftOut,
+    Option,
+    Pricing,
+    Rate,
+    Sensitivity,
+    SizedPlan,
+)
 from planner.strategy.estimate import Coverage, JobFigures, TimeBreakdown, Verdict
 from planner.strategy.strategy import Degrees, Schedule, Strategy, Zero, even_stages
 

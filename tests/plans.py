@@ -7,10 +7,9 @@ import dataclasses
 from planner.hardware.cluster import ClusterSpec, Device, DeviceGroup, Link
 from planner.model.arithmetic import Arithmetic
 from planner.model.attention import Attention, LatentAttention
-from planner.model.feed_forward import Activation, Experts, Mlp
-from planner.model.routing import Routing, Score
-from planner.model.saved_tensors import Recompute
+from planner.model.feed_forward import Activation, Experts, Mlp, Routing, Score
 from planner.model.spec import Block, ModelSpec, Norm, Segment
+from planner.model.sublayer import Recompute
 from planner.model.workload import Adapters, Method, Optimizer, Precision, Workload
 from planner.strategy.estimate import (
     Coverage,

@@ -7,17 +7,18 @@ import math
 from collections.abc import Callable
 
 from planner.hardware.catalog import load_model, profile_files
-from planner.hardware.nvidia import Clocks
+from planner.hardware.local_machine import Clocks
 from planner.model.attention import CpExchange
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.model.workload import Precision
-from planner.profile.operator_sample import RateKind, RateSample
 from planner.profile.profile import (
     Constant,
     ContentionSample,
     LayerKind,
     LayerSample,
     Profile,
+    RateKind,
+    RateSample,
     load_profile,
     shape_key,
 )

@@ -13,10 +13,10 @@ from planner.foundation.units import GIB, MIB
 from planner.hardware.cluster import ClusterSpec, Device, DeviceGroup, Link
 from planner.model.attention import Attention
 from planner.model.feed_forward import Activation, Mlp
-from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, ModelSpec, Norm, Segment
+from planner.model.sublayer import Recompute
 from planner.model.workload import Precision, Workload
-from planner.report.comparison import ComparisonRow, save_comparison
+from planner.report.run_record import ComparisonRow, save_comparison
 from planner.strategy.estimate import (
     Coverage,
     Estimate,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from planner.calibration.run import Run, RunRecompute, Status
 from planner.calibration.run_setup import RunSetup, run_problem
+from planner.calibration.runs import Run, RunRecompute, Status
 from planner.strategy.estimate import Rejected
 
 GPT = Run(

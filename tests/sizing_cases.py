@@ -14,11 +14,9 @@ from planner.hardware.catalog import load_model
 from planner.hardware.prices import shipped_market
 from planner.job.objective import Goal
 from planner.model.workload import Workload
-from planner.sizing.compare import compare
-from planner.sizing.comparison import Comparison
-from planner.sizing.offer import Offer
+from planner.sizing.comparison import Comparison, Offer, SizingRequest
 from planner.sizing.offers import Wanted, find_offers
-from planner.sizing.request import SizingRequest
+from planner.sizing.search import compare
 
 MARKET = shipped_market()
 BILLION = 10**9

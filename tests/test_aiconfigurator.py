@@ -32,7 +32,7 @@ from planner.hardware.aiconfigurator import (
     read_collectives,
     read_products,
 )
-from planner.hardware.collective_curves import CollectiveCurves
+from planner.hardware.measured_tables import CollectiveCurves
 from planner.profile.profile import Op
 
 NCCL = ("nccl_dtype", "num_gpus", "message_size", "op_name", "latency")

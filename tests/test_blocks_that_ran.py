@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from planner.calibration.calibrate import TIME_ERROR, calibrate, usable
-from planner.calibration.run import Run
+from planner.calibration.runs import Run
 from planner.calibration.validate import Validation, validate
 from planner.cli import cli
 from planner.cost import constants
@@ -23,10 +23,9 @@ from planner.cost.time_constants import usual_physics
 from planner.foundation.decode import encode
 from planner.foundation.errors import InputError
 from planner.job.problem import PlanningProblem
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.model.workload import Precision
-from planner.profile.block_residual import BlockResidual, BlockResiduals
-from planner.profile.profile import Constant, LayerKind, Profile, load_profile
+from planner.profile.profile import BlockResidual, BlockResiduals, Constant, LayerKind, Profile, load_profile
 from planner.strategy.strategy import Degrees, Schedule, Strategy, Zero, even_stages
 
 from .planner import instances

@@ -10,7 +10,9 @@ import pytest
 from planner.hardware import catalog
 from planner.hardware.on_premises import OnPremises, cost_per_device_hour
 from planner.hardware.prices import on_premises_inputs, shipped_market
-from planner.sizing.break_even import (
+from planner.sizing.comparison import Offer, Pricing
+from planner.sizing.offers import rates_of, rates_of_device
+from planner.sizing.sensitivity import (
     COMMITTED,
     Owned,
     break_even_utilisation,
@@ -18,8 +20,6 @@ from planner.sizing.break_even import (
     months_to_pay_back,
     owned,
 )
-from planner.sizing.offer import Offer, Pricing
-from planner.sizing.rates import rates_of, rates_of_device
 
 FACTS = catalog.load_device("h100")
 INPUTS = on_premises_inputs()

@@ -14,8 +14,7 @@ from click.testing import CliRunner
 from planner.calibration.calibrate import TIME_ERROR, calibrate, scopes, usable
 from planner.calibration.fit import MAX_RUNS, Scope, Unknown, evenly, fit
 from planner.calibration.predict import Measured, step_time_s, with_constants
-from planner.calibration.run import Run
-from planner.calibration.runs_table import read_runs
+from planner.calibration.runs import Run, read_runs
 from planner.cli import cli
 from planner.cost.evaluate import CostModel
 from planner.cost.time_constants import PRIORS, Physics, physics_of

@@ -10,7 +10,7 @@ from planner.foundation.decode import decode, encode
 from planner.foundation.errors import InputError
 from planner.hardware import local_machine as machine
 from planner.hardware.cluster import ClusterSpec
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 
 
 def test_shape_device_and_network() -> None:

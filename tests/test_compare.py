@@ -17,12 +17,10 @@ import pytest
 from planner.commands.hardware.sizing_document import comparison_document, options_csv
 from planner.foundation.units import DAY_S
 from planner.job.objective import Goal
-from planner.job.overheads import Upkeep
+from planner.job.problem import Upkeep
 from planner.model.workload import AdapterModules, Adapters, Method, Workload
-from planner.sizing.comparison import Comparison
-from planner.sizing.offer import Pricing
+from planner.sizing.comparison import Comparison, Option, Pricing
 from planner.sizing.offers import Wanted, find_offers
-from planner.sizing.option import Option
 from planner.sizing.search import scout_all
 from planner.sizing.sized import with_pareto
 from tests.sizing_cases import BILLION, MARKET, compared, document, offers, priced, request, run, sample

@@ -9,9 +9,9 @@ from click.testing import CliRunner
 
 from planner.cli import cli
 from planner.foundation.errors import InputError
-from planner.hardware.cluster_grammar import EqualNodes, parse_cluster, read_equal_nodes
+from planner.hardware.cluster_text import EqualNodes, parse_cluster, read_equal_nodes
 from planner.hardware.prices import shipped_market
-from planner.sizing.offer import Pricing
+from planner.sizing.comparison import Pricing
 from planner.sizing.offers import offers_of_clusters
 
 ASKED = ["compare", "--model", "llama-3.2-1b", "--tokens", "1B", "--seq", "2048", "--batch", "128", "--json"]

@@ -14,15 +14,14 @@ import pytest
 from planner.cost.goodput import Job, figures_of
 from planner.foundation.units import DAY_S
 from planner.job.objective import Goal, Minimise
-from planner.job.overheads import BEST, Upkeep
+from planner.job.problem import BEST, Upkeep
 from planner.report import options_bars as bars
 from planner.report import options_plot as plots
 from planner.report import options_tables as tables
 from planner.report import options_words as words
+from planner.report.charts import MARK_COLOURS
 from planner.report.comparison_page import render_comparison
-from planner.report.palette import MARK_COLOURS
-from planner.sizing.comparison import Comparison
-from planner.sizing.offer import Pricing
+from planner.sizing.comparison import Comparison, Pricing
 from tests import comparison_samples as samples
 from tests.html_reader import Reader
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from planner.calibration.history.log import read_log
-from planner.calibration.history.plan_row import plan_columns
+from planner.calibration.plan_row import plan_columns
+from planner.calibration.run_log import read_log
 from planner.cli import cli
 from planner.commands.splitting.estimate import strategy_of
 from planner.cost.evaluate import CostModel
@@ -70,7 +70,7 @@ def test_the_figures_say_what_they_rest_on(engine: str, told: bool) -> None:
 
 def test_a_run_without_a_compiler_is_told_so() -> None:
     pytest.importorskip("torch")
-    from runtime.parallel.compiled import run_eagerly
+    from runtime.parallel.recompute import run_eagerly
 
     assert "times are those of compiled ones" in (run_eagerly(plan_on_h100(), compiled=False) or "")
     assert run_eagerly(plan_on_h100(), compiled=True) is None

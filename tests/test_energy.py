@@ -10,8 +10,8 @@ from planner.foundation.errors import InputError
 from planner.hardware import catalog
 from planner.hardware.on_premises import OnPremisesTable, OwnedDevice, with_own
 from planner.hardware.prices import on_premises_inputs, shipped_market
+from planner.sizing.comparison import Pricing
 from planner.sizing.energy import RunEnergy, energy_facts, energy_kwh, load_energy, run_energy
-from planner.sizing.offer import Pricing
 
 FACTS = energy_facts()
 INPUTS = on_premises_inputs()

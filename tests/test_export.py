@@ -18,8 +18,7 @@ from click.testing import CliRunner
 
 from planner.cli import cli
 from planner.export import accelerate, deepspeed, megatron, torchtitan
-from planner.export.artifact import MARK, Export, ExportFile, write_export
-from planner.export.facts import readme
+from planner.export.artifact import MARK, Export, ExportFile, readme, write_export
 from planner.export.kubernetes import MOST_BYTES
 from planner.export.scheduled import run_s
 from planner.export.settings import Settings
@@ -27,11 +26,11 @@ from planner.export.skypilot import accelerator
 from planner.export.targets import TARGETS, refusals
 from planner.foundation.errors import InputError
 from planner.hardware.catalog import load_model
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.job.engine_settings import Engine
 from planner.model.arithmetic import RopeKind, RopeScaling
 from planner.model.attention import CpExchange
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.model.workload import AdapterModules, Adapters, Optimizer, Precision
 from planner.strategy.engines.megatron_model import ModelArguments
 from planner.strategy.engines.torchtitan_model import Flavor, flavor_of

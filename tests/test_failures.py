@@ -12,9 +12,9 @@ from planner.foundation.decode import load_toml
 from planner.foundation.errors import Problem
 from planner.foundation.units import DAY_S
 from planner.hardware.catalog import data_folder, device_names, load_device
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.hardware.failures import FailureFile, failure_file, rated_nodes, usual_failures_per_s
-from planner.job.overheads import BEST, NOTHING_SAID, Upkeep
+from planner.job.problem import BEST, NOTHING_SAID, Upkeep
 from planner.sizing.usual_overheads import upkeep_assumptions, usual_storage_bytes_per_s, usual_upkeep
 
 FILE = failure_file()

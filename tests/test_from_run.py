@@ -10,16 +10,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from planner.calibration.history.flat_yaml import read_flat_yaml
-from planner.calibration.history.names import QUANTITIES, SETTINGS, quantity_of
-from planner.calibration.history.steady import steady, warmup
-from planner.calibration.run import Run
+from planner.calibration.run_history import steady, warmup
+from planner.calibration.run_log import read_flat_yaml
 from planner.calibration.run_setup import run_problem
-from planner.calibration.runs_table import READERS, read_runs
-from planner.calibration.runs_writer import COLUMNS, runs_csv
+from planner.calibration.runs import COLUMNS, READERS, Run, read_runs, runs_csv
+from planner.calibration.tracker_names import QUANTITIES, SETTINGS, quantity_of
 from planner.cli import cli
-from planner.hardware.cluster_grammar import parse_cluster
-from planner.model.saved_tensors import Recompute
+from planner.hardware.cluster_text import parse_cluster
+from planner.model.sublayer import Recompute
 from planner.model.workload import Precision
 from planner.strategy.estimate import Rejected
 from planner.strategy.plan import Plan, save_plan

@@ -9,11 +9,21 @@ import pytest
 from planner.model.attention import CAUSAL, Attention, Reach, Span
 from planner.model.feed_forward import Activation, Mlp
 from planner.model.spec import Block, ModelSpec, Norm, Segment
+from planner.model.traced_graph import (
+    Chain,
+    Operator,
+    OperatorGraph,
+    ParameterTensor,
+    Piece,
+    Run,
+    Value,
+    boundary_values,
+    layer_network,
+    pieces,
+    runs,
+)
 from planner.model.traced_layer import Product, TracedLayer
-from planner.model.tracing.graph import Chain, Piece, boundary_values, layer_network, pieces
-from planner.model.tracing.operator_graph import Operator, OperatorGraph, ParameterTensor, Value
-from planner.model.tracing.repetition import Run, runs
-from planner.model.tracing.traced_model import layer_pieces, traced_model
+from planner.model.traced_model import layer_pieces, traced_model
 
 # Repetition
 

@@ -11,7 +11,7 @@ from planner.hardware.catalog import load_model
 from planner.model.attention import CAUSAL, Attention, LatentAttention, QkNorm, Reach, Span
 from planner.model.feed_forward import Activation, Experts, Mlp
 from planner.model.huggingface import FAMILIES, WRAPPERS, read_config
-from planner.model.recurrent import DeltaNet, LightningAttention, StateSpace
+from planner.model.mixers import DeltaNet, LightningAttention, StateSpace
 from planner.model.spec import Block, ModelSpec, Norm
 
 DIMS: dict[str, Any] = {

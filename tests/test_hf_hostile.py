@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from planner.cli import cli
 from planner.foundation.errors import InputError
 from planner.model.huggingface import FAMILIES, WRAPPERS, read_config, read_config_file
-from planner.model.huggingface.keys import MAX_LAYERS
+from planner.model.huggingface.family import MAX_LAYERS
 from tests.model_configs import MAKERS
 
 MIXTRAL: dict[str, Any] = {

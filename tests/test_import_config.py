@@ -13,16 +13,15 @@ from click.testing import CliRunner
 from planner.cli import cli
 from planner.commands.splitting.export import TO
 from planner.commands.splitting.import_config import FROM
-from planner.export.argument_file import read_arguments
 from planner.export.imported import Imported, completed, read_config
 from planner.export.megatron import layout_sizes, layout_text
 from planner.export.settings import Recipe, Settings, recipe_of, strategy_from
 from planner.export.targets import TARGETS, refusals
-from planner.export.yaml_text import load_yaml_object
+from planner.export.text_files import load_yaml_object, read_arguments
 from planner.foundation.errors import InputError, Problem
 from planner.job.engine_settings import Engine
 from planner.model.attention import CpExchange
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.model.workload import Optimizer, Precision
 from planner.strategy.engines.recipes import every_kth, first_of_each
 from planner.strategy.fix_keys import Pins

@@ -13,18 +13,18 @@ import pytest
 
 from planner.foundation.decode import decode, encode
 from planner.foundation.errors import InputError
-from planner.hardware import catalog
+from planner.hardware import catalog, measured_rows
 from planner.hardware import measured_tables as measured
-from planner.hardware.collective_curves import wire_factor
-from planner.hardware.measured_tables import MAX_PROBLEMS, Collective, LinkFigure, MeasuredTable, Product
+from planner.hardware.measured_rows import MAX_PROBLEMS, Collective, LinkFigure, MeasuredTable, Product
+from planner.hardware.measured_tables import wire_factor
 from planner.profile.profile import Op
 
 FOLDER = measured.folder()
 LOADERS: dict[str, Callable[[Path], tuple[Any, ...]]] = {
-    "collectives.csv": measured.load_collectives,
-    "internode.csv": measured.load_internode,
-    "gemm.csv": measured.load_products,
-    "links.csv": measured.load_links,
+    "collectives.csv": measured_rows.load_collectives,
+    "internode.csv": measured_rows.load_internode,
+    "gemm.csv": measured_rows.load_products,
+    "links.csv": measured_rows.load_links,
 }
 
 
@@ -75,8 +75,8 @@ def test_tables_speak_for_devices_of_the_catalog_each_once() -> None:
 
 def test_each_table_is_in_the_files_and_only_those() -> None:
     tables = set(measured.tables())
-    assert {row.table for row in measured.load_collectives(FOLDER / "collectives.csv")} == tables
-    assert {row.table for row in measured.load_products(FOLDER / "gemm.csv")} == tables
+    assert {row.table for row in measured_rows.load_collectives(FOLDER / "collectives.csv")} == tables
+    assert {row.table for row in measured_rows.load_products(FOLDER / "gemm.csv")} == tables
     assert {name for name in tables if measured.collectives(name)} == tables - {"l40s"}
     assert all(row.table == name for name in tables for row in measured.products(name))
     assert sum(len(measured.products(name)) for name in tables) == 1324
@@ -84,15 +84,15 @@ def test_each_table_is_in_the_files_and_only_those() -> None:
 
 def test_the_broken_host_is_kept_with_its_reason_and_never_used() -> None:
     assert "degraded" in measured.tables()["l40s"].rejected
-    rows = [r for r in measured.load_collectives(FOLDER / "collectives.csv") if r.table == "l40s"]
+    rows = [r for r in measured_rows.load_collectives(FOLDER / "collectives.csv") if r.table == "l40s"]
     assert len(rows) == 132 and max(r.busbw_gb_per_s for r in rows if r.ranks == 8) < 6
-    figures = measured.load_links(FOLDER / "links.csv")
+    figures = measured_rows.load_links(FOLDER / "links.csv")
     assert Counter(bool(f.rejected) for f in figures if f.system.startswith("L40S")) == {True: 8, False: 4}
 
 
 def test_bus_bandwidth_follows_from_time_and_bytes() -> None:
     """The definition in profiles/README.md, on every row whose rounding lets it be seen."""
-    rows: list[Any] = [*measured.load_collectives(FOLDER / "collectives.csv"), *measured.internode()]
+    rows: list[Any] = [*measured_rows.load_collectives(FOLDER / "collectives.csv"), *measured.internode()]
     seen = [row for row in rows if row.busbw_gb_per_s >= 1]
     assert len(seen) > 700
     for row in seen:
@@ -102,7 +102,7 @@ def test_bus_bandwidth_follows_from_time_and_bytes() -> None:
 
 def test_each_group_was_measured_at_the_same_eleven_sizes() -> None:
     sizes: dict[tuple[str, str, int], list[int]] = {}
-    for row in measured.load_collectives(FOLDER / "collectives.csv"):
+    for row in measured_rows.load_collectives(FOLDER / "collectives.csv"):
         sizes.setdefault((row.table, row.op, row.ranks), []).append(row.bytes)
     assert len(sizes) == 100
     assert all(found == [512 * 4**k for k in range(11)] for found in sizes.values())
@@ -117,10 +117,10 @@ def test_summaries_of_links_agree_with_the_curves() -> None:
     }  # fmt: skip
     at = {
         (r.table, r.op, r.ranks): r.busbw_gb_per_s
-        for r in measured.load_collectives(FOLDER / "collectives.csv")
+        for r in measured_rows.load_collectives(FOLDER / "collectives.csv")
         if r.bytes == 512 * 1024**2
     }
-    rows = [f for f in measured.load_links(FOLDER / "links.csv") if f.source.startswith("AIC")]
+    rows = [f for f in measured_rows.load_links(FOLDER / "links.csv") if f.source.startswith("AIC")]
     assert len(rows) == 100
     for row in rows:
         busbw = at[(systems[row.system], row.op, row.ranks or 0)]
@@ -129,7 +129,7 @@ def test_summaries_of_links_agree_with_the_curves() -> None:
 
 def test_shares_of_links_are_sane() -> None:
     """Reached over nominal; between nodes the port's rate is busbw (k - 1) / (n - 1)."""
-    rows = measured.load_links(FOLDER / "links.csv")
+    rows = measured_rows.load_links(FOLDER / "links.csv")
     for row in rows:
         assert 0.05 < row.nominal_gb_per_s <= 1800
         if row.share_of_nominal is not None:
@@ -143,7 +143,7 @@ def test_shares_of_links_are_sane() -> None:
 
 
 def test_rows_between_nodes_name_devices_and_networks_of_the_catalog() -> None:
-    rows = measured.load_internode(FOLDER / "internode.csv")
+    rows = measured_rows.load_internode(FOLDER / "internode.csv")
     assert len(measured.internode()) == 73
     for row in rows:
         assert row.device in catalog.device_names()
@@ -153,7 +153,7 @@ def test_rows_between_nodes_name_devices_and_networks_of_the_catalog() -> None:
 
 def test_networks_find_their_figures() -> None:
     """Every beginning in `links` is that of some figure, and every figure between nodes has one network."""
-    figures = measured.load_links(FOLDER / "links.csv")
+    figures = measured_rows.load_links(FOLDER / "links.csv")
     kinds = catalog.networks().kinds
     beginnings = [text for kind in kinds.values() for text in kind.links]
     for text in beginnings:
@@ -208,7 +208,7 @@ def test_a_wrong_table_names_line_and_column(
 def test_what_is_no_table_is_an_input_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "links.csv").write_bytes(content)
     with pytest.raises(InputError, match=r"links\.csv"):
-        measured.load_links(tmp_path / "links.csv")
+        measured_rows.load_links(tmp_path / "links.csv")
 
 
 def test_a_table_that_is_wrong_throughout_lists_its_first_faults(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_table_that_is_wrong_throughout_lists_its_first_faults(tmp_path: Path)
     wrong = [lines[0], *(line.replace("all_", "none_") for line in lines[1:])]
     (tmp_path / "collectives.csv").write_text("\n".join(wrong))
     with pytest.raises(InputError) as caught:
-        measured.load_collectives(tmp_path / "collectives.csv")
+        measured_rows.load_collectives(tmp_path / "collectives.csv")
     assert len(caught.value.problems) == MAX_PROBLEMS
 
 

@@ -19,9 +19,9 @@ from planner.foundation.decode import decode, encode
 from planner.foundation.errors import InputError
 from planner.foundation.units import GIB
 from planner.hardware.cluster import ClusterSpec
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.report.page import render_page
-from planner.report.record import ReportInput
+from planner.report.run_record import ReportInput
 from planner.report.sections import memory_figure
 from planner.search.solve import make_plan
 from planner.strategy.placement import is_mixed, parse_device_order, seen_from

@@ -8,11 +8,9 @@ import pytest
 
 from planner.model.attention import CAUSAL, Attention, LatentAttention, QkNorm, Reach, Span
 from planner.model.feed_forward import Activation, Experts, Mlp
-from planner.model.mixers import Mixer
-from planner.model.recurrent import DeltaNet, LightningAttention, StateSpace
-from planner.model.saved_tensors import AttentionKernel, Recompute
+from planner.model.mixers import DeltaNet, LightningAttention, Mixer, StateSpace
 from planner.model.spec import Block, ModelSpec, Norm, Segment
-from planner.model.weight_matrix import Matrix, Split
+from planner.model.sublayer import AttentionKernel, Matrix, Recompute, Split
 
 SWIGLU = Mlp(width=28, gated=True, activation=Activation.SILU)
 MIXERS: dict[str, Mixer] = {

@@ -11,7 +11,7 @@ import pytest
 
 from planner.model.attention import Reach
 from planner.model.huggingface import FAMILIES, read_config
-from planner.model.huggingface.keys import KEYS
+from planner.model.huggingface.family import KEYS
 from planner.model.spec import ModelSpec
 from tests.model_configs import MAKERS, TWINS
 

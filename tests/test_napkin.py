@@ -16,17 +16,25 @@ from planner.hardware.prices import Market
 from planner.model.huggingface import read_config
 from planner.model.lora import adapted, adapter_params
 from planner.model.workload import AdapterModules, Adapters, Precision
-from planner.sizing.principles.device_rate import Price, device_rate, price_of, published_mfu
-from planner.sizing.principles.napkin import Question, left_out, rule_of_thumb, short
-from planner.sizing.principles.napkin_estimate import (
+from planner.sizing.device_rate import Price, device_rate, price_of, published_mfu
+from planner.sizing.napkin import (
+    Question,
+    bare_size,
+    left_out,
+    model_size,
+    reference_shape,
+    rule_of_thumb,
+    short,
+)
+from planner.sizing.napkin_methods import (
+    Method,
     activations_bytes,
     cluster_of,
     evaluated,
+    methods,
     node_shape,
     own_estimate,
 )
-from planner.sizing.principles.napkin_methods import Method, methods
-from planner.sizing.principles.napkin_size import bare_size, model_size, reference_shape
 from planner.strategy.estimate import Verdict
 
 

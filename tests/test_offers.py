@@ -9,10 +9,9 @@ import pytest
 
 from planner.foundation.errors import InputError
 from planner.hardware.catalog import device_names
-from planner.hardware.cluster_grammar import parse_cluster
-from planner.sizing.kinds import MOST_NODES, most_nodes
-from planner.sizing.ladder import ODD, between, ladder
-from planner.sizing.offer import Offer, Pricing, Rate
+from planner.hardware.cluster_text import parse_cluster
+from planner.sizing.comparison import Offer, Pricing, Rate
+from planner.sizing.floors import MOST_NODES, ODD, between, ladder, most_nodes
 from planner.sizing.offers import ON_PREMISES, Wanted, find_offers
 from tests.sizing_cases import MARKET, offers
 

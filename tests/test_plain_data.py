@@ -10,8 +10,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from planner.foundation.decode import load_toml_object
-from planner.foundation.decode_plain import UnsureError, parse_json, read_plain
+from planner.foundation.decode import UnsureError, load_toml_object, parse_json, read_plain
 from planner.foundation.frozen import frozen
 from planner.hardware.catalog import data_folder, device_names
 from planner.hardware.device_file import DeviceFile

@@ -15,7 +15,7 @@ from planner.cli import cli
 from planner.cost.evaluate import CostModel
 from planner.foundation.units import GIB
 from planner.hardware.catalog import load_model
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.job.problem import PlanningProblem
 from planner.model.workload import Workload
 from planner.search.solve import make_plan

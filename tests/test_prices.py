@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from planner.cli import cli
 from planner.commands.running import doctor
 from planner.foundation.errors import InputError
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.hardware.prices import PRICES_VARIABLE, read_market
 
 FILE = """

@@ -19,12 +19,10 @@ from planner.cost.profile_coverage import (
     width_text,
 )
 from planner.foundation.units import format_seconds, format_si
-from planner.model.saved_tensors import AttentionKernel, Recompute
+from planner.model.sublayer import AttentionKernel, Recompute
 from planner.model.workload import Precision
-from planner.profile.block_residual import BlockResidual, BlockResiduals, BlockShape
-from planner.profile.operator_sample import RateKind
-from planner.profile.profile import LayerKind, Profile
-from planner.report import ticks
+from planner.profile.profile import BlockResidual, BlockResiduals, BlockShape, LayerKind, Profile, RateKind
+from planner.report import curves as ticks
 from planner.report.profile_layers import MOST_CLASSES
 from planner.report.profile_lines import ProfileLines
 from planner.report.profile_operators import operator_figure

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from planner.commands.running.profile_text import describe
-from planner.hardware.nvidia import Clocks
+from planner.hardware.local_machine import Clocks
 from planner.profile.profile import FamilyFit
 from tests.profile_samples import cpu
 

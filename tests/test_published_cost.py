@@ -16,7 +16,7 @@ from bench.published_cost import (
     load_costs,
     predict,
 )
-from planner.calibration.runs_table import read_runs
+from planner.calibration.runs import read_runs
 
 COSTS = {cost.id: cost for cost in load_costs()}
 BASES = bases()

@@ -10,10 +10,9 @@ import pytest
 from planner.hardware import catalog
 from planner.hardware.instance import Instance
 from planner.hardware.on_premises import BOUNDS, cost_per_device_hour
-from planner.hardware.prices import Market, price_terms, read_market, shipped_market
-from planner.hardware.user_prices import YOURS
-from planner.sizing.offer import Pricing, Rate
-from planner.sizing.rates import owned_interval, rates_of, rates_of_device
+from planner.hardware.prices import YOURS, Market, price_terms, read_market, shipped_market
+from planner.sizing.comparison import Pricing, Rate
+from planner.sizing.offers import owned_interval, rates_of, rates_of_device
 
 MARKET = shipped_market()
 

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from planner.cli import cli
 from planner.foundation.units import format_bytes, format_seconds
 from planner.report.page import build_page, render_page
-from planner.report.record import ReportInput
 from planner.report.rehearsed import rehearsed_section
+from planner.report.run_record import ReportInput
 from planner.strategy.estimate import Verdict
 from planner.strategy.plan import Plan, load_plan, save_plan
 from planner.strategy.rehearsal import (

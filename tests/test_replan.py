@@ -20,10 +20,10 @@ from planner.foundation.decode import to_json
 from planner.foundation.units import DAY_S, GIB
 from planner.job.objective import Goal, Minimise, Objective, Rest, goal_left, goal_of
 from planner.model.workload import AdapterModules, Adapters
-from planner.report.record import load_report_input
+from planner.report.run_record import load_report_input
 from planner.strategy.plan import Plan, load_plan, save_plan
 from planner.strategy.plan_check import check_plan
-from runtime.checkpoint.identity import plan_facts, plan_identity
+from runtime.checkpoint.checkpoint import plan_facts, plan_identity
 from runtime.checkpoint.store import (
     CHECKPOINT_SCHEMA,
     COMMIT,
@@ -35,7 +35,7 @@ from runtime.checkpoint.store import (
     step_folder,
 )
 from runtime.train.metrics import Earlier, MetricsLog
-from runtime.train.run_folder import keep_plan
+from runtime.train.session import keep_plan
 from runtime.train.summary import Seen
 
 SHARD = "shard-00000.safetensors"

@@ -17,20 +17,34 @@ from planner.commands.running.report import report, write_report
 from planner.cost.goodput import Job, figures_of
 from planner.foundation.decode import write_atomic
 from planner.foundation.errors import InputError
-from planner.job.overheads import Upkeep
+from planner.job.problem import Upkeep
 from planner.profile.choose import ProfileUse
-from planner.report.comparison import ComparisonRow, judge_order, load_comparison
+from planner.report.charts import CAUSE_COLOURS, COLOURS, TENANT_COLOURS
 from planner.report.page import render_page
-from planner.report.palette import CAUSE_COLOURS, COLOURS, TENANT_COLOURS
 from planner.report.picture import draw_plan, groups_along, print_ranks
-from planner.report.record import ReportInput, load_metrics, load_report_input, load_timeline
+from planner.report.run_record import (
+    ComparisonRow,
+    ReportInput,
+    judge_order,
+    load_comparison,
+    load_metrics,
+    load_report_input,
+    load_timeline,
+)
 from planner.report.sections import MAX_SLICES, memory_figure, timeline_figures
-from planner.report.timeline import Slice, SliceKind, classify, first_rank_of_each, idle_share, slices_of
-from planner.report.trace import build_trace, print_trace
+from planner.report.timeline import (
+    Slice,
+    SliceKind,
+    build_trace,
+    classify,
+    first_rank_of_each,
+    idle_share,
+    print_trace,
+    slices_of,
+)
 from planner.report.words import describe_error, headline
 from planner.strategy.estimate import MEMORY_TENANTS, TIME_CAUSES
-from planner.strategy.plan import Plan, save_plan
-from planner.strategy.plan_cost import predicted_usd, usd_per_hour
+from planner.strategy.plan import Plan, predicted_usd, save_plan, usd_per_hour
 from planner.strategy.strategy import Degrees, Schedule, Zero
 from tests import report_samples as samples
 from tests.html_reader import Reader

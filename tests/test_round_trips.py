@@ -16,9 +16,9 @@ from planner.cost.evaluate import CostModel
 from planner.foundation.decode import decode, decode_json, encode, to_json
 from planner.hardware.catalog import device_names, load_device, load_model, model_index, profile_files
 from planner.hardware.cluster import ClusterSpec
-from planner.hardware.cluster_grammar import parse_cluster
-from planner.model.saved_tensors import Recompute
+from planner.hardware.cluster_text import parse_cluster
 from planner.model.spec import ModelSpec
+from planner.model.sublayer import Recompute
 from planner.model.workload import Method, Optimizer, Precision, Workload
 from planner.profile.profile import Profile, load_profile
 from planner.search.solve import make_plan

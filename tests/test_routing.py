@@ -9,9 +9,8 @@ import pytest
 
 from planner.foundation.decode import decode, encode
 from planner.foundation.errors import InputError
-from planner.model.feed_forward import Experts
+from planner.model.feed_forward import Experts, Routing, Score
 from planner.model.huggingface import read_config
-from planner.model.routing import Routing, Score
 from planner.model.spec import Block, ModelSpec
 
 CONFIG: dict[str, Any] = {

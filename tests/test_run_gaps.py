@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from planner.calibration.run import Run, RunRecompute, Status
 from planner.calibration.run_setup import Setups
-from planner.calibration.runs_table import READERS, read_runs
+from planner.calibration.runs import READERS, Run, RunRecompute, Status, read_runs
 from planner.calibration.validate import validate
 from planner.cost.evaluate import CostModel
 from planner.model.feed_forward import Experts

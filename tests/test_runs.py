@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from planner.calibration.run import RunRecompute, Status
-from planner.calibration.runs_table import READERS, read_runs
+from planner.calibration.runs import READERS, RunRecompute, Status, read_runs
 from planner.job.engine_settings import Dispatch, Engine, Selective
 from planner.model.attention import Attention, CpExchange
 from planner.model.feed_forward import Experts
-from planner.model.saved_tensors import AttentionKernel, Recompute
 from planner.model.spec import Block, Norm
+from planner.model.sublayer import AttentionKernel, Recompute
 from planner.model.workload import Method, Precision
 from planner.strategy.strategy import Offload, Schedule, Zero
 from tests.run_samples import GPT, LLAMA, reason, setup

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from planner.calibration.run import MemoryKind, RunRecompute, Status
-from planner.calibration.runs_table import read_runs
+from planner.calibration.runs import MemoryKind, RunRecompute, Status, read_runs
 from planner.foundation.errors import InputError
-from planner.model.saved_tensors import AttentionKernel
+from planner.model.sublayer import AttentionKernel
 from tests.run_samples import GPT
 
 DATA = Path(__file__).parents[1] / "bench" / "data"

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from planner.cli import cli
-from planner.sizing.principles.scaling import (
+from planner.sizing.scaling import (
     Law,
     iso_flop,
     load_laws,

@@ -13,11 +13,8 @@ from planner.foundation.units import DAY_S
 from planner.hardware import catalog
 from planner.hardware.prices import on_premises_inputs
 from planner.job.objective import Goal, Minimise
-from planner.sizing.break_even import owned
-from planner.sizing.comparison import Sensitivity
-from planner.sizing.offer import Pricing, Rate
-from planner.sizing.option import Option, SizedPlan
-from planner.sizing.sensitivity import best_of, failure_factor, sensitivities
+from planner.sizing.comparison import Option, Pricing, Rate, Sensitivity, SizedPlan
+from planner.sizing.sensitivity import best_of, failure_factor, owned, sensitivities
 from planner.sizing.usual_overheads import usual_upkeep
 from planner.strategy.estimate import Coverage, JobFigures, TimeBreakdown, Verdict
 from planner.strategy.strategy import Degrees, RecomputeCounts, Stage, Strategy

@@ -15,17 +15,15 @@ from planner.commands.hardware.sizing_text import days_text, short_money
 from planner.foundation.errors import InputError
 from planner.foundation.units import DAY_S, parse_count
 from planner.hardware.catalog import load_model
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.job.objective import Goal, Minimise
 from planner.search.first_plan import Scout, Shared
 from planner.sizing import floors
 from planner.sizing.ability import SEQ_PART, ability_of
-from planner.sizing.answer import Answers, Standing, answers_of
-from planner.sizing.floors import RULED_OUT
-from planner.sizing.ladder import between, ladder
+from planner.sizing.comparison import Answers, Option, Standing, answers_of
+from planner.sizing.floors import RULED_OUT, between, ladder
 from planner.sizing.offers import Wanted, find_offers
-from planner.sizing.option import Option
-from planner.sizing.principles.scaling import load_laws, optimal_tokens, recommended
+from planner.sizing.scaling import load_laws, optimal_tokens, recommended
 from planner.strategy.fix_keys import Pins
 from tests.planner.catalog_problems import problem as catalog_problem
 from tests.sizing_cases import BILLION, MARKET, compared, document, request, run
@@ -439,7 +437,7 @@ def test_a_cluster_and_other_hardware_are_refused_together() -> None:
 
 def test_no_sequence_is_longer_than_the_positions_that_are_learned() -> None:
     from planner.hardware.catalog import load_model
-    from planner.hardware.cluster_grammar import parse_cluster
+    from planner.hardware.cluster_text import parse_cluster
     from planner.job.problem import PlanningProblem
     from planner.model.workload import Workload
     from planner.sizing.ability import longest_sequence

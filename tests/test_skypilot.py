@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from planner.cli import cli
 from planner.commands.running import doctor
 from planner.hardware import catalog
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.hardware.instance import Instance
 from planner.hardware.prices import (
     SKYPILOT_VARIABLE,

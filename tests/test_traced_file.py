@@ -14,7 +14,7 @@ from planner.foundation.errors import InputError
 from planner.hardware.catalog import load_model
 from planner.model.spec import ModelSpec, Norm, Segment
 from planner.model.traced_layer import Product, TracedLayer
-from planner.model.tracing.traced_file import TracedFile, read_traced_model, write_traced_model
+from planner.model.traced_model import TracedFile, read_traced_model, write_traced_model
 
 LAYER = TracedLayer(
     key="traced-1",

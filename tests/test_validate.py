@@ -14,14 +14,13 @@ from click.testing import CliRunner, Result
 from scipy import stats
 
 from bench import accuracy
-from planner.calibration.run import MemoryKind, Status
 from planner.calibration.run_setup import RunSetup, run_problem
-from planner.calibration.runs_table import read_runs
+from planner.calibration.runs import MemoryKind, Status, read_runs
 from planner.calibration.validate import ValidatedRow, choose, judge, judge_group, kendall_tau, validate
 from planner.cli import cli
 from planner.commands.accuracy.validate import profile_choice
+from planner.report.curves import log_ticks
 from planner.report.scatter import scatter_page
-from planner.report.ticks import log_ticks
 from planner.strategy.estimate import Verdict
 
 DATA = Path(__file__).parents[1] / "bench" / "data"

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from planner.calibration.history.wandb_file import BLOCK, HEADER, read_wandb_file
-from planner.calibration.runs_table import read_runs
+from planner.calibration.runs import read_runs
+from planner.calibration.wandb_file import BLOCK, HEADER, read_wandb_file
 from planner.cli import cli
 from planner.foundation.errors import InputError
 

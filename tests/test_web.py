@@ -13,9 +13,8 @@ from collections.abc import Iterator
 import pytest
 
 from planner.foundation.errors import InputError
-from planner.report.web.asked import FIELDS, arguments, at_first, check_model, read_query
-from planner.report.web.guard import own_hosts
-from planner.report.web.serve import listen
+from planner.report.web.app import listen
+from planner.report.web.requests import FIELDS, arguments, at_first, check_model, own_hosts, read_query
 from tests.html_reader import Reader
 from tests.web_server import Sampled, Served, serving
 

@@ -17,9 +17,8 @@ from click.testing import CliRunner
 from planner.cli import cli
 from planner.commands.hardware.web import answers, compared, planned, typed
 from planner.foundation.errors import InputError
-from planner.report.web.asked import Asked, arguments, read_query
-from planner.report.web.latest import SupersededError
-from planner.report.web.serve import listen
+from planner.report.web.app import SupersededError, listen
+from planner.report.web.requests import Asked, arguments, read_query
 from planner.sizing import search
 from planner.strategy.plan import decode_plan
 from tests.html_reader import Reader

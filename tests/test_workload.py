@@ -15,7 +15,7 @@ from planner.foundation.errors import InputError
 from planner.hardware.catalog import load_model
 from planner.model.lora import adapted, adapter_params, layer_adapter_params
 from planner.model.workload import AdapterModules, Adapters, Method, Optimizer, Precision, Workload
-from planner.strategy.engines.runtime_support import (
+from planner.strategy.engines.native import (
     check_executed_workload,
     not_executed_workload,
     products_not_executed,

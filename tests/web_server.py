@@ -13,10 +13,8 @@ from contextlib import contextmanager
 from planner.foundation.decode import to_json
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.units import parse_duration
-from planner.report.web.app import Answers, build_app
-from planner.report.web.asked import Asked
-from planner.report.web.latest import SupersededError
-from planner.report.web.serve import listen, server
+from planner.report.web.app import Answers, SupersededError, build_app, listen, server
+from planner.report.web.requests import Asked
 from planner.sizing.comparison import Comparison
 from tests import comparison_samples as samples
 

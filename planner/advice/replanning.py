@@ -11,15 +11,14 @@ from __future__ import annotations
 import dataclasses
 
 from planner.cost.evaluate import CostModel
-from planner.cost.job_inputs import checkpoint_bytes
+from planner.cost.goodput import checkpoint_bytes
 from planner.foundation.frozen import frozen
 from planner.foundation.units import DAY_S
 from planner.job.objective import Goal, Rest
 from planner.job.problem import PlanningProblem
 from planner.search.solve import SolveOptions, make_plan
 from planner.search.solve_for import solve_for
-from planner.strategy.plan import Plan
-from planner.strategy.plan_cost import usd_of
+from planner.strategy.plan import Plan, usd_of
 from planner.strategy.strategy import Strategy
 
 
@@ -74,7 +73,7 @@ def read_bytes_by_stage_rank(problem: PlanningProblem, strategy: Strategy) -> tu
     """Bytes that a device of each pipeline rank reads of a checkpoint: its shard of all stages it holds.
 
     Replicas read the same. These are the fp32 weights and the optimizer's state
-    (planner.cost.fit.run_memory).
+    (planner.cost.fit.peak_memory).
     """
     model = CostModel(problem)
     shape = model.shape(strategy.degrees)

@@ -1,6 +1,8 @@
 """One change of a planning problem at a time: more nodes, faster links, another batch, another optimizer.
 
 Every function takes a problem and returns another, or None where the change has no meaning for it.
+
+Single changes after which an engine no longer refuses a problem: precision, method, or another engine.
 """
 
 from __future__ import annotations
@@ -8,17 +10,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+from planner.calibration.software import engine_stack
 from planner.cost.communication.collectives import CommModel, Group
 from planner.cost.time_constants import usual_physics
 from planner.foundation.errors import InputError
 from planner.foundation.frozen import frozen
 from planner.hardware.cluster import ClusterSpec, Device
+from planner.job.engine_settings import Engine
 from planner.job.problem import PlanningProblem
 from planner.model.workload import AdapterModules, Adapters, Method, Optimizer, Precision
-from planner.profile.operator_sample import RateSample
-from planner.profile.profile import PROFILE_SCHEMA, Constant, Op, Profile
+from planner.profile.profile import PROFILE_SCHEMA, Constant, Op, Profile, RateSample
+from planner.strategy.engines.engine_rules import problem_refused
 from planner.strategy.strategy import Degrees
 
 LORA_RANK = 16
@@ -83,7 +87,7 @@ def _grown(cluster: ClusterSpec, factor: float) -> ClusterSpec | None:
     Reading the name again gives a network that joins nodes where one node has none of its own, and counts
     domains of devices anew. None where no network between nodes is known.
     """
-    from planner.hardware.cluster_grammar import parse_cluster
+    from planner.hardware.cluster_text import parse_cluster
 
     match = _NODES.match(cluster.name)
     if match:
@@ -275,3 +279,44 @@ def narrower(problem: PlanningProblem) -> Iterable[Change]:
             flag="--precision bf16",
             problem=with_workload(problem, precision=Precision.BF16),
         )
+
+
+def accepted(problem: PlanningProblem) -> Iterator[Change]:
+    """Changes that an engine's rules of problems accept; none where they refuse nothing."""
+    if not problem_refused(problem):
+        return
+    changes = (*_workloads(problem), *_engines(problem))
+    yield from (change for change in changes if not problem_refused(change.problem))
+
+
+def _workloads(problem: PlanningProblem) -> Iterator[Change]:
+    workload = problem.workload
+    devices = [group.device for group in problem.cluster.groups]
+    if workload.precision is not Precision.BF16 and all(d.peak_bf16_flops for d in devices):
+        changed = with_workload(problem, precision=Precision.BF16)
+        words = f"precision bf16 instead of {workload.precision}"
+        yield Change(change=words, flag="--precision bf16", problem=changed)
+    if workload.method is Method.LORA:
+        changed = with_workload(problem, method=Method.FINETUNE, adapters=None)
+        words = "train all weights instead of adapters"
+        yield Change(change=words, flag="--method finetune", problem=changed)
+    if workload.optimizer is not Optimizer.ADAMW:
+        changed = with_workload(problem, optimizer=Optimizer.ADAMW)
+        words = f"optimizer adamw instead of {workload.optimizer}"
+        yield Change(change=words, flag="--optimizer adamw", problem=changed)
+
+
+def _engines(problem: PlanningProblem) -> Iterator[Change]:
+    """The other engines, each at its own prices."""
+    limits = problem.limits
+    for engine in Engine:
+        if engine is not limits.engine:
+            yield Change(
+                change=f"{engine} instead of {limits.engine}",
+                flag=f"--engine {engine}",
+                problem=dataclasses.replace(
+                    problem,
+                    limits=dataclasses.replace(limits, engine=engine),
+                    stack=engine_stack(engine, problem.profile, problem.cluster),
+                ),
+            )

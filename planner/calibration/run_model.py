@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from planner.calibration.run import Run
-from planner.foundation.divisors import divisors
-from planner.foundation.suggest import squash
+from planner.calibration.runs import Run
+from planner.foundation.suggest import divisors, squash
 from planner.hardware.catalog import load_model, model_index
 from planner.model.attention import Attention
 from planner.model.feed_forward import Activation, Experts, FeedForward, Mlp

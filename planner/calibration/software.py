@@ -2,6 +2,8 @@
 
 A table rarely states everything. What it leaves out is taken from the framework's usual way and added to
 `assumed`, so that a reader sees what a prediction rests on.
+
+The software that a plan for an engine is priced by: its Stack, under the name that a profile knows.
 """
 
 from __future__ import annotations
@@ -9,14 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from planner.calibration.run import Run, RunRecompute
+from planner.calibration.runs import Run, RunRecompute
 from planner.hardware.catalog import architecture_of
-from planner.hardware.cluster import Device
-from planner.job.engine_settings import SCALING, Dispatch, Engine, Selective, Stack
+from planner.hardware.cluster import ClusterSpec, Device
+from planner.job.engine_settings import SCALING, Dispatch, Engine, Selective, Stack, own_stack
 from planner.model.attention import CpExchange
-from planner.model.saved_tensors import AttentionKernel
+from planner.model.sublayer import AttentionKernel
 from planner.model.workload import AdapterModules, Adapters, Method, Precision
-from planner.strategy.engines.defaults import USUAL_EXCHANGE
+from planner.profile.profile import Profile
+from planner.strategy.engines.recipes import USUAL_EXCHANGE
 from planner.strategy.estimate import Rejected
 from planner.strategy.strategy import Offload, Schedule, Zero
 
@@ -390,3 +393,58 @@ def run_sequence_parallel(run: Run, tp: int, assumed: list[str]) -> bool:
     usual = bool(re.search(SHARDS_SEQUENCE, run.framework.lower()))
     assumed.append(f"sequence_parallel {str(usual).lower()}")
     return usual
+
+
+TITLES = {
+    Engine.NATIVE: "the native runtime",
+    Engine.TORCHTITAN: "torchtitan",
+    Engine.MEGATRON: "Megatron-LM with --overlap-grad-reduce",
+    Engine.DEEPSPEED: "DeepSpeed",
+}
+
+
+def engine_stack(engine: Engine, profile: Profile | None, cluster: ClusterSpec) -> Stack:
+    """The engine as its own recipes run it: flash attention, gradients reduced early where it can.
+
+    Megatron-LM can with --overlap-grad-reduce, which its guide recommends; DeepSpeed reduces after the last
+    backward pass. On Hopper torchtitan's attention is PyTorch's FlashAttention-2.
+    """
+    if engine is Engine.NATIVE:
+        return own_stack(cluster)
+    titan = engine is Engine.TORCHTITAN
+    return Stack(
+        engine=engine,
+        framework=fitted_framework(engine, profile),
+        ampere_flash=titan and all(map(titan_flash_is_amperes, (g.device.name for g in cluster.groups))),
+        overlaps_gradients=engine is Engine.MEGATRON,
+    )
+
+
+def fitted_framework(engine: Engine, profile: Profile | None) -> str:
+    """The one framework of this engine that a profile's constants were fitted for; "" where none or several.
+
+    Without one the constants of the engine's family hold. Megatron-DeepSpeed sums gradients in its own way
+    (Stack.accumulates_beside), and stands for neither engine.
+    """
+    if profile is None or engine is Engine.NATIVE:
+        return ""
+    names = {constant.framework for constant in profile.constants if constant.framework}
+    own = {name for name in names if run_engine(name) is engine and not _of_both(name)}
+    return own.pop() if len(own) == 1 else ""
+
+
+def _of_both(framework: str) -> bool:
+    name = framework.lower()
+    return "megatron" in name and "deepspeed" in name
+
+
+def priced_as(stack: Stack, profile: Profile | None) -> str:
+    """In words, whose software the figures are of, and what of it a profile was fitted to."""
+    family, constants = stack.engine.family, profile.constants if profile is not None else ()
+    fitted = [f"its family ({family})"] if any(c.engine == family for c in constants) else []
+    fitted += [stack.framework] if stack.framework else []
+    known = f"by constants of {' and of '.join(fitted)}" if fitted else "of which no run was fitted"
+    measured = profile is not None and profile.layers and family != Engine.NATIVE.family
+    return f"priced as {TITLES[stack.engine]}, {known}" + (
+        "; layers as measured natively" if measured else ""
+    )

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
-from planner.calibration.run import MemoryKind, Run, Status
 from planner.calibration.run_setup import ProfileOf, RunSetup, Setups
+from planner.calibration.runs import MemoryKind, Run, Status
 from planner.cost.evaluate import CostModel, Evaluation, predicted_memory_bytes
 from planner.foundation.errors import InputError
 from planner.foundation.frozen import frozen

@@ -3,43 +3,77 @@
 The step time is the replay of the strategy's own action table; the memory is that of the rank nearest to its
 limit. In a mixed cluster each pipeline rank has the costs and the limit of its own devices
 (planner.strategy.placement), and every message between ranks takes as long as over the slowest link.
+
+How much of a shape's time rests on which origin: measured, interpolated, fitted, datasheet.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from planner.cost import constants
-from planner.cost.communication.collectives import CommModel
+from planner.cost.communication.collectives import CommCost, CommModel
 from planner.cost.compute.weight_gradients import trained_flops_per_token
-from planner.cost.fit.limits_check import RankMemory, most_pressed
 from planner.cost.fit.offload import with_offload
 from planner.cost.fit.peak_memory import host_bytes, rank_memory
-from planner.cost.fit.verdict import band
-from planner.cost.goodput import Job
-from planner.cost.job_inputs import job_figures, job_of
-from planner.cost.memory.zero_bubble_memory import most_waits
+from planner.cost.fit.verdict import RankMemory, band, most_pressed
+from planner.cost.goodput import Job, job_figures, job_of
+from planner.cost.layer import Pass
+from planner.cost.memory.activations import most_waits
 from planner.cost.memory_constants import fitted_constant
-from planner.cost.passes import Pass
-from planner.cost.pipeline.simulate import PathTimes, Replay, kind_passes, replay, sharing_of
-from planner.cost.provenance import origins_s
+from planner.cost.pipeline.replay import PathTimes, Replay, kind_passes, replay, sharing_of
+from planner.cost.stage.kind_layers import SharedCosts
 from planner.cost.stage.layer_cost import ORIGINS, LayerModel
-from planner.cost.stage.shared_costs import SharedCosts
-from planner.cost.stage.stage import ShapeModel
-from planner.cost.stage.stage_cost import StageCost
+from planner.cost.stage.parallel_cost import tensor_exchanges
+from planner.cost.stage.stage import ShapeModel, StageCost
 from planner.cost.time_constants import usual_physics
 from planner.foundation.frozen import frozen, replaced
 from planner.foundation.units import DAY_S
 from planner.job.problem import PlanningProblem
-from planner.profile.profile import LayerKind
+from planner.profile.profile import LayerKind, Op
 from planner.strategy.estimate import Coverage, Estimate, MemoryBreakdown, StageEstimate, TimeBreakdown
 from planner.strategy.placement import Groups, device_names, is_mixed, rank_groups, seen_from, stage_groups
-from planner.strategy.schedule.in_flight import Flights
 from planner.strategy.schedule.schedules import ActionKind, Table, build_table, in_flight
+from planner.strategy.schedule.table import Flights
 from planner.strategy.strategy import Degrees, Schedule, Strategy
+
+
+def origins_s(shape: ShapeModel) -> dict[str, float]:
+    """Seconds of one micro-batch by origin: the layers of the model and their communication."""
+    seconds: defaultdict[str, float] = defaultdict(float)
+    blocks = {key: shape.count(key, 0, shape.problem.model.layers) for key in shape.classes}
+    counted = [(shape.block(key), count) for key, count in blocks.items()]
+    counted += [(shape.layer(LayerKind.EMBEDDING), 1), (shape.layer(LayerKind.HEAD), 1)]
+    for cost, count in counted:
+        seconds[cost.origin] += count * (cost.forward_s + cost.backward_s)
+    for key, count in blocks.items():
+        cp = shape.kind.exchanged(key)
+        spread_s = cp.forward_s + cp.backward_s + shape.kind.experts(key).both_s
+        if spread_s > 0:
+            seconds[shape.messages.spread_origin()] += count * spread_s
+    for message, times in _messages(shape, blocks):
+        seconds[message.origin] += times * message.seconds
+    return seconds
+
+
+def _messages(shape: ShapeModel, blocks: dict[str, int]) -> list[tuple[CommCost, float]]:
+    """Those over tensor-parallel and data ranks, with how often a micro-batch has them."""
+    degrees, own = shape.degrees, shape.messages
+    found: list[tuple[CommCost, float]] = []
+    if degrees.tp > 1:
+        op = Op.ALL_GATHER if degrees.sequence_parallel else Op.ALL_REDUCE
+        stack = shape.problem.stack
+        sums = sum(sum(tensor_exchanges(shape.classes[key], degrees, stack)) * n for key, n in blocks.items())
+        found.append((own.comm(op, own.hidden_bytes(), own.tp_group()), float(sums)))
+    if degrees.replicas > 1:
+        group = own.shard_group() if degrees.weight_shards > 1 else own.replicate_group()
+        for key, count in blocks.items():
+            message = own.comm(Op.ALL_REDUCE, 4.0 * shape.block_units[key].trained, group)
+            found.append((message, count / degrees.num_micro_batches))
+    return found
 
 
 @frozen

@@ -15,7 +15,7 @@ from planner.cost.time_constants import Prior, unfused_norms
 from planner.foundation.frozen import frozen
 from planner.job.engine_settings import Engine, Stack
 from planner.job.problem import PlanningProblem
-from planner.model.saved_tensors import AttentionKernel
+from planner.model.sublayer import AttentionKernel
 from planner.strategy.strategy import Degrees
 
 MEMORY_PRIORS: Mapping[str, Prior] = MappingProxyType(

@@ -11,8 +11,8 @@ from collections import Counter
 from typing import NamedTuple
 
 from planner.cost.communication.collectives import FREE, CommCost, CommModel, Group
+from planner.cost.stage.kind_layers import SharedCosts
 from planner.cost.stage.layer_cost import LayerModel
-from planner.cost.stage.shared_costs import SharedCosts
 from planner.cost.stage.stage import ShapeModel
 from planner.cost.time_constants import usual_physics
 from planner.hardware.cluster import ClusterSpec, Device, DeviceGroup, Link

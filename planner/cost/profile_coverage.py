@@ -13,11 +13,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from planner.cost.communication.collectives import NOISY_SPREAD
 from planner.foundation.frozen import frozen
 from planner.hardware.catalog import load_model, model_index
-from planner.hardware.collective_curves import wire_factor
-from planner.model.saved_tensors import Recompute
+from planner.hardware.measured_tables import wire_factor
 from planner.model.spec import Block, Layer, ModelSpec
-from planner.profile.operator_sample import RateKind, RateSample
-from planner.profile.profile import CommSample, LayerKind, LayerSample, Profile, shape_key
+from planner.model.sublayer import Recompute
+from planner.profile.profile import (
+    CommSample,
+    LayerKind,
+    LayerSample,
+    Profile,
+    RateKind,
+    RateSample,
+    shape_key,
+)
 
 ClassKey = tuple[LayerKind, str]
 

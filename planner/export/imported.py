@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from planner.export import accelerate, deepspeed, megatron, torchtitan
-from planner.export.argument_file import read_arguments
-from planner.export.megatron_flags import MODEL_SIZES
+from planner.export.megatron import MODEL_SIZES
 from planner.export.settings import Recipe, Settings
-from planner.export.yaml_text import load_yaml_object
+from planner.export.text_files import load_yaml_object, read_arguments
 from planner.foundation.decode import load_json_object, load_toml_object
 from planner.foundation.errors import Problem
 from planner.foundation.frozen import frozen

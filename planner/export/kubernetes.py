@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.export import facts
+from planner.export import artifact as facts
 from planner.export.artifact import Export, ExportFile
 from planner.export.native import grace_s
 from planner.export.scheduled import Launched, job_name, nodes, run_s
-from planner.export.yaml_text import yaml_text
+from planner.export.text_files import yaml_text
 from planner.foundation.errors import InputError, Problem
 from planner.strategy.plan import Plan
 

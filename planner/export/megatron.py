@@ -3,6 +3,8 @@
 Read in Megatron-LM of Megatron Core 0.15 (megatron/training/arguments.py, and the classes of megatron/core
 that it fills). Stages are always written down (--pipeline-model-parallel-layout): E is the embedding, t a
 block, L the loss, `|` ends a stage, and stage i is on pipeline rank i mod pp.
+
+Flags of Megatron-LM that say what the model is, and those that change neither time nor memory.
 """
 
 from __future__ import annotations
@@ -12,8 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from planner.export.key import Key, read_back, unread, whole
-from planner.export.settings import Recipe, Settings
+from planner.export.settings import Key, Recipe, Settings, read_back, unread, whole
 from planner.foundation.errors import Problem
 from planner.model.attention import CpExchange
 from planner.model.workload import Optimizer, Precision
@@ -234,7 +235,6 @@ def settings_from(
 
     A flag that no plan has a word for becomes a problem.
     """
-    from planner.export.megatron_flags import INERT, MODEL_FLAGS
 
     fields = read_back(KEYS, found, source, problems)
     if "--use-megatron-fsdp" in found or "--use-custom-fsdp" in found:
@@ -296,3 +296,163 @@ def _older_sizes(found: Mapping[str, Any], pp: int, layers: int) -> tuple[int, .
         return tuple(each)
     per_stage = [stage.layers for rank in each for stage in even_stages(rank, chunks)]
     return tuple(per_stage[rank * chunks + chunk] for chunk in range(chunks) for rank in range(pp))
+
+
+MODEL_SIZES = {
+    "--num-layers": "layers",
+    "--hidden-size": "hidden",
+}
+"""Flags that must agree with the model that is named, and its field."""
+
+MODEL_FLAGS = (
+    *MODEL_SIZES,
+    "--ffn-hidden-size",
+    "--num-attention-heads",
+    "--kv-channels",
+    "--group-query-attention",
+    "--num-query-groups",
+    "--max-position-embeddings",
+    "--position-embedding-type",
+    "--rotary-base",
+    "--rotary-percent",
+    "--rotary-interleaved",
+    "--rotary-seq-len-interpolation-factor",
+    "--use-rope-scaling",
+    "--rope-scaling-factor",
+    "--rope-type",
+    "--rotary-scaling-factor",
+    "--original-max-position-embeddings",
+    "--beta-fast",
+    "--beta-slow",
+    "--mscale",
+    "--mscale-all-dim",
+    "--normalization",
+    "--norm-epsilon",
+    "--apply-layernorm-1p",
+    "--swiglu",
+    "--squared-relu",
+    "--disable-bias-linear",
+    "--add-qkv-bias",
+    "--qk-layernorm",
+    "--untie-embeddings-and-output-weights",
+    "--make-vocab-size-divisible-by",
+    "--vocab-size",
+    "--window-size",
+    "--multi-latent-attention",
+    "--q-lora-rank",
+    "--kv-lora-rank",
+    "--qk-head-dim",
+    "--qk-pos-emb-head-dim",
+    "--v-head-dim",
+    "--num-experts",
+    "--moe-router-topk",
+    "--moe-ffn-hidden-size",
+    "--moe-shared-expert-intermediate-size",
+    "--moe-layer-freq",
+    "--moe-router-score-function",
+    "--moe-router-pre-softmax",
+    "--moe-router-num-groups",
+    "--moe-router-group-topk",
+    "--moe-router-topk-scaling-factor",
+    "--moe-router-enable-expert-bias",
+    "--moe-router-bias-update-rate",
+    "--moe-router-load-balancing-type",
+    "--moe-aux-loss-coeff",
+    "--moe-z-loss-coeff",
+    "--moe-router-dtype",
+)
+"""What --model says instead. --moe-expert-capacity-factor is not among them: it drops tokens, and so work."""
+
+INERT = (
+    "--use-mcore-models",
+    "--transformer-impl",
+    "--attention-backend",
+    "--use-flash-attn",
+    "--no-masked-softmax-fusion",
+    "--attention-softmax-in-fp32",
+    "--accumulate-allreduce-grads-in-fp32",
+    "--attention-dropout",
+    "--hidden-dropout",
+    "--init-method-std",
+    "--lr",
+    "--min-lr",
+    "--lr-decay-style",
+    "--lr-decay-iters",
+    "--lr-decay-samples",
+    "--lr-warmup-iters",
+    "--lr-warmup-samples",
+    "--lr-warmup-fraction",
+    "--lr-warmup-init",
+    "--weight-decay",
+    "--start-weight-decay",
+    "--end-weight-decay",
+    "--weight-decay-incr-style",
+    "--clip-grad",
+    "--adam-beta1",
+    "--adam-beta2",
+    "--adam-eps",
+    "--train-iters",
+    "--train-samples",
+    "--seed",
+    "--exit-interval",
+    "--exit-duration-in-mins",
+    "--exit-signal-handler",
+    "--log-interval",
+    "--log-throughput",
+    "--log-params-norm",
+    "--log-num-zeros-in-grad",
+    "--log-timers-to-tensorboard",
+    "--log-memory-to-tensorboard",
+    "--tensorboard-dir",
+    "--tensorboard-queue-size",
+    "--tensorboard-log-interval",
+    "--wandb-project",
+    "--wandb-exp-name",
+    "--wandb-save-dir",
+    "--timing-log-level",
+    "--eval-iters",
+    "--eval-interval",
+    "--save",
+    "--save-interval",
+    "--load",
+    "--no-load-optim",
+    "--no-load-rng",
+    "--no-save-optim",
+    "--no-save-rng",
+    "--async-save",
+    "--dist-ckpt-format",
+    "--data-path",
+    "--data-args-path",
+    "--data-cache-path",
+    "--train-data-path",
+    "--valid-data-path",
+    "--test-data-path",
+    "--split",
+    "--mock-data",
+    "--num-workers",
+    "--tokenizer-type",
+    "--tokenizer-model",
+    "--vocab-file",
+    "--merge-file",
+    "--distributed-backend",
+    "--distributed-timeout-minutes",
+    "--no-create-attention-mask-in-dataloader",
+    "--manual-gc",
+    "--manual-gc-interval",
+    "--moe-grouped-gemm",
+    "--moe-token-dispatcher-type",
+    "--no-check-for-nan-in-loss-and-grad",
+    "--nnodes",
+    "--nproc-per-node",
+    "--nproc_per_node",
+    "--node-rank",
+    "--node_rank",
+    "--master-addr",
+    "--master_addr",
+    "--master-port",
+    "--master_port",
+    "--rdzv-backend",
+    "--rdzv-endpoint",
+    "--rdzv-id",
+)
+"""Rates, data, logs, checkpoints, launcher: of no step's time or memory, as far as plans count."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.export import facts, shell
+from planner.export import artifact as facts
+from planner.export import text_files as shell
 from planner.export.artifact import Export, ExportFile
-from planner.export.key import written
 from planner.export.megatron import KEYS
-from planner.export.settings import Recipe, Settings, settings_of
-from planner.export.yaml_text import yaml_text
+from planner.export.settings import Recipe, Settings, settings_of, written
+from planner.export.text_files import yaml_text
 from planner.model.workload import Precision
 from planner.strategy.engines.megatron import RELEASE
 from planner.strategy.engines.megatron_model import ModelArguments

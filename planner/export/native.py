@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from planner.export import facts, shell
+from planner.export import artifact as facts
+from planner.export import text_files as shell
 from planner.export.artifact import ExportFile
 from planner.foundation.decode import encode
 from planner.foundation.frozen import replaced

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from planner.export.artifact import Export, ExportFile
+from planner.export.deepspeed import export_deepspeed
+from planner.export.megatron_files import export_megatron
 from planner.export.native import SCRIPT as NATIVE_SCRIPT
 from planner.export.native import native_files
+from planner.export.torchtitan import export_torchtitan
 from planner.job.engine_settings import Engine
 from planner.strategy.estimate import Rejected
 from planner.strategy.plan import Plan
@@ -15,6 +20,14 @@ from planner.strategy.plan import Plan
 START_S = 900.0
 """Seconds for starting, loading and compiling, beside the steps."""
 DAY_S = 86_400.0
+ENGINE_EXPORTS: Mapping[Engine, Callable[[Plan], Export]] = MappingProxyType(
+    {
+        Engine.DEEPSPEED: export_deepspeed,
+        Engine.MEGATRON: export_megatron,
+        Engine.TORCHTITAN: export_torchtitan,
+    }
+)
+"""The files of every engine that a scheduler can start."""
 
 
 def one_kind_of_node(plan: Plan) -> list[Rejected]:
@@ -84,6 +97,4 @@ class Launched:
 
 def engine_export(plan: Plan, engine: Engine) -> Export:
     """The export for the engine itself."""
-    from planner.export.targets import TARGETS
-
-    return TARGETS[str(engine)].export(plan)
+    return ENGINE_EXPORTS[engine](plan)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.export import facts
+from planner.export import artifact as facts
 from planner.export.artifact import Export, ExportFile
 from planner.export.scheduled import Launched, job_name, nodes
-from planner.export.shell import PORT
-from planner.export.yaml_text import yaml_text
+from planner.export.text_files import PORT, yaml_text
 from planner.job.engine_settings import Engine
 from planner.strategy.plan import Plan
 

@@ -6,7 +6,8 @@ signals the batch shell S seconds before the limit, and srun passes a SIGTERM th
 
 from __future__ import annotations
 
-from planner.export import facts, shell
+from planner.export import artifact as facts
+from planner.export import text_files as shell
 from planner.export.artifact import Export, ExportFile
 from planner.export.native import grace_s, run_variables, train_command
 from planner.export.scheduled import Launched, job_name, nodes, run_s

@@ -6,18 +6,15 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from planner.export.accelerate_files import accelerate_refusals, export_accelerate
+from planner.export.accelerate import accelerate_refusals, export_accelerate
 from planner.export.artifact import Export
-from planner.export.deepspeed_files import export_deepspeed
 from planner.export.kubernetes import export_kubernetes
-from planner.export.megatron_files import export_megatron
-from planner.export.scheduled import one_kind_of_node
+from planner.export.scheduled import ENGINE_EXPORTS, one_kind_of_node
 from planner.export.skypilot import export_skypilot
 from planner.export.slurm import export_slurm
-from planner.export.torchtitan_files import export_torchtitan
 from planner.foundation.frozen import frozen
 from planner.job.engine_settings import Engine
-from planner.job.limits import Limits
+from planner.job.problem import Limits
 from planner.strategy.estimate import Rejected
 from planner.strategy.plan import Plan
 from planner.strategy.rules import broken_rules
@@ -42,9 +39,7 @@ class Target:
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
-        "deepspeed": Target(export=export_deepspeed, engine=Engine.DEEPSPEED),
-        "megatron": Target(export=export_megatron, engine=Engine.MEGATRON),
-        "torchtitan": Target(export=export_torchtitan, engine=Engine.TORCHTITAN),
+        **{str(engine): Target(export=export, engine=engine) for engine, export in ENGINE_EXPORTS.items()},
         "accelerate": Target(export=export_accelerate, refusals=accelerate_refusals),
         "slurm": Target(export=export_slurm, refusals=one_kind_of_node, schedules=True),
         "kubernetes": Target(export=export_kubernetes, refusals=one_kind_of_node, schedules=True),

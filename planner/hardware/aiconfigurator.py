@@ -29,7 +29,7 @@ from typing import Any
 
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
-from planner.hardware.measured_tables import Collective, Product
+from planner.hardware.measured_rows import Collective, Product
 
 TABLES_VARIABLE = "SHARDWISE_AICONFIGURATOR"
 """Environment variable: empty, the package is left unread though it is installed."""

@@ -94,7 +94,7 @@ def load_model(text: str, where: str = "--model", arch: str | None = None) -> Mo
     if name is not None:
         file = data_folder() / "models" / f"{name}.json"
         return read_config_file(file, name=name, sources=sources or model_index()[name].sources, arch=arch)
-    from planner.model.tracing.traced_file import read_traced_model
+    from planner.model.traced_model import read_traced_model
 
     path = Path(text)
     if path.suffix == ".toml":

@@ -3,112 +3,46 @@
 Other people took them on other hosts of the same kinds of device, so a planner may call what follows from
 them interpolated or fitted, never measured. `tables.toml` says for which device each table speaks. A wrong
 file is answered with every fault by line and column.
+
+Collective time over message size and group size, from the shipped measurements of a kind of device.
+
+Each (op, ranks) has samples of time over bytes. Times are made to rise with the message (isotonic in log
+time: neighbours that fall are replaced by their mean), then interpolated in log bytes and log time. Below the
+first sample the time is the first one's, above the last the bandwidth is the last one's.
+
+Between measured group sizes a < n < b, the time of a wire-byte is interpolated in log n. With the wire
+factor f(n) = (n - 1) / n, twice that for an all-reduce, and w = log(n / a) / log(b / a):
+
+    t(n, S) = f(n) * (t(a, S) / f(a)) ^ (1 - w) * (t(b, S) / f(b)) ^ w
+
+Beyond the largest measured size b, whose bus bandwidth stays: libraries use trees or the switch for small
+messages, so each doubling of the group adds what the last doubling added to the smallest message's time:
+
+    t(n, S) = f(n) / f(b) * t(b, S) + log2(n / b) * (t(b, S0) - t(b / 2, S0))
+
+A send of S bytes is an all-to-all of 2 S between two devices: both move S each way.
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import bisect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
 
 import profiles
-from planner.foundation.decode import decode, load_toml_object, read_text
-from planner.foundation.errors import InputError, Problem
-from planner.foundation.frozen import frozen
-
-T = TypeVar("T")
-MAX_PROBLEMS = 50
-"""Faults of one file that are listed; more say nothing new."""
-
-
-@frozen
-class Collective:
-    """One collective over `ranks` devices; `bytes` is the full message, as in `profile.CommSample`.
-
-    `busbw_gb_per_s` is 2 (n - 1) / n * bytes / time for an all-reduce and half of that for the others.
-    """
-
-    table: str
-    nccl: str
-    op: str
-    ranks: int
-    bytes: int
-    latency_us: float
-    busbw_gb_per_s: float
-
-
-@frozen
-class InternodeCollective:
-    """One collective over several nodes. A row with `rejected` is kept with the reason and never used."""
-
-    device: str
-    network: str
-    nodes: int
-    ranks: int
-    op: str
-    bytes: int
-    latency_us: float
-    busbw_gb_per_s: float
-    system: str
-    source: str
-    rejected: str
-
-
-@frozen
-class Product:
-    """Products (m, k) x (k, n) of one m, with min(n, k) in `min_nk_from`..`min_nk_to` (None: no end)."""
-
-    table: str
-    framework: str
-    version: str
-    precision: str
-    m: int
-    min_nk_from: int
-    min_nk_to: int | None
-    samples: int
-    median_tflops: float
-    max_tflops: float
-
-
-@frozen
-class LinkFigure:
-    """What one source says of a link: nominal, measured, or the threshold that a healthy node passes."""
-
-    link: str
-    where: str
-    kind: str
-    system: str
-    nominal_gb_per_s: float
-    ranks: int | None
-    nodes: int | None
-    op: str
-    busbw_gb_per_s: float | None
-    message: str
-    busbw_at_64mib_gb_per_s: float | None
-    latency_us: float | None
-    nic_gb_per_s: float | None
-    share_of_nominal: float | None
-    mark: str
-    source: str
-    note: str
-    rejected: str
-
-
-@frozen
-class MeasuredTable:
-    """tables.toml: where a table was taken, and the catalog's devices that it speaks for."""
-
-    host: str
-    why: str
-    collectives: tuple[str, ...] = ()
-    products: tuple[str, ...] = ()
-    shares: tuple[str, ...] = ()
-    rejected: str = ""
-    bf16_floor: float | None = None
+from planner.foundation.decode import decode, load_toml_object
+from planner.hardware.measured_rows import (
+    COLLECTIVE_COLUMNS,
+    PRODUCT_COLUMNS,
+    Collective,
+    InternodeCollective,
+    MeasuredTable,
+    Product,
+    load_internode,
+    load_rows,
+)
 
 
 def folder() -> Path:
@@ -123,26 +57,6 @@ def tables() -> Mapping[str, MeasuredTable]:
     return decode(dict[str, MeasuredTable], load_toml_object(path), source=path.name)
 
 
-def load_collectives(path: Path) -> tuple[Collective, ...]:
-    """The rows of collectives.csv."""
-    return _load(path, Collective, COLLECTIVE_COLUMNS)
-
-
-def load_internode(path: Path) -> tuple[InternodeCollective, ...]:
-    """The rows of internode.csv."""
-    return _load(path, InternodeCollective, INTERNODE_COLUMNS)
-
-
-def load_products(path: Path) -> tuple[Product, ...]:
-    """The rows of gemm.csv."""
-    return _load(path, Product, PRODUCT_COLUMNS)
-
-
-def load_links(path: Path) -> tuple[LinkFigure, ...]:
-    """The rows of links.csv."""
-    return _load(path, LinkFigure, LINK_COLUMNS)
-
-
 @cache
 def collectives(table: str) -> tuple[Collective, ...]:
     """The collectives of a table, an installed package's or else ours; none of one that is rejected."""
@@ -150,7 +64,7 @@ def collectives(table: str) -> tuple[Collective, ...]:
 
     if tables()[table].rejected:
         return ()
-    return installed_collectives(table) or _load(
+    return installed_collectives(table) or load_rows(
         folder() / "collectives.csv", Collective, COLLECTIVE_COLUMNS, only=table
     )
 
@@ -160,7 +74,7 @@ def products(table: str) -> tuple[Product, ...]:
     """The matrix products of a table, in each of our formats an installed package's or else ours."""
     from planner.hardware.aiconfigurator import installed_products
 
-    shipped = _load(folder() / "gemm.csv", Product, PRODUCT_COLUMNS, only=table)
+    shipped = load_rows(folder() / "gemm.csv", Product, PRODUCT_COLUMNS, only=table)
     ours = {row.precision for row in shipped}
     installed = tuple(row for row in installed_products(table) if row.precision in ours)
     theirs = {row.precision for row in installed}
@@ -181,149 +95,105 @@ def table_of(device: str, use: str) -> str | None:
     return None
 
 
-# Strict reading
+class CollectiveCurves:
+    """The curves of one kind of device inside a node. Origins: interpolated, or fitted where extrapolated.
 
-
-def _text(text: str) -> str:
-    if not text:
-        raise ValueError("is empty.")
-    return text
-
-
-def _any(text: str) -> str:
-    return text
-
-
-def _one_of(*legal: str) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if text not in legal:
-            raise ValueError(f"is '{text[:40]}', not one of {', '.join(legal)}.")
-        return text
-
-    return read
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) < 16 and int(text) > 0):
-        raise ValueError(f"'{text[:40]}' is no whole number above 0.")
-    return int(text)
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < 1e12:
-        raise ValueError(f"'{text[:40]}' is no number above 0.")
-    return value
-
-
-def _or_empty(read: Callable[[str], T]) -> Callable[[str], T | None]:
-    return lambda text: read(text) if text else None
-
-
-_OP = _one_of("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
-
-COLLECTIVE_COLUMNS: Mapping[str, Callable[[str], Any]] = {
-    "table": _text,
-    "nccl": _text,
-    "op": _OP,
-    "ranks": _count,
-    "bytes": _count,
-    "latency_us": _number,
-    "busbw_gb_per_s": _number,
-}
-INTERNODE_COLUMNS: Mapping[str, Callable[[str], Any]] = {
-    "device": _text,
-    "network": _text,
-    "nodes": _count,
-    "ranks": _count,
-    "op": _OP,
-    "bytes": _count,
-    "latency_us": _number,
-    "busbw_gb_per_s": _number,
-    "system": _text,
-    "source": _text,
-    "rejected": _any,
-}
-PRODUCT_COLUMNS: Mapping[str, Callable[[str], Any]] = {
-    "table": _text,
-    "framework": _text,
-    "version": _text,
-    "precision": _one_of("bf16", "fp8", "fp8_block"),
-    "m": _count,
-    "min_nk_from": _count,
-    "min_nk_to": _or_empty(_count),
-    "samples": _count,
-    "median_tflops": _number,
-    "max_tflops": _number,
-}
-LINK_COLUMNS: Mapping[str, Callable[[str], Any]] = {
-    "link": _text,
-    "where": _one_of("inside", "between", "host"),
-    "kind": _one_of("nominal", "measured", "threshold"),
-    "system": _any,
-    "nominal_gb_per_s": _number,
-    "ranks": _or_empty(_count),
-    "nodes": _or_empty(_count),
-    "op": _any,
-    "busbw_gb_per_s": _or_empty(_number),
-    "message": _any,
-    "busbw_at_64mib_gb_per_s": _or_empty(_number),
-    "latency_us": _or_empty(_number),
-    "nic_gb_per_s": _or_empty(_number),
-    "share_of_nominal": _or_empty(_number),
-    "mark": _one_of("read", "read; latency memory", "memory"),
-    "source": _text,
-    "note": _any,
-    "rejected": _any,
-}
-
-
-def _load(
-    path: Path, kind: type[T], columns: Mapping[str, Callable[[str], Any]], only: str | None = None
-) -> tuple[T, ...]:
-    """The rows as `kind`; with `only`, those whose first cell it is, and no other is read.
-
-    Raises InputError with the line and column of every fault.
+    An `op` is a value of `profile.Op`.
     """
-    try:
-        lines = list(csv.reader(io.StringIO(read_text(path).decode()), strict=True))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(Problem(where=path.name, fault=f"is not CSV: {error}.")) from None
-    header = lines[0] if lines else []
-    if header != list(columns):
-        raise InputError(
-            Problem(where=f"{path.name} line 1", fault="has other columns.", legal=",".join(columns))
+
+    def __init__(self, rows: Sequence[Collective]) -> None:
+        samples: dict[tuple[str, int], list[tuple[int, float]]] = {}
+        for row in rows:
+            samples.setdefault((row.op, row.ranks), []).append((row.bytes, row.latency_us / 1e6))
+        self._curves = {key: _Curve(sorted(points)) for key, points in samples.items()}
+        self._ranks = {op: sorted(ranks for o, ranks in self._curves if o == op) for op, _ in self._curves}
+
+    def seconds(self, op: str, ranks: int, size_bytes: float) -> tuple[float, str]:
+        """Seconds of a collective over `ranks` >= 2 devices, and the origin of the figure."""
+        if op == "p2p":
+            return self.seconds("all_to_all", 2, 2 * size_bytes)
+        sizes = self._ranks[op]
+        if ranks in sizes:
+            return self._curves[(op, ranks)].seconds(size_bytes)
+        if ranks > sizes[-1]:
+            return self._beyond(op, ranks, size_bytes), "fitted"
+        above = bisect.bisect(sizes, ranks)
+        a, b = sizes[above - 1], sizes[above]
+        weight = math.log(ranks / a) / math.log(b / a)
+        (seconds_a, origin_a), (seconds_b, _) = (self._curves[(op, n)].seconds(size_bytes) for n in (a, b))
+        log_s = (1 - weight) * math.log(seconds_a / wire_factor(op, a)) + weight * math.log(
+            seconds_b / wire_factor(op, b)
         )
-    problems: list[Problem] = []
-    rows = []
-    for number, cells in enumerate(lines[1:], start=2):
-        if only is not None and cells[:1] != [only]:
-            continue
-        values = _values(cells, columns, f"{path.name} line {number}", problems)
-        if values is not None:
-            rows.append(kind(**values))
-        if len(problems) >= MAX_PROBLEMS:
-            break
-    if problems:
-        raise InputError(*problems)
-    return tuple(rows)
+        return wire_factor(op, ranks) * math.exp(log_s), origin_a
+
+    def _beyond(self, op: str, ranks: int, size_bytes: float) -> float:
+        largest = self._ranks[op][-1]
+        curve, half = self._curves[(op, largest)], self._curves.get((op, largest // 2))
+        step_s = max(0.0, curve.first_s - half.first_s) if half else curve.first_s
+        whole_s = curve.seconds(size_bytes)[0] * wire_factor(op, ranks) / wire_factor(op, largest)
+        return whole_s + math.log2(ranks / largest) * step_s
+
+    def bus_bytes_per_s(self, op: str) -> float:
+        """Bus bandwidth of the largest message over the largest measured group."""
+        ranks = self._ranks[op][-1]
+        size_bytes = self._curves[(op, ranks)].last_bytes
+        return wire_factor(op, ranks) * size_bytes / self.seconds(op, ranks, size_bytes)[0]
+
+    def ranks(self, op: str) -> list[int]:
+        """The group sizes that were measured."""
+        return list(self._ranks[op])
 
 
-def _values(
-    cells: list[str], columns: Mapping[str, Callable[[str], Any]], where: str, problems: list[Problem]
-) -> dict[str, Any] | None:
-    """The cells of a row by column, or None with its faults added to `problems`."""
-    if len(cells) != len(columns):
-        fault = f"has {len(cells)} cells, not {len(columns)}."
-        problems.append(Problem(where=where, fault=fault))
-        return None
-    values, before = {}, len(problems)
-    for (column, read), cell in zip(columns.items(), cells, strict=True):
-        try:
-            values[column] = read(cell)
-        except ValueError as error:
-            problems.append(Problem(where=f"{where}: {column}", fault=str(error)))
-    return values if len(problems) == before else None
+class _Curve:
+    """Time over message size that never falls."""
+
+    def __init__(self, points: Sequence[tuple[int, float]]) -> None:
+        self._log_bytes = [math.log(size) for size, _ in points]
+        self._log_s = rising([math.log(seconds) for _, seconds in points])
+        self.first_s = math.exp(self._log_s[0])
+        self.last_bytes = points[-1][0]
+
+    def seconds(self, size_bytes: float) -> tuple[float, str]:
+        log_bytes = math.log(size_bytes)
+        if log_bytes <= self._log_bytes[0]:
+            return self.first_s, "interpolated"
+        if log_bytes > self._log_bytes[-1]:
+            return math.exp(self._log_s[-1] + log_bytes - self._log_bytes[-1]), "fitted"
+        high = min(bisect.bisect_right(self._log_bytes, log_bytes), len(self._log_bytes) - 1)
+        a, b = self._log_bytes[high - 1], self._log_bytes[high]
+        share = (log_bytes - a) / (b - a)
+        return math.exp((1 - share) * self._log_s[high - 1] + share * self._log_s[high]), "interpolated"
+
+
+def rising(values: Sequence[float]) -> list[float]:
+    """The non-decreasing sequence of least squared distance: falling neighbours share their mean."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        total, count = value, 1
+        while pools and pools[-1][0] / pools[-1][1] > total / count:
+            before, width = pools.pop()
+            total, count = total + before, count + width
+        pools.append((total, count))
+    return [total / count for total, count in pools for _ in range(count)]
+
+
+def wire_factor(op: str, ranks: int) -> float:
+    """Bytes over a device's link for each byte of the full message, by the best algorithm on a ring.
+
+    `op` is a value of `profile.Op`; any other raises, so that no unknown communication is free.
+    """
+    match str(op):
+        case "p2p":
+            return 1.0
+        case "all_reduce":
+            return 2 * (ranks - 1) / ranks
+        case "all_gather" | "reduce_scatter" | "all_to_all":
+            return (ranks - 1) / ranks
+    raise ValueError(f"no communication is called '{op}'")
+
+
+@cache
+def curves_of(device: str) -> CollectiveCurves | None:
+    """The shipped curves that speak for a device of the catalog, or None."""
+    table = table_of(device, "collectives")
+    return None if table is None else CollectiveCurves(collectives(table))

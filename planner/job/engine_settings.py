@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from planner.foundation.frozen import frozen
-from planner.model.saved_tensors import AttentionKernel
+from planner.model.sublayer import AttentionKernel
 from planner.model.workload import Precision
 
 if TYPE_CHECKING:

@@ -6,9 +6,7 @@ import dataclasses
 from enum import StrEnum
 
 from planner.foundation.frozen import frozen
-from planner.model.heads import Heads
-from planner.model.saved_tensors import AttentionKernel, Kept
-from planner.model.weight_matrix import Matrix, Split
+from planner.model.sublayer import AttentionKernel, Heads, Kept, Matrix, Split
 
 
 class CpExchange(StrEnum):

@@ -14,7 +14,7 @@ from planner.foundation.suggest import nearest
 from planner.model.feed_forward import MLP_MODULES, Mlp
 from planner.model.mixers import Mixer
 from planner.model.spec import Block, Layer, ModelSpec
-from planner.model.weight_matrix import Matrix
+from planner.model.sublayer import Matrix
 from planner.model.workload import AdapterModules, Adapters
 
 _QUERY_VALUE = frozenset(

@@ -17,11 +17,9 @@ from planner.foundation.frozen import frozen
 from planner.model.arithmetic import PLAIN, Arithmetic
 from planner.model.attention import Attention, LatentAttention
 from planner.model.feed_forward import Experts, FeedForward
-from planner.model.heads import Heads
 from planner.model.mixers import Mixer
-from planner.model.saved_tensors import AttentionKernel, Kept, Recompute
+from planner.model.sublayer import AttentionKernel, Heads, Kept, Matrix, Recompute
 from planner.model.traced_layer import TracedLayer
-from planner.model.weight_matrix import Matrix
 
 VOCAB_UNIT = 128
 """Rows to a multiple of which engines pad each rank's part of a vocabulary that does not divide.

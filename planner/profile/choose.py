@@ -1,16 +1,22 @@
-"""How a profile is used: for which devices it speaks, and what is to be said where it does not quite fit."""
+"""How a profile is used: for which devices it speaks, and what is to be said where it does not quite fit.
+
+The shipped profile that fits a device best: measured on it, else fitted to runs on it among others.
+"""
 
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
+from planner.hardware.catalog import profile_files
 from planner.hardware.cluster import ClusterSpec, Device
 from planner.model.spec import ModelSpec
 from planner.model.workload import Precision
-from planner.profile.profile import LayerKind, Profile, shape_key
+from planner.profile.profile import LayerKind, Profile, load_profile, shape_key
 
 OLD_MONTHS = 12
 """Months after which a profile is called old: about four minor releases of torch, 2.5 (October 2024) to 2.9
@@ -188,3 +194,21 @@ def told_age(created: str, today: datetime.date) -> str:
     if days < 2 * DAYS_A_MONTH:
         return f"{days} day{'s' if days > 1 else ''} ago"
     return f"{months:.0f} months ago"
+
+
+@functools.cache
+def shipped_profile(device: str) -> Profile | None:
+    """The profile for a device's name; None where none is shipped."""
+    named = (path for path in profile_files() if device in path.read_text(encoding="utf-8"))
+    fitting = [profile for profile in map(_loaded, named) if device in profile.devices]
+    return max(fitting, key=lambda profile: (profile.device == device, profile.created), default=None)
+
+
+@functools.cache
+def _loaded(path: Path) -> Profile:
+    return load_profile(path)
+
+
+def shipped_profiles() -> tuple[Profile, ...]:
+    """All shipped profiles."""
+    return tuple(map(_loaded, profile_files()))

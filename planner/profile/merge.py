@@ -12,8 +12,15 @@ from typing import Any
 
 from planner.foundation.frozen import frozen
 from planner.model.workload import Precision
-from planner.profile.operator_sample import RateSample
-from planner.profile.profile import CommSample, Constant, ContentionSample, FamilyFit, LayerSample, Profile
+from planner.profile.profile import (
+    CommSample,
+    Constant,
+    ContentionSample,
+    FamilyFit,
+    LayerSample,
+    Profile,
+    RateSample,
+)
 
 Sample = LayerSample | CommSample | ContentionSample | Constant | RateSample
 

@@ -1,21 +1,143 @@
-"""Profile: what was measured on a device and software stack. Written by machine, read by the cost model."""
+"""Profile: what was measured on a device and software stack. Written by machine, read by the cost model.
+
+RateSample: one operator at one size, alone on a device. Fits over many of them price unmeasured layers.
+
+How much longer than their price the blocks of measured runs took, by their shape: a part of a profile.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 
 from planner.foundation.decode import load_json
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
-from planner.hardware.nvidia import Clocks
+from planner.hardware.local_machine import Clocks
 from planner.model.attention import CpExchange
-from planner.model.saved_tensors import Recompute
 from planner.model.spec import Layer, ModelSpec
+from planner.model.sublayer import AttentionKernel, Recompute
 from planner.model.workload import Precision
-from planner.profile.block_residual import BlockResiduals
-from planner.profile.operator_sample import RateSample
+
+
+class RateKind(StrEnum):
+    """What was timed, and by which dims its samples are told apart.
+
+    GEMM           (m, n, k): x [m, k] times w [n, k]; backward both gradients, w's added to one that exists
+    GROUPED        (experts, rows of each, n, k): the same for experts
+    ROUTING        (tokens, experts, experts of a token, hidden): what a mixture does beside its experts
+    ATTENTION      (sequences times heads, tokens of a sequence, head_dim): causal, between the projections
+    ADD            (values): a sum of two tensors
+    ACTIVATION     (values): variant silu, gelu, ..., and `-gated` with its product with a gate
+    NORM           (rows, width): variant rmsnorm or layernorm
+    ROTARY         (tokens, width): queries or keys turned by their position, heads of 128 or fewer dims
+    CROSS_ENTROPY  (tokens, vocabulary, hidden): output projection and loss as the runtime chunks them
+    EMBEDDING      (tokens, vocabulary, hidden)
+    OPTIMIZER      (tensors, values of each): variant adamw, the update; or clip, the norm and scaling
+    COPY           (bytes): from device memory to device memory
+    TO_DEVICE      (bytes): from host memory, variant pinned or pageable
+    TO_HOST        (bytes): to host memory, likewise
+    """
+
+    GEMM = "gemm"
+    GROUPED = "grouped"
+    ROUTING = "routing"
+    ATTENTION = "attention"
+    ADD = "add"
+    ACTIVATION = "activation"
+    NORM = "norm"
+    ROTARY = "rotary"
+    CROSS_ENTROPY = "cross_entropy"
+    EMBEDDING = "embedding"
+    OPTIMIZER = "optimizer"
+    COPY = "copy"
+    TO_DEVICE = "to_device"
+    TO_HOST = "to_host"
+
+
+@frozen
+class RateSample:
+    """Median seconds of `samples` bursts of one operator, of the device alone where it has a queue.
+
+    `backward_s` None: it has no backward pass. `spread` is the larger interquartile range over its median.
+    `reference_s` is what a fixed piece of work took beside this sample, where speeds drift (a CPU). `taken`
+    is when, empty where unknown.
+    """
+
+    kind: RateKind
+    dims: tuple[int, ...]
+    precision: Precision
+    variant: str = ""
+    forward_s: float
+    backward_s: float | None = None
+    spread: float
+    samples: int
+    reference_s: float | None = None
+    taken: str = ""
+
+
+@frozen
+class BlockShape:
+    """What the time of a block follows on one device, whatever the number of blocks.
+
+    `tokens` are those of a micro-batch on that device, `width` the hidden size of a GPT block with as many
+    parameters for a token: sqrt(parameters / 12).
+    """
+
+    device: str
+    precision: Precision
+    recompute: Recompute
+    kernel: AttentionKernel
+    compiled: bool
+    routed: bool
+    tp: int
+    cp: int
+    tokens: float
+    seq: int
+    width: float
+
+    @property
+    def splits_sequences(self) -> bool:
+        """Whether ranks share out the tokens of a sequence."""
+        return self.cp > 1
+
+
+@frozen
+class BlockResidual:
+    """Runs whose blocks have one shape: ln(time that their steps tell of a block / its price), and how many
+    runs' worth speak for it: each by the share of its step that blocks are, and by how far it is off."""
+
+    shape: BlockShape
+    log_ratio: float
+    weight: float
+
+
+@frozen
+class BlockResiduals:
+    """Those of a fit's runs, and the Gaussian process between them: the `spread` of blocks around their price
+    and the `noise` of one run, both as shares.
+
+    They hold for what `device`, `network`, `engine` and `framework` say, as a `Constant` does. Where none is
+    told, nothing that a wider scope tells holds either.
+    """
+
+    spread: float
+    noise: float
+    told: tuple[BlockResidual, ...]
+    device: str = ""
+    framework: str = ""
+    engine: str = ""
+    network: str = ""
+
+    def sizes(self) -> Iterator[tuple[str, float]]:
+        """All that has to be above 0, by name."""
+        yield from (("spread", self.spread), ("noise", self.noise))
+        for each in self.told:
+            yield "weight", each.weight
+            yield from ((name, getattr(each.shape, name)) for name in ("tp", "cp", "tokens", "seq", "width"))
+
 
 PROFILE_SCHEMA = 1
 

@@ -9,9 +9,9 @@ from planner.foundation.frozen import frozen
 from planner.report import options_bars as bars
 from planner.report import options_tables as tables
 from planner.report import options_words as words
+from planner.report.charts import COLOURS, MARK_COLOURS, Colour
 from planner.report.options_plot import SHAPES, Plot, build_plot
-from planner.report.palette import COLOURS, MARK_COLOURS, Colour
-from planner.report.templating import template
+from planner.report.page import template
 from planner.report.words import Table, Tile
 from planner.sizing.comparison import Comparison
 

@@ -13,7 +13,7 @@ import altair as alt
 import vl_convert
 
 from planner.foundation.units import format_count
-from planner.sizing.principles.scaling import (
+from planner.sizing.scaling import (
     FLOPS_PER_PARAM_TOKEN,
     Law,
     Optimum,

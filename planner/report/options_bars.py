@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from planner.foundation.frozen import frozen
 from planner.foundation.units import format_bytes, format_seconds
 from planner.report import options_words as words
-from planner.report.palette import CAUSE_COLOURS
+from planner.report.charts import CAUSE_COLOURS
 from planner.report.words import Table, percent
-from planner.sizing.option import Option
+from planner.sizing.comparison import Option
 from planner.strategy.estimate import TIME_CAUSES, JobFigures
 
 LOSS_COLOURS = {

@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 from planner.foundation.frozen import frozen
 from planner.foundation.units import DAY_S, format_count
 from planner.report.options_words import limit_days, provider_of, provider_title, tip, usd
-from planner.sizing.comparison import Comparison
-from planner.sizing.option import Option
+from planner.sizing.comparison import Comparison, Option
 
 MARGIN = 1.18
 """Room beyond the outermost points, as a factor."""

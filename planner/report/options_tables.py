@@ -8,8 +8,7 @@ from planner.foundation.frozen import frozen
 from planner.foundation.units import format_count, format_seconds
 from planner.report import options_words as words
 from planner.report.words import Table, percent
-from planner.sizing.comparison import Comparison
-from planner.sizing.option import Option
+from planner.sizing.comparison import Comparison, Option
 
 LECTURE = ("aws", "azure", "gcp", words.ON_PREMISES)
 """The choices that stand side by side on every page."""

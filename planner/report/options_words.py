@@ -10,10 +10,7 @@ from planner.foundation.units import DAY_S, GIB, format_bytes, format_count, for
 from planner.job.objective import Goal, Minimise
 from planner.model.workload import Method
 from planner.report.words import Tile, percent
-from planner.sizing.answer import extremes
-from planner.sizing.comparison import Comparison
-from planner.sizing.offer import Pricing
-from planner.sizing.option import Option
+from planner.sizing.comparison import Comparison, Option, Pricing, extremes
 from planner.sizing.sensitivity import best_of
 
 UNKNOWN = "unknown"

@@ -2,20 +2,45 @@
 
 Its content security policy forbids every fetch, all text is escaped by the template, and the only markup
 that is passed through are the charts that this program drew.
+
+The templates of the pages, with every text escaped.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from typing import TYPE_CHECKING
+
 from planner.foundation.frozen import frozen
 from planner.foundation.units import format_seconds
 from planner.report import sections, verification, words
-from planner.report.palette import COLOURS, Colour
+from planner.report.charts import COLOURS, Colour
 from planner.report.picture import Picture, draw_plan
-from planner.report.record import ReportInput, RunRecord
 from planner.report.rehearsed import RehearsedSection, rehearsed_section
-from planner.report.templating import template
+from planner.report.run_record import ReportInput, RunRecord
 from planner.report.timeline import Slice, first_rank_of_each, slices_of
 from planner.strategy.plan import Plan
+
+if TYPE_CHECKING:
+    from jinja2 import Environment, Template
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("planner.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def template(name: str) -> Template:
+    """A template of the folder `templates`."""
+    return _environment().get_template(name)
 
 
 @frozen

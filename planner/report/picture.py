@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 from planner.foundation.frozen import frozen
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import AXES
 

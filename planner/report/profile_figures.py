@@ -16,17 +16,16 @@ from planner.cost.profile_coverage import (
     timed,
 )
 from planner.foundation.units import format_bytes, format_seconds, format_si
-from planner.hardware.collective_curves import wire_factor
+from planner.hardware.measured_tables import wire_factor
 from planner.profile.profile import CommSample, Op, Profile
 from planner.report import curves
-from planner.report.curves import Curve, Dot, draw_curves
-from planner.report.palette import mark_colour
+from planner.report.charts import mark_colour
+from planner.report.curves import Curve, Dot, Strip, draw_curves, draw_strips
 from planner.report.profile_layers import LINE_POINTS, Classes
 from planner.report.profile_lines import ProfileLines
 from planner.report.profile_tables import comm_table, scope_text
 from planner.report.profile_words import op_title
 from planner.report.sections import Figure, LegendItem
-from planner.report.strips import Strip, draw_strips
 from planner.report.words import percent
 
 OP_COLOURS = {op: mark_colour(number) for number, op in enumerate(Op)}

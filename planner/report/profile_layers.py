@@ -9,11 +9,11 @@ from planner.cost.profile_coverage import ClassKey, SampledClass, sample_text, v
 from planner.cost.stage.layer_samples import at_usual_speed
 from planner.foundation.frozen import frozen
 from planner.foundation.units import format_bytes, format_seconds
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.profile.profile import LayerKind, LayerSample, Profile
 from planner.report import curves
+from planner.report.charts import mark_colour
 from planner.report.curves import Axis, Curve, Dot, draw_curves, draw_scatter
-from planner.report.palette import mark_colour
 from planner.report.profile_lines import ProfileLines
 from planner.report.profile_tables import layer_table
 from planner.report.sections import Figure, LegendItem

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from statistics import median
 
-from planner.cost.compute.measured_rates import MeasuredRates, at_usual_speed
+from planner.cost.compute.measured_operators import MeasuredRates, at_usual_speed
 from planner.foundation.units import format_seconds
-from planner.profile.operator_sample import RateKind, RateSample
-from planner.profile.profile import Profile
+from planner.profile.profile import Profile, RateKind, RateSample
 from planner.report import curves
+from planner.report.charts import mark_colour
 from planner.report.curves import Curve, Dot, draw_scatter
-from planner.report.palette import mark_colour
 from planner.report.sections import Figure, LegendItem
 from planner.report.words import percent
 

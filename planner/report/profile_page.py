@@ -15,13 +15,13 @@ from planner.profile.profile import Profile
 from planner.report import profile_figures as figures
 from planner.report import profile_tables as tables
 from planner.report import profile_words as words
-from planner.report.palette import COLOURS, MARK_COLOURS, Colour
+from planner.report.charts import COLOURS, MARK_COLOURS, Colour
+from planner.report.page import template
 from planner.report.profile_layers import LayerSection, formula_figures, layer_sections
 from planner.report.profile_lines import ProfileLines
 from planner.report.profile_operators import operator_figure
 from planner.report.profile_rates import rate_figures
 from planner.report.sections import Figure
-from planner.report.templating import template
 from planner.report.words import Fact, Tile
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from planner.cost.compute.measured_rates import at_usual_speed
+from planner.cost.compute.measured_operators import at_usual_speed
 from planner.cost.profile_coverage import kind_text, rate_flops, rate_text, rate_values
 from planner.foundation.units import format_seconds, format_si
-from planner.profile.operator_sample import RateKind, RateSample
-from planner.profile.profile import Profile
+from planner.profile.profile import Profile, RateKind, RateSample
 from planner.report import curves
+from planner.report.charts import mark_colour
 from planner.report.curves import Axis, Curve, Dot, draw_curves
-from planner.report.palette import mark_colour
 from planner.report.profile_tables import COPIES, rate_table
 from planner.report.sections import Figure, LegendItem
 from planner.report.words import percent

@@ -19,10 +19,18 @@ from planner.cost.profile_coverage import (
 )
 from planner.foundation.frozen import frozen
 from planner.foundation.units import format_bytes, format_seconds, format_si
-from planner.model.saved_tensors import Recompute
-from planner.profile.block_residual import BlockResidual, BlockResiduals
-from planner.profile.operator_sample import RateKind, RateSample
-from planner.profile.profile import CommSample, Constant, LayerSample, Op, Profile
+from planner.model.sublayer import Recompute
+from planner.profile.profile import (
+    BlockResidual,
+    BlockResiduals,
+    CommSample,
+    Constant,
+    LayerSample,
+    Op,
+    Profile,
+    RateKind,
+    RateSample,
+)
 from planner.report.profile_words import op_title
 from planner.report.words import Table, percent
 

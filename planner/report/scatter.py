@@ -15,7 +15,7 @@ import altair as alt
 import vl_convert
 
 from planner.calibration.validate import Summary, ValidatedRow, Validation, summarise
-from planner.report.ticks import log_ticks
+from planner.report.curves import log_ticks
 
 SIDE_PX = 620
 MOST_COLOURS = 9

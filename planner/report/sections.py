@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from planner.foundation.frozen import frozen
 from planner.foundation.units import format_bytes, format_seconds
 from planner.report import charts
-from planner.report.palette import CAUSE_COLOURS, TENANT_COLOURS
-from planner.report.record import RunRecord
+from planner.report.charts import CAUSE_COLOURS, TENANT_COLOURS
+from planner.report.run_record import RunRecord
 from planner.report.timeline import Slice, SliceKind, idle_share
 from planner.report.words import Table, percent, signed_percent
 from planner.strategy.estimate import MEMORY_TENANTS, TIME_CAUSES, MemoryBreakdown

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from planner.foundation.frozen import frozen
 from planner.foundation.units import format_bytes, format_seconds
 from planner.report import charts
-from planner.report.comparison import DISTINCT, ComparisonRow, judge_order
+from planner.report.run_record import DISTINCT, ComparisonRow, judge_order
 from planner.report.sections import MEASURED, Figure, LegendItem
 from planner.report.words import Table, percent, signed_percent
 

@@ -9,10 +9,9 @@ from importlib import metadata
 from planner.foundation.frozen import frozen
 from planner.foundation.units import format_bytes, format_count, format_seconds
 from planner.hardware.cluster import ClusterSpec
-from planner.report.record import RunRecord
+from planner.report.run_record import RunRecord
 from planner.strategy.estimate import Verdict
-from planner.strategy.plan import PLAN_SCHEMA, Certificate, Plan
-from planner.strategy.plan_cost import told_usd, usd_per_hour
+from planner.strategy.plan import PLAN_SCHEMA, Certificate, Plan, told_usd, usd_per_hour
 from planner.strategy.strategy import Degrees, Schedule, Zero
 
 GOOD_ERROR = 0.10

@@ -39,14 +39,14 @@ from typing import NamedTuple
 from planner.cost import constants
 from planner.cost.evaluate import CostModel
 from planner.cost.fit.memory_timeline import least_pass_bytes
+from planner.cost.layer import Pass
+from planner.cost.memory.activations import most_waits
 from planner.cost.memory.parameter_state import offloaded_states, states_of
-from planner.cost.memory.zero_bubble_memory import most_waits
-from planner.cost.passes import Pass
 from planner.cost.stage.kind_layers import Sizes
 from planner.cost.stage.layer_cost import LayerModel
 from planner.cost.stage.stage import ShapeModel
 from planner.job.engine_settings import Engine, Stack
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.search.even_stages import even_factor
 from planner.strategy.schedule.schedules import fullest
 from planner.strategy.strategy import Degrees, Offload, Schedule, Zero
@@ -333,7 +333,7 @@ def least_once_s(shape: ShapeModel) -> float:
 
 
 def split_again_s(shape: ShapeModel, key: str, option: Recompute) -> float:
-    """What a split backward pass of a block takes more than a whole one (planner.cost.pipeline.simulate)."""
+    """What a split backward pass of a block takes more than a whole one (planner.cost.pipeline.replay)."""
     if option is Recompute.NONE:
         return 0.0
     if shape.problem.stack.recomputes_once:

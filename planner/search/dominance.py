@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from planner.cost.evaluate import CostModel
 from planner.cost.stage.kind_layers import Kind, kind_of
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.profile.profile import LayerKind
 from planner.search.quick_bounds import alone
 from planner.search.space import Space

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.foundation.errors import InfeasibleError
 from planner.job.problem import PlanningProblem
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.search.alternatives import why_slower
 from planner.search.solve import OPTIMAL_GAP, SolveOptions, make_plan, solve
 from planner.search.verify import verify

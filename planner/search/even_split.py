@@ -6,6 +6,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from planner.strategy.schedule.longest_path import action_order
 from planner.strategy.schedule.table import BACKWARD, FORWARD
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def floor_s(space: StageSpace, enough_s: float = float("inf")) -> float:
     if found_s >= enough_s:
         return found_s
     begin_s = [0.0] * space.degrees.pp
-    _, ends_s = space.table.order.durations(stages.ravel().tolist()).ends_s(begin_s, space.hop_s)
+    _, ends_s = action_order(space.table).durations(stages.ravel().tolist()).ends_s(begin_s, space.hop_s)
     return max(ends_s) + once_s
 
 

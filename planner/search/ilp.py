@@ -43,13 +43,13 @@ from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from planner.cost.pipeline.critical_path import CriticalPath
 from planner.cost.pipeline.makespan_paths import Path, first_paths
+from planner.cost.pipeline.replay import CriticalPath
 from planner.foundation.frozen import frozen
 from planner.foundation.units import GIB
 from planner.search.quiet import quiet_stdout
 from planner.search.recipes import Column
-from planner.strategy.schedule.in_flight import Flights, InFlight
+from planner.strategy.schedule.table import Flights, InFlight
 from planner.strategy.strategy import Degrees, Schedule
 
 if TYPE_CHECKING:

@@ -31,23 +31,22 @@ from functools import cached_property
 
 from planner.cost import constants
 from planner.cost.evaluate import CostModel, memory_of_ranks
-from planner.cost.fit.limits_check import RankMemory
 from planner.cost.fit.memory_timeline import StageMemory
 from planner.cost.fit.offload import with_offload
-from planner.cost.fit.verdict import memory_band
+from planner.cost.fit.verdict import RankMemory, memory_band
 from planner.cost.memory_constants import fitted_constant
 from planner.cost.stage.stage import ShapeModel
 from planner.foundation.frozen import frozen
 from planner.foundation.units import MIB
 from planner.job.problem import PlanningProblem
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.search.bounds import Recomputing, least_state_bytes, live_under
 from planner.search.space import Space, space_of
 from planner.strategy.estimate import Coverage, MemoryBreakdown, Rejected
 from planner.strategy.fix_keys import Pins
 from planner.strategy.placement import rank_limits_bytes
 from planner.strategy.rules import broken_rules
-from planner.strategy.schedule.in_flight import InFlight
+from planner.strategy.schedule.table import InFlight
 from planner.strategy.strategy import (
     Degrees,
     Offload,

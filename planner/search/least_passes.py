@@ -1,6 +1,6 @@
 """What the layers of a model take at least, whatever recomputes: sums from which a stage's passes follow.
 
-Gradients of inputs and of weights count as planner.cost.pipeline.simulate.split_backward divides a backward
+Gradients of inputs and of weights count as planner.cost.pipeline.replay.split_backward divides a backward
 pass, or,
 where torch divides that of a whole stage, as no stage takes less.
 """
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner.cost.passes import Pass
+from planner.cost.layer import Pass
 from planner.cost.stage.stage import ShapeModel
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.search.bounds import split_again_s
 
 if TYPE_CHECKING:

@@ -18,8 +18,7 @@ import re
 from collections.abc import Iterator
 
 from planner.cost.evaluate import CostModel
-from planner.cost.goodput import evaluation_s, spares_factor
-from planner.cost.job_inputs import most_kept
+from planner.cost.goodput import evaluation_s, most_kept, spares_factor
 from planner.cost.stage.layer_cost import LayerModel
 from planner.hardware.cluster import ClusterSpec
 from planner.job.problem import PlanningProblem

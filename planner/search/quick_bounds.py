@@ -18,13 +18,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from planner.cost.communication.collectives import overlap_of
 from planner.cost.communication.messages import Messages
-from planner.cost.communication.overlap import overlap_of
 from planner.cost.evaluate import CostModel
-from planner.cost.passes import Pass, stacked
+from planner.cost.layer import Pass, stacked
 from planner.cost.stage.kind_layers import Kind, kind_of
 from planner.foundation.frozen import replaced
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.search.bounds import schedule_factor
 from planner.search.space import Pipe, Space
 from planner.strategy.placement import is_mixed, rank_groups

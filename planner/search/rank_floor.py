@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.search.recipes import RecipeBook
-from planner.strategy.schedule.in_flight import Flights, InFlight, total_count
+from planner.strategy.schedule.table import Flights, InFlight, total_count
 from planner.strategy.strategy import Degrees, RecomputeCounts
 
 if TYPE_CHECKING:

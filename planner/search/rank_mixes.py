@@ -4,7 +4,7 @@ Every mix of one stage is set beside every mix of the others: at each moment of 
 
     runtime + sum over stages s of (states_s + kept_s) + the largest transient <= limit
 
-with what micro-batches in flight on each keep (planner.strategy.schedule.in_flight), and transients of
+with what micro-batches in flight on each keep (planner.strategy.schedule.table), and transients of
 stages that have some.
 Where blocks are of one class this is exact for given sizes.
 """
@@ -16,11 +16,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.fit.memory_timeline import StageMemory, idle_apart
-from planner.cost.pipeline.simulate import kind_passes
+from planner.cost.pipeline.replay import kind_passes
 from planner.search.recipes import Column, RecipeBook
-from planner.strategy.schedule.action import ActionKind
-from planner.strategy.schedule.in_flight import InFlight
-from planner.strategy.schedule.table import KINDS
+from planner.strategy.schedule.table import KINDS, ActionKind, InFlight
 from planner.strategy.strategy import Offload
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner.cost.memory.zero_bubble_memory import most_waits
+from planner.cost.memory.activations import most_waits
 from planner.search.rank_floor import DUST
 from planner.search.recipes import RecipeBook
 from planner.search.sizes import Limits

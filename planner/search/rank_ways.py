@@ -16,8 +16,7 @@ from planner.search.rank_mixes import Held, RankMixes
 from planner.search.rank_parts import RankParts
 from planner.search.recipes import Column
 from planner.search.sizes import Limits
-from planner.strategy.schedule.action import ActionKind
-from planner.strategy.schedule.in_flight import InFlight
+from planner.strategy.schedule.table import ActionKind, InFlight
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,20 +12,18 @@ from functools import cache, cached_property
 from operator import le
 from typing import TYPE_CHECKING, Any
 
+from planner.cost.constants import larger
 from planner.cost.fit.memory_timeline import StageMemory
 from planner.cost.fit.offload import with_offload
-from planner.cost.pipeline.simulate import kind_passes
-from planner.cost.seconds import larger
-from planner.cost.stage.stage import ShapeModel
-from planner.cost.stage.stage_cost import StageCost
+from planner.cost.pipeline.replay import kind_passes
+from planner.cost.stage.stage import ShapeModel, StageCost
 from planner.foundation.frozen import frozen
 from planner.job.engine_settings import Engine
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.search.block_bytes import BlockBytes, EndBytes
 from planner.search.bounds import split_again_s
 from planner.search.least_passes import LeastPasses, least_passes
-from planner.strategy.schedule.in_flight import InFlight
-from planner.strategy.schedule.table import KINDS
+from planner.strategy.schedule.table import KINDS, InFlight
 from planner.strategy.strategy import Offload, RecomputeCounts, Schedule, Stage, offloaded
 
 if TYPE_CHECKING:

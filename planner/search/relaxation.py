@@ -26,15 +26,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from planner.cost.evaluate import CostModel
-from planner.cost.pipeline.critical_path import CriticalPath, longest_path
-from planner.cost.pipeline.simulate import PathTimes
-from planner.model.saved_tensors import Recompute
+from planner.cost.pipeline.replay import CriticalPath, PathTimes, longest_path
+from planner.model.sublayer import Recompute
 from planner.search.dominance_proofs import Proof, Proofs, least_sum
 from planner.search.least_passes import option_passes
 from planner.search.linear import LinearProgramme, Solution
 from planner.search.row_paths import RowPaths, row_paths
 from planner.search.sizes import Sizes
 from planner.search.timed import MAX_PLACES, timed
+from planner.strategy.schedule.longest_path import action_order
 from planner.strategy.schedule.table import KINDS
 from planner.strategy.strategy import Zero
 
@@ -272,7 +272,7 @@ class Relaxation:
         if whole is None or found.bound_s >= within_s:
             return found
         near = found.bound_s >= WORTH_TIMING * within_s
-        if near and len(self.table.order.needed) <= MAX_PLACES:
+        if near and len(action_order(self.table).needed) <= MAX_PLACES:
             exact = timed(self, sizes, whole.seconds)
             other = Relaxed(float("inf"), None) if exact is None else Relaxed(*exact)
         else:
@@ -329,7 +329,7 @@ class Relaxation:
         np.add.at(once[1], space.rank_of, each[:, kinds + 1])
         begin_s, reduce_s = once.tolist()
         cell_s = each[:, :kinds].ravel().tolist()
-        durations = self.table.order.durations(cell_s)
+        durations = action_order(self.table).durations(cell_s)
         ends_s, row_ends_s = durations.ends_s(begin_s, self.hop_s)
         times = PathTimes(
             table=self.table,

@@ -24,13 +24,13 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from planner.cost.communication.collectives import overlap_of
 from planner.cost.communication.messages import Messages
-from planner.cost.communication.overlap import overlap_of
 from planner.cost.evaluate import CostModel
 from planner.cost.fit.verdict import safe_tensor_bytes
 from planner.cost.stage.kind_layers import kind_of
 from planner.cost.stage.stage import ShapeModel
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.search.bounds import schedule_factor
 from planner.search.quick_bounds import alone
 from planner.search.space import Pipe, Space

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.cost.not_modelled import not_modelled
 from planner.foundation.decode import digest
-from planner.foundation.divisors import divisors
 from planner.foundation.errors import InfeasibleError
 from planner.foundation.frozen import frozen, replaced
+from planner.foundation.suggest import divisors
 from planner.job.problem import PlanningProblem
 from planner.search.alternatives import distinct, why_slower
 from planner.search.dominance import without_dominated

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import permutations, product
 
-from planner.foundation.divisors import divisors
 from planner.foundation.frozen import frozen, replaced
+from planner.foundation.suggest import divisors
 from planner.job.problem import PlanningProblem
 from planner.model.attention import CpExchange
 from planner.strategy.engines.engine_rules import (
@@ -34,7 +34,6 @@ from planner.strategy.engines.engine_rules import (
 )
 from planner.strategy.estimate import Rejected
 from planner.strategy.fix_keys import MAX_CHUNKS, MAX_MICRO_BATCH, MAX_ORDERED, Pins
-from planner.strategy.offload_rules import offload_possible
 from planner.strategy.parallel_rules import experts_within_replicas
 from planner.strategy.placement import is_mixed
 from planner.strategy.rules import (
@@ -45,6 +44,7 @@ from planner.strategy.rules import (
     DegreesRule,
     batch_divides,
     groups_ordered,
+    offload_possible,
     world_matches,
     zero_matches_shards,
 )

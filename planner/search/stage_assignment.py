@@ -12,13 +12,13 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
-from planner.cost.pipeline.critical_path import critical_path
+from planner.cost.pipeline.replay import critical_path
 from planner.search.recipes import Column
 from planner.search.sizes import Limits
 from planner.search.stage_space import StageSpace
 from planner.search.trades import Trade, trades
-from planner.strategy.schedule.in_flight import InFlight, total_count
-from planner.strategy.schedule.longest_path import many_row_ends_s
+from planner.strategy.schedule.longest_path import action_order, many_row_ends_s
+from planner.strategy.schedule.table import InFlight, total_count
 from planner.strategy.strategy import Stage
 
 MAX_PLACES = 8192
@@ -172,7 +172,7 @@ class Dealer:
         unshard_s, reduce_s, optimizer_s = (
             np.array([once[:, stages, figure].sum(axis=1) for stages in self.ranks]) for figure in range(3)
         )
-        ends_s = many_row_ends_s(space.table.order, cells, unshard_s, shape.messages.p2p_s())
+        ends_s = many_row_ends_s(action_order(space.table), cells, unshard_s, shape.messages.p2p_s())
         steps = (ends_s + reduce_s).max(axis=0) + optimizer_s.max(axis=0) + shape.physics.step_s
         return [float(step) for step in steps]
 

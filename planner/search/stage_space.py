@@ -16,7 +16,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 from planner.cost.evaluate import CostModel
-from planner.cost.pipeline.simulate import Replay
+from planner.cost.pipeline.replay import Replay
 from planner.cost.stage.stage import ShapeModel
 from planner.search.bounds import least_once_s
 from planner.search.cuts import Cuts, Spans
@@ -24,8 +24,8 @@ from planner.search.rank_ways import RankWays
 from planner.search.recipes import Column, RecipeBook
 from planner.search.relaxation import Relaxation
 from planner.search.sizes import Limits, Sizes, narrowed
-from planner.strategy.schedule.in_flight import Flights, InFlight
 from planner.strategy.schedule.schedules import Table
+from planner.strategy.schedule.table import Flights, InFlight
 from planner.strategy.strategy import Schedule
 
 MAX_REACH = 4

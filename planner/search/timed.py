@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.search.linear import LinearProgramme
 from planner.search.sizes import Sizes
+from planner.strategy.schedule.longest_path import action_order
 from planner.strategy.schedule.table import KINDS
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class _Programme:
 
     def __init__(self, relaxation: Relaxation, sizes: Sizes) -> None:
         self.relaxation, self.sizes, self.space = relaxation, sizes, relaxation.space
-        self.order, self.stages = relaxation.table.order, len(sizes.stages)
+        self.order, self.stages = action_order(relaxation.table), len(sizes.stages)
         block_s, fixed_s = relaxation.figures
         self.each = block_s.shape[2]
         self.kinds, self.cells = self.stages * self.each, self.stages * len(KINDS)

@@ -8,12 +8,9 @@ from planner.foundation.units import format_count
 from planner.hardware.catalog import load_device
 from planner.hardware.on_premises import BOUNDS, OnPremises
 from planner.profile.choose import use_of
-from planner.sizing.comparison import Assumption
+from planner.sizing.comparison import Assumption, Option, Pricing, SizingRequest
 from planner.sizing.energy import energy_facts
-from planner.sizing.offer import Pricing
-from planner.sizing.option import Option
-from planner.sizing.problems import profiles_for
-from planner.sizing.request import SizingRequest
+from planner.sizing.sized import profiles_for
 from planner.sizing.usual_overheads import upkeep_assumptions, usual_upkeep
 
 PROFILE_OF = "profile of"

@@ -21,7 +21,7 @@ from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
 from planner.hardware.device_file import DeviceFile
 from planner.hardware.on_premises import OnPremises, OwnedDevice
-from planner.sizing.offer import Pricing
+from planner.sizing.comparison import Pricing
 
 KG_PER_G = 1e-3
 MAX_G_PER_KWH = 2000.0

@@ -5,6 +5,10 @@ With s seconds of a step, t tokens in it, T tokens in all, g the goodput of the 
     days = T / t x s / g / 86,400        dollars = (nodes + spares) x r x 24 days
 
 The interval of the days is that of the step time; that of the dollars also spans the rate's own range.
+
+A sizing request as planning problems: on which device in which precision, by which profile.
+
+whole_plan(): the plan of an option as `plan solve` writes it, from a longer search than a sizing's.
 """
 
 from __future__ import annotations
@@ -12,18 +16,27 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+from planner.cost.compute.weight_gradients import trained_flops_per_token
 from planner.cost.goodput import Job, figures_of
 from planner.foundation.units import DAY_S
-from planner.hardware.catalog import load_device
+from planner.hardware.catalog import device_names, load_device
+from planner.hardware.cluster import ClusterSpec, Device
+from planner.hardware.cluster_text import parse_cluster
 from planner.hardware.on_premises import OnPremises
+from planner.hardware.prices import Market
+from planner.job.engine_settings import own_stack
 from planner.job.objective import Goal
-from planner.job.overheads import Upkeep
+from planner.job.problem import PlanningProblem, Upkeep
+from planner.profile.choose import shipped_profile, shipped_profiles
+from planner.profile.profile import Profile
 from planner.search.first_plan import Scouted
+from planner.search.solve import SolveOptions, solve
+from planner.sizing.comparison import Offer, Option, Rate, SizedPlan, SizingRequest
 from planner.sizing.energy import EnergyFacts, run_energy
-from planner.sizing.offer import Offer, Rate
-from planner.sizing.option import Option, SizedPlan
 from planner.sizing.usual_overheads import usual_upkeep
 from planner.strategy.estimate import JobFigures
+from planner.strategy.fix_keys import Pins
+from planner.strategy.plan import Plan
 
 BILLION = 1e9
 
@@ -150,3 +163,52 @@ def with_pareto(options: list[Option]) -> tuple[Option, ...]:
 def _by_dollars(option: Option) -> tuple[bool, float, float, int, str]:
     usd = option.cost_usd
     return usd is None, usd or 0.0, option.days, option.devices, option.name
+
+
+def profiles_for(request: SizingRequest) -> dict[str, Profile]:
+    """The shipped profile of each device that has one; the one that was given, for the device it was measured
+    on, or if it was fitted for all."""
+    names = {name for profile in shipped_profiles() for name in profile.devices}
+    known = {name: found for name in names if (found := shipped_profile(name)) is not None}
+    given = request.profile
+    if given is None:
+        return known
+    return known | dict.fromkeys(given.devices if given.measured else device_names(), given)
+
+
+def peak_device_s(request: SizingRequest, device: Device) -> float:
+    """Device-seconds of the whole run at a device's dense peak, which no plan beats; 0: no peak is known."""
+    precision = request.precision or device.usual_precision
+    workload = dataclasses.replace(request.workload, precision=precision)
+    peak = device.peak_flops(precision)
+    flops = trained_flops_per_token(request.model, workload) * (workload.tokens or 0)
+    return flops / peak if peak else 0.0
+
+
+def problem_on(
+    request: SizingRequest, cluster: ClusterSpec, device: Device, profile: Profile | None
+) -> PlanningProblem:
+    """The request as a problem on one cluster of a device."""
+    usable = device.usable_memory_bytes
+    precision = request.precision or device.usual_precision
+    return PlanningProblem(
+        model=request.model,
+        workload=dataclasses.replace(request.workload, precision=precision),
+        cluster=cluster,
+        profile=profile,
+        memory_limit_bytes=min(usable, request.memory_limit_bytes or usable),
+        stack=own_stack(cluster),
+        upkeep=usual_upkeep(cluster.devices, request.upkeep),
+    )
+
+
+TIME_LIMIT_S = 60.0
+"""Seconds of the search, as of `plan solve`."""
+
+
+def whole_plan(request: SizingRequest, market: Market, option: Option) -> Plan:
+    """The best plan on the option's cluster, no slower than the option's own. Raises InfeasibleError."""
+    cluster = parse_cluster(option.cluster, market=market)
+    device = cluster.groups[0].device
+    problem = problem_on(request, cluster, device, profiles_for(request).get(device.name))
+    return solve(problem, SolveOptions(pins=Pins(), time_limit_s=TIME_LIMIT_S))

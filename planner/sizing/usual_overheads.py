@@ -13,7 +13,7 @@ import dataclasses
 from planner.foundation.units import format_seconds
 from planner.hardware.cluster import Device
 from planner.hardware.failures import failure_file
-from planner.job.overheads import BEST, NOTHING_SAID, Upkeep
+from planner.job.problem import BEST, NOTHING_SAID, Upkeep
 from planner.sizing.comparison import Assumption
 
 

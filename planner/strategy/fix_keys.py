@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from itertools import permutations
 
-from planner.foundation.divisors import divisors
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
-from planner.foundation.suggest import nearest
+from planner.foundation.suggest import divisors, nearest
 from planner.hardware.cluster import ClusterSpec
 from planner.job.problem import PlanningProblem
 from planner.model.attention import CpExchange
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.strategy.placement import parse_device_order
 from planner.strategy.strategy import Offload, Schedule, Strategy
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.foundation.divisors import divisors, legal_values
+from planner.foundation.suggest import divisors, legal_values
 from planner.job.problem import PlanningProblem
 from planner.model.attention import Attention, CpExchange, LatentAttention
 from planner.model.traced_layer import TracedLayer

@@ -1,23 +1,182 @@
-"""What can be checked of a plan without devices: each check is named, and says what does not hold."""
+"""What can be checked of a plan without devices: each check is named, and says what does not hold.
+
+What does not hold of the rehearsal that a plan carries: ranks not its own, figures that do not add up.
+
+What is wrong with the schedule table of a plan, which a hand may have edited: it is run as written.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from planner.foundation.decode import digest
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
 from planner.job.objective import Minimise
 from planner.model.lora import module_problems
+from planner.strategy.equivalent_ranks import alike_ranks
 from planner.strategy.estimate import Verdict
 from planner.strategy.placement import device_names, stage_groups
 from planner.strategy.plan import Plan
-from planner.strategy.rehearsal_check import rehearsal_faults
+from planner.strategy.rehearsal import RankRehearsal, Refined, Rehearsal
 from planner.strategy.rules import broken_rules
-from planner.strategy.schedule_check import schedule_faults
+from planner.strategy.schedule.schedules import Action, ActionKind, Table, parse_table, table_faults
 from planner.strategy.strategy import AXES
+
+REHEARSAL_TOLERANCE = 1e-6
+
+
+def rehearsal_faults(plan: Plan) -> list[str]:
+    """The rehearsed ranks are the plan's, and the refined prediction follows from what they did."""
+    rehearsal, degrees = plan.rehearsal, plan.strategy.degrees
+    if rehearsal is None or len(plan.strategy.stages) != degrees.stages:
+        return []  # of wrong stages the rules say so
+    kinds = alike_ranks(plan)
+    faults = [fault for rank in rehearsal.ranks for fault in _of_rank(plan, rank, kinds)]
+    covered = {pp_rank for rank in rehearsal.ranks for pp_rank in rank.alike}
+    missing = sorted(set(range(degrees.pp)) - covered)
+    if rehearsal.complete and missing:
+        faults.append(f"complete, but no rank stands for pp {', '.join(map(str, missing))}")
+    if not rehearsal.complete and not missing:
+        faults.append("not complete, but every kind of rank was rehearsed")
+    if not 1 <= rehearsal.micro_batches <= degrees.num_micro_batches:
+        faults.append(
+            f"{rehearsal.micro_batches} micro-batches were run, the plan has {degrees.num_micro_batches}"
+        )
+    if rehearsal.refined is not None:
+        faults += _of_refined(plan, rehearsal, rehearsal.refined)
+    return faults
+
+
+def _of_rank(plan: Plan, found: RankRehearsal, kinds: list[tuple[int, ...]]) -> Iterator[str]:
+    """A rank is of the plan, holds the stages that it is said to, and stands for ranks that do the same."""
+    degrees = plan.strategy.degrees
+    if not 0 <= found.rank < degrees.world:
+        yield f"rank {found.rank} was rehearsed, the plan has {degrees.world} ranks"
+        return
+    pp_rank = degrees.pp_rank_of_rank(found.rank)
+    held = degrees.stages_of_pp_rank(pp_rank)
+    if found.stages != held:
+        yield f"rank {found.rank} is said to hold stages {found.stages}; the plan gives it {held}"
+    strangers = sorted({each.stage for each in found.passes} - set(held))
+    if strangers:
+        yield f"rank {found.rank} has passes of stages {strangers}, which it does not hold"
+    kind = next(kind for kind in kinds if pp_rank in kind)
+    others = sorted(set(found.alike) - set(kind))
+    if others or pp_rank not in found.alike:
+        yield f"rank {found.rank} stands for pp {found.alike}; those that do the same are {kind}"
+    peak, start = found.allocated_bytes, found.start_bytes
+    if peak is not None and start is not None and start > peak:
+        yield f"rank {found.rank} holds {start} B between steps, more than its peak of {peak} B"
+    if peak is not None and found.reserved_bytes is not None and found.reserved_bytes < peak:
+        yield f"rank {found.rank} allocated {peak} B of {found.reserved_bytes} B reserved"
+
+
+def _of_refined(plan: Plan, rehearsal: Rehearsal, refined: Refined) -> Iterator[str]:
+    """Causes add up to the time, the intervals hold their figures, and the verdict is that of the ranks."""
+    if not math.isclose(refined.breakdown.total_s, refined.step_time_s, rel_tol=REHEARSAL_TOLERANCE):
+        yield f"refined causes add up to {refined.breakdown.total_s} s, not {refined.step_time_s} s"
+    intervals = (
+        ("step time", refined.step_time_s, refined.step_time_interval_s),
+        ("peak memory", refined.peak_memory_bytes, refined.peak_memory_interval_bytes),
+    )
+    for name, figure, (low, high) in intervals:
+        if not low <= figure <= high:
+            yield f"the refined {name} {figure} lies outside {low} to {high}"
+    if not 0 <= refined.measured_share <= 1 + REHEARSAL_TOLERANCE:
+        yield f"{refined.measured_share} of a rank's time is said to be measured"
+    if rehearsal.ran_out and refined.verdict is not Verdict.NO:
+        yield f"a rank ran out of memory, and the refined verdict is {refined.verdict}"
+    limits = {
+        plan.estimate.memory_limit_bytes if own is None else own
+        for own in (stage.memory_limit_bytes for stage in plan.stage_estimates)
+    }
+    if refined.memory_limit_bytes not in limits:
+        said = ", ".join(str(limit) for limit in sorted(limits))
+        yield f"the refined limit is {refined.memory_limit_bytes} B, the plan's {said} B"
+    if refined.verdict is Verdict.SAFE and refined.peak_memory_bytes > refined.memory_limit_bytes:
+        yield f"refined SAFE, but {refined.peak_memory_bytes} B exceed {refined.memory_limit_bytes} B"
+
+
+SHOWN = 5
+
+
+def schedule_faults(plan: Plan) -> list[str]:
+    """Every stage and micro-batch runs forward, then backward, on its rank, and no rank waits for ever."""
+    degrees, stages = plan.strategy.degrees, len(plan.strategy.stages)
+    if len(plan.schedule_table) != degrees.pp:
+        return [f"has {len(plan.schedule_table)} rows for {degrees.pp} pipeline ranks"]
+    texts = sum(len(row) for row in plan.schedule_table)
+    passes = stages * degrees.num_micro_batches
+    if texts > 4 * passes:
+        return [f"has {texts} actions; forward and backward of each stage and micro-batch make {2 * passes}"]
+    try:
+        table = parse_table(plan.schedule_table)
+    except InputError as error:
+        return [str(problem) for problem in error.problems]
+    faults = table_faults(table, stages, degrees.num_micro_batches, degrees.pp_rank_of_stage)
+    return faults or stuck_actions(table, stages)
+
+
+def check_schedule_table(plan: Plan) -> None:
+    """Raises InputError with what keeps the plan's schedule table from being executed."""
+    faults = schedule_faults(plan)
+    if faults:
+        more = f" (and {len(faults) - SHOWN} more)" if len(faults) > SHOWN else ""
+        degrees = plan.strategy.degrees
+        raise InputError(
+            Problem(
+                where="schedule_table",
+                fault=f"cannot be executed: {'; '.join(faults[:SHOWN])}{more}.",
+                legal="in the row of the rank that holds it, each stage's F of each of "
+                f"{degrees.num_micro_batches} micro-batches, then its B, or its I and later its W",
+                fix=f"take the table of {degrees.schedule}: plan estimate with the same --fix writes it",
+            )
+        )
+
+
+def stuck_actions(table: Table, stages: int) -> list[str]:
+    """The actions at which rows wait for ever, and for what; none where every row comes to its end."""
+    rows = list(table)
+    positions = [0] * len(rows)
+    sent: set[tuple[int, bool, int]] = set()
+    moved = True
+    while moved:
+        moved = False
+        for rank, row in enumerate(rows):
+            while positions[rank] < len(row) and _can_run(row[positions[rank]], sent, stages):
+                action = row[positions[rank]]
+                positions[rank] += 1
+                moved = True
+                if not action.paired:  # what a pair makes leaves at its end
+                    pair = row[max(positions[rank] - 2, 0) : positions[rank]]
+                    sent.update(_signal(a) for a in pair if a == action or a.paired)
+    return [
+        f"rank {rank} waits for ever at {row[position]} for {_wanted(row[position])}"
+        for rank, (position, row) in enumerate(zip(positions, rows, strict=True))
+        if position < len(row)
+    ]
+
+
+def _signal(action: Action) -> tuple[int, bool, int]:
+    return action.stage, action.kind is ActionKind.FORWARD, action.micro_batch
+
+
+def _can_run(action: Action, sent: set[tuple[int, bool, int]], stages: int) -> bool:
+    if action.kind is ActionKind.WEIGHT_GRAD:
+        return True
+    forward = action.kind is ActionKind.FORWARD
+    sender = action.stage - 1 if forward else action.stage + 1
+    return not 0 <= sender < stages or (sender, forward, action.micro_batch) in sent
+
+
+def _wanted(action: Action) -> str:
+    if action.kind is ActionKind.FORWARD:
+        return f"{action.stage - 1}F{action.micro_batch}"
+    return f"the backward of micro-batch {action.micro_batch} on stage {action.stage + 1}"
+
 
 RELATIVE_TOLERANCE = 1e-6
 

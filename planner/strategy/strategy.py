@@ -9,7 +9,7 @@ from enum import IntEnum, StrEnum
 
 from planner.foundation.frozen import frozen
 from planner.model.attention import CpExchange
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 
 
 class Schedule(StrEnum):

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from planner.cost.message_list import COPIES, Message
 from planner.profile.profile import Op
-from runtime.parallel import context_attention
+from runtime.parallel import context as context_attention
 from runtime.parallel.meshes import Meshes
 
 # Which argument of an operator is the whole message: what is gathered into, or what goes in.
@@ -46,7 +46,7 @@ _SHARD = ("all_gather_into_tensor", "all_gather_into_tensor_coalesced")
 """Functional gathers are given the shard and the number of ranks."""
 _SILENT = ("recv_", "barrier", "wait_tensor", "monitored_barrier_", "_wrap_tensor_autograd")
 OWN = "shardwise"
-"""The namespace of the operators in `runtime.parallel.context_attention`."""
+"""The namespace of the operators in `runtime.parallel.context`."""
 _NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 

@@ -29,10 +29,9 @@ from planner.model.spec import ModelSpec
 from planner.model.workload import Adapters
 from planner.strategy.plan import Plan
 from runtime.checkpoint.store import load_index
+from runtime.model.huggingface.files import Box, local_box, open_file
 from runtime.model.huggingface.names import names_of
-from runtime.model.huggingface.read import Box, local_box, open_file
-from runtime.model.lora import A, B, scale_of
-from runtime.model.peft_modules import PeftModule, named_modules, peft_modules, targets
+from runtime.model.lora import A, B, PeftModule, named_modules, peft_modules, scale_of, targets
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 HALVES = {A: "lora_A", B: "lora_B"}

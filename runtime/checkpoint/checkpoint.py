@@ -12,27 +12,44 @@ ours (`checkpoint_writer`, `checkpoint_reader`) keeps
 so that nothing that is read can run code. Between the ranks of a running job DCP passes its plans as pickles
 over the process group; these never reach a file, and come from no one but the job itself. `committed` says
 how a step is found again, `saver` how it is saved behind the steps.
+
+Saves checkpoints behind the steps: training waits for a copy in host memory, a thread does the rest.
+
+    the loop    wait for the save before ─ start the thread ─ wait for its copy ─ next step ─ next step ...
+    the thread  plan with the other ranks ─ copy this rank's part ─ write, hash, read back ─ publish
+
+The thread's collectives run on a gloo group of their own, so they never meet those of a step. A fault is kept
+and raised by the next call of `wait`; the loop asks `failed` after every step.
+
+Whose run a checkpoint is, in flat facts: what must not change when it goes on, and which plan made it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
+import threading
+import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
+from planner.foundation.decode import digest, encode
 from planner.foundation.errors import InputError, Problem
-from runtime.checkpoint.reader import JsonLoadPlanner, SafetensorsReader
+from planner.strategy.plan import Plan
+from runtime.checkpoint.dcp import JsonLoadPlanner, JsonSavePlanner, SafetensorsReader, SafetensorsWriter
 from runtime.checkpoint.store import CheckpointIndex, Value
-from runtime.checkpoint.writer import JsonSavePlanner, SafetensorsWriter
-from runtime.launch.exchange import agree, own_rank
+from runtime.launch.rank import agree, own_rank
 
 State = Mapping[str, Any]
 
@@ -182,3 +199,128 @@ def _quiet_alone() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
+
+
+WRITE_TIMEOUT_S = 3600.0
+"""How long the ranks wait for the slowest to write its part. One that died is noticed at once."""
+
+
+class Saver:
+    """The checkpoints of one rank's run, one at a time. Every rank makes one and calls it in step.
+
+    `behind` false: `save` returns when the step is published. `waited_s` is what training has waited for
+    checkpoints so far; `published` the newest step that this launch has published.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, behind: bool, device: torch.device) -> None:
+        self.folder, self.keep, self.behind, self.device = folder, keep, behind, device
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=WRITE_TIMEOUT_S))
+        self._plans = uuid.uuid4().hex
+        self.waited_s = 0.0
+        self.published: Path | None = None
+        self._thread: threading.Thread | None = None
+        self._fault: BaseException | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save behind the steps has come to nothing; `wait` raises why."""
+        return self._fault is not None
+
+    def save(self, state: Mapping[str, Any], *, step: int, run: dict[str, Value]) -> None:
+        """Saves `state` as `step`, once the save before is published. Raises what that one failed of."""
+        self.wait()
+        begin_s = time.monotonic()
+        try:
+            if self.behind:
+                self._start(flattened(state), step, run)
+            else:
+                self._save(state, step, run, None)
+        finally:
+            self.waited_s += time.monotonic() - begin_s
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises InputError where a rank could not write."""
+        begin_s = time.monotonic()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.waited_s += time.monotonic() - begin_s
+        if self._fault is not None:
+            fault, self._fault = self._fault, None
+            raise fault
+
+    def _start(self, state: Mapping[str, Any], step: int, run: dict[str, Value]) -> None:
+        copied = threading.Event()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the thread copies on a stream of its own
+
+        def work() -> None:
+            try:
+                self._save(state, step, run, copied)
+            except BaseException as fault:
+                self._fault = fault
+            finally:
+                copied.set()
+
+        # A daemon: a run that ends by a fault does not stay for a write that waits for a lost rank.
+        self._thread = threading.Thread(target=work, name=f"save-{step}", daemon=True)
+        self._thread.start()
+        copied.wait()
+
+    def _save(
+        self, state: Mapping[str, Any], step: int, run: dict[str, Value], copied: threading.Event | None
+    ) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self.published = save_checkpoint(
+            self.folder,
+            state,
+            step=step,
+            run=run,
+            keep=self.keep,
+            group=self.group,
+            staged=None if copied is None else copied.set,
+            remembered=self._plans,
+        )
+
+
+def plan_identity(plan: Plan) -> dict[str, Value]:
+    """The facts that a plan fixes: its model but for the name, its workload but for the tokens."""
+    model = dataclasses.replace(plan.model, name="", sources=())
+    workload = dataclasses.replace(plan.workload, tokens=None)
+    return dict(_flat({"model": encode(model), "workload": encode(workload)}, ""))
+
+
+def _flat(value: Any, prefix: str) -> list[tuple[str, Value]]:
+    if isinstance(value, dict):
+        return [pair for key, item in value.items() for pair in _flat(item, f"{prefix}.{key}".strip("."))]
+    if isinstance(value, (list, tuple)):
+        return [pair for place, item in enumerate(value) for pair in _flat(item, f"{prefix}.{place}")]
+    return [(prefix, str(value) if isinstance(value, str) else value)]
+
+
+def check_identity(path: Path, saved: Mapping[str, Value], own: Mapping[str, Value]) -> None:
+    """Raises InputError with every fact in which a checkpoint and this run differ, both values named."""
+    names = [name for name in (*own, *(n for n in saved if n not in own)) if not name.startswith("plan.")]
+    problems = [
+        Problem(
+            where=f"{path}: {name}",
+            fault=f"is {saved.get(name, 'absent')!r} in the checkpoint, {own.get(name, 'absent')!r} now.",
+            fix="resume with the model, workload, data and seed of the run, or start a new one",
+        )
+        for name in names
+        if saved.get(name, "absent") != own.get(name, "absent")
+    ]
+    if problems:
+        raise InputError(*problems)
+
+
+def check_same_run(path: Path, saved: Mapping[str, Value], plan: Plan) -> None:
+    """Raises InputError where a checkpoint is of another model or workload than a plan."""
+    of_plan = {name: value for name, value in saved.items() if name.startswith(("model.", "workload."))}
+    check_identity(path, of_plan, plan_identity(plan))
+
+
+def plan_facts(plan: Plan) -> dict[str, Value]:
+    """By which plan a checkpoint was made; a run may go on under another one."""
+    return {"plan.label": plan.strategy.degrees.label(), "plan.digest": digest(plan.strategy)}

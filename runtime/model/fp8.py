@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from planner.foundation.errors import InputError, Problem
 from planner.model.workload import Precision
-from runtime.model.block import Block
 from runtime.model.held_weights import split_dim
+from runtime.model.transformer import Block
 
 MULTIPLE = 16
 """Both dimensions of an operand must be multiples of it, but the first of the left one (cuBLASLt)."""

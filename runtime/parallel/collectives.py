@@ -1,16 +1,23 @@
 """Collectives that autograd goes back through. They are the operators that torch traces, so that selective
-recomputation can keep their results (`runtime.parallel.recompute`)."""
+recomputation can keep their results (`runtime.parallel.recompute`).
+
+The messages of context parallelism: hops of a ring, gathers, and the trade of sequence for heads.
+
+Shapes: B micro-batch, c ranks of the group, s = S / c positions of a rank, N heads, D head_dim.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor
 
-from runtime.launch.fake_answers import FILLS, alone, balanced_counts, fill
+from runtime.launch.rank import FILLS, alone, balanced_counts, fill
 
 _ops = torch.ops._c10d_functional
 
@@ -88,3 +95,119 @@ class _Transposed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return ctx.back(grads[0]), None, None
+
+
+class Ring:
+    """The ranks of a group in a circle: each sends to the next one and receives from the one before."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+
+    def send(self, *tensors: Tensor, kind: int = 0) -> Hop:
+        """Starts one hop of these contiguous tensors. Hops of two kinds that overlap need not be in order."""
+        ahead, behind = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        received = tuple(torch.empty_like(tensor) for tensor in tensors)
+        if alone(self.group):
+            for empty, own in zip(received, tensors, strict=True):
+                fill(empty, own)
+        sends = self._operations(dist.isend, tensors, ahead, kind)
+        receives = self._operations(dist.irecv, received, behind, kind)
+        return Hop(tensors, received, dist.batch_isend_irecv([*sends, *receives]))
+
+    def _operations(
+        self, operation: Callable[..., Any], tensors: Sequence[Tensor], peer: int, kind: int
+    ) -> list[dist.P2POp]:
+        peer = dist.get_global_rank(self.group, peer)
+        return [
+            dist.P2POp(operation, tensor, peer, self.group, tag=kind * len(tensors) + place)
+            for place, tensor in enumerate(tensors)
+        ]
+
+
+class Hop:
+    """Tensors on their way round; what is sent stays alive until it has arrived."""
+
+    def __init__(
+        self, sent: tuple[Tensor, ...], received: tuple[Tensor, ...], works: list[dist.Work]
+    ) -> None:
+        self._sent, self._received, self._works = sent, received, works
+
+    def arrive(self) -> tuple[Tensor, ...]:
+        """What the rank before sent. The device waits, the host only where communication is its own work."""
+        for work in self._works:
+            work.wait()
+        self._works, self._sent = [], ()
+        return self._received
+
+
+def gather_parts(parts: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    """For each tensor those of all ranks, [c, ...], in one message."""
+    own = torch.cat([part.reshape(-1) for part in parts])
+    whole = own.new_empty(dist.get_world_size(group), own.numel())
+    # The old name is deprecated since 2.13, the new one missing before.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(whole.view(-1), own, group=group)
+    return _views(whole, parts)
+
+
+class PartialSums:
+    """For tensors of every rank what this one adds to them; `scatter` gives each rank the sum of its own.
+
+    `views` are [c, ...] for each tensor, zeros at first.
+    """
+
+    def __init__(self, like: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+        self._like, self._group = like, group
+        count = sum(tensor.numel() for tensor in like)
+        self._whole = like[0].new_zeros(dist.get_world_size(group), count)
+        self.views = _views(self._whole, like)
+
+    def scatter(self) -> tuple[Tensor, ...]:
+        """The sums over all ranks of this rank's own tensors, in one message."""
+        own = self._whole.new_empty(1, self._whole.shape[1])
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        scatter(own.view(-1), self._whole.view(-1), group=self._group)
+        if not FILLS and alone(self._group):
+            fill(own, self._whole)
+        return tuple(view[0].clone() for view in _views(own, self._like))
+
+
+def _views(whole: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    starts = itertools.accumulate((tensor.numel() for tensor in like), initial=0)
+    return tuple(
+        whole[:, start : start + tensor.numel()].view(-1, *tensor.shape)
+        for start, tensor in zip(starts, like, strict=False)
+    )
+
+
+def sequence_for_heads(x_bsnd: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[B, s, N, D] of every head and this rank's positions -> [B, S, N/c, D] of this rank's heads and all."""
+    return with_transpose(x_bsnd, lambda x: _to_heads(x, group), lambda grad: _to_sequence(grad, group))
+
+
+def heads_for_sequence(x_bsnd: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[B, S, N/c, D] of this rank's heads -> [B, s, N, D] of every head and this rank's positions."""
+    return with_transpose(x_bsnd, lambda x: _to_sequence(x, group), lambda grad: _to_heads(grad, group))
+
+
+def _to_heads(x_bsnd: Tensor, group: dist.ProcessGroup) -> Tensor:
+    batch, positions, _, width = x_bsnd.shape
+    ranks = dist.get_world_size(group)
+    parts = x_bsnd.reshape(batch, positions, ranks, -1, width).permute(2, 0, 1, 3, 4)
+    return _trade(parts, group).permute(1, 0, 2, 3, 4).flatten(1, 2)
+
+
+def _to_sequence(x_bsnd: Tensor, group: dist.ProcessGroup) -> Tensor:
+    batch, _, heads, width = x_bsnd.shape
+    ranks = dist.get_world_size(group)
+    parts = x_bsnd.reshape(batch, ranks, -1, heads, width).permute(1, 0, 2, 3, 4)
+    return _trade(parts, group).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def _trade(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Gives part r to rank r, and returns what each rank gave, in the order of ranks."""
+    traded = functional_collectives.all_to_all_single(parts.contiguous(), None, None, group)
+    arrived: Tensor = functional_collectives.wait_tensor(traded)  # type: ignore[no-untyped-call]
+    if not FILLS and alone(group):
+        fill(arrived, parts)
+    return arrived

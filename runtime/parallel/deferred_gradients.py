@@ -4,7 +4,7 @@ For y = x A^T + b, an I pass computes dx = dy A and db at once and keeps (x, dy)
 dA = dy^T x. Everything else is done in I: norms, biases, embedding, head, and whole blocks that recompute,
 since keeping what they recomputed until W would give back the memory that recomputing saved. So a block is
 recomputed once, and what is kept from I to W is less than what the block kept from its forward, unless
-tensor and sequence parallelism share that out and gather these (planner.cost.memory.zero_bubble_memory):
+tensor and sequence parallelism share that out and gather these (planner.cost.memory.activations):
 
     (x, dy) of a llama block    x: 2 H + Q + F     dy: 2 H + Q + 2 KV + 2 F     values a token
     its activations             4 H + 2 Q + 2 KV + 4 F

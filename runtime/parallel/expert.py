@@ -30,7 +30,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from planner.strategy.strategy import Degrees
-from runtime.launch.fake_answers import row_counts
+from runtime.launch.rank import row_counts
 from runtime.model.experts import Experts, MixtureOfExperts
 from runtime.parallel.collectives import exchange_counts, exchange_rows, gather_ranks, sum_to_ranks
 from runtime.parallel.context import held_positions

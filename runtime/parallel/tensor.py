@@ -23,10 +23,10 @@ from torch.nn import functional
 
 from planner.strategy.strategy import Degrees
 from runtime.model.attention import Attention
-from runtime.model.block import Block
 from runtime.model.experts import MixtureOfExperts
-from runtime.model.head import Head
-from runtime.model.norms import WidthNorm
+from runtime.model.layers import WidthNorm
+from runtime.model.loss import Head
+from runtime.model.transformer import Block
 from runtime.parallel.expert import Leave, mixtures, shared_expert_plan
 from runtime.parallel.meshes import HEAD_AXES, HeadMeshes, Meshes, mesh_axes
 

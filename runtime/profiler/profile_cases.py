@@ -60,7 +60,7 @@ class Family(Protocol[C]):
 
     def measure(self, cases: Sequence[C]) -> Iterator[Reading]:
         """One reading a case, in this order, in child processes
-        (`runtime.profiler.subprocesses.run_children`).
+        (`runtime.profiler.timing.run_children`).
 
         When a child dies, ChildFailed comes out: it costs the case whose reading is next, and the profiler
         goes on with those after it. Too little memory is a reading that says so (`skipped`).

@@ -13,21 +13,18 @@ from importlib import metadata
 from typing import Any, Protocol
 
 from planner.hardware.cluster import ClusterSpec, Device
-from planner.hardware.local_machine import usable_cores
-from planner.hardware.nvidia import ClockWatch, driver_version
+from planner.hardware.local_machine import ClockWatch, driver_version, usable_cores
 from planner.model.spec import ModelSpec
 from planner.model.workload import Precision
 from planner.profile.merge import MORE_CASES, NO_TIME, Sample, Stack, by_field
 from planner.profile.profile import PROFILE_SCHEMA, Profile
-from runtime.profiler.comm_family import CommFamily
-from runtime.profiler.host_families import CommunicatorFamily, ContentionFamily, HostFamily
-from runtime.profiler.joint_world import JointWorld
+from runtime.profiler.collectives import CommFamily
+from runtime.profiler.host import CommunicatorFamily, ContentionFamily, HostFamily
+from runtime.profiler.joint_world import JointWorld, World
 from runtime.profiler.layer_family import LayerFamily
+from runtime.profiler.operators import rate_families
 from runtime.profiler.profile_cases import Family, Reading
-from runtime.profiler.profile_journal import Record
-from runtime.profiler.rank_groups import World
-from runtime.profiler.rate_family import rate_families
-from runtime.profiler.scheduler import Scheduler
+from runtime.profiler.scheduler import Record, Scheduler
 from runtime.profiler.scope import Scope, Sweeps
 
 MOST_NAMED = 10

@@ -8,9 +8,8 @@ from enum import StrEnum
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
 from planner.model.spec import ModelSpec
-from runtime.profiler.layer_grid import layer_cases
-from runtime.profiler.measure_comm import CPU_LARGEST_BYTES, SIZES_BYTES
-from runtime.profiler.measure_layers import divides
+from runtime.profiler.collectives import CPU_LARGEST_BYTES, SIZES_BYTES
+from runtime.profiler.layers import divides, layer_cases
 from runtime.profiler.timing import Effort
 
 MOST_RANKS = 64

@@ -1,10 +1,38 @@
-"""Repeated timing: warm up, run until there is enough, report the median and the spread."""
+"""Repeated timing: warm up, run until there is enough, report the median and the spread.
+
+Seconds that an accelerator works apart from those in which the host tells it to.
+
+The device first waits in a kernel that does nothing, long enough for the host to begin all phases behind it.
+Then nothing stands between their kernels, and events around a phase tell the device's time alone; the host's
+is that of the calls. A phase in which the host itself waits for the device (sizes that are only known there)
+cannot be begun ahead: its time is the wall's, and the host's is not known.
+
+Measuring processes: forked from this one, each reporting JSON lines through a pipe as it goes.
+
+Every measurement runs in a child, so that a sample that runs out of memory or is killed costs that child
+and not the profile, and this process never touches a device itself (which would forbid forking on CUDA).
+torch is imported before the fork: a child starts in milliseconds.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
+import itertools
+import json
+import math
+import os
+import selectors
+import signal
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -109,3 +137,255 @@ CPU = torch.device("cpu")
 def time_call(call: Callable[[], object], effort: Effort, device: torch.device) -> Timing:
     """Times one call as often as the effort says."""
     return time_phases([call], effort, device)[0]
+
+
+AHEAD = 2.0
+"""How often the host time of the run before the device waits at first: runs differ."""
+LONGEST_S = 1.0
+"""A host that is not through within this many seconds of waiting waits for the device itself."""
+
+Phase = Callable[[], object]
+
+
+class Apart(NamedTuple):
+    """The device's time of a phase, and the median of the host's; None where the host waits."""
+
+    device: Timing
+    host_s: float | None
+
+
+class Run(NamedTuple):
+    """One run of all phases: seconds of host and device of each, and whether the host was through first."""
+
+    host_s: list[float]
+    device_s: list[float]
+    ahead: bool
+
+
+def time_apart(phases: Sequence[Phase], effort: Effort, device: torch.device) -> list[Apart]:
+    """Times phases that run one after another as often as the effort says."""
+    waiter = Waiter(device)
+    for _ in range(max(effort.warmup, 1)):
+        latest = run_behind(phases, 0.0, waiter)
+    wait_s = AHEAD * sum(latest.host_s)
+    runs: list[Run] = []
+    began = time.perf_counter()
+    while len(runs) < effort.least or (
+        len(runs) < effort.most and time.perf_counter() - began < effort.budget_s
+    ):
+        run = run_behind(phases, wait_s, waiter)
+        if not run.ahead and wait_s and not runs:
+            wait_s = 2 * wait_s if wait_s < LONGEST_S else 0.0  # no wait: it cannot be begun ahead
+            continue
+        runs.append(run)
+    return summaries(runs, ahead=wait_s > 0)
+
+
+def summaries(runs: Sequence[Run], *, ahead: bool) -> list[Apart]:
+    """Of each phase, from runs; those where the device waited for the host are left out if others remain."""
+    kept = [run for run in runs if run.ahead] or list(runs)
+    return [
+        Apart(summarize(device_s), statistics.median(host_s) if ahead else None)
+        for host_s, device_s in zip(
+            zip(*(run.host_s for run in kept), strict=True),
+            zip(*(run.device_s for run in kept), strict=True),
+            strict=True,
+        )
+    ]
+
+
+def run_behind(phases: Sequence[Phase], wait_s: float, waiter: Waiter) -> Run:
+    """Runs the phases once, begun while the device waits `wait_s`."""
+    waiter.synchronize()
+    waiter.wait(wait_s)
+    events, host_s = [waiter.event()], []
+    for phase in phases:
+        began = time.perf_counter()
+        phase()
+        host_s.append(time.perf_counter() - began)
+        events.append(waiter.event())
+    ahead = not events[0].query()  # type: ignore[no-untyped-call]
+    waiter.synchronize()
+    device_s = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
+    return Run(host_s, device_s, ahead)
+
+
+class Waiter:
+    """Has a CUDA device wait, and marks moments in its queue."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cycles_per_s = 0.0
+        cycles = 10**7
+        self._sleep(cycles)  # the first one is loaded
+        begin = self.event()
+        self._sleep(cycles)
+        end = self.event()
+        self.synchronize()
+        self.cycles_per_s = cycles / (begin.elapsed_time(end) / 1e3)
+
+    def wait(self, seconds: float) -> None:
+        """Queues a kernel of this many seconds that leaves memory and multipliers alone."""
+        if seconds > 0:
+            self._sleep(round(seconds * self.cycles_per_s))
+
+    def event(self) -> torch.cuda.Event:
+        """A moment in the queue, which tells how long after another it was reached."""
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def synchronize(self) -> None:
+        """Waits for the queue."""
+        torch.cuda.synchronize(self.device)
+
+    def _sleep(self, cycles: int) -> None:
+        torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
+
+
+Emit = Callable[[dict[str, Any]], None]
+Body = Callable[[int, Emit], None]
+
+_PR_SET_PDEATHSIG = 1
+"""prctl(2): the signal that a child gets when its parent dies."""
+
+
+class ChildFailed(Exception):  # noqa: N818  # an event to report, caught and turned into a skipped sample
+    """A measuring process ended before its work did. The text says how."""
+
+
+class TimeUp(Exception):  # noqa: N818  # the end of the time that was given, not a fault
+    """The time that `ended_at` gave is over: the measuring processes were ended."""
+
+
+_ENDS_S: ContextVar[float] = ContextVar("ends_s", default=math.inf)
+
+
+@contextlib.contextmanager
+def ended_at(ends_s: float) -> Iterator[None]:
+    """Within it, `run_children` waits for nobody beyond this time of `time.monotonic`."""
+    before = _ENDS_S.set(ends_s)
+    try:
+        yield
+    finally:
+        _ENDS_S.reset(before)
+
+
+def run_children(body: Body, count: int = 1, *, silence_s: float = 120.0) -> Iterator[dict[str, Any]]:
+    """Runs `body(rank, emit)` in `count` forked processes and yields what they emit, as it comes.
+
+    Raises ChildFailed when a child raises, is killed, or when none has emitted anything for `silence_s`
+    seconds, and TimeUp where the time is limited. However the iteration ends, no child is left running.
+    """
+    children: dict[int, int] = {}  # read end of its pipe -> process id
+    try:
+        for rank in range(count):
+            reader, process = _fork(body, rank, list(children))
+            children[reader] = process
+        yield from _read(children, silence_s)
+        for process in children.values():
+            _expect_success(process)
+    finally:
+        for reader, process in children.items():
+            os.close(reader)
+            _end(process)
+
+
+def _fork(body: Body, rank: int, inherited: list[int]) -> tuple[int, int]:
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with warnings.catch_warnings():
+        # Python 3.12 warns when other threads exist; torch's own idle threads are no danger to a child
+        # that computes with one thread.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process = os.fork()
+    if process == 0:
+        for descriptor in (reader, *inherited):
+            os.close(descriptor)
+        _child(body, rank, writer)
+    os.close(writer)
+    return reader, process
+
+
+def _child(body: Body, rank: int, writer: int) -> None:
+    """Runs the body and ends this process; nothing of the parent's clean-up may run here."""
+    code = 1
+    try:
+        _die_with_parent()
+        _die_first()
+        gc.freeze()  # nothing that was imported is garbage: collections and walks skip it from here
+        for ending in (signal.SIGINT, signal.SIGTERM):  # the parent, which gets them too, ends us
+            signal.signal(ending, signal.SIG_IGN)
+        with os.fdopen(writer, "w", encoding="utf-8", buffering=1) as pipe:
+            try:
+                body(rank, lambda message: print(json.dumps(message), file=pipe, flush=True))
+                code = 0
+            except BaseException as error:
+                text = " ".join(str(error).split())[:500]
+                print(json.dumps({"failed": f"{type(error).__name__}: {text}"}), file=pipe, flush=True)
+    finally:
+        os._exit(code)
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _die_first() -> None:
+    """Where memory runs out, the system is to kill the measuring process and not the one that gathers."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+
+
+def _read(children: dict[int, int], silence_s: float) -> Iterator[dict[str, Any]]:
+    buffers = dict.fromkeys(children, b"")
+    with selectors.DefaultSelector() as selector:
+        for reader in children:
+            selector.register(reader, selectors.EVENT_READ)
+        while selector.get_map():
+            left_s = _ENDS_S.get() - time.monotonic()
+            ready = selector.select(timeout=max(0.0, min(silence_s, left_s)))
+            if not ready and left_s <= silence_s:
+                raise TimeUp
+            if not ready:
+                raise ChildFailed(f"no sign of life for {silence_s:.0f} s")
+            for key, _ in ready:
+                chunk = os.read(key.fd, 1 << 16)
+                if not chunk:
+                    selector.unregister(key.fd)
+                *lines, buffers[key.fd] = (buffers[key.fd] + chunk).split(b"\n")
+                for line in lines:
+                    message: dict[str, Any] = json.loads(line)
+                    if "failed" in message:
+                        raise ChildFailed(message["failed"])
+                    yield message
+                if not chunk:
+                    _raise_if_killed(children[key.fd])
+
+
+def _raise_if_killed(process: int) -> None:
+    """A child that was killed closes its pipe without a word: the others would wait for it in vain."""
+    state = os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+    if state is not None and state.si_code != os.CLD_EXITED:
+        raise ChildFailed(f"was killed by {signal.Signals(state.si_status).name}")
+
+
+def _expect_success(process: int) -> None:
+    state = os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+    if state is not None and state.si_status != 0:
+        raise ChildFailed(f"ended with code {state.si_status}")
+
+
+def _end(process: int) -> None:
+    """Reaps a child; one that still runs is killed first."""
+    finished, _ = os.waitpid(process, os.WNOHANG)
+    if finished == 0:
+        os.kill(process, signal.SIGKILL)
+        while True:
+            try:
+                os.waitpid(process, 0)
+                return
+            except InterruptedError:
+                time.sleep(0.01)

@@ -3,7 +3,7 @@
 The process group is torch's fake one, of the plan's size: modules, shards, hooks, the schedule's actions,
 what is recomputed and the optimizer's step are real, and messages are answered by nobody, with tensors of the
 right shape. So memory and a rank's own time are those of the cluster's rank; the messages' time is modelled
-(`planner.advice.refine`).
+(`planner.advice.apply_rehearsal`).
 
 Each rank has a process of its own, so that one without enough memory ends alone. On an accelerator the
 allocator is held to the plan's limit.
@@ -28,20 +28,17 @@ from planner.foundation.decode import decode, encode
 from planner.hardware.local_machine import usable_cores
 from planner.strategy.plan import Plan
 from planner.strategy.rehearsal import RankRehearsal, RehearsalMode, RehearsedPass
-from planner.strategy.schedule.action import ActionKind, parse_action
+from planner.strategy.schedule.table import ActionKind, parse_action
 from runtime.check.measured_memory import measure_peak
 from runtime.launch.local_ranks import RunFailedError
-from runtime.parallel.compiled import compiles
-from runtime.parallel.fake_world import fake_group
-from runtime.parallel.meshes import build_meshes
-from runtime.profiler.measure_layers import out_of_memory
-from runtime.profiler.subprocesses import ChildFailed, Emit, run_children
-from runtime.profiler.timing import clock_of, reference_s, summarize
-from runtime.rehearse.fake_kernels import accelerator_kernels
-from runtime.rehearse.fake_tensors import CUDA_BLOCK_BYTES, LiveBytes, fake_tensors
+from runtime.parallel.meshes import build_meshes, fake_group
+from runtime.parallel.recompute import compiles
+from runtime.profiler.layers import out_of_memory
+from runtime.profiler.timing import ChildFailed, Emit, clock_of, reference_s, run_children, summarize
+from runtime.rehearse.fake import CUDA_BLOCK_BYTES, LiveBytes, accelerator_kernels, fake_tensors
 from runtime.train.executor import Executor
+from runtime.train.metrics import GRADIENT_SUMS, OPTIMIZER, Span
 from runtime.train.optimizer import OptimizerOptions
-from runtime.train.step_breakdown import GRADIENT_SUMS, OPTIMIZER, Span
 
 SILENCE_S = 900.0
 """A rank that says nothing for so long has failed: a step of a large stage on a CPU takes minutes."""

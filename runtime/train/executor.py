@@ -17,21 +17,18 @@ from planner.foundation.errors import CheckError, InputError, Problem
 from planner.model.workload import Precision
 from planner.strategy.plan import Plan
 from runtime.check.executed_settings import Executed, read_executed
-from runtime.model.borders import Borders
 from runtime.model.fp8 import check_fp8
 from runtime.model.held_weights import HostWeight, Weight, local_part, on_axis, sum_over
 from runtime.model.lora import check_base, fingerprint
 from runtime.model.loss import IGNORED
 from runtime.model.precision import LossScaler, compute_dtype
-from runtime.parallel.backend import Backend, StageModel
-from runtime.parallel.compiled import check_compiled_gradients
+from runtime.model.transformer import Borders
 from runtime.parallel.context import held_positions
 from runtime.parallel.meshes import Meshes, build_meshes, mesh_axes
-from runtime.parallel.parallelize import build_stage
+from runtime.parallel.offload import apart, apply_state_offload, hosted_blocks, send_up
+from runtime.parallel.parallelize import Backend, StageModel, build_stage, check_supported
 from runtime.parallel.pipeline import Pipeline, Record, StageModule
-from runtime.parallel.recompute import WRAPPER_PREFIX
-from runtime.parallel.state_offload import apart, apply_state_offload, hosted_blocks, send_up
-from runtime.parallel.supported import check_supported
+from runtime.parallel.recompute import WRAPPER_PREFIX, check_compiled_gradients
 from runtime.parallel.tensor import copies_of, partial_parameters
 from runtime.train.optimizer import (
     OptimizerOptions,

@@ -24,18 +24,15 @@ from planner.foundation.decode import encode
 from planner.foundation.run_files import CHECKPOINTS
 from planner.strategy.plan import Plan
 from runtime.checkpoint.adapter_files import AdapterFolder, say_export
-from runtime.checkpoint.identity import plan_facts
-from runtime.checkpoint.saver import Saver
+from runtime.checkpoint.checkpoint import Saver, plan_facts
 from runtime.launch.local_ranks import RunFailedError, Send
-from runtime.parallel.compiled import compiles, run_eagerly
-from runtime.train.data.index import data_summary
+from runtime.parallel.recompute import compiles, run_eagerly
 from runtime.train.data.order import BatchReader
-from runtime.train.data.prepare import data_weights
+from runtime.train.data.prepare import data_summary, data_weights
 from runtime.train.executor import Executor, StepResult
-from runtime.train.metrics import MetricsLog, Probes, StepMetrics, mfu
+from runtime.train.metrics import MetricsLog, Probes, Recorder, StepMetrics, mean_causes, mfu
 from runtime.train.optimizer import OptimizerOptions, learning_rate
 from runtime.train.options import TrainOptions, resolve
-from runtime.train.recording import Recorder
 from runtime.train.session import (
     Setup,
     load_into,
@@ -46,7 +43,6 @@ from runtime.train.session import (
     saved_options,
     training_state,
 )
-from runtime.train.step_breakdown import mean_causes
 from runtime.train.summary import Seen, TrainSummary, summarize, write_summary
 from runtime.train.transformers_backend import backend_of
 from runtime.train.transformers_backend import load_into as load_their_names

@@ -2,7 +2,7 @@
 
 All optimizers run on each rank's local shards as plain tensors. AdamW and SGD are element-wise: no
 collective, and parameters on different meshes (or on none) need no special case. Adafactor and Muon ask
-the weight with whom it is shared (runtime.train.adafactor, runtime.train.muon).
+the weight with whom it is shared (runtime.train.matrix_optimizers, runtime.train.matrix_optimizers).
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from planner.foundation.frozen import frozen
 from planner.model.workload import Optimizer, Precision
 from runtime.model.held_weights import HostWeight, Weight
-from runtime.parallel.state_offload import block_of, send_up
-from runtime.train.adafactor import Adafactor
-from runtime.train.muon import Muon
+from runtime.parallel.offload import block_of, send_up
+from runtime.train.matrix_optimizers import Adafactor, Muon
 
 
 @frozen

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from planner.model.spec import ModelSpec
-from runtime.model.router import Router
+from runtime.model.experts import Router
 from runtime.model.transformer import Transformer
 from runtime.parallel.recompute import WRAPPER_PREFIX
 

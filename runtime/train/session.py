@@ -1,4 +1,9 @@
-"""The set-up of a run: its folder, its data, whose run it is, and where it goes on."""
+"""The set-up of a run: its folder, its data, whose run it is, and where it goes on.
+
+Keeps the plan of a run in its folder, and those of earlier launches beside it.
+
+Where a run stands, read from its folder without torch and without changing anything there.
+"""
 
 from __future__ import annotations
 
@@ -11,36 +16,67 @@ from typing import Any
 
 import torch
 
-from planner.foundation.decode import encode, load_json, to_json, write_atomic
+from planner.foundation.decode import encode, load_json, load_json_object, to_json, write_atomic
 from planner.foundation.errors import InputError, Problem
-from planner.foundation.run_files import CHECKPOINTS, LOCK, OPTIONS
-from planner.strategy.plan import Plan
+from planner.foundation.run_files import CHECKPOINTS, EARLIER, LOCK, OPTIONS, PLAN, SUMMARY, TIMELINE
+from planner.strategy.plan import Plan, load_plan, save_plan
 from runtime.checkpoint.adapter_files import AdapterFolder
-from runtime.checkpoint.checkpoint import load_checkpoint
-from runtime.checkpoint.huggingface.folder import check_folder, keep_files
-from runtime.checkpoint.identity import check_identity, plan_identity
+from runtime.checkpoint.checkpoint import (
+    check_identity,
+    check_same_run,
+    load_checkpoint,
+    plan_facts,
+    plan_identity,
+)
+from runtime.checkpoint.hf_export import check_folder, keep_files
 from runtime.checkpoint.store import (
+    COMMIT,
     CheckpointIndex,
+    Commit,
     Value,
     find_checkpoint,
     load_index,
     remove_unfinished,
     set_aside,
+    step_folder,
     step_folders,
 )
 from runtime.launch.device_check import foreign_cpu, foreign_torch
-from runtime.launch.exchange import own_rank
-from runtime.model.huggingface.read import WeightFolder
-from runtime.train.data.index import DataIndex, open_data
+from runtime.launch.rank import own_rank
+from runtime.model.huggingface.files import WeightFolder
 from runtime.train.data.order import shares
-from runtime.train.data.prepare import data_weights, prepare_data
+from runtime.train.data.prepare import DataIndex, data_weights, open_data, prepare_data
 from runtime.train.executor import Executor
+from runtime.train.listeners import check_trackers
 from runtime.train.metrics import prepare_run_dir
 from runtime.train.optimizer import OptimizerOptions
 from runtime.train.options import TrainOptions, check_options
-from runtime.train.run_folder import keep_plan
-from runtime.train.trackers import check_trackers
 from runtime.train.transformers_backend import check_backend
+
+
+def keep_plan(plan: Plan, run_dir: Path, step: int) -> None:
+    """Makes `plan` the run's from `step` on. What is there of another plan goes to EARLIER.
+
+    A plan that led to no step that counts, since it left no checkpoint of its own, is not kept.
+    """
+    path = run_dir / PLAN
+    if path.exists():
+        if load_plan(path) == plan:
+            return
+        _set_aside(run_dir, step_folder(run_dir / EARLIER, step), led_nowhere=step == 0)
+    save_plan(plan, path)
+
+
+def _set_aside(run_dir: Path, earlier: Path, *, led_nowhere: bool) -> None:
+    """Moves what is about the plan before; its plan.json last, which says that the folder is whole."""
+    dropped = led_nowhere or (earlier / PLAN).exists()
+    if not dropped:
+        earlier.mkdir(parents=True, exist_ok=True)
+    for name in (SUMMARY, TIMELINE, PLAN):
+        if dropped:
+            (run_dir / name).unlink(missing_ok=True)
+        elif (run_dir / name).exists():
+            (run_dir / name).replace(earlier / name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,3 +288,82 @@ def load_into(executor: Executor, folder: Path) -> None:
         if name in known:
             source.fill(name, tensor)
     executor.weights_filled()
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointState:
+    """A whole checkpoint: its step, the ranks that wrote it, its size, and the plan by which it was made."""
+
+    path: Path
+    step: int
+    world: int
+    bytes: int
+    plan_label: str
+    by_this_plan: bool
+    facts: dict[str, Value]
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """The newest whole checkpoint, where there is one, and why newer ones were passed over.
+
+    `options` is what the latest launch was told beside its plan; None where it was not written down. `going`
+    says that a process holds the folder now.
+    """
+
+    checkpoint: CheckpointState | None
+    refused: tuple[str, ...]
+    options: dict[str, Any] | None
+    going: bool
+
+    @property
+    def step(self) -> int:
+        """The step that the run goes on from."""
+        return 0 if self.checkpoint is None else self.checkpoint.step
+
+
+def read_run_state(run_dir: Path, plan: Plan) -> RunState:
+    """Where the run of `plan` stands. Every file of the newest checkpoint is read to verify it.
+
+    Raises InputError where the checkpoint is of another model or workload than the plan.
+    """
+    found = find_checkpoint(run_dir / CHECKPOINTS)
+    options = run_dir / OPTIONS
+    return RunState(
+        checkpoint=None if found.path is None else _checkpoint(found.path, plan),
+        refused=found.refused,
+        options=load_json_object(options) if options.exists() else None,
+        going=_held(run_dir / LOCK),
+    )
+
+
+def _checkpoint(path: Path, plan: Plan) -> CheckpointState:
+    index = load_index(path)
+    check_same_run(path, index.run, plan)
+    commit, now = load_json(path / COMMIT, Commit), plan_facts(plan)
+    return CheckpointState(
+        path=path,
+        step=index.step,
+        world=index.world,
+        bytes=sum(file.bytes for file in commit.files.values()),
+        plan_label=str(index.run.get("plan.label", "unknown")),
+        by_this_plan=index.run.get("plan.digest") == now["plan.digest"],
+        facts=index.run,
+    )
+
+
+def _held(lock: Path) -> bool:
+    """Whether a running process holds the lock of a run folder."""
+    try:
+        handle = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(handle)
+    return False

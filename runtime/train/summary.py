@@ -15,10 +15,8 @@ import torch
 from planner.foundation.decode import to_json, write_atomic
 from planner.foundation.frozen import frozen
 from planner.foundation.run_files import SUMMARY
-from planner.strategy.plan import Plan, predicted_memory_by_rank
-from planner.strategy.plan_cost import added_usd, predicted_usd, usd_of
-from runtime.train.metrics import NOTHING_BEFORE, Earlier, StepMetrics, mfu
-from runtime.train.step_breakdown import StepCauses, predicted_causes
+from planner.strategy.plan import Plan, added_usd, predicted_memory_by_rank, predicted_usd, usd_of
+from runtime.train.metrics import NOTHING_BEFORE, Earlier, StepCauses, StepMetrics, mfu, predicted_causes
 
 SUMMARY_SCHEMA = 1
 

@@ -18,9 +18,8 @@ import torch.distributed as dist
 from planner.strategy.plan import Plan
 from planner.strategy.plan_check import check_sound
 from runtime.launch.device_check import check_fits_here, check_same_devices, check_world, pick_device
-from runtime.launch.exchange import agree
 from runtime.launch.local_ranks import RunFailedError, Send, run_local
-from runtime.launch.rank import enter_group, started_as_rank
+from runtime.launch.rank import agree, enter_group, started_as_rank
 from runtime.launch.timeouts import RollCall, group_timeout_s
 from runtime.train.listeners import Audience
 from runtime.train.loop import Job, catch_sigterm, train_rank

@@ -32,12 +32,12 @@ from planner.foundation.errors import InputError, Problem
 from planner.model.workload import Precision
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees
-from runtime.checkpoint.huggingface.folder import check_config
-from runtime.model.head import Head
-from runtime.model.huggingface.read import SHOWN, files_of, local_box, open_file
-from runtime.parallel.activation_offload import ActivationOffload
-from runtime.parallel.backend import Backend
+from runtime.checkpoint.hf_export import check_config
+from runtime.model.huggingface.files import SHOWN, files_of, local_box, open_file
+from runtime.model.loss import Head
 from runtime.parallel.meshes import Meshes
+from runtime.parallel.offload import ActivationOffload
+from runtime.parallel.parallelize import Backend
 from runtime.parallel.tensor import apply_tensor_parallel
 from runtime.train.executor import Executor
 from runtime.train.options import TrainOptions

@@ -9,16 +9,15 @@ from typing import NamedTuple
 
 from planner.cost import constants
 from planner.cost.evaluate import CostModel
-from planner.cost.fit.limits_check import RankMemory
 from planner.cost.fit.peak_memory import rank_memory
-from planner.cost.fit.verdict import band
-from planner.cost.memory.zero_bubble_memory import most_waits
-from planner.cost.stage.stage_cost import StageCost
-from planner.foundation.divisors import divisors
+from planner.cost.fit.verdict import RankMemory, band
+from planner.cost.memory.activations import most_waits
+from planner.cost.stage.stage import StageCost
 from planner.foundation.errors import InfeasibleError
+from planner.foundation.suggest import divisors
 from planner.job.problem import PlanningProblem
 from planner.model.attention import CpExchange
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.search.bounds import BaseBound, memory_bound_bytes
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import MIN_SPLIT, MIN_TOKENS

@@ -6,8 +6,7 @@ import dataclasses
 from typing import Any
 
 from planner.job.engine_settings import Engine
-from planner.job.limits import Limits
-from planner.job.problem import PlanningProblem
+from planner.job.problem import Limits, PlanningProblem
 from planner.model.attention import Attention, Reach, Span
 from planner.model.feed_forward import Activation, Experts, Mlp
 from planner.model.workload import AdapterModules, Adapters, Method

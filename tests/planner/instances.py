@@ -9,20 +9,17 @@ from typing import Any
 
 from planner.cost import constants
 from planner.cost.compute.block_correction import block_shape
-from planner.cost.layer import LayerShape
-from planner.cost.passes import Pass
-from planner.cost.stage.stage_cost import StageCost
+from planner.cost.layer import LayerShape, Pass
+from planner.cost.stage.stage import StageCost
 from planner.hardware.cluster import ClusterSpec, Device, DeviceGroup, Link
 from planner.job.problem import PlanningProblem
 from planner.model.attention import Attention, LatentAttention, Reach, Span
 from planner.model.feed_forward import Activation, Experts, Mlp
-from planner.model.mixers import Mixer
-from planner.model.recurrent import DeltaNet, StateSpace
-from planner.model.saved_tensors import Recompute
+from planner.model.mixers import DeltaNet, Mixer, StateSpace
 from planner.model.spec import Block, ModelSpec, Norm, Segment
+from planner.model.sublayer import Recompute
 from planner.model.workload import Precision, Workload
-from planner.profile.block_residual import BlockResidual, BlockResiduals
-from planner.profile.profile import PROFILE_SCHEMA, LayerKind, Profile
+from planner.profile.profile import PROFILE_SCHEMA, BlockResidual, BlockResiduals, LayerKind, Profile
 
 
 def cost(forward_s: float, backward_s: float, fixed_s: float = 0.0) -> StageCost:

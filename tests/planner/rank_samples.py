@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 
 from planner.cost.fit.memory_timeline import idle_apart
-from planner.cost.pipeline.simulate import kind_passes
+from planner.cost.pipeline.replay import kind_passes
 from planner.job.problem import PlanningProblem
 from planner.search.recipes import Column
 from planner.search.solve import Solver

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from planner.advice.rank_kinds import alike_ranks
-from planner.advice.refine import refine
+from planner.advice.apply_rehearsal import refine
 from planner.commands.splitting.estimate import strategy_of
 from planner.cost.evaluate import CostModel
-from planner.cost.pipeline.simulate import kind_passes
+from planner.cost.pipeline.replay import kind_passes
 from planner.hardware.catalog import load_model, profile_files
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.job.problem import PlanningProblem
 from planner.model.workload import Precision, Workload
 from planner.profile.profile import load_profile
 from planner.search.solve import make_plan
+from planner.strategy.equivalent_ranks import alike_ranks
 from planner.strategy.fix_keys import parse_pins
 from planner.strategy.plan import Plan
 from planner.strategy.rehearsal import RankRehearsal, Rehearsal, RehearsalMode, RehearsedPass, RehearsedPlan

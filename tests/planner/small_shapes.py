@@ -7,7 +7,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 
-from planner.calibration.engine_stack import engine_stack
+from planner.calibration.software import engine_stack
 from planner.hardware.cluster import ClusterSpec
 from planner.job.engine_settings import Engine
 from planner.job.problem import PlanningProblem

@@ -8,8 +8,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 from planner.model.workload import Precision
-from planner.profile.operator_sample import RateKind, RateSample
-from planner.profile.profile import Constant, LayerSample, Profile
+from planner.profile.profile import Constant, LayerSample, Profile, RateKind, RateSample
 
 from . import instances
 

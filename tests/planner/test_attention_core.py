@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import fmean
 
-from planner.calibration.run import Run
-from planner.calibration.runs_table import read_runs
+from planner.calibration.runs import Run, read_runs
 from planner.calibration.validate import validate
 
 DATA = Path(__file__).parents[2] / "bench" / "data"

@@ -17,12 +17,12 @@ from planner.cost.stage.layer_cost import LayerModel
 from planner.cost.time_constants import physics_of
 from planner.hardware import measured_tables as measured
 from planner.hardware.catalog import load_device, load_model
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.job.problem import PlanningProblem
 from planner.model.attention import Attention
 from planner.model.feed_forward import Activation, Mlp
-from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, ModelSpec, Norm
+from planner.model.sublayer import Recompute
 from planner.model.workload import Precision, Workload
 from planner.profile.profile import CommSample, LayerKind, LayerSample, Op
 from planner.strategy.estimate import Estimate

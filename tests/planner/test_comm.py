@@ -14,9 +14,9 @@ from planner.cost.evaluate import CostModel
 from planner.hardware import measured_tables as measured
 from planner.hardware.catalog import device_names
 from planner.hardware.cluster import ClusterSpec, Link
-from planner.hardware.cluster_grammar import parse_cluster
-from planner.hardware.collective_curves import CollectiveCurves, curves_of, wire_factor
-from planner.hardware.measured_tables import Collective
+from planner.hardware.cluster_text import parse_cluster
+from planner.hardware.measured_rows import Collective
+from planner.hardware.measured_tables import CollectiveCurves, curves_of, wire_factor
 from planner.profile.profile import PROFILE_SCHEMA, CommSample, Constant, Op, Profile
 from planner.strategy.strategy import Degrees, Zero
 

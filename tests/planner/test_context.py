@@ -7,17 +7,17 @@ import itertools
 
 import pytest
 
+from planner.cost.communication.collectives import overlap_of
 from planner.cost.communication.context_parallel import copies_of_heads, exchange_of, widths_of
-from planner.cost.communication.overlap import overlap_of
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.cost.layer import LayerShape
 from planner.cost.stage.layer_cost import LayerModel
 from planner.cost.time_constants import PRIORS, physics_of
 from planner.job.problem import PlanningProblem
 from planner.model.attention import Attention, CpExchange, Reach, Span
-from planner.model.recurrent import StateSpace
-from planner.model.saved_tensors import Recompute
+from planner.model.mixers import StateSpace
 from planner.model.spec import Block, ModelSpec
+from planner.model.sublayer import Recompute
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind, Op
 from planner.strategy.rules import broken_rules

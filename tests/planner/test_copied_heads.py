@@ -11,8 +11,8 @@ from planner.hardware.catalog import load_model
 from planner.job.problem import PlanningProblem
 from planner.model.attention import Attention
 from planner.model.lora import layer_adapter_params
-from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, ModelSpec
+from planner.model.sublayer import Recompute
 from planner.model.workload import AdapterModules, Adapters
 from planner.search.bounds import memory_bound_bytes, step_bound_s
 from planner.search.least_memory import survey

@@ -7,10 +7,9 @@ import random
 import numpy as np
 import pytest
 
-from planner.cost.pipeline.critical_path import CriticalPath, critical_path
-from planner.cost.pipeline.simulate import kind_passes, replay
-from planner.cost.stage.stage_cost import StageCost
-from planner.strategy.schedule.longest_path import many_row_ends_s
+from planner.cost.pipeline.replay import CriticalPath, critical_path, kind_passes, replay
+from planner.cost.stage.stage import StageCost
+from planner.strategy.schedule.longest_path import action_order, many_row_ends_s
 from planner.strategy.schedule.schedules import build_table
 from planner.strategy.schedule.table import KINDS, Table
 from planner.strategy.strategy import Schedule
@@ -88,7 +87,7 @@ def test_many_replays_at_once_equal_each(schedule: Schedule) -> None:
         each = [random_costs(table, draw) for _ in range(7)]
         cells = np.stack([kind_s(costs).ravel() for costs in each], axis=1)
         begins = np.asarray([rank_sums(table, costs, "unshard_s") for costs in each]).T
-        found = many_row_ends_s(table.order, cells, begins, hop_s)
+        found = many_row_ends_s(action_order(table), cells, begins, hop_s)
         for number, costs in enumerate(each):
             done = replay(table, costs, hop_s, None, 1)
             wanted = [done.times.end_s(rank) for rank in range(len(table))]

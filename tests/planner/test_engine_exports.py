@@ -9,13 +9,12 @@ from collections.abc import Iterator
 import pytest
 
 from planner.advice.what_if import with_workload
-from planner.calibration.engine_stack import engine_stack
+from planner.calibration.software import engine_stack
 from planner.export.targets import TARGETS, refusals
 from planner.foundation.errors import InfeasibleError
 from planner.job.engine_settings import Engine
-from planner.job.limits import Limits
 from planner.job.objective import Goal
-from planner.job.problem import PlanningProblem
+from planner.job.problem import Limits, PlanningProblem
 from planner.model.spec import ModelSpec, Norm
 from planner.model.workload import AdapterModules, Adapters, Method, Optimizer, Precision
 from planner.search.solve import SolveOptions

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import pytest
 
-from planner.advice.engine_changes import accepted
 from planner.advice.repairs import why_infeasible
 from planner.advice.resolve import Effort
+from planner.advice.what_if import accepted
 from planner.job.engine_settings import Engine
 from planner.job.problem import PlanningProblem
 from planner.model.spec import Norm

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import pytest
 
 from planner.job.engine_settings import Engine
-from planner.job.limits import Limits
-from planner.job.problem import PlanningProblem
+from planner.job.problem import Limits, PlanningProblem
 from planner.model.attention import CpExchange
 from planner.model.workload import Optimizer, Precision
 from planner.search.space import shapes

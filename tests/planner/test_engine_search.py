@@ -10,16 +10,15 @@ import pytest
 
 from planner.advice.resolve import Clock, Effort, resolved
 from planner.advice.what_if import with_workload
-from planner.calibration.engine_stack import engine_stack, fitted_framework, priced_as
+from planner.calibration.software import engine_stack, fitted_framework, priced_as
 from planner.cost import constants
 from planner.cost.evaluate import CostModel
 from planner.foundation.errors import InfeasibleError, InputError
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.job.engine_settings import Engine, Stack, own_stack
-from planner.job.limits import Limits
 from planner.job.objective import Goal
-from planner.job.problem import PlanningProblem
-from planner.model.saved_tensors import Recompute
+from planner.job.problem import Limits, PlanningProblem
+from planner.model.sublayer import Recompute
 from planner.model.workload import Precision
 from planner.profile.profile import PROFILE_SCHEMA, Constant, LayerKind, LayerSample, Profile
 from planner.search.engine_search import solve_for_engine

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 
 from planner.job.engine_settings import Engine
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.model.workload import Optimizer
 from planner.strategy.engines.engine_rules import (
     ENGINE_STRATEGY_RULES,

@@ -9,14 +9,14 @@ import pytest
 from planner.cost.communication.collectives import Group
 from planner.cost.compute.analytic import analytic_cost
 from planner.cost.evaluate import CostModel
+from planner.cost.stage.kind_layers import accumulate_s
 from planner.cost.stage.layer_cost import LayerModel
-from planner.cost.stage.optimizer_time import accumulate_s
 from planner.cost.stage.stage import ShapeModel
 from planner.cost.time_constants import physics_of
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.job.engine_settings import NATIVE, Engine, Stack
 from planner.job.problem import PlanningProblem
-from planner.model.saved_tensors import AttentionKernel, Recompute
+from planner.model.sublayer import AttentionKernel, Recompute
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind, Op
 from planner.strategy.strategy import Degrees, Schedule, Zero

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from bench.experts import GAP, SETS, defect, experts_layout, fastest, judge, shipped, variants
-from planner.calibration.run import Run, RunRecompute
 from planner.calibration.run_setup import Setups
-from planner.calibration.runs_table import read_runs
+from planner.calibration.runs import Run, RunRecompute, read_runs
 from planner.strategy.estimate import Rejected, Verdict
 
 TABLES = Path(__file__).parents[2] / "bench/data/tables.csv"

@@ -16,8 +16,8 @@ from planner.cost.time_constants import physics_of
 from planner.job.engine_settings import Dispatch, Engine, Stack
 from planner.job.problem import PlanningProblem
 from planner.model.feed_forward import Activation, Experts, Mlp
-from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, ModelSpec
+from planner.model.sublayer import Recompute
 from planner.search.bounds import memory_bound_bytes
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages

@@ -7,16 +7,15 @@ import dataclasses
 import pytest
 
 from planner.advice.explain import explain, losers, stage_figures, what_binds
-from planner.advice.pareto import front
 from planner.advice.plan_diff import plan_diff
-from planner.advice.resolve import Clock, Effort, resolved
+from planner.advice.resolve import Clock, Effort, front, resolved
 from planner.advice.what_if import faster_devices, faster_links, faster_network, with_nodes
 from planner.advice.why_not import Answer, why_not
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.cost.fit.verdict import memory_band, safe_peak_bytes
 from planner.foundation.errors import InputError
 from planner.foundation.units import GIB, MIB
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.job.problem import PlanningProblem
 from planner.search.solve import SolveOptions, solve
 from planner.strategy.estimate import TIME_CAUSES, Verdict

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.search import solve as solver
 from planner.search.shape_queue import Candidate, Frontier
 from planner.search.shape_search import ShapeSearch

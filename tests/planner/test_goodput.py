@@ -13,7 +13,7 @@ import pytest
 from planner.cost.goodput import Job, erlang_loss, figures_of
 from planner.foundation.units import DAY_S
 from planner.hardware.failures import failure_file
-from planner.job.overheads import BEST, Upkeep
+from planner.job.problem import BEST, Upkeep
 from planner.sizing.usual_overheads import usual_upkeep
 from planner.strategy.estimate import JobFigures
 

@@ -11,14 +11,12 @@ from click.testing import CliRunner, Result
 
 from planner.cli import cli
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.cost.goodput import figures_of, largest_of
-from planner.cost.job_inputs import checkpoint_bytes, host_link_bytes_per_s
+from planner.cost.goodput import checkpoint_bytes, figures_of, host_link_bytes_per_s, largest_of
 from planner.cost.not_modelled import not_modelled
 from planner.foundation.units import GIB
 from planner.hardware.catalog import load_model
-from planner.hardware.cluster_grammar import parse_cluster
-from planner.job.overheads import NOTHING_SAID, Upkeep
-from planner.job.problem import PlanningProblem
+from planner.hardware.cluster_text import parse_cluster
+from planner.job.problem import NOTHING_SAID, PlanningProblem, Upkeep
 from planner.model.workload import AdapterModules, Adapters, Method, Optimizer, Precision, Workload
 from planner.strategy.estimate import JobFigures
 from planner.strategy.plan import decode_plan

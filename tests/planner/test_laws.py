@@ -15,7 +15,7 @@ from planner.cost.stage.layer_cost import LayerModel, LayerShape
 from planner.cost.time_constants import physics_of
 from planner.hardware.cluster import Link
 from planner.job.problem import PlanningProblem
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind, Op
 from planner.search.space import shapes

@@ -15,10 +15,10 @@ from planner.cost.layer import LayerShape
 from planner.cost.stage.layer_cost import LayerModel
 from planner.cost.time_constants import physics_of
 from planner.hardware.catalog import load_model
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.job.problem import PlanningProblem
 from planner.model.attention import CpExchange
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.model.workload import Precision, Workload
 from planner.profile.profile import LayerKind, load_profile
 from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages

@@ -12,7 +12,7 @@ from planner.foundation.errors import InfeasibleError
 from planner.foundation.units import MIB
 from planner.hardware.cluster import DeviceGroup
 from planner.job.problem import PlanningProblem
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.search.least_memory import ShapeNeed, fitting, need_of, survey
 from planner.search.solve import SolveOptions, solve
 from planner.strategy.estimate import Verdict

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from planner.job.engine_settings import Engine
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.search.least_passes import LeastPasses, least_passes, option_passes
 from planner.strategy.strategy import Stage
 

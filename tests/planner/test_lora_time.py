@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from planner.calibration.run_setup import run_problem
-from planner.calibration.runs_table import read_runs
+from planner.calibration.runs import read_runs
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.foundation.units import GIB
 from planner.hardware.catalog import load_model
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.job.problem import PlanningProblem
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.model.workload import AdapterModules, Adapters, Method, Precision, Workload
 from planner.strategy.estimate import Rejected
 from planner.strategy.strategy import Degrees, Schedule, Strategy, Zero, even_stages

@@ -10,7 +10,7 @@ import pytest
 
 from planner.advice.what_if import faster_devices
 from planner.cost.compute.analytic import DeviceRates, analytic_cost, device_rates
-from planner.cost.compute.measured_rates import MeasuredRates, at_usual_speed, measured_rates
+from planner.cost.compute.measured_operators import MeasuredRates, at_usual_speed, measured_rates
 from planner.cost.compute.products import matrices_s, product_s
 from planner.cost.evaluate import CostModel
 from planner.cost.fit.offload import COPIED_BYTES
@@ -21,11 +21,10 @@ from planner.foundation.decode import decode, decode_json, to_json
 from planner.job.engine_settings import Engine, Stack
 from planner.job.problem import PlanningProblem
 from planner.model.feed_forward import Activation, Experts, Mlp
-from planner.model.saved_tensors import Recompute
 from planner.model.spec import ModelSpec
+from planner.model.sublayer import Recompute
 from planner.model.workload import Precision
-from planner.profile.operator_sample import RateKind
-from planner.profile.profile import Constant, LayerKind, LayerSample, Profile, shape_key
+from planner.profile.profile import Constant, LayerKind, LayerSample, Profile, RateKind, shape_key
 from planner.strategy.strategy import Degrees
 
 from . import instances, sweeps

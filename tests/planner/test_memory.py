@@ -12,23 +12,22 @@ import pytest
 
 from planner.calibration.memory_fit import calibrate_memory
 from planner.calibration.predict import with_constants
-from planner.calibration.run import MemoryKind, Run, Status
 from planner.calibration.run_setup import RunSetup, run_problem
-from planner.calibration.runs_table import read_runs
+from planner.calibration.runs import MemoryKind, Run, Status, read_runs
 from planner.calibration.validate import validate
 from planner.cost.evaluate import CostModel, Evaluation, predicted_memory_bytes
 from planner.cost.fit.verdict import ErrorBand, memory_band, safe_peak_bytes, safe_tensor_bytes, verdict
 from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.memory.activations import engine_bytes
-from planner.cost.memory.chunked_loss import CHUNK_BYTES
 from planner.cost.memory.parameter_state import States, states_of
 from planner.cost.memory_constants import MEMORY_PRIORS, memory_constants, process_groups
 from planner.foundation.units import GIB
 from planner.job.engine_settings import Engine, Selective, Stack
 from planner.job.problem import PlanningProblem
-from planner.model.saved_tensors import AttentionKernel, Recompute
+from planner.model.sublayer import AttentionKernel, Recompute
 from planner.model.workload import AdapterModules, Adapters, Method, Optimizer, Precision
 from planner.profile.profile import PROFILE_SCHEMA, Constant, LayerKind, Profile
+from planner.strategy.engines.native import CHUNK_BYTES
 from planner.strategy.estimate import Coverage, Verdict
 from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 from tests.planner import instances

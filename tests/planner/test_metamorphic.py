@@ -11,8 +11,7 @@ from planner.cost.time_constants import physics_of
 from planner.foundation.errors import InfeasibleError
 from planner.hardware.cluster import ClusterSpec, DeviceGroup, Link
 from planner.job.engine_settings import Engine
-from planner.job.limits import Limits
-from planner.job.problem import PlanningProblem
+from planner.job.problem import Limits, PlanningProblem
 from planner.profile.profile import PROFILE_SCHEMA, Constant, Profile
 from planner.search.solve import SolveOptions, solve
 from planner.strategy.fix_keys import Pins, parse_pins

@@ -13,10 +13,9 @@ from planner.cost.not_modelled import not_modelled
 from planner.foundation.units import GIB
 from planner.hardware.catalog import load_model, profile_files
 from planner.hardware.cluster import ClusterSpec, DeviceGroup, Link
-from planner.hardware.cluster_grammar import parse_cluster
-from planner.job.overheads import Upkeep
-from planner.job.problem import PlanningProblem
-from planner.model.saved_tensors import Recompute
+from planner.hardware.cluster_text import parse_cluster
+from planner.job.problem import PlanningProblem, Upkeep
+from planner.model.sublayer import Recompute
 from planner.model.workload import Workload
 from planner.profile.profile import Op, load_profile
 from planner.search.space import shapes

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import pytest
 
 from planner.cost.evaluate import CostModel
-from planner.cost.pipeline.simulate import replay
+from planner.cost.pipeline.replay import replay
 from planner.foundation.errors import InfeasibleError
 from planner.hardware.cluster import ClusterSpec
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.job.problem import PlanningProblem
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.model.workload import Workload
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import shapes

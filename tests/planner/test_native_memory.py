@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from bench.rehearsal import H100, plan_of
-from planner.advice.rank_kinds import alike_ranks
 from planner.cost.evaluate import CostModel
 from planner.cost.fit.memory_timeline import StageMemory
 from planner.foundation.units import GIB
-from planner.strategy.schedule.in_flight import InFlight
+from planner.strategy.equivalent_ranks import alike_ranks
+from planner.strategy.schedule.table import InFlight
 from planner.strategy.strategy import Zero
 
 TRACES = sorted((Path(__file__).parents[2] / "bench" / "results").glob("*-rehearsal-traces.json"))[-1]

@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from planner.hardware import nvidia
-from planner.hardware.nvidia import ClockWatch, chosen_devices, driver_version, others_at_work, why_none
+from planner.hardware import local_machine as nvidia
+from planner.hardware.local_machine import (
+    ClockWatch,
+    chosen_devices,
+    driver_version,
+    others_at_work,
+    why_none,
+)
 
 HEAD = """#!/bin/sh
 case "$*" in

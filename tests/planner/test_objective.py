@@ -17,11 +17,9 @@ from planner.foundation.errors import InfeasibleError
 from planner.foundation.units import DAY_S
 from planner.hardware.cluster import ClusterSpec
 from planner.job.engine_settings import Engine
-from planner.job.limits import Limits
 from planner.job.objective import Goal, Minimise, Objective
-from planner.job.overheads import NOTHING_SAID, Upkeep
-from planner.job.problem import PlanningProblem
-from planner.model.saved_tensors import Recompute
+from planner.job.problem import NOTHING_SAID, Limits, PlanningProblem, Upkeep
+from planner.model.sublayer import Recompute
 from planner.search.engine_search import solve_for_engine
 from planner.search.nodes import StepBounds, node_counts, part_of, run_bound_s
 from planner.search.solve import solve

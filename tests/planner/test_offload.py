@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from planner.calibration.runs_table import read_runs
+from planner.calibration.runs import read_runs
 from planner.calibration.validate import validate
 from planner.cli import cli
 from planner.cost.evaluate import CostModel, Evaluation
@@ -19,15 +19,15 @@ from planner.cost.fit.offload import WINDOW
 from planner.cost.memory.parameter_state import offloaded_states
 from planner.cost.not_modelled import not_modelled
 from planner.foundation.errors import InfeasibleError, InputError
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.job.engine_settings import Engine, Stack
 from planner.job.problem import PlanningProblem
 from planner.model.feed_forward import Activation, Experts, Mlp
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.model.workload import Optimizer, Precision
 from planner.search.solve import SolveOptions, make_plan, solve
 from planner.search.space import shapes
-from planner.strategy.engines.runtime_support import check_executed_offload
+from planner.strategy.engines.native import check_executed_offload
 from planner.strategy.estimate import Verdict
 from planner.strategy.fix_keys import Pins, parse_pins
 from planner.strategy.plan import decode_plan, encode_plan, load_plan

@@ -7,9 +7,9 @@ import random
 
 import pytest
 
-from planner.cost.communication.overlap import Overlap, overlap_of
+from planner.cost.communication.collectives import Overlap, overlap_of
 from planner.cost.evaluate import CostModel
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.profile.profile import Constant, Profile
 from planner.strategy.strategy import Degrees, Zero
 

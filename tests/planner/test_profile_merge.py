@@ -8,7 +8,7 @@ import random
 import pytest
 
 from planner.foundation.decode import decode_json, to_json
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.model.workload import Precision
 from planner.profile.merge import (
     FIELDS,

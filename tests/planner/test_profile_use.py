@@ -15,7 +15,7 @@ from planner.cli import cli
 from planner.foundation.decode import to_json
 from planner.foundation.errors import InputError
 from planner.hardware.catalog import load_device, load_model, profile_files
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.hardware.local_machine import cpu_device
 from planner.model.workload import Precision
 from planner.profile.choose import check_device, installed_torch, months_old, told_age, use_of

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from planner.advice.rank_kinds import LEAST_MICRO_BATCHES, alike_ranks, shortened
+from planner.strategy.equivalent_ranks import LEAST_MICRO_BATCHES, alike_ranks, shortened
 from planner.strategy.schedule.schedules import parse_table
 from planner.strategy.strategy import Degrees, RecomputeCounts, Schedule, Stage, even_stages
 from tests.plans import make_plan, tiny_llama

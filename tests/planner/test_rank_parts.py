@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planner.cost.memory.zero_bubble_memory import most_waits
+from planner.cost.memory.activations import most_waits
 from planner.job.engine_settings import Engine
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.search.recipes import Column
 from planner.search.stage_space import StageSpace
 from planner.strategy.schedule.schedules import in_flight

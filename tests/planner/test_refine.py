@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from planner.advice.refine import refine
+from planner.advice.apply_rehearsal import refine
 from planner.strategy.estimate import Verdict
 from planner.strategy.plan import decode_plan, encode_plan
 from planner.strategy.rehearsal import RehearsalMode, is_refined_choice

@@ -15,8 +15,7 @@ from planner.advice.plan_diff import plan_diff
 from planner.cli import cli
 from planner.strategy.estimate import Verdict
 from planner.strategy.plan import Plan, decode_plan, encode_plan, save_plan
-from planner.strategy.plan_check import check_plan
-from planner.strategy.rehearsal_check import rehearsal_faults
+from planner.strategy.plan_check import check_plan, rehearsal_faults
 from tests.planner.rehearsed_ranks import PINS, plan_of, problem, rehearsal_of
 
 INTERLEAVED = PINS[-1]

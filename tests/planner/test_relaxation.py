@@ -16,6 +16,7 @@ from planner.search.sizes import Sizes
 from planner.search.stage_assignment import Dealer
 from planner.search.stage_space import StageSpace
 from planner.search.timed import MAX_PLACES, timed
+from planner.strategy.schedule.longest_path import action_order
 
 from .brute_force import all_cuts
 from .rank_samples import best_of
@@ -98,7 +99,7 @@ def test_the_best_of_every_deal_is_not_less_than_its_bound_and_near_to_it(pipe: 
         assert whole_s <= best_s * (1 + DUST), name
         near_s = space.relaxation.within(1.001 * best_s, every_size(space), 6, Whole(500)).bound_s
         assert best_s == ANY or near_s <= best_s * (1 + DUST), name
-        if len(space.table.order.needed) <= MAX_PLACES:
+        if len(action_order(space.table).needed) <= MAX_PLACES:
             exact = timed(space.relaxation, every_size(space), None)
             exact_s = ANY if exact is None else exact.least_s + space.optimizer_s
             assert exact_s <= best_s * (1 + DUST), name
@@ -140,7 +141,7 @@ def test_whole_blocks_of_a_deal_with_room_take_just_its_replay(pipe: tuple[str, 
     for seed in range(8):
         for roomy in drawn_shapes(seed, pipe, pp=(2,), each=(2, 2)):
             space = tightened(roomy, AMPLE)
-            if len(space.table.order.needed) > MAX_PLACES:
+            if len(action_order(space.table).needed) > MAX_PLACES:
                 continue
             columns = Dealer(space).columns(tuple(b - a for a, b in itertools.pairwise(space.even)))
             assert columns is not None

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from planner.cost.pipeline.simulate import kind_passes, replay
+from planner.cost.pipeline.replay import kind_passes, replay
 from planner.search.row_paths import RowPaths, row_paths
-from planner.strategy.schedule.action import Action, ActionKind
+from planner.strategy.schedule.longest_path import action_order
 from planner.strategy.schedule.schedules import build_table
-from planner.strategy.schedule.table import KINDS, PAIRED, Table
+from planner.strategy.schedule.table import KINDS, PAIRED, Action, ActionKind, Table
 from planner.strategy.strategy import Degrees, Schedule
 
 from .instances import cost
@@ -64,7 +64,7 @@ def test_no_path_exceeds_the_replay_where_kinds_have_any_times(schedule: Schedul
         degrees = drawn_degrees(draw, schedule)
         each_s = np.array([[draw.uniform(0.1, 3) for _ in KINDS] for _ in range(degrees.stages)])
         hop_s = draw.choice([0.0, 0.2])
-        order = table_of(degrees).order
+        order = action_order(table_of(degrees))
         _, ends_s = order.durations(each_s.ravel().tolist()).ends_s([0.0] * degrees.pp, hop_s)
         assert lengths_s(degrees, each_s, hop_s).max() <= max(ends_s) * (1 + 1e-12), degrees
         found = row_paths(degrees)  # a path's last rank is where its row ends

@@ -19,8 +19,8 @@ from planner.job.engine_settings import NATIVE, Stack
 from planner.job.problem import PlanningProblem
 from planner.model.attention import CpExchange
 from planner.model.feed_forward import Activation, Experts, Mlp
-from planner.model.saved_tensors import Recompute
 from planner.model.spec import ModelSpec
+from planner.model.sublayer import Recompute
 from planner.model.workload import Precision
 from planner.profile.profile import Constant, LayerKind, LayerSample, shape_key
 from planner.strategy.strategy import Degrees, Strategy, even_stages

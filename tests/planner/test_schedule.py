@@ -8,7 +8,6 @@ import random
 import pytest
 
 from planner.foundation.errors import InputError
-from planner.strategy.schedule.in_flight import Flights, InFlight, total_count
 from planner.strategy.schedule.schedules import (
     Action,
     ActionKind,
@@ -23,6 +22,7 @@ from planner.strategy.schedule.schedules import (
     print_table,
     table_faults,
 )
+from planner.strategy.schedule.table import Flights, InFlight, total_count
 from planner.strategy.strategy import Degrees, Schedule
 
 F, B, INPUT, W = ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.INPUT_GRAD, ActionKind.WEIGHT_GRAD

@@ -11,7 +11,7 @@ import pytest
 from planner.cost.evaluate import CostModel
 from planner.foundation.errors import InfeasibleError
 from planner.hardware.cluster import ClusterSpec
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.job.problem import PlanningProblem
 from planner.search.first_plan import Scout, Scouted, Shared
 from planner.search.least_memory import fitting, survey

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from planner.calibration.run import Run, RunRecompute
-from planner.calibration.runs_table import read_runs
+from planner.calibration.runs import Run, RunRecompute, read_runs
 from planner.calibration.validate import validate
 from planner.cost.layer import LayerShape
 from planner.cost.memory.parameter_state import states_of

@@ -10,9 +10,9 @@ import networkx
 import pytest
 
 from planner.cost import constants
-from planner.cost.passes import Pass
-from planner.cost.pipeline.simulate import Sharing, kind_passes, replay, split_backward
-from planner.cost.stage.stage_cost import StageCost
+from planner.cost.layer import Pass
+from planner.cost.pipeline.replay import Sharing, kind_passes, replay, split_backward
+from planner.cost.stage.stage import StageCost
 from planner.search.even_stages import even_factor
 from planner.strategy.schedule import longest_path
 from planner.strategy.schedule.schedules import Action, ActionKind, Table, build_table, table_faults

@@ -9,8 +9,8 @@ import pytest
 from planner.cost.pipeline.makespan_paths import makespan_bound
 from planner.foundation.errors import InfeasibleError
 from planner.job.engine_settings import Engine
-from planner.job.limits import Limits
-from planner.model.saved_tensors import Recompute
+from planner.job.problem import Limits
+from planner.model.sublayer import Recompute
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import shapes
 from planner.strategy.engines.engine_rules import ENGINE_SCHEDULES
@@ -103,7 +103,7 @@ def test_paths_never_exceed_the_replay(schedule: Schedule) -> None:
     """Any bounding path is at most the makespan of the replay, for uneven stages too."""
     import random
 
-    from planner.cost.pipeline.simulate import replay
+    from planner.cost.pipeline.replay import replay
 
     draw = random.Random(1)
     for _ in range(200):

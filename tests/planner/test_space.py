@@ -7,8 +7,7 @@ import dataclasses
 import pytest
 
 from planner.job.engine_settings import Engine
-from planner.job.limits import Limits
-from planner.job.problem import PlanningProblem
+from planner.job.problem import Limits, PlanningProblem
 from planner.search.space import shapes
 from planner.strategy.fix_keys import Pins, parse_pins
 from planner.strategy.strategy import Degrees

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from planner.cost.compute.measured_rates import TERMS
-from planner.cost.compute.surface import FEWEST, Surface
-from planner.profile.operator_sample import RateKind
+from planner.cost.compute.measured_operators import FEWEST, TERMS, Surface
+from planner.profile.profile import RateKind
 
 RATE_FLOPS, BYTES_PER_S, LAUNCH_S = 400e12, 2e12, 4e-6
 TILE, WAVE = 96.0, 1024.0

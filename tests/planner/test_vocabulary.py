@@ -10,8 +10,7 @@ import pytest
 from planner.cost.evaluate import CostModel
 from planner.hardware.catalog import load_model
 from planner.job.engine_settings import Engine, Stack
-from planner.job.limits import Limits
-from planner.job.problem import PlanningProblem
+from planner.job.problem import Limits, PlanningProblem
 from planner.model.spec import VOCAB_UNIT, ModelSpec
 from planner.search.bounds import memory_bound_bytes
 from planner.search.space import shapes

@@ -15,11 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from planner.job.engine_settings import Engine
-from planner.job.limits import Limits
-from planner.job.problem import PlanningProblem
+from planner.job.problem import Limits, PlanningProblem
 from planner.model.attention import CpExchange
-from planner.model.saved_tensors import Recompute
 from planner.model.spec import ModelSpec
+from planner.model.sublayer import Recompute
 from planner.model.workload import Optimizer, Precision, Workload
 from planner.strategy.plan import Plan
 from planner.strategy.rules import broken_rules

@@ -18,7 +18,7 @@ from planner.profile.profile import Op
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import AXES, Zero
 from runtime.check.comm_count import count_messages
-from runtime.model.router import Router
+from runtime.model.experts import Router
 from tests.runtime.ranks import batch_of, make_executor, on_ranks, slice_of
 
 Ranks = tuple[int, ...]

@@ -21,11 +21,9 @@ from runtime.check.measured_memory import live_bytes, measure_peak
 from runtime.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from runtime.checkpoint.store import committed_folders, load_index
 from runtime.launch.local_ranks import join_group, run_local
-from runtime.model.borders import Borders
-from runtime.model.initial import materialize
-from runtime.model.router import Router
-from runtime.model.transformer import build_transformer
-from runtime.profiler.subprocesses import ChildFailed, Emit, run_children
+from runtime.model.experts import Router
+from runtime.model.transformer import Borders, build_transformer, materialize
+from runtime.profiler.timing import ChildFailed, Emit, run_children
 from runtime.train.executor import Executor
 from runtime.train.optimizer import OptimizerOptions
 

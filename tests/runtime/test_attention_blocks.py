@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from runtime.model import attention_blocks
-from runtime.model.attention_blocks import (
+from runtime.model import block_attention as attention_blocks
+from runtime.model.block_attention import (
     FlashOnCpu,
     FlashOnCuda,
     Kernel,

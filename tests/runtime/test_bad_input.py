@@ -21,8 +21,8 @@ from planner.strategy.plan import load_plan, save_plan
 from planner.strategy.strategy import Degrees
 from runtime.checkpoint.store import committed_folders
 from runtime.launch.device_check import check_same_devices, foreign_cpu, foreign_torch
+from runtime.train.data.documents import shipped_corpus
 from runtime.train.data.prepare import DataOptions
-from runtime.train.data.sources import shipped_corpus
 from runtime.train.options import TrainOptions
 from runtime.train.train import run_training
 from tests.plans import make_plan, tiny_llama

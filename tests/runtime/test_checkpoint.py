@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from planner.foundation.errors import InputError
+from runtime.checkpoint import dcp as checkpoint_writer
 from runtime.checkpoint import store as committed
-from runtime.checkpoint import writer as checkpoint_writer
 from runtime.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from runtime.checkpoint.store import (
     COMMIT,

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from planner.model.attention import CpExchange
-from planner.model.saved_tensors import Recompute
 from planner.model.spec import ModelSpec
+from planner.model.sublayer import Recompute
 from planner.model.workload import Precision
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees, Schedule, Stage, Zero

@@ -11,7 +11,7 @@ from planner.foundation.errors import CheckError, InputError
 from planner.model.attention import CpExchange
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees, RecomputeCounts, Stage, Zero
-from runtime.parallel import compiled
+from runtime.parallel import recompute as compiled
 from runtime.train.executor import Executor
 from tests.plans import make_plan, parallel, tiny_gpt2, tiny_llama, tiny_mixtral
 from tests.runtime.ranks import OPTIONS, SEED, on_ranks, single_process, train

@@ -9,8 +9,8 @@ from tests.plans import tiny_llama
 pytest.importorskip("torch")
 
 from planner.model.workload import Precision
-from runtime.profiler.host_families import contention
-from runtime.profiler.measure_contention import ROUNDS, Contended, measure_contention
+from runtime.profiler.device import ROUNDS, Contended, measure_contention
+from runtime.profiler.host import contention
 
 
 def rounds(seconds: dict[int, float], speeds: tuple[float, ...]) -> list[Contended]:

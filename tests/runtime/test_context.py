@@ -10,11 +10,11 @@ import torch.distributed as dist
 
 from planner.foundation.decode import decode, encode
 from planner.model.attention import CAUSAL, CpExchange
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees, RecomputeCounts, Schedule, Stage, Zero
 from runtime.check.executed_settings import Executed
-from runtime.model.attention_core import Core
+from runtime.model.attention import Core
 from runtime.parallel.context import held_positions, make_core
 from tests.plans import batch8, make_plan, split, tiny_gpt2, tiny_llama
 from tests.runtime.matrix import TOLERANCE

@@ -14,11 +14,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from planner.cli import cli
 from planner.foundation.errors import InputError
-from runtime.train.data.chat_template import CHATML, choose_template
-from runtime.train.data.conversation import TrainOn
+from runtime.train.data.chat import CHATML, TrainOn, choose_template
 from runtime.train.data.documents import Columns
-from runtime.train.data.index import TokenData, data_summary, open_data
-from runtime.train.data.prepare import DataOptions, prepare_data
+from runtime.train.data.prepare import DataOptions, TokenData, data_summary, open_data, prepare_data
 
 SPECIAL = (
     "<s>",

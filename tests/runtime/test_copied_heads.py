@@ -9,11 +9,11 @@ import pytest
 
 from planner.foundation.errors import InputError
 from planner.model.attention import Attention, CpExchange, QkNorm
-from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, ModelSpec, Segment
+from planner.model.sublayer import Recompute
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees, Schedule, Zero
-from runtime.parallel.supported import check_supported
+from runtime.parallel.parallelize import check_supported
 from tests.plans import batch8, make_plan, split, tiny_llama
 from tests.runtime.matrix import TOLERANCE, execute
 from tests.runtime.ranks import make_executor, on_ranks

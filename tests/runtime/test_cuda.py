@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 
 from planner.model.attention import CAUSAL, Reach, Span
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.model.workload import Precision
 from planner.strategy.rehearsal import RehearsalMode
 from planner.strategy.strategy import Degrees, Zero
 from runtime.launch.rank import enter_group
-from runtime.model.attention_blocks import Merged, WrittenOut, attend, attend_backward
-from runtime.model.attention_core import Core
+from runtime.model.attention import Core
+from runtime.model.block_attention import Merged, WrittenOut, attend, attend_backward
 from runtime.rehearse.rehearse import RehearsalOptions, rehearse_rank
 from runtime.train.executor import Executor
 from tests.plans import make_plan, tiny_gpt2, tiny_llama

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from planner.foundation.errors import InputError
-from runtime.train.data.index import open_data
+from runtime.train.data.documents import find_sources, shipped_corpus
 from runtime.train.data.order import BatchReader, permute
-from runtime.train.data.prepare import DataOptions, prepare_data
-from runtime.train.data.sources import find_sources, shipped_corpus
+from runtime.train.data.prepare import DataOptions, open_data, prepare_data
 
 VOCAB = 300
 

@@ -15,11 +15,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from planner.foundation.errors import InputError
-from runtime.train.data.documents import Columns
-from runtime.train.data.index import TokenData, open_data
+from runtime.train.data.documents import Columns, split_weight
 from runtime.train.data.order import MIXING_BLOCK, BatchReader, shares
-from runtime.train.data.prepare import DataOptions, data_weights, prepare_data
-from runtime.train.data.sources import split_weight
+from runtime.train.data.prepare import DataOptions, TokenData, data_weights, open_data, prepare_data
 
 TEXTS = ["the first document\nof two lines", "", "the second — ünïcode\n", "a third"]
 RECORDS = [{"id": place, "text": text} for place, text in enumerate(TEXTS)]
@@ -112,7 +110,7 @@ def test_a_folder_holds_all_formats_in_the_order_of_their_names(tmp_path: Path) 
 
 
 def test_documents_larger_than_a_batch_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.train.data.encode.BATCH_CHARACTERS", 5)
+    monkeypatch.setattr("runtime.train.data.prepare.BATCH_CHARACTERS", 5)
     write_lines(tmp_path / "a.jsonl")
     assert load(tmp_path / "a.jsonl").tokens.tolist() == PACKED
 

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from runtime.profiler import device_time
-from runtime.profiler.device_time import time_apart
-from runtime.profiler.timing import Effort
+from runtime.profiler import timing as device_time
+from runtime.profiler.timing import Effort, time_apart
 
 EFFORT = Effort(warmup=1, least=3, most=5, budget_s=0.0)
 

@@ -18,18 +18,15 @@ from torch.nn import functional
 from planner.foundation.errors import InputError
 from planner.model.arithmetic import Arithmetic
 from planner.model.attention import CAUSAL, CpExchange, Reach, Span
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees, OffloadCounts, RecomputeCounts, Schedule, Stage, Zero
-from runtime.model.attention_core import Core
-from runtime.model.borders import Borders
-from runtime.model.document_attention import Slice, document_bounds, meetings
-from runtime.model.initial import materialize
-from runtime.model.transformer import Transformer, build_transformer
+from runtime.model.attention import Core
+from runtime.model.block_attention import Slice, document_bounds, meetings
+from runtime.model.transformer import Borders, Transformer, build_transformer, materialize
 from runtime.parallel.context import held_positions, make_core
-from runtime.train.data.index import data_summary, open_data
 from runtime.train.data.order import BatchReader
-from runtime.train.data.prepare import DataOptions, prepare_data
+from runtime.train.data.prepare import DataOptions, data_summary, open_data, prepare_data
 from runtime.train.executor import Executor
 from runtime.train.options import TrainOptions
 from runtime.train.summary import TrainSummary
@@ -74,7 +71,7 @@ def test_attention_is_that_of_each_document_alone(
     span: Span, cap: float | None, widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Results and gradients, with chunks of queries that documents go over."""
-    monkeypatch.setattr("runtime.model.attention_core.LEAST_CHUNK", 7)
+    monkeypatch.setattr("runtime.model.attention.LEAST_CHUNK", 7)
     core, generator = Core(span, 0.3, cap), torch.Generator().manual_seed(1)
     shapes = ((4, widths[0]), (2, widths[0]), (2, widths[1]), (4, widths[1]))
     q, k, v, grad = (torch.randn(3, 32, *shape, generator=generator) for shape in shapes)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import RecomputeCounts, Schedule, Stage, Zero
 from tests.plans import batch8, make_plan, parallel, split, tiny_gpt2, tiny_llama

@@ -13,7 +13,7 @@ from planner.model.attention import CpExchange
 from planner.model.workload import Optimizer, Precision
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees, Schedule, Zero
-from runtime.parallel.supported import check_supported
+from runtime.parallel.parallelize import check_supported
 from runtime.train.executor import Executor
 from runtime.train.optimizer import OptimizerOptions, learning_rate
 from tests.plans import make_plan, tiny_gpt2, tiny_llama

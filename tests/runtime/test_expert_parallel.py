@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 
 from planner.foundation.errors import InputError
-from planner.model.feed_forward import Activation, Mlp
-from planner.model.routing import Routing, Score
+from planner.model.feed_forward import Activation, Mlp, Routing, Score
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees, RecomputeCounts, Schedule, Stage, Zero
-from runtime.parallel.supported import check_supported
+from runtime.parallel.parallelize import check_supported
 from runtime.train.executor import Executor
 from tests.plans import batch8, make_plan, tiny_deepseek_experts, tiny_mixtral
 from tests.runtime.matrix import SGD_TOLERANCE, TOLERANCE, execute, under_sgd

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from planner.model.feed_forward import Activation, Experts, Mlp
-from planner.model.routing import Routing, Score
+from planner.model.feed_forward import Activation, Experts, Mlp, Routing, Score
 from runtime.model import experts as experts_module
 from runtime.model.experts import MixtureOfExperts
-from runtime.model.initial import materialize
+from runtime.model.transformer import materialize
 from tests.plans import tiny_mixtral
 
 HIDDEN, SEQ = 16, 12

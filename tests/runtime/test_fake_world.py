@@ -10,13 +10,14 @@ import torch.distributed as dist
 
 from planner.model.attention import CAUSAL, CpExchange
 from planner.strategy.strategy import Degrees
-from runtime.launch.fake_answers import balanced_counts, fill
-from runtime.model.attention_core import Core
-from runtime.parallel import collectives, context_messages
+from runtime.launch.rank import balanced_counts, fill
+from runtime.model.attention import Core
+from runtime.parallel import collectives
+from runtime.parallel import collectives as context_messages
 from runtime.parallel.collectives import exchange_counts, exchange_rows, sum_to_ranks
 from runtime.parallel.context import make_core
 from runtime.parallel.expert import SentByRank
-from runtime.parallel.fake_world import fake_world
+from runtime.parallel.meshes import fake_world
 
 SPREAD = Degrees(dp_replicate=4, ep=4)
 

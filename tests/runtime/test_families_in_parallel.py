@@ -10,11 +10,11 @@ from planner.foundation.errors import InputError
 from planner.model.arithmetic import Arithmetic, RopeKind, RopeScaling
 from planner.model.attention import Attention, CpExchange, LatentAttention, QkNorm, Reach, Span
 from planner.model.feed_forward import Activation, Mlp
-from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, ModelSpec, Norm, Segment
+from planner.model.sublayer import Recompute
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Zero
-from runtime.parallel.supported import check_supported
+from runtime.parallel.parallelize import check_supported
 from tests.plans import batch8, make_plan, split, tiny_llama
 from tests.runtime.ranks import make_executor, on_ranks, single_process, train
 

@@ -11,7 +11,7 @@ from planner.foundation.errors import InputError
 from planner.model.workload import AdapterModules, Adapters, Precision
 from planner.strategy.strategy import Degrees, RecomputeCounts, Stage, Zero
 from runtime.model.fp8 import BACKWARD, FORWARD, Fp8Linear, cast, check_fp8, scaled_product
-from runtime.parallel.supported import check_supported
+from runtime.parallel.parallelize import check_supported
 from tests.plans import make_plan, tiny_gpt2, tiny_llama
 from tests.runtime.ranks import make_executor, on_ranks, single_process, train
 

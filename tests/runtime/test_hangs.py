@@ -20,7 +20,7 @@ from planner.strategy.strategy import Degrees
 from runtime.checkpoint.store import committed_folders
 from runtime.launch.local_ranks import RunFailedError, Send, join_group, run_local
 from runtime.launch.timeouts import COMPILE_FLOOR_S, FLOOR_S, describe_hang, group_timeout_s
-from runtime.train.data.sources import shipped_corpus
+from runtime.train.data.documents import shipped_corpus
 from tests.plans import make_plan, tiny_llama
 
 PP2 = make_plan(tiny_llama(vocab=258), Degrees(pp=2, micro_batch=1, num_micro_batches=4))

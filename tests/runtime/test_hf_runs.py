@@ -22,8 +22,8 @@ from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees, Zero
 from runtime.checkpoint.adapter_files import read_adapters
 from runtime.model.huggingface.names import names_of
+from runtime.train.data.documents import shipped_corpus
 from runtime.train.data.prepare import DataOptions
-from runtime.train.data.sources import shipped_corpus
 from runtime.train.options import TrainOptions
 from runtime.train.train import run_training
 from tests.plans import make_plan

@@ -17,13 +17,11 @@ from planner.foundation.errors import InputError
 from planner.model.arithmetic import PLAIN
 from planner.model.huggingface import read_config_file
 from planner.model.spec import ModelSpec
-from planner.strategy.engines.runtime_support import EXECUTED_TYPES, not_executed
+from planner.strategy.engines.native import EXECUTED_TYPES, not_executed
 from planner.strategy.strategy import Degrees, Zero
+from runtime.model.huggingface.files import INDEX, WeightFolder, write_weights
 from runtime.model.huggingface.names import FAMILY_NAMES
-from runtime.model.huggingface.read import INDEX, WeightFolder
-from runtime.model.huggingface.write import write_weights
-from runtime.model.initial import materialize
-from runtime.model.transformer import Transformer, build_transformer
+from runtime.model.transformer import Transformer, build_transformer, materialize
 from tests.plans import make_plan
 from tests.runtime.hf_models import CONFIGS, make_model
 from tests.runtime.ranks import make_executor, on_ranks, slice_of

@@ -17,15 +17,13 @@ import pytest
 pytest.importorskip("torch")
 
 from planner.cost.stage.layer_samples import Run
-from planner.hardware.cluster_grammar import parse_cluster
-from planner.model.saved_tensors import Recompute
+from planner.hardware.cluster_text import parse_cluster
 from planner.model.spec import ModelSpec
+from planner.model.sublayer import Recompute
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind, LayerSample, shape_key
-from runtime.profiler.layer_family import LayerFamily
-from runtime.profiler.layer_grid import corners, layer_cases
-from runtime.profiler.layer_prediction import separation
-from runtime.profiler.measure_layers import LayerCase
+from runtime.profiler.layer_family import LayerFamily, separation
+from runtime.profiler.layers import LayerCase, corners, layer_cases
 from runtime.profiler.profile_cases import Adaptive, Reading
 from runtime.profiler.profiler import families_of
 from runtime.profiler.scheduler import Scheduler

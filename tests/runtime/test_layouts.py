@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("torch")
 
 from planner.profile.profile import Op
-from runtime.profiler.measure_comm import comm_cases
-from runtime.profiler.rank_groups import Layout, World, layouts, ops, sizes_of
+from runtime.profiler.collectives import comm_cases
+from runtime.profiler.joint_world import Layout, World, layouts, ops, sizes_of
 
 WORLDS = [World(ranks=nodes * size, per_node=size) for nodes in (1, 2, 3, 4) for size in (1, 2, 4, 6, 8)]
 

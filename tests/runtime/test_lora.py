@@ -24,9 +24,8 @@ from planner.strategy.plan_check import check_sound
 from planner.strategy.strategy import Degrees, RecomputeCounts, Stage, Zero
 from runtime.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from runtime.checkpoint.store import committed_folders, load_index
-from runtime.model.initial import drawn
 from runtime.model.lora import adapted_modules
-from runtime.model.transformer import build_transformer
+from runtime.model.transformer import build_transformer, drawn
 from runtime.train.data.prepare import DataOptions
 from runtime.train.executor import Executor
 from runtime.train.options import TrainOptions

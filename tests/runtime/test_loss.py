@@ -11,9 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.nn import functional
 
-from planner.cost.memory import chunked_loss
-from runtime.model.head import Head
-from runtime.model.loss import IGNORED, cross_entropy
+from planner.strategy.engines import native as chunked_loss
+from runtime.model.loss import IGNORED, Head, cross_entropy
 from tests.runtime.ranks import on_ranks
 
 TOKENS, HIDDEN, VOCAB = 50, 16, 96

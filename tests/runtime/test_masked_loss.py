@@ -9,8 +9,7 @@ import torch
 from torch.nn import functional
 
 from planner.strategy.strategy import Degrees, Zero
-from runtime.model.initial import materialize
-from runtime.model.transformer import build_transformer
+from runtime.model.transformer import build_transformer, materialize
 from tests.plans import make_plan, tiny_llama
 from tests.runtime.ranks import SEED, batch_of, make_executor, on_ranks, slice_of
 

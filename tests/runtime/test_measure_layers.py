@@ -11,15 +11,14 @@ from torch.distributed.tensor import DTensor
 
 from planner.foundation.decode import decode, decode_json, to_json
 from planner.model.attention import Attention, CpExchange, Reach, Span
-from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, ModelSpec, Segment
+from planner.model.sublayer import Recompute
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind, LayerSample
-from runtime.launch.fake_answers import FILLS
+from runtime.launch.rank import FILLS
 from runtime.model.experts import MixtureOfExperts
-from runtime.parallel.fake_world import fake_world
-from runtime.profiler.layer_grid import layer_cases
-from runtime.profiler.measure_layers import LayerBench, LayerCase, build_layer, measure_layers
+from runtime.parallel.meshes import fake_world
+from runtime.profiler.layers import LayerBench, LayerCase, build_layer, layer_cases, measure_layers
 from runtime.profiler.timing import Effort
 from tests.plans import tiny_deepseek_experts, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_mla
 from tests.runtime.ranks import in_a_process

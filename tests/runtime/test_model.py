@@ -11,8 +11,7 @@ from torch import Tensor
 
 from planner.model.feed_forward import Activation
 from planner.model.spec import ModelSpec
-from runtime.model.initial import materialize
-from runtime.model.transformer import Transformer, build_transformer
+from runtime.model.transformer import Transformer, build_transformer, materialize
 from tests.plans import tiny_gpt2, tiny_llama
 
 SEQ = 8

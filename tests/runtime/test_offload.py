@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from planner.foundation.decode import decode, encode
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.model.workload import Optimizer, Precision
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees, OffloadCounts, RecomputeCounts, Stage, Zero, even_stages
 from runtime.check.executed_settings import Executed
 from runtime.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from runtime.checkpoint.store import committed_folders, load_index
-from runtime.parallel.activation_offload import Saved
+from runtime.parallel.offload import Saved
 from tests.plans import make_plan, tiny_gpt2, tiny_llama
 from tests.runtime.ranks import make_executor, on_ranks, single_process, train
 

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from runtime.profiler.measure_device import Beside
+from runtime.profiler.device import Beside
 from runtime.profiler.timing import Effort
 
 WORK_S, MESSAGE_S = 2e-3, 3e-4

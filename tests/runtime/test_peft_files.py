@@ -25,9 +25,8 @@ from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees, Zero
 from runtime.checkpoint import adapter_files
 from runtime.checkpoint.adapter_files import UNREAD, AdapterFolder, write_adapters
-from runtime.model.huggingface.read import local_box
-from runtime.model.lora import adapted_modules
-from runtime.model.peft_modules import peft_modules
+from runtime.model.huggingface.files import local_box
+from runtime.model.lora import adapted_modules, peft_modules
 from runtime.model.transformer import build_transformer
 from tests.plans import make_plan, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_mla
 from tests.runtime.hf_models import make_model

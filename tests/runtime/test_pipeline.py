@@ -9,7 +9,7 @@ import pytest
 
 from planner.foundation.decode import decode, encode
 from planner.foundation.errors import InputError
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.strategy.plan import Plan
 from planner.strategy.schedule.schedules import (
     ActionKind,
@@ -22,9 +22,9 @@ from planner.strategy.schedule.schedules import (
 from planner.strategy.strategy import Degrees, RecomputeCounts, Schedule, Stage, Zero
 from runtime.check.executed_settings import Executed
 from runtime.model.attention import Attention
+from runtime.parallel.parallelize import check_supported
 from runtime.parallel.pipeline import Pipeline
-from runtime.parallel.pipeline.program import Await, Receive, Release, Run, Send, lower
-from runtime.parallel.supported import check_supported
+from runtime.parallel.pipeline.run import Await, Receive, Release, Run, Send, lower
 from tests.plans import make_plan, split, tiny_gpt2, tiny_llama
 from tests.runtime.ranks import make_executor, on_ranks, single_process, train
 

@@ -25,8 +25,7 @@ from planner.foundation.errors import InputError
 from planner.model.workload import Precision
 from planner.profile.merge import NO_TIME, key_of
 from planner.profile.profile import Constant, Op, load_profile
-from runtime.profiler.joint_world import END, JointWorld
-from runtime.profiler.rank_groups import World
+from runtime.profiler.joint_world import END, JointWorld, World
 from runtime.profiler.scheduler import Scheduler
 
 

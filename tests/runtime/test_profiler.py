@@ -13,18 +13,17 @@ torch = pytest.importorskip("torch")
 
 from planner.foundation.decode import decode_json, to_json
 from planner.foundation.errors import InputError
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind, LayerSample, Op, Profile, load_profile
 from planner.strategy.strategy import Degrees
 from runtime.check.measured_memory import storage_bytes
-from runtime.parallel.fake_world import fake_world
-from runtime.profiler import measure_layers
-from runtime.profiler.measure_layers import LayerBench, LayerCase, build_layer
+from runtime.parallel.meshes import fake_world
+from runtime.profiler import layers as measure_layers
+from runtime.profiler.layers import LayerBench, LayerCase, build_layer
 from runtime.profiler.profiler import take_profile
 from runtime.profiler.scope import Scope
-from runtime.profiler.subprocesses import ChildFailed, Emit, run_children
-from runtime.profiler.timing import Effort, summarize, time_phases
+from runtime.profiler.timing import ChildFailed, Effort, Emit, run_children, summarize, time_phases
 from tests.plans import local_cluster, tiny_llama
 
 SEQ, HIDDEN, VOCAB = 32, 32, 64

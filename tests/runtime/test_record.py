@@ -14,9 +14,9 @@ from planner.foundation.errors import InputError
 from planner.model.workload import Precision
 from planner.profile.merge import Stack
 from planner.profile.profile import CommSample, Constant, Op
-from runtime.profiler import profile_journal as record_module
+from runtime.profiler import scheduler as record_module
 from runtime.profiler.profile_cases import Reading
-from runtime.profiler.profile_journal import RECORD_SCHEMA, Header, Record, open_record
+from runtime.profiler.scheduler import RECORD_SCHEMA, Header, Record, open_record
 
 STACK = Stack(device="cpu", device_title="A CPU", backend="gloo", torch="2.13.0", precision=Precision.FP32)
 HEADER = Header(record_schema=RECORD_SCHEMA, stack=STACK, quick=False, models={"m": "sha256:abc"})

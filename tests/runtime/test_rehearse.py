@@ -12,13 +12,12 @@ from click.testing import CliRunner, Result
 
 torch = pytest.importorskip("torch")
 
-from planner.calibration.run import Status
-from planner.calibration.runs_table import read_runs
+from planner.calibration.runs import Status, read_runs
 from planner.cli import cli
 from planner.foundation.errors import InputError
 from planner.model.attention import CpExchange
-from planner.model.saved_tensors import Recompute
 from planner.model.spec import ModelSpec
+from planner.model.sublayer import Recompute
 from planner.model.workload import Precision
 from planner.strategy.estimate import Verdict
 from planner.strategy.plan import Plan, load_plan, save_plan
@@ -26,7 +25,7 @@ from planner.strategy.rehearsal import RehearsalMode
 from planner.strategy.strategy import Degrees, Schedule, Zero
 from runtime.launch.local_ranks import RunFailedError
 from runtime.rehearse import rehearse
-from runtime.rehearse.fake_tensors import fake_tensors
+from runtime.rehearse.fake import fake_tensors
 from runtime.rehearse.rehearse import RehearsalOptions, idle_share, rehearse_rank, rehearse_ranks
 from tests.plans import make_plan, tiny_deepseek_experts, tiny_llama
 from tests.runtime.ranks import real_peaks
@@ -300,8 +299,8 @@ def test_shapes_alone_tell_of_memory(solved: Path) -> None:
 
 
 def test_an_accelerator_that_others_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from planner.commands.running.rehearsing import _check_free
-    from planner.hardware import nvidia
+    from planner.commands.shared.rehearsing import _check_free
+    from planner.hardware import local_machine as nvidia
 
     monkeypatch.setattr(nvidia, "others_at_work", lambda count: ["process 7 (train.py) computes"])
     with pytest.raises(InputError, match=r"process 7 .*--anyway"):

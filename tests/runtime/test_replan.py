@@ -15,16 +15,16 @@ from click.testing import CliRunner
 from planner.cli import cli
 from planner.commands.shared.options import ProblemInputs
 from planner.commands.shared.problem import asked_of, held_to_trainer
-from planner.hardware.cluster_grammar import parse_cluster
-from planner.job.overheads import NOTHING_SAID
+from planner.hardware.cluster_text import parse_cluster
+from planner.job.problem import NOTHING_SAID
 from planner.model.spec import Block, ModelSpec, Segment
 from planner.model.workload import Precision, Workload
 from planner.search.solve import SolveOptions, solve
 from planner.strategy.fix_keys import parse_pins
 from planner.strategy.plan import Plan, load_plan, save_plan
 from planner.strategy.strategy import Degrees
+from runtime.train.data.documents import shipped_corpus
 from runtime.train.data.prepare import DataOptions
-from runtime.train.data.sources import shipped_corpus
 from runtime.train.options import TrainOptions
 from runtime.train.train import run_training
 from tests.plans import make_plan, tiny_deepseek_experts, tiny_llama, tiny_mla

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from planner.advice.replanning import read_bytes_by_stage_rank
-from planner.profile.shipped import shipped_profile
+from planner.profile.choose import shipped_profile
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees, Schedule, Zero
 from runtime.checkpoint.checkpoint import save_checkpoint
-from runtime.checkpoint.reader import JsonLoadPlanner, SafetensorsReader
+from runtime.checkpoint.dcp import JsonLoadPlanner, SafetensorsReader
 from runtime.checkpoint.store import find_checkpoint, load_index, step_folder
-from runtime.launch.exchange import own_rank
+from runtime.launch.rank import own_rank
+from runtime.train.data.documents import shipped_corpus
 from runtime.train.data.prepare import DataOptions
-from runtime.train.data.sources import shipped_corpus
 from runtime.train.options import TrainOptions
 from runtime.train.session import restore, training_state
 from runtime.train.train import run_training

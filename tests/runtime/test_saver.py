@@ -16,10 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from planner.foundation.errors import InputError
-from runtime.checkpoint import safetensors_file
-from runtime.checkpoint import writer as checkpoint_writer
-from runtime.checkpoint.checkpoint import load_checkpoint
-from runtime.checkpoint.saver import Saver
+from runtime.checkpoint import dcp as checkpoint_writer
+from runtime.checkpoint import store as safetensors_file
+from runtime.checkpoint.checkpoint import Saver, load_checkpoint
+from runtime.checkpoint.dcp import JsonSavePlanner
 from runtime.checkpoint.store import (
     committed_folders,
     find_checkpoint,
@@ -27,7 +27,6 @@ from runtime.checkpoint.store import (
     remove_unfinished,
     step_folder,
 )
-from runtime.checkpoint.writer import JsonSavePlanner
 from runtime.launch.local_ranks import RunFailedError, Send, join_group, run_local
 from tests.runtime.ranks import on_ranks
 

@@ -18,7 +18,7 @@ from planner.foundation.decode import encode
 from planner.profile.profile import CommSample, Op
 from runtime.profiler.profile_cases import Adaptive, Reading, readings
 from runtime.profiler.scheduler import FAILURES, Scheduler
-from runtime.profiler.subprocesses import ChildFailed, Emit, run_children
+from runtime.profiler.timing import ChildFailed, Emit, run_children
 
 LATENCY_S, BYTES_PER_S, KNEE_BYTES = 2e-5, 2e10, 2.0e6
 

@@ -11,24 +11,29 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from planner.cost.compute.measured_rates import TERMS, measured_rates
-from planner.cost.compute.surface import Surface
+from planner.cost.compute.measured_operators import TERMS, Surface, measured_rates
 from planner.foundation.decode import decode
 from planner.hardware.catalog import load_model
 from planner.model.workload import Precision
-from planner.profile.operator_sample import RateKind, RateSample
-from planner.profile.profile import Profile
+from planner.profile.profile import Profile, RateKind, RateSample
 from runtime.model.fp8 import LEAST_CAPABILITY
-from runtime.profiler.host_families import CommunicatorFamily, HostFamily
-from runtime.profiler.measure_device import OF_CUDA
-from runtime.profiler.measure_host import CONSTANTS, measure_host
-from runtime.profiler.measure_sweeps import Bench, measure_sweeps
+from runtime.profiler.device import OF_CUDA
+from runtime.profiler.host import CONSTANTS, CommunicatorFamily, HostFamily, measure_host
+from runtime.profiler.operators import Bench, Operator, RateFamily, measure_sweeps, rate_families
 from runtime.profiler.profile_cases import Adaptive
 from runtime.profiler.profiler import take_profile
-from runtime.profiler.rate_family import Operator, RateFamily, rate_families
 from runtime.profiler.scope import Sweeps
-from runtime.profiler.sweep_cases import FEW_SHARES, LIMITS, SORTS, SWEEPS, Sweep, cases_of, work_of
-from runtime.profiler.sweep_pieces import RateCase, build_piece
+from runtime.profiler.sweeps import (
+    FEW_SHARES,
+    LIMITS,
+    SORTS,
+    SWEEPS,
+    RateCase,
+    Sweep,
+    build_piece,
+    cases_of,
+    work_of,
+)
 from runtime.profiler.timing import Effort
 from tests.plans import local_cluster, tiny_llama
 from tests.runtime.test_profiler import Silence, scope

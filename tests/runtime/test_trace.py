@@ -12,17 +12,17 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from planner.foundation.decode import load_json, to_json
 from planner.foundation.errors import InputError
-from planner.hardware.cluster_grammar import parse_cluster
+from planner.hardware.cluster_text import parse_cluster
 from planner.job.problem import PlanningProblem
 from planner.model.spec import ModelSpec
+from planner.model.traced_graph import Chain, boundary_values
 from planner.model.traced_layer import TracedLayer
-from planner.model.tracing.graph import Chain, boundary_values
-from planner.model.tracing.traced_model import layer_pieces
+from planner.model.traced_model import layer_pieces
 from planner.model.workload import Precision, Workload
 from planner.search.solve import SolveOptions, solve
 from planner.strategy.fix_keys import parse_pins
 from planner.strategy.plan import decode_plan, encode_plan
-from runtime.model.tracing.trace import trace_module, trace_operators
+from runtime.model.trace import trace_module, trace_operators
 from runtime.model.transformer import build_transformer
 from tests.plans import tiny_gpt2, tiny_llama
 

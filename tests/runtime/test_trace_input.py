@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from planner.cli import cli
 from planner.foundation.errors import InputError
-from runtime.model.tracing.trace_input import load_factory, parse_inputs, trace_factory
+from runtime.model.trace_input import load_factory, parse_inputs, trace_factory
 
 
 def test_inputs_are_tensors_on_meta() -> None:

@@ -17,11 +17,9 @@ from planner.foundation.errors import InputError
 from planner.strategy.estimate import TimeBreakdown
 from planner.strategy.strategy import Degrees
 from runtime.train.data.prepare import DataOptions
-from runtime.train.metrics import Probes, StepMetrics
+from runtime.train.listeners import Trackers, check_trackers, describe, figures_of
+from runtime.train.metrics import Probes, StepCauses, StepMetrics, causes_of, mean_causes, predicted_causes
 from runtime.train.options import TrainOptions
-from runtime.train.progress import describe
-from runtime.train.step_breakdown import StepCauses, causes_of, mean_causes, predicted_causes
-from runtime.train.trackers import Trackers, check_trackers, figures_of
 from runtime.train.train import run_training
 from tests.plans import make_plan, tiny_llama
 
@@ -185,7 +183,7 @@ class Broken:
 def test_a_tracker_that_fails_is_left_out_and_said_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("runtime.train.trackers.TRACKERS", {"broken": (Broken, "json")})
+    monkeypatch.setattr("runtime.train.listeners.TRACKERS", {"broken": (Broken, "json")})
     assert log_steps("broken", tmp_path, 1, 2, 3) == [
         "--log broken ended: OSError: no route to host; metrics.jsonl goes on"
     ]
@@ -196,12 +194,12 @@ def test_trackers_that_cannot_start_are_refused_before_the_run(
 ) -> None:
     with pytest.raises(InputError, match="neptune is unknown"):
         check_trackers(["neptune"])
-    monkeypatch.setattr("runtime.train.trackers.TRACKERS", {"absent": (Broken, "no_such_package")})
+    monkeypatch.setattr("runtime.train.listeners.TRACKERS", {"absent": (Broken, "no_such_package")})
     with pytest.raises(
         InputError, match=r"--log absent: needs the package no_such_package.*'shardwise\[absent\]'"
     ):
         check_trackers(["absent"])
-    monkeypatch.setattr("runtime.train.trackers.TRACKERS", {"wandb": (Broken, "json")})
+    monkeypatch.setattr("runtime.train.listeners.TRACKERS", {"wandb": (Broken, "json")})
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))

@@ -22,8 +22,8 @@ from planner.strategy.strategy import Degrees, Zero
 from runtime.checkpoint.store import committed_folders
 from runtime.launch.device_check import check_world, pick_device
 from runtime.launch.local_ranks import RunFailedError
+from runtime.train.data.documents import shipped_corpus
 from runtime.train.data.prepare import DataOptions
-from runtime.train.data.sources import shipped_corpus
 from runtime.train.metrics import Probes
 from runtime.train.options import TrainOptions
 from runtime.train.summary import TrainSummary
@@ -123,7 +123,7 @@ def test_the_timeline_holds_every_action_of_every_rank(straight: tuple[Path, Tra
 
 
 def test_the_report_reads_the_run(straight: tuple[Path, TrainSummary]) -> None:
-    from planner.report.record import load_report_input
+    from planner.report.run_record import load_report_input
 
     run = load_report_input(straight[0]).run
     assert run is not None

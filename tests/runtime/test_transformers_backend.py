@@ -11,7 +11,7 @@ import torch
 
 from planner.foundation.errors import InputError
 from planner.model.huggingface import read_config_file
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.model.workload import Optimizer
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees, Offload, Schedule, Zero, even_stages, offloaded

@@ -10,16 +10,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from planner.cost.memory import chunked_loss
 from planner.foundation.errors import InputError
+from planner.strategy.engines import native as chunked_loss
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees, Schedule, Zero
 from runtime.checkpoint.store import committed_folders, load_index
-from runtime.model.huggingface.read import WeightFolder
-from runtime.model.huggingface.write import write_weights
-from runtime.model.initial import materialize
-from runtime.model.transformer import build_transformer
-from runtime.parallel.supported import check_supported
+from runtime.model.huggingface.files import WeightFolder, write_weights
+from runtime.model.transformer import build_transformer, materialize
+from runtime.parallel.parallelize import check_supported
 from tests.plans import batch8, make_plan, tiny_gpt2, tiny_llama
 from tests.runtime.matrix import TOLERANCE, execute
 from tests.runtime.ranks import batch_of, make_executor, on_ranks, slice_of

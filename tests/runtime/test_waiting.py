@@ -1,5 +1,5 @@
 """What waits between input and weight gradients is what the cost model counts
-(planner.cost.memory.zero_bubble_memory)."""
+(planner.cost.memory.activations)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from bench.rehearsal import plan_of, predicted_bytes
 from planner.cost.layer import LayerShape
-from planner.cost.memory.zero_bubble_memory import waiting_bytes
+from planner.cost.memory.activations import waiting_bytes
 from planner.model.spec import Block
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind
@@ -22,7 +22,7 @@ from planner.strategy.plan import Plan
 from planner.strategy.rehearsal import RehearsalMode
 from planner.strategy.strategy import Degrees, Schedule
 from runtime.parallel.deferred_gradients import Deferred
-from runtime.parallel.pipeline.gradient_units import GradientUnits
+from runtime.parallel.pipeline.stage import GradientUnits
 from runtime.rehearse.rehearse import RehearsalOptions, rehearse_rank
 from tests.plans import make_plan, parallel, tiny_deepseek_experts, tiny_gpt2, tiny_llama, tiny_mla
 from tests.runtime.ranks import batch_of, make_executor, on_ranks, slice_of

@@ -62,7 +62,7 @@ def calibrate(
     --from-run makes rows of your own runs' histories. Without RUNS, that is all: the table is written.
     """
     from planner.calibration.calibrate import calibrate as fit_all
-    from planner.calibration.runs_table import read_runs
+    from planner.calibration.runs import read_runs
     from planner.commands.accuracy.from_run import converted_runs, write_table
     from planner.commands.shared.text import print_json
     from planner.foundation.decode import to_json, write_atomic

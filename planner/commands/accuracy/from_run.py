@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from planner.calibration.history.convert import Converted
+    from planner.calibration.run_history import Converted
 
 
 def converted_runs(
     paths: Sequence[Path], plan_file: Path | None, columns: Sequence[str], metrics: Sequence[str]
 ) -> tuple[Converted, ...]:
     """The rows of the runs; what was found and what was not goes to stderr. Raises InputError."""
-    from planner.calibration.history.convert import asked_of, convert_all
+    from planner.calibration.run_history import asked_of, convert_all
     from planner.strategy.plan import load_plan
 
     asked = asked_of(load_plan(plan_file) if plan_file else None, columns, metrics)
@@ -54,7 +54,7 @@ def _unpredictable(each: Converted) -> list[str]:
 
 def write_table(found: Sequence[Converted], output: Path | None, *, as_json: bool) -> None:
     """Writes the rows as runs.csv to a file, or to stdout where there is none."""
-    from planner.calibration.runs_writer import runs_csv
+    from planner.calibration.runs import runs_csv
     from planner.commands.shared.text import print_json
     from planner.foundation.decode import write_atomic
 

@@ -45,7 +45,7 @@ def validate(runs: tuple[Path, ...], profile: Path | None, plot: Path | None, as
 
     RUNS are CSV files with one run a row; rows may be partial.
     """
-    from planner.calibration.runs_table import read_runs
+    from planner.calibration.runs import read_runs
     from planner.calibration.validate import validate as compare
     from planner.commands.shared.text import print_json
     from planner.foundation.decode import encode, write_atomic
@@ -94,9 +94,8 @@ def profile_choice(path: Path | None) -> Callable[[str], Profile | None]:
     A named profile with samples of layers speaks for the device it was measured on; one with constants
     alone was fitted over devices and speaks for all.
     """
-    from planner.profile.choose import speaks_of
+    from planner.profile.choose import shipped_profile, speaks_of
     from planner.profile.profile import load_profile
-    from planner.profile.shipped import shipped_profile
 
     if path is not None:
         named = load_profile(path)

@@ -230,7 +230,7 @@ def _link_text(link: Link) -> str:
 def _show_cluster(name: str, market: Market) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
     from planner.foundation.decode import digest, encode
     from planner.foundation.units import format_bytes
-    from planner.hardware.cluster_grammar import parse_cluster
+    from planner.hardware.cluster_text import parse_cluster
     from planner.hardware.measured_tables import table_of
 
     cluster = parse_cluster(name, "NAME", market)

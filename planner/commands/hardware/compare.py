@@ -54,7 +54,7 @@ def compare(
     from planner.commands.shared.text import print_json
     from planner.foundation.decode import write_atomic
     from planner.foundation.errors import InfeasibleError
-    from planner.sizing.compare import compare as compared
+    from planner.sizing.search import compare as compared
 
     request, market = read_sizing(asked, least=False, clusters=clusters)
     with showing_progress("offers") as progress:

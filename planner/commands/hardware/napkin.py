@@ -18,9 +18,8 @@ from planner.commands.shared.options import (
 from planner.commands.shared.quantities import RATE_OPTIONS, Reading, optional_number, read_count, read_rate
 
 if TYPE_CHECKING:
-    from planner.sizing.principles.napkin import Question
-    from planner.sizing.principles.napkin_estimate import OwnEstimate
-    from planner.sizing.principles.napkin_size import Size
+    from planner.sizing.napkin import Question, Size
+    from planner.sizing.napkin_methods import OwnEstimate
 
 SIZE = re.compile(r"^[+-]?[0-9.]+(e[+-]?[0-9]+)?\s*[a-z]{0,2}$|^[+-]?(nan|inf|infinity)$", re.IGNORECASE)
 """Texts that are meant as a size: a number with at most a short unit. Everything else is a model's name."""
@@ -96,8 +95,8 @@ def napkin(as_json: bool, **asked: Any) -> None:
     """First principles: bytes a parameter, 6 N D, days and dollars, with the formulas."""
     from planner.commands.hardware.napkin_text import napkin_document, napkin_text
     from planner.commands.shared.text import print_json
-    from planner.sizing.principles.napkin import left_out, rule_of_thumb
-    from planner.sizing.principles.napkin_methods import methods
+    from planner.sizing.napkin import left_out, rule_of_thumb
+    from planner.sizing.napkin_methods import methods
 
     question, device = read_question(asked)
     own, activations, why_not = _estimate(question, device)
@@ -113,7 +112,7 @@ def read_question(asked: dict[str, Any]) -> tuple[Question, str]:
     """The question that the options ask, and the device as named. Raises InputError with every fault."""
     from planner.model.lora import module_problems, written
     from planner.model.workload import Adapters
-    from planner.sizing.principles.napkin import Question
+    from planner.sizing.napkin import Question
 
     reading = Reading()
     size = reading.read(lambda: read_size(asked["model"], asked["seq"], asked["arch"]))
@@ -148,7 +147,7 @@ def read_size(text: str, seq: int | None, arch: str | None) -> Size:
     """The size or model that `text` names. Raises InputError."""
     from planner.foundation.errors import InputError, Problem
     from planner.hardware.catalog import load_model
-    from planner.sizing.principles.napkin_size import bare_size, model_size
+    from planner.sizing.napkin import bare_size, model_size
 
     if SIZE.match(text.strip()) or not text.strip():
         return bare_size(read_count(text.strip(), "--model", SMALLEST_SIZE, LARGEST_SIZE), seq or DEFAULT_SEQ)
@@ -166,7 +165,7 @@ def read_size(text: str, seq: int | None, arch: str | None) -> Size:
 
 def _tokens(reading: Reading, asked: dict[str, Any], size: Size | None) -> tuple[int, str] | None:
     """Tokens of pretraining and their formula."""
-    from planner.sizing.principles.napkin import TOKENS_PER_PARAM, short
+    from planner.sizing.napkin import TOKENS_PER_PARAM, short
 
     text, ratio_text = asked["tokens"], asked["tokens_per_param"]
     if text is not None and ratio_text is not None:
@@ -192,7 +191,7 @@ def _estimate(question: Question, device: str) -> tuple[OwnEstimate | None, dict
     """
     from planner.foundation.errors import InputError
     from planner.model.workload import Precision
-    from planner.sizing.principles.napkin_estimate import MOST_DEVICES, activations_bytes, own_estimate
+    from planner.sizing.napkin_methods import MOST_DEVICES, activations_bytes, own_estimate
 
     shape, seq, rate = question.size.shape, question.seq, question.rate
     precision = Precision(rate.costed_precision)

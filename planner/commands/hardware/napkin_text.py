@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 from planner.commands.shared.text import table
 
 if TYPE_CHECKING:
-    from planner.sizing.principles.napkin import Figure, Question
-    from planner.sizing.principles.napkin_estimate import OwnEstimate
-    from planner.sizing.principles.napkin_methods import Method
+    from planner.sizing.napkin import Figure, Question
+    from planner.sizing.napkin_methods import Method, OwnEstimate
 
 LINE_WIDTH = 110
 
@@ -86,7 +85,7 @@ def _figures(figures: Sequence[Figure], notes: bool) -> str:
 def shown(figure: Figure) -> str:
     """A figure's value with its unit, or that it is unknown."""
     from planner.foundation.units import GIB, format_count
-    from planner.sizing.principles.napkin import short
+    from planner.sizing.napkin import short
 
     value = figure.value
     if value is None:

@@ -172,7 +172,7 @@ def _quantity(value: float | None, unit: str) -> str:
 def collective_summary(device: str) -> list[dict[str, Any]]:
     """Latency and bus bandwidth over the shipped curves, by op and measured group size."""
     from planner.foundation.units import MIB
-    from planner.hardware.collective_curves import curves_of, wire_factor
+    from planner.hardware.measured_tables import curves_of, wire_factor
 
     curves = curves_of(device)
     rows = []

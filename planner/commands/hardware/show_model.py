@@ -72,7 +72,7 @@ def _class(model: ModelSpec, key: str, layer: Layer, seq: int) -> dict[str, Any]
 
 def _activations(block: Any, seq: int) -> dict[str, dict[str, float]]:
     """16-bit activation bytes a token, by attention kernel and recomputation, without parallelism."""
-    from planner.model.saved_tensors import AttentionKernel, Recompute
+    from planner.model.sublayer import AttentionKernel, Recompute
 
     return {
         str(kernel): {
@@ -98,7 +98,7 @@ def describe(layer: Layer) -> str:
 
 def _mixer(mixer: Mixer) -> str:
     from planner.model.attention import Attention, LatentAttention
-    from planner.model.recurrent import DeltaNet, LightningAttention, StateSpace
+    from planner.model.mixers import DeltaNet, LightningAttention, StateSpace
 
     match mixer:
         case Attention():

@@ -73,9 +73,10 @@ def _marked(row: Mapping[str, Any], key: str, text: str) -> str:
 def link_rows() -> list[dict[str, Any]]:
     """Every figure of links.csv: nominal, measured, or the threshold that a healthy node passes."""
     from planner.foundation.decode import encode
+    from planner.hardware import measured_rows
     from planner.hardware import measured_tables as measured
 
-    return [encode(row) for row in measured.load_links(measured.folder() / "links.csv")]
+    return [encode(row) for row in measured_rows.load_links(measured.folder() / "links.csv")]
 
 
 def link_list(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -107,6 +108,7 @@ def _short(value: Any, width: int) -> Any:
 def show_network(name: str) -> tuple[dict[str, Any], str]:
     """One network: the document for programs, and the text for people."""
     from planner.foundation.decode import encode
+    from planner.hardware import measured_rows
     from planner.hardware import measured_tables as measured
     from planner.hardware.catalog import load_network
 
@@ -114,7 +116,7 @@ def show_network(name: str) -> tuple[dict[str, Any], str]:
     link = network.link(SHOWN_DEVICES)
     figures = [
         row
-        for row in measured.load_links(measured.folder() / "links.csv")
+        for row in measured_rows.load_links(measured.folder() / "links.csv")
         if row.link.startswith(network.kind.links or ("no figure",))
     ]
     curves = [row for row in measured.internode() if row.network == network.name]

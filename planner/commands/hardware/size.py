@@ -10,7 +10,7 @@ import click
 from planner.commands.hardware.sizing_options import sizing_options
 
 if TYPE_CHECKING:
-    from planner.sizing.option import Option
+    from planner.sizing.comparison import Option
 
 
 @click.command()
@@ -39,9 +39,9 @@ def size(asked: dict[str, Any], as_json: bool, cluster: str | None, output: Path
     from planner.commands.shared.text import print_json
     from planner.foundation.errors import InfeasibleError
     from planner.job.objective import Minimise
-    from planner.sizing.answer import answers_of
-    from planner.sizing.compare import compare
-    from planner.sizing.whole_plan import whole_plan
+    from planner.sizing.comparison import answers_of
+    from planner.sizing.search import compare
+    from planner.sizing.sized import whole_plan
     from planner.strategy.plan import save_plan
 
     if cluster is not None:

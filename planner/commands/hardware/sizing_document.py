@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planner.sizing.answer import Answers
-    from planner.sizing.comparison import Comparison
-    from planner.sizing.option import Option
+    from planner.sizing.comparison import Answers, Comparison, Option
 
 
 def option_document(option: Option) -> dict[str, Any]:

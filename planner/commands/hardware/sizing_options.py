@@ -26,13 +26,11 @@ if TYPE_CHECKING:
     from planner.foundation.errors import Problem
     from planner.hardware.prices import Market
     from planner.job.objective import Goal
-    from planner.job.overheads import Upkeep
-    from planner.job.problem import PlanningProblem
+    from planner.job.problem import PlanningProblem, Upkeep
     from planner.model.spec import ModelSpec
     from planner.model.workload import Workload
     from planner.profile.profile import Profile
-    from planner.sizing.offer import Offer
-    from planner.sizing.request import SizingRequest
+    from planner.sizing.comparison import Offer, SizingRequest
 
 MOST_DEVICES = 16384
 """Devices of one option, where nobody says how many at most."""
@@ -190,9 +188,8 @@ def read_sizing(asked: dict[str, Any], *, least: bool, clusters: tuple[str, ...]
     from planner.hardware.catalog import load_model
     from planner.hardware.prices import shipped_market
     from planner.model.workload import Precision
-    from planner.sizing.offer import Pricing
+    from planner.sizing.comparison import Pricing, SizingRequest
     from planner.sizing.offers import Wanted, find_offers, offers_of_clusters
-    from planner.sizing.request import SizingRequest
 
     reading = Reading()
     model = reading.read(lambda: load_model(asked["model"], arch=asked["arch"]))
@@ -387,7 +384,7 @@ def _tokens(asked: dict[str, Any], model: ModelSpec | None) -> tuple[int, str]:
     from planner.commands.shared.quantities import read_count
     from planner.foundation.errors import InputError, Problem
     from planner.foundation.units import format_count
-    from planner.sizing.principles.scaling import load_laws, optimal_tokens, recommended
+    from planner.sizing.scaling import load_laws, optimal_tokens, recommended
 
     epochs = asked["epochs"]
     if asked["tokens"] is not None:

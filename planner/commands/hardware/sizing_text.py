@@ -12,9 +12,7 @@ from planner.commands.shared.objective_text import money
 from planner.commands.shared.text import WIDTH, pairs, table, wrapped_table
 
 if TYPE_CHECKING:
-    from planner.sizing.answer import Answers, Outcome
-    from planner.sizing.comparison import Comparison, LeftOut
-    from planner.sizing.option import Option
+    from planner.sizing.comparison import Answers, Comparison, LeftOut, Option, Outcome
 
 MOST_ROWS = 25
 """Lines of a table of options or offers; --json, --csv and --html have them all."""
@@ -146,7 +144,7 @@ def _more(shown: Sequence[Option], show_all: bool) -> str:
 
 def _offers_text(outcomes: Sequence[Outcome], found: Comparison) -> str:
     """Each offer's best option, then by how much others miss."""
-    from planner.sizing.answer import Standing
+    from planner.sizing.comparison import Standing
 
     kept = [outcome for outcome in outcomes if outcome.standing is Standing.KEEPS]
     missed = [outcome for outcome in outcomes if outcome.standing is not Standing.KEEPS]
@@ -276,7 +274,7 @@ def basis_text(found: Comparison, shown: Sequence[Option]) -> str:
 def nothing_text(found: Comparison) -> str:
     """Why no option keeps the goal: the soonest, what the budget buys, and what would help."""
     from planner.foundation.units import format_seconds
-    from planner.sizing.answer import answers_of
+    from planner.sizing.comparison import answers_of
 
     if not found.options:
         reasons = [f"  {offer}: {reason}" for _, offer, reason in _by_reason(found.left_out)[:FEW_ROWS]]

@@ -12,9 +12,8 @@ from planner.commands.hardware.sizing_options import sizing_options
 
 if TYPE_CHECKING:
     from planner.report.web.app import Answers
-    from planner.report.web.asked import Asked
-    from planner.sizing.comparison import Comparison
-    from planner.sizing.option import Option
+    from planner.report.web.requests import Asked
+    from planner.sizing.comparison import Comparison, Option
     from planner.sizing.search import Known
 
 DEFAULT_PORT = 8421
@@ -55,9 +54,8 @@ def web(port: int, no_open: bool, models: tuple[str, ...], prices: Path | None) 
 
     from planner.foundation.errors import PlannerError
     from planner.hardware.catalog import load_model
-    from planner.report.web.app import build_app
-    from planner.report.web.asked import at_first
-    from planner.report.web.serve import listen, server
+    from planner.report.web.app import build_app, listen, server
+    from planner.report.web.requests import at_first
 
     for model in models:
         load_model(model)
@@ -129,9 +127,9 @@ def compared(asked: Asked, prices: Path | None, stopped: Callable[[], bool], kno
     `known` remembers plans: limits, prices and tokens change without a new search.
     """
     from planner.commands.hardware.sizing_options import read_sizing
-    from planner.report.web.asked import arguments
-    from planner.report.web.latest import SupersededError
-    from planner.sizing.compare import compare
+    from planner.report.web.app import SupersededError
+    from planner.report.web.requests import arguments
+    from planner.sizing.search import compare
 
     def progress(done: int, of: int) -> None:
         if stopped():
@@ -148,8 +146,8 @@ def planned(asked: Asked, option: Option, prices: Path | None) -> str:
     import json
 
     from planner.commands.hardware.sizing_options import read_sizing
-    from planner.report.web.asked import arguments
-    from planner.sizing.whole_plan import whole_plan
+    from planner.report.web.requests import arguments
+    from planner.sizing.sized import whole_plan
     from planner.strategy.plan import encode_plan
 
     request, market = read_sizing({**typed(arguments(asked)), "prices": prices}, least=False)

@@ -16,7 +16,7 @@ from planner.commands.shared.options import json_option
 if TYPE_CHECKING:
     from planner.job.problem import PlanningProblem
     from planner.profile.profile import Profile
-    from planner.report.comparison import ComparisonRow
+    from planner.report.run_record import ComparisonRow
     from planner.strategy.plan import Plan
     from runtime.train.summary import TrainSummary
 
@@ -74,8 +74,7 @@ def demo(cluster_text: str | None, steps: int, other_steps: int, run_dir: Path, 
     """Measure this machine, plan, train by the plan, and show how far the prediction was off."""
     from planner.commands.running.report import write_report
     from planner.commands.shared.with_torch import require_torch
-    from planner.report.comparison import save_comparison
-    from planner.report.record import load_report_input
+    from planner.report.run_record import load_report_input, save_comparison
 
     require_torch("demo")
     _clear(run_dir)
@@ -134,11 +133,10 @@ def _measure(cluster_text: str | None, run_dir: Path) -> PlanningProblem:
     from planner.commands.shared.options import chosen_precision
     from planner.foundation.decode import to_json, write_atomic
     from planner.hardware.catalog import load_model
-    from planner.hardware.cluster_grammar import parse_cluster
+    from planner.hardware.cluster_text import parse_cluster
     from planner.hardware.local_machine import accelerators
     from planner.job.engine_settings import Engine
-    from planner.job.limits import Limits
-    from planner.job.problem import PlanningProblem
+    from planner.job.problem import Limits, PlanningProblem
     from planner.model.workload import Workload
 
     begun_s = time.monotonic()
@@ -218,7 +216,7 @@ def _train(plan: Plan, run_dir: Path, cache: Path, steps: int) -> _Run:
 
 
 def _row(run: _Run, *, chosen: bool) -> ComparisonRow:
-    from planner.report.comparison import ComparisonRow
+    from planner.report.run_record import ComparisonRow
 
     label = run.plan.strategy.degrees.label()
     return ComparisonRow(
@@ -236,7 +234,7 @@ def comparison_text(rows: tuple[ComparisonRow, ...]) -> str:
     """The closing table: step time and memory, predicted against measured, and whether the order held."""
     from planner.commands.shared.text import table
     from planner.foundation.units import format_bytes, format_seconds
-    from planner.report.comparison import judge_order
+    from planner.report.run_record import judge_order
 
     header = ("plan", "", "step predicted", "measured", "error", "memory predicted", "measured", "error")
     body = [

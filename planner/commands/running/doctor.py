@@ -185,9 +185,8 @@ MEASURE = "plan profile --cluster local -o profile.json measures it; then --prof
 def _own_profile() -> Finding:
     """Whether a shipped profile speaks for this machine's device, and how to take one."""
     from planner.foundation.errors import InputError
-    from planner.hardware.cluster_grammar import parse_cluster
-    from planner.profile.choose import use_of
-    from planner.profile.shipped import shipped_profile
+    from planner.hardware.cluster_text import parse_cluster
+    from planner.profile.choose import shipped_profile, use_of
 
     try:
         cluster = parse_cluster("local")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from planner.model.workload import Precision
     from planner.profile.profile import Profile
     from runtime.profiler.joint_world import JointWorld
-    from runtime.profiler.profile_journal import Record
+    from runtime.profiler.scheduler import Record
     from runtime.profiler.scope import Scope
 
 
@@ -212,8 +212,8 @@ def _open_session(request: Request, options: ProfileOptions) -> ProfileSession:
     """What is measured now is added to. Raises InputError where that is of another device or software."""
     from planner.commands.running.profile_session import begin_session
     from planner.foundation.decode import digest
-    from runtime.profiler.profile_journal import RECORD_SCHEMA, Header
     from runtime.profiler.profiler import stack_here
+    from runtime.profiler.scheduler import RECORD_SCHEMA, Header
 
     header = Header(
         record_schema=RECORD_SCHEMA,

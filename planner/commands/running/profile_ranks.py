@@ -27,7 +27,7 @@ def join_ranks() -> JointWorld | None:
 
 def attend_ranks(joint: JointWorld) -> int | None:
     """Measures with the first rank until that is done; the exit code."""
-    from runtime.profiler.comm_family import attend
+    from runtime.profiler.collectives import attend
 
     try:
         with terminable():

@@ -104,8 +104,8 @@ def read_request(options: ProfileOptions, joint: JointWorld | None = None) -> Re
     """Reads what the options name. Raises InputError with every fault that shows before measuring."""
     from planner.commands.shared.options import chosen_precision
     from planner.hardware.catalog import load_model
-    from planner.hardware.cluster_grammar import parse_cluster
-    from planner.strategy.engines.runtime_support import check_executed
+    from planner.hardware.cluster_text import parse_cluster
+    from planner.strategy.engines.native import check_executed
 
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as for every program that is to see none
@@ -125,7 +125,7 @@ def read_request(options: ProfileOptions, joint: JointWorld | None = None) -> Re
 
 def _largest_bytes(request: Request, options: ProfileOptions) -> int:
     from planner.foundation.units import format_bytes, parse_bytes
-    from runtime.profiler.measure_comm import CPU_LARGEST_BYTES, SIZES_BYTES
+    from runtime.profiler.collectives import CPU_LARGEST_BYTES, SIZES_BYTES
 
     if options.max_message is None:
         return SIZES_BYTES[-1] if request.on_cuda else CPU_LARGEST_BYTES
@@ -180,7 +180,7 @@ def _cluster_text(options: ProfileOptions, joint: JointWorld | None) -> str:
 
 def _no_accelerator() -> Problem:
     """Why none is seen."""
-    from planner.hardware.nvidia import why_none
+    from planner.hardware.local_machine import why_none
 
     fault = f"cuda is asked for, and no accelerator is there: {why_none()}."
     return Problem(where="--device", fault=fault, legal="cpu", fix="see plan doctor")
@@ -211,7 +211,7 @@ def _build_problems(request: Request) -> list[Problem]:
 
 
 def _use_problems(request: Request, *, anyway: bool) -> list[Problem]:
-    from planner.hardware.nvidia import others_at_work
+    from planner.hardware.local_machine import others_at_work
 
     found = others_at_work(request.cluster.devices)
     if found is None:

@@ -16,7 +16,7 @@ from planner.foundation.errors import InputError, Problem
 if TYPE_CHECKING:
     from planner.profile.merge import Stack
     from planner.profile.profile import Profile
-    from runtime.profiler.profile_journal import Header, Record
+    from runtime.profiler.scheduler import Header, Record
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 """Exit codes of a process that a signal ended, as a shell gives them."""
@@ -88,7 +88,7 @@ class ProfileSession:
 
 def begin_session(output: Path, header: Header, *, replace: bool) -> ProfileSession:
     """Opens what a profile is added to. Raises InputError where that is of another device or software."""
-    from runtime.profiler.profile_journal import open_record
+    from runtime.profiler.scheduler import open_record
 
     earlier = None if replace else _earlier_profile(output, header.stack)
     partial = output.with_name(f"{output.name}.partial")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planner.hardware.nvidia import Clocks
+    from planner.hardware.local_machine import Clocks
     from planner.profile.profile import FamilyFit, Profile
 
 

@@ -92,9 +92,9 @@ def rehearse(
     """
     import dataclasses
 
-    from planner.commands.running.rehearsing import Choice, check_rehearsable, rehearse_plan
     from planner.commands.shared.problem import problem_of_plan
     from planner.commands.shared.rehearsal_text import rehearsal_text
+    from planner.commands.shared.rehearsing import Choice, check_rehearsable, rehearse_plan
     from planner.commands.shared.text import print_json
     from planner.commands.shared.with_torch import require_torch
     from planner.foundation.decode import encode
@@ -159,9 +159,8 @@ def _chosen_ranks(plan: Plan, ranks: tuple[int, ...], stages: str | None) -> tup
 
 def _note_run(path: Path, plan: Plan) -> None:
     """Adds the row of a rehearsed plan to a table of runs, which is made where there is none."""
-    from planner.calibration.history.rehearsed_row import rehearsed_run
-    from planner.calibration.runs_table import read_runs
-    from planner.calibration.runs_writer import runs_csv
+    from planner.calibration.plan_row import rehearsed_run
+    from planner.calibration.runs import read_runs, runs_csv
     from planner.foundation.decode import write_atomic
 
     before = read_runs([path]).runs if path.exists() else ()

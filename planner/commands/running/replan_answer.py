@@ -81,7 +81,7 @@ class Replanned:
     def misses(self) -> Iterator[str]:
         """What of the goal the new plan keeps as predicted, and not at the run's own pace."""
         from planner.foundation.units import DAY_S, format_seconds
-        from planner.strategy.plan_cost import told_usd
+        from planner.strategy.plan import told_usd
 
         objective, left = self.plan.objective, None if self.pace is None else self.left(self.plan, self.pace)
         if objective is None or left is None:

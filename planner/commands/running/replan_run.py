@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planner.calibration.history.steady import Steady
+    from planner.calibration.run_history import Steady
     from planner.job.objective import Rest
-    from planner.report.record import RunRecord
+    from planner.report.run_record import RunRecord
     from planner.strategy.plan import Plan
-    from runtime.train.run_state import RunState
+    from runtime.train.session import RunState
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +100,8 @@ def read_run(folder: Path, steps: int | None) -> RunToGoOn:
     from planner.commands.running.train_again import told_at_launch
     from planner.foundation.errors import InputError, Problem
     from planner.foundation.run_files import CHECKPOINTS, OPTIONS
-    from planner.report.record import load_report_input
-    from runtime.train.run_state import read_run_state
+    from planner.report.run_record import load_report_input
+    from runtime.train.session import read_run_state
 
     if not folder.is_dir():
         fault = "is a file." if folder.exists() else "no such folder."
@@ -141,7 +141,7 @@ def _steps_told(plan: Plan, told: dict[str, Any]) -> int | None:
 
 def _measured(folder: Path) -> Steady:
     """The run's step time as `plan calibrate --from-run` gives it."""
-    from planner.calibration.history.convert import Asked, convert
-    from planner.calibration.history.log import read_log
+    from planner.calibration.run_history import Asked, convert
+    from planner.calibration.run_log import read_log
 
     return convert(read_log(folder, None), Asked(columns={}, metrics={})).step_time

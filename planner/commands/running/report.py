@@ -10,7 +10,7 @@ import click
 from planner.commands.shared.options import json_option
 
 if TYPE_CHECKING:
-    from planner.report.record import ReportInput
+    from planner.report.run_record import ReportInput
 
 
 @click.command()
@@ -33,7 +33,7 @@ def report(source: Path, output: Path | None, trace: Path | None, as_json: bool)
     RUN_OR_PLAN is a plan.json or a folder that `plan train` or `plan demo` wrote.
     """
     from planner.commands.shared.text import print_json
-    from planner.report.record import load_report_input
+    from planner.report.run_record import load_report_input
 
     document = load_report_input(source)
     folder = source if source.is_dir() else source.parent
@@ -55,7 +55,7 @@ def report(source: Path, output: Path | None, trace: Path | None, as_json: bool)
 
 def _told(dollars: dict[str, Any], cluster: str) -> str:
     """Dollars spent beside those predicted, in words."""
-    from planner.strategy.plan_cost import told_usd
+    from planner.strategy.plan import told_usd
 
     if dollars["spent_usd"] is None and dollars["predicted_usd"] is None:
         return f"unknown: {cluster} has no price"
@@ -71,7 +71,7 @@ def run_dollars(document: ReportInput) -> dict[str, Any] | None:
 
     None for a plan alone, and for files that say neither a price nor how far the run came.
     """
-    from planner.strategy.plan_cost import usd_per_hour
+    from planner.strategy.plan import usd_per_hour
 
     run = document.run
     if run is None or not run.steps_done:
@@ -90,8 +90,7 @@ def write_report(document: ReportInput, page_path: Path, trace_path: Path | None
     """Writes the page, and the trace where a path is given."""
     from planner.foundation.decode import write_atomic
     from planner.report.page import render_page
-    from planner.report.timeline import slices_of
-    from planner.report.trace import build_trace, print_trace
+    from planner.report.timeline import build_trace, print_trace, slices_of
 
     write_atomic(page_path, render_page(document))
     if trace_path is None:

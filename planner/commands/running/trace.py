@@ -53,14 +53,14 @@ def trace(
     from planner.commands.shared.with_torch import require_torch
     from planner.foundation.decode import to_json
     from planner.foundation.errors import InputError, Problem
-    from planner.model.tracing.traced_file import write_traced_model
+    from planner.model.traced_model import write_traced_model
 
     if output.suffix != ".json":
         raise InputError(
             Problem(where="-o", fault=f"{output} is no name of a JSON file.", fix=f"-o {output.stem}.json")
         )
     require_torch("trace")
-    from runtime.model.tracing.trace_input import load_factory, parse_inputs, trace_factory
+    from runtime.model.trace_input import load_factory, parse_inputs, trace_factory
 
     examples = parse_inputs(inputs)
     model = trace_factory(

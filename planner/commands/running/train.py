@@ -174,14 +174,13 @@ def train(plan_file: Path, steps: int | None, as_json: bool, **given: Any) -> in
     """
     from planner.commands.shared.text import print_json
     from planner.commands.shared.with_torch import require_torch
-    from planner.strategy.engines.runtime_support import (
+    from planner.strategy.engines.native import (
         check_executed,
         check_executed_offload,
         check_executed_workload,
     )
     from planner.strategy.plan import load_plan
-    from planner.strategy.plan_check import check_sound
-    from planner.strategy.schedule_check import check_schedule_table
+    from planner.strategy.plan_check import check_schedule_table, check_sound
 
     require_torch("train")
     plan = load_plan(plan_file)
@@ -223,7 +222,7 @@ def _check_backend(backend: str, hf_config: str | None) -> None:
 
 def _data_options(given: dict[str, Any]) -> DataOptions:
     """The options that are about data, taken out of all that were given."""
-    from runtime.train.data.conversation import TrainOn
+    from runtime.train.data.chat import TrainOn
     from runtime.train.data.documents import Columns
     from runtime.train.data.prepare import DataOptions
 
@@ -302,7 +301,7 @@ def _report(summary: TrainSummary, run_dir: str) -> str:
 def _dollars(summary: TrainSummary) -> str:
     """What the run has cost, and what it will where it is not over."""
     from planner.foundation.units import format_seconds
-    from planner.strategy.plan_cost import told_usd
+    from planner.strategy.plan import told_usd
 
     if summary.cost_usd is None:
         return "unknown: the plan's cluster has no price (solve with --prices FILE)"
@@ -314,7 +313,7 @@ def _dollars(summary: TrainSummary) -> str:
 
 def _cost_row(summary: TrainSummary) -> tuple[str, str, str, str]:
     """Dollars predicted for the steps that were done, beside those spent."""
-    from planner.strategy.plan_cost import told_usd
+    from planner.strategy.plan import told_usd
 
     predicted, spent = summary.predicted_cost_usd, summary.cost_usd
     error = f"{predicted / spent - 1:+.1%}" if predicted is not None and spent else "-"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from planner.foundation.errors import Problem
     from planner.hardware.cluster import ClusterSpec
     from planner.hardware.prices import Market
-    from planner.job.overheads import Upkeep
+    from planner.job.problem import Upkeep
     from planner.model.spec import ModelSpec
     from planner.model.workload import Adapters, Precision, Workload
 
@@ -297,7 +297,7 @@ def read_place(options: ProblemOptions, problems: list[Problem]) -> Place:
     from planner.foundation.decode import read_text
     from planner.foundation.errors import Problem
     from planner.foundation.units import parse_bytes
-    from planner.hardware.cluster_grammar import parse_cluster
+    from planner.hardware.cluster_text import parse_cluster
 
     read = _reader(problems)
     market: Market | None = read(

@@ -10,7 +10,7 @@ import click
 if TYPE_CHECKING:
     from planner.commands.shared.options import ProblemOptions
     from planner.foundation.errors import Problem
-    from planner.job.overheads import Upkeep
+    from planner.job.problem import Upkeep
 
 SPOT = "spot"
 """`--preemptions spot`: as often as nodes at a spot price are usually taken back."""
@@ -110,7 +110,7 @@ def read_upkeep(options: ProblemOptions, problems: list[Problem], *, completed: 
     that
     options count which otherwise say nothing without others.
     """
-    from planner.job.overheads import Upkeep
+    from planner.job.problem import Upkeep
 
     said = _Reader(problems)
     upkeep = Upkeep(
@@ -177,7 +177,7 @@ class _Reader:
 
     def interval(self, text: str | None) -> int | Literal["best"] | None:
         """`200`, or `best`."""
-        from planner.job.overheads import BEST
+        from planner.job.problem import BEST
 
         word = "" if text is None else text.strip().lower()
         if text is None or word == BEST:

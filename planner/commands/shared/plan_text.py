@@ -82,7 +82,7 @@ def _time(plan: Plan) -> str:
 
 def _figures(plan: Plan, basis: str) -> str:
     from planner.foundation.units import format_bytes, format_seconds
-    from planner.strategy.engines.runtime_support import (
+    from planner.strategy.engines.native import (
         not_executed,
         not_executed_workload,
         offload_not_executed,

@@ -36,7 +36,7 @@ class Known(NamedTuple):
 
 def read_problem(options: ProblemOptions) -> Asked:
     """Reads everything that the options name. Raises InputError with every fault."""
-    from planner.calibration.engine_stack import priced_as
+    from planner.calibration.software import priced_as
     from planner.job.engine_settings import Engine
 
     inputs = load_problem(options)
@@ -51,8 +51,7 @@ def read_problem(options: ProblemOptions) -> Asked:
 def asked_of(inputs: ProblemInputs, engine: Engine | None = None) -> Asked:
     """The problem of what was read, with the profiles that count, at the prices of an engine (None: of the
     own runtime). Raises InputError."""
-    from planner.job.limits import Limits
-    from planner.job.problem import PlanningProblem
+    from planner.job.problem import Limits, PlanningProblem
 
     limits = _limits_bytes(inputs)
     problem = PlanningProblem(
@@ -99,8 +98,8 @@ def held_to_trainer(asked: Asked, words: str) -> Asked:
     A model or workload that it does not train is planned without that limit.
     """
     from planner.job.engine_settings import Engine
-    from planner.job.limits import Limits
-    from planner.strategy.engines.runtime_support import not_executed, not_executed_workload
+    from planner.job.problem import Limits
+    from planner.strategy.engines.native import not_executed, not_executed_workload
 
     problem = asked.problem
     if not_executed(problem.model) + not_executed_workload(problem.model, problem.workload):
@@ -147,8 +146,7 @@ def _profile_of_plan(
 ) -> Known:
     """The profile that a plan's figures for a device rest on, and what is to be said of it."""
     from planner.foundation.decode import digest
-    from planner.profile.choose import use_of
-    from planner.profile.shipped import shipped_profile
+    from planner.profile.choose import shipped_profile, use_of
 
     if given is None and made_with is None:
         return Known(None, f"datasheet of {device.title}: the plan was made without a profile")
@@ -179,7 +177,7 @@ def _priced(problem: PlanningProblem) -> PlanningProblem:
     engine = problem.limits.engine
     if engine is None:
         return dataclasses.replace(problem, stack=own_stack(problem.cluster))
-    from planner.calibration.engine_stack import engine_stack
+    from planner.calibration.software import engine_stack
 
     return dataclasses.replace(problem, stack=engine_stack(engine, problem.profile, problem.cluster))
 
@@ -211,8 +209,7 @@ def _profiles(inputs: ProblemInputs) -> dict[Device, Known]:
 
 
 def _known(inputs: ProblemInputs, given: Profile | None, device: Device) -> Known:
-    from planner.profile.choose import speaks_of, use_of
-    from planner.profile.shipped import shipped_profile
+    from planner.profile.choose import shipped_profile, speaks_of, use_of
 
     own = given is not None and speaks_of(given, device.name)
     found = given if own else shipped_profile(device.name)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from planner.foundation.errors import Problem
-    from planner.sizing.principles.device_rate import DeviceRate
+    from planner.sizing.device_rate import DeviceRate
 
 T = TypeVar("T")
 
@@ -99,7 +99,7 @@ def read_rate(
     """What an hour of a device computes and costs; None where a fault was kept in `reading`."""
     from planner.commands.shared.options import open_market
     from planner.hardware.catalog import load_device
-    from planner.sizing.principles.device_rate import Price, device_rate, price_of
+    from planner.sizing.device_rate import Price, device_rate, price_of
 
     facts = reading.read(lambda: load_device(device, "--device"))
     share = optional_number(reading, mfu, "--mfu", 1.0, "0.4")

@@ -59,7 +59,7 @@ def _pins_for(fixed: tuple[str, ...], problem: PlanningProblem) -> Pins:
     """The pinned choices; what context parallelism leaves open is the engine's way, where it has one."""
     import dataclasses
 
-    from planner.strategy.engines.defaults import usual_exchange
+    from planner.strategy.engines.recipes import usual_exchange
     from planner.strategy.fix_keys import parse_pins
 
     pins = parse_pins(fixed, problem.cluster)

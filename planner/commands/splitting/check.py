@@ -20,7 +20,7 @@ def check(plan_file: Path, as_json: bool) -> None:
     one of them does not hold.
     """
     from planner.foundation.errors import CheckError
-    from planner.strategy.engines.runtime_support import not_executed, offload_not_executed
+    from planner.strategy.engines.native import not_executed, offload_not_executed
     from planner.strategy.plan import load_plan
     from planner.strategy.plan_check import check_plan
 

@@ -73,8 +73,8 @@ def estimate(options: ProblemOptions, as_json: bool, fixed: tuple[str, ...], out
 
 def strategy_of(problem: PlanningProblem, pins: Pins) -> Strategy:
     """The strategy that pins describe: free degrees are 1, dp fills the cluster, stages are even."""
-    from planner.model.saved_tensors import Recompute
-    from planner.strategy.engines.defaults import usual_exchange, usual_sequence_parallel
+    from planner.model.sublayer import Recompute
+    from planner.strategy.engines.recipes import usual_exchange, usual_sequence_parallel
     from planner.strategy.strategy import Degrees, Offload, Schedule, Strategy, Zero, even_stages, offloaded
 
     tp, pp, cp = pins.tp or 1, pins.pp or 1, pins.cp or 1

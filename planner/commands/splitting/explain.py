@@ -166,7 +166,7 @@ def _add_front(
     evaluation: Evaluation,
     effort: Effort,
 ) -> None:
-    from planner.advice.pareto import front
+    from planner.advice.resolve import front
     from planner.commands.splitting.explain_document import front_document
     from planner.commands.splitting.explain_text import front_text
 

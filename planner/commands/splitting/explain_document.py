@@ -9,7 +9,7 @@ from planner.commands.shared.infeasible import strategy_document
 
 if TYPE_CHECKING:
     from planner.advice.explain import Explanation
-    from planner.advice.pareto import Front
+    from planner.advice.resolve import Front
     from planner.advice.what_more import More
     from planner.advice.why_not import WhyNot
     from planner.cost.evaluate import Evaluation

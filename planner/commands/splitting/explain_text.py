@@ -8,7 +8,7 @@ from planner.commands.shared.text import pairs, table, wrapped_table
 
 if TYPE_CHECKING:
     from planner.advice.explain import Explanation
-    from planner.advice.pareto import Front
+    from planner.advice.resolve import Front
     from planner.advice.what_more import More
     from planner.advice.why_not import WhyNot
     from planner.cost.evaluate import Evaluation

@@ -37,8 +37,7 @@ def export(plan_file: Path, to: str, output: Path | None, as_json: bool) -> int:
     `plan train`.
     """
     from planner.commands.shared.text import print_json
-    from planner.export.artifact import write_export
-    from planner.export.facts import readme
+    from planner.export.artifact import readme, write_export
     from planner.export.targets import TARGETS, refusals
     from planner.foundation.decode import encode
     from planner.strategy.plan import load_plan

@@ -99,7 +99,7 @@ def _read(
     from planner.export.settings import strategy_from
     from planner.foundation.errors import InputError
     from planner.hardware.catalog import load_model
-    from planner.hardware.cluster_grammar import parse_cluster
+    from planner.hardware.cluster_text import parse_cluster
     from planner.strategy.fix_keys import parse_pins
 
     market = open_market(options.prices, options.on_premises, options.cluster)

@@ -43,7 +43,7 @@ def best_rehearsed(plan: Plan, problem: PlanningProblem, count: int, say: Callab
 def _rehearsed(
     plan: Plan, problem: PlanningProblem, say: Callable[[str], None], *, anyway: bool
 ) -> _Rehearsed:
-    from planner.commands.running.rehearsing import Choice, check_rehearsable, rehearse_plan
+    from planner.commands.shared.rehearsing import Choice, check_rehearsable, rehearse_plan
 
     check_rehearsable(plan)
     rehearsal = rehearse_plan(plan, problem, Choice(anyway=anyway), say)

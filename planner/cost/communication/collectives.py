@@ -2,7 +2,7 @@
 
 In this order: the profile's curve for this op and as many ranks on as many nodes, of groups whose ranks are
 most nearly as far apart, then of which most nearly as many are at work; the curves shipped for this kind of
-device (`planner.hardware.collective_curves`, taken on other hosts, so "interpolated" at best); the form
+device (`planner.hardware.measured_tables`, taken on other hosts, so "interpolated" at best); the form
 below.
 
 For n ranks and a full message of S bytes over a link with latency a and bandwidth B, in ring form:
@@ -23,6 +23,15 @@ between nodes:
     B = min(B_inside, B_between * (n - 1) / (k - 1))                    L = rounds * ((g - 1) a + log2(k) a')
 
 An all-to-all sends (n - g) / n of S through a device's port, whatever the ring would do.
+
+Overlap: what a message shows that runs beside work, and how much both are slowed by each other.
+
+Work slows by the share w while both run (arXiv 2507.03114), a message by the share c. Of a message of t
+seconds, work of s seconds hides as much as it lasts; what is left goes on alone at its own rate:
+
+    shown(t, s) = (t' - h) / (1 + c) + w h,    t' = (1 + c) t,    h = min(t', s)
+
+A profile may hold both shares, measured by products beside copies; else w is usual and c 0.
 """
 
 from __future__ import annotations
@@ -30,13 +39,15 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
+from typing import Any
 
 from planner.cost import constants
+from planner.cost.constants import smaller
 from planner.foundation.frozen import frozen
 from planner.hardware.cluster import ClusterSpec, Link
-from planner.hardware.collective_curves import CollectiveCurves, curves_of, rising, wire_factor
+from planner.hardware.measured_tables import CollectiveCurves, curves_of, rising, wire_factor
 from planner.job.problem import PlanningProblem
-from planner.profile.profile import CommSample, Op
+from planner.profile.profile import CommSample, Op, Profile
 
 
 @frozen
@@ -261,3 +272,27 @@ def _along(curve: list[CommSample], size_bytes: float) -> CommCost:
     share = math.log(size_bytes / a.bytes) / math.log(b.bytes / a.bytes)
     seconds = math.exp((1 - share) * math.log(a.seconds) + share * math.log(b.seconds))
     return CommCost(seconds=seconds, origin="measured" if share == 0 else "interpolated")
+
+
+@frozen
+class Overlap:
+    """How much longer work and messages take while both run, as shares."""
+
+    work_slowdown: float
+    message_slowdown: float
+
+    def shown_s(self, message_s: Any, work_s: Any) -> Any:
+        """Seconds that a message adds to the work beside it; of one or, as arrays, of many."""
+        slowed_s = (1 + self.message_slowdown) * message_s
+        hidden_s = smaller(slowed_s, work_s)
+        return (slowed_s - hidden_s) / (1 + self.message_slowdown) + self.work_slowdown * hidden_s
+
+
+def overlap_of(profile: Profile | None) -> Overlap:
+    """The shares of a profile, where it measured them."""
+    work = profile.constant("overlap_slowdown") if profile else None
+    message = profile.constant("overlap_message_slowdown") if profile else None
+    return Overlap(
+        work_slowdown=constants.OVERLAP_SLOWDOWN if work is None else work,
+        message_slowdown=message or 0.0,
+    )

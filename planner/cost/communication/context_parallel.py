@@ -20,12 +20,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from planner.cost.communication.overlap import Overlap
+from planner.cost.communication.collectives import Overlap
 from planner.cost.layer import LayerCost, LayerShape
 from planner.foundation.frozen import frozen, replaced
 from planner.model.attention import Attention, CpExchange, LatentAttention, Reach
-from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, ModelSpec
+from planner.model.sublayer import Recompute
 from planner.profile.profile import LayerKind, Op
 
 CORRECTION_BYTES = 10

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 from planner.cost.communication.collectives import CommCost, CommModel, Group
-from planner.cost.memory.chunked_loss import chunk_count
-from planner.cost.passes import Pass, Unit
+from planner.cost.layer import Pass, Unit
 from planner.cost.time_constants import Physics
 from planner.job.engine_settings import Engine
 from planner.job.problem import PlanningProblem
 from planner.model.workload import Precision
 from planner.profile.profile import Op
+from planner.strategy.engines.native import chunk_count
 from planner.strategy.strategy import Degrees, Zero
 
 

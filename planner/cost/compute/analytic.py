@@ -14,13 +14,13 @@ from planner.cost.compute.attention_core import attention_core_s
 from planner.cost.compute.elementwise_time import between_products, widest_values
 from planner.cost.compute.gemm import GemmModel
 from planner.cost.compute.launches import launches
-from planner.cost.compute.measured_rates import MeasuredRates, measured_rates
+from planner.cost.compute.measured_operators import MeasuredRates, measured_rates
 from planner.cost.compute.operator_time import BothWays, Pieces
 from planner.cost.compute.products import cast_s, matrices_s, product_s, products_of
 from planner.cost.compute.recompute_time import selected_s, spared_s
 from planner.cost.compute.weight_gradients import Trained, beside_frozen, without_lowest
+from planner.cost.constants import larger
 from planner.cost.layer import NOTHING, LayerCost, LayerShape, block_saved_bytes
-from planner.cost.seconds import larger
 from planner.cost.time_constants import Physics, fitted_to_runs
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
@@ -28,8 +28,8 @@ from planner.hardware.catalog import architecture_of
 from planner.job.engine_settings import Engine, Selective, Stack
 from planner.job.problem import PlanningProblem
 from planner.model.feed_forward import Experts
-from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, Layer, ModelSpec
+from planner.model.sublayer import Recompute
 from planner.model.traced_layer import TracedLayer
 from planner.model.workload import Adapters, Precision
 from planner.profile.profile import LayerKind

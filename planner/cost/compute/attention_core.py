@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from planner.cost import constants
 from planner.cost.layer import LayerShape
 from planner.model.attention import Attention, LatentAttention
-from planner.model.saved_tensors import AttentionKernel
 from planner.model.spec import Block
+from planner.model.sublayer import AttentionKernel
 
 if TYPE_CHECKING:
     from planner.cost.compute.analytic import DeviceRates

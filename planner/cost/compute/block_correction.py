@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from planner.cost.compute.surface import matern
+from planner.cost.compute.measured_operators import matern
 from planner.cost.layer import LayerShape
 from planner.job.problem import PlanningProblem
 from planner.model.spec import Layer
-from planner.profile.block_residual import BlockResiduals, BlockShape
-from planner.profile.profile import Profile
+from planner.profile.profile import BlockResiduals, BlockShape, Profile
 
 if TYPE_CHECKING:
     import numpy as np

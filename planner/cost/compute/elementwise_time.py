@@ -9,8 +9,8 @@ from planner.cost.compute.operator_time import BothWays
 from planner.cost.layer import LayerShape
 from planner.model.attention import Attention, LatentAttention
 from planner.model.feed_forward import Experts
-from planner.model.saved_tensors import Kept
 from planner.model.spec import Block
+from planner.model.sublayer import Kept
 
 if TYPE_CHECKING:
     from planner.cost.compute.analytic import DeviceRates

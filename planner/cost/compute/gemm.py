@@ -33,7 +33,7 @@ from planner.hardware import measured_tables as measured
 from planner.hardware.catalog import device_names, load_device
 from planner.hardware.cluster import Device
 from planner.hardware.device_file import DeviceFile
-from planner.hardware.measured_tables import Product
+from planner.hardware.measured_rows import Product
 from planner.model.workload import Precision
 
 MIN_SAMPLES = 5

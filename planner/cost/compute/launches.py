@@ -6,8 +6,8 @@ from planner.cost import constants
 from planner.cost.layer import LayerShape
 from planner.model.attention import Attention, LatentAttention
 from planner.model.feed_forward import Experts, FeedForward
-from planner.model.saved_tensors import AttentionKernel
 from planner.model.spec import Block
+from planner.model.sublayer import AttentionKernel
 
 
 def launches(block: Block, shape: LayerShape) -> float:

@@ -6,16 +6,15 @@ what lies between them; embedding and head are an operator each.
 
 from __future__ import annotations
 
-from planner.cost.compute.measured_rates import MeasuredRates
+from planner.cost.compute.measured_operators import MeasuredRates
 from planner.cost.layer import LayerShape
 from planner.foundation.frozen import frozen
 from planner.model.attention import Attention, LatentAttention, QkNorm
 from planner.model.feed_forward import Experts, FeedForward, Mlp
 from planner.model.mixers import Mixer
-from planner.model.saved_tensors import AttentionKernel
 from planner.model.spec import Block, Norm
-from planner.model.weight_matrix import Matrix
-from planner.profile.operator_sample import RateKind
+from planner.model.sublayer import AttentionKernel, Matrix
+from planner.profile.profile import RateKind
 
 ADDED_VALUES = 3
 """Values that a sum of two tensors reads and writes, for each value of the result."""

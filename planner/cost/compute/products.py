@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from planner.cost import constants
 from planner.cost.layer import LayerShape
 from planner.model.spec import Block
-from planner.model.weight_matrix import Matrix, Split
+from planner.model.sublayer import Matrix, Split
 from planner.model.workload import Precision
-from planner.profile.operator_sample import RateKind
+from planner.profile.profile import RateKind
 
 if TYPE_CHECKING:
     from planner.cost.compute.analytic import DeviceRates

@@ -13,7 +13,7 @@ from planner.job.engine_settings import Selective
 from planner.model.attention import Attention
 from planner.model.feed_forward import Mlp
 from planner.model.spec import Block
-from planner.model.weight_matrix import Matrix
+from planner.model.sublayer import Matrix
 from planner.model.workload import Precision
 
 if TYPE_CHECKING:

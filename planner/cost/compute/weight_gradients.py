@@ -23,7 +23,7 @@ from planner.cost.layer import LayerShape
 from planner.foundation.frozen import frozen
 from planner.model.lora import adapted
 from planner.model.spec import Block, ModelSpec
-from planner.model.weight_matrix import Split
+from planner.model.sublayer import Split
 from planner.model.workload import Adapters, Workload
 
 ProductSeconds = Callable[[float, float, float], float]

@@ -23,7 +23,7 @@ largest unit:
 Native's are of FSDP2 with the embedding, each block, and norm and head as units, and a loss by chunks of
 tokens: what ranks of 16 plans for H100 hold, traced on shapes alone, and ranks of 21 plans on gloo
 (bench/results/*-rehearsal-*.json). What waits between I and W of the zero-bubble schedules is
-planner.cost.memory.zero_bubble_memory's; the moment of a W needs no looking at, for the last block of the I
+planner.cost.memory.activations's; the moment of a W needs no looking at, for the last block of the I
 before it has more.
 
 Torchtitan's is FSDP2 per block and root with resharding after forward, as measured on an H100: at the loss
@@ -37,16 +37,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cached_property
 
-from planner.cost.memory.chunked_loss import chunk_logits
+from planner.cost.constants import larger
 from planner.cost.memory.parameter_state import ParamBytes
-from planner.cost.seconds import larger
-from planner.cost.stage.stage import ShapeModel
-from planner.cost.stage.stage_bytes import apart_params
-from planner.cost.stage.stage_cost import StageCost
+from planner.cost.stage.kind_layers import apart_params
+from planner.cost.stage.stage import ShapeModel, StageCost
 from planner.job.engine_settings import Engine
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.model.workload import Optimizer
-from planner.strategy.schedule.in_flight import InFlight
+from planner.strategy.engines.native import chunk_logits
+from planner.strategy.schedule.table import InFlight
 from planner.strategy.strategy import Zero
 
 HOLE_SHARE = 0.6
@@ -126,7 +125,7 @@ def reducing_bytes(shape: ShapeModel) -> float:
 
 def _unit_parts(shape: ShapeModel) -> list[tuple[float, float]]:
     """Parameters of each class of blocks: of its unit, and of experts that are one of their own."""
-    found = [(own.params, apart_params(shape, own)) for own in shape.block_units.values()]
+    found = [(own.params, apart_params(shape.degrees, own)) for own in shape.block_units.values()]
     return [(params - apart, apart) for params, apart in found]
 
 

@@ -20,26 +20,46 @@ heads
   gather the logits instead, each holds all of them.
 
 Measured against: 16 runs on an H100 with torch 2.11, all within 0.5 % (see tests/planner/test_memory.py).
+
+Bytes that a block holds of a micro-batch between its input gradients (I) and its weight gradients (W).
+
+The own runtime (runtime.parallel.deferred_gradients) keeps the two factors of every linear layer's weight
+gradient, x and dy,
+and frees all else in I: saved values of norms, of attention and of the activation function, experts, what
+embedding and head keep. With t tokens, c bytes a value and h values a token of the hidden state,
+
+    t c ( h for each sublayer that reads one + inputs of every other linear layer + outputs of every one )
+
+since the linear layers that read a sublayer's input keep one and the same tensor. Sublayers side by side
+read one input where they share a norm, and have one gradient of their results. Tensor parallelism shares out
+what it splits; inputs of split outputs and gradients of split inputs are whole on every rank, under sequence
+parallelism too, as they were gathered. A llama block of hidden h, query q, key-value k, MLP f thus holds
+
+    x  2 h + q + f     dy  2 h + q + 2 k + 2 f
+
+A block that recomputes does its whole backward in I, and holds nothing.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from planner.cost.communication.context_parallel import both_sides_bytes, traded_bytes
 from planner.cost.compute.elementwise_time import formed_values, widest_values
 from planner.cost.compute.recompute_time import keeps_every_second
 from planner.cost.layer import LayerCost, LayerShape, block_saved_bytes
-from planner.cost.memory.chunked_loss import chunk_logits
 from planner.cost.memory_constants import MemoryConstants
 from planner.foundation.frozen import replaced
 from planner.job.engine_settings import Engine, Selective, Stack
 from planner.model.attention import Attention
-from planner.model.feed_forward import Mlp
-from planner.model.saved_tensors import AttentionKernel, Kept, Recompute
+from planner.model.feed_forward import FeedForward, Mlp
 from planner.model.spec import Block, ModelSpec
+from planner.model.sublayer import AttentionKernel, Kept, Matrix, Recompute, Split
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind
+from planner.strategy.engines.native import chunk_logits
+from planner.strategy.strategy import Degrees
 
 SHARDED_LOSS_BYTES = 6.0
 """Bytes a logit that torch's vocabulary-parallel loss needs over the plain one, at the worst moment."""
@@ -93,7 +113,7 @@ def _chunked_bytes(
 
     Instead of logits their gradients stay from the forward pass: of the head's input and of its weights.
     Source: Liger Kernel, arXiv 2410.10989 (FusedLinearCrossEntropy: h/V of the tokens at a time); the own
-    runtime's chunks are planner.cost.memory.chunked_loss'. There a logit takes, besides what the product
+    runtime's chunks are planner.strategy.engines.native'. There a logit takes, besides what the product
     gives, its
     exponential in fp32, and in 16 bits its gradient.
     """
@@ -233,3 +253,47 @@ def _every_second_bytes(block: Block, shape: LayerShape) -> float:
     statistics = 4.0 * sum(mixer.heads for mixer in attentions) / shape.tp
     messages = block.sublayers * stream if shape.sequence_parallel else 0.0
     return shape.tokens * (size * (stream + results + products + messages) + statistics)
+
+
+def most_waits(stack: Stack, degrees: Degrees) -> int:
+    """How many times what a forward kept what waits for W may take; 0 where an engine keeps all until W.
+
+    Twice where tensor and sequence parallelism share out all that is kept but the gathered inputs of layers:
+    beside these then lie the gathered gradients of results.
+    """
+    if not stack.defers_products:
+        return 0
+    return 2 if degrees.sequence_parallel else 1
+
+
+def waiting_bytes(block: Block, shape: LayerShape) -> float:
+    """What a block that recomputes nothing holds for W."""
+    block = block.held(shape.tp)
+    sublayers = [mixer.matrices(block.hidden) for mixer in block.mixers]
+    sublayers += [_dense(block.mlp, block.hidden)] if block.mlp else []
+    sublayers = [matrices for matrices in sublayers if matrices]
+    inputs = outputs = 0.0
+    for matrices in sublayers:
+        own_inputs, own_outputs = _factors(matrices, block.hidden, shape.tp)
+        inputs, outputs = inputs + own_inputs, outputs + own_outputs
+    if block.parallel:
+        more = len(sublayers) - 1
+        inputs -= block.hidden * more * (block.norms == 1)
+        outputs -= block.hidden * more
+    return shape.precision.compute_bytes * shape.tokens * (inputs + outputs)
+
+
+def _dense(mlp: FeedForward, hidden: int) -> tuple[Matrix, ...]:
+    """The linear layers of an MLP, or those that every token meets beside experts; the router is none."""
+    matrices = mlp.matrices(hidden)
+    return matrices if isinstance(mlp, Mlp) else tuple(each for each in matrices[1:] if not each.routed)
+
+
+def _factors(matrices: Sequence[Matrix], hidden: int, tp: int) -> tuple[float, float]:
+    """Values a token of the distinct inputs of a sublayer's linear layers, and of their results."""
+    reading = any(matrix.inputs == hidden and matrix.split is not Split.INPUTS for matrix in matrices)
+    inputs = float(hidden * reading)
+    for matrix in matrices:
+        if matrix.inputs != hidden or matrix.split is Split.INPUTS:
+            inputs += matrix.shard(tp)[0]
+    return inputs, sum(matrix.shard(tp)[1] for matrix in matrices)

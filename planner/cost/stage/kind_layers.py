@@ -1,6 +1,10 @@
 """What the layers of a model cost under degrees of one kind: all that data parallelism does not change.
 
 Shapes that differ in data parallelism, pipeline and schedule alone share it.
+
+What adding up gradients, clipping and update take of each tensor and parameter of a device's shard.
+
+What shapes of one model share: costs of layers by kind, and messages of units by their sharding.
 """
 
 from __future__ import annotations
@@ -8,15 +12,15 @@ from __future__ import annotations
 from functools import cached_property
 from typing import NamedTuple
 
+from planner.cost.communication.collectives import overlap_of
 from planner.cost.communication.context_parallel import Exchanged
 from planner.cost.communication.expert_parallel import ExpertPass
 from planner.cost.communication.messages import Messages
-from planner.cost.communication.overlap import overlap_of
-from planner.cost.layer import LayerCost, LayerShape
-from planner.cost.passes import Pass
-from planner.cost.seconds import larger
-from planner.cost.stage.layer_cost import LayerModel
-from planner.cost.stage.optimizer_time import accumulate_s
+from planner.cost.compute.analytic import DeviceRates
+from planner.cost.constants import larger, smaller
+from planner.cost.layer import LayerCost, LayerShape, Pass, Unit
+from planner.cost.memory.activations import most_waits, waiting_bytes
+from planner.cost.stage.layer_cost import LayerModel, Units
 from planner.cost.stage.parallel_cost import (
     cp_sent_again,
     exchanged,
@@ -24,12 +28,48 @@ from planner.cost.stage.parallel_cost import (
     experts_sent_again,
     tensor_s,
 )
-from planner.cost.stage.stage_bytes import block_waiting_bytes
+from planner.cost.time_constants import Physics
+from planner.job.engine_settings import Engine
 from planner.job.problem import PlanningProblem
 from planner.model.attention import CpExchange
-from planner.model.saved_tensors import Recompute
+from planner.model.spec import Block
+from planner.model.sublayer import Recompute
 from planner.profile.profile import LayerKind, Op
 from planner.strategy.strategy import Degrees
+
+UPDATE_BYTES = 28.0
+"""AdamW reads parameter, gradient and two moments, and writes three of them, all in fp32."""
+
+
+def update_s(messages: Messages, rates: DeviceRates | None, physics: Physics) -> tuple[float, float]:
+    """Seconds a tensor, and a parameter: of a profile's sweep, else its constants, else by bytes."""
+    swept = rates.sampled.update_s() if rates and rates.sampled and rates.own else None
+    if swept is not None:
+        return swept
+    constant = messages.constant
+    each = constant("optimizer_s_per_param") + constant("clip_s_per_param")
+    per_tensor = constant("optimizer_s_per_tensor") + constant("clip_s_per_tensor")
+    if each == 0.0 and rates is not None:
+        each = physics.optimizer_scale * UPDATE_BYTES / rates.memory_bytes_per_s
+    return per_tensor, each
+
+
+def accumulate_s(messages: Messages, rates: DeviceRates | None) -> float:
+    """Seconds of adding a micro-batch's gradient to that of earlier ones, a parameter: measured, or by bytes.
+
+    Megatron-LM adds the compute precision's to fp32, DeepSpeed adds in the compute precision, all others in
+    fp32: two are read, one is written. Where bf16 gradients are summed beside themselves, these are set to
+    zero and added to before. Behind a product that adds up by itself that takes no time.
+    """
+    measured, stack = messages.constant("grad_accumulate_s_per_param"), messages.problem.stack
+    if measured or rates is None or stack.accumulates_in_products:
+        return measured
+    size = messages.value_bytes
+    moved = {Engine.MEGATRON: size + 8, Engine.DEEPSPEED: 3 * size}.get(stack.engine, 12)
+    if stack.accumulates_beside(messages.problem.workload.precision):
+        moved += 4 * size
+    return moved / rates.memory_bytes_per_s
+
 
 Kind = tuple[int, bool, int, int, CpExchange, int, int | None, int]
 """tp, sequence parallelism, micro-batch, cp and its exchange, ep, etp, devices."""
@@ -200,3 +240,71 @@ class KindLayers:
                     found.append((size, count))
             self._ranges[options] = KeptRanges(*(sorted(sizes, reverse=True) for sizes in each))
         return self._ranges[options]
+
+
+class UnitMessages:
+    """What data parallelism sends of each unit, worked out where it is asked for."""
+
+    def __init__(self, messages: Messages, units: Units) -> None:
+        self._messages, self._units = messages, units.all()
+
+    @cached_property
+    def gathers(self) -> dict[Unit, Pass]:
+        """To gather all of a unit."""
+        gather = self._messages.gather
+        return {unit: gather(unit.dense_params, unit.routed_params) for unit in self._units}
+
+    @cached_property
+    def updates(self) -> dict[Unit, Pass]:
+        """To gather what an update changes: all, or beside frozen weights what is trained."""
+        if self._messages.problem.workload.adapters is None:
+            return self.gathers
+        return {unit: self._messages.gather(unit.trained) for unit in self._units}
+
+    @cached_property
+    def reduces(self) -> dict[Unit, Pass]:
+        """To reduce its gradients."""
+        return {unit: self._messages.reduce(unit) for unit in self._units}
+
+
+class SharedCosts:
+    """Costs that many shapes of one problem have in common, made where one asks for them."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[Kind, KindLayers] = {}
+        self._sent: dict[tuple[object, ...], UnitMessages] = {}
+
+    def layers(self, messages: Messages, model: LayerModel) -> KindLayers:
+        """The layers of a shape."""
+        kind = kind_of(messages.degrees)
+        if kind not in self._kinds:
+            self._kinds[kind] = KindLayers(messages.problem, messages.degrees, model, messages)
+        return self._kinds[kind]
+
+    def sent(self, messages: Messages, units: Units) -> UnitMessages:
+        """The messages of a shape's units."""
+        d = messages.degrees
+        key = d.tp, d.pp, d.cp, d.ep, d.etp, d.dp_shard, d.dp_replicate, d.zero
+        if key not in self._sent:
+            self._sent[key] = UnitMessages(messages, units)
+        return self._sent[key]
+
+
+def apart_params(degrees: Degrees, unit: Unit) -> float:
+    """Parameters of a block's experts where these are a unit of their own, reduced before the rest of it."""
+    return unit.routed_trained if degrees.spreads_experts else 0.0
+
+
+def block_waiting_bytes(shape: KindLayers, key: str, option: Recompute) -> float:
+    """What a block holds between its input and its weight gradients (planner.cost.memory.activations).
+
+    Nothing where it recomputes, where weights are frozen, or where the engine counts it as alive all the
+    time; of a traced layer, which is none of the own runtime's, all that it may.
+    """
+    if option is not Recompute.NONE or shape.problem.workload.adapters is not None:
+        return 0.0
+    block = shape.classes[key]
+    most = most_waits(shape.problem.stack, shape.degrees) * shape.block(key).saved_bytes
+    if not isinstance(block, Block):
+        return most
+    return smaller(waiting_bytes(block, shape.shape_of(LayerKind.BLOCK, block=key)), most)

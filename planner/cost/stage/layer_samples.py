@@ -27,10 +27,10 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
+from planner.cost.constants import larger
 from planner.cost.layer import LayerCost, LayerShape
-from planner.cost.seconds import larger
 from planner.model.attention import CpExchange
-from planner.model.saved_tensors import AttentionKernel, Recompute
+from planner.model.sublayer import AttentionKernel, Recompute
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind, LayerSample
 

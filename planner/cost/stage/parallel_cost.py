@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from planner.cost.communication.collectives import overlap_of
 from planner.cost.communication.context_parallel import ContextCost, Exchanged
 from planner.cost.communication.expert_parallel import ExpertPass, expert_pass, spreads_experts
 from planner.cost.communication.messages import Messages
-from planner.cost.communication.overlap import overlap_of
-from planner.cost.layer import LayerShape
-from planner.cost.passes import Unit
+from planner.cost.layer import LayerShape, Unit
 from planner.cost.stage.layer_cost import LayerModel
 from planner.job.engine_settings import Selective, Stack
 from planner.model.attention import CpExchange
 from planner.model.feed_forward import Experts
-from planner.model.saved_tensors import Recompute
 from planner.model.spec import Block, Layer
+from planner.model.sublayer import Recompute
 from planner.model.traced_layer import TracedLayer
 from planner.profile.profile import Op
 from planner.strategy.strategy import Degrees

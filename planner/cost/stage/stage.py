@@ -2,6 +2,8 @@
 
 All figures are linear in the number of blocks of each class and recompute option, which is what lets the
 planner pick recipes exactly.
+
+StageCost: what one pipeline stage costs on each of its devices, and what of it lies in host memory.
 """
 
 from __future__ import annotations
@@ -14,23 +16,83 @@ from typing import TYPE_CHECKING, Any, cast
 
 from planner.cost.communication.collectives import CommModel
 from planner.cost.communication.messages import Messages
-from planner.cost.memory.parameter_state import States, states_of
-from planner.cost.passes import Pass, Unit
-from planner.cost.seconds import larger
+from planner.cost.constants import larger
+from planner.cost.layer import Pass, Unit
+from planner.cost.memory.parameter_state import ParamBytes, States, states_of
+from planner.cost.stage.kind_layers import SharedCosts, apart_params, update_s
 from planner.cost.stage.layer_cost import LayerModel
-from planner.cost.stage.optimizer_time import update_s
 from planner.cost.stage.parallel_cost import summed_copies_s
-from planner.cost.stage.shared_costs import SharedCosts
-from planner.cost.stage.stage_bytes import stage_bytes
-from planner.cost.stage.stage_cost import StageCost
+from planner.foundation.frozen import frozen
 from planner.job.engine_settings import Engine
 from planner.job.problem import PlanningProblem
-from planner.model.saved_tensors import Recompute
+from planner.model.sublayer import Recompute
 from planner.profile.profile import LayerKind
 from planner.strategy.strategy import Degrees, Stage, Zero
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+@frozen
+class Hosted:
+    """What of a stage lies in host memory: `blocks` first blocks' activations, state, or both.
+
+    `kept` are the states that stay on the device. `saved_bytes` are activations of a micro-batch and
+    `state_bytes` the optimizer's in host memory; `window_bytes` of activations are on the device at a time,
+    those of `window` blocks.
+    """
+
+    kept: ParamBytes
+    state_bytes: float
+    state_params: float
+    blocks: int
+    window: int
+    saved_bytes: float
+    window_bytes: float
+
+
+@frozen
+class StageCost:
+    """One stage on each of its devices.
+
+    `unshard_s` comes before the first forward of a step, `reduce_s` after the last backward, `optimizer_s`
+    after the reduction of all stages. `copied_s` of `reduce_s` sums the gradients of key-value heads over
+    the tensor-parallel ranks that have copies of them. `params` are those of one device's shard by tensor
+    and expert parallelism, before any sharding over data ranks; `end_params` those of embedding and head
+    among them, `routed_params` those of routed experts, `largest_apart_params` those of the largest block's
+    experts where they are a unit of their own. `saved_bytes` are kept for each micro-batch;
+    `block_saved_bytes` of them by blocks; `waiting_bytes` from its input gradients to its weight gradients,
+    where a schedule puts those off and the engine holds less for them. `frozen` weights have no gradients:
+    those of adapters beside them alone. `hosted` says what of the stage lies in host memory, where something
+    does (planner.cost.fit.offload).
+    `weights_s` are the blocks' weight gradients that the engine can leave for later, `deferred_s` those that
+    it does: of blocks that recompute nothing. None where it splits a backward as torch does.
+    """
+
+    forward: Pass
+    backward: Pass
+    unshard_s: float
+    reduce_s: float
+    optimizer_s: float
+    params: float
+    largest_unit_params: float
+    saved_bytes: float
+    forward_transient_bytes: float
+    backward_transient_bytes: float
+    blocks: int = 0
+    end_params: float = 0.0
+    routed_params: float = 0.0
+    largest_block_params: float = 0.0
+    largest_apart_params: float = 0.0
+    block_saved_bytes: float = 0.0
+    block_transient_bytes: float = 0.0
+    waiting_bytes: float = 0.0
+    holds_head: bool = False
+    frozen: bool = False
+    hosted: Hosted | None = None
+    weights_s: float | None = None
+    deferred_s: float | None = None
+    copied_s: float = 0.0
 
 
 if TYPE_CHECKING:
@@ -211,7 +273,7 @@ class ShapeModel:
     def _exposed(self, passing: Pass, message: Pass) -> Pass:
         """The pass with a message beside it: hidden behind compute where the device overlaps.
 
-        While both run they slow each other (planner.cost.communication.overlap).
+        While both run they slow each other (planner.cost.communication.collectives).
         """
         if not self.overlaps:
             return passing + message
@@ -376,3 +438,27 @@ class ShapeModel:
         tensors = sum(unit.tensors * count for unit, count in units)
         per_tensor, each = update_s(self.messages, self.layer_model.rates, self.physics)
         return params * each + tensors * per_tensor
+
+
+def stage_bytes(
+    shape: ShapeModel, chosen: Sequence[Chosen], blocks: Counter[str], *, first: bool, last: bool
+) -> dict[str, float]:
+    """The bytes of a StageCost. Counts of `chosen` may be arrays, of many mixes at once."""
+    each = [(shape.block(*choice), count) for choice, count in chosen]
+    ends_of = [shape.layer(kind) for kind in [LayerKind.EMBEDDING] * first + [LayerKind.HEAD] * last]
+    saved = sum(count * cost.saved_bytes for cost, count in each)
+    widest = larger(*(cost.backward_transient_bytes * (count > 0) for cost, count in each))
+    forward = larger(*(cost.forward_transient_bytes * (count > 0) for cost, count in each))
+    largest = max((shape.block_units[key] for key in blocks), key=lambda unit: unit.params)
+    ends = [shape.embedding_unit.params] * first + [shape.head_unit.params] * last
+    return {
+        "saved_bytes": saved + sum(cost.saved_bytes for cost in ends_of),
+        "forward_transient_bytes": larger(forward, *(cost.forward_transient_bytes for cost in ends_of)),
+        "backward_transient_bytes": larger(widest, *(cost.backward_transient_bytes for cost in ends_of)),
+        "end_params": sum(ends) - shape.tied_params(first, last) * bool(ends),
+        "largest_block_params": largest.params,
+        "largest_apart_params": apart_params(shape.degrees, largest),
+        "block_saved_bytes": saved,
+        "block_transient_bytes": widest,
+        "waiting_bytes": sum(count * shape.waiting_bytes[choice] for choice, count in chosen),
+    }

@@ -5,11 +5,12 @@ at fault. Tables of keys and class defaults say what each architecture computes.
 """
 
 from planner.model.huggingface.reader import (
+    FAMILIES,
     MAX_CONFIG_BYTES,
+    WRAPPERS,
     read_config,
     read_config_file,
     read_model_toml,
 )
-from planner.model.huggingface.registry import FAMILIES, WRAPPERS
 
 __all__ = ["FAMILIES", "MAX_CONFIG_BYTES", "WRAPPERS", "read_config", "read_config_file", "read_model_toml"]

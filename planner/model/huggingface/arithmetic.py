@@ -13,9 +13,8 @@ from typing import Any
 
 from planner.model.arithmetic import Arithmetic, RopeKind, RopeScaling
 from planner.model.attention import CAUSAL, Attention, LatentAttention, QkNorm
-from planner.model.huggingface.family import Description
-from planner.model.huggingface.keys import MAX_HEADS, MAX_LAYERS, MAX_POSITIONS, Key, Kind
-from planner.model.huggingface.layers import is_rotary
+from planner.model.huggingface.family import MAX_HEADS, MAX_LAYERS, MAX_POSITIONS, Description, Key, Kind
+from planner.model.huggingface.segments import is_rotary
 from planner.model.huggingface.values import Values, lookup
 from planner.model.spec import Block, Segment
 

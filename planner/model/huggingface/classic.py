@@ -11,8 +11,7 @@ from typing import Any
 
 from planner.model.feed_forward import Activation
 from planner.model.huggingface.family import Family
-from planner.model.huggingface.layers import by_attention_types
-from planner.model.huggingface.segments import decoder, encoder, encoder_decoder
+from planner.model.huggingface.segments import by_attention_types, decoder, encoder, encoder_decoder
 from planner.model.spec import Norm
 
 _GPT2_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(

@@ -10,15 +10,15 @@ from types import MappingProxyType
 from typing import Any
 
 from planner.model.attention import QkNorm
-from planner.model.huggingface.family import Family
-from planner.model.huggingface.keys import LINEAR, SLIDING
-from planner.model.huggingface.layers import (
+from planner.model.huggingface.family import LINEAR, SLIDING, Family
+from planner.model.huggingface.segments import (
     all_windowed,
+    decoder,
+    delta_decoder,
     full_every_nth,
     windowed_from,
     windowed_where_not_rotary,
 )
-from planner.model.huggingface.segments import decoder, delta_decoder
 
 LLAMA_KEYS: Mapping[str, Any] = MappingProxyType(
     {

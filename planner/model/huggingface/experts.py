@@ -10,22 +10,22 @@ from types import MappingProxyType
 from typing import Any
 
 from planner.model.attention import QkNorm
+from planner.model.feed_forward import Score, TopkMethod
 from planner.model.huggingface.dense import BIASES, GRANITE_SCALARS, LLAMA_KEYS
-from planner.model.huggingface.family import Family
-from planner.model.huggingface.keys import SLIDING
-from planner.model.huggingface.layers import (
+from planner.model.huggingface.family import SLIDING, Family
+from planner.model.huggingface.segments import (
     after_first_dense,
     all_windowed,
     chunked_where_rotary,
+    decoder,
     every_step,
     everywhere,
     full_every_nth,
     full_first_and_every_sixth,
     listed_or_every_step,
+    sink_decoder,
     windowed_before,
 )
-from planner.model.huggingface.segments import decoder, sink_decoder
-from planner.model.routing import Score, TopkMethod
 from planner.model.spec import Norm
 
 BALANCE: Mapping[str, Any] = MappingProxyType({"aux_loss": 0.001, "z_loss": 0.0, "capacity": None})

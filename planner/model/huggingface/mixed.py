@@ -11,23 +11,20 @@ from typing import Any
 
 from planner.model.huggingface.dense import BIASES, DELTA_FIXED, DELTA_NAMES, LLAMA_KEYS
 from planner.model.huggingface.experts import BALANCE, CORRECTED, FIRST_DENSE_NAMES, MIXTRAL, QWEN_NAMES
-from planner.model.huggingface.family import Family
-from planner.model.huggingface.keys import LINEAR
-from planner.model.huggingface.layers import (
+from planner.model.huggingface.family import LINEAR, Family
+from planner.model.huggingface.segments import (
     after_first_dense,
     all_indexed,
     all_linear,
     by_hybrid_pattern,
+    delta_decoder,
     every_step,
     everywhere,
     full_every_nth,
-    linear_at_odd,
-)
-from planner.model.huggingface.segments import (
-    delta_decoder,
     hybrid_decoder,
     latent_decoder,
     lightning_decoder,
+    linear_at_odd,
 )
 
 _DELTA: Mapping[str, Any] = MappingProxyType(

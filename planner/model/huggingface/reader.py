@@ -3,6 +3,10 @@
 A config is data from strangers: it is parsed as plain JSON, never imports transformers and never runs code.
 Every fault is reported at its key, all at once. Keys that would change what a step costs and are not
 modelled are refused; keys that are not part of the description are named in the model's sources.
+
+Every architecture that is read, and the wrappers that hold one of them as their text part.
+
+Finds in a config the part that describes the language model, and the family that reads it.
 """
 
 from __future__ import annotations
@@ -11,20 +15,191 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from planner.foundation.decode import load_json_object, load_toml_object
 from planner.foundation.errors import InputError, Problem
+from planner.foundation.frozen import frozen
+from planner.foundation.suggest import nearest
 from planner.model.huggingface.arithmetic import read_arithmetic
-from planner.model.huggingface.family import Description, Family
-from planner.model.huggingface.faults import contradictions
-from planner.model.huggingface.inert import CHANGES_COST, CODE_KEYS, INERT, NOTED
-from planner.model.huggingface.keys import FULL, KEYS
-from planner.model.huggingface.locate import TextPart, locate
-from planner.model.huggingface.registry import FAMILIES
+from planner.model.huggingface.classic import CLASSIC_FAMILIES
+from planner.model.huggingface.dense import DENSE_FAMILIES
+from planner.model.huggingface.experts import EXPERT_FAMILIES
+from planner.model.huggingface.family import FULL, KEYS, Description, Family
+from planner.model.huggingface.mixed import MIXED_FAMILIES
 from planner.model.huggingface.segments import encoder, encoder_decoder
-from planner.model.huggingface.values import Values, lookup, show
+from planner.model.huggingface.values import (
+    CHANGES_COST,
+    CODE_KEYS,
+    INERT,
+    NOTED,
+    Values,
+    contradictions,
+    lookup,
+    show,
+)
+from planner.model.huggingface.variants import VARIANT_FAMILIES
 from planner.model.spec import ModelSpec, Norm
+
+_OWN = {
+    **DENSE_FAMILIES,
+    **VARIANT_FAMILIES,
+    **CLASSIC_FAMILIES,
+    **EXPERT_FAMILIES,
+    **MIXED_FAMILIES,
+}
+
+FAMILIES: Mapping[str, Family] = MappingProxyType({**_OWN, "qwen2_5_vl_text": _OWN["qwen2_vl_text"]})
+"""Every model_type that is read."""
+
+WRAPPERS: Mapping[str, str] = MappingProxyType(
+    {
+        "gemma3": "gemma3_text",
+        "llama4": "llama4_text",
+        "mistral3": "mistral",
+        "qwen2_vl": "qwen2_vl_text",
+        "qwen2_5_vl": "qwen2_5_vl_text",
+        "qwen3_vl": "qwen3_vl_text",
+        "qwen3_vl_moe": "qwen3_vl_moe_text",
+        "qwen3_5": "qwen3_5_text",
+        "qwen3_5_moe": "qwen3_5_moe_text",
+        "llava": "llama",
+        "llava_next": "llama",
+        "llava_next_video": "llama",
+        "llava_onevision": "qwen2",
+        "video_llava": "llama",
+        "vipllava": "llama",
+        "idefics3": "llama",
+        "smolvlm": "llama",
+        "internvl": "qwen2",
+        "paligemma": "gemma",
+        "aya_vision": "cohere2",
+        "kimi_k25": "kimi_k2",
+    }
+)
+"""Multimodal model_types, and the text model that they hold where they do not name it."""
+
+TEXT_PARTS = ("text_config", "language_config", "llm_config")
+"""Keys under which wrappers hold their text model."""
+
+
+@frozen
+class TextPart:
+    """The text model of a config: its table, its family, and the path that errors begin with.
+
+    `nested` tables are read with the class's defaults where keys are absent, as wrappers are published;
+    `wrapped` says that a wrapper holds it, nested or beside its own keys.
+    """
+
+    config: Mapping[str, Any]
+    family: Family
+    model_type: str
+    where: str
+    nested: bool = False
+    wrapped: bool = False
+    notes: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+
+def locate(config: Mapping[str, Any], source: str, arch: str | None) -> TextPart:
+    """The text model of `config`. Raises InputError where its architecture is not known."""
+    own = config.get("model_type")
+    inner = None if isinstance(own, str) and own in FAMILIES else _inner(config)
+    wrapper = isinstance(own, str) and own in WRAPPERS
+    notes: tuple[str, ...] = (
+        () if arch is None else (f"read as {arch}, as --arch says; its own model_type is {show(own)}",)
+    )
+    if arch is not None and any(config.get(key) for key in CODE_KEYS):
+        notes += ("code that the config names was not run",)
+    if inner is None:
+        model_type = _chosen(arch, WRAPPERS[str(own)] if wrapper else own, f"{source}: ")
+        notes += _vision(own) if wrapper else ()
+        return _part(config, model_type, f"{source}: ", notes=notes, wrapped=wrapper)
+    name, table = inner
+    where = f"{source}: {name}."
+    text_type = table.get("model_type") or (WRAPPERS[str(own)] if wrapper else None)
+    if isinstance(text_type, str):
+        text_type = WRAPPERS.get(text_type, text_type)
+    model_type = _chosen(arch, text_type, where)
+    problems = () if arch else _code(config, source)
+    return _part(
+        _with_tie(config, table), model_type, where, nested=True, wrapped=True, problems=problems,
+        notes=(*notes, *_vision(own), *_quantised(config)),
+    )  # fmt: skip
+
+
+def _part(config: Mapping[str, Any], model_type: str, where: str, **rest: Any) -> TextPart:
+    return TextPart(config=config, family=FAMILIES[model_type], model_type=model_type, where=where, **rest)
+
+
+def _vision(own: object) -> tuple[str, ...]:
+    return (f"the text model of {show(own)}; what reads images, video or sound is not counted",)
+
+
+def _quantised(config: Mapping[str, Any]) -> tuple[str, ...]:
+    if not config.get("quantization_config"):
+        return ()
+    return ("published with quantised weights; training starts from dequantised ones",)
+
+
+def _inner(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
+    """The nested text model of a wrapper, with its key."""
+    for name in TEXT_PARTS:
+        table = config.get(name)
+        if isinstance(table, Mapping):
+            return name, table
+    return None
+
+
+def _with_tie(config: Mapping[str, Any], table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The nested table; where it does not say whether embeddings are tied, the wrapper does."""
+    tie = "tie_word_embeddings"
+    return {**table, tie: config[tie]} if tie in config and tie not in table else table
+
+
+def _code(config: Mapping[str, Any], source: str) -> tuple[Problem, ...]:
+    return tuple(
+        Problem(
+            where=f"{source}: {key}",
+            fault="says that code defines this model; code from a config is never run.",
+            fix="if the text model's architecture is known, name it with --arch, or remove the key",
+        )
+        for key in CODE_KEYS
+        if config.get(key)
+    )
+
+
+def _chosen(arch: str | None, model_type: object, where: str) -> str:
+    """The family to read by: `arch` if given, else the config's own. Raises InputError if it is unknown."""
+    if arch is not None:
+        known = WRAPPERS.get(arch, arch)
+        if known in FAMILIES:
+            return known
+        raise _unknown("--arch", arch, "")
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return model_type
+    if model_type is None:
+        raise InputError(Problem(where=f"{where}model_type", fault="is missing.", legal=_listed([])))
+    raise _unknown(f"{where}model_type", model_type, "; or --arch NAME reads it as a known one")
+
+
+def _unknown(where: str, model_type: object, more: str) -> InputError:
+    near = nearest(str(model_type)[:60], [*FAMILIES, *WRAPPERS]) if isinstance(model_type, str) else []
+    return InputError(
+        Problem(
+            where=where,
+            fault=f"{show(model_type)} is no architecture that is known.",
+            legal=_listed(near),
+            fix=(f"did you mean '{near[0]}'" if near else "name the architecture") + more,
+        )
+    )
+
+
+def _listed(near: list[str]) -> str:
+    """The names that are near, or else the first, and how many there are."""
+    return ", ".join(near or list(FAMILIES)[:12]) + f", ... ({len(FAMILIES)} in all)"
+
 
 MAX_CONFIG_BYTES = 4 * 1024 * 1024
 """Published configs are a few KiB; larger files are refused before they are read."""

@@ -11,10 +11,8 @@ from typing import Any
 
 from planner.model.attention import QkNorm
 from planner.model.huggingface.dense import BIASES, LAYER_NORM_EPS, LLAMA_KEYS
-from planner.model.huggingface.family import Family
-from planner.model.huggingface.keys import SLIDING
-from planner.model.huggingface.layers import all_windowed, full_every_nth
-from planner.model.huggingface.segments import decoder
+from planner.model.huggingface.family import SLIDING, Family
+from planner.model.huggingface.segments import all_windowed, decoder, full_every_nth
 from planner.model.spec import Norm
 
 COHERE = Family(

@@ -1,24 +1,108 @@
-"""The server of `plan web`: the page at /, and what it shows as files."""
+"""The server of `plan web`: the page at /, and what it shows as files.
+
+One search at a time, beside the server; the newest request wins, and answers are remembered.
+
+The interactive page: the form, what is wrong with it, and the comparison below.
+
+The socket and the server of `plan web`: this machine alone.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+import socket
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from planner.foundation.errors import InputError, PlannerError, Problem
-from planner.report.web.asked import Asked, at_first, check_model, read_query
-from planner.report.web.guard import POLICY, App, guarded
-from planner.report.web.latest import Latest, SupersededError
-from planner.report.web.page import WebPage, render_web
-from planner.sizing.comparison import Comparison
-from planner.sizing.option import Option
+from planner.foundation.frozen import frozen
+from planner.report.charts import COLOURS, MARK_COLOURS
+from planner.report.comparison_page import build_options_page
+from planner.report.page import template
+from planner.report.web.requests import FIELDS, POLICY, App, Asked, at_first, check_model, guarded, read_query
+from planner.sizing.comparison import Comparison, Option
 
 if TYPE_CHECKING:
+    import uvicorn
     from starlette.requests import Request
     from starlette.responses import Response
+
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+REMEMBERED = 24
+
+
+class SupersededError(Exception):
+    """A newer request came before this one was answered."""
+
+
+class Latest(Generic[K, V]):
+    """Computes values in a thread, one at a time. A request that a newer one has overtaken is given up.
+
+    `compute(key, stopped)` asks `stopped()` now and then and raises SupersededError where it says so.
+    """
+
+    def __init__(self, compute: Callable[[K, Callable[[], bool]], V], remembered: int = REMEMBERED) -> None:
+        self._compute = compute
+        self._remembered = remembered
+        self._known: OrderedDict[K, V] = OrderedDict()
+        self._turn = asyncio.Lock()
+        self._newest: K | None = None
+
+    def known(self, key: K) -> V | None:
+        """What is remembered."""
+        return self._known.get(key)
+
+    async def get(self, key: K) -> V:
+        """The value, remembered or computed. Raises SupersededError, or what `compute` raises."""
+        if key in self._known:
+            self._known.move_to_end(key)
+            return self._known[key]
+        self._newest = key
+        async with self._turn:
+            if key in self._known:
+                return self._known[key]
+            if self._newest != key:
+                raise SupersededError
+            value = await asyncio.to_thread(self._compute, key, lambda: self._newest != key)
+            self._known[key] = value
+            while len(self._known) > self._remembered:
+                self._known.popitem(last=False)
+            return value
+
+
+@frozen
+class WebPage:
+    """The form around the comparison: what was typed, what is wrong, what there is to choose from."""
+
+    values: Mapping[str, str]
+    problems: tuple[Problem, ...]
+    query: str
+    nonce: str
+    models: tuple[str, ...]
+    choices: Mapping[str, Sequence[str]]
+
+
+class _NoAnswer:
+    """What the base of the page needs where there is no comparison."""
+
+    model = "Which hardware?"
+    colours = (*COLOURS, *MARK_COLOURS)
+
+
+def render_web(web: WebPage, comparison: Comparison | None) -> str:
+    """The page as HTML."""
+    page = None if comparison is None else build_options_page(comparison)
+    return template("web.html.j2").render(
+        page=page or _NoAnswer, answered=page is not None, web=web, labels=FIELDS
+    )
+
 
 SUPERSEDED = 409
 """Status of a request that a newer one has overtaken; the page ignores it."""
@@ -153,3 +237,33 @@ def _text(text: str, status: int) -> Response:
     from starlette.responses import PlainTextResponse
 
     return PlainTextResponse(text, status_code=status)
+
+
+ADDRESS = "127.0.0.1"
+MOST_AT_ONCE = 64
+"""Connections and requests that are held at once; more are answered 503."""
+
+
+def listen(port: int) -> socket.socket:
+    """A socket on 127.0.0.1. Raises InputError for a port that cannot be had."""
+    found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((ADDRESS, port))
+        found.listen(128)
+    except OSError as error:
+        found.close()
+        fault = f"{port} on 127.0.0.1 cannot be had: {error.strerror}."
+        raise InputError(Problem(where="--port", fault=fault, fix="another port, or --port 0")) from None
+    return found
+
+
+def server(app: App) -> uvicorn.Server:
+    """A server of the app, to be run on a socket of `listen`."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        app, log_level="error", access_log=False, lifespan="off", ws="none", server_header=False,
+        date_header=False, limit_concurrency=MOST_AT_ONCE, h11_max_incomplete_event_size=16_384,
+    )  # fmt: skip
+    return uvicorn.Server(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from planner.job.problem import PlanningProblem
 from planner.model.attention import CpExchange
 from planner.model.workload import Optimizer, Precision
-from planner.strategy.engines.heads import without_copies
+from planner.strategy.engines.recipes import without_copies
 from planner.strategy.estimate import Rejected
 from planner.strategy.strategy import Degrees, Offload, Schedule, Strategy, Zero
 

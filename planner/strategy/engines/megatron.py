@@ -6,12 +6,11 @@ layers divide by pp, or by pp x chunks).
 
 from __future__ import annotations
 
-from planner.foundation.divisors import divisors, legal_values
+from planner.foundation.suggest import divisors, legal_values
 from planner.job.problem import PlanningProblem
 from planner.model.workload import Method, Optimizer, Precision
-from planner.strategy.engines.heads import without_copies
 from planner.strategy.engines.megatron_model import model_faults
-from planner.strategy.engines.recipes import first_of_each
+from planner.strategy.engines.recipes import first_of_each, without_copies
 from planner.strategy.estimate import Rejected
 from planner.strategy.strategy import Degrees, Offload, Schedule, Strategy, Zero
 

@@ -12,8 +12,7 @@ from typing import Any
 
 from planner.model.arithmetic import Arithmetic, RopeKind
 from planner.model.attention import CAUSAL, Attention, LatentAttention, QkNorm, Reach
-from planner.model.feed_forward import Activation, Experts, Mlp
-from planner.model.routing import Score
+from planner.model.feed_forward import Activation, Experts, Mlp, Score
 from planner.model.spec import VOCAB_UNIT, Block, ModelSpec, Norm
 from planner.model.workload import Precision, Workload
 

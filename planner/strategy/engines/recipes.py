@@ -1,6 +1,10 @@
 """Recipes that engines can express: what all blocks recompute, by one setting for the whole run.
 
 A family is a list of recipes from least to most recomputation: the first of it that fits is the fastest.
+
+What an engine does where nothing is said: defaults that complete a strategy.
+
+Key-value heads that are fewer than tensor-parallel ranks: engines that have no copies of them.
 """
 
 from __future__ import annotations
@@ -8,8 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
+from planner.foundation.suggest import divisors, legal_values
 from planner.job.engine_settings import Engine
-from planner.model.saved_tensors import Recompute
+from planner.job.problem import PlanningProblem
+from planner.model.attention import CpExchange
+from planner.model.sublayer import Recompute
+from planner.strategy.estimate import Rejected
 from planner.strategy.strategy import Degrees, RecomputeCounts, Stage, even_stages, sized_stages
 
 Stages = tuple[Stage, ...]
@@ -90,3 +98,38 @@ _FAMILIES: Mapping[Engine, Callable[[Degrees, Sequence[int]], list[Family]]] = {
     Engine.MEGATRON: _megatron,
     Engine.DEEPSPEED: _deepspeed,
 }
+
+
+USUAL_EXCHANGE: Mapping[Engine, CpExchange] = MappingProxyType(
+    {
+        Engine.MEGATRON: CpExchange.RING,
+        Engine.DEEPSPEED: CpExchange.ALL_TO_ALL,
+        Engine.TORCHTITAN: CpExchange.GATHER,
+        Engine.NATIVE: CpExchange.GATHER,
+    }
+)
+"""Megatron-LM's cp_comm_type is p2p, DeepSpeed's way is Ulysses, torch's context_parallel gathers."""
+
+
+def usual_exchange(engine: Engine | None) -> CpExchange:
+    """How context-parallel ranks exchange keys and values unless told otherwise."""
+    return Degrees().cp_exchange if engine is None else USUAL_EXCHANGE[engine]
+
+
+def usual_sequence_parallel(engine: Engine | None, tp: int) -> bool:
+    """Whether tensor parallelism shards the sequence unless told otherwise: torchtitan's always does."""
+    return engine is Engine.TORCHTITAN and tp > 1
+
+
+def without_copies(problem: PlanningProblem, degrees: Degrees, engine: str, why: str) -> Rejected | None:
+    """The rule of an engine where tp must divide key-value heads, named by the engine; `why` it must."""
+    few = [heads for heads in problem.model.heads_split if heads.repeated and heads.count % degrees.tp]
+    if not few:
+        return None
+    heads = few[0]
+    return Rejected(
+        rule=f"{engine.lower().split('-')[0]}_heads",
+        detail=f"tp={degrees.tp} over {heads.count} {heads.what}: {engine} {why}.",
+        legal=legal_values(divisors(heads.count), degrees.tp),
+        fix="--fix tp=",
+    )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from planner.foundation.divisors import divisors, legal_values
+from planner.foundation.suggest import divisors, legal_values
 from planner.job.problem import PlanningProblem
 from planner.model.attention import CpExchange
 from planner.model.workload import Method, Optimizer, Precision
-from planner.strategy.engines.heads import without_copies
-from planner.strategy.engines.recipes import every_kth, most_on_a_rank
+from planner.strategy.engines.recipes import every_kth, most_on_a_rank, without_copies
 from planner.strategy.engines.torchtitan_model import model_faults
 from planner.strategy.estimate import Rejected
 from planner.strategy.strategy import Degrees, Schedule, Strategy, Zero

@@ -12,8 +12,7 @@ from typing import Any
 from planner.foundation.frozen import frozen
 from planner.model.arithmetic import PLAIN, Arithmetic, RopeKind, RopeScaling
 from planner.model.attention import CAUSAL, Attention, LatentAttention, QkNorm
-from planner.model.feed_forward import Activation, Experts, Mlp
-from planner.model.routing import Score
+from planner.model.feed_forward import Activation, Experts, Mlp, Score
 from planner.model.spec import Block, ModelSpec, Norm
 
 MODULE = "shardwise_flavor"

@@ -132,8 +132,15 @@ def many_row_ends_s(order: ActionOrder, cell_s: Floats, begin_s: Floats, hop_s: 
     return row_ends
 
 
-def order_actions(table: Table) -> ActionOrder:
-    """The order of a table. Raises ValueError where it waits for itself."""
+def action_order(table: Table) -> ActionOrder:
+    """The order in which a table's actions can run. Raises ValueError where the table waits for itself."""
+    if table.known_order is None:
+        table.known_order = _order_actions(table)
+    order: ActionOrder = table.known_order
+    return order
+
+
+def _order_actions(table: Table) -> ActionOrder:
     import numpy as np
 
     codes, lengths = np.concatenate(table.codes), [len(row) for row in table.codes]

@@ -6,22 +6,128 @@ A step of 64 stages and 512 micro-batches has 65,536 actions, so a table keeps e
 
 and makes Actions of a row only when the row is asked for. `code // micro_batches` is the action's cell:
 what it costs depends on nothing else.
+
+Actions of a pipeline schedule and their text, which is also torch.distributed.pipelining's.
+
+`2F0` is the forward of micro-batch 0 on stage 2, `2B0` its whole backward. A schedule that splits the
+backward has `2I0`, the gradients of the stage's input, and later `2W0`, those of its weights. A forward and
+a backward that run as one slot print as `(0F3;3B1)OVERLAP_F_B`: their messages leave together, at its end.
+
+InFlight: the micro-batches that a stage holds something of at one moment, and what they keep.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner.strategy.schedule.action import Action, ActionKind, Row, parse_row
-from planner.strategy.schedule.in_flight import Flights, InFlight
+from planner.foundation.errors import InputError, Problem
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from planner.strategy.schedule.longest_path import ActionOrder
 
+class ActionKind(StrEnum):
+    """What an action does with its micro-batch."""
+
+    FORWARD = "F"
+    BACKWARD = "B"
+    INPUT_GRAD = "I"
+    WEIGHT_GRAD = "W"
+
+    @property
+    def alive_change(self) -> int:
+        """What it adds to the micro-batches alive on its stage: activations stay until W has used them."""
+        return {"F": 1, "I": 0}.get(self.value, -1)
+
+
+class Action(NamedTuple):
+    """One pass of one micro-batch through one stage.
+
+    `paired` is true of a forward that makes one slot with the backward after it in its row.
+    """
+
+    stage: int
+    kind: ActionKind
+    micro_batch: int
+    paired: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.kind}{self.micro_batch}"
+
+
+Row = tuple[Action, ...]
+
+_ACTION = re.compile(r"^(\d{1,6})([FBIW])(\d{1,6})$")
+_PAIR = re.compile(r"^\((\d{1,6}F\d{1,6});(\d{1,6}B\d{1,6})\)OVERLAP_F_B$")
+
+
+def parse_action(text: str) -> Action:
+    """The action that prints as `text`. Raises InputError on any other text."""
+    match = _ACTION.match(text)
+    if match is None:
+        raise InputError(
+            Problem(
+                where=f"schedule action '{text[:40]}'",
+                fault="cannot be read.",
+                legal="stage, F, B, I or W, micro-batch, such as 2F0; a pair as (0F3;3B1)OVERLAP_F_B",
+            )
+        )
+    return Action(int(match.group(1)), ActionKind(match.group(2)), int(match.group(3)))
+
+
+def parse_row(texts: tuple[str, ...]) -> Row:
+    """The actions of one row; a pair's text makes two."""
+    actions: list[Action] = []
+    for text in texts:
+        pair = _PAIR.match(text)
+        if pair is None:
+            actions.append(parse_action(text))
+        else:
+            actions.append(parse_action(pair.group(1))._replace(paired=True))
+            actions.append(parse_action(pair.group(2)))
+    return tuple(actions)
+
+
+class InFlight(NamedTuple):
+    """Micro-batches of one stage at one moment of its rank's row.
+
+    `alive` are between their forward and their backward, or its input part; they keep all that the forward
+    kept. `waiting` are between input part and weight gradients, where what waits is less. `begun` says
+    whether gradients of an earlier micro-batch lie beside them, and `messages` how many hidden states, or
+    gradients of them, the rank holds for its neighbours then, besides the inputs of what is alive. `only`
+    where the rank has no other stage.
+    """
+
+    alive: int = 0
+    waiting: int = 0
+    begun: bool = True
+    messages: int = 0
+    only: bool = True
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches that something is held of."""
+        return self.alive + self.waiting
+
+    def kept_bytes(self, saved_bytes: float, waiting_bytes: float) -> float:
+        """Bytes that they keep, of a stage that saves so much for one of each (or arrays of such stages)."""
+        return self.alive * saved_bytes + self.waiting * waiting_bytes
+
+
+Flights = tuple[dict[int, InFlight], ...]
+"""What is in flight by stage of one rank, at its fullest moments."""
+
+
+def total_count(flight: dict[int, InFlight]) -> int:
+    """Micro-batches in flight on all stages of a rank."""
+    return sum(each.micro_batches for each in flight.values())
+
+
+if TYPE_CHECKING:
     Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 Fullest = tuple[tuple[int, ...], tuple[int, ...]]
@@ -49,7 +155,7 @@ class Table:
     The order and the counts are made when they are first asked for.
     """
 
-    __slots__ = ("_counts", "_order", "codes", "num_micro_batches", "stages")
+    __slots__ = ("_counts", "codes", "known_order", "num_micro_batches", "stages")
 
     def __init__(self, codes: Iterable[Sequence[int] | Ints], num_micro_batches: int) -> None:
         import numpy as np
@@ -58,7 +164,7 @@ class Table:
         self.num_micro_batches = num_micro_batches
         last = max((int(row.max()) for row in self.codes if len(row)), default=-1)
         self.stages = last // (num_micro_batches * len(KINDS)) + 1
-        self._order: ActionOrder | None = None
+        self.known_order: Any = None  # the ActionOrder of planner.strategy.schedule.longest_path, once found
         self._counts: tuple[dict[tuple[int, ActionKind], int], ...] | None = None
 
     @classmethod
@@ -93,15 +199,6 @@ class Table:
 
     def __hash__(self) -> int:
         return hash((len(self), self.stages, self.num_micro_batches))
-
-    @property
-    def order(self) -> ActionOrder:
-        """The order in which its actions can run. Raises ValueError where the table waits for itself."""
-        if self._order is None:
-            from planner.strategy.schedule.longest_path import order_actions
-
-            self._order = order_actions(self)
-        return self._order
 
     @property
     def actions(self) -> int:

@@ -4,8 +4,7 @@ In go the table and the stages of a rank; out come losses and gradients, and a r
 Open `run.py` first.
 """
 
-from runtime.parallel.pipeline.record import Record
 from runtime.parallel.pipeline.run import Pipeline
-from runtime.parallel.pipeline.stage import StageModule, hidden_dtype, hidden_shape
+from runtime.parallel.pipeline.stage import Record, StageModule, hidden_dtype, hidden_shape
 
 __all__ = ["Pipeline", "Record", "StageModule", "hidden_dtype", "hidden_shape"]

@@ -1,22 +1,121 @@
-"""One stage of a pipeline on this rank: its model, and the passes of its micro-batches."""
+"""One stage of a pipeline on this rank: its model, and the passes of its micro-batches.
+
+When each unit of data parallelism of a stage reduces its gradients, and frees its gathered parameters.
+
+A unit's gradients of a micro-batch are complete after the pass that computes the last of them: after B or I,
+and after B or W in a block whose weight gradients are deferred. ZeRO 2 and 3 reduce a unit in every pass that
+completes it, so that whole gradients never outlive a micro-batch; ZeRO 0 and 1 in the last one of a step. All
+but ZeRO 3 keep gathered parameters until the last pass of a step that reads them, which is no W.
+
+What a rank really did in its last step.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.distributed.fsdp import FSDPModule
 
+from planner.model.attention import CpExchange
 from planner.strategy.plan import Plan
-from planner.strategy.schedule.schedules import Action, Row
+from planner.strategy.schedule.schedules import Action, ActionKind, Row
 from planner.strategy.strategy import Zero
-from runtime.model.borders import Borders
 from runtime.model.precision import compute_dtype
-from runtime.model.transformer import Transformer
+from runtime.model.transformer import Borders, Transformer
 from runtime.parallel.context import ContextCore
-from runtime.parallel.pipeline.gradient_units import GradientUnits
-from runtime.parallel.pipeline.record import Record
+from runtime.parallel.data import end_backward, end_unit, groups_of, set_unit, units_of
+from runtime.parallel.deferred_gradients import Deferred, deferred_of
+
+
+class GradientUnits:
+    """The units of one stage, whose actions in a step are `actions`."""
+
+    def __init__(self, model: Transformer, actions: Sequence[Action]) -> None:
+        self.model = model
+        self._last_read = _last(actions, ActionKind.BACKWARD, ActionKind.INPUT_GRAD)
+        self._last_weights = _last(actions, ActionKind.BACKWARD, ActionKind.WEIGHT_GRAD)
+        self._deferred: list[tuple[nn.Module, Deferred]] = []
+        for block in model.layers.values():
+            if (deferred := deferred_of(block)) is not None:
+                self._deferred.append((block, deferred))
+        blocks = {id(block) for block, _ in self._deferred}
+        self._deferring = [unit for unit in units_of(model) if id(unit) in blocks]
+        self._whole = [unit for unit in units_of(model) if id(unit) not in blocks]
+
+    def prepare(self, action: Action, zero: Zero) -> list[bool]:
+        """Makes ready for a backward pass or its parts.
+
+        Returns whether the units that it completes will reduce, read from FSDP's own state; nothing where
+        it completes none.
+        """
+        kind = action.kind
+        reads, weights = kind is not ActionKind.WEIGHT_GRAD, kind is not ActionKind.INPUT_GRAD
+        reshard = zero is Zero.PARAMETERS or action == self._last_read
+        always = zero >= Zero.GRADIENTS
+        for unit in self._whole:
+            set_unit(unit, reduce=reads and (always or action == self._last_read), reshard=reshard)
+        for unit in self._deferring:
+            set_unit(unit, reduce=weights and (always or action == self._last_weights), reshard=reshard)
+        for _, deferred in self._deferred:
+            deferred.micro_batch = None if weights else action.micro_batch
+        completed = (self._whole if reads else []) + (self._deferring if weights else [])
+        groups = [group for unit in completed for group in groups_of(unit)]
+        return [all(group.reduce_grads for group in groups)] if groups else []
+
+    def add_deferred(self, micro_batch: int) -> None:
+        """Computes the gradients that wait for a micro-batch, block by block as a backward pass does."""
+        for block, deferred in reversed(self._deferred):
+            deferred.add_gradients(micro_batch)
+            if isinstance(block, FSDPModule):
+                end_unit(block)
+        end_backward(self.model)
+
+    @property
+    def waiting(self) -> int:
+        """Of how many micro-batches weight gradients wait."""
+        return max((deferred.waiting for _, deferred in self._deferred), default=0)
+
+
+def _last(actions: Sequence[Action], *kinds: ActionKind) -> Action:
+    return [action for action in actions if action.kind in kinds][-1]
+
+
+@dataclass
+class Record:
+    """What a rank did in its last step: its actions, and whether gradients were reduced when complete.
+
+    `exchanges` are the attentions over a sequence that ranks share out: how, and among how many.
+    `spans` has the name, begin and end of each action and part of the step, if `clock` is set. It is set
+    for one step of a run; on CUDA it waits for the device, so that step is slower than others.
+    """
+
+    actions: list[Action] = field(default_factory=list)
+    reduced: list[bool] = field(default_factory=list)
+    exchanges: list[tuple[CpExchange, int]] = field(default_factory=list)
+    clock: Callable[[], float] | None = None
+    spans: list[tuple[str, float, float]] = field(default_factory=list)
+
+    @contextmanager
+    def span(self, name: str | None = None) -> Iterator[None]:
+        """Notes how long the body takes, under `name` or as the last action."""
+        if self.clock is None:
+            yield
+            return
+        begin = self.clock()
+        yield
+        self.spans.append((name or str(self.actions[-1]), begin, self.clock()))
+
+    def clear(self) -> None:
+        self.actions.clear()
+        self.reduced.clear()
+        self.exchanges.clear()
+        self.spans.clear()
 
 
 class StageModule(nn.Module):

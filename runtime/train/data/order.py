@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from planner.foundation.errors import InputError, Problem
-from runtime.train.data.index import TokenData
+from runtime.train.data.prepare import TokenData
 
 if TYPE_CHECKING:
     import numpy as np
