@@ -27,8 +27,7 @@ from planner.strategy.placement import is_mixed
 from planner.strategy.rules import broken_rule
 from planner.strategy.schedule.schedules import build_table
 from planner.strategy.strategy import Degrees, RecomputeCounts, Schedule, Stage, Strategy, Zero
-
-from . import instances
+from tests.planner import instances
 
 PIPES = tuple(
     (schedule, chunks)

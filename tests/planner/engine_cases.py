@@ -16,8 +16,7 @@ from planner.strategy.strategy import (
     Stage,
     Zero,
 )
-
-from . import instances
+from tests.planner import instances
 
 N, T, M, D = Engine.NATIVE, Engine.TORCHTITAN, Engine.MEGATRON, Engine.DEEPSPEED
 

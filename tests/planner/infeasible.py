@@ -21,8 +21,7 @@ from planner.strategy.estimate import Verdict
 from planner.strategy.fix_keys import Pins, parse_pins
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import Degrees
-
-from . import instances
+from tests.planner import instances
 
 EFFORT = Effort(each_s=0.5, total_s=None)
 VALUES = {

@@ -15,8 +15,7 @@ from planner.search.space import shapes
 from planner.search.stage_space import StageSpace
 from planner.strategy.fix_keys import parse_pins
 from planner.strategy.strategy import Degrees, Stage
-
-from .brute_force import EXACT, mixes_of
+from tests.planner.brute_force import EXACT, mixes_of
 
 
 def spaces(problem: PlanningProblem, fix: tuple[str, ...] = ()) -> Iterator[StageSpace]:

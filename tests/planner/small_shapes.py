@@ -17,9 +17,8 @@ from planner.search.sizes import Sizes, narrowed
 from planner.search.stage_assignment import Dealer
 from planner.search.stage_space import StageSpace
 from planner.strategy.strategy import RecomputeCounts, Stage
-
-from . import instances
-from .rank_samples import fits, spaces, used_bytes
+from tests.planner import instances
+from tests.planner.rank_samples import fits, spaces, used_bytes
 
 PIPES = (
     ("1f1b", 1),

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from planner.model.workload import Precision
 from planner.profile.profile import Constant, LayerSample, Profile, RateKind, RateSample
-
-from . import instances
+from tests.planner import instances
 
 FLOPS, BYTES_PER_S, LAUNCH_S = 50e12, 1e12, 5e-6
 SIZE = 2
