@@ -1,7 +1,7 @@
 """Writes the answers of a fixed list of commands into a folder, and compares two such folders byte by byte.
 
     python -m bench.answers write FOLDER [--only NAME ...]
-    python -m bench.answers compare BEFORE AFTER
+    python -m bench.answers compare BEFORE AFTER [--present] [--text]
 
 A change of structure must leave every answer as it was. Write the answers of the code before and of the code
 after (from its own checkout and environment), then compare. Each command runs in a process of its own, inside
@@ -48,6 +48,8 @@ SOLVE = {
     "long": f"--model llama-3-8b --cluster 4x8:{H100} --seq 131072 --batch 32",
     "offload": "--model llama-3-8b --cluster 1x8:a100-sxm-40gb --seq 4096 --batch 64 --memory-limit 20GiB",
     "infeasible": f"--model llama-3.1-405b --cluster 1x8:{H100} --seq 8192 --batch 64",
+    "llama-2-7b-deepspeed": "--model llama-2-7b --cluster 2x8:a100-sxm-80gb --seq 4096 --batch 64"
+    " --engine deepspeed",
     "local": "--model shardwise-demo --cluster local:4 --seq 256 --batch 16",
 }
 """Arguments of `plan solve`, by the name of the answer."""
@@ -92,10 +94,10 @@ COMMANDS = {
 """Other commands, by the name of the answer; each runs once for its JSON and once for its text."""
 
 EXPORTS = {
-    "deepspeed": "llama-2-7b",
+    "deepspeed": "llama-2-7b-deepspeed",
     "megatron": "llama-3-70b-megatron",
     "torchtitan": "llama-3-8b-torchtitan",
-    "accelerate": "llama-2-7b",
+    "accelerate": "llama-2-7b-deepspeed",
     "slurm": MAIN_PLAN,
     "kubernetes": MAIN_PLAN,
     "skypilot": "llama-3-70b-cost",
@@ -158,10 +160,12 @@ def write(folder: Path, only: tuple[str, ...]) -> None:
 @main.command()
 @click.argument("before", type=click.Path(exists=True, path_type=Path))
 @click.argument("after", type=click.Path(exists=True, path_type=Path))
+@click.option("--present", is_flag=True, help="Compare only the answers that AFTER holds.")
 @click.option("--text", is_flag=True, help="Show the differences of printed text too.")
-def compare(before: Path, after: Path, text: bool) -> None:
+def compare(before: Path, after: Path, present: bool, text: bool) -> None:
     """Compares two folders; exit code 1 where a document differs or is missing."""
-    names = sorted({str(p.relative_to(f)) for f in (before, after) for p in f.rglob("*") if p.is_file()})
+    folders = (after,) if present else (before, after)
+    names = sorted({str(p.relative_to(f)) for f in folders for p in f.rglob("*") if p.is_file()})
     different = [name for name in names if _content(before / name) != _content(after / name)]
     documents = [name for name in different if not name.endswith(".txt")]
     for name in different if text else documents:

@@ -19,7 +19,7 @@ heads
   torch's loss_parallel (18, not 12: shifted logits, their exponentials and a copy for the sum). Where ranks
   gather the logits instead, each holds all of them.
 
-Measured against: 16 runs on an H100 with torch 2.11, all within 0.5 % (see tests/planner/cost/test_memory.py).
+Measured against: 16 runs on an H100 with torch 2.11, all within 0.5 % (tests/planner/cost/test_memory.py).
 
 Bytes that a block holds of a micro-batch between its input gradients (I) and its weight gradients (W).
 
