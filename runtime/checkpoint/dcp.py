@@ -44,6 +44,7 @@ from torch.futures import Future
 
 from planner.foundation.decode import to_json, write_atomic
 from planner.foundation.errors import InputError, Problem
+from runtime.checkpoint.safetensors_file import Entry, write_safetensors
 from runtime.checkpoint.store import (
     CHECKPOINT_SCHEMA,
     COMMIT,
@@ -51,7 +52,6 @@ from runtime.checkpoint.store import (
     CheckpointIndex,
     Chunk,
     Commit,
-    Entry,
     FileDigest,
     StoredTensor,
     Value,
@@ -61,7 +61,6 @@ from runtime.checkpoint.store import (
     load_index,
     remove_step,
     step_folder,
-    write_safetensors,
 )
 from runtime.launch.rank import own_rank
 

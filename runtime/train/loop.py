@@ -24,7 +24,8 @@ from planner.foundation.decode import encode
 from planner.foundation.run_files import CHECKPOINTS
 from planner.strategy.plan import Plan
 from runtime.checkpoint.adapter_files import AdapterFolder, say_export
-from runtime.checkpoint.checkpoint import Saver, plan_facts
+from runtime.checkpoint.checkpoint import Saver
+from runtime.checkpoint.run_state import plan_facts
 from runtime.launch.local_ranks import RunFailedError, Send
 from runtime.parallel.recompute import compiles, run_eagerly
 from runtime.train.data.order import BatchReader

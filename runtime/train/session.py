@@ -16,23 +16,16 @@ from typing import Any
 
 import torch
 
-from planner.foundation.decode import encode, load_json, load_json_object, to_json, write_atomic
+from planner.foundation.decode import encode, load_json, to_json, write_atomic
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.run_files import CHECKPOINTS, EARLIER, LOCK, OPTIONS, PLAN, SUMMARY, TIMELINE
 from planner.strategy.plan import Plan, load_plan, save_plan
 from runtime.checkpoint.adapter_files import AdapterFolder
-from runtime.checkpoint.checkpoint import (
-    check_identity,
-    check_same_run,
-    load_checkpoint,
-    plan_facts,
-    plan_identity,
-)
+from runtime.checkpoint.checkpoint import load_checkpoint
 from runtime.checkpoint.hf_export import check_folder, keep_files
+from runtime.checkpoint.run_state import check_identity, plan_identity
 from runtime.checkpoint.store import (
-    COMMIT,
     CheckpointIndex,
-    Commit,
     Value,
     find_checkpoint,
     load_index,
@@ -288,82 +281,3 @@ def load_into(executor: Executor, folder: Path) -> None:
         if name in known:
             source.fill(name, tensor)
     executor.weights_filled()
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointState:
-    """A whole checkpoint: its step, the ranks that wrote it, its size, and the plan by which it was made."""
-
-    path: Path
-    step: int
-    world: int
-    bytes: int
-    plan_label: str
-    by_this_plan: bool
-    facts: dict[str, Value]
-
-
-@dataclass(frozen=True, slots=True)
-class RunState:
-    """The newest whole checkpoint, where there is one, and why newer ones were passed over.
-
-    `options` is what the latest launch was told beside its plan; None where it was not written down. `going`
-    says that a process holds the folder now.
-    """
-
-    checkpoint: CheckpointState | None
-    refused: tuple[str, ...]
-    options: dict[str, Any] | None
-    going: bool
-
-    @property
-    def step(self) -> int:
-        """The step that the run goes on from."""
-        return 0 if self.checkpoint is None else self.checkpoint.step
-
-
-def read_run_state(run_dir: Path, plan: Plan) -> RunState:
-    """Where the run of `plan` stands. Every file of the newest checkpoint is read to verify it.
-
-    Raises InputError where the checkpoint is of another model or workload than the plan.
-    """
-    found = find_checkpoint(run_dir / CHECKPOINTS)
-    options = run_dir / OPTIONS
-    return RunState(
-        checkpoint=None if found.path is None else _checkpoint(found.path, plan),
-        refused=found.refused,
-        options=load_json_object(options) if options.exists() else None,
-        going=_held(run_dir / LOCK),
-    )
-
-
-def _checkpoint(path: Path, plan: Plan) -> CheckpointState:
-    index = load_index(path)
-    check_same_run(path, index.run, plan)
-    commit, now = load_json(path / COMMIT, Commit), plan_facts(plan)
-    return CheckpointState(
-        path=path,
-        step=index.step,
-        world=index.world,
-        bytes=sum(file.bytes for file in commit.files.values()),
-        plan_label=str(index.run.get("plan.label", "unknown")),
-        by_this_plan=index.run.get("plan.digest") == now["plan.digest"],
-        facts=index.run,
-    )
-
-
-def _held(lock: Path) -> bool:
-    """Whether a running process holds the lock of a run folder."""
-    try:
-        handle = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
-    finally:
-        os.close(handle)
-    return False

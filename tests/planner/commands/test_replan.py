@@ -23,7 +23,7 @@ from planner.model.workload import AdapterModules, Adapters
 from planner.report.run_record import load_report_input
 from planner.strategy.plan import Plan, load_plan, save_plan
 from planner.strategy.plan_check import check_plan
-from runtime.checkpoint.checkpoint import plan_facts, plan_identity
+from runtime.checkpoint.run_state import plan_facts, plan_identity
 from runtime.checkpoint.store import (
     CHECKPOINT_SCHEMA,
     COMMIT,

@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from planner.foundation.errors import InputError
 from runtime.checkpoint import dcp as checkpoint_writer
-from runtime.checkpoint import store as safetensors_file
+from runtime.checkpoint import safetensors_file
 from runtime.checkpoint.checkpoint import Saver, load_checkpoint
 from runtime.checkpoint.dcp import JsonSavePlanner
 from runtime.checkpoint.store import (
