@@ -37,7 +37,7 @@ from planner.profile.profile import Profile, load_profile
 from planner.search.engine_search import solve_for_engine
 from planner.search.solve import SolveOptions
 from planner.strategy.estimate import Estimate, Rejected, Verdict
-from planner.strategy.fix_keys import Pins
+from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.plan import Plan
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import Strategy
@@ -168,7 +168,9 @@ def held(problem: PlanningProblem) -> PlanningProblem:
 def planned(problem: PlanningProblem, limit_s: float | None) -> Plan | None:
     """The best plan, or None where none is found."""
     try:
-        return solve_for_engine(problem, SolveOptions(pins=Pins(), time_limit_s=limit_s, gap_tolerance=GAP))
+        return solve_for_engine(
+            problem, SolveOptions(pins=FixedChoices(), time_limit_s=limit_s, gap_tolerance=GAP)
+        )
     except InfeasibleError:
         return None
 

@@ -17,7 +17,7 @@ from planner.job.problem import Limits, PlanningProblem
 from planner.model.workload import AdapterModules, Adapters, Method, Optimizer, Precision, Workload
 from planner.search.solve import make_plan
 from planner.strategy.engines.recipes import every_kth, first_of_each
-from planner.strategy.fix_keys import parse_pins
+from planner.strategy.fixed_choices import parse_fixed_choices
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Strategy, sized_stages
 
@@ -162,7 +162,7 @@ def plan_of(case: Case) -> Plan | Unexported:
 
 
 def _strategy(case: Case, problem: PlanningProblem) -> Strategy:
-    strategy = strategy_of(problem, parse_pins(tuple(case.fixed.split())))
+    strategy = strategy_of(problem, parse_fixed_choices(tuple(case.fixed.split())))
     if case.replicas > 1:
         degrees = strategy.degrees
         shard = degrees.dp_shard // case.replicas

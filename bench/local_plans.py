@@ -37,7 +37,7 @@ from planner.model.workload import Precision, Workload
 from planner.profile.profile import Profile, load_profile
 from planner.report.run_record import ComparisonRow, judge_order
 from planner.search.solve import make_plan
-from planner.strategy.fix_keys import parse_pins
+from planner.strategy.fixed_choices import parse_fixed_choices
 from planner.strategy.plan import Plan
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import RecomputeCounts, Stage, Strategy
@@ -68,7 +68,7 @@ class Run:
 
 def build_plan(problem: PlanningProblem, pins: str, layers: tuple[int, ...]) -> Plan:
     """The plan of fixed pins, with uneven stages where `layers` says so."""
-    strategy = strategy_of(problem, parse_pins(tuple(pins.split())))
+    strategy = strategy_of(problem, parse_fixed_choices(tuple(pins.split())))
     if layers:
         bounds = [sum(layers[:i]) for i in range(len(layers) + 1)]
         stages = tuple(

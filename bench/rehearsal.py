@@ -45,7 +45,7 @@ from planner.profile.choose import shipped_profile
 from planner.search.solve import make_plan
 from planner.strategy.equivalent_ranks import alike_ranks, shortened
 from planner.strategy.estimate import Verdict
-from planner.strategy.fix_keys import parse_pins
+from planner.strategy.fixed_choices import parse_fixed_choices
 from planner.strategy.plan import Plan
 from planner.strategy.rehearsal import RankRehearsal, RehearsalMode
 from planner.strategy.rules import broken_rules
@@ -130,7 +130,7 @@ def plan_of(model: str, cluster: str, seq: int, batch: int, pins: str) -> Asked:
         limits=Limits(engine=Engine.NATIVE),
     )
     problem = dataclasses.replace(problem, stack=engine_stack(Engine.NATIVE, own, parsed))
-    strategy = strategy_of(problem, parse_pins(tuple(pins.split())))
+    strategy = strategy_of(problem, parse_fixed_choices(tuple(pins.split())))
     broken = broken_rules(problem, strategy)
     assert not broken, (model, pins, broken)
     plan = make_plan(problem, CostModel(problem).evaluate(strategy), None, {}, ())
@@ -324,7 +324,7 @@ def _at_limits() -> Iterator[dict[str, Any]]:
             limit = round(share * asked.problem.memory_limit_bytes)
             problem = dataclasses.replace(asked.problem, memory_limit_bytes=limit)
             try:
-                plan = solve(problem, SolveOptions(pins=parse_pins(()), time_limit_s=5.0, top=0))
+                plan = solve(problem, SolveOptions(pins=parse_fixed_choices(()), time_limit_s=5.0, top=0))
             except InfeasibleError:
                 continue
             room = limit - max(s.memory.runtime_bytes for s in plan.stage_estimates)

@@ -31,7 +31,7 @@ from planner.job.problem import PlanningProblem
 from planner.model.workload import Precision, Workload
 from planner.search.quick_bounds import space_bounds_s
 from planner.search.space import Space, space_of
-from planner.strategy.fix_keys import Pins
+from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.schedule.schedules import Action, ActionKind, Table, build_table
 from planner.strategy.schedule.table import cell
 from planner.strategy.strategy import Degrees, Schedule, Strategy, even_stages
@@ -123,13 +123,15 @@ def bounds() -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for name in ("llama-3.3-70b", "gemma-3-27b-text"):
         problem = problem_of(name, "4x8:h100-sxm-80gb", seq=4096, batch=256)
-        legal = [(shape, ((shape.schedule, shape.chunks),)) for shape in space_of(problem, Pins()).shapes()]
+        legal = [
+            (shape, ((shape.schedule, shape.chunks),)) for shape in space_of(problem, FixedChoices()).shapes()
+        ]
         bases, pipes = zip(*islice(cycle(legal), SHAPES), strict=True)
         many = Space(bases=bases, pipes=pipes, rejected=())
         rows.append(
             timed(
                 f"bounds {name}",
-                lambda p=problem, d=many: space_bounds_s(CostModel(p), d, Pins().recomputes),  # type: ignore[misc]
+                lambda p=problem, d=many: space_bounds_s(CostModel(p), d, FixedChoices().recomputes),  # type: ignore[misc]
                 BOUND_MS,
             )
         )

@@ -30,7 +30,7 @@ from planner.job.problem import PlanningProblem
 from planner.model.workload import Workload
 from planner.search.first_plan import Scout, Shared
 from planner.search.solve import SolveOptions, solve
-from planner.strategy.fix_keys import Pins
+from planner.strategy.fixed_choices import FixedChoices
 
 COMMANDS = (
     ("compare, all offers", "compare --model llama-3-70b --tokens 2T --seq 8192", 15.0),
@@ -124,7 +124,7 @@ def against_search(model: str, cluster: str, seq: int, batch: int, limit_s: floa
         memory_limit_bytes=parsed.groups[0].device.usable_memory_bytes,
     )
     started = time.perf_counter()
-    scouted = Scout(problem, Shared(Pins())).plan(parsed)
+    scouted = Scout(problem, Shared(FixedChoices())).plan(parsed)
     wall_s = time.perf_counter() - started
     row: dict[str, object] = {"model": model, "cluster": cluster, "seq": seq, "batch": batch}
     row |= {"scout_wall_s": wall_s, "scout_s": None, "plan": ""}
@@ -132,7 +132,7 @@ def against_search(model: str, cluster: str, seq: int, batch: int, limit_s: floa
         row["scout_s"] = scouted.evaluation.estimate.step_time_s
         row["plan"] = scouted.evaluation.strategy.degrees.label()
     try:
-        plan = solve(problem, SolveOptions(pins=Pins(), time_limit_s=limit_s))
+        plan = solve(problem, SolveOptions(pins=FixedChoices(), time_limit_s=limit_s))
     except InfeasibleError:
         return row | {"solve_s": None, "lower_bound_s": None, "solved": ""}
     assert plan.solver is not None

@@ -49,7 +49,14 @@ from planner.job.problem import PlanningProblem
 from planner.search.least_memory import Need, Over, Survey, fitting, never, survey
 from planner.search.space import shapes
 from planner.strategy.estimate import Verdict
-from planner.strategy.fix_keys import KEYS, Pins, chosen, freed, pinned, text
+from planner.strategy.fixed_choices import (
+    FIX_KEYS,
+    FixedChoices,
+    choice_text,
+    chosen_value,
+    fixed_values,
+    without,
+)
 from planner.strategy.placement import is_mixed
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import Degrees, Offload, Strategy, even_stages, offloaded
@@ -74,12 +81,14 @@ class Candidate:
 
     kind: str
     change: Change
-    pins: Pins
+    pins: FixedChoices
     hypothetical: bool = False
     fits: Strategy | None = None
 
 
-def candidates(problem: PlanningProblem, pins: Pins, found: Survey, over: Over) -> Iterator[Candidate]:
+def candidates(
+    problem: PlanningProblem, pins: FixedChoices, found: Survey, over: Over
+) -> Iterator[Candidate]:
     """Every single change that may help, the cheapest to try first."""
     yield from _freed(problem, pins)
     if found.need is not None:
@@ -95,22 +104,22 @@ def candidates(problem: PlanningProblem, pins: Pins, found: Survey, over: Over) 
         yield from _more_pins(problem, pins, over)
 
 
-def _freed(problem: PlanningProblem, pins: Pins) -> Iterator[Candidate]:
-    for key, value in pinned(pins).items():
+def _freed(problem: PlanningProblem, pins: FixedChoices) -> Iterator[Candidate]:
+    for key, value in fixed_values(pins).items():
         change = Change(
-            change=f"{key} free instead of {text(key, value).partition('=')[2]}",
-            flag=f"leave out --fix {text(key, value)}",
+            change=f"{key} free instead of {choice_text(key, value).partition('=')[2]}",
+            flag=f"leave out --fix {choice_text(key, value)}",
             problem=problem,
         )
-        yield Candidate(kind=f"fix {key}", change=change, pins=freed(pins, key))
+        yield Candidate(kind=f"fix {key}", change=change, pins=without(pins, key))
 
 
-def all_freed(problem: PlanningProblem, pins: Pins) -> Candidate:
+def all_freed(problem: PlanningProblem, pins: FixedChoices) -> Candidate:
     change = Change(change="all pinned choices free", flag="leave out every --fix", problem=problem)
-    return Candidate(kind="fix", change=change, pins=Pins())
+    return Candidate(kind="fix", change=change, pins=FixedChoices())
 
 
-def _more_pins(problem: PlanningProblem, pins: Pins, over: Over) -> Iterator[Candidate]:
+def _more_pins(problem: PlanningProblem, pins: FixedChoices, over: Over) -> Iterator[Candidate]:
     """Choices that the search takes only when they are asked for: context and expert ranks, host memory."""
     devices, experts = problem.cluster.devices, [each.count for each in problem.model.experts]
     degrees = [2**power for power in range(1, 8) if devices % 2**power == 0]
@@ -129,7 +138,7 @@ def _more_pins(problem: PlanningProblem, pins: Pins, over: Over) -> Iterator[Can
 
 
 def _first_fitting(
-    problem: PlanningProblem, pins: Pins, over: Over, key: str, degrees: list[int], what: str
+    problem: PlanningProblem, pins: FixedChoices, over: Over, key: str, degrees: list[int], what: str
 ) -> Iterator[Candidate]:
     for degree in degrees:
         more = dataclasses.replace(pins, **{key: degree})  # type: ignore[arg-type]
@@ -139,7 +148,7 @@ def _first_fitting(
             return
 
 
-def _larger_limit(problem: PlanningProblem, pins: Pins, need: Need) -> Candidate:
+def _larger_limit(problem: PlanningProblem, pins: FixedChoices, need: Need) -> Candidate:
     """The least limit that suffices; more than the device has is another device."""
     usable = min(group.device.usable_memory_bytes for group in problem.cluster.groups)
     flag = f"--memory-limit {need.limit_bytes // MIB}MiB"
@@ -157,7 +166,9 @@ def _larger_limit(problem: PlanningProblem, pins: Pins, need: Need) -> Candidate
     return Candidate(kind="--memory-limit", change=change, pins=pins, hypothetical=beyond, fits=need.strategy)
 
 
-def _other_nodes(problem: PlanningProblem, pins: Pins, over: Over, *, fewer: bool) -> Iterator[Candidate]:
+def _other_nodes(
+    problem: PlanningProblem, pins: FixedChoices, over: Over, *, fewer: bool
+) -> Iterator[Candidate]:
     now = nodes_of(problem.cluster)
     if now is None or pins.dp is not None:
         return
@@ -197,7 +208,7 @@ def _least_nodes(now: int, per_node: int, fits: Callable[[int], bool]) -> int | 
     return next((nodes for nodes in range(low + 1, high) if fits(nodes)), high)
 
 
-def _shorter(problem: PlanningProblem, pins: Pins, over: Over) -> Iterator[Candidate]:
+def _shorter(problem: PlanningProblem, pins: FixedChoices, over: Over) -> Iterator[Candidate]:
     """The longest sequence that fits, in steps of a sixteenth, then by halves."""
     seq = problem.workload.seq
     step = seq // SEQ_PARTS
@@ -222,7 +233,7 @@ def _shorter(problem: PlanningProblem, pins: Pins, over: Over) -> Iterator[Candi
     yield Candidate(kind="--seq", change=change, pins=pins)
 
 
-def _other_batches(problem: PlanningProblem, pins: Pins) -> Iterator[Candidate]:
+def _other_batches(problem: PlanningProblem, pins: FixedChoices) -> Iterator[Candidate]:
     """The nearest batches to either side for which a shape keeps the rules and fits."""
     batch = problem.workload.batch
 
@@ -248,7 +259,7 @@ PATIENCE = 2.0
 """Times the time that is given until which a first repair is looked for."""
 SURVEYED = 0.5
 """Part of the time in which the least limit is looked for."""
-SHAPE_KEYS = tuple(key for key in KEYS if key in {"dp", *Degrees.__dataclass_fields__} - {"zero"})
+SHAPE_KEYS = tuple(key for key in FIX_KEYS if key in {"dp", *Degrees.__dataclass_fields__} - {"zero"})
 """Keys that fix a shape's degrees, besides its ZeRO stage."""
 
 
@@ -291,7 +302,7 @@ class Infeasible:
     others: tuple[Repair, ...]
 
 
-def why_infeasible(problem: PlanningProblem, pins: Pins, effort: Effort) -> Infeasible:
+def why_infeasible(problem: PlanningProblem, pins: FixedChoices, effort: Effort) -> Infeasible:
     """What binds, and repairs by rising cost."""
     clock = Clock(effort)
     found = survey(problem, pins, lambda: clock.used >= SURVEYED)
@@ -308,7 +319,7 @@ def why_infeasible(problem: PlanningProblem, pins: Pins, effort: Effort) -> Infe
         repair = _repaired(candidate, clock, over)
         if repair is not None:
             solved.append((candidate.hypothetical, repair))
-    if not solved and len(pinned(pins)) > 1:
+    if not solved and len(fixed_values(pins)) > 1:
         last = _repaired(all_freed(problem, pins), clock, never)
         solved += [(False, last)] if last is not None else []
     solved.sort(key=lambda each: (each[0], each[1].device_seconds_per_token, each[1].flag))
@@ -341,7 +352,7 @@ GROWTH = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0)
 """Times an inexact least limit at which the search is asked for a plan, until it finds one."""
 
 
-def _from_search(problem: PlanningProblem, pins: Pins, need: Need, effort: Effort) -> Need:
+def _from_search(problem: PlanningProblem, pins: FixedChoices, need: Need, effort: Effort) -> Need:
     """The need with the least limit of GROWTH at which the search, too, finds a plan.
 
     Where a rank holds several stages it narrows which sizes and mixes it looks at. Where time is too short
@@ -432,7 +443,7 @@ def _repaired(candidate: Candidate, clock: Clock, over: Over) -> Repair | None:
     )
 
 
-def _solved(problem: PlanningProblem, pins: Pins, clock: Clock, fits: Strategy) -> Solved | None:
+def _solved(problem: PlanningProblem, pins: FixedChoices, clock: Clock, fits: Strategy) -> Solved | None:
     """The best plan of a short search; else, or once time is spent, the best of the shape that fits.
 
     None where the search finds none even of that shape: who follows the repair would be told the same.
@@ -444,7 +455,9 @@ def _solved(problem: PlanningProblem, pins: Pins, clock: Clock, fits: Strategy) 
     return _of_its_shape(problem, pins, clock.effort, fits)
 
 
-def _of_its_shape(problem: PlanningProblem, pins: Pins, effort: Effort, fits: Strategy) -> Solved | None:
+def _of_its_shape(
+    problem: PlanningProblem, pins: FixedChoices, effort: Effort, fits: Strategy
+) -> Solved | None:
     """The best plan that a search finds with the degrees of a strategy that fits."""
     degrees = fits.degrees
     pins = dataclasses.replace(pins, **{key: getattr(degrees, key) for key in SHAPE_KEYS})
@@ -454,7 +467,7 @@ def _of_its_shape(problem: PlanningProblem, pins: Pins, effort: Effort, fits: St
     return solved if solved is not None and solved.gap is not None else None
 
 
-def _estimated(problem: PlanningProblem, pins: Pins, strategy: Strategy) -> Solved | None:
+def _estimated(problem: PlanningProblem, pins: FixedChoices, strategy: Strategy) -> Solved | None:
     """The fastest strategy of even stages that is SAFE with the degrees and the offloading of another."""
     degrees = strategy.degrees
     if degrees.dp_replicate > 1 and degrees.dp_shard > 1:
@@ -471,15 +484,18 @@ def _estimated(problem: PlanningProblem, pins: Pins, strategy: Strategy) -> Solv
 def _fixes(strategy: Strategy) -> str:
     """The flags of `plan estimate` for a strategy."""
     nominal = {"chunks": 1, "cp": 1, "ep": 1, "cp_exchange": "ring", "etp": strategy.degrees.tp}
-    values = {key: chosen(strategy, key) for key in KEYS}
-    return " ".join(f"--fix {text(key, v)}" for key, v in values.items() if v != nominal.get(key))
+    values = {key: chosen_value(strategy, key) for key in FIX_KEYS}
+    return " ".join(f"--fix {choice_text(key, v)}" for key, v in values.items() if v != nominal.get(key))
 
 
 def _named(candidate: Candidate, strategy: Strategy) -> tuple[str, str]:
     """Words and flag of a freed choice: the value that the plan has for it, where it has one."""
     change = candidate.change
     key = candidate.kind.removeprefix("fix ")
-    value = chosen(strategy, key) if key in KEYS else None
+    value = chosen_value(strategy, key) if key in FIX_KEYS else None
     if value is None:
         return change.change, change.flag
-    return f"{text(key, value)} instead of {change.flag.rpartition('=')[2]}", f"--fix {text(key, value)}"
+    return (
+        f"{choice_text(key, value)} instead of {change.flag.rpartition('=')[2]}",
+        f"--fix {choice_text(key, value)}",
+    )

@@ -27,7 +27,7 @@ from planner.search.engine_search import solve_for_engine
 from planner.search.least_memory import need_of, survey
 from planner.search.solve import SolveOptions
 from planner.strategy.estimate import Verdict
-from planner.strategy.fix_keys import Pins, keeps
+from planner.strategy.fixed_choices import FixedChoices, keeps_choices
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import Strategy
 
@@ -44,7 +44,7 @@ class Effort:
     each_s: float | None = 2.0
     total_s: float | None = 30.0
 
-    def options(self, pins: Pins) -> SolveOptions:
+    def options(self, pins: FixedChoices) -> SolveOptions:
         """The options of one search."""
         if self.each_s is None:
             return SolveOptions(pins=pins, top=0, gap_tolerance=NO_CLOCK_GAP, rounds=1, reproducible=True)
@@ -107,7 +107,7 @@ class Solved:
 
 def resolved(
     problem: PlanningProblem,
-    pins: Pins,
+    pins: FixedChoices,
     clock: Clock,
     known: Iterable[Strategy] = (),
 ) -> Solved | None:
@@ -125,7 +125,7 @@ def resolved(
     except InfeasibleError:
         pass
     for strategy in known:
-        if keeps(strategy, pins) and not broken_rules(problem, strategy):
+        if keeps_choices(strategy, pins) and not broken_rules(problem, strategy):
             found.append(model.evaluate(strategy))
     safe = [each for each in found if each.estimate.verdict is Verdict.SAFE]
     best = min(safe, key=lambda each: each.estimate.step_time_s, default=None)
@@ -134,13 +134,13 @@ def resolved(
     return Solved(problem=problem, evaluation=best, lower_bound_s=min(lower_s, best.estimate.step_time_s))
 
 
-def verified(solved: Solved, pins: Pins) -> bool:
+def verified(solved: Solved, pins: FixedChoices) -> bool:
     """Whether an answer keeps rules, pins and limit, asked again of a cost model of its own."""
     problem, strategy = solved.problem, solved.strategy
     estimate = CostModel(problem).evaluate(strategy).estimate
     return (
         not broken_rules(problem, strategy)
-        and keeps(strategy, pins)
+        and keeps_choices(strategy, pins)
         and estimate.verdict is Verdict.SAFE
         and estimate.peak_memory_bytes <= estimate.memory_limit_bytes
         and abs(estimate.step_time_s - solved.step_time_s) <= 1e-9 * solved.step_time_s
@@ -177,7 +177,7 @@ class Front:
 def front(problem: PlanningProblem, evaluation: Evaluation, effort: Effort, steps: int = STEPS) -> Front:
     """The front from a plan down to the least memory that there is."""
     model = CostModel(problem)
-    least, own = survey(problem, Pins()).need, need_of(model, evaluation.strategy)
+    least, own = survey(problem, FixedChoices()).need, need_of(model, evaluation.strategy)
     assert least is not None and own is not None, "the plan itself is legal"
     clock, strategies, top = Clock(effort), [evaluation.strategy, least.strategy], own.limit_bytes
     limits = [top + (least.limit_bytes - top) * step // steps // MIB * MIB for step in range(steps)]
@@ -187,7 +187,7 @@ def front(problem: PlanningProblem, evaluation: Evaluation, effort: Effort, step
     for limit in limits:
         if clock.spent:
             break
-        solved = resolved(with_limit(problem, limit), Pins(), clock, strategies)
+        solved = resolved(with_limit(problem, limit), FixedChoices(), clock, strategies)
         if solved is not None:
             found.append(solved)
             strategies.append(solved.strategy)

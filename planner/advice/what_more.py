@@ -27,7 +27,7 @@ from planner.foundation.frozen import frozen
 from planner.foundation.units import GIB, format_bytes
 from planner.job.problem import PlanningProblem
 from planner.search.least_memory import survey
-from planner.strategy.fix_keys import Pins
+from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.placement import is_mixed
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import Degrees, Strategy
@@ -60,7 +60,7 @@ def what_more_buys(
     problem: PlanningProblem, known: tuple[Strategy, ...], clock: Clock
 ) -> tuple[Solved | None, tuple[More, ...]]:
     """The best plan known as things are, and what each change makes of it; None where none is SAFE."""
-    best = resolved(problem, Pins(), clock, known)
+    best = resolved(problem, FixedChoices(), clock, known)
     if best is None:
         return None, ()
     strategies = tuple(dict.fromkeys((best.strategy, *known)))
@@ -101,7 +101,7 @@ def _bought(
     same = None
     if not broken_rules(changed, own):
         same = CostModel(changed).evaluate(own).estimate.step_time_s
-    solved = resolved(changed, Pins(), clock, fitted)
+    solved = resolved(changed, FixedChoices(), clock, fitted)
     if solved is None:
         return More(
             change=change.change,
@@ -129,7 +129,7 @@ def _bought(
 
 
 def _why_none(problem: PlanningProblem) -> str:
-    bound = binding(problem, survey(problem, Pins()))
+    bound = binding(problem, survey(problem, FixedChoices()))
     return f"no plan: {bound.rule}: {bound.detail}"
 
 

@@ -15,7 +15,15 @@ from planner.cost.evaluate import Evaluation
 from planner.foundation.frozen import frozen
 from planner.job.problem import PlanningProblem
 from planner.search.least_memory import fitting, survey
-from planner.strategy.fix_keys import Choice, chosen, nearest_first, parse_choice, pinned, text, values_of
+from planner.strategy.fixed_choices import (
+    Choice,
+    choice_text,
+    chosen_value,
+    fixed_values,
+    nearest_first,
+    parse_choice,
+    possible_values,
+)
 from planner.strategy.strategy import Strategy
 
 MOST_LEGAL = 6
@@ -56,9 +64,9 @@ def why_not(
 ) -> WhyNot:
     """The answer to KEY=VALUE. Raises InputError where there is no such key or value."""
     key, pins = parse_choice(typed, problem, FLAG)
-    wanted = pinned(pins)[key]
-    choice = text(key, wanted)
-    if chosen(evaluation.strategy, key) == wanted:
+    wanted = fixed_values(pins)[key]
+    choice = choice_text(key, wanted)
+    if chosen_value(evaluation.strategy, key) == wanted:
         return WhyNot(choice=choice, answer=Answer.OWN)
     need = fitting(problem, pins)
     solved = None
@@ -90,8 +98,8 @@ def why_not(
 def legal_values_of(problem: PlanningProblem, key: str, wanted: Choice) -> list[str]:
     """Values of a key that have a feasible plan, the nearest first."""
     found: list[str] = []
-    for value in nearest_first(values_of(problem, key), wanted):
-        _, pins = parse_choice(text(key, value), problem, FLAG)
+    for value in nearest_first(possible_values(problem, key), wanted):
+        _, pins = parse_choice(choice_text(key, value), problem, FLAG)
         if len(found) < MOST_LEGAL and fitting(problem, pins) is not None:
-            found.append(text(key, value).partition("=")[2])
+            found.append(choice_text(key, value).partition("=")[2])
     return found

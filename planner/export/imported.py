@@ -16,7 +16,7 @@ from planner.foundation.errors import Problem
 from planner.foundation.frozen import frozen
 from planner.job.engine_settings import Engine
 from planner.model.spec import ModelSpec
-from planner.strategy.fix_keys import Pins
+from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.strategy import Offload, Zero
 
 
@@ -102,7 +102,7 @@ PINNED = {
 """Keys of --fix, and the field of Settings that each completes."""
 
 
-def completed(settings: Settings, pins: Pins, problems: list[Problem]) -> Settings:
+def completed(settings: Settings, pins: FixedChoices, problems: list[Problem]) -> Settings:
     """Settings with what --fix says beside them; a key that the file says otherwise becomes a problem."""
     changes: dict[str, Any] = {}
     for pin, field in PINNED.items():

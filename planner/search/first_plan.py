@@ -38,7 +38,7 @@ from planner.search.shape_search import Found, ShapeSearch
 from planner.search.space import Space, space_of
 from planner.search.stage_space import StageSpace
 from planner.strategy.estimate import Verdict
-from planner.strategy.fix_keys import Pins
+from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.strategy import Degrees
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Shared:
     """What clusters of one device share in planning one run: networks have the same costs of layers unless
     runs told them apart, and clusters of equal nodes the same shapes, which hold as much state."""
 
-    def __init__(self, pins: Pins, *known: LayerModel) -> None:
+    def __init__(self, pins: FixedChoices, *known: LayerModel) -> None:
         self.pins = pins
         self._layers: dict[Physics, LayerModel] = {layers.physics: layers for layers in known}
         self._spaces: dict[tuple[int, int], Space] = {}

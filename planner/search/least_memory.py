@@ -43,7 +43,7 @@ from planner.model.sublayer import Recompute
 from planner.search.bounds import Recomputing, least_state_bytes, live_under
 from planner.search.space import Space, space_of
 from planner.strategy.estimate import Coverage, MemoryBreakdown, Rejected
-from planner.strategy.fix_keys import Pins
+from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.placement import rank_limits_bytes
 from planner.strategy.rules import broken_rules
 from planner.strategy.schedule.table import InFlight
@@ -117,7 +117,7 @@ def never() -> bool:
     return False
 
 
-def survey(problem: PlanningProblem, pins: Pins, over: Over = never) -> Survey:
+def survey(problem: PlanningProblem, pins: FixedChoices, over: Over = never) -> Survey:
     """Every shape of a problem asked: what the others break, and the least that a legal one needs; of those
     that were looked at before time is `over`, one at least."""
     space = space_of(problem, pins)
@@ -136,7 +136,7 @@ def survey(problem: PlanningProblem, pins: Pins, over: Over = never) -> Survey:
     )
 
 
-def fitting(problem: PlanningProblem, pins: Pins, over: Over = never) -> Need | None:
+def fitting(problem: PlanningProblem, pins: FixedChoices, over: Over = never) -> Need | None:
     """A strategy that keeps pins and rules and is SAFE within the problem's limit, if there is one, and is
     found before time is `over`."""
     least = _Least(problem, pins)
@@ -149,7 +149,7 @@ def fitting(problem: PlanningProblem, pins: Pins, over: Over = never) -> Need | 
 class _Least:
     """The search over shapes by rising bound."""
 
-    def __init__(self, problem: PlanningProblem, pins: Pins) -> None:
+    def __init__(self, problem: PlanningProblem, pins: FixedChoices) -> None:
         self.problem, self.pins = problem, pins
         self.model = CostModel(problem)
         fitted = fitted_constant(problem, "memory_error_upper")
@@ -239,7 +239,7 @@ holds."""
 class ShapeNeed:
     """The least that strategies of one shape need."""
 
-    def __init__(self, model: CostModel, degrees: Degrees, pins: Pins) -> None:
+    def __init__(self, model: CostModel, degrees: Degrees, pins: FixedChoices) -> None:
         self.model, self.degrees, self.pins = model, degrees, pins
         self.layers = model.problem.model.layers
         shapes = model.rank_shapes(degrees)

@@ -15,7 +15,7 @@ from planner.search.shape_queue import Candidate
 from planner.search.shape_search import ShapeSearch
 from planner.search.stage_space import StageSpace
 from planner.strategy.estimate import Rejected
-from planner.strategy.fix_keys import Pins
+from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.strategy import Degrees
 
 MEMORY = "memory"
@@ -33,7 +33,7 @@ class Base(NamedTuple):
 class Modeller:
     """Models shapes of one problem; those that cannot fit are added to `rejections`."""
 
-    def __init__(self, model: CostModel, pins: Pins, rejections: Rejections) -> None:
+    def __init__(self, model: CostModel, pins: FixedChoices, rejections: Rejections) -> None:
         self.model, self.pins, self.rejections = model, pins, rejections
         self._least: dict[tuple[object, ...], float] = {}
         self._limits: dict[int, MemoryLimits] = {}

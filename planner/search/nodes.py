@@ -24,7 +24,7 @@ from planner.hardware.cluster import ClusterSpec
 from planner.job.problem import PlanningProblem
 from planner.search.quick_bounds import space_bounds_s
 from planner.search.space import space_of
-from planner.strategy.fix_keys import Pins
+from planner.strategy.fixed_choices import FixedChoices
 
 EVERY_COUNT = 16
 """Up to this many nodes every number is tried."""
@@ -75,7 +75,7 @@ def _name(name: str, nodes: int, whole: int) -> str:
 class StepBounds:
     """Times that no strategy of any shape on a part of the cluster beats. Parts share the costs of layers."""
 
-    def __init__(self, pins: Pins) -> None:
+    def __init__(self, pins: FixedChoices) -> None:
         self.pins = pins
         self._layers: dict[str, LayerModel] = {}
 

@@ -34,7 +34,7 @@ from planner.model.sublayer import Recompute
 from planner.search.bounds import schedule_factor
 from planner.search.quick_bounds import alone
 from planner.search.space import Pipe, Space
-from planner.strategy.fix_keys import Pins
+from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.strategy import Degrees, Schedule, Zero
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Shapes(NamedTuple):
 class Outlook:
     """Outlooks on one offer's nodes. What does not depend on their number is remembered."""
 
-    def __init__(self, pins: Pins) -> None:
+    def __init__(self, pins: FixedChoices) -> None:
         self.pins = pins
         self._kinds: dict[Kind, Activations] = {}
         self._factors: dict[tuple[object, ...], float] = {}

@@ -48,7 +48,7 @@ from planner.search.task import Task, TaskKind
 from planner.search.verify import verify
 from planner.search.workers import Crew, processes_for
 from planner.strategy.estimate import Verdict
-from planner.strategy.fix_keys import Pins
+from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.placement import is_mixed
 from planner.strategy.plan import Alternative, Certificate, Plan
 from planner.strategy.schedule.schedules import print_table
@@ -90,7 +90,7 @@ class SolveOptions:
     is none, unless it `gives_up`: InfeasibleError then says no more than that none was found.
     """
 
-    pins: Pins
+    pins: FixedChoices
     time_limit_s: float | None = None
     top: int = 5
     gap_tolerance: float = 5e-3

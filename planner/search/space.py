@@ -2,7 +2,7 @@
 
 Candidates come from divisors, one degree after the other. A rule is asked as soon as the degrees that it
 speaks of are chosen, so that what it cuts off is never made: that counts once, by the rule. What is left is a
-base, which all schedules of one pipeline share, with the schedules that it may run. Pins narrow the
+base, which all schedules of one pipeline share, with the schedules that it may run. Fixed choices narrow the
 candidates before they are made.
 
     tp, sequence parallelism, cp and its exchange, ep, expert tp      divisors
@@ -33,7 +33,7 @@ from planner.strategy.engines.engine_rules import (
     problem_refused,
 )
 from planner.strategy.estimate import Rejected
-from planner.strategy.fix_keys import MAX_CHUNKS, MAX_MICRO_BATCH, MAX_ORDERED, Pins
+from planner.strategy.fixed_choices import MAX_CHUNKS, MAX_MICRO_BATCH, MAX_ORDERED, FixedChoices
 from planner.strategy.parallel_rules import experts_within_replicas
 from planner.strategy.placement import is_mixed
 from planner.strategy.rules import (
@@ -95,7 +95,11 @@ class Space:
 
 
 def space_of(
-    problem: PlanningProblem, pins: Pins, expired: Callable[[], bool] = lambda: False, *, usual: bool = False
+    problem: PlanningProblem,
+    pins: FixedChoices,
+    expired: Callable[[], bool] = lambda: False,
+    *,
+    usual: bool = False,
 ) -> Space:
     """All bases of a problem that are made before time expires, and every cut by the rule that made it.
 
@@ -120,7 +124,7 @@ def space_of(
     )
 
 
-def shapes(problem: PlanningProblem, pins: Pins) -> Iterator[Degrees | Rejected]:
+def shapes(problem: PlanningProblem, pins: FixedChoices) -> Iterator[Degrees | Rejected]:
     """Every legal shape, then what rules cut off."""
     space = space_of(problem, pins)
     yield from space.shapes()
@@ -128,7 +132,7 @@ def shapes(problem: PlanningProblem, pins: Pins) -> Iterator[Degrees | Rejected]
 
 
 class _Maker:
-    def __init__(self, problem: PlanningProblem, pins: Pins, *, usual: bool = False) -> None:
+    def __init__(self, problem: PlanningProblem, pins: FixedChoices, *, usual: bool = False) -> None:
         self.problem, self.pins, self.usual = problem, pins, usual
         self.devices, self.batch = problem.cluster.devices, problem.workload.batch
         self.rejected: list[Rejected] = problem_refused(problem)

@@ -12,7 +12,7 @@ from planner.search.first_plan import Scout, Shared
 from planner.search.least_memory import fitting
 from planner.search.solve import SolveOptions, solve
 from planner.strategy.estimate import JobFigures
-from planner.strategy.fix_keys import Pins
+from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.placement import is_mixed
 from planner.strategy.plan import Plan
 
@@ -70,7 +70,7 @@ def ability_of(problem: PlanningProblem) -> Ability:
 
 def _plan(problem: PlanningProblem) -> tuple[Plan | None, str]:
     try:
-        return solve(problem, SolveOptions(pins=Pins(), time_limit_s=TIME_LIMIT_S)), ""
+        return solve(problem, SolveOptions(pins=FixedChoices(), time_limit_s=TIME_LIMIT_S)), ""
     except InfeasibleError as error:
         return None, str(error)
 
@@ -78,8 +78,8 @@ def _plan(problem: PlanningProblem) -> tuple[Plan | None, str]:
 def _fits(problem: PlanningProblem) -> bool:
     """Whether a usual choice fits; in a mixed cluster, whether any does."""
     if is_mixed(problem.cluster):
-        return fitting(problem, Pins()) is not None
-    return Scout(problem, Shared(Pins())).plan(problem.cluster) is not None
+        return fitting(problem, FixedChoices()) is not None
+    return Scout(problem, Shared(FixedChoices())).plan(problem.cluster) is not None
 
 
 def longest_sequence(problem: PlanningProblem) -> Longest | None:

@@ -51,7 +51,7 @@ from planner.sizing.floors import RULED_OUT, Floors, Kind, Scouting, between, la
 from planner.sizing.sensitivity import break_evens, owned, sensitivities
 from planner.sizing.sized import Costing, Sized, peak_device_s, problem_on, profiles_for, sized, with_pareto
 from planner.sizing.usual_overheads import usual_upkeep
-from planner.strategy.fix_keys import Pins
+from planner.strategy.fixed_choices import FixedChoices
 
 Progress = Callable[[int, int], None]
 """Called with the kinds that are done and all of them."""
@@ -169,7 +169,7 @@ def scout_device(
     request: SizingRequest, market: Market, profiles: dict[str, Profile], kinds: list[Kind]
 ) -> list[tuple[Kind, Scouting]]:
     """The plans on each kind of node of one device, which share the costs of layers."""
-    shared, profile, collected = Shared(Pins()), profiles.get(kinds[0].device), gc.isenabled()
+    shared, profile, collected = Shared(FixedChoices()), profiles.get(kinds[0].device), gc.isenabled()
     gc.disable()  # plans make many small objects and hardly a cycle
     try:
         return [(kind, _Climb(request, market, profile, kind, shared).scouting()) for kind in kinds]

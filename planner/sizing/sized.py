@@ -35,7 +35,7 @@ from planner.sizing.comparison import Offer, Option, Rate, SizedPlan, SizingRequ
 from planner.sizing.energy import EnergyFacts, run_energy
 from planner.sizing.usual_overheads import usual_upkeep
 from planner.strategy.estimate import JobFigures
-from planner.strategy.fix_keys import Pins
+from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.plan import Plan
 
 BILLION = 1e9
@@ -211,4 +211,4 @@ def whole_plan(request: SizingRequest, market: Market, option: Option) -> Plan:
     cluster = parse_cluster(option.cluster, market=market)
     device = cluster.groups[0].device
     problem = problem_on(request, cluster, device, profiles_for(request).get(device.name))
-    return solve(problem, SolveOptions(pins=Pins(), time_limit_s=TIME_LIMIT_S))
+    return solve(problem, SolveOptions(pins=FixedChoices(), time_limit_s=TIME_LIMIT_S))

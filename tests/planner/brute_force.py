@@ -22,7 +22,7 @@ from planner.search.bounds import BaseBound, memory_bound_bytes
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import MIN_SPLIT, MIN_TOKENS
 from planner.strategy.estimate import Verdict
-from planner.strategy.fix_keys import MAX_CHUNKS, Pins
+from planner.strategy.fixed_choices import MAX_CHUNKS, FixedChoices
 from planner.strategy.placement import is_mixed
 from planner.strategy.rules import broken_rule
 from planner.strategy.schedule.schedules import build_table
@@ -201,7 +201,7 @@ def brute_force(
     return best_s if best_s < float("inf") else None
 
 
-EXACT = SolveOptions(pins=Pins(), gap_tolerance=0.0, rounds=1000, nodes=None)
+EXACT = SolveOptions(pins=FixedChoices(), gap_tolerance=0.0, rounds=1000, nodes=None)
 FAMILIES: dict[str, Callable[[int], PlanningProblem]] = {
     "plain": instances.random_problem,
     "layer classes": lambda seed: instances.random_problem(seed, mixed=True),

@@ -10,7 +10,7 @@ from planner.commands.shared.problem import read_problem
 from planner.job.problem import PlanningProblem
 from planner.search.engine_search import solve_for_engine
 from planner.search.solve import SolveOptions
-from planner.strategy.fix_keys import parse_pins
+from planner.strategy.fixed_choices import parse_fixed_choices
 from planner.strategy.plan import Plan
 
 GAP = 0.01
@@ -27,7 +27,9 @@ def problem(model: str, cluster: str, seq: int, batch: int, **more: Any) -> Plan
 
 def solved(of: PlanningProblem, *pins: str) -> Plan:
     """The best plan to within GAP with some choices pinned, by work and not by the clock."""
-    return solve_for_engine(of, SolveOptions(pins=parse_pins(pins), gap_tolerance=GAP, reproducible=True))
+    return solve_for_engine(
+        of, SolveOptions(pins=parse_fixed_choices(pins), gap_tolerance=GAP, reproducible=True)
+    )
 
 
 def solved_s(of: PlanningProblem, *pins: str) -> float:

@@ -18,7 +18,7 @@ from planner.search.least_memory import survey
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import shapes
 from planner.strategy.estimate import Verdict
-from planner.strategy.fix_keys import Pins, parse_pins
+from planner.strategy.fixed_choices import FixedChoices, parse_fixed_choices
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import Degrees
 from tests.planner import instances
@@ -43,11 +43,11 @@ class Case(NamedTuple):
     fixes: tuple[str, ...]
 
     @property
-    def pins(self) -> Pins:
-        return parse_pins(self.fixes)
+    def pins(self) -> FixedChoices:
+        return parse_fixed_choices(self.fixes)
 
 
-def options(pins: Pins) -> SolveOptions:
+def options(pins: FixedChoices) -> SolveOptions:
     """A search to the end."""
     return SolveOptions(pins=pins, gap_tolerance=0.0, rounds=100, nodes=None, top=0)
 
@@ -69,7 +69,7 @@ def case(seed: int) -> Case:
         problem = dataclasses.replace(problem, workload=workload)
         keys = draw.sample(sorted(VALUES), draw.choice([0, 1, 1, 2, 3]))
         fixes = tuple(f"{key}={draw.choice(VALUES[key])}" for key in keys)
-        need, limit = survey(problem, parse_pins(fixes)).need, 1 << 40
+        need, limit = survey(problem, parse_fixed_choices(fixes)).need, 1 << 40
         if need is not None:
             limit = int(need.limit_bytes * draw.uniform(0.3, 0.97))
         problem = dataclasses.replace(problem, memory_limit_bytes=limit)
@@ -94,7 +94,7 @@ def _larger(problem: PlanningProblem, draw: random.Random) -> PlanningProblem:
     return dataclasses.replace(problem, model=spec, cluster=cluster)
 
 
-def feasible(problem: PlanningProblem, pins: Pins) -> float | None:
+def feasible(problem: PlanningProblem, pins: FixedChoices) -> float | None:
     """The step time of the solver's plan, judged SAFE by an evaluation of its own; None: it finds none."""
     try:
         plan = solve(problem, options(pins))
@@ -105,21 +105,21 @@ def feasible(problem: PlanningProblem, pins: Pins) -> float | None:
     return plan.estimate.step_time_s
 
 
-def changed(asked: Case, flag: str) -> tuple[PlanningProblem, Pins]:
+def changed(asked: Case, flag: str) -> tuple[PlanningProblem, FixedChoices]:
     """The problem and pins that a user has who follows a flag; written apart from the planner's own way."""
     problem, fixes = asked
     workload, cluster = problem.workload, problem.cluster
     name, _, value = flag.partition(" ")
     values: dict[str, object] = {}
     if flag == "leave out every --fix":
-        return problem, Pins()
+        return problem, FixedChoices()
     if flag.startswith("leave out --fix "):
-        return problem, parse_pins(
+        return problem, parse_fixed_choices(
             tuple(fix for fix in fixes if fix != flag.removeprefix("leave out --fix "))
         )
     if name == "--fix":
         key = value.partition("=")[0]
-        return problem, parse_pins((*(fix for fix in fixes if not fix.startswith(f"{key}=")), value))
+        return problem, parse_fixed_choices((*(fix for fix in fixes if not fix.startswith(f"{key}=")), value))
     if name == "--memory-limit":
         return dataclasses.replace(problem, memory_limit_bytes=parse_bytes(value)), asked.pins
     if name == "--cluster":

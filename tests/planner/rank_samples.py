@@ -13,7 +13,7 @@ from planner.search.recipes import Column
 from planner.search.solve import Solver
 from planner.search.space import shapes
 from planner.search.stage_space import StageSpace
-from planner.strategy.fix_keys import parse_pins
+from planner.strategy.fixed_choices import parse_fixed_choices
 from planner.strategy.strategy import Degrees, Stage
 from tests.planner.brute_force import EXACT, mixes_of
 
@@ -21,7 +21,7 @@ from tests.planner.brute_force import EXACT, mixes_of
 def spaces(problem: PlanningProblem, fix: tuple[str, ...] = ()) -> Iterator[StageSpace]:
     """The stages of every shape with a pipeline."""
     solver = Solver(problem, EXACT)
-    for degrees in shapes(problem, parse_pins(fix)):
+    for degrees in shapes(problem, parse_fixed_choices(fix)):
         if isinstance(degrees, Degrees) and degrees.pp > 1:
             base = solver.modeller.base(dataclasses.replace(degrees, schedule="1f1b", chunks=1))  # type: ignore[arg-type]
             yield StageSpace(solver.model, solver.model.shape(degrees), base.limits_bytes, base.books)

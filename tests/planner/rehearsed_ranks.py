@@ -13,7 +13,7 @@ from planner.model.workload import Precision, Workload
 from planner.profile.profile import load_profile
 from planner.search.solve import make_plan
 from planner.strategy.equivalent_ranks import alike_ranks
-from planner.strategy.fix_keys import parse_pins
+from planner.strategy.fixed_choices import parse_fixed_choices
 from planner.strategy.plan import Plan
 from planner.strategy.rehearsal import RankRehearsal, Rehearsal, RehearsalMode, RehearsedPass, RehearsedPlan
 from planner.strategy.rules import broken_rules
@@ -42,7 +42,7 @@ def problem(cluster: str = "local:4") -> PlanningProblem:
 
 
 def plan_of(asked: PlanningProblem, pins: str) -> Plan:
-    strategy = strategy_of(asked, parse_pins(tuple(pins.split())))
+    strategy = strategy_of(asked, parse_fixed_choices(tuple(pins.split())))
     assert not broken_rules(asked, strategy)
     return make_plan(asked, CostModel(asked).evaluate(strategy), None, {}, ())
 

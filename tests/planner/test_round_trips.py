@@ -23,7 +23,7 @@ from planner.model.workload import Method, Optimizer, Precision, Workload
 from planner.profile.profile import Profile, load_profile
 from planner.search.solve import make_plan
 from planner.search.space import shapes
-from planner.strategy.fix_keys import parse_pins
+from planner.strategy.fixed_choices import parse_fixed_choices
 from planner.strategy.plan import decode_plan, encode_plan
 from planner.strategy.schedule.schedules import parse_table, print_table
 from planner.strategy.strategy import Degrees, Schedule, Strategy, even_stages
@@ -84,7 +84,7 @@ def test_custom_tables(seed: int) -> None:
 def test_plans(schedule: Schedule) -> None:
     """A strategy of every schedule, with every recompute option, as plan.json."""
     problem = instances.problem(of=instances.model(layers=8), batch=16)
-    found = list(shapes(problem, parse_pins((f"schedule={schedule}",))))
+    found = list(shapes(problem, parse_fixed_choices((f"schedule={schedule}",))))
     legal = [shape for shape in found if isinstance(shape, Degrees)]
     draw = random.Random(0)
     for degrees in draw.sample(legal, 4):

@@ -161,10 +161,10 @@ def _solve(problem: PlanningProblem, fixed: tuple[str, ...], path: Path | None, 
     from planner.job.objective import Goal
     from planner.search.solve import SolveOptions
     from planner.search.solve_for import solve_for
-    from planner.strategy.fix_keys import parse_pins
+    from planner.strategy.fixed_choices import parse_fixed_choices
     from planner.strategy.plan import save_plan
 
-    plan = solve_for(problem, SolveOptions(pins=parse_pins(fixed)), Goal())
+    plan = solve_for(problem, SolveOptions(pins=parse_fixed_choices(fixed)), Goal())
     if path is not None:
         save_plan(plan, path)
     if shown:

@@ -12,7 +12,7 @@ import click
 if TYPE_CHECKING:
     from planner.job.problem import PlanningProblem
     from planner.search.solve import SolveOptions
-    from planner.strategy.fix_keys import Pins
+    from planner.strategy.fixed_choices import FixedChoices
 
 DEFAULT_TIME_LIMIT_S = 60.0
 
@@ -55,14 +55,14 @@ class SearchRequest:
         )
 
 
-def _pins_for(fixed: tuple[str, ...], problem: PlanningProblem) -> Pins:
+def _pins_for(fixed: tuple[str, ...], problem: PlanningProblem) -> FixedChoices:
     """The pinned choices; what context parallelism leaves open is the engine's way, where it has one."""
     import dataclasses
 
     from planner.strategy.engines.recipes import usual_exchange
-    from planner.strategy.fix_keys import parse_pins
+    from planner.strategy.fixed_choices import parse_fixed_choices
 
-    pins = parse_pins(fixed, problem.cluster)
+    pins = parse_fixed_choices(fixed, problem.cluster)
     if problem.limits.engine is None or pins.cp in (None, 1) or pins.cp_exchange is not None:
         return pins
     return dataclasses.replace(pins, cp_exchange=usual_exchange(problem.limits.engine))

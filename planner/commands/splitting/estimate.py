@@ -12,7 +12,7 @@ from planner.commands.shared.options import ProblemOptions, problem_options
 if TYPE_CHECKING:
     from planner.job.problem import PlanningProblem
     from planner.strategy.estimate import Rejected
-    from planner.strategy.fix_keys import Pins
+    from planner.strategy.fixed_choices import FixedChoices
     from planner.strategy.strategy import Strategy
 
 BROKEN_RULE_EXIT = 3
@@ -47,12 +47,12 @@ def estimate(options: ProblemOptions, as_json: bool, fixed: tuple[str, ...], out
     from planner.cost.evaluate import CostModel
     from planner.foundation.decode import encode
     from planner.search.solve import make_plan
-    from planner.strategy.fix_keys import parse_pins
+    from planner.strategy.fixed_choices import parse_fixed_choices
     from planner.strategy.plan import encode_plan, save_plan
     from planner.strategy.rules import broken_rules
 
     asked = read_problem(options)
-    strategy = strategy_of(asked.problem, parse_pins(fixed, asked.problem.cluster))
+    strategy = strategy_of(asked.problem, parse_fixed_choices(fixed, asked.problem.cluster))
     violations = broken_rules(asked.problem, strategy)
     if violations:
         if as_json:
@@ -71,7 +71,7 @@ def estimate(options: ProblemOptions, as_json: bool, fixed: tuple[str, ...], out
     return 0
 
 
-def strategy_of(problem: PlanningProblem, pins: Pins) -> Strategy:
+def strategy_of(problem: PlanningProblem, pins: FixedChoices) -> Strategy:
     """The strategy that pins describe: free degrees are 1, dp fills the cluster, stages are even."""
     from planner.model.sublayer import Recompute
     from planner.strategy.engines.recipes import usual_exchange, usual_sequence_parallel

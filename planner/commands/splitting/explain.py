@@ -142,7 +142,7 @@ def _add_why_not(
     from planner.commands.splitting.explain_document import why_not_document
     from planner.commands.splitting.explain_text import why_not_text
     from planner.foundation.errors import InputError
-    from planner.strategy.fix_keys import parse_choice
+    from planner.strategy.fixed_choices import parse_choice
 
     faults: list[Problem] = []
     for typed in asked:

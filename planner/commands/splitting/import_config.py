@@ -100,7 +100,7 @@ def _read(
     from planner.foundation.errors import InputError
     from planner.hardware.catalog import load_model
     from planner.hardware.cluster_text import parse_cluster
-    from planner.strategy.fix_keys import parse_pins
+    from planner.strategy.fixed_choices import parse_fixed_choices
 
     market = open_market(options.prices, options.on_premises, options.cluster)
     model, cluster = (
@@ -111,7 +111,7 @@ def _read(
     imported = read_config(file, source, model, cluster.devices, problems)
     given = {name: getattr(options, name) for name in ("seq", "batch", "precision", "optimizer")}
     problems += asked_twice(imported.settings, given)
-    settings = completed(imported.settings, parse_pins(fixed, cluster), problems)
+    settings = completed(imported.settings, parse_fixed_choices(fixed, cluster), problems)
     settings = _with_batch(settings, cluster.devices)
     problems += [*missing(settings, given, str(file)), *_other_engine(options.engine, imported)]
     if problems:
@@ -187,9 +187,9 @@ def _best(asked: Asked, time_limit_s: float) -> Plan | None:
     from planner.foundation.errors import InfeasibleError
     from planner.search.engine_search import solve_for_engine
     from planner.search.solve import SolveOptions
-    from planner.strategy.fix_keys import Pins
+    from planner.strategy.fixed_choices import FixedChoices
 
-    options = SolveOptions(pins=Pins(), time_limit_s=time_limit_s, top=0)
+    options = SolveOptions(pins=FixedChoices(), time_limit_s=time_limit_s, top=0)
     try:
         best = solve_for_engine(asked.problem, options)
     except InfeasibleError:

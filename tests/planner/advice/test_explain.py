@@ -19,16 +19,16 @@ from planner.hardware.cluster_text import parse_cluster
 from planner.job.problem import PlanningProblem
 from planner.search.solve import SolveOptions, solve
 from planner.strategy.estimate import TIME_CAUSES, Verdict
-from planner.strategy.fix_keys import (
-    KEYS,
-    Pins,
-    chosen,
-    keeps,
+from planner.strategy.fixed_choices import (
+    FIX_KEYS,
+    FixedChoices,
+    choice_text,
+    chosen_value,
+    keeps_choices,
     nearest_first,
     parse_choice,
-    parse_pins,
-    text,
-    values_of,
+    parse_fixed_choices,
+    possible_values,
 )
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
@@ -56,7 +56,7 @@ def problem() -> PlanningProblem:
 
 @pytest.fixture(scope="module")
 def plan(problem: PlanningProblem) -> Plan:
-    return solve(problem, SolveOptions(pins=Pins(), gap_tolerance=0.0, rounds=100, nodes=None))
+    return solve(problem, SolveOptions(pins=FixedChoices(), gap_tolerance=0.0, rounds=100, nodes=None))
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,9 @@ def test_what_more_buys_is_what_solving_it_gives(problem: PlanningProblem, evalu
 def test_faster_links_and_devices_speed_up_what_they_should() -> None:
     """Half the time of messages in a node; a tenth off compute; the network alone changes nothing else."""
     problem = problem_of(on=instances.cluster(nodes=2, per_node=2, inter_bytes_per_s=1e8))
-    strategy = solve(problem, SolveOptions(pins=parse_pins(("tp=2", "pp=1")), time_limit_s=1)).strategy
+    strategy = solve(
+        problem, SolveOptions(pins=parse_fixed_choices(("tp=2", "pp=1")), time_limit_s=1)
+    ).strategy
     before = CostModel(problem).evaluate(strategy).estimate.breakdown
 
     def after(changed: PlanningProblem | None) -> dict[str, float]:
@@ -181,28 +183,28 @@ def test_every_choice_of_a_plan_is_its_own(
 ) -> None:
     """By every key of --fix; and the plan keeps what it chose."""
     own = 0
-    for key in KEYS:
-        value = chosen(plan.strategy, key)
+    for key in FIX_KEYS:
+        value = chosen_value(plan.strategy, key)
         if value is None:
             continue
-        answer = why_not(problem, evaluation, text(key, value), Clock(EFFORT), ())
+        answer = why_not(problem, evaluation, choice_text(key, value), Clock(EFFORT), ())
         assert answer.answer is Answer.OWN and answer.step_time_s is None
-        assert keeps(plan.strategy, parse_pins((text(key, value),)))
+        assert keeps_choices(plan.strategy, parse_fixed_choices((choice_text(key, value),)))
         own += 1
-    assert own >= len(KEYS) - 2
+    assert own >= len(FIX_KEYS) - 2
 
 
 def test_other_choices_are_solved_or_break_a_rule(problem: PlanningProblem, evaluation: Evaluation) -> None:
     """No choice beats the optimum; causes add up; what is infeasible names feasible values, nearest first."""
     answers = set()
     for key in ("tp", "pp", "zero", "micro_batch", "recompute", "schedule", "sequence_parallel"):
-        for value in values_of(problem, key):
-            answer = why_not(problem, evaluation, text(key, value), Clock(EFFORT), ())
+        for value in possible_values(problem, key):
+            answer = why_not(problem, evaluation, choice_text(key, value), Clock(EFFORT), ())
             answers.add(answer.answer)
             assert answer.answer is not Answer.FASTER
             if answer.answer is Answer.SLOWER:
                 assert answer.strategy is not None and answer.causes_s is not None
-                assert chosen(answer.strategy, key) == value
+                assert chosen_value(answer.strategy, key) == value
                 extra_s = answer.step_time_s - evaluation.estimate.step_time_s  # type: ignore[operator]
                 assert sum(answer.causes_s.values()) == pytest.approx(extra_s, abs=1e-9)
     assert answers >= {Answer.OWN, Answer.SLOWER}
@@ -216,14 +218,14 @@ def test_an_infeasible_choice_names_values_that_have_a_plan(
     assert answer.binding.rule == "tp_divides_heads"
     assert answer.legal and "3" not in answer.legal
     for value in answer.legal:
-        pins = parse_pins((f"tp={value}",))
+        pins = parse_fixed_choices((f"tp={value}",))
         assert resolved(problem, pins, Clock(EFFORT)) is not None
     assert "4" not in answer.legal  # nodes of two devices
 
 
 def test_a_choice_that_does_not_fit_says_by_how_much(plan: Plan) -> None:
     problem = problem_of(limit_bytes=1100 * MIB)
-    strategy = solve(problem, SolveOptions(pins=Pins(), time_limit_s=1)).strategy
+    strategy = solve(problem, SolveOptions(pins=FixedChoices(), time_limit_s=1)).strategy
     evaluation = CostModel(problem).evaluate(strategy)
     answer = why_not(problem, evaluation, "dp=4", Clock(EFFORT), ())
     fits = answer.answer is not Answer.INFEASIBLE
@@ -285,7 +287,7 @@ def test_a_plan_does_not_differ_from_itself(plan: Plan) -> None:
 
 
 def test_differences_of_two_plans_add_up(problem: PlanningProblem, plan: Plan) -> None:
-    other = solve(problem, SolveOptions(pins=parse_pins(("schedule=gpipe", "pp=4")), time_limit_s=2))
+    other = solve(problem, SolveOptions(pins=parse_fixed_choices(("schedule=gpipe", "pp=4")), time_limit_s=2))
     found = plan_diff(plan, other)
     assert found.faster == 1 and not found.inputs
     assert {each.path for each in found.strategy} >= {"pp"}
@@ -298,7 +300,7 @@ def test_differences_of_two_plans_add_up(problem: PlanningProblem, plan: Plan) -
 
 def test_plans_of_other_batches_are_compared_a_token(plan: Plan) -> None:
     twice = problem_of(batch=16)
-    other = solve(twice, SolveOptions(pins=Pins(), time_limit_s=1))
+    other = solve(twice, SolveOptions(pins=FixedChoices(), time_limit_s=1))
     found = plan_diff(plan, other)
     assert [each.path for each in found.inputs] == ["workload.batch"]
     per_token = other.estimate.step_time_s / 16 / (plan.estimate.step_time_s / 8)
@@ -309,7 +311,7 @@ def test_plans_of_other_batches_are_compared_a_token(plan: Plan) -> None:
 @pytest.mark.parametrize("seed", [1, 5, 9, 14])  # their plans have stages on devices of both kinds
 def test_headroom_is_of_the_limit_of_a_stage_s_own_devices(seed: int) -> None:
     asked = instances.two_kinds(seed)
-    plan = solve(asked, SolveOptions(pins=Pins()))
+    plan = solve(asked, SolveOptions(pins=FixedChoices()))
     done = CostModel(asked).evaluate(plan.strategy)
     band = memory_band(asked, done.estimate.coverage)
     assert len({stage.memory_limit_bytes for stage in done.stages}) > 1

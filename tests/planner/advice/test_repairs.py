@@ -12,7 +12,7 @@ from planner.advice.what_if import with_limit
 from planner.foundation.units import GIB, MIB, format_bytes
 from planner.model.workload import Optimizer
 from planner.search.least_memory import survey
-from planner.strategy.fix_keys import Pins, parse_pins
+from planner.strategy.fixed_choices import FixedChoices, parse_fixed_choices
 from planner.strategy.strategy import Offload
 from tests.planner import instances
 from tests.planner.catalog_problems import problem
@@ -42,7 +42,7 @@ def test_cases_are_short_of_memory_and_broken_by_rules() -> None:
 def test_more_nodes_are_the_least_that_fit() -> None:
     spec = instances.model(layers=8, hidden=1024, vocab=8192)
     problem = instances.problem(of=spec, on=instances.cluster(per_node=2), batch=64, limit_bytes=1500 * MIB)
-    answer = why_infeasible(problem, Pins(), EFFORT)
+    answer = why_infeasible(problem, FixedChoices(), EFFORT)
     flags = [repair.flag for repair in (*answer.repairs, *answer.others)]
     nodes = next(int(flag.split()[-2]) for flag in flags if flag.startswith("--cluster"))
     assert nodes > 1
@@ -50,7 +50,7 @@ def test_more_nodes_are_the_least_that_fit() -> None:
         cluster = dataclasses.replace(
             problem.cluster, groups=(dataclasses.replace(problem.cluster.groups[0], nodes=fewer),)
         )
-        assert feasible(dataclasses.replace(problem, cluster=cluster), Pins()) is None
+        assert feasible(dataclasses.replace(problem, cluster=cluster), FixedChoices()) is None
 
 
 def test_the_longest_sequence_that_fits_is_offered() -> None:
@@ -59,16 +59,16 @@ def test_the_longest_sequence_that_fits_is_offered() -> None:
     problem = dataclasses.replace(
         problem, workload=dataclasses.replace(problem.workload, optimizer=Optimizer.SGD)
     )
-    answer = why_infeasible(problem, Pins(), EFFORT)
+    answer = why_infeasible(problem, FixedChoices(), EFFORT)
     lengths = [int(r.flag.split()[1]) for r in (*answer.repairs, *answer.others) if r.kind == "--seq"]
     assert len(lengths) == 1
     longer = dataclasses.replace(problem.workload, seq=lengths[0] + 8192 // 16)
-    assert feasible(dataclasses.replace(problem, workload=longer), Pins()) is None
+    assert feasible(dataclasses.replace(problem, workload=longer), FixedChoices()) is None
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest_on_both_sides() -> None:
     problem = instances.problem(batch=7)
-    answer = why_infeasible(problem, parse_pins(("dp=4",)), EFFORT)
+    answer = why_infeasible(problem, parse_fixed_choices(("dp=4",)), EFFORT)
     assert answer.binding.rule == "batch_divides" and answer.binding.short_bytes is None
     flags = {repair.flag for repair in (*answer.repairs, *answer.others)}
     assert {"--batch 4", "--batch 8"} <= flags
@@ -81,7 +81,7 @@ def test_a_limit_above_what_the_device_has_is_never_among_the_cheapest() -> None
         on=instances.cluster(of=device),
         limit_bytes=GIB,
     )
-    answer = why_infeasible(problem, Pins(), EFFORT)
+    answer = why_infeasible(problem, FixedChoices(), EFFORT)
     assert answer.binding.needed_bytes is not None and answer.binding.needed_bytes > GIB
     assert not any(repair.kind == "--memory-limit" for repair in answer.repairs)
     other = next(repair for repair in answer.others if repair.kind == "--memory-limit")
@@ -95,7 +95,7 @@ def test_offloading_is_offered_as_an_estimate_while_the_search_does_not_take_it(
         on=instances.cluster(of=device),
         limit_bytes=1500 * MIB,
     )
-    answer = why_infeasible(problem, Pins(), EFFORT)
+    answer = why_infeasible(problem, FixedChoices(), EFFORT)
     offloads = [repair for repair in (*answer.repairs, *answer.others) if repair.kind == "offload"]
     assert offloads and all(repair.verified for repair in offloads)
     optimizer = next(repair for repair in offloads if Offload.OPTIMIZER in repair.strategy.offloads)
@@ -119,10 +119,10 @@ def test_once_time_is_spent_there_are_still_repairs() -> None:
 @pytest.mark.parametrize("seed", [0, 1, 2, 3, 4, 5, 7, 8])  # the others have no shape that keeps all rules
 def test_kinds_of_devices_are_told_and_repaired_by_their_own_limits(seed: int) -> None:
     problem = instances.two_kinds(seed)
-    need = survey(problem, Pins()).need
+    need = survey(problem, FixedChoices()).need
     assert need is not None
     short = with_limit(problem, need.limit_bytes - 8 * MIB)
-    answer = why_infeasible(short, Pins(), EFFORT)
+    answer = why_infeasible(short, FixedChoices(), EFFORT)
     binding, limits = answer.binding, [limit for _, limit in short.device_limits_bytes]
     assert binding.rule == "memory" and binding.limit_bytes in limits
     assert (binding.needed_bytes or 0) - (binding.limit_bytes or 0) == binding.short_bytes
@@ -132,7 +132,7 @@ def test_kinds_of_devices_are_told_and_repaired_by_their_own_limits(seed: int) -
 
 def test_more_memory_on_devices_of_several_kinds_is_told_as_more_of_each() -> None:
     asked = problem("llama-13b", "1x1:a100-sxm-80gb+1x1:a100-sxm-40gb", 2048, 2)
-    answer = why_infeasible(asked, Pins(), Effort(each_s=1.0, total_s=20.0))
+    answer = why_infeasible(asked, FixedChoices(), Effort(each_s=1.0, total_s=20.0))
     (larger,) = [repair for repair in answer.others if repair.kind == "--memory-limit"]
     assert larger.verified and larger.change.startswith("devices that give a program ")
     assert larger.change.endswith(f"{format_bytes(answer.binding.short_bytes or 0)} more each")

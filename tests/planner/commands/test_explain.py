@@ -16,7 +16,7 @@ from planner.cli import cli
 from planner.commands.shared.infeasible import INFEASIBLE_EXIT, LEAST_SHARE, tell_infeasible
 from planner.job.problem import PlanningProblem
 from planner.search.solve import SolveOptions
-from planner.strategy.fix_keys import Pins, parse_pins
+from planner.strategy.fixed_choices import FixedChoices, parse_fixed_choices
 from tests.planner.catalog_problems import problem
 
 ASKED = ("--model", "gpt2", "--cluster", "1x2:a100-sxm-40gb", "--seq", "1024", "--batch", "8")
@@ -199,12 +199,12 @@ def test_an_infeasible_answer_has_what_the_search_left_of_the_time(
 ) -> None:
     efforts, answer = [], repairs.why_infeasible
 
-    def noted(problem: PlanningProblem, pins: Pins, effort: Effort) -> repairs.Infeasible:
+    def noted(problem: PlanningProblem, pins: FixedChoices, effort: Effort) -> repairs.Infeasible:
         efforts.append(effort)
         return answer(problem, pins, effort)
 
     monkeypatch.setattr(repairs, "why_infeasible", noted)
-    options = SolveOptions(pins=parse_pins(("tp=2", "dp=2")), time_limit_s=4.0)
+    options = SolveOptions(pins=parse_fixed_choices(("tp=2", "dp=2")), time_limit_s=4.0)
     asked = problem("gpt2", "1x2:a100-sxm-40gb", 1024, 8)
     assert tell_infeasible(asked, options, time.monotonic() - used_s, as_json=True) == INFEASIBLE_EXIT
     (effort,) = efforts

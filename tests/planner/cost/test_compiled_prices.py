@@ -17,7 +17,7 @@ from planner.cost.evaluate import CostModel
 from planner.job.engine_settings import Stack, own_stack
 from planner.job.problem import PlanningProblem
 from planner.strategy.estimate import Estimate
-from planner.strategy.fix_keys import parse_pins
+from planner.strategy.fixed_choices import parse_fixed_choices
 from planner.strategy.rules import broken_rules
 from tests.planner.calibration.test_from_run import DEGREES, plan_on_h100, step, trained
 from tests.planner.catalog_problems import problem
@@ -29,7 +29,7 @@ PINS = ("tp=1", "pp=1", "zero=2", "micro_batch=1", "recompute=none")
 
 def estimate(of: PlanningProblem, *pins: str, compiled: bool) -> Estimate:
     of = dataclasses.replace(of, stack=Stack(compiled=compiled))
-    strategy = strategy_of(of, parse_pins(pins))
+    strategy = strategy_of(of, parse_fixed_choices(pins))
     assert not broken_rules(of, strategy)
     return CostModel(of).evaluate(strategy).estimate
 

@@ -18,7 +18,7 @@ from planner.search.bounds import memory_bound_bytes, step_bound_s
 from planner.search.least_memory import survey
 from planner.search.solve import solve
 from planner.search.space import shapes
-from planner.strategy.fix_keys import Pins, parse_pins
+from planner.strategy.fixed_choices import FixedChoices, parse_fixed_choices
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 from tests.planner import instances
@@ -120,7 +120,7 @@ def test_solver_equals_brute_force_over_one_key_value_head(tp: int, tight: bool)
     mixer = Attention(heads=4, kv_heads=1, head_dim=16)
     block = dataclasses.replace(instances.dense_block(64), mixer=mixer)
     of, on = instances.model(blocks=[block] * 3), instances.cluster(per_node=4)
-    asked, pins = instances.problem(of=of, on=on, seq=64, batch=4), parse_pins((f"tp={tp}",))
+    asked, pins = instances.problem(of=of, on=on, seq=64, batch=4), parse_fixed_choices((f"tp={tp}",))
     if tight:
         need = survey(asked, pins).need
         assert need is not None
@@ -142,5 +142,5 @@ def test_ranks_that_are_no_multiple_of_the_heads_are_refused() -> None:
 def test_one_key_value_head_is_searched_with_tensor_parallelism() -> None:
     """Llama 3 8B's 8 over 16 ranks of a node."""
     of = instances.problem(of=load_model("llama-3-8b"), on=instances.cluster(per_node=16), batch=16)
-    legal = [each for each in shapes(of, Pins(pp=1, zero=0)) if isinstance(each, Degrees)]
+    legal = [each for each in shapes(of, FixedChoices(pp=1, zero=0)) if isinstance(each, Degrees)]
     assert max(degrees.tp for degrees in legal) == 16

@@ -19,7 +19,7 @@ from planner.model.sublayer import Recompute
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind, Op
 from planner.search.space import shapes
-from planner.strategy.fix_keys import Pins
+from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 from tests.planner import instances
@@ -35,7 +35,7 @@ def evaluated(problem: PlanningProblem, degrees: Degrees, recompute: Recompute) 
 
 def grid(problem: PlanningProblem) -> list[Degrees]:
     """Every legal shape of a problem."""
-    return [shape for shape in shapes(problem, Pins()) if isinstance(shape, Degrees)]
+    return [shape for shape in shapes(problem, FixedChoices()) if isinstance(shape, Degrees)]
 
 
 PROBLEM = instances.problem(on=instances.cluster(nodes=2, per_node=2), batch=8)

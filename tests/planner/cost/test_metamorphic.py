@@ -14,17 +14,17 @@ from planner.job.engine_settings import Engine
 from planner.job.problem import Limits, PlanningProblem
 from planner.profile.profile import PROFILE_SCHEMA, Constant, Profile
 from planner.search.solve import SolveOptions, solve
-from planner.strategy.fix_keys import Pins, parse_pins
+from planner.strategy.fixed_choices import FixedChoices, parse_fixed_choices
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Strategy
 from tests.planner import instances
 
-EXACT = SolveOptions(pins=Pins(), gap_tolerance=0.0, rounds=10_000, nodes=None)
+EXACT = SolveOptions(pins=FixedChoices(), gap_tolerance=0.0, rounds=10_000, nodes=None)
 SEEDS = [0, 9, 13, 31, 40, 49]
 
 
-def plan_of(of: PlanningProblem, pins: Pins | None = None) -> Plan:
-    return solve(of, dataclasses.replace(EXACT, pins=pins or Pins()))
+def plan_of(of: PlanningProblem, pins: FixedChoices | None = None) -> Plan:
+    return solve(of, dataclasses.replace(EXACT, pins=pins or FixedChoices()))
 
 
 def solved_s(of: PlanningProblem) -> float:
@@ -163,12 +163,12 @@ def test_a_dominated_choice_changes_nothing(seed: int) -> None:
     assert solved_s(of) <= solved_s(dataclasses.replace(of, limits=Limits(engine=Engine.NATIVE))) * (1 + 1e-9)
 
 
-def pinned(strategy: Strategy) -> Pins:
+def pinned(strategy: Strategy) -> FixedChoices:
     """Pins of every degree of a strategy."""
     d = strategy.degrees
     texts = [f"{key}={getattr(d, key)}" for key in ("tp", "pp", "chunks", "dp", "cp", "ep", "micro_batch")]
     texts += [f"zero={int(d.zero)}", f"sequence_parallel={d.sequence_parallel}"]
-    return parse_pins((*texts, *([f"schedule={d.schedule}"] if d.pp > 1 else [])))
+    return parse_fixed_choices((*texts, *([f"schedule={d.schedule}"] if d.pp > 1 else [])))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -211,7 +211,7 @@ def test_what_is_pinned_is_the_plans(schedule: str, limit_s: float | None) -> No
     """However short the time, and whatever is faster: here a backward that is split runs forward twice."""
     on_four = instances.cluster(per_node=4, of=instances.device(flops=1e13, bandwidth=1e12))
     of = instances.problem(of=instances.model(layers=8), on=on_four, batch=8)
-    pins = parse_pins(("pp=4", "micro_batch=1", "recompute=full", f"schedule={schedule}"))
+    pins = parse_fixed_choices(("pp=4", "micro_batch=1", "recompute=full", f"schedule={schedule}"))
     plan = solve(of, SolveOptions(pins=pins, time_limit_s=limit_s))
     assert plan.strategy.degrees.schedule == schedule
     others = (plan.strategy, *(other.strategy for other in plan.alternatives))

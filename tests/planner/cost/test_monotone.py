@@ -20,7 +20,7 @@ from planner.model.workload import Workload
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import shapes
 from planner.strategy.estimate import Estimate
-from planner.strategy.fix_keys import Pins, parse_pins
+from planner.strategy.fixed_choices import FixedChoices, parse_fixed_choices
 from planner.strategy.schedule.schedules import build_table
 from planner.strategy.strategy import Degrees, Schedule, Strategy, even_stages
 from tests.planner import instances
@@ -46,7 +46,7 @@ def some_shapes(problem: PlanningProblem, seed: int, each: int) -> list[tuple[De
     """Legal shapes of every schedule, at random, with a recompute option."""
     draw, found = random.Random(seed), []
     for fixed in PINS:
-        legal = [shape for shape in shapes(problem, parse_pins(fixed)) if isinstance(shape, Degrees)]
+        legal = [shape for shape in shapes(problem, parse_fixed_choices(fixed)) if isinstance(shape, Degrees)]
         draw.shuffle(legal)
         found += [(degrees, draw.choice(list(Recompute))) for degrees in legal[:each]]
     return found
@@ -152,7 +152,7 @@ def test_another_micro_batch_costs_about_itself(schedule: Schedule, seed: int) -
         assert 0 < after_s - before_s <= 7 / 6 * step * max(work_s) + 2 * hop_s
 
 
-EXACT = SolveOptions(pins=Pins(), gap_tolerance=0.0, rounds=10_000, nodes=None)
+EXACT = SolveOptions(pins=FixedChoices(), gap_tolerance=0.0, rounds=10_000, nodes=None)
 
 
 def solved_s(problem: PlanningProblem, options: SolveOptions = EXACT) -> float:
@@ -187,7 +187,9 @@ def test_every_pin_is_never_faster(seed: int) -> None:
     assert free_s < float("inf")
     fixes = [f"tp={n}" for n in (1, 2)] + [f"pp={n}" for n in (1, 2)] + [f"zero={n}" for n in range(4)]
     fixes += ["micro_batch=1", "recompute=none", "recompute=full", "schedule=gpipe", "schedule=1f1b"]
-    pinned = [solved_s(problem, dataclasses.replace(EXACT, pins=parse_pins((fix,)))) for fix in fixes]
+    pinned = [
+        solved_s(problem, dataclasses.replace(EXACT, pins=parse_fixed_choices((fix,)))) for fix in fixes
+    ]
     assert all(each >= free_s / DUST for each in pinned)
     assert min(pinned) == pytest.approx(free_s, rel=1e-9), "some choice of each kind is the best plan's"
 

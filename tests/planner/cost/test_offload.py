@@ -29,7 +29,7 @@ from planner.search.solve import SolveOptions, make_plan, solve
 from planner.search.space import shapes
 from planner.strategy.engines.native import check_executed_offload
 from planner.strategy.estimate import Verdict
-from planner.strategy.fix_keys import Pins, parse_pins
+from planner.strategy.fixed_choices import FixedChoices, parse_fixed_choices
 from planner.strategy.plan import decode_plan, encode_plan, load_plan
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import (
@@ -73,7 +73,7 @@ def evaluated(
 
 def grid(on: PlanningProblem, seed: int, count: int) -> list[Degrees]:
     """Some of the legal shapes of a problem."""
-    legal = [shape for shape in shapes(on, Pins()) if isinstance(shape, Degrees)]
+    legal = [shape for shape in shapes(on, FixedChoices()) if isinstance(shape, Degrees)]
     return random.Random(seed).sample(legal, count)
 
 
@@ -129,7 +129,7 @@ def test_experts_and_parts_of_a_sequence_are_offloaded_by_the_shards_they_have()
     block = dataclasses.replace(instances.dense_block(64), mlp=experts)
     on = problem()
     on = dataclasses.replace(on, model=instances.model(blocks=[block] * 4))
-    for pins in (Pins(ep=2), Pins(ep=4), Pins(cp=2)):
+    for pins in (FixedChoices(ep=2), FixedChoices(ep=4), FixedChoices(cp=2)):
         legal = [shape for shape in shapes(on, pins) if isinstance(shape, Degrees) and shape.pp == 1]
         assert legal, pins
         for degrees in legal:
@@ -280,7 +280,7 @@ def test_the_runtime_offloads_no_activations_of_blocks_that_recompute_selectivel
                 check_executed_offload(strategy)
 
 
-def best_by_hand(asked: PlanningProblem, pins: Pins) -> float | None:
+def best_by_hand(asked: PlanningProblem, pins: FixedChoices) -> float | None:
     """The least step time of all SAFE strategies that offload so: every cut, blocks with one other option."""
     model, found = CostModel(asked), []
     for degrees in shapes(asked, pins):
@@ -308,7 +308,7 @@ def one_option_mixes(layers: int) -> list[RecomputeCounts]:
 @pytest.mark.parametrize("offload", ["optimizer", "activations"])
 def test_the_search_finds_the_best_plan_that_offloads(offload: str) -> None:
     """By all cuts and mixes of small problems, under memory limits from roomy to too tight."""
-    pins = parse_pins((f"offload={offload}", "schedule=1f1b", "tp=1"))
+    pins = parse_fixed_choices((f"offload={offload}", "schedule=1f1b", "tp=1"))
     options = SolveOptions(pins=pins, gap_tolerance=0.0, nodes=None)
     small = dataclasses.replace(problem(), model=instances.model(layers=3))
     peak = CostModel(small).evaluate(solve(small, options).strategy).estimate.peak_memory_bytes
@@ -329,13 +329,13 @@ def test_the_search_finds_the_best_plan_that_offloads(offload: str) -> None:
 
 
 def test_the_search_offloads_only_what_is_asked_for() -> None:
-    assert solve(problem(), SolveOptions(pins=parse_pins(("offload=none",)))).strategy.offloads == ()
-    assert solve(problem(), SolveOptions(pins=Pins())).strategy.offloads == ()
+    assert solve(problem(), SolveOptions(pins=parse_fixed_choices(("offload=none",)))).strategy.offloads == ()
+    assert solve(problem(), SolveOptions(pins=FixedChoices())).strategy.offloads == ()
     with pytest.raises(InputError, match="none, optimizer, activations"):
-        parse_pins(("offload=everything",))
+        parse_fixed_choices(("offload=everything",))
     unlinked = dataclasses.replace(problem(), cluster=instances.cluster(nodes=2, per_node=2))
     with pytest.raises(InfeasibleError, match="not known"):
-        solve(unlinked, SolveOptions(pins=parse_pins(("offload=optimizer",))))
+        solve(unlinked, SolveOptions(pins=parse_fixed_choices(("offload=optimizer",))))
 
 
 ESTIMATE = "estimate --model llama-3-8b --cluster 1*p5.48xlarge --seq 8192 --batch 8 --fix zero=2"

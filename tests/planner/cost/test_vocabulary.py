@@ -14,7 +14,7 @@ from planner.job.problem import Limits, PlanningProblem
 from planner.model.spec import VOCAB_UNIT, ModelSpec
 from planner.search.bounds import memory_bound_bytes
 from planner.search.space import shapes
-from planner.strategy.fix_keys import Pins
+from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 from tests.planner import instances
@@ -70,5 +70,5 @@ def test_no_engine_refuses() -> None:
 def test_gpt3_is_searched_with_tensor_parallelism() -> None:
     on = instances.cluster(per_node=8)
     of = instances.problem(of=load_model("gpt3-175b"), on=on, seq=2048, batch=8, limit_bytes=1 << 50)
-    legal = [each for each in shapes(of, Pins(pp=1, zero=0)) if isinstance(each, Degrees)]
+    legal = [each for each in shapes(of, FixedChoices(pp=1, zero=0)) if isinstance(each, Degrees)]
     assert {degrees.tp for degrees in legal} == {1, 2, 4, 8}

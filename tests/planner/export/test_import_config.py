@@ -24,7 +24,7 @@ from planner.model.attention import CpExchange
 from planner.model.sublayer import Recompute
 from planner.model.workload import Optimizer, Precision
 from planner.strategy.engines.recipes import every_kth, first_of_each
-from planner.strategy.fix_keys import Pins
+from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees, Offload, Schedule, Strategy, Zero, offloaded, sized_stages
 from tests.plans import make_plan, split, tiny_llama, tiny_mixtral
@@ -362,10 +362,12 @@ def test_deepspeed_inside_accelerates_file_is_deepspeeds(tmp_path: Path) -> None
 
 def test_flags_complete_a_file_and_never_contradict_it() -> None:
     problems: list[Problem] = []
-    settings = completed(Settings(tp=2), Pins(pp=4, micro_batch=2, recompute=Recompute.FULL), problems)
+    settings = completed(
+        Settings(tp=2), FixedChoices(pp=4, micro_batch=2, recompute=Recompute.FULL), problems
+    )
     assert (settings.tp, settings.pp, settings.micro_batch, settings.recompute) == (2, 4, 2, Recipe.FULL)
     assert problems == []
-    completed(Settings(tp=2), Pins(tp=4), problems)
+    completed(Settings(tp=2), FixedChoices(tp=4), problems)
     assert "the file says 2" in str(problems[0])
 
 

@@ -13,7 +13,7 @@ from planner.search.shape_search import Budget, Found, ShapeResult
 from planner.search.solve import SolveOptions
 from planner.search.task import Task, TaskKind
 from planner.search.workers import AHEAD, Crew, processes_for
-from planner.strategy.fix_keys import Pins
+from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.strategy import Degrees, RecomputeCounts, Schedule, Stage, Strategy
 from tests.planner.catalog_problems import problem
 
@@ -173,7 +173,7 @@ def test_a_process_that_overruns_is_ended() -> None:
 
 def test_a_plan_does_not_depend_on_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     of = problem("llama-2-7b", "1x8:a100-sxm-40gb", seq=4096, batch=64)
-    options = SolveOptions(pins=Pins(), reproducible=True)
+    options = SolveOptions(pins=FixedChoices(), reproducible=True)
     texts = []
     for processes in (0, 2, 3):
         monkeypatch.setattr(solving, "processes_for", lambda _, many=processes: many)

@@ -25,7 +25,7 @@ from planner.search.engine_search import solve_for_engine
 from planner.search.solve import SolveOptions, solve
 from planner.search.solve_for import solve_for
 from planner.strategy.estimate import Verdict
-from planner.strategy.fix_keys import parse_pins
+from planner.strategy.fixed_choices import parse_fixed_choices
 from planner.strategy.plan import decode_plan, encode_plan
 from planner.strategy.plan_check import check_plan
 from planner.strategy.rules import broken_rules
@@ -39,7 +39,7 @@ OTHERS = (Engine.TORCHTITAN, Engine.MEGATRON, Engine.DEEPSPEED)
 
 
 def pinned(*texts: str) -> SolveOptions:
-    return dataclasses.replace(EXACT, pins=parse_pins(texts))
+    return dataclasses.replace(EXACT, pins=parse_fixed_choices(texts))
 
 
 def on(problem: PlanningProblem, engine: Engine) -> PlanningProblem:
@@ -198,7 +198,7 @@ def test_a_changed_problem_is_solved_again_for_its_engine() -> None:
     """Of what an explanation solves, too, the engine runs every plan."""
     for seed in range(4):
         problem = asked(seed, Engine.DEEPSPEED)
-        solved = resolved(problem, parse_pins(()), Clock(Effort(each_s=None, total_s=None)))
+        solved = resolved(problem, parse_fixed_choices(()), Clock(Effort(each_s=None, total_s=None)))
         assert solved is not None and not broken_rules(problem, solved.strategy)
 
 

@@ -7,7 +7,7 @@ import pytest
 from planner.search.first_shapes import EACH, LOOKED_AT, first_shapes
 from planner.search.quick_bounds import space_bounds_s
 from planner.search.solve import SolveOptions, Solver
-from planner.strategy.fix_keys import parse_pins
+from planner.strategy.fixed_choices import parse_fixed_choices
 from tests.planner.catalog_problems import problem
 
 PROBLEMS: dict[str, tuple[str, str, int, int, str]] = {
@@ -22,7 +22,7 @@ PROBLEMS: dict[str, tuple[str, str, int, int, str]] = {
 def looked_at(name: str) -> tuple[list[int], Solver]:
     """The first shapes of a problem, and the search that would begin with them."""
     *asked, pin = PROBLEMS[name]
-    solver = Solver(problem(*asked), SolveOptions(pins=parse_pins((pin,))))
+    solver = Solver(problem(*asked), SolveOptions(pins=parse_fixed_choices((pin,))))
     solver.space = solver._legal()
     quick_s, solver.rows, solver.places = space_bounds_s(
         solver.model, solver.space, solver.options.pins.recomputes

@@ -6,7 +6,7 @@ import pytest
 
 from planner.search.solve import SolveOptions, Solver
 from planner.strategy.estimate import Verdict
-from planner.strategy.fix_keys import parse_pins
+from planner.strategy.fixed_choices import parse_fixed_choices
 from planner.strategy.rules import broken_rules
 from tests.planner.catalog_problems import problem, solved
 
@@ -22,7 +22,7 @@ PROBLEMS = {
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_all_that_is_found_is_safe(name: str) -> None:
     *asked, pins = PROBLEMS[name]
-    solver = Solver(problem(*asked), SolveOptions(pins=parse_pins(pins), reproducible=True))
+    solver = Solver(problem(*asked), SolveOptions(pins=parse_fixed_choices(pins), reproducible=True))
     plan = solver.solve()
     verdicts = [solver.model.evaluate(found.strategy).estimate.verdict for found in solver.found]
     assert len(verdicts) >= 3 and set(verdicts) == {Verdict.SAFE}

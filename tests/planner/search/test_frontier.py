@@ -15,7 +15,7 @@ from planner.search import solve as solver
 from planner.search.shape_queue import Candidate, Frontier
 from planner.search.shape_search import ShapeSearch
 from planner.search.solve import SolveOptions, solve
-from planner.strategy.fix_keys import Pins
+from planner.strategy.fixed_choices import FixedChoices
 from tests.planner import instances
 
 SEARCH = cast(ShapeSearch, None)
@@ -60,7 +60,7 @@ def test_most_shapes_are_never_modelled_and_the_plan_is_the_same(monkeypatch: py
         batch=64,
         limit_bytes=1 << 36,
     )
-    options = SolveOptions(pins=Pins(), reproducible=True, rounds=1)
+    options = SolveOptions(pins=FixedChoices(), reproducible=True, rounds=1)
     plan = solve(problem, options)
     assert plan.solver is not None
     assert plan.rejected["step_time_bound"] > plan.solver.shapes / 2

@@ -16,7 +16,7 @@ from planner.model.sublayer import Recompute
 from planner.search.least_memory import ShapeNeed, fitting, need_of, survey
 from planner.search.solve import SolveOptions, solve
 from planner.strategy.estimate import Verdict
-from planner.strategy.fix_keys import Pins, parse_pins
+from planner.strategy.fixed_choices import FixedChoices, parse_fixed_choices
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import Offload, Strategy, sized_stages
 from tests.planner import instances
@@ -47,7 +47,7 @@ def small(seed: int, *, mixed: bool = False) -> PlanningProblem:
 @pytest.mark.parametrize("seed", range(8))
 def test_the_least_need_equals_brute_force(seed: int) -> None:
     problem = small(seed)
-    found = survey(problem, Pins()).need
+    found = survey(problem, FixedChoices()).need
     assert found is not None and found.exact
     assert abs(found.limit_bytes - least_by_force(problem)) <= MIB
 
@@ -65,13 +65,13 @@ def test_no_strategy_of_several_stages_a_rank_needs_less_than_their_bound(seed: 
         needs = [need.limit_bytes for strategy in each if (need := need_of(model, strategy)) is not None]
         if needs:
             asked += 1
-            assert ShapeNeed(model, degrees, Pins()).bound() <= min(needs)
+            assert ShapeNeed(model, degrees, FixedChoices()).bound() <= min(needs)
     assert asked >= 2
 
 
 def test_a_survey_that_time_ends_says_what_it_found_and_that_less_may_do() -> None:
     problem = instances.random_problem(0)
-    whole, ended = survey(problem, Pins()).need, survey(problem, Pins(), lambda: True).need
+    whole, ended = survey(problem, FixedChoices()).need, survey(problem, FixedChoices(), lambda: True).need
     assert whole is not None and ended is not None
     assert whole.exact and not ended.exact
     assert ended.limit_bytes >= whole.limit_bytes
@@ -96,11 +96,11 @@ def two_limits(seed: int) -> PlanningProblem:
 @pytest.mark.parametrize("seed", range(6))
 def test_devices_of_each_kind_hold_what_they_have(seed: int) -> None:
     problem = two_limits(seed)
-    found = survey(problem, Pins()).need
+    found = survey(problem, FixedChoices()).need
     assert found is not None and found.exact and found.more_bytes in (0, 300 * MIB)
     assert abs(found.limit_bytes - least_by_force(problem)) <= MIB
     enough, less = (with_limit(problem, found.limit_bytes + more) for more in (0, -2 * MIB))
-    assert fitting(enough, Pins()) is not None and fitting(less, Pins()) is None
+    assert fitting(enough, FixedChoices()) is not None and fitting(less, FixedChoices()) is None
     for asked, verdict in ((enough, Verdict.SAFE), (less, Verdict.RISKY)):
         assert CostModel(asked).evaluate(found.strategy).estimate.verdict is verdict
 
@@ -108,7 +108,7 @@ def test_devices_of_each_kind_hold_what_they_have(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_it_does_over_several_layer_classes(seed: int) -> None:
     problem = small(100 + seed, mixed=True)
-    found = survey(problem, Pins()).need
+    found = survey(problem, FixedChoices()).need
     assert found is not None and found.exact
     assert abs(found.limit_bytes - least_by_force(problem)) <= MIB
 
@@ -116,9 +116,9 @@ def test_it_does_over_several_layer_classes(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_the_solver_finds_a_plan_at_that_limit_and_none_below(seed: int) -> None:
     problem = instances.random_problem(seed)
-    found = survey(problem, Pins()).need
+    found = survey(problem, FixedChoices()).need
     assert found is not None
-    exact = SolveOptions(pins=Pins(), gap_tolerance=0.0, rounds=100, nodes=None)
+    exact = SolveOptions(pins=FixedChoices(), gap_tolerance=0.0, rounds=100, nodes=None)
     at = dataclasses.replace(problem, memory_limit_bytes=found.limit_bytes)
     assert solve(at, exact).estimate.verdict is Verdict.SAFE
     with pytest.raises(InfeasibleError):
@@ -130,7 +130,7 @@ def test_fitting_agrees_with_the_survey() -> None:
     both = set()
     for seed in range(60):
         problem = instances.random_problem(seed)
-        need, found = survey(problem, Pins()).need, fitting(problem, Pins())
+        need, found = survey(problem, FixedChoices()).need, fitting(problem, FixedChoices())
         fits = need is not None and need.limit_bytes <= problem.memory_limit_bytes
         assert (found is not None) == fits
         if found is not None:
@@ -141,10 +141,10 @@ def test_fitting_agrees_with_the_survey() -> None:
 
 def test_it_keeps_pins_and_never_needs_less_for_them() -> None:
     problem = instances.random_problem(3)
-    free = survey(problem, Pins()).need
+    free = survey(problem, FixedChoices()).need
     assert free is not None
     for fix in ("recompute=none", "zero=0", "tp=1", "schedule=gpipe", "schedule=interleaved"):
-        pinned = survey(problem, parse_pins((fix,))).need
+        pinned = survey(problem, parse_fixed_choices((fix,))).need
         if pinned is None:
             continue
         assert pinned.limit_bytes >= free.limit_bytes
@@ -155,7 +155,7 @@ def test_it_keeps_pins_and_never_needs_less_for_them() -> None:
 
 def test_counts_of_shapes_and_rules_add_up() -> None:
     problem = instances.problem(batch=3)
-    found = survey(problem, Pins())
+    found = survey(problem, FixedChoices())
     assert found.shapes == found.legal + sum(found.rejected.values())
     assert set(found.nearest) == set(found.rejected)
 
@@ -165,8 +165,8 @@ def test_offloaded_state_is_not_on_the_device() -> None:
     problem = instances.problem(
         of=instances.model(hidden=256, layers=8, vocab=4096), on=instances.cluster(of=device)
     )
-    kept = survey(problem, Pins(zero=0, tp=1)).need
-    gone = survey(problem, Pins(zero=0, tp=1, offload=Offload.OPTIMIZER)).need
+    kept = survey(problem, FixedChoices(zero=0, tp=1)).need
+    gone = survey(problem, FixedChoices(zero=0, tp=1, offload=Offload.OPTIMIZER)).need
     assert kept is not None and gone is not None
     assert gone.memory.optimizer_bytes < kept.memory.optimizer_bytes
     assert gone.limit_bytes < kept.limit_bytes
@@ -176,7 +176,7 @@ def test_offloaded_state_is_not_on_the_device() -> None:
 def test_stages_cover_the_layers_evenly_where_nothing_else_weighs() -> None:
     """Sixteen equal layers over four stages: the fullest is least where early stages hold fewer."""
     problem = instances.problem(of=instances.model(layers=16, hidden=128), seq=4096, batch=16)
-    need = survey(problem, parse_pins(("pp=4", "recompute=none", "micro_batch=1"))).need
+    need = survey(problem, parse_fixed_choices(("pp=4", "recompute=none", "micro_batch=1"))).need
     assert need is not None
     sizes = [stage.layers for stage in need.strategy.stages]
     assert sum(sizes) == 16 and sizes[0] <= sizes[-1]

@@ -21,7 +21,7 @@ from planner.profile.profile import Op, load_profile
 from planner.search.space import shapes
 from planner.search.verify import memory_faults
 from planner.strategy.estimate import Verdict
-from planner.strategy.fix_keys import Pins
+from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.placement import device_names, rank_groups, rank_limits_bytes, seen_from, stage_groups
 from planner.strategy.rules import broken_rule, broken_rules
 from planner.strategy.strategy import (
@@ -496,7 +496,7 @@ def test_only_ranks_that_offload_need_a_known_host_link() -> None:
 def test_every_legal_shape_of_a_mixed_cluster_is_evaluated() -> None:
     """Uneven groups, every schedule that is searched: the causes add up and stages have a place."""
     of = problem(dataclasses.replace(SLOW, devices_per_node=2), dataclasses.replace(FAST, devices_per_node=4))
-    legal = [shape for shape in shapes(of, Pins()) if isinstance(shape, Degrees)]
+    legal = [shape for shape in shapes(of, FixedChoices()) if isinstance(shape, Degrees)]
     assert len(legal) > 20
     for degrees in legal[::3]:
         done = evaluated(of, degrees)

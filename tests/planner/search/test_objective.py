@@ -24,7 +24,7 @@ from planner.search.engine_search import solve_for_engine
 from planner.search.nodes import StepBounds, node_counts, part_of, run_bound_s
 from planner.search.solve import solve
 from planner.search.solve_for import run_seconds, solve_for
-from planner.strategy.fix_keys import parse_pins
+from planner.strategy.fixed_choices import parse_fixed_choices
 from planner.strategy.plan import Plan, decode_plan, encode_plan
 from planner.strategy.plan_check import check_plan
 from planner.strategy.rules import broken_rules
@@ -48,7 +48,7 @@ STOPPED = Upkeep(
     eval_s=1.0,
 )
 """Stopped every few hours, with a spare node, whose dollars weigh most where nodes are few."""
-FEW = dataclasses.replace(EXACT, pins=parse_pins(("schedule=1f1b", "sequence_parallel=false")))
+FEW = dataclasses.replace(EXACT, pins=parse_fixed_choices(("schedule=1f1b", "sequence_parallel=false")))
 """A smaller space, so that many numbers of nodes can be searched."""
 
 
@@ -359,7 +359,7 @@ def test_an_engine_is_kept_on_every_number_of_nodes() -> None:
 def test_pins_hold_on_every_number_of_nodes() -> None:
     """A pinned dp is legal on one number of nodes only: the others have no plan."""
     problem = dataclasses.replace(priced(SEEDS[0]), memory_limit_bytes=1 << 40)
-    options = dataclasses.replace(EXACT, pins=parse_pins(("dp=4", "tp=1", "pp=1")))
+    options = dataclasses.replace(EXACT, pins=parse_fixed_choices(("dp=4", "tp=1", "pp=1")))
     objective = of(solve_for(problem, options, Goal(minimise=COST)))
     assert objective.nodes == 2
     assert {each.nodes: str(each.status) for each in objective.tried} == {

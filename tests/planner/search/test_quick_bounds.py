@@ -12,7 +12,7 @@ from planner.search.modeller import Modeller
 from planner.search.quick_bounds import space_bounds_s
 from planner.search.rejections import Rejections
 from planner.search.space import space_of
-from planner.strategy.fix_keys import Pins, parse_pins
+from planner.strategy.fixed_choices import FixedChoices, parse_fixed_choices
 from planner.strategy.strategy import Schedule
 from tests.planner import catalog_problems, instances
 
@@ -21,7 +21,7 @@ from tests.planner import catalog_problems, instances
 @pytest.mark.parametrize("fixed", [(), ("cp=2",), *((f"schedule={schedule}",) for schedule in Schedule)])
 def test_quick_bounds_lie_below_the_bounds(fixed: tuple[str, ...], mixed: bool) -> None:
     """Of every legal shape of random problems; and they tell shapes apart."""
-    pins, compared = parse_pins(fixed), 0
+    pins, compared = parse_fixed_choices(fixed), 0
     for seed in range(12):
         problem = instances.random_problem(seed, layers=8, mixed=mixed)
         model = CostModel(problem)
@@ -29,13 +29,13 @@ def test_quick_bounds_lie_below_the_bounds(fixed: tuple[str, ...], mixed: bool) 
         legal = list(space.shapes())
         if not legal:
             continue
-        quick = space_bounds_s(model, space, Pins().recomputes)[0].tolist()
+        quick = space_bounds_s(model, space, FixedChoices().recomputes)[0].tolist()
         for degrees, bound_s in zip(legal, quick, strict=True):
-            exact_s = step_bound_s(model, model.shape(degrees), Pins().recomputes)
+            exact_s = step_bound_s(model, model.shape(degrees), FixedChoices().recomputes)
             assert 0 < bound_s <= exact_s * (1 + 1e-9), degrees.label()
         # Without data parallelism all that is missing is the optimizer.
         alone = [
-            b / step_bound_s(model, model.shape(d), Pins().recomputes)
+            b / step_bound_s(model, model.shape(d), FixedChoices().recomputes)
             for d, b in zip(legal, quick, strict=True)
             if d.dp == 1
         ]
@@ -51,13 +51,13 @@ def test_quick_bounds_of_experts_lie_below_the_bounds(fixed: tuple[str, ...]) ->
     for seed in range(1, 60, 2):
         problem = instances.random_problem(seed, layers=8, mixed=True)
         model = CostModel(problem)
-        space = space_of(problem, parse_pins(fixed))
+        space = space_of(problem, parse_fixed_choices(fixed))
         legal = list(space.shapes())
         if not legal:
             continue
-        quick = space_bounds_s(model, space, Pins().recomputes)[0].tolist()
+        quick = space_bounds_s(model, space, FixedChoices().recomputes)[0].tolist()
         for degrees, bound_s in zip(legal, quick, strict=True):
-            exact_s = step_bound_s(model, model.shape(degrees), Pins().recomputes)
+            exact_s = step_bound_s(model, model.shape(degrees), FixedChoices().recomputes)
             assert 0 < bound_s <= exact_s * (1 + 1e-9), degrees.label()
         compared += len(legal)
     assert compared >= 4
@@ -74,7 +74,7 @@ def test_quick_bounds_of_experts_lie_below_the_bounds(fixed: tuple[str, ...]) ->
 def test_quick_bounds_of_mixed_clusters_lie_below_the_bounds(cluster: str) -> None:
     """Where pipeline ranks lie on different devices, in either order, or straddle them: and near them."""
     problem = catalog_problems.problem("llama-3.2-1b", cluster, 2048, 64)
-    model, pins = CostModel(problem), Pins()
+    model, pins = CostModel(problem), FixedChoices()
     space, modeller = space_of(problem, pins), Modeller(model, pins, Rejections())
     quick = space_bounds_s(model, space, pins.recomputes)[0].tolist()
     legal = list(space.shapes())

@@ -18,7 +18,7 @@ from planner.search.least_memory import fitting, survey
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import space_of
 from planner.strategy.estimate import Verdict
-from planner.strategy.fix_keys import Pins
+from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import Degrees
 from tests.planner.catalog_problems import problem as catalog_problem
@@ -50,7 +50,7 @@ def problems() -> list[PlanningProblem]:
 
 
 def scouted(of: PlanningProblem) -> Scouted | None:
-    return Scout(of, Shared(Pins())).plan(of.cluster)
+    return Scout(of, Shared(FixedChoices())).plan(of.cluster)
 
 
 @cache
@@ -90,7 +90,7 @@ def test_step_times_are_near_those_of_a_search() -> None:
     gap = 0.01
     over = []
     for of, found in plans():
-        plan = solve(of, SolveOptions(pins=Pins(), gap_tolerance=gap, reproducible=True))
+        plan = solve(of, SolveOptions(pins=FixedChoices(), gap_tolerance=gap, reproducible=True))
         over.append(found.evaluation.estimate.step_time_s / plan.estimate.step_time_s)
     assert len(over) >= 30
     assert min(over) >= 1 - 1e-9
@@ -100,7 +100,7 @@ def test_step_times_are_near_those_of_a_search() -> None:
 
 def usual(of: PlanningProblem, degrees: Degrees) -> bool:
     """Whether degrees are among the usual ones."""
-    space = space_of(of, Pins(), usual=True)
+    space = space_of(of, FixedChoices(), usual=True)
     return any(
         dataclasses.replace(base, schedule=schedule, chunks=chunks) == degrees
         for base, pipes in zip(space.bases, space.pipes, strict=True)
@@ -112,10 +112,10 @@ def test_where_nothing_fits_no_strategy_does_or_only_an_unusual_one() -> None:
     left = [of for of in problems() if scouted(of) is None]
     assert len(left) >= 6
     for of in left:
-        scout = Scout(of, Shared(Pins()))
+        scout = Scout(of, Shared(FixedChoices()))
         assert scout.plan(of.cluster) is None
         assert scout.why_not[of.cluster.name]
-        need = fitting(of, Pins())
+        need = fitting(of, FixedChoices())
         if need is not None:
             with_more = dataclasses.replace(of, memory_limit_bytes=round(need.limit_bytes * MORE_MEMORY))
             assert not usual(of, need.strategy.degrees) or scouted(with_more) is not None, of
@@ -124,21 +124,21 @@ def test_where_nothing_fits_no_strategy_does_or_only_an_unusual_one() -> None:
 @pytest.mark.parametrize("number", range(0, 34, 2))
 def test_a_plan_is_found_at_little_more_memory_than_any_strategy_needs(number: int) -> None:
     of = problems()[number]
-    need = survey(of, Pins()).need
+    need = survey(of, FixedChoices()).need
     assert need is not None
     little = dataclasses.replace(of, memory_limit_bytes=need.limit_bytes // 2)
-    assert scouted(little) is None and fitting(little, Pins()) is None
+    assert scouted(little) is None and fitting(little, FixedChoices()) is None
     enough = dataclasses.replace(of, memory_limit_bytes=round(need.limit_bytes * MORE_MEMORY))
     assert scouted(enough) is not None
 
 
 def test_nothing_fits_where_even_a_search_finds_nothing() -> None:
     of = catalog_problem("llama-3-70b", "1x8:a100-sxm-40gb", 4096, 64)
-    scout = Scout(of, Shared(Pins()))
+    scout = Scout(of, Shared(FixedChoices()))
     assert scout.plan(of.cluster) is None
     assert "weights, gradients and optimizer state take at least" in scout.why_not[of.cluster.name]
     with pytest.raises(InfeasibleError):
-        solve(of, SolveOptions(pins=Pins(), time_limit_s=5))
+        solve(of, SolveOptions(pins=FixedChoices(), time_limit_s=5))
 
 
 def clusters(texts: list[str]) -> list[ClusterSpec]:
@@ -148,12 +148,12 @@ def clusters(texts: list[str]) -> list[ClusterSpec]:
 @pytest.mark.parametrize("model", ["llama-3-8b", "mixtral-8x7b"])
 def test_a_plan_does_not_depend_on_what_was_planned_before(model: str) -> None:
     """Other numbers of nodes and other networks, planned before, change nothing."""
-    shared = Shared(Pins())
+    shared = Shared(FixedChoices())
     fresh: dict[str, Scouted | None] = {}
     texts = [f"{nodes}x8:h100@{network}" for network in ("ndr400x8", "eth100x1") for nodes in (2, 4, 16)]
     for text, cluster in zip(texts, clusters(texts), strict=True):
         of = catalog_problem(model, text, 4096, 256)
-        fresh[text] = Scout(of, Shared(Pins())).plan(cluster)
+        fresh[text] = Scout(of, Shared(FixedChoices())).plan(cluster)
     assert any(fresh.values())
     for order in (texts, texts[::-1]):
         scouts: dict[str, Scout] = {}

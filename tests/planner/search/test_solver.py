@@ -15,7 +15,7 @@ from planner.search.solve import SolveOptions, solve
 from planner.search.space import shapes
 from planner.strategy.engines.engine_rules import ENGINE_SCHEDULES
 from planner.strategy.estimate import Verdict
-from planner.strategy.fix_keys import Pins, parse_pins
+from planner.strategy.fixed_choices import FixedChoices, parse_fixed_choices
 from planner.strategy.plan import decode_plan, encode_plan
 from planner.strategy.rules import broken_rules
 from planner.strategy.schedule.schedules import build_table
@@ -59,7 +59,9 @@ def test_solver_equals_brute_force_over_two_kinds_of_devices(block: int) -> None
 @pytest.mark.parametrize("pinned", [Schedule.ZB_H1, Schedule.ZBV, Schedule.DUALPIPEV])
 def test_solver_equals_brute_force_where_a_schedule_is_pinned(pinned: Schedule) -> None:
     """Of schedules that split backward passes, with more layers and micro-batches, without recomputation."""
-    options = dataclasses.replace(EXACT, pins=parse_pins((f"schedule={pinned}", "recompute=none", "pp=2")))
+    options = dataclasses.replace(
+        EXACT, pins=parse_fixed_choices((f"schedule={pinned}", "recompute=none", "pp=2"))
+    )
     feasible = 0
     for seed in range(30):
         drawn = instances.random_problem(seed, layers=6)
@@ -85,7 +87,9 @@ def test_every_schedule_is_searched_and_trained() -> None:
         found = set()
         for seed in range(200):
             problem = dataclasses.replace(instances.random_problem(seed), limits=Limits(engine=engine))
-            found |= {shape.schedule for shape in shapes(problem, Pins()) if isinstance(shape, Degrees)}
+            found |= {
+                shape.schedule for shape in shapes(problem, FixedChoices()) if isinstance(shape, Degrees)
+            }
             if engine is None or seed >= 20:
                 continue
             try:
@@ -127,11 +131,13 @@ def test_a_larger_space_is_never_worse() -> None:
     chosen = free.strategy.degrees
     for fix in ("zero=1", "tp=1", "micro_batch=1", "recompute=full", "schedule=gpipe"):
         try:
-            pinned = solve(problem, dataclasses.replace(EXACT, pins=parse_pins((fix,))))
+            pinned = solve(problem, dataclasses.replace(EXACT, pins=parse_fixed_choices((fix,))))
         except InfeasibleError:
             continue
         assert pinned.estimate.step_time_s >= free.estimate.step_time_s * (1 - 1e-9)
-    same = solve(problem, dataclasses.replace(EXACT, pins=parse_pins((f"tp={chosen.tp}", f"pp={chosen.pp}"))))
+    same = solve(
+        problem, dataclasses.replace(EXACT, pins=parse_fixed_choices((f"tp={chosen.tp}", f"pp={chosen.pp}")))
+    )
     assert same.estimate.step_time_s == pytest.approx(free.estimate.step_time_s, rel=1e-9)
 
 
@@ -183,7 +189,7 @@ def test_a_time_limit_returns_a_legal_plan_with_its_gap() -> None:
     assert plan.solver is not None
     assert plan.solver.lower_bound_s <= plan.solver.objective_s
     assert not broken_rules(problem, plan.strategy)
-    exact = solve(problem, SolveOptions(pins=Pins(), gap_tolerance=0.0))
+    exact = solve(problem, SolveOptions(pins=FixedChoices(), gap_tolerance=0.0))
     assert exact.solver is not None
     assert plan.solver.lower_bound_s <= exact.estimate.step_time_s * (1 + 1e-9)
 
@@ -200,7 +206,7 @@ def test_solver_equals_brute_force_where_it_once_did_not(family: str, seed: int)
 @pytest.mark.parametrize("seed", range(12))
 def test_a_search_that_gives_up_ends_without_a_plan_or_with_a_legal_one(seed: int) -> None:
     problem = instances.two_kinds(seed)
-    options = SolveOptions(pins=Pins(), time_limit_s=1e-9, gives_up=True)
+    options = SolveOptions(pins=FixedChoices(), time_limit_s=1e-9, gives_up=True)
     try:
         plan = solve(problem, options)
     except InfeasibleError:

@@ -9,14 +9,14 @@ import pytest
 from planner.job.engine_settings import Engine
 from planner.job.problem import Limits, PlanningProblem
 from planner.search.space import shapes
-from planner.strategy.fix_keys import Pins, parse_pins
+from planner.strategy.fixed_choices import FixedChoices, parse_fixed_choices
 from planner.strategy.strategy import Degrees
 from tests.planner import instances
 from tests.planner.brute_force import FAMILIES, legal_degrees
 
 
-def space(problem: PlanningProblem, pins: Pins | None = None) -> list[Degrees]:
-    return [shape for shape in shapes(problem, pins or Pins()) if isinstance(shape, Degrees)]
+def space(problem: PlanningProblem, pins: FixedChoices | None = None) -> list[Degrees]:
+    return [shape for shape in shapes(problem, pins or FixedChoices()) if isinstance(shape, Degrees)]
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -48,7 +48,7 @@ def test_a_pin_leaves_those_of_the_space_that_have_it(fix: str) -> None:
     kept = 0
     for seed in range(12):
         problem = FAMILIES["experts"](seed)
-        pinned = set(space(problem, parse_pins((fix,))))
+        pinned = set(space(problem, parse_fixed_choices((fix,))))
         assert pinned == {shape for shape in space(problem) if str(getattr(shape, key)) == value}
         kept += len(pinned)
     assert kept

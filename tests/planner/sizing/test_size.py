@@ -24,7 +24,7 @@ from planner.sizing.comparison import Answers, Option, Standing, answers_of
 from planner.sizing.floors import RULED_OUT, between, ladder
 from planner.sizing.offers import Wanted, find_offers
 from planner.sizing.scaling import load_laws, optimal_tokens, recommended
-from planner.strategy.fix_keys import Pins
+from planner.strategy.fixed_choices import FixedChoices
 from tests.planner.catalog_problems import problem as catalog_problem
 from tests.sizing_cases import BILLION, MARKET, compared, document, request, run
 
@@ -383,7 +383,7 @@ def test_what_a_cluster_can_do() -> None:
 
     def fits(seq: int, batch: int) -> bool:
         other = dataclasses.replace(of, workload=dataclasses.replace(of.workload, seq=seq, batch=batch))
-        return Scout(other, Shared(Pins())).plan(of.cluster) is not None
+        return Scout(other, Shared(FixedChoices())).plan(of.cluster) is not None
 
     longest = found.longest
     rung = 1 << (longest.seq.bit_length() - 1)
@@ -391,7 +391,7 @@ def test_what_a_cluster_can_do() -> None:
     assert fits(longest.seq, longest.batch) and not fits(longest.seq + rung // SEQ_PART, longest.batch)
     assert found.largest.params_total > of.model.params_total
     more = dataclasses.replace(of, cluster=parse_cluster("1x4:a100-sxm-40gb"))
-    assert Scout(more, Shared(Pins())).plan(more.cluster) is not None
+    assert Scout(more, Shared(FixedChoices())).plan(more.cluster) is not None
 
 
 def test_size_of_a_given_cluster(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from planner.model.spec import ModelSpec, Norm
 from planner.model.workload import AdapterModules, Adapters, Method, Optimizer, Precision
 from planner.search.solve import SolveOptions
 from planner.search.solve_for import solve_for
-from planner.strategy.fix_keys import Pins, keeps, parse_pins
+from planner.strategy.fixed_choices import FixedChoices, keeps_choices, parse_fixed_choices
 from planner.strategy.plan import Plan
 from tests.planner import instances
 from tests.plans import tiny_gpt2, tiny_mixtral, tiny_mla
@@ -68,11 +68,13 @@ def asked(seed: int, engine: Engine) -> tuple[PlanningProblem, tuple[str, ...]]:
     return held, draw.choice(PINS)
 
 
-def solved(engine: Engine) -> Iterator[tuple[Plan, Pins]]:
+def solved(engine: Engine) -> Iterator[tuple[Plan, FixedChoices]]:
     """The plans of the grid, and their pins; an engine runs not all of it."""
     for seed in range(PROBLEMS):
         problem, pinned = asked(seed, engine)
-        options = SolveOptions(pins=parse_pins(pinned), top=2, gap_tolerance=0.5, rounds=1, reproducible=True)
+        options = SolveOptions(
+            pins=parse_fixed_choices(pinned), top=2, gap_tolerance=0.5, rounds=1, reproducible=True
+        )
         try:
             plan = solve_for(problem, options, Goal())
         except InfeasibleError:
@@ -87,7 +89,7 @@ def test_what_is_solved_for_an_engine_is_exported(engine: Engine) -> None:
     count = 0
     for plan, pins in solved(engine):
         count += 1
-        assert plan.engine is engine and keeps(plan.strategy, pins)
+        assert plan.engine is engine and keeps_choices(plan.strategy, pins)
         for strategy in (plan.strategy, *(other.strategy for other in plan.alternatives)):
             refused = refusals(dataclasses.replace(plan, strategy=strategy), to)
             assert [rejected.detail for rejected in refused] == [], strategy.degrees.label()

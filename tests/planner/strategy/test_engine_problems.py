@@ -19,7 +19,7 @@ from planner.strategy.engines.engine_rules import (
     ENGINE_PROBLEM_RULES,
     problem_refused,
 )
-from planner.strategy.fix_keys import Pins
+from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.rules import broken_rule, broken_rules
 from planner.strategy.strategy import (
     Strategy,
@@ -79,7 +79,7 @@ def test_a_rule_of_problems(case: ProblemCase) -> None:
     assert rejected is not None and rejected.rule == case.rule and rejected.legal and rejected.fix
     for said in case.says:
         assert said in f"{rejected.detail} | {rejected.legal}", said
-    assert list(shapes(case.illegal, Pins())) == problem_refused(case.illegal) == [rejected]
+    assert list(shapes(case.illegal, FixedChoices())) == problem_refused(case.illegal) == [rejected]
     assert broken_rule(case.illegal, ZERO3) == rejected
     strategy = Strategy(degrees=ZERO3, stages=even_stages(4, 1))
     assert rejected in broken_rules(case.illegal, strategy)
@@ -119,6 +119,6 @@ def test_what_would_help_an_engine_is_a_plan_that_it_can_run() -> None:
         (held(D, precision=Precision.FP8), "deepspeed_precision"),
         (dataclasses.replace(held(D, seq=2048), memory_limit_bytes=1 << 29), "memory"),
     ):
-        answer = why_infeasible(problem, Pins(), Effort(each_s=None, total_s=None))
+        answer = why_infeasible(problem, FixedChoices(), Effort(each_s=None, total_s=None))
         assert answer.binding.rule == rule
         assert answer.repairs and all(repair.verified for repair in answer.repairs)

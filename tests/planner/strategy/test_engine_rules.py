@@ -18,7 +18,7 @@ from planner.strategy.engines.engine_rules import (
     EngineRule,
     candidate_schedules,
 )
-from planner.strategy.fix_keys import Pins, parse_pins
+from planner.strategy.fixed_choices import FixedChoices, parse_fixed_choices
 from planner.strategy.rules import broken_rule, broken_rules
 from planner.strategy.strategy import Degrees, Schedule, Strategy, Zero
 from tests.planner import instances
@@ -286,8 +286,8 @@ def test_rules_of_an_engine_hold_where_it_is_asked_for_alone() -> None:
 def test_the_space_of_an_engine_keeps_its_rules(engine: Engine) -> None:
     """What the search looks at is legal and not empty, and of the engine's schedules."""
     problem = held(engine)
-    legal = [shape for shape in shapes(problem, Pins()) if isinstance(shape, Degrees)]
-    free = [shape for shape in shapes(held(None), Pins()) if isinstance(shape, Degrees)]
+    legal = [shape for shape in shapes(problem, FixedChoices()) if isinstance(shape, Degrees)]
+    free = [shape for shape in shapes(held(None), FixedChoices()) if isinstance(shape, Degrees)]
     assert 0 < len(legal) <= len(free)
     assert {d.schedule for d in legal if d.pp > 1} <= set(candidate_schedules(engine))
     assert set(legal) == {d for d in free if broken_rule(problem, d) is None}
@@ -307,9 +307,9 @@ def test_candidate_schedules() -> None:
 
 def test_max_tp_is_a_limit_with_a_name() -> None:
     problem = dataclasses.replace(held(None), limits=Limits(max_tp=2))
-    legal = [shape for shape in shapes(problem, Pins()) if isinstance(shape, Degrees)]
+    legal = [shape for shape in shapes(problem, FixedChoices()) if isinstance(shape, Degrees)]
     assert {degrees.tp for degrees in legal} == {1, 2}
     rejected = broken_rule(problem, Degrees(tp=4, dp_replicate=2, num_micro_batches=4))
     assert rejected is not None and rejected.rule == "max_tp"
     assert "tp=4" in rejected.detail and "--max-tp 2" in rejected.detail and rejected.legal == "1, 2"
-    assert not [s for s in shapes(problem, parse_pins(("tp=4",))) if isinstance(s, Degrees)]
+    assert not [s for s in shapes(problem, parse_fixed_choices(("tp=4",))) if isinstance(s, Degrees)]

@@ -20,7 +20,7 @@ from planner.model.traced_layer import TracedLayer
 from planner.model.traced_model import layer_pieces
 from planner.model.workload import Precision, Workload
 from planner.search.solve import SolveOptions, solve
-from planner.strategy.fix_keys import parse_pins
+from planner.strategy.fixed_choices import parse_fixed_choices
 from planner.strategy.plan import decode_plan, encode_plan
 from runtime.model.trace import trace_module, trace_operators
 from runtime.model.transformer import build_transformer
@@ -321,7 +321,7 @@ def test_a_traced_module_is_planned(kind: str, pins: tuple[str, ...]) -> None:
     with torch.device("meta"):
         module = build()
     spec = trace_module(module, inputs, name=kind)
-    plan = solve(problem(spec, batch=256), SolveOptions(pins=parse_pins(pins)))
+    plan = solve(problem(spec, batch=256), SolveOptions(pins=parse_fixed_choices(pins)))
     degrees = plan.strategy.degrees
     assert degrees.tp == 1 and degrees.world == 16
     assert [stage.end for stage in plan.strategy.stages][-1] == spec.layers

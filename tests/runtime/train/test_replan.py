@@ -20,7 +20,7 @@ from planner.job.problem import NOTHING_SAID
 from planner.model.spec import Block, ModelSpec, Segment
 from planner.model.workload import Precision, Workload
 from planner.search.solve import SolveOptions, solve
-from planner.strategy.fix_keys import parse_pins
+from planner.strategy.fixed_choices import parse_fixed_choices
 from planner.strategy.plan import Plan, load_plan, save_plan
 from planner.strategy.strategy import Degrees
 from runtime.train.data.documents import shipped_corpus
@@ -60,7 +60,7 @@ def solved(model: ModelSpec, *fixed: str) -> Plan:
     workload = Workload(seq=16, batch=8, precision=Precision.FP32, tokens=STEPS * 16 * 8)
     inputs = ProblemInputs(model, workload, cluster, None, None, NOTHING_SAID)
     problem = held_to_trainer(asked_of(inputs), "").problem
-    plan = solve(problem, SolveOptions(pins=parse_pins(fixed, cluster), reproducible=True))
+    plan = solve(problem, SolveOptions(pins=parse_fixed_choices(fixed, cluster), reproducible=True))
     return with_price(plan)
 
 

@@ -24,7 +24,7 @@ MAX_ORDERED = 3
 
 
 @frozen
-class Pins:
+class FixedChoices:
     """Choices that the user fixed; None leaves one open."""
 
     tp: int | None = None
@@ -63,15 +63,15 @@ _CHOICES = {
 }
 
 
-def parse_pins(texts: tuple[str, ...], cluster: ClusterSpec | None = None) -> Pins:
-    """Pins from `--fix KEY=VALUE` texts; an order of the cluster's groups may name their devices.
+def parse_fixed_choices(texts: tuple[str, ...], cluster: ClusterSpec | None = None) -> FixedChoices:
+    """Fixed choices from `--fix KEY=VALUE` texts; an order of the cluster's groups may name their devices.
 
     Raises InputError listing every wrong one.
     """
     values: dict[str, object] = {}
     problems: list[Problem] = []
-    for text in texts:
-        key, separator, value = text.partition("=")
+    for choice_text in texts:
+        key, separator, value = choice_text.partition("=")
         try:
             if not separator:
                 raise ValueError("needs the form KEY=VALUE")
@@ -82,10 +82,10 @@ def parse_pins(texts: tuple[str, ...], cluster: ClusterSpec | None = None) -> Pi
         except InputError as error:
             problems += error.problems
         except ValueError as error:
-            problems.append(Problem(where=f"--fix {text}", fault=f"{error}."))
+            problems.append(Problem(where=f"--fix {choice_text}", fault=f"{error}."))
     if problems:
         raise InputError(*problems)
-    return Pins(**values)  # type: ignore[arg-type]
+    return FixedChoices(**values)  # type: ignore[arg-type]
 
 
 def _pin(key: str, value: str) -> object:
@@ -103,8 +103,8 @@ def _pin(key: str, value: str) -> object:
         if value not in _BOOLEANS:
             raise ValueError(f"'{value}' is not true or false")
         return _BOOLEANS[value]
-    if key not in Pins.__dataclass_fields__:
-        raise ValueError(f"unknown key; known are {', '.join(Pins.__dataclass_fields__)}")
+    if key not in FixedChoices.__dataclass_fields__:
+        raise ValueError(f"unknown key; known are {', '.join(FixedChoices.__dataclass_fields__)}")
     low = 0 if key == "zero" else 1
     if not value.isdigit() or not low <= int(value) <= (3 if key == "zero" else 10**6):
         raise ValueError(
@@ -116,10 +116,10 @@ def _pin(key: str, value: str) -> object:
 Choice = int | bool | str | None
 """The value of a key; None where a strategy mixes several, or keeps the order of a cluster's groups."""
 
-KEYS = tuple(Pins.__dataclass_fields__)
+FIX_KEYS = tuple(FixedChoices.__dataclass_fields__)
 
 
-def chosen(strategy: Strategy, key: str) -> Choice:
+def chosen_value(strategy: Strategy, key: str) -> Choice:
     """What a strategy chose for a key; None where its blocks differ in it."""
     degrees = strategy.degrees
     if key == "recompute":
@@ -140,9 +140,9 @@ def chosen(strategy: Strategy, key: str) -> Choice:
     return str(value) if isinstance(value, str) else int(value) if key == "zero" else value
 
 
-def pinned(pins: Pins) -> dict[str, Choice]:
+def fixed_values(pins: FixedChoices) -> dict[str, Choice]:
     """The keys that pins fix, with their values."""
-    values = {key: getattr(pins, key) for key in KEYS}
+    values = {key: getattr(pins, key) for key in FIX_KEYS}
     return {key: _typed(v) for key, v in values.items() if v is not None}
 
 
@@ -153,22 +153,22 @@ def _typed(value: Choice | tuple[int, ...]) -> Choice:
     return str(value) if isinstance(value, str) else value
 
 
-def keeps(strategy: Strategy, pins: Pins) -> bool:
+def keeps_choices(strategy: Strategy, pins: FixedChoices) -> bool:
     """Whether a strategy is one of those that pins leave."""
-    return all(chosen(strategy, key) == value for key, value in pinned(pins).items())
+    return all(chosen_value(strategy, key) == value for key, value in fixed_values(pins).items())
 
 
-def freed(pins: Pins, key: str) -> Pins:
+def without(pins: FixedChoices, key: str) -> FixedChoices:
     """The pins with one key left open."""
     return dataclasses.replace(pins, **{key: None})
 
 
-def text(key: str, value: Choice) -> str:
+def choice_text(key: str, value: Choice) -> str:
     """KEY=VALUE as it is typed."""
     return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
 
 
-def values_of(problem: PlanningProblem, key: str) -> list[Choice]:
+def possible_values(problem: PlanningProblem, key: str) -> list[Choice]:
     """Every value of a key that may be legal for a problem."""
     devices, batch = problem.cluster.devices, problem.workload.batch
     experts = [each.count for each in problem.model.experts]
@@ -207,25 +207,25 @@ def nearest_first(values: list[Choice], wanted: Choice) -> list[Choice]:
     return [value for _, value in numbers]
 
 
-def parse_choice(typed: str, problem: PlanningProblem, flag: str) -> tuple[str, Pins]:
+def parse_choice(typed: str, problem: PlanningProblem, flag: str) -> tuple[str, FixedChoices]:
     """The key and the pin of a KEY=VALUE text. Raises InputError with the nearest legal keys or values."""
     key, separator, value = (part.strip() for part in typed.partition("="))
     key = key.lower().replace("-", "_")
     where = f"{flag} {typed[:80]}"
     if not separator:
-        raise InputError(Problem(where=where, fault="needs the form KEY=VALUE.", legal=", ".join(KEYS)))
-    if key not in KEYS:
-        near = nearest(key[:40], KEYS, count=1)
+        raise InputError(Problem(where=where, fault="needs the form KEY=VALUE.", legal=", ".join(FIX_KEYS)))
+    if key not in FIX_KEYS:
+        near = nearest(key[:40], FIX_KEYS, count=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise InputError(
-            Problem(where=where, fault=f"no choice is called '{key[:40]}'.{hint}", legal=", ".join(KEYS))
+            Problem(where=where, fault=f"no choice is called '{key[:40]}'.{hint}", legal=", ".join(FIX_KEYS))
         )
     try:
-        return key, parse_pins((f"{key}={value}",))
+        return key, parse_fixed_choices((f"{key}={value}",))
     except InputError as error:
         fault = error.problems[0].fault
-    values = values_of(problem, key)
+    values = possible_values(problem, key)
     number = value.lstrip("-").isdigit() and len(value) < 10 and key != "sequence_parallel"
     order = nearest_first(values, int(value)) if number else values
-    shown = ", ".join(text(key, each).partition("=")[2] for each in order[:8])
+    shown = ", ".join(choice_text(key, each).partition("=")[2] for each in order[:8])
     raise InputError(Problem(where=where, fault=fault, legal=shown, fix=f"{flag} {key}=VALUE"))
