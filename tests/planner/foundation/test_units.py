@@ -8,7 +8,12 @@ from planner.foundation.errors import InputError
 from planner.foundation.units import (
     format_bytes,
     format_count,
+    format_days,
+    format_percent,
     format_seconds,
+    format_short_usd,
+    format_signed_percent,
+    format_usd,
     parse_bytes,
     parse_bytes_per_s,
     parse_count,
@@ -69,6 +74,27 @@ def test_words_for_people() -> None:
     assert format_seconds(86_400 * 218) == "218 days"
     assert format_count(8_030_261_248) == "8.03B"
     assert format_count(12) == "12"
+
+
+def test_percentages_and_dollars_have_one_spelling() -> None:
+    assert [format_percent(0.0316), format_percent(1.0, 0), format_percent(None)] == ["3.2%", "100%", "-"]
+    assert [format_signed_percent(0.0316), format_signed_percent(-0.5, 0)] == ["+3.2%", "-50%"]
+    assert format_signed_percent(None) == "-"
+    assert [format_usd(usd) for usd in (12.345, 999.99, 123_456.7, -5, None)] == [
+        *("$12.35", "$999.99", "$123,457", "-$5.00", "unknown")
+    ]
+    assert [format_days(days) for days in (0.0421, 4.21, 218.4, 1240)] == ["0.042", "4.2", "218", "1,240"]
+
+
+@pytest.mark.parametrize(
+    ("usd", "text"),
+    [
+        *((None, "unknown"), (9_994, "$9,994"), (9_996, "$10.0K"), (191_746, "$192K"), (999_499, "$999K")),
+        *((999_500, "$1.00M"), (1_742_000, "$1.74M"), (2.5e9, "$2.50B"), (-20_000, "-$20.0K")),
+    ],
+)
+def test_short_dollars_have_three_digits(usd: float | None, text: str) -> None:
+    assert format_short_usd(usd) == text
 
 
 @pytest.mark.parametrize(("text", "rate"), [("40GB/s", 40e9), ("1.5 GiB/s", 1.5 * 2**30), ("7B", 7.0)])
