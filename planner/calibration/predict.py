@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from planner.calibration.run_setup import RunSetup
 from planner.calibration.runs import Run
-from planner.cost.constants import larger
 from planner.cost.evaluate import CostModel
 from planner.cost.pipeline.makespan_paths import makespan_bound
+from planner.foundation.arrays import larger
 from planner.hardware.cluster import ClusterSpec, Device
 from planner.job.engine_settings import Stack
 from planner.model.spec import ModelSpec

@@ -28,13 +28,8 @@ from planner.search.least_passes import option_passes
 from planner.strategy.schedule.table import BACKWARD, FORWARD, INPUT_GRAD, KINDS, PAIRED, Table
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from planner.foundation.arrays import Bools, Floats, Ints
     from planner.search.stage_space import StageSpace
-
-    Ints = np.ndarray[Any, np.dtype[np.int64]]
-    Bools = np.ndarray[Any, np.dtype[np.bool_]]
-    Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 Spans = list[list[tuple[int, int]]]
 """Blocks [first, end) that a stage may hold: for each first layer, ends in ascending order."""

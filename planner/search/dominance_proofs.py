@@ -15,16 +15,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from planner.search.sizes import Sizes
 from planner.strategy.strategy import Degrees
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    Floats = np.ndarray[Any, np.dtype[np.float64]]
-    Ints = np.ndarray[Any, np.dtype[np.int64]]
+    from planner.foundation.arrays import Floats, Ints
 
 EACH, MOST = 3, 4096
 """Proofs that are remembered of one table, and tables."""

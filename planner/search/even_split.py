@@ -4,17 +4,14 @@ classes and ranks hold several stages."""
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from planner.strategy.schedule.longest_path import action_order
 from planner.strategy.schedule.table import BACKWARD, FORWARD
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from planner.foundation.arrays import Floats
     from planner.search.stage_space import StageSpace
-
-    Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def floor_s(space: StageSpace, enough_s: float = float("inf")) -> float:

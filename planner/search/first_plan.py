@@ -42,7 +42,7 @@ from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.strategy import Degrees
 
 if TYPE_CHECKING:
-    from planner.search.shape_estimates import Floats
+    from planner.foundation.arrays import Floats
 
 REPLAYED = 4
 """Shapes that are replayed for one cluster at most, of those that fit."""

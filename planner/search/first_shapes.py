@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from planner.foundation.frozen import replaced
 from planner.search.bounds import schedule_factor
@@ -18,10 +18,7 @@ from planner.search.space import Space
 from planner.strategy.strategy import Degrees, Schedule
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    Floats = np.ndarray[Any, np.dtype[np.float64]]
-    Ints = np.ndarray[Any, np.dtype[np.int64]]
+    from planner.foundation.arrays import Floats, Ints
 
 EACH = 2
 """Shapes of each schedule; without a pipeline all that are looked at, for which one recipe is found."""

@@ -53,9 +53,7 @@ from planner.strategy.schedule.table import Flights, InFlight
 from planner.strategy.strategy import Degrees, Schedule
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    Floats = np.ndarray[Any, np.dtype[np.float64]]
+    pass
 
 MS = 1e3
 

@@ -7,7 +7,7 @@ where torch divides that of a whole stage, as no stage takes less.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from planner.cost.layer import Pass
 from planner.cost.stage.stage import ShapeModel
@@ -15,10 +15,7 @@ from planner.model.sublayer import Recompute
 from planner.search.bounds import split_again_s
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    Floats = np.ndarray[Any, np.dtype[np.float64]]
-    Ints = np.ndarray[Any, np.dtype[np.int64]]
+    from planner.foundation.arrays import Floats, Ints
 
 
 class LeastPasses(NamedTuple):

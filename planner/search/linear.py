@@ -8,10 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from planner.search.quiet import quiet_stdout
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    Floats = np.ndarray[Any, np.dtype[np.float64]]
-    Ints = np.ndarray[Any, np.dtype[np.int64]]
+    from planner.foundation.arrays import Floats
 
 
 DUAL, PRIMAL, SCALED = 1, 4, 2

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise, product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from planner.cost.pipeline.replay import Replay, critical_path
 from planner.search.cuts import Spans
@@ -31,10 +31,7 @@ from planner.search.stage_space import StageSpace
 from planner.strategy.schedule.table import KINDS
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    Ints = np.ndarray[Any, np.dtype[np.int64]]
-    Floats = np.ndarray[Any, np.dtype[np.float64]]
+    from planner.foundation.arrays import Floats, Ints
 
 ROUNDS = 48
 """Mixtures of paths that are tried for a shape."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from planner.cost.communication.collectives import overlap_of
 from planner.cost.communication.messages import Messages
@@ -31,10 +31,7 @@ from planner.strategy.placement import is_mixed, rank_groups
 from planner.strategy.strategy import Degrees, Zero
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    Floats = np.ndarray[Any, np.dtype[np.float64]]
-    Ints = np.ndarray[Any, np.dtype[np.int64]]
+    from planner.foundation.arrays import Floats, Ints
 
 TINY_S = 1e-12
 """What a unit takes at least where it is divided by."""

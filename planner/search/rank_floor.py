@@ -23,10 +23,7 @@ from planner.strategy.schedule.table import Flights, InFlight, total_count
 from planner.strategy.strategy import Degrees, RecomputeCounts
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    Ints = np.ndarray[Any, np.dtype[np.int64]]
-    Floats = np.ndarray[Any, np.dtype[np.float64]]
+    from planner.foundation.arrays import Floats, Ints
 
 MOMENTS = 3
 """Moments of a rank's row that are looked at, those with most alive first."""

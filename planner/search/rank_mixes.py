@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from planner.cost.fit.memory_timeline import StageMemory, idle_apart
 from planner.cost.pipeline.replay import kind_passes
@@ -24,8 +24,7 @@ from planner.strategy.strategy import Offload
 if TYPE_CHECKING:
     import numpy as np
 
-    Floats = np.ndarray[Any, np.dtype[np.float64]]
-    Ints = np.ndarray[Any, np.dtype[np.int64]]
+    from planner.foundation.arrays import Floats, Ints
 
 MOST_MIXES = 60_000
 """Mixes of all stages of a rank together beyond which it is left to planner.search.rank_floor."""

@@ -20,12 +20,8 @@ from planner.strategy.schedule.schedules import in_flight
 from planner.strategy.strategy import Degrees, Schedule
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from planner.foundation.arrays import Floats, Ints
     from planner.search.stage_space import StageSpace
-
-    Ints = np.ndarray[Any, np.dtype[np.int64]]
-    Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 REMEMBERED = 1024
 

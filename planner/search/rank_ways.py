@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from planner.search.rank_fill import Way, can_hold
 from planner.search.rank_floor import DUST, RankFloor
@@ -19,11 +19,8 @@ from planner.search.sizes import Limits
 from planner.strategy.schedule.table import ActionKind, InFlight
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from planner.foundation.arrays import Floats
     from planner.search.stage_space import StageSpace
-
-    Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 Span = tuple[int, int]
 

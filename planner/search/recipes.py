@@ -12,11 +12,11 @@ from functools import cache, cached_property
 from operator import le
 from typing import TYPE_CHECKING, Any
 
-from planner.cost.constants import larger
 from planner.cost.fit.memory_timeline import StageMemory
 from planner.cost.fit.offload import with_offload
 from planner.cost.pipeline.replay import kind_passes
 from planner.cost.stage.stage import ShapeModel, StageCost
+from planner.foundation.arrays import larger
 from planner.foundation.frozen import frozen
 from planner.job.engine_settings import Engine
 from planner.model.sublayer import Recompute
@@ -27,10 +27,7 @@ from planner.strategy.schedule.table import KINDS, InFlight
 from planner.strategy.strategy import Offload, RecomputeCounts, Schedule, Stage, offloaded
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    Ints = np.ndarray[Any, np.dtype[np.int64]]
-    Floats = np.ndarray[Any, np.dtype[np.float64]]
+    from planner.foundation.arrays import Floats, Ints
 
 MAX_MIXES = 16
 """Recomputation mixes of one stage and size that the ILP chooses from where a rank holds several stages."""

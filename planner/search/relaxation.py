@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 from planner.cost.evaluate import CostModel
@@ -39,13 +39,9 @@ from planner.strategy.schedule.table import KINDS
 from planner.strategy.strategy import Zero
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from planner.foundation.arrays import Floats, Ints
     from planner.search.recipes import RecipeBook
     from planner.search.stage_space import StageSpace
-
-    Floats = np.ndarray[Any, np.dtype[np.float64]]
-    Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 EXACT = 1e-6
 """Share of an optimum by which HiGHS, whose tolerance is less, may be off."""

@@ -8,17 +8,14 @@ Of an interleaved table with even stages one of them is the longest path.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from planner.strategy.schedule.schedules import build_table
 from planner.strategy.schedule.table import BACKWARD, FORWARD, INPUT_GRAD, KINDS, PAIRED, Table
 from planner.strategy.strategy import Degrees, Schedule
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    Ints = np.ndarray[Any, np.dtype[np.int64]]
-    Floats = np.ndarray[Any, np.dtype[np.float64]]
+    from planner.foundation.arrays import Floats, Ints
 
 REMEMBERED = 64
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from planner.cost.communication.collectives import overlap_of
 from planner.cost.communication.messages import Messages
@@ -38,9 +38,7 @@ from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.strategy import Degrees, Schedule, Zero
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    Floats = np.ndarray[Any, np.dtype[np.float64]]
+    from planner.foundation.arrays import Floats
 
 MOST_LOOKED_AT = 16
 """Shapes, in order of an outlook with messages by bytes and nominal rates, whose messages are looked at."""

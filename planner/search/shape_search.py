@@ -17,7 +17,7 @@ import dataclasses
 import time
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from planner.cost.pipeline.replay import critical_path
 from planner.search import even_split
@@ -32,9 +32,7 @@ from planner.search.stage_space import StageSpace
 from planner.strategy.strategy import Strategy
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    Floats = np.ndarray[Any, np.dtype[np.float64]]
+    from planner.foundation.arrays import Floats
 
 MAX_SPLITS = 400
 """Ways to deal the blocks that are all replayed; of more, the ILP finds the best."""

@@ -22,7 +22,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from itertools import count, islice, product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.cost.not_modelled import not_modelled
@@ -55,9 +55,7 @@ from planner.strategy.schedule.schedules import print_table
 from planner.strategy.strategy import AXES, Degrees, Schedule, Strategy
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    Ints = np.ndarray[Any, np.dtype[np.int64]]
+    pass
 
 OPTIMAL_GAP = 1e-6
 BETTER_SHAPES, BETTER_WITHIN = 4, 1.1

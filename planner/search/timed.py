@@ -20,7 +20,7 @@ what its hungriest block does, not their mean.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from planner.search.linear import LinearProgramme
 from planner.search.sizes import Sizes
@@ -28,11 +28,8 @@ from planner.strategy.schedule.longest_path import action_order
 from planner.strategy.schedule.table import KINDS
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from planner.foundation.arrays import Floats
     from planner.search.relaxation import Relaxation
-
-    Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 MAX_PLACES = 160
 """Places of a table up to which their ends are variables."""

@@ -8,15 +8,13 @@ more often, or at an hour at which others wait.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from planner.search.recipes import Column, RecipeBook
 from planner.strategy.strategy import RecomputeCounts, Stage
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    Ints = np.ndarray[Any, np.dtype[np.int64]]
+    from planner.foundation.arrays import Ints
 
 LESS = (("full", "selective"), ("selective", "none"), ("full", "none"))
 """Options of a block that recomputes less: before and after."""

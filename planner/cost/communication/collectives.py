@@ -42,7 +42,7 @@ import math
 from typing import Any
 
 from planner.cost import constants
-from planner.cost.constants import smaller
+from planner.foundation.arrays import smaller
 from planner.foundation.frozen import frozen
 from planner.hardware.cluster import ClusterSpec, Link
 from planner.hardware.measured_tables import CollectiveCurves, curves_of, rising, wire_factor

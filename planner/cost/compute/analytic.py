@@ -19,9 +19,9 @@ from planner.cost.compute.operator_time import BothWays, Pieces
 from planner.cost.compute.products import cast_s, matrices_s, product_s, products_of
 from planner.cost.compute.recompute_time import selected_s, spared_s
 from planner.cost.compute.weight_gradients import Trained, beside_frozen, without_lowest
-from planner.cost.constants import larger
 from planner.cost.layer import NOTHING, LayerCost, LayerShape, block_saved_bytes
 from planner.cost.time_constants import Physics, fitted_to_runs
+from planner.foundation.arrays import larger
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
 from planner.hardware.catalog import architecture_of

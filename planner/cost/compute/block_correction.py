@@ -22,9 +22,7 @@ from planner.model.spec import Layer
 from planner.profile.profile import BlockResiduals, BlockShape, Profile
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    Floats = np.ndarray[Any, np.dtype[np.float64]]
+    from planner.foundation.arrays import Floats
 
 PARAMS_OF_WIDTH = 12
 """Parameters of a GPT block of hidden size h, over h squared."""

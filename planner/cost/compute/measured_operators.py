@@ -30,17 +30,14 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from planner.model.workload import Precision
 from planner.profile.profile import Profile, RateKind, RateSample
 
 if TYPE_CHECKING:
-    import numpy as np
+    from planner.foundation.arrays import Floats
 
-
-if TYPE_CHECKING:
-    Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 Point = Sequence[float]
 Terms = Sequence[Sequence[int]]

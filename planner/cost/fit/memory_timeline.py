@@ -37,10 +37,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cached_property
 
-from planner.cost.constants import larger
 from planner.cost.memory.parameter_state import ParamBytes
 from planner.cost.stage.kind_layers import apart_params
 from planner.cost.stage.stage import ShapeModel, StageCost
+from planner.foundation.arrays import larger
 from planner.job.engine_settings import Engine
 from planner.model.sublayer import Recompute
 from planner.model.workload import Optimizer

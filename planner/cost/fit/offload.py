@@ -19,10 +19,10 @@ from __future__ import annotations
 import dataclasses
 from itertools import pairwise
 
-from planner.cost.constants import larger
 from planner.cost.layer import Pass, Unit
 from planner.cost.memory.parameter_state import ParamBytes, States, offloaded_states, state_rates
 from planner.cost.stage.stage import Hosted, ShapeModel, StageCost
+from planner.foundation.arrays import larger
 from planner.foundation.frozen import frozen
 from planner.strategy.strategy import OffloadCounts, Stage, Zero
 

@@ -23,7 +23,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
-from planner.cost.constants import larger
+from planner.foundation.arrays import larger
 from planner.strategy.schedule.schedules import ActionKind, Row, build_table
 from planner.strategy.strategy import Degrees, Schedule
 

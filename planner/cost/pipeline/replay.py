@@ -22,12 +22,12 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from planner.cost import constants
-from planner.cost.constants import smaller
 from planner.cost.layer import Pass
 from planner.cost.stage.stage import StageCost
+from planner.foundation.arrays import smaller
 from planner.foundation.frozen import frozen
 from planner.job.problem import PlanningProblem
 from planner.strategy.estimate import TimelineEvent
@@ -35,9 +35,7 @@ from planner.strategy.schedule.longest_path import Durations, action_order
 from planner.strategy.schedule.table import KINDS, Action, ActionKind, Table
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from planner.strategy.schedule.longest_path import Floats
+    from planner.foundation.arrays import Floats, Ints
 
 
 Span = tuple[float, float]
@@ -405,10 +403,6 @@ class _Shared:
 def _left(seconds: float) -> float:
     """Remaining seconds, without the dust of floating point."""
     return seconds if seconds > 1e-12 else 0.0
-
-
-if TYPE_CHECKING:
-    Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class CriticalPath(NamedTuple):

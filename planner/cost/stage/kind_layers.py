@@ -17,7 +17,6 @@ from planner.cost.communication.context_parallel import Exchanged
 from planner.cost.communication.expert_parallel import ExpertPass
 from planner.cost.communication.messages import Messages
 from planner.cost.compute.analytic import DeviceRates
-from planner.cost.constants import larger, smaller
 from planner.cost.layer import LayerCost, LayerShape, Pass, Unit
 from planner.cost.memory.activations import most_waits, waiting_bytes
 from planner.cost.stage.layer_cost import LayerModel, Units
@@ -29,6 +28,7 @@ from planner.cost.stage.parallel_cost import (
     tensor_s,
 )
 from planner.cost.time_constants import Physics
+from planner.foundation.arrays import larger, smaller
 from planner.job.engine_settings import Engine
 from planner.job.problem import PlanningProblem
 from planner.model.attention import CpExchange

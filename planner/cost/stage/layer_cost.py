@@ -17,12 +17,12 @@ from planner.cost import constants
 from planner.cost.communication.context_parallel import with_context_buffers
 from planner.cost.compute.analytic import DeviceRates, Known, analytic_cost, core_s, device_rates
 from planner.cost.compute.block_correction import Ratios, Residuals, block_shape, residuals_of
-from planner.cost.constants import larger, smaller
 from planner.cost.layer import LayerCost, LayerShape, Unit
 from planner.cost.memory.activations import engine_bytes
 from planner.cost.memory_constants import memory_constants, process_groups
 from planner.cost.stage.layer_samples import Run, SampleTable, at_usual_speed
 from planner.cost.time_constants import Physics
+from planner.foundation.arrays import larger, smaller
 from planner.foundation.frozen import frozen
 from planner.job.problem import PlanningProblem
 from planner.model.lora import adapted, layer_adapter_params
@@ -33,7 +33,7 @@ from planner.profile.profile import BlockShape, LayerKind, shape_key
 from planner.strategy.strategy import Degrees
 
 if TYPE_CHECKING:
-    import numpy as np
+    from planner.foundation.arrays import Ints
 
 
 @frozen
@@ -89,9 +89,6 @@ def _end_unit(params: float, tensors: int, adapters: Adapters | None) -> Unit:
         return Unit(params=params, tensors=tensors, trained=params)
     return Unit(params=params, tensors=0, trained=0.0)
 
-
-if TYPE_CHECKING:
-    Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 TIMES = ("forward_s", "backward_s", "forward_idle_s", "backward_idle_s")
 """The seconds of a layer's cost."""

@@ -27,8 +27,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from planner.cost.constants import larger
 from planner.cost.layer import LayerCost, LayerShape
+from planner.foundation.arrays import larger
 from planner.model.attention import CpExchange
 from planner.model.sublayer import AttentionKernel, Recompute
 from planner.model.workload import Precision

@@ -12,16 +12,16 @@ import copy
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from planner.cost.communication.collectives import CommModel
 from planner.cost.communication.messages import Messages
-from planner.cost.constants import larger
 from planner.cost.layer import Pass, Unit
 from planner.cost.memory.parameter_state import ParamBytes, States, states_of
 from planner.cost.stage.kind_layers import SharedCosts, apart_params, update_s
 from planner.cost.stage.layer_cost import LayerModel
 from planner.cost.stage.parallel_cost import summed_copies_s
+from planner.foundation.arrays import larger
 from planner.foundation.frozen import frozen
 from planner.job.engine_settings import Engine
 from planner.job.problem import PlanningProblem
@@ -30,7 +30,7 @@ from planner.profile.profile import LayerKind
 from planner.strategy.strategy import Degrees, Stage, Zero
 
 if TYPE_CHECKING:
-    import numpy as np
+    from planner.foundation.arrays import Ints
 
 
 @frozen
@@ -94,9 +94,6 @@ class StageCost:
     deferred_s: float | None = None
     copied_s: float = 0.0
 
-
-if TYPE_CHECKING:
-    Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 Chosen = tuple[tuple[str, Recompute], int]
 """Blocks of one class with one option, and how many there are."""

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from planner.foundation.frozen import frozen
 from planner.strategy.schedule.table import KINDS, Table
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    Ints = np.ndarray[Any, np.dtype[np.int64]]
-    Floats = np.ndarray[Any, np.dtype[np.float64]]
+    from planner.foundation.arrays import Floats, Ints
 
 WIDE = 12
 """Rows from which numpy, a wave of all ranks at a time, orders a table faster than a loop over actions."""

@@ -53,7 +53,7 @@ from planner.strategy.schedule.table import (
 from planner.strategy.strategy import Schedule
 
 if TYPE_CHECKING:
-    from planner.strategy.schedule.table import Ints
+    from planner.foundation.arrays import Ints
 
 
 F, B, W = ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.WEIGHT_GRAD

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from planner.foundation.errors import InputError, Problem
 
 if TYPE_CHECKING:
-    import numpy as np
+    from planner.foundation.arrays import Ints
 
 
 class ActionKind(StrEnum):
@@ -126,9 +126,6 @@ def total_count(flight: dict[int, InFlight]) -> int:
     """Micro-batches in flight on all stages of a rank."""
     return sum(each.micro_batches for each in flight.values())
 
-
-if TYPE_CHECKING:
-    Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 Fullest = tuple[tuple[int, ...], tuple[int, ...]]
 """Of every stage the micro-batches that are alive, and those that wait, when most are on its rank."""
