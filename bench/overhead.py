@@ -121,7 +121,8 @@ def _shard(model: nn.Module, plan: Plan) -> None:
 
 def measure(name: str, pairs: int) -> list[Pair]:
     """Pairs of steps of rank 0 of a case."""
-    from runtime.launch.local_ranks import Send, join_group, run_local
+    from runtime.launch.local_ranks import Send, run_local
+    from runtime.launch.process_group import join_group
 
     found: list[Pair] = []
 

@@ -40,7 +40,7 @@ from planner.commands.shared.text import table
 from planner.foundation.decode import write_atomic
 from planner.foundation.errors import InputError
 from planner.strategy.plan import Plan, load_plan
-from runtime.checkpoint.adapter_files import AdapterFolder, read_adapters
+from runtime.checkpoint.huggingface import AdapterFolder, read_adapters
 from runtime.model.huggingface.files import WeightFolder
 from runtime.model.huggingface.names import names_of
 from runtime.model.lora import apply_lora, peft_modules
@@ -64,7 +64,7 @@ FAMILIES = {
     "deepseek_v3-direct": "qv",
 }
 """Models of tests.runtime.hf_models and the modules that get adapters in each. MLPs of deepseek are left out:
-see `runtime.checkpoint.adapter_files.UNREAD`."""
+see `runtime.checkpoint.huggingface.UNREAD`."""
 RANK, ALPHA, SEQ, BATCH = 4, 12.0, 24, 4
 TOLERANCE, LEAST_MOVED = 1e-4, 1e-2
 UNCHANGED = "1e-30"

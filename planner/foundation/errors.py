@@ -11,6 +11,9 @@ of these.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Self
+
 from planner.foundation.frozen import frozen
 
 
@@ -49,6 +52,11 @@ class InputError(PlannerError):
         self.problems = problems
         super().__init__("\n".join(str(problem) for problem in problems))
 
+    @classmethod
+    def at(cls, where: str | Path, fault: str, *, legal: str = "", fix: str = "") -> Self:
+        """Return the error of a single problem."""
+        return cls(Problem(where=str(where), fault=fault, legal=legal, fix=fix))
+
 
 class InfeasibleError(PlannerError):
     """No plan satisfies the rules and limits."""
@@ -60,3 +68,15 @@ class CheckError(PlannerError):
     """A check that was asked for did not hold."""
 
     exit_code = 4
+
+
+def require_package(module: str, extra: str, use: str) -> None:
+    """Raise InputError where `use`, such as a flag, needs a package that is not installed."""
+    import importlib.util
+
+    if importlib.util.find_spec(module) is None:
+        raise InputError.at(
+            use,
+            f"needs the package {module}, which is not installed.",
+            fix=f"pip install 'shardwise[{extra}]'",
+        )

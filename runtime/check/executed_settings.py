@@ -23,7 +23,7 @@ from planner.model.sublayer import Recompute
 from planner.strategy.plan import Plan
 from planner.strategy.schedule.schedules import ActionKind, Table, build_table, parse_table, print_table
 from planner.strategy.strategy import Degrees, OffloadCounts, RecomputeCounts, Schedule, Stage, Strategy, Zero
-from runtime.launch.rank import gather_json
+from runtime.launch.process_group import gather_json
 from runtime.model.transformer import Transformer
 from runtime.parallel import recompute
 from runtime.parallel.data import unit_groups

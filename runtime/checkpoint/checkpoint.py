@@ -46,7 +46,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from planner.foundation.errors import InputError, Problem
 from runtime.checkpoint.dcp import JsonLoadPlanner, JsonSavePlanner, SafetensorsReader, SafetensorsWriter
 from runtime.checkpoint.store import CheckpointIndex, Value
-from runtime.launch.rank import agree, own_rank
+from runtime.launch.process_group import agree, own_rank
 
 State = Mapping[str, Any]
 

@@ -20,16 +20,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
 from planner.foundation.decode import encode
-from planner.foundation.errors import InputError, PlannerError, Problem
-from runtime.launch.timeouts import describe_hang, lost_peer, process_state, timed_out
+from planner.foundation.errors import PlannerError, Problem
+from runtime.launch.process_group import describe_hang, lost_peer, process_state, timed_out
 
 Message = dict[str, Any]
 Send = Callable[[Message], None]
@@ -328,21 +326,3 @@ def _tail(log: Path) -> list[str]:
         return log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
     except OSError:
         return []
-
-
-def join_group(backend: str, timeout_s: float) -> None:
-    """Joins the process group that the environment of `run_local` or torchrun describes.
-
-    Raises InputError where it cannot be formed: a port that is taken, a host that is not there.
-    """
-    try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    except (RuntimeError, ValueError, OSError) as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise InputError(
-            Problem(
-                where="MASTER_ADDR, MASTER_PORT",
-                fault=f"no process group at {address}: {' '.join(str(error).split())[:300]}.",
-                fix="choose a free port, and check that all nodes reach that host",
-            )
-        ) from None

@@ -17,13 +17,13 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from planner.model.feed_forward import Experts as ExpertsSpec
 from planner.model.feed_forward import Mlp as MlpSpec
 from planner.model.feed_forward import Score
-from runtime.launch.rank import row_counts
 from runtime.model.layers import Mlp, activate
 
 _TINY = 1e-20
@@ -312,7 +312,7 @@ def _copies_by_expert(
     keys = chosen_tk.flatten()
     order = keys.argsort(stable=True)
     counts = keys.new_zeros(spec.count + 1).scatter_add_(0, keys, torch.ones_like(keys))[: spec.count]
-    rows = len(order) if spec.routing.capacity is None else sum(row_counts(counts[None], len(order))[0])
+    rows = len(order) if spec.routing.capacity is None else sum(rows_per_part(counts[None], len(order))[0])
     places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     places = places.clamp(max=rows).view_as(chosen_tk)
     of_row = order[:rows] // chosen_tk.shape[1]
@@ -362,3 +362,12 @@ class _Places(torch.autograd.Function):
         grads = grad_tkh.new_empty(ctx.rows + 1, grad_tkh.shape[-1])
         grads[places.flatten()] = grad_tkh.flatten(0, 1)
         return grads[: ctx.rows], None
+
+
+def rows_per_part(counts: Tensor, rows: int) -> list[list[int]]:
+    """The numbers in `counts` [n, parts]; where tensors have shapes alone, `rows` over the parts of each."""
+    if isinstance(counts, FakeTensor):
+        parts = counts.shape[1]
+        return [[(rows + parts - 1 - part) // parts for part in range(parts)]] * len(counts)
+    found: list[list[int]] = counts.tolist()
+    return found

@@ -16,8 +16,37 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
-from runtime.launch.rank import FILLS, alone, balanced_counts, fill
+FAKE_BACKEND_COPIES = TorchVersion(torch.__version__) >= "2.13"
+"""Whether the fake backend itself copies what a rank sends into what it receives, of collectives; earlier
+ones leave what is exchanged or reduced as it was allocated, which is filled here, but for DTensor's own. No
+version does for messages of a pair."""
+
+
+def is_fake(group: dist.ProcessGroup) -> bool:
+    """Whether the other ranks of the group exist in name only."""
+    return dist.get_backend(group) == "fake"
+
+
+def balanced_counts(counts: Tensor) -> Tensor:
+    """As many rows in all as `counts` [ranks, experts] says, as even as whole rows can be."""
+    cells = counts.numel()
+    begun = torch.arange(cells - 1, -1, -1, device=counts.device)
+    return ((counts.sum() + begun) // cells).view_as(counts)
+
+
+def fill_received(received: Tensor, sent: Tensor) -> None:
+    """Writes what was sent into what is received, row by row, again from the start where that is longer.
+
+    Autograd and recomputation, which keep what was received, take it as part of receiving.
+    """
+    rows = max(len(sent), 1)
+    target = received.data
+    for first in range(0, len(received) if len(sent) else 0, rows):
+        part = target[first : first + rows]
+        part.copy_(sent.data[: len(part)])
+
 
 _ops = torch.ops._c10d_functional
 
@@ -30,8 +59,8 @@ def _exchanged(
     """All-to-all along dim 0: out_splits[r] rows go to rank r, in_splits[r] come from it."""
     sent = _ops.all_to_all_single(x.contiguous(), list(in_splits), list(out_splits), group.group_name)
     received: Tensor = _ops.wait_tensor(sent)
-    if not FILLS and alone(group):
-        fill(received, x)
+    if not FAKE_BACKEND_COPIES and is_fake(group):
+        fill_received(received, x)
     return received
 
 
@@ -42,7 +71,7 @@ def exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
     """
     ones = [1] * group.size()
     received = _exchanged(counts, ones, ones, group)
-    return balanced_counts(counts) if alone(group) else received
+    return balanced_counts(counts) if is_fake(group) else received
 
 
 def exchange_rows(
@@ -75,8 +104,8 @@ def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     sent = _ops.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name)
     received: Tensor = _ops.wait_tensor(sent)
-    if not FILLS and alone(group):
-        fill(received, x)
+    if not FAKE_BACKEND_COPIES and is_fake(group):
+        fill_received(received, x)
     return received
 
 
@@ -107,9 +136,9 @@ class Ring:
         """Starts one hop of these contiguous tensors. Hops of two kinds that overlap need not be in order."""
         ahead, behind = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         received = tuple(torch.empty_like(tensor) for tensor in tensors)
-        if alone(self.group):
+        if is_fake(self.group):
             for empty, own in zip(received, tensors, strict=True):
-                fill(empty, own)
+                fill_received(empty, own)
         sends = self._operations(dist.isend, tensors, ahead, kind)
         receives = self._operations(dist.irecv, received, behind, kind)
         return Hop(tensors, received, dist.batch_isend_irecv([*sends, *receives]))
@@ -167,8 +196,8 @@ class PartialSums:
         own = self._whole.new_empty(1, self._whole.shape[1])
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         scatter(own.view(-1), self._whole.view(-1), group=self._group)
-        if not FILLS and alone(self._group):
-            fill(own, self._whole)
+        if not FAKE_BACKEND_COPIES and is_fake(self._group):
+            fill_received(own, self._whole)
         return tuple(view[0].clone() for view in _views(own, self._like))
 
 
@@ -208,6 +237,6 @@ def _trade(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Gives part r to rank r, and returns what each rank gave, in the order of ranks."""
     traded = functional_collectives.all_to_all_single(parts.contiguous(), None, None, group)
     arrived: Tensor = functional_collectives.wait_tensor(traded)  # type: ignore[no-untyped-call]
-    if not FILLS and alone(group):
-        fill(arrived, parts)
+    if not FAKE_BACKEND_COPIES and is_fake(group):
+        fill_received(arrived, parts)
     return arrived

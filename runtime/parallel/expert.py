@@ -30,8 +30,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from planner.strategy.strategy import Degrees
-from runtime.launch.rank import row_counts
-from runtime.model.experts import Experts, MixtureOfExperts
+from runtime.model.experts import Experts, MixtureOfExperts, rows_per_part
 from runtime.parallel.collectives import exchange_counts, exchange_rows, gather_ranks, sum_to_ranks
 from runtime.parallel.context import held_positions
 from runtime.parallel.meshes import Meshes
@@ -174,12 +173,12 @@ class SentByRank:
         out_counts = counts_e.view(self.ep.size(), -1)
         in_counts = exchange_counts(out_counts, self.ep)
         both = torch.stack((out_counts.sum(1), in_counts.sum(1)))
-        out_splits, in_splits = row_counts(both, rows_rh.shape[0])
+        out_splits, in_splits = rows_per_part(both, rows_rh.shape[0])
         rows = exchange_rows(rows_rh, out_splits, in_splits, self.ep)
         arrived, rows_of_rank = in_counts[None], [rows.shape[0]]
         if self.etp is not None:
             arrived = gather_ranks(in_counts[None], self.etp)
-            (rows_of_rank,) = row_counts(arrived.sum((1, 2))[None], self.etp.size() * rows.shape[0])
+            (rows_of_rank,) = rows_per_part(arrived.sum((1, 2))[None], self.etp.size() * rows.shape[0])
             rows = gather_ranks(_padded(rows, max(rows_of_rank)), self.etp)
         order = _order_by_expert(arrived, max(rows_of_rank))[: sum(rows_of_rank)]
         sent = _Sent(out_splits=out_splits, in_splits=in_splits, order=order, room=rows.shape[0])

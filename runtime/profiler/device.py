@@ -35,7 +35,7 @@ from planner.model.feed_forward import Activation, Mlp
 from planner.model.spec import Block, ModelSpec, Norm, Segment
 from planner.model.workload import Precision
 from planner.profile.profile import Constant
-from runtime.check.measured_memory import rss_bytes
+from runtime.check.memory import rss_bytes
 from runtime.model.transformer import Transformer, build_transformer, materialize
 from runtime.profiler.layers import DTYPES, to_precision
 from runtime.profiler.timing import Effort, Emit, Reference, run_children, summarize, time_call

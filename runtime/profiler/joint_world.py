@@ -26,7 +26,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
 from planner.profile.profile import Op
-from runtime.launch.rank import ENVIRONMENT
+from runtime.launch.process_group import ENVIRONMENT
 
 
 @frozen

@@ -2,7 +2,7 @@
 
 A layer is measured as the runtime runs it: as a stage that holds nothing else, with the hooks of tensor,
 context and expert parallelism of a real plan on a fake world. Their host time is part of the truth; messages
-are answered at once (`runtime.launch.rank`), with experts as busy as balanced routers make them.
+are answered at once (`runtime.launch.process_group`), with experts as busy as balanced routers make them.
 
 Memory, all relative to just before the layer's input exists, by the real allocator:
 
@@ -49,7 +49,7 @@ from planner.profile.profile import LayerKind, LayerSample, shape_key
 from planner.strategy.engines.native import context_not_executed, vocabulary_not_executed
 from planner.strategy.parallel_rules import SPREAD_RULES
 from planner.strategy.strategy import Degrees
-from runtime.check.measured_memory import storage_bytes, trace_phases
+from runtime.check.memory import storage_bytes, trace_phases
 from runtime.model.fp8 import apply_fp8
 from runtime.model.precision import compute_dtype
 from runtime.model.transformer import Transformer, build_transformer, materialize

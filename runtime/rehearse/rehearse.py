@@ -29,16 +29,15 @@ from planner.hardware.local_machine import usable_cores
 from planner.strategy.plan import Plan
 from planner.strategy.rehearsal import RankRehearsal, RehearsalMode, RehearsedPass
 from planner.strategy.schedule.table import ActionKind, parse_action
-from runtime.check.measured_memory import measure_peak
+from runtime.check.memory import CUDA_BLOCK_BYTES, LiveBytes, accelerator_kernels, fake_tensors, measure_peak
 from runtime.launch.local_ranks import RunFailedError
 from runtime.parallel.meshes import build_meshes, fake_group
 from runtime.parallel.recompute import compiles
 from runtime.profiler.layers import out_of_memory
 from runtime.profiler.timing import ChildFailed, Emit, clock_of, reference_s, run_children, summarize
-from runtime.rehearse.fake import CUDA_BLOCK_BYTES, LiveBytes, accelerator_kernels, fake_tensors
 from runtime.train.executor import Executor
-from runtime.train.metrics import GRADIENT_SUMS, OPTIMIZER, Span
 from runtime.train.optimizer import OptimizerOptions
+from runtime.train.recorder import GRADIENT_SUMS, OPTIMIZER, Span
 
 SILENCE_S = 900.0
 """A rank that says nothing for so long has failed: a step of a large stage on a CPU takes minutes."""

@@ -31,13 +31,13 @@ from runtime.parallel.pipeline import Pipeline, Record, StageModule
 from runtime.parallel.recompute import WRAPPER_PREFIX, check_compiled_gradients
 from runtime.parallel.tensor import copies_of, partial_parameters
 from runtime.train.optimizer import (
+    Balance,
     OptimizerOptions,
     build_optimizer,
     clip,
     learning_rate,
     weighted_square_sum,
 )
-from runtime.train.router_balance import Balance
 
 
 @dataclass(frozen=True)

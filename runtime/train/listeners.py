@@ -22,13 +22,11 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from planner.foundation.decode import decode, encode, write_atomic
-from planner.foundation.errors import InputError, Problem
+from planner.foundation.errors import InputError, Problem, require_package
 from planner.foundation.units import format_bytes, format_count, format_seconds
 from planner.strategy.plan import Plan
-from runtime.train.metrics import StepCauses, StepMetrics
+from runtime.train.metrics import StepCauses, StepMetrics, TrainSummary
 from runtime.train.options import TrainOptions
-from runtime.train.packages import require_package
-from runtime.train.summary import TrainSummary
 
 PLAIN_INTERVAL_S = 2.0
 """Off a terminal, a line at most this often (and always the first and last step)."""

@@ -5,36 +5,29 @@ Where a step's time goes, by cause: measured on one recorded step, and as it was
 Steps that are recorded: their memory, the timeline of all ranks, a profiler's trace, the allocations.
 
 Recording slows a step down, so recorded steps are not timed (`runtime.train.metrics.Probes`).
+
+TrainSummary: summary.json, how a run ended and how far the prediction was from it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gzip
 import json
 import math
-import os
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from planner.foundation.decode import encode, write_atomic
+from planner.foundation.decode import encode, to_json, write_atomic
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
-from planner.foundation.run_files import METRICS, TIMELINE
-from planner.strategy.plan import Plan
-from runtime.check.measured_memory import measure_peak
-from runtime.launch.rank import gather_json, own_rank
-from runtime.parallel.pipeline import Record
-
-GRADIENT_SUMS, OPTIMIZER = "gradient sums", "optimizer"
-Span = tuple[str, float, float]
-"""Name, begin and end of what a rank did."""
+from planner.foundation.run_files import METRICS, SUMMARY
+from planner.strategy.plan import Plan, added_usd, predicted_memory_by_rank, predicted_usd, usd_of
 
 
 @frozen
@@ -54,24 +47,6 @@ class StepCauses:
     @property
     def total_s(self) -> float:
         return self.compute_s + self.wait_s + self.gradient_sums_s + self.optimizer_s
-
-
-def causes_of(spans: Sequence[Span], step_s: float) -> StepCauses:
-    """The causes of a rank's step of `step_s` seconds, from its recorded spans."""
-    seconds = {GRADIENT_SUMS: 0.0, OPTIMIZER: 0.0}
-    compute_s = 0.0
-    for name, begin, end in spans:
-        if name in seconds:
-            seconds[name] += end - begin
-        else:
-            compute_s += end - begin
-    recorded_s = compute_s + sum(seconds.values())
-    return StepCauses(
-        compute_s=compute_s,
-        wait_s=max(0.0, step_s - recorded_s),
-        gradient_sums_s=seconds[GRADIENT_SUMS],
-        optimizer_s=seconds[OPTIMIZER],
-    )
 
 
 def mean_causes(ranks: Sequence[StepCauses]) -> StepCauses:
@@ -135,60 +110,6 @@ class StepMetrics:
     skipped: bool = False
     expected_cost_usd: float | None = None
     predicted_cost_usd: float | None = None
-
-
-@frozen
-class TimelineEvent:
-    """What one rank did in the recorded step. Times of all ranks of a machine are of one clock."""
-
-    rank: int
-    name: str
-    start_s: float
-    duration_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Probes:
-    """Which steps of a launch are recorded, counted from 0 at its start; the rest are timed.
-
-    A profiler's trace, where asked for, is of the `profile` steps, and the snapshot of allocations of step
-    `snapshot`.
-
-    The first step pays for allocations and shape inference. Memory is recorded in the first and again in
-    the second, whose figure is that of every later step. The timeline is that of the third.
-    """
-
-    memory: frozenset[int]
-    timeline: int | None
-    timed_from: int
-    profile: range = range(0)
-    snapshot: int | None = None
-
-    @classmethod
-    def over(cls, steps: int, *, profile_steps: int = 0, snapshot: bool = False) -> Probes:
-        """Probes for a launch of `steps` steps; short ones record less so that something is timed."""
-        memory, timeline, timed_from = (
-            (frozenset({0, 1}), 2, 3)
-            if steps >= 5
-            else (frozenset({0}), 1, 2)
-            if steps >= 3
-            else (frozenset({0}), None, 1)
-        )
-        return cls(
-            memory,
-            timeline,
-            timed_from,
-            range(timed_from, min(timed_from + profile_steps, steps)),
-            max(memory) if snapshot else None,
-        )
-
-    def recorded(self, offset: int) -> bool:
-        """Whether memory, timeline or trace of this step are recorded."""
-        return offset in self.memory or offset == self.timeline or offset in self.profile
-
-    def timed(self, offset: int) -> bool:
-        """Whether the time of this step counts."""
-        return offset >= self.timed_from and offset not in self.profile
 
 
 @frozen
@@ -286,13 +207,6 @@ def mfu(plan: Plan, step_time_s: float) -> float | None:
     return None if peak is None else model_flops(plan) / (step_time_s * peak)
 
 
-def write_timeline(run_dir: Path, events: Sequence[TimelineEvent]) -> None:
-    """Writes timeline.json: a list of events in the order of rank and start."""
-    ordered = sorted(events, key=lambda event: (event.rank, event.start_s))
-    text = json.dumps([encode(event) for event in ordered], indent=0, allow_nan=False)
-    write_atomic(run_dir / TIMELINE, text + "\n")
-
-
 def prepare_run_dir(run_dir: Path) -> None:
     """Makes the run folder and tries that it can be written. Raises InputError if not."""
     try:
@@ -310,105 +224,158 @@ def prepare_run_dir(run_dir: Path) -> None:
         ) from None
 
 
-PROFILES, SNAPSHOTS = "profile", "memory"
-MAX_CUDA_ENTRIES = 100_000
-"""Allocations that a snapshot on CUDA goes back over."""
+SUMMARY_SCHEMA = 1
 
 
-class Recorder:
-    """Runs the steps of one rank, and records those that the probes name."""
+@frozen
+class TrainSummary:
+    """summary.json: predicted against measured, and how the run ended.
 
-    def __init__(self, probes: Probes, record: Record, device: torch.device, run_dir: Path) -> None:
-        self.probes, self.record, self.device, self.run_dir = probes, record, device, run_dir
-        self.peak_bytes = 0
-        self.causes: list[StepCauses] = []
-        """Of every rank in the step whose timeline was recorded, once it was."""
-        self._profiler: Any = None
+    `measured_step_time_s` is the median over the timed steps of the slowest rank's time;
+    `measured_step_time_spread` its interquartile range over the median. Both are None without a timed
+    step. `goodput` is the share of the run's wall time (`wall_s`, all launches) that went into steps that
+    were kept. `cost_usd` is for that time, each launch on its own plan's cluster, `predicted_cost_usd` what
+    these plans say of the steps up to the last, `expected_cost_usd` what the run costs with the steps that
+    are left of those asked for, at this launch's pace; all are None where a price is not known.
+    `causes_by_rank` is where the time of the recorded step went, empty where none was recorded; what a rank
+    was busy with and what it waited for are sums of these. `checkpoint_wait_s` is what training waited for
+    checkpoints in this launch. `executed_differences` lists where the running model differs from its plan.
+    """
 
-    def run(self, offset: int, step: Callable[[], object]) -> float:
-        """Runs step `offset` of the launch; returns its seconds on this rank."""
-        if self.probes.profile and offset == self.probes.profile.start:
-            self._profiler = self._start_profiler()
-        record = self.record
-        record.clock = self.clock if offset == self.probes.timeline else None
-        begin_s = self.clock()
-        if offset in self.probes.memory:
-            self._measure_memory(step, snapshot=offset == self.probes.snapshot)
-        else:
-            step()
-        own_s = self.clock() - begin_s
-        if self.device.type == "cuda":
-            self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
-        if record.clock is not None:
-            self._keep_timeline(list(record.spans), begin_s, own_s)
-        if self._profiler is not None and offset == self.probes.profile.stop - 1:
-            self._keep_profile()
-        return own_s
+    schema_version: int
+    status: str
+    plan: str
+    world: int
+    device: str
+    first_step: int
+    last_step: int
+    first_loss: float | None
+    last_loss: float | None
+    predicted_step_time_s: float
+    predicted_step_time_interval_s: tuple[float, float]
+    measured_step_time_s: float | None
+    measured_step_time_spread: float | None
+    step_time_error: float | None
+    timed_steps: int
+    tokens_per_s: float | None
+    mfu: float | None
+    predicted_peak_memory_bytes: int
+    predicted_peak_memory_bytes_by_rank: tuple[int, ...]
+    measured_peak_memory_bytes: int | None
+    measured_peak_memory_bytes_by_rank: tuple[int, ...]
+    peak_memory_error: float | None
+    busy_s_by_rank: tuple[float, ...]
+    wait_s_by_rank: tuple[float, ...]
+    causes_by_rank: tuple[StepCauses, ...]
+    predicted_causes: StepCauses
+    goodput: float
+    wall_s: float
+    cost_usd: float | None
+    predicted_cost_usd: float | None
+    expected_cost_usd: float | None
+    executed: dict[str, Any]
+    executed_differences: tuple[str, ...]
+    checkpoint: str | None
+    checkpoint_wait_s: float
+    data: str
+    versions: dict[str, str]
 
-    def clock(self) -> float:
-        """Seconds of the machine's monotonic clock, which all its processes share."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.monotonic()
 
-    def _keep_timeline(self, spans: list[Span], begin_s: float, own_s: float) -> None:
-        """Gathers the recorded step of all ranks; the first writes it. Collective."""
-        parts = gather_json({"spans": spans, "begin_s": begin_s, "own_s": own_s})
-        self.causes = [causes_of(part["spans"], part["own_s"]) for part in parts]
-        if own_rank() != 0:
-            return
-        start_s = min(part["begin_s"] for part in parts)
-        events = [
-            TimelineEvent(rank=rank, name=name, start_s=begin - start_s, duration_s=end - begin)
-            for rank, part in enumerate(parts)
-            for name, begin, end in part["spans"]
-        ]
-        write_timeline(self.run_dir, events)
+@dataclass(slots=True)
+class Seen:
+    """What rank 0 has seen of a launch so far; `steps_s` includes `earlier` launches."""
 
-    def _start_profiler(self) -> Any:
-        activities = [ProfilerActivity.CPU]
-        activities += [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
-        profiler = profile(activities=activities, acc_events=True)
-        profiler.start()
-        return profiler
+    first_step: int
+    losses: list[float] = field(default_factory=list)
+    steps_s: float = 0.0
+    earlier: Earlier = NOTHING_BEFORE
+    timed_s: list[float] = field(default_factory=list)
+    peaks: tuple[int, ...] = ()
+    causes: tuple[StepCauses, ...] = ()
+    status: str = "finished"
+    checkpoint: str | None = None
+    checkpoint_wait_s: float = 0.0
+    executed: dict[str, Any] = field(default_factory=dict)
+    executed_differences: tuple[str, ...] = ()
 
-    def _keep_profile(self) -> None:
-        """Writes RUN_DIR/profile/rank-N.json.gz, a trace for Perfetto or chrome://tracing."""
-        self._profiler.stop()
-        path = self.run_dir / PROFILES / f"rank-{own_rank()}.json"
-        path.parent.mkdir(exist_ok=True)
-        self._profiler.export_chrome_trace(str(path))
-        self._profiler = None
-        path.with_suffix(".json.gz").write_bytes(gzip.compress(path.read_bytes(), compresslevel=3))
-        path.unlink()
+    def cost_usd(self, plan: Plan, wall_s: float) -> float | None:
+        """Dollars of the run, which has taken `wall_s`: this launch on its plan's cluster."""
+        return added_usd(self.earlier.cost_usd, usd_of(plan, wall_s - self.earlier.wall_s))
 
-    def _measure_memory(self, step: Callable[[], object], *, snapshot: bool) -> None:
-        if not snapshot:
-            self.peak_bytes = measure_peak(step, self.device).allocated_bytes
-        elif self.device.type == "cuda":
-            self._snapshot_cuda(step)
-        else:
-            timeline: list[tuple[float, int]] = []
-            peak = measure_peak(step, self.device, timeline=timeline)
-            self.peak_bytes = peak.allocated_bytes
-            facts = {"start_bytes": peak.start_bytes, "peak_bytes": peak.allocated_bytes}
-            self._keep_snapshot({**facts, "live_bytes": timeline})
+    def predicted_cost_usd(self, plan: Plan, steps: int) -> float | None:
+        """Dollars that were predicted of the steps before, and of `steps` of this launch."""
+        return added_usd(self.earlier.predicted_cost_usd, predicted_usd(plan, steps))
 
-    def _snapshot_cuda(self, step: Callable[[], object]) -> None:
-        """torch's own snapshot: segments, blocks and the history of allocations with their stacks."""
-        history: Any = torch.cuda.memory._record_memory_history
-        history(max_entries=MAX_CUDA_ENTRIES)
-        try:
-            self.peak_bytes = measure_peak(step, self.device).allocated_bytes
-            snapshot: Any = torch.cuda.memory._snapshot  # as plain data; _dump_snapshot would pickle it
-            self._keep_snapshot({"peak_bytes": self.peak_bytes, "snapshot": snapshot(self.device)})
-        finally:
-            history(enabled=None)
+    def note(self, line: StepMetrics) -> None:
+        """Takes in one step."""
+        self.losses.append(line.loss)
+        self.steps_s += line.step_time_s
+        self.peaks = line.peak_memory_bytes
+        if line.timed:
+            self.timed_s.append(line.step_time_s)
 
-    def _keep_snapshot(self, facts: dict[str, Any]) -> None:
-        """Writes RUN_DIR/memory/rank-N.json.gz."""
-        path = self.run_dir / SNAPSHOTS / f"rank-{own_rank()}.json.gz"
-        path.parent.mkdir(exist_ok=True)
-        facts = {"rank": own_rank(), "device": str(self.device), "process": os.getpid(), **facts}
-        with gzip.open(path, "wt", encoding="utf-8", compresslevel=3) as file:
-            json.dump(facts, file, default=str)
+
+def summarize(plan: Plan, seen: Seen, *, wall_s: float, left_s: float, data: str) -> TrainSummary:
+    """The summary of a launch up to now. `wall_s` is the time of the run so far, all its launches, `left_s`
+    what the steps that are left of it would take."""
+    step_time_s = statistics.median(seen.timed_s) if seen.timed_s else None
+    predicted_s = plan.estimate.step_time_s
+    predicted = predicted_memory_by_rank(plan)
+    peak = max(seen.peaks) if seen.peaks else None
+    return TrainSummary(
+        schema_version=SUMMARY_SCHEMA,
+        status=seen.status,
+        plan=plan.strategy.degrees.label(),
+        world=plan.strategy.degrees.world,
+        device="+".join(dict.fromkeys(group.device.name for group in plan.cluster.groups)),
+        first_step=seen.first_step + 1,
+        last_step=seen.first_step + len(seen.losses),
+        first_loss=_finite(seen.losses[0]) if seen.losses else None,
+        last_loss=_finite(seen.losses[-1]) if seen.losses else None,
+        predicted_step_time_s=predicted_s,
+        predicted_step_time_interval_s=plan.estimate.step_time_interval_s,
+        measured_step_time_s=step_time_s,
+        measured_step_time_spread=quartile_spread(seen.timed_s),
+        step_time_error=_error(predicted_s, step_time_s),
+        timed_steps=len(seen.timed_s),
+        tokens_per_s=plan.workload.tokens_per_step / step_time_s if step_time_s else None,
+        mfu=mfu(plan, step_time_s) if step_time_s else None,
+        predicted_peak_memory_bytes=plan.estimate.peak_memory_bytes,
+        predicted_peak_memory_bytes_by_rank=predicted,
+        measured_peak_memory_bytes=peak,
+        measured_peak_memory_bytes_by_rank=seen.peaks,
+        peak_memory_error=_error(plan.estimate.peak_memory_bytes, peak),
+        busy_s_by_rank=tuple(rank.compute_s + rank.optimizer_s for rank in seen.causes),
+        wait_s_by_rank=tuple(rank.wait_s + rank.gradient_sums_s for rank in seen.causes),
+        causes_by_rank=seen.causes,
+        predicted_causes=predicted_causes(plan),
+        goodput=min(1.0, seen.steps_s / wall_s),
+        wall_s=wall_s,
+        cost_usd=seen.cost_usd(plan, wall_s),
+        predicted_cost_usd=seen.predicted_cost_usd(plan, len(seen.losses)),
+        expected_cost_usd=seen.cost_usd(plan, wall_s + left_s),
+        executed=seen.executed,
+        executed_differences=seen.executed_differences,
+        checkpoint=seen.checkpoint,
+        checkpoint_wait_s=seen.checkpoint_wait_s,
+        data=data,
+        versions={"python": platform.python_version(), "torch": torch.__version__},
+    )
+
+
+def _error(predicted: float, measured: float | None) -> float | None:
+    """(predicted - measured) / measured; None where either is unknown."""
+    return (predicted - measured) / measured if measured and predicted else None
+
+
+def quartile_spread(values: Sequence[float]) -> float | None:
+    """Interquartile range over the median; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / middle
+
+
+def write_summary(run_dir: Path, summary: TrainSummary) -> None:
+    """Writes summary.json whole or not at all."""
+    write_atomic(run_dir / SUMMARY, to_json(summary))

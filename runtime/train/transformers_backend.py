@@ -32,7 +32,7 @@ from planner.foundation.errors import InputError, Problem
 from planner.model.workload import Precision
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees
-from runtime.checkpoint.hf_export import check_config
+from runtime.checkpoint.huggingface import check_config
 from runtime.model.huggingface.files import SHOWN, files_of, local_box, open_file
 from runtime.model.loss import Head
 from runtime.parallel.meshes import Meshes

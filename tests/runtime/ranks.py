@@ -17,10 +17,11 @@ from torch.nn import functional
 
 from planner.model.spec import ModelSpec
 from planner.strategy.plan import Plan
-from runtime.check.measured_memory import live_bytes, measure_peak
+from runtime.check.memory import live_bytes, measure_peak
 from runtime.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from runtime.checkpoint.store import committed_folders, load_index
-from runtime.launch.local_ranks import join_group, run_local
+from runtime.launch.local_ranks import run_local
+from runtime.launch.process_group import join_group
 from runtime.model.experts import Router
 from runtime.model.transformer import Borders, build_transformer, materialize
 from runtime.profiler.timing import ChildFailed, Emit, run_children

@@ -21,7 +21,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from planner.strategy.plan import Plan
 from runtime.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from runtime.checkpoint.store import committed_folders, load_index
-from runtime.launch.rank import gather_json
+from runtime.launch.process_group import gather_json
 from runtime.train.executor import Executor
 from tests.runtime.ranks import make_executor, on_ranks, train
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from planner.profile.profile import Profile
     from planner.report.run_record import ComparisonRow
     from planner.strategy.plan import Plan
-    from runtime.train.summary import TrainSummary
+    from runtime.train.metrics import TrainSummary
 
 MODEL = "shardwise-demo"
 SEQ, BATCH = 256, 16

@@ -52,7 +52,7 @@ def export_weights(
 
     require_torch("export-weights")
 
-    from runtime.checkpoint.hf_export import export_run
+    from runtime.checkpoint.huggingface import export_run
 
     done = export_run(run_dir, output, config=config, dtype=dtype, step=step, base=merge_adapters)
     for remark in done.remarks:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from planner.job.objective import Rest
     from planner.report.run_record import RunRecord
     from planner.strategy.plan import Plan
-    from runtime.checkpoint.run_state import RunState
+    from runtime.checkpoint.store import RunState
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def read_run(folder: Path, steps: int | None) -> RunToGoOn:
     from planner.foundation.errors import InputError, Problem
     from planner.foundation.run_files import CHECKPOINTS, OPTIONS
     from planner.report.run_record import load_report_input
-    from runtime.checkpoint.run_state import read_run_state
+    from runtime.checkpoint.store import read_run_state
 
     if not folder.is_dir():
         fault = "is a file." if folder.exists() else "no such folder."

@@ -12,7 +12,7 @@ from planner.commands.shared.options import json_option
 if TYPE_CHECKING:
     from planner.strategy.plan import Plan
     from runtime.train.data.prepare import DataOptions
-    from runtime.train.summary import TrainSummary
+    from runtime.train.metrics import TrainSummary
 
 
 @click.command()

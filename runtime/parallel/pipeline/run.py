@@ -25,8 +25,8 @@ from torch import Tensor
 
 from planner.strategy.plan import Plan
 from planner.strategy.schedule.schedules import Action, ActionKind, Row, Table, parse_table
-from runtime.launch.rank import alone
 from runtime.model.transformer import Borders
+from runtime.parallel.collectives import is_fake
 from runtime.parallel.meshes import Meshes
 from runtime.parallel.pipeline.stage import StageModule, StagePasses, hidden_dtype, hidden_shape
 
@@ -181,7 +181,7 @@ class Mailbox:
     def receive(self, message: Message, peer: int) -> None:
         """Opens a buffer for a message of pipeline rank `peer`."""
         buffer = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-        if alone(self._group):
+        if is_fake(self._group):
             buffer.normal_()
         work = dist.irecv(buffer, group=self._group, group_src=peer)
         assert work is not None

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from planner.foundation.decode import digest, load_json, to_json, write_atomic
-from planner.foundation.errors import InputError, Problem
+from planner.foundation.errors import InputError, Problem, require_package
 from planner.foundation.frozen import frozen
 from planner.foundation.units import format_bytes
 from runtime.train.data.chat import ChatTemplate, Trained, choose_template
@@ -50,7 +50,6 @@ from runtime.train.data.tokenizer import (
     choose_tokenizer,
     make_tokenizer,
 )
-from runtime.train.packages import require_package
 
 if TYPE_CHECKING:
     import numpy as np

@@ -23,7 +23,6 @@ from planner.model.workload import AdapterModules, Adapters
 from planner.report.run_record import load_report_input
 from planner.strategy.plan import Plan, load_plan, save_plan
 from planner.strategy.plan_check import check_plan
-from runtime.checkpoint.run_state import plan_facts, plan_identity
 from runtime.checkpoint.store import (
     CHECKPOINT_SCHEMA,
     COMMIT,
@@ -32,11 +31,12 @@ from runtime.checkpoint.store import (
     Commit,
     digest_file,
     index_text,
+    plan_facts,
+    plan_identity,
     step_folder,
 )
-from runtime.train.metrics import Earlier, MetricsLog
+from runtime.train.metrics import Earlier, MetricsLog, Seen
 from runtime.train.session import keep_plan
-from runtime.train.summary import Seen
 
 SHARD = "shard-00000.safetensors"
 STEPS, TOKENS_PER_STEP = 40, 16 * 64

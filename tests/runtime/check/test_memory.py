@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from planner.strategy.strategy import Degrees, Zero
-from runtime.check.measured_memory import live_bytes, measure_peak, storage_bytes, trace_phases
+from runtime.check.memory import live_bytes, measure_peak, storage_bytes, trace_phases
 from tests.plans import make_plan, tiny_llama
 from tests.runtime.ranks import batch_of, make_executor, on_ranks, slice_of
 

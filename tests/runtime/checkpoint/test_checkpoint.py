@@ -29,7 +29,8 @@ from runtime.checkpoint.store import (
     step_folder,
     verify,
 )
-from runtime.launch.local_ranks import Send, join_group, run_local
+from runtime.launch.local_ranks import Send, run_local
+from runtime.launch.process_group import join_group
 
 WEIGHT = torch.arange(7 * 6, dtype=torch.float32).reshape(7, 6)
 BIAS = torch.arange(5, dtype=torch.bfloat16)

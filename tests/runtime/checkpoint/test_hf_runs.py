@@ -20,7 +20,7 @@ from planner.model.spec import ModelSpec
 from planner.model.workload import AdapterModules, Adapters
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees, Zero
-from runtime.checkpoint.adapter_files import read_adapters
+from runtime.checkpoint.huggingface import read_adapters
 from runtime.model.huggingface.names import names_of
 from runtime.train.data.documents import shipped_corpus
 from runtime.train.data.prepare import DataOptions

@@ -17,7 +17,7 @@ from planner.strategy.strategy import Degrees, Schedule, Zero
 from runtime.checkpoint.checkpoint import save_checkpoint
 from runtime.checkpoint.dcp import JsonLoadPlanner, SafetensorsReader
 from runtime.checkpoint.store import find_checkpoint, load_index, step_folder
-from runtime.launch.rank import own_rank
+from runtime.launch.process_group import own_rank
 from runtime.train.data.documents import shipped_corpus
 from runtime.train.data.prepare import DataOptions
 from runtime.train.options import TrainOptions

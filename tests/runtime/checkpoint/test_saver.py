@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from planner.foundation.errors import InputError
 from runtime.checkpoint import dcp as checkpoint_writer
-from runtime.checkpoint import safetensors_file
+from runtime.checkpoint import dcp as safetensors_file
 from runtime.checkpoint.checkpoint import Saver, load_checkpoint
 from runtime.checkpoint.dcp import JsonSavePlanner
 from runtime.checkpoint.store import (
@@ -27,7 +27,8 @@ from runtime.checkpoint.store import (
     remove_unfinished,
     step_folder,
 )
-from runtime.launch.local_ranks import RunFailedError, Send, join_group, run_local
+from runtime.launch.local_ranks import RunFailedError, Send, run_local
+from runtime.launch.process_group import join_group
 from tests.runtime.ranks import on_ranks
 
 WHOLE = torch.arange(64, dtype=torch.float32).reshape(8, 8)

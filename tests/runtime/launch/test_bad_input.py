@@ -20,10 +20,10 @@ from planner.profile.choose import ProfileUse
 from planner.strategy.plan import load_plan, save_plan
 from planner.strategy.strategy import Degrees
 from runtime.checkpoint.store import committed_folders
-from runtime.launch.device_check import check_same_devices, foreign_cpu, foreign_torch
 from runtime.train.data.documents import shipped_corpus
 from runtime.train.data.prepare import DataOptions
 from runtime.train.options import TrainOptions
+from runtime.train.session import check_same_devices, foreign_cpu, foreign_torch
 from runtime.train.train import run_training
 from tests.plans import make_plan, tiny_llama
 
@@ -126,14 +126,10 @@ def test_a_plan_larger_than_this_machine_or_for_another_gpu_is_refused(
     group = PP2.cluster.groups[0]
     gpu = dataclasses.replace(group, device=dataclasses.replace(group.device, name="h100-sxm-80gb"))
     plan = dataclasses.replace(PP2, cluster=dataclasses.replace(PP2.cluster, groups=(gpu,)))
-    monkeypatch.setattr(
-        "runtime.launch.device_check.accelerators", lambda: [("NVIDIA A100-SXM4-80GB", 81920)]
-    )
+    monkeypatch.setattr("runtime.train.session.accelerators", lambda: [("NVIDIA A100-SXM4-80GB", 81920)])
     with pytest.raises(InputError, match="the plan is for h100-sxm-80gb; this machine has a100-sxm-80gb"):
         check_same_devices(plan, "cuda")
-    monkeypatch.setattr(
-        "runtime.launch.device_check.accelerators", lambda: [("NVIDIA H100 80GB HBM3", 81559)]
-    )
+    monkeypatch.setattr("runtime.train.session.accelerators", lambda: [("NVIDIA H100 80GB HBM3", 81559)])
     check_same_devices(plan, "cuda")
     assert "times will differ" in (foreign_cpu(PP2) or "")
 

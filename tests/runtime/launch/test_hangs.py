@@ -18,8 +18,8 @@ import pytest
 from planner.strategy.plan import save_plan
 from planner.strategy.strategy import Degrees
 from runtime.checkpoint.store import committed_folders
-from runtime.launch.local_ranks import RunFailedError, Send, join_group, run_local
-from runtime.launch.timeouts import COMPILE_FLOOR_S, FLOOR_S, describe_hang, group_timeout_s
+from runtime.launch.local_ranks import RunFailedError, Send, run_local
+from runtime.launch.process_group import COMPILE_FLOOR_S, FLOOR_S, describe_hang, group_timeout_s, join_group
 from runtime.train.data.documents import shipped_corpus
 from tests.plans import make_plan, tiny_llama
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from planner.foundation.errors import InputError
-from runtime.launch.rank import enter_group, started_as_rank
+from runtime.launch.process_group import enter_group, started_as_rank
 
 ENVIRONMENT = {
     "RANK": "0",

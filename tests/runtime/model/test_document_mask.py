@@ -28,8 +28,8 @@ from runtime.parallel.context import held_positions, make_core
 from runtime.train.data.order import BatchReader
 from runtime.train.data.prepare import DataOptions, data_summary, open_data, prepare_data
 from runtime.train.executor import Executor
+from runtime.train.metrics import TrainSummary
 from runtime.train.options import TrainOptions
-from runtime.train.summary import TrainSummary
 from runtime.train.train import run_training
 from tests.plans import batch8, make_plan, split, tiny_deepseek_experts, tiny_gpt2, tiny_llama, tiny_mla
 from tests.runtime.matrix import TOLERANCE

@@ -100,7 +100,7 @@ def test_a_backward_pass_split_into_inputs_and_weights_runs_each_part_once() -> 
 
 
 def test_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    from runtime.check.measured_memory import trace_phases
+    from runtime.check.memory import trace_phases
 
     x, weight, targets = (
         torch.randn(512, 8).requires_grad_(),

@@ -23,8 +23,8 @@ from planner.model.spec import Block, ModelSpec, Segment
 from planner.model.workload import Adapters
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees, Zero
-from runtime.checkpoint import adapter_files
-from runtime.checkpoint.adapter_files import UNREAD, AdapterFolder, write_adapters
+from runtime.checkpoint import huggingface as adapter_files
+from runtime.checkpoint.huggingface import UNREAD, AdapterFolder, write_adapters
 from runtime.model.huggingface.files import local_box
 from runtime.model.lora import adapted_modules, peft_modules
 from runtime.model.transformer import build_transformer

@@ -10,11 +10,16 @@ import torch.distributed as dist
 
 from planner.model.attention import CAUSAL, CpExchange
 from planner.strategy.strategy import Degrees
-from runtime.launch.rank import balanced_counts, fill
 from runtime.model.attention import Core
 from runtime.parallel import collectives
 from runtime.parallel import collectives as context_messages
-from runtime.parallel.collectives import exchange_counts, exchange_rows, sum_to_ranks
+from runtime.parallel.collectives import (
+    balanced_counts,
+    exchange_counts,
+    exchange_rows,
+    fill_received,
+    sum_to_ranks,
+)
 from runtime.parallel.context import make_core
 from runtime.parallel.expert import SentByRank
 from runtime.parallel.meshes import fake_world
@@ -41,7 +46,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Both kinds of fake backend."""
     if request.param == "backend-leaves":
         for module in (collectives, context_messages):
-            monkeypatch.setattr(module, "FILLS", False)
+            monkeypatch.setattr(module, "FAKE_BACKEND_COPIES", False)
         monkeypatch.setattr(collectives, "_ops", Leaving())
         monkeypatch.setattr(context_messages.functional_collectives, "wait_tensor", Leaving().wait_tensor)
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -85,13 +90,13 @@ def test_rows_that_come_are_rows_that_were_sent() -> None:
 
 def test_filling_repeats_what_was_sent() -> None:
     received = torch.full((5, 2), torch.nan)
-    fill(received, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    fill_received(received, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     assert received.tolist() == [[1, 2], [3, 4], [1, 2], [3, 4], [1, 2]]
 
 
 def test_nothing_is_filled_from_nothing() -> None:
     received = torch.ones(0, 2)
-    fill(received, torch.ones(0, 2))
+    fill_received(received, torch.ones(0, 2))
     assert received.shape == (0, 2)
 
 

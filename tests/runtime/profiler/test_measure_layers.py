@@ -15,8 +15,8 @@ from planner.model.spec import Block, ModelSpec, Segment
 from planner.model.sublayer import Recompute
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind, LayerSample
-from runtime.launch.rank import FILLS
 from runtime.model.experts import MixtureOfExperts
+from runtime.parallel.collectives import FAKE_BACKEND_COPIES
 from runtime.parallel.meshes import fake_world
 from runtime.profiler.layers import LayerBench, LayerCase, build_layer, layer_cases, measure_layers
 from runtime.profiler.timing import Effort
@@ -165,7 +165,7 @@ def test_a_rank_of_experts_meets_as_many_rows_as_its_tokens_have(
     assert len(met[0]) == 8 // case.ep
     assert set(met[0]) == {routed * gathered * case.ep // 8}
     assert all(grad is not None for grad in own)
-    if FILLS:  # else what DTensor's own messages bring is whatever memory held
+    if FAKE_BACKEND_COPIES:  # else what DTensor's own messages bring is whatever memory held
         assert all(grad.isfinite().all() for grad in own if grad is not None)
 
 

@@ -17,7 +17,7 @@ from planner.model.sublayer import Recompute
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind, LayerSample, Op, Profile, load_profile
 from planner.strategy.strategy import Degrees
-from runtime.check.measured_memory import storage_bytes
+from runtime.check.memory import storage_bytes
 from runtime.parallel.meshes import fake_world
 from runtime.profiler import layers as measure_layers
 from runtime.profiler.layers import LayerBench, LayerCase, build_layer

@@ -23,9 +23,9 @@ from planner.strategy.estimate import Verdict
 from planner.strategy.plan import Plan, load_plan, save_plan
 from planner.strategy.rehearsal import RehearsalMode
 from planner.strategy.strategy import Degrees, Schedule, Zero
+from runtime.check.memory import fake_tensors
 from runtime.launch.local_ranks import RunFailedError
 from runtime.rehearse import rehearse
-from runtime.rehearse.fake import fake_tensors
 from runtime.rehearse.rehearse import RehearsalOptions, idle_share, rehearse_rank, rehearse_ranks
 from tests.plans import make_plan, tiny_deepseek_experts, tiny_llama
 from tests.runtime.ranks import real_peaks

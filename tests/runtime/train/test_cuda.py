@@ -16,7 +16,7 @@ from planner.model.sublayer import Recompute
 from planner.model.workload import Precision
 from planner.strategy.rehearsal import RehearsalMode
 from planner.strategy.strategy import Degrees, Zero
-from runtime.launch.rank import enter_group
+from runtime.launch.process_group import enter_group
 from runtime.model.attention import Core
 from runtime.model.block_attention import Merged, WrittenOut, attend, attend_backward
 from runtime.rehearse.rehearse import RehearsalOptions, rehearse_rank

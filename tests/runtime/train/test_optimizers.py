@@ -13,7 +13,7 @@ from planner.job.problem import PlanningProblem
 from planner.model.workload import Optimizer
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees, Zero
-from runtime.train.matrix_optimizers import orthogonalize
+from runtime.train.optimizer import orthogonalize
 from tests.plans import make_plan, tiny_gpt2, tiny_llama
 from tests.runtime.ranks import interrupted, make_executor, on_ranks, single_process, train
 
@@ -125,7 +125,7 @@ def test_muon_and_adafactor_are_those_of_torch() -> None:
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("this torch has no Muon")
     from runtime.model.held_weights import Weight
-    from runtime.train.matrix_optimizers import Adafactor, Muon
+    from runtime.train.optimizer import Adafactor, Muon
 
     def weight(values: Tensor) -> Weight:
         shard = nn.Parameter(values.clone())

@@ -18,8 +18,9 @@ from planner.strategy.estimate import TimeBreakdown
 from planner.strategy.strategy import Degrees
 from runtime.train.data.prepare import DataOptions
 from runtime.train.listeners import Trackers, check_trackers, describe, figures_of
-from runtime.train.metrics import Probes, StepCauses, StepMetrics, causes_of, mean_causes, predicted_causes
+from runtime.train.metrics import StepCauses, StepMetrics, mean_causes, predicted_causes
 from runtime.train.options import TrainOptions
+from runtime.train.recorder import Probes, causes_of
 from runtime.train.train import run_training
 from tests.plans import make_plan, tiny_llama
 

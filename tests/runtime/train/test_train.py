@@ -20,13 +20,13 @@ from planner.hardware.cluster import ClusterSpec
 from planner.strategy.plan import Plan, load_plan, save_plan
 from planner.strategy.strategy import Degrees, Zero
 from runtime.checkpoint.store import committed_folders
-from runtime.launch.device_check import check_world, pick_device
 from runtime.launch.local_ranks import RunFailedError
 from runtime.train.data.documents import shipped_corpus
 from runtime.train.data.prepare import DataOptions
-from runtime.train.metrics import Probes
+from runtime.train.metrics import TrainSummary
 from runtime.train.options import TrainOptions
-from runtime.train.summary import TrainSummary
+from runtime.train.recorder import Probes
+from runtime.train.session import check_world, pick_device
 from runtime.train.train import run_training
 from tests.plans import make_plan, tiny_llama
 from tests.runtime.processes import alive, children, exit_code, forked, wait_for

@@ -1,4 +1,13 @@
-"""How long a rank waits for another one, and which one it waited for in vain.
+"""A rank's place: its device, and the group that torchrun or our own launcher tells it of.
+
+Small facts between ranks, as JSON over a tensor collective: nothing is pickled, not even in memory.
+
+What a rank takes for received where nobody else is there: on torch's fake backend it runs alone.
+
+Sizes that other ranks would say are those of balanced experts, and values are this rank's own: finite, of
+the right shape, and worth nothing else.
+
+How long a rank waits for another one, and which one it waited for in vain.
 
 A rank that dies is noticed at once: its connections break. One that hangs (stopped, deadlocked, its node
 frozen) is noticed when a collective's time is up. Then every rank that still can says so, and those that do
@@ -7,17 +16,126 @@ not say anything are the ones that hang.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
+from planner.foundation.decode import encode
+from planner.foundation.errors import InputError, Problem
 from planner.strategy.plan import Plan
+
+ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher tells each rank."""
+
+
+def started_as_rank() -> bool:
+    """Whether a launcher started this process as one rank of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def enter_group(device: str, timeout_s: float) -> torch.device:
+    """Joins the group on this rank's own device: over NCCL on an accelerator, over gloo on the CPU.
+
+    A collective that takes `timeout_s` fails. Raises InputError where the environment describes no group,
+    this machine has no device for the rank, or no group can be formed (port taken, a host that is not there).
+    """
+    missing = [name for name in ENVIRONMENT if name not in os.environ]
+    if missing:
+        fault = f"{', '.join(missing)} not set: a rank cannot find its place or the others."
+        fix = "start it by torchrun --nproc-per-node N, or by plan alone with RANK and WORLD_SIZE unset"
+        raise InputError(Problem(where="environment", fault=fault, fix=fix))
+    if device == "cuda":
+        local = _own_accelerator(os.environ["LOCAL_RANK"])
+        torch.cuda.set_device(local)
+        join_group("nccl", timeout_s)
+        return local
+    # One thread a rank, as `plan profile` measured.
+    torch.set_num_threads(1)
+    join_group("gloo", timeout_s)
+    return torch.device("cpu")
+
+
+def _own_accelerator(local_rank: str) -> torch.device:
+    count = torch.cuda.device_count()
+    if not local_rank.isdecimal() or int(local_rank) >= count:
+        fault = f"is {local_rank[:20]}, but this machine has {count} accelerators."
+        fix = f"start at most {count} ranks a node: torchrun --nproc-per-node {count}"
+        raise InputError(Problem(where="LOCAL_RANK", fault=fault, legal=f"0 to {count - 1}", fix=fix))
+    return torch.device("cuda", int(local_rank))
+
+
+def gather_json(value: Any) -> list[Any]:
+    """The value of every rank, in rank order, on every rank. Without a process group: that of this one."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [json.loads(json.dumps(value))]
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    size = torch.tensor([payload.numel()], device=device)
+    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    longest = max(int(other) for other in sizes)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: payload.numel()] = payload
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return [
+        json.loads(part[: int(other)].cpu().numpy().tobytes())
+        for part, other in zip(parts, sizes, strict=True)
+    ]
+
+
+def own_rank() -> int:
+    """The global rank of this process; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def agree(work: Callable[[], Any], *, first_only: bool = False) -> list[Any]:
+    """Does `work` on every rank (or the first alone) and gives all of them every rank's result.
+
+    Where it cannot write a file or raises InputError on one rank, all raise InputError: none is left
+    waiting for one that gave up.
+    """
+    faults: list[Problem] = []
+    result = None
+    if own_rank() == 0 or not first_only:
+        try:
+            result = work()
+        except OSError as error:
+            faults = [Problem(where=str(error.filename), fault=f"cannot be written: {error.strerror}.")]
+        except InputError as error:
+            faults = list(error.problems)
+    answers = gather_json({"faults": [encode(fault) for fault in faults], "result": result})
+    told = [Problem(**fault) for answer in answers for fault in answer["faults"]]
+    if told:
+        raise InputError(*told)
+    return [answer["result"] for answer in answers]
+
+
+def join_group(backend: str, timeout_s: float) -> None:
+    """Joins the process group that the environment of `run_local` or torchrun describes.
+
+    Raises InputError where it cannot be formed: a port that is taken, a host that is not there.
+    """
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    except (RuntimeError, ValueError, OSError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise InputError(
+            Problem(
+                where="MASTER_ADDR, MASTER_PORT",
+                fault=f"no process group at {address}: {' '.join(str(error).split())[:300]}.",
+                fix="choose a free port, and check that all nodes reach that host",
+            )
+        ) from None
+
 
 T = TypeVar("T")
 FLOOR_S = 120.0
