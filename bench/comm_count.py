@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 
-from planner.cost.message_list import Message
+from bench.charged_messages import Message
 from planner.foundation.decode import write_atomic
 from tests.runtime.matrix import MODELS, Case, matrix
 from tests.runtime.messages import expected_messages, sent_messages

@@ -21,10 +21,10 @@ from typing import Any
 
 from planner.cost import constants
 from planner.cost.evaluate import CostModel, memory_of_ranks, time_breakdown
-from planner.cost.fit.verdict import ErrorBand, RankMemory, verdict
 from planner.cost.layer import Pass
 from planner.cost.stage.layer_samples import usual_reference_s
-from planner.cost.stage.stage import ShapeModel, StageCost
+from planner.cost.stage.peak_memory import ErrorBand, RankMemory, verdict
+from planner.cost.stage.stage import LayoutModel, StageCost
 from planner.job.problem import PlanningProblem
 from planner.strategy.estimate import TimeBreakdown, Verdict
 from planner.strategy.plan import Plan
@@ -41,7 +41,7 @@ def refine(
 ) -> Refined:
     """The refined prediction of a plan that answers `problem`, from its rehearsed ranks."""
     model, strategy = CostModel(problem), plan.strategy
-    shape, shapes = model.shape(strategy.degrees), model.rank_shapes(strategy.degrees)
+    shape, shapes = model.layout(strategy.degrees), model.rank_layouts(strategy.degrees)
     modelled = model.stage_costs(shape, strategy)
     costs, table = list(modelled), parse_table(plan.schedule_table)
     timed = [_at_usual_speed(rank, problem) for rank in ranks if rank.passes]
@@ -84,7 +84,7 @@ def _at_usual_speed(rank: RankRehearsal, problem: PlanningProblem) -> RankRehear
     return dataclasses.replace(rank, passes=passes, **own)
 
 
-def _put(rank: RankRehearsal, shape: ShapeModel, costs: list[StageCost]) -> None:
+def _put(rank: RankRehearsal, shape: LayoutModel, costs: list[StageCost]) -> None:
     """Puts a rank's measured times into the costs of its stages, and of those that stand for the same."""
     own = {(each.stage, each.kind): each.seconds for each in rank.passes}
     for other in rank.alike:
@@ -95,7 +95,7 @@ def _put(rank: RankRehearsal, shape: ShapeModel, costs: list[StageCost]) -> None
             costs[stage] = _with_once(costs[stage], rank, shape, first=place == 0)
 
 
-def _measured(cost: StageCost, seconds: Mapping[str, float], shape: ShapeModel) -> StageCost:
+def _measured(cost: StageCost, seconds: Mapping[str, float], shape: LayoutModel) -> StageCost:
     """A stage whose passes take the measured seconds and the modelled messages."""
     added_s = shape.action.work_s
     forward = _scaled(cost.forward, seconds[ActionKind.FORWARD] + added_s)
@@ -120,7 +120,7 @@ def _scaled(passing: Pass, work_s: float) -> Pass:
     return dataclasses.replace(passing, **own) if factor else dataclasses.replace(passing, compute_s=work_s)
 
 
-def _with_once(cost: StageCost, rank: RankRehearsal, shape: ShapeModel, *, first: bool) -> StageCost:
+def _with_once(cost: StageCost, rank: RankRehearsal, shape: LayoutModel, *, first: bool) -> StageCost:
     """What the rank does once a step, charged to its first stage; messages of that as they are modelled."""
     zero = shape.degrees.zero
     once: dict[str, Any] = {}
@@ -135,7 +135,7 @@ def _with_once(cost: StageCost, rank: RankRehearsal, shape: ShapeModel, *, first
     return dataclasses.replace(cost, **once)
 
 
-def _copies_s(cost: StageCost, shape: ShapeModel, *, gathers: bool) -> float:
+def _copies_s(cost: StageCost, shape: LayoutModel, *, gathers: bool) -> float:
     """The work in the modelled gathering or reducing of a stage once a step: launches and copies of units."""
     messages = shape.updates if gathers else shape.reduces
     blocks = sum(messages[unit].work_s for unit in shape.block_units.values()) / len(shape.block_units)
@@ -159,7 +159,7 @@ def _time_error(plan: Plan, measured_share: float) -> float:
 
 
 def _fullest(
-    ranks: Sequence[RankRehearsal], memory: Sequence[RankMemory], shapes: Sequence[ShapeModel]
+    ranks: Sequence[RankRehearsal], memory: Sequence[RankMemory], shapes: Sequence[LayoutModel]
 ) -> tuple[int, int]:
     """The peak and the limit of the rehearsed rank that is nearest to its limit."""
     each = [
@@ -170,7 +170,7 @@ def _fullest(
     return max(each, key=lambda pair: pair[0] / max(pair[1], 1))
 
 
-def _peak_bytes(rank: RankRehearsal, memory: RankMemory, shape: ShapeModel) -> int:
+def _peak_bytes(rank: RankRehearsal, memory: RankMemory, shape: LayoutModel) -> int:
     """What a rank takes of its limit; the model's figure where it ran out of memory."""
     if rank.allocated_bytes is None:
         return memory.peak_bytes

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from planner.advice.resolve import Clock, Effort, Solved
 from planner.advice.what_more import More, what_more_buys
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.cost.fit.verdict import memory_band, safe_peak_bytes
+from planner.cost.stage.peak_memory import memory_band, safe_peak_bytes
 from planner.foundation.frozen import frozen
 from planner.foundation.units import format_bytes, format_seconds
 from planner.job.problem import PlanningProblem

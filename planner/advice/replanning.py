@@ -73,9 +73,9 @@ def read_bytes_by_stage_rank(problem: PlanningProblem, strategy: Strategy) -> tu
     """Bytes that a device of each pipeline rank reads of a checkpoint: its shard of all stages it holds.
 
     Replicas read the same. These are the fp32 weights and the optimizer's state
-    (planner.cost.fit.peak_memory).
+    (planner.cost.stage.peak_memory).
     """
     model = CostModel(problem)
-    shape = model.shape(strategy.degrees)
+    shape = model.layout(strategy.degrees)
     _, own = checkpoint_bytes(shape, model.stage_costs(shape, strategy))
     return tuple(round(size) for size in own)

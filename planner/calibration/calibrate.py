@@ -11,7 +11,7 @@ told_of_blocks(): what is left of runs' times once constants are fitted, as rati
 Run i of step time t_i, predicted p_i, of which a share s_i follows the time of its blocks of shape x_i, says
 
     ln(t_i / p_i) = s_i g(x_i) + noise,     g ~ Gaussian process over shapes
-    (planner.cost.compute.block_correction)
+    (planner.cost.stage.layer_cost)
 
 with noise as Cauchy's, as in the fit: what other runs of like blocks do not say too is no block's. Spread
 and noise are those that predict groups of runs best from the others, by g of all but them (eq. 5.12 of
@@ -34,9 +34,8 @@ from planner.calibration.memory_fit import MemoryFit, calibrate_memory
 from planner.calibration.predict import LayersKey, Measured, step_time_s, with_constants
 from planner.calibration.run_setup import RunSetup, Setups
 from planner.calibration.runs import Run, Status
-from planner.cost.compute.block_correction import block_shape, likeness, placed
 from planner.cost.evaluate import CostModel
-from planner.cost.stage.layer_cost import LayerModel
+from planner.cost.stage.layer_cost import LayerModel, block_shape, likeness, placed
 from planner.cost.time_constants import physics_of
 from planner.foundation.errors import InputError, Problem
 from planner.profile.choose import check_device
@@ -178,7 +177,7 @@ def _blocks(runs: Sequence[Measured], profile: Profile) -> tuple[list[BlockShape
         shares.append(math.log(taken[1] / taken[0]) / math.log1p(STEP))
         key = max(model.layers.classes, key=model.layers.keys.count)
         recompute = strategy.stages[0].recompute.options()[0]
-        asked = model.shape(strategy.degrees).shape_of(LayerKind.BLOCK, recompute, key)
+        asked = model.layout(strategy.degrees).shape_of(LayerKind.BLOCK, recompute, key)
         shapes.append(block_shape(model.layers.classes[key], asked, problem))
     return shapes, np.maximum(np.array(shares), 1e-3)
 

@@ -35,8 +35,8 @@ from planner.calibration.run_setup import RunSetup, Setups
 from planner.calibration.runs import MemoryKind, Run, Status
 from planner.cost import constants
 from planner.cost.evaluate import CostModel, memory_of_ranks
-from planner.cost.fit.verdict import RankMemory
 from planner.cost.memory_constants import MEMORY_PRIORS, constant_name, fitted_constant, memory_prior
+from planner.cost.stage.peak_memory import RankMemory
 from planner.cost.time_constants import Prior
 from planner.foundation.units import GIB
 from planner.job.engine_settings import Engine
@@ -331,7 +331,7 @@ class _Peaks:
         if key not in models:
             models[key] = CostModel(dataclasses.replace(problem, profile=profile))
         model = models[key]
-        shape = model.shape(degrees)
+        shape = model.layout(degrees)
         table = build_table(degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches)
         costs = model.stage_costs(shape, run.setup.strategy)
         ranks = memory_of_ranks((shape,) * degrees.pp, table, costs)  # runs have devices of one kind

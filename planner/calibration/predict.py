@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from planner.calibration.run_setup import RunSetup
 from planner.calibration.runs import Run
 from planner.cost.evaluate import CostModel
-from planner.cost.pipeline.makespan_paths import makespan_bound
 from planner.foundation.arrays import larger
 from planner.hardware.cluster import ClusterSpec, Device
 from planner.job.engine_settings import Stack
 from planner.model.spec import ModelSpec
 from planner.model.workload import Workload
 from planner.profile.profile import Constant, Profile
+from planner.strategy.schedule.makespan_paths import makespan_bound
 from planner.strategy.strategy import Strategy
 
 ProblemKey = tuple[ModelSpec, Workload, ClusterSpec, Stack]
@@ -60,7 +60,7 @@ def step_time_s(model: CostModel, strategy: Strategy) -> float:
     of the model's physics is one.
     """
     degrees = strategy.degrees
-    shape = model.shape(degrees)
+    shape = model.layout(degrees)
     costs = model.stage_costs(shape, strategy)
     forward = [cost.forward.total_s for cost in costs]
     backward = [cost.backward.total_s for cost in costs]

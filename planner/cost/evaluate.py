@@ -4,7 +4,7 @@ The step time is the replay of the strategy's own action table; the memory is th
 limit. In a mixed cluster each pipeline rank has the costs and the limit of its own devices
 (planner.strategy.placement), and every message between ranks takes as long as over the slowest link.
 
-How much of a shape's time rests on which origin: measured, interpolated, fitted, datasheet.
+How much of a layout's time rests on which origin: measured, interpolated, fitted, datasheet.
 """
 
 from __future__ import annotations
@@ -17,18 +17,16 @@ from collections.abc import Sequence
 from planner.cost import constants
 from planner.cost.communication.collectives import CommCost, CommModel
 from planner.cost.compute.weight_gradients import trained_flops_per_token
-from planner.cost.fit.offload import with_offload
-from planner.cost.fit.peak_memory import host_bytes, rank_memory
-from planner.cost.fit.verdict import RankMemory, band, most_pressed
 from planner.cost.goodput import Job, job_figures, job_of
 from planner.cost.layer import Pass
 from planner.cost.memory.activations import most_waits
 from planner.cost.memory_constants import fitted_constant
-from planner.cost.pipeline.replay import PathTimes, Replay, kind_passes, replay, sharing_of
-from planner.cost.stage.kind_layers import SharedCosts
+from planner.cost.replay import PathTimes, Replay, kind_passes, replay, sharing_of
 from planner.cost.stage.layer_cost import ORIGINS, LayerModel
-from planner.cost.stage.parallel_cost import tensor_exchanges
-from planner.cost.stage.stage import ShapeModel, StageCost
+from planner.cost.stage.offload import with_offload
+from planner.cost.stage.peak_memory import RankMemory, band, host_bytes, most_pressed, rank_memory
+from planner.cost.stage.sharded_layers import SharedCosts, tensor_exchanges
+from planner.cost.stage.stage import LayoutModel, StageCost
 from planner.cost.time_constants import usual_physics
 from planner.foundation.frozen import frozen, replaced
 from planner.foundation.units import DAY_S
@@ -41,37 +39,39 @@ from planner.strategy.schedule.table import Flights
 from planner.strategy.strategy import Degrees, Schedule, Strategy
 
 
-def origins_s(shape: ShapeModel) -> dict[str, float]:
+def origins_s(layout: LayoutModel) -> dict[str, float]:
     """Seconds of one micro-batch by origin: the layers of the model and their communication."""
     seconds: defaultdict[str, float] = defaultdict(float)
-    blocks = {key: shape.count(key, 0, shape.problem.model.layers) for key in shape.classes}
-    counted = [(shape.block(key), count) for key, count in blocks.items()]
-    counted += [(shape.layer(LayerKind.EMBEDDING), 1), (shape.layer(LayerKind.HEAD), 1)]
+    blocks = {key: layout.count(key, 0, layout.problem.model.layers) for key in layout.classes}
+    counted = [(layout.block(key), count) for key, count in blocks.items()]
+    counted += [(layout.layer(LayerKind.EMBEDDING), 1), (layout.layer(LayerKind.HEAD), 1)]
     for cost, count in counted:
         seconds[cost.origin] += count * (cost.forward_s + cost.backward_s)
     for key, count in blocks.items():
-        cp = shape.kind.exchanged(key)
-        spread_s = cp.forward_s + cp.backward_s + shape.kind.experts(key).both_s
+        cp = layout.sharded_layers.exchanged(key)
+        spread_s = cp.forward_s + cp.backward_s + layout.sharded_layers.experts(key).both_s
         if spread_s > 0:
-            seconds[shape.messages.spread_origin()] += count * spread_s
-    for message, times in _messages(shape, blocks):
+            seconds[layout.messages.spread_origin()] += count * spread_s
+    for message, times in _messages(layout, blocks):
         seconds[message.origin] += times * message.seconds
     return seconds
 
 
-def _messages(shape: ShapeModel, blocks: dict[str, int]) -> list[tuple[CommCost, float]]:
+def _messages(layout: LayoutModel, blocks: dict[str, int]) -> list[tuple[CommCost, float]]:
     """Those over tensor-parallel and data ranks, with how often a micro-batch has them."""
-    degrees, own = shape.degrees, shape.messages
+    degrees, own = layout.degrees, layout.messages
     found: list[tuple[CommCost, float]] = []
     if degrees.tp > 1:
         op = Op.ALL_GATHER if degrees.sequence_parallel else Op.ALL_REDUCE
-        stack = shape.problem.stack
-        sums = sum(sum(tensor_exchanges(shape.classes[key], degrees, stack)) * n for key, n in blocks.items())
+        stack = layout.problem.stack
+        sums = sum(
+            sum(tensor_exchanges(layout.classes[key], degrees, stack)) * n for key, n in blocks.items()
+        )
         found.append((own.comm(op, own.hidden_bytes(), own.tp_group()), float(sums)))
     if degrees.replicas > 1:
         group = own.shard_group() if degrees.weight_shards > 1 else own.replicate_group()
         for key, count in blocks.items():
-            message = own.comm(Op.ALL_REDUCE, 4.0 * shape.block_units[key].trained, group)
+            message = own.comm(Op.ALL_REDUCE, 4.0 * layout.block_units[key].trained, group)
             found.append((message, count / degrees.num_micro_batches))
     return found
 
@@ -100,29 +100,31 @@ class CostModel:
         self.layers = layers or LayerModel(problem, usual_physics(problem))
         self.comms = CommModel(problem)
         self.sharing = sharing_of(problem)
-        self._shapes: dict[Degrees, ShapeModel] = {}
+        self._layouts: dict[Degrees, LayoutModel] = {}
         self.shared = SharedCosts()
         self._seen: dict[Groups, CostModel] = {}
 
-    def shape(self, degrees: Degrees) -> ShapeModel:
+    def layout(self, degrees: Degrees) -> LayoutModel:
         """The stage costs under `degrees`, where the slowest devices govern all ranks.
 
         Schedules of one pipeline, and orders of groups, share them.
         """
         plain = replaced(degrees, schedule=Schedule.ONE_F_ONE_B, chunks=1, device_order=())
-        if plain not in self._shapes:
+        if plain not in self._layouts:
             slow = self.sharing.slowdown(degrees.world) if self.sharing else 1.0
-            self._shapes[plain] = ShapeModel(self.problem, plain, self.layers, self.comms, slow, self.shared)
-        return self._shapes[plain].scheduled(degrees)
+            self._layouts[plain] = LayoutModel(
+                self.problem, plain, self.layers, self.comms, slow, self.shared
+            )
+        return self._layouts[plain].scheduled(degrees)
 
-    def rank_shapes(self, degrees: Degrees) -> tuple[ShapeModel, ...]:
+    def rank_layouts(self, degrees: Degrees) -> tuple[LayoutModel, ...]:
         """The stage costs of each pipeline rank, one object for ranks on equal devices.
 
-        In a cluster of one kind, and wherever all ranks touch all groups, it is that of `shape`.
+        In a cluster of one kind, and wherever all ranks touch all groups, it is that of `layout`.
         """
         models = [self.seen_from(groups) for groups in rank_groups(self.problem.cluster, degrees)]
-        shapes = {id(model): model.shape(degrees) for model in {id(m): m for m in models}.values()}
-        return tuple(shapes[id(model)] for model in models)
+        layouts = {id(model): model.layout(degrees) for model in {id(m): m for m in models}.values()}
+        return tuple(layouts[id(model)] for model in models)
 
     @property
     def kinds(self) -> list[CostModel]:
@@ -146,18 +148,18 @@ class CostModel:
             self._seen[groups] = next(known, None) or CostModel(problem)
         return self._seen[groups]
 
-    def stage_costs(self, shape: ShapeModel, strategy: Strategy) -> tuple[StageCost, ...]:
-        """The cost of each stage of a strategy of a shape, on the devices of its pipeline rank."""
-        return _placed_costs(self._placed(shape), strategy)
+    def stage_costs(self, layout: LayoutModel, strategy: Strategy) -> tuple[StageCost, ...]:
+        """The cost of each stage of a strategy of a layout, on the devices of its pipeline rank."""
+        return _placed_costs(self._placed(layout), strategy)
 
-    def _placed(self, shape: ShapeModel) -> tuple[ShapeModel, ...]:
-        """The shape of each pipeline rank, where `shape` is that of the slowest devices."""
+    def _placed(self, layout: LayoutModel) -> tuple[LayoutModel, ...]:
+        """The layout of each pipeline rank, where `layout` is that of the slowest devices."""
         if len(self.problem.cluster.groups) == 1:
-            return (shape,) * shape.degrees.pp
-        return self.rank_shapes(shape.degrees)
+            return (layout,) * layout.degrees.pp
+        return self.rank_layouts(layout.degrees)
 
     def table(self, degrees: Degrees) -> Table:
-        """The table of a shape. Shapes of one pipeline share it, with its order."""
+        """The table of a layout. Layouts of one pipeline share it, with its order."""
         return build_table(degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches)
 
     def in_flight(self, degrees: Degrees) -> tuple[Flights, ...]:
@@ -167,44 +169,44 @@ class CostModel:
 
     def replay(
         self,
-        shape: ShapeModel,
+        layout: LayoutModel,
         table: Table,
         costs: tuple[StageCost, ...],
         cell_s: list[float] | None = None,
     ) -> Replay:
         """The replay of a table under these costs, whose seconds by stage and kind may be known."""
-        per_rank = shape.degrees.world // shape.degrees.pp
+        per_rank = layout.degrees.world // layout.degrees.pp
         step_s = max(kind.layers.physics.step_s for kind in self.kinds)
-        return replay(table, costs, shape.messages.p2p_s(), self.sharing, per_rank, step_s, cell_s)
+        return replay(table, costs, layout.messages.p2p_s(), self.sharing, per_rank, step_s, cell_s)
 
-    def hops_s(self, shape: ShapeModel, costs: tuple[StageCost, ...], replayed: Replay) -> float:
+    def hops_s(self, layout: LayoutModel, costs: tuple[StageCost, ...], replayed: Replay) -> float:
         """What the step would be shorter by if messages between stages took no time."""
-        if shape.messages.p2p_s() == 0.0:
+        if layout.messages.p2p_s() == 0.0:
             return 0.0
         if isinstance(replayed.times, PathTimes):
             free = replaced(replayed, times=replayed.times.without_messages())
         else:
-            per_rank = shape.degrees.world // shape.degrees.pp
-            free = replay(replayed.table, costs, 0.0, self.sharing, per_rank, shape.physics.step_s)
+            per_rank = layout.degrees.world // layout.degrees.pp
+            free = replay(replayed.table, costs, 0.0, self.sharing, per_rank, layout.physics.step_s)
         return replayed.step_time_s - free.step_time_s
 
     def evaluate(self, strategy: Strategy, table: Table | None = None) -> Evaluation:
         """The estimate of a strategy that keeps the rules, run by its schedule's table or by another."""
         degrees = strategy.degrees
-        shape = self.shape(degrees)
-        shapes = self._placed(shape)
+        layout = self.layout(degrees)
+        layouts = self._placed(layout)
         table = self.table(degrees) if table is None else table
-        costs = _placed_costs(shapes, strategy)
-        replayed = self.replay(shape, table, costs)
-        ranks = memory_of_ranks(shapes, table, costs)
-        breakdown = time_breakdown(replayed, table, costs, self.hops_s(shape, costs, replayed))
+        costs = _placed_costs(layouts, strategy)
+        replayed = self.replay(layout, table, costs)
+        ranks = memory_of_ranks(layouts, table, costs)
+        breakdown = time_breakdown(replayed, table, costs, self.hops_s(layout, costs, replayed))
         return Evaluation(
             strategy=strategy,
             estimate=replaced(
-                self._estimate(replayed, breakdown, shapes, ranks, _doubt(shapes, strategy)),
-                job=job_figures(shape, costs, replayed.step_time_s, breakdown),
+                self._estimate(replayed, breakdown, layouts, ranks, _doubt(layouts, strategy)),
+                job=job_figures(layout, costs, replayed.step_time_s, breakdown),
             ),
-            stages=self._stages(strategy, costs, ranks, shapes),
+            stages=self._stages(strategy, costs, ranks, layouts),
             table=table,
             replay=replayed,
         )
@@ -212,20 +214,20 @@ class CostModel:
     def job(self, done: Evaluation) -> Job:
         """What an evaluated strategy's goodput is computed from: another upkeep or price needs no more than
         planner.cost.goodput.figures_of."""
-        shape = self.shape(done.strategy.degrees)
-        costs = self.stage_costs(shape, done.strategy)
-        return job_of(shape, costs, done.estimate.step_time_s, done.estimate.breakdown)
+        layout = self.layout(done.strategy.degrees)
+        costs = self.stage_costs(layout, done.strategy)
+        return job_of(layout, costs, done.estimate.step_time_s, done.estimate.breakdown)
 
     def _stages(
         self,
         strategy: Strategy,
         costs: tuple[StageCost, ...],
         ranks: list[RankMemory],
-        shapes: tuple[ShapeModel, ...],
+        layouts: tuple[LayoutModel, ...],
     ) -> tuple[StageEstimate, ...]:
         memory, degrees = _by_stage(ranks), strategy.degrees
         placed = stage_groups(self.problem.cluster, degrees, len(costs))
-        limits = [shape.problem.memory_limit_bytes for shape in shapes]
+        limits = [layout.problem.memory_limit_bytes for layout in layouts]
         return tuple(
             StageEstimate(
                 memory=memory[index],
@@ -238,17 +240,17 @@ class CostModel:
             for index, cost in enumerate(costs)
         )
 
-    def coverage(self, shape: ShapeModel) -> Coverage:
-        """How much of a shape's time rests on which origin."""
-        return self._coverage((shape,))
+    def coverage(self, layout: LayoutModel) -> Coverage:
+        """How much of a layout's time rests on which origin."""
+        return self._coverage((layout,))
 
-    def _coverage(self, shapes: Sequence[ShapeModel]) -> Coverage:
-        """The same where each shape has an equal part of the model."""
-        counts = Counter(map(id, shapes))
+    def _coverage(self, layouts: Sequence[LayoutModel]) -> Coverage:
+        """The same where each layout has an equal part of the model."""
+        counts = Counter(map(id, layouts))
         seconds = dict.fromkeys(ORIGINS, 0.0)
-        for shape in {id(shape): shape for shape in shapes}.values():
-            share = counts[id(shape)] / len(shapes)
-            for origin, value in origins_s(shape).items():
+        for layout in {id(layout): layout for layout in layouts}.values():
+            share = counts[id(layout)] / len(layouts)
+            for origin, value in origins_s(layout).items():
                 seconds[origin] += share * value
         total = sum(seconds.values()) or 1.0
         return Coverage(**{origin: seconds[origin] / total for origin in ORIGINS})
@@ -257,17 +259,17 @@ class CostModel:
         self,
         replayed: Replay,
         breakdown: TimeBreakdown,
-        shapes: tuple[ShapeModel, ...],
+        layouts: tuple[LayoutModel, ...],
         ranks: list[RankMemory],
         doubt: float,
     ) -> Estimate:
         workload, cluster = self.problem.workload, self.problem.cluster
         step_s = replayed.step_time_s
         tokens_per_s = workload.tokens_per_step / step_s
-        kinds = {id(shape): shape for shape in shapes}.values()
-        known = [(shape, self.coverage(shape)) for shape in kinds]
-        error = max(_time_error(shape.problem, breakdown, coverage, doubt) for shape, coverage in known)
-        memory = most_pressed(shapes, ranks, known)
+        kinds = {id(layout): layout for layout in layouts}.values()
+        known = [(layout, self.coverage(layout)) for layout in kinds]
+        error = max(_time_error(layout.problem, breakdown, coverage, doubt) for layout, coverage in known)
+        memory = most_pressed(layouts, ranks, known)
         seconds = workload.tokens / tokens_per_s if workload.tokens else None
         price = cluster.price_usd_per_hour
         return Estimate(
@@ -281,7 +283,7 @@ class CostModel:
             peak_memory_bytes=memory.peak_bytes,
             memory_limit_bytes=memory.limit_bytes,
             verdict=memory.verdict,
-            coverage=self._coverage(shapes),
+            coverage=self._coverage(layouts),
             memory=memory.figures,
             peak_memory_interval_bytes=memory.interval_bytes,
         )
@@ -296,21 +298,21 @@ class CostModel:
         return float(trained_flops_per_token(self.problem.model, workload) * tokens_per_s / total)
 
 
-def _placed_costs(shapes: tuple[ShapeModel, ...], strategy: Strategy) -> tuple[StageCost, ...]:
+def _placed_costs(layouts: tuple[LayoutModel, ...], strategy: Strategy) -> tuple[StageCost, ...]:
     ranks = (strategy.degrees.pp_rank_of_stage(index) for index in range(len(strategy.stages)))
-    placed = ((shapes[rank], stage) for rank, stage in zip(ranks, strategy.stages, strict=True))
-    return tuple(with_offload(shape, stage, shape.stage(stage)) for shape, stage in placed)
+    placed = ((layouts[rank], stage) for rank, stage in zip(ranks, strategy.stages, strict=True))
+    return tuple(with_offload(layout, stage, layout.stage(stage)) for layout, stage in placed)
 
 
-def _doubt(shapes: Sequence[ShapeModel], strategy: Strategy) -> float:
+def _doubt(layouts: Sequence[LayoutModel], strategy: Strategy) -> float:
     """How little runs tell of the strategy's blocks, of the one that they tell least of."""
     options = {option for stage in strategy.stages for option in stage.recompute.options()}
-    kinds = {id(shape): shape for shape in shapes}.values()
+    kinds = {id(layout): layout for layout in layouts}.values()
     blocks = itertools.product(kinds, options)
     doubts = (
-        shape.layer_model.doubt(shape.shape_of(LayerKind.BLOCK, option, key))
-        for shape, option in blocks
-        for key in shape.classes
+        layout.layer_model.doubt(layout.shape_of(LayerKind.BLOCK, option, key))
+        for layout, option in blocks
+        for key in layout.classes
     )
     return max(doubts, default=0.0)
 
@@ -340,14 +342,14 @@ def _time_error(
 
 
 def memory_of_ranks(
-    shapes: Sequence[ShapeModel], table: Table, costs: tuple[StageCost, ...]
+    layouts: Sequence[LayoutModel], table: Table, costs: tuple[StageCost, ...]
 ) -> list[RankMemory]:
-    """Memory of every pipeline rank, each of its own shape."""
+    """Memory of every pipeline rank, each of its own layout."""
     ranks = []
-    for rank, shape in enumerate(shapes):
+    for rank, layout in enumerate(layouts):
         held = {stage: costs[stage] for stage in table.stages_of(rank)}
-        vectors = table.in_flight(rank, most_waits(shape.problem.stack, shape.degrees))
-        ranks.append(RankMemory(held, rank_memory(shape, vectors, held), host_bytes(vectors, held)))
+        vectors = table.in_flight(rank, most_waits(layout.problem.stack, layout.degrees))
+        ranks.append(RankMemory(held, rank_memory(layout, vectors, held), host_bytes(vectors, held)))
     return ranks
 
 

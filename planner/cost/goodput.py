@@ -51,8 +51,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from planner.cost.fit.peak_memory import state_bytes
-from planner.cost.stage.stage import ShapeModel, StageCost
+from planner.cost.stage.peak_memory import state_bytes
+from planner.cost.stage.stage import LayoutModel, StageCost
 from planner.foundation.frozen import frozen
 from planner.foundation.units import DAY_S
 from planner.hardware.cluster import ClusterSpec
@@ -323,28 +323,28 @@ def _whole(job: Job, upkeep: Upkeep, goodput: float) -> dict[str, float | None]:
 
 
 def job_figures(
-    shape: ShapeModel, stages: Sequence[StageCost], step_s: float, breakdown: TimeBreakdown
+    layout: LayoutModel, stages: Sequence[StageCost], step_s: float, breakdown: TimeBreakdown
 ) -> JobFigures | None:
     """What is lost beside steps of `step_s` seconds; None where nothing was said of it."""
-    upkeep = shape.problem.upkeep
-    return None if upkeep.silent else figures_of(job_of(shape, stages, step_s, breakdown), upkeep)
+    upkeep = layout.problem.upkeep
+    return None if upkeep.silent else figures_of(job_of(layout, stages, step_s, breakdown), upkeep)
 
 
-def job_of(shape: ShapeModel, stages: Sequence[StageCost], step_s: float, breakdown: TimeBreakdown) -> Job:
+def job_of(layout: LayoutModel, stages: Sequence[StageCost], step_s: float, breakdown: TimeBreakdown) -> Job:
     """The job of a plan in plain numbers. Another upkeep, or another price, needs nothing else."""
-    workload, cluster = shape.problem.workload, shape.problem.cluster
-    written, own = checkpoint_bytes(shape, stages)
+    workload, cluster = layout.problem.workload, layout.problem.cluster
+    written, own = checkpoint_bytes(layout, stages)
     return Job(
         step_s=step_s,
         compute_s=breakdown.compute_s + breakdown.recompute_s + breakdown.host_s,
         tokens_per_step=workload.tokens_per_step,
         tokens=workload.tokens,
-        devices=shape.degrees.world,
+        devices=layout.degrees.world,
         nodes=sum(group.nodes for group in cluster.groups),
         rated_nodes=rated_nodes(cluster),
         usual_failures_per_s=usual_failures_per_s(cluster),
         checkpoint_bytes=written,
-        staging_s=_staging_s(shape, own),
+        staging_s=_staging_s(layout, own),
         usd_per_hour=cluster.price_usd_per_hour,
     )
 
@@ -373,13 +373,13 @@ def most_kept(cluster: ClusterSpec, upkeep: Upkeep, steps: float, busy_s: float)
     return stops.kept(min(every, steps) * busy_s) * (1 - no_node_free(stops.failures_per_s, upkeep))
 
 
-def checkpoint_bytes(shape: ShapeModel, stages: Sequence[StageCost]) -> tuple[float, tuple[float, ...]]:
+def checkpoint_bytes(layout: LayoutModel, stages: Sequence[StageCost]) -> tuple[float, tuple[float, ...]]:
     """Bytes of a checkpoint, and those that a device of each pipeline rank writes of it.
 
     Replicas write once. Each device writes its shard of all stages that it holds.
     """
-    degrees = shape.degrees
-    each = [state_bytes(shape, stage) for stage in stages]
+    degrees = layout.degrees
+    each = [state_bytes(layout, stage) for stage in stages]
     own = [0.0] * degrees.pp
     for index, size in enumerate(each):
         own[degrees.pp_rank_of_stage(index)] += size
@@ -393,12 +393,12 @@ def host_link_bytes_per_s(problem: PlanningProblem) -> float | None:
     return min(known) if known and len(known) == len(rates) else None
 
 
-def _staging_s(shape: ShapeModel, own: Sequence[float]) -> float:
+def _staging_s(layout: LayoutModel, own: Sequence[float]) -> float:
     """Seconds until the last device has copied what it writes to its host; links that are not known: none."""
     largest: dict[Groups, float] = {}
-    for groups, size in zip(rank_groups(shape.problem.cluster, shape.degrees), own, strict=True):
+    for groups, size in zip(rank_groups(layout.problem.cluster, layout.degrees), own, strict=True):
         largest[groups] = max(size, largest.get(groups, 0.0))
     return max(
-        size / link if (link := host_link_bytes_per_s(seen_from(shape.problem, groups))) else 0.0
+        size / link if (link := host_link_bytes_per_s(seen_from(layout.problem, groups))) else 0.0
         for groups, size in largest.items()
     )

@@ -221,6 +221,11 @@ class LayerSample:
     taken: str = ""
 
 
+NOISY_SPREAD = 0.25
+"""Spread of a sample's runs, as a share. Beyond it the cost model trusts the trend of a curve more than each
+of its samples."""
+
+
 @frozen
 class CommSample:
     """One collective over `ranks` ranks while `groups` such groups ran at once on the same `nodes` nodes.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planner.cost.communication.collectives import NOISY_SPREAD
 from planner.cost.constant_docs import told_value, usual_value
-from planner.cost.profile_coverage import (
+from planner.foundation.units import format_bytes, format_seconds, format_si
+from planner.hardware.measured_tables import wire_factor
+from planner.profile.coverage import (
     Timed,
     bus_bytes_per_s,
     group_title,
@@ -15,9 +16,7 @@ from planner.cost.profile_coverage import (
     sample_text,
     timed,
 )
-from planner.foundation.units import format_bytes, format_seconds, format_si
-from planner.hardware.measured_tables import wire_factor
-from planner.profile.profile import CommSample, Op, Profile
+from planner.profile.profile import NOISY_SPREAD, CommSample, Op, Profile
 from planner.report import curves
 from planner.report.charts import mark_colour
 from planner.report.curves import Curve, Dot, Strip, draw_curves, draw_strips

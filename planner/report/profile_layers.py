@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
-from planner.cost.profile_coverage import ClassKey, SampledClass, sample_text, variant_text, width_text
 from planner.cost.stage.layer_samples import at_usual_speed
 from planner.foundation.frozen import frozen
 from planner.foundation.units import format_bytes, format_seconds
 from planner.model.sublayer import Recompute
+from planner.profile.coverage import ClassKey, SampledClass, sample_text, variant_text, width_text
 from planner.profile.profile import LayerKind, LayerSample, Profile
 from planner.report import curves
 from planner.report.charts import mark_colour

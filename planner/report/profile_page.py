@@ -8,9 +8,9 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 
-from planner.cost.profile_coverage import sampled_classes
 from planner.foundation.frozen import frozen
 from planner.model.spec import ModelSpec
+from planner.profile.coverage import sampled_classes
 from planner.profile.profile import Profile
 from planner.report import profile_figures as figures
 from planner.report import profile_tables as tables

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from planner.cost.compute.measured_operators import at_usual_speed
-from planner.cost.profile_coverage import kind_text, rate_flops, rate_text, rate_values
 from planner.foundation.units import format_seconds, format_si
+from planner.profile.coverage import kind_text, rate_flops, rate_text, rate_values
 from planner.profile.profile import Profile, RateKind, RateSample
 from planner.report import curves
 from planner.report.charts import mark_colour

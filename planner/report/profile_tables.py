@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from planner.cost.compute.block_correction import Residuals
 from planner.cost.constant_docs import meaning_of, told_value, usual_value
-from planner.cost.profile_coverage import (
+from planner.cost.stage.layer_cost import Residuals
+from planner.foundation.frozen import frozen
+from planner.foundation.units import format_bytes, format_seconds, format_si
+from planner.model.sublayer import Recompute
+from planner.profile.coverage import (
     SampledClass,
     Timed,
     bus_bytes_per_s,
@@ -17,9 +20,6 @@ from planner.cost.profile_coverage import (
     rate_values,
     width_text,
 )
-from planner.foundation.frozen import frozen
-from planner.foundation.units import format_bytes, format_seconds, format_si
-from planner.model.sublayer import Recompute
 from planner.profile.profile import (
     BlockResidual,
     BlockResiduals,

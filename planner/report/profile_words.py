@@ -8,13 +8,12 @@ from collections import Counter
 from collections.abc import Mapping
 from statistics import median
 
-from planner.cost.communication.collectives import NOISY_SPREAD
 from planner.cost.constant_docs import told_value
-from planner.cost.profile_coverage import ClassKey, SampledClass, covered_models, noisy, timed
 from planner.hardware.local_machine import Clocks
 from planner.profile.choose import OLD_MONTHS, months_old, told_age
+from planner.profile.coverage import ClassKey, SampledClass, covered_models, noisy, timed
 from planner.profile.merge import MORE_CASES
-from planner.profile.profile import CommSample, FamilyFit, LayerSample, Op, Profile, RateSample
+from planner.profile.profile import NOISY_SPREAD, CommSample, FamilyFit, LayerSample, Op, Profile, RateSample
 from planner.report.words import Fact, Tile, percent
 
 Classes = Mapping[ClassKey, SampledClass]

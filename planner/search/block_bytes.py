@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from planner.cost.fit.memory_timeline import least_pass_bytes, reducing_bytes, stage_pass_bytes
+from planner.cost.stage.memory_timeline import least_pass_bytes, reducing_bytes, stage_pass_bytes
 from planner.model.sublayer import Recompute
 from planner.strategy.strategy import RecomputeCounts, Stage
 

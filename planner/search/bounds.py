@@ -38,13 +38,13 @@ from typing import NamedTuple
 
 from planner.cost import constants
 from planner.cost.evaluate import CostModel
-from planner.cost.fit.memory_timeline import least_pass_bytes
 from planner.cost.layer import Pass
 from planner.cost.memory.activations import most_waits
 from planner.cost.memory.parameter_state import offloaded_states, states_of
-from planner.cost.stage.kind_layers import Sizes
 from planner.cost.stage.layer_cost import LayerModel
-from planner.cost.stage.stage import ShapeModel
+from planner.cost.stage.memory_timeline import least_pass_bytes
+from planner.cost.stage.sharded_layers import Sizes
+from planner.cost.stage.stage import LayoutModel
 from planner.job.engine_settings import Engine, Stack
 from planner.model.sublayer import Recompute
 from planner.search.even_stages import even_factor
@@ -86,7 +86,7 @@ def _one_of_each(layers: int) -> Live:
     return _live((1,) * layers, (0,) * layers)
 
 
-def whole_units(shape: ShapeModel, options: tuple[Recompute, ...]) -> list[Pass]:
+def whole_units(shape: LayoutModel, options: tuple[Recompute, ...]) -> list[Pass]:
     """Both passes of the embedding, the head and all blocks of each class, with their cheapest options."""
     layers = shape.problem.model.layers
     units = [forward + backward for forward, backward in (shape.embedding_passes, shape.head_passes)]
@@ -139,11 +139,11 @@ class Recomputing:
     """
 
     def __init__(
-        self, shape: ShapeModel, options: tuple[Recompute, ...], limit_bytes: float = math.inf
+        self, shape: LayoutModel, options: tuple[Recompute, ...], limit_bytes: float = math.inf
     ) -> None:
         self._shape, self._options = shape, options
         self._trades: dict[bool, list[tuple[float, float, float]]] = {}
-        ranges = shape.kind.kept_ranges(options)
+        ranges = shape.sharded_layers.kept_ranges(options)
         self._least, self._most, self._least_waits, self._most_waits = ranges
         self._rank_bytes = memory_bound_bytes(shape) + shape.runtime_bytes + least_pass_bytes(shape, options)
         self._free_bytes = shape.degrees.pp * (limit_bytes - self._rank_bytes)
@@ -208,7 +208,7 @@ class BaseBound:
     def __init__(
         self,
         model: CostModel,
-        shapes: Sequence[ShapeModel],
+        shapes: Sequence[LayoutModel],
         options: tuple[Recompute, ...],
         limits_bytes: Sequence[float],
         offload: Offload = Offload.NONE,
@@ -293,7 +293,7 @@ class _KindBound:
     """The figures of a bound where all ranks lie on one kind of device."""
 
     def __init__(
-        self, model: CostModel, shape: ShapeModel, options: tuple[Recompute, ...], limit_bytes: float
+        self, model: CostModel, shape: LayoutModel, options: tuple[Recompute, ...], limit_bytes: float
     ) -> None:
         degrees = shape.degrees
         self._recomputing = Recomputing(shape, options, limit_bytes)
@@ -313,14 +313,14 @@ class _KindBound:
 
 
 def step_bound_s(
-    model: CostModel, shape: ShapeModel, options: tuple[Recompute, ...], limit_bytes: float = float("inf")
+    model: CostModel, shape: LayoutModel, options: tuple[Recompute, ...], limit_bytes: float = float("inf")
 ) -> float:
     """No strategy of this shape, on equal devices, that fits into `limit_bytes` has a shorter replay."""
     degrees = shape.degrees
     return BaseBound(model, (shape,) * degrees.pp, options, (limit_bytes,) * degrees.pp).of(degrees)
 
 
-def least_once_s(shape: ShapeModel) -> float:
+def least_once_s(shape: LayoutModel) -> float:
     """What a stage gathers before and reduces after all passes takes at least: one block's."""
     units, zero = shape.block_units.values(), shape.degrees.zero
     gathers = zero in (Zero.OPTIMIZER, Zero.GRADIENTS)
@@ -332,8 +332,8 @@ def least_once_s(shape: ShapeModel) -> float:
     )
 
 
-def split_again_s(shape: ShapeModel, key: str, option: Recompute) -> float:
-    """What a split backward pass of a block takes more than a whole one (planner.cost.pipeline.replay)."""
+def split_again_s(shape: LayoutModel, key: str, option: Recompute) -> float:
+    """What a split backward pass of a block takes more than a whole one (planner.cost.replay)."""
     if option is Recompute.NONE:
         return 0.0
     if shape.problem.stack.recomputes_once:
@@ -360,13 +360,13 @@ def schedule_factor(degrees: Degrees) -> float:
             return max(m / p, 0.5)
 
 
-def _optimizer_bound_s(model: CostModel, shape: ShapeModel) -> float:
+def _optimizer_bound_s(model: CostModel, shape: LayoutModel) -> float:
     """The slowest rank's optimizer step is no faster than the mean over ranks."""
     slow = model.sharing.slowdown(shape.degrees.world) if model.sharing else 1.0
     return (shape.physics.step_s + shape.optimizer_s(shape.all_units()) / shape.degrees.pp) * slow
 
 
-def memory_bound_bytes(shape: ShapeModel) -> float:
+def memory_bound_bytes(shape: LayoutModel) -> float:
     """No strategy of this shape keeps less on its fullest rank: the mean of weights, gradients, state."""
     return least_state_bytes(shape.layer_model, shape.degrees)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from planner.cost.evaluate import CostModel
-from planner.cost.stage.kind_layers import Kind, kind_of
+from planner.cost.stage.sharded_layers import LayerSharding, layer_sharding
 from planner.model.sublayer import Recompute
 from planner.profile.profile import LayerKind
 from planner.search.quick_bounds import alone
@@ -29,10 +29,10 @@ def without_dominated(
     siblings: dict[tuple[object, ...], list[int]] = {}
     for number, base in enumerate(space.bases):
         siblings.setdefault(_but_variant(base), []).append(number)
-    figures: dict[Kind, tuple[float, ...]] = {}
-    better: dict[tuple[Kind, Kind], bool] = {}
+    figures: dict[LayerSharding, tuple[float, ...]] = {}
+    better: dict[tuple[LayerSharding, LayerSharding], bool] = {}
 
-    def beats(one: Kind, other: Kind) -> bool:
+    def beats(one: LayerSharding, other: LayerSharding) -> bool:
         if (one, other) not in better and expired():
             return False
         if (one, other) not in better:
@@ -44,7 +44,7 @@ def without_dominated(
 
     kept: list[int] = []
     for numbers in siblings.values():
-        kinds = [kind_of(space.bases[number]) for number in numbers]
+        kinds = [layer_sharding(space.bases[number]) for number in numbers]
         kept += [
             number
             for place, number in enumerate(numbers)
@@ -71,11 +71,11 @@ def _but_variant(d: Degrees) -> tuple[object, ...]:
     )
 
 
-def _figures(model: CostModel, kind: Kind, options: tuple[Recompute, ...]) -> tuple[float, ...]:
+def _figures(model: CostModel, kind: LayerSharding, options: tuple[Recompute, ...]) -> tuple[float, ...]:
     """Seconds and bytes of every layer, on every kind of device, without data parallelism."""
     found: list[float] = []
     for own in model.kinds:
-        shape = own.shape(alone(kind))
+        shape = own.layout(alone(kind))
         layers = [
             (shape.passes(key, option), shape.block(key, option))
             for key in shape.classes

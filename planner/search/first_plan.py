@@ -24,9 +24,9 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.cost.fit.verdict import safe_tensor_bytes
 from planner.cost.goodput import Job
 from planner.cost.stage.layer_cost import LayerModel
+from planner.cost.stage.peak_memory import safe_tensor_bytes
 from planner.cost.time_constants import Physics, usual_physics
 from planner.foundation.units import format_bytes
 from planner.hardware.cluster import ClusterSpec
@@ -186,7 +186,7 @@ class Scout:
 
     def _replayed(self, model: CostModel, degrees: Degrees) -> Found | None:
         """An even split of a shape with recipes that are SAFE; None where none is."""
-        shape = model.shape(degrees)
+        shape = model.layout(degrees)
         limit = safe_tensor_bytes(model.problem, model.coverage(shape), shape.runtime_bytes)
         pins = self.shared.pins
         book = RecipeBook(shape, pins.recomputes, pins.offloaded, MIX_PARTS)

@@ -41,19 +41,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from planner.cost.pipeline.makespan_paths import Path, first_paths
-from planner.cost.pipeline.replay import CriticalPath
+from planner.cost.replay import CriticalPath
 from planner.foundation.frozen import frozen
 from planner.foundation.units import GIB
 from planner.search.quiet import quiet_stdout
 from planner.search.recipes import Column
+from planner.strategy.schedule.makespan_paths import Path, first_paths
 from planner.strategy.schedule.table import Flights, InFlight
 from planner.strategy.strategy import Degrees, Schedule
-
-if TYPE_CHECKING:
-    pass
 
 MS = 1e3
 

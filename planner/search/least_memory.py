@@ -31,11 +31,11 @@ from functools import cached_property
 
 from planner.cost import constants
 from planner.cost.evaluate import CostModel, memory_of_ranks
-from planner.cost.fit.memory_timeline import StageMemory
-from planner.cost.fit.offload import with_offload
-from planner.cost.fit.verdict import RankMemory, memory_band
 from planner.cost.memory_constants import fitted_constant
-from planner.cost.stage.stage import ShapeModel
+from planner.cost.stage.memory_timeline import StageMemory
+from planner.cost.stage.offload import with_offload
+from planner.cost.stage.peak_memory import RankMemory, memory_band
+from planner.cost.stage.stage import LayoutModel
 from planner.foundation.frozen import frozen
 from planner.foundation.units import MIB
 from planner.job.problem import PlanningProblem
@@ -242,7 +242,7 @@ class ShapeNeed:
     def __init__(self, model: CostModel, degrees: Degrees, pins: FixedChoices) -> None:
         self.model, self.degrees, self.pins = model, degrees, pins
         self.layers = model.problem.model.layers
-        shapes = model.rank_shapes(degrees)
+        shapes = model.rank_layouts(degrees)
         self._shapes = [shapes[degrees.pp_rank_of_stage(stage)] for stage in range(degrees.stages)]
         self._known: dict[_Same, tuple[float, Recompute]] = {}
         self._flights = self._in_flight()
@@ -282,7 +282,7 @@ class ShapeNeed:
         return self._known[key]
 
     def _with(
-        self, shape: ShapeModel, option: Recompute, flights: Sequence[InFlight], first: int, end: int
+        self, shape: LayoutModel, option: Recompute, flights: Sequence[InFlight], first: int, end: int
     ) -> float:
         stage = dataclasses.replace(sized_stages([end - first], option)[0], first=first, end=end)
         stage = offloaded((stage,), self.pins.offload or Offload.NONE)[0]
@@ -383,7 +383,7 @@ class ShapeNeed:
         return bounds
 
 
-def more_bytes(problem: PlanningProblem, shape: ShapeModel) -> int:
+def more_bytes(problem: PlanningProblem, shape: LayoutModel) -> int:
     """What the devices of a rank have more than the least limit of a problem."""
     return shape.problem.memory_limit_bytes - problem.memory_limit_bytes
 
@@ -392,9 +392,9 @@ def need_of(model: CostModel, strategy: Strategy, exact: bool = False) -> Need |
     """What a strategy needs; None where it breaks a rule."""
     if broken_rules(model.problem, strategy):
         return None
-    shape, shapes = model.shape(strategy.degrees), model.rank_shapes(strategy.degrees)
+    shape, shapes = model.layout(strategy.degrees), model.rank_layouts(strategy.degrees)
     ranks = memory_of_ranks(shapes, model.table(strategy.degrees), model.stage_costs(shape, strategy))
-    fullest: dict[int, tuple[ShapeModel, RankMemory]] = {}
+    fullest: dict[int, tuple[LayoutModel, RankMemory]] = {}
     for own, rank in zip(shapes, ranks, strict=True):
         known = fullest.get(id(own))
         if known is None or rank.peak_bytes > known[1].peak_bytes:

@@ -1,6 +1,6 @@
 """What the layers of a model take at least, whatever recomputes: sums from which a stage's passes follow.
 
-Gradients of inputs and of weights count as planner.cost.pipeline.replay.split_backward divides a backward
+Gradients of inputs and of weights count as planner.cost.replay.split_backward divides a backward
 pass, or,
 where torch divides that of a whole stage, as no stage takes less.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from planner.cost.layer import Pass
-from planner.cost.stage.stage import ShapeModel
+from planner.cost.stage.stage import LayoutModel
 from planner.model.sublayer import Recompute
 from planner.search.bounds import split_again_s
 
@@ -33,7 +33,7 @@ class LeastPasses(NamedTuple):
         return each.T
 
 
-def least_passes(shape: ShapeModel, options: tuple[Recompute, ...]) -> LeastPasses:
+def least_passes(shape: LayoutModel, options: tuple[Recompute, ...]) -> LeastPasses:
     """Those of a shape's layers, each pass with the option that takes least."""
     import numpy as np
 
@@ -47,7 +47,7 @@ def least_passes(shape: ShapeModel, options: tuple[Recompute, ...]) -> LeastPass
     return LeastPasses(sums, np.asarray(_parts_s(shape, shape.action, shape.action, 0.0, 0.0)))
 
 
-def option_passes(shape: ShapeModel, key: str, options: tuple[Recompute, ...]) -> Floats:
+def option_passes(shape: LayoutModel, key: str, options: tuple[Recompute, ...]) -> Floats:
     """What a block of a class adds at least to its stage's actions, with each option [option, kind]."""
     import numpy as np
 
@@ -65,7 +65,7 @@ def option_passes(shape: ShapeModel, key: str, options: tuple[Recompute, ...]) -
 
 
 def _parts_s(
-    shape: ShapeModel, forward: Pass, backward: Pass, left_s: float, products_s: float
+    shape: LayoutModel, forward: Pass, backward: Pass, left_s: float, products_s: float
 ) -> tuple[float, ...]:
     """Seconds by kind where `left_s` of the backward is not in I, and `products_s` are in W."""
     later_s = 0.0 if shape.problem.workload.adapters is not None else backward.host_s / 2

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from planner.cost.evaluate import CostModel
-from planner.cost.fit.verdict import MemoryLimits, memory_limits
-from planner.cost.stage.stage import ShapeModel
+from planner.cost.stage.peak_memory import MemoryLimits, memory_limits
+from planner.cost.stage.stage import LayoutModel
 from planner.foundation.units import format_bytes
 from planner.search.bounds import BaseBound, least_state_bytes
 from planner.search.recipes import RecipeBook
@@ -48,7 +48,7 @@ class Modeller:
 
     def base(self, degrees: Degrees) -> Base:
         """What shapes that differ in schedule and chunks alone have in common."""
-        shapes, options = self.model.rank_shapes(degrees), self.pins.recomputes
+        shapes, options = self.model.rank_layouts(degrees), self.pins.recomputes
         kinds = {id(shape): shape for shape in shapes}
         limits = {key: self._safe_bytes(shape) for key, shape in kinds.items()}
         books = {key: RecipeBook(shape, options, self.pins.offloaded) for key, shape in kinds.items()}
@@ -56,7 +56,7 @@ class Modeller:
         bound = BaseBound(self.model, shapes, options, each, self.pins.offloaded)
         return Base(each, bound, tuple(books[id(shape)] for shape in shapes))
 
-    def _safe_bytes(self, shape: ShapeModel) -> float:
+    def _safe_bytes(self, shape: LayoutModel) -> float:
         """The most that a rank's tensors and runtime may take for a peak that is still SAFE."""
         key = id(shape.problem)  # of the cost models, which live as long as this
         if key not in self._limits:
@@ -65,7 +65,7 @@ class Modeller:
 
     def search(self, degrees: Degrees, base: Base) -> ShapeSearch:
         """The search of a shape of a base. What it works out is remembered in the base's books."""
-        return ShapeSearch(StageSpace(self.model, self.model.shape(degrees), base.limits_bytes, base.books))
+        return ShapeSearch(StageSpace(self.model, self.model.layout(degrees), base.limits_bytes, base.books))
 
     def candidate(self, degrees: Degrees, base: Base, number: int) -> Candidate | None:
         """A shape of a base with its bound and its number; None where it cannot fit."""

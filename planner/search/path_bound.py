@@ -1,7 +1,7 @@
 """The best recipes of one shape and how good they may be: a game of paths against recipes.
 
 The length of any path through a table's graph bounds every replay from below
-(planner.cost.pipeline.replay),
+(planner.cost.replay),
 and so does a mixture of paths. With W[s, k] its mean count of figure k of stage s (passes by kind, gathering,
 reduction, optimizer), h its mean number of messages,
 
@@ -21,7 +21,7 @@ import math
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, NamedTuple
 
-from planner.cost.pipeline.replay import Replay, critical_path
+from planner.cost.replay import Replay, critical_path
 from planner.search.cuts import Spans
 from planner.search.rank_mixes import FIGURES, OPTIMIZER, REDUCE, UNSHARD, Held, undominated
 from planner.search.recipes import Column

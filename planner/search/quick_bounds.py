@@ -22,7 +22,7 @@ from planner.cost.communication.collectives import overlap_of
 from planner.cost.communication.messages import Messages
 from planner.cost.evaluate import CostModel
 from planner.cost.layer import Pass, stacked
-from planner.cost.stage.kind_layers import Kind, kind_of
+from planner.cost.stage.sharded_layers import LayerSharding, layer_sharding
 from planner.foundation.frozen import replaced
 from planner.model.sublayer import Recompute
 from planner.search.bounds import schedule_factor
@@ -83,8 +83,8 @@ def _times(
         return np.zeros(0)
     if Recompute.NONE in options and not model.layers.samples:
         options = (Recompute.NONE,)  # by the formula, no other takes less time
-    kinds: dict[Kind, int] = {}
-    which = np.asarray([kinds.setdefault(kind_of(degrees), len(kinds)) for degrees in bases])
+    kinds: dict[LayerSharding, int] = {}
+    which = np.asarray([kinds.setdefault(layer_sharding(degrees), len(kinds)) for degrees in bases])
     m = np.asarray([d.num_micro_batches for d in bases], dtype=np.float64)
     if model.sharing is None:
         ranks = _ranks_on(model, bases)
@@ -150,7 +150,10 @@ class _UnitPasses(NamedTuple):
 
 
 def _unit_passes(
-    model: CostModel, kinds: Iterable[Kind], options: tuple[Recompute, ...], expired: Callable[[], bool]
+    model: CostModel,
+    kinds: Iterable[LayerSharding],
+    options: tuple[Recompute, ...],
+    expired: Callable[[], bool],
 ) -> list[_UnitPasses]:
     """The units of a model, in the order of Units.all(); passes take no time once time has expired."""
     classes, layers = model.layers.classes, model.problem.model.layers
@@ -160,7 +163,7 @@ def _unit_passes(
         if expired():
             each = [(Pass(), Pass())] * len(counts)
         else:
-            shape = model.shape(alone(kind))
+            shape = model.layout(alone(kind))
             each = [
                 min((shape.passes(key, option) for option in options), key=lambda passes: passes[1].total_s)
                 for key in classes
@@ -214,7 +217,7 @@ def _sent_s(model: CostModel, base: Degrees) -> list[tuple[float, float]]:
     return [(sent.gathers[unit].total_s if gathers else 0.0, sent.reduces[unit].total_s) for unit in units]
 
 
-def alone(kind: Kind) -> Degrees:
+def alone(kind: LayerSharding) -> Degrees:
     """Degrees of a kind without data parallelism."""
     tp, sequence_parallel, micro_batch, cp, exchange, ep, etp, devices = kind
     return Degrees(

@@ -15,8 +15,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from planner.cost.fit.memory_timeline import StageMemory, idle_apart
-from planner.cost.pipeline.replay import kind_passes
+from planner.cost.replay import kind_passes
+from planner.cost.stage.memory_timeline import StageMemory, idle_apart
 from planner.search.recipes import Column, RecipeBook
 from planner.strategy.schedule.table import KINDS, ActionKind, InFlight
 from planner.strategy.strategy import Offload

@@ -12,10 +12,10 @@ from functools import cache, cached_property
 from operator import le
 from typing import TYPE_CHECKING, Any
 
-from planner.cost.fit.memory_timeline import StageMemory
-from planner.cost.fit.offload import with_offload
-from planner.cost.pipeline.replay import kind_passes
-from planner.cost.stage.stage import ShapeModel, StageCost
+from planner.cost.replay import kind_passes
+from planner.cost.stage.memory_timeline import StageMemory
+from planner.cost.stage.offload import with_offload
+from planner.cost.stage.stage import LayoutModel, StageCost
 from planner.foundation.arrays import larger
 from planner.foundation.frozen import frozen
 from planner.job.engine_settings import Engine
@@ -55,7 +55,7 @@ class Column:
 
     def held_bytes(self, flight: InFlight) -> float:
         """Its states that exist, and what micro-batches in flight keep
-        (planner.cost.fit.peak_memory.held_bytes)."""
+        (planner.cost.stage.peak_memory.held_bytes)."""
         late = 0.0 if flight.begun else self.late_bytes
         return self.resident_bytes - late + flight.kept_bytes(self.cost.saved_bytes, self.cost.waiting_bytes)
 
@@ -102,7 +102,7 @@ class RecipeBook:
 
     def __init__(
         self,
-        shape: ShapeModel,
+        shape: LayoutModel,
         options: tuple[Recompute, ...],
         offload: Offload = Offload.NONE,
         parts: int | None = None,

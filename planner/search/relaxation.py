@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 from planner.cost.evaluate import CostModel
-from planner.cost.pipeline.replay import CriticalPath, PathTimes, longest_path
+from planner.cost.replay import CriticalPath, PathTimes, longest_path
 from planner.model.sublayer import Recompute
 from planner.search.dominance_proofs import Proof, Proofs, least_sum
 from planner.search.least_passes import option_passes

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from planner.cost.communication.collectives import overlap_of
 from planner.cost.communication.messages import Messages
 from planner.cost.evaluate import CostModel
-from planner.cost.fit.verdict import safe_tensor_bytes
-from planner.cost.stage.kind_layers import kind_of
-from planner.cost.stage.stage import ShapeModel
+from planner.cost.stage.peak_memory import safe_tensor_bytes
+from planner.cost.stage.sharded_layers import layer_sharding
+from planner.cost.stage.stage import LayoutModel
 from planner.model.sublayer import Recompute
 from planner.search.bounds import schedule_factor
 from planner.search.quick_bounds import alone
@@ -146,16 +146,16 @@ class Outlook:
         return self._factors[key]
 
     def _kind(self, model: CostModel, base: Degrees) -> Activations:
-        kind = kind_of(base)
+        kind = layer_sharding(base)
         key = model.problem.cluster.network, *(kind if model.sharing else kind[:-1])
         if key not in self._kinds:
-            shape = model.shape(alone(kind))
+            shape = model.layout(alone(kind))
             safe = safe_tensor_bytes(model.problem, model.coverage(shape), shape.runtime_bytes)
             self._kinds[key] = _activations(shape, self.pins.recomputes, safe)
         return self._kinds[key]
 
 
-def _activations(shape: ShapeModel, options: tuple[Recompute, ...], safe_bytes: float) -> Activations:
+def _activations(shape: LayoutModel, options: tuple[Recompute, ...], safe_bytes: float) -> Activations:
     """The figures of the whole model under degrees without data parallelism."""
     layers = shape.problem.model.layers
     ends = (shape.embedding_passes, shape.head_passes)

@@ -19,7 +19,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from planner.cost.pipeline.replay import critical_path
+from planner.cost.replay import critical_path
 from planner.search import even_split
 from planner.search.ilp import StageIlp, StageProgramme
 from planner.search.path_bound import Outcome, PathGame, even_splits, splits_within

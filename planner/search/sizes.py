@@ -8,7 +8,7 @@ step takes at least
 
 besides what its rank gathers before, reduces after and updates at least (planner.search.stage_space), so
 stages that are too large are left out, and those that would leave too much to the others. (*) With i the
-stage that takes longest, the path with both detours (planner.cost.pipeline.makespan_paths) has
+stage that takes longest, the path with both detours (planner.strategy.schedule.makespan_paths) has
 2 W - sum_{j<i} t_j + (m - w_i - 2) t_i, of which the sum is at most i t_i; any other stage takes no longer.
 """
 

@@ -22,7 +22,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from itertools import count, islice, product
-from typing import TYPE_CHECKING
 
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.cost.not_modelled import not_modelled
@@ -53,9 +52,6 @@ from planner.strategy.placement import is_mixed
 from planner.strategy.plan import Alternative, Certificate, Plan
 from planner.strategy.schedule.schedules import print_table
 from planner.strategy.strategy import AXES, Degrees, Schedule, Strategy
-
-if TYPE_CHECKING:
-    pass
 
 OPTIMAL_GAP = 1e-6
 BETTER_SHAPES, BETTER_WITHIN = 4, 1.1

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
-from planner.cost.pipeline.replay import critical_path
+from planner.cost.replay import critical_path
 from planner.search.recipes import Column
 from planner.search.sizes import Limits
 from planner.search.stage_space import StageSpace

@@ -16,8 +16,8 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 from planner.cost.evaluate import CostModel
-from planner.cost.pipeline.replay import Replay
-from planner.cost.stage.stage import ShapeModel
+from planner.cost.replay import Replay
+from planner.cost.stage.stage import LayoutModel
 from planner.search.bounds import least_once_s
 from planner.search.cuts import Cuts, Spans
 from planner.search.rank_ways import RankWays
@@ -50,7 +50,7 @@ class StageSpace:
     def __init__(
         self,
         model: CostModel,
-        shape: ShapeModel,
+        shape: LayoutModel,
         limits_bytes: Sequence[float],
         books: Sequence[RecipeBook],
     ) -> None:

@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 from planner.cost import constants
 from planner.cost.evaluate import CostModel
-from planner.cost.fit.peak_memory import rank_memory
-from planner.cost.fit.verdict import RankMemory, band
 from planner.cost.memory.activations import most_waits
+from planner.cost.stage.peak_memory import RankMemory, band, rank_memory
 from planner.cost.stage.stage import StageCost
 from planner.foundation.errors import InfeasibleError
 from planner.foundation.suggest import divisors
@@ -124,7 +123,7 @@ class _Shape:
 
     def __init__(self, model: CostModel, degrees: Degrees, options: tuple[Recompute, ...]) -> None:
         self.model, self.degrees, self.options = model, degrees, options
-        self.shape, self.shapes = model.shape(degrees), model.rank_shapes(degrees)
+        self.shape, self.shapes = model.layout(degrees), model.rank_layouts(degrees)
         self.table = build_table(degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches)
         self.limits = tuple(
             shape.problem.memory_limit_bytes / (1 + band(constants.MEMORY_ERROR, model.coverage(shape)))

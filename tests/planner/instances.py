@@ -8,8 +8,8 @@ from itertools import groupby
 from typing import Any
 
 from planner.cost import constants
-from planner.cost.compute.block_correction import block_shape
 from planner.cost.layer import LayerShape, Pass
+from planner.cost.stage.layer_cost import block_shape
 from planner.cost.stage.stage import StageCost
 from planner.hardware.cluster import ClusterSpec, Device, DeviceGroup, Link
 from planner.job.problem import PlanningProblem

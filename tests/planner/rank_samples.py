@@ -6,8 +6,8 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-from planner.cost.fit.memory_timeline import idle_apart
-from planner.cost.pipeline.replay import kind_passes
+from planner.cost.replay import kind_passes
+from planner.cost.stage.memory_timeline import idle_apart
 from planner.job.problem import PlanningProblem
 from planner.search.recipes import Column
 from planner.search.solve import Solver
@@ -24,7 +24,7 @@ def spaces(problem: PlanningProblem, fix: tuple[str, ...] = ()) -> Iterator[Stag
     for degrees in shapes(problem, parse_fixed_choices(fix)):
         if isinstance(degrees, Degrees) and degrees.pp > 1:
             base = solver.modeller.base(dataclasses.replace(degrees, schedule="1f1b", chunks=1))  # type: ignore[arg-type]
-            yield StageSpace(solver.model, solver.model.shape(degrees), base.limits_bytes, base.books)
+            yield StageSpace(solver.model, solver.model.layout(degrees), base.limits_bytes, base.books)
 
 
 def used_bytes(space: StageSpace, rank: int, held: dict[int, Stage]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from planner.advice.apply_rehearsal import refine
 from planner.commands.splitting.estimate import strategy_of
 from planner.cost.evaluate import CostModel
-from planner.cost.pipeline.replay import kind_passes
+from planner.cost.replay import kind_passes
 from planner.hardware.catalog import load_model, profile_files
 from planner.hardware.cluster_text import parse_cluster
 from planner.job.problem import PlanningProblem
@@ -50,7 +50,7 @@ def plan_of(asked: PlanningProblem, pins: str) -> Plan:
 def as_modelled(asked: PlanningProblem, plan: Plan, factor: float = 1.0) -> list[RankRehearsal]:
     """Rehearsed ranks that took what the model says, times a factor."""
     model, degrees = CostModel(asked), plan.strategy.degrees
-    shape = model.shape(degrees)
+    shape = model.layout(degrees)
     costs = model.stage_costs(shape, plan.strategy)
     table = model.table(degrees)
     found = []

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from planner.cost.message_list import COPIES, Message, charged_messages
+from bench.charged_messages import COPIES, Message, charged_messages
 from planner.model.attention import Attention
 from planner.model.feed_forward import Experts
 from planner.profile.profile import Op

@@ -205,7 +205,7 @@ def _text(result: Calibration, output: Path) -> str:
 def _blocks_text(result: Calibration) -> str:
     """What runs tell of blocks besides constants, where they tell anything."""
     from planner.commands.shared.text import table
-    from planner.cost.compute.block_correction import Residuals
+    from planner.cost.stage.layer_cost import Residuals
 
     rows = []
     for number, (fit, told) in enumerate(zip(result.fits, result.blocks, strict=True), 1):

@@ -22,8 +22,8 @@ def profile_rows(today: datetime.date) -> list[dict[str, Any]]:
 
 
 def _row(profile: Profile, today: datetime.date) -> dict[str, Any]:
-    from planner.cost.profile_coverage import covered_models, sampled_classes
     from planner.profile.choose import told_age
+    from planner.profile.coverage import covered_models, sampled_classes
     from planner.report.profile_words import fitted_runs, precisions
 
     classes = sampled_classes(profile)

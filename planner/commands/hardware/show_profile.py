@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from planner.commands.shared.text import WIDTH, pairs, table, wrapped_table
 
 if TYPE_CHECKING:
-    from planner.cost.profile_coverage import ClassKey, SampledClass
     from planner.model.spec import ModelSpec
+    from planner.profile.coverage import ClassKey, SampledClass
     from planner.profile.profile import CommSample, LayerSample, Profile
 
     Classes = Mapping[ClassKey, SampledClass]
@@ -51,8 +51,8 @@ def show_profile(
     text: str, models: Sequence[ModelSpec], html: Path | None, today: datetime.date
 ) -> tuple[dict[str, Any], str]:
     """The document and the text of a profile; with `html` its page is written there."""
-    from planner.cost.profile_coverage import sampled_classes
     from planner.foundation.decode import write_atomic
+    from planner.profile.coverage import sampled_classes
     from planner.report.profile_page import render_profile
 
     profile = find_profile(text)
@@ -65,8 +65,8 @@ def show_profile(
 def profile_document(profile: Profile, classes: Classes, today: datetime.date) -> dict[str, Any]:
     """The profile as its file has it, with what its classes are and what is to be said of it."""
     from planner.cost.constant_docs import meaning_of
-    from planner.cost.profile_coverage import bus_bytes_per_s, covered_models, noisy
     from planner.foundation.decode import encode
+    from planner.profile.coverage import bus_bytes_per_s, covered_models, noisy
     from planner.report.profile_words import warnings
 
     document: dict[str, Any] = encode(profile)
@@ -98,7 +98,7 @@ def profile_text(profile: Profile, classes: Classes, today: datetime.date) -> st
 
 def _layer_texts(profile: Profile, classes: Classes) -> list[str]:
     """A table for each class and format; at most MOST_ROWS rows in all."""
-    from planner.cost.profile_coverage import variant_text
+    from planner.profile.coverage import variant_text
 
     grouped: dict[tuple[ClassKey, str], list[LayerSample]] = {}
     for sample in profile.layers:
@@ -134,9 +134,9 @@ def _rate_texts(profile: Profile) -> list[str]:
 
 def _comm_texts(profile: Profile) -> list[str]:
     """Bus bandwidth by operation, group and size."""
-    from planner.cost.communication.collectives import NOISY_SPREAD
-    from planner.cost.profile_coverage import group_title
     from planner.foundation.units import format_bytes
+    from planner.profile.coverage import group_title
+    from planner.profile.profile import NOISY_SPREAD
     from planner.report.profile_tables import NOISY_MARK
     from planner.report.profile_words import op_title
 
@@ -155,8 +155,8 @@ def _comm_texts(profile: Profile) -> list[str]:
 
 
 def _bandwidth(sample: CommSample | None) -> str:
-    from planner.cost.profile_coverage import bus_bytes_per_s, is_noisy
     from planner.foundation.units import format_si
+    from planner.profile.coverage import bus_bytes_per_s, is_noisy
     from planner.report.profile_tables import NOISY_MARK
 
     if sample is None:

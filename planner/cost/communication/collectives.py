@@ -47,7 +47,7 @@ from planner.foundation.frozen import frozen
 from planner.hardware.cluster import ClusterSpec, Link
 from planner.hardware.measured_tables import CollectiveCurves, curves_of, rising, wire_factor
 from planner.job.problem import PlanningProblem
-from planner.profile.profile import CommSample, Op, Profile
+from planner.profile.profile import NOISY_SPREAD, CommSample, Op, Profile
 
 
 @frozen
@@ -73,7 +73,6 @@ class CommCost:
     origin: str
 
 
-NOISY_SPREAD = 0.25
 SATURATION, SATURATION_KNEE = 2.0, 0.5
 """Latencies that a large message takes more than a small one, and the transfer time, in latencies, at which
 half of them are felt. Fitted to the shipped curves inside nodes (mean error 8 %; 17 % without) and the four

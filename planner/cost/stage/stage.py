@@ -18,9 +18,8 @@ from planner.cost.communication.collectives import CommModel
 from planner.cost.communication.messages import Messages
 from planner.cost.layer import Pass, Unit
 from planner.cost.memory.parameter_state import ParamBytes, States, states_of
-from planner.cost.stage.kind_layers import SharedCosts, apart_params, update_s
 from planner.cost.stage.layer_cost import LayerModel
-from planner.cost.stage.parallel_cost import summed_copies_s
+from planner.cost.stage.sharded_layers import SharedCosts, apart_params, summed_copies_s, update_s
 from planner.foundation.arrays import larger
 from planner.foundation.frozen import frozen
 from planner.job.engine_settings import Engine
@@ -64,7 +63,7 @@ class StageCost:
     `block_saved_bytes` of them by blocks; `waiting_bytes` from its input gradients to its weight gradients,
     where a schedule puts those off and the engine holds less for them. `frozen` weights have no gradients:
     those of adapters beside them alone. `hosted` says what of the stage lies in host memory, where something
-    does (planner.cost.fit.offload).
+    does (planner.cost.stage.offload).
     `weights_s` are the blocks' weight gradients that the engine can leave for later, `deferred_s` those that
     it does: of blocks that recompute nothing. None where it splits a backward as torch does.
     """
@@ -112,7 +111,7 @@ def _with_times(passing: Pass, compute_s: float, host_s: float, dp_s: float) -> 
     )
 
 
-class ShapeModel:
+class LayoutModel:
     """Costs of stages under given degrees. `slow` is the slowdown of work while every device works."""
 
     def __init__(
@@ -133,14 +132,18 @@ class ShapeModel:
         units = layers.units(degrees)
         self.block_units, self.embedding_unit, self.head_unit = units.blocks, units.embedding, units.head
         self.sent = shared.sent(self.messages, units)
-        self.kind = shared.layers(self.messages, layers)
-        self.overlaps, self.overlap = self.kind.overlaps, self.kind.overlap
-        self.block, self.layer, self.shape_of = self.kind.block, self.kind.layer, self.kind.shape_of
+        self.sharded_layers = shared.layers(self.messages, layers)
+        self.overlaps, self.overlap = self.sharded_layers.overlaps, self.sharded_layers.overlap
+        self.block, self.layer, self.shape_of = (
+            self.sharded_layers.block,
+            self.sharded_layers.layer,
+            self.sharded_layers.shape_of,
+        )
         self._stages: dict[tuple[tuple[Chosen, ...], bool, bool], StageCost] = {}
         self._passes: dict[tuple[str, Recompute], tuple[Pass, Pass]] = {}
         self._ends: dict[LayerKind, tuple[Pass, Pass]] = {}
 
-    def scheduled(self, degrees: Degrees) -> ShapeModel:
+    def scheduled(self, degrees: Degrees) -> LayoutModel:
         """The same costs under degrees that differ in schedule, chunks and order of groups at most."""
         model = copy.copy(self)
         model.degrees = degrees
@@ -179,17 +182,17 @@ class ShapeModel:
         return self._passes[key, option]
 
     def _block_passes(self, key: str, option: Recompute) -> tuple[Pass, Pass]:
-        return self._with_data_parallel(*self.kind.block_passes(key, option), self.block_units[key])
+        return self._with_data_parallel(*self.sharded_layers.block_passes(key, option), self.block_units[key])
 
     @property
     def working_bytes(self) -> float:
         """What a block's backward pass needs for a moment beyond what was kept or is computed again."""
-        return self.kind.working_bytes
+        return self.sharded_layers.working_bytes
 
     @property
     def waiting_bytes(self) -> dict[tuple[str, Recompute], float]:
         """What a block holds between its input and its weight gradients, by class and option."""
-        return self.kind.waiting_bytes
+        return self.sharded_layers.waiting_bytes
 
     @property
     def embedding_passes(self) -> tuple[Pass, Pass]:
@@ -204,7 +207,7 @@ class ShapeModel:
     def _end_passes(self, kind: LayerKind) -> tuple[Pass, Pass]:
         if kind not in self._ends:
             unit = self.embedding_unit if kind is LayerKind.EMBEDDING else self.head_unit
-            forward, backward = self._with_data_parallel(*self.kind.end_passes(kind), unit)
+            forward, backward = self._with_data_parallel(*self.sharded_layers.end_passes(kind), unit)
             self._ends[kind] = forward, backward + Pass(compute_s=-self._spared_s(kind))
         return self._ends[kind]
 
@@ -260,7 +263,7 @@ class ShapeModel:
         """Adding a micro-batch's gradients to earlier ones; the first micro-batch of a step adds nothing."""
         more = 1 - 1 / self.degrees.num_micro_batches
         kept = self._sharded(unit) if self.degrees.zero >= Zero.GRADIENTS else unit.trained
-        return self.kind.accumulate_s * kept * more
+        return self.sharded_layers.accumulate_s * kept * more
 
     def _sharded(self, unit: Unit) -> float:
         """Trained parameters of a unit whose state one device keeps."""
@@ -384,7 +387,7 @@ class ShapeModel:
     @property
     def deferrable_s(self) -> dict[str, float]:
         """Seconds of a block's weight gradients that the own runtime can leave for later, by class."""
-        return self.kind.deferrable_s
+        return self.sharded_layers.deferrable_s
 
     def units(self, blocks: Counter[str], *, first: bool, last: bool) -> list[tuple[Unit, int]]:
         """The units of a stage with their counts: blocks by class, and the ends that it holds."""
@@ -438,7 +441,7 @@ class ShapeModel:
 
 
 def stage_bytes(
-    shape: ShapeModel, chosen: Sequence[Chosen], blocks: Counter[str], *, first: bool, last: bool
+    shape: LayoutModel, chosen: Sequence[Chosen], blocks: Counter[str], *, first: bool, last: bool
 ) -> dict[str, float]:
     """The bytes of a StageCost. Counts of `chosen` may be arrays, of many mixes at once."""
     each = [(shape.block(*choice), count) for choice, count in chosen]

@@ -12,7 +12,7 @@ from planner.advice.resolve import Clock, Effort, front, resolved
 from planner.advice.what_if import faster_devices, faster_links, faster_network, with_nodes
 from planner.advice.why_not import Answer, why_not
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.cost.fit.verdict import memory_band, safe_peak_bytes
+from planner.cost.stage.peak_memory import memory_band, safe_peak_bytes
 from planner.foundation.errors import InputError
 from planner.foundation.units import GIB, MIB
 from planner.hardware.cluster_text import parse_cluster
@@ -150,7 +150,7 @@ def test_faster_links_speed_up_a_ring_as_far_as_they_bind_it(network: float, gai
     strategy = Strategy(degrees=degrees, stages=even_stages(problem.model.layers, 1))
     changed = faster_links(problem, 2.0, degrees)
     assert changed is not None
-    sent = [CostModel(p).shape(degrees).messages.gather(1e9).dp_s for p in (problem, changed)]
+    sent = [CostModel(p).layout(degrees).messages.gather(1e9).dp_s for p in (problem, changed)]
     assert sent[0] / sent[1] == pytest.approx(gain, rel=1e-3)
     evaluated = [CostModel(p).evaluate(strategy).estimate.step_time_s for p in (problem, changed)]
     assert evaluated[1] <= evaluated[0]

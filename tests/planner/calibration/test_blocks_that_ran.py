@@ -15,10 +15,9 @@ from planner.calibration.runs import Run
 from planner.calibration.validate import Validation, validate
 from planner.cli import cli
 from planner.cost import constants
-from planner.cost.compute.block_correction import block_shape
 from planner.cost.evaluate import CostModel
 from planner.cost.layer import LayerShape
-from planner.cost.stage.layer_cost import LayerModel
+from planner.cost.stage.layer_cost import LayerModel, block_shape
 from planner.cost.time_constants import usual_physics
 from planner.foundation.decode import encode
 from planner.foundation.errors import InputError
@@ -157,7 +156,7 @@ def slow_where(runs: list[Run]) -> list[Run]:
     found = []
     for run in measured:
         problem, degrees = run.setup.problem, run.setup.strategy.degrees
-        layers = CostModel(problem).shape(degrees)
+        layers = CostModel(problem).layout(degrees)
         told = [
             BlockResidual(
                 shape=block_shape(problem.model.segments[0].block, layers.shape_of(LayerKind.BLOCK), problem),

@@ -17,10 +17,10 @@ from planner.cli import cli
 from planner.commands.hardware.show_profile import MOST_ROWS, find_profile
 from planner.cost.constant_docs import MEANINGS, meaning_of, told_value
 from planner.cost.memory_constants import MEMORY_PRIORS
-from planner.cost.profile_coverage import noisy
 from planner.cost.time_constants import PRIORS
 from planner.foundation.decode import to_json
 from planner.hardware.catalog import load_model, profile_files
+from planner.profile.coverage import noisy
 from planner.profile.profile import FamilyFit, LayerKind, Profile, load_profile
 
 NAMES = [path.stem for path in profile_files()]

@@ -380,7 +380,7 @@ def test_copies_of_a_large_unit_have_a_rate_of_their_own_where_one_was_measured(
         )
         problem = instances.problem(on=instances.cluster(per_node=4))
         asked = dataclasses.replace(problem, profile=instances.profile(constants=constants))
-        messages = CostModel(asked).shape(degrees).messages
+        messages = CostModel(asked).layout(degrees).messages
         return messages.gather(size_bytes / messages.value_bytes).host_s
 
     assert copied_s(line | bend, 4e5) == pytest.approx(5e-4) == copied_s(line, 4e5)

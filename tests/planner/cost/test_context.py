@@ -101,7 +101,7 @@ def test_gradients_are_reduced_over_context_ranks() -> None:
     by_dp = evaluated(problem(), shared(1)).replay.reduce_s
     by_cp = evaluated(problem(), shared(8)).replay.reduce_s
     assert max(by_cp) > 0
-    shape_dp, shape_cp = (CostModel(problem()).shape(shared(cp)) for cp in (1, 8))
+    shape_dp, shape_cp = (CostModel(problem()).layout(shared(cp)) for cp in (1, 8))
     assert shape_cp.reduces == shape_dp.reduces and max(by_dp) > 0
 
 
@@ -127,7 +127,7 @@ def test_a_ring_by_hand() -> None:
     """c - 1 hops behind attention of 1/c each; back twice the bytes and one more hop home."""
     of = problem(link_bytes_per_s=1e9)
     model = CostModel(of)
-    shape = model.shape(shared(4))
+    shape = model.layout(shared(4))
     own = shape.shape_of(LayerKind.BLOCK, Recompute.NONE, next(iter(shape.classes)))
     tokens, kv = SEQ / 4, 2 * 4 * 32 * 2
     hop_s, double_s = (shape.messages.cp_seconds(Op.P2P, n * tokens * kv) for n in (1, 2))
@@ -140,7 +140,7 @@ def test_a_ring_by_hand() -> None:
 
 
 def test_recomputing_a_block_exchanges_once_more() -> None:
-    shape = CostModel(problem(link_bytes_per_s=1e9)).shape(shared(4))
+    shape = CostModel(problem(link_bytes_per_s=1e9)).layout(shared(4))
     key = next(iter(shape.classes))
     plain, full = (shape.passes(key, option)[1].cp_s for option in (Recompute.NONE, Recompute.FULL))
     assert full == pytest.approx(plain + shape.passes(key, Recompute.NONE)[0].cp_s)
@@ -218,7 +218,7 @@ def test_constants_of_the_exchange_move_it() -> None:
     base = physics_of(None, of.stack)
     for name, value in (("cp_scale", 2.0), ("cp_step_s", 1e-3)):
         moved = dataclasses.replace(base, **{name: value})
-        shapes = [CostModel(of, LayerModel(of, physics)).shape(degrees) for physics in (base, moved)]
+        shapes = [CostModel(of, LayerModel(of, physics)).layout(degrees) for physics in (base, moved)]
         plain, more = (shape.passes(next(iter(shape.classes)), Recompute.NONE) for shape in shapes)
         assert name in PRIORS
         assert all(b.cp_s > a.cp_s for a, b in zip(plain, more, strict=True))

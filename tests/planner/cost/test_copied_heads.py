@@ -76,13 +76,13 @@ def test_ranks_work_as_where_each_has_a_head_of_its_own(name: str, recompute: Re
     strategy = Strategy(degrees=degrees, stages=even_stages(LAYERS, degrees.pp, recompute))
     own, whole = (CostModel(problem(grouped(kv_heads))) for kv_heads in (1, degrees.tp))
     mine, theirs = own.evaluate(strategy), whole.evaluate(strategy)
-    costs = [each.stage_costs(each.shape(degrees), strategy) for each in (own, whole)]
+    costs = [each.stage_costs(each.layout(degrees), strategy) for each in (own, whole)]
     for ours, wholes in zip(*costs, strict=True):
         assert ours.copied_s > 0 == wholes.copied_s
         assert ours == dataclasses.replace(
             wholes, copied_s=ours.copied_s, reduce_s=wholes.reduce_s + ours.copied_s
         )
-    communicator_bytes = own.shape(degrees).memory.communicator_bytes
+    communicator_bytes = own.layout(degrees).memory.communicator_bytes
     more_bytes = mine.estimate.peak_memory_bytes - theirs.estimate.peak_memory_bytes
     assert more_bytes == pytest.approx(communicator_bytes, abs=8), "of the ranks that have copies of a head"
     copied_s = max(cost.copied_s for cost in costs[0])
@@ -98,7 +98,7 @@ def test_the_more_data_ranks_share_state_the_less_is_summed_over_copies() -> Non
         degrees = Degrees(tp=4, zero=zero, num_micro_batches=4, **ranks)
         model = CostModel(problem(grouped(1)))
         (stage,) = model.stage_costs(
-            model.shape(degrees), Strategy(degrees=degrees, stages=even_stages(LAYERS, 1))
+            model.layout(degrees), Strategy(degrees=degrees, stages=even_stages(LAYERS, 1))
         )
         cost[name] = stage.copied_s
     assert cost["shards"] < cost["replicas"]
@@ -108,7 +108,7 @@ def test_the_more_data_ranks_share_state_the_less_is_summed_over_copies() -> Non
 def test_bounds_stay_below_estimates(name: str) -> None:
     degrees, model = DEGREES[name], CostModel(problem(grouped(1)))
     strategy = Strategy(degrees=degrees, stages=even_stages(LAYERS, degrees.pp))
-    estimate, shape = model.evaluate(strategy).estimate, model.shape(degrees)
+    estimate, shape = model.evaluate(strategy).estimate, model.layout(degrees)
     assert memory_bound_bytes(shape) <= estimate.peak_memory_bytes
     assert step_bound_s(model, shape, tuple(Recompute)) <= estimate.step_time_s
 

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from planner.cost.pipeline.replay import CriticalPath, critical_path, kind_passes, replay
+from planner.cost.replay import CriticalPath, critical_path, kind_passes, replay
 from planner.cost.stage.stage import StageCost
 from planner.strategy.schedule.longest_path import action_order, many_row_ends_s
 from planner.strategy.schedule.schedules import build_table

@@ -93,7 +93,7 @@ def test_one_expert_rank_is_the_identity() -> None:
 @pytest.mark.parametrize("degrees", LAYOUTS, ids=lambda d: d.label())
 def test_shards_sum_to_the_model(degrees: Degrees) -> None:
     """Routed experts over ep x etp ranks, the rest over tp, norms whole."""
-    shape = CostModel(problem()).shape(degrees)
+    shape = CostModel(problem()).layout(degrees)
     block = mixture().segments[0].block
     assert isinstance(block, Block)
     unit = next(iter(shape.block_units.values()))
@@ -108,7 +108,7 @@ def test_shards_sum_to_the_model(degrees: Degrees) -> None:
 @pytest.mark.parametrize("degrees", LAYOUTS, ids=lambda d: d.label())
 def test_state_over_all_ranks_is_that_of_the_model(degrees: Degrees) -> None:
     """Masters and moments, 12 bytes a parameter, lie once on all ranks, whoever holds the experts."""
-    shape = CostModel(problem()).shape(degrees)
+    shape = CostModel(problem()).layout(degrees)
     unit = next(iter(shape.block_units.values()))
     each = shape.states.of(unit.params, 0.0, unit.routed_params).optimizer
     whole = 12 * (unit.dense_params * degrees.tp + unit.routed_params * degrees.expert_ranks)
@@ -127,7 +127,7 @@ def test_products_of_experts_over_ranks_are_those_of_all_tokens(degrees: Degrees
     rates = dataclasses.replace(layers.rates, by_shape=None)
     block = mixture().segments[0].block
     assert isinstance(block, Block)
-    shape = CostModel(of).shape(degrees).shape_of(shape_kind(), Recompute.NONE, "")
+    shape = CostModel(of).layout(degrees).shape_of(shape_kind(), Recompute.NONE, "")
     up = next(matrix for matrix in block.matrices() if matrix.routed)
     rows = 1024 * 2
     inputs, outputs = up.shard(shape.expert_tp)
@@ -173,7 +173,7 @@ def test_sending_once_a_rank_is_never_dearer() -> None:
         for dispatch in (Dispatch.ALL_TO_ALL, Dispatch.DEDUPLICATED):
             stack = Stack(engine=Engine.MEGATRON, dispatch=dispatch)
             of = problem(per_node, 16 // per_node, of=mixture(experts), stack=stack)
-            messages = CostModel(of).shape(spread(ep)).messages
+            messages = CostModel(of).layout(spread(ep)).messages
             seconds.append(expert_pass(messages, experts, 512).forward_s)
         assert 0 < seconds[1] <= seconds[0] * (1 + 1e-9)
 
@@ -197,7 +197,7 @@ def test_messages_fall_with_bandwidth_and_rise_with_topk() -> None:
 def test_dispatch_in_fp8_sends_half_one_way() -> None:
     def seconds(bytes_: int | None) -> float:
         stack = Stack(engine=Engine.MEGATRON, dispatch_bytes=bytes_)
-        shape = CostModel(problem(stack=stack, latency_s=1e-12)).shape(spread(4))
+        shape = CostModel(problem(stack=stack, latency_s=1e-12)).layout(spread(4))
         return expert_pass(shape.messages, EXPERTS, 512).forward_s
 
     assert seconds(1) == pytest.approx(0.75 * seconds(None), rel=1e-3)
@@ -205,7 +205,7 @@ def test_dispatch_in_fp8_sends_half_one_way() -> None:
 
 def test_latent_experts_send_the_latent() -> None:
     latent = dataclasses.replace(EXPERTS, latent=128)
-    messages = CostModel(problem(latency_s=1e-12)).shape(spread(4)).messages
+    messages = CostModel(problem(latency_s=1e-12)).layout(spread(4)).messages
     assert expert_pass(messages, latent, 512).forward_s == pytest.approx(
         expert_pass(messages, EXPERTS, 512).forward_s / 4, rel=1e-3
     )
@@ -218,7 +218,7 @@ def test_experts_over_nodes_take_the_slower_link() -> None:
 
 
 def test_more_expert_ranks_hold_less_and_reduce_less() -> None:
-    shapes = [CostModel(problem()).shape(spread(ep)) for ep in (1, 2, 4, 8, 16)]
+    shapes = [CostModel(problem()).layout(spread(ep)) for ep in (1, 2, 4, 8, 16)]
     held = [next(iter(shape.block_units.values())).params for shape in shapes]
     assert held == sorted(held, reverse=True)
     reduced = [sum(each.dp_s for each in shape.reduces.values()) for shape in shapes]
@@ -232,11 +232,11 @@ def test_memory_bound_lies_below_the_estimate() -> None:
         model = CostModel(problem())
         stages = even_stages(4, 1)
         peak = model.evaluate(Strategy(degrees=degrees, stages=stages)).estimate.peak_memory_bytes
-        assert memory_bound_bytes(model.shape(degrees)) <= peak
+        assert memory_bound_bytes(model.layout(degrees)) <= peak
 
 
 def test_recomputing_a_block_sends_once_more() -> None:
-    shape = CostModel(problem()).shape(spread(4))
+    shape = CostModel(problem()).layout(spread(4))
     key = next(iter(shape.classes))
     plain, full = (shape.passes(key, option) for option in (Recompute.NONE, Recompute.FULL))
     assert full[1].ep_s == pytest.approx(2 * plain[1].ep_s)

@@ -103,7 +103,7 @@ def test_a_checkpoint_holds_every_weight_once_whatever_the_degrees() -> None:
         Degrees(pp=4, dp_replicate=4, num_micro_batches=8),
     ):
         model = CostModel(problem())
-        shape = model.shape(degrees)
+        shape = model.layout(degrees)
         written, own = checkpoint_bytes(shape, model.stage_costs(shape, strategy(degrees)))
         assert written == pytest.approx(12 * params, rel=0.01)
         assert len(own) == degrees.pp and sum(own) <= written

@@ -160,7 +160,7 @@ def test_parameters_of_all_shards_are_the_models() -> None:
     total = PROBLEM.model.params_total
     for degrees in grid(PROBLEM):
         model = CostModel(PROBLEM)
-        shape = model.shape(degrees)
+        shape = model.layout(degrees)
         strategy = Strategy(degrees=degrees, stages=even_stages(PROBLEM.model.layers, degrees.stages))
         held = degrees.tp * sum(cost.params for cost in model.stage_costs(shape, strategy))
         assert total * (1 - 1e-12) <= held <= total * (1 + 0.02 * (degrees.tp - 1)), degrees.label()

@@ -35,7 +35,7 @@ FIGURES = (
 )
 GOLDEN = Path(__file__).parents[1] / "golden" / "layer-prices.json"
 """Written before samples had lengths, context and expert parallelism: what each is priced at. Peaks of plans
-are those of the own runtime's moments (planner.cost.fit.memory_timeline); each of 8 ranks has a whole one
+are those of the own runtime's moments (planner.cost.stage.memory_timeline); each of 8 ranks has a whole one
 of the
 model's 4 key-value heads. Full recomputation at other lengths is without an MLP's last product."""
 

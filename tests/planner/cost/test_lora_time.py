@@ -88,7 +88,7 @@ def test_frozen_weights_are_gathered_under_zero_3_as_trained_ones() -> None:
     for adapters in (None, ALL):
         done = evaluated(adapters, degrees)
         model = CostModel(_problem_of(done, adapters))
-        shapes.append(model.shape(degrees))
+        shapes.append(model.layout(degrees))
     for full, frozen in zip(shapes[0].gathers.values(), shapes[1].gathers.values(), strict=True):
         assert full == frozen
     assert max(message.total_s for message in shapes[1].reduces.values()) < 1e-3

@@ -13,9 +13,9 @@ from planner.cost.compute.analytic import DeviceRates, analytic_cost, device_rat
 from planner.cost.compute.measured_operators import MeasuredRates, at_usual_speed, measured_rates
 from planner.cost.compute.products import matrices_s, product_s
 from planner.cost.evaluate import CostModel
-from planner.cost.fit.offload import COPIED_BYTES
 from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.stage.layer_cost import LayerModel
+from planner.cost.stage.offload import COPIED_BYTES
 from planner.cost.time_constants import usual_physics
 from planner.foundation.decode import decode, decode_json, to_json
 from planner.job.engine_settings import Engine, Stack
@@ -226,7 +226,7 @@ def test_samples_are_compared_at_one_speed() -> None:
 
 def test_the_update_and_copies_are_those_of_the_sweep() -> None:
     of = problem(SWEPT)
-    shape = CostModel(of).shape(Degrees())
+    shape = CostModel(of).layout(Degrees())
     params = sum(shape.block_units[key].params for key in shape.classes)
     units = [(shape.block_units[key], 1) for key in shape.classes]
     # Three values moved of each parameter, for clipping and for the update.

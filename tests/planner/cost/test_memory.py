@@ -16,11 +16,11 @@ from planner.calibration.run_setup import RunSetup, run_problem
 from planner.calibration.runs import MemoryKind, Run, Status, read_runs
 from planner.calibration.validate import validate
 from planner.cost.evaluate import CostModel, Evaluation, predicted_memory_bytes
-from planner.cost.fit.verdict import ErrorBand, memory_band, safe_peak_bytes, safe_tensor_bytes, verdict
 from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.memory.activations import engine_bytes
 from planner.cost.memory.parameter_state import States, states_of
 from planner.cost.memory_constants import MEMORY_PRIORS, memory_constants, process_groups
+from planner.cost.stage.peak_memory import ErrorBand, memory_band, safe_peak_bytes, safe_tensor_bytes, verdict
 from planner.foundation.units import GIB
 from planner.job.engine_settings import Engine, Selective, Stack
 from planner.job.problem import PlanningProblem
@@ -102,7 +102,7 @@ def test_shards_of_stages_sum_to_the_model(tp: int) -> None:
     problem = instances.problem(on=instances.cluster(nodes=1, per_node=8))
     degrees = Degrees(tp=tp, pp=2, num_micro_batches=4)
     model = CostModel(problem)
-    shape = model.shape(degrees)
+    shape = model.layout(degrees)
     stages = even_stages(problem.model.layers, 2)
     held = tp * sum(shape.stage(stage).params for stage in stages)
     matrices = problem.model.params_total

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from planner.cost.evaluate import CostModel
-from planner.cost.pipeline.replay import replay
+from planner.cost.replay import replay
 from planner.foundation.errors import InfeasibleError
 from planner.hardware.cluster import ClusterSpec
 from planner.hardware.cluster_text import parse_cluster

@@ -12,7 +12,7 @@ import pytest
 
 from bench.rehearsal import H100, plan_of
 from planner.cost.evaluate import CostModel
-from planner.cost.fit.memory_timeline import StageMemory
+from planner.cost.stage.memory_timeline import StageMemory
 from planner.foundation.units import GIB
 from planner.strategy.equivalent_ranks import alike_ranks
 from planner.strategy.schedule.table import InFlight
@@ -40,7 +40,7 @@ def test_predicted_ranks_hold_what_was_traced(case: tuple[str, str, int, int, st
 def memory_of(pins: str, stage: int) -> StageMemory:
     asked = plan_of("llama-3-8b", "2x8:h100-sxm-80gb", 8192, 64, pins)
     model = CostModel(asked.problem)
-    shape = model.shape(asked.plan.strategy.degrees)
+    shape = model.layout(asked.plan.strategy.degrees)
     return StageMemory(shape, model.stage_costs(shape, asked.plan.strategy)[stage])
 
 
@@ -55,7 +55,7 @@ def test_a_step_that_reduces_once_does_so_beside_nothing_else(zero: Zero, once: 
 def test_a_head_is_reduced_while_the_last_block_runs_back() -> None:
     """A stage of one block, which none is behind, and whose states and activations are all there."""
     held = memory_of("dp=16 zero=2 micro_batch=1 recompute=full", 0)
-    head, unit = held.shape.head_unit.params, held.stage.largest_block_params
+    head, unit = held.layout.head_unit.params, held.stage.largest_block_params
     assert head > 2 * unit
     beyond = held.transient_bytes(InFlight(alive=1)) + held.stage.saved_bytes
     assert beyond > 4 * head + held.stage.block_saved_bytes + held.stage.block_transient_bytes

@@ -15,9 +15,9 @@ from planner.calibration.runs import read_runs
 from planner.calibration.validate import validate
 from planner.cli import cli
 from planner.cost.evaluate import CostModel, Evaluation
-from planner.cost.fit.offload import WINDOW
 from planner.cost.memory.parameter_state import offloaded_states
 from planner.cost.not_modelled import not_modelled
+from planner.cost.stage.offload import WINDOW
 from planner.foundation.errors import InfeasibleError, InputError
 from planner.hardware.cluster_text import parse_cluster
 from planner.job.engine_settings import Engine, Stack

@@ -58,6 +58,6 @@ def test_a_step_is_slower_where_work_slows_more() -> None:
     shown = []
     for share in (0.0, 0.5):
         of = dataclasses.replace(base, profile=profile(overlap_slowdown=share))
-        shape = CostModel(of).shape(degrees)
+        shape = CostModel(of).layout(degrees)
         shown.append(shape.passes(next(iter(shape.classes)), Recompute.NONE)[1].dp_s)
     assert shown[0] < shown[1]

@@ -11,7 +11,7 @@ import pytest
 
 from planner.cost import constants
 from planner.cost.layer import Pass
-from planner.cost.pipeline.replay import Sharing, kind_passes, replay, split_backward
+from planner.cost.replay import Sharing, kind_passes, replay, split_backward
 from planner.cost.stage.stage import StageCost
 from planner.search.even_stages import even_factor
 from planner.strategy.schedule import longest_path

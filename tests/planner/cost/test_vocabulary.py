@@ -52,7 +52,7 @@ def test_it_costs_what_the_padded_one_does(engine: Engine, tied: bool, liger: bo
     mine, theirs = (each.evaluate(strategy).estimate for each in (own, padded))
     assert mine.step_time_s == pytest.approx(theirs.step_time_s, rel=1e-12)
     assert mine.peak_memory_bytes == theirs.peak_memory_bytes
-    assert memory_bound_bytes(own.shape(degrees)) <= mine.peak_memory_bytes
+    assert memory_bound_bytes(own.layout(degrees)) <= mine.peak_memory_bytes
 
 
 def test_no_engine_refuses() -> None:

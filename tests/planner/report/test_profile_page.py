@@ -10,17 +10,17 @@ from collections.abc import Callable
 
 import pytest
 
-from planner.cost.compute.block_correction import Residuals
-from planner.cost.profile_coverage import (
+from planner.cost.stage.layer_cost import Residuals
+from planner.foundation.units import format_seconds, format_si
+from planner.model.sublayer import AttentionKernel, Recompute
+from planner.model.workload import Precision
+from planner.profile.coverage import (
     SampledClass,
     covered_models,
     rate_flops,
     sampled_classes,
     width_text,
 )
-from planner.foundation.units import format_seconds, format_si
-from planner.model.sublayer import AttentionKernel, Recompute
-from planner.model.workload import Precision
 from planner.profile.profile import BlockResidual, BlockResiduals, BlockShape, LayerKind, Profile, RateKind
 from planner.report import curves as ticks
 from planner.report.profile_layers import MOST_CLASSES

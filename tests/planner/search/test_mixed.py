@@ -383,9 +383,9 @@ def test_each_rank_sends_over_its_own_links() -> None:
     of = named("2x8:a100-sxm-80gb+2x8:h100-sxm-80gb")
     degrees = Degrees(tp=4, pp=2, dp_shard=4, zero=Zero.OPTIMIZER, num_micro_batches=32)
     for shape, text in zip(
-        CostModel(of).rank_shapes(degrees), ("4x8:a100-sxm-80gb", "4x8:h100-sxm-80gb"), strict=True
+        CostModel(of).rank_layouts(degrees), ("4x8:a100-sxm-80gb", "4x8:h100-sxm-80gb"), strict=True
     ):
-        alone = CostModel(named(text)).shape(degrees)
+        alone = CostModel(named(text)).layout(degrees)
         assert shape.messages.over_tp(Op.ALL_REDUCE) == alone.messages.over_tp(Op.ALL_REDUCE)
         assert shape.messages.p2p_s() == alone.messages.p2p_s()
         key = next(iter(shape.classes))
@@ -400,11 +400,11 @@ def test_a_group_of_one_node_is_still_part_of_a_cluster() -> None:
 
 def test_costs_of_a_kind_are_shared() -> None:
     model = CostModel(problem(SLOW, FAST))
-    first, second = model.rank_shapes(pipeline(4)), model.rank_shapes(pipeline(2))
+    first, second = model.rank_layouts(pipeline(4)), model.rank_layouts(pipeline(2))
     assert first[0] is first[1] and first[2] is first[3] and first[0] is not first[2]
     assert first[0].layer_model is second[0].layer_model is not first[2].layer_model
     uniform = CostModel(problem(dataclasses.replace(SLOW, nodes=2)))
-    assert len({id(shape) for shape in uniform.rank_shapes(pipeline(4))}) == 1
+    assert len({id(shape) for shape in uniform.rank_layouts(pipeline(4))}) == 1
     assert uniform.seen_from((0,)) is uniform
 
 

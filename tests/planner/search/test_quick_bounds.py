@@ -31,11 +31,11 @@ def test_quick_bounds_lie_below_the_bounds(fixed: tuple[str, ...], mixed: bool) 
             continue
         quick = space_bounds_s(model, space, FixedChoices().recomputes)[0].tolist()
         for degrees, bound_s in zip(legal, quick, strict=True):
-            exact_s = step_bound_s(model, model.shape(degrees), FixedChoices().recomputes)
+            exact_s = step_bound_s(model, model.layout(degrees), FixedChoices().recomputes)
             assert 0 < bound_s <= exact_s * (1 + 1e-9), degrees.label()
         # Without data parallelism all that is missing is the optimizer.
         alone = [
-            b / step_bound_s(model, model.shape(d), FixedChoices().recomputes)
+            b / step_bound_s(model, model.layout(d), FixedChoices().recomputes)
             for d, b in zip(legal, quick, strict=True)
             if d.dp == 1
         ]
@@ -57,7 +57,7 @@ def test_quick_bounds_of_experts_lie_below_the_bounds(fixed: tuple[str, ...]) ->
             continue
         quick = space_bounds_s(model, space, FixedChoices().recomputes)[0].tolist()
         for degrees, bound_s in zip(legal, quick, strict=True):
-            exact_s = step_bound_s(model, model.shape(degrees), FixedChoices().recomputes)
+            exact_s = step_bound_s(model, model.layout(degrees), FixedChoices().recomputes)
             assert 0 < bound_s <= exact_s * (1 + 1e-9), degrees.label()
         compared += len(legal)
     assert compared >= 4

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from planner.cost.pipeline.replay import kind_passes, replay
+from planner.cost.replay import kind_passes, replay
 from planner.search.row_paths import RowPaths, row_paths
 from planner.strategy.schedule.longest_path import action_order
 from planner.strategy.schedule.schedules import build_table

@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 
-from planner.cost.pipeline.makespan_paths import makespan_bound
 from planner.foundation.errors import InfeasibleError
 from planner.job.engine_settings import Engine
 from planner.job.problem import Limits
@@ -18,6 +17,7 @@ from planner.strategy.estimate import Verdict
 from planner.strategy.fixed_choices import FixedChoices, parse_fixed_choices
 from planner.strategy.plan import decode_plan, encode_plan
 from planner.strategy.rules import broken_rules
+from planner.strategy.schedule.makespan_paths import makespan_bound
 from planner.strategy.schedule.schedules import build_table
 from planner.strategy.strategy import Degrees, Schedule
 from tests.planner import instances
@@ -106,7 +106,7 @@ def test_paths_never_exceed_the_replay(schedule: Schedule) -> None:
     """Any bounding path is at most the makespan of the replay, for uneven stages too."""
     import random
 
-    from planner.cost.pipeline.replay import replay
+    from planner.cost.replay import replay
 
     draw = random.Random(1)
     for _ in range(200):

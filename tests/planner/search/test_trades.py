@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from planner.cost.pipeline.replay import critical_path
+from planner.cost.replay import critical_path
 from planner.search import stage_assignment as deal
 from planner.search.stage_assignment import Dealer
 from planner.search.stage_space import StageSpace

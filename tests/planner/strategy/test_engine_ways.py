@@ -9,9 +9,9 @@ import pytest
 from planner.cost.communication.collectives import Group
 from planner.cost.compute.analytic import analytic_cost
 from planner.cost.evaluate import CostModel
-from planner.cost.stage.kind_layers import accumulate_s
 from planner.cost.stage.layer_cost import LayerModel
-from planner.cost.stage.stage import ShapeModel
+from planner.cost.stage.sharded_layers import accumulate_s
+from planner.cost.stage.stage import LayoutModel
 from planner.cost.time_constants import physics_of
 from planner.hardware.cluster_text import parse_cluster
 from planner.job.engine_settings import NATIVE, Engine, Stack
@@ -48,8 +48,8 @@ def degrees(**changes: object) -> Degrees:
     return dataclasses.replace(usual, **changes)  # type: ignore[arg-type]
 
 
-def shape(stack: Stack, of: Degrees | None = None, precision: Precision = Precision.BF16) -> ShapeModel:
-    return CostModel(problem(stack, precision)).shape(of or degrees())
+def shape(stack: Stack, of: Degrees | None = None, precision: Precision = Precision.BF16) -> LayoutModel:
+    return CostModel(problem(stack, precision)).layout(of or degrees())
 
 
 def test_ranks_that_hold_a_result_whole_send_shares_of_it_where_the_engine_does() -> None:
@@ -103,7 +103,7 @@ def block_s(host_s: float, tp_scale: float, option: Recompute) -> tuple[float, f
     own = problem(MEGATRON)
     physics = dataclasses.replace(physics_of(None, MEGATRON), host_block_forward_s=host_s, tp_scale=tp_scale)
     layers = LayerModel(own, physics)
-    passes = CostModel(own, layers).shape(degrees()).passes(layers.keys[0], option)
+    passes = CostModel(own, layers).layout(degrees()).passes(layers.keys[0], option)
     return passes[0].total_s, passes[1].total_s
 
 

@@ -10,13 +10,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from planner.cost.communication.collectives import NOISY_SPREAD
 from planner.foundation.frozen import frozen
 from planner.hardware.catalog import load_model, model_index
 from planner.hardware.measured_tables import wire_factor
 from planner.model.spec import Block, Layer, ModelSpec
 from planner.model.sublayer import Recompute
 from planner.profile.profile import (
+    NOISY_SPREAD,
     CommSample,
     LayerKind,
     LayerSample,

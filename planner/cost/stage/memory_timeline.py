@@ -21,7 +21,7 @@ largest unit:
     all          W + G + O + the optimizer's temporaries, at its step; W + 4 U while weights are loaded
 
 Native's are of FSDP2 with the embedding, each block, and norm and head as units, and a loss by chunks of
-tokens: what ranks of 16 plans for H100 hold, traced on shapes alone, and ranks of 21 plans on gloo
+tokens: what ranks of 16 plans for H100 hold, traced on layouts alone, and ranks of 21 plans on gloo
 (bench/results/*-rehearsal-*.json). What waits between I and W of the zero-bubble schedules is
 planner.cost.memory.activations's; the moment of a W needs no looking at, for the last block of the I
 before it has more.
@@ -38,8 +38,8 @@ from collections.abc import Iterable
 from functools import cached_property
 
 from planner.cost.memory.parameter_state import ParamBytes
-from planner.cost.stage.kind_layers import apart_params
-from planner.cost.stage.stage import ShapeModel, StageCost
+from planner.cost.stage.sharded_layers import apart_params
+from planner.cost.stage.stage import LayoutModel, StageCost
 from planner.foundation.arrays import larger
 from planner.job.engine_settings import Engine
 from planner.model.sublayer import Recompute
@@ -58,16 +58,16 @@ FIRST_GRADIENTS = 0.25
 an MLP's down projection is a quarter (gated) to a third of a block."""
 
 
-def idle_apart(shape: ShapeModel) -> bool:
+def idle_apart(layout: LayoutModel) -> bool:
     """Whether a stage with nothing in flight needs nothing for a pass: what it would need depends on that."""
-    return shape.problem.stack.engine in (Engine.NATIVE, Engine.TORCHTITAN)
+    return layout.problem.stack.engine in (Engine.NATIVE, Engine.TORCHTITAN)
 
 
-def resident(shape: ShapeModel, stage: StageCost) -> ParamBytes:
+def resident(layout: LayoutModel, stage: StageCost) -> ParamBytes:
     """Weights, gradients and optimizer state of a stage on its device."""
     if stage.hosted is not None:
         return stage.hosted.kept
-    return shape.states.of(stage.params, stage.end_params, stage.routed_params)
+    return layout.states.of(stage.params, stage.end_params, stage.routed_params)
 
 
 def _window_bytes(stage: StageCost) -> float:
@@ -75,110 +75,110 @@ def _window_bytes(stage: StageCost) -> float:
     return stage.hosted.window_bytes if stage.hosted is not None else 0.0
 
 
-def step_temporaries_bytes(shape: ShapeModel, stage: StageCost) -> float:
+def step_temporaries_bytes(layout: LayoutModel, stage: StageCost) -> float:
     """What the optimizer's step needs for a moment, by the largest unit's shard u or the stage's P/n.
 
     Fused AdamW and SGD work in place. Adafactor forms an update (4 u), muon orthogonalises matrices in the
     compute precision of c bytes with two products beside (3 c U). DeepSpeed unscales into an fp32 copy of
     its gradients (4 P/n).
     """
-    degrees, workload = shape.degrees, shape.problem.workload
+    degrees, workload = layout.degrees, layout.problem.workload
     unit = stage.largest_unit_params
     extra = {
         Optimizer.ADAFACTOR: 4 * unit / degrees.weight_shards,
         Optimizer.MUON: 3 * workload.precision.compute_bytes * unit,
     }
     bytes_ = extra.get(workload.optimizer, 0.0)
-    if shape.problem.stack.engine is Engine.DEEPSPEED and workload.precision.compute_bytes < 4:
+    if layout.problem.stack.engine is Engine.DEEPSPEED and workload.precision.compute_bytes < 4:
         there = stage.hosted.state_params if stage.hosted is not None else 0.0
         bytes_ += 4 * (stage.params - there) / degrees.weight_shards
     return bytes_
 
 
 def least_pass_bytes(
-    shape: ShapeModel, options: Iterable[Recompute], key: str = "", *, behind: bool = False
+    layout: LayoutModel, options: Iterable[Recompute], key: str = "", *, behind: bool = False
 ) -> float:
     """What a stage's worst moment takes at least beside all states and activations: a block (of a class) runs
     back; with `behind`, while the gradients of one behind it are reduced. 0 where not all states exist then.
     """
-    engine = shape.problem.stack.engine
+    engine = layout.problem.stack.engine
     if engine is Engine.TORCHTITAN:
         return 0.0
-    each = [shape.block(own, option) for own in ([key] if key else shape.classes) for option in options]
+    each = [layout.block(own, option) for own in ([key] if key else layout.classes) for option in options]
     running = min(cost.backward_transient_bytes for cost in each)
     if engine is not Engine.NATIVE:
-        return running + _unit_buffer_bytes(shape, min(own.params for own in shape.block_units.values()))
-    reduced = reducing_bytes(shape) - max(cost.saved_bytes for cost in each) if behind else 0.0
-    unit = min(_native_unit_bytes(shape, *parts, FIRST_GRADIENTS) for parts in _unit_parts(shape))
+        return running + _unit_buffer_bytes(layout, min(own.params for own in layout.block_units.values()))
+    reduced = reducing_bytes(layout) - max(cost.saved_bytes for cost in each) if behind else 0.0
+    unit = min(_native_unit_bytes(layout, *parts, FIRST_GRADIENTS) for parts in _unit_parts(layout))
     return running + unit + larger(reduced, 0.0)
 
 
-def reducing_bytes(shape: ShapeModel) -> float:
+def reducing_bytes(layout: LayoutModel) -> float:
     """What reducing the gradients of a block takes at least, less the copy of its weights that is freed:
     native alone, where another block runs back meanwhile. 0 where a stage may do so with less in flight."""
-    if shape.problem.stack.engine is not Engine.NATIVE or (shape.degrees.pp > 1 and _reduces_once(shape)):
+    if layout.problem.stack.engine is not Engine.NATIVE or (layout.degrees.pp > 1 and _reduces_once(layout)):
         return 0.0
-    copy = max(_freed_copy(shape, begun=begun) for begun in (False, True))
-    reduced = _native_reduced(shape)
-    return larger(min(reduced * rest - copy * (rest + apart) for rest, apart in _unit_parts(shape)), 0.0)
+    copy = max(_freed_copy(layout, begun=begun) for begun in (False, True))
+    reduced = _native_reduced(layout)
+    return larger(min(reduced * rest - copy * (rest + apart) for rest, apart in _unit_parts(layout)), 0.0)
 
 
-def _unit_parts(shape: ShapeModel) -> list[tuple[float, float]]:
+def _unit_parts(layout: LayoutModel) -> list[tuple[float, float]]:
     """Parameters of each class of blocks: of its unit, and of experts that are one of their own."""
-    found = [(own.params, apart_params(shape.degrees, own)) for own in shape.block_units.values()]
+    found = [(own.params, apart_params(layout.degrees, own)) for own in layout.block_units.values()]
     return [(params - apart, apart) for params, apart in found]
 
 
-def _reduces_once(shape: ShapeModel) -> bool:
+def _reduces_once(layout: LayoutModel) -> bool:
     """Whether gradients are reduced behind a step's last pass back alone, of several."""
-    return shape.degrees.zero <= Zero.OPTIMIZER and shape.degrees.num_micro_batches > 1
+    return layout.degrees.zero <= Zero.OPTIMIZER and layout.degrees.num_micro_batches > 1
 
 
-def stage_pass_bytes(shape: ShapeModel, stage: StageCost) -> float:
+def stage_pass_bytes(layout: LayoutModel, stage: StageCost) -> float:
     """The same of a stage with its ends, whose forward pass may be the worst moment."""
-    if shape.problem.stack.engine is Engine.NATIVE:
+    if layout.problem.stack.engine is Engine.NATIVE:
         return stage.forward_transient_bytes
-    return pass_bytes(shape, stage)
+    return pass_bytes(layout, stage)
 
 
-def _native_reduced(shape: ShapeModel) -> float:
+def _native_reduced(layout: LayoutModel) -> float:
     """Bytes a parameter of a unit whose gradients are being reduced: what goes in and what comes out."""
-    return 4 * (1 + 1 / shape.degrees.weight_shards) if shape.degrees.replicas > 1 else 0.0
+    return 4 * (1 + 1 / layout.degrees.weight_shards) if layout.degrees.replicas > 1 else 0.0
 
 
-def _native_unit_bytes(shape: ShapeModel, rest: float, apart: float, made: float) -> float:
+def _native_unit_bytes(layout: LayoutModel, rest: float, apart: float, made: float) -> float:
     """What native holds of a block's weights while it runs back: those of its gradients that are `made`, a
     share, in the compute precision, which wait for the last of them (where nothing is wrapped each is added
     up at once), and what ZeRO 3 gathered: them, and the message of those in the unit to come next. Experts
     that are a unit `apart` run back before the `rest`, which comes next then."""
-    degrees, size = shape.degrees, shape.problem.workload.precision.compute_bytes
+    degrees, size = layout.degrees, layout.problem.workload.precision.compute_bytes
     wrapped = degrees.replicas > 1 or size < 4
     gathered = (2 * rest + apart) * (degrees.zero is Zero.PARAMETERS)
     return size * (made * (rest + apart) * wrapped + gathered)
 
 
-def _freed_copy(shape: ShapeModel, *, begun: bool) -> float:
+def _freed_copy(layout: LayoutModel, *, begun: bool) -> float:
     """Bytes a parameter of the gathered copies that ZeRO 0 to 2 free behind a step's last pass back, which
     that is where a step has one micro-batch, or two and gradients have `begun`."""
-    last = shape.degrees.num_micro_batches == 1 + begun
-    return _copy_bytes(shape) if last else 0.0
+    last = layout.degrees.num_micro_batches == 1 + begun
+    return _copy_bytes(layout) if last else 0.0
 
 
-def pass_bytes(shape: ShapeModel, stage: StageCost) -> float:
+def pass_bytes(layout: LayoutModel, stage: StageCost) -> float:
     """Where gradients lie in buffers: the larger pass, and what data parallelism holds for one unit.
 
     Where the last stage's logits are freed before its blocks run back, blocks do not fit into the place that
     the logits leave: both count (fitted to 439 layouts on A100).
     """
     passing = larger(stage.forward_transient_bytes, stage.backward_transient_bytes)
-    if stage.holds_head and not shape.problem.stack.liger:
+    if stage.holds_head and not layout.problem.stack.liger:
         passing += stage.block_transient_bytes
-    return passing + _unit_buffer_bytes(shape, stage.largest_unit_params)
+    return passing + _unit_buffer_bytes(layout, stage.largest_unit_params)
 
 
-def _unit_buffer_bytes(shape: ShapeModel, unit: float) -> float:
+def _unit_buffer_bytes(layout: LayoutModel, unit: float) -> float:
     """One unit's gathered weights (ZeRO 3) and the two ends of its gradient reduction."""
-    degrees, size = shape.degrees, shape.problem.workload.precision.compute_bytes
+    degrees, size = layout.degrees, layout.problem.workload.precision.compute_bytes
     if degrees.replicas == 1:
         return 0.0
     reduced = degrees.zero >= Zero.GRADIENTS
@@ -186,55 +186,55 @@ def _unit_buffer_bytes(shape: ShapeModel, unit: float) -> float:
     return reduce + (2 * size * unit if degrees.zero is Zero.PARAMETERS else 0.0)
 
 
-def _unit_moments(shape: ShapeModel, stage: StageCost, alive: float, kept: ParamBytes) -> list[float]:
+def _unit_moments(layout: LayoutModel, stage: StageCost, alive: float, kept: ParamBytes) -> list[float]:
     """The loss, the backward passes of blocks, the root's reduction."""
-    degrees, size = shape.degrees, shape.problem.workload.precision.compute_bytes
+    degrees, size = layout.degrees, layout.problem.workload.precision.compute_bytes
     accumulates = degrees.num_micro_batches > 1
     base = kept.weights + kept.optimizer + (alive - 1) * stage.saved_bytes
     extra = 4 / degrees.weight_shards if accumulates else 0.0
     root = base + kept.grads + (size + 4 + extra) * stage.end_params
     loss = base + _loss_bytes(stage) + (kept.grads if accumulates else 0.0)
     blocks = [
-        base + _block_bytes(shape, stage, index) + _reduced_bytes(shape, stage, kept, index)
+        base + _block_bytes(layout, stage, index) + _reduced_bytes(layout, stage, kept, index)
         for index in _blocks_to_try(stage.blocks)
     ]
     return [loss, root, *blocks]
 
 
-def copied_bytes(shape: ShapeModel, stage: StageCost) -> float:
+def copied_bytes(layout: LayoutModel, stage: StageCost) -> float:
     """Bytes of the copies of a stage's weights that native ZeRO 0 to 2 keep until they are read last."""
-    return _copy_bytes(shape) * stage.params
+    return _copy_bytes(layout) * stage.params
 
 
-def _copy_bytes(shape: ShapeModel) -> float:
-    size, degrees = shape.problem.workload.precision.compute_bytes, shape.degrees
+def _copy_bytes(layout: LayoutModel) -> float:
+    size, degrees = layout.problem.workload.precision.compute_bytes, layout.degrees
     if degrees.zero is Zero.PARAMETERS or (degrees.zero is Zero.NONE and degrees.replicas == 1 and size == 4):
         return 0.0
     return size
 
 
-def _native_pass_bytes(shape: ShapeModel, stage: StageCost, kept: ParamBytes, flight: InFlight) -> float:
+def _native_pass_bytes(layout: LayoutModel, stage: StageCost, kept: ParamBytes, flight: InFlight) -> float:
     """The most that a pass needs beside the states that exist and what is in flight: the worst forward pass,
     the reduction of the head, the backward passes of blocks. Where a step reduces once, nothing else is alive
     then on a rank of one stage."""
-    head = shape.head_unit.params if stage.holds_head else 0.0
+    head = layout.head_unit.params if stage.holds_head else 0.0
     window = _window_bytes(stage)
-    moments = [window + stage.forward_transient_bytes + _native_gathered(shape, stage, head)]
-    reduced, copy = _native_reduced(shape), _freed_copy(shape, begun=flight.begun)
-    alone = _reduces_once(shape) and flight.only
+    moments = [window + stage.forward_transient_bytes + _native_gathered(layout, stage, head)]
+    reduced, copy = _native_reduced(layout), _freed_copy(layout, begun=flight.begun)
+    alone = _reduces_once(layout) and flight.only
     gone = larger(flight.alive - 1, 0) * stage.saved_bytes if alone else 0.0
     if stage.holds_head:
-        moments.append(window + reduced * shape.head_unit.trained - gone)
+        moments.append(window + reduced * layout.head_unit.trained - gone)
     for index in _blocks_to_try(stage.blocks):
         behind = stage.blocks - 1 - index
         before = reduced * (stage.largest_block_params - stage.largest_apart_params)
         if not behind:
-            before = larger(reduced - copy, 0.0) * _head_apart(shape, stage)
-        own = _native_block_bytes(shape, stage, before, reduced * stage.largest_apart_params)
+            before = larger(reduced - copy, 0.0) * _head_apart(layout, stage)
+        own = _native_block_bytes(layout, stage, before, reduced * stage.largest_apart_params)
         if alone:
-            own = larger(own - gone, _native_block_bytes(shape, stage, 0.0, 0.0))
+            own = larger(own - gone, _native_block_bytes(layout, stage, 0.0, 0.0))
         if not index:
-            own += _embedding_message_bytes(shape, stage, head)
+            own += _embedding_message_bytes(layout, stage, head)
         own += _kept_until(stage, index) - stage.saved_bytes - copy * stage.largest_block_params * behind
         if flight.waiting:  # and so does what the running pass leaves
             own += stage.waiting_bytes * behind / stage.blocks
@@ -244,39 +244,39 @@ def _native_pass_bytes(shape: ShapeModel, stage: StageCost, kept: ParamBytes, fl
     return larger(*moments)
 
 
-def _native_block_bytes(shape: ShapeModel, stage: StageCost, before: float, experts: float) -> float:
+def _native_block_bytes(layout: LayoutModel, stage: StageCost, before: float, experts: float) -> float:
     """What a block needs to run back, beside what is kept and so many bytes in which gradients are reduced:
     of what ran back `before` it, and in the end, if they are a unit, of its own `experts`."""
     apart = stage.largest_apart_params
     rest = stage.largest_block_params - apart
-    start = stage.block_transient_bytes + _native_unit_bytes(shape, rest, apart, FIRST_GRADIENTS)
-    end = shape.working_bytes + _native_unit_bytes(shape, rest, 0.0, 1.0)
+    start = stage.block_transient_bytes + _native_unit_bytes(layout, rest, apart, FIRST_GRADIENTS)
+    end = layout.working_bytes + _native_unit_bytes(layout, rest, 0.0, 1.0)
     end -= stage.block_saved_bytes / stage.blocks
     return larger(start + before, end + (experts if apart else before))
 
 
-def _embedding_message_bytes(shape: ShapeModel, stage: StageCost, head: float) -> float:
+def _embedding_message_bytes(layout: LayoutModel, stage: StageCost, head: float) -> float:
     """What ZeRO 3 has of the embedding's weights on their way while the first block runs back, beyond a
     block's."""
-    if shape.degrees.zero is not Zero.PARAMETERS:
+    if layout.degrees.zero is not Zero.PARAMETERS:
         return 0.0
-    size, rest = shape.problem.workload.precision.compute_bytes, stage.largest_block_params
+    size, rest = layout.problem.workload.precision.compute_bytes, stage.largest_block_params
     return size * larger(stage.end_params - head - (rest - stage.largest_apart_params), 0.0)
 
 
-def _head_apart(shape: ShapeModel, stage: StageCost) -> float:
+def _head_apart(layout: LayoutModel, stage: StageCost) -> float:
     """Parameters of a head that is a unit of its own: not the one whose weight the stage's embedding has."""
-    tied = shape.problem.model.tied_embeddings and shape.degrees.stages == 1
-    return shape.head_unit.trained if stage.holds_head and not tied else 0.0
+    tied = layout.problem.model.tied_embeddings and layout.degrees.stages == 1
+    return layout.head_unit.trained if stage.holds_head and not tied else 0.0
 
 
-def _native_gathered(shape: ShapeModel, stage: StageCost, head: float) -> float:
+def _native_gathered(layout: LayoutModel, stage: StageCost, head: float) -> float:
     """What FSDP2 holds of gathered weights in a forward pass beside those that stay.
 
     ZeRO 3: the unit's weights and the message that they came in, which is held until the next. ZeRO 1 and 2:
     that message, in a step's only micro-batch.
     """
-    degrees, size = shape.degrees, shape.problem.workload.precision.compute_bytes
+    degrees, size = layout.degrees, layout.problem.workload.precision.compute_bytes
     if degrees.zero is Zero.PARAMETERS:
         return 2 * size * larger(head, stage.largest_block_params)
     once = degrees.zero is not Zero.NONE and degrees.num_micro_batches == 1
@@ -294,14 +294,14 @@ def _blocks_to_try(blocks: int) -> tuple[int, ...]:
     return tuple(sorted({index for index in (0, 1, blocks - 2, blocks - 1) if 0 <= index < blocks}))
 
 
-def _block_bytes(shape: ShapeModel, stage: StageCost, index: int) -> float:
+def _block_bytes(layout: LayoutModel, stage: StageCost, index: int) -> float:
     """What the backward pass of block `index` holds besides weights, state and other micro-batches.
 
     Its own and earlier blocks' activations; its weights and the next's, gathered; its gradients in the
     compute precision.
     """
-    size, unit = shape.problem.workload.precision.compute_bytes, stage.largest_block_params
-    gathered = size * unit * (2 if index else 1) if _reshards(shape) else 0.0
+    size, unit = layout.problem.workload.precision.compute_bytes, stage.largest_block_params
+    gathered = size * unit * (2 if index else 1) if _reshards(layout) else 0.0
     return _kept_until(stage, index) + stage.block_transient_bytes + gathered + size * unit
 
 
@@ -314,31 +314,31 @@ def _kept_until(stage: StageCost, index: int) -> float:
     return activations
 
 
-def _reduced_bytes(shape: ShapeModel, stage: StageCost, kept: ParamBytes, index: int) -> float:
+def _reduced_bytes(layout: LayoutModel, stage: StageCost, kept: ParamBytes, index: int) -> float:
     """Gradients of the blocks behind `index` (of all, where accumulated), and the reduction before it."""
     behind = stage.blocks - 1 - index
     share = (stage.params - stage.end_params) / larger(stage.params, 1.0) / stage.blocks
-    grads = kept.grads * (1.0 if shape.degrees.num_micro_batches > 1 else behind * share)
+    grads = kept.grads * (1.0 if layout.degrees.num_micro_batches > 1 else behind * share)
     return grads + (4 * stage.largest_block_params if behind else 0.0)
 
 
-def _reshards(shape: ShapeModel) -> bool:
+def _reshards(layout: LayoutModel) -> bool:
     """Whether a unit's gathered weights are freed after use; one device gathers by units as well."""
-    return shape.degrees.zero in (Zero.NONE, Zero.PARAMETERS)
+    return layout.degrees.zero in (Zero.NONE, Zero.PARAMETERS)
 
 
 class StageMemory:
     """Bytes of a stage, or of many mixes of one, on its device with whatever is in flight."""
 
-    def __init__(self, shape: ShapeModel, stage: StageCost) -> None:
-        self.shape, self.stage = shape, stage
-        self.kept = resident(shape, stage)
+    def __init__(self, layout: LayoutModel, stage: StageCost) -> None:
+        self.layout, self.stage = layout, stage
+        self.kept = resident(layout, stage)
         self._passes: dict[tuple[bool, bool, int, bool], float] = {}
 
     @property
     def late_bytes(self) -> float:
         """Gradients that do not exist before the first pass back: FSDP2's."""
-        return self.kept.grads if idle_apart(self.shape) else 0.0
+        return self.kept.grads if idle_apart(self.layout) else 0.0
 
     def held_bytes(self, flight: InFlight) -> float:
         """The states that exist, and what micro-batches in flight keep."""
@@ -355,38 +355,38 @@ class StageMemory:
     @cached_property
     def _step_bytes(self) -> float:
         """The optimizer's step, or weights being loaded."""
-        shape, stage = self.shape, self.stage
-        step = self.kept.total + step_temporaries_bytes(shape, stage)
-        if shape.problem.stack.engine is Engine.NATIVE:
-            step -= copied_bytes(shape, stage)
+        layout, stage = self.layout, self.stage
+        step = self.kept.total + step_temporaries_bytes(layout, stage)
+        if layout.problem.stack.engine is Engine.NATIVE:
+            step -= copied_bytes(layout, stage)
         return larger(step, self.kept.weights + 4 * stage.largest_unit_params)
 
     def peak_bytes(self, flight: InFlight) -> float:
         """The most that tensors take at once."""
-        shape, stage, kept = self.shape, self.stage, self.kept
-        if shape.problem.stack.engine is Engine.TORCHTITAN:
-            moments = _unit_moments(shape, stage, flight.alive, kept)
-            return larger(self._step_bytes, *moments) + shape.memory.workspace_bytes
-        if shape.problem.stack.engine is Engine.NATIVE:
+        layout, stage, kept = self.layout, self.stage, self.kept
+        if layout.problem.stack.engine is Engine.TORCHTITAN:
+            moments = _unit_moments(layout, stage, flight.alive, kept)
+            return larger(self._step_bytes, *moments) + layout.memory.workspace_bytes
+        if layout.problem.stack.engine is Engine.NATIVE:
             known = flight.begun, flight.waiting > 0, flight.alive, flight.only
             if known not in self._passes:
-                self._passes[known] = _native_pass_bytes(shape, stage, kept, flight)
-            messages = flight.messages * shape.messages.boundary_bytes()
+                self._passes[known] = _native_pass_bytes(layout, stage, kept, flight)
+            messages = flight.messages * layout.messages.boundary_bytes()
             return larger(self._step_bytes, self.held_bytes(flight) + messages + self._passes[known])
         alive_bytes = flight.kept_bytes(stage.saved_bytes, stage.waiting_bytes) + min(
             flight.alive, 1
         ) * _window_bytes(stage)
-        return larger(self._step_bytes, kept.total + alive_bytes + pass_bytes(shape, stage))
+        return larger(self._step_bytes, kept.total + alive_bytes + pass_bytes(layout, stage))
 
     @cached_property
     def _hole_bytes(self) -> float:
         """What is not used again of the place of the logits in the compute precision, freed before the loss:
         where `problem.stack` is the own runtime's, of a chunk of them."""
-        problem, tokens = self.shape.problem, self.shape.messages.tokens
+        problem, tokens = self.layout.problem, self.layout.messages.tokens
         size = problem.workload.precision.compute_bytes
         if not self.stage.holds_head or size >= 4:
             return 0.0
-        vocab = problem.model.vocab_shard(self.shape.degrees.tp)
+        vocab = problem.model.vocab_shard(self.layout.degrees.tp)
         together = chunk_logits(tokens, vocab) if problem.stack.own else tokens * vocab
         return HOLE_SHARE * size * together
 
@@ -404,20 +404,20 @@ class StageMemory:
         and the logits in the compute precision leave a hole. Native: the tensors, and that hole. Elsewhere,
         and on a device without streams of its own for messages: the tensors.
         """
-        shape, stage, kept = self.shape, self.stage, self.kept
-        problem, degrees = shape.problem, shape.degrees
+        layout, stage, kept = self.layout, self.stage, self.kept
+        problem, degrees = layout.problem, layout.degrees
         tensors = self.peak_bytes(flight)
-        if not shape.overlaps or problem.stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
+        if not layout.overlaps or problem.stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
             return tensors
         if problem.stack.engine is Engine.NATIVE:
             return tensors + self._hole_bytes
         size = problem.workload.precision.compute_bytes
         base = kept.weights + kept.optimizer + (flight.alive - 1) * stage.saved_bytes
-        blocks = [_block_bytes(shape, stage, index) for index in _blocks_to_try(stage.blocks)]
-        compute = base + larger(_loss_bytes(stage), *blocks) + shape.memory.workspace_bytes
+        blocks = [_block_bytes(layout, stage, index) for index in _blocks_to_try(stage.blocks)]
+        compute = base + larger(_loss_bytes(stage), *blocks) + layout.memory.workspace_bytes
         unit = larger(stage.end_params, stage.largest_block_params)
         outputs = 2 / degrees.weight_shards if degrees.num_micro_batches > 1 else 0.0
         reduction = kept.grads + 4 * unit * (1 + outputs)
-        gathers = degrees.weight_shards > 1 and _reshards(shape)
+        gathers = degrees.weight_shards > 1 and _reshards(layout)
         gathering = size * larger(stage.end_params, 2 * stage.largest_block_params) if gathers else 0.0
         return larger(tensors, compute + reduction + gathering + self._hole_bytes)

@@ -5,37 +5,135 @@ Shapes that differ in data parallelism, pipeline and schedule alone share it.
 What adding up gradients, clipping and update take of each tensor and parameter of a device's shard.
 
 What shapes of one model share: costs of layers by kind, and messages of units by their sharding.
+
+What parallelism makes of blocks: what they sum over ranks, and what they send besides.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 from planner.cost.communication.collectives import overlap_of
-from planner.cost.communication.context_parallel import Exchanged
-from planner.cost.communication.expert_parallel import ExpertPass
+from planner.cost.communication.context_parallel import ContextCost, Exchanged
+from planner.cost.communication.expert_parallel import ExpertPass, expert_pass, spreads_experts
 from planner.cost.communication.messages import Messages
 from planner.cost.compute.analytic import DeviceRates
 from planner.cost.layer import LayerCost, LayerShape, Pass, Unit
 from planner.cost.memory.activations import most_waits, waiting_bytes
 from planner.cost.stage.layer_cost import LayerModel, Units
-from planner.cost.stage.parallel_cost import (
-    cp_sent_again,
-    exchanged,
-    experts_pass,
-    experts_sent_again,
-    tensor_s,
-)
 from planner.cost.time_constants import Physics
 from planner.foundation.arrays import larger, smaller
-from planner.job.engine_settings import Engine
+from planner.job.engine_settings import Engine, Selective, Stack
 from planner.job.problem import PlanningProblem
 from planner.model.attention import CpExchange
-from planner.model.spec import Block
+from planner.model.feed_forward import Experts
+from planner.model.spec import Block, Layer
 from planner.model.sublayer import Recompute
+from planner.model.traced_layer import TracedLayer
 from planner.profile.profile import LayerKind, Op
 from planner.strategy.strategy import Degrees
+
+
+def tensor_exchanges(layer: Layer, degrees: Degrees, stack: Stack) -> tuple[int, int]:
+    """How many inputs of a block's sublayers its tensor-parallel ranks need whole, and how many results they
+    sum.
+
+    Each sublayer's, but of those side by side one sum of their results and one input of both: in the own
+    runtime where they read one norm's, else each norm's; elsewhere always, as is reported of such models
+    (Falcon, arXiv 2311.16867). Experts that are shared out in their own way are not among them where each
+    rank sends its own tokens, unless shared experts are beside.
+    """
+    if isinstance(layer, TracedLayer):
+        return 0, 0
+    if layer.parallel and not isinstance(layer.mlp, Experts):
+        return layer.norms if stack.own else 1, 1
+    apart = isinstance(layer.mlp, Experts) and not layer.mlp.shared and spreads_experts(layer, degrees)
+    each = len(layer.mixers) + (layer.mlp is not None) - (apart and degrees.sequence_parallel)
+    return each, each
+
+
+def summed_copies_s(units: Sequence[tuple[Unit, int]], messages: Messages) -> float:
+    """Once a step, in the open: the fp32 gradients of key-value heads that neighbours have copies of."""
+    params: dict[int, float] = {}
+    for unit, count in units:
+        for copies, copied in unit.copied:
+            params[copies] = params.get(copies, 0.0) + count * copied / messages.degrees.weight_shards
+    return sum(messages.over_copies_s(4.0 * each, copies) for copies, each in params.items())
+
+
+def tensor_s(layer: Layer, messages: Messages, option: Recompute) -> tuple[float, float]:
+    """Seconds of a block's messages over tensor-parallel ranks, forward and backward.
+
+    Where PyTorch's recomputing runs a block again, it stops at the last result that is needed.
+    """
+    degrees = messages.degrees
+    gather, scatter = messages.over_tp(Op.ALL_GATHER, operands=True), messages.over_tp(Op.REDUCE_SCATTER)
+    reduce = messages.over_tp(Op.ALL_REDUCE)
+    reads, sums = tensor_exchanges(layer, degrees, messages.problem.stack)
+    sp = degrees.sequence_parallel
+    forward_s = reads * gather + sums * scatter if sp else sums * reduce
+    backward_s = sums * gather + reads * scatter if sp else reads * reduce
+    if not messages.problem.stack.stops_early:
+        return forward_s, backward_s + forward_s * (option is Recompute.FULL)
+    spared = sums > 0 and _last_sum_spared(layer, degrees)
+    again_s = forward_s - (scatter if sp else reduce) * spared
+    return forward_s, backward_s + again_s * (option is not Recompute.NONE)
+
+
+def cp_sent_again(option: Recompute, stack: Stack, exchange: CpExchange) -> bool:
+    """Whether an option sends the exchange of attention once more going back.
+
+    Where element-wise results are computed again, so are the ones that are traded for heads, but in the own
+    runtime, which keeps what an all-to-all gave; a ring's or gathered keys' result is kept as attention's.
+    """
+    if option is not Recompute.SELECTIVE:
+        return option is Recompute.FULL
+    traded = exchange is CpExchange.ALL_TO_ALL and stack.recomputes is Selective.ELEMENTWISE
+    return (traded and not stack.own) or stack.recomputes is Selective.ATTENTION
+
+
+def experts_sent_again(option: Recompute, stack: Stack, passing: ExpertPass) -> float:
+    """Seconds of what an option sends once more of the exchange of experts going back.
+
+    The own runtime's selective recomputation keeps what an all-to-all gave and nothing else of it.
+    """
+    whole = option is Recompute.FULL or (option is Recompute.SELECTIVE and stack.recomputes is Selective.MLP)
+    beside = whole or (option is Recompute.SELECTIVE and stack.own)
+    return passing.forward_s * whole + passing.beside_s * beside
+
+
+def _last_sum_spared(layer: Layer, degrees: Degrees) -> bool:
+    """Whether a block's last sum over tensor-parallel ranks is the last that it computes, so that nothing
+    needs it once more going back: not where experts come after it, or a gate weighs it."""
+    if isinstance(layer, TracedLayer) or not isinstance(layer.mlp, Experts):
+        return True
+    last = layer.mlp.shared is not None and not layer.mlp.shared_gate
+    return last or not (degrees.spreads_experts and degrees.sequence_parallel)
+
+
+def exchanged(layer: Layer, shape: LayerShape, messages: Messages, layers: LayerModel) -> Exchanged:
+    """What a block's context-parallel exchange shows in either pass.
+
+    What a rank does for it besides waiting is left out where the block's own cost has it already.
+    """
+    if shape.cp == 1 or not isinstance(layer, Block):
+        return Exchanged()
+    bandwidth, step_s = layers.rates.memory_bytes_per_s if layers.rates else None, messages.physics.cp_step_s
+    if layers.exchange_measured(shape):
+        bandwidth, step_s = None, 0.0
+    overlap = overlap_of(layers.problem.profile)
+    cost = ContextCost(shape, messages.cp_seconds, bandwidth, overlap)
+    return cost.block(layer, layers.core_s(shape), step_s)
+
+
+def experts_pass(layer: Layer, messages: Messages) -> ExpertPass:
+    """What sharing out a block's experts shows, if it has some."""
+    if not isinstance(layer, Block) or not isinstance(layer.mlp, Experts):
+        return ExpertPass()
+    return expert_pass(messages, layer.mlp, layer.hidden)
+
 
 UPDATE_BYTES = 28.0
 """AdamW reads parameter, gradient and two moments, and writes three of them, all in fp32."""
@@ -71,20 +169,29 @@ def accumulate_s(messages: Messages, rates: DeviceRates | None) -> float:
     return moved / rates.memory_bytes_per_s
 
 
-Kind = tuple[int, bool, int, int, CpExchange, int, int | None, int]
-"""tp, sequence parallelism, micro-batch, cp and its exchange, ep, etp, devices."""
+class LayerSharding(NamedTuple):
+    """The degrees on which the cost of a layer depends, data parallelism left out."""
+
+    tp: int
+    sequence_parallel: bool
+    micro_batch: int
+    cp: int
+    cp_exchange: CpExchange
+    ep: int
+    etp: int | None
+    devices: int
 
 
-def kind_of(d: Degrees) -> Kind:
-    """What the cost of a layer depends on besides data parallelism."""
-    return d.tp, d.sequence_parallel, d.micro_batch, d.cp, d.cp_exchange, d.ep, d.etp, d.world
+def layer_sharding(d: Degrees) -> LayerSharding:
+    """Return the sharding of layers under the given degrees."""
+    return LayerSharding(d.tp, d.sequence_parallel, d.micro_batch, d.cp, d.cp_exchange, d.ep, d.etp, d.world)
 
 
 Sizes = list[tuple[float, int]]
 """Bytes of layers and how many have them, the largest first."""
 
 
-class KeptRanges(NamedTuple):
+class SavedRanges(NamedTuple):
     """Bytes of layers: what they keep, and what waits for their weight gradients, with the option that has
     least of it and with the one that has most."""
 
@@ -94,7 +201,7 @@ class KeptRanges(NamedTuple):
     most_waits: Sizes
 
 
-class KindLayers:
+class ShardedLayers:
     """Costs of single layers, remembered. `degrees` and `messages` are those of any shape of the kind."""
 
     def __init__(
@@ -111,7 +218,7 @@ class KindLayers:
         self._experts: dict[str, ExpertPass] = {}
         self._blocks: dict[tuple[str, Recompute], tuple[Pass, Pass]] = {}
         self._ends: dict[LayerKind, tuple[Pass, Pass]] = {}
-        self._ranges: dict[tuple[Recompute, ...], KeptRanges] = {}
+        self._ranges: dict[tuple[Recompute, ...], SavedRanges] = {}
 
     def layer(self, kind: LayerKind, recompute: Recompute = Recompute.NONE, block: str = "") -> LayerCost:
         """One layer on one device for one micro-batch."""
@@ -227,7 +334,7 @@ class KindLayers:
         shapes = {key: self.shape_of(LayerKind.BLOCK, block=key) for key in self.classes}
         return {key: self.layer_model.deferrable_s(shape) for key, shape in shapes.items()}
 
-    def kept_ranges(self, options: tuple[Recompute, ...]) -> KeptRanges:
+    def kept_ranges(self, options: tuple[Recompute, ...]) -> SavedRanges:
         """Bytes of all layers of the model with any of these options."""
         if options not in self._ranges:
             each: tuple[Sizes, ...] = [], [], [], []
@@ -238,7 +345,7 @@ class KindLayers:
                 ends = (min(saved), max(saved), min(waiting), max(waiting))
                 for found, size in zip(each, ends, strict=True):
                     found.append((size, count))
-            self._ranges[options] = KeptRanges(*(sorted(sizes, reverse=True) for sizes in each))
+            self._ranges[options] = SavedRanges(*(sorted(sizes, reverse=True) for sizes in each))
         return self._ranges[options]
 
 
@@ -271,14 +378,14 @@ class SharedCosts:
     """Costs that many shapes of one problem have in common, made where one asks for them."""
 
     def __init__(self) -> None:
-        self._kinds: dict[Kind, KindLayers] = {}
+        self._kinds: dict[LayerSharding, ShardedLayers] = {}
         self._sent: dict[tuple[object, ...], UnitMessages] = {}
 
-    def layers(self, messages: Messages, model: LayerModel) -> KindLayers:
+    def layers(self, messages: Messages, model: LayerModel) -> ShardedLayers:
         """The layers of a shape."""
-        kind = kind_of(messages.degrees)
+        kind = layer_sharding(messages.degrees)
         if kind not in self._kinds:
-            self._kinds[kind] = KindLayers(messages.problem, messages.degrees, model, messages)
+            self._kinds[kind] = ShardedLayers(messages.problem, messages.degrees, model, messages)
         return self._kinds[kind]
 
     def sent(self, messages: Messages, units: Units) -> UnitMessages:
@@ -295,7 +402,7 @@ def apart_params(degrees: Degrees, unit: Unit) -> float:
     return unit.routed_trained if degrees.spreads_experts else 0.0
 
 
-def block_waiting_bytes(shape: KindLayers, key: str, option: Recompute) -> float:
+def block_waiting_bytes(shape: ShardedLayers, key: str, option: Recompute) -> float:
     """What a block holds between its input and its weight gradients (planner.cost.memory.activations).
 
     Nothing where it recomputes, where weights are frozen, or where the engine counts it as alive all the

@@ -21,7 +21,7 @@ from itertools import pairwise
 
 from planner.cost.layer import Pass, Unit
 from planner.cost.memory.parameter_state import ParamBytes, States, offloaded_states, state_rates
-from planner.cost.stage.stage import Hosted, ShapeModel, StageCost
+from planner.cost.stage.stage import Hosted, LayoutModel, StageCost
 from planner.foundation.arrays import larger
 from planner.foundation.frozen import frozen
 from planner.strategy.strategy import OffloadCounts, Stage, Zero
@@ -54,18 +54,18 @@ class Offloaded:
 
 
 class HostMemory:
-    """Copies to and from host memory, and updates there, under a shape's degrees."""
+    """Copies to and from host memory, and updates there, under a layout's degrees."""
 
-    def __init__(self, shape: ShapeModel) -> None:
-        self.shape, self.physics = shape, shape.physics
-        self.size = shape.problem.workload.precision.compute_bytes
-        self.every_pass = shape.degrees.zero >= Zero.GRADIENTS
-        links = [group.device.host_link_bytes_per_s for group in shape.problem.cluster.groups]
+    def __init__(self, layout: LayoutModel) -> None:
+        self.layout, self.physics = layout, layout.physics
+        self.size = layout.problem.workload.precision.compute_bytes
+        self.every_pass = layout.degrees.zero >= Zero.GRADIENTS
+        links = [group.device.host_link_bytes_per_s for group in layout.problem.cluster.groups]
         known = [rate for rate in links if rate]
         assert len(known) == len(links), "rules.offload_possible asks for it"
-        rates = shape.layer_model.rates
+        rates = layout.layer_model.rates
         copied = rates.sampled.copies_bytes_per_s(COPIED_BYTES) if rates and rates.sampled else None
-        self.bytes_per_s = copied or min(known) * shape.physics.host_link_share
+        self.bytes_per_s = copied or min(known) * layout.physics.host_link_share
 
     def copy_s(self, bytes_: float) -> float:
         """Seconds of a copy over the host link, one way; the other way runs beside it."""
@@ -73,7 +73,7 @@ class HostMemory:
 
     def own_params(self, params: Offloaded) -> float:
         """Those that this device updates: its shards."""
-        degrees, routed = self.shape.degrees, params.routed_params
+        degrees, routed = self.layout.degrees, params.routed_params
         return (params.params - routed) / degrees.weight_shards + routed / degrees.expert_shards
 
     def shard_s(self, params: Offloaded) -> float:
@@ -82,24 +82,24 @@ class HostMemory:
 
     def update_s(self, params: Offloaded) -> float:
         """Updating parameters beside those of the node's other devices, and copying weights up."""
-        problem = self.shape.problem
-        devices = min(problem.cluster.devices_per_node, self.shape.degrees.world)
+        problem = self.layout.problem
+        devices = min(problem.cluster.devices_per_node, self.layout.degrees.world)
         block, _ = state_rates(problem.workload.optimizer, problem.model)
         traffic = (UPDATE_BYTES + 2 * block) / (UPDATE_BYTES + 2 * 8)
         node_params = devices * self.own_params(params)
         return larger(node_params * traffic * self.physics.cpu_update_s, self.shard_s(params))
 
 
-def with_offload(shape: ShapeModel, stage: Stage, cost: StageCost) -> StageCost:
+def with_offload(layout: LayoutModel, stage: Stage, cost: StageCost) -> StageCost:
     """The cost of a stage with what its counts say in host memory."""
     if stage.offload == OffloadCounts():
         return cost
-    host = HostMemory(shape)
+    host = HostMemory(layout)
     forward_s, backward_s = _shown_s(host, stage)
-    state = _state_params(shape, stage, cost)
-    saved, blocks = _saved_bytes(shape, stage), stage.offload.activations
+    state = _state_params(layout, stage, cost)
+    saved, blocks = _saved_bytes(layout, stage), stage.offload.activations
     window = min(WINDOW, blocks)
-    kept, state_bytes = _states(shape, cost, state)
+    kept, state_bytes = _states(layout, cost, state)
     unshared_s = 0.0 if host.every_pass else host.shard_s(state)
     share = state.params / max(cost.params, 1.0)
     return dataclasses.replace(
@@ -123,40 +123,40 @@ def with_offload(shape: ShapeModel, stage: Stage, cost: StageCost) -> StageCost:
 
 def _shown_s(host: HostMemory, stage: Stage) -> tuple[float, float]:
     """What of the stage's copies lasts longer than the passes of their blocks, forward and backward."""
-    shape, forward_s, backward_s = host.shape, 0.0, 0.0
+    layout, forward_s, backward_s = host.layout, 0.0, 0.0
     kept, state = stage.offload.activations, stage.offload.optimizer
     for a, b in pairwise(sorted({0, kept, state})):
-        for choice, count in shape.chosen_among(stage, stage.first + a, stage.first + b):
-            forward, backward = shape.passes(*choice)
-            saved_s = host.copy_s(shape.block(*choice).saved_bytes if a < kept else 0.0)
-            grads_s = host.shard_s(_of(shape.block_units[choice[0]], a < state and host.every_pass))
+        for choice, count in layout.chosen_among(stage, stage.first + a, stage.first + b):
+            forward, backward = layout.passes(*choice)
+            saved_s = host.copy_s(layout.block(*choice).saved_bytes if a < kept else 0.0)
+            grads_s = host.shard_s(_of(layout.block_units[choice[0]], a < state and host.every_pass))
             forward_s += count * larger(saved_s - forward.total_s, 0.0)
             backward_s += count * larger(larger(saved_s, grads_s) - backward.total_s, 0.0)
     return forward_s, backward_s
 
 
-def _saved_bytes(shape: ShapeModel, stage: Stage) -> float:
+def _saved_bytes(layout: LayoutModel, stage: Stage) -> float:
     """Activations of a micro-batch that lie in host memory."""
-    chosen = shape.chosen_among(stage, stage.first, stage.first + stage.offload.activations)
-    return sum(count * shape.block(*choice).saved_bytes for choice, count in chosen)
+    chosen = layout.chosen_among(stage, stage.first, stage.first + stage.offload.activations)
+    return sum(count * layout.block(*choice).saved_bytes for choice, count in chosen)
 
 
 def _of(unit: Unit, count: float) -> Offloaded:
     return Offloaded(params=count * unit.params, routed_params=count * unit.routed_params)
 
 
-def _state_params(shape: ShapeModel, stage: Stage, cost: StageCost) -> Offloaded:
+def _state_params(layout: LayoutModel, stage: Stage, cost: StageCost) -> Offloaded:
     """Parameters whose optimizer state lies in host memory."""
     if stage.offload.optimizer == stage.layers:
         return Offloaded(params=cost.params, end_params=cost.end_params, routed_params=cost.routed_params)
-    chosen = shape.chosen_among(stage, stage.first, stage.first + stage.offload.optimizer)
-    return sum((_of(shape.block_units[key], count) for (key, _), count in chosen), Offloaded())
+    chosen = layout.chosen_among(stage, stage.first, stage.first + stage.offload.optimizer)
+    return sum((_of(layout.block_units[key], count) for (key, _), count in chosen), Offloaded())
 
 
-def _states(shape: ShapeModel, cost: StageCost, away: Offloaded) -> tuple[ParamBytes, float]:
+def _states(layout: LayoutModel, cost: StageCost, away: Offloaded) -> tuple[ParamBytes, float]:
     """The states that the device keeps, and the bytes of those in host memory."""
-    device, host = offloaded_states(shape.problem, shape.degrees)
-    resident: States = shape.states
+    device, host = offloaded_states(layout.problem, layout.degrees)
+    resident: States = layout.states
     kept = resident.of(
         cost.params - away.params,
         cost.end_params - away.end_params,

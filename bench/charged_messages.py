@@ -11,9 +11,9 @@ from collections import Counter
 from typing import NamedTuple
 
 from planner.cost.communication.collectives import FREE, CommCost, CommModel, Group
-from planner.cost.stage.kind_layers import SharedCosts
 from planner.cost.stage.layer_cost import LayerModel
-from planner.cost.stage.stage import ShapeModel
+from planner.cost.stage.sharded_layers import SharedCosts
+from planner.cost.stage.stage import LayoutModel
 from planner.cost.time_constants import usual_physics
 from planner.hardware.cluster import ClusterSpec, Device, DeviceGroup, Link
 from planner.job.engine_settings import Stack
@@ -58,17 +58,17 @@ def charged_messages(plan: Plan) -> tuple[Counter[Message], ...]:
     comms = _OneKind(problem)
     layers = LayerModel(problem, usual_physics(problem))
 
-    def shape() -> ShapeModel:
-        return ShapeModel(problem, plan.strategy.degrees, layers, comms, 1.0, SharedCosts())
+    def layout() -> LayoutModel:
+        return LayoutModel(problem, plan.strategy.degrees, layers, comms, 1.0, SharedCosts())
 
     found: list[Counter[Message]] = [Counter() for _ in range(plan.strategy.degrees.pp)]
-    first = shape()
+    first = layout()
     first.messages.p2p_s()
     for stage in plan.strategy.stages:
         first.stage(stage)
     for kind in sorted(comms.asked):
         comms.one = kind
-        model = shape()
+        model = layout()
         for index, stage in enumerate(plan.strategy.stages):
             rank = plan.strategy.degrees.pp_rank_of_stage(index)
             cost, often = model.stage(stage), plan.strategy.degrees.num_micro_batches
