@@ -20,7 +20,7 @@ from planner.job.engine_settings import Stack
 from planner.job.problem import PlanningProblem
 from planner.profile.profile import Op
 from planner.strategy.plan import Plan
-from planner.strategy.schedule.schedules import ActionKind, parse_table
+from planner.strategy.schedule.schedules import ActionKind
 
 COPIES = "copies"
 """The axis of tensor-parallel neighbours that have copies of the same key-value heads."""
@@ -89,7 +89,7 @@ def charged_messages(plan: Plan) -> tuple[Counter[Message], ...]:
 def _add_sends(plan: Plan, size_bytes: int, found: list[Counter[Message]]) -> None:
     """A hop of hidden states forward, or of their gradient backward, where the next stage is elsewhere."""
     degrees = plan.strategy.degrees
-    for rank, row in enumerate(parse_table(plan.schedule_table)):
+    for rank, row in enumerate(plan.table):
         for action in row:
             to = action.stage + (1 if action.kind is ActionKind.FORWARD else -1)
             if 0 <= to < degrees.stages and degrees.pp_rank_of_stage(to) != rank:

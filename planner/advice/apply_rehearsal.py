@@ -29,7 +29,7 @@ from planner.job.problem import PlanningProblem
 from planner.strategy.estimate import TimeBreakdown, Verdict
 from planner.strategy.plan import Plan
 from planner.strategy.rehearsal import RankRehearsal, Refined, RehearsalMode
-from planner.strategy.schedule.schedules import ActionKind, parse_table
+from planner.strategy.schedule.schedules import ActionKind
 from planner.strategy.strategy import Zero
 
 OWN = ("compute_s", "recompute_s", "host_s", "optimizer_s")
@@ -43,7 +43,7 @@ def refine(
     model, strategy = CostModel(problem), plan.strategy
     shape, shapes = model.layout(strategy.degrees), model.rank_layouts(strategy.degrees)
     modelled = model.stage_costs(shape, strategy)
-    costs, table = list(modelled), parse_table(plan.schedule_table)
+    costs, table = list(modelled), plan.table
     timed = [_at_usual_speed(rank, problem) for rank in ranks if rank.passes]
     for rank in timed:
         _put(rank, shape, costs)

@@ -18,7 +18,7 @@ from planner.job.objective import Goal, Rest
 from planner.job.problem import PlanningProblem
 from planner.search.solve import SolveOptions, make_plan
 from planner.search.solve_for import solve_for
-from planner.strategy.plan import Plan, usd_of
+from planner.strategy.plan import Plan, cost_usd
 from planner.strategy.strategy import Strategy
 
 
@@ -41,7 +41,7 @@ def left_of(plan: Plan, steps: int, pace: float = 1.0) -> Left:
     job = plan.estimate.job
     goodput = 1.0 if job is None else job.goodput
     seconds = steps * plan.estimate.step_time_s * pace / goodput if goodput > 0 else None
-    usd = None if seconds is None else usd_of(plan, seconds)
+    usd = None if seconds is None else cost_usd(plan, seconds)
     return Left(steps=steps, tokens=steps * plan.workload.tokens_per_step, seconds=seconds, cost_usd=usd)
 
 

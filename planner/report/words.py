@@ -11,7 +11,7 @@ from planner.foundation.units import format_bytes, format_count, format_seconds
 from planner.hardware.cluster import ClusterSpec
 from planner.report.run_record import RunRecord
 from planner.strategy.estimate import Verdict
-from planner.strategy.plan import PLAN_SCHEMA, Certificate, Plan, told_usd, usd_per_hour
+from planner.strategy.plan import PLAN_SCHEMA, Certificate, Plan, format_usd, usd_per_hour
 from planner.strategy.strategy import Degrees, Schedule, Zero
 
 GOOD_ERROR = 0.10
@@ -195,7 +195,7 @@ def _budget_tiles(plan: Plan) -> list[Tile]:
     cost = "at the listed price" if usd is not None else f"{plan.cluster.name} has no price"
     return [
         Tile(title="Whole run", value=format_seconds(days * 86_400), detail=detail),
-        Tile(title="Cost", value=told_usd(usd), detail=cost),
+        Tile(title="Cost", value=format_usd(usd), detail=cost),
     ]
 
 
@@ -205,9 +205,9 @@ def _spent_tile(plan: Plan, run: RunRecord) -> Tile:
     error, tone = describe_error(predicted, spent) if predicted is not None else ("", "")
     return Tile(
         title=f"Cost of {run.steps_done:,} steps",
-        value=told_usd(predicted),
+        value=format_usd(predicted),
         detail="predicted",
-        measured=told_usd(spent),
+        measured=format_usd(spent),
         error=error,
         tone=tone,
     )
@@ -316,9 +316,9 @@ def run_facts(run: RunRecord) -> tuple[Fact, ...]:
         }
         facts += [Fact(name=name, value=value) for name, value in known.items() if value is not None]
     if run.steps_done:
-        facts.append(Fact(name="Cost so far", value=told_usd(run.cost_usd)))
+        facts.append(Fact(name="Cost so far", value=format_usd(run.cost_usd)))
     if run.expected_cost_usd is not None:
-        facts.append(Fact(name="Cost expected in all", value=told_usd(run.expected_cost_usd)))
+        facts.append(Fact(name="Cost expected in all", value=format_usd(run.expected_cost_usd)))
     return tuple(facts)
 
 

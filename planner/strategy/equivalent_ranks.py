@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from planner.strategy.placement import device_names, stage_groups
 from planner.strategy.plan import Plan
-from planner.strategy.schedule.schedules import Table, build_table, parse_table, print_table
+from planner.strategy.schedule.schedules import Table, build_table, print_table
 from planner.strategy.schedule.table import Flights
 from planner.strategy.strategy import Stage
 
@@ -25,7 +25,7 @@ WAITS = 2
 
 def alike_ranks(plan: Plan) -> list[tuple[int, ...]]:
     """The pipeline ranks in groups of those that do the same, in order of the first of each."""
-    table = parse_table(plan.schedule_table)
+    table = plan.table
     found: dict[object, list[int]] = {}
     for rank in range(plan.strategy.degrees.pp):
         found.setdefault(_doing(plan, table, rank), []).append(rank)
@@ -67,7 +67,7 @@ def shortened(plan: Plan) -> Plan:
     As many as well once gradients of earlier ones lie beside them. Their order is that of the same schedule.
     The plan itself where its table is not its schedule's usual one.
     """
-    degrees, full = plan.strategy.degrees, parse_table(plan.schedule_table)
+    degrees, full = plan.strategy.degrees, plan.table
     usual = _usual_table(plan, degrees.num_micro_batches)
     if usual is None or usual != full:
         return plan

@@ -1,18 +1,16 @@
-"""Plan: the self-contained answer of the planner, and plan.json.
+"""Plan: the self-contained answer of the planner, and its file plan.json.
 
-`timeline` is the replay that the step time comes from; plans with very many actions leave it out. `engine` is
-the one whose rules the plan keeps and whose software is priced; None: no particular one. `profiles` are those
-that its figures rest on, by name; what was made without one, or before they were noted, has none. `rehearsal`
-is what was measured of single ranks, where the plan was rehearsed.
-
-Dollars of a plan: an hour of its cluster, and what is predicted for a number of steps. Unknown: None.
+A Plan holds the model, workload and cluster, the chosen strategy, its estimate, its schedule and the solver's
+certificate. The classes that end in `Document` declare the keys of plan.json; `encode_plan` and `decode_plan`
+fill one side from the other by field name.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from planner.foundation.decode import decode, encode, load_json_object, write_atomic
 from planner.foundation.errors import InputError, Problem
@@ -25,26 +23,29 @@ from planner.model.attention import CpExchange
 from planner.model.spec import ModelSpec
 from planner.model.workload import Workload
 from planner.profile.choose import ProfileUse
-from planner.strategy.estimate import (
-    MEMORY_TENANTS,
-    Estimate,
-    MemoryBreakdown,
-    StageEstimate,
-    TimelineEvent,
-    Verdict,
-)
+from planner.strategy.estimate import Estimate, MemoryBreakdown, StageEstimate, TimelineEvent, Verdict
 from planner.strategy.rehearsal import Rehearsal
-from planner.strategy.strategy import Degrees, OffloadCounts, RecomputeCounts, Stage, Strategy
+from planner.strategy.schedule.table import Table, parse_table
+from planner.strategy.strategy import (
+    Degrees,
+    OffloadCounts,
+    RecomputeCounts,
+    Schedule,
+    Stage,
+    Strategy,
+    Zero,
+)
 
+T = TypeVar("T")
 PLAN_SCHEMA = 1
 
 
 @frozen
 class Certificate:
-    """What the solver proves. `gap` is (objective - lower bound) / objective.
+    """What the solver proves about a plan.
 
-    `objective_s` is the predicted step time of the plan; `lower_bound_s` is below the predicted step time
-    of every plan of the searched space.
+    `objective_s` is the predicted step time of the plan, and `lower_bound_s` is at most the predicted step
+    time of any plan in the searched space; `gap` is (objective - lower bound) / objective.
     """
 
     status: str
@@ -71,7 +72,13 @@ class Alternative:
 
 @frozen
 class Plan:
-    """Everything needed to execute a strategy and to judge it, and nothing that is found elsewhere."""
+    """A strategy with everything that is needed to execute and to judge it.
+
+    `engine` is the training engine whose rules the plan obeys and whose software is priced (None: any).
+    `profiles` names the profiles that its figures rest on. `schedule_table` is the schedule as text, as in
+    plan.json; `table` is the same parsed. `timeline` is the replay that the step time comes from (empty for
+    plans with very many actions). `rehearsal` holds measurements of single ranks, if the plan was rehearsed.
+    """
 
     model: ModelSpec
     workload: Workload
@@ -94,8 +101,13 @@ class Plan:
     rehearsal: Rehearsal | None = None
 
     @property
+    def table(self) -> Table:
+        """The schedule table. Raises InputError if its text cannot be parsed."""
+        return parse_table(self.schedule_table)
+
+    @property
     def problem(self) -> PlanningProblem:
-        """The problem that the plan answers, without the profiles, of which it has digests alone."""
+        """The problem that the plan answers, without its profiles: a plan stores only their digests."""
         return PlanningProblem(
             model=self.model,
             workload=self.workload,
@@ -120,17 +132,17 @@ class _StrategyDocument:
     tp: int
     pp: int
     chunks: int
-    schedule: str
+    schedule: Schedule
     dp: int
     dp_shard: int
     dp_replicate: int
     cp: int
     ep: int
-    zero: int
+    zero: Zero
     micro_batch: int
     num_micro_batches: int
     sequence_parallel: bool
-    cp_exchange: str = CpExchange.RING
+    cp_exchange: CpExchange = CpExchange.RING
     etp: int | None = None
     device_order: tuple[int, ...] = ()
 
@@ -143,8 +155,8 @@ class _MemoryDocument:
     activations_bytes: int
     transient_bytes: int
     runtime_bytes: int
-    total_bytes: int
     allocator_bytes: int = 0
+    total_bytes: int
 
 
 @frozen
@@ -186,6 +198,8 @@ class _AlternativeDocument:
 
 @frozen
 class _PlanDocument:
+    """Keys from `engine` on are left out of plan.json when they are None."""
+
     schema_version: int
     model: _ModelDocument
     workload: Workload
@@ -206,91 +220,63 @@ class _PlanDocument:
     alternatives: tuple[_AlternativeDocument, ...] | None = None
 
 
+def _filled(kind: type[T], *sources: Any, **given: Any) -> T:
+    """Return a `kind` whose fields are `given`, or attributes of the first source that has them."""
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        source = next((each for each in sources if hasattr(each, field.name)), None)
+        if field.name not in given and source is not None:
+            given[field.name] = getattr(source, field.name)
+    return kind(**given)
+
+
 def degrees_document(degrees: Degrees) -> dict[str, Any]:
-    return {
-        "tp": degrees.tp,
-        "pp": degrees.pp,
-        "chunks": degrees.chunks,
-        "schedule": str(degrees.schedule),
-        "dp": degrees.dp,
-        "dp_shard": degrees.dp_shard,
-        "dp_replicate": degrees.dp_replicate,
-        "cp": degrees.cp,
-        "ep": degrees.ep,
-        "zero": int(degrees.zero),
-        "micro_batch": degrees.micro_batch,
-        "num_micro_batches": degrees.num_micro_batches,
-        "sequence_parallel": degrees.sequence_parallel,
-        "cp_exchange": str(degrees.cp_exchange),
-        "etp": degrees.etp,
-        "device_order": list(degrees.device_order),
-    }
-
-
-def _stage_document(plan: Plan, index: int) -> dict[str, Any]:
-    stage, estimate = plan.strategy.stages[index], plan.stage_estimates[index]
-    degrees = plan.strategy.degrees
-    return {
-        "index": index,
-        "layers": [stage.first, stage.end],
-        "devices": list(degrees.ranks_of_pp_rank(degrees.pp_rank_of_stage(index))),
-        "recompute": encode(stage.recompute),
-        "offload": encode(stage.offload),
-        "memory": {**encode(estimate.memory), "total_bytes": estimate.memory.total_bytes},
-        "time_s": estimate.time_s,
-        "forward_s": estimate.forward_s,
-        "backward_s": estimate.backward_s,
-        "device": estimate.device,
-        "memory_limit_bytes": estimate.memory_limit_bytes,
-    }
-
-
-def encode_plan(plan: Plan) -> dict[str, Any]:
-    """The plan as the JSON object of plan.json. Without solver: the answer of `plan estimate`."""
-    document: dict[str, Any] = {
-        "schema_version": PLAN_SCHEMA,
-        "model": {
-            "name": plan.model.name,
-            "params_total": plan.model.params_total,
-            "params_active": plan.model.params_active,
-            "spec": encode(plan.model),
-        },
-        "workload": encode(plan.workload),
-        "cluster": encode(plan.cluster),
-        "strategy": degrees_document(plan.strategy.degrees),
-        "stages": [_stage_document(plan, index) for index in range(len(plan.strategy.stages))],
-        "estimate": encode(plan.estimate),
-        "ranks": {"axes": list(plan.rank_axes), "shape": list(plan.rank_grid_shape)},
-        "schedule_table": [list(row) for row in plan.schedule_table],
-        "inputs": {"digests": plan.digests, "profiles": [encode(each) for each in plan.profiles]},
-        "not_modelled": list(plan.not_modelled),
-        "timeline": [encode(event) for event in plan.timeline],
-    }
-    if plan.engine is not None:
-        document["engine"] = str(plan.engine)
-    if plan.objective is not None:
-        document["objective"] = encode(plan.objective)
-    if plan.rehearsal is not None:
-        document["rehearsal"] = encode(plan.rehearsal)
-    if plan.solver is not None:
-        document["solver"] = encode(plan.solver)
-        document["rejected"] = plan.rejected
-        document["alternatives"] = [
-            {
-                "strategy": degrees_document(other.strategy.degrees),
-                "stages": [encode(stage) for stage in other.strategy.stages],
-                "step_time_s": other.step_time_s,
-                "peak_memory_bytes": other.peak_memory_bytes,
-                "verdict": str(other.verdict),
-                "reason": other.reason,
-            }
-            for other in plan.alternatives
-        ]
+    """Return the `strategy` object of plan.json."""
+    document: dict[str, Any] = encode(_filled(_StrategyDocument, degrees))
     return document
 
 
+def _stage_document(plan: Plan, index: int) -> _StageDocument:
+    stage, estimate, degrees = plan.strategy.stages[index], plan.stage_estimates[index], plan.strategy.degrees
+    return _filled(
+        _StageDocument,
+        estimate,
+        stage,
+        index=index,
+        layers=(stage.first, stage.end),
+        devices=degrees.ranks_of_pp_rank(degrees.pp_rank_of_stage(index)),
+        memory=_filled(_MemoryDocument, estimate.memory),
+    )
+
+
+def encode_plan(plan: Plan) -> dict[str, Any]:
+    """Return the JSON object of plan.json. A plan without a solver gives the answer of `plan estimate`."""
+    alternatives = tuple(
+        _filled(
+            _AlternativeDocument,
+            other,
+            strategy=_filled(_StrategyDocument, other.strategy.degrees),
+            stages=other.strategy.stages,
+        )
+        for other in plan.alternatives
+    )
+    searched = plan.solver is not None
+    document = _filled(
+        _PlanDocument,
+        plan,
+        schema_version=PLAN_SCHEMA,
+        model=_filled(_ModelDocument, plan.model, spec=plan.model),
+        strategy=_filled(_StrategyDocument, plan.strategy.degrees),
+        stages=tuple(_stage_document(plan, index) for index in range(len(plan.strategy.stages))),
+        ranks=_RanksDocument(axes=plan.rank_axes, shape=plan.rank_grid_shape),
+        inputs=_filled(_InputsDocument, plan),
+        rejected=plan.rejected if searched else None,
+        alternatives=alternatives if searched else None,
+    )
+    return {key: value for key, value in encode(document).items() if value is not None}
+
+
 def decode_plan(data: object, *, source: str) -> Plan:
-    """A Plan from the JSON object of plan.json. Raises InputError with every fault."""
+    """Return the Plan of a JSON object of plan.json. Raises InputError with every fault."""
     document = decode(_PlanDocument, data, source=source)
     if document.schema_version != PLAN_SCHEMA:
         raise InputError(
@@ -300,53 +286,31 @@ def decode_plan(data: object, *, source: str) -> Plan:
                 fix="solve again with `plan solve`",
             )
         )
-    return Plan(
-        model=document.model.spec,
-        workload=document.workload,
-        cluster=document.cluster,
-        strategy=Strategy(
-            degrees=_degrees(document.strategy, f"{source}: strategy"),
-            stages=tuple(
-                Stage(first=s.layers[0], end=s.layers[1], recompute=s.recompute, offload=s.offload)
-                for s in document.stages
+    stages = tuple(_filled(Stage, each, first=each.layers[0], end=each.layers[1]) for each in document.stages)
+    alternatives = tuple(
+        _filled(
+            Alternative,
+            other,
+            strategy=Strategy(
+                degrees=_degrees(other.strategy, f"{source}: alternatives"), stages=other.stages
             ),
-        ),
+        )
+        for other in document.alternatives or ()
+    )
+    return _filled(
+        Plan,
+        document,
+        document.inputs,
+        model=document.model.spec,
+        strategy=Strategy(degrees=_degrees(document.strategy, f"{source}: strategy"), stages=stages),
         stage_estimates=tuple(
-            StageEstimate(
-                memory=MemoryBreakdown(**{name: getattr(s.memory, name) for name in MEMORY_TENANTS}),
-                time_s=s.time_s,
-                forward_s=s.forward_s,
-                backward_s=s.backward_s,
-                device=s.device,
-                memory_limit_bytes=s.memory_limit_bytes,
-            )
-            for s in document.stages
+            _filled(StageEstimate, each, memory=_filled(MemoryBreakdown, each.memory))
+            for each in document.stages
         ),
-        estimate=document.estimate,
         rank_axes=document.ranks.axes,
         rank_grid_shape=document.ranks.shape,
-        schedule_table=document.schedule_table,
-        solver=document.solver,
         rejected=document.rejected or {},
-        alternatives=tuple(
-            Alternative(
-                strategy=Strategy(
-                    degrees=_degrees(other.strategy, f"{source}: alternatives"), stages=other.stages
-                ),
-                step_time_s=other.step_time_s,
-                peak_memory_bytes=other.peak_memory_bytes,
-                verdict=other.verdict,
-                reason=other.reason,
-            )
-            for other in document.alternatives or ()
-        ),
-        digests=document.inputs.digests,
-        profiles=document.inputs.profiles,
-        not_modelled=document.not_modelled,
-        timeline=document.timeline,
-        engine=document.engine,
-        objective=document.objective,
-        rehearsal=document.rehearsal,
+        alternatives=alternatives,
     )
 
 
@@ -359,22 +323,21 @@ def _degrees(document: _StrategyDocument, where: str) -> Degrees:
                 f"{document.dp_replicate} x {document.dp_shard}.",
             )
         )
-    fields = {key: value for key, value in encode(document).items() if key != "dp"}
-    return decode(Degrees, fields, source=where)
+    return _filled(Degrees, document)
 
 
 def save_plan(plan: Plan, path: Path) -> None:
-    """Writes plan.json whole or not at all."""
+    """Write plan.json atomically."""
     write_atomic(path, json.dumps(encode_plan(plan), indent=1, allow_nan=False) + "\n")
 
 
 def load_plan(path: Path) -> Plan:
-    """The plan in a file."""
+    """Return the plan in a file. Raises InputError."""
     return decode_plan(load_json_object(path), source=str(path))
 
 
 def predicted_memory_by_rank(plan: Plan) -> tuple[int, ...]:
-    """Predicted peak bytes of every rank: weights and activations of all stages that it holds."""
+    """Return the predicted peak memory of every global rank, over all stages that it holds, in bytes."""
     degrees = plan.strategy.degrees
     peaks = [0] * degrees.world
     for stage, estimate in enumerate(plan.stage_estimates):
@@ -384,9 +347,9 @@ def predicted_memory_by_rank(plan: Plan) -> tuple[int, ...]:
 
 
 def usd_per_hour(plan: Plan) -> float | None:
-    """Dollars an hour of the cluster, with the spare nodes that the estimate counts; None: no price."""
+    """Return the price of the cluster and the estimate's spare nodes, in dollars an hour; None if unknown."""
     estimate, price = plan.estimate, plan.cluster.price_usd_per_hour
-    if price is None:  # a plan that was written elsewhere may state days and dollars alone
+    if price is None:  # a plan.json written by other tools may state days and dollars without a price
         if estimate.cost_usd is None or not estimate.days:
             return None
         return estimate.cost_usd / (24 * estimate.days)
@@ -394,24 +357,24 @@ def usd_per_hour(plan: Plan) -> float | None:
     return price * (1 + spares / sum(group.nodes for group in plan.cluster.groups))
 
 
-def usd_of(plan: Plan, seconds: float) -> float | None:
-    """Dollars of so much time on the plan's cluster."""
+def cost_usd(plan: Plan, seconds: float) -> float | None:
+    """Return the price of `seconds` on the plan's cluster, in dollars; None if unknown."""
     price = usd_per_hour(plan)
     return None if price is None else price * seconds / 3600
 
 
 def predicted_usd(plan: Plan, steps: int) -> float | None:
-    """Dollars that so many steps should take, at the job's goodput where the plan states one."""
+    """Return the predicted cost of `steps` steps at the job's goodput, in dollars; None if unknown."""
     job = plan.estimate.job
     goodput = 1.0 if job is None else job.goodput
-    return usd_of(plan, steps * plan.estimate.step_time_s / goodput) if goodput > 0 else None
+    return cost_usd(plan, steps * plan.estimate.step_time_s / goodput) if goodput > 0 else None
 
 
-def added_usd(first: float | None, second: float | None) -> float | None:
-    """Dollars together; unknown where one of them is."""
+def sum_usd(first: float | None, second: float | None) -> float | None:
+    """Return the sum of two amounts; None if either is unknown."""
     return None if first is None or second is None else first + second
 
 
-def told_usd(usd: float | None) -> str:
-    """Dollars for people; what is not known says so, and is never 0."""
+def format_usd(usd: float | None) -> str:
+    """Return dollars for people. An unknown amount is `unknown`, never 0."""
     return "unknown" if usd is None else f"${usd:,.2f}"

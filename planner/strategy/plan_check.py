@@ -22,7 +22,7 @@ from planner.strategy.placement import device_names, stage_groups
 from planner.strategy.plan import Plan
 from planner.strategy.rehearsal import RankRehearsal, Refined, Rehearsal
 from planner.strategy.rules import broken_rules
-from planner.strategy.schedule.schedules import Action, ActionKind, Table, parse_table, table_faults
+from planner.strategy.schedule.schedules import Action, ActionKind, Table, table_faults
 from planner.strategy.strategy import AXES
 
 REHEARSAL_TOLERANCE = 1e-6
@@ -113,7 +113,7 @@ def schedule_faults(plan: Plan) -> list[str]:
     if texts > 4 * passes:
         return [f"has {texts} actions; forward and backward of each stage and micro-batch make {2 * passes}"]
     try:
-        table = parse_table(plan.schedule_table)
+        table = plan.table
     except InputError as error:
         return [str(problem) for problem in error.problems]
     faults = table_faults(table, stages, degrees.num_micro_batches, degrees.pp_rank_of_stage)

@@ -263,8 +263,8 @@ NATIVE = Backend(
 
 def _deferring(plan: Plan, index: int, options: dict[str, Recompute]) -> set[str]:
     """The blocks whose weight gradients wait for the stage's W actions: those that recompute nothing."""
-    row = plan.schedule_table[plan.strategy.degrees.pp_rank_of_stage(index)]
-    if not any(text.startswith(f"{index}{ActionKind.WEIGHT_GRAD}") for text in row):
+    rank = plan.strategy.degrees.pp_rank_of_stage(index)
+    if (index, ActionKind.WEIGHT_GRAD) not in plan.table.counts(rank):
         return set()
     return {name for name, option in options.items() if option is Recompute.NONE}
 

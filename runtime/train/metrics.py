@@ -27,7 +27,7 @@ from planner.foundation.decode import encode, to_json, write_atomic
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
 from planner.foundation.run_files import METRICS, SUMMARY
-from planner.strategy.plan import Plan, added_usd, predicted_memory_by_rank, predicted_usd, usd_of
+from planner.strategy.plan import Plan, cost_usd, predicted_memory_by_rank, predicted_usd, sum_usd
 
 
 @frozen
@@ -300,11 +300,11 @@ class Seen:
 
     def cost_usd(self, plan: Plan, wall_s: float) -> float | None:
         """Dollars of the run, which has taken `wall_s`: this launch on its plan's cluster."""
-        return added_usd(self.earlier.cost_usd, usd_of(plan, wall_s - self.earlier.wall_s))
+        return sum_usd(self.earlier.cost_usd, cost_usd(plan, wall_s - self.earlier.wall_s))
 
     def predicted_cost_usd(self, plan: Plan, steps: int) -> float | None:
         """Dollars that were predicted of the steps before, and of `steps` of this launch."""
-        return added_usd(self.earlier.predicted_cost_usd, predicted_usd(plan, steps))
+        return sum_usd(self.earlier.predicted_cost_usd, predicted_usd(plan, steps))
 
     def note(self, line: StepMetrics) -> None:
         """Takes in one step."""

@@ -81,7 +81,7 @@ class Replanned:
     def misses(self) -> Iterator[str]:
         """What of the goal the new plan keeps as predicted, and not at the run's own pace."""
         from planner.foundation.units import DAY_S, format_seconds
-        from planner.strategy.plan import told_usd
+        from planner.strategy.plan import format_usd
 
         objective, left = self.plan.objective, None if self.pace is None else self.left(self.plan, self.pace)
         if objective is None or left is None:
@@ -92,7 +92,7 @@ class Replanned:
             yield f"at the run's own pace the deadline is missed: {late}"
         budget, usd = objective.budget_usd, left.cost_usd
         if budget is not None and usd is not None and usd > budget:
-            dear = f"{told_usd(usd)} of {told_usd(budget)} that are left"
+            dear = f"{format_usd(usd)} of {format_usd(budget)} that are left"
             yield f"at the run's own pace the budget is exceeded: {dear}"
 
     @property

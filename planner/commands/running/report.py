@@ -55,14 +55,14 @@ def report(source: Path, output: Path | None, trace: Path | None, as_json: bool)
 
 def _told(dollars: dict[str, Any], cluster: str) -> str:
     """Dollars spent beside those predicted, in words."""
-    from planner.strategy.plan import told_usd
+    from planner.strategy.plan import format_usd
 
     if dollars["spent_usd"] is None and dollars["predicted_usd"] is None:
         return f"unknown: {cluster} has no price"
     return (
-        f"{told_usd(dollars['spent_usd'])} spent in {dollars['steps']:,} steps, "
-        f"{told_usd(dollars['predicted_usd'])} predicted for them; "
-        f"{told_usd(dollars['expected_usd'])} expected in all"
+        f"{format_usd(dollars['spent_usd'])} spent in {dollars['steps']:,} steps, "
+        f"{format_usd(dollars['predicted_usd'])} predicted for them; "
+        f"{format_usd(dollars['expected_usd'])} expected in all"
     )
 
 

@@ -301,23 +301,23 @@ def _report(summary: TrainSummary, run_dir: str) -> str:
 def _dollars(summary: TrainSummary) -> str:
     """What the run has cost, and what it will where it is not over."""
     from planner.foundation.units import format_seconds
-    from planner.strategy.plan import told_usd
+    from planner.strategy.plan import format_usd
 
     if summary.cost_usd is None:
         return "unknown: the plan's cluster has no price (solve with --prices FILE)"
-    spent = f"{told_usd(summary.cost_usd)} for {format_seconds(summary.wall_s)}"
+    spent = f"{format_usd(summary.cost_usd)} for {format_seconds(summary.wall_s)}"
     if summary.status == "finished":
         return spent
-    return f"{spent}, {told_usd(summary.expected_cost_usd)} expected for all steps"
+    return f"{spent}, {format_usd(summary.expected_cost_usd)} expected for all steps"
 
 
 def _cost_row(summary: TrainSummary) -> tuple[str, str, str, str]:
     """Dollars predicted for the steps that were done, beside those spent."""
-    from planner.strategy.plan import told_usd
+    from planner.strategy.plan import format_usd
 
     predicted, spent = summary.predicted_cost_usd, summary.cost_usd
     error = f"{predicted / spent - 1:+.1%}" if predicted is not None and spent else "-"
-    return (f"cost of {summary.last_step} steps", told_usd(predicted), told_usd(spent), error)
+    return (f"cost of {summary.last_step} steps", format_usd(predicted), format_usd(spent), error)
 
 
 def _cause_rows(summary: TrainSummary) -> list[tuple[str, str, str, str]]:

@@ -22,6 +22,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.foundation.errors import InputError, Problem
@@ -371,8 +372,13 @@ def _undominated(vectors: Ints) -> list[tuple[int, ...]]:
     return sorted(kept)
 
 
+PARSED_TABLES = 8
+"""Number of parsed tables that are cached: a command reads one or two plans and uses their tables often."""
+
+
+@lru_cache(maxsize=PARSED_TABLES)
 def parse_table(rows: tuple[tuple[str, ...], ...]) -> Table:
-    """The table whose actions print as `rows`. Raises InputError on text that is no action."""
+    """Return the table whose actions print as `rows`. Raises InputError on text that is no action."""
     return Table.of([parse_row(row) for row in rows])
 
 

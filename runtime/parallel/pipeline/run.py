@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from planner.strategy.plan import Plan
-from planner.strategy.schedule.schedules import Action, ActionKind, Row, Table, parse_table
+from planner.strategy.schedule.schedules import Action, ActionKind, Row, Table
 from runtime.model.transformer import Borders
 from runtime.parallel.collectives import is_fake
 from runtime.parallel.meshes import Meshes
@@ -232,7 +232,7 @@ class Pipeline:
         self.modules = list(modules)
         self.record = modules[0].record
         self._num_micro_batches, self._stages = degrees.num_micro_batches, degrees.stages
-        table, rank = parse_table(plan.schedule_table), meshes.pp.get_local_rank()
+        table, rank = plan.table, meshes.pp.get_local_rank()
         self.program = lower(table, degrees.stages, degrees.pp_rank_of_stage)[rank]
         self.passes = {
             module.index: StagePasses(module, table[rank], degrees.num_micro_batches) for module in modules
