@@ -7,11 +7,11 @@ from collections import Counter
 from importlib import metadata
 
 from planner.foundation.frozen import frozen
-from planner.foundation.units import format_bytes, format_count, format_seconds
+from planner.foundation.units import format_bytes, format_count, format_seconds, format_usd
 from planner.hardware.cluster import ClusterSpec
 from planner.report.run_record import RunRecord
 from planner.strategy.estimate import Verdict
-from planner.strategy.plan import PLAN_SCHEMA, Certificate, Plan, format_usd, usd_per_hour
+from planner.strategy.plan import PLAN_SCHEMA, Certificate, Plan, usd_per_hour
 from planner.strategy.strategy import Degrees, Schedule, Zero
 
 GOOD_ERROR = 0.10

@@ -373,8 +373,3 @@ def predicted_usd(plan: Plan, steps: int) -> float | None:
 def sum_usd(first: float | None, second: float | None) -> float | None:
     """Return the sum of two amounts; None if either is unknown."""
     return None if first is None or second is None else first + second
-
-
-def format_usd(usd: float | None) -> str:
-    """Return dollars for people. An unknown amount is `unknown`, never 0."""
-    return "unknown" if usd is None else f"${usd:,.2f}"

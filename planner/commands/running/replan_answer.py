@@ -80,8 +80,7 @@ class Replanned:
 
     def misses(self) -> Iterator[str]:
         """What of the goal the new plan keeps as predicted, and not at the run's own pace."""
-        from planner.foundation.units import DAY_S, format_seconds
-        from planner.strategy.plan import format_usd
+        from planner.foundation.units import DAY_S, format_seconds, format_usd
 
         objective, left = self.plan.objective, None if self.pace is None else self.left(self.plan, self.pace)
         if objective is None or left is None:

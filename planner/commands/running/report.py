@@ -55,7 +55,7 @@ def report(source: Path, output: Path | None, trace: Path | None, as_json: bool)
 
 def _told(dollars: dict[str, Any], cluster: str) -> str:
     """Dollars spent beside those predicted, in words."""
-    from planner.strategy.plan import format_usd
+    from planner.foundation.units import format_usd
 
     if dollars["spent_usd"] is None and dollars["predicted_usd"] is None:
         return f"unknown: {cluster} has no price"

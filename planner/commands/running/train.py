@@ -300,8 +300,7 @@ def _report(summary: TrainSummary, run_dir: str) -> str:
 
 def _dollars(summary: TrainSummary) -> str:
     """What the run has cost, and what it will where it is not over."""
-    from planner.foundation.units import format_seconds
-    from planner.strategy.plan import format_usd
+    from planner.foundation.units import format_seconds, format_usd
 
     if summary.cost_usd is None:
         return "unknown: the plan's cluster has no price (solve with --prices FILE)"
@@ -313,7 +312,7 @@ def _dollars(summary: TrainSummary) -> str:
 
 def _cost_row(summary: TrainSummary) -> tuple[str, str, str, str]:
     """Dollars predicted for the steps that were done, beside those spent."""
-    from planner.strategy.plan import format_usd
+    from planner.foundation.units import format_usd
 
     predicted, spent = summary.predicted_cost_usd, summary.cost_usd
     error = f"{predicted / spent - 1:+.1%}" if predicted is not None and spent else "-"
