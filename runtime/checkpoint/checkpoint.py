@@ -46,7 +46,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from planner.foundation.errors import InputError, Problem
 from runtime.checkpoint.dcp import JsonLoadPlanner, JsonSavePlanner, SafetensorsReader, SafetensorsWriter
 from runtime.checkpoint.store import CheckpointIndex, Value
-from runtime.launch.process_group import agree, own_rank
+from runtime.launch.process_group import own_rank, run_collectively
 
 State = Mapping[str, Any]
 
@@ -109,7 +109,7 @@ def load_checkpoint(path: Path, index: CheckpointIndex, state: State) -> dict[st
                 no_dist=True,
             )
 
-    agree(load)
+    run_collectively(load)
     result: dict[str, Any] = _rebuild(state, {**flat, **wanted})
     return result
 

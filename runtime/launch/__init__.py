@@ -1,5 +1,5 @@
-"""Starts the ranks of a run and lets them meet: processes, devices, process groups, timeouts.
+"""Starts the ranks of a run and joins them to one process group, and names the rank that dies or hangs.
 
-In go a number of ranks and a function; out come running processes that are watched and ended together.
+In goes a function and a number of ranks; out come processes that run it, are watched, and end together.
 Open `local_ranks.py` first.
 """

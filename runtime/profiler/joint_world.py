@@ -26,7 +26,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
 from planner.profile.profile import Op
-from runtime.launch.process_group import ENVIRONMENT
+from runtime.launch.process_group import RANK_VARIABLES
 
 
 @frozen
@@ -167,9 +167,9 @@ def joined_world() -> JointWorld | None:
 
     Raises InputError where nodes have different numbers of ranks, or the store is not there.
     """
-    if not all(name in os.environ for name in ENVIRONMENT) or os.environ["WORLD_SIZE"] == "1":
+    if not all(name in os.environ for name in RANK_VARIABLES) or os.environ["WORLD_SIZE"] == "1":
         return None
-    rank, ranks, local_rank = (int(os.environ[name]) for name in ENVIRONMENT[:3])
+    rank, ranks, local_rank = (int(os.environ[name]) for name in RANK_VARIABLES[:3])
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     if ranks % per_node:
         fault = f"is {ranks}, and this node has {per_node} of them: not as many on every node."

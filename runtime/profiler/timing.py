@@ -17,8 +17,6 @@ torch is imported before the fork: a child starts in milliseconds.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import itertools
 import json
 import math
@@ -26,9 +24,7 @@ import os
 import selectors
 import signal
 import statistics
-import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -37,6 +33,7 @@ from typing import Any, NamedTuple
 import torch
 
 from planner.foundation.frozen import frozen
+from runtime.launch.local_ranks import fork_child
 
 
 @frozen
@@ -246,9 +243,6 @@ class Waiter:
 Emit = Callable[[dict[str, Any]], None]
 Body = Callable[[int, Emit], None]
 
-_PR_SET_PDEATHSIG = 1
-"""prctl(2): the signal that a child gets when its parent dies."""
-
 
 class ChildFailed(Exception):  # noqa: N818  # an event to report, caught and turned into a skipped sample
     """A measuring process ended before its work did. The text says how."""
@@ -292,45 +286,22 @@ def run_children(body: Body, count: int = 1, *, silence_s: float = 120.0) -> Ite
 
 
 def _fork(body: Body, rank: int, inherited: list[int]) -> tuple[int, int]:
-    reader, writer = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with warnings.catch_warnings():
-        # Python 3.12 warns when other threads exist; torch's own idle threads are no danger to a child
-        # that computes with one thread.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        process = os.fork()
-    if process == 0:
-        for descriptor in (reader, *inherited):
-            os.close(descriptor)
-        _child(body, rank, writer)
-    os.close(writer)
-    return reader, process
+    """Fork a measuring process; return the read end of its pipe and its process id."""
 
-
-def _child(body: Body, rank: int, writer: int) -> None:
-    """Runs the body and ends this process; nothing of the parent's clean-up may run here."""
-    code = 1
-    try:
-        _die_with_parent()
+    def run(emit: Emit) -> int:
         _die_first()
-        gc.freeze()  # nothing that was imported is garbage: collections and walks skip it from here
         for ending in (signal.SIGINT, signal.SIGTERM):  # the parent, which gets them too, ends us
             signal.signal(ending, signal.SIG_IGN)
-        with os.fdopen(writer, "w", encoding="utf-8", buffering=1) as pipe:
-            try:
-                body(rank, lambda message: print(json.dumps(message), file=pipe, flush=True))
-                code = 0
-            except BaseException as error:
-                text = " ".join(str(error).split())[:500]
-                print(json.dumps({"failed": f"{type(error).__name__}: {text}"}), file=pipe, flush=True)
-    finally:
-        os._exit(code)
+        try:
+            body(rank, emit)
+            return 0
+        except BaseException as error:
+            text = " ".join(str(error).split())[:500]
+            emit({"failed": f"{type(error).__name__}: {text}"})
+            return 1
 
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    process, reader = fork_child(run, inherited)
+    return reader, process
 
 
 def _die_first() -> None:

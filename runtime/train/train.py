@@ -36,7 +36,13 @@ from runtime.checkpoint.checkpoint import Saver
 from runtime.checkpoint.huggingface import AdapterFolder, say_export
 from runtime.checkpoint.store import plan_facts
 from runtime.launch.local_ranks import RunFailedError, Send, run_local
-from runtime.launch.process_group import RollCall, agree, enter_group, group_timeout_s, started_as_rank
+from runtime.launch.process_group import (
+    HangReporter,
+    enter_group,
+    group_timeout_s,
+    run_collectively,
+    started_as_rank,
+)
 from runtime.parallel.recompute import compiles, run_eagerly
 from runtime.train.data.order import BatchReader
 from runtime.train.data.prepare import data_summary, data_weights
@@ -395,7 +401,7 @@ def _run_as_rank(
     stop = catch_sigterm()
     timeout_s = options.hang_timeout or group_timeout_s(plan)
     place = enter_group(device, timeout_s)
-    roll_call = RollCall(timeout_s)
+    hangs = HangReporter(timeout_s)
     first = dist.get_rank() == 0
     locks: list[int] = []
 
@@ -403,13 +409,13 @@ def _run_as_rank(
         locks.append(lock_run_dir(Path(options.run_dir)))
         return dataclasses.asdict(prepare_run(plan, options))
 
-    facts = agree(set_up, first_only=True)[0]
+    facts = run_collectively(set_up, first_only=True)[0]
     job = Job(plan, options, Setup(**{**facts, "remarks": tuple(facts["remarks"])}), started_s)
     try:
         with Audience(plan, options, shown=shown and first) as audience:
             train_rank(job, place, audience.receive, stop)
     except RuntimeError as error:
-        meaning = roll_call.explain(str(error))
+        meaning = hangs.explain(str(error))
         if meaning is None:
             raise
         raise RunFailedError(meaning) from error

@@ -19,7 +19,13 @@ from planner.strategy.plan import save_plan
 from planner.strategy.strategy import Degrees
 from runtime.checkpoint.store import committed_folders
 from runtime.launch.local_ranks import RunFailedError, Send, run_local
-from runtime.launch.process_group import COMPILE_FLOOR_S, FLOOR_S, describe_hang, group_timeout_s, join_group
+from runtime.launch.process_group import (
+    MIN_COMPILE_TIMEOUT_S,
+    MIN_TIMEOUT_S,
+    describe_hang,
+    group_timeout_s,
+    join_group,
+)
 from runtime.train.data.documents import shipped_corpus
 from tests.plans import make_plan, tiny_llama
 
@@ -27,17 +33,17 @@ PP2 = make_plan(tiny_llama(vocab=258), Degrees(pp=2, micro_batch=1, num_micro_ba
 
 
 def test_patience_follows_the_predicted_step_and_has_a_floor() -> None:
-    assert group_timeout_s(PP2) == FLOOR_S
+    assert group_timeout_s(PP2) == MIN_TIMEOUT_S
     slow = dataclasses.replace(PP2.estimate, step_time_s=30.0, step_time_interval_s=(20.0, 40.0))
     assert group_timeout_s(dataclasses.replace(PP2, estimate=slow)) == 20 * 40.0
     stage = PP2.stage_estimates[0]
     memory = dataclasses.replace(stage.memory, weights_bytes=10**9, optimizer_bytes=4 * 10**9)
     full = (stage, dataclasses.replace(stage, memory=memory))
-    assert group_timeout_s(dataclasses.replace(PP2, stage_estimates=full)) == FLOOR_S + 100
+    assert group_timeout_s(dataclasses.replace(PP2, stage_estimates=full)) == MIN_TIMEOUT_S + 100
     group = PP2.cluster.groups[0]
     gpu = dataclasses.replace(group, device=dataclasses.replace(group.device, name="h100-sxm-80gb"))
     cluster = dataclasses.replace(PP2.cluster, groups=(gpu,))
-    assert group_timeout_s(dataclasses.replace(PP2, cluster=cluster)) == COMPILE_FLOOR_S
+    assert group_timeout_s(dataclasses.replace(PP2, cluster=cluster)) == MIN_COMPILE_TIMEOUT_S
 
 
 def test_a_hang_is_described() -> None:
