@@ -64,7 +64,7 @@ FAMILIES = {
     "deepseek_v3-direct": "qv",
 }
 """Models of tests.runtime.hf_models and the modules that get adapters in each. MLPs of deepseek are left out:
-see `runtime.checkpoint.huggingface.UNREAD`."""
+see `runtime.checkpoint.huggingface.MISREAD_BY_PEFT`."""
 RANK, ALPHA, SEQ, BATCH = 4, 12.0, 24, 4
 TOLERANCE, LEAST_MOVED = 1e-4, 1e-2
 UNCHANGED = "1e-30"

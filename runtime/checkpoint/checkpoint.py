@@ -1,27 +1,17 @@
-"""Saving and loading nested state of all ranks, by torch.distributed.checkpoint (DCP), no pickle on disk.
+"""Saves and loads the nested state of all ranks, also in the background while training goes on.
 
-A leaf of the state is a DTensor (this rank's box of a whole), a tensor (the same on every rank that has it),
-or a plain value. Its name is its path. DCP plans who writes which box (replicas once, spread evenly) and
-what a rank of any other layout has to read. Its own storage pickles metadata and plain values into files;
-ours (`checkpoint_writer`, `checkpoint_reader`) keeps
+A leaf of the state is a DTensor (this rank's box of a whole tensor), a tensor (equal on every rank that has
+it), or a plain value; its name is its path. DCP (torch.distributed.checkpoint) plans who writes which box:
+replicas once, spread evenly. `dcp` reads and writes the files, `store` publishes them. Between the ranks of a
+running job DCP passes its plans as pickles over the process group; these never reach a file and come from no
+one but the job itself.
 
-    tensors          shard-RANK.safetensors, each box under NAME@OFFSET
-    plain values     index.json
-    metadata         index.json: global shape and type of each tensor; offset, shape and file of its boxes
+In the background, training only waits for a copy in host memory:
 
-so that nothing that is read can run code. Between the ranks of a running job DCP passes its plans as pickles
-over the process group; these never reach a file, and come from no one but the job itself. `committed` says
-how a step is found again, `saver` how it is saved behind the steps.
+    training    wait for the previous save ─ start the thread ─ wait for its copy ─ next steps ...
+    thread      plan with the other ranks ─ copy this rank's part ─ write, hash, read back ─ publish
 
-Saves checkpoints behind the steps: training waits for a copy in host memory, a thread does the rest.
-
-    the loop    wait for the save before ─ start the thread ─ wait for its copy ─ next step ─ next step ...
-    the thread  plan with the other ranks ─ copy this rank's part ─ write, hash, read back ─ publish
-
-The thread's collectives run on a gloo group of their own, so they never meet those of a step. A fault is kept
-and raised by the next call of `wait`; the loop asks `failed` after every step.
-
-Whose run a checkpoint is, in flat facts: what must not change when it goes on, and which plan made it.
+The thread's collectives run on their own gloo group, so they never mix with those of a step.
 """
 
 from __future__ import annotations
@@ -45,10 +35,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from planner.foundation.errors import InputError, Problem
 from runtime.checkpoint.dcp import JsonLoadPlanner, JsonSavePlanner, SafetensorsReader, SafetensorsWriter
-from runtime.checkpoint.store import CheckpointIndex, Value
+from runtime.checkpoint.store import CheckpointIndex, Value, step_folder
 from runtime.launch.process_group import own_rank, run_collectively
 
 State = Mapping[str, Any]
+
+WRITE_TIMEOUT_S = 3600.0
+"""Time that ranks wait for the slowest one to write its part. A rank that died is noticed at once."""
 
 
 def save_checkpoint(
@@ -60,48 +53,49 @@ def save_checkpoint(
     keep: int = 2,
     group: dist.ProcessGroup | None = None,
     staged: Callable[[], None] | None = None,
-    remembered: str | None = None,
+    plan_cache_key: str | None = None,
 ) -> Path:
-    """Writes `state` of all ranks as the checkpoint of `step`, publishes it, and drops all but the newest.
+    """Write `state` of all ranks as the checkpoint of `step`, publish it, and return its folder.
 
-    Every rank of `group` (None: the default one) calls it. `keep` (at least 2) checkpoints stay. `staged` is
-    called when this rank's part is copied, so that training may go on before it is written. `remembered`:
-    see JsonSavePlanner. Raises InputError on every rank if one of them cannot write; then the step does not
-    exist and older ones are untouched.
+    Every rank of `group` (None: the default group) calls it. The newest `keep` (at least 2) checkpoints
+    stay, older ones are removed. `staged` is called once this rank's part is copied, so that training may go
+    on before it is written; `plan_cache_key` is that of JsonSavePlanner. Raises InputError on every rank if
+    one of them cannot write; then the step does not exist and older steps are untouched.
     """
-    planner = JsonSavePlanner(remembered)
+    planner = JsonSavePlanner(plan_cache_key)
     writer = SafetensorsWriter(folder, planner, step=step, run=run, keep=keep, staged=staged)
     try:
-        quiet = contextlib.nullcontext() if dist.is_initialized() else _quiet_alone()
-        with _reasons("written"), quiet:
+        quiet = contextlib.nullcontext() if dist.is_initialized() else _without_process_group_warning()
+        with _original_errors("written"), quiet:
             state_dict_saver.save(
-                flattened(state),
+                flatten_state(state),
                 storage_writer=writer,
                 planner=planner,
                 process_group=group,
                 no_dist=not dist.is_initialized(),
             )
     except InputError:
-        if own_rank() == 0:  # a full disk gets its room back
+        if own_rank() == 0:  # gives a full disk its space back
             shutil.rmtree(writer.temporary, ignore_errors=True)
         raise
-    return writer.final
+    return step_folder(folder, step)
 
 
 def load_checkpoint(path: Path, index: CheckpointIndex, state: State) -> dict[str, Any]:
-    """`state` with every tensor filled from the checkpoint, in place, and every plain value replaced.
+    """Load a checkpoint of any layout: fill every tensor of `state` in place and replace every plain value.
 
-    The layout of `state` may be another one than that which was saved. Each rank reads what it holds, and
-    plans that alone: DCP would send all ranks' plans to the first one and back, to change nothing in them.
-    Every rank calls it. Raises InputError on every rank with every tensor that the checkpoint lacks or
-    holds in another shape.
+    Every rank calls it and reads only what it holds. Each rank plans its own reads: DCP would send the plans
+    of all ranks to the first one and back without changing them. Raises InputError on every rank with every
+    tensor that the checkpoint lacks or holds in another shape.
     """
-    flat = flattened(state)
+    flat = flatten_state(state)
     wanted = {name: leaf for name, leaf in flat.items() if not isinstance(leaf, Tensor) or leaf.numel()}
 
     def load() -> None:
-        _check_fit(path, index, flat)
-        with _reasons("read"), _quiet_alone():
+        problems = [problem for name, leaf in flat.items() for problem in _misfits(path, index, name, leaf)]
+        if problems:
+            raise InputError(*problems)
+        with _original_errors("read"), _without_process_group_warning():
             state_dict_loader.load(
                 wanted,
                 storage_reader=SafetensorsReader(path, index),
@@ -114,11 +108,11 @@ def load_checkpoint(path: Path, index: CheckpointIndex, state: State) -> dict[st
     return result
 
 
-def flattened(state: State) -> dict[str, Any]:
-    """Nested state as values by name, tensors cut off from autograd; of such a state, itself.
+def flatten_state(state: State) -> dict[str, Any]:
+    """Nested state as leaves by path, tensors detached from autograd.
 
-    What is saved behind the steps goes through this first: a DTensor that is cut off works out its layout on
-    fake tensors, which in a thread of its own ends a forked process of torch 2.11.
+    State that is saved in the background must be flattened first: detaching a DTensor computes its layout on
+    fake tensors, which in a second thread ends a forked process of torch 2.11.
     """
     return dict(_leaves(state))
 
@@ -138,7 +132,7 @@ def _leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _rebuild(state: Any, leaves: Mapping[str, Any], prefix: str = "") -> Any:
-    """Nested state as before, with these leaves by name."""
+    """Nested state of the same structure with these leaves."""
 
     def below(key: object, value: Any) -> Any:
         return _rebuild(value, leaves, f"{prefix}/{key}" if prefix else str(key))
@@ -148,12 +142,6 @@ def _rebuild(state: Any, leaves: Mapping[str, Any], prefix: str = "") -> Any:
     if isinstance(state, (list, tuple)):
         return type(state)(below(place, item) for place, item in enumerate(state))
     return leaves[prefix]
-
-
-def _check_fit(path: Path, index: CheckpointIndex, flat: Mapping[str, Any]) -> None:
-    problems = [problem for name, leaf in flat.items() for problem in _misfits(path, index, name, leaf)]
-    if problems:
-        raise InputError(*problems)
 
 
 def _misfits(path: Path, index: CheckpointIndex, name: str, leaf: Any) -> Iterator[Problem]:
@@ -172,8 +160,8 @@ def _misfits(path: Path, index: CheckpointIndex, name: str, leaf: Any) -> Iterat
 
 
 @contextlib.contextmanager
-def _reasons(done: str) -> Iterator[None]:
-    """Raises what went wrong on the ranks that failed, in place of DCP's account of it."""
+def _original_errors(verb: str) -> Iterator[None]:
+    """Raise the errors of the ranks that failed instead of DCP's CheckpointException."""
     try:
         yield
     except CheckpointException as error:
@@ -181,7 +169,7 @@ def _reasons(done: str) -> Iterator[None]:
         for cause, _ in error.failures.values():
             if isinstance(cause, OSError):
                 problems.append(
-                    Problem(where=str(cause.filename), fault=f"cannot be {done}: {cause.strerror}.")
+                    Problem(where=str(cause.filename), fault=f"cannot be {verb}: {cause.strerror}.")
                 )
             elif isinstance(cause, InputError):
                 problems += cause.problems
@@ -191,82 +179,76 @@ def _reasons(done: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_alone() -> Iterator[None]:
-    """Where ranks are not to meet, DCP warns that they do not, which is meant."""
+def _without_process_group_warning() -> Iterator[None]:
+    """Silence DCP's warning that ranks do not meet, where this is intended."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
-WRITE_TIMEOUT_S = 3600.0
-"""How long the ranks wait for the slowest to write its part. One that died is noticed at once."""
+class CheckpointSaver:
+    """Saves the checkpoints of a run one at a time. Every rank makes one and calls it in the same order.
 
-
-class Saver:
-    """The checkpoints of one rank's run, one at a time. Every rank makes one and calls it in step.
-
-    `behind` false: `save` returns when the step is published. `waited_s` is what training has waited for
-    checkpoints so far; `published` the newest step that this launch has published.
+    With `background`, `save` returns once the state is copied; else once the step is published. `waited_s` is
+    the time that training has waited for checkpoints so far, `published` the newest step of this launch.
     """
 
-    def __init__(self, folder: Path, *, keep: int, behind: bool, device: torch.device) -> None:
-        self.folder, self.keep, self.behind, self.device = folder, keep, behind, device
+    def __init__(self, folder: Path, *, keep: int, background: bool, device: torch.device) -> None:
+        self.folder, self.keep, self.background, self.device = folder, keep, background, device
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=WRITE_TIMEOUT_S))
-        self._plans = uuid.uuid4().hex
+        self._plan_cache_key = uuid.uuid4().hex
         self.waited_s = 0.0
         self.published: Path | None = None
         self._thread: threading.Thread | None = None
-        self._fault: BaseException | None = None
+        self._error: BaseException | None = None
 
     @property
     def failed(self) -> bool:
-        """Whether a save behind the steps has come to nothing; `wait` raises why."""
-        return self._fault is not None
+        """True if a save in the background has failed; `wait` raises its error."""
+        return self._error is not None
 
-    def save(self, state: Mapping[str, Any], *, step: int, run: dict[str, Value]) -> None:
-        """Saves `state` as `step`, once the save before is published. Raises what that one failed of."""
+    def save(self, state: State, *, step: int, run: dict[str, Value]) -> None:
+        """Save `state` as `step` once the previous save is published. Raises that save's error."""
         self.wait()
         begin_s = time.monotonic()
         try:
-            if self.behind:
-                self._start(flattened(state), step, run)
+            if self.background:
+                self._start(flatten_state(state), step, run)
             else:
                 self._save(state, step, run, None)
         finally:
             self.waited_s += time.monotonic() - begin_s
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises InputError where a rank could not write."""
+        """Wait until nothing is being written. Raises InputError if a rank could not write."""
         begin_s = time.monotonic()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self.waited_s += time.monotonic() - begin_s
-        if self._fault is not None:
-            fault, self._fault = self._fault, None
-            raise fault
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
 
-    def _start(self, state: Mapping[str, Any], step: int, run: dict[str, Value]) -> None:
+    def _start(self, state: State, step: int, run: dict[str, Value]) -> None:
         copied = threading.Event()
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # the thread copies on a stream of its own
+            torch.cuda.synchronize(self.device)  # the thread copies on its own stream
 
         def work() -> None:
             try:
                 self._save(state, step, run, copied)
-            except BaseException as fault:
-                self._fault = fault
+            except BaseException as error:
+                self._error = error
             finally:
                 copied.set()
 
-        # A daemon: a run that ends by a fault does not stay for a write that waits for a lost rank.
+        # A daemon: a run that fails does not stay for a write that waits for a lost rank.
         self._thread = threading.Thread(target=work, name=f"save-{step}", daemon=True)
         self._thread.start()
         copied.wait()
 
-    def _save(
-        self, state: Mapping[str, Any], step: int, run: dict[str, Value], copied: threading.Event | None
-    ) -> None:
+    def _save(self, state: State, step: int, run: dict[str, Value], copied: threading.Event | None) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.published = save_checkpoint(
@@ -277,5 +259,5 @@ class Saver:
             keep=self.keep,
             group=self.group,
             staged=None if copied is None else copied.set,
-            remembered=self._plans,
+            plan_cache_key=self._plan_cache_key,
         )

@@ -1,17 +1,23 @@
-"""Reads a checkpoint for torch.distributed.checkpoint, of every box the needed slice alone.
+"""Reader and writer of checkpoints for torch.distributed.checkpoint (DCP).
 
-Writes a checkpoint for torch.distributed.checkpoint: `runtime.checkpoint.checkpoint` says into what
-files.
+DCP's planner decides who writes which box of which tensor and what a rank of another layout has to read.
+DCP's own storage pickles metadata and plain values into files. This one keeps
 
-Safetensors files, written as a stream: one tensor after another, hashed on its way to the disk.
+    tensors          shard-RANK.safetensors, each box under NAME@OFFSET
+    plain values     index.json
+    metadata         index.json: global shape and type of each tensor; offset, shape and file of its boxes
+
+so that nothing that is read can run code. `store` publishes what is written here.
+
+A safetensors file is written as a stream, one tensor after another, hashed on its way to the disk:
 
     8 bytes    N, the length of the header, little endian
     N bytes    JSON {name: {"dtype", "shape", "data_offsets": [begin, end]}}, padded with spaces
     the rest   the tensors' bytes in C order, little endian; offsets count from here
 
-The library writes a dictionary of tensors that are all in host memory at once, and older versions copy them
-all once more. Here a tensor has to be there only while it is written. Wide types come first, so that every
-tensor lies at a multiple of its element's size, as memory maps want it.
+The safetensors library takes all tensors in host memory at once, and older versions copy them once more. In
+a stream, a tensor has to be there only while it is written. Wide types come first, so that every tensor lies
+at a multiple of its element's size, as memory maps need it.
 Format: github.com/huggingface/safetensors, README.
 """
 
@@ -56,29 +62,24 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from planner.foundation.decode import to_json, write_atomic
-from planner.foundation.errors import InputError, Problem
+from planner.foundation.errors import InputError
 from runtime.checkpoint.store import (
     CHECKPOINT_SCHEMA,
     COMMIT,
-    INDEX,
     CheckpointIndex,
     Chunk,
-    Commit,
     FileDigest,
     StoredTensor,
     Value,
-    committed_folders,
     digest_file,
-    index_text,
     load_index,
-    remove_step,
-    step_folder,
+    publish_step,
+    unfinished_folder,
 )
 from runtime.launch.process_group import own_rank
 
 ALIGNMENT_BYTES = 8
-_OWN_NAMES = {
+_SAFETENSORS_TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -95,29 +96,29 @@ _OWN_NAMES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A tensor to be written: its name in the file, what it is, and how to get its bytes."""
+class TensorEntry:
+    """A tensor to be written: its name in the file, its type and shape, and a function that fetches it."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    fetch: Callable[[], torch.Tensor]
+    fetch: Callable[[], Tensor]
 
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_safetensors(path: Path, entries: Iterable[Entry]) -> FileDigest:
-    """Writes a file and waits until the disk has it; returns size and SHA-256 of what was handed over.
+def write_safetensors(path: Path, entries: Iterable[TensorEntry]) -> FileDigest:
+    """Write a safetensors file, wait until the disk has it, and return the digest of the data handed over.
 
-    Each entry is fetched when its turn comes and dropped after it. Raises OSError where the disk is full.
+    Each entry is fetched when its turn comes and dropped after it. Raises OSError if the disk is full.
     """
     ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
     digest = hashlib.sha256()
     try:
         with path.open("wb") as file:
-            for block in itertools.chain([_header(ordered)], map(_bytes, ordered)):
+            for block in itertools.chain([_header(ordered)], map(_content, ordered)):
                 digest.update(block)
                 file.write(block)
             file.flush()
@@ -127,12 +128,12 @@ def write_safetensors(path: Path, entries: Iterable[Entry]) -> FileDigest:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _header(entries: Iterable[Entry]) -> bytes:
+def _header(entries: Iterable[TensorEntry]) -> bytes:
     begin, table = 0, {}
     for entry in entries:
         end = begin + entry.bytes
         table[entry.name] = {
-            "dtype": _OWN_NAMES[entry.dtype],
+            "dtype": _SAFETENSORS_TYPES[entry.dtype],
             "shape": entry.shape,
             "data_offsets": [begin, end],
         }
@@ -142,32 +143,29 @@ def _header(entries: Iterable[Entry]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _bytes(entry: Entry) -> Any:
+def _content(entry: TensorEntry) -> Any:
     tensor = entry.fetch().detach().cpu().contiguous()
     assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), (entry.name, tensor.shape)
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 class JsonLoadPlanner(DefaultLoadPlanner):
-    """DCP's planner over flat state, with plain values from JSON."""
+    """DCP's load planner for a flat state whose plain values are JSON."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def create_local_plan(self) -> LoadPlan:
         plan = super().create_local_plan()
-        return replace(plan, items=[item for item in plan.items if _wanted(item)])
+        items = [i for i in plan.items if i.type is LoadItemType.BYTE_IO or math.prod(i.lengths) > 0]
+        return replace(plan, items=items)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         self.state_dict[read_item.dest_index.fqn] = json.loads(value.getvalue())
 
 
-def _wanted(item: ReadItem) -> bool:
-    return item.type is LoadItemType.BYTE_IO or math.prod(item.lengths) > 0
-
-
 class SafetensorsReader(StorageReader):
-    """Reads a committed step, of every box the needed slice alone. `read_bytes` counts them."""
+    """Reads a committed step, of every box only the needed slice. `read_bytes` counts the bytes read."""
 
     def __init__(self, path: Path, index: CheckpointIndex | None = None) -> None:
         self.path = path
@@ -175,10 +173,10 @@ class SafetensorsReader(StorageReader):
         self.read_bytes = 0
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """A reader is made for one step."""
+        """A reader is made for one step: there is nothing to reset."""
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_: Any, **__: Any) -> None:
-        """Nothing to do: files are opened as they are met."""
+        """There is nothing to set up: files are opened when they are needed."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -191,7 +189,7 @@ class SafetensorsReader(StorageReader):
         return plans
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """The index, as DCP's planner wants it."""
+        """The index as DCP's metadata."""
         stored: dict[str, Any] = {name: BytesStorageMetadata() for name in self.index.values}
         for name, tensor in self.index.tensors.items():
             stored[name] = TensorStorageMetadata(
@@ -217,9 +215,7 @@ class SafetensorsReader(StorageReader):
             with safe_open(self.path / file, framework="pt") as source:
                 for item, chunk in items:
                     self._copy(source.get_slice(f"{item.storage_index.fqn}@{chunk.key}"), item, planner)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+        return _completed(None)
 
     def _chunk(self, name: str, item: ReadItem) -> Chunk:
         offset = tuple(item.storage_index.offset or ())
@@ -230,40 +226,47 @@ class SafetensorsReader(StorageReader):
         return next(chunk for chunk in chunks if chunk.offset == offset)
 
     def _copy(self, source: Any, item: ReadItem, planner: LoadPlanner) -> None:
-        cut = tuple(
+        box = tuple(
             slice(begin, begin + size) for begin, size in zip(item.storage_offsets, item.lengths, strict=True)
         )
-        piece: Tensor = source[cut]
-        self.read_bytes += piece.nbytes
+        part: Tensor = source[box]
+        self.read_bytes += part.nbytes
         target = planner.resolve_tensor(item)
         with torch.no_grad():
-            target.copy_(piece)
+            target.copy_(part)
         planner.commit_tensor(item, target)
 
 
+def _completed(result: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(result)
+    return future
+
+
 class JsonSavePlanner(DefaultSavePlanner):
-    """DCP's planner over flat state, with plain values as JSON and without boxes of no elements.
+    """DCP's save planner for a flat state, with plain values as JSON and without empty boxes.
 
-    Where a tensor has fewer rows than ranks, some hold an empty box that begins where another's full one
-    does, and DCP tells boxes apart by their beginnings.
+    A tensor with fewer rows than ranks leaves some ranks an empty box that begins where another rank's full
+    box does, and DCP tells boxes apart by their offsets.
 
-    `remembered` names plans that are kept from one save to the next: while no rank's boxes change, none is
-    sent again. For 70B parameters with AdamW over 64 ranks (140,000 boxes), the first rank was busy with
-    them for 25 s (measured on one core): once a launch instead of at every save.
+    With `plan_cache_key`, plans are cached from one save to the next and sent again only when a rank's boxes
+    change. For 70B parameters with AdamW over 64 ranks (140,000 boxes), planning keeps the first rank busy
+    for 25 s (measured on one core): once a launch instead of at every save.
     """
 
-    def __init__(self, remembered: str | None = None) -> None:
+    def __init__(self, plan_cache_key: str | None = None) -> None:
         super().__init__(
             flatten_state_dict=False,
             flatten_sharded_tensors=False,
-            enable_plan_caching=remembered is not None,
+            enable_plan_caching=plan_cache_key is not None,
         )
-        if remembered is not None:
-            self._cached_plans_key = remembered
+        if plan_cache_key is not None:
+            self._cached_plans_key = plan_cache_key
 
     def create_local_plan(self) -> SavePlan:
         plan = super().create_local_plan()
-        return replace(plan, items=[item for item in plan.items if _elements(item)])
+        items = [i for i in plan.items if i.tensor_data is None or math.prod(i.tensor_data.chunk.sizes) > 0]
+        return replace(plan, items=items)
 
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
         if write_item.type is WriteItemType.BYTE_IO:
@@ -271,24 +274,19 @@ class JsonSavePlanner(DefaultSavePlanner):
         return object
 
 
-def _elements(item: WriteItem) -> int:
-    """Elements of the box that an item writes; 1 for a plain value."""
-    return 1 if item.tensor_data is None else math.prod(item.tensor_data.chunk.sizes)
-
-
 @dataclass(frozen=True, slots=True)
-class _Written:
-    """What one rank has written: its file, if it had tensors to write, and values for the index."""
+class _RankFile:
+    """What one rank has written: the digest of its file, None without tensors, and its plain values."""
 
     digest: FileDigest | None
     values: dict[str, Value]
 
 
 class SafetensorsWriter(StorageWriter):
-    """Writes one step aside, verifies it, and publishes it by a rename, then drops all but the newest `keep`.
+    """Writes one step into its unfinished folder, reads it back, and publishes it.
 
-    With `staged`, each rank first copies what it has to write into host memory and then calls it: from
-    there on the state may change. Without, tensors are taken one by one as they are written.
+    With `staged`, each rank first copies its tensors into host memory and then calls `staged`: from there on
+    the state may change. Without it, tensors are fetched one by one as they are written.
     """
 
     def __init__(
@@ -302,32 +300,31 @@ class SafetensorsWriter(StorageWriter):
         staged: Callable[[], None] | None = None,
     ) -> None:
         assert keep >= 2, keep
-        self.final = step_folder(folder, step)
-        self.temporary = self.final.with_name(self.final.name + ".tmp")
+        self.folder, self.temporary = folder, unfinished_folder(folder, step)
         self.planner = planner
         self.step, self.run, self.keep, self.staged = step, run, keep, staged
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """A writer is made for one step."""
+        """A writer is made for one step: there is nothing to reset."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: the folder is made once all ranks have a plan."""
+        """There is nothing to set up: the folder is made once all ranks have a plan."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return False  # never chosen by a path alone: a step has a number and belongs to a run
+        return False  # a step is never chosen by a path: it has a number and belongs to a run
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On the first rank, before any other goes on: an empty folder aside."""
+        """On the first rank, before any other rank writes: make the unfinished folder, empty."""
         shutil.rmtree(self.temporary, ignore_errors=True)
         self.temporary.mkdir(parents=True)
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Writes this rank's file, reads it back and compares."""
+        """Write this rank's file, read it back, and compare."""
         values = {
             item.index.fqn: _value(item, planner) for item in plan.items if item.type is WriteItemType.BYTE_IO
         }
@@ -336,47 +333,29 @@ class SafetensorsWriter(StorageWriter):
             entries = _stage(entries)
             self.staged()
         name = shard_file(own_rank())
-        written = _Written(self._write(name, entries) if entries else None, values)
-        # One result a rank: where each box is, the first rank knows from the plan.
+        written = _RankFile(self._write(self.temporary / name, entries) if entries else None, values)
+        # One result a rank: the first rank knows from the plan where each box is.
         result = WriteResult(MetadataIndex(name), sum(entry.bytes for entry in entries), written)
-        done: Future[list[WriteResult]] = Future()
-        done.set_result([result])
-        return done
+        return _completed([result])
 
-    def _write(self, name: str, entries: Sequence[Entry]) -> FileDigest:
-        digest = write_safetensors(self.temporary / name, entries)
-        _forget_cached(self.temporary / name)
-        if digest_file(self.temporary / name) != digest:
-            raise InputError(
-                Problem(
-                    where=str(self.temporary / name),
-                    fault="reads back otherwise than it was written.",
-                    fix="check the disk or file system, or choose another --run-dir",
-                )
+    def _write(self, path: Path, entries: Sequence[TensorEntry]) -> FileDigest:
+        digest = write_safetensors(path, entries)
+        _drop_from_page_cache(path)
+        if digest_file(path) != digest:
+            raise InputError.at(
+                path,
+                "reads back different from what was written.",
+                fix="check the disk or file system, or choose another --run-dir",
             )
         return digest
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On the first rank, once every file of every rank is whole on the disk."""
-        written: list[_Written] = [result.storage_data for of_rank in results for result in of_rank]
-        index = self._index(metadata, written)
-        write_atomic(self.temporary / INDEX, index_text(index))
-        files = {shard_file(rank): one.digest for rank, one in enumerate(written) if one.digest is not None}
-        files[INDEX] = digest_file(self.temporary / INDEX)
-        commit = Commit(schema_version=CHECKPOINT_SCHEMA, step=self.step, files=files)
-        write_atomic(self.temporary / COMMIT, to_json(commit))
-        self._publish()
+        """On the first rank, once the files of all ranks are on the disk: publish the step."""
+        written: list[_RankFile] = [result.storage_data for of_rank in results for result in of_rank]
+        shards = {shard_file(rank): one.digest for rank, one in enumerate(written) if one.digest is not None}
+        publish_step(self.folder, self._index(metadata, written), shards, keep=self.keep)
 
-    def _publish(self) -> None:
-        _sync(self.temporary)
-        if self.final.exists():
-            remove_step(self.final)
-        self.temporary.rename(self.final)
-        _sync(self.final.parent)
-        for old in committed_folders(self.final.parent)[self.keep :]:
-            remove_step(old)
-
-    def _index(self, metadata: Metadata, written: list[_Written]) -> CheckpointIndex:
+    def _index(self, metadata: Metadata, written: list[_RankFile]) -> CheckpointIndex:
         files = {
             (item.index.fqn, tuple(item.index.offset or ())): shard_file(rank)
             for rank, plan in enumerate(self.planner.global_plan)
@@ -384,7 +363,7 @@ class SafetensorsWriter(StorageWriter):
         }
         values = {name: value for one in written for name, value in one.values.items()}
         tensors = {
-            name: _stored(name, stored, files)
+            name: _stored_tensor(name, stored, files)
             for name, stored in sorted(metadata.state_dict_metadata.items())
             if isinstance(stored, TensorStorageMetadata)
         }
@@ -399,7 +378,7 @@ class SafetensorsWriter(StorageWriter):
 
 
 def shard_file(rank: int) -> str:
-    """The name of the file that a rank writes."""
+    """Name of the file that a rank writes."""
     return f"shard-{rank:05d}.safetensors"
 
 
@@ -410,26 +389,22 @@ def _value(item: WriteItem, planner: SavePlanner) -> Value:
     return value
 
 
-def _entry(item: WriteItem, planner: SavePlanner) -> Entry:
-    about = item.tensor_data
-    assert about is not None
+def _entry(item: WriteItem, planner: SavePlanner) -> TensorEntry:
+    data = item.tensor_data
+    assert data is not None
 
     def fetch() -> Tensor:
         found = planner.resolve_data(item)
         assert isinstance(found, Tensor)
         return found
 
-    chunk = Chunk(file="", offset=tuple(about.chunk.offsets), shape=tuple(about.chunk.sizes))
-    return Entry(
-        name=f"{item.index.fqn}@{chunk.key}",
-        dtype=about.properties.dtype,
-        shape=chunk.shape,
-        fetch=fetch,
-    )
+    chunk = Chunk(file="", offset=tuple(data.chunk.offsets), shape=tuple(data.chunk.sizes))
+    name = f"{item.index.fqn}@{chunk.key}"
+    return TensorEntry(name=name, dtype=data.properties.dtype, shape=chunk.shape, fetch=fetch)
 
 
-def _stage(entries: Sequence[Entry]) -> list[Entry]:
-    """Entries of copies in host memory; each copy goes when it has been written."""
+def _stage(entries: Sequence[TensorEntry]) -> list[TensorEntry]:
+    """Copy all tensors to host memory; a copy is released when it has been written."""
     copies: dict[str, Tensor] = {}
     for entry in entries:
         source = entry.fetch().detach()
@@ -440,27 +415,19 @@ def _stage(entries: Sequence[Entry]) -> list[Entry]:
     return [replace(entry, fetch=partial(copies.pop, entry.name)) for entry in entries]
 
 
-def _stored(
-    name: str, about: TensorStorageMetadata, files: dict[tuple[str, tuple[int, ...]], str]
+def _stored_tensor(
+    name: str, stored: TensorStorageMetadata, files: dict[tuple[str, tuple[int, ...]], str]
 ) -> StoredTensor:
-    chunks = sorted((tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in about.chunks)
+    chunks = sorted((tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in stored.chunks)
     return StoredTensor(
-        dtype=str(about.properties.dtype).removeprefix("torch."),
-        shape=tuple(about.size),
+        dtype=str(stored.properties.dtype).removeprefix("torch."),
+        shape=tuple(stored.size),
         chunks=tuple(Chunk(file=files[name, offset], offset=offset, shape=shape) for offset, shape in chunks),
     )
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _forget_cached(path: Path) -> None:
-    """Asks for the next read of a file to come from the disk, where the system knows how."""
+def _drop_from_page_cache(path: Path) -> None:
+    """Make the next read of a file come from the disk, where the system can do that."""
     if hasattr(os, "posix_fadvise"):
         handle = os.open(path, os.O_RDONLY)
         try:

@@ -32,8 +32,8 @@ from planner.foundation.decode import encode
 from planner.foundation.run_files import CHECKPOINTS
 from planner.strategy.plan import Plan
 from planner.strategy.plan_check import check_sound
-from runtime.checkpoint.checkpoint import Saver
-from runtime.checkpoint.huggingface import AdapterFolder, say_export
+from runtime.checkpoint.checkpoint import CheckpointSaver
+from runtime.checkpoint.huggingface import AdapterFolder, export_adapters
 from runtime.checkpoint.store import plan_facts
 from runtime.launch.local_ranks import RunFailedError, Send, run_local
 from runtime.launch.process_group import (
@@ -135,8 +135,11 @@ class _Loop:
             weights=data_weights(options.data),
         )
         self.identity = run_identity(plan, options, data.index)
-        self.saver = Saver(
-            self.run_dir / CHECKPOINTS, keep=options.keep, behind=not options.sync_checkpoints, device=device
+        self.saver = CheckpointSaver(
+            self.run_dir / CHECKPOINTS,
+            keep=options.keep,
+            background=not options.sync_checkpoints,
+            device=device,
         )
         self.told_s = 0.0
         self.optimizer = self._start()
@@ -325,7 +328,7 @@ class _Loop:
             published = self.saver.published
             if plan.workload.adapters is not None and published is not None:
                 folder, alpha = self.run_dir / ADAPTER, self.job.options.lora_alpha
-                self.send({"say": say_export(published, plan, folder, alpha=alpha)})
+                self.send({"say": export_adapters(published, plan, folder, alpha=alpha)})
             summary = self._summary()
             write_summary(self.run_dir, summary)
             self.send({"summary": encode(summary)})

@@ -65,7 +65,7 @@ class RunToGoOn:
     def remarks(self) -> Iterator[str]:
         """What a reader should hear of the run before its figures."""
         state, checkpoint = self.state, self.state.checkpoint
-        if state.going:
+        if state.is_running:
             yield f"a process is training in {self.folder} now: end it first (SIGTERM saves and ends it)"
         yield from (f"passed over: {text}" for text in state.refused)
         if checkpoint is None:

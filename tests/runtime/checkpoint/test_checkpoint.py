@@ -15,8 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from planner.foundation.errors import InputError
-from runtime.checkpoint import dcp as checkpoint_writer
-from runtime.checkpoint import store as committed
+from runtime.checkpoint import dcp, store
 from runtime.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from runtime.checkpoint.store import (
     COMMIT,
@@ -143,7 +142,7 @@ def test_a_removal_cut_short_leaves_no_step(tmp_path: Path, monkeypatch: pytest.
     _save(tmp_path, 1)
     path = _save(tmp_path, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(committed.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(store.shutil, "rmtree", lambda *_, **__: None)
         remove_step(path)
     found = find_checkpoint(tmp_path)
     assert (found.path, found.refused) == (step_folder(tmp_path, 1), ())
@@ -151,9 +150,11 @@ def test_a_removal_cut_short_leaves_no_step(tmp_path: Path, monkeypatch: pytest.
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
-@pytest.mark.parametrize("crash_in", ["write_safetensors", "write_atomic", "_sync"])
+@pytest.mark.parametrize(
+    ("owner", "crash_in"), [(dcp, "write_safetensors"), (store, "write_atomic"), (store, "_sync_folder")]
+)
 def test_a_crash_before_the_commit_leaves_the_old_step(
-    crash_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    owner: object, crash_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _save(tmp_path, 1)
 
@@ -161,7 +162,7 @@ def test_a_crash_before_the_commit_leaves_the_old_step(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_writer, crash_in, crash)
+        patch.setattr(owner, crash_in, crash)
         with pytest.raises(KeyboardInterrupt):
             _save(tmp_path, 2)
     assert find_checkpoint(tmp_path).path == step_folder(tmp_path, 1)
@@ -231,7 +232,7 @@ def test_a_full_disk_is_named_and_leaves_the_old_step(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "shard"))
 
-    monkeypatch.setattr(checkpoint_writer, "write_safetensors", full)
+    monkeypatch.setattr(dcp, "write_safetensors", full)
     with pytest.raises(InputError, match="shard: cannot be written: No space left on device"):
         _save(tmp_path, 2)
     assert find_checkpoint(tmp_path).path == step_folder(tmp_path, 1)

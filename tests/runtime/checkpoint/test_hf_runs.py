@@ -191,7 +191,9 @@ def _begin_with_its_adapters(run_dir: Path, base: Path, other: Path) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     changed = dataclasses.replace(given, lora_alpha=4.0, run_dir=str(other / "again"))
-    with pytest.raises(InputError, match=r"3 times, the run's count 2 times\. Fix: give --lora-alpha 6"):
+    with pytest.raises(
+        InputError, match=r"by 3, the run scales its adapters by 2\. Fix: give --lora-alpha 6"
+    ):
         run_training(plan, changed, shown=False)
     with pytest.raises(InputError, match="takes them from the run's own checkpoint"):
         run_training(plan, dataclasses.replace(given, resume=True), shown=False)

@@ -1,4 +1,4 @@
-"""Saving behind the steps: what is saved, who waits for whom, and what a kill at any moment leaves behind."""
+"""Saves in the background: what is saved, who waits for whom, and what is left after a kill at any point."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from planner.foundation.errors import InputError
-from runtime.checkpoint import dcp as checkpoint_writer
-from runtime.checkpoint import dcp as safetensors_file
-from runtime.checkpoint.checkpoint import Saver, load_checkpoint
+from runtime.checkpoint import dcp, store
+from runtime.checkpoint.checkpoint import CheckpointSaver, load_checkpoint
 from runtime.checkpoint.dcp import JsonSavePlanner
 from runtime.checkpoint.store import (
     committed_folders,
@@ -34,8 +33,8 @@ from tests.runtime.ranks import on_ranks
 WHOLE = torch.arange(64, dtype=torch.float32).reshape(8, 8)
 
 
-def _saver(folder: Path, *, behind: bool = True) -> Saver:
-    return Saver(folder, keep=2, behind=behind, device=torch.device("cpu"))
+def _saver(folder: Path, *, background: bool = True) -> CheckpointSaver:
+    return CheckpointSaver(folder, keep=2, background=background, device=torch.device("cpu"))
 
 
 def _state(step: int) -> dict[str, Any]:
@@ -70,8 +69,8 @@ def _hold(gate: threading.Event, of: Callable[..., Any]) -> Callable[..., Any]:
 def test_training_goes_on_while_its_copy_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def body(rank: int) -> Any:
         gate = threading.Event()
-        held = _hold(gate, checkpoint_writer.write_safetensors)
-        monkeypatch.setattr(checkpoint_writer, "write_safetensors", held)
+        held = _hold(gate, dcp.write_safetensors)
+        monkeypatch.setattr(dcp, "write_safetensors", held)
         saver, state = _saver(tmp_path), _state(1)
         saver.save(state, step=1, run={})
         early = (saver.published, committed_folders(tmp_path))
@@ -114,7 +113,7 @@ def test_plans_are_sent_once_while_nothing_changes(tmp_path: Path, monkeypatch: 
 
 def test_without_a_thread_save_returns_with_the_step(tmp_path: Path) -> None:
     def body(rank: int) -> Any:
-        saver = _saver(tmp_path, behind=False)
+        saver = _saver(tmp_path, background=False)
         saver.save(_state(1), step=1, run={})
         return [str(saver.published), threading.active_count()]
 
@@ -122,12 +121,12 @@ def test_without_a_thread_save_returns_with_the_step(tmp_path: Path) -> None:
     _check_whole(step_folder(tmp_path, 1), 1)
 
 
-@pytest.mark.parametrize("behind", [True, False])
+@pytest.mark.parametrize("background", [True, False])
 def test_a_disk_that_is_full_for_one_rank_fails_the_step_for_all(
-    behind: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def body(rank: int) -> Any:
-        saver = _saver(tmp_path, behind=behind)
+        saver = _saver(tmp_path, background=background)
         saver.save(_state(1), step=1, run={})
         saver.wait()
 
@@ -135,7 +134,7 @@ def test_a_disk_that_is_full_for_one_rank_fails_the_step_for_all(
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
         if rank == 1:
-            monkeypatch.setattr(checkpoint_writer, "write_safetensors", full)
+            monkeypatch.setattr(dcp, "write_safetensors", full)
         with pytest.raises(InputError) as caught:
             saver.save(_state(2), step=2, run={})
             saver.wait()
@@ -157,12 +156,12 @@ def test_a_file_that_reads_back_otherwise_is_not_published(
             content[-1] ^= 1
             path.write_bytes(content)
 
-        monkeypatch.setattr(checkpoint_writer, "_forget_cached", spoil)
+        monkeypatch.setattr(dcp, "_drop_from_page_cache", spoil)
         with pytest.raises(InputError) as caught:
-            _saver(tmp_path, behind=False).save(_state(1), step=1, run={})
+            _saver(tmp_path, background=False).save(_state(1), step=1, run={})
         return str(caught.value)
 
-    assert "reads back otherwise than it was written" in on_ranks(body, 1)[0]
+    assert "reads back different from what was written" in on_ranks(body, 1)[0]
     assert committed_folders(tmp_path) == []
 
 
@@ -172,15 +171,15 @@ Place = tuple[int, object, str, int, int]
 """The rank that is killed, the name that is patched, on which call of it, and the newest step afterwards."""
 KILLS: dict[str, Place] = {
     "planning": (1, JsonSavePlanner, "create_local_plan", 1, 1),
-    "folder made": (0, checkpoint_writer.SafetensorsWriter, "write_data", 1, 1),
-    "a header alone": (0, safetensors_file, "_bytes", 1, 1),
-    "half a file": (1, safetensors_file, "_bytes", 2, 1),
-    "before reading back": (1, checkpoint_writer, "digest_file", 1, 1),
-    "before the index": (0, checkpoint_writer, "write_atomic", 1, 1),
-    "before COMMIT": (0, checkpoint_writer, "write_atomic", 2, 1),
-    "before the rename": (0, checkpoint_writer, "_sync", 1, 1),
-    "after the rename": (0, checkpoint_writer, "_sync", 2, 2),
-    "before old steps go": (0, checkpoint_writer, "committed_folders", 1, 2),
+    "folder made": (0, dcp.SafetensorsWriter, "write_data", 1, 1),
+    "only the header written": (0, dcp, "_content", 1, 1),
+    "half a file written": (1, dcp, "_content", 2, 1),
+    "before reading back": (1, dcp, "digest_file", 1, 1),
+    "before the index": (0, store, "write_atomic", 1, 1),
+    "before COMMIT": (0, store, "write_atomic", 2, 1),
+    "before the rename": (0, store, "_sync_folder", 1, 1),
+    "after the rename": (0, store, "_sync_folder", 2, 2),
+    "before old steps are removed": (0, store, "committed_folders", 1, 2),
 }
 
 

@@ -24,7 +24,7 @@ from planner.model.workload import Adapters
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees, Zero
 from runtime.checkpoint import huggingface as adapter_files
-from runtime.checkpoint.huggingface import UNREAD, AdapterFolder, write_adapters
+from runtime.checkpoint.huggingface import MISREAD_BY_PEFT, AdapterFolder, write_adapters
 from runtime.model.huggingface.files import local_box
 from runtime.model.lora import adapted_modules, peft_modules
 from runtime.model.transformer import build_transformer
@@ -184,8 +184,8 @@ def test_what_peft_does_not_find_is_said(
 ) -> None:
     plan = plan_of(model, modules)
     monkeypatch.setattr(adapter_files, "read_adapters", lambda _checkpoint: halves_of(plan))
-    told = adapter_files.say_export(tmp_path, plan, tmp_path / "adapter", alpha=ALPHA)
-    assert told == f"adapters for PEFT are in {tmp_path / 'adapter'}" + f"; {UNREAD}" * unread
+    told = adapter_files.export_adapters(tmp_path, plan, tmp_path / "adapter", alpha=ALPHA)
+    assert told == f"adapters for PEFT are in {tmp_path / 'adapter'}" + f"; {MISREAD_BY_PEFT}" * unread
 
 
 def test_rank_stabilised_adapters_count_by_the_root_of_their_rank(tmp_path: Path) -> None:
@@ -193,7 +193,9 @@ def test_rank_stabilised_adapters_count_by_the_root_of_their_rank(tmp_path: Path
     plan = plan_of(LLAMA, "qv", rank=4)
     written(plan, tmp_path)
     rewrite(tmp_path, use_rslora=True)
-    with pytest.raises(InputError, match=r"3 times, the run's count 1\.5 times\. Fix: give --lora-alpha 12"):
+    with pytest.raises(
+        InputError, match=r"by 3, the run scales its adapters by 1\.5\. Fix: give --lora-alpha 12"
+    ):
         AdapterFolder(tmp_path, plan, alpha=ALPHA)
     AdapterFolder(tmp_path, plan, alpha=12.0)
 
@@ -205,12 +207,12 @@ def test_rank_stabilised_adapters_count_by_the_root_of_their_rank(tmp_path: Path
         ({"use_dora": True}, "use_dora: is True"),
         ({"bias": "all"}, "bias: is 'all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"init_lora_weights": "pissa"}, "weights of the model as they are"),
+        ({"init_lora_weights": "pissa"}, "unchanged weights of the model"),
         ({"lora_alpha": "6"}, "lora_alpha: is '6'"),
         ({"lora_alpha": 10**400}, "lora_alpha: is 1000"),
         ({"lora_alpha": float("nan")}, "lora_alpha: is nan"),
         ({"lora_alpha": 3}, "give --lora-alpha 3"),
-        ({"alpha_pattern": {"q_proj": 2}}, "a run's adapters all count alike"),
+        ({"alpha_pattern": {"q_proj": 2}}, "adapters that share one scale"),
         ({"alpha_pattern": {"(a+)+": 2}}, "for the end of a module's name"),
         ({"alpha_pattern": [2]}, "names and numbers"),
     ],
