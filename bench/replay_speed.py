@@ -29,7 +29,7 @@ from planner.hardware.catalog import load_model
 from planner.hardware.cluster_text import parse_cluster
 from planner.job.problem import PlanningProblem
 from planner.model.workload import Precision, Workload
-from planner.search.quick_bounds import space_bounds_s
+from planner.search.bounds.quick_bounds import space_bounds_s
 from planner.search.space import Space, space_of
 from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.schedule.schedules import Action, ActionKind, Table, build_table

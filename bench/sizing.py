@@ -28,7 +28,7 @@ from planner.hardware.catalog import load_model
 from planner.hardware.cluster_text import parse_cluster
 from planner.job.problem import PlanningProblem
 from planner.model.workload import Workload
-from planner.search.first_plan import Scout, Shared
+from planner.search.greedy_plan import Scout, Shared
 from planner.search.solve import SolveOptions, solve
 from planner.strategy.fixed_choices import FixedChoices
 

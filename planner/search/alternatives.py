@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from planner.cost.evaluate import Evaluation
-from planner.search.shape_search import Found
+from planner.search.layout_search import Found
 
 
 def distinct(found: list[Found]) -> list[Found]:

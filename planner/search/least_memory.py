@@ -40,7 +40,7 @@ from planner.foundation.frozen import frozen
 from planner.foundation.units import MIB
 from planner.job.problem import PlanningProblem
 from planner.model.sublayer import Recompute
-from planner.search.bounds import Recomputing, least_state_bytes, live_under
+from planner.search.bounds.layout_bounds import Recomputing, least_state_bytes, live_under
 from planner.search.space import Space, space_of
 from planner.strategy.estimate import Coverage, MemoryBreakdown, Rejected
 from planner.strategy.fixed_choices import FixedChoices

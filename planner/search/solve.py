@@ -1,7 +1,7 @@
 """solve(): the best plan of the whole space, with a certificate.
 
 1. Every legal shape gets a quick lower bound of its step time, all at once. Those whose even stages promise
-   most get plans, so that there is something to beat (planner.search.first_shapes).
+   most get plans, so that there is something to beat (planner.search.candidates).
 2. In order of it shapes are modelled, which gives each a better bound; those whose weights alone overflow are
    pruned. Shapes are searched in order of that bound.
 3. The search stops when the next bound is no better than the incumbent: nothing left can win. Shapes that are
@@ -31,21 +31,26 @@ from planner.foundation.frozen import frozen, replaced
 from planner.foundation.suggest import divisors
 from planner.job.problem import PlanningProblem
 from planner.search.alternatives import distinct, why_slower
-from planner.search.dominance import without_dominated
-from planner.search.first_plan import Scout, Shared
-from planner.search.first_shapes import first_shapes
+from planner.search.bounds.quick_bounds import space_bounds_s
+from planner.search.candidates import (
+    MEMORY,
+    Base,
+    Candidate,
+    Frontier,
+    Modeller,
+    OpenShapes,
+    Progress,
+    Rejections,
+    first_shapes,
+    no_recipe,
+    too_large,
+)
+from planner.search.greedy_plan import Scout, Shared
+from planner.search.layout_search import Budget, Found, ShapeResult
 from planner.search.least_memory import fitting
-from planner.search.modeller import MEMORY, Base, Modeller, no_recipe, too_large
-from planner.search.open_shapes import OpenShapes
-from planner.search.progress import Progress
-from planner.search.quick_bounds import space_bounds_s
-from planner.search.rejections import Rejections
-from planner.search.shape_queue import Candidate, Frontier
-from planner.search.shape_search import Budget, Found, ShapeResult
-from planner.search.space import Space, space_of
-from planner.search.task import Task, TaskKind
+from planner.search.space import Space, space_of, without_dominated
 from planner.search.verify import verify
-from planner.search.workers import Crew, processes_for
+from planner.search.worker_pool import Crew, Task, TaskKind, processes_for
 from planner.strategy.estimate import Verdict
 from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.placement import is_mixed

@@ -8,7 +8,7 @@ from planner.foundation.errors import InfeasibleError
 from planner.foundation.frozen import frozen
 from planner.hardware.catalog import load_model, model_index
 from planner.job.problem import PlanningProblem
-from planner.search.first_plan import Scout, Shared
+from planner.search.greedy_plan import Scout, Shared
 from planner.search.least_memory import fitting
 from planner.search.solve import SolveOptions, solve
 from planner.strategy.estimate import JobFigures

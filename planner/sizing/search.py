@@ -34,7 +34,7 @@ from planner.hardware.on_premises import OnPremises
 from planner.hardware.prices import Market, on_premises_inputs
 from planner.job.objective import Goal
 from planner.profile.profile import Profile
-from planner.search.first_plan import Scout, Shared
+from planner.search.greedy_plan import Scout, Shared
 from planner.sizing.assumptions import assumptions_of
 from planner.sizing.comparison import (
     BreakEven,

@@ -29,7 +29,7 @@ from planner.job.objective import Goal
 from planner.job.problem import PlanningProblem, Upkeep
 from planner.profile.choose import shipped_profile, shipped_profiles
 from planner.profile.profile import Profile
-from planner.search.first_plan import Scouted
+from planner.search.greedy_plan import Scouted
 from planner.search.solve import SolveOptions, solve
 from planner.sizing.comparison import Offer, Option, Rate, SizedPlan, SizingRequest
 from planner.sizing.energy import EnergyFacts, run_energy

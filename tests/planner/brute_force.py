@@ -17,7 +17,7 @@ from planner.foundation.suggest import divisors
 from planner.job.problem import PlanningProblem
 from planner.model.attention import CpExchange
 from planner.model.sublayer import Recompute
-from planner.search.bounds import BaseBound, memory_bound_bytes
+from planner.search.bounds.layout_bounds import BaseBound, memory_bound_bytes
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import MIN_SPLIT, MIN_TOKENS
 from planner.strategy.estimate import Verdict

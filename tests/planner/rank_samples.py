@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 
 from planner.cost.replay import kind_passes
 from planner.cost.stage.memory_timeline import idle_apart
 from planner.job.problem import PlanningProblem
-from planner.search.recipes import Column
+from planner.search.bounds.partition_limits import PartitionBounds
+from planner.search.programme.stage_options import Column
+from planner.search.programme.stages import StageSpace
 from planner.search.solve import Solver
 from planner.search.space import shapes
-from planner.search.stage_space import StageSpace
 from planner.strategy.fixed_choices import parse_fixed_choices
 from planner.strategy.strategy import Degrees, Stage
 from tests.planner.brute_force import EXACT, mixes_of
@@ -25,6 +27,12 @@ def spaces(problem: PlanningProblem, fix: tuple[str, ...] = ()) -> Iterator[Stag
         if isinstance(degrees, Degrees) and degrees.pp > 1:
             base = solver.modeller.base(dataclasses.replace(degrees, schedule="1f1b", chunks=1))  # type: ignore[arg-type]
             yield StageSpace(solver.model, solver.model.layout(degrees), base.limits_bytes, base.books)
+
+
+@functools.cache
+def bounds_of(space: StageSpace) -> PartitionBounds:
+    """The bounds of a pipeline, which are remembered."""
+    return PartitionBounds(space)
 
 
 def used_bytes(space: StageSpace, rank: int, held: dict[int, Stage]) -> float:

@@ -12,10 +12,9 @@ from planner.hardware.cluster import ClusterSpec
 from planner.job.engine_settings import Engine
 from planner.job.problem import PlanningProblem
 from planner.model.workload import AdapterModules, Adapters, Method
-from planner.search.recipes import Column
-from planner.search.sizes import Sizes, narrowed
-from planner.search.stage_assignment import Dealer
-from planner.search.stage_space import StageSpace
+from planner.search.programme.partition import Dealer
+from planner.search.programme.stage_options import Column
+from planner.search.programme.stages import Sizes, StageSpace, narrowed
 from planner.strategy.strategy import RecomputeCounts, Stage
 from tests.planner import instances
 from tests.planner.rank_samples import fits, spaces, used_bytes

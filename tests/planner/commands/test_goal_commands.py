@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from planner.cli import cli
 from planner.commands.shared.goal import read_deadline_s, read_usd
 from planner.foundation.errors import InputError
-from planner.search.shape_search import Budget, ShapeResult, ShapeSearch
+from planner.search.layout_search import Budget, ShapeResult, ShapeSearch
 
 MODEL = ("--model", "tinyllama-1.1b", "--seq", "1024", "--batch", "32")
 PRICED = (*MODEL, "--cluster", "2*p5.48xlarge", "--tokens", "1B")

@@ -14,7 +14,7 @@ from planner.model.lora import layer_adapter_params
 from planner.model.spec import Block, ModelSpec
 from planner.model.sublayer import Recompute
 from planner.model.workload import AdapterModules, Adapters
-from planner.search.bounds import memory_bound_bytes, step_bound_s
+from planner.search.bounds.layout_bounds import memory_bound_bytes, step_bound_s
 from planner.search.least_memory import survey
 from planner.search.solve import solve
 from planner.search.space import shapes

@@ -18,7 +18,7 @@ from planner.job.problem import PlanningProblem
 from planner.model.feed_forward import Activation, Experts, Mlp
 from planner.model.spec import Block, ModelSpec
 from planner.model.sublayer import Recompute
-from planner.search.bounds import memory_bound_bytes
+from planner.search.bounds.layout_bounds import memory_bound_bytes
 from planner.strategy.rules import broken_rules
 from planner.strategy.strategy import Degrees, Strategy, Zero, even_stages
 from tests.planner import instances

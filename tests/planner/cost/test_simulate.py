@@ -13,7 +13,7 @@ from planner.cost import constants
 from planner.cost.layer import Pass
 from planner.cost.replay import Sharing, kind_passes, replay, split_backward
 from planner.cost.stage.stage import StageCost
-from planner.search.even_stages import even_factor
+from planner.search.bounds.layout_bounds import even_factor
 from planner.strategy.schedule import longest_path
 from planner.strategy.schedule.schedules import Action, ActionKind, Table, build_table, table_faults
 from planner.strategy.strategy import Degrees, Schedule

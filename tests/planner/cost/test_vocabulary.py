@@ -12,7 +12,7 @@ from planner.hardware.catalog import load_model
 from planner.job.engine_settings import Engine, Stack
 from planner.job.problem import Limits, PlanningProblem
 from planner.model.spec import VOCAB_UNIT, ModelSpec
-from planner.search.bounds import memory_bound_bytes
+from planner.search.bounds.layout_bounds import memory_bound_bytes
 from planner.search.space import shapes
 from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.rules import broken_rules

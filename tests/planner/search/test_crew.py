@@ -9,10 +9,9 @@ import pytest
 
 from planner.foundation.decode import to_json
 from planner.search import solve as solving
-from planner.search.shape_search import Budget, Found, ShapeResult
+from planner.search.layout_search import Budget, Found, ShapeResult
 from planner.search.solve import SolveOptions
-from planner.search.task import Task, TaskKind
-from planner.search.workers import AHEAD, Crew, processes_for
+from planner.search.worker_pool import AHEAD, Crew, Task, TaskKind, processes_for
 from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.strategy import Degrees, RecomputeCounts, Schedule, Stage, Strategy
 from tests.planner.catalog_problems import problem

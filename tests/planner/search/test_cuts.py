@@ -9,13 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from planner.search.recipes import Column
-from planner.search.relaxation import Whole
-from planner.search.sizes import narrowed
-from planner.search.stage_space import StageSpace
+from planner.search.bounds.relaxation import Whole
+from planner.search.programme.stage_options import Column
+from planner.search.programme.stages import StageSpace, narrowed
 from tests.planner import instances
 from tests.planner.brute_force import all_cuts
-from tests.planner.rank_samples import spaces
+from tests.planner.rank_samples import bounds_of, spaces
 
 Cut = tuple[tuple[int, int], ...]
 
@@ -57,7 +56,7 @@ def test_no_cut_in_time_is_left_out(fix: str, pp: int) -> None:
                 continue
             best_s = min(step_s for step_s, _ in every)
             for factor in (1 + 1e-6, 1.1):
-                within = space.cuts.within(best_s * factor)
+                within = bounds_of(space).cuts.within(best_s * factor)
                 assert within is not None, (seed, space.degrees.label())
                 spans = [{span for row in rows for span in row} for rows in within]
                 for step_s, cut in every:
@@ -66,7 +65,7 @@ def test_no_cut_in_time_is_left_out(fix: str, pp: int) -> None:
                     slow += step_s > 1.1 * best_s and factor < 1.1
                     kept += held and step_s > 1.1 * best_s and factor < 1.1
             compared += 1
-            ruled_out += space.cuts.within(best_s * 0.8) is None
+            ruled_out += bounds_of(space).cuts.within(best_s * 0.8) is None
     assert compared > 8 and ruled_out > compared / 2, (compared, ruled_out)
     assert kept <= slow / 2, (kept, slow)
 
@@ -94,18 +93,18 @@ def test_relaxed_sizes_leave_out_none_in_time(fix: str) -> None:
                 continue
             ways = itertools.product(*(range(low, high + 1) for low, high in limits))
             times = {way: roomy_s(space, way) for way in ways if sum(way) == space.layers}
-            best_s, every = min(times.values()), space.sizes(float("inf"))
+            best_s, every = min(times.values()), bounds_of(space).sizes(float("inf"))
             assert every is not None
-            bound_s = space.relaxation.within(float("inf"), every, 4, Whole(20)).bound_s
+            bound_s = bounds_of(space).relaxation.within(float("inf"), every, 4, Whole(20)).bound_s
             assert bound_s <= best_s * (1 + 1e-9), (seed, space.degrees.label())
             for factor in (1 + 1e-6, 1.1):
-                within = space.sizes(best_s * factor)
+                within = bounds_of(space).sizes(best_s * factor)
                 assert within is not None, (seed, space.degrees.label())
                 for way, step_s in times.items():
                     held = all(low <= n <= high for n, (low, high) in zip(way, within.stages, strict=True))
                     assert held or step_s >= best_s * factor * (1 - 1e-9), (seed, space.degrees.label(), way)
             compared += 1
-            ruled_out += space.sizes(best_s * 0.8) is None
+            ruled_out += bounds_of(space).sizes(best_s * 0.8) is None
     assert compared > 12 and ruled_out > compared / 2, (compared, ruled_out)
 
 

@@ -6,11 +6,11 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-from planner.search.stage_assignment import Dealer
-from planner.search.stage_space import StageSpace
+from planner.search.programme.partition import Dealer
+from planner.search.programme.stages import StageSpace
 from tests.planner import instances
 from tests.planner.brute_force import all_cuts
-from tests.planner.rank_samples import best_of, spaces
+from tests.planner.rank_samples import best_of, bounds_of, spaces
 from tests.planner.small_shapes import held_fits, tightened, with_limits
 
 ANY = float("inf")
@@ -46,7 +46,7 @@ def test_cuts_of_several_classes_are_bounded_and_moves_come_near_the_best_of_all
         for each in of_classes(seed, layers=5):
             space = with_limits(each, [max(tightened(each, share).limits_bytes)] * each.degrees.pp)
             best_s = min(best_of(space, cut) for cut in near_cuts(space))
-            bound_s = max(space.relaxation.near(ANY, rounds).bound_s for rounds in (0, 3))
+            bound_s = max(bounds_of(space).relaxation.near(ANY, rounds).bound_s for rounds in (0, 3))
             found = Dealer(space).best(even_of(space), ANY)
             if found is None:
                 continue

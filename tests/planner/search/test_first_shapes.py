@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from planner.search.first_shapes import EACH, LOOKED_AT, first_shapes
-from planner.search.quick_bounds import space_bounds_s
+from planner.search.bounds.quick_bounds import space_bounds_s
+from planner.search.candidates import EACH, LOOKED_AT, first_shapes
 from planner.search.solve import SolveOptions, Solver
 from planner.strategy.fixed_choices import parse_fixed_choices
 from tests.planner.catalog_problems import problem

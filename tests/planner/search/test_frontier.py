@@ -12,8 +12,8 @@ import pytest
 
 from planner.hardware.cluster_text import parse_cluster
 from planner.search import solve as solver
-from planner.search.shape_queue import Candidate, Frontier
-from planner.search.shape_search import ShapeSearch
+from planner.search.candidates import Candidate, Frontier
+from planner.search.layout_search import ShapeSearch
 from planner.search.solve import SolveOptions, solve
 from planner.strategy.fixed_choices import FixedChoices
 from tests.planner import instances

@@ -10,7 +10,7 @@ import pytest
 
 from planner.job.engine_settings import Engine
 from planner.model.sublayer import Recompute
-from planner.search.least_passes import LeastPasses, least_passes, option_passes
+from planner.search.programme.stage_options import LeastPasses, least_passes, option_passes
 from planner.strategy.strategy import Stage
 from tests.planner.brute_force import mixes_of
 from tests.planner.small_shapes import drawn_shapes

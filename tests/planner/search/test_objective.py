@@ -21,9 +21,8 @@ from planner.job.objective import Goal, Minimise, Objective
 from planner.job.problem import NOTHING_SAID, Limits, PlanningProblem, Upkeep
 from planner.model.sublayer import Recompute
 from planner.search.engine_search import solve_for_engine
-from planner.search.nodes import StepBounds, node_counts, part_of, run_bound_s
 from planner.search.solve import solve
-from planner.search.solve_for import run_seconds, solve_for
+from planner.search.solve_for import StepBounds, node_counts, part_of, run_bound_s, run_seconds, solve_for
 from planner.strategy.fixed_choices import parse_fixed_choices
 from planner.strategy.plan import Plan, decode_plan, encode_plan
 from planner.strategy.plan_check import check_plan

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from planner.search.path_bound import PathGame, Splits, even_splits, splits_within
-from planner.search.stage_space import StageSpace
+from planner.search.bounds.fictitious_play import PathGame, Splits, even_splits, splits_within
+from planner.search.programme.stages import StageSpace
 from tests.planner import instances
 from tests.planner.brute_force import all_cuts, mixes_of
-from tests.planner.rank_samples import best_of, spaces, used_bytes
+from tests.planner.rank_samples import best_of, bounds_of, spaces, used_bytes
 
 
 def tight(seed: int, fix: tuple[str, ...], *, layers: int, mixed: bool = False) -> Iterator[StageSpace]:
@@ -58,13 +58,13 @@ def test_no_recipes_beat_the_bound_and_those_found_fit(fix: str) -> None:
     compared = met = 0
     for seed in range(24):
         for space in tight(seed, (fix, chunks), layers=5):
-            sizes = space.sizes(float("inf"))
+            sizes = bounds_of(space).sizes(float("inf"))
             assert sizes is not None
             best_s = best_split(space, splits_within(space, sizes))
             if best_s == float("inf"):
                 continue
             to_beat_s = best_s * 1.1
-            sizes = space.sizes(to_beat_s)
+            sizes = bounds_of(space).sizes(to_beat_s)
             assert sizes is not None, (seed, space.degrees.label())
             outcome = PathGame(space).play(to_beat_s, splits_within(space, sizes), thorough=True)
             assert outcome is not None and outcome.columns is not None
@@ -80,7 +80,7 @@ def test_a_time_that_nothing_beats_is_ruled_out_or_left_open_but_never_the_best(
     ruled_out = 0
     for seed in range(24):
         for space in tight(seed, ("schedule=zbv", "chunks=2"), layers=5):
-            sizes = space.sizes(float("inf"))
+            sizes = bounds_of(space).sizes(float("inf"))
             assert sizes is not None
             splits = splits_within(space, sizes)
             best_s = best_split(space, splits)
@@ -129,7 +129,7 @@ def test_cuts_of_several_layer_classes(fix: str) -> None:
                     best_s, best = step_s, cut
             if not best:
                 continue
-            cuts = space.cuts.within(best_s * 1.05)
+            cuts = bounds_of(space).cuts.within(best_s * 1.05)
             assert cuts is not None, (seed, space.degrees.label())
             outcome = PathGame(space).play_cuts(best_s * 1.05, cuts, thorough=True)
             assert outcome.bound_s <= best_s * (1 + 1e-9), (seed, space.degrees.label())
@@ -150,8 +150,8 @@ def test_a_mix_is_left_out_only_where_another_is_no_worse_at_any_moment(fix: str
     for seed in range(24):
         for space in tight(seed, (fix, chunks), layers=6):
             for rank, stages in enumerate(space.stages_of):
-                mixes = space.ranks.mixes[rank]
-                for held in space.ranks.all_held(rank, [(1, max(2, space.layers - 1)) for _ in stages]):
+                mixes = space.mixes[rank]
+                for held in space.all_held(rank, [(1, max(2, space.layers - 1)) for _ in stages]):
                     each = [mixes.figures(held.span)]
                     for flight in held.flights:
                         each += [column[:, None] for column in mixes._all_bytes(held.span, flight)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.search.progress import PATIENCE, WIDE, Progress
+from planner.search.candidates import PATIENCE, WIDE, Progress
 
 
 def searched(progress: Progress, times: int) -> Progress:

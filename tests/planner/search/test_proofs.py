@@ -7,11 +7,10 @@ import random
 
 import pytest
 
-from planner.search.dominance_proofs import EACH, Proof, Proofs, least_sum
-from planner.search.relaxation import KNOWN
-from planner.search.sizes import Sizes
-from planner.search.stage_space import StageSpace
+from planner.search.bounds.relaxation import EACH, KNOWN, Proof, Proofs, least_sum
+from planner.search.programme.stages import Sizes, StageSpace
 from planner.strategy.strategy import Degrees, Schedule
+from tests.planner.rank_samples import bounds_of
 from tests.planner.small_shapes import PIPES, drawn_shapes, tightened
 
 ANY = float("inf")
@@ -52,20 +51,25 @@ def test_a_proof_of_one_shape_rules_out_no_more_than_the_programme_of_another(pi
     compared = proven = 0
     for seed in range(6):
         for roomy in drawn_shapes(seed, pipe):
-            sizes = roomy.sizes(ANY)
+            sizes = bounds_of(roomy).sizes(ANY)
             assert sizes is not None
             spaces = [tightened(roomy, share) for share in (0.2, 0.4, 0.8, 3.0)]
             for one, other in itertools.permutations(spaces, 2):
                 KNOWN.pop(one.model, None)
                 least_s, others_s = (
-                    fresh(each).relaxation.within(ANY, sizes, 0).bound_s for each in (one, other)
+                    bounds_of(fresh(each)).relaxation.within(ANY, sizes, 0).bound_s for each in (one, other)
                 )
                 if ANY in (least_s, others_s):
                     continue
                 KNOWN.pop(one.model, None)
-                assert fresh(one).relaxation.within(least_s * 0.99, sizes, 0).bound_s >= least_s * 0.98
+                assert (
+                    bounds_of(fresh(one)).relaxation.within(least_s * 0.99, sizes, 0).bound_s
+                    >= least_s * 0.98
+                )
                 for factor in (0.9, 0.999, 1.001, 1.1):
-                    said = fresh(other).relaxation._proven(others_s * factor - other.optimizer_s, sizes)
+                    said = bounds_of(fresh(other)).relaxation._proven(
+                        others_s * factor - other.optimizer_s, sizes
+                    )
                     assert not said or factor < 1, (seed, other.degrees.label(), factor)
                     proven += said
                     compared += factor < 1

@@ -7,10 +7,9 @@ from statistics import median
 import pytest
 
 from planner.cost.evaluate import CostModel
-from planner.search.bounds import step_bound_s
-from planner.search.modeller import Modeller
-from planner.search.quick_bounds import space_bounds_s
-from planner.search.rejections import Rejections
+from planner.search.bounds.layout_bounds import step_bound_s
+from planner.search.bounds.quick_bounds import space_bounds_s
+from planner.search.candidates import Modeller, Rejections
 from planner.search.space import space_of
 from planner.strategy.fixed_choices import FixedChoices, parse_fixed_choices
 from planner.strategy.strategy import Schedule

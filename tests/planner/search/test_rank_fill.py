@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from planner.search.rank_fill import Way, can_hold
+from planner.search.bounds.rank_bounds import Way, can_hold
 
 
 def holds(layers: int, ranks: list[list[Way]], within_s: float) -> bool:

@@ -13,10 +13,10 @@ import pytest
 from planner.cost.memory.activations import most_waits
 from planner.job.engine_settings import Engine
 from planner.model.sublayer import Recompute
-from planner.search.recipes import Column
-from planner.search.stage_space import StageSpace
+from planner.search.programme.stage_options import Column
+from planner.search.programme.stages import StageSpace
 from planner.strategy.schedule.schedules import in_flight
-from tests.planner.rank_samples import own_s
+from tests.planner.rank_samples import bounds_of, own_s
 from tests.planner.small_shapes import PIPES, Columns, assignments, drawn_shapes, sizes_around, tightened
 
 KINDS: tuple[dict[str, Any], ...] = (
@@ -33,7 +33,7 @@ def cases(pipe: tuple[str, int], seeds: range) -> Iterator[tuple[str, StageSpace
     """Shapes of which it is known what ranks hold, with tight memory, and what they are."""
     for kind, seed in itertools.product(KINDS, seeds):
         for space in drawn_shapes(seed, pipe, **kind):
-            if space.ranks.parts.bounded:
+            if bounds_of(space).ranks.parts.bounded:
                 share = (0.0, 0.3, 0.7)[seed % 3]
                 yield f"{seed} {kind} {space.degrees.label()}", tightened(space, share)
 
@@ -51,11 +51,11 @@ def test_what_fits_keeps_every_row(pipe: tuple[str, int]) -> None:
     draw, compared, fullest = random.Random(str(pipe)), 0, []
     for name, space in cases(pipe, range(4)):
         for columns in assignments(space, draw, 5):
-            every = space.sizes(float("inf"))
+            every = bounds_of(space).sizes(float("inf"))
             assert every is not None
             own = (sizes_around(space, columns, about).stages for about in (None, draw))
             for limits in (every.stages, *own):
-                held, free = space.ranks.parts.rows(limits)
+                held, free = bounds_of(space).ranks.parts.rows(limits)
                 shares = np.zeros(free.shape)
                 for rank in range(space.degrees.pp):
                     blocks = held_by_option(space, rank, columns)
@@ -74,7 +74,7 @@ def test_the_moments_are_those_of_the_table(pipe: tuple[str, int]) -> None:
     for _, space in cases(pipe, range(2)):
         d, stack = space.degrees, space.model.problem.stack
         flights = in_flight(d.schedule, d.pp, d.chunks, d.num_micro_batches, most_waits(stack, d))
-        alive, waiting, begun, messages = space.ranks.parts.moments
+        alive, waiting, begun, messages = bounds_of(space).ranks.parts.moments
         for rank, stages in enumerate(space.stages_of):
             own = [*flights[rank], *flights[rank][-1:] * (alive.shape[1] - len(flights[rank]))]
             for number, moment in enumerate(own):
@@ -90,7 +90,7 @@ def test_no_rank_that_fits_takes_less_than_its_floor(pipe: tuple[str, int]) -> N
     """Whatever its stages hold; and tight memory makes some floors greater than without it."""
     draw, compared, forced = random.Random(str(pipe)), 0, 0
     for name, space in cases(pipe, range(4)):
-        least_s = space.ranks.parts_s(space.layers)
+        least_s = bounds_of(space).ranks.parts_s(space.layers)
         for columns in assignments(space, draw, 4):
             for rank, stages in enumerate(space.stages_of):
                 held = {s: columns[s].stage for s in stages}
@@ -111,9 +111,9 @@ def test_the_floor_of_many_blocks_is_nearly_what_their_stage_takes(kind: dict[st
             seed, (("1f1b", 1), ("gpipe", 1))[seed % 2], pp=(2,), each=(12, 16), **kind
         ):
             space = tightened(roomy, (0.05, 0.15, 0.3, 0.6)[seed % 4])
-            if not space.ranks.parts.bounded:
+            if not bounds_of(space).ranks.parts.bounded:
                 continue
-            least_s = space.ranks.parts_s(space.layers)
+            least_s = bounds_of(space).ranks.parts_s(space.layers)
             for rank, blocks in itertools.product(range(2), range(1, space.layers - 1)):
                 column = space.recipe(rank, space.span(rank, blocks))
                 if column is None:
@@ -130,7 +130,7 @@ def test_the_least_sum_is_that_of_the_best_places() -> None:
     draw, compared = random.Random(5), 0
     for pipe, seed in itertools.product((("interleaved", 3), ("zbv", 2), ("interleaved", 2)), range(4)):
         for space in drawn_shapes(seed, pipe, pp=(2,), each=(1, 2)):
-            alive, parts = space.ranks.parts.moments.alive, space.ranks.parts
+            alive, parts = bounds_of(space).ranks.parts.moments.alive, bounds_of(space).ranks.parts
             each = np.asarray([draw.uniform(0, 9) for _ in range(alive.size)]).reshape(alive.shape)
             highs = [[space.size_limits[s][1] for s in stages] for stages in space.stages_of]
             most = min(sum(high) for high in highs)

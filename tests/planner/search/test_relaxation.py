@@ -10,15 +10,13 @@ from typing import Any
 import pytest
 
 from planner.job.engine_settings import Engine
-from planner.search.linear import LinearProgramme, Solution
-from planner.search.relaxation import Whole
-from planner.search.sizes import Sizes
-from planner.search.stage_assignment import Dealer
-from planner.search.stage_space import StageSpace
-from planner.search.timed import MAX_PLACES, timed
+from planner.search.bounds.relaxation import Whole
+from planner.search.bounds.timed import MAX_PLACES, LinearProgramme, Solution, timed
+from planner.search.programme.partition import Dealer
+from planner.search.programme.stages import Sizes, StageSpace
 from planner.strategy.schedule.longest_path import action_order
 from tests.planner.brute_force import all_cuts
-from tests.planner.rank_samples import best_of
+from tests.planner.rank_samples import best_of, bounds_of
 from tests.planner.small_shapes import (
     PIPES,
     ROOMY,
@@ -56,7 +54,7 @@ def cases(pipe: tuple[str, int], seeds: range, **drawn: Any) -> Iterator[tuple[s
 
 def every_size(space: StageSpace) -> Sizes:
     """All sizes of a space."""
-    sizes = space.sizes(ANY)
+    sizes = bounds_of(space).sizes(ANY)
     assert sizes is not None
     return sizes
 
@@ -74,13 +72,13 @@ def test_no_assignment_that_fits_takes_less_than_the_bound(pipe: tuple[str, int]
     for name, space in cases(pipe, range(2)):
         sizes, ways = every_size(space), [(0, None), (3, None)]
         whole = [(1, Whole(20))] if space.degrees.stages <= FEW else []
-        all_s = max(space.relaxation.within(ANY, sizes, *way).bound_s for way in (*ways, *whole))
+        all_s = max(bounds_of(space).relaxation.within(ANY, sizes, *way).bound_s for way in (*ways, *whole))
         for columns in assignments(space, draw, 4):
             step_s = space.replay(columns).step_time_s
             assert all_s <= step_s * (1 + DUST), name
             for about in (None, draw):
                 own = sizes_around(space, columns, about)
-                bound_s = max(space.relaxation.within(ANY, own, *way).bound_s for way in ways)
+                bound_s = max(bounds_of(space).relaxation.within(ANY, own, *way).bound_s for way in ways)
                 assert bound_s <= step_s * (1 + DUST), (name, own)
                 near += bound_s > 0.9 * step_s
                 compared += 1
@@ -100,14 +98,14 @@ def test_the_best_of_every_deal_is_not_less_than_its_bound_and_near_to_it(pipe: 
                 continue
             least_s = best_of(space, tuple(space.span(s, n) for s, n in enumerate(deal)))
             best_s = min(best_s, least_s)
-            bound_s = space.relaxation.within(ANY, sizes_of(space, deal), 3).bound_s
+            bound_s = bounds_of(space).relaxation.within(ANY, sizes_of(space, deal), 3).bound_s
             assert bound_s <= least_s * (1 + DUST), (name, deal)
-        whole_s = space.relaxation.within(ANY, every_size(space), 6, Whole(500)).bound_s
+        whole_s = bounds_of(space).relaxation.within(ANY, every_size(space), 6, Whole(500)).bound_s
         assert whole_s <= best_s * (1 + DUST), name
-        near_s = space.relaxation.within(1.001 * best_s, every_size(space), 6, Whole(500)).bound_s
+        near_s = bounds_of(space).relaxation.within(1.001 * best_s, every_size(space), 6, Whole(500)).bound_s
         assert best_s == ANY or near_s <= best_s * (1 + DUST), name
         if len(action_order(space.table).needed) <= MAX_PLACES:
-            exact = timed(space.relaxation, every_size(space), None)
+            exact = timed(bounds_of(space).relaxation.rows, every_size(space), None)
             exact_s = ANY if exact is None else exact.least_s + space.optimizer_s
             assert exact_s <= best_s * (1 + DUST), name
             nearer += best_s < ANY and exact_s > 1.001 * whole_s
@@ -115,8 +113,8 @@ def test_the_best_of_every_deal_is_not_less_than_its_bound_and_near_to_it(pipe: 
             compared += 1
             reached += whole_s / best_s
             free = with_limits(space, [float(ROOMY)] * space.degrees.pp)
-            free_s = free.relaxation.within(ANY, every_size(space), 6).bound_s
-            felt += space.relaxation.within(ANY, every_size(space), 6).bound_s > 1.01 * free_s
+            free_s = bounds_of(free).relaxation.within(ANY, every_size(space), 6).bound_s
+            felt += bounds_of(space).relaxation.within(ANY, every_size(space), 6).bound_s > 1.01 * free_s
     assert compared > 12 and reached > 0.7 * compared, (compared, reached / compared)
     assert felt > compared / 8, (compared, felt)
     assert nearer > 0, compared
@@ -133,7 +131,9 @@ def test_where_nothing_recomputes_the_bound_of_a_deal_is_nearly_its_replay(pipe:
             columns = Dealer(space).columns(deal)
             assert columns is not None and not any(c.stage.recompute.full for c in columns)
             step_s = space.replay(columns).step_time_s
-            rows_s, bound_s = (space.relaxation.within(ANY, sizes_of(space, deal), n).bound_s for n in (0, 8))
+            rows_s, bound_s = (
+                bounds_of(space).relaxation.within(ANY, sizes_of(space, deal), n).bound_s for n in (0, 8)
+            )
             assert rows_s >= (0.6 if split else 0.97) * step_s, (seed, space.degrees.label())
             assert 0.99 * step_s <= bound_s <= step_s * (1 + DUST), (seed, space.degrees.label())
             compared, first = compared + 1, first + bound_s / step_s
@@ -152,11 +152,13 @@ def test_whole_blocks_of_a_deal_with_room_take_just_its_replay(pipe: tuple[str, 
                 continue
             columns = Dealer(space).columns(tuple(b - a for a, b in itertools.pairwise(space.even)))
             assert columns is not None
-            own = timed(space.relaxation, sizes_of(space, tuple(c.layers for c in columns)), None)
+            own = timed(
+                bounds_of(space).relaxation.rows, sizes_of(space, tuple(c.layers for c in columns)), None
+            )
             assert own is not None
             step_s = space.replay(columns).step_time_s
             assert 0.98 * step_s <= own.least_s + space.optimizer_s <= step_s * (1 + DUST)
-            best = timed(space.relaxation, every_size(space), None)
+            best = timed(bounds_of(space).relaxation.rows, every_size(space), None)
             assert best is not None and best.blocks is not None and best.least_s <= own.least_s * (1 + DUST)
             found = Dealer(space).columns(tuple(int(n) for n in best.blocks))
             assert found is not None
@@ -177,7 +179,9 @@ def test_the_bound_of_equal_ranks_of_an_interleaved_table_is_near_the_even_split
             assert columns is not None
             held = space.layers // space.degrees.pp
             sizes = Sizes(every_size(space).stages, ((held, held),) * space.degrees.pp)
-            shares.append(space.relaxation.within(ANY, sizes, 8).bound_s / space.replay(columns).step_time_s)
+            shares.append(
+                bounds_of(space).relaxation.within(ANY, sizes, 8).bound_s / space.replay(columns).step_time_s
+            )
     assert min(shares) > 0.88 and sum(shares) / len(shares) > 0.96, shares
 
 
@@ -190,9 +194,11 @@ def test_more_replays_and_whole_blocks_never_lower_the_bound(pipe: tuple[str, in
 
         def bound_s(rounds: int, nodes: int = 0, of: StageSpace = space) -> float:
             afresh = with_limits(of, list(of.limits_bytes))
-            return afresh.relaxation.within(
-                ANY, every_size(afresh), rounds, Whole(nodes) if nodes else None
-            ).bound_s
+            return (
+                bounds_of(afresh)
+                .relaxation.within(ANY, every_size(afresh), rounds, Whole(nodes) if nodes else None)
+                .bound_s
+            )
 
         found = [bound_s(rounds) for rounds in (0, 1, 2, 4, 8)]
         whole_s = bound_s(2, 30)
@@ -210,12 +216,12 @@ def test_what_nothing_fits_into_is_infinite(pipe: tuple[str, int]) -> None:
     draw, infinite, finite = random.Random(str(pipe)), 0, 0
     for name, space in cases(pipe, range(1), pp=(2,), each=(2, 3)):
         sizes = every_size(space)
-        if space.ranks.parts.bounded:
+        if bounds_of(space).ranks.parts.bounded:
             least = [space.books[rank].shape.runtime_bytes * 1.001 for rank in range(space.degrees.pp)]
-            assert with_limits(space, least).relaxation.within(ANY, sizes, 2).bound_s == ANY, name
+            assert bounds_of(with_limits(space, least)).relaxation.within(ANY, sizes, 2).bound_s == ANY, name
             infinite += 1
         if next(assignments(space, draw, 4), None) is not None:
-            assert space.relaxation.within(ANY, sizes, 2, Whole(20)).bound_s < ANY, name
+            assert bounds_of(space).relaxation.within(ANY, sizes, 2, Whole(20)).bound_s < ANY, name
             finite += 1
     assert infinite >= 4 and finite >= 4, (infinite, finite)
 
@@ -224,10 +230,13 @@ def test_what_nothing_fits_into_is_infinite(pipe: tuple[str, int]) -> None:
 def test_a_relaxation_that_cannot_beat_a_time_says_so_and_no_more(pipe: tuple[str, int]) -> None:
     for name, space in cases(pipe, range(1)):
         sizes = every_size(space)
-        bound_s = space.relaxation.within(ANY, sizes, 0).bound_s
+        bound_s = bounds_of(space).relaxation.within(ANY, sizes, 0).bound_s
         if bound_s < ANY:
-            assert space.relaxation.within(bound_s * 0.9, sizes, 2, Whole(20)).bound_s == bound_s * 0.9, name
-            assert space.relaxation.within(bound_s * 1.1, sizes, 0).bound_s == pytest.approx(
+            assert (
+                bounds_of(space).relaxation.within(bound_s * 0.9, sizes, 2, Whole(20)).bound_s
+                == bound_s * 0.9
+            ), name
+            assert bounds_of(space).relaxation.within(bound_s * 1.1, sizes, 0).bound_s == pytest.approx(
                 bound_s, rel=1e-5
             ), name
 
@@ -238,7 +247,9 @@ def test_the_same_shape_has_the_same_relaxation(pipe: tuple[str, int]) -> None:
     for name, space in cases(pipe, range(1), pp=(2,), each=(1, 2)):
         sizes = every_size(space)
         first, second = (
-            with_limits(space, list(space.limits_bytes)).relaxation.within(ANY, sizes, 3, Whole(30))
+            bounds_of(with_limits(space, list(space.limits_bytes))).relaxation.within(
+                ANY, sizes, 3, Whole(30)
+            )
             for _ in range(2)
         )
         assert first.bound_s == second.bound_s, name
@@ -261,7 +272,7 @@ def test_no_row_is_added_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     (roomy,) = drawn_shapes(0, ("interleaved", 3), engine=Engine.MEGATRON)
     space = tightened(roomy, 0.5)
     for rounds, whole in ((0, None), (3, None), (0, Whole(20))):
-        assert space.relaxation.within(ANY, every_size(space), rounds, whole).bound_s < ANY
+        assert bounds_of(space).relaxation.within(ANY, every_size(space), rounds, whole).bound_s < ANY
 
 
 class GivesUp:

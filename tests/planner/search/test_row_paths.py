@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from planner.cost.replay import kind_passes, replay
-from planner.search.row_paths import RowPaths, row_paths
+from planner.search.bounds.makespan_cuts import RowPaths, row_paths
 from planner.strategy.schedule.longest_path import action_order
 from planner.strategy.schedule.schedules import build_table
 from planner.strategy.schedule.table import KINDS, PAIRED, Action, ActionKind, Table

@@ -13,7 +13,7 @@ from planner.foundation.errors import InfeasibleError
 from planner.hardware.cluster import ClusterSpec
 from planner.hardware.cluster_text import parse_cluster
 from planner.job.problem import PlanningProblem
-from planner.search.first_plan import Scout, Scouted, Shared
+from planner.search.greedy_plan import Scout, Scouted, Shared
 from planner.search.least_memory import fitting, survey
 from planner.search.solve import SolveOptions, solve
 from planner.search.space import space_of

@@ -8,13 +8,12 @@ import random
 
 import pytest
 
-from planner.search import even_split
-from planner.search.shape_search import ShapeSearch
-from planner.search.sizes import Sizes, narrowed, splits
-from planner.search.stage_space import StageSpace
+from planner.search.layout_search import ShapeSearch, even_bound_s, even_floor_s
+from planner.search.programme.partition import splits
+from planner.search.programme.stages import Sizes, StageSpace, narrowed
 from tests.planner import instances
 from tests.planner.brute_force import all_cuts
-from tests.planner.rank_samples import best_of, fits, own_s, spaces, used_bytes, ways_of
+from tests.planner.rank_samples import best_of, bounds_of, fits, own_s, spaces, used_bytes, ways_of
 
 
 def random_limits(draw: random.Random, parts: int) -> list[tuple[int, int]]:
@@ -76,19 +75,21 @@ def test_the_floor_of_a_rank_lies_below_all_its_mixes(fix: str) -> None:
                 limit = min(used) + draw.random() * (max(used) - min(used))
                 space = StageSpace(roomy.model, roomy.shape, [limit] * 2, roomy.books)
                 best = min(own_s(space, rank, held) for held in ways if fits(space, rank, held))
-                floors = space.ranks.floors[rank].least_by_first_s(rank, blocks, range(1, blocks))
+                floors = space.floors[rank].least_by_first_s(rank, blocks, range(1, blocks))
                 floor = min(floors.values()) + space.held_s[rank]
                 assert floor <= best * (1 + 1e-9), (seed, rank, blocks)
-                least = min(space.ranks.ways(rank, blocks).values()) / space.degrees.num_micro_batches
+                least = (
+                    min(bounds_of(space).ranks.ways(rank, blocks).values()) / space.degrees.num_micro_batches
+                )
                 assert floor <= least * (1 + 1e-9)
                 assert least == pytest.approx(best), (seed, rank, blocks)
-                parts_s = space.ranks.parts.least_s(blocks)[rank, blocks] + space.held_s[rank]
+                parts_s = bounds_of(space).ranks.parts.least_s(blocks)[rank, blocks] + space.held_s[rank]
                 assert parts_s <= best * (1 + 1e-9), (seed, rank, blocks)
-                assert space.ranks.parts_s(blocks)[rank, blocks] <= parts_s
-                asked = StageSpace(roomy.model, roomy.shape, [limit] * 2, roomy.books).ranks
+                assert bounds_of(space).ranks.parts_s(blocks)[rank, blocks] <= parts_s
+                asked = bounds_of(StageSpace(roomy.model, roomy.shape, [limit] * 2, roomy.books)).ranks
                 assert asked.done(rank, blocks, best * (1 + 1e-6)), (seed, rank, blocks)
                 assert not asked.done(rank, blocks, best * (1 - 1e-6)), (seed, rank, blocks)
-                free_s = blocks * min(space.ranks.floors[rank].block_s.values()) + space.held_s[rank]
+                free_s = blocks * min(space.floors[rank].block_s.values()) + space.held_s[rank]
                 compared += 1
                 forced += free_s * (1 + 1e-9) < floor
                 in_parts += free_s * (1 + 1e-9) < parts_s
@@ -111,13 +112,13 @@ def test_sizes_never_leave_out_the_best_split() -> None:
                     best_s, best = found, tuple(b - a for a, b in spans)
             if not best:
                 continue
-            sizes = space.sizes(best_s * (1 + 1e-6))
+            sizes = bounds_of(space).sizes(best_s * (1 + 1e-6))
             assert sizes is not None, (seed, space.degrees.label())
             assert all(low <= n <= high for n, (low, high) in zip(best, sizes.stages, strict=True))
             held = [sum(best[s] for s in stages) for stages in space.stages_of]
             assert all(low <= n <= high for n, (low, high) in zip(held, sizes.ranks, strict=True))
             compared += 1
-            free = space.sizes(float("inf"))
+            free = bounds_of(space).sizes(float("inf"))
             cut += free is not None and free != sizes
     assert compared > 30 and cut > 10, (compared, cut)
 
@@ -154,13 +155,13 @@ def test_the_bound_of_an_even_split_lies_below_its_recipes() -> None:
         problem = dataclasses.replace(drawn, workload=dataclasses.replace(drawn.workload, batch=4))
         for space in itertools.islice(spaces(problem, (fix, "pp=2", chunks)), 3):
             found = ShapeSearch(space).greedy()
-            bound_s = even_split.bound_s(space)
+            bound_s = even_bound_s(space)
             if found is not None:
                 assert bound_s <= found.step_time_s * (1 + 1e-9), (seed, space.degrees.label())
-                floor_s, few_s = even_split.floor_s(space), even_split.floor_s(space, 0.0)
+                floor_s, few_s = even_floor_s(space), even_floor_s(space, 0.0)
                 assert few_s <= floor_s * (1 + 1e-9) <= found.step_time_s * (1 + 2e-9), space.degrees.label()
                 few.append(few_s / floor_s)
-                assert even_split.bound_s(space, bound_s / 2) <= bound_s * (1 + 1e-9)
+                assert even_bound_s(space, bound_s / 2) <= bound_s * (1 + 1e-9)
                 compared += 1
                 near += bound_s > 0.8 * found.step_time_s
     assert compared > 20 and near > compared / 4, (compared, near)

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from planner.cost.replay import critical_path
-from planner.search import stage_assignment as deal
-from planner.search.stage_assignment import Dealer
-from planner.search.stage_space import StageSpace
-from planner.search.trades import Trade, trades
+from planner.search.programme import partition as deal
+from planner.search.programme.partition import Dealer, Trade, trades
+from planner.search.programme.stages import StageSpace
 from planner.strategy.strategy import RecomputeCounts
 from tests.planner.small_shapes import PIPES, Columns, assignments, drawn_shapes, held_fits, tightened
 

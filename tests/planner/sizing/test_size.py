@@ -17,7 +17,7 @@ from planner.foundation.units import DAY_S, parse_count
 from planner.hardware.catalog import load_model
 from planner.hardware.cluster_text import parse_cluster
 from planner.job.objective import Goal, Minimise
-from planner.search.first_plan import Scout, Shared
+from planner.search.greedy_plan import Scout, Shared
 from planner.sizing import floors
 from planner.sizing.ability import SEQ_PART, ability_of
 from planner.sizing.comparison import Answers, Option, Standing, answers_of

@@ -2,7 +2,7 @@
 
 Every pipeline rank has the recipes and the memory of its own devices: in a mixed cluster they differ from
 rank to rank. Which numbers of blocks can still beat a step time follows from the bounds of
-planner.search.sizes, with what a rank's memory makes it recompute (planner.search.rank_ways).
+planner.search.sizes, with what a rank's memory makes it recompute (planner.search.bounds.rank_bounds).
 """
 
 from __future__ import annotations
@@ -10,23 +10,41 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 from planner.cost.evaluate import CostModel
 from planner.cost.replay import Replay
 from planner.cost.stage.stage import LayoutModel
-from planner.search.bounds import least_once_s
-from planner.search.cuts import Cuts, Spans
-from planner.search.rank_ways import RankWays
-from planner.search.recipes import Column, RecipeBook
-from planner.search.relaxation import Relaxation
-from planner.search.sizes import Limits, Sizes, narrowed
+from planner.search.programme.rank_options import Held, RankFloor, RankMixes, Span
+from planner.search.programme.stage_options import Column, RecipeBook, least_once_s
 from planner.strategy.schedule.schedules import Table
-from planner.strategy.schedule.table import Flights, InFlight
-from planner.strategy.strategy import Schedule
+from planner.strategy.schedule.table import ActionKind, Flights, InFlight
+
+Spans = list[list[tuple[int, int]]]
+"""Blocks [first, end) that a stage may hold: for each first layer, ends in ascending order."""
+
+
+Limits = tuple[tuple[int, int], ...]
+"""Least and most of each of some parts."""
+
+
+class Sizes(NamedTuple):
+    """Blocks that each stage, and each rank with all its stages, may hold: least and most."""
+
+    stages: Limits
+    ranks: Limits
+
+
+def narrowed(limits: Sequence[tuple[int, int]], total: int) -> Limits | None:
+    """Limits of parts of a total, less what the others' limits rule out. None where there is no way."""
+    least, most = sum(low for low, _ in limits), sum(high for _, high in limits)
+    if any(low > high for low, high in limits) or not least <= total <= most:
+        return None
+    return tuple((max(low, total - (most - high)), min(high, total - (least - low))) for low, high in limits)
+
 
 MAX_REACH = 4
 """Layers that a boundary of stages may lie from the even split, in a model of several layer classes: this
@@ -57,7 +75,6 @@ class StageSpace:
         self.model, self.shape, self.degrees = model, shape, shape.degrees
         self.limits_bytes, self.books = limits_bytes, books
         self.layers, self.one_class = model.problem.model.layers, books[0].one_class
-        self._known_sizes: dict[float, Sizes | None] = {}
         self._roomy: dict[tuple[int, Sizes | None], bool] = {}
         self.rank_of = [self.degrees.pp_rank_of_stage(s) for s in range(self.degrees.stages)]
 
@@ -83,11 +100,6 @@ class StageSpace:
     def in_flight(self) -> tuple[Flights, ...]:
         """For every rank, what is in flight by stage at its fullest moments."""
         return self.model.in_flight(self.degrees)
-
-    @cached_property
-    def ranks(self) -> RankWays:
-        """What ranks take at least with the blocks that they may hold."""
-        return RankWays(self)
 
     @cached_property
     def flights(self) -> list[tuple[InFlight, ...]]:
@@ -135,14 +147,6 @@ class StageSpace:
                 for span in spans
             )
         return self._roomy[key]
-
-    def tight(self, sizes: Sizes) -> bool:
-        """Whether memory makes some rank recompute, whatever it holds within sizes."""
-        least_s = self.ranks.parts_s(max(low for low, _ in sizes.ranks))
-        held = zip(least_s, sizes.ranks, self.block_s, self.held_s, strict=True)
-        return any(
-            own[low] > (low * block_s + held_s) * (1 + DUST) for own, (low, _), block_s, held_s in held
-        )
 
     def columns(
         self, index: int, to_beat_s: float, sizes: Sizes | None, within: Spans | None = None
@@ -198,13 +202,6 @@ class StageSpace:
             for first in firsts
         )
 
-    # Cuts, where layers are of several classes
-
-    @cached_property
-    def cuts(self) -> Cuts:
-        """The cuts near the even one, each stage having one rank and its recipe."""
-        return Cuts(self)
-
     # Sizes
 
     @cached_property
@@ -252,93 +249,9 @@ class StageSpace:
         each = [(max(1, math.floor(n) - 1), math.ceil(n) + 1) for n in self._wanted]
         return (1, each[0][1]), *each[1:-1], (1, each[-1][1])
 
-    def sizes(self, to_beat_s: float) -> Sizes | None:
-        """Blocks that stages and ranks may hold where a step is shorter; None where no cut is."""
-        if to_beat_s not in self._known_sizes:
-            self._known_sizes[to_beat_s] = self._sizes_within(to_beat_s)
-        return self._known_sizes[to_beat_s]
-
-    def _sizes_within(self, to_beat_s: float) -> Sizes | None:
-        limits, m, p = self.size_limits, self.degrees.num_micro_batches, self.degrees.pp
-        if self.model.sharing is not None or to_beat_s == float("inf"):
-            by_stage = narrowed(limits, self.layers)
-            return None if by_stage is None else Sizes(by_stage, ((self.degrees.chunks, self.layers),) * p)
-        left_s = self.within_s(to_beat_s)
-        within_s = left_s / m
-        if self._even_bound:
-            within_s = min(within_s, (left_s - self._twice_s) / (m - p - 1))
-        least = [sum(limits[s][0] for s in stages) for stages in self.stages_of]
-        highest = (sum(limits[s][1] for s in stages) for stages in self.stages_of)
-        each = zip(highest, self.held_s, self.block_s, strict=True)
-        most = [min(high, int(max(0.0, within_s - held) / block + DUST)) for high, held, block in each]
-        by_rank = narrowed(list(zip(least, most, strict=True)), self.layers)
-        several = self.degrees.chunks > 1
-        if by_rank and several and not self.ranks.can_hold(by_rank, left_s):
-            return None
-        by_rank = by_rank and self._in_parts(by_rank, left_s)
-        sizes = None if by_rank is None else self._sizes(by_rank)
-        if sizes is None or self.relaxation.within(to_beat_s, sizes, 0).bound_s >= to_beat_s:
-            return None
-        by_rank = self._with_memory(sizes.ranks, self.ranks.done, left_s)
-        return None if by_rank is None else self._sizes(by_rank)
-
-    def _sizes(self, by_rank: Limits) -> Sizes | None:
-        """What stages may hold whose ranks hold no more than some limits; None where there is no way."""
-        least = [sum(self.size_limits[s][0] for s in stages) for stages in self.stages_of]
-        each = zip(self.size_limits, self.rank_of, strict=True)
-        limits = [(low, min(high, by_rank[rank][1] - least[rank] + low)) for (low, high), rank in each]
-        by_stage = narrowed(limits, self.layers)
-        return None if by_stage is None else Sizes(by_stage, by_rank)
-
-    @cached_property
-    def relaxation(self) -> Relaxation:
-        """Its stages in fractions of blocks."""
-        return Relaxation(self)
-
     def within_s(self, to_beat_s: float) -> float:
         """What the passes of a rank may take in a step that is shorter."""
         return to_beat_s - self.optimizer_s - self.once_s
-
-    def _with_memory(
-        self, by_rank: Limits, done: Callable[[int, int, float], bool], left_s: float
-    ) -> Limits | None:
-        """The limits of ranks, less the blocks with which a rank is not `done` with a micro-batch in time.
-
-        More blocks take a rank no less: where those that the others leave to it take too long, all do.
-        """
-        result = []
-        spare = sum(most for _, most in by_rank) - self.layers
-        for rank, (least, most) in enumerate(by_rank):
-
-            def late(blocks: int, rank: int = rank, own_s: float = self._own_s(rank, left_s)) -> bool:
-                return not done(rank, blocks, own_s)
-
-            low = max(least, most - spare)
-            if late(most):
-                if most == low or late(low):
-                    return None
-                held = low + bisect.bisect_left(range(low + 1, most), True, key=late)
-                spare, most = spare - (most - held), held
-            result.append((least, most))
-        return narrowed(result, self.layers)
-
-    def _in_parts(self, by_rank: Limits, left_s: float) -> Limits | None:
-        """The limits of ranks, less the blocks that take one too long if they may recompute in parts."""
-        import numpy as np
-
-        seconds = self.ranks.parts_s(max(most for _, most in by_rank))
-        late = seconds >= np.asarray([[self._own_s(rank, left_s)] for rank in range(len(by_rank))])
-        found = []
-        for (least, most), own in zip(by_rank, late, strict=True):
-            behind = own[least : most + 1]
-            found.append((least, least + int(behind.argmax()) - 1 if behind.any() else most))
-        return narrowed(found, self.layers)
-
-    def _own_s(self, rank: int, left_s: float) -> float:
-        """What a rank may take for each micro-batch, if passes have a time."""
-        m, p = self.degrees.num_micro_batches, self.degrees.pp
-        own_s = (left_s - self._entered_s[rank]) / m
-        return min(own_s, (left_s - self._twice_s) / (m - p - 1)) if self._even_bound else own_s
 
     # Least seconds
 
@@ -367,34 +280,6 @@ class StageSpace:
             held_s[rank] += 2 * shape.action.total_s + sum(p.total_s for passes in ends for p in passes)
         return held_s
 
-    @property
-    def _even_bound(self) -> bool:
-        """Whether the bound of 1F1B with more micro-batches than ranks holds."""
-        degrees = self.degrees
-        return degrees.schedule is Schedule.ONE_F_ONE_B and degrees.num_micro_batches > degrees.pp + 1
-
-    @cached_property
-    def _twice_s(self) -> float:
-        """Twice the least passes of the whole model, and the messages on the way."""
-        books = {id(book): book for book in self.books}.values()
-        blocks_s = sum(
-            count * min(book.least_block_s(key) for book in books)
-            for key, count in Counter(self.shape.layer_model.keys).items()
-        )
-        whole_s = blocks_s + sum(self.held_s)
-        return 2 * whole_s + 2 * (self.degrees.pp - 1) * self.hop_s
-
-    @cached_property
-    def _entered_s(self) -> list[float]:
-        """What the ranks before each take at least before its first forward, and after its last backward."""
-        known = {id(book): self.enter_s(book) for book in self.books}
-        low = [self.size_limits[rank][0] for rank in range(self.degrees.pp)]
-        each = [
-            fixed + n * block
-            for (fixed, block), n in zip((known[id(b)] for b in self.books), low, strict=True)
-        ]
-        return list(accumulate(each[:-1], initial=0.0))
-
     def enter_s(self, book: RecipeBook) -> tuple[float, float]:
         """Of one stage: besides its blocks, and for each of them."""
         shape, (key,) = book.shape, book.shape.classes
@@ -411,3 +296,65 @@ class StageSpace:
         shapes = {id(book): book.shape for book in self.books}.values()
         least_s = min(shape.optimizer_s(shape.all_units()) for shape in shapes)
         return self.shape.physics.step_s + least_s / self.degrees.pp
+
+    # Ranks
+
+    def fastest(self, rank: int, spans: Sequence[Span]) -> tuple[Column, ...] | None:
+        """The fastest recipes of a rank's stages that hold these blocks; None where none fit, or where their
+        mixes are too many to look at."""
+        if not self.mixes[rank].few([end - first for first, end in spans]):
+            return None
+        return self.mixes[rank].fastest(self.all_held(rank, spans))
+
+    def all_held(self, rank: int, spans: Sequence[Span]) -> tuple[Held, ...]:
+        """The stages of a rank that hold the blocks of these spans."""
+        return tuple(self._held(s, span) for s, span in zip(self.stages_of[rank], spans, strict=True))
+
+    def _held(self, stage: int, span: Span) -> Held:
+        return Held(self.books[self.rank_of[stage]].blocks(*span), *self._runs[stage])
+
+    @cached_property
+    def _runs(self) -> list[tuple[tuple[tuple[ActionKind, int], ...], tuple[InFlight, ...]]]:
+        """How often each stage runs each kind of action, and what is in flight at its rank's moments."""
+        each = []
+        for stage, rank in enumerate(self.rank_of):
+            counts = self.table.counts(rank)
+            actions = tuple((kind, n) for (s, kind), n in counts.items() if s == stage)
+            each.append((actions, tuple(moment[stage] for moment in self.in_flight[rank])))
+        return each
+
+    @cached_property
+    def mixes(self) -> list[RankMixes]:
+        """Of each rank, one for ranks on equal devices."""
+        known: dict[int, RankMixes] = {}
+        for book, limit in zip(self.books, self.limits_bytes, strict=True):
+            known.setdefault(id(book), RankMixes(book, limit))
+        return [known[id(book)] for book in self.books]
+
+    def even_own_s(self, rank: int, spans: Sequence[Span]) -> float:
+        """What a rank of the even split takes at least for all micro-batches."""
+        stages, book = self.stages_of[rank], self.books[rank]
+        if self.mixes[rank].few([spans[s][1] - spans[s][0] for s in stages]):
+            return self.mixes[rank].least_s(self.all_held(rank, [spans[s] for s in stages]))
+        fastest = [min(c.whole_s(self.degrees.schedule) for c in book.pure(*spans[s])) for s in stages]
+        return self.degrees.num_micro_batches * sum(fastest)
+
+    @cached_property
+    def floors(self) -> list[RankFloor]:
+        """The floors of each rank."""
+        known: dict[int, RankFloor] = {}
+        for book, limit in zip(self.books, self.limits_bytes, strict=True):
+            if id(book) not in known:
+                known[id(book)] = RankFloor(
+                    book, limit, self.degrees, self.in_flight, self.size_limits, self.split_share
+                )
+        return [known[id(book)] for book in self.books]
+
+    @cached_property
+    def split_share(self) -> float:
+        """The least share of a stage's backward passes that are split."""
+        if not self.degrees.schedule.splits_backward:
+            return 0.0
+        counts = [self.table.counts(rank) for rank in range(self.degrees.pp)]
+        weights = (counts[rank].get((s, ActionKind.WEIGHT_GRAD), 0) for s, rank in enumerate(self.rank_of))
+        return min(weights) / self.degrees.num_micro_batches

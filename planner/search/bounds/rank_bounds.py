@@ -1,27 +1,77 @@
-"""What ranks take at least with so many blocks, if blocks recompute in parts: all ranks of a shape at once.
+"""Whether ranks, one after the other, can hold all blocks of a model within a step time.
+
+With N_r the blocks of rank r, n_r those of its first stage, R_r what it takes for each of m micro-batches
+(planner.search.programme.rank_options), and e_r what a path to a later rank meets on it:
+
+    m R_r(N_r, n_r) + sum_{j<r} e_j(n_j) <= T   for every rank r,      sum_r N_r = L
+
+A path enters each rank at its first stage. Under schedules with whole backward passes it leaves there too; e
+has both passes then, else the forward. The least prefix sums, by the blocks placed so far, follow rank after
+rank.
+
+What ranks take at least with so many blocks, if blocks recompute in parts: all ranks of a shape at once.
 
 At each moment of a rank's row, what does not fit is freed by the option, and on the stage, that frees most
 bytes a second, the blocks lying where fewest micro-batches are alive. That is a sum of few products for any
 number of blocks, and so of arrays: [rank, moment, place], a place being one of a rank's stages.
+
+What the ranks of one shape take at least, by the blocks that they hold and how they recompute.
+
+Ranks with one stage have its fastest recipe. Of two stages all mixes are looked at, and of the more stages of
+an even split too where they are few (planner.search.programme.rank_options).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.cost.memory.activations import most_waits
-from planner.search.rank_floor import DUST
-from planner.search.recipes import RecipeBook
-from planner.search.sizes import Limits
+from planner.search.programme.rank_options import DUST
+from planner.search.programme.stage_options import RecipeBook
+from planner.search.programme.stages import Limits
 from planner.strategy.schedule.schedules import in_flight
 from planner.strategy.strategy import Degrees, Schedule
 
 if TYPE_CHECKING:
     from planner.foundation.arrays import Floats, Ints
-    from planner.search.stage_space import StageSpace
+    from planner.search.programme.stages import StageSpace
+
+
+class Way(NamedTuple):
+    """Blocks that a rank may hold, what it takes with them for all micro-batches, and what a path to a later
+    rank meets on it."""
+
+    blocks: int
+    own_s: float
+    enter_s: float
+
+
+def can_hold(layers: int, most: Sequence[int], ranks: Iterable[Iterable[Way]], within_s: float) -> bool:
+    """Whether one way of each rank, of `layers` blocks together, keeps `within_s`.
+
+    `most` are the most blocks of each rank's ways. Ranks are asked for their ways one after the other, and
+    none once those before cannot be done in time.
+    """
+    least_s, later = {0: 0.0}, sum(most)
+    for ways, high in zip(ranks, most, strict=True):
+        later -= high
+        after_s: dict[int, float] = {}
+        for blocks, own_s, enter_s in ways:
+            latest_s = within_s - own_s
+            for before, before_s in least_s.items():
+                placed, entered_s = before + blocks, before_s + enter_s
+                if before_s > latest_s or not layers - later <= placed <= layers:
+                    continue
+                if entered_s < after_s.get(placed, float("inf")):
+                    after_s[placed] = entered_s
+        if not after_s:
+            return False
+        least_s = after_s
+    return layers in least_s
+
 
 REMEMBERED = 1024
 
@@ -239,3 +289,105 @@ class RankParts:
         held = np.clip(blocks - (np.cumsum(most, axis=-1) - most)[..., None], 0, most[..., None])
         total: Floats = (np.take_along_axis(each, order, axis=-1)[..., None] * held).sum(axis=-2)
         return total
+
+
+Span = tuple[int, int]
+
+
+class RankWays:
+    """The ranks of a space."""
+
+    def __init__(self, space: StageSpace) -> None:
+        self.space, self.degrees = space, space.degrees
+        self._known: dict[tuple[int, int], dict[int, float]] = {}
+
+    def can_hold(self, by_rank: Limits, left_s: float) -> bool:
+        """Whether ranks that are entered one after the other can hold all blocks in time if memory has room
+        for all."""
+        space = self.space
+        entered = {name: space.enter_s(book) for name, book in {id(b): b for b in space.books}.items()}
+
+        def ways(rank: int) -> Iterator[Way]:
+            low, high = by_rank[rank]
+            fixed_s, block_s = entered[id(space.books[rank])]
+            for blocks in range(low, high + 1):
+                for first, own_s in self._roomy_ways(rank, blocks).items():
+                    yield Way(blocks, own_s, fixed_s + block_s * first)
+
+        most = [high for _, high in by_rank]
+        return can_hold(space.layers, most, map(ways, range(self.degrees.pp)), left_s)
+
+    def parts_s(self, most: int) -> Floats:
+        """What every rank takes at least for a micro-batch with 0, 1, ... `most` blocks, found in next to no
+        time [rank, blocks]."""
+        import numpy as np
+
+        held_s: Floats = np.asarray(self.space.held_s)[:, None]
+        return (self.parts.least_s(most) + held_s) * (1 - DUST)
+
+    def done(self, rank: int, blocks: int, own_s: float) -> bool:
+        """Whether a rank may hold so many blocks and take less than `own_s` for a micro-batch."""
+        if self.degrees.chunks == 1:
+            column = self.space.recipe(rank, self.space.span(rank, blocks))
+            return column is not None and column.whole_s(self.degrees.schedule) < own_s
+        all_s = own_s * self.degrees.num_micro_batches
+        if (rank, blocks) not in self._known and self._mixed(rank, blocks):
+            firsts = self._firsts(rank, blocks)
+            return any(
+                self._mixed_s(rank, blocks, n) < all_s
+                for n in sorted(firsts, key=lambda n: abs(2 * n - blocks))
+            )
+        return min(self.ways(rank, blocks).values(), default=float("inf")) < all_s
+
+    def ways(self, rank: int, blocks: int) -> dict[int, float]:
+        """What a rank that holds so many blocks takes at least for all micro-batches, by how many of them its
+        first stage has."""
+        key = rank, blocks
+        if key not in self._known:
+            self._known[key] = self._all_ways(rank, blocks)
+        return self._known[key]
+
+    def _roomy_ways(self, rank: int, blocks: int) -> dict[int, float]:
+        """The same where memory has room for all, with as few blocks on the first stage as can be."""
+        own_s = self.degrees.num_micro_batches * (blocks * self.space.block_s[rank] + self.space.held_s[rank])
+        return dict.fromkeys(self._firsts(rank, blocks)[:1], own_s)
+
+    def _firsts(self, rank: int, blocks: int) -> range:
+        """How many of a rank's blocks its first stage may hold."""
+        low, high, least, most = self._limits[rank]
+        return range(max(low, blocks - most), min(high, blocks - least) + 1)
+
+    @cached_property
+    def _limits(self) -> list[tuple[int, int, int, int]]:
+        """Of each rank, the least and the most blocks of its first stage, and of the others together."""
+        limits = []
+        for stages in self.space.stages_of:
+            (low, high), *others = (self.space.size_limits[s] for s in stages)
+            limits.append((low, high, sum(least for least, _ in others), sum(most for _, most in others)))
+        return limits
+
+    def _all_ways(self, rank: int, blocks: int) -> dict[int, float]:
+        m, firsts = self.degrees.num_micro_batches, self._firsts(rank, blocks)
+        if self._mixed(rank, blocks):
+            found = {n: self._mixed_s(rank, blocks, n) for n in firsts}
+        else:
+            held_s = self.space.held_s[rank]
+            floors = self.space.floors[rank].least_by_first_s(rank, blocks, firsts)
+            found = {first: m * (least_s + held_s) for first, least_s in floors.items()}
+        return {first: own_s for first, own_s in found.items() if own_s < float("inf")}
+
+    def _mixed(self, rank: int, blocks: int) -> bool:
+        """Whether all mixes of a rank's stages are looked at."""
+        two = len(self.space.stages_of[rank]) == 2
+        return two and self.space.mixes[rank].few((blocks // 2, blocks - blocks // 2))
+
+    def _mixed_s(self, rank: int, blocks: int, first: int) -> float:
+        """What a rank of two stages takes at least for all micro-batches, the first with so many blocks."""
+        one, other = self.space.stages_of[rank]
+        spans = self.space.span(one, first), self.space.span(other, blocks - first)
+        return self.space.mixes[rank].least_s(self.space.all_held(rank, spans))
+
+    @cached_property
+    def parts(self) -> RankParts:
+        """The floors of all ranks at once, if blocks recompute in parts."""
+        return RankParts(self.space, split=self.space.split_share, bounded=self.space.books[0].bounded)

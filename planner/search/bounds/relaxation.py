@@ -1,7 +1,19 @@
-"""A shape's stages in fractions of blocks: a linear programme whose optimum no strategy beats.
+"""Proofs that a shape cannot beat a time, tried on other shapes with the same table.
+
+The dual of a relaxation is a weight for each of some paths, which sum to 1, and a
+price for the memory of some moments. With a_so what weighted paths take for a block of stage s of kind o, and
+what it holds by these prices,
+
+    T  >=  sum_so a_so x_so + what paths take besides - prices
+
+for all blocks x, whatever the shape that weights and prices were found for; and the least of it over all x
+within limits is a sum over stages, each block going where it costs least. Shapes with one table differ in
+how long actions take, but what rules out one of them rules out most of the others.
+
+A shape's stages in fractions of blocks: a linear programme whose optimum no strategy beats.
 
 With x_so the blocks of stage s of kind o, which is their class and recompute option, n_s = sum over o of
-x_so, and every figure no more than what a stage takes (planner.search.least_passes),
+x_so, and every figure no more than what a stage takes (planner.search.programme.stage_options),
 
     minimise T
     path q     T >= sum over s, k of a_qsk t_sk(x) + hops_q h + gathering(first rank) + reduction(last rank)
@@ -10,38 +22,99 @@ x_so, and every figure no more than what a stage takes (planner.search.least_pas
     class c    sum of x_so over all s and the o of its kinds = its blocks in the model, or on each stage
     moment v   states, ends, what a pass needs, and what is in flight on the stages of its rank, <= limit
 
-Blocks and what ranks may hold are whole elsewhere (planner.search.stage_space), which is why limits of ranks
+Blocks and what ranks may hold are whole elsewhere, which is why limits of ranks
 belong here: where no rank may hold more than its equal part, all hold just that. Paths along rows
-(planner.search.row_paths) are there from the beginning, those of them that matter. What is found then is
+are there from the beginning, those of them that matter. What is found then is
 replayed, between it and the best found before, and the longest path becomes a row, a few times. The dual of
-this programme is the game that planner.search.path_bound plays, in fractions.
+this programme is the game that planner.search.bounds.fictitious_play plays, in fractions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections import deque
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 from planner.cost.evaluate import CostModel
 from planner.cost.replay import CriticalPath, PathTimes, longest_path
-from planner.model.sublayer import Recompute
-from planner.search.dominance_proofs import Proof, Proofs, least_sum
-from planner.search.least_passes import option_passes
-from planner.search.linear import LinearProgramme, Solution
-from planner.search.row_paths import RowPaths, row_paths
-from planner.search.sizes import Sizes
-from planner.search.timed import MAX_PLACES, timed
+from planner.search.bounds.makespan_cuts import (
+    MemoryRows,
+    RelaxationRows,
+    row_paths,
+)
+from planner.search.bounds.timed import MAX_PLACES, LinearProgramme, Solution, timed
+from planner.search.programme.stages import Sizes
 from planner.strategy.schedule.longest_path import action_order
 from planner.strategy.schedule.table import KINDS
-from planner.strategy.strategy import Zero
+from planner.strategy.strategy import Degrees
 
 if TYPE_CHECKING:
     from planner.foundation.arrays import Floats, Ints
-    from planner.search.recipes import RecipeBook
-    from planner.search.stage_space import StageSpace
+    from planner.search.bounds.rank_bounds import RankParts
+    from planner.search.programme.stages import StageSpace
+
+
+EACH, MOST = 3, 4096
+"""Proofs that are remembered of one table, and tables."""
+
+
+class Proof(NamedTuple):
+    """Weights of paths along rows by their numbers, and prices of moments (rank and number, of so many) as
+    shares of the time that was ruled out."""
+
+    paths: Ints
+    weights: Floats
+    moments: list[tuple[int, int]]
+    moment_count: int
+    prices: Floats
+
+
+class Proofs:
+    """Proofs of one problem by table, the last ones of each."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], deque[Proof]] = {}
+
+    def of(self, degrees: Degrees, kinds: int) -> Iterator[Proof]:
+        """Those of shapes with the table of this one, and so many kinds of blocks."""
+        return iter(self._known.get(_table(degrees, kinds), ()))
+
+    def add(self, degrees: Degrees, kinds: int, proof: Proof) -> None:
+        """Remembers what ruled out a shape."""
+        if len(self._known) >= MOST:
+            self._known.clear()
+        self._known.setdefault(_table(degrees, kinds), deque(maxlen=EACH)).appendleft(proof)
+
+
+def _table(d: Degrees, kinds: int) -> tuple[object, ...]:
+    return d.schedule, d.pp, d.chunks, d.num_micro_batches, d.device_order, kinds
+
+
+def least_sum(each: Floats, sizes: Sizes, rank_of: list[int], layers: int) -> float:
+    """The least that `layers` blocks cost whose stages and ranks lie within limits, at each[stage]; infinite
+    where there is no way. Of a rank's blocks the next goes to its cheapest stage that has room, so that each
+    costs no less than the one before: then the cheapest of all ranks that have room is best."""
+    held = [low for low, _ in sizes.stages]
+    ranks = [0] * len(sizes.ranks)
+    for rank, low in zip(rank_of, held, strict=True):
+        ranks[rank] += low
+    left = layers - sum(held)
+    order = sorted(range(len(held)), key=each.__getitem__)
+    for needed in (True, False):  # what ranks hold at least, then what is left
+        for stage in order:
+            rank = rank_of[stage]
+            room = sizes.ranks[rank][0 if needed else 1] - ranks[rank]
+            more = max(0, min(room, sizes.stages[stage][1] - held[stage], left))
+            held[stage] += more
+            ranks[rank] += more
+            left -= more
+    kept = all(low <= own <= high for own, (low, high) in zip(ranks, sizes.ranks, strict=True))
+    if left or not kept:
+        return float("inf")
+    return float(sum(n * own for n, own in zip(held, each, strict=True)))
+
 
 EXACT = 1e-6
 """Share of an optimum by which HiGHS, whose tolerance is less, may be off."""
@@ -66,7 +139,7 @@ MAX_PARTS = 1_000_000
 
 class Whole(NamedTuple):
     """Nodes of branch and bound that are spent on whole blocks each time, where paths are added one by one
-    (planner.search.timed has its own), and seconds in all (None: any)."""
+    (planner.search.bounds.timed has its own), and seconds in all (None: any)."""
 
     nodes: int
     seconds: float | None = None
@@ -81,85 +154,14 @@ class Relaxed(NamedTuple):
     replayed_s: float = float("inf")
 
 
-class _Paths(NamedTuple):
-    """Paths along rows: seconds by block [path, stage x kind] and besides [path], and whose row."""
-
-    each: Floats
-    fixed: Floats
-    ranks: Ints
-
-    def longest(self, x: Floats, than_s: float) -> list[int]:
-        """Of each rank the path that is longest for some blocks, if it takes more than a time."""
-        import numpy as np
-
-        lengths = self.each @ x + self.fixed
-        order = np.lexsort((-lengths, self.ranks))
-        order = order[np.diff(self.ranks[order], prepend=-1) > 0]
-        return [number for number in order.tolist() if lengths[number] > than_s]
-
-
-class _Memory(NamedTuple):
-    """What a block holds of what all of a rank may [rank, moment, place, kind], a place being one of the
-    rank's `stages` [rank, place]."""
-
-    shares: Floats
-    stages: Ints
-
-    def fullest(self, x: Floats, than: float) -> list[tuple[int, int]]:
-        """Of each rank the moment that is fullest for some blocks, if it is more than a share."""
-        import numpy as np
-
-        held = np.einsum("rmpo,rpo->rm", self.shares, x.reshape(-1, self.shares.shape[-1])[self.stages])
-        fullest = held.argmax(axis=1)
-        ranks = (held[np.arange(len(held)), fullest] > than).nonzero()[0]
-        return list(zip(ranks.tolist(), fullest[ranks].tolist(), strict=True))
-
-    def rows(self, chosen: list[tuple[int, int]]) -> Floats:
-        """Some ranks and moments as rows [row, stage x kind]."""
-        import numpy as np
-
-        ranks, _, places, options = self.shares.shape
-        rows = np.zeros((len(chosen), ranks * places, options))
-        for row, (rank, moment) in zip(rows, chosen, strict=True):
-            row[self.stages[rank]] = self.shares[rank, moment]
-        return rows.reshape(len(chosen), ranks * places * options)
-
-
 class Relaxation:
     """The programme of one shape on ranks with cores of their own."""
 
-    def __init__(self, space: StageSpace) -> None:
-        self.space, self.table, self.hop_s = space, space.table, space.hop_s
-        self.options, self.classes = space.books[0].options, list(space.shape.classes)
+    def __init__(self, space: StageSpace, parts: RankParts) -> None:
+        self.space, self.rows = space, RelaxationRows(space, parts)
+        self.table, self.hop_s = space.table, space.hop_s
         self._cuts: list[tuple[Floats, Floats]] = []
         self._proofs = KNOWN.setdefault(space.model, Proofs())
-
-    @cached_property
-    def figures(self) -> tuple[Floats, Floats]:
-        """What stages take at least for each block [stage, figure, kind], and besides [stage, figure]: their
-        actions by kind, their gathering, their reduction."""
-        import numpy as np
-
-        space = self.space
-        books = {id(book): book for book in space.books}
-        known = {name: _figures(book, self.options) for name, book in books.items()}
-        each = [known[id(space.books[rank])] for rank in space.rank_of]
-        block_s, fixed_s = np.stack([own for own, _ in each]), np.stack([own for _, own in each])
-        for stage, first in ((0, 0), (-1, space.layers - 1)):
-            book = space.books[space.rank_of[stage]]
-            least, key = book.least_passes, space.shape.layer_model.keys[first]
-            ends = least.stage_s(first, first + 1) - least.action
-            own = option_passes(book.shape, key, self.options).min(axis=0)
-            fixed_s[stage, : len(KINDS)] += ends - own
-        return block_s, fixed_s
-
-    @property
-    def _block_s(self) -> Floats:
-        return self.figures[0]
-
-    @property
-    def _fixed_s(self) -> Floats:
-        return self.figures[1]
 
     def within(self, to_beat_s: float, sizes: Sizes, rounds: int, whole: Whole | None = None) -> Relaxed:
         """What no strategy beats within sizes, or `to_beat_s`, after so many replays at most; of few stages,
@@ -173,7 +175,7 @@ class Relaxation:
         import numpy as np
 
         shape, spans = self.space.shape, list(pairwise(self.space.even))
-        counts = np.asarray([[shape.count(key, *span) for key in self.classes] for span in spans])
+        counts = np.asarray([[shape.count(key, *span) for key in self.rows.classes] for span in spans])
         return self._bound(to_beat_s, self._sizes([(b - a, b - a) for a, b in spans]), rounds, None, counts)
 
     def near(self, to_beat_s: float, rounds: int) -> Relaxed:
@@ -205,50 +207,6 @@ class Relaxation:
         bound_s, replayed_s = (each + space.optimizer_s for each in (found.bound_s, found.replayed_s))
         return found._replace(bound_s=min(to_beat_s, bound_s), replayed_s=replayed_s)
 
-    @cached_property
-    def paths(self) -> _Paths:
-        """The seconds of the paths along rows."""
-        return self._seconds(row_paths(self.space.degrees))
-
-    def _seconds(self, paths: RowPaths) -> _Paths:
-        import numpy as np
-
-        kinds = len(KINDS)
-        block_s = paths.seconds(self._block_s[:, :kinds])
-        fixed_s = paths.seconds(self._fixed_s[:, :kinds, None]).sum(axis=(1, 2)) + paths.hops * self.hop_s
-        rank_of, numbers = np.asarray(self.space.rank_of), np.arange(len(paths.last))
-        for figure, ranks in ((kinds, np.zeros_like(numbers)), (kinds + 1, paths.last)):
-            there = rank_of == ranks[:, None]
-            block_s += there[:, :, None] * self._block_s[:, figure]
-            fixed_s += there @ self._fixed_s[:, figure]
-        return _Paths(block_s.reshape(len(numbers), -1), fixed_s, paths.ranks)
-
-    def sums(self, sizes: Sizes, counts: Ints | None) -> tuple[Floats, Floats, Floats]:
-        """Sums of blocks [row, stage x kind] and what they are at least and at most [row]: of stages, ranks,
-        classes, or the `counts` [stage, class] of each stage."""
-        import numpy as np
-
-        space, stages, classes = self.space, len(sizes.stages), len(self.classes)
-        if counts is None:
-            ranks = np.asarray(space.rank_of) == np.arange(space.degrees.pp)[:, None]
-            of_stages = np.repeat(np.concatenate([np.eye(stages), ranks]), classes, axis=1)
-            sums = np.concatenate([of_stages, np.tile(np.eye(classes), stages)])
-            totals = [(n, n) for n in (space.shape.count(key, 0, space.layers) for key in self.classes)]
-            limits = np.asarray([*sizes.stages, *sizes.ranks, *totals], dtype=np.float64)
-        else:
-            sums = np.eye(stages * classes)
-            limits = np.repeat(counts.reshape(-1, 1), 2, axis=1).astype(np.float64)
-        return np.repeat(sums, len(self.options), axis=1), *limits.T
-
-    def memory(self, sizes: Sizes) -> _Memory:
-        """What blocks hold within sizes."""
-        import numpy as np
-
-        held, free = self.space.ranks.parts.rows(sizes.stages)
-        shares = np.moveaxis(held / np.maximum(free, 1.0)[..., None, None], 0, 1)
-        ranks, _, _, *places = shares.shape
-        return _Memory(shares.reshape(ranks, -1, *places), np.asarray(self.space.stages_of))
-
     def _least(
         self, within_s: float, sizes: Sizes, rounds: int, whole: Whole | None, counts: Ints | None
     ) -> Relaxed:
@@ -256,20 +214,20 @@ class Relaxation:
 
         Where blocks are of several classes, `counts` [stage, class] may be those of each stage.
         """
-        first = rounds == 0 and counts is None and not self._cuts and len(self.classes) == 1
+        first = rounds == 0 and counts is None and not self._cuts and len(self.rows.classes) == 1
         if first and self._proven(within_s, sizes):
             return Relaxed(within_s, None)
-        programme = _Programme(self, sizes, counts)
+        programme = _Programme(self.rows, sizes, counts)
         for cut in self._cuts:
             programme.add(*cut)
         found = self._least_of(programme, within_s, rounds, BEHIND)
         if first and within_s <= found.bound_s < float("inf"):
-            self._proofs.add(self.space.degrees, len(self.options), programme.proof(found.bound_s))
+            self._proofs.add(self.space.degrees, len(self.rows.options), programme.proof(found.bound_s))
         if whole is None or found.bound_s >= within_s:
             return found
         near = found.bound_s >= WORTH_TIMING * within_s
         if near and len(action_order(self.table).needed) <= MAX_PLACES:
-            exact = timed(self, sizes, whole.seconds)
+            exact = timed(self.rows, sizes, whole.seconds)
             other = Relaxed(float("inf"), None) if exact is None else Relaxed(*exact)
         else:
             programme.make_whole(whole, within_s * (1 + EXACT))
@@ -278,12 +236,12 @@ class Relaxation:
 
     def _proven(self, within_s: float, sizes: Sizes) -> bool:
         """Whether what ruled out another shape with this table says that no strategy takes less."""
-        memory: _Memory | None = None
-        for proof in self._proofs.of(self.space.degrees, len(self.options)):
-            paths = self._seconds(row_paths(self.space.degrees).only(proof.paths))
+        memory: MemoryRows | None = None
+        for proof in self._proofs.of(self.space.degrees, len(self.rows.options)):
+            paths = self.rows.seconds_of(row_paths(self.space.degrees).only(proof.paths))
             each, least_s = proof.weights @ paths.each, float(proof.weights @ paths.fixed)
             if proof.moments:
-                memory, prices = memory or self.memory(sizes), proof.prices * within_s
+                memory, prices = memory or self.rows.memory(sizes), proof.prices * within_s
                 if memory.shares.shape[1] != proof.moment_count:
                     continue
                 each, least_s = each + prices @ memory.rows(proof.moments), least_s - prices.sum()
@@ -311,7 +269,7 @@ class Relaxation:
                 break  # the optimum lies between them, or below what is to be ruled out
             self._cuts.append(self._cut(path))
             programme.add(*self._cuts[-1])
-        blocks = None if best is None else best.reshape(len(self._fixed_s), -1).sum(axis=1)
+        blocks = None if best is None else best.reshape(len(self.rows.fixed_s), -1).sum(axis=1)
         return Relaxed(bound_s, blocks, best_s)
 
     def _replayed(self, x: Floats) -> tuple[CriticalPath, float]:
@@ -319,7 +277,7 @@ class Relaxation:
         import numpy as np
 
         space, kinds = self.space, len(KINDS)
-        each = (self._block_s * x.reshape(len(self._fixed_s), 1, -1)).sum(axis=2) + self._fixed_s
+        each = (self.rows.block_s * x.reshape(len(self.rows.fixed_s), 1, -1)).sum(axis=2) + self.rows.fixed_s
         once = np.zeros((2, space.degrees.pp))
         np.add.at(once[0], space.rank_of, each[:, kinds])
         np.add.at(once[1], space.rank_of, each[:, kinds + 1])
@@ -342,19 +300,19 @@ class Relaxation:
         """A path as seconds by block and besides."""
         import numpy as np
 
-        counts = np.zeros(self._fixed_s.shape)
+        counts = np.zeros(self.rows.fixed_s.shape)
         counts[:, : len(KINDS)] = path.counts
         counts[self.space.stages_of[path.first_rank], len(KINDS)] = 1
         counts[self.space.stages_of[path.last_rank], len(KINDS) + 1] = 1
-        block_s = (counts[:, :, None] * self._block_s).sum(axis=1).reshape(1, -1)
-        return block_s, np.asarray([(counts * self._fixed_s).sum() + path.hops * self.hop_s])
+        block_s = (counts[:, :, None] * self.rows.block_s).sum(axis=1).reshape(1, -1)
+        return block_s, np.asarray([(counts * self.rows.fixed_s).sum() + path.hops * self.hop_s])
 
 
 class _Programme:
     """The programme of some sizes, with the rows that matter so far; variables are x_so, then T in units of
     about a step: HiGHS's tolerances are none of seconds."""
 
-    def __init__(self, relaxation: Relaxation, sizes: Sizes, counts: Ints | None) -> None:
+    def __init__(self, relaxation: RelaxationRows, sizes: Sizes, counts: Ints | None) -> None:
         import numpy as np
 
         self.paths, self.memory = relaxation.paths, relaxation.memory(sizes)
@@ -422,22 +380,3 @@ class _Programme:
                 return found
             if not self._add_most(found.variables, found.value * (1 + EXACT), 1 + EXACT):
                 return found
-
-
-def _figures(book: RecipeBook, options: tuple[Recompute, ...]) -> tuple[Floats, Floats]:
-    """What a stage takes at least for each of its blocks [figure, kind] and besides [figure]: its actions by
-    kind, its gathering, its reduction. A block's kind is its class and option."""
-    import numpy as np
-
-    shape, zero = book.shape, book.shape.degrees.zero
-    shown = shape.physics.dp_exposed if shape.overlaps else 1.0
-    gathers, reduces = zero in (Zero.OPTIMIZER, Zero.GRADIENTS), zero in (Zero.NONE, Zero.OPTIMIZER)
-    once = np.asarray(
-        [
-            (shape.once_s(shape.updates[unit]) * gathers, shape.once_s(shape.reduces[unit]) * reduces)
-            for unit in (shape.block_units[key] for key in shape.classes)
-        ]
-    ).T  # [figure, class]
-    passes = np.concatenate([option_passes(shape, key, options) for key in shape.classes]).T
-    block_s = np.concatenate([passes, shown * np.repeat(once, len(options), axis=1)])
-    return block_s, np.concatenate([book.least_passes.action, (1 - shown) * once.min(axis=1)])

@@ -1,4 +1,6 @@
-"""The integer programme that splits the layers of a model into pipeline stages.
+"""Silence on stdout, which is for results.
+
+The integer programme that splits the layers of a model into pipeline stages.
 
 Sets
     s in S          stages, in layer order; r(s) the pipeline rank that holds s
@@ -39,18 +41,39 @@ assignment is the shape's best. Times are in ms and bytes in GiB, so coefficient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from planner.cost.replay import CriticalPath
 from planner.foundation.frozen import frozen
 from planner.foundation.units import GIB
-from planner.search.quiet import quiet_stdout
-from planner.search.recipes import Column
+from planner.search.programme.stage_options import Column
 from planner.strategy.schedule.makespan_paths import Path, first_paths
 from planner.strategy.schedule.table import Flights, InFlight
 from planner.strategy.strategy import Degrees, Schedule
+
+if TYPE_CHECKING:
+    pass
+
+
+@contextlib.contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """HiGHS greets on the process's stdout even when told to be silent."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(sink)
+
 
 MS = 1e3
 

@@ -1,4 +1,16 @@
-"""A cheap lower bound on the step time of a shape, before any stage is cut.
+"""How long a step takes whose stages all take as long, in passes of the whole model: no bound, but near.
+
+With F, I and W of a stage a second each, v stages on each of p ranks and m micro-batches, a step takes
+3 m v seconds of work and a bubble:
+
+    GPipe, 1F1B, interleaved    3 (p - 1)
+    ZB-H1                       max(p - 1, 2 p - 1 - m)          arXiv 2401.10241, table 1, where m >= p
+    ZB-V                        max(p - 1, 4 p - 2 - 2 m)        no bubble but the way down to the last rank
+    DualPipeV                   2 (p - 1)                        github.com/deepseek-ai/DualPipe
+
+and the whole model 3 v p. Of few micro-batches the two zero-bubble schedules wait for the first to come back.
+
+A cheap lower bound on the step time of a shape, before any stage is cut.
 
 With the cheapest option for every block, the whole model's passes F, B (W = F + B) and p ranks:
 
@@ -36,7 +48,6 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
-from planner.cost import constants
 from planner.cost.evaluate import CostModel
 from planner.cost.layer import Pass
 from planner.cost.memory.activations import most_waits
@@ -47,9 +58,26 @@ from planner.cost.stage.sharded_layers import Sizes
 from planner.cost.stage.stage import LayoutModel
 from planner.job.engine_settings import Engine, Stack
 from planner.model.sublayer import Recompute
-from planner.search.even_stages import even_factor
+from planner.search.programme.stage_options import least_once_s, split_again_s
 from planner.strategy.schedule.schedules import fullest
-from planner.strategy.strategy import Degrees, Offload, Schedule, Zero
+from planner.strategy.strategy import Degrees, Offload, Schedule
+
+
+def even_factor(degrees: Degrees) -> float:
+    """A step of even stages, in passes of the whole model for one micro-batch."""
+    p, m, v = degrees.pp, degrees.num_micro_batches, degrees.chunks
+    if p == 1:
+        return float(m)
+    match degrees.schedule:
+        case Schedule.GPIPE | Schedule.ONE_F_ONE_B | Schedule.INTERLEAVED:
+            bubble = 3 * (p - 1)
+        case Schedule.ZB_H1:
+            bubble = max(p - 1, 2 * p - 1 - m)
+        case Schedule.ZBV:
+            bubble = max(p - 1, 4 * p - 2 - 2 * m)
+        case Schedule.DUALPIPEV:
+            bubble = 2 * (p - 1)
+    return (3 * m * v + bubble) / (3 * v * p)
 
 
 class Counts(NamedTuple):
@@ -318,27 +346,6 @@ def step_bound_s(
     """No strategy of this shape, on equal devices, that fits into `limit_bytes` has a shorter replay."""
     degrees = shape.degrees
     return BaseBound(model, (shape,) * degrees.pp, options, (limit_bytes,) * degrees.pp).of(degrees)
-
-
-def least_once_s(shape: LayoutModel) -> float:
-    """What a stage gathers before and reduces after all passes takes at least: one block's."""
-    units, zero = shape.block_units.values(), shape.degrees.zero
-    gathers = zero in (Zero.OPTIMIZER, Zero.GRADIENTS)
-    reduces = zero in (Zero.NONE, Zero.OPTIMIZER)
-    return min(
-        (shape.once_s(shape.updates[unit]) if gathers else 0.0)
-        + (shape.once_s(shape.reduces[unit]) if reduces else 0.0)
-        for unit in units
-    )
-
-
-def split_again_s(shape: LayoutModel, key: str, option: Recompute) -> float:
-    """What a split backward pass of a block takes more than a whole one (planner.cost.replay)."""
-    if option is Recompute.NONE:
-        return 0.0
-    if shape.problem.stack.recomputes_once:
-        return shape.deferrable_s[key]
-    return shape.passes(key, option)[1].recompute_s * (constants.SPLIT_RECOMPUTES - 1)
 
 
 def schedule_factor(degrees: Degrees) -> float:

@@ -1,9 +1,12 @@
-"""The best strategy of one shape: bounds first, then plans, then proof.
+"""What the even split of a shape takes at least: the one that is looked at where layers are of several
+classes and ranks hold several stages.
+
+The best strategy of one shape: bounds first, then plans, then proof.
 
 Sizes of stages that cannot beat the incumbent are left out, and cuts of models of several layer classes
-(planner.search.cuts). Stages in fractions of blocks (planner.search.relaxation) bound what is left, and their
+. Stages in fractions of blocks bound what is left, and their
 sizes, made whole, are deals of blocks to begin with beside the even one. Where one of these is near the
-incumbent a game of paths against recipes (planner.search.path_bound) finds better recipes.
+incumbent a game of paths against recipes (planner.search.bounds.fictitious_play) finds better recipes.
 
 Where few ways to deal the blocks remain, all are replayed at once. Else the ILP's optimum is a lower bound of
 every replay; what it finds is replayed, its critical path becomes a row of the programme, and it is solved
@@ -20,19 +23,81 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from planner.cost.replay import critical_path
-from planner.search import even_split
-from planner.search.ilp import StageIlp, StageProgramme
-from planner.search.path_bound import Outcome, PathGame, even_splits, splits_within
-from planner.search.recipes import Column
-from planner.search.relaxation import Relaxed, Whole
-from planner.search.sizes import Sizes, narrowed, splits, whole
-from planner.search.stage_assignment import Dealer
-from planner.search.stage_choices import Place
-from planner.search.stage_space import StageSpace
+from planner.search.bounds.fictitious_play import Outcome, PathGame, Place, even_splits, splits_within
+from planner.search.bounds.partition_limits import PartitionBounds
+from planner.search.bounds.relaxation import Relaxed, Whole
+from planner.search.programme.ilp import StageIlp, StageProgramme
+from planner.search.programme.partition import Dealer, splits, whole
+from planner.search.programme.stage_options import Column
+from planner.search.programme.stages import Sizes, StageSpace, narrowed
+from planner.strategy.schedule.longest_path import action_order
+from planner.strategy.schedule.table import BACKWARD, FORWARD
 from planner.strategy.strategy import Strategy
 
 if TYPE_CHECKING:
     from planner.foundation.arrays import Floats
+
+
+def even_floor_s(space: StageSpace, enough_s: float = float("inf")) -> float:
+    """What the even split does not beat with the cheapest options of all layers, or a bound of at least
+    `enough_s` where that is no more: of few paths, or of all."""
+    import numpy as np
+
+    each = zip(space.rank_of, pairwise(space.even), strict=True)
+    stages = np.stack([space.books[rank].least_passes.stage_s(*span) for rank, span in each])
+    once_s = space.once_s + space.optimizer_s
+    found_s = _few_paths_s(space, stages) + once_s
+    if found_s >= enough_s:
+        return found_s
+    begin_s = [0.0] * space.degrees.pp
+    _, ends_s = action_order(space.table).durations(stages.ravel().tolist()).ends_s(begin_s, space.hop_s)
+    return max(ends_s) + once_s
+
+
+def _few_paths_s(space: StageSpace, stages: Floats) -> float:
+    """The longest of few paths that every table has, by what actions of stages take [stage, kind].
+
+    A rank begins with its first stage, behind a forward of all before it, and runs all its actions. All
+    forwards and passes back of a stage lie between its first, before which a forward runs through all
+    stages before it, and its last, behind which a pass back does. In a V so do those of the rank's other
+    stage, whose forwards come later and whose passes back come before.
+    """
+    import numpy as np
+
+    forward, whole, inputs, weights, _ = stages.T
+    parts, schedule, m = inputs + weights, space.degrees.schedule, space.degrees.num_micro_batches
+    if not schedule.splits_backward:
+        back, all_back = whole, whole
+    elif schedule.splits_every_backward:
+        back, all_back = inputs, parts
+    else:
+        back, all_back = np.minimum(whole, inputs), np.minimum(whole, parts)
+    both, ranks = forward + back, np.asarray(space.rank_of)
+    begin_s, around_s = (np.cumsum(each) - each for each in (forward, both))
+    firsts = [own[0] for own in space.stages_of]
+    longest_s = max(
+        (begin_s[firsts] + m * np.bincount(ranks, forward + all_back)).max(), (around_s + m * both).max()
+    )
+    if schedule.v_shaped:
+        longest_s = max(longest_s, (around_s[firsts] + m * np.bincount(ranks, both)).max())
+    return float(longest_s)
+
+
+def even_bound_s(space: StageSpace, enough_s: float = float("inf")) -> float:
+    """What no recipes of the even split beat, or a bound of at least `enough_s` where that is no more;
+    infinite where none fit."""
+    spans, hop_s = list(pairwise(space.even)), space.hop_s
+    through = [FORWARD] if space.degrees.schedule.splits_backward else [FORWARD, BACKWARD]
+    worst_s = entered_s = 0.0
+    once_s = space.once_s + space.optimizer_s
+    for rank, stages in enumerate(space.stages_of):
+        worst_s = max(worst_s, entered_s + space.even_own_s(rank, spans))
+        if worst_s + once_s >= enough_s:
+            break
+        own_s = space.books[rank].least_passes.stage_s(*spans[stages[0]])
+        entered_s += sum(hop_s + float(own_s[kind]) for kind in through)
+    return worst_s + once_s
+
 
 MAX_SPLITS = 400
 """Ways to deal the blocks that are all replayed; of more, the ILP finds the best."""
@@ -103,6 +168,7 @@ class ShapeSearch:
 
     def __init__(self, space: StageSpace) -> None:
         self.space, self.degrees = space, space.degrees
+        self.bounds = PartitionBounds(space)
         self.model, self.shape = space.model, space.shape
         self.dealable = (
             self.degrees.pp > 1
@@ -147,10 +213,10 @@ class ShapeSearch:
         """What the relaxation says of a step time, after so many replays."""
         if to_beat_s == float("inf") or not self.dealable or not self.space.one_class:
             return Relaxed(0.0, None)
-        sizes = self.space.sizes(to_beat_s)
+        sizes = self.bounds.sizes(to_beat_s)
         if sizes is None:
             return Relaxed(to_beat_s, None)
-        return self.space.relaxation.within(to_beat_s, sizes, rounds, whole)
+        return self.bounds.relaxation.within(to_beat_s, sizes, rounds, whole)
 
     def _starts(self, relaxed: Relaxed) -> list[tuple[int, ...] | None]:
         """Deals to begin with: an even one, and fractions of blocks made whole."""
@@ -183,12 +249,12 @@ class ShapeSearch:
         """The game of a shape for a time to beat; that knows nothing where there is none."""
         outcome: Outcome | None = None
         if to_beat_s < float("inf") and self.space.one_class and self.dealable:
-            sizes = self.space.sizes(to_beat_s)
+            sizes = self.bounds.sizes(to_beat_s)
             if sizes is None:
                 return Outcome(None, float("inf"), to_beat_s)
             outcome = self.games.play(to_beat_s, splits_within(self.space, sizes), thorough=thorough)
         elif to_beat_s < float("inf") and self.dealable:
-            cuts = self.space.cuts.within(to_beat_s)
+            cuts = self.bounds.cuts.within(to_beat_s)
             if cuts is None:
                 return Outcome(None, float("inf"), to_beat_s)
             outcome = self.games.play_cuts(to_beat_s, cuts, thorough=thorough)
@@ -242,7 +308,7 @@ class ShapeSearch:
             return Outcome(None, float("inf"), self._relaxed(to_beat_s, rounds).bound_s)
         outcome = self._game(to_beat_s, tolerance, thorough=True)
         if self.degrees.pp > 1 and not self.dealable and outcome.bound_s < to_beat_s < float("inf"):
-            relaxation, even = self.space.relaxation, self._even_only(tolerance)
+            relaxation, even = self.bounds.relaxation, self._even_only(tolerance)
             relaxed = relaxation.even(to_beat_s, rounds) if even else relaxation.near(to_beat_s, rounds)
             outcome = outcome._replace(bound_s=max(outcome.bound_s, relaxed.bound_s))
         return outcome
@@ -296,11 +362,11 @@ class ShapeSearch:
     def _not_dealt(self, budget: Budget) -> ShapeResult:
         """The best of a shape on shared cores, or of several classes and several stages a rank."""
         if self._even_only(budget.tolerance):
-            bound_s = even_split.floor_s(self.space, budget.to_beat_s)
+            bound_s = even_floor_s(self.space, budget.to_beat_s)
             if bound_s < budget.to_beat_s:
-                bound_s = max(bound_s, even_split.bound_s(self.space, budget.to_beat_s))
+                bound_s = max(bound_s, even_bound_s(self.space, budget.to_beat_s))
             if bound_s < budget.to_beat_s < float("inf"):
-                bound_s = max(bound_s, self.space.relaxation.even(budget.to_beat_s, FEW).bound_s)
+                bound_s = max(bound_s, self.bounds.relaxation.even(budget.to_beat_s, FEW).bound_s)
             if bound_s >= budget.to_beat_s:
                 return ShapeResult(None, budget.to_beat_s, 0)
             played = self.played(budget)
@@ -308,8 +374,8 @@ class ShapeSearch:
                 return played
             best = _fastest(played.found, self.dealt(DEALT_WITHIN * budget.to_beat_s))
             return ShapeResult(best, max(bound_s, played.bound_s), 0)
-        sizes = self.space.sizes(budget.to_beat_s) if self.space.one_class else None
-        near = Relaxed(0.0, None) if sizes else self.space.relaxation.near(budget.to_beat_s, FEW)
+        sizes = self.bounds.sizes(budget.to_beat_s) if self.space.one_class else None
+        near = Relaxed(0.0, None) if sizes else self.bounds.relaxation.near(budget.to_beat_s, FEW)
         if near.bound_s >= budget.to_beat_s:
             return ShapeResult(None, budget.to_beat_s, 0)
         columns = self._columns(budget, sizes)
@@ -329,12 +395,12 @@ class ShapeSearch:
 
     def _may_beat(self, to_beat_s: float) -> bool:
         if self.space.one_class:
-            return self.space.sizes(to_beat_s) is not None
-        return self.space.cuts.within(to_beat_s) is not None
+            return self.bounds.sizes(to_beat_s) is not None
+        return self.bounds.cuts.within(to_beat_s) is not None
 
     def _of_several(self, budget: Budget) -> ShapeResult:
         """The best cut of a model of several layer classes, or proof that none beats the incumbent."""
-        cuts = self.space.cuts.within(budget.to_beat_s)
+        cuts = self.bounds.cuts.within(budget.to_beat_s)
         if cuts is None:
             return ShapeResult(None, budget.to_beat_s, 0)
         each = enumerate(cuts)
@@ -348,7 +414,7 @@ class ShapeSearch:
 
     def _of_one_class(self, budget: Budget) -> ShapeResult:
         """The best deal that can beat the incumbent, or proof that none does."""
-        sizes = self.space.sizes(budget.to_beat_s)
+        sizes = self.bounds.sizes(budget.to_beat_s)
         if sizes is not None and self._places is not None and self.degrees.chunks == 1:
             blocks = [[n for _, n in places] for places in self._places]
             each = zip(sizes.ranks, blocks, strict=True)
@@ -359,7 +425,7 @@ class ShapeSearch:
             return ShapeResult(None, budget.to_beat_s, 0)
         spans = [(s, span) for s in range(self.degrees.stages) for span in self.space.spans(s, sizes)[0]]
         ranks, many = range(self.degrees.pp), len(spans) * MIXES_EACH > MAX_COLUMNS
-        tight = many and self.space.tight(sizes)
+        tight = many and self.bounds.tight(sizes)
         roomy = self.degrees.chunks == 1 or (
             not tight and all(self.space.rank_roomy(rank, sizes) for rank in ranks)
         )

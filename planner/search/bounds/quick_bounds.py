@@ -5,11 +5,11 @@ and the micro-batch alone, and data parallelism only adds to it: under ZeRO 2 an
 every pass, which depend on how state is shared out alone. So with W the passes of the whole model for one
 micro-batch, put together from those of few kinds and those of few ways to share out state,
 
-    step time >= W x factor(schedule, p, m)          factor: planner.search.bounds
+    step time >= W x factor(schedule, p, m)          factor: planner.search.bounds.layout_bounds
 
 and where devices share cores, the work of all micro-batches over their throughput. It lies below
 `step_bound_s`, which knows the shape's memory and optimizer. Where ranks lie on different devices the factor
-is that of planner.search.bounds.BaseBound.
+is that of planner.search.bounds.layout_bounds.BaseBound.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from planner.cost.layer import Pass, stacked
 from planner.cost.stage.sharded_layers import LayerSharding, layer_sharding
 from planner.foundation.frozen import replaced
 from planner.model.sublayer import Recompute
-from planner.search.bounds import schedule_factor
-from planner.search.space import Pipe, Space
+from planner.search.bounds.layout_bounds import schedule_factor
+from planner.search.space import Pipe, Space, alone
 from planner.strategy.placement import is_mixed, rank_groups
 from planner.strategy.strategy import Degrees, Zero
 
 if TYPE_CHECKING:
     from planner.foundation.arrays import Floats, Ints
+
 
 TINY_S = 1e-12
 """What a unit takes at least where it is divided by."""
@@ -123,7 +124,7 @@ def _ranks_on(model: CostModel, bases: Sequence[Degrees]) -> dict[CostModel, Int
 
 def _placed_s(units_s: Floats, ranks: Ints, m: Floats, rows: Ints, factor: Floats) -> Floats:
     """The bounds of shapes from the seconds of units [devices, unit, base] and how many ranks lie on which
-    devices [devices, base] (planner.search.bounds.BaseBound)."""
+    devices [devices, base] (planner.search.bounds.layout_bounds.BaseBound)."""
     import numpy as np
 
     there = ranks > 0
@@ -215,18 +216,3 @@ def _sent_s(model: CostModel, base: Degrees) -> list[tuple[float, float]]:
     messages = Messages(model.problem, base, model.comms, layers.physics, layers.stream_width)
     sent, gathers = model.shared.sent(messages, layers.units(base)), base.zero is Zero.PARAMETERS
     return [(sent.gathers[unit].total_s if gathers else 0.0, sent.reduces[unit].total_s) for unit in units]
-
-
-def alone(kind: LayerSharding) -> Degrees:
-    """Degrees of a kind without data parallelism."""
-    tp, sequence_parallel, micro_batch, cp, exchange, ep, etp, devices = kind
-    return Degrees(
-        tp=tp,
-        pp=devices // (tp * cp),
-        sequence_parallel=sequence_parallel,
-        micro_batch=micro_batch,
-        cp=cp,
-        cp_exchange=exchange,
-        ep=ep,
-        etp=etp,
-    )

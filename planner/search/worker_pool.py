@@ -1,4 +1,6 @@
-"""Processes that search shapes beside each other, one for each core.
+"""A piece of a search that can be worked out apart from the others.
+
+Processes that search shapes beside each other, one for each core.
 
 A search gives its tasks and takes their results in an order of its own, so that nothing depends on how many
 processes there are, or which was faster. They are forked, and so know the problem and all that was
@@ -18,16 +20,44 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
+from enum import StrEnum
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from planner.foundation.decode import decode, encode
-from planner.search.shape_search import Found, ShapeResult
-from planner.search.task import Task
+from planner.search.layout_search import Budget, Found, ShapeResult
 from planner.strategy.strategy import Strategy
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess
+
+
+class TaskKind(StrEnum):
+    """What is asked of a shape: an even split, something better, the best with a proof, or a bound."""
+
+    GREEDY = "greedy"
+    BETTER = "better"
+    BEST = "best"
+    BOUND = "bound"
+
+
+class Task(NamedTuple):
+    """What is asked of the shape with a number, and what that may use."""
+
+    kind: TaskKind
+    number: int
+    budget: Budget
+
+    def to_json(self) -> bytes:
+        """As text for another process; what is infinite stays so."""
+        return json.dumps(self).encode()
+
+    @staticmethod
+    def of_json(text: bytes) -> Task:
+        """The task of such a text."""
+        kind, number, budget = json.loads(text)
+        return Task(TaskKind(kind), number, Budget(*budget))
+
 
 MOST = 4
 """Processes at most: more wait for each other's results."""

@@ -24,15 +24,14 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner.search.least_passes import option_passes
+from planner.search.programme.stage_options import option_passes
+from planner.search.programme.stages import Spans
 from planner.strategy.schedule.table import BACKWARD, FORWARD, INPUT_GRAD, KINDS, PAIRED, Table
 
 if TYPE_CHECKING:
     from planner.foundation.arrays import Bools, Floats, Ints
-    from planner.search.stage_space import StageSpace
-
-Spans = list[list[tuple[int, int]]]
-"""Blocks [first, end) that a stage may hold: for each first layer, ends in ascending order."""
+    from planner.search.bounds.rank_bounds import RankParts
+    from planner.search.programme.stages import StageSpace
 
 
 class _StagePaths(NamedTuple):
@@ -115,10 +114,11 @@ class _Held(NamedTuple):
 class Cuts:
     """The cuts of one shape near its even one."""
 
-    def __init__(self, space: StageSpace) -> None:
+    def __init__(self, space: StageSpace, parts: RankParts) -> None:
         import numpy as np
 
-        self.space, self.stages, self.table = space, len(space.table), space.table
+        self.space, self.parts = space, parts
+        self.stages, self.table = len(space.table), space.table
         most = max(map(len, space.near))
         layers = [[*near] + [near[-1]] * (most - len(near)) for near in space.near]
         self.firsts, self.ends = np.asarray(layers[:-1]), np.asarray(layers[1:])
@@ -182,11 +182,11 @@ class Cuts:
         return least
 
     def _again_s(self) -> Floats:
-        """What actions take more at least where blocks recompute in parts (planner.search.rank_parts) [stage,
-        kind, first, end]; infinite where blocks cannot fit."""
+        """What actions take more at least where blocks recompute in parts
+        (planner.search.bounds.rank_bounds) [stage, kind, first, end]; infinite where blocks cannot fit."""
         import numpy as np
 
-        space, room = self.space, self.space.ranks.parts.room
+        space, room = self.space, self.parts.room
         if room is None:
             return np.zeros((self.stages, len(KINDS), 1, 1))
         classes, options = list(space.shape.classes), space.books[0].options

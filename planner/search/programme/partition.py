@@ -1,4 +1,10 @@
-"""A good way to deal blocks to stages, found by moving one block at a time: the incumbent of a shape.
+"""Trades of recomputation between the stages of a rank: one block of a stage recomputes less, one of another
+more.
+
+A rank's time does not tell which of its stages should recompute: the longest path may go through one of them
+more often, or at an hour at which others wait.
+
+A good way to deal blocks to stages, found by moving one block at a time: the incumbent of a shape.
 
 From an even deal, every deal that moves one block from one stage to another is replayed at once, the best
 taken, and so on until none is better. Each stage has its fastest recipe that fits; where a rank holds
@@ -11,15 +17,67 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 from planner.cost.replay import critical_path
-from planner.search.recipes import Column
-from planner.search.sizes import Limits
-from planner.search.stage_space import StageSpace
-from planner.search.trades import Trade, trades
+from planner.search.programme.stage_options import Column, RecipeBook
+from planner.search.programme.stages import Limits, Sizes, StageSpace
 from planner.strategy.schedule.longest_path import action_order, many_row_ends_s
 from planner.strategy.schedule.table import InFlight, total_count
-from planner.strategy.strategy import Stage
+from planner.strategy.strategy import RecomputeCounts, Stage
+
+if TYPE_CHECKING:
+    from planner.foundation.arrays import Ints
+
+
+LESS = (("full", "selective"), ("selective", "none"), ("full", "none"))
+"""Options of a block that recomputes less: before and after."""
+MORE = tuple((after, before) for before, after in LESS)
+
+
+class Trade(NamedTuple):
+    """New recipes of two stages of a rank, by which the longest path gets shorter."""
+
+    gain_s: float
+    rank: int
+    stages: tuple[int, int]
+    columns: tuple[Column, Column]
+
+
+def trades(
+    columns: Sequence[Column], counts: Ints, ranks: Sequence[Sequence[int]], books: Sequence[RecipeBook]
+) -> list[Trade]:
+    """Trades that shorten the longest path of an assignment, those that do most first; `counts` [stage, kind]
+    are the path's actions. Whether they fit is not asked, nor what becomes the longest path then."""
+    found = []
+    for rank, (stages, book) in enumerate(zip(ranks, books, strict=True)):
+        if len(stages) == 1 or all(columns[s].stage.recompute.none == columns[s].layers for s in stages):
+            continue
+        less, more = (
+            [(s, *one) for s in stages for one in _changed(columns[s], counts[s], ways, book)]
+            for ways in (LESS, MORE)
+        )
+        for one, spared, gain_s in less:
+            for other, spent, loss_s in more:
+                if one != other and gain_s + loss_s > 0:
+                    found.append(Trade(gain_s + loss_s, rank, (one, other), (spared, spent)))
+    return sorted(found, key=lambda trade: (-trade.gain_s, trade.rank, trade.stages))
+
+
+def _changed(
+    column: Column, counts: Ints, ways: Sequence[tuple[str, str]], book: RecipeBook
+) -> Iterator[tuple[Column, float]]:
+    """A stage's recipes with one block of an option that has another instead, and how much less its actions
+    on a path are then."""
+    stage, own = column.stage, column.stage.recompute
+    each = {"none": own.none, "selective": own.selective, "full": own.full}
+    for before, after in ways:
+        if each[before] and any(after == option.value for option in book.options):
+            moved = each | {before: each[before] - 1, after: each[after] + 1}
+            changed = book.column(Stage(first=stage.first, end=stage.end, recompute=RecomputeCounts(**moved)))
+            pairs = zip(counts.tolist(), column.passes_s, changed.passes_s, strict=True)
+            yield changed, sum(n * (old_s - new_s) for n, old_s, new_s in pairs)
+
 
 MAX_PLACES = 8192
 """Actions of a table beyond which no deal but the first is tried: each round would take long."""
@@ -95,7 +153,7 @@ class Dealer:
         if not self._fits(rank, least):
             return None
         if not space.one_class or space.model.sharing is not None:
-            return space.ranks.fastest(rank, spans) or self._apart(rank, spans) or least
+            return space.fastest(rank, spans) or self._apart(rank, spans) or least
         fastest = (space.recipe(s, span, float("inf")) for s, span in zip(stages, spans, strict=True))
         chosen = tuple(column for column in fastest if column is not None)
         if self._fits(rank, chosen):
@@ -106,7 +164,7 @@ class Dealer:
         # as if all stages had most alive at once.
         for live in ([fullest[s] for s in stages], most):
             free_bytes = self._free_bytes(rank, live, spans)
-            for mix in space.ranks.floors[rank].fastest_mixes(sizes, live, free_bytes, MAX_PAIRS):
+            for mix in space.floors[rank].fastest_mixes(sizes, live, free_bytes, MAX_PAIRS):
                 mixed = tuple(
                     book.column(Stage(first=first, end=end, recompute=counts))
                     for (first, end), counts in zip(spans, mix, strict=True)
@@ -293,3 +351,61 @@ class Dealer:
                 moved = list(deal)
                 moved[a], moved[b] = deal[a] - 1, deal[b] + 1
                 yield tuple(moved)
+
+
+TRIES = 20
+"""Partial ways that are looked at for each way that is asked for, before there are too many."""
+
+
+def whole(parts: Sequence[float], total: int) -> list[int]:
+    """Whole numbers near some parts that add up to a total."""
+    found = [int(part) for part in parts]
+    order = sorted(range(len(found)), key=lambda n: (found[n] - parts[n], n))
+    for number in range(total - sum(found)):
+        found[order[number % len(order)]] += 1
+    for number in range(sum(found) - total):
+        found[order[-1 - number % len(order)]] -= 1
+    return found
+
+
+def splits(sizes: Sizes, total: int, rank_of: Sequence[int], most: int) -> list[tuple[int, ...]] | None:
+    """Every way to deal `total` blocks to stages within limits; None where there are more than `most`."""
+    stages = sizes.stages
+    after = [(0, 0)]
+    for low, high in reversed(stages):
+        after.append((after[-1][0] + low, after[-1][1] + high))
+    after.reverse()
+    last_of = {rank: stage for stage, rank in enumerate(rank_of)}
+    found: list[tuple[int, ...]] = []
+    held = [0] * len(sizes.ranks)
+    chosen: list[int] = []
+
+    tried = 0
+
+    def extend(stage: int, left: int) -> bool:
+        nonlocal tried
+        tried += 1
+        if stage == len(stages):
+            found.append(tuple(chosen))
+        if len(found) > most or tried > TRIES * most:
+            return False
+        if stage == len(stages):
+            return True
+        rank = rank_of[stage]
+        least_after, most_after = after[stage + 1]
+        low, high = max(stages[stage][0], left - most_after), min(stages[stage][1], left - least_after)
+        rank_low, rank_high = sizes.ranks[rank]
+        high = min(high, rank_high - held[rank])
+        if last_of[rank] == stage:
+            low = max(low, rank_low - held[rank])
+        for size in range(low, high + 1):
+            chosen.append(size)
+            held[rank] += size
+            going = extend(stage + 1, left - size)
+            held[rank] -= size
+            chosen.pop()
+            if not going:
+                return False
+        return True
+
+    return found if extend(0, total) else None

@@ -1,4 +1,15 @@
-"""Stage recipes: for a stage and the blocks that it holds, the best mix of recompute options that fits.
+"""What a block of a class and the ends of a model hold under the degrees of a shape.
+
+Stages of a block or two tell: what a second block adds is what every block of its class holds, and what a
+stage of one block holds besides is its ends'.
+
+What the layers of a model take at least, whatever recomputes: sums from which a stage's passes follow.
+
+Gradients of inputs and of weights count as planner.cost.replay.split_backward divides a backward
+pass, or,
+where torch divides that of a whole stage, as no stage takes less.
+
+Stage recipes: for a stage and the blocks that it holds, the best mix of recompute options that fits.
 
 The mixes of n blocks over three options are few, (n + 1)(n + 2) / 2, and their times are sums: all are costed
 at once, and the fastest that fits is the stage's column of the ILP. Options are dealt in layer order, so
@@ -10,24 +21,162 @@ from __future__ import annotations
 import dataclasses
 from functools import cache, cached_property
 from operator import le
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from planner.cost import constants
+from planner.cost.layer import Pass
 from planner.cost.replay import kind_passes
-from planner.cost.stage.memory_timeline import StageMemory
+from planner.cost.stage.memory_timeline import StageMemory, least_pass_bytes, reducing_bytes, stage_pass_bytes
 from planner.cost.stage.offload import with_offload
 from planner.cost.stage.stage import LayoutModel, StageCost
 from planner.foundation.arrays import larger
 from planner.foundation.frozen import frozen
 from planner.job.engine_settings import Engine
 from planner.model.sublayer import Recompute
-from planner.search.block_bytes import BlockBytes, EndBytes
-from planner.search.bounds import split_again_s
-from planner.search.least_passes import LeastPasses, least_passes
 from planner.strategy.schedule.table import KINDS, InFlight
-from planner.strategy.strategy import Offload, RecomputeCounts, Schedule, Stage, offloaded
+from planner.strategy.strategy import Offload, RecomputeCounts, Schedule, Stage, Zero, offloaded
 
 if TYPE_CHECKING:
     from planner.foundation.arrays import Floats, Ints
+
+
+class EndBytes(NamedTuple):
+    """Of the ends that a stage holds: their states, what they keep of a micro-batch, and what a pass of the
+    stage needs beside them."""
+
+    resident: float
+    saved: float
+    passing: float
+
+
+class BlockBytes:
+    """The bytes of one book's blocks of a class.
+
+    `saved` is what a block keeps of a micro-batch by its option, `waiting` what it holds for its weight
+    gradients; `states` are those of a block, `late` the part that a pass back makes. `passing` is what its
+    pass back needs by its option; while gradients of a block behind it are reduced, `reducing` more, less
+    what that block kept, `behind` at least.
+    """
+
+    def __init__(self, book: RecipeBook, key: str) -> None:
+        self.book, shape = book, book.shape
+        self.saved = {option: shape.block(key, option).saved_bytes for option in book.options}
+        self.waiting = {option: shape.waiting_bytes[key, option] for option in book.options}
+        self.keeping = sorted(self.saved, key=lambda option: -self.saved[option])
+        self.middle = shape.layer_model.keys.index(key, 2)
+        """A layer of the class with one before it, neither of which is the model's first."""
+        first, counts = self.middle - 1, (RecomputeCounts(none=size) for size in (1, 2))
+        one, two = (book.column(Stage(first=first, end=first + c.layers, recompute=c)) for c in counts)
+        self.states = two.resident_bytes - one.resident_bytes
+        self.late = two.late_bytes - one.late_bytes
+        self.passing = {option: least_pass_bytes(shape, [option], key) for option in book.options}
+        self.reducing = reducing_bytes(shape)
+        self.behind = least_pass_bytes(shape, book.options, behind=True) - min(self.passing.values())
+        self._ends: dict[tuple[bool, bool, bool], EndBytes] = {}
+        self._passing: dict[tuple[bool, bool], float] = {}
+
+    def by_option(self, name: str) -> list[float]:
+        """A figure for each option."""
+        figure = getattr(self, name)
+        return list(figure.values()) if isinstance(figure, dict) else [figure] * len(self.saved)
+
+    def ends(self, first: bool, last: bool, *, begun: bool) -> EndBytes:
+        """Those of a stage that holds the first or the last block, without gradients before a pass back has
+        `begun`."""
+        key = first, last, begun
+        if key not in self._ends:
+            least = self.keeping[-1]
+            alone = self.book.column(self._stage(first, last, least))
+            late = 0.0 if begun else alone.late_bytes - self.late
+            self._ends[key] = EndBytes(
+                resident=alone.resident_bytes - self.states - late,
+                saved=alone.cost.saved_bytes - self.saved[least],
+                passing=self._pass_bytes(first, last),
+            )
+        return self._ends[key]
+
+    def _pass_bytes(self, first: bool, last: bool) -> float:
+        """What a pass of a stage with these ends and one block needs at least."""
+        if (first, last) not in self._passing:
+            shape = self.book.shape
+            costs = (shape.stage(self._stage(first, last, option)) for option in self.saved)
+            self._passing[first, last] = min(stage_pass_bytes(shape, cost) for cost in costs)
+        return self._passing[first, last]
+
+    def _stage(self, first: bool, last: bool, option: Recompute) -> Stage:
+        """A stage of one block."""
+        start = 0 if first else self.book.layers - 1 if last else self.middle
+        counts = RecomputeCounts(
+            none=int(option is Recompute.NONE),
+            selective=int(option is Recompute.SELECTIVE),
+            full=int(option is Recompute.FULL),
+        )
+        return Stage(first=start, end=start + 1, recompute=counts)
+
+
+class LeastPasses(NamedTuple):
+    """Least seconds by kind of action (planner.strategy.schedule.table.KINDS): `sums` [kind, layers + 1] of
+    all layers
+    before each, embedding and head with the first and the last; `action` [kind] of what an action takes
+    besides."""
+
+    sums: Floats
+    action: Floats
+
+    def stage_s(self, firsts: Ints | int, ends: Ints | int) -> Floats:
+        """What a stage's actions take at least, or those of many stages, [kind, stage]."""
+        each: Floats = (self.sums[:, ends] - self.sums[:, firsts]).T + self.action
+        return each.T
+
+
+def least_passes(shape: LayoutModel, options: tuple[Recompute, ...]) -> LeastPasses:
+    """Those of a shape's layers, each pass with the option that takes least."""
+    import numpy as np
+
+    known = {key: option_passes(shape, key, options).min(axis=0) for key in shape.classes}
+    each = np.asarray([known[key] for key in shape.layer_model.keys]).T
+    whole = shape.problem.stack.recomputes_once or shape.problem.workload.adapters is not None
+    for place, (forward, backward) in ((0, shape.embedding_passes), (-1, shape.head_passes)):
+        left_s = 0.0 if whole else backward.compute_s / 2  # of frozen ends it may be below 0
+        each[:, place] += _parts_s(shape, forward, backward, left_s, 0.0)
+    sums = np.concatenate([np.zeros((len(each), 1)), np.cumsum(each, axis=1)], axis=1)
+    return LeastPasses(sums, np.asarray(_parts_s(shape, shape.action, shape.action, 0.0, 0.0)))
+
+
+def option_passes(shape: LayoutModel, key: str, options: tuple[Recompute, ...]) -> Floats:
+    """What a block of a class adds at least to its stage's actions, with each option [option, kind]."""
+    import numpy as np
+
+    unchanged, each = shape.problem.workload.adapters is not None, []
+    for option in options:
+        forward, backward = shape.passes(key, option)
+        if shape.problem.stack.recomputes_once:
+            products_s = shape.deferrable_s[key]
+            left_s, again_s = products_s * (option is Recompute.NONE), 0.0
+        else:
+            left_s = 0.0 if unchanged else backward.compute_s / 2
+            products_s, again_s = min(left_s, forward.compute_s), split_again_s(shape, key, option)
+        each.append(_parts_s(shape, forward, backward, left_s, products_s + again_s))
+    return np.asarray(each)
+
+
+def _parts_s(
+    shape: LayoutModel, forward: Pass, backward: Pass, left_s: float, products_s: float
+) -> tuple[float, ...]:
+    """Seconds by kind where `left_s` of the backward is not in I, and `products_s` are in W."""
+    later_s = 0.0 if shape.problem.workload.adapters is not None else backward.host_s / 2
+    forward_s, backward_s = forward.total_s, backward.total_s
+    return forward_s, backward_s, backward_s - left_s - later_s, products_s + later_s, forward_s
+
+
+def split_again_s(shape: LayoutModel, key: str, option: Recompute) -> float:
+    """What a split backward pass of a block takes more than a whole one (planner.cost.replay)."""
+    if option is Recompute.NONE:
+        return 0.0
+    if shape.problem.stack.recomputes_once:
+        return shape.deferrable_s[key]
+    return shape.passes(key, option)[1].recompute_s * (constants.SPLIT_RECOMPUTES - 1)
+
 
 MAX_MIXES = 16
 """Recomputation mixes of one stage and size that the ILP chooses from where a rank holds several stages."""
@@ -358,3 +507,15 @@ class RecipeBook:
             step = (len(chosen) - 1) / (MAX_MIXES - 1)
             chosen = [chosen[round(number * step)] for number in range(MAX_MIXES)]
         return [self.column(self._stage(mixes, number, first, end)) for number in chosen]
+
+
+def least_once_s(shape: LayoutModel) -> float:
+    """What a stage gathers before and reduces after all passes takes at least: one block's."""
+    units, zero = shape.block_units.values(), shape.degrees.zero
+    gathers = zero in (Zero.OPTIMIZER, Zero.GRADIENTS)
+    reduces = zero in (Zero.NONE, Zero.OPTIMIZER)
+    return min(
+        (shape.once_s(shape.updates[unit]) if gathers else 0.0)
+        + (shape.once_s(shape.reduces[unit]) if reduces else 0.0)
+        for unit in units
+    )
