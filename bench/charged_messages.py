@@ -16,7 +16,7 @@ from planner.cost.stage.sharded_layers import SharedCosts
 from planner.cost.stage.stage import LayoutModel
 from planner.cost.time_constants import usual_physics
 from planner.hardware.cluster import ClusterSpec, Device, DeviceGroup, Link
-from planner.job.engine_settings import Stack
+from planner.job.engine_settings import EngineSettings
 from planner.job.problem import PlanningProblem
 from planner.profile.profile import Op
 from planner.strategy.plan import Plan
@@ -120,5 +120,5 @@ def _somewhere(plan: Plan) -> PlanningProblem:
         cluster=ClusterSpec(name="any", groups=(group,), intra=link, inter=link),
         profile=None,
         memory_limit_bytes=2**40,
-        stack=Stack(balanced=True),
+        engine_settings=EngineSettings(balanced=True),
     )

@@ -162,7 +162,7 @@ def experts_layout(run: Run, setups: Setups) -> tuple[RunSetup, Estimate] | Reje
 
 def held(problem: PlanningProblem) -> PlanningProblem:
     """The problem held to what its engine can run."""
-    return dataclasses.replace(problem, limits=Limits(engine=problem.stack.engine))
+    return dataclasses.replace(problem, limits=Limits(engine=problem.engine_settings.engine))
 
 
 def planned(problem: PlanningProblem, limit_s: float | None) -> Plan | None:
@@ -187,7 +187,7 @@ def judge(run: Run, setups: Setups, limit_s: float | None) -> dict[str, Any]:
     broken = [rejected.rule for rejected in broken_rules(problem, setup.strategy)]
     row |= {
         "cluster": problem.cluster.name,
-        "engine": str(problem.stack.engine),
+        "engine": str(problem.engine_settings.engine),
         "seq": problem.workload.seq,
         "batch": problem.workload.batch,
         "assumed": setup.assumed,

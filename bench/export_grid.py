@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from planner.calibration.software import engine_stack
+from planner.calibration.software import settings_for_engine
 from planner.commands.splitting.estimate import strategy_of
 from planner.cost.evaluate import CostModel
 from planner.export.targets import refusals
@@ -153,7 +153,7 @@ def plan_of(case: Case) -> Plan | Unexported:
         limits=Limits(engine=engine),
     )
     if engine is not None:
-        problem = dataclasses.replace(problem, stack=engine_stack(engine, None, cluster))
+        problem = dataclasses.replace(problem, engine_settings=settings_for_engine(engine, None, cluster))
     strategy = _strategy(case, problem)
     plan = make_plan(problem, CostModel(problem).evaluate(strategy), None, {}, ())
     plan = dataclasses.replace(plan, engine=engine)

@@ -19,8 +19,8 @@ from planner.cost.goodput import Job, figures_of
 from planner.foundation.decode import write_atomic
 from planner.foundation.units import DAY_S, format_seconds
 from planner.hardware.failures import failure_file
-from planner.job.problem import Upkeep
-from planner.sizing.usual_overheads import usual_upkeep
+from planner.job.problem import JobOverheads
+from planner.sizing.usual_overheads import usual_overheads
 
 HOUR_S = 3600.0
 REPEATS = 2000
@@ -34,32 +34,33 @@ class Published(NamedTuple):
     nodes: int
     checkpoint_bytes: float
     goodput: tuple[float, float]
-    said: Upkeep
+    said: JobOverheads
     source: str
 
 
 RUNS = (
     Published(
-        "Llama 3.1 405B", "h100-sxm-80gb", 2048, 12 * 405e9, (0.90, 1.0), Upkeep(storage_bytes_per_s=2e12),
+        "Llama 3.1 405B", "h100-sxm-80gb", 2048, 12 * 405e9, (0.90, 1.0),
+        JobOverheads(storage_bytes_per_s=2e12),
         "over 90 % of 54 days (arXiv 2407.21783)",
     ),
     Published(
-        "ByteRobust, dense", "h800-sxm-80gb", 1200, 12 * 175e9, (0.97, 0.97), Upkeep(),
+        "ByteRobust, dense", "h800-sxm-80gb", 1200, 12 * 175e9, (0.97, 0.97), JobOverheads(),
         "97 % of three months on 9,600 GPUs; the model is not named, 175B taken (arXiv 2509.16293)",
     ),
     Published(
         "OPT-175B, no repair", "a100-sxm-80gb", 124, 1.6e12, (33 / 56, 33 / 56),
-        Upkeep(failures_per_1000_node_days=105 / 33 / 124 * 1000),
+        JobOverheads(failures_per_1000_node_days=105 / 33 / 124 * 1000),
         "33 days of computing in 56, 105 restarts (arXiv 2205.01068 and its chronicles)",
     ),
     Published(
         "OPT-175B, 4 h a machine", "a100-sxm-80gb", 124, 1.6e12, (33 / 56, 33 / 56),
-        Upkeep(failures_per_1000_node_days=105 / 33 / 124 * 1000, repair_s=4 * HOUR_S),
+        JobOverheads(failures_per_1000_node_days=105 / 33 / 124 * 1000, repair_s=4 * HOUR_S),
         "replacing a machine took hours (chronicles, 3 December 2021)",
     ),
     Published(
         "BLOOM 176B", "a100-sxm-80gb", 48, 2.3e12, (0.978, 0.987),
-        Upkeep(
+        JobOverheads(
             checkpoint_every=100,
             storage_bytes_per_s=2.3e12 / 40,
             failures_per_1000_node_days=1.5 / 7 / 48 * 1000,
@@ -87,13 +88,13 @@ def job_of(run: Published) -> Job:
     )
 
 
-def microseconds(job: Job, upkeep: Upkeep) -> float:
+def microseconds(job: Job, overheads: JobOverheads) -> float:
     """The time of one prediction, the least of five series."""
     best_s = float("inf")
     for _ in range(5):
         begun_s = time.perf_counter()
         for _ in range(REPEATS):
-            figures_of(job, upkeep)
+            figures_of(job, overheads)
         best_s = min(best_s, time.perf_counter() - begun_s)
     return 1e6 * best_s / REPEATS
 
@@ -104,8 +105,8 @@ def main(out: Path) -> None:
     """Predict the goodput of published runs, and time it."""
     rows, found = [], []
     for run in RUNS:
-        job, upkeep = job_of(run), usual_upkeep(8 * run.nodes, run.said)
-        figures = figures_of(job, upkeep)
+        job, overheads = job_of(run), usual_overheads(8 * run.nodes, run.said)
+        figures = figures_of(job, overheads)
         low, high = run.goodput
         published = f"{low:.1%}" if low == high else f"{low:.1%} to {high:.1%}"
         every = format_seconds((figures.checkpoint_every or 0) * job.step_s)
@@ -117,14 +118,14 @@ def main(out: Path) -> None:
                 "predicted": round(figures.goodput, 4),
                 "between_failures_h": round((figures.between_failures_s or 0.0) / HOUR_S, 2),
                 "upkeep": {
-                    field.name: getattr(upkeep, field.name)
-                    for field in dataclasses.fields(upkeep)
-                    if getattr(upkeep, field.name) is not None
+                    field.name: getattr(overheads, field.name)
+                    for field in dataclasses.fields(overheads)
+                    if getattr(overheads, field.name) is not None
                 },
                 "source": run.source,
             }
         )
-    taken_us = round(microseconds(job_of(RUNS[0]), usual_upkeep(16_384)), 1)
+    taken_us = round(microseconds(job_of(RUNS[0]), usual_overheads(16_384)), 1)
     write_atomic(out, json.dumps({"runs": found, "prediction_us": taken_us}, indent=1) + "\n")
     click.echo(table(("run", "published", "predicted", "checkpoints", "source"), rows))
     click.echo(f"\none prediction takes {taken_us:g} us")

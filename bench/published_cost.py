@@ -42,7 +42,7 @@ from planner.foundation.units import DAY_S
 from planner.hardware.catalog import data_folder
 from planner.profile.choose import shipped_profile
 from planner.profile.profile import Profile, load_profile
-from planner.sizing.usual_overheads import usual_upkeep
+from planner.sizing.usual_overheads import usual_overheads
 from planner.strategy.estimate import Estimate, Rejected, Verdict
 
 DATA = Path(__file__).parent / "data" / "published_costs.toml"
@@ -234,7 +234,7 @@ def estimate_of(cost: PublishedCost, setup: RunSetup) -> tuple[Estimate, float]:
         return plain, 1.0
     problem = dataclasses.replace(
         setup.problem,
-        upkeep=usual_upkeep(setup.problem.cluster.devices),
+        overheads=usual_overheads(setup.problem.cluster.devices),
         workload=dataclasses.replace(setup.problem.workload, tokens=round(cost.tokens)),
     )
     job = CostModel(problem).evaluate(setup.strategy).estimate.job

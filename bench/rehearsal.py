@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import click
 
 from planner.advice.apply_rehearsal import refine
-from planner.calibration.software import engine_stack
+from planner.calibration.software import settings_for_engine
 from planner.commands.shared.text import table
 from planner.commands.shared.with_torch import require_torch
 from planner.commands.splitting.estimate import strategy_of
@@ -129,7 +129,7 @@ def plan_of(model: str, cluster: str, seq: int, batch: int, pins: str) -> Asked:
         memory_limit_bytes=device.usable_memory_bytes,
         limits=Limits(engine=Engine.NATIVE),
     )
-    problem = dataclasses.replace(problem, stack=engine_stack(Engine.NATIVE, own, parsed))
+    problem = dataclasses.replace(problem, engine_settings=settings_for_engine(Engine.NATIVE, own, parsed))
     strategy = strategy_of(problem, parse_fixed_choices(tuple(pins.split())))
     broken = broken_rules(problem, strategy)
     assert not broken, (model, pins, broken)

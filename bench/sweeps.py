@@ -39,7 +39,14 @@ from planner.model.feed_forward import Activation, Experts, Mlp
 from planner.model.spec import Block, ModelSpec, Norm, Segment
 from planner.model.sublayer import Recompute
 from planner.model.workload import Precision, Workload
-from planner.profile.profile import PROFILE_SCHEMA, Constant, LayerSample, Profile, RateSample, load_profile
+from planner.profile.profile import (
+    PROFILE_SCHEMA,
+    Constant,
+    LayerSample,
+    OperatorSample,
+    Profile,
+    load_profile,
+)
 
 EFFORT_S = 0.25
 
@@ -102,7 +109,7 @@ def cases() -> list[Case]:
     ]
 
 
-def take(device_type: str, precision: Precision) -> tuple[list[RateSample], list[Constant], float]:
+def take(device_type: str, precision: Precision) -> tuple[list[OperatorSample], list[Constant], float]:
     """Sweeps and constants of the host, and how long the sweeps took."""
     from runtime.profiler.host import measure_host
     from runtime.profiler.operators import rate_families
@@ -110,10 +117,10 @@ def take(device_type: str, precision: Precision) -> tuple[list[RateSample], list
     from runtime.profiler.timing import Effort
 
     began = time.monotonic()
-    rates: list[RateSample] = []
+    rates: list[OperatorSample] = []
     for family in rate_families(device_type, precision, SWEEP_EFFORT, Sweeps.ALL):
         for reading in family.measure(family.cases()):
-            rates += [sample for sample in reading.samples if isinstance(sample, RateSample)]
+            rates += [sample for sample in reading.samples if isinstance(sample, OperatorSample)]
         click.echo(f"{family.name}: {len(rates)} samples, {time.monotonic() - began:.0f} s", err=True)
     taken_s = time.monotonic() - began
     host = Effort(warmup=2, least=7, most=40, budget_s=0.15)
@@ -126,7 +133,7 @@ def take(device_type: str, precision: Precision) -> tuple[list[RateSample], list
     return rates, constants, taken_s
 
 
-def as_profile(rates: Sequence[RateSample], constants: Sequence[Constant], device_type: str) -> Profile:
+def as_profile(rates: Sequence[OperatorSample], constants: Sequence[Constant], device_type: str) -> Profile:
     return Profile(
         schema_version=PROFILE_SCHEMA,
         name="sweeps",

@@ -16,9 +16,9 @@ from planner.profile.profile import (
     ContentionSample,
     LayerKind,
     LayerSample,
+    OperatorKind,
+    OperatorSample,
     Profile,
-    RateKind,
-    RateSample,
     load_profile,
     shape_key,
 )
@@ -118,21 +118,21 @@ def rich() -> Profile:
     )
 
 
-def rates() -> tuple[RateSample, ...]:
+def rates() -> tuple[OperatorSample, ...]:
     """Every kind of operator at a few sizes, as a device of one rate and one bandwidth would take them."""
     found = []
-    for kind in RateKind:
+    for kind in OperatorKind:
         for number in range(6):
             dims = tuple(96 * 2 ** ((number + place) % 6) for place in range(DIMS[kind]))
             seconds = 2e-6 + math.prod(dims) / (3e14 if DIMS[kind] > 2 else 1e12)
             found.append(
-                RateSample(
+                OperatorSample(
                     kind=kind,
                     dims=dims,
                     precision=Precision.BF16,
-                    variant="rmsnorm" if kind is RateKind.NORM else "",
+                    variant="rmsnorm" if kind is OperatorKind.NORM else "",
                     forward_s=seconds,
-                    backward_s=None if kind in COPIES or kind is RateKind.OPTIMIZER else 2.2 * seconds,
+                    backward_s=None if kind in COPIES or kind is OperatorKind.OPTIMIZER else 2.2 * seconds,
                     spread=0.03,
                     samples=20,
                 )
@@ -141,10 +141,12 @@ def rates() -> tuple[RateSample, ...]:
 
 
 DIMS = {
-    **dict.fromkeys((RateKind.GROUPED, RateKind.ROUTING), 4),
-    **dict.fromkeys((RateKind.GEMM, RateKind.ATTENTION, RateKind.CROSS_ENTROPY, RateKind.EMBEDDING), 3),
-    **dict.fromkeys((RateKind.NORM, RateKind.ROTARY, RateKind.OPTIMIZER), 2),
-    **dict.fromkeys((RateKind.ADD, RateKind.ACTIVATION, *COPIES), 1),
+    **dict.fromkeys((OperatorKind.GROUPED, OperatorKind.ROUTING), 4),
+    **dict.fromkeys(
+        (OperatorKind.GEMM, OperatorKind.ATTENTION, OperatorKind.CROSS_ENTROPY, OperatorKind.EMBEDDING), 3
+    ),
+    **dict.fromkeys((OperatorKind.NORM, OperatorKind.ROTARY, OperatorKind.OPTIMIZER), 2),
+    **dict.fromkeys((OperatorKind.ADD, OperatorKind.ACTIVATION, *COPIES), 1),
 }
 """How many dims tell samples of a kind apart."""
 

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 
-from planner.calibration.software import engine_stack
+from planner.calibration.software import settings_for_engine
 from planner.cost.communication.collectives import CommModel, Group
 from planner.cost.time_constants import usual_physics
 from planner.foundation.errors import InputError
@@ -21,7 +21,7 @@ from planner.hardware.cluster import ClusterSpec, Device
 from planner.job.engine_settings import Engine
 from planner.job.problem import PlanningProblem
 from planner.model.workload import AdapterModules, Adapters, Method, Optimizer, Precision
-from planner.profile.profile import PROFILE_SCHEMA, Constant, Op, Profile, RateSample
+from planner.profile.profile import PROFILE_SCHEMA, Constant, Op, OperatorSample, Profile
 from planner.strategy.engines.engine_rules import problem_refused
 from planner.strategy.strategy import Degrees
 
@@ -167,16 +167,16 @@ def _ring_gain(problem: PlanningProblem, factor: float, degrees: Degrees) -> flo
 
 def _with_constants(problem: PlanningProblem, values: dict[str, float]) -> PlanningProblem:
     """Constants that hold for this problem alone, before all others of its profile."""
-    stack = problem.stack
+    settings = problem.engine_settings
     own = tuple(
         Constant(
             name=name,
             value=value,
             origin="asked",
             device=problem.device.name,
-            framework=stack.framework,
-            kernels=stack.kernels,
-            engine=stack.engine.family,
+            framework=settings.framework,
+            kernels=settings.kernels,
+            engine=settings.engine.family,
             network=problem.cluster.network,
         )
         for name, value in values.items()
@@ -237,7 +237,7 @@ def faster_devices(problem: PlanningProblem, factor: float) -> PlanningProblem:
     )
 
 
-def _faster(sample: RateSample, factor: float) -> RateSample:
+def _faster(sample: OperatorSample, factor: float) -> OperatorSample:
     """An operator on a device that is faster by a factor."""
     backward_s = None if sample.backward_s is None else sample.backward_s / factor
     return dataclasses.replace(sample, forward_s=sample.forward_s / factor, backward_s=backward_s)
@@ -317,6 +317,6 @@ def _engines(problem: PlanningProblem) -> Iterator[Change]:
                 problem=dataclasses.replace(
                     problem,
                     limits=dataclasses.replace(limits, engine=engine),
-                    stack=engine_stack(engine, problem.profile, problem.cluster),
+                    engine_settings=settings_for_engine(engine, problem.profile, problem.cluster),
                 ),
             )

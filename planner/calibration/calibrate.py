@@ -170,7 +170,9 @@ def _blocks(runs: Sequence[Measured], profile: Profile) -> tuple[list[BlockShape
     for run in runs:
         problem, strategy = run.setup.problem, run.setup.strategy
         if run.layers_key not in layers:
-            physics = physics_of(profile, problem.stack, problem.device.name, problem.cluster.network)
+            physics = physics_of(
+                profile, problem.engine_settings, problem.device.name, problem.cluster.network
+            )
             layers[run.layers_key] = LayerModel(problem, physics, _Slower())
         model = CostModel(problem, layers[run.layers_key])
         taken: Any = step_time_s(model, strategy)
@@ -324,7 +326,7 @@ def _by_network(scope: Scope, runs: Sequence[Measured]) -> list[tuple[Scope, lis
 
 
 def _family(run: Measured) -> str:
-    return run.setup.problem.stack.engine.family
+    return run.setup.problem.engine_settings.engine.family
 
 
 def _device(run: Measured) -> str:

@@ -27,7 +27,7 @@ from planner.calibration.predict import LayersKey, Measured, ProblemKey, step_ti
 from planner.cost.evaluate import CostModel
 from planner.cost.stage.layer_cost import LayerModel
 from planner.cost.time_constants import PRIORS, Physics, physics_of, prior_of
-from planner.job.engine_settings import Stack
+from planner.job.engine_settings import EngineSettings
 from planner.profile.profile import Constant, Profile
 
 LEAST_ERROR, MOST_ERROR = 0.03, 0.3
@@ -177,8 +177,8 @@ class Fit:
         """The constants for a profile that knows wider ones: those that the runs determine, and those that
         stayed at another value than it knows; a set of kernels moves with its framework."""
         told, origin = f"fitted to {len(self.runs)} runs", f"usual, where {len(self.runs)} runs tell no other"
-        stacks = {run.kernels: run.setup.problem.stack for run in self.runs}
-        stacks[""] = dataclasses.replace(self.runs[0].setup.problem.stack, kernels="")
+        stacks = {run.kernels: run.setup.problem.engine_settings for run in self.runs}
+        stacks[""] = dataclasses.replace(self.runs[0].setup.problem.engine_settings, kernels="")
         family, found = stacks[""].engine.family, []
         for index, (u, value) in enumerate(zip(self.unknowns, self.values, strict=True)):
             moved = self.determined(index) or (u.kin is not None and self.determined(u.kin))
@@ -266,32 +266,32 @@ class Solution:
 
 def unknowns_of(runs: Sequence[Measured], scope: Scope, base: Profile) -> list[Unknown]:
     """Every constant, and one for each named set of kernels where its time depends on them."""
-    stacks = {run.kernels: run.setup.problem.stack for run in runs}
-    usual = dataclasses.replace(runs[0].setup.problem.stack, kernels="")
+    stacks = {run.kernels: run.setup.problem.engine_settings for run in runs}
+    usual = dataclasses.replace(runs[0].setup.problem.engine_settings, kernels="")
     found: list[Unknown] = []
     for name in PRIORS:
         own = len(found)
         start, told = _start(name, usual, scope, base)
         found.append(Unknown(name, "", start, None, told))
         if name in BY_KERNELS:
-            named = [(kernels, stack) for kernels, stack in sorted(stacks.items()) if kernels]
-            for kernels, stack in named:
-                start, told = _start(name, stack, scope, base)
+            named = [(kernels, settings) for kernels, settings in sorted(stacks.items()) if kernels]
+            for kernels, settings in named:
+                start, told = _start(name, settings, scope, base)
                 found.append(Unknown(name, kernels, start, own, told))
     return found
 
 
-def _start(name: str, stack: Stack, scope: Scope, base: Profile) -> tuple[float, bool]:
+def _start(name: str, settings: EngineSettings, scope: Scope, base: Profile) -> tuple[float, bool]:
     """Where a constant starts, and whether a wider fit told so."""
     known = base.constant_of(
         name,
         device=scope.device,
         network=scope.network,
         framework=scope.framework,
-        kernels=stack.kernels,
-        engine=stack.engine.family,
+        kernels=settings.kernels,
+        engine=settings.engine.family,
     )
-    return (prior_of(name, stack) if known is None else known), known is not None
+    return (prior_of(name, settings) if known is None else known), known is not None
 
 
 def values_of(unknowns: Sequence[Unknown], sets: Any) -> list[Any]:
@@ -351,7 +351,7 @@ class _Problem:
         """The constants of a run's problem, where the unknowns have these values."""
         problem = run.setup.problem
         cluster = problem.cluster
-        own = physics_of(self._base, problem.stack, problem.device.name, cluster.network)
+        own = physics_of(self._base, problem.engine_settings, problem.device.name, cluster.network)
         pairs = zip(self.unknowns, values, strict=True)
         told = {unknown.name: value for unknown, value in pairs if unknown.kernels in ("", run.kernels)}
         return dataclasses.replace(own, **told)

@@ -223,7 +223,7 @@ def _constant(unknown: _Unknown, value: float, framework: str, origin: str) -> C
 
 def _unknowns(runs: Sequence[MemoryRun], base: Profile) -> list[_Unknown]:
     """The constants that these runs can tell of, each from a problem that it holds for."""
-    problems = list({run.setup.problem.stack: run.setup.problem for run in runs}.values())
+    problems = list({run.setup.problem.engine_settings: run.setup.problem for run in runs}.values())
     found = []
     for name in FITTED:
         told = [problem for problem in problems if _tells(problem, name)]
@@ -236,23 +236,23 @@ def _unknowns(runs: Sequence[MemoryRun], base: Profile) -> list[_Unknown]:
 
 def _tells(problem: PlanningProblem, name: str) -> bool:
     """Whether runs of a problem's stack tell of a constant."""
-    stack = problem.stack
+    settings = problem.engine_settings
     match name:
         case "grad_bytes":
-            return stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED)
+            return settings.engine in (Engine.MEGATRON, Engine.DEEPSPEED)
         case "gathered_logits_bytes":
-            return stack.gathers_logits
+            return settings.gathers_logits
         case "norm_bytes" | "unfused_norm_bytes":
-            return constant_name("norm_bytes", stack) == name
+            return constant_name("norm_bytes", settings) == name
         case "probability_scale" | "eager_probability_scale":
-            unfused = stack.attention is not AttentionKernel.FLASH
-            return unfused and constant_name("probability_scale", stack) == name
+            unfused = settings.attention is not AttentionKernel.FLASH
+            return unfused and constant_name("probability_scale", settings) == name
     return True
 
 
 def _start(problem: PlanningProblem, name: str, base: Profile) -> float:
     fitted = fitted_constant(dataclasses.replace(problem, profile=base), name)
-    return memory_prior(name, problem.stack) if fitted is None else fitted
+    return memory_prior(name, problem.engine_settings) if fitted is None else fitted
 
 
 class _Linear:
@@ -339,7 +339,7 @@ class _Peaks:
 
 
 def _key(problem: PlanningProblem) -> object:
-    return (problem.model, problem.workload, problem.cluster, problem.stack)
+    return (problem.model, problem.workload, problem.cluster, problem.engine_settings)
 
 
 def _of_kind(rank: RankMemory, kind: MemoryKind | None, context_bytes: float) -> float:

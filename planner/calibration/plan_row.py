@@ -33,7 +33,7 @@ def plan_columns(plan: Plan) -> tuple[dict[str, Any], tuple[str, ...]]:
         **_model_columns(plan.model),
         **cluster,
         "framework": FRAMEWORK,
-        "compile": plan.problem.stack.compiled,
+        "compile": plan.problem.engine_settings.compiled,
         "precision": str(workload.precision),
         "attention": AttentionKernel.FLASH,
         "seq_len": workload.seq,

@@ -10,18 +10,18 @@ from planner.calibration.runs import Run
 from planner.cost.evaluate import CostModel
 from planner.foundation.arrays import larger
 from planner.hardware.cluster import ClusterSpec, Device
-from planner.job.engine_settings import Stack
+from planner.job.engine_settings import EngineSettings
 from planner.model.spec import ModelSpec
 from planner.model.workload import Workload
 from planner.profile.profile import Constant, Profile
 from planner.strategy.schedule.makespan_paths import makespan_bound
 from planner.strategy.strategy import Strategy
 
-ProblemKey = tuple[ModelSpec, Workload, ClusterSpec, Stack]
+ProblemKey = tuple[ModelSpec, Workload, ClusterSpec, EngineSettings]
 """What tells problems apart that one profile speaks of: a profile holds a dict and has no hash."""
 
 
-LayersKey = tuple[ModelSpec, Workload, Device, str, Stack]
+LayersKey = tuple[ModelSpec, Workload, Device, str, EngineSettings]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Measured:
 
     @property
     def kernels(self) -> str:
-        return self.setup.problem.stack.kernels
+        return self.setup.problem.engine_settings.kernels
 
     @property
     def group(self) -> str:
@@ -43,14 +43,14 @@ class Measured:
     @property
     def problem_key(self) -> ProblemKey:
         problem = self.setup.problem
-        return problem.model, problem.workload, problem.cluster, problem.stack
+        return problem.model, problem.workload, problem.cluster, problem.engine_settings
 
     @property
     def layers_key(self) -> LayersKey:
         """What the costs of its layers depend on."""
         problem = self.setup.problem
         one = dataclasses.replace(problem.workload, batch=1, tokens=None)
-        return problem.model, one, problem.device, problem.cluster.network, problem.stack
+        return problem.model, one, problem.device, problem.cluster.network, problem.engine_settings
 
 
 def step_time_s(model: CostModel, strategy: Strategy) -> float:

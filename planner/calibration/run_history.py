@@ -44,7 +44,7 @@ from planner.calibration.tracker_names import (
 )
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
-from planner.foundation.suggest import nearest
+from planner.foundation.suggest import nearest_names
 from planner.strategy.plan import Plan
 
 LEAST_WARMUP, WARMUP_SHARE, MOST_WARMUP = 3, 0.1, 50
@@ -145,7 +145,7 @@ def _pairs(
         if not equals or not value:
             problems.append(Problem(where=flag, fault=f"'{text[:60]}' is not NAME=VALUE."))
         elif name not in known:
-            near = nearest(name[:60], known)
+            near = nearest_names(name[:60], known)
             legal_names = ", ".join(near or known)
             problems.append(Problem(where=flag, fault=f"'{name[:60]}' is not known.", legal=legal_names))
         else:
@@ -259,7 +259,7 @@ def _figures(steps: Sequence[Logged], named: Mapping[str, str]) -> dict[str, tup
     problems: list[Problem] = []
     for quantity, name in named.items():
         if name not in names:
-            legal = ", ".join(nearest(name, names) or names[:12])
+            legal = ", ".join(nearest_names(name, names) or names[:12])
             problems.append(Problem(where="--metric", fault=f"no figure '{name[:60]}'.", legal=legal))
         found[QUANTITIES[quantity].column] = (name, QUANTITIES[quantity])
     raise_all(problems)

@@ -10,7 +10,7 @@ import dataclasses
 import re
 
 from planner.calibration.runs import Run
-from planner.foundation.suggest import divisors, squash
+from planner.foundation.suggest import divisors, normalized
 from planner.hardware.catalog import load_model, model_index
 from planner.model.attention import Attention
 from planner.model.feed_forward import Activation, Experts, FeedForward, Mlp
@@ -43,12 +43,12 @@ class NamedModels:
 
     def __init__(self) -> None:
         index = model_index()
-        self._names = {squash(text): name for name in index for text in (name, *index[name].aliases)}
+        self._names = {normalized(text): name for name in index for text in (name, *index[name].aliases)}
         self._known: dict[str, ModelSpec] = {}
 
     def find(self, text: str) -> ModelSpec | None:
         """The catalog's model of that name, or None."""
-        name = self._names.get(squash(re.sub(DECORATIONS, "", text.lower()).strip()))
+        name = self._names.get(normalized(re.sub(DECORATIONS, "", text.lower()).strip()))
         if name is None:
             return None
         if name not in self._known:

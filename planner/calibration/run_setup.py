@@ -25,8 +25,8 @@ from planner.calibration.software import (
     run_precision,
     run_schedule,
     run_sequence_parallel,
-    run_stack,
     run_zero,
+    settings_of_run,
     unmodelled,
     usual_chunks,
     usual_micro_batch,
@@ -209,7 +209,7 @@ class Setups:
             cluster=cluster,
             profile=self._profiles[device.name],
             memory_limit_bytes=min(group.device.usable_memory_bytes for group in cluster.groups),
-            stack=run_stack(run, assumed),
+            engine_settings=settings_of_run(run, assumed),
         )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from planner.calibration.runs import Run, RunRecompute
 from planner.hardware.catalog import architecture_of
 from planner.hardware.cluster import ClusterSpec, Device
-from planner.job.engine_settings import SCALING, Dispatch, Engine, Selective, Stack, own_stack
+from planner.job.engine_settings import SCALING, Dispatch, Engine, EngineSettings, Selective, native_settings
 from planner.model.attention import CpExchange
 from planner.model.sublayer import AttentionKernel
 from planner.model.workload import AdapterModules, Adapters, Method, Precision
@@ -174,7 +174,7 @@ def run_engine(framework: str) -> Engine:
     return next(found, Engine.NATIVE)
 
 
-def run_stack(run: Run, assumed: list[str]) -> Stack:
+def settings_of_run(run: Run, assumed: list[str]) -> EngineSettings:
     """The software of a run; an attention kernel that is not stated is the usual one of its time."""
     attention = run.attention or _usual_attention(run)
     if run.attention is None:
@@ -184,7 +184,7 @@ def run_stack(run: Run, assumed: list[str]) -> Stack:
         words = run.words
         compiled = bool(re.search(COMPILED, words)) and "no torch.compile" not in words
     graphed = _graphed(run, assumed)
-    return Stack(
+    return EngineSettings(
         engine=run_engine(run.framework),
         framework=run.framework,
         attention=attention,
@@ -403,16 +403,16 @@ TITLES = {
 }
 
 
-def engine_stack(engine: Engine, profile: Profile | None, cluster: ClusterSpec) -> Stack:
+def settings_for_engine(engine: Engine, profile: Profile | None, cluster: ClusterSpec) -> EngineSettings:
     """The engine as its own recipes run it: flash attention, gradients reduced early where it can.
 
     Megatron-LM can with --overlap-grad-reduce, which its guide recommends; DeepSpeed reduces after the last
     backward pass. On Hopper torchtitan's attention is PyTorch's FlashAttention-2.
     """
     if engine is Engine.NATIVE:
-        return own_stack(cluster)
+        return native_settings(cluster)
     titan = engine is Engine.TORCHTITAN
-    return Stack(
+    return EngineSettings(
         engine=engine,
         framework=fitted_framework(engine, profile),
         ampere_flash=titan and all(map(titan_flash_is_amperes, (g.device.name for g in cluster.groups))),
@@ -438,13 +438,13 @@ def _of_both(framework: str) -> bool:
     return "megatron" in name and "deepspeed" in name
 
 
-def priced_as(stack: Stack, profile: Profile | None) -> str:
+def priced_as(settings: EngineSettings, profile: Profile | None) -> str:
     """In words, whose software the figures are of, and what of it a profile was fitted to."""
-    family, constants = stack.engine.family, profile.constants if profile is not None else ()
+    family, constants = settings.engine.family, profile.constants if profile is not None else ()
     fitted = [f"its family ({family})"] if any(c.engine == family for c in constants) else []
-    fitted += [stack.framework] if stack.framework else []
+    fitted += [settings.framework] if settings.framework else []
     known = f"by constants of {' and of '.join(fitted)}" if fitted else "of which no run was fitted"
     measured = profile is not None and profile.layers and family != Engine.NATIVE.family
-    return f"priced as {TITLES[stack.engine]}, {known}" + (
+    return f"priced as {TITLES[settings.engine]}, {known}" + (
         "; layers as measured natively" if measured else ""
     )

@@ -151,7 +151,13 @@ class Predictor:
 
     def _model(self, problem: PlanningProblem) -> CostModel:
         # A profile holds a dict and has no hash: the device decides it.
-        key = (problem.model, problem.workload, problem.cluster, problem.stack, problem.memory_limit_bytes)
+        key = (
+            problem.model,
+            problem.workload,
+            problem.cluster,
+            problem.engine_settings,
+            problem.memory_limit_bytes,
+        )
         if key not in self._models:
             self._models[key] = CostModel(problem)
         return self._models[key]

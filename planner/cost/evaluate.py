@@ -63,9 +63,9 @@ def _messages(layout: LayoutModel, blocks: dict[str, int]) -> list[tuple[CommCos
     found: list[tuple[CommCost, float]] = []
     if degrees.tp > 1:
         op = Op.ALL_GATHER if degrees.sequence_parallel else Op.ALL_REDUCE
-        stack = layout.problem.stack
+        settings = layout.problem.engine_settings
         sums = sum(
-            sum(tensor_exchanges(layout.classes[key], degrees, stack)) * n for key, n in blocks.items()
+            sum(tensor_exchanges(layout.classes[key], degrees, settings)) * n for key, n in blocks.items()
         )
         found.append((own.comm(op, own.hidden_bytes(), own.tp_group()), float(sums)))
     if degrees.replicas > 1:
@@ -165,7 +165,7 @@ class CostModel:
     def in_flight(self, degrees: Degrees) -> tuple[Flights, ...]:
         """For every pipeline rank, what is in flight by stage at its fullest moments."""
         pipe = degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches
-        return in_flight(*pipe, most_waits(self.problem.stack, degrees))
+        return in_flight(*pipe, most_waits(self.problem.engine_settings, degrees))
 
     def replay(
         self,
@@ -212,8 +212,8 @@ class CostModel:
         )
 
     def job(self, done: Evaluation) -> Job:
-        """What an evaluated strategy's goodput is computed from: another upkeep or price needs no more than
-        planner.cost.goodput.figures_of."""
+        """The inputs of an evaluated strategy's goodput: for other overheads or prices, only
+        planner.cost.goodput.figures_of has to run again."""
         layout = self.layout(done.strategy.degrees)
         costs = self.stage_costs(layout, done.strategy)
         return job_of(layout, costs, done.estimate.step_time_s, done.estimate.breakdown)
@@ -348,7 +348,7 @@ def memory_of_ranks(
     ranks = []
     for rank, layout in enumerate(layouts):
         held = {stage: costs[stage] for stage in table.stages_of(rank)}
-        vectors = table.in_flight(rank, most_waits(layout.problem.stack, layout.degrees))
+        vectors = table.in_flight(rank, most_waits(layout.problem.engine_settings, layout.degrees))
         ranks.append(RankMemory(held, rank_memory(layout, vectors, held), host_bytes(vectors, held)))
     return ranks
 

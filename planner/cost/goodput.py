@@ -57,7 +57,7 @@ from planner.foundation.frozen import frozen
 from planner.foundation.units import DAY_S
 from planner.hardware.cluster import ClusterSpec
 from planner.hardware.failures import failure_file, rated_nodes, usual_failures_per_s
-from planner.job.problem import BEST, PlanningProblem, Upkeep
+from planner.job.problem import BEST, JobOverheads, PlanningProblem
 from planner.strategy.estimate import JobFigures, TimeBreakdown
 from planner.strategy.placement import Groups, rank_groups, seen_from
 
@@ -110,24 +110,24 @@ class Interruptions(NamedTuple):
         return _kept(self.failures_per_s * period_s) * math.exp(-self.failed)
 
 
-def figures_of(job: Job, upkeep: Upkeep) -> JobFigures:
-    """What the job loses under this upkeep, its goodput, and days and dollars of the whole run at it."""
-    data_s, straggler_s, evaluation_s = between_steps(job, upkeep)
+def figures_of(job: Job, overheads: JobOverheads) -> JobFigures:
+    """The job's losses under these overheads, its goodput, and days and dollars of the whole run."""
+    data_s, straggler_s, evaluation_s = between_steps(job, overheads)
     busy_s = job.step_s + data_s + straggler_s + evaluation_s
-    stops = interruptions(job, upkeep)
-    best = best_every(job, upkeep, busy_s, stops)
-    every = best if upkeep.checkpoint_every == BEST else _given(upkeep)
-    wait_s = _wait_s(job, upkeep, every, busy_s)
+    stops = interruptions(job, overheads)
+    best = best_every(job, overheads, busy_s, stops)
+    every = best if overheads.checkpoint_every == BEST else _given(overheads)
+    wait_s = _wait_s(job, overheads, every, busy_s)
     steps = None if every is None else min(float(every), job.steps)
     checkpoint_s = wait_s / steps if wait_s is not None and steps is not None else 0.0
     whole_s = busy_s + checkpoint_s
     unfailed = kept = 1.0
     waiting = 0.0
-    if upkeep.checkpoint_every is not None:
+    if overheads.checkpoint_every is not None:
         period_s = whole_s * (steps or 0.0)
         unfailed, kept = stops.kept_of_failures(period_s), stops.kept(period_s)
-        waiting = no_node_free(stops.failures_per_s, upkeep)
-    goodput = _with_ramp_up(job, upkeep, job.step_s / whole_s * kept * (1 - waiting))
+        waiting = no_node_free(stops.failures_per_s, overheads)
+    goodput = _with_ramp_up(job, overheads, job.step_s / whole_s * kept * (1 - waiting))
     return JobFigures(
         data_stall_s=data_s,
         straggler_s=straggler_s,
@@ -140,29 +140,33 @@ def figures_of(job: Job, upkeep: Upkeep) -> JobFigures:
         goodput=goodput,
         checkpoint_every=every,
         evaluation_s=evaluation_s,
-        restart_s=restart_s(job, upkeep),
+        restart_s=restart_s(job, overheads),
         preemption_share=unfailed - kept,
         between_preemptions_s=_between_s(stops.preemptions_per_s),
         waiting_share=kept * waiting,
-        spares=upkeep.spares,
-        ramp_up_s=upkeep.ramp_up_s or 0.0,
-        **_whole(job, upkeep, goodput),
+        spares=overheads.spares,
+        ramp_up_s=overheads.ramp_up_s or 0.0,
+        **_whole(job, overheads, goodput),
     )
 
 
-def between_steps(job: Job, upkeep: Upkeep) -> tuple[float, float, float]:
+def between_steps(job: Job, overheads: JobOverheads) -> tuple[float, float, float]:
     """Seconds a step for data, for the slowest device, and for evaluation."""
     data_s = 0.0
-    if upkeep.data_tokens_per_s is not None:
-        data_s = max(0.0, job.tokens_per_step / upkeep.data_tokens_per_s - job.step_s)
-    spread = upkeep.device_spread
+    if overheads.data_tokens_per_s is not None:
+        data_s = max(0.0, job.tokens_per_step / overheads.data_tokens_per_s - job.step_s)
+    spread = overheads.device_spread
     straggler_s = spread * largest_of(job.devices) * job.compute_s if spread else 0.0
-    return data_s, straggler_s, evaluation_s(upkeep)
+    return data_s, straggler_s, evaluation_s(overheads)
 
 
-def evaluation_s(upkeep: Upkeep) -> float:
+def evaluation_s(overheads: JobOverheads) -> float:
     """Seconds a step for evaluation."""
-    return 0.0 if upkeep.eval_s is None or upkeep.eval_every is None else upkeep.eval_s / upkeep.eval_every
+    return (
+        0.0
+        if overheads.eval_s is None or overheads.eval_every is None
+        else overheads.eval_s / overheads.eval_every
+    )
 
 
 def largest_of(n: int) -> float:
@@ -172,43 +176,43 @@ def largest_of(n: int) -> float:
     return NormalDist().inv_cdf((n - 0.375) / (n + 0.25)) if n > 1 else 0.0
 
 
-def failures_per_s(upkeep: Upkeep, rated_nodes: float, usual: float) -> float:
+def failures_per_s(overheads: JobOverheads, rated_nodes: float, usual: float) -> float:
     """Failures a second of the whole job: as stated for nodes of 8 devices, or as usual for its devices."""
-    stated = upkeep.failures_per_1000_node_days
+    stated = overheads.failures_per_1000_node_days
     return usual if stated is None else stated * rated_nodes / (1000 * DAY_S)
 
 
-def least_restart_s(upkeep: Upkeep) -> float:
+def least_restart_s(overheads: JobOverheads) -> float:
     """Seconds of a restart without the loading of the checkpoint."""
-    if upkeep.restart_s is not None:
-        return upkeep.restart_s
-    return failure_file().restart.fixed_s + (upkeep.ramp_up_s or 0.0)
+    if overheads.restart_s is not None:
+        return overheads.restart_s
+    return failure_file().restart.fixed_s + (overheads.ramp_up_s or 0.0)
 
 
-def restart_s(job: Job, upkeep: Upkeep) -> float:
+def restart_s(job: Job, overheads: JobOverheads) -> float:
     """Seconds from a failure until the job runs again, where a node is free.
 
     Storage gives a checkpoint at the rate at which it takes one: it is usually faster, and replicas that read
     the same bytes are served from its caches. Where no rate is known, loading is not counted.
     """
-    if upkeep.restart_s is not None:
-        return upkeep.restart_s
-    write_s = _write_s(job, upkeep)
-    return least_restart_s(upkeep) + (0.0 if write_s is None else max(write_s, job.staging_s))
+    if overheads.restart_s is not None:
+        return overheads.restart_s
+    write_s = _write_s(job, overheads)
+    return least_restart_s(overheads) + (0.0 if write_s is None else max(write_s, job.staging_s))
 
 
-def interruptions(job: Job, upkeep: Upkeep) -> Interruptions:
+def interruptions(job: Job, overheads: JobOverheads) -> Interruptions:
     """Failures and preemptions of the whole job, and what each costs besides lost steps."""
-    failures = failures_per_s(upkeep, job.rated_nodes, job.usual_failures_per_s)
-    preemptions = (upkeep.preemptions_per_1000_node_days or 0.0) * job.nodes / (1000 * DAY_S)
-    own_s = restart_s(job, upkeep)
+    failures = failures_per_s(overheads, job.rated_nodes, job.usual_failures_per_s)
+    preemptions = (overheads.preemptions_per_1000_node_days or 0.0) * job.nodes / (1000 * DAY_S)
+    own_s = restart_s(job, overheads)
     again_s = own_s + failure_file().spot.wait_s
-    if upkeep.preemption_restart_s is not None:
-        again_s = upkeep.preemption_restart_s
-    write_s = _write_s(job, upkeep)
-    late_s = (write_s or 0.0) if upkeep.checkpoint_async else 0.0
+    if overheads.preemption_restart_s is not None:
+        again_s = overheads.preemption_restart_s
+    write_s = _write_s(job, overheads)
+    late_s = (write_s or 0.0) if overheads.checkpoint_async else 0.0
     saving_s = math.inf if write_s is None else max(write_s, job.staging_s)
-    notice_s = upkeep.preemption_notice_s
+    notice_s = overheads.preemption_notice_s
     saved = saving_s <= (failure_file().spot.notice_s if notice_s is None else notice_s)
     return Interruptions(
         failures_per_s=failures,
@@ -219,13 +223,13 @@ def interruptions(job: Job, upkeep: Upkeep) -> Interruptions:
     )
 
 
-def best_every(job: Job, upkeep: Upkeep, busy_s: float, stops: Interruptions) -> int | None:
+def best_every(job: Job, overheads: JobOverheads, busy_s: float, stops: Interruptions) -> int | None:
     """Steps between checkpoints that lose least; None where the wait for one is unknown, or nothing fails."""
-    write_s = _write_s(job, upkeep)
+    write_s = _write_s(job, overheads)
     if write_s is None or stops.losing_per_s <= 0:
         return None
     wait_s, least = max(write_s, job.staging_s), 1
-    if upkeep.checkpoint_async:
+    if overheads.checkpoint_async:
         wait_s, least = job.staging_s, max(1, math.floor(write_s / busy_s))
     most = max(1, math.ceil(min(job.steps, 2**62)))
     ideal = (_best_period(stops.losing_per_s * wait_s) / stops.losing_per_s - wait_s) / busy_s
@@ -233,17 +237,17 @@ def best_every(job: Job, upkeep: Upkeep, busy_s: float, stops: Interruptions) ->
 
     def kept_steps(every: int) -> float:
         steps = min(float(every), job.steps)
-        whole_s = steps * busy_s + (_wait_s(job, upkeep, every, busy_s) or 0.0)
+        whole_s = steps * busy_s + (_wait_s(job, overheads, every, busy_s) or 0.0)
         return steps / whole_s * _kept(stops.losing_per_s * whole_s)
 
     return max((min(low + more, most) for more in (0, 1)), key=kept_steps)
 
 
-def no_node_free(failures: float, upkeep: Upkeep) -> float:
+def no_node_free(failures: float, overheads: JobOverheads) -> float:
     """The share of time in which more nodes are out than there are spares: Erlang's loss formula."""
-    if not upkeep.repair_s:
+    if not overheads.repair_s:
         return 0.0
-    return erlang_loss(upkeep.spares + 1, failures * upkeep.repair_s)
+    return erlang_loss(overheads.spares + 1, failures * overheads.repair_s)
 
 
 def erlang_loss(servers: int, load: float) -> float:
@@ -254,9 +258,9 @@ def erlang_loss(servers: int, load: float) -> float:
     return lost
 
 
-def spares_factor(upkeep: Upkeep, nodes: int) -> float:
+def spares_factor(overheads: JobOverheads, nodes: int) -> float:
     """What is paid over the nodes in use: a spare costs as much as the mean of them."""
-    return 1 + upkeep.spares / nodes
+    return 1 + overheads.spares / nodes
 
 
 def _kept(x: float) -> float:
@@ -279,22 +283,22 @@ def _best_period(waiting: float) -> float:
     return x
 
 
-def _given(upkeep: Upkeep) -> int | None:
-    return None if upkeep.checkpoint_every == BEST else upkeep.checkpoint_every
+def _given(overheads: JobOverheads) -> int | None:
+    return None if overheads.checkpoint_every == BEST else overheads.checkpoint_every
 
 
-def _write_s(job: Job, upkeep: Upkeep) -> float | None:
+def _write_s(job: Job, overheads: JobOverheads) -> float | None:
     """Seconds that storage takes for one checkpoint; None where its rate was not said."""
-    rate = upkeep.storage_bytes_per_s
+    rate = overheads.storage_bytes_per_s
     return None if rate is None else job.checkpoint_bytes / rate
 
 
-def _wait_s(job: Job, upkeep: Upkeep, every: int | None, busy_s: float) -> float | None:
+def _wait_s(job: Job, overheads: JobOverheads, every: int | None, busy_s: float) -> float | None:
     """Seconds that steps wait for one checkpoint; None where the storage's rate was not said."""
-    write_s = _write_s(job, upkeep)
+    write_s = _write_s(job, overheads)
     if write_s is None:
         return None
-    if not upkeep.checkpoint_async:
+    if not overheads.checkpoint_async:
         return max(write_s, job.staging_s)
     return job.staging_s + max(0.0, write_s - (math.inf if every is None else every) * busy_s)
 
@@ -303,22 +307,22 @@ def _between_s(rate: float) -> float | None:
     return 1 / rate if rate > 0 else None
 
 
-def _with_ramp_up(job: Job, upkeep: Upkeep, steady: float) -> float:
+def _with_ramp_up(job: Job, overheads: JobOverheads, steady: float) -> float:
     """The goodput of the whole run, which begins with the ramp-up; without it where tokens are unknown."""
-    ramp_s = upkeep.ramp_up_s or 0.0
+    ramp_s = overheads.ramp_up_s or 0.0
     if not ramp_s or math.isinf(job.steps) or steady <= 0:
         return steady
     useful_s = job.steps * job.step_s
     return useful_s / (useful_s / steady + ramp_s)
 
 
-def _whole(job: Job, upkeep: Upkeep, goodput: float) -> dict[str, float | None]:
+def _whole(job: Job, overheads: JobOverheads, goodput: float) -> dict[str, float | None]:
     """Days and dollars of the whole run at this goodput, where tokens and a price are known."""
     if math.isinf(job.steps) or goodput <= 0:
         return {"days": None, "cost_usd": None}
     seconds = job.steps * job.step_s / goodput
     price = job.usd_per_hour
-    usd = None if price is None else price * spares_factor(upkeep, job.nodes) * seconds / 3600
+    usd = None if price is None else price * spares_factor(overheads, job.nodes) * seconds / 3600
     return {"days": seconds / DAY_S, "cost_usd": usd}
 
 
@@ -326,12 +330,12 @@ def job_figures(
     layout: LayoutModel, stages: Sequence[StageCost], step_s: float, breakdown: TimeBreakdown
 ) -> JobFigures | None:
     """What is lost beside steps of `step_s` seconds; None where nothing was said of it."""
-    upkeep = layout.problem.upkeep
-    return None if upkeep.silent else figures_of(job_of(layout, stages, step_s, breakdown), upkeep)
+    overheads = layout.problem.overheads
+    return None if overheads.silent else figures_of(job_of(layout, stages, step_s, breakdown), overheads)
 
 
 def job_of(layout: LayoutModel, stages: Sequence[StageCost], step_s: float, breakdown: TimeBreakdown) -> Job:
-    """The job of a plan in plain numbers. Another upkeep, or another price, needs nothing else."""
+    """The job of a plan in plain numbers. Other overheads, or another price, need nothing else."""
     workload, cluster = layout.problem.workload, layout.problem.cluster
     written, own = checkpoint_bytes(layout, stages)
     return Job(
@@ -349,12 +353,12 @@ def job_of(layout: LayoutModel, stages: Sequence[StageCost], step_s: float, brea
     )
 
 
-def most_kept(cluster: ClusterSpec, upkeep: Upkeep, steps: float, busy_s: float) -> float:
+def most_kept(cluster: ClusterSpec, overheads: JobOverheads, steps: float, busy_s: float) -> float:
     """A share of time that no plan keeps more than, of steps that take `busy_s` at least with what is between
     them: a checkpoint takes no time to write and to load."""
-    if upkeep.checkpoint_every is None:
+    if overheads.checkpoint_every is None:
         return 1.0
-    every = 1 if upkeep.checkpoint_every == BEST else upkeep.checkpoint_every
+    every = 1 if overheads.checkpoint_every == BEST else overheads.checkpoint_every
     job = Job(
         step_s=busy_s,
         compute_s=0.0,
@@ -368,9 +372,9 @@ def most_kept(cluster: ClusterSpec, upkeep: Upkeep, steps: float, busy_s: float)
         staging_s=0.0,
     )
     stops = interruptions(
-        job, dataclasses.replace(upkeep, storage_bytes_per_s=1.0)
+        job, dataclasses.replace(overheads, storage_bytes_per_s=1.0)
     )  # any: there are no bytes
-    return stops.kept(min(every, steps) * busy_s) * (1 - no_node_free(stops.failures_per_s, upkeep))
+    return stops.kept(min(every, steps) * busy_s) * (1 - no_node_free(stops.failures_per_s, overheads))
 
 
 def checkpoint_bytes(layout: LayoutModel, stages: Sequence[StageCost]) -> tuple[float, tuple[float, ...]]:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from planner.cost import constants
 from planner.cost.time_constants import Prior, unfused_norms
 from planner.foundation.frozen import frozen
-from planner.job.engine_settings import Engine, Stack
+from planner.job.engine_settings import Engine, EngineSettings
 from planner.job.problem import PlanningProblem
 from planner.model.sublayer import AttentionKernel
 from planner.strategy.strategy import Degrees
@@ -105,26 +105,26 @@ class MemoryConstants:
 
 def memory_constants(problem: PlanningProblem) -> MemoryConstants:
     """The constants that hold for a problem's device and stack."""
-    stack, values = problem.stack, {}
+    settings, values = problem.engine_settings, {}
     for field in dataclasses.fields(MemoryConstants):
-        name = constant_name(field.name, stack)
+        name = constant_name(field.name, settings)
         fitted = fitted_constant(problem, name)
-        values[field.name] = memory_prior(name, stack) if fitted is None else fitted
+        values[field.name] = memory_prior(name, settings) if fitted is None else fitted
     return MemoryConstants(**values)
 
 
-def constant_name(name: str, stack: Stack) -> str:
+def constant_name(name: str, settings: EngineSettings) -> str:
     """The constant that stands for `name` where a stack's kernels decide."""
-    if name == "norm_bytes" and unfused_norms(stack):
+    if name == "norm_bytes" and unfused_norms(settings):
         return "unfused_norm_bytes"
-    if name == "probability_scale" and stack.attention is AttentionKernel.EAGER:
+    if name == "probability_scale" and settings.attention is AttentionKernel.EAGER:
         return "eager_probability_scale"
     return name
 
 
 def fitted_constant(problem: PlanningProblem, name: str) -> float | None:
     """What the problem's profile says of a constant for its device and stack, or None."""
-    profile, stack = problem.profile, problem.stack
+    profile, settings = problem.profile, problem.engine_settings
     if profile is None:
         return None
     device = problem.device.name
@@ -132,23 +132,23 @@ def fitted_constant(problem: PlanningProblem, name: str) -> float | None:
         name,
         device=device,
         network=problem.cluster.network,
-        framework=stack.framework,
-        kernels=stack.kernels,
-        engine=stack.engine.family,
+        framework=settings.framework,
+        kernels=settings.kernels,
+        engine=settings.engine.family,
     )
 
 
-def memory_prior(name: str, stack: Stack) -> float:
+def memory_prior(name: str, settings: EngineSettings) -> float:
     """The prior of a constant for a stack."""
-    if name == "grad_bytes" and stack.engine is Engine.DEEPSPEED:
+    if name == "grad_bytes" and settings.engine is Engine.DEEPSPEED:
         return 2.0
-    if name == "loss_bytes" and stack.gathers_logits:
+    if name == "loss_bytes" and settings.gathers_logits:
         return 16.0  # written in plain operations: three fp32 tensors at once beside the logits and a copy
-    if name == "loss_bytes" and stack.fused_loss:
+    if name == "loss_bytes" and settings.fused_loss:
         return 8.0  # as the product gives it, its softmax in fp32, the gradient in 16 bits
-    if name == "gathered_logits_bytes" and stack.gathers_logits:
+    if name == "gathered_logits_bytes" and settings.gathers_logits:
         return 6.0
-    if name == "allocator_slack" and stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
+    if name == "allocator_slack" and settings.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
         return 1.06  # published logs have 1.06 to 1.22
     return MEMORY_PRIORS[name].value
 

@@ -74,39 +74,39 @@ def _recomputes(strategy: Strategy) -> bool:
 
 
 _PHRASES: tuple[tuple[str, Predicate], ...] = (
-    ("data loading (--data-rate)", lambda p, s: p.upkeep.data_tokens_per_s is None),
+    ("data loading (--data-rate)", lambda p, s: p.overheads.data_tokens_per_s is None),
     (
         "checkpoints and what failures lose (--checkpoint-every)",
-        lambda p, s: p.upkeep.checkpoint_every is None,
+        lambda p, s: p.overheads.checkpoint_every is None,
     ),
     (
         "the writing of checkpoints (--storage)",
-        lambda p, s: p.upkeep.checkpoint_every is not None and p.upkeep.storage_bytes_per_s is None,
+        lambda p, s: p.overheads.checkpoint_every is not None and p.overheads.storage_bytes_per_s is None,
     ),
     (
         "devices slower than others (--device-spread)",
-        lambda p, s: _communicates(p, s) and p.upkeep.device_spread is None,
+        lambda p, s: _communicates(p, s) and p.overheads.device_spread is None,
     ),
     (
         "what the writing of checkpoints takes from the steps that run meanwhile",
-        lambda p, s: p.upkeep.checkpoint_every is not None and p.upkeep.checkpoint_async,
+        lambda p, s: p.overheads.checkpoint_every is not None and p.overheads.checkpoint_async,
     ),
     (
         "the repair of failed nodes: they are replaced while the job restarts (--repair, --spares)",
-        lambda p, s: p.upkeep.checkpoint_every is not None and p.upkeep.repair_s is None,
+        lambda p, s: p.overheads.checkpoint_every is not None and p.overheads.repair_s is None,
     ),
     (
         TAKEN_BACK,
-        lambda p, s: p.upkeep.checkpoint_every is not None
-        and p.upkeep.preemptions_per_1000_node_days is None,
+        lambda p, s: p.overheads.checkpoint_every is not None
+        and p.overheads.preemptions_per_1000_node_days is None,
     ),
     (
         "evaluation between steps (--eval-every, --eval-time)",
-        lambda p, s: p.upkeep.eval_every is None or p.upkeep.eval_s is None,
+        lambda p, s: p.overheads.eval_every is None or p.overheads.eval_s is None,
     ),
     (
         "the start of the job and its first steps, which compile and warm up (--ramp-up)",
-        lambda p, s: p.upkeep.ramp_up_s is None,
+        lambda p, s: p.overheads.ramp_up_s is None,
     ),
     ("traffic of other jobs on the network", _between_nodes),
     ("communication, which was said to take no time", _free_messages),

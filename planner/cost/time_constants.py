@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from planner.cost import constants
 from planner.foundation.frozen import frozen
-from planner.job.engine_settings import Engine, Stack
+from planner.job.engine_settings import Engine, EngineSettings
 from planner.job.problem import PlanningProblem
 from planner.profile.profile import Profile
 
@@ -280,33 +280,37 @@ class Physics:
     step_s: float
 
 
-def physics_of(profile: Profile | None, stack: Stack, device: str = "", network: str = "") -> Physics:
+def physics_of(
+    profile: Profile | None, settings: EngineSettings, device: str = "", network: str = ""
+) -> Physics:
     """The constants that hold for a stack on a device, in a cluster of a network."""
-    fitted = {name: _fitted(profile, name, stack, device, network) for name in PRIORS}
-    values = {name: prior_of(name, stack) if value is None else value for name, value in fitted.items()}
+    fitted = {name: _fitted(profile, name, settings, device, network) for name in PRIORS}
+    values = {name: prior_of(name, settings) if value is None else value for name, value in fitted.items()}
     return Physics(**values)
 
 
 def usual_physics(problem: PlanningProblem) -> Physics:
     """The constants that a problem's own profile has for its stack and device."""
-    return physics_of(problem.profile, problem.stack, problem.device.name, problem.cluster.network)
+    return physics_of(problem.profile, problem.engine_settings, problem.device.name, problem.cluster.network)
 
 
-def fitted_to_runs(profile: Profile | None, stack: Stack, device: str) -> bool:
+def fitted_to_runs(profile: Profile | None, settings: EngineSettings, device: str) -> bool:
     """Whether measured runs speak for the time of this stack on this device."""
-    return _fitted(profile, "time_error", stack, device) is not None
+    return _fitted(profile, "time_error", settings, device) is not None
 
 
-def _fitted(profile: Profile | None, name: str, stack: Stack, device: str, network: str = "") -> float | None:
+def _fitted(
+    profile: Profile | None, name: str, settings: EngineSettings, device: str, network: str = ""
+) -> float | None:
     if profile is None:
         return None
     return profile.constant_of(
         name,
         device=device,
         network=network,
-        framework=stack.framework,
-        kernels=stack.kernels,
-        engine=stack.engine.family,
+        framework=settings.framework,
+        kernels=settings.kernels,
+        engine=settings.engine.family,
     )
 
 
@@ -325,26 +329,26 @@ UNFUSED_NORM = 6.0
 """norm_scale of an RMSNorm in separate operators: cast to fp32, square, mean, product, cast, weight."""
 
 
-def unfused_norms(stack: Stack) -> bool:
+def unfused_norms(settings: EngineSettings) -> bool:
     """Whether a named set of kernels has none for the norm."""
-    return bool(stack.kernels) and "rms" not in stack.kernels.lower()
+    return bool(settings.kernels) and "rms" not in settings.kernels.lower()
 
 
-def prior_of(name: str, stack: Stack) -> float:
+def prior_of(name: str, settings: EngineSettings) -> float:
     """The prior of a constant for a stack."""
-    buffered = stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED)
-    if name == "dp_exposed" and buffered and not stack.overlaps_gradients:
+    buffered = settings.engine in (Engine.MEGATRON, Engine.DEEPSPEED)
+    if name == "dp_exposed" and buffered and not settings.overlaps_gradients:
         return 1.0  # both reduce after the last backward unless told to overlap
-    if name == "host_tp_forward_s" and stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
+    if name == "host_tp_forward_s" and settings.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
         return 0.0  # tensor parallelism is written into their layers; its prior is that of DTensor's hooks
-    if name == "pp_exposed" and stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
+    if name == "pp_exposed" and settings.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
         return 0.5  # both wait for their sends and receives together
-    if name == "rotary_scale" and stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
+    if name == "rotary_scale" and settings.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
         return 1.0  # one kernel
-    if name == "elementwise_scale" and stack.fuses_elementwise:
+    if name == "elementwise_scale" and settings.fuses_elementwise:
         return FUSED_ELEMENTWISE
-    if name == "attention_share" and re.search(FIRST_FLASH, stack.kernels.lower()):
+    if name == "attention_share" and re.search(FIRST_FLASH, settings.kernels.lower()):
         return FIRST_FLASH_SHARE
-    if name == "norm_scale" and unfused_norms(stack):
+    if name == "norm_scale" and unfused_norms(settings):
         return UNFUSED_NORM
     return PRIORS[name].value

@@ -13,7 +13,7 @@ from planner.foundation.errors import InputError, Problem
 
 
 @functools.lru_cache(maxsize=4096)
-def squash(name: str) -> str:
+def normalized(name: str) -> str:
     """A name without case and separators: `GPT3-175B` and `gpt-3-175b` are the same.
 
     A separator between two digits stays, as a dash: `llama-27b` is not `llama-2-7b`.
@@ -22,19 +22,19 @@ def squash(name: str) -> str:
     return re.sub(r"(?<![0-9])-|-(?![0-9])", "", dashed)
 
 
-def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
+def nearest_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
     """The names that look most like `name`, best first; empty where none does."""
     import difflib
 
-    by_squashed = {squash(known): known for known in names}
-    near = difflib.get_close_matches(squash(name), by_squashed, n=count, cutoff=0.5)
+    by_squashed = {normalized(known): known for known in names}
+    near = difflib.get_close_matches(normalized(name), by_squashed, n=count, cutoff=0.5)
     return [by_squashed[key] for key in near]
 
 
-def unknown(where: str, kind: str, name: str, names: Iterable[str], fix: str = "") -> InputError:
+def unknown_name(where: str, kind: str, name: str, names: Iterable[str], fix: str = "") -> InputError:
     """The error for a name that is not in the catalog, with the nearest that are."""
     known = list(names)
-    near = nearest(name[:100], known)
+    near = nearest_names(name[:100], known)
     listing = f"plan list {kind}s"
     return InputError(
         Problem(
@@ -52,7 +52,7 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // d for d in small)})
 
 
-def legal_values(values: Iterable[int], wanted: int, most: int = 8) -> str:
+def nearest_values(values: Iterable[int], wanted: int, most: int = 8) -> str:
     """The legal values nearest to the wanted one, ascending."""
-    nearest = sorted(sorted(values, key=lambda v: abs(v - wanted))[:most])
-    return ", ".join(str(value) for value in nearest)
+    nearest_names = sorted(sorted(values, key=lambda v: abs(v - wanted))[:most])
+    return ", ".join(str(value) for value in nearest_names)

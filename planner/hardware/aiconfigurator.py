@@ -29,7 +29,7 @@ from typing import Any
 
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
-from planner.hardware.measured_rows import Collective, Product
+from planner.hardware.measured_rows import CollectiveRow, ProductRow
 
 TABLES_VARIABLE = "SHARDWISE_AICONFIGURATOR"
 """Environment variable: empty, the package is left unread though it is installed."""
@@ -96,13 +96,13 @@ def find_package() -> MeasuredPackage | None:
     return None
 
 
-def installed_collectives(table: str) -> tuple[Collective, ...]:
+def installed_collectives(table: str) -> tuple[CollectiveRow, ...]:
     """The collectives of a table in the installed package; none where it is not installed or lacks them."""
     folder = _installed(table)
     return () if folder is None else read_collectives(folder, table)
 
 
-def installed_products(table: str) -> tuple[Product, ...]:
+def installed_products(table: str) -> tuple[ProductRow, ...]:
     """The products of a table in the installed package; none where it is not installed or lacks them."""
     folder = _installed(table)
     return () if folder is None else read_products(folder, table)
@@ -145,7 +145,7 @@ def parquet_columns(path: Path, columns: Sequence[str]) -> Columns:
     return found
 
 
-def read_collectives(folder: Path, system: str, read: Reader = parquet_columns) -> tuple[Collective, ...]:
+def read_collectives(folder: Path, system: str, read: Reader = parquet_columns) -> tuple[CollectiveRow, ...]:
     """The collectives of `system` in half precision, by the newest NCCL. Empty where there are none.
 
     With n ranks, s bytes and time t: busbw = f s / t, f = 2 (n - 1) / n for all-reduce and (n - 1) / n for
@@ -167,7 +167,7 @@ def read_collectives(folder: Path, system: str, read: Reader = parquet_columns) 
         latency_us = statistics.median(found)
         factor = (2 if op == "all_reduce" else 1) * (ranks - 1) / ranks
         rows.append(
-            Collective(
+            CollectiveRow(
                 table=system,
                 nccl=path.parent.name,
                 op=op,
@@ -180,7 +180,7 @@ def read_collectives(folder: Path, system: str, read: Reader = parquet_columns) 
     return tuple(rows)
 
 
-def read_products(folder: Path, system: str, read: Reader = parquet_columns) -> tuple[Product, ...]:
+def read_products(folder: Path, system: str, read: Reader = parquet_columns) -> tuple[ProductRow, ...]:
     """The matrix products of `system` by m and bucket of min(n, k): median and best of 2 m n k / time."""
     import numpy as np
 
@@ -205,11 +205,11 @@ def read_products(folder: Path, system: str, read: Reader = parquet_columns) -> 
     return tuple(rows)
 
 
-def _product(system: str, path: Path, precision: str, key: int, rates: list[float]) -> Product:
+def _product(system: str, path: Path, precision: str, key: int, rates: list[float]) -> ProductRow:
     import statistics
 
     m, bucket = divmod(key, len(BUCKETS))
-    return Product(
+    return ProductRow(
         table=system,
         framework=path.parent.parent.name,
         version=path.parent.name,

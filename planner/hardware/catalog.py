@@ -17,7 +17,7 @@ import profiles
 from planner.foundation.decode import load_toml_object, read_text
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
-from planner.foundation.suggest import squash, unknown
+from planner.foundation.suggest import normalized, unknown_name
 from planner.hardware.device_file import DeviceFile, load_device_file
 from planner.hardware.instance import Instance, find_instance, load_instances
 from planner.hardware.network import Network, NetworkFile, load_networks, parse_network
@@ -103,7 +103,7 @@ def load_model(text: str, where: str = "--model", arch: str | None = None) -> Mo
         return traced
     if path.suffix == ".json" or "/" in text or _exists(path, where):
         return read_config_file(path, arch=arch)
-    raise unknown(
+    raise unknown_name(
         where,
         "model",
         text,
@@ -132,7 +132,7 @@ def load_device(text: str, where: str = "--cluster") -> DeviceFile:
         aliases = _device_aliases(known)
         name = _find(text, aliases)
         if name is None:
-            raise unknown(
+            raise unknown_name(
                 where, "device", text, [*known, *(alias for own in aliases.values() for alias in own)]
             )
     return _shipped_device(name)
@@ -194,9 +194,9 @@ def profile_files() -> list[Path]:
 
 def _find(text: str, names: dict[str, tuple[str, ...]]) -> str | None:
     """The name that is `text`, or has it among its aliases."""
-    wanted = squash(text)
+    wanted = normalized(text)
     for name, aliases in names.items():
-        if wanted in (squash(name), *map(squash, aliases)):
+        if wanted in (normalized(name), *map(normalized, aliases)):
             return name
     return None
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from planner.foundation.decode import decode, read_text
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
-from planner.foundation.suggest import squash, unknown
+from planner.foundation.suggest import normalized, unknown_name
 
 
 @frozen
@@ -183,7 +183,8 @@ def find_instance(text: str, instances: tuple[Instance, ...], where: str) -> Ins
     found = [
         instance
         for instance in instances
-        if squash(instance.name) == squash(name) and squash(provider) in ("", squash(instance.provider))
+        if normalized(instance.name) == normalized(name)
+        and normalized(provider) in ("", normalized(instance.provider))
     ]
     if len(found) == 1:
         return found[0]
@@ -198,4 +199,4 @@ def find_instance(text: str, instances: tuple[Instance, ...], where: str) -> Ins
     names = [instance.full_name for instance in instances]
     if not provider:
         names = list(dict.fromkeys(instance.name for instance in instances))
-    raise unknown(where, "instance", text, names)
+    raise unknown_name(where, "instance", text, names)

@@ -22,7 +22,7 @@ MAX_PROBLEMS = 50
 
 
 @frozen
-class Collective:
+class CollectiveRow:
     """One collective over `ranks` devices; `bytes` is the full message, as in `profile.CommSample`.
 
     `busbw_gb_per_s` is 2 (n - 1) / n * bytes / time for an all-reduce and half of that for the others.
@@ -38,7 +38,7 @@ class Collective:
 
 
 @frozen
-class InternodeCollective:
+class InternodeRow:
     """One collective over several nodes. A row with `rejected` is kept with the reason and never used."""
 
     device: str
@@ -55,7 +55,7 @@ class InternodeCollective:
 
 
 @frozen
-class Product:
+class ProductRow:
     """Products (m, k) x (k, n) of one m, with min(n, k) in `min_nk_from`..`min_nk_to` (None: no end)."""
 
     table: str
@@ -107,19 +107,19 @@ class MeasuredTable:
     bf16_floor: float | None = None
 
 
-def load_collectives(path: Path) -> tuple[Collective, ...]:
+def load_collectives(path: Path) -> tuple[CollectiveRow, ...]:
     """The rows of collectives.csv."""
-    return load_rows(path, Collective, COLLECTIVE_COLUMNS)
+    return load_rows(path, CollectiveRow, COLLECTIVE_COLUMNS)
 
 
-def load_internode(path: Path) -> tuple[InternodeCollective, ...]:
+def load_internode(path: Path) -> tuple[InternodeRow, ...]:
     """The rows of internode.csv."""
-    return load_rows(path, InternodeCollective, INTERNODE_COLUMNS)
+    return load_rows(path, InternodeRow, INTERNODE_COLUMNS)
 
 
-def load_products(path: Path) -> tuple[Product, ...]:
+def load_products(path: Path) -> tuple[ProductRow, ...]:
     """The rows of gemm.csv."""
-    return load_rows(path, Product, PRODUCT_COLUMNS)
+    return load_rows(path, ProductRow, PRODUCT_COLUMNS)
 
 
 def load_links(path: Path) -> tuple[LinkFigure, ...]:

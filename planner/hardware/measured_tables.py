@@ -36,10 +36,10 @@ from planner.foundation.decode import decode, load_toml_object
 from planner.hardware.measured_rows import (
     COLLECTIVE_COLUMNS,
     PRODUCT_COLUMNS,
-    Collective,
-    InternodeCollective,
+    CollectiveRow,
+    InternodeRow,
     MeasuredTable,
-    Product,
+    ProductRow,
     load_internode,
     load_rows,
 )
@@ -58,23 +58,23 @@ def tables() -> Mapping[str, MeasuredTable]:
 
 
 @cache
-def collectives(table: str) -> tuple[Collective, ...]:
+def collectives(table: str) -> tuple[CollectiveRow, ...]:
     """The collectives of a table, an installed package's or else ours; none of one that is rejected."""
     from planner.hardware.aiconfigurator import installed_collectives
 
     if tables()[table].rejected:
         return ()
     return installed_collectives(table) or load_rows(
-        folder() / "collectives.csv", Collective, COLLECTIVE_COLUMNS, only=table
+        folder() / "collectives.csv", CollectiveRow, COLLECTIVE_COLUMNS, only=table
     )
 
 
 @cache
-def products(table: str) -> tuple[Product, ...]:
+def products(table: str) -> tuple[ProductRow, ...]:
     """The matrix products of a table, in each of our formats an installed package's or else ours."""
     from planner.hardware.aiconfigurator import installed_products
 
-    shipped = load_rows(folder() / "gemm.csv", Product, PRODUCT_COLUMNS, only=table)
+    shipped = load_rows(folder() / "gemm.csv", ProductRow, PRODUCT_COLUMNS, only=table)
     ours = {row.precision for row in shipped}
     installed = tuple(row for row in installed_products(table) if row.precision in ours)
     theirs = {row.precision for row in installed}
@@ -82,7 +82,7 @@ def products(table: str) -> tuple[Product, ...]:
 
 
 @cache
-def internode() -> tuple[InternodeCollective, ...]:
+def internode() -> tuple[InternodeRow, ...]:
     """The shipped collectives between nodes, rejected rows left out."""
     return tuple(row for row in load_internode(folder() / "internode.csv") if not row.rejected)
 
@@ -101,7 +101,7 @@ class CollectiveCurves:
     An `op` is a value of `profile.Op`.
     """
 
-    def __init__(self, rows: Sequence[Collective]) -> None:
+    def __init__(self, rows: Sequence[CollectiveRow]) -> None:
         samples: dict[tuple[str, int], list[tuple[int, float]]] = {}
         for row in rows:
             samples.setdefault((row.op, row.ranks), []).append((row.bytes, row.latency_us / 1e6))

@@ -9,7 +9,7 @@ from typing import Any
 from planner.foundation.decode import decode, load_toml_object
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
-from planner.foundation.suggest import nearest, unknown
+from planner.foundation.suggest import nearest_names, unknown_name
 from planner.hardware.cluster import Link
 
 MAX_GBIT = 100_000
@@ -104,12 +104,12 @@ def parse_network(text: str, file: NetworkFile, where: str) -> Network:
     match = _NETWORK.match(text.lower())
     kind = file.kinds.get(match.group(1)) if match else None
     if match is None or kind is None:
-        raise unknown(where, "network", text, file.common, fix=f"write {NETWORK_GRAMMAR}")
+        raise unknown_name(where, "network", text, file.common, fix=f"write {NETWORK_GRAMMAR}")
     name, rate, ports, beyond = match.groups()
     if kind.free:
         return _free(text, match, kind, where)
     if rate is None:
-        raise _fault(text, where, "names no rate.", nearest(text, file.common))
+        raise _fault(text, where, "names no rate.", nearest_names(text, file.common))
     if kind.scale_up and ports is None:
         return _scale_up(text, int(rate), beyond or kind.beyond, file, where)
     if (
@@ -118,7 +118,7 @@ def parse_network(text: str, file: NetworkFile, where: str) -> Network:
         or not 1 <= int(rate) <= MAX_GBIT
         or not 1 <= int(ports or 1) <= MAX_PORTS
     ):
-        raise _fault(text, where, "cannot be read.", nearest(text, file.common))
+        raise _fault(text, where, "cannot be read.", nearest_names(text, file.common))
     if kind.rates_gbit and int(rate) not in kind.rates_gbit:
         legal = [f"{name}{known}{f'x{ports}' if ports else ''}" for known in kind.rates_gbit]
         raise _fault(text, where, f"no port of {kind.title} has {rate} Gbit/s.", legal)
@@ -134,10 +134,10 @@ def _free(text: str, match: re.Match[str], kind: NetworkKind, where: str) -> Net
 def _scale_up(text: str, domain: int, beyond: str, file: NetworkFile, where: str) -> Network:
     """A domain of devices that their own link joins; `beyond` gives each device's port past it."""
     if not 2 <= domain <= 100_000:
-        raise _fault(text, where, "cannot be read.", nearest(text, file.common))
+        raise _fault(text, where, "cannot be read.", nearest_names(text, file.common))
     port = parse_network(beyond, file, where)
     if port.domain is not None or port.kind.free:
-        raise _fault(text, where, f"'{beyond}' is no network of ports.", nearest(text, file.common))
+        raise _fault(text, where, f"'{beyond}' is no network of ports.", nearest_names(text, file.common))
     return Network(
         name=text.lower(), kind=port.kind, gbit_per_port=port.gbit_per_port, ports=port.ports, domain=domain
     )

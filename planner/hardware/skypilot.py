@@ -16,7 +16,7 @@ from pathlib import Path
 
 from planner.foundation.decode import load_toml
 from planner.foundation.frozen import frozen
-from planner.foundation.suggest import squash
+from planner.foundation.suggest import normalized
 from planner.hardware.instance import Instance, doubt_of, fault_of, median_prices
 from planner.hardware.skypilot_rows import Known, Left, Offer, SkyPilotNames, UnusableError, read_offers
 
@@ -65,7 +65,7 @@ def read_live(
     `memory_mib` has the memory of each device of the catalog; `shipped` are its instances, whose networks
     and regions are taken over for those of the same name.
     """
-    known = {(instance.provider, squash(instance.name)): instance for instance in shipped}
+    known = {(instance.provider, normalized(instance.name)): instance for instance in shipped}
     rows: list[Instance] = []
     left: dict[str, Left] = {}
     warnings: list[Warned] = []
@@ -92,7 +92,7 @@ def _instance(
     cloud: str, offer: Offer, known: Mapping[tuple[str, str], Instance], date: str, source: str
 ) -> Instance:
     """An offer as an instance of the catalog, with the network of our own row of that name."""
-    own = known.get((cloud, squash(offer.name)))
+    own = known.get((cloud, normalized(offer.name)))
     return Instance(
         provider=cloud,
         name=own.name if own else offer.name,
@@ -132,7 +132,7 @@ def _chosen(
             groups[row.full_name].append(row)
     chosen = []
     for group in groups.values():
-        own = known.get((group[0].provider, squash(group[0].name)))
+        own = known.get((group[0].provider, normalized(group[0].name)))
         local = [row for row in group if own is not None and row.region == own.region]
         chosen.append(_summary(_cheapest(local or group), group))
     return tuple(chosen)

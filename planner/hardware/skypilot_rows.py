@@ -20,7 +20,7 @@ from typing import NamedTuple
 from planner.foundation.decode import read_text
 from planner.foundation.errors import InputError
 from planner.foundation.frozen import frozen
-from planner.foundation.suggest import squash
+from planner.foundation.suggest import normalized
 from planner.hardware.instance import MEDIAN_FACTOR, Instance
 
 COLUMNS = ("InstanceType", "AcceleratorName", "AcceleratorCount", "Price", "SpotPrice", "Region")
@@ -265,7 +265,7 @@ def _device(cloud: str, row: Mapping[str, str], candidates: Sequence[str], devic
 
     Raises UnusableError where the memory that is stated fits none.
     """
-    own = known.instances.get((cloud, squash(row["InstanceType"])))
+    own = known.instances.get((cloud, normalized(row["InstanceType"])))
     if own is not None and own.device in candidates:
         return own.device
     info = row.get("GpuInfo", "")

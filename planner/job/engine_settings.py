@@ -55,7 +55,7 @@ class Dispatch(StrEnum):
 
 
 @frozen
-class Stack:
+class EngineSettings:
     """An engine, its attention kernel, the named set of its fused kernels, and whether blocks are compiled.
 
     `framework` is its full name where constants were fitted for that very one.
@@ -189,9 +189,9 @@ class Stack:
         return self.engine is not Engine.MEGATRON
 
 
-NATIVE = Stack()
+NATIVE = EngineSettings()
 
 
-def own_stack(cluster: ClusterSpec) -> Stack:
+def native_settings(cluster: ClusterSpec) -> EngineSettings:
     """The own runtime's on a cluster: `plan train` compiles blocks on whatever is no CPU."""
-    return Stack(compiled=all(group.device.name != "cpu" for group in cluster.groups))
+    return EngineSettings(compiled=all(group.device.name != "cpu" for group in cluster.groups))

@@ -2,7 +2,7 @@
 
 Limits: what a plan is held to by choice, besides what the model, the batch and the cluster allow.
 
-Upkeep: what a job does between its steps and suffers from outside. What nobody said is not counted.
+JobOverheads: what a job does between its steps and suffers from outside. What nobody said is not counted.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal
 
 from planner.foundation.frozen import frozen
 from planner.hardware.cluster import ClusterSpec, Device
-from planner.job.engine_settings import NATIVE, Engine, Stack
+from planner.job.engine_settings import NATIVE, Engine, EngineSettings
 from planner.model.spec import ModelSpec
 from planner.model.workload import Workload
 from planner.profile.profile import Profile
@@ -38,7 +38,7 @@ BEST: Literal["best"] = "best"
 
 
 @frozen
-class Upkeep:
+class JobOverheads:
     """Rates are of the whole job. `checkpoint_every` counts steps, or is BEST; `checkpoint_async` writes
     behind the steps, which wait only for the copy to host memory. `device_spread` is a device's standard
     deviation of compute time, from device to device and step to step, over its mean: equal V100s of one
@@ -83,13 +83,13 @@ class Upkeep:
         return all(value is None for value in said) and not self.spares
 
 
-NOTHING_SAID = Upkeep()
+NO_OVERHEADS = JobOverheads()
 
 
 @frozen
 class PlanningProblem:
-    """A model, a workload, a cluster, what is known of the device, its memory, the software, the upkeep, and
-    what plans are held to by choice.
+    """The inputs of every estimate and every search: a model, a workload, a cluster, the device's profile and
+    memory limit, the engine settings, the job's overheads, and the limits that the user sets.
 
     Where the cluster has several kinds of devices, `profile` is that of the slowest and `memory_limit_bytes`
     the least limit; `device_profiles` and `device_limits_bytes` are those of each kind, by its name. For a
@@ -102,8 +102,8 @@ class PlanningProblem:
     cluster: ClusterSpec
     profile: Profile | None
     memory_limit_bytes: int
-    stack: Stack = NATIVE
-    upkeep: Upkeep = NOTHING_SAID
+    engine_settings: EngineSettings = NATIVE
+    overheads: JobOverheads = NO_OVERHEADS
     limits: Limits = NO_LIMITS
     device_profiles: tuple[tuple[str, Profile | None], ...] = ()
     device_limits_bytes: tuple[tuple[str, int], ...] = ()

@@ -6,7 +6,7 @@ import dataclasses
 from enum import StrEnum
 
 from planner.foundation.frozen import frozen
-from planner.model.sublayer import AttentionKernel, Heads, Kept, Matrix, Split
+from planner.model.sublayer import AttentionKernel, HeadCount, SavedActivations, Split, WeightMatrix
 
 
 class CpExchange(StrEnum):
@@ -36,7 +36,7 @@ class Reach(StrEnum):
 
 
 @frozen
-class Span:
+class AttentionSpan:
     """The keys that a query meets. `size` is the width of a window or chunk, or the number chosen."""
 
     reach: Reach = Reach.CAUSAL
@@ -62,7 +62,7 @@ class Span:
         return "" if self.reach is Reach.CAUSAL else f"-{self.reach}{self.size or ''}"
 
 
-CAUSAL = Span()
+CAUSAL = AttentionSpan()
 
 
 class QkNorm(StrEnum):
@@ -92,7 +92,7 @@ class Attention:
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: QkNorm = QkNorm.NONE
-    span: Span = CAUSAL
+    span: AttentionSpan = CAUSAL
     gated: bool = False
     sinks: bool = False
     position_buckets: int = 0
@@ -118,27 +118,27 @@ class Attention:
         return self.heads * (self.value_dim or self.head_dim)
 
     @property
-    def heads_split(self) -> tuple[Heads, ...]:
+    def heads_split(self) -> tuple[HeadCount, ...]:
         return (
-            Heads(count=self.heads, what="attention heads"),
-            Heads(count=self.kv_heads, what="key-value heads", repeated=True),
+            HeadCount(count=self.heads, what="attention heads"),
+            HeadCount(count=self.kv_heads, what="key-value heads", repeated=True),
         )
 
-    def held(self, tp: int) -> Attention:
+    def with_kv_copies(self, tp: int) -> Attention:
         """What `tp` ranks hold together: where key-value heads are fewer, each rank has a copy of one."""
         return dataclasses.replace(self, kv_heads=tp) if self.kv_heads < tp else self
 
-    def copies(self, tp: int) -> int:
+    def kv_copies(self, tp: int) -> int:
         """How many of `tp` ranks hold the same key-value heads."""
         return max(1, tp // self.kv_heads)
 
-    def matrices(self, hidden: int) -> tuple[Matrix, ...]:
+    def matrices(self, hidden: int) -> tuple[WeightMatrix, ...]:
         """Query (with its gate), key, value and output projections."""
         queries = self.query_width * (2 if self.gated else 1)
         return (
-            Matrix(inputs=hidden, outputs=queries, bias=self.qkv_bias),
+            WeightMatrix(inputs=hidden, outputs=queries, bias=self.qkv_bias),
             *self.key_value(hidden),
-            Matrix(inputs=self.out_width, outputs=hidden, split=Split.INPUTS, bias=self.out_bias),
+            WeightMatrix(inputs=self.out_width, outputs=hidden, split=Split.INPUTS, bias=self.out_bias),
         )
 
     @property
@@ -146,11 +146,11 @@ class Attention:
         """What Hugging Face's llama calls the modules of `matrices`."""
         return ("q_proj", "k_proj", "v_proj", "o_proj")
 
-    def key_value(self, hidden: int) -> tuple[Matrix, Matrix]:
+    def key_value(self, hidden: int) -> tuple[WeightMatrix, WeightMatrix]:
         """Key and value projections."""
         return (
-            Matrix(inputs=hidden, outputs=self.kv_width, bias=self.qkv_bias),
-            Matrix(inputs=hidden, outputs=self.value_width, bias=self.qkv_bias),
+            WeightMatrix(inputs=hidden, outputs=self.kv_width, bias=self.qkv_bias),
+            WeightMatrix(inputs=hidden, outputs=self.value_width, bias=self.qkv_bias),
         )
 
     @property
@@ -174,12 +174,12 @@ class Attention:
         """Scores and values: 2 (d_qk + d_v) a head and key met."""
         return 2.0 * (self.query_width + self.out_width) * self.span.mean_keys(seq)
 
-    def kept(self, seq: int, kernel: AttentionKernel) -> Kept:
+    def saved_activations(self, seq: int, kernel: AttentionKernel) -> SavedActivations:
         """q, k, v and the result; copies before a q-k norm; eager keeps every probability."""
         normed = 0 if self.qk_norm is QkNorm.NONE else self.query_width + self.kv_width
         gate = 2 * self.out_width if self.gated else 0
         probabilities = 0 if kernel is AttentionKernel.FLASH else self.heads * seq
-        return Kept(
+        return SavedActivations(
             products=self.query_width + self.kv_width + self.value_width + self.out_width + probabilities,
             elementwise=normed + gate,
             statistics=self.heads if kernel is AttentionKernel.FLASH else 0,
@@ -236,7 +236,7 @@ class LatentAttention:
     rope_dim: int
     value_dim: int
     bias: bool = False
-    span: Span = CAUSAL
+    span: AttentionSpan = CAUSAL
     indexer: Indexer | None = None
 
     @property
@@ -254,26 +254,28 @@ class LatentAttention:
         return self.heads * self.head_dim
 
     @property
-    def heads_split(self) -> tuple[Heads, ...]:
-        return (Heads(count=self.heads, what="attention heads"),)
+    def heads_split(self) -> tuple[HeadCount, ...]:
+        return (HeadCount(count=self.heads, what="attention heads"),)
 
-    def matrices(self, hidden: int) -> tuple[Matrix, ...]:
+    def matrices(self, hidden: int) -> tuple[WeightMatrix, ...]:
         """Down and up projections of query and key-value latents, output projection, indexer."""
         whole = Split.NONE
         if self.query_rank is None:
-            query: tuple[Matrix, ...] = (Matrix(inputs=hidden, outputs=self.query_width),)
+            query: tuple[WeightMatrix, ...] = (WeightMatrix(inputs=hidden, outputs=self.query_width),)
         else:
             query = (
-                Matrix(inputs=hidden, outputs=self.query_rank, split=whole, bias=self.bias),
-                Matrix(inputs=self.query_rank, outputs=self.query_width),
+                WeightMatrix(inputs=hidden, outputs=self.query_rank, split=whole, bias=self.bias),
+                WeightMatrix(inputs=self.query_rank, outputs=self.query_width),
             )
         latent = self.kv_rank + self.rope_dim
         expanded = self.heads * (self.nope_dim + self.value_dim)
         return (
             *query,
-            Matrix(inputs=hidden, outputs=latent, split=whole, bias=self.bias),
-            Matrix(inputs=self.kv_rank, outputs=expanded),
-            Matrix(inputs=self.heads * self.value_dim, outputs=hidden, split=Split.INPUTS, bias=self.bias),
+            WeightMatrix(inputs=hidden, outputs=latent, split=whole, bias=self.bias),
+            WeightMatrix(inputs=self.kv_rank, outputs=expanded),
+            WeightMatrix(
+                inputs=self.heads * self.value_dim, outputs=hidden, split=Split.INPUTS, bias=self.bias
+            ),
             *self._indexer_matrices(hidden),
         )
 
@@ -284,14 +286,14 @@ class LatentAttention:
         indexer = ("wq_b", "wk", "weights_proj") if self.indexer else ()
         return (*query, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", *indexer)
 
-    def _indexer_matrices(self, hidden: int) -> tuple[Matrix, ...]:
+    def _indexer_matrices(self, hidden: int) -> tuple[WeightMatrix, ...]:
         if self.indexer is None:
             return ()
         index, whole = self.indexer, Split.NONE
         return (
-            Matrix(inputs=self.query_rank or hidden, outputs=index.heads * index.head_dim, split=whole),
-            Matrix(inputs=hidden, outputs=index.head_dim, split=whole),
-            Matrix(inputs=hidden, outputs=index.heads, split=whole),
+            WeightMatrix(inputs=self.query_rank or hidden, outputs=index.heads * index.head_dim, split=whole),
+            WeightMatrix(inputs=hidden, outputs=index.head_dim, split=whole),
+            WeightMatrix(inputs=hidden, outputs=index.heads, split=whole),
         )
 
     @property
@@ -315,11 +317,11 @@ class LatentAttention:
         """Values a token that rotary positions turn: a part of each query, and one key for all heads."""
         return (self.heads + 1) * self.rope_dim
 
-    def kept(self, seq: int, kernel: AttentionKernel) -> Kept:
+    def saved_activations(self, seq: int, kernel: AttentionKernel) -> SavedActivations:
         """Both latents before and after their norms, q, assembled k, v, and the result."""
         latents = 2 * (self.query_rank or 0) + 2 * self.kv_rank + self.rope_dim
         probabilities = 0 if kernel is AttentionKernel.FLASH else self.heads * seq
-        return Kept(
+        return SavedActivations(
             products=2 * self.query_width + 2 * self.heads * self.value_dim + probabilities,
             elementwise=self.heads * self.nope_dim,
             statistics=self.heads if kernel is AttentionKernel.FLASH else 0,

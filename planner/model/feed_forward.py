@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from planner.foundation.frozen import frozen
-from planner.model.sublayer import Kept, Matrix, Split
+from planner.model.sublayer import SavedActivations, Split, WeightMatrix
 
 
 class Score(StrEnum):
@@ -99,18 +99,18 @@ class Mlp:
     def widths_split(self) -> tuple[tuple[int, str], ...]:
         return ((self.width, "the MLP's width"),)
 
-    def matrices(self, hidden: int, copies: int = 1, used: int = 1) -> tuple[Matrix, ...]:
+    def matrices(self, hidden: int, copies: int = 1, used: int = 1) -> tuple[WeightMatrix, ...]:
         """Up projections and the down projection, of every copy."""
-        up = Matrix(inputs=hidden, outputs=self.width, bias=self.bias, copies=copies, used=used)
-        down = Matrix(
+        up = WeightMatrix(inputs=hidden, outputs=self.width, bias=self.bias, copies=copies, used=used)
+        down = WeightMatrix(
             inputs=self.width, outputs=hidden, split=Split.INPUTS, bias=self.bias, copies=copies, used=used
         )
         return (up,) * self.up_projections + (down,)
 
-    def kept(self, hidden: int) -> Kept:
+    def saved_activations(self, hidden: int) -> SavedActivations:
         """Up projections, and the activation (and its product with the gate) that follows them."""
         width = self.up_projections * self.width
-        return Kept(products=width, elementwise=width)
+        return SavedActivations(products=width, elementwise=width)
 
     @property
     def key(self) -> str:
@@ -145,26 +145,26 @@ class Experts:
     def widths_split(self) -> tuple[tuple[int, str], ...]:
         return ((self.shared.width, "the shared experts' width"),) if self.shared else ()
 
-    def matrices(self, hidden: int) -> tuple[Matrix, ...]:
+    def matrices(self, hidden: int) -> tuple[WeightMatrix, ...]:
         """Router, projections to and from the latent, routed experts, shared experts and their gate."""
         whole = Split.NONE
-        matrices = [Matrix(inputs=hidden, outputs=self.count, split=whole, bias=self.router_bias)]
+        matrices = [WeightMatrix(inputs=hidden, outputs=self.count, split=whole, bias=self.router_bias)]
         if self.latent is not None:
             bias = self.latent_bias
-            matrices.append(Matrix(inputs=hidden, outputs=self.latent, split=whole, bias=bias))
-            matrices.append(Matrix(inputs=self.latent, outputs=hidden, split=whole, bias=bias))
+            matrices.append(WeightMatrix(inputs=hidden, outputs=self.latent, split=whole, bias=bias))
+            matrices.append(WeightMatrix(inputs=self.latent, outputs=hidden, split=whole, bias=bias))
         matrices += self.expert.matrices(self.latent or hidden, self.count, self.topk)
         if self.shared is not None:
             matrices += self.shared.matrices(hidden)
         if self.shared_gate:
-            matrices.append(Matrix(inputs=hidden, outputs=1, split=whole))
+            matrices.append(WeightMatrix(inputs=hidden, outputs=1, split=whole))
         return tuple(matrices)
 
-    def kept(self, hidden: int) -> Kept:
+    def saved_activations(self, hidden: int) -> SavedActivations:
         """Each chosen expert's input, projections and weighted result; the shared experts' own."""
-        routed, width = self.expert.kept(hidden), self.latent or hidden
-        shared = self.shared.kept(hidden) if self.shared else Kept(products=0.0)
-        return Kept(
+        routed, width = self.expert.saved_activations(hidden), self.latent or hidden
+        shared = self.shared.saved_activations(hidden) if self.shared else SavedActivations(products=0.0)
+        return SavedActivations(
             products=self.topk * routed.products + shared.products,
             elementwise=self.topk * routed.elementwise + shared.elementwise,
             statistics=float(self.count),

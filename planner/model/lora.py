@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable
 from functools import cache
 
 from planner.foundation.errors import Problem
-from planner.foundation.suggest import nearest
+from planner.foundation.suggest import nearest_names
 from planner.model.feed_forward import MLP_MODULES, Mlp
 from planner.model.mixers import Mixer
 from planner.model.spec import Block, Layer, ModelSpec
-from planner.model.sublayer import Matrix
+from planner.model.sublayer import WeightMatrix
 from planner.model.workload import AdapterModules, Adapters
 
 _QUERY_VALUE = frozenset(
@@ -28,7 +28,7 @@ _QUERY_VALUE = frozenset(
 _QUERY_KEY_VALUE = _QUERY_VALUE | {"k_proj"}
 
 
-def adapted(layer: Layer, modules: str) -> tuple[Matrix, ...]:
+def adapted(layer: Layer, modules: str) -> tuple[WeightMatrix, ...]:
     """The weights of a layer that get adapters; routers and experts never do."""
     return tuple(matrix for name, matrix in _adaptable(layer) if _chosen(modules)(name))
 
@@ -66,7 +66,10 @@ def _unknown(name: str, model: ModelSpec, known: Iterable[str], legal: str) -> P
     if name in list(AdapterModules):
         fault, near = f"{shown} is a group of modules, which stands alone.", []
     else:
-        fault, near = f"{model.name} has no module {shown} that takes an adapter.", nearest(name[:60], known)
+        fault, near = (
+            f"{model.name} has no module {shown} that takes an adapter.",
+            nearest_names(name[:60], known),
+        )
     fix = f"did you mean {' or '.join(near)}" if near else ""
     return Problem(where="--lora-modules", fault=fault, legal=legal, fix=fix)
 
@@ -91,7 +94,7 @@ def _chosen(modules: str) -> Callable[[str], bool]:
             return frozenset(_split(modules)).__contains__
 
 
-def _adaptable(layer: Layer) -> list[tuple[str, Matrix]]:
+def _adaptable(layer: Layer) -> list[tuple[str, WeightMatrix]]:
     """The weights of a layer that may get adapters, with their names."""
     if not isinstance(layer, Block):
         return []
@@ -122,6 +125,6 @@ def layer_adapter_params(adapters: Adapters, layer: Layer, tp: int = 1) -> float
 
     The half beside the split dimension is sharded with it; the other half is whole on every rank.
     """
-    held = layer.held(tp) if isinstance(layer, Block) else layer
+    held = layer.with_kv_copies(tp) if isinstance(layer, Block) else layer
     shards = [matrix.shard(tp) for matrix in adapted(held, adapters.modules)]
     return adapters.rank * sum(inputs + outputs for inputs, outputs in shards)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from planner.foundation.frozen import frozen
 from planner.model.attention import Attention, LatentAttention
-from planner.model.sublayer import AttentionKernel, Heads, Kept, Matrix, Split
+from planner.model.sublayer import AttentionKernel, HeadCount, SavedActivations, Split, WeightMatrix
 
 
 @frozen
@@ -47,10 +47,10 @@ class StateSpace:
         return self.inner + 2 * self.groups * self.state
 
     @property
-    def heads_split(self) -> tuple[Heads, ...]:
+    def heads_split(self) -> tuple[HeadCount, ...]:
         return (
-            Heads(count=self.state_heads, what="state-space heads"),
-            Heads(count=self.groups, what="state-space groups"),
+            HeadCount(count=self.state_heads, what="state-space heads"),
+            HeadCount(count=self.groups, what="state-space groups"),
         )
 
     @property
@@ -58,12 +58,12 @@ class StateSpace:
         """What Hugging Face's mamba2 calls the modules of `matrices`."""
         return ("in_proj", "out_proj")
 
-    def matrices(self, hidden: int) -> tuple[Matrix, ...]:
+    def matrices(self, hidden: int) -> tuple[WeightMatrix, ...]:
         """Input projection (gate, convolved channels, step sizes) and output projection."""
         outputs = self.inner + self.convolved + self.state_heads
         return (
-            Matrix(inputs=hidden, outputs=outputs, bias=self.bias),
-            Matrix(inputs=self.inner, outputs=hidden, split=Split.INPUTS, bias=self.bias),
+            WeightMatrix(inputs=hidden, outputs=outputs, bias=self.bias),
+            WeightMatrix(inputs=self.inner, outputs=hidden, split=Split.INPUTS, bias=self.bias),
         )
 
     @property
@@ -81,10 +81,10 @@ class StateSpace:
         chunked = 2.0 * inside * (self.groups * self.state + self.inner)
         return 2.0 * self.kernel * self.convolved + chunked + 4.0 * self.inner * self.state
 
-    def kept(self, seq: int, kernel: AttentionKernel) -> Kept:
+    def saved_activations(self, seq: int, kernel: AttentionKernel) -> SavedActivations:
         """Gate, channels before and after the convolution, step sizes, result, and states by chunk."""
         states = self.inner * self.state / min(self.chunk, seq)
-        return Kept(
+        return SavedActivations(
             products=self.inner + self.convolved + self.state_heads + self.inner,
             elementwise=self.convolved + self.inner,
             statistics=states,
@@ -127,10 +127,10 @@ class DeltaNet:
         return 2 * self.key_width + self.value_width
 
     @property
-    def heads_split(self) -> tuple[Heads, ...]:
+    def heads_split(self) -> tuple[HeadCount, ...]:
         return (
-            Heads(count=self.key_heads, what="delta-rule key heads"),
-            Heads(count=self.value_heads, what="delta-rule value heads"),
+            HeadCount(count=self.key_heads, what="delta-rule key heads"),
+            HeadCount(count=self.value_heads, what="delta-rule value heads"),
         )
 
     @property
@@ -138,12 +138,12 @@ class DeltaNet:
         """What Hugging Face's qwen3_next calls the modules of `matrices`."""
         return ("in_proj_qkvz", "in_proj_ba", "out_proj")
 
-    def matrices(self, hidden: int) -> tuple[Matrix, ...]:
+    def matrices(self, hidden: int) -> tuple[WeightMatrix, ...]:
         """Queries, keys, values and output gate; decay and write strength; output projection."""
         return (
-            Matrix(inputs=hidden, outputs=self.convolved + self.value_width),
-            Matrix(inputs=hidden, outputs=2 * self.value_heads),
-            Matrix(inputs=self.value_width, outputs=hidden, split=Split.INPUTS),
+            WeightMatrix(inputs=hidden, outputs=self.convolved + self.value_width),
+            WeightMatrix(inputs=hidden, outputs=2 * self.value_heads),
+            WeightMatrix(inputs=self.value_width, outputs=hidden, split=Split.INPUTS),
         )
 
     @property
@@ -162,10 +162,10 @@ class DeltaNet:
         states = 6.0 * self.key_dim * self.value_head_dim
         return 2.0 * self.kernel * self.convolved + self.value_heads * (chunked + states)
 
-    def kept(self, seq: int, kernel: AttentionKernel) -> Kept:
+    def saved_activations(self, seq: int, kernel: AttentionKernel) -> SavedActivations:
         """Channels before and after the convolution, gate, strengths, result, and states by chunk."""
         states = self.value_heads * self.key_dim * self.value_head_dim / min(self.chunk, seq)
-        return Kept(
+        return SavedActivations(
             products=self.convolved + 2 * self.value_width + 2 * self.value_heads,
             elementwise=self.convolved + self.value_width,
             statistics=states,
@@ -197,20 +197,20 @@ class LightningAttention:
         return self.lightning_heads * self.head_dim
 
     @property
-    def heads_split(self) -> tuple[Heads, ...]:
-        return (Heads(count=self.lightning_heads, what="lightning-attention heads"),)
+    def heads_split(self) -> tuple[HeadCount, ...]:
+        return (HeadCount(count=self.lightning_heads, what="lightning-attention heads"),)
 
     @property
     def module_names(self) -> tuple[str, ...]:
         """What Hugging Face's minimax calls the modules of `matrices`."""
         return ("qkv_proj", "output_gate", "out_proj")
 
-    def matrices(self, hidden: int) -> tuple[Matrix, ...]:
+    def matrices(self, hidden: int) -> tuple[WeightMatrix, ...]:
         """Queries, keys and values; output gate; output projection."""
         return (
-            Matrix(inputs=hidden, outputs=3 * self.width),
-            Matrix(inputs=hidden, outputs=self.width),
-            Matrix(inputs=self.width, outputs=hidden, split=Split.INPUTS),
+            WeightMatrix(inputs=hidden, outputs=3 * self.width),
+            WeightMatrix(inputs=hidden, outputs=self.width),
+            WeightMatrix(inputs=self.width, outputs=hidden, split=Split.INPUTS),
         )
 
     @property
@@ -227,10 +227,10 @@ class LightningAttention:
         inside = (min(self.chunk, seq) + 1) / 2
         return self.width * (4.0 * inside + 4.0 * self.head_dim)
 
-    def kept(self, seq: int, kernel: AttentionKernel) -> Kept:
+    def saved_activations(self, seq: int, kernel: AttentionKernel) -> SavedActivations:
         """q, k, v before and after their activation, the result before and after its norm, the gate."""
         states = self.width * self.head_dim / min(self.chunk, seq)
-        return Kept(products=5 * self.width, elementwise=5 * self.width, statistics=states)
+        return SavedActivations(products=5 * self.width, elementwise=5 * self.width, statistics=states)
 
     @property
     def key(self) -> str:

@@ -18,7 +18,7 @@ from planner.model.arithmetic import PLAIN, Arithmetic
 from planner.model.attention import Attention, LatentAttention
 from planner.model.feed_forward import Experts, FeedForward
 from planner.model.mixers import Mixer
-from planner.model.sublayer import AttentionKernel, Heads, Kept, Matrix, Recompute
+from planner.model.sublayer import AttentionKernel, HeadCount, Recompute, SavedActivations, WeightMatrix
 from planner.model.traced_layer import TracedLayer
 
 VOCAB_UNIT = 128
@@ -93,7 +93,7 @@ class Block:
         """Values a token of the message to the next layer: the residual stream."""
         return self.hidden
 
-    def matrices(self) -> tuple[Matrix, ...]:
+    def matrices(self) -> tuple[WeightMatrix, ...]:
         """Every weight of the block that tokens are multiplied with."""
         return _matrices(self)
 
@@ -111,21 +111,24 @@ class Block:
         """Parameters that one token meets: of experts, the chosen ones."""
         return sum(matrix.params_active for matrix in self.matrices()) + self._vector_params
 
-    def held(self, tp: int) -> Block:
+    def with_kv_copies(self, tp: int) -> Block:
         """What `tp` ranks hold together: the block, with copies of key-value heads where these are fewer."""
         return _held(self, tp)
 
     def params_shard(self, tp: int) -> float:
         """Parameters on one of `tp` tensor-parallel ranks: shards of matrices, whole norms."""
-        return sum(matrix.params_shard(tp) for matrix in self.held(tp).matrices()) + self._vector_params
+        return (
+            sum(matrix.params_shard(tp) for matrix in self.with_kv_copies(tp).matrices())
+            + self._vector_params
+        )
 
     def params_copied(self, tp: int) -> dict[int, float]:
         """Parameters of key-value heads on one of `tp` ranks, by how many ranks have copies of them."""
         copied: dict[int, float] = {}
         for mixer in self.mixers:
-            if isinstance(mixer, Attention) and mixer.copies(tp) > 1:
+            if isinstance(mixer, Attention) and mixer.kv_copies(tp) > 1:
                 heads = sum(matrix.params for matrix in mixer.key_value(self.hidden)) / mixer.kv_heads
-                copied[mixer.copies(tp)] = copied.get(mixer.copies(tp), 0.0) + heads
+                copied[mixer.kv_copies(tp)] = copied.get(mixer.kv_copies(tp), 0.0) + heads
         return copied
 
     @property
@@ -151,7 +154,7 @@ class Block:
         """FLOPs between the projections: scores and values of the keys met, or states."""
         return tokens * sum(mixer.core_flops(seq) for mixer in self.mixers)
 
-    def kept(self, seq: int, kernel: AttentionKernel) -> Kept:
+    def saved_activations(self, seq: int, kernel: AttentionKernel) -> SavedActivations:
         """Values a token that both sublayers keep for the backward pass, without the residual stream."""
         return _kept(self, seq, kernel)[0]
 
@@ -177,7 +180,7 @@ class Block:
 
         Rows of experts that `expert_tp` ranks share out (None: tp) are those of tp / expert_tp groups.
         2 s h are the input and the output of each sublayer's norm; norms after a sublayer keep its
-        result besides. Products, elementwise and statistics are each sublayer's (`Kept`).
+        result besides. Products, elementwise and statistics are each sublayer's (`SavedActivations`).
         """
         stream = self.hidden / (tp if sequence_parallel else 1)
         if recompute is Recompute.FULL:
@@ -208,14 +211,16 @@ class Block:
 
 
 @lru_cache(maxsize=1024)
-def _matrices(block: Block) -> tuple[Matrix, ...]:
+def _matrices(block: Block) -> tuple[WeightMatrix, ...]:
     mixing = chain.from_iterable(mixer.matrices(block.hidden) for mixer in block.mixers)
     return (*mixing, *(block.mlp.matrices(block.hidden) if block.mlp else ()))
 
 
 @lru_cache(maxsize=1024)
 def _held(block: Block, tp: int) -> Block:
-    mixer, cross = (m.held(tp) if isinstance(m, Attention) else m for m in (block.mixer, block.cross))
+    mixer, cross = (
+        m.with_kv_copies(tp) if isinstance(m, Attention) else m for m in (block.mixer, block.cross)
+    )
     if mixer is block.mixer and cross is block.cross:
         return block
     assert cross is None or isinstance(cross, Attention)
@@ -223,11 +228,11 @@ def _held(block: Block, tp: int) -> Block:
 
 
 @lru_cache(maxsize=1024)
-def _kept(block: Block, seq: int, kernel: AttentionKernel) -> tuple[Kept, int]:
+def _kept(block: Block, seq: int, kernel: AttentionKernel) -> tuple[SavedActivations, int]:
     """What the block keeps, and its sublayers."""
-    each = [mixer.kept(seq, kernel) for mixer in block.mixers]
-    each += [block.mlp.kept(block.hidden)] if block.mlp else []
-    whole = Kept(
+    each = [mixer.saved_activations(seq, kernel) for mixer in block.mixers]
+    each += [block.mlp.saved_activations(block.hidden)] if block.mlp else []
+    whole = SavedActivations(
         products=sum(kept.products for kept in each),
         elementwise=sum(kept.elementwise for kept in each),
         statistics=sum(kept.statistics for kept in each) + block.norms,
@@ -321,7 +326,7 @@ class ModelSpec:
         return (block for block in self.classes().values() if isinstance(block, Block))
 
     @property
-    def heads_split(self) -> tuple[Heads, ...]:
+    def heads_split(self) -> tuple[HeadCount, ...]:
         """Counts of heads that tensor parallelism shares out."""
         mixers = (mixer for block in self.transformer_blocks() for mixer in block.mixers)
         return tuple(dict.fromkeys(split for mixer in mixers for split in mixer.heads_split))

@@ -23,7 +23,7 @@ class Split(StrEnum):
 
 
 @frozen
-class Matrix:
+class WeightMatrix:
     """`copies` weights of shape [outputs, inputs], of which each token meets `used` (experts and top-k)."""
 
     inputs: int
@@ -85,7 +85,7 @@ class AttentionKernel(StrEnum):
 
 
 @frozen
-class Kept:
+class SavedActivations:
     """Values a token that a sublayer keeps for its backward pass, besides the residual stream.
 
     `products` are results of matrix products and of attention, which selective recomputation keeps too;
@@ -114,7 +114,7 @@ class Recompute(StrEnum):
 
 
 @frozen
-class Heads:
+class HeadCount:
     """A count of heads of which each rank has whole ones, as many as the others.
 
     Those that may be `repeated` can be fewer than the ranks: then neighbours have copies of one.

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.foundation.frozen import frozen
 from planner.model.spec import Block
-from planner.model.traced_layer import Product
+from planner.model.traced_layer import MatrixProduct
 
 if TYPE_CHECKING:
     from planner.model.spec import ModelSpec
@@ -64,7 +64,7 @@ class Operator:
     writes: tuple[int, ...]
     parameters: tuple[int, ...] = ()
     saves: tuple[int, ...] = ()
-    products: tuple[Product, ...] = ()
+    products: tuple[MatrixProduct, ...] = ()
     core_flops: float = 0.0
     moved_values: float = 0.0
 

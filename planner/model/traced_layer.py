@@ -6,7 +6,7 @@ from planner.foundation.frozen import frozen
 
 
 @frozen
-class Product:
+class MatrixProduct:
     """`count` matrix products (m, k) x (k, n) in the forward pass of one sample."""
 
     m: float
@@ -34,7 +34,7 @@ class TracedLayer:
     tokens: int
     params: int
     tensors: int
-    products: tuple[Product, ...]
+    products: tuple[MatrixProduct, ...]
     core_flops: float
     moved_values: float
     saved_values: float

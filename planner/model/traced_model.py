@@ -15,7 +15,7 @@ from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
 from planner.model.spec import ModelSpec, Norm, Segment
 from planner.model.traced_graph import Chain, OperatorGraph, Piece, Run, pieces, runs
-from planner.model.traced_layer import Product, TracedLayer
+from planner.model.traced_layer import MatrixProduct, TracedLayer
 
 
 def traced_model(graph: OperatorGraph, *, name: str, sources: tuple[str, ...] = ()) -> ModelSpec:
@@ -94,7 +94,7 @@ def _layer(
         tokens=graph.tokens,
         params=params,
         tensors=tensors,
-        products=tuple(Product(m=m, n=n, k=k, count=count) for (m, n, k), count in counts.items()),
+        products=tuple(MatrixProduct(m=m, n=n, k=k, count=count) for (m, n, k), count in counts.items()),
         core_flops=sum((operator.core_flops for operator in operators), 0.0),
         moved_values=sum((operator.moved_values for operator in operators), 0.0),
         saved_values=sum(saved[index] for index in same) / len(same),

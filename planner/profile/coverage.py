@@ -20,9 +20,9 @@ from planner.profile.profile import (
     CommSample,
     LayerKind,
     LayerSample,
+    OperatorKind,
+    OperatorSample,
     Profile,
-    RateKind,
-    RateSample,
     shape_key,
 )
 
@@ -82,7 +82,7 @@ class SampledClass:
         if block is None:
             return None
         if isinstance(block, Block):
-            block = block.held(sample.tp)
+            block = block.with_kv_copies(sample.tp)
         return (
             block.matmul_flops_forward(tokens) + block.attention_flops_forward(tokens, sample.seq)
         ) / sample.tp
@@ -180,7 +180,7 @@ def bus_bytes_per_s(sample: CommSample) -> float:
     return wire_factor(sample.op, sample.ranks) * sample.bytes / sample.seconds
 
 
-Timed = LayerSample | CommSample | RateSample
+Timed = LayerSample | CommSample | OperatorSample
 """What has a spread."""
 
 
@@ -199,18 +199,18 @@ def is_noisy(sample: Timed) -> bool:
     return sample.spread > NOISY_SPREAD
 
 
-def kind_text(sample: RateSample) -> str:
+def kind_text(sample: OperatorSample) -> str:
     """`gemm bf16`, `activation silu-gated fp32`: an operator without its sizes."""
     parts = (sample.kind.replace("_", " "), sample.variant, str(sample.precision))
     return " ".join(part for part in parts if part)
 
 
-def rate_text(sample: RateSample) -> str:
+def rate_text(sample: OperatorSample) -> str:
     """An operator with its sizes: `gemm bf16, 4,096 x 4,096 x 1,024`."""
     return f"{kind_text(sample)}, {' x '.join(f'{dim:,}' for dim in sample.dims)}"
 
 
-def rate_flops(sample: RateSample) -> float | None:
+def rate_flops(sample: OperatorSample) -> float | None:
     """FLOPs of an operator's forward pass; None where it only moves values. Going back it has twice.
 
     Attention is causal: the half of its scores and values that is not masked. The loss is chunked: both its
@@ -218,24 +218,24 @@ def rate_flops(sample: RateSample) -> float | None:
     """
     dims = sample.dims
     match sample.kind:
-        case RateKind.GEMM | RateKind.GROUPED:
+        case OperatorKind.GEMM | OperatorKind.GROUPED:
             return 2.0 * math.prod(dims)
-        case RateKind.CROSS_ENTROPY:
+        case OperatorKind.CROSS_ENTROPY:
             return 6.0 * math.prod(dims)
-        case RateKind.ATTENTION:
+        case OperatorKind.ATTENTION:
             heads, tokens, head_dim = dims
             return 2.0 * heads * tokens * tokens * head_dim
     return None
 
 
-def rate_values(sample: RateSample) -> int:
+def rate_values(sample: OperatorSample) -> int:
     """Values that an operator reads or writes, by which its sizes are compared: rows of an embedding, of
     experts' inputs, bytes of a copy."""
     match sample.kind:
-        case RateKind.EMBEDDING:
+        case OperatorKind.EMBEDDING:
             tokens, _, hidden = sample.dims
             return tokens * hidden
-        case RateKind.ROUTING:
+        case OperatorKind.ROUTING:
             tokens, _, chosen, hidden = sample.dims
             return tokens * chosen * hidden
     return math.prod(sample.dims)

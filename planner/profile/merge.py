@@ -18,18 +18,18 @@ from planner.profile.profile import (
     ContentionSample,
     FamilyFit,
     LayerSample,
+    OperatorSample,
     Profile,
-    RateSample,
 )
 
-Sample = LayerSample | CommSample | ContentionSample | Constant | RateSample
+Sample = LayerSample | CommSample | ContentionSample | Constant | OperatorSample
 
 FIELDS: dict[type, str] = {
     LayerSample: "layers",
     CommSample: "comms",
     ContentionSample: "contention",
     Constant: "constants",
-    RateSample: "rates",
+    OperatorSample: "rates",
 }
 """The field of Profile that holds samples of a kind."""
 
@@ -64,7 +64,7 @@ MORE_CASES = "more cases: "
 
 
 @frozen
-class Stack:
+class Platform:
     """What times depend on besides the work: the device, the libraries, the format of products.
 
     `precision` is None where a profile does not say.
@@ -76,8 +76,8 @@ class Stack:
     torch: str
     precision: Precision | None
 
-    def differences(self, other: Stack) -> list[str]:
-        """In what another stack differs, both values named; what either does not know is no difference."""
+    def differences(self, other: Platform) -> list[str]:
+        """List the fields that differ, with both values; a field unknown on either side never differs."""
         names = {
             "device": "device",
             "device_title": "device title",
@@ -89,10 +89,10 @@ class Stack:
         return [f"{label} {own} against {its}" for label, own, its in pairs if own and its and own != its]
 
 
-def stack_of(profile: Profile) -> Stack:
-    """The stack that a profile was measured on."""
+def platform_of(profile: Profile) -> Platform:
+    """Return the platform that a profile was measured on."""
     formats = {sample.precision for sample in profile.layers}
-    return Stack(
+    return Platform(
         device=profile.device,
         device_title=profile.device_title,
         backend=profile.backend,
@@ -104,9 +104,9 @@ def stack_of(profile: Profile) -> Stack:
 def merge(old: Profile, new: Profile, measured: Collection[str] = ()) -> Profile:
     """The samples of both; where they have one of the same thing, that of `new`.
 
-    Both are of one stack, and `new` is the later. `measured` are the cases, `family: case`, that `new` took:
-    that `old` had skipped them is no longer true. For which cases no time was left, only the later of two
-    profiles of a family knows.
+    Both are of one platform, and `new` is the later. `measured` are the cases, `family: case`, that `new`
+    took: that `old` had skipped them is no longer true. For which cases no time was left, only the later of
+    two profiles of a family knows.
     """
     names = dict.fromkeys(sorted({*old.name.split("; "), *new.name.split("; ")}))
     fields: dict[str, Any] = {

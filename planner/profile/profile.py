@@ -1,6 +1,6 @@
 """Profile: what was measured on a device and software stack. Written by machine, read by the cost model.
 
-RateSample: one operator at one size, alone on a device. Fits over many of them price unmeasured layers.
+OperatorSample: one operator at one size, alone on a device. Fits over many of them price unmeasured layers.
 
 How much longer than their price the blocks of measured runs took, by their shape: a part of a profile.
 """
@@ -22,7 +22,7 @@ from planner.model.sublayer import AttentionKernel, Recompute
 from planner.model.workload import Precision
 
 
-class RateKind(StrEnum):
+class OperatorKind(StrEnum):
     """What was timed, and by which dims its samples are told apart.
 
     GEMM           (m, n, k): x [m, k] times w [n, k]; backward both gradients, w's added to one that exists
@@ -58,7 +58,7 @@ class RateKind(StrEnum):
 
 
 @frozen
-class RateSample:
+class OperatorSample:
     """Median seconds of `samples` bursts of one operator, of the device alone where it has a queue.
 
     `backward_s` None: it has no backward pass. `spread` is the larger interquartile range over its median.
@@ -66,7 +66,7 @@ class RateSample:
     is when, empty where unknown.
     """
 
-    kind: RateKind
+    kind: OperatorKind
     dims: tuple[int, ...]
     precision: Precision
     variant: str = ""
@@ -317,7 +317,7 @@ class Profile:
     precision: Precision | None = None
     fits: tuple[FamilyFit, ...] = ()
     clocks: Clocks | None = None
-    rates: tuple[RateSample, ...] = ()
+    rates: tuple[OperatorSample, ...] = ()
     residuals: tuple[BlockResiduals, ...] = ()
 
     @property

@@ -10,7 +10,7 @@ from planner.cost.stage.layer_cost import LayerModel
 from planner.cost.time_constants import usual_physics
 from planner.hardware.catalog import device_names, load_device, load_model
 from planner.hardware.cluster import ClusterSpec, Device, DeviceGroup, Link, unknown_device
-from planner.job.engine_settings import Stack
+from planner.job.engine_settings import EngineSettings
 from planner.job.problem import PlanningProblem
 from planner.model.attention import CpExchange
 from planner.model.spec import ModelSpec
@@ -60,7 +60,7 @@ class ProfileLines:
         if key not in self._layers:
             profile = self.profile if sampled else dataclasses.replace(self.profile, layers=())
             problem = self._problem(model, sample.precision, sample.seq, profile)
-            problem = dataclasses.replace(problem, stack=Stack(compiled=sample.compiled))
+            problem = dataclasses.replace(problem, engine_settings=EngineSettings(compiled=sample.compiled))
             self._layers[key] = LayerModel(problem, usual_physics(problem))
         return self._layers[key]
 

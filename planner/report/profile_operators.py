@@ -6,7 +6,7 @@ from statistics import median
 
 from planner.cost.compute.measured_operators import MeasuredRates, at_usual_speed
 from planner.foundation.units import format_seconds
-from planner.profile.profile import Profile, RateKind, RateSample
+from planner.profile.profile import OperatorKind, OperatorSample, Profile
 from planner.report import curves
 from planner.report.charts import mark_colour
 from planner.report.curves import Curve, Dot, draw_scatter
@@ -14,15 +14,15 @@ from planner.report.sections import Figure, LegendItem
 from planner.report.words import percent
 
 SORTS = {
-    RateKind.GEMM: "products",
-    RateKind.GROUPED: "products of experts",
-    RateKind.ATTENTION: "attention",
-    RateKind.CROSS_ENTROPY: "loss",
-    RateKind.EMBEDDING: "embedding",
-    RateKind.OPTIMIZER: "update",
-    RateKind.COPY: "copies",
-    RateKind.TO_DEVICE: "copies",
-    RateKind.TO_HOST: "copies",
+    OperatorKind.GEMM: "products",
+    OperatorKind.GROUPED: "products of experts",
+    OperatorKind.ATTENTION: "attention",
+    OperatorKind.CROSS_ENTROPY: "loss",
+    OperatorKind.EMBEDDING: "embedding",
+    OperatorKind.OPTIMIZER: "update",
+    OperatorKind.COPY: "copies",
+    OperatorKind.TO_DEVICE: "copies",
+    OperatorKind.TO_HOST: "copies",
 }
 """What operators are called; all others lie between the products."""
 
@@ -56,14 +56,14 @@ def operator_figure(profile: Profile) -> Figure | None:
     )
 
 
-def _each(profile: Profile) -> list[tuple[MeasuredRates, RateSample]]:
+def _each(profile: Profile) -> list[tuple[MeasuredRates, OperatorSample]]:
     """All samples at one speed, each with the fit of its precision."""
     samples = at_usual_speed(profile.rates)
     fits = {precision: MeasuredRates(samples, precision) for precision in {s.precision for s in samples}}
     return [(fits[sample.precision], sample) for sample in samples]
 
 
-def _tip(sample: RateSample, way: str, seconds: float, told: float) -> str:
+def _tip(sample: OperatorSample, way: str, seconds: float, told: float) -> str:
     name = f"{sample.kind} {sample.variant}".strip().replace("_", " ")
     sizes = " x ".join(f"{size:,}" for size in sample.dims)
     times = f"{format_seconds(seconds)} measured, {format_seconds(told)} by the others"

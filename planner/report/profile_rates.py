@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from planner.cost.compute.measured_operators import at_usual_speed
 from planner.foundation.units import format_seconds, format_si
 from planner.profile.coverage import kind_text, rate_flops, rate_text, rate_values
-from planner.profile.profile import Profile, RateKind, RateSample
+from planner.profile.profile import OperatorKind, OperatorSample, Profile
 from planner.report import curves
 from planner.report.charts import mark_colour
 from planner.report.curves import Axis, Curve, Dot, draw_curves
@@ -27,14 +27,14 @@ def rate_figures(profile: Profile) -> tuple[Figure, ...]:
         *(
             _rates(f"{title}, {name}", [s for s in computing if s.kind is kind], name)
             for kind, title in KINDS_DRAWN
-            for name in (("forward",) if kind is RateKind.CROSS_ENTROPY else ("forward", "backward"))
+            for name in (("forward",) if kind is OperatorKind.CROSS_ENTROPY else ("forward", "backward"))
         ),
         *(
             _by_kind(title, [s for s in samples if s.kind in kinds], how)
             for title, kinds, how in (
                 ("Between the products", ELEMENTWISE, _TIMED),
-                ("Embedding and routing", (RateKind.EMBEDDING, RateKind.ROUTING), _TIMED),
-                ("Update of the optimizer", (RateKind.OPTIMIZER,), _TIMED),
+                ("Embedding and routing", (OperatorKind.EMBEDDING, OperatorKind.ROUTING), _TIMED),
+                ("Update of the optimizer", (OperatorKind.OPTIMIZER,), _TIMED),
                 ("Copies", COPIES, _COPIED),
             )
         ),
@@ -42,16 +42,16 @@ def rate_figures(profile: Profile) -> tuple[Figure, ...]:
     return tuple(figure for figure in drawn if figure is not None)
 
 
-ELEMENTWISE = (RateKind.ADD, RateKind.ACTIVATION, RateKind.NORM, RateKind.ROTARY)
+ELEMENTWISE = (OperatorKind.ADD, OperatorKind.ACTIVATION, OperatorKind.NORM, OperatorKind.ROTARY)
 KINDS_DRAWN = (
-    (RateKind.GEMM, "Matrix products"),
-    (RateKind.GROUPED, "Products of experts"),
-    (RateKind.ATTENTION, "Attention"),
-    (RateKind.CROSS_ENTROPY, "Output projection and loss"),
+    (OperatorKind.GEMM, "Matrix products"),
+    (OperatorKind.GROUPED, "Products of experts"),
+    (OperatorKind.ATTENTION, "Attention"),
+    (OperatorKind.CROSS_ENTROPY, "Output projection and loss"),
 )
 
 
-def _rates(title: str, samples: Sequence[RateSample], name: str) -> Figure | None:
+def _rates(title: str, samples: Sequence[OperatorSample], name: str) -> Figure | None:
     """FLOP/s over FLOPs of one pass; products by their least dim."""
     dots: dict[tuple[int, str], list[Dot]] = {}
     for sample in samples:
@@ -75,9 +75,9 @@ def _rates(title: str, samples: Sequence[RateSample], name: str) -> Figure | Non
     )
 
 
-def _group(sample: RateSample) -> tuple[int, str]:
+def _group(sample: OperatorSample) -> tuple[int, str]:
     """What the dots of a kind are coloured by, with its place: the least dim of products, else the head."""
-    if sample.kind is RateKind.ATTENTION:
+    if sample.kind is OperatorKind.ATTENTION:
         return sample.dims[-1], f"heads of {sample.dims[-1]}, {sample.precision}"
     least = min(sample.dims[-3:])
     place = sum(least > bound for bound in LEAST_DIMS)
@@ -85,15 +85,15 @@ def _group(sample: RateSample) -> tuple[int, str]:
     return place, f"least dim {width}, {sample.precision}"
 
 
-Drawing = tuple[Axis, Axis, Callable[[RateSample], float]]
+Drawing = tuple[Axis, Axis, Callable[[OperatorSample], float]]
 """The axes of a chart, and the height of a sample's dot."""
 
 
-def _timed_y(sample: RateSample) -> float:
+def _timed_y(sample: OperatorSample) -> float:
     return sample.forward_s
 
 
-def _copied_y(sample: RateSample) -> float:
+def _copied_y(sample: OperatorSample) -> float:
     return sample.dims[0] / sample.forward_s
 
 
@@ -101,7 +101,7 @@ _TIMED: Drawing = (curves.VALUES, curves.TIME, _timed_y)
 _COPIED: Drawing = (curves.SIZE, curves.BANDWIDTH_OF_COPY, _copied_y)
 
 
-def _by_kind(title: str, samples: Sequence[RateSample], how: Drawing) -> Figure | None:
+def _by_kind(title: str, samples: Sequence[OperatorSample], how: Drawing) -> Figure | None:
     """All samples of some kinds in one chart, a colour a kind and variant."""
     if not samples:
         return None

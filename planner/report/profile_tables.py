@@ -27,14 +27,14 @@ from planner.profile.profile import (
     Constant,
     LayerSample,
     Op,
+    OperatorKind,
+    OperatorSample,
     Profile,
-    RateKind,
-    RateSample,
 )
 from planner.report.profile_words import op_title
 from planner.report.words import Table, percent
 
-COPIES = (RateKind.COPY, RateKind.TO_DEVICE, RateKind.TO_HOST)
+COPIES = (OperatorKind.COPY, OperatorKind.TO_DEVICE, OperatorKind.TO_HOST)
 OPTIONS = tuple(Recompute)
 NOISY_MARK = "!"
 
@@ -72,7 +72,7 @@ def _row(found: SampledClass, sample: LayerSample) -> tuple[str, ...]:
     )
 
 
-def rate_table(samples: Sequence[RateSample]) -> Table:
+def rate_table(samples: Sequence[OperatorSample]) -> Table:
     """Operators with their sizes, times and rates."""
     ordered = sorted(samples, key=lambda s: (s.kind, s.variant, s.precision, s.dims))
     rows = (
@@ -90,9 +90,9 @@ def rate_table(samples: Sequence[RateSample]) -> Table:
     return Table(header=header, rows=tuple(rows), numbers=(2, 6))
 
 
-def best_rates(samples: Sequence[RateSample]) -> Table:
+def best_rates(samples: Sequence[OperatorSample]) -> Table:
     """Each kind of operator: how many sizes were taken, its best rate, its usual and worst spread."""
-    kinds: dict[str, list[RateSample]] = {}
+    kinds: dict[str, list[OperatorSample]] = {}
     for sample in samples:
         kinds.setdefault(kind_text(sample), []).append(sample)
     rows = (
@@ -103,14 +103,14 @@ def best_rates(samples: Sequence[RateSample]) -> Table:
     return Table(header=header, rows=tuple(rows), numbers=(1, 3))
 
 
-def _best(samples: Sequence[RateSample]) -> tuple[str, str]:
+def _best(samples: Sequence[OperatorSample]) -> tuple[str, str]:
     """The highest rate of a kind and its sizes: FLOP/s, bytes a second of copies, else values a second."""
     best = max(samples, key=_work_per_s)
     unit = "FLOP/s" if rate_flops(best) else "B/s" if best.kind in COPIES else "values/s"
     return format_si(_work_per_s(best), unit), " x ".join(f"{dim:,}" for dim in best.dims)
 
 
-def _work_per_s(sample: RateSample) -> float:
+def _work_per_s(sample: OperatorSample) -> float:
     work = rate_flops(sample) or rate_values(sample)
     return work / sample.forward_s if sample.forward_s > 0 else 0.0
 

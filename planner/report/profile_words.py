@@ -13,7 +13,15 @@ from planner.hardware.local_machine import Clocks
 from planner.profile.choose import OLD_MONTHS, months_old, told_age
 from planner.profile.coverage import ClassKey, SampledClass, covered_models, noisy, timed
 from planner.profile.merge import MORE_CASES
-from planner.profile.profile import NOISY_SPREAD, CommSample, FamilyFit, LayerSample, Op, Profile, RateSample
+from planner.profile.profile import (
+    NOISY_SPREAD,
+    CommSample,
+    FamilyFit,
+    LayerSample,
+    Op,
+    OperatorSample,
+    Profile,
+)
 from planner.report.words import Fact, Tile, percent
 
 Classes = Mapping[ClassKey, SampledClass]
@@ -212,7 +220,7 @@ def skipped_texts(profile: Profile) -> list[str]:
     return told
 
 
-def _kind(sample: LayerSample | RateSample) -> str:
+def _kind(sample: LayerSample | OperatorSample) -> str:
     return str(sample.kind).replace("_", " ")
 
 

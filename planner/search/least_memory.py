@@ -313,7 +313,7 @@ class ShapeNeed:
         slack = min(shape.memory.allocator_slack for shape in kinds)
         runtime = min(shape.runtime_bytes for shape in kinds)
         if self.pins.offloaded is Offload.NONE:
-            live = live_under(self.model.problem.stack, self.degrees, self.layers)
+            live = live_under(self.model.problem.engine_settings, self.degrees, self.layers)
             used = min(Recomputing(shape, self.pins.recomputes).least_bytes(live) for shape in kinds)
         else:
             used = runtime + least_state_bytes(self.model.layers, self.degrees, self.pins.offloaded)

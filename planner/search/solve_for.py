@@ -107,15 +107,15 @@ class StepBounds:
 
 def run_bound_s(problem: PlanningProblem, step_s: float) -> float:
     """Seconds that the whole run takes at least with steps of `step_s`."""
-    workload, upkeep = problem.workload, problem.upkeep
+    workload, overheads = problem.workload, problem.overheads
     assert workload.tokens is not None, "checked when the goal was read"
     each_s = step_s
-    if upkeep.data_tokens_per_s is not None:
-        each_s = max(step_s, workload.tokens_per_step / upkeep.data_tokens_per_s)
-    each_s += evaluation_s(upkeep)
+    if overheads.data_tokens_per_s is not None:
+        each_s = max(step_s, workload.tokens_per_step / overheads.data_tokens_per_s)
+    each_s += evaluation_s(overheads)
     steps = workload.tokens / workload.tokens_per_step
-    kept = most_kept(problem.cluster, upkeep, steps, each_s)
-    return (upkeep.ramp_up_s or 0.0) + steps * each_s / kept if kept > 0 else math.inf
+    kept = most_kept(problem.cluster, overheads, steps, each_s)
+    return (overheads.ramp_up_s or 0.0) + steps * each_s / kept if kept > 0 else math.inf
 
 
 def dollars(problem: PlanningProblem, seconds: float) -> float:
@@ -124,7 +124,7 @@ def dollars(problem: PlanningProblem, seconds: float) -> float:
     if cluster.price_usd_per_hour is None:
         return math.inf
     nodes = sum(group.nodes for group in cluster.groups)
-    return cluster.price_usd_per_hour * spares_factor(problem.upkeep, nodes) * seconds / 3600
+    return cluster.price_usd_per_hour * spares_factor(problem.overheads, nodes) * seconds / 3600
 
 
 def parts(problem: PlanningProblem) -> Iterator[tuple[int, PlanningProblem]]:

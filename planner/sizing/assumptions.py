@@ -11,7 +11,7 @@ from planner.profile.choose import use_of
 from planner.sizing.comparison import Assumption, Option, Pricing, SizingRequest
 from planner.sizing.energy import energy_facts
 from planner.sizing.sized import profiles_for
-from planner.sizing.usual_overheads import upkeep_assumptions, usual_upkeep
+from planner.sizing.usual_overheads import overhead_assumptions, usual_overheads
 
 PROFILE_OF = "profile of"
 """How the assumption begins that names the profile of a device."""
@@ -94,8 +94,8 @@ def _of_prices(shown: Iterable[Option]) -> Iterator[Assumption]:
 def _of_upkeep(request: SizingRequest, shown: Iterable[Option]) -> Iterator[Assumption]:
     for option in shown:
         spot = option.rate.pricing.interruptible
-        upkeep = usual_upkeep(option.devices, request.upkeep, spot=spot)
-        yield from upkeep_assumptions(upkeep, load_device(option.device).device(), request.upkeep)
+        overheads = usual_overheads(option.devices, request.overheads, spot=spot)
+        yield from overhead_assumptions(overheads, load_device(option.device).device(), request.overheads)
 
 
 def _of_premises(inputs: OnPremises) -> Iterator[Assumption]:

@@ -21,7 +21,7 @@ from planner.foundation.frozen import frozen
 from planner.foundation.units import DAY_S
 from planner.hardware.cluster import Device
 from planner.job.objective import Goal
-from planner.job.problem import NOTHING_SAID, Upkeep
+from planner.job.problem import NO_OVERHEADS, JobOverheads
 from planner.model.spec import ModelSpec
 from planner.model.workload import Precision, Workload
 from planner.profile.profile import Profile
@@ -247,11 +247,11 @@ class SizingRequest:
     """A run, and the offers that may do it.
 
     `workload.tokens` is the whole run; where `precision` is None, each device computes in its usual one.
-    What `upkeep` does not say is as usual (planner.sizing.usual_overheads). `counts` are numbers of nodes to
-    try; None: a ladder up to `most_devices`, of which `least` asks for the fewest that keep the deadline and
-    the cheapest; unless `thorough`, what can neither be the cheapest nor the smallest even at its devices'
-    peak is not planned then. `profile` counts for the device it was measured on, or if it was fitted for all;
-    other devices have their shipped ones.
+    Fields that `overheads` leaves open have their usual values (planner.sizing.usual_overheads). `counts`
+    are numbers of nodes to try; None: a ladder up to `most_devices`, of which `least` asks for the
+    fewest that keep the deadline and the cheapest; unless `thorough`, what can neither be the cheapest
+    nor the smallest even at its devices' peak is not planned then. `profile` counts for the device it
+    was measured on, or if it was fitted for all; other devices have their shipped ones.
     """
 
     model: ModelSpec
@@ -260,7 +260,7 @@ class SizingRequest:
     goal: Goal
     tokens_note: str = ""
     precision: Precision | None = None
-    upkeep: Upkeep = NOTHING_SAID
+    overheads: JobOverheads = NO_OVERHEADS
     counts: tuple[int, ...] | None = None
     most_devices: int = 16384
     least: bool = False

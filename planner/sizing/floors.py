@@ -214,7 +214,7 @@ class Floors:
         """What keeps the goal of a kind, at each of its rates; dollars are infinite without a price."""
         for nodes, plan in scouting.plans.items():
             for rate in (rate for offer in self.kinds[key] for rate in offer.rates):
-                figures = losses_at(plan.job, nodes, rate, self.request.upkeep)
+                figures = losses_at(plan.job, nodes, rate, self.request.overheads)
                 usd = math.inf if figures.cost_usd is None else figures.cost_usd
                 if figures.days is not None and self.request.goal.meets(figures.days * DAY_S, usd):
                     yield _Kept(usd, plan.job.devices, nodes)

@@ -18,7 +18,7 @@ from planner.foundation.units import DAY_S, format_bytes
 from planner.hardware.cluster import ClusterSpec
 from planner.hardware.cluster_text import join, shaped_part
 from planner.hardware.prices import Market
-from planner.job.engine_settings import own_stack
+from planner.job.engine_settings import native_settings
 from planner.job.problem import PlanningProblem
 from planner.model.lora import adapted_weights, adapter_params
 from planner.model.spec import ModelSpec
@@ -140,7 +140,7 @@ def evaluated(
         cluster=cluster,
         profile=None,
         memory_limit_bytes=cluster.groups[0].device.usable_memory_bytes,
-        stack=own_stack(cluster),
+        engine_settings=native_settings(cluster),
     )
     costs = CostModel(problem)
     degrees = Degrees(

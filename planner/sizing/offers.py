@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
-from planner.foundation.suggest import squash, unknown
+from planner.foundation.suggest import normalized, unknown_name
 from planner.hardware.catalog import device_names, load_device
 from planner.hardware.cluster import Device
 from planner.hardware.cluster_text import parse_cluster, read_equal_nodes
@@ -322,9 +322,9 @@ def _each(texts: Sequence[str], read: Callable[[str], T], problems: list[InputEr
 def _provider(text: str, market: Market) -> str:
     names = sorted({instance.provider for instance in market.instances} | {ON_PREMISES})
     for name in names:
-        if squash(name) == squash(text):
+        if normalized(name) == normalized(text):
             return name
-    raise unknown("--provider", "provider", text, names, fix=f"one of {', '.join(names)}")
+    raise unknown_name("--provider", "provider", text, names, fix=f"one of {', '.join(names)}")
 
 
 def _none(wanted: Wanted, market: Market) -> InputError:

@@ -50,7 +50,7 @@ from planner.sizing.energy import energy_facts
 from planner.sizing.floors import RULED_OUT, Floors, Kind, Scouting, between, ladder, most_nodes
 from planner.sizing.sensitivity import break_evens, owned, sensitivities
 from planner.sizing.sized import Costing, Sized, peak_device_s, problem_on, profiles_for, sized, with_pareto
-from planner.sizing.usual_overheads import usual_upkeep
+from planner.sizing.usual_overheads import usual_overheads
 from planner.strategy.fixed_choices import FixedChoices
 
 Progress = Callable[[int, int], None]
@@ -270,8 +270,8 @@ class _Climb:
             below, before_s = nodes, found.plan.step_time_s
 
     def _run_s(self, sized: Sized) -> float:
-        """Seconds of the whole run at the usual upkeep; infinite where no step is kept."""
-        figures = figures_of(sized.job, usual_upkeep(sized.job.devices, self.request.upkeep))
+        """Seconds of the whole run at the usual overheads; infinite where no step is kept."""
+        figures = figures_of(sized.job, usual_overheads(sized.job.devices, self.request.overheads))
         return math.inf if figures.days is None else figures.days * DAY_S
 
     def _peak_s(self, nodes: int) -> float:
@@ -279,7 +279,7 @@ class _Climb:
         return peak_device_s(self.request, self.offer.device) / (nodes * self.offer.devices_per_node)
 
     def _keeps(self, sized: Sized) -> bool:
-        """Whether the deadline, if there is one, is kept at the usual upkeep."""
+        """Whether the deadline, if there is one, is kept at the usual overheads."""
         deadline_s = self.request.goal.deadline_s
         return deadline_s is None or self._run_s(sized) <= deadline_s
 
@@ -328,7 +328,7 @@ def compare(
     `known` remembers plans between comparisons of the same run: with other limits, prices, tokens or offers.
     """
     inputs = market.on_premises or on_premises_inputs()
-    costing = Costing(said=request.upkeep, goal=request.goal, energy=energy_facts(), inputs=inputs)
+    costing = Costing(said=request.overheads, goal=request.goal, energy=energy_facts(), inputs=inputs)
     found = scout_all(request, market, progress, known)
     options = with_pareto(
         [

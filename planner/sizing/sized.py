@@ -24,16 +24,16 @@ from planner.hardware.cluster import ClusterSpec, Device
 from planner.hardware.cluster_text import parse_cluster
 from planner.hardware.on_premises import OnPremises
 from planner.hardware.prices import Market
-from planner.job.engine_settings import own_stack
+from planner.job.engine_settings import native_settings
 from planner.job.objective import Goal
-from planner.job.problem import PlanningProblem, Upkeep
+from planner.job.problem import JobOverheads, PlanningProblem
 from planner.profile.choose import shipped_profile, shipped_profiles
 from planner.profile.profile import Profile
 from planner.search.greedy_plan import Scouted
 from planner.search.solve import SolveOptions, solve
 from planner.sizing.comparison import Offer, Option, Rate, SizedPlan, SizingRequest
 from planner.sizing.energy import EnergyFacts, run_energy
-from planner.sizing.usual_overheads import usual_upkeep
+from planner.sizing.usual_overheads import usual_overheads
 from planner.strategy.estimate import JobFigures
 from planner.strategy.fixed_choices import FixedChoices
 from planner.strategy.plan import Plan
@@ -69,18 +69,20 @@ def sized(scouted: Scouted, not_modelled: tuple[str, ...]) -> Sized:
     return Sized(plan, scouted.job, not_modelled)
 
 
-def losses_at(job: Job, nodes: int, rate: Rate, said: Upkeep) -> JobFigures:
+def losses_at(job: Job, nodes: int, rate: Rate, said: JobOverheads) -> JobFigures:
     """What a job loses on so many nodes at a rate, and its days and dollars: spot nodes are taken back."""
     price = rate.usd_per_node_hour
-    upkeep = usual_upkeep(job.devices, said, spot=rate.pricing.interruptible)
-    return figures_of(dataclasses.replace(job, usd_per_hour=None if price is None else nodes * price), upkeep)
+    overheads = usual_overheads(job.devices, said, spot=rate.pricing.interruptible)
+    return figures_of(
+        dataclasses.replace(job, usd_per_hour=None if price is None else nodes * price), overheads
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Costing:
-    """What options of all offers have in common: the upkeep that was said, the goal, and facts of energy."""
+    """What options of all offers have in common: the stated overheads, the goal, and facts of energy."""
 
-    said: Upkeep
+    said: JobOverheads
     goal: Goal
     energy: EnergyFacts
     inputs: OnPremises
@@ -197,8 +199,8 @@ def problem_on(
         cluster=cluster,
         profile=profile,
         memory_limit_bytes=min(usable, request.memory_limit_bytes or usable),
-        stack=own_stack(cluster),
-        upkeep=usual_upkeep(cluster.devices, request.upkeep),
+        engine_settings=native_settings(cluster),
+        overheads=usual_overheads(cluster.devices, request.overheads),
     )
 
 

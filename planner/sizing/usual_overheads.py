@@ -13,12 +13,12 @@ import dataclasses
 from planner.foundation.units import format_seconds
 from planner.hardware.cluster import Device
 from planner.hardware.failures import failure_file
-from planner.job.problem import BEST, NOTHING_SAID, Upkeep
+from planner.job.problem import BEST, NO_OVERHEADS, JobOverheads
 from planner.sizing.comparison import Assumption
 
 
-def usual_upkeep(devices: int, said: Upkeep = NOTHING_SAID, *, spot: bool = False) -> Upkeep:
-    """The upkeep of a run on so many devices: what was said, and for the rest what is usual.
+def usual_overheads(devices: int, said: JobOverheads = NO_OVERHEADS, *, spot: bool = False) -> JobOverheads:
+    """The overheads of a run on so many devices: what was said, and for the rest what is usual.
 
     An interval that was said without a rate of storage stays: its writing is then counted at the usual rate.
     Checkpoints are written behind the steps, but for an interval that was said without saying that.
@@ -44,19 +44,21 @@ def usual_storage_bytes_per_s(devices: int) -> float:
     return 1e9 * max(least, devices * terms.write_gb_per_s_per_device)
 
 
-def upkeep_assumptions(upkeep: Upkeep, device: Device, said: Upkeep = NOTHING_SAID) -> tuple[Assumption, ...]:
-    """What an upkeep assumes of a run on a device: everything that counts in it and that nobody said."""
-    found = [*_failures(upkeep, device), *_checkpoints(upkeep, said)]
-    if upkeep.checkpoint_every is None:
+def overhead_assumptions(
+    overheads: JobOverheads, device: Device, said: JobOverheads = NO_OVERHEADS
+) -> tuple[Assumption, ...]:
+    """The assumptions in the overheads of a run on a device: every figure that counts and was not stated."""
+    found = [*_failures(overheads, device), *_checkpoints(overheads, said)]
+    if overheads.checkpoint_every is None:
         return ()
-    found += _restart(upkeep)
-    if upkeep.preemptions_per_1000_node_days:
-        found += _preemptions(upkeep, said)
+    found += _restart(overheads)
+    if overheads.preemptions_per_1000_node_days:
+        found += _preemptions(overheads, said)
     return tuple(found)
 
 
-def _failures(upkeep: Upkeep, device: Device) -> list[Assumption]:
-    if upkeep.failures_per_1000_node_days is not None:
+def _failures(overheads: JobOverheads, device: Device) -> list[Assumption]:
+    if overheads.failures_per_1000_node_days is not None:
         return []
     file = failure_file()
     rate = file.of(device.name)
@@ -73,9 +75,9 @@ def _failures(upkeep: Upkeep, device: Device) -> list[Assumption]:
     ]
 
 
-def _checkpoints(upkeep: Upkeep, said: Upkeep) -> list[Assumption]:
+def _checkpoints(overheads: JobOverheads, said: JobOverheads) -> list[Assumption]:
     terms, found = failure_file().storage, []
-    if said.checkpoint_every is None and upkeep.checkpoint_every == BEST:
+    if said.checkpoint_every is None and overheads.checkpoint_every == BEST:
         found.append(
             Assumption(
                 what="steps between checkpoints",
@@ -85,7 +87,7 @@ def _checkpoints(upkeep: Upkeep, said: Upkeep) -> list[Assumption]:
                 flag="--checkpoint-every",
             )
         )
-    if upkeep.checkpoint_async and not said.checkpoint_async:
+    if overheads.checkpoint_async and not said.checkpoint_async:
         found.append(
             Assumption(
                 what="writing of checkpoints",
@@ -94,7 +96,7 @@ def _checkpoints(upkeep: Upkeep, said: Upkeep) -> list[Assumption]:
                 flag="--checkpoint-async",
             )
         )
-    if said.storage_bytes_per_s is None and upkeep.storage_bytes_per_s is not None:
+    if said.storage_bytes_per_s is None and overheads.storage_bytes_per_s is not None:
         low, high = terms.low_gb_per_s_per_device, terms.high_gb_per_s_per_device
         found.append(
             Assumption(
@@ -110,9 +112,9 @@ def _checkpoints(upkeep: Upkeep, said: Upkeep) -> list[Assumption]:
     return found
 
 
-def _restart(upkeep: Upkeep) -> list[Assumption]:
+def _restart(overheads: JobOverheads) -> list[Assumption]:
     file, found = failure_file(), []
-    if upkeep.restart_s is None:
+    if overheads.restart_s is None:
         terms = file.restart
         found.append(
             Assumption(
@@ -124,7 +126,7 @@ def _restart(upkeep: Upkeep) -> list[Assumption]:
                 flag="--restart",
             )
         )
-    if upkeep.repair_s is None:
+    if overheads.repair_s is None:
         found.append(
             Assumption(
                 what="failed nodes",
@@ -137,19 +139,19 @@ def _restart(upkeep: Upkeep) -> list[Assumption]:
     return found
 
 
-def _preemptions(upkeep: Upkeep, said: Upkeep) -> list[Assumption]:
+def _preemptions(overheads: JobOverheads, said: JobOverheads) -> list[Assumption]:
     terms, found = failure_file().spot, []
     if said.preemptions_per_1000_node_days is None:
         found.append(
             Assumption(
                 what="nodes taken back at a spot price, in 1000 node-days",
-                value=f"{upkeep.preemptions_per_1000_node_days:g} ({terms.low:g} to {terms.high:g})",
+                value=f"{overheads.preemptions_per_1000_node_days:g} ({terms.low:g} to {terms.high:g})",
                 source=terms.source,
                 as_of=terms.as_of,
                 flag="--preemptions",
             )
         )
-    if upkeep.preemption_notice_s is None:
+    if overheads.preemption_notice_s is None:
         found.append(
             Assumption(
                 what="notice before a node is taken back",
@@ -159,7 +161,7 @@ def _preemptions(upkeep: Upkeep, said: Upkeep) -> list[Assumption]:
                 flag="--preemption-notice",
             )
         )
-    if upkeep.preemption_restart_s is None:
+    if overheads.preemption_restart_s is None:
         found.append(
             Assumption(
                 what="until there is another node at a spot price",

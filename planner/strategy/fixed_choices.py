@@ -7,7 +7,7 @@ from itertools import permutations
 
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
-from planner.foundation.suggest import divisors, nearest
+from planner.foundation.suggest import divisors, nearest_names
 from planner.hardware.cluster import ClusterSpec
 from planner.job.problem import PlanningProblem
 from planner.model.attention import CpExchange
@@ -215,7 +215,7 @@ def parse_choice(typed: str, problem: PlanningProblem, flag: str) -> tuple[str, 
     if not separator:
         raise InputError(Problem(where=where, fault="needs the form KEY=VALUE.", legal=", ".join(FIX_KEYS)))
     if key not in FIX_KEYS:
-        near = nearest(key[:40], FIX_KEYS, count=1)
+        near = nearest_names(key[:40], FIX_KEYS, count=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise InputError(
             Problem(where=where, fault=f"no choice is called '{key[:40]}'.{hint}", legal=", ".join(FIX_KEYS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.foundation.suggest import divisors, legal_values
+from planner.foundation.suggest import divisors, nearest_values
 from planner.job.problem import PlanningProblem
 from planner.model.attention import Attention, CpExchange, LatentAttention
 from planner.model.traced_layer import TracedLayer
@@ -23,7 +23,7 @@ def context_divides(problem: PlanningProblem, degrees: Degrees) -> Rejected | No
         rule="cp_divides_sequence",
         detail=f"cp={degrees.cp} cannot split a sequence of {seq} tokens: each rank holds {each}, so "
         f"{parts * degrees.cp} must divide it.",
-        legal=legal_values(divisors(seq // parts) if seq % parts == 0 else [1], degrees.cp),
+        legal=nearest_values(divisors(seq // parts) if seq % parts == 0 else [1], degrees.cp),
         fix="--fix cp=",
     )
 
@@ -41,7 +41,7 @@ def context_heads(problem: PlanningProblem, degrees: Degrees) -> Rejected | None
                 rule="cp_divides_heads",
                 detail=f"cp={degrees.cp} by all_to_all cannot split the {own} of {count} attention heads "
                 f"that each of tp={degrees.tp} ranks has: each rank needs whole heads.",
-                legal=f"cp of {legal_values(divisors(own), degrees.cp)}, or cp_exchange=ring",
+                legal=f"cp of {nearest_values(divisors(own), degrees.cp)}, or cp_exchange=ring",
                 fix="--fix cp=",
             )
     return None
@@ -91,7 +91,7 @@ def experts_divide(problem: PlanningProblem, degrees: Degrees) -> Rejected | Non
             return Rejected(
                 rule="ep_divides_experts",
                 detail=f"ep={degrees.ep} cannot split {count} experts: each rank needs whole ones.",
-                legal=legal_values(divisors(count), degrees.ep),
+                legal=nearest_values(divisors(count), degrees.ep),
                 fix="--fix ep=",
             )
     return _expert_widths(problem, degrees)
@@ -105,7 +105,7 @@ def _expert_widths(problem: PlanningProblem, degrees: Degrees) -> Rejected | Non
                 rule="etp_divides_experts" if own else "tp_divides_widths",
                 detail=f"{'etp' if own else 'tp'}={degrees.expert_tp} cannot split the experts' width of "
                 f"{width} into equal shards.",
-                legal=legal_values((d for d in divisors(width) if d <= 64), degrees.expert_tp),
+                legal=nearest_values((d for d in divisors(width) if d <= 64), degrees.expert_tp),
                 fix="--fix etp=" if own else "--fix tp=",
             )
     return None
@@ -125,7 +125,7 @@ def experts_within_replicas(problem: PlanningProblem, degrees: Degrees) -> Rejec
         rule="ep_within_replicas",
         detail=f"ep={degrees.ep} x etp={degrees.expert_tp} makes {degrees.expert_ranks} ranks that hold all "
         f"experts, which must divide the {ranks} of dp x cp x tp (those that share out state, if any do).",
-        legal=legal_values(legal or [1], degrees.ep),
+        legal=nearest_values(legal or [1], degrees.ep),
         fix="--fix ep=",
     )
 

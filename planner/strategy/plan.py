@@ -16,7 +16,7 @@ from planner.foundation.decode import decode, encode, load_json_object, write_at
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
 from planner.hardware.cluster import ClusterSpec
-from planner.job.engine_settings import Engine, own_stack
+from planner.job.engine_settings import Engine, native_settings
 from planner.job.objective import Objective
 from planner.job.problem import Limits, PlanningProblem
 from planner.model.attention import CpExchange
@@ -114,7 +114,7 @@ class Plan:
             cluster=self.cluster,
             profile=None,
             memory_limit_bytes=self.estimate.memory_limit_bytes,
-            stack=own_stack(self.cluster),
+            engine_settings=native_settings(self.cluster),
             limits=Limits(engine=self.engine),
         )
 

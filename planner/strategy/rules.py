@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from planner.foundation.suggest import divisors, legal_values
+from planner.foundation.suggest import divisors, nearest_values
 from planner.foundation.units import GIB
 from planner.job.problem import PlanningProblem
 from planner.model.traced_layer import TracedLayer
@@ -144,7 +144,7 @@ def world_matches(problem: PlanningProblem, degrees: Degrees) -> Rejected | None
         legal=f"degrees whose product is {devices}",
         fix=f"--fix dp={devices // (degrees.tp * degrees.pp * degrees.cp)}"
         if devices % (degrees.tp * degrees.pp * degrees.cp) == 0
-        else f"divisors of {devices}: {legal_values(divisors(devices), degrees.tp * degrees.pp)}",
+        else f"divisors of {devices}: {nearest_values(divisors(devices), degrees.tp * degrees.pp)}",
     )
 
 
@@ -161,9 +161,9 @@ def batch_divides(problem: PlanningProblem, degrees: Degrees) -> Rejected | None
         f"{degrees.num_micro_batches} micro-batches makes {degrees.batch} sequences, the batch has "
         f"{batch}: every data rank runs equal micro-batches.",
         legal="--batch " + " or ".join(str(value) for value in nearest),
-        fix=f"--fix micro_batch= one of {legal_values(divisors(batch // degrees.dp), degrees.micro_batch)}"
+        fix=f"--fix micro_batch= one of {nearest_values(divisors(batch // degrees.dp), degrees.micro_batch)}"
         if batch % degrees.dp == 0
-        else f"--fix dp= one of {legal_values(divisors(batch), degrees.dp)}",
+        else f"--fix dp= one of {nearest_values(divisors(batch), degrees.dp)}",
     )
 
 
@@ -178,7 +178,7 @@ def heads_divide(problem: PlanningProblem, degrees: Degrees) -> Rejected | None:
                 rule="tp_divides_heads",
                 detail=f"tp={degrees.tp} cannot split {heads.count} {heads.what}: each rank needs whole "
                 f"heads{more}.",
-                legal=legal_values((tp for tp in ways if all(h.split_over(tp) for h in split)), degrees.tp),
+                legal=nearest_values((tp for tp in ways if all(h.split_over(tp) for h in split)), degrees.tp),
                 fix="--fix tp=",
             )
     return None
@@ -212,7 +212,7 @@ def widths_divide(problem: PlanningProblem, degrees: Degrees) -> Rejected | None
             return Rejected(
                 rule="tp_divides_widths",
                 detail=f"tp={degrees.tp} cannot split {what} of {width} into equal shards.",
-                legal=legal_values((d for d in divisors(width) if d <= 64), degrees.tp),
+                legal=nearest_values((d for d in divisors(width) if d <= 64), degrees.tp),
                 fix="--fix tp=",
             )
     return None
@@ -227,7 +227,7 @@ def tp_within_node(problem: PlanningProblem, degrees: Degrees) -> Rejected | Non
         rule="tp_within_node",
         detail=f"tp={degrees.tp} does not fit into nodes of {' and '.join(map(str, sizes))} devices; every "
         "layer communicates over this group.",
-        legal=legal_values(divisors(math.gcd(*sizes)), degrees.tp),
+        legal=nearest_values(divisors(math.gcd(*sizes)), degrees.tp),
         fix="--fix tp=",
     )
 
@@ -241,7 +241,7 @@ def tp_within_limit(problem: PlanningProblem, degrees: Degrees) -> Rejected | No
     return Rejected(
         rule="max_tp",
         detail=f"tp={degrees.tp} is above the --max-tp {most} that was asked for.",
-        legal=legal_values(within, degrees.tp),
+        legal=nearest_values(within, degrees.tp),
         fix=f"--max-tp {degrees.tp}, or --fix tp=",
     )
 
@@ -277,7 +277,7 @@ def sequence_parallel_needs_tp(problem: PlanningProblem, degrees: Degrees) -> Re
         return Rejected(
             rule="sequence_parallel_divides",
             detail=f"{part} does not divide by tp={degrees.tp}.",
-            legal=legal_values(divisors(own), degrees.tp),
+            legal=nearest_values(divisors(own), degrees.tp),
             fix="--seq",
         )
     return None

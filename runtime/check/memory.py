@@ -210,11 +210,11 @@ def _watch(storage: torch.UntypedStorage, released: list[tuple[int, int]]) -> we
 
 
 def _walk(roots: Iterable[Any]) -> Iterator[Any]:
-    stack = list(roots)
-    while stack:
-        event = stack.pop()
+    settings = list(roots)
+    while settings:
+        event = settings.pop()
         yield event
-        stack.extend(event.children)
+        settings.extend(event.children)
 
 
 def _changes(

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from planner.model import attention as attention_types
 from planner.model.arithmetic import Arithmetic
-from planner.model.attention import QkNorm, Reach, Span
+from planner.model.attention import AttentionSpan, QkNorm, Reach
 from runtime.model.block_attention import document_attention
 from runtime.model.layers import UnitOffsetRMSNorm, WidthNorm, rotate
 
@@ -38,7 +38,7 @@ class Core(nn.Module):
     where its own begins.
     """
 
-    def __init__(self, span: Span, scale: float | None, cap: float | None) -> None:
+    def __init__(self, span: AttentionSpan, scale: float | None, cap: float | None) -> None:
         super().__init__()
         self.window = span.size if span.reach is Reach.WINDOW else 0
         self.scale, self.cap = scale, cap

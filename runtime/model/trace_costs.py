@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import flop_counter
 
 from planner.foundation.errors import InputError, Problem
-from planner.model.traced_layer import Product
+from planner.model.traced_layer import MatrixProduct
 
 aten = torch.ops.aten
 
@@ -24,7 +24,7 @@ aten = torch.ops.aten
 class Work(NamedTuple):
     """Matrix products that a device runs as such, and other FLOPs."""
 
-    products: tuple[Product, ...]
+    products: tuple[MatrixProduct, ...]
     core_flops: float
 
 
@@ -84,7 +84,7 @@ def _attention_flops(q: Tensor, k: Tensor, v: Tensor) -> float:
 
 
 def _products(m: int, n: int, k: int, count: int = 1) -> Work:
-    return Work((Product(m=float(m), n=float(n), k=float(k), count=count),), 0.0)
+    return Work((MatrixProduct(m=float(m), n=float(n), k=float(k), count=count),), 0.0)
 
 
 def _grouped(a: Tensor, b: Tensor, out: Tensor) -> Work:
@@ -98,10 +98,10 @@ def _grouped(a: Tensor, b: Tensor, out: Tensor) -> Work:
             n /= groups
         case 2, 2:
             k /= groups
-    return Work((Product(m=m, n=n, k=k, count=groups),), 0.0)
+    return Work((MatrixProduct(m=m, n=n, k=k, count=groups),), 0.0)
 
 
-def of_a_sample(product: Product, batch: int, *, weights: bool) -> Product:
+def of_a_sample(product: MatrixProduct, batch: int, *, weights: bool) -> MatrixProduct:
     """A product of a batch for one sample: fewer rows where the other side is weights, else fewer products.
 
     Its FLOPs are those of the batch, divided.
@@ -127,7 +127,7 @@ def _convolution(packet: Any, args: Sequence[Any], kwargs: Mapping[str, Any], ou
     n, k = weight.shape[0] / groups, math.prod(weight.shape[1:])
     if transposed:  # [inputs, outputs of a group, kernel]: the roles are exchanged
         n, k = math.prod(weight.shape[1:]), weight.shape[0] / groups
-    product = Product(m=places, n=float(n), k=float(k), count=groups)
+    product = MatrixProduct(m=places, n=float(n), k=float(k), count=groups)
     return Work((product,), 0.0) if math.isclose(product.flops, flops, rel_tol=0.01) else Work((), flops)
 
 

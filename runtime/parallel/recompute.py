@@ -141,7 +141,7 @@ def compiles(asked: bool | None, device: torch.device) -> bool:
 
 def run_eagerly(plan: Plan, *, compiled: bool) -> str | None:
     """What is to be said of a plan that was priced as compiled and does not run so; None of others."""
-    if compiled or not plan.problem.stack.compiled:
+    if compiled or not plan.problem.engine_settings.compiled:
         return None
     return "blocks run eagerly; the plan's times are those of compiled ones"
 

@@ -22,7 +22,7 @@ from planner.cost.stage.layer_cost import LayerModel
 from planner.cost.stage.layer_samples import SampleTable, at_usual_speed, distance, form_of
 from planner.cost.time_constants import physics_of
 from planner.hardware.cluster import Device
-from planner.job.engine_settings import Stack
+from planner.job.engine_settings import EngineSettings
 from planner.job.problem import PlanningProblem
 from planner.model.spec import ModelSpec
 from planner.model.sublayer import Recompute
@@ -56,7 +56,7 @@ class LayerPrediction:
     def __init__(self, model: ModelSpec, precision: Precision, device: Device) -> None:
         self.model, self.precision = model, precision
         problem = _problem(model, precision, device)
-        self._layers = LayerModel(problem, physics_of(None, problem.stack))
+        self._layers = LayerModel(problem, physics_of(None, problem.engine_settings))
 
     def cost(self, case: LayerCase, samples: Sequence[LayerSample]) -> LayerCost | None:
         """What the samples tell of a case; None where none is of its class."""
@@ -120,7 +120,7 @@ def _problem(model: ModelSpec, precision: Precision, device: Device) -> Planning
     problem = bench_plan(model, layout.degrees(), 1, precision).problem
     groups = tuple(dataclasses.replace(group, device=device) for group in problem.cluster.groups)
     cluster = dataclasses.replace(problem.cluster, groups=groups)
-    return dataclasses.replace(problem, cluster=cluster, stack=Stack(balanced=True))
+    return dataclasses.replace(problem, cluster=cluster, engine_settings=EngineSettings(balanced=True))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from planner.cost.compute.measured_operators import MeasuredRates, Surface, at_u
 from planner.foundation.decode import encode
 from planner.foundation.frozen import frozen
 from planner.model.workload import Precision
-from planner.profile.profile import RateKind, RateSample
+from planner.profile.profile import OperatorKind, OperatorSample
 from runtime.model.fp8 import LEAST_CAPABILITY
 from runtime.profiler.layers import ATTEMPTS, STEADY_SPREAD, out_of_memory
 from runtime.profiler.profile_cases import Reading, readings
@@ -93,14 +93,14 @@ class BurstTimes(NamedTuple):
         return max(self.forward.spread, self.backward.spread if self.backward else 0.0)
 
 
-def measure_rate(case: RateCase, device: torch.device, effort: Effort) -> RateSample:
+def measure_rate(case: RateCase, device: torch.device, effort: Effort) -> OperatorSample:
     """One sample; what was disturbed is taken again, and the steadiest is kept."""
     bench = Bench(build_piece(case, device), device)
     attempts: list[BurstTimes] = []
     while len(attempts) < ATTEMPTS and not any(each.spread <= STEADY_SPREAD for each in attempts):
         attempts.append(bench.times(effort))
     best = min(attempts, key=lambda attempt: attempt.spread)
-    return RateSample(
+    return OperatorSample(
         kind=case.kind,
         dims=case.dims,
         precision=case.precision,
@@ -222,7 +222,7 @@ class RateFamily:
         return None
 
     def measure(self, cases: Sequence[RateCase]) -> Iterator[Reading]:
-        yield from readings(RateSample, measure_sweeps(cases, self.device_type, self.effort))
+        yield from readings(OperatorSample, measure_sweeps(cases, self.device_type, self.effort))
 
     # Where the next sample tells most
 
@@ -244,13 +244,13 @@ class RateFamily:
         return statistics.fmean(each.held_out_error for each in surfaces) if surfaces else None
 
     def _surfaces(
-        self, kind: RateKind, variant: str, precision: Precision, samples: Sequence[RateSample]
+        self, kind: OperatorKind, variant: str, precision: Precision, samples: Sequence[OperatorSample]
     ) -> list[Surface]:
         rates = self._of(samples, precision)
         found = [rates.surface(kind, variant, backward=way) for way in (False, True)]
         return [surface for surface in found if surface is not None]
 
-    def _of(self, samples: Sequence[RateSample], precision: Precision) -> MeasuredRates:
+    def _of(self, samples: Sequence[OperatorSample], precision: Precision) -> MeasuredRates:
         """The fit to some samples; the latest is remembered, for it is asked of many cases."""
         key = len(samples), id(samples[-1]) if samples else 0
         if key != self._fitted:
@@ -271,7 +271,7 @@ def rate_families(device_type: str, precision: Precision, effort: Effort, wanted
         for variant in sweep.variants
     ]
     if device_type == "cuda" and precision is Precision.BF16 and _multiplies_fp8():
-        products = [each.sweep for each in found if each.sweep.kind is RateKind.GEMM]
+        products = [each.sweep for each in found if each.sweep.kind is OperatorKind.GEMM]
         found += [Operator(sweep=sweep, variant="", precision=Precision.FP8) for sweep in products]
     by_sort = {sort: [each for each in found if each.sweep.kind in kinds] for sort, kinds in SORTS.items()}
     return [

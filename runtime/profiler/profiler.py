@@ -16,7 +16,7 @@ from planner.hardware.cluster import ClusterSpec, Device
 from planner.hardware.local_machine import ClockWatch, driver_version, usable_cores
 from planner.model.spec import ModelSpec
 from planner.model.workload import Precision
-from planner.profile.merge import MORE_CASES, NO_TIME, Sample, Stack, by_field
+from planner.profile.merge import MORE_CASES, NO_TIME, Platform, Sample, by_field
 from planner.profile.profile import PROFILE_SCHEMA, Profile
 from runtime.profiler.collectives import CommFamily
 from runtime.profiler.host import CommunicatorFamily, ContentionFamily, HostFamily
@@ -73,14 +73,14 @@ def take_profile(
         gathering.skip("collectives: one device has nobody to talk to")
     if scope.sweeps is not Sweeps.NONE and not _on_cuda(cluster):
         gathering.skip("copies to and from a device, and what overlaps them: a CPU has one memory")
-    group, stack = cluster.groups[0], stack_here(cluster, precision)
+    group, platform = cluster.groups[0], platform_here(cluster, precision)
     names = "+".join(model.name for model in models)
     return Profile(
         schema_version=PROFILE_SCHEMA,
         name=f"{cluster.name} {names} seq {'+'.join(map(str, scope.seqs))} {precision}",
-        device=stack.device,
-        device_title=stack.device_title,
-        backend=stack.backend,
+        device=platform.device,
+        device_title=platform.device_title,
+        backend=platform.backend,
         created=now_text(),
         versions=stack_versions(on_cuda=_on_cuda(cluster)),
         devices_per_node=group.devices_per_node,
@@ -94,10 +94,10 @@ def take_profile(
     )
 
 
-def stack_here(cluster: ClusterSpec, precision: Precision) -> Stack:
+def platform_here(cluster: ClusterSpec, precision: Precision) -> Platform:
     """What times that are measured on this machine depend on."""
     device = cluster.groups[0].device
-    return Stack(
+    return Platform(
         device=device.name,
         device_title=device.title,
         backend="nccl" if _on_cuda(cluster) else "gloo",

@@ -32,7 +32,7 @@ from typing import Any, Protocol
 from planner.foundation.decode import decode, encode
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
-from planner.profile.merge import FIELDS, Sample, Stack
+from planner.profile.merge import FIELDS, Platform, Sample
 from planner.profile.profile import FamilyFit
 from runtime.profiler.profile_cases import Adaptive, Case, Family, Reading
 from runtime.profiler.timing import ChildFailed, TimeUp, ended_at
@@ -253,7 +253,7 @@ class Header:
     """
 
     record_schema: int
-    stack: Stack
+    stack: Platform
     quick: bool
     models: dict[str, str]
 

@@ -1,4 +1,4 @@
-"""Operators of a training step, alone: what `planner.profile.profile.RateKind` says, built to be run.
+"""Operators of a training step, alone: what `planner.profile.profile.OperatorKind` says, built to be run.
 
 Each is the runtime's own code where it has some (attention's core, rotary positions, activation, loss,
 products in fp8, products of experts, optimizer), so that its kernels are those of a layer.
@@ -28,7 +28,7 @@ from planner.model.attention import CAUSAL
 from planner.model.feed_forward import Activation, Experts, Mlp
 from planner.model.spec import Norm
 from planner.model.workload import Optimizer, Precision
-from planner.profile.profile import RateKind
+from planner.profile.profile import OperatorKind
 from runtime.model.attention import Core
 from runtime.model.experts import MixtureOfExperts, grouped_products
 from runtime.model.fp8 import scaled_product
@@ -48,9 +48,9 @@ HEAD_DIM = 128
 
 @frozen
 class RateCase:
-    """One sample to take: a kind, its variant, and its sizes as `RateKind` names them."""
+    """One sample to take: a kind, its variant, and its sizes as `OperatorKind` names them."""
 
-    kind: RateKind
+    kind: OperatorKind
     dims: tuple[int, ...]
     precision: Precision
     variant: str = ""
@@ -100,29 +100,29 @@ def build_piece(case: RateCase, device: torch.device) -> Piece:
     dtype = torch.bfloat16 if case.precision is Precision.FP8 else DTYPES[case.precision]
     place = Place(device, dtype)
     match case.kind:
-        case RateKind.GEMM:
+        case OperatorKind.GEMM:
             return _gemm(case, place)
-        case RateKind.GROUPED:
+        case OperatorKind.GROUPED:
             return _grouped(case.dims, place)
-        case RateKind.ROUTING:
+        case OperatorKind.ROUTING:
             return _routing(case.dims, place)
-        case RateKind.ATTENTION:
+        case OperatorKind.ATTENTION:
             return _attention(case.dims, place)
-        case RateKind.ADD:
+        case OperatorKind.ADD:
             return Piece(torch.add, (place.random(*case.dims), place.random(*case.dims)), turned=False)
-        case RateKind.ACTIVATION:
+        case OperatorKind.ACTIVATION:
             return _activation(case, place)
-        case RateKind.NORM:
+        case OperatorKind.NORM:
             return _norm(case, place)
-        case RateKind.ROTARY:
+        case OperatorKind.ROTARY:
             return _rotary(case.dims, place)
-        case RateKind.CROSS_ENTROPY:
+        case OperatorKind.CROSS_ENTROPY:
             return _cross_entropy(case.dims, place)
-        case RateKind.EMBEDDING:
+        case OperatorKind.EMBEDDING:
             return _embedding(case.dims, place)
-        case RateKind.OPTIMIZER:
+        case OperatorKind.OPTIMIZER:
             return _optimizer(case, device)
-        case RateKind.COPY | RateKind.TO_DEVICE | RateKind.TO_HOST:
+        case OperatorKind.COPY | OperatorKind.TO_DEVICE | OperatorKind.TO_HOST:
             return _copy(case, device)
 
 
@@ -227,12 +227,12 @@ def _copy(case: RateCase, device: torch.device) -> Piece:
     """Bytes from memory to memory; to and from the host a copy that does not wait where it is pinned."""
     (size,) = case.dims
     held = torch.ones(size, dtype=torch.uint8, device=device)
-    if case.kind is RateKind.COPY:
+    if case.kind is OperatorKind.COPY:
         target = torch.empty_like(held)
         return Piece(lambda: target.copy_(held), turned=False)
     pinned = case.variant == "pinned"
     host = torch.ones(size, dtype=torch.uint8, pin_memory=pinned)
-    source, target = (host, held) if case.kind is RateKind.TO_DEVICE else (held, host)
+    source, target = (host, held) if case.kind is OperatorKind.TO_DEVICE else (held, host)
     return Piece(lambda: target.copy_(source, non_blocking=pinned), turned=False)
 
 
@@ -265,7 +265,7 @@ class Sweep:
     `few` of them are always measured.
     """
 
-    kind: RateKind
+    kind: OperatorKind
     axes: tuple[tuple[int, int], ...]
     count: int
     few: int
@@ -274,99 +274,107 @@ class Sweep:
 
 SWEEPS = {
     "cuda": (
-        Sweep(kind=RateKind.GEMM, axes=((128, 32768), (64, 65536), (64, 65536)), count=160, few=48),
+        Sweep(kind=OperatorKind.GEMM, axes=((128, 32768), (64, 65536), (64, 65536)), count=160, few=48),
         Sweep(
-            kind=RateKind.GROUPED,
+            kind=OperatorKind.GROUPED,
             axes=((2, 64), (16, 8192), (512, 16384), (512, 16384)),
             count=24,
             few=8,
         ),
-        Sweep(kind=RateKind.ROUTING, axes=((256, 32768), (8, 256), (1, 8), (512, 8192)), count=16, few=6),
-        Sweep(kind=RateKind.ATTENTION, axes=((1, 256), (512, 65536), (64, 128)), count=48, few=24),
-        Sweep(kind=RateKind.ADD, axes=((2**12, 2**30),), count=10, few=5),
+        Sweep(kind=OperatorKind.ROUTING, axes=((256, 32768), (8, 256), (1, 8), (512, 8192)), count=16, few=6),
+        Sweep(kind=OperatorKind.ATTENTION, axes=((1, 256), (512, 65536), (64, 128)), count=48, few=24),
+        Sweep(kind=OperatorKind.ADD, axes=((2**12, 2**30),), count=10, few=5),
         Sweep(
-            kind=RateKind.ACTIVATION,
+            kind=OperatorKind.ACTIVATION,
             axes=((2**12, 2**30),),
             count=10,
             few=5,
             variants=("silu-gated", "gelu"),
         ),
         Sweep(
-            kind=RateKind.NORM,
+            kind=OperatorKind.NORM,
             axes=((256, 65536), (64, 16384)),
             count=12,
             few=5,
             variants=("rmsnorm", "layernorm"),
         ),
-        Sweep(kind=RateKind.ROTARY, axes=((256, 65536), (64, 16384)), count=10, few=5),
+        Sweep(kind=OperatorKind.ROTARY, axes=((256, 65536), (64, 16384)), count=10, few=5),
         Sweep(
-            kind=RateKind.CROSS_ENTROPY,
+            kind=OperatorKind.CROSS_ENTROPY,
             axes=((512, 32768), (4096, 262144), (512, 16384)),
             count=20,
             few=8,
         ),
-        Sweep(kind=RateKind.EMBEDDING, axes=((256, 65536), (4096, 262144), (512, 16384)), count=14, few=6),
         Sweep(
-            kind=RateKind.OPTIMIZER,
+            kind=OperatorKind.EMBEDDING, axes=((256, 65536), (4096, 262144), (512, 16384)), count=14, few=6
+        ),
+        Sweep(
+            kind=OperatorKind.OPTIMIZER,
             axes=((1, 256), (1024, 2**28)),
             count=12,
             few=5,
             variants=("adamw", "clip"),
         ),
-        Sweep(kind=RateKind.COPY, axes=((2**12, 2**32),), count=8, few=4),
+        Sweep(kind=OperatorKind.COPY, axes=((2**12, 2**32),), count=8, few=4),
         Sweep(
-            kind=RateKind.TO_DEVICE, axes=((2**12, 2**30),), count=7, few=4, variants=("pinned", "pageable")
+            kind=OperatorKind.TO_DEVICE,
+            axes=((2**12, 2**30),),
+            count=7,
+            few=4,
+            variants=("pinned", "pageable"),
         ),
-        Sweep(kind=RateKind.TO_HOST, axes=((2**12, 2**30),), count=7, few=4, variants=("pinned", "pageable")),
+        Sweep(
+            kind=OperatorKind.TO_HOST, axes=((2**12, 2**30),), count=7, few=4, variants=("pinned", "pageable")
+        ),
     ),
     "cpu": (
-        Sweep(kind=RateKind.GEMM, axes=((16, 4096), (16, 8192), (16, 8192)), count=80, few=24),
-        Sweep(kind=RateKind.GROUPED, axes=((2, 16), (8, 1024), (32, 2048), (32, 2048)), count=16, few=6),
-        Sweep(kind=RateKind.ROUTING, axes=((16, 4096), (4, 64), (1, 8), (16, 2048)), count=16, few=6),
-        Sweep(kind=RateKind.ATTENTION, axes=((1, 64), (16, 4096), (8, 128)), count=32, few=12),
-        Sweep(kind=RateKind.ADD, axes=((2**8, 2**25),), count=18, few=8),
+        Sweep(kind=OperatorKind.GEMM, axes=((16, 4096), (16, 8192), (16, 8192)), count=80, few=24),
+        Sweep(kind=OperatorKind.GROUPED, axes=((2, 16), (8, 1024), (32, 2048), (32, 2048)), count=16, few=6),
+        Sweep(kind=OperatorKind.ROUTING, axes=((16, 4096), (4, 64), (1, 8), (16, 2048)), count=16, few=6),
+        Sweep(kind=OperatorKind.ATTENTION, axes=((1, 64), (16, 4096), (8, 128)), count=32, few=12),
+        Sweep(kind=OperatorKind.ADD, axes=((2**8, 2**25),), count=18, few=8),
         Sweep(
-            kind=RateKind.ACTIVATION,
+            kind=OperatorKind.ACTIVATION,
             axes=((2**8, 2**25),),
             count=14,
             few=6,
             variants=("silu-gated", "gelu"),
         ),
         Sweep(
-            kind=RateKind.NORM,
+            kind=OperatorKind.NORM,
             axes=((16, 8192), (16, 4096)),
             count=12,
             few=5,
             variants=("rmsnorm", "layernorm"),
         ),
-        Sweep(kind=RateKind.ROTARY, axes=((16, 8192), (16, 4096)), count=12, few=5),
-        Sweep(kind=RateKind.CROSS_ENTROPY, axes=((16, 4096), (64, 131072), (16, 4096)), count=24, few=10),
-        Sweep(kind=RateKind.EMBEDDING, axes=((16, 8192), (64, 131072), (16, 4096)), count=16, few=6),
+        Sweep(kind=OperatorKind.ROTARY, axes=((16, 8192), (16, 4096)), count=12, few=5),
+        Sweep(kind=OperatorKind.CROSS_ENTROPY, axes=((16, 4096), (64, 131072), (16, 4096)), count=24, few=10),
+        Sweep(kind=OperatorKind.EMBEDDING, axes=((16, 8192), (64, 131072), (16, 4096)), count=16, few=6),
         Sweep(
-            kind=RateKind.OPTIMIZER,
+            kind=OperatorKind.OPTIMIZER,
             axes=((1, 128), (256, 2**22)),
             count=10,
             few=5,
             variants=("adamw", "clip"),
         ),
-        Sweep(kind=RateKind.COPY, axes=((2**12, 2**28),), count=6, few=4),
+        Sweep(kind=OperatorKind.COPY, axes=((2**12, 2**28),), count=6, few=4),
     ),
 }
 """By type of device. Rows are tokens of a micro-batch; the narrowest widths are shards at tp 16. A CPU copies
 between no memories."""
 
 
-SORTS: Mapping[str, tuple[RateKind, ...]] = MappingProxyType(
+SORTS: Mapping[str, tuple[OperatorKind, ...]] = MappingProxyType(
     {
-        "products": (RateKind.GEMM, RateKind.GROUPED),
-        "attention": (RateKind.ATTENTION,),
+        "products": (OperatorKind.GEMM, OperatorKind.GROUPED),
+        "attention": (OperatorKind.ATTENTION,),
         "what lies between": (
-            *(RateKind.ADD, RateKind.ACTIVATION, RateKind.NORM),
-            *(RateKind.ROTARY, RateKind.ROUTING),
+            *(OperatorKind.ADD, OperatorKind.ACTIVATION, OperatorKind.NORM),
+            *(OperatorKind.ROTARY, OperatorKind.ROUTING),
         ),
-        "ends": (RateKind.CROSS_ENTROPY, RateKind.EMBEDDING),
-        "the update": (RateKind.OPTIMIZER,),
-        "copies": (RateKind.COPY, RateKind.TO_DEVICE, RateKind.TO_HOST),
+        "ends": (OperatorKind.CROSS_ENTROPY, OperatorKind.EMBEDDING),
+        "the update": (OperatorKind.OPTIMIZER,),
+        "copies": (OperatorKind.COPY, OperatorKind.TO_DEVICE, OperatorKind.TO_HOST),
     }
 )
 """Which operators are measured one after another, and judged together."""
@@ -394,12 +402,12 @@ def _lattice(sweep: Sweep, limits: Limits) -> list[tuple[int, ...]]:
     return found
 
 
-def _met(kind: RateKind, dims: Sequence[int]) -> bool:
+def _met(kind: OperatorKind, dims: Sequence[int]) -> bool:
     """Whether layers have such operators: weights not too oblong, fewer choices than experts."""
     match kind:
-        case RateKind.GEMM | RateKind.GROUPED:
+        case OperatorKind.GEMM | OperatorKind.GROUPED:
             return max(dims[-2:]) <= OBLONG * min(dims[-2:])
-        case RateKind.ROUTING:
+        case OperatorKind.ROUTING:
             return dims[2] < dims[1]
         case _:
             return True
@@ -411,31 +419,31 @@ def _sizes(first: int, last: int) -> list[int]:
     return [size for size in (*powers, *between) if first <= size <= last]
 
 
-def work_of(kind: RateKind, dims: Sequence[int]) -> tuple[float, float]:
+def work_of(kind: OperatorKind, dims: Sequence[int]) -> tuple[float, float]:
     """FLOPs of a case's forward product, and values of its inputs, weights, their gradients and results."""
     match kind:
-        case RateKind.GEMM:
+        case OperatorKind.GEMM:
             m, n, k = dims
             return 2.0 * m * n * k, 2.0 * n * k + m * (n + k)
-        case RateKind.GROUPED:
+        case OperatorKind.GROUPED:
             experts, m, n, k = dims
             return 2.0 * experts * m * n * k, experts * (2.0 * n * k + m * (n + k))
-        case RateKind.ROUTING:
+        case OperatorKind.ROUTING:
             tokens, experts, topk, hidden = dims
             return 2.0 * tokens * experts * hidden, tokens * (4.0 * experts + 3.0 * topk * hidden)
-        case RateKind.ATTENTION:
+        case OperatorKind.ATTENTION:
             pairs, seq, width = dims
             return 2.0 * pairs * seq * seq * width, 8.0 * pairs * seq * width
-        case RateKind.CROSS_ENTROPY:
+        case OperatorKind.CROSS_ENTROPY:
             tokens, vocab, hidden = dims
             values = 3.0 * vocab * hidden + tokens * (2.0 * vocab + 2 * hidden)
             return 2.0 * tokens * vocab * hidden, values  # one product of three
-        case RateKind.EMBEDDING:
+        case OperatorKind.EMBEDDING:
             tokens, vocab, hidden = dims
             return 0.0, 3.0 * vocab * hidden + 2.0 * tokens * hidden
-        case RateKind.OPTIMIZER:
+        case OperatorKind.OPTIMIZER:
             return 0.0, 4.0 * math.prod(dims)
-        case RateKind.COPY | RateKind.TO_DEVICE | RateKind.TO_HOST:
+        case OperatorKind.COPY | OperatorKind.TO_DEVICE | OperatorKind.TO_HOST:
             return 0.0, 2.0 * math.prod(dims) / 4
         case _:
             return 0.0, 4.0 * math.prod(dims)

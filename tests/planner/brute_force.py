@@ -157,7 +157,7 @@ class _Shape:
     def _peak_bytes(self, rank: int, held: tuple[tuple[int, Stage], ...]) -> int:
         if (rank, held) not in self.peaks:
             costs = {index: self.cost(rank, stage) for index, stage in held}
-            waits = most_waits(self.model.problem.stack, self.degrees)
+            waits = most_waits(self.model.problem.engine_settings, self.degrees)
             parts = rank_memory(self.shapes[rank], self.table.in_flight(rank, waits), costs)
             self.peaks[rank, held] = RankMemory(costs, parts).peak_bytes
         return self.peaks[rank, held]

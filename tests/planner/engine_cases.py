@@ -7,7 +7,7 @@ from typing import Any
 
 from planner.job.engine_settings import Engine
 from planner.job.problem import Limits, PlanningProblem
-from planner.model.attention import Attention, Reach, Span
+from planner.model.attention import Attention, AttentionSpan, Reach
 from planner.model.feed_forward import Activation, Experts, Mlp
 from planner.model.workload import AdapterModules, Adapters, Method
 from planner.strategy.strategy import (
@@ -56,7 +56,7 @@ def windowed() -> PlanningProblem:
     """The same with windows of 64 keys in every layer."""
     block = instances.dense_block(64)
     assert isinstance(block.mixer, Attention)
-    mixer = dataclasses.replace(block.mixer, span=Span(reach=Reach.WINDOW, size=64))
+    mixer = dataclasses.replace(block.mixer, span=AttentionSpan(reach=Reach.WINDOW, size=64))
     spec = instances.model(blocks=[dataclasses.replace(block, mixer=mixer)] * 4)
     return held(N, instances.problem(of=spec, on=TWO_NODES))
 

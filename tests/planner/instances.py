@@ -13,7 +13,7 @@ from planner.cost.stage.layer_cost import block_shape
 from planner.cost.stage.stage import StageCost
 from planner.hardware.cluster import ClusterSpec, Device, DeviceGroup, Link
 from planner.job.problem import PlanningProblem
-from planner.model.attention import Attention, LatentAttention, Reach, Span
+from planner.model.attention import Attention, AttentionSpan, LatentAttention, Reach
 from planner.model.feed_forward import Activation, Experts, Mlp
 from planner.model.mixers import DeltaNet, Mixer, StateSpace
 from planner.model.spec import Block, ModelSpec, Norm, Segment
@@ -53,7 +53,7 @@ def random_block(draw: random.Random, hidden: int) -> Block:
     dim = hidden // 4
     mixers: list[Mixer | None] = [
         Attention(heads=4, kv_heads=2, head_dim=dim),
-        Attention(heads=4, kv_heads=4, head_dim=dim, span=Span(reach=Reach.WINDOW, size=32)),
+        Attention(heads=4, kv_heads=4, head_dim=dim, span=AttentionSpan(reach=Reach.WINDOW, size=32)),
         LatentAttention(heads=4, query_rank=None, kv_rank=16, nope_dim=dim, rope_dim=8, value_dim=dim),
         StateSpace(state_heads=8, head_dim=16, state=16, groups=4, kernel=4, chunk=32),
         DeltaNet(key_heads=4, key_dim=16, value_heads=8, value_head_dim=16, kernel=4),

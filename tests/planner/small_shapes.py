@@ -7,7 +7,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 
-from planner.calibration.software import engine_stack
+from planner.calibration.software import settings_for_engine
 from planner.hardware.cluster import ClusterSpec
 from planner.job.engine_settings import Engine
 from planner.job.problem import PlanningProblem
@@ -58,7 +58,7 @@ def drawn_problem(
     return dataclasses.replace(
         drawn,
         workload=workload,
-        stack=dataclasses.replace(engine_stack(engine, None, on), compiled=False),
+        engine_settings=dataclasses.replace(settings_for_engine(engine, None, on), compiled=False),
         cluster=of_two_kinds(on, draw) if mixed else on,
     )
 

@@ -28,23 +28,27 @@ MOST_ROWS = 150
 def find_profile(text: str, where: str = "NAME") -> Profile:
     """The shipped profile of a name, else the one in a file. Raises InputError with the nearest names."""
     from planner.foundation.errors import InputError, Problem
-    from planner.foundation.suggest import nearest, squash, unknown
+    from planner.foundation.suggest import nearest_names, normalized, unknown_name
     from planner.hardware.catalog import profile_files
     from planner.profile.profile import load_profile
 
     shipped = {path.stem: path for path in profile_files()}
     for name, path in shipped.items():
-        if squash(name) == squash(text):
+        if normalized(name) == normalized(text):
             return load_profile(path)
     if text.endswith(".json") or "/" in text:
         return load_profile(Path(text))
     alike = [
-        name for name in shipped if squash(text)[:ALIKE] and squash(name).startswith(squash(text)[:ALIKE])
+        name
+        for name in shipped
+        if normalized(text)[:ALIKE] and normalized(name).startswith(normalized(text)[:ALIKE])
     ]
-    if alike and not nearest(text[:100], shipped):  # names are long: a beginning says more than a likeness
+    if alike and not nearest_names(
+        text[:100], shipped
+    ):  # names are long: a beginning says more than a likeness
         fault = f"no profile '{text[:100]}'. Did you mean {' or '.join(alike)}?"
         raise InputError(Problem(where=where, fault=fault, fix=FIX))
-    raise unknown(where, "profile", text, shipped, fix=FIX)
+    raise unknown_name(where, "profile", text, shipped, fix=FIX)
 
 
 def show_profile(

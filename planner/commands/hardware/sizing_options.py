@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from planner.foundation.errors import Problem
     from planner.hardware.prices import Market
     from planner.job.objective import Goal
-    from planner.job.problem import PlanningProblem, Upkeep
+    from planner.job.problem import JobOverheads, PlanningProblem
     from planner.model.spec import ModelSpec
     from planner.model.workload import Workload
     from planner.profile.profile import Profile
@@ -211,13 +211,13 @@ def read_sizing(asked: dict[str, Any], *, least: bool, clusters: tuple[str, ...]
     limit_bytes = None if limit is None else reading.read(lambda: parse_bytes(limit))
     profile = None if asked["profile"] is None else reading.read(lambda: _profile(asked["profile"], offers))
     workload = reading.read(lambda: _workload(asked, model))
-    upkeep = reading.read(lambda: _upkeep(asked))
+    overheads = reading.read(lambda: _overheads(asked))
     if len(asked["counts"]) > MOST_COUNTS:
         fault = f"{len(asked['counts'])} numbers of nodes are given."
         reading.add("--nodes", fault, legal=f"1 to {MOST_COUNTS}")
     reading.finish()
     assert model is not None and market is not None and workload is not None
-    assert offers is not None and goal is not None and upkeep is not None
+    assert offers is not None and goal is not None and overheads is not None
     request = SizingRequest(
         model=model,
         workload=workload.workload,
@@ -225,7 +225,7 @@ def read_sizing(asked: dict[str, Any], *, least: bool, clusters: tuple[str, ...]
         goal=goal,
         tokens_note=workload.note,
         precision=None if asked["precision"] is None else Precision(asked["precision"]),
-        upkeep=upkeep,
+        overheads=overheads,
         counts=tuple(sorted(set(asked["counts"]))) or None,
         most_devices=asked["max_devices"],
         least=least,
@@ -275,7 +275,7 @@ OFFERED = MappingProxyType(
 
 
 def read_on_cluster(text: str, asked: dict[str, Any]) -> OnCluster:
-    """The run as a problem on a given cluster, with the upkeep that is usual. Raises InputError with every
+    """The run as a problem on a given cluster, with the usual overheads. Raises InputError with every
     fault."""
     import dataclasses
 
@@ -283,7 +283,7 @@ def read_on_cluster(text: str, asked: dict[str, Any]) -> OnCluster:
     from planner.commands.shared.problem import read_problem
     from planner.commands.shared.quantities import Reading
     from planner.hardware.catalog import load_model
-    from planner.sizing.usual_overheads import usual_upkeep
+    from planner.sizing.usual_overheads import usual_overheads
 
     reading = Reading()
     _no_other_hardware(asked, reading)
@@ -296,9 +296,9 @@ def read_on_cluster(text: str, asked: dict[str, Any]) -> OnCluster:
     values = {name: value for name, value in asked.items() if name in known}
     values |= {"batch": run.workload.batch, "tokens": None}
     problem = read_problem(ProblemOptions(cluster=text, **values)).problem
-    upkeep = usual_upkeep(problem.cluster.devices, _upkeep(asked))
+    overheads = usual_overheads(problem.cluster.devices, _overheads(asked))
     workload = dataclasses.replace(problem.workload, tokens=run.workload.tokens)
-    return OnCluster(dataclasses.replace(problem, workload=workload, upkeep=upkeep), goal, run.note)
+    return OnCluster(dataclasses.replace(problem, workload=workload, overheads=overheads), goal, run.note)
 
 
 def _goal(asked: dict[str, Any]) -> Goal:
@@ -403,14 +403,14 @@ def _tokens(asked: dict[str, Any], model: ModelSpec | None) -> tuple[int, str]:
     return tokens, f"compute-optimal for {format_count(model.params_total)} parameters by {law.title}"
 
 
-def _upkeep(asked: dict[str, Any]) -> Upkeep:
-    from planner.commands.shared.overhead_options import read_upkeep
+def _overheads(asked: dict[str, Any]) -> JobOverheads:
+    from planner.commands.shared.overhead_options import read_overheads
     from planner.foundation.errors import InputError
 
     problems: list[Problem] = []
     known = ProblemOptions.__dataclass_fields__
     values = {name: value for name, value in asked.items() if name in known and name != "batch"}
-    upkeep = read_upkeep(ProblemOptions(cluster="", batch=1, **values), problems, completed=True)
+    overheads = read_overheads(ProblemOptions(cluster="", batch=1, **values), problems, completed=True)
     if problems:
         raise InputError(*problems)
-    return upkeep
+    return overheads

@@ -212,12 +212,12 @@ def _open_session(request: Request, options: ProfileOptions) -> ProfileSession:
     """What is measured now is added to. Raises InputError where that is of another device or software."""
     from planner.commands.running.profile_session import begin_session
     from planner.foundation.decode import digest
-    from runtime.profiler.profiler import stack_here
+    from runtime.profiler.profiler import platform_here
     from runtime.profiler.scheduler import RECORD_SCHEMA, Header
 
     header = Header(
         record_schema=RECORD_SCHEMA,
-        stack=stack_here(request.cluster, request.precision),
+        stack=platform_here(request.cluster, request.precision),
         quick=options.quick,
         models={model.name: digest(model) for model in request.models},
     )

@@ -14,7 +14,7 @@ import click
 from planner.foundation.errors import InputError, Problem
 
 if TYPE_CHECKING:
-    from planner.profile.merge import Stack
+    from planner.profile.merge import Platform
     from planner.profile.profile import Profile
     from runtime.profiler.scheduler import Header, Record
 
@@ -95,12 +95,12 @@ def begin_session(output: Path, header: Header, *, replace: bool) -> ProfileSess
     return ProfileSession(output, earlier, open_record(partial, header, replace=replace))
 
 
-def _earlier_profile(output: Path, stack: Stack) -> Profile | None:
+def _earlier_profile(output: Path, platform: Platform) -> Profile | None:
     """The profile that is at `output` already, to which the new samples are added; None where there is none.
 
-    Raises InputError for one of another stack: its times would be taken for those of this one.
+    Raises InputError for one of another platform: its times would be taken for those of this one.
     """
-    from planner.profile.merge import stack_of
+    from planner.profile.merge import platform_of
     from planner.profile.profile import load_profile
 
     if not output.exists():
@@ -112,7 +112,7 @@ def _earlier_profile(output: Path, stack: Stack) -> Profile | None:
         inside = first.where.removeprefix(f"{output}").lstrip(": ")
         fault = f"exists, and is no profile to add to: {f'{inside} ' * bool(inside)}{first.fault}"
         raise InputError(Problem(where=f"-o {output}", fault=fault, fix=_FIX)) from None
-    differences = stack_of(earlier).differences(stack)
+    differences = platform_of(earlier).differences(platform)
     if differences:
         fault = f"is of another device or software: {'; '.join(differences)}."
         raise InputError(Problem(where=f"-o {output}", fault=fault, fix=_FIX))

@@ -35,13 +35,13 @@ def problem_of_run(run: RunToGoOn, place: dict[str, Any]) -> tuple[Asked, tuple[
         optimizer=str(workload.optimizer),
         method=str(workload.method),
     )
-    cluster, stated, upkeep = read_place(options, problems)
+    cluster, stated, overheads = read_place(options, problems)
     if cluster is not None:
         problems += _unfit(plan, cluster)
     if problems or cluster is None:
         raise InputError(*problems)
     limit = stated if stated is not None else _limit_of(plan, cluster)
-    inputs = ProblemInputs(plan.model, workload, cluster, options.profile, limit, upkeep)
+    inputs = ProblemInputs(plan.model, workload, cluster, options.profile, limit, overheads)
     asked = held_to_trainer(asked_of(inputs), "plans that `plan train` runs")
     return asked, (
         *run.remarks(),
@@ -93,7 +93,7 @@ def _remarks(run: RunToGoOn, problem: PlanningProblem, *, kept_limit: bool) -> I
             f"the run's plan was made with another profile ({names}): name that with --profile, so that "
             "old and new are compared by the same figures"
         )
-    if plan.estimate.job is not None and problem.upkeep.silent:
+    if plan.estimate.job is not None and problem.overheads.silent:
         yield (
             "failures, checkpoints and other stalls that were stated for the run's plan are not in it, and "
             "do not count: state them again (--checkpoint-every, --storage, ...)"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from planner.foundation.errors import Problem
     from planner.hardware.cluster import ClusterSpec
     from planner.hardware.prices import Market
-    from planner.job.problem import Upkeep
+    from planner.job.problem import JobOverheads
     from planner.model.spec import ModelSpec
     from planner.model.workload import Adapters, Precision, Workload
 
@@ -80,7 +80,7 @@ class ProblemInputs(NamedTuple):
     cluster: ClusterSpec
     profile: Path | None
     memory_limit_bytes: int | None
-    upkeep: Upkeep
+    overheads: JobOverheads
 
 
 def json_option(command: Command) -> Command:
@@ -268,7 +268,7 @@ def load_problem(options: ProblemOptions) -> ProblemInputs:
     tokens: int | None = read(parse_count, options.tokens)
     place = read_place(options, problems)
     problems.extend(_faults(options, model, tokens))
-    cluster, limit, upkeep = place
+    cluster, limit, overheads = place
     if problems or model is None or cluster is None:
         raise InputError(*problems)
     workload = Workload(
@@ -280,20 +280,20 @@ def load_problem(options: ProblemOptions) -> ProblemInputs:
         method=Method(options.method),
         adapters=_adapters(options),
     )
-    return ProblemInputs(model, workload, cluster, options.profile, limit, upkeep)
+    return ProblemInputs(model, workload, cluster, options.profile, limit, overheads)
 
 
 class Place(NamedTuple):
-    """Where it runs: the cluster, None where it cannot be read, a stated memory limit, and the upkeep."""
+    """Where it runs: the cluster, None where it cannot be read, a stated memory limit, and the overheads."""
 
     cluster: ClusterSpec | None
     memory_limit_bytes: int | None
-    upkeep: Upkeep
+    overheads: JobOverheads
 
 
 def read_place(options: ProblemOptions, problems: list[Problem]) -> Place:
     """What the options say besides the model and the workload; faults are added to `problems`."""
-    from planner.commands.shared.overhead_options import read_upkeep
+    from planner.commands.shared.overhead_options import read_overheads
     from planner.foundation.decode import read_text
     from planner.foundation.errors import Problem
     from planner.foundation.units import parse_bytes
@@ -312,9 +312,9 @@ def read_place(options: ProblemOptions, problems: list[Problem]) -> Place:
             Problem(where="--memory-limit", fault=f"'{options.memory_limit}' is no memory at all.")
         )
     read(lambda path: read_text(Path(path)), None if options.profile is None else str(options.profile))
-    upkeep = read_upkeep(options, problems)
+    overheads = read_overheads(options, problems)
     problems.extend(_unsupported(options.precision, cluster))
-    return Place(cluster, limit, upkeep)
+    return Place(cluster, limit, overheads)
 
 
 def _reader(problems: list[Problem]) -> Callable[[Callable[[str], Any], str | None], Any]:

@@ -10,7 +10,7 @@ import click
 if TYPE_CHECKING:
     from planner.commands.shared.options import ProblemOptions
     from planner.foundation.errors import Problem
-    from planner.job.problem import Upkeep
+    from planner.job.problem import JobOverheads
 
 SPOT = "spot"
 """`--preemptions spot`: as often as nodes at a spot price are usually taken back."""
@@ -103,17 +103,19 @@ def _interruptions() -> list[Callable[[Any], Any]]:
     ]  # fmt: skip
 
 
-def read_upkeep(options: ProblemOptions, problems: list[Problem], *, completed: bool = False) -> Upkeep:
+def read_overheads(
+    options: ProblemOptions, problems: list[Problem], *, completed: bool = False
+) -> JobOverheads:
     """What the options say; faults are added to `problems`.
 
     `completed`: what is not said will be filled in with what is usual (planner.sizing.usual_overheads), so
     that
     options count which otherwise say nothing without others.
     """
-    from planner.job.problem import Upkeep
+    from planner.job.problem import JobOverheads
 
     said = _Reader(problems)
-    upkeep = Upkeep(
+    overheads = JobOverheads(
         data_tokens_per_s=said.count(options.data_rate, "--data-rate"),
         storage_bytes_per_s=said.rate(options.storage, "--storage"),
         checkpoint_every=said.interval(options.checkpoint_every),
@@ -131,7 +133,7 @@ def read_upkeep(options: ProblemOptions, problems: list[Problem], *, completed: 
         eval_s=said.time(options.eval_time, "--eval-time"),
     )
     problems.extend(_incomplete(options, completed))
-    return upkeep
+    return overheads
 
 
 class _Reader:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from planner.hardware.cluster import Device
-    from planner.job.engine_settings import Engine, Stack
+    from planner.job.engine_settings import Engine, EngineSettings
     from planner.job.problem import PlanningProblem
     from planner.profile.choose import ProfileUse
     from planner.profile.profile import Profile
@@ -44,7 +44,7 @@ def read_problem(options: ProblemOptions) -> Asked:
         return asked_of(inputs)
     engine = Engine(options.engine)
     asked = asked_of(inputs, engine)
-    words = priced_as(asked.problem.stack, asked.problem.profile)
+    words = priced_as(asked.problem.engine_settings, asked.problem.profile)
     return asked._replace(basis=f"{asked.basis}; {words}")
 
 
@@ -61,7 +61,7 @@ def asked_of(inputs: ProblemInputs, engine: Engine | None = None) -> Asked:
         profile=None,
         memory_limit_bytes=min(limits.values()),
         limits=Limits(engine=engine),
-        upkeep=inputs.upkeep,
+        overheads=inputs.overheads,
     )
     known = _profiles(inputs)
     problem = _priced(dataclasses.replace(problem, profile=known[problem.device].profile))
@@ -71,14 +71,14 @@ def asked_of(inputs: ProblemInputs, engine: Engine | None = None) -> Asked:
             device_profiles=tuple((device.name, own.profile) for device, own in known.items()),
             device_limits_bytes=tuple((device.name, limit) for device, limit in limits.items()),
         )
-    return Asked(problem, _basis(known, problem.stack), _uses(known))
+    return Asked(problem, _basis(known, problem.engine_settings), _uses(known))
 
 
-def _basis(known: dict[Device, Known], stack: Stack) -> str:
+def _basis(known: dict[Device, Known], settings: EngineSettings) -> str:
     """In words what the figures of each kind of device rest on, and that blocks are taken as compiled."""
     each = [f"{device.name}: {own.basis}" for device, own in known.items()]
     words = [own.basis for own in known.values()] if len(known) == 1 else each
-    return "; ".join([*words, *(["blocks compiled, as plan train runs them"] if stack.compiled else [])])
+    return "; ".join([*words, *(["blocks compiled, as plan train runs them"] if settings.compiled else [])])
 
 
 def _uses(known: dict[Device, Known]) -> tuple[ProfileUse, ...]:
@@ -138,7 +138,7 @@ def problem_of_plan(plan: Plan, profile: Path | None) -> Asked:
             device_limits_bytes=tuple(limits.items()),
         )
     priced = _priced(problem)
-    return Asked(priced, _basis(known, priced.stack), _uses(known))
+    return Asked(priced, _basis(known, priced.engine_settings), _uses(known))
 
 
 def _profile_of_plan(
@@ -172,14 +172,16 @@ def _minded(use: ProfileUse) -> str:
 
 def _priced(problem: PlanningProblem) -> PlanningProblem:
     """The problem with the software of its engine, or where it names none with that of the own runtime."""
-    from planner.job.engine_settings import own_stack
+    from planner.job.engine_settings import native_settings
 
     engine = problem.limits.engine
     if engine is None:
-        return dataclasses.replace(problem, stack=own_stack(problem.cluster))
-    from planner.calibration.software import engine_stack
+        return dataclasses.replace(problem, engine_settings=native_settings(problem.cluster))
+    from planner.calibration.software import settings_for_engine
 
-    return dataclasses.replace(problem, stack=engine_stack(engine, problem.profile, problem.cluster))
+    return dataclasses.replace(
+        problem, engine_settings=settings_for_engine(engine, problem.profile, problem.cluster)
+    )
 
 
 def _limits_bytes(inputs: ProblemInputs) -> dict[Device, int]:

@@ -69,13 +69,17 @@ def expert_pass(messages: Messages, experts: Experts, hidden: int) -> ExpertPass
         return ExpertPass()
     values = messages.tokens / (degrees.tp if degrees.sequence_parallel else 1) * (experts.latent or hidden)
     gathered_s = _gathering_s(messages, experts, values * size)
-    told = _telling(messages, experts) if messages.problem.stack.own else ExpertPass()
+    told = _telling(messages, experts) if messages.problem.engine_settings.own else ExpertPass()
     sent_s = 0.0
     if degrees.ep > 1:
-        dispatched = messages.problem.stack.dispatch_bytes or size
+        dispatched = messages.problem.engine_settings.dispatch_bytes or size
         sent_s = sum(_sending_s(messages, experts, values * each) for each in (dispatched, size))
-        imbalance = 1.0 if messages.problem.stack.balanced else physics.expert_imbalance
-        shown = physics.ep_overlapped if messages.problem.stack.overlaps_dispatch else physics.ep_exposed
+        imbalance = 1.0 if messages.problem.engine_settings.balanced else physics.expert_imbalance
+        shown = (
+            physics.ep_overlapped
+            if messages.problem.engine_settings.overlaps_dispatch
+            else physics.ep_exposed
+        )
         sent_s *= physics.ep_scale * imbalance * shown
     return ExpertPass(
         forward_s=sent_s + told.forward_s,
@@ -132,7 +136,7 @@ def _gathering_s(messages: Messages, experts: Experts, row_bytes: float) -> floa
 def _sending_s(messages: Messages, experts: Experts, row_bytes: float) -> float:
     """One all-to-all of a rank's tokens, `row_bytes` for all of them once."""
     group = messages.ep_group()
-    if messages.problem.stack.dispatch is Dispatch.ALL_TO_ALL:
+    if messages.problem.engine_settings.dispatch is Dispatch.ALL_TO_ALL:
         return messages.seconds(Op.ALL_TO_ALL, experts.topk * row_bytes, group)
     ranks = row_bytes * distinct_parts(experts.count, experts.topk, group.ranks)
     if not group.spans_nodes or group.nodes is None:

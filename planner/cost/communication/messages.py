@@ -70,7 +70,7 @@ class Messages:
         columns = self.problem.model.vocab_shard(self.degrees.tp)
         if not columns:
             return 0.0
-        if not self.problem.stack.own:
+        if not self.problem.engine_settings.own:
             return 3 * self.seconds(Op.ALL_REDUCE, 4.0 * self.tokens, self.tp_group())
         chunks = chunk_count(math.ceil(self.tokens), columns)
         size = 8.0 * self.tokens * self.degrees.tp / chunks
@@ -154,7 +154,7 @@ class Messages:
 
         `operands`: of what goes into products, which some engines cast before they send it.
         """
-        cast = operands and self.problem.stack.sends_operands_cast
+        cast = operands and self.problem.engine_settings.sends_operands_cast
         if (op, cast) not in self._over_tp_s:
             self._over_tp_s[op, cast] = self._stream_s(op, cast)
         return self._over_tp_s[op, cast]
@@ -192,7 +192,7 @@ class Messages:
             spans_nodes=self.degrees.world > per_node,
             stride=self.degrees.world // self.degrees.pp,
         )
-        if self.degrees.sequence_parallel or not self.problem.stack.scatters_boundaries:
+        if self.degrees.sequence_parallel or not self.problem.engine_settings.scatters_boundaries:
             return self.physics.pp_scale * self.seconds(Op.P2P, self.boundary_bytes(), group)
         share_s = self.seconds(Op.P2P, self.message_bytes() / self.degrees.tp, group)
         whole_s = self.seconds(Op.ALL_GATHER, self.message_bytes(), self.tp_group())
@@ -240,7 +240,7 @@ class Messages:
 
     def _reduced_s(self, size_bytes: float, shards: Group, replicas: Group) -> float:
         """Seconds of scattering gradients over shards and summing each over replicas, or of summing all."""
-        if self.problem.stack.reduces_whole(self.problem.workload.precision):
+        if self.problem.engine_settings.reduces_whole(self.problem.workload.precision):
             whole_s = self.seconds(Op.ALL_REDUCE, size_bytes, shards)
             return whole_s + self.seconds(Op.ALL_REDUCE, size_bytes, replicas)
         scatter_s = self.seconds(Op.REDUCE_SCATTER, size_bytes, shards)
@@ -252,9 +252,9 @@ class Messages:
         FSDP2 reduces in fp32 as we set it; Megatron-LM in fp16 where that is computed in, and bf16 summed up
         in fp32; DeepSpeed in the compute precision; what is reduced whole, in fp32.
         """
-        precision, stack = self.problem.workload.precision, self.problem.stack
-        engine = stack.engine
-        if stack.reduces_whole(precision):
+        precision, settings = self.problem.workload.precision, self.problem.engine_settings
+        engine = settings.engine
+        if settings.reduces_whole(precision):
             return 4.0
         if engine is Engine.DEEPSPEED or (engine is Engine.MEGATRON and precision is Precision.FP16):
             return float(self.value_bytes)

@@ -25,7 +25,7 @@ from planner.foundation.arrays import larger
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
 from planner.hardware.catalog import architecture_of
-from planner.job.engine_settings import Engine, Selective, Stack
+from planner.job.engine_settings import Engine, EngineSettings, Selective
 from planner.job.problem import PlanningProblem
 from planner.model.feed_forward import Experts
 from planner.model.spec import Block, Layer, ModelSpec
@@ -103,9 +103,9 @@ def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | No
     if flops is None or memory is None:
         return None
     precise = Precision.BF16 if precision is Precision.FP8 else precision
-    between = precision if problem.stack.fp8_attention else precise
+    between = precision if problem.engine_settings.fp8_attention else precise
     whole = device.peak_flops(between) or peak
-    own = problem.stack.own and sampled is not None
+    own = problem.engine_settings.own and sampled is not None
     if measured or whole is None:
         whole = flops / constants.GEMM_EFFICIENCY
     return DeviceRates(
@@ -113,32 +113,34 @@ def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | No
         by_shape=None if measured else GemmModel(device, precision),
         precise=None if measured else GemmModel(device, precise),
         memory_bytes_per_s=memory,
-        attention_flops=physics.attention_share * whole * _flash_carried(problem.stack, device.name),
+        attention_flops=physics.attention_share
+        * whole
+        * _flash_carried(problem.engine_settings, device.name),
         unaligned_flops=min(flops, constants.GEMM_EFFICIENCY * (device.peak_fp32_flops or peak or flops)),
         physics=physics,
-        compiled=problem.stack.compiled,
-        compiled_experts=problem.stack.compiles_experts,
-        graphed=problem.stack.graphed,
-        fused_experts=problem.stack.fused_experts,
-        fused=problem.stack.engine is Engine.MEGATRON,
+        compiled=problem.engine_settings.compiled,
+        compiled_experts=problem.engine_settings.compiles_experts,
+        graphed=problem.engine_settings.graphed,
+        fused_experts=problem.engine_settings.fused_experts,
+        fused=problem.engine_settings.engine is Engine.MEGATRON,
         fp8=precision is Precision.FP8,
-        imbalance=1.0 if problem.stack.balanced else physics.expert_imbalance,
+        imbalance=1.0 if problem.engine_settings.balanced else physics.expert_imbalance,
         origin="fitted"
-        if own or fitted_to_runs(problem.profile, problem.stack, device.name)
+        if own or fitted_to_runs(problem.profile, problem.engine_settings, device.name)
         else "datasheet",
         sampled=sampled,
         sampled_precise=measured_rates(problem.profile, precise),
-        selective=problem.stack.recomputes,
-        stops_early=problem.stack.stops_early,
+        selective=problem.engine_settings.recomputes,
+        stops_early=problem.engine_settings.stops_early,
         own=own,
         serial=own and device.name == "cpu",
     )
 
 
-def _flash_carried(stack: Stack, device: str) -> float:
+def _flash_carried(settings: EngineSettings, device: str) -> float:
     """What a flash kernel keeps of its share of the peak on devices newer than it was written for."""
     newer = architecture_of(device).startswith(constants.AFTER_AMPERE)
-    return constants.AMPERE_FLASH_KEEPS if stack.ampere_flash and newer else 1.0
+    return constants.AMPERE_FLASH_KEEPS if settings.ampere_flash and newer else 1.0
 
 
 def analytic_cost(
@@ -178,7 +180,7 @@ def analytic_cost(
 def _class_of(model: ModelSpec, shape: LayerShape) -> Layer:
     """The layer that is asked for, as the ranks of tensor parallelism hold it together."""
     layer = model.classes()[shape.block] if shape.block else model.segments[0].block
-    return layer.held(shape.tp) if isinstance(layer, Block) else layer
+    return layer.with_kv_copies(shape.tp) if isinstance(layer, Block) else layer
 
 
 def core_s(model: ModelSpec, shape: LayerShape, rates: DeviceRates) -> tuple[float, float]:

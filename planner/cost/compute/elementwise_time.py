@@ -10,7 +10,7 @@ from planner.cost.layer import LayerShape
 from planner.model.attention import Attention, LatentAttention
 from planner.model.feed_forward import Experts
 from planner.model.spec import Block
-from planner.model.sublayer import Kept
+from planner.model.sublayer import SavedActivations
 
 if TYPE_CHECKING:
     from planner.cost.compute.analytic import DeviceRates
@@ -27,10 +27,10 @@ def between_products(block: Block, shape: LayerShape, stream: float, rates: Devi
     return BothWays(forward_s=once_s, backward_s=2 * once_s)
 
 
-def _sublayers_kept(block: Block, shape: LayerShape) -> tuple[list[Kept], list[Kept]]:
+def _sublayers_kept(block: Block, shape: LayerShape) -> tuple[list[SavedActivations], list[SavedActivations]]:
     """What the mixers keep, and what the MLP keeps."""
-    mixing = [mixer.kept(shape.seq, shape.kernel) for mixer in block.mixers]
-    return mixing, [block.mlp.kept(block.hidden)] if block.mlp else []
+    mixing = [mixer.saved_activations(shape.seq, shape.kernel) for mixer in block.mixers]
+    return mixing, [block.mlp.saved_activations(block.hidden)] if block.mlp else []
 
 
 def _moved_values(block: Block, shape: LayerShape, stream: float, rates: DeviceRates) -> float:

@@ -33,7 +33,7 @@ from planner.hardware import measured_tables as measured
 from planner.hardware.catalog import device_names, load_device
 from planner.hardware.cluster import Device
 from planner.hardware.device_file import DeviceFile
-from planner.hardware.measured_rows import Product
+from planner.hardware.measured_rows import ProductRow
 from planner.model.workload import Precision
 
 MIN_SAMPLES = 5
@@ -165,7 +165,7 @@ def usual_shares(precision: str) -> ShareGrid:
     )
 
 
-def centre(row: Product) -> int:
+def centre(row: ProductRow) -> int:
     """The knot of a bucket of min(n, k)."""
     if row.min_nk_to == NARROWEST_END:
         return NARROWEST_KNOT

@@ -13,8 +13,8 @@ from planner.model.attention import Attention, LatentAttention, QkNorm
 from planner.model.feed_forward import Experts, FeedForward, Mlp
 from planner.model.mixers import Mixer
 from planner.model.spec import Block, Norm
-from planner.model.sublayer import AttentionKernel, Matrix
-from planner.profile.profile import RateKind
+from planner.model.sublayer import AttentionKernel, WeightMatrix
+from planner.profile.profile import OperatorKind
 
 ADDED_VALUES = 3
 """Values that a sum of two tensors reads and writes, for each value of the result."""
@@ -49,29 +49,29 @@ class Pieces:
 
     # Products
 
-    def products(self, matrices: tuple[Matrix, ...]) -> BothWays:
+    def products(self, matrices: tuple[WeightMatrix, ...]) -> BothWays:
         """A block's matrices; the gradients of weights are added to those of earlier micro-batches."""
         return sum((self._product(matrix) for matrix in matrices), BothWays())
 
-    def _product(self, matrix: Matrix) -> BothWays:
+    def _product(self, matrix: WeightMatrix) -> BothWays:
         """Of experts those that the device holds, each with as many rows: see `products.routed_s`."""
         shape = self.shape
         if not matrix.routed:
             inputs, outputs = matrix.shard(shape.tp)
-            return self._both(RateKind.GEMM, shape.tokens, outputs, inputs)
+            return self._both(OperatorKind.GEMM, shape.tokens, outputs, inputs)
         inputs, outputs = matrix.shard(shape.expert_tp)
         rows = shape.tokens * shape.ep * shape.expert_tp / shape.tp * matrix.used / matrix.copies
         own, slowest = matrix.copies / shape.ep, self.imbalance if shape.ep > 1 else 1.0
-        if self.rates.has(RateKind.GROUPED):
-            return self._both(RateKind.GROUPED, own, rows, outputs, inputs).times(slowest)
-        return self._both(RateKind.GEMM, rows, outputs, inputs).times(own * slowest)
+        if self.rates.has(OperatorKind.GROUPED):
+            return self._both(OperatorKind.GROUPED, own, rows, outputs, inputs).times(slowest)
+        return self._both(OperatorKind.GEMM, rows, outputs, inputs).times(own * slowest)
 
     # Attention
 
     def attention(self, block: Block) -> BothWays | None:
         """Flash attention between the projections; None where the samples are of another kind."""
         known = all(isinstance(mixer, (Attention, LatentAttention)) for mixer in block.mixers)
-        flash = self.shape.kernel is AttentionKernel.FLASH and self.rates.has(RateKind.ATTENTION)
+        flash = self.shape.kernel is AttentionKernel.FLASH and self.rates.has(OperatorKind.ATTENTION)
         if not known or not flash:
             return None
         return sum((self._core(mixer) for mixer in block.mixers), BothWays())
@@ -83,13 +83,13 @@ class Pieces:
         pairs = shape.tokens / shape.seq * mixer.heads / shape.tp
         width = mixer.core_flops(shape.seq) / (4 * mixer.heads * keys)
         causal_keys = (shape.seq + 1) / 2
-        return self._both(RateKind.ATTENTION, pairs, shape.seq, width).times(keys / causal_keys)
+        return self._both(OperatorKind.ATTENTION, pairs, shape.seq, width).times(keys / causal_keys)
 
     # Between the products
 
     def between(self, block: Block) -> BothWays | None:
         """Norms, additions, rotary positions and activations; None where a kind of them was not sampled."""
-        kinds = (RateKind.NORM, RateKind.ADD, RateKind.ACTIVATION, RateKind.ROTARY)
+        kinds = (OperatorKind.NORM, OperatorKind.ADD, OperatorKind.ACTIVATION, OperatorKind.ROTARY)
         if not self.rates.has(*kinds):
             return None
         shards = self.shape.tp if self.shape.sequence_parallel else 1
@@ -110,7 +110,7 @@ class Pieces:
         shape = self.shape
         if not isinstance(mixer, Attention):
             turned = self._rotated(mixer.rotated) if isinstance(mixer, LatentAttention) else BothWays()
-            kept = mixer.kept(shape.seq, shape.kernel)
+            kept = mixer.saved_activations(shape.seq, shape.kernel)
             return turned + self._moved(
                 shape.tokens * (2 * kept.products + 2.5 * kept.elementwise) / shape.tp
             )
@@ -146,13 +146,13 @@ class Pieces:
 
     def _routed(self, mlp: Experts, rows: float, hidden: int) -> BothWays:
         """Choice of experts and rows on their way there and back; its router's product counts twice."""
-        if self.rates.has(RateKind.ROUTING):
-            return self._both(RateKind.ROUTING, self.shape.tokens, mlp.count, mlp.topk, hidden)
+        if self.rates.has(OperatorKind.ROUTING):
+            return self._both(OperatorKind.ROUTING, self.shape.tokens, mlp.count, mlp.topk, hidden)
         return self._moved(ROUTED_PASSES * rows * hidden)
 
     def _activation(self, mlp: Mlp, rows: float) -> BothWays:
         gated = "-gated" if mlp.gated else ""
-        return self._both(RateKind.ACTIVATION, rows * mlp.width, variant=f"{mlp.activation}{gated}")
+        return self._both(OperatorKind.ACTIVATION, rows * mlp.width, variant=f"{mlp.activation}{gated}")
 
     def _gradients_added(self, count: int, hidden: int) -> BothWays:
         """What `count` more products that read one input add to its gradient."""
@@ -161,34 +161,34 @@ class Pieces:
 
     def _norm(self, norm: Norm, rows: float, width: float) -> BothWays:
         kind = Norm.RMSNORM if norm is Norm.RMSNORM else Norm.LAYERNORM
-        return self._both(RateKind.NORM, rows, width, variant=kind)
+        return self._both(OperatorKind.NORM, rows, width, variant=kind)
 
     def _rotated(self, width: float) -> BothWays:
         if not self.shape.rotary or width == 0:
             return BothWays()
-        return self._both(RateKind.ROTARY, self.shape.tokens, width / self.shape.tp)
+        return self._both(OperatorKind.ROTARY, self.shape.tokens, width / self.shape.tp)
 
     def _moved(self, values: float) -> BothWays:
         """Element-wise work that reads and writes so many values, and going back as many again."""
-        seconds = self.rates.forward_s(RateKind.ADD, max(values, 1.0) / ADDED_VALUES)
+        seconds = self.rates.forward_s(OperatorKind.ADD, max(values, 1.0) / ADDED_VALUES)
         return BothWays(forward_s=seconds, backward_s=seconds)
 
     # Ends
 
     def head(self, vocab: float, hidden: float, norm: Norm, width: int) -> BothWays | None:
         """Final norm, and projection and loss together; None where they were not sampled."""
-        if not self.rates.has(RateKind.CROSS_ENTROPY, RateKind.NORM):
+        if not self.rates.has(OperatorKind.CROSS_ENTROPY, OperatorKind.NORM):
             return None
         shards = self.shape.tp if self.shape.sequence_parallel else 1
-        loss = self._both(RateKind.CROSS_ENTROPY, self.shape.tokens, vocab, hidden)
+        loss = self._both(OperatorKind.CROSS_ENTROPY, self.shape.tokens, vocab, hidden)
         return self._norm(norm, self.shape.tokens / shards, width) + loss
 
     def embedding(self, vocab: float, hidden: float) -> BothWays | None:
         """The embedding of this shard of the vocabulary, whose gradient is of its rows alone."""
-        if not self.rates.has(RateKind.EMBEDDING):
+        if not self.rates.has(OperatorKind.EMBEDDING):
             return None
-        return self._both(RateKind.EMBEDDING, self.shape.tokens, vocab, hidden)
+        return self._both(OperatorKind.EMBEDDING, self.shape.tokens, vocab, hidden)
 
-    def _both(self, kind: RateKind, *sizes: float, variant: str = "") -> BothWays:
+    def _both(self, kind: OperatorKind, *sizes: float, variant: str = "") -> BothWays:
         forward_s, backward_s = self.rates.both_s(kind, *sizes, variant=variant)
         return BothWays(forward_s=forward_s, backward_s=backward_s)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from planner.cost import constants
 from planner.cost.layer import LayerShape
 from planner.model.spec import Block
-from planner.model.sublayer import Matrix, Split
+from planner.model.sublayer import Split, WeightMatrix
 from planner.model.workload import Precision
-from planner.profile.profile import RateKind
+from planner.profile.profile import OperatorKind
 
 if TYPE_CHECKING:
     from planner.cost.compute.analytic import DeviceRates
@@ -24,7 +24,7 @@ def product_s(m: float, n: float, k: float, rates: DeviceRates, *, precise: bool
     """
     sampled = rates.sampled_precise if precise else rates.sampled
     if sampled is not None:
-        return sampled.forward_s(RateKind.GEMM, m, n, k) / rates.physics.gemm_scale
+        return sampled.forward_s(OperatorKind.GEMM, m, n, k) / rates.physics.gemm_scale
     shapes = rates.precise if precise else rates.by_shape
     rate = shapes.rate_flops(m, n, k) if shapes else None
     if rate is not None:
@@ -49,7 +49,7 @@ def matrices_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
     return total_s
 
 
-def products_of(block: Block, rates: DeviceRates) -> tuple[Matrix, ...]:
+def products_of(block: Block, rates: DeviceRates) -> tuple[WeightMatrix, ...]:
     """A block's matrices, those of a sublayer that have one input as one where the engine fuses them.
 
     Query, key and value; up projection and gate (Megatron-LM's linear_qkv and linear_fc1).
@@ -61,9 +61,9 @@ def products_of(block: Block, rates: DeviceRates) -> tuple[Matrix, ...]:
     return tuple(matrix for matrices in sublayers for matrix in _fused(matrices))
 
 
-def _fused(matrices: tuple[Matrix, ...]) -> list[Matrix]:
+def _fused(matrices: tuple[WeightMatrix, ...]) -> list[WeightMatrix]:
     """The matrices of one sublayer, neighbours as one that are split by outputs and have one input."""
-    found: list[Matrix] = []
+    found: list[WeightMatrix] = []
     for matrix in matrices:
         last = found[-1] if found else None
         if last and last.split is Split.OUTPUTS and last == dataclasses.replace(matrix, outputs=last.outputs):
@@ -90,7 +90,7 @@ def cast_s(block: Block, shape: LayerShape, rates: DeviceRates) -> tuple[float, 
     return inputs * value_s, outputs * value_s
 
 
-def routed_s(matrix: Matrix, shape: LayerShape, rates: DeviceRates) -> float:
+def routed_s(matrix: WeightMatrix, shape: LayerShape, rates: DeviceRates) -> float:
     """Seconds of the products of a device's experts with the rows that are sent to it.
 
     Of E experts a device holds E / ep, each in etp shards. The ep x etp ranks that hold all of them bring

@@ -13,7 +13,7 @@ from planner.job.engine_settings import Selective
 from planner.model.attention import Attention
 from planner.model.feed_forward import Mlp
 from planner.model.spec import Block
-from planner.model.sublayer import Matrix
+from planner.model.sublayer import WeightMatrix
 from planner.model.workload import Precision
 
 if TYPE_CHECKING:
@@ -72,6 +72,6 @@ def _not_kept_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
     return casts_s + sum(_product_s(matrix, shape, rates) for matrix in products)
 
 
-def _product_s(matrix: Matrix, shape: LayerShape, rates: DeviceRates) -> float:
+def _product_s(matrix: WeightMatrix, shape: LayerShape, rates: DeviceRates) -> float:
     inputs, outputs = matrix.shard(shape.tp)
     return product_s(shape.tokens, outputs, inputs, rates)

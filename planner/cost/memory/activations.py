@@ -51,11 +51,11 @@ from planner.cost.compute.recompute_time import keeps_every_second
 from planner.cost.layer import LayerCost, LayerShape, block_saved_bytes
 from planner.cost.memory_constants import MemoryConstants
 from planner.foundation.frozen import replaced
-from planner.job.engine_settings import Engine, Selective, Stack
+from planner.job.engine_settings import Engine, EngineSettings, Selective
 from planner.model.attention import Attention
 from planner.model.feed_forward import FeedForward, Mlp
 from planner.model.spec import Block, ModelSpec
-from planner.model.sublayer import AttentionKernel, Kept, Matrix, Recompute, Split
+from planner.model.sublayer import AttentionKernel, Recompute, SavedActivations, Split, WeightMatrix
 from planner.model.workload import Precision
 from planner.profile.profile import LayerKind
 from planner.strategy.engines.native import chunk_logits
@@ -66,15 +66,15 @@ SHARDED_LOSS_BYTES = 6.0
 
 
 def engine_bytes(
-    cost: LayerCost, model: ModelSpec, shape: LayerShape, stack: Stack, constants: MemoryConstants
+    cost: LayerCost, model: ModelSpec, shape: LayerShape, settings: EngineSettings, constants: MemoryConstants
 ) -> LayerCost:
-    """An analytic layer's cost with the bytes that `stack` keeps."""
+    """An analytic layer's cost with the bytes that `settings` keeps."""
     if shape.kind is LayerKind.BLOCK:
         block = model.classes()[shape.block] if shape.block else model.segments[0].block
         if isinstance(block, Block):
-            return _block_bytes(cost, block.held(shape.tp), shape, stack, constants)
+            return _block_bytes(cost, block.with_kv_copies(shape.tp), shape, settings, constants)
     if shape.kind is LayerKind.HEAD and model.vocab:
-        return _head_bytes(cost, model, shape, stack, constants)
+        return _head_bytes(cost, model, shape, settings, constants)
     return replaced(
         cost,
         forward_transient_bytes=cost.forward_transient_bytes * constants.transient_scale,
@@ -83,20 +83,20 @@ def engine_bytes(
 
 
 def _head_bytes(
-    cost: LayerCost, model: ModelSpec, shape: LayerShape, stack: Stack, constants: MemoryConstants
+    cost: LayerCost, model: ModelSpec, shape: LayerShape, settings: EngineSettings, constants: MemoryConstants
 ) -> LayerCost:
     """The head with its loss: K bytes a logit are kept, `loss_bytes` there at worst, of the own shard or all.
 
     K = 4 + c, fp32 and the compute precision, or 4 where they are one.
     """
-    if stack.chunks_loss:
-        return _chunked_bytes(cost, model, shape, stack, constants)
+    if settings.chunks_loss:
+        return _chunked_bytes(cost, model, shape, settings, constants)
     size = shape.precision.compute_bytes
     shard = shape.tokens * model.vocab_shard(shape.tp)
     logits = shard * shape.tp
-    own = logits if stack.gathers_logits else shard
+    own = logits if settings.gathers_logits else shard
     kept = 4.0 + (size if size < 4 else 0)
-    beside = SHARDED_LOSS_BYTES * own if _dtensor(stack) and shape.tp > 1 else 0.0
+    beside = SHARDED_LOSS_BYTES * own if _dtensor(settings) and shape.tp > 1 else 0.0
     gathered = constants.gathered_logits_bytes * logits if shape.tp > 1 else 0.0
     return replaced(
         cost,
@@ -107,7 +107,7 @@ def _head_bytes(
 
 
 def _chunked_bytes(
-    cost: LayerCost, model: ModelSpec, shape: LayerShape, stack: Stack, constants: MemoryConstants
+    cost: LayerCost, model: ModelSpec, shape: LayerShape, settings: EngineSettings, constants: MemoryConstants
 ) -> LayerCost:
     """The head and its loss over a part of the tokens at a time, forward and backward at once.
 
@@ -119,7 +119,7 @@ def _chunked_bytes(
     """
     size = shape.precision.compute_bytes
     vocab, kept = model.vocab_shard(shape.tp), 4.0 + (size if size < 4 else 0)
-    if stack.liger:
+    if settings.liger:
         chunk = constants.loss_bytes * vocab * shape.tokens / math.ceil(model.vocab / model.token_width)
     else:
         chunk = (size + kept) * chunk_logits(shape.tokens, vocab)
@@ -132,52 +132,52 @@ def _chunked_bytes(
     )
 
 
-def _dtensor(stack: Stack) -> bool:
-    return stack.engine in (Engine.NATIVE, Engine.TORCHTITAN)
+def _dtensor(settings: EngineSettings) -> bool:
+    return settings.engine in (Engine.NATIVE, Engine.TORCHTITAN)
 
 
 def _block_bytes(
-    cost: LayerCost, block: Block, shape: LayerShape, stack: Stack, constants: MemoryConstants
+    cost: LayerCost, block: Block, shape: LayerShape, settings: EngineSettings, constants: MemoryConstants
 ) -> LayerCost:
     plain = block_saved_bytes(block, shape, Recompute.NONE)
-    whole = _kept_bytes(plain, block, shape, stack, constants)
+    whole = _kept_bytes(plain, block, shape, settings, constants)
     analytic, kept = plain, whole
     if shape.recompute is not Recompute.NONE:
         analytic = block_saved_bytes(block, shape, shape.recompute)
         kept = constants.activation_scale * analytic
     if shape.recompute is Recompute.SELECTIVE:
-        kept = _selective_bytes(whole, plain - analytic, block, shape, stack, constants)
+        kept = _selective_bytes(whole, plain - analytic, block, shape, settings, constants)
     each = shape.precision.compute_bytes * shape.tokens
-    working = cost.backward_transient_bytes - (plain - analytic) + _gathered_bytes(block, shape, stack)
-    if stack.liger and isinstance(block.mlp, Mlp):
+    working = cost.backward_transient_bytes - (plain - analytic) + _gathered_bytes(block, shape, settings)
+    if settings.liger and isinstance(block.mlp, Mlp):
         stream = block.hidden / (shape.tp if shape.sequence_parallel else 1)
         working = each * (2 * stream + block.mlp.width / shape.tp)
-    elif stack.engine is Engine.NATIVE:
+    elif settings.engine is Engine.NATIVE:
         working += each * (formed_values(block, shape) - widest_values(block, shape)) / shape.tp
     working *= constants.transient_scale
     return replaced(
         cost,
         saved_bytes=kept,
         forward_transient_bytes=max(working, whole if shape.recompute is Recompute.FULL else 0.0),
-        backward_transient_bytes=working + whole - kept + _weight_gradient_bytes(block, shape, stack),
+        backward_transient_bytes=working + whole - kept + _weight_gradient_bytes(block, shape, settings),
     )
 
 
-def _weight_gradient_bytes(block: Block, shape: LayerShape, stack: Stack) -> float:
+def _weight_gradient_bytes(block: Block, shape: LayerShape, settings: EngineSettings) -> float:
     """Megatron's largest weight gradient on its way to its buffer: that of the up projections, as one."""
-    if stack.engine is not Engine.MEGATRON or not isinstance(block.mlp, Mlp):
+    if settings.engine is not Engine.MEGATRON or not isinstance(block.mlp, Mlp):
         return 0.0
     matrix = block.mlp.up_projections * block.mlp.width * block.hidden / shape.tp
     return shape.precision.compute_bytes * matrix
 
 
 def _kept_bytes(
-    plain: float, block: Block, shape: LayerShape, stack: Stack, constants: MemoryConstants
+    plain: float, block: Block, shape: LayerShape, settings: EngineSettings, constants: MemoryConstants
 ) -> float:
     """What a block keeps without recomputation, where eager PyTorch keeps `plain`."""
     size, probabilities = shape.precision.compute_bytes, _probability_bytes(block, shape)
-    kept = plain + block.sublayers * _gathered_bytes(block, shape, stack)
-    kept = (kept - probabilities - _fused_bytes(block, shape, stack)) * constants.activation_scale
+    kept = plain + block.sublayers * _gathered_bytes(block, shape, settings)
+    kept = (kept - probabilities - _fused_bytes(block, shape, settings)) * constants.activation_scale
     stream = block.hidden / (shape.tp if shape.sequence_parallel else 1)
     norms = constants.norm_bytes * size / 2 * block.norms * shape.tokens * stream
     return kept + norms + constants.probability_scale * probabilities + traded_bytes(block, shape)
@@ -187,56 +187,61 @@ def _probability_bytes(block: Block, shape: LayerShape) -> float:
     """What an unfused kernel keeps of probabilities, once."""
     if shape.kernel is AttentionKernel.FLASH:
         return 0.0
-    flash = (mixer.kept(shape.seq, AttentionKernel.FLASH).products for mixer in block.mixers)
-    own = (mixer.kept(shape.seq, shape.kernel).products for mixer in block.mixers)
+    flash = (mixer.saved_activations(shape.seq, AttentionKernel.FLASH).products for mixer in block.mixers)
+    own = (mixer.saved_activations(shape.seq, shape.kernel).products for mixer in block.mixers)
     return shape.precision.compute_bytes * shape.tokens * (sum(own) - sum(flash)) / shape.tp
 
 
-def _fused_bytes(block: Block, shape: LayerShape, stack: Stack) -> float:
+def _fused_bytes(block: Block, shape: LayerShape, settings: EngineSettings) -> float:
     """What fusing the activation function spares: its result, one width of the MLP."""
-    modern = stack.engine is Engine.MEGATRON and shape.kernel is AttentionKernel.FLASH
-    fused = stack.keeps_compiled or stack.liger or modern
+    modern = settings.engine is Engine.MEGATRON and shape.kernel is AttentionKernel.FLASH
+    fused = settings.keeps_compiled or settings.liger or modern
     if not (fused and isinstance(block.mlp, Mlp)):
         return 0.0
     return shape.precision.compute_bytes * shape.tokens * block.mlp.width / shape.tp
 
 
-def _gathered_bytes(block: Block, shape: LayerShape, stack: Stack) -> float:
+def _gathered_bytes(block: Block, shape: LayerShape, settings: EngineSettings) -> float:
     """What a sublayer's gathered input takes over its shard where it stays whole."""
-    if not (shape.sequence_parallel and stack.keeps_gathered):
+    if not (shape.sequence_parallel and settings.keeps_gathered):
         return 0.0
     return shape.precision.compute_bytes * shape.tokens * block.hidden * (1 - 1 / shape.tp)
 
 
 def _selective_bytes(
-    whole: float, dropped: float, block: Block, shape: LayerShape, stack: Stack, constants: MemoryConstants
+    whole: float,
+    dropped: float,
+    block: Block,
+    shape: LayerShape,
+    settings: EngineSettings,
+    constants: MemoryConstants,
 ) -> float:
     """What a block keeps of `whole` under the engine's selective recomputation; `dropped` is what eager
     PyTorch keeps of element-wise results."""
     size, tokens = shape.precision.compute_bytes, shape.tokens
     scale = constants.activation_scale
-    match stack.recomputes:
+    match settings.recomputes:
         case Selective.EVERY_SECOND if keeps_every_second(block):
             return min(whole, scale * _every_second_bytes(block, shape))
         case Selective.ELEMENTWISE | Selective.EVERY_SECOND:
-            if stack.own:
+            if settings.own:
                 return (
                     whole
                     + both_sides_bytes(block, shape)
-                    - scale * max(dropped - _fused_bytes(block, shape, stack), 0.0)
+                    - scale * max(dropped - _fused_bytes(block, shape, settings), 0.0)
                 )
             again = traded_bytes(block, shape)
-            return whole - again - scale * max(dropped - _fused_bytes(block, shape, stack), 0.0)
+            return whole - again - scale * max(dropped - _fused_bytes(block, shape, settings), 0.0)
         case Selective.ATTENTION:
             probabilities = constants.probability_scale * _probability_bytes(block, shape)
             return whole - traded_bytes(block, shape) - probabilities
         case Selective.MLP:
-            kept = block.mlp.kept(block.hidden) if block.mlp else None
+            kept = block.mlp.saved_activations(block.hidden) if block.mlp else None
             values = _mlp_values(kept, shape) if kept else 0.0
-            return whole - scale * (size * tokens * values - _fused_bytes(block, shape, stack))
+            return whole - scale * (size * tokens * values - _fused_bytes(block, shape, settings))
 
 
-def _mlp_values(kept: Kept, shape: LayerShape) -> float:
+def _mlp_values(kept: SavedActivations, shape: LayerShape) -> float:
     """Values a token that an MLP or experts keep."""
     routed = kept.routed * shape.expert_tp / shape.tp
     return (kept.products + kept.elementwise) / shape.tp + kept.whole + routed
@@ -255,20 +260,20 @@ def _every_second_bytes(block: Block, shape: LayerShape) -> float:
     return shape.tokens * (size * (stream + results + products + messages) + statistics)
 
 
-def most_waits(stack: Stack, degrees: Degrees) -> int:
+def most_waits(settings: EngineSettings, degrees: Degrees) -> int:
     """How many times what a forward kept what waits for W may take; 0 where an engine keeps all until W.
 
     Twice where tensor and sequence parallelism share out all that is kept but the gathered inputs of layers:
     beside these then lie the gathered gradients of results.
     """
-    if not stack.defers_products:
+    if not settings.defers_products:
         return 0
     return 2 if degrees.sequence_parallel else 1
 
 
 def waiting_bytes(block: Block, shape: LayerShape) -> float:
     """What a block that recomputes nothing holds for W."""
-    block = block.held(shape.tp)
+    block = block.with_kv_copies(shape.tp)
     sublayers = [mixer.matrices(block.hidden) for mixer in block.mixers]
     sublayers += [_dense(block.mlp, block.hidden)] if block.mlp else []
     sublayers = [matrices for matrices in sublayers if matrices]
@@ -283,13 +288,13 @@ def waiting_bytes(block: Block, shape: LayerShape) -> float:
     return shape.precision.compute_bytes * shape.tokens * (inputs + outputs)
 
 
-def _dense(mlp: FeedForward, hidden: int) -> tuple[Matrix, ...]:
+def _dense(mlp: FeedForward, hidden: int) -> tuple[WeightMatrix, ...]:
     """The linear layers of an MLP, or those that every token meets beside experts; the router is none."""
     matrices = mlp.matrices(hidden)
     return matrices if isinstance(mlp, Mlp) else tuple(each for each in matrices[1:] if not each.routed)
 
 
-def _factors(matrices: Sequence[Matrix], hidden: int, tp: int) -> tuple[float, float]:
+def _factors(matrices: Sequence[WeightMatrix], hidden: int, tp: int) -> tuple[float, float]:
     """Values a token of the distinct inputs of a sublayer's linear layers, and of their results."""
     reading = any(matrix.inputs == hidden and matrix.split is not Split.INPUTS for matrix in matrices)
     inputs = float(hidden * reading)

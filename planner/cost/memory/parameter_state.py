@@ -120,7 +120,7 @@ def offloaded_states(problem: PlanningProblem, degrees: Degrees) -> tuple[States
     resident, size = states_of(problem, degrees), problem.workload.precision.compute_bytes
     block, end = state_rates(problem.workload.optimizer, problem.model)
     shared, parameters = degrees.zero >= Zero.GRADIENTS, degrees.zero is Zero.PARAMETERS
-    native = problem.stack.engine is Engine.NATIVE
+    native = problem.engine_settings.engine is Engine.NATIVE
     kinds = {
         "block": (resident.block, block, degrees.weight_shards),
         "end": (resident.end, end, degrees.weight_shards),
@@ -169,12 +169,16 @@ def _frozen(problem: PlanningProblem, degrees: Degrees, n: int) -> ParamBytes:
 
 def _trained(problem: PlanningProblem, degrees: Degrees, state: float, n: int) -> ParamBytes:
     """A weight that is trained; `state` bytes are the optimizer's, n ranks share it out."""
-    if problem.stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
+    if problem.engine_settings.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
         return _with_master(problem, degrees, state, n)
     zero, size = degrees.zero, problem.workload.precision.compute_bytes
-    deferred = problem.stack.engine is Engine.TORCHTITAN and degrees.pp > 1 and zero is not Zero.NONE
+    deferred = (
+        problem.engine_settings.engine is Engine.TORCHTITAN and degrees.pp > 1 and zero is not Zero.NONE
+    )
     copied = size if deferred or zero in (Zero.OPTIMIZER, Zero.GRADIENTS) else 0
-    if zero is Zero.NONE and (degrees.replicas > 1 or (size < 4 and problem.stack.engine is Engine.NATIVE)):
+    if zero is Zero.NONE and (
+        degrees.replicas > 1 or (size < 4 and problem.engine_settings.engine is Engine.NATIVE)
+    ):
         copied = size
     late = deferred or zero is Zero.OPTIMIZER
     whole = zero is Zero.NONE or (late and degrees.num_micro_batches > 1)
@@ -185,7 +189,7 @@ def _with_master(problem: PlanningProblem, degrees: Degrees, state: float, n: in
     """Weights in the compute precision, a master in fp32 beside the optimizer's state."""
     zero, size = degrees.zero, problem.workload.precision.compute_bytes
     grads = memory_constants(problem).grad_bytes if size < 4 else 4.0
-    if problem.stack.accumulates_beside(problem.workload.precision):
+    if problem.engine_settings.accumulates_beside(problem.workload.precision):
         grads += size
     master = 4 if size < 4 else 0
     return ParamBytes(

@@ -123,11 +123,11 @@ def residuals_of(profile: Profile | None, problem: PlanningProblem) -> Residuals
     """What a profile's runs tell of the blocks of a problem."""
     if profile is None:
         return None
-    stack = problem.stack
+    settings = problem.engine_settings
     told = profile.residuals_of(
         device=problem.device.name,
-        framework=stack.framework,
-        engine=stack.engine.family,
+        framework=settings.framework,
+        engine=settings.engine.family,
         network=problem.cluster.network,
     )
     return Residuals(told) if told is not None and told.told else None
@@ -140,7 +140,7 @@ def block_shape(block: Layer, shape: LayerShape, problem: PlanningProblem) -> Bl
         precision=shape.precision,
         recompute=shape.recompute,
         kernel=shape.kernel,
-        compiled=problem.stack.compiled,
+        compiled=problem.engine_settings.compiled,
         routed=block.params_active < block.params,
         tp=shape.tp,
         cp=shape.cp,
@@ -301,7 +301,7 @@ class LayerModel:
 
     def kernel(self, degrees: Degrees) -> AttentionKernel:
         """The attention kernel that runs: a fused softmax does not take every shape."""
-        kernel = self.problem.stack.attention
+        kernel = self.problem.engine_settings.attention
         if kernel is not AttentionKernel.FUSED or self.attention is None:
             return kernel
         pairs = degrees.micro_batch * self.attention.heads // degrees.tp
@@ -399,20 +399,20 @@ class LayerModel:
     def exchange_measured(self, shape: LayerShape) -> bool:
         """Whether a layer's cost holds what a rank itself does for its context-parallel exchange: the host's
         part of each message, and putting together what came."""
-        form = self.table.nearest(self._key(shape), shape, compiled=self.problem.stack.compiled)
+        form = self.table.nearest(self._key(shape), shape, compiled=self.problem.engine_settings.compiled)
         return form is not None and shape.cp > 1 and form.exchange is shape.cp_exchange
 
     def _key(self, shape: LayerShape) -> str:
         return shape.block or shape_key(self.problem.model, shape.kind)
 
     def _cost(self, shape: LayerShape) -> LayerCost:
-        stack = self.problem.stack
-        measured = self.table.cost(self._key(shape), shape, compiled=stack.compiled)
+        settings = self.problem.engine_settings
+        measured = self.table.cost(self._key(shape), shape, compiled=settings.compiled)
         if measured is not None:
             return measured
         analytic = analytic_cost(self.problem.model, shape, self.rates, known=self._blocks)
         analytic = with_context_buffers(analytic, self.problem.model, shape)
-        return engine_bytes(analytic, self.problem.model, shape, stack, self.memory)
+        return engine_bytes(analytic, self.problem.model, shape, settings, self.memory)
 
     def analytic(self, shape: LayerShape, run: Run) -> LayerCost:
         """The cost from first principles, samples left aside, of a layer that runs like this."""

@@ -60,7 +60,7 @@ an MLP's down projection is a quarter (gated) to a third of a block."""
 
 def idle_apart(layout: LayoutModel) -> bool:
     """Whether a stage with nothing in flight needs nothing for a pass: what it would need depends on that."""
-    return layout.problem.stack.engine in (Engine.NATIVE, Engine.TORCHTITAN)
+    return layout.problem.engine_settings.engine in (Engine.NATIVE, Engine.TORCHTITAN)
 
 
 def resident(layout: LayoutModel, stage: StageCost) -> ParamBytes:
@@ -89,7 +89,7 @@ def step_temporaries_bytes(layout: LayoutModel, stage: StageCost) -> float:
         Optimizer.MUON: 3 * workload.precision.compute_bytes * unit,
     }
     bytes_ = extra.get(workload.optimizer, 0.0)
-    if layout.problem.stack.engine is Engine.DEEPSPEED and workload.precision.compute_bytes < 4:
+    if layout.problem.engine_settings.engine is Engine.DEEPSPEED and workload.precision.compute_bytes < 4:
         there = stage.hosted.state_params if stage.hosted is not None else 0.0
         bytes_ += 4 * (stage.params - there) / degrees.weight_shards
     return bytes_
@@ -101,7 +101,7 @@ def least_pass_bytes(
     """What a stage's worst moment takes at least beside all states and activations: a block (of a class) runs
     back; with `behind`, while the gradients of one behind it are reduced. 0 where not all states exist then.
     """
-    engine = layout.problem.stack.engine
+    engine = layout.problem.engine_settings.engine
     if engine is Engine.TORCHTITAN:
         return 0.0
     each = [layout.block(own, option) for own in ([key] if key else layout.classes) for option in options]
@@ -116,7 +116,9 @@ def least_pass_bytes(
 def reducing_bytes(layout: LayoutModel) -> float:
     """What reducing the gradients of a block takes at least, less the copy of its weights that is freed:
     native alone, where another block runs back meanwhile. 0 where a stage may do so with less in flight."""
-    if layout.problem.stack.engine is not Engine.NATIVE or (layout.degrees.pp > 1 and _reduces_once(layout)):
+    if layout.problem.engine_settings.engine is not Engine.NATIVE or (
+        layout.degrees.pp > 1 and _reduces_once(layout)
+    ):
         return 0.0
     copy = max(_freed_copy(layout, begun=begun) for begun in (False, True))
     reduced = _native_reduced(layout)
@@ -136,7 +138,7 @@ def _reduces_once(layout: LayoutModel) -> bool:
 
 def stage_pass_bytes(layout: LayoutModel, stage: StageCost) -> float:
     """The same of a stage with its ends, whose forward pass may be the worst moment."""
-    if layout.problem.stack.engine is Engine.NATIVE:
+    if layout.problem.engine_settings.engine is Engine.NATIVE:
         return stage.forward_transient_bytes
     return pass_bytes(layout, stage)
 
@@ -171,7 +173,7 @@ def pass_bytes(layout: LayoutModel, stage: StageCost) -> float:
     the logits leave: both count (fitted to 439 layouts on A100).
     """
     passing = larger(stage.forward_transient_bytes, stage.backward_transient_bytes)
-    if stage.holds_head and not layout.problem.stack.liger:
+    if stage.holds_head and not layout.problem.engine_settings.liger:
         passing += stage.block_transient_bytes
     return passing + _unit_buffer_bytes(layout, stage.largest_unit_params)
 
@@ -357,17 +359,17 @@ class StageMemory:
         """The optimizer's step, or weights being loaded."""
         layout, stage = self.layout, self.stage
         step = self.kept.total + step_temporaries_bytes(layout, stage)
-        if layout.problem.stack.engine is Engine.NATIVE:
+        if layout.problem.engine_settings.engine is Engine.NATIVE:
             step -= copied_bytes(layout, stage)
         return larger(step, self.kept.weights + 4 * stage.largest_unit_params)
 
     def peak_bytes(self, flight: InFlight) -> float:
         """The most that tensors take at once."""
         layout, stage, kept = self.layout, self.stage, self.kept
-        if layout.problem.stack.engine is Engine.TORCHTITAN:
+        if layout.problem.engine_settings.engine is Engine.TORCHTITAN:
             moments = _unit_moments(layout, stage, flight.alive, kept)
             return larger(self._step_bytes, *moments) + layout.memory.workspace_bytes
-        if layout.problem.stack.engine is Engine.NATIVE:
+        if layout.problem.engine_settings.engine is Engine.NATIVE:
             known = flight.begun, flight.waiting > 0, flight.alive, flight.only
             if known not in self._passes:
                 self._passes[known] = _native_pass_bytes(layout, stage, kept, flight)
@@ -381,13 +383,13 @@ class StageMemory:
     @cached_property
     def _hole_bytes(self) -> float:
         """What is not used again of the place of the logits in the compute precision, freed before the loss:
-        where `problem.stack` is the own runtime's, of a chunk of them."""
+        where `problem.engine_settings` is the own runtime's, of a chunk of them."""
         problem, tokens = self.layout.problem, self.layout.messages.tokens
         size = problem.workload.precision.compute_bytes
         if not self.stage.holds_head or size >= 4:
             return 0.0
         vocab = problem.model.vocab_shard(self.layout.degrees.tp)
-        together = chunk_logits(tokens, vocab) if problem.stack.own else tokens * vocab
+        together = chunk_logits(tokens, vocab) if problem.engine_settings.own else tokens * vocab
         return HOLE_SHARE * size * together
 
     def reserved_bytes(self, flight: InFlight) -> float:
@@ -407,9 +409,9 @@ class StageMemory:
         layout, stage, kept = self.layout, self.stage, self.kept
         problem, degrees = layout.problem, layout.degrees
         tensors = self.peak_bytes(flight)
-        if not layout.overlaps or problem.stack.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
+        if not layout.overlaps or problem.engine_settings.engine in (Engine.MEGATRON, Engine.DEEPSPEED):
             return tensors
-        if problem.stack.engine is Engine.NATIVE:
+        if problem.engine_settings.engine is Engine.NATIVE:
             return tensors + self._hole_bytes
         size = problem.workload.precision.compute_bytes
         base = kept.weights + kept.optimizer + (flight.alive - 1) * stage.saved_bytes

@@ -182,7 +182,7 @@ def _tensors(layout: LayoutModel, held: dict[int, StageCost], total: MemoryBreak
     weights, grads = sum(k.weights for k in kept), sum(k.grads for k in kept)
     optimizer, unit = sum(k.optimizer for k in kept), max(s.largest_unit_params for s in held.values())
     step = weights + grads + optimizer + max(step_temporaries_bytes(layout, s) for s in held.values())
-    buffered = layout.problem.stack.engine is Engine.MEGATRON
+    buffered = layout.problem.engine_settings.engine is Engine.MEGATRON
     saving = weights + optimizer + (grads if buffered else 0.0)
     return {
         Moment.LOAD: weights + 4 * unit,
@@ -213,7 +213,7 @@ def state_bytes(layout: LayoutModel, stage: StageCost) -> float:
     """What one device writes of a checkpoint: its fp32 weights, and the optimizer's state with them."""
     kept, shards = resident(layout, stage), layout.degrees.weight_shards
     routed = stage.routed_params
-    engine = layout.problem.stack.engine
+    engine = layout.problem.engine_settings.engine
     if layout.problem.workload.adapters is not None:
         return kept.grads + kept.optimizer  # the adapters and their state; the base is not written
     if engine in (Engine.MEGATRON, Engine.DEEPSPEED) and layout.problem.workload.precision.compute_bytes < 4:

@@ -25,7 +25,7 @@ from planner.cost.memory.activations import most_waits, waiting_bytes
 from planner.cost.stage.layer_cost import LayerModel, Units
 from planner.cost.time_constants import Physics
 from planner.foundation.arrays import larger, smaller
-from planner.job.engine_settings import Engine, Selective, Stack
+from planner.job.engine_settings import Engine, EngineSettings, Selective
 from planner.job.problem import PlanningProblem
 from planner.model.attention import CpExchange
 from planner.model.feed_forward import Experts
@@ -36,7 +36,7 @@ from planner.profile.profile import LayerKind, Op
 from planner.strategy.strategy import Degrees
 
 
-def tensor_exchanges(layer: Layer, degrees: Degrees, stack: Stack) -> tuple[int, int]:
+def tensor_exchanges(layer: Layer, degrees: Degrees, settings: EngineSettings) -> tuple[int, int]:
     """How many inputs of a block's sublayers its tensor-parallel ranks need whole, and how many results they
     sum.
 
@@ -48,7 +48,7 @@ def tensor_exchanges(layer: Layer, degrees: Degrees, stack: Stack) -> tuple[int,
     if isinstance(layer, TracedLayer):
         return 0, 0
     if layer.parallel and not isinstance(layer.mlp, Experts):
-        return layer.norms if stack.own else 1, 1
+        return layer.norms if settings.own else 1, 1
     apart = isinstance(layer.mlp, Experts) and not layer.mlp.shared and spreads_experts(layer, degrees)
     each = len(layer.mixers) + (layer.mlp is not None) - (apart and degrees.sequence_parallel)
     return each, each
@@ -71,18 +71,18 @@ def tensor_s(layer: Layer, messages: Messages, option: Recompute) -> tuple[float
     degrees = messages.degrees
     gather, scatter = messages.over_tp(Op.ALL_GATHER, operands=True), messages.over_tp(Op.REDUCE_SCATTER)
     reduce = messages.over_tp(Op.ALL_REDUCE)
-    reads, sums = tensor_exchanges(layer, degrees, messages.problem.stack)
+    reads, sums = tensor_exchanges(layer, degrees, messages.problem.engine_settings)
     sp = degrees.sequence_parallel
     forward_s = reads * gather + sums * scatter if sp else sums * reduce
     backward_s = sums * gather + reads * scatter if sp else reads * reduce
-    if not messages.problem.stack.stops_early:
+    if not messages.problem.engine_settings.stops_early:
         return forward_s, backward_s + forward_s * (option is Recompute.FULL)
     spared = sums > 0 and _last_sum_spared(layer, degrees)
     again_s = forward_s - (scatter if sp else reduce) * spared
     return forward_s, backward_s + again_s * (option is not Recompute.NONE)
 
 
-def cp_sent_again(option: Recompute, stack: Stack, exchange: CpExchange) -> bool:
+def cp_sent_again(option: Recompute, settings: EngineSettings, exchange: CpExchange) -> bool:
     """Whether an option sends the exchange of attention once more going back.
 
     Where element-wise results are computed again, so are the ones that are traded for heads, but in the own
@@ -90,17 +90,19 @@ def cp_sent_again(option: Recompute, stack: Stack, exchange: CpExchange) -> bool
     """
     if option is not Recompute.SELECTIVE:
         return option is Recompute.FULL
-    traded = exchange is CpExchange.ALL_TO_ALL and stack.recomputes is Selective.ELEMENTWISE
-    return (traded and not stack.own) or stack.recomputes is Selective.ATTENTION
+    traded = exchange is CpExchange.ALL_TO_ALL and settings.recomputes is Selective.ELEMENTWISE
+    return (traded and not settings.own) or settings.recomputes is Selective.ATTENTION
 
 
-def experts_sent_again(option: Recompute, stack: Stack, passing: ExpertPass) -> float:
+def experts_sent_again(option: Recompute, settings: EngineSettings, passing: ExpertPass) -> float:
     """Seconds of what an option sends once more of the exchange of experts going back.
 
     The own runtime's selective recomputation keeps what an all-to-all gave and nothing else of it.
     """
-    whole = option is Recompute.FULL or (option is Recompute.SELECTIVE and stack.recomputes is Selective.MLP)
-    beside = whole or (option is Recompute.SELECTIVE and stack.own)
+    whole = option is Recompute.FULL or (
+        option is Recompute.SELECTIVE and settings.recomputes is Selective.MLP
+    )
+    beside = whole or (option is Recompute.SELECTIVE and settings.own)
     return passing.forward_s * whole + passing.beside_s * beside
 
 
@@ -159,12 +161,12 @@ def accumulate_s(messages: Messages, rates: DeviceRates | None) -> float:
     fp32: two are read, one is written. Where bf16 gradients are summed beside themselves, these are set to
     zero and added to before. Behind a product that adds up by itself that takes no time.
     """
-    measured, stack = messages.constant("grad_accumulate_s_per_param"), messages.problem.stack
-    if measured or rates is None or stack.accumulates_in_products:
+    measured, settings = messages.constant("grad_accumulate_s_per_param"), messages.problem.engine_settings
+    if measured or rates is None or settings.accumulates_in_products:
         return measured
     size = messages.value_bytes
-    moved = {Engine.MEGATRON: size + 8, Engine.DEEPSPEED: 3 * size}.get(stack.engine, 12)
-    if stack.accumulates_beside(messages.problem.workload.precision):
+    moved = {Engine.MEGATRON: size + 8, Engine.DEEPSPEED: 3 * size}.get(settings.engine, 12)
+    if settings.accumulates_beside(messages.problem.workload.precision):
         moved += 4 * size
     return moved / rates.memory_bytes_per_s
 
@@ -282,7 +284,7 @@ class ShardedLayers:
         extra_s = larger(cost.backward_s - plain.backward_s, 0.0)
         again_s = self.messages.physics.recompute_scale * extra_s
         cp, ep = self.exchanged(key), self.experts(key)
-        cp_again = cp_sent_again(option, self.problem.stack, self.degrees.cp_exchange)
+        cp_again = cp_sent_again(option, self.problem.engine_settings, self.degrees.cp_exchange)
         ep_s = ep.forward_s + ep.beside_s
         forward = Pass(compute_s=cost.forward_s, tp_s=tp_forward_s, cp_s=cp.forward_s, ep_s=ep_s)
         backward = Pass(
@@ -290,7 +292,7 @@ class ShardedLayers:
             recompute_s=again_s,
             tp_s=tp_backward_s,
             cp_s=cp.backward_s + cp_again * cp.forward_s,
-            ep_s=ep.backward_s + experts_sent_again(option, self.problem.stack, ep),
+            ep_s=ep.backward_s + experts_sent_again(option, self.problem.engine_settings, ep),
         )
         return forward, backward
 
@@ -411,7 +413,7 @@ def block_waiting_bytes(shape: ShardedLayers, key: str, option: Recompute) -> fl
     if option is not Recompute.NONE or shape.problem.workload.adapters is not None:
         return 0.0
     block = shape.classes[key]
-    most = most_waits(shape.problem.stack, shape.degrees) * shape.block(key).saved_bytes
+    most = most_waits(shape.problem.engine_settings, shape.degrees) * shape.block(key).saved_bytes
     if not isinstance(block, Block):
         return most
     return smaller(waiting_bytes(block, shape.shape_of(LayerKind.BLOCK, block=key)), most)

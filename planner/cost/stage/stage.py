@@ -249,7 +249,7 @@ class LayoutModel:
         buffer; reducing casts gradients to fp32 into another. What a profile measured is in its constants.
         """
         rates, profile = self.layer_model.rates, self.problem.profile
-        sharded = self.problem.stack.engine in (Engine.NATIVE, Engine.TORCHTITAN)
+        sharded = self.problem.engine_settings.engine in (Engine.NATIVE, Engine.TORCHTITAN)
         if rates is None or not sharded or (profile is not None and profile.layers):
             return 0.0, 0.0
         size, shards = self.problem.workload.precision.compute_bytes, self.degrees.weight_shards
@@ -380,7 +380,7 @@ class LayoutModel:
 
     def _weights_s(self, chosen: Sequence[Chosen]) -> float | None:
         """Weight gradients of blocks that the own runtime can leave for later; None for other engines."""
-        if not self.problem.stack.recomputes_once:
+        if not self.problem.engine_settings.recomputes_once:
             return None
         return sum((count * self.deferrable_s[key] for (key, _), count in chosen), 0.0)
 

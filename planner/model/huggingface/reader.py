@@ -21,7 +21,7 @@ from typing import Any
 from planner.foundation.decode import load_json_object, load_toml_object
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
-from planner.foundation.suggest import nearest
+from planner.foundation.suggest import nearest_names
 from planner.model.huggingface.arithmetic import read_arithmetic
 from planner.model.huggingface.classic import CLASSIC_FAMILIES
 from planner.model.huggingface.dense import DENSE_FAMILIES
@@ -185,7 +185,7 @@ def _chosen(arch: str | None, model_type: object, where: str) -> str:
 
 
 def _unknown(where: str, model_type: object, more: str) -> InputError:
-    near = nearest(str(model_type)[:60], [*FAMILIES, *WRAPPERS]) if isinstance(model_type, str) else []
+    near = nearest_names(str(model_type)[:60], [*FAMILIES, *WRAPPERS]) if isinstance(model_type, str) else []
     return InputError(
         Problem(
             where=where,

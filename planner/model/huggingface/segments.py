@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import groupby
 
-from planner.model.attention import CAUSAL, Attention, Indexer, LatentAttention, QkNorm, Reach, Span
+from planner.model.attention import CAUSAL, Attention, AttentionSpan, Indexer, LatentAttention, QkNorm, Reach
 from planner.model.feed_forward import Experts, FeedForward, Mlp, Routing, TopkMethod
 from planner.model.huggingface.family import (
     CHUNKED,
@@ -146,18 +146,18 @@ def listed_or_every_step(d: Description) -> Sequence[bool]:
     return tuple(layer in sparse for layer in range(d.layers))
 
 
-ALL = Span(reach=Reach.ALL)
+ALL = AttentionSpan(reach=Reach.ALL)
 
 MixerOf = Callable[[Description, str, int], Mixer]
 """The mixer of a layer from its kind and index."""
 
 
-def span(d: Description, kind: str) -> Span:
+def span(d: Description, kind: str) -> AttentionSpan:
     """The keys that a layer of `kind` meets; a window that is 0, null or not used means all before."""
     if kind == SLIDING and d.window and d.use_window:
-        return Span(reach=Reach.WINDOW, size=d.window)
+        return AttentionSpan(reach=Reach.WINDOW, size=d.window)
     if kind == CHUNKED and d.chunk_span:
-        return Span(reach=Reach.CHUNK, size=d.chunk_span)
+        return AttentionSpan(reach=Reach.CHUNK, size=d.chunk_span)
     return CAUSAL
 
 
@@ -244,7 +244,7 @@ def latent_attention(d: Description, kind: str, layer: int) -> LatentAttention:
         rope_dim=d.rope_dim,
         value_dim=d.value_dim,
         bias=d.qkv_bias,
-        span=Span(reach=Reach.CHOSEN, size=d.index_topk) if chosen else CAUSAL,
+        span=AttentionSpan(reach=Reach.CHOSEN, size=d.index_topk) if chosen else CAUSAL,
         indexer=indexer if chosen and _has_indexer(d, layer) else None,
     )
 
@@ -387,7 +387,7 @@ def encoder_decoder(d: Description, family: Family) -> tuple[Segment, ...]:
     gated, activation = d.gated_activation
     feed = Mlp(width=d.ffn, gated=gated, activation=activation)
 
-    def heads(span: Span, layer: int, cross: bool = False) -> Attention:
+    def heads(span: AttentionSpan, layer: int, cross: bool = False) -> Attention:
         buckets = 0 if layer or cross else d.buckets
         return Attention(
             heads=d.heads,

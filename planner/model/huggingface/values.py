@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from planner.foundation.errors import Problem
-from planner.foundation.suggest import nearest
+from planner.foundation.suggest import nearest_names
 from planner.model.huggingface.family import (
     CHUNKED,
     DENSE,
@@ -122,7 +122,7 @@ class Values:
         if key.choices is not None:
             if value in key.choices:
                 return key.choices[value]
-            near = nearest(value[:60], key.choices)
+            near = nearest_names(value[:60], key.choices)
             fix = f"did you mean '{near[0]}'" if near else ""
             self.fault(name, f"is {show(value)}.", ", ".join(key.choices), fix)
             return None

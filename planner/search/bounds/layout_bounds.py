@@ -56,7 +56,7 @@ from planner.cost.stage.layer_cost import LayerModel
 from planner.cost.stage.memory_timeline import least_pass_bytes
 from planner.cost.stage.sharded_layers import Sizes
 from planner.cost.stage.stage import LayoutModel
-from planner.job.engine_settings import Engine, Stack
+from planner.job.engine_settings import Engine, EngineSettings
 from planner.model.sublayer import Recompute
 from planner.search.programme.stage_options import least_once_s, split_again_s
 from planner.strategy.schedule.schedules import fullest
@@ -139,10 +139,10 @@ def live_at_least(
     return _live(alive + (min(alive),) * over, waiting + (min(waiting),) * over)
 
 
-def live_under(stack: Stack, degrees: Degrees, layers: int) -> Live:
+def live_under(settings: EngineSettings, degrees: Degrees, layers: int) -> Live:
     """The same of a shape."""
     d = degrees
-    return live_at_least(d.schedule, d.pp, d.chunks, d.num_micro_batches, most_waits(stack, d), layers)
+    return live_at_least(d.schedule, d.pp, d.chunks, d.num_micro_batches, most_waits(settings, d), layers)
 
 
 @lru_cache(maxsize=4096)
@@ -252,7 +252,7 @@ class BaseBound:
         self.optimizer_s = min(kind.optimizer_s for kind in each)
         self._once_s = 0.0 if model.sharing else min(kind.once_s for kind in each)
         self._kinds, self._layers = each, shapes[0].problem.model.layers
-        self._stack = shapes[0].problem.stack
+        self._stack = shapes[0].problem.engine_settings
         self._exclusive, self._ends_s = model.sharing is None, (fastest[0], fastest[1])
         known = {key: kind.block_s for key, kind in zip(kinds, each, strict=True)}
         self._block_s = [known[id(shape)] for shape in shapes]
@@ -391,6 +391,6 @@ def least_state_bytes(layers: LayerModel, degrees: Degrees, offload: Offload = O
     if offload is Offload.OPTIMIZER:
         states, _ = offloaded_states(layers.problem, degrees)
     held = states.of(dense + routed, ends, routed)
-    engine = layers.problem.stack.engine
+    engine = layers.problem.engine_settings.engine
     one_by_one = engine in (Engine.NATIVE, Engine.TORCHTITAN) and degrees.num_micro_batches == 1
     return held.total - (held.grads if one_by_one else 0.0)

@@ -147,7 +147,9 @@ class RankParts:
         import numpy as np
 
         self.space, self.bounded = space, bounded
-        self.moments = moments_of(space.degrees, most_waits(space.model.problem.stack, space.degrees))
+        self.moments = moments_of(
+            space.degrees, most_waits(space.model.problem.engine_settings, space.degrees)
+        )
         books = {id(book): book for book in space.books}
         numbers = {name: number for number, name in enumerate(books)}
         self._books, self._kinds = list(books.values()), np.asarray([numbers[id(b)] for b in space.books])

@@ -135,7 +135,7 @@ def least_passes(shape: LayoutModel, options: tuple[Recompute, ...]) -> LeastPas
 
     known = {key: option_passes(shape, key, options).min(axis=0) for key in shape.classes}
     each = np.asarray([known[key] for key in shape.layer_model.keys]).T
-    whole = shape.problem.stack.recomputes_once or shape.problem.workload.adapters is not None
+    whole = shape.problem.engine_settings.recomputes_once or shape.problem.workload.adapters is not None
     for place, (forward, backward) in ((0, shape.embedding_passes), (-1, shape.head_passes)):
         left_s = 0.0 if whole else backward.compute_s / 2  # of frozen ends it may be below 0
         each[:, place] += _parts_s(shape, forward, backward, left_s, 0.0)
@@ -150,7 +150,7 @@ def option_passes(shape: LayoutModel, key: str, options: tuple[Recompute, ...]) 
     unchanged, each = shape.problem.workload.adapters is not None, []
     for option in options:
         forward, backward = shape.passes(key, option)
-        if shape.problem.stack.recomputes_once:
+        if shape.problem.engine_settings.recomputes_once:
             products_s = shape.deferrable_s[key]
             left_s, again_s = products_s * (option is Recompute.NONE), 0.0
         else:
@@ -173,7 +173,7 @@ def split_again_s(shape: LayoutModel, key: str, option: Recompute) -> float:
     """What a split backward pass of a block takes more than a whole one (planner.cost.replay)."""
     if option is Recompute.NONE:
         return 0.0
-    if shape.problem.stack.recomputes_once:
+    if shape.problem.engine_settings.recomputes_once:
         return shape.deferrable_s[key]
     return shape.passes(key, option)[1].recompute_s * (constants.SPLIT_RECOMPUTES - 1)
 
@@ -323,7 +323,7 @@ class RecipeBook:
         own runtime's where a step has one micro-batch. What is offloaded comes and goes. Of every class there
         has to be a block with another before it, both in the middle of the model.
         """
-        engine, single = self.shape.problem.stack.engine, self.shape.degrees.num_micro_batches == 1
+        engine, single = self.shape.problem.engine_settings.engine, self.shape.degrees.num_micro_batches == 1
         apart = engine is Engine.TORCHTITAN or (engine is Engine.NATIVE and single)
         middle = self.shape.layer_model.keys[2:-1]
         return not apart and self.offload is Offload.NONE and set(middle) == set(self.shape.classes)

@@ -6,7 +6,7 @@ layers divide by pp, or by pp x chunks).
 
 from __future__ import annotations
 
-from planner.foundation.suggest import divisors, legal_values
+from planner.foundation.suggest import divisors, nearest_values
 from planner.job.problem import PlanningProblem
 from planner.model.workload import Method, Optimizer, Precision
 from planner.strategy.engines.megatron_model import model_faults
@@ -119,7 +119,7 @@ def megatron_context(problem: PlanningProblem, degrees: Degrees) -> Rejected | N
         rule="megatron_context",
         detail=f"cp={degrees.cp} and a sequence of {seq} tokens: Megatron-LM asks for a multiple of 2 x cp = "
         f"{unit}, by whatever exchange.",
-        legal=f"cp of {legal_values(divisors(seq // 2) if seq % 2 == 0 else [1], degrees.cp)}",
+        legal=f"cp of {nearest_values(divisors(seq // 2) if seq % 2 == 0 else [1], degrees.cp)}",
         fix="--fix cp=",
     )
 

@@ -14,9 +14,17 @@ import dataclasses
 import math
 
 from planner.foundation.errors import InputError, Problem
-from planner.foundation.suggest import legal_values
+from planner.foundation.suggest import nearest_values
 from planner.job.problem import PlanningProblem
-from planner.model.attention import CAUSAL, Attention, CpExchange, LatentAttention, QkNorm, Reach, Span
+from planner.model.attention import (
+    CAUSAL,
+    Attention,
+    AttentionSpan,
+    CpExchange,
+    LatentAttention,
+    QkNorm,
+    Reach,
+)
 from planner.model.feed_forward import Experts, FeedForward
 from planner.model.spec import Block, Layer, ModelSpec
 from planner.model.workload import Precision, Workload
@@ -172,7 +180,7 @@ def products_not_executed(model: ModelSpec, workload: Workload, degrees: Degrees
         return []
     sizes = {"tokens of a micro-batch": degrees.micro_batch * workload.seq / degrees.cp}
     for block in model.transformer_blocks():
-        for matrix in block.held(degrees.tp).matrices():
+        for matrix in block.with_kv_copies(degrees.tp).matrices():
             inputs, outputs = matrix.shard(degrees.tp)
             sizes |= {f"inputs of {inputs:g}": inputs, f"outputs of {outputs:g}": outputs}
     faults = [
@@ -225,7 +233,7 @@ def _mixer_faults(block: Block) -> list[str]:
     return [fault for fault, found in faults.items() if found]
 
 
-def _reach(span: Span) -> str:
+def _reach(span: AttentionSpan) -> str:
     if span.reach is Reach.ALL:
         return "attention is not causal"
     return f"attention reaches a {span.reach} of {span.size} keys"
@@ -266,7 +274,7 @@ def native_vocabulary(problem: PlanningProblem, degrees: Degrees) -> Rejected | 
         rule="native_vocabulary",
         detail=f"tp={degrees.tp} cannot split the vocabulary of {model.vocab} in the native runtime: "
         f"{'; '.join(faults)}.",
-        legal=legal_values(legal, degrees.tp),
+        legal=nearest_values(legal, degrees.tp),
         fix="--fix tp= or dp_shard=",
     )
 

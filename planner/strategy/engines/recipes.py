@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from planner.foundation.suggest import divisors, legal_values
+from planner.foundation.suggest import divisors, nearest_values
 from planner.job.engine_settings import Engine
 from planner.job.problem import PlanningProblem
 from planner.model.attention import CpExchange
@@ -130,6 +130,6 @@ def without_copies(problem: PlanningProblem, degrees: Degrees, engine: str, why:
     return Rejected(
         rule=f"{engine.lower().split('-')[0]}_heads",
         detail=f"tp={degrees.tp} over {heads.count} {heads.what}: {engine} {why}.",
-        legal=legal_values(divisors(heads.count), degrees.tp),
+        legal=nearest_values(divisors(heads.count), degrees.tp),
         fix="--fix tp=",
     )

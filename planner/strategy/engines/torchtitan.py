@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.foundation.suggest import divisors, legal_values
+from planner.foundation.suggest import divisors, nearest_values
 from planner.job.problem import PlanningProblem
 from planner.model.attention import CpExchange
 from planner.model.workload import Method, Optimizer, Precision
@@ -163,7 +163,7 @@ def torchtitan_experts(problem: PlanningProblem, degrees: Degrees) -> Rejected |
         rule="torchtitan_experts",
         detail=f"ep={degrees.ep} with etp={degrees.expert_tp}: torchtitan borrows whole {what}={borrowed} "
         f"for it, then parts of dp_shard={degrees.dp_shard}.",
-        legal=f"ep of {legal_values((d for d in divisors(ranks) if d % borrowed == 0), degrees.ep)}",
+        legal=f"ep of {nearest_values((d for d in divisors(ranks) if d % borrowed == 0), degrees.ep)}",
         fix="--fix ep=",
     )
 

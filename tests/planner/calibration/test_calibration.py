@@ -19,7 +19,7 @@ from planner.cli import cli
 from planner.cost.evaluate import CostModel
 from planner.cost.time_constants import PRIORS, Physics, physics_of
 from planner.foundation.errors import InputError
-from planner.job.engine_settings import NATIVE, Engine, Stack
+from planner.job.engine_settings import NATIVE, Engine, EngineSettings
 from planner.profile.profile import PROFILE_SCHEMA, Constant, Profile, load_profile
 
 REFERENCE = Path(__file__).parents[3] / "bench" / "data" / "h100_reference.csv"
@@ -205,10 +205,10 @@ def test_the_narrowest_constant_speaks() -> None:
         ("g", "k", "", 0.5),
     ]
     for framework, kernels, device, expected in cases:
-        stack = Stack(framework=framework, kernels=kernels)
-        assert physics_of(profile, stack, device).gemm_scale == expected
+        settings = EngineSettings(framework=framework, kernels=kernels)
+        assert physics_of(profile, settings, device).gemm_scale == expected
     assert physics_of(None, NATIVE).gemm_scale == PRIORS["gemm_scale"].value
-    assert physics_of(None, Stack(engine=Engine.MEGATRON)).dp_exposed == 1.0
+    assert physics_of(None, EngineSettings(engine=Engine.MEGATRON)).dp_exposed == 1.0
 
 
 def test_scopes_go_from_the_general_to_the_particular(tmp_path: Path) -> None:

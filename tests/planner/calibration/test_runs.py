@@ -35,8 +35,8 @@ def test_a_gpt_row_is_the_gpt_of_its_dimensions() -> None:
     assert (degrees.micro_batch, degrees.num_micro_batches) == (2, 8)
     assert [stage.recompute.full for stage in made.strategy.stages] == [12, 12]
     assert made.problem.workload.precision is Precision.FP16
-    assert made.problem.stack.engine is Engine.MEGATRON
-    assert made.problem.stack.attention is AttentionKernel.FUSED
+    assert made.problem.engine_settings.engine is Engine.MEGATRON
+    assert made.problem.engine_settings.attention is AttentionKernel.FUSED
 
 
 def test_a_llama_row_is_gated_without_biases_and_shards_parameters() -> None:
@@ -47,8 +47,8 @@ def test_a_llama_row_is_gated_without_biases_and_shards_parameters() -> None:
     assert made.problem.model.learned_positions == 0
     degrees = made.strategy.degrees
     assert (degrees.dp_shard, degrees.dp_replicate, degrees.zero) == (2, 2, Zero.PARAMETERS)
-    stack = made.problem.stack
-    assert (stack.engine, stack.attention, stack.compiled) == (
+    settings = made.problem.engine_settings
+    assert (settings.engine, settings.attention, settings.compiled) == (
         Engine.TORCHTITAN,
         AttentionKernel.FLASH,
         True,
@@ -61,7 +61,10 @@ def test_stated_software_wins_over_defaults() -> None:
         LLAMA, attention=AttentionKernel.EAGER, fused_kernels="torch", sequence_parallel=False
     )
     made = setup(run)
-    assert (made.problem.stack.attention, made.problem.stack.kernels) == (AttentionKernel.EAGER, "torch")
+    assert (made.problem.engine_settings.attention, made.problem.engine_settings.kernels) == (
+        AttentionKernel.EAGER,
+        "torch",
+    )
     assert not made.strategy.degrees.sequence_parallel
     assert made.assumed == ()
 
@@ -147,7 +150,7 @@ def test_words_of_a_run_say_what_it_offloads() -> None:
         ("activation offloading required", Offload.ACTIVATIONS),
     ):
         assert setup(dataclasses.replace(GPT, notes=notes)).strategy.offloads == (offload,)
-    assert setup(dataclasses.replace(GPT, framework="DeepSpeed + Liger")).problem.stack.liger
+    assert setup(dataclasses.replace(GPT, framework="DeepSpeed + Liger")).problem.engine_settings.liger
 
 
 def test_chunks_make_an_interleaved_pipeline() -> None:
@@ -180,7 +183,7 @@ def test_jax_compiles_and_words_that_deny_it_count() -> None:
         ("Megatron-LM", "", False),
     ):
         run = dataclasses.replace(GPT, framework=framework, notes=notes, zero=1)
-        assert setup(run).problem.stack.compiled is compiled
+        assert setup(run).problem.engine_settings.compiled is compiled
 
 
 def test_dimensions_win_over_a_name_that_contradicts_them() -> None:
@@ -198,9 +201,9 @@ def test_a_model_cell_is_never_opened_as_a_path(tmp_path: Path) -> None:
 def test_recompute_of_the_mlp_is_selective_of_that_part() -> None:
     made = setup(dataclasses.replace(GPT, recompute=RunRecompute.MLP))
     assert made.strategy.stages[0].recompute.options()[0] is Recompute.SELECTIVE
-    assert made.problem.stack.recomputes is Selective.MLP
+    assert made.problem.engine_settings.recomputes is Selective.MLP
     other = setup(dataclasses.replace(GPT, recompute=RunRecompute.SELECTIVE))
-    assert other.problem.stack.recomputes is Selective.ATTENTION
+    assert other.problem.engine_settings.recomputes is Selective.ATTENTION
 
 
 def test_words_of_a_row_say_how_it_was_trained() -> None:
@@ -288,14 +291,14 @@ def test_shards_of_an_expert_are_stated_or_the_framework_s() -> None:
 
 
 def test_words_and_recipes_say_how_tokens_are_sent() -> None:
-    assert setup(MOE).problem.stack.dispatch is Dispatch.DEDUPLICATED
+    assert setup(MOE).problem.engine_settings.dispatch is Dispatch.DEDUPLICATED
     nemo = dataclasses.replace(MOE, framework="NeMo / Megatron-Core")
-    assert setup(nemo).problem.stack.dispatch is Dispatch.ALL_TO_ALL
+    assert setup(nemo).problem.engine_settings.dispatch is Dispatch.ALL_TO_ALL
     deep = dataclasses.replace(nemo, notes="DeepEP + 1F1B A2A overlap; force-balanced routing; fp8 dispatch")
-    stack = setup(deep).problem.stack
-    assert stack.dispatch is Dispatch.DEDUPLICATED and stack.dispatch_bytes == 1
-    assert stack.overlaps_dispatch and stack.balanced and not stack.graphed
-    assert not setup(nemo).problem.stack.balanced
+    settings = setup(deep).problem.engine_settings
+    assert settings.dispatch is Dispatch.DEDUPLICATED and settings.dispatch_bytes == 1
+    assert settings.overlaps_dispatch and settings.balanced and not settings.graphed
+    assert not setup(nemo).problem.engine_settings.balanced
 
 
 @pytest.mark.parametrize(
@@ -320,8 +323,8 @@ def test_releases_that_replay_whole_steps(
         network="",
         precision=precision,
     )
-    stack = setup(run).problem.stack
-    assert stack.graphed is stack.overlaps_dispatch is graphed
+    settings = setup(run).problem.engine_settings
+    assert settings.graphed is settings.overlaps_dispatch is graphed
 
 
 def test_recipes_interleave_where_a_row_leaves_it_open() -> None:
@@ -354,5 +357,5 @@ def test_jax_recomputes_blocks_unless_told_otherwise() -> None:
 
 
 def test_recipes_of_nemo_reduce_gradients_behind_the_backward() -> None:
-    assert setup(MOE).problem.stack.overlaps_gradients
-    assert not setup(GPT).problem.stack.overlaps_gradients
+    assert setup(MOE).problem.engine_settings.overlaps_gradients
+    assert not setup(GPT).problem.engine_settings.overlaps_gradients

@@ -144,7 +144,7 @@ def profiled(lengths: tuple[int, ...]) -> LayerModel:
         )
     )
     problem = dataclasses.replace(problem, profile=instances.profile(layers=samples))
-    return LayerModel(problem, physics_of(problem.profile, problem.stack))
+    return LayerModel(problem, physics_of(problem.profile, problem.engine_settings))
 
 
 @pytest.mark.parametrize("lengths", [(256,), (128, 1024), (64, 256, 300, 2048)])

@@ -15,7 +15,7 @@ from planner.hardware import measured_tables as measured
 from planner.hardware.catalog import device_names
 from planner.hardware.cluster import ClusterSpec, Link
 from planner.hardware.cluster_text import parse_cluster
-from planner.hardware.measured_rows import Collective
+from planner.hardware.measured_rows import CollectiveRow
 from planner.hardware.measured_tables import CollectiveCurves, curves_of, wire_factor
 from planner.profile.profile import PROFILE_SCHEMA, CommSample, Constant, Op, Profile
 from planner.strategy.strategy import Degrees, Zero
@@ -114,7 +114,7 @@ def test_noise_is_made_to_rise_by_means() -> None:
     """Two falling neighbours share their geometric mean."""
     times = (10.0, 8.0, 20.0)
     rows = [
-        Collective(
+        CollectiveRow(
             table="t", nccl="2", op="all_reduce", ranks=2, bytes=2**k, latency_us=t, busbw_gb_per_s=1.0
         )
         for k, t in zip((10, 12, 14), times, strict=True)

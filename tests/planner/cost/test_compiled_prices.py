@@ -14,7 +14,7 @@ from planner.calibration.run_log import read_log
 from planner.cli import cli
 from planner.commands.splitting.estimate import strategy_of
 from planner.cost.evaluate import CostModel
-from planner.job.engine_settings import Stack, own_stack
+from planner.job.engine_settings import EngineSettings, native_settings
 from planner.job.problem import PlanningProblem
 from planner.strategy.estimate import Estimate
 from planner.strategy.fixed_choices import parse_fixed_choices
@@ -28,22 +28,24 @@ PINS = ("tp=1", "pp=1", "zero=2", "micro_batch=1", "recompute=none")
 
 
 def estimate(of: PlanningProblem, *pins: str, compiled: bool) -> Estimate:
-    of = dataclasses.replace(of, stack=Stack(compiled=compiled))
+    of = dataclasses.replace(of, engine_settings=EngineSettings(compiled=compiled))
     strategy = strategy_of(of, parse_fixed_choices(pins))
     assert not broken_rules(of, strategy)
     return CostModel(of).evaluate(strategy).estimate
 
 
 def test_every_road_to_a_problem_takes_the_same_prices() -> None:
-    assert GPU.stack == own_stack(GPU.cluster) == Stack(compiled=True)
-    assert problem("gpt2", "local:4", 256, 16).stack == Stack()
+    assert GPU.engine_settings == native_settings(GPU.cluster) == EngineSettings(compiled=True)
+    assert problem("gpt2", "local:4", 256, 16).engine_settings == EngineSettings()
     mixed = problem("llama-3-8b", "1x8:a100-sxm-80gb+1x8:h100-sxm-80gb", 4096, 64)
     assert (
-        mixed.stack.compiled and problem("llama-3-8b", "1x8:h100", 8192, 64, engine="native").stack.compiled
+        mixed.engine_settings.compiled
+        and problem("llama-3-8b", "1x8:h100", 8192, 64, engine="native").engine_settings.compiled
     )
-    assert not problem("llama-3-8b", "1x8:h100", 8192, 64, engine="torchtitan").stack.compiled
+    assert not problem("llama-3-8b", "1x8:h100", 8192, 64, engine="torchtitan").engine_settings.compiled
     assert (
-        plan_on_h100().problem.stack.compiled and not make_plan(tiny_llama(), DEGREES).problem.stack.compiled
+        plan_on_h100().problem.engine_settings.compiled
+        and not make_plan(tiny_llama(), DEGREES).problem.engine_settings.compiled
     )
 
 

@@ -14,7 +14,7 @@ from planner.cost.layer import LayerShape
 from planner.cost.stage.layer_cost import LayerModel
 from planner.cost.time_constants import PRIORS, physics_of
 from planner.job.problem import PlanningProblem
-from planner.model.attention import Attention, CpExchange, Reach, Span
+from planner.model.attention import Attention, AttentionSpan, CpExchange, Reach
 from planner.model.mixers import StateSpace
 from planner.model.spec import Block, ModelSpec
 from planner.model.sublayer import Recompute
@@ -64,7 +64,7 @@ def test_one_rank_exchanges_nothing_whatever_the_way(exchange: CpExchange) -> No
 @pytest.mark.parametrize("cp", [2, 4, 8])
 def test_flops_over_ranks_add_up_and_attention_is_balanced(cp: int) -> None:
     """cp ranks with 1/cp of the tokens each: attention takes 1/cp of the whole, products no less."""
-    layers = LayerModel(problem(), physics_of(None, problem().stack))
+    layers = LayerModel(problem(), physics_of(None, problem().engine_settings))
     shape = LayerShape(
         kind=LayerKind.BLOCK, tp=1, sequence_parallel=False, micro_batch=1, seq=SEQ, precision=Precision.BF16
     )
@@ -166,7 +166,7 @@ def test_groups_of_heads_send_less_and_few_heads_are_copied() -> None:
 
 
 def test_windows_are_gathered_instead_of_going_round() -> None:
-    window = Attention(heads=4, kv_heads=4, head_dim=8, span=Span(reach=Reach.WINDOW, size=64))
+    window = Attention(heads=4, kv_heads=4, head_dim=8, span=AttentionSpan(reach=Reach.WINDOW, size=64))
     assert exchange_of(window, CpExchange.RING) is CpExchange.GATHER
     assert exchange_of(window, CpExchange.ALL_TO_ALL) is CpExchange.ALL_TO_ALL
     assert exchange_of(Attention(heads=4, kv_heads=4, head_dim=8), CpExchange.RING) is CpExchange.RING
@@ -215,7 +215,7 @@ def test_a_recurrent_state_is_not_passed_along_the_sequence() -> None:
 def test_constants_of_the_exchange_move_it() -> None:
     """What a fit would move: the scale of messages, and what each hop takes besides."""
     of, degrees = problem(link_bytes_per_s=1e9), shared(4)
-    base = physics_of(None, of.stack)
+    base = physics_of(None, of.engine_settings)
     for name, value in (("cp_scale", 2.0), ("cp_step_s", 1e-3)):
         moved = dataclasses.replace(base, **{name: value})
         shapes = [CostModel(of, LayerModel(of, physics)).layout(degrees) for physics in (base, moved)]

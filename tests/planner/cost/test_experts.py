@@ -13,7 +13,7 @@ from planner.cost.communication.expert_parallel import distinct_parts, expert_pa
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.cost.stage.layer_cost import LayerModel
 from planner.cost.time_constants import physics_of
-from planner.job.engine_settings import Dispatch, Engine, Stack
+from planner.job.engine_settings import Dispatch, Engine, EngineSettings
 from planner.job.problem import PlanningProblem
 from planner.model.feed_forward import Activation, Experts, Mlp
 from planner.model.spec import Block, ModelSpec
@@ -41,7 +41,7 @@ def problem(
     nodes: int = 1,
     *,
     of: ModelSpec | None = None,
-    stack: Stack | None = None,
+    settings: EngineSettings | None = None,
     **kwargs: float,
 ) -> PlanningProblem:
     on = instances.cluster(
@@ -51,7 +51,7 @@ def problem(
         **kwargs,  # type: ignore[arg-type]
     )
     made = instances.problem(of=of or mixture(), on=on, seq=1024, batch=32, limit_bytes=1 << 40)
-    return dataclasses.replace(made, stack=stack or Stack(engine=Engine.MEGATRON))
+    return dataclasses.replace(made, engine_settings=settings or EngineSettings(engine=Engine.MEGATRON))
 
 
 def spread(ep: int, tp: int = 1, etp: int | None = None, **kwargs: object) -> Degrees:
@@ -120,9 +120,9 @@ def test_products_of_experts_over_ranks_are_those_of_all_tokens(degrees: Degrees
     """Where products run at one rate and loads are even, experts take the same whatever their layout."""
     from planner.cost.compute.products import routed_s
 
-    stack = Stack(engine=Engine.MEGATRON, balanced=True)
-    of = problem(stack=stack)
-    layers = LayerModel(of, physics_of(None, stack))
+    settings = EngineSettings(engine=Engine.MEGATRON, balanced=True)
+    of = problem(settings=settings)
+    layers = LayerModel(of, physics_of(None, settings))
     assert layers.rates is not None
     rates = dataclasses.replace(layers.rates, by_shape=None)
     block = mixture().segments[0].block
@@ -143,11 +143,11 @@ def shape_kind() -> object:
 
 
 def test_uneven_loads_slow_experts_and_forced_balance_does_not() -> None:
-    own = Stack(engine=Engine.MEGATRON)
+    own = EngineSettings(engine=Engine.MEGATRON)
     even = dataclasses.replace(own, balanced=True)
     for ep, slower in ((1, False), (4, True)):
         uneven_s, even_s = (
-            evaluated(problem(stack=stack), spread(ep)).estimate.step_time_s for stack in (own, even)
+            evaluated(problem(settings=settings), spread(ep)).estimate.step_time_s for settings in (own, even)
         )
         assert (uneven_s > even_s * 1.01) is slower
 
@@ -171,8 +171,8 @@ def test_sending_once_a_rank_is_never_dearer() -> None:
         experts = dataclasses.replace(EXPERTS, topk=topk)
         seconds = []
         for dispatch in (Dispatch.ALL_TO_ALL, Dispatch.DEDUPLICATED):
-            stack = Stack(engine=Engine.MEGATRON, dispatch=dispatch)
-            of = problem(per_node, 16 // per_node, of=mixture(experts), stack=stack)
+            settings = EngineSettings(engine=Engine.MEGATRON, dispatch=dispatch)
+            of = problem(per_node, 16 // per_node, of=mixture(experts), settings=settings)
             messages = CostModel(of).layout(spread(ep)).messages
             seconds.append(expert_pass(messages, experts, 512).forward_s)
         assert 0 < seconds[1] <= seconds[0] * (1 + 1e-9)
@@ -196,8 +196,8 @@ def test_messages_fall_with_bandwidth_and_rise_with_topk() -> None:
 
 def test_dispatch_in_fp8_sends_half_one_way() -> None:
     def seconds(bytes_: int | None) -> float:
-        stack = Stack(engine=Engine.MEGATRON, dispatch_bytes=bytes_)
-        shape = CostModel(problem(stack=stack, latency_s=1e-12)).layout(spread(4))
+        settings = EngineSettings(engine=Engine.MEGATRON, dispatch_bytes=bytes_)
+        shape = CostModel(problem(settings=settings, latency_s=1e-12)).layout(spread(4))
         return expert_pass(shape.messages, EXPERTS, 512).forward_s
 
     assert seconds(1) == pytest.approx(0.75 * seconds(None), rel=1e-3)

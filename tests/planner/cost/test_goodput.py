@@ -13,8 +13,8 @@ import pytest
 from planner.cost.goodput import Job, erlang_loss, figures_of
 from planner.foundation.units import DAY_S
 from planner.hardware.failures import failure_file
-from planner.job.problem import BEST, Upkeep
-from planner.sizing.usual_overheads import usual_upkeep
+from planner.job.problem import BEST, JobOverheads
+from planner.sizing.usual_overheads import usual_overheads
 from planner.strategy.estimate import JobFigures
 
 HOUR_S = 3600.0
@@ -38,8 +38,8 @@ def job(nodes: int = 100, **more: Any) -> Job:
     return Job(**{**given, **more})
 
 
-def goodput(of: Job, upkeep: Upkeep, **more: Any) -> float:
-    return figures_of(of, dataclasses.replace(upkeep, **more)).goodput
+def goodput(of: Job, overheads: JobOverheads, **more: Any) -> float:
+    return figures_of(of, dataclasses.replace(overheads, **more)).goodput
 
 
 # Published runs
@@ -53,18 +53,18 @@ def test_llama_3_kept_over_nine_tenths_of_its_time() -> None:
     h100 = failure_file().of("h100-sxm-80gb").per_1000_node_days
     assert h100 == pytest.approx(419 / 54 / 2048 * 1000, rel=0.01)
     run = job(2048, usual_failures_per_s=h100 * 2048 / (1000 * DAY_S), checkpoint_bytes=12 * 405e9)
-    figures = figures_of(run, dataclasses.replace(usual_upkeep(16_384), storage_bytes_per_s=2e12))
+    figures = figures_of(run, dataclasses.replace(usual_overheads(16_384), storage_bytes_per_s=2e12))
     assert figures.between_failures_s == pytest.approx(54 * DAY_S / 419, rel=0.01)
     assert 0.90 < figures.goodput < 0.96
 
 
 def test_byterobust_kept_97_percent_on_9600_devices() -> None:
     """97 % of three months (arXiv 2509.16293), with the usual rate and restart: within 3 points."""
-    figures = figures_of(job(1200, checkpoint_bytes=12 * 405e9), usual_upkeep(9600))
+    figures = figures_of(job(1200, checkpoint_bytes=12 * 405e9), usual_overheads(9600))
     assert figures.goodput == pytest.approx(0.97, abs=0.03)
 
 
-OPT = Upkeep(
+OPT = JobOverheads(
     checkpoint_every=BEST,
     storage_bytes_per_s=10e9,
     failures_per_1000_node_days=105 / 33 / 124 * 1000,
@@ -87,7 +87,7 @@ def test_bloom_lost_eight_hours_to_checkpoints_in_three_months() -> None:
     """2.3 TB in 40 s every 3 h (100 steps): 720 checkpoints, 8 h, 0.37 % (stas00/ml-engineering). With 1 to 2
     failures a week, 1.5 h of steps lost in each, and spare nodes (Hugging Face's account of the training)."""
     run = job(48, checkpoint_bytes=2.3e12, step_s=108.0)
-    said = Upkeep(checkpoint_every=100, storage_bytes_per_s=2.3e12 / 40, restart_s=0.0)
+    said = JobOverheads(checkpoint_every=100, storage_bytes_per_s=2.3e12 / 40, restart_s=0.0)
     never = figures_of(run, dataclasses.replace(said, failures_per_1000_node_days=0.0))
     assert never.checkpoint_stall_s * 720 * 100 == pytest.approx(8 * HOUR_S)
     assert 1 - never.goodput == pytest.approx(0.0037, abs=0.0001)
@@ -99,7 +99,7 @@ def test_bloom_lost_eight_hours_to_checkpoints_in_three_months() -> None:
 @pytest.mark.parametrize(("devices", "hours"), [(16_384, 1.8), (131_072, 0.23)])
 def test_time_between_failures_as_projected_for_rsc_1(devices: int, hours: float) -> None:
     """6.5 failures in 1000 node-days (arXiv 2410.21680)."""
-    said = Upkeep(checkpoint_every=1, failures_per_1000_node_days=6.5)
+    said = JobOverheads(checkpoint_every=1, failures_per_1000_node_days=6.5)
     assert figures_of(job(devices // 8), said).between_failures_s == pytest.approx(hours * HOUR_S, rel=0.03)
 
 
@@ -107,7 +107,7 @@ def test_time_between_failures_as_projected_for_rsc_1(devices: int, hours: float
 def test_the_best_interval_is_that_of_daly(mtbf_min: float, best_min: float) -> None:
     """Dumps of 5 min, restarts of 10 min: figures 3 to 5 of Daly 2006. Steps of 1 s."""
     run = job(1, step_s=1.0, checkpoint_bytes=300.0, staging_s=0.0)
-    said = Upkeep(
+    said = JobOverheads(
         checkpoint_every=BEST,
         storage_bytes_per_s=1.0,
         restart_s=600.0,
@@ -120,17 +120,17 @@ def test_the_best_interval_is_that_of_daly(mtbf_min: float, best_min: float) -> 
 # An independent oracle
 
 
-def simulated(of: Job, upkeep: Upkeep, periods: int, seed: int) -> float:
+def simulated(of: Job, overheads: JobOverheads, periods: int, seed: int) -> float:
     """The share of time kept, by living through it: steps, checkpoints, failures at random, restarts."""
     draw = random.Random(seed)
-    figures = figures_of(of, upkeep)
+    figures = figures_of(of, overheads)
     every, wait_s = figures.checkpoint_every, figures.checkpoint_wait_s
     assert every is not None and wait_s is not None and figures.restart_s is not None
     rates = [
         (1 / between if between else 0.0, seconds)
         for between, seconds in (
             (figures.between_failures_s, figures.restart_s),
-            (figures.between_preemptions_s, upkeep.preemption_restart_s or 0.0),
+            (figures.between_preemptions_s, overheads.preemption_restart_s or 0.0),
         )
     ]
     rate = sum(each for each, _ in rates)
@@ -148,14 +148,14 @@ def simulated(of: Job, upkeep: Upkeep, periods: int, seed: int) -> float:
 
 
 @pytest.mark.parametrize(
-    ("of", "upkeep"),
+    ("of", "overheads"),
     [
-        (job(2000), Upkeep(checkpoint_every=200, storage_bytes_per_s=1e10, restart_s=900.0)),
-        (job(2000), Upkeep(checkpoint_every=BEST, storage_bytes_per_s=2e9, restart_s=600.0)),
-        (job(20_000), Upkeep(checkpoint_every=60, storage_bytes_per_s=1e10, restart_s=700.0)),
+        (job(2000), JobOverheads(checkpoint_every=200, storage_bytes_per_s=1e10, restart_s=900.0)),
+        (job(2000), JobOverheads(checkpoint_every=BEST, storage_bytes_per_s=2e9, restart_s=600.0)),
+        (job(20_000), JobOverheads(checkpoint_every=60, storage_bytes_per_s=1e10, restart_s=700.0)),
         (
             job(300),
-            Upkeep(
+            JobOverheads(
                 checkpoint_every=100,
                 storage_bytes_per_s=1e10,
                 restart_s=600.0,
@@ -167,20 +167,20 @@ def simulated(of: Job, upkeep: Upkeep, periods: int, seed: int) -> float:
     ],
     ids=["often", "best", "all the time", "preempted"],
 )
-def test_goodput_is_what_a_simulation_of_failures_finds(of: Job, upkeep: Upkeep) -> None:
-    found = simulated(of, upkeep, periods=40_000, seed=11)
-    assert figures_of(of, upkeep).goodput == pytest.approx(found, rel=0.015)
+def test_goodput_is_what_a_simulation_of_failures_finds(of: Job, overheads: JobOverheads) -> None:
+    found = simulated(of, overheads, periods=40_000, seed=11)
+    assert figures_of(of, overheads).goodput == pytest.approx(found, rel=0.015)
 
 
-def simulated_behind(of: Job, upkeep: Upkeep, periods: int, seed: int) -> float:
+def simulated_behind(of: Job, overheads: JobOverheads, periods: int, seed: int) -> float:
     """The same where checkpoints are written behind the steps: one counts once it is whole."""
     draw = random.Random(seed)
-    figures = figures_of(of, upkeep)
+    figures = figures_of(of, overheads)
     every, restart_s, between_s = figures.checkpoint_every, figures.restart_s, figures.between_failures_s
     assert every is not None and restart_s is not None and between_s is not None
     assert figures.checkpoint_wait_s == of.staging_s, "no writing takes longer than an interval"
-    assert upkeep.storage_bytes_per_s is not None
-    write_s = of.checkpoint_bytes / upkeep.storage_bytes_per_s
+    assert overheads.storage_bytes_per_s is not None
+    write_s = of.checkpoint_bytes / overheads.storage_bytes_per_s
     now, whole, done, written_s = 0.0, 0, 0, math.inf
     stops = draw.expovariate(1 / between_s)
     while whole < periods:
@@ -201,7 +201,9 @@ def simulated_behind(of: Job, upkeep: Upkeep, periods: int, seed: int) -> float:
 @pytest.mark.parametrize("every", [40, BEST], ids=["stated", "best"])
 def test_goodput_behind_the_steps_is_what_a_simulation_finds(every: Any) -> None:
     """100 s of writing: what is lost reaches back to the last checkpoint that was whole."""
-    said = Upkeep(checkpoint_every=every, checkpoint_async=True, storage_bytes_per_s=1e10, restart_s=600.0)
+    said = JobOverheads(
+        checkpoint_every=every, checkpoint_async=True, storage_bytes_per_s=1e10, restart_s=600.0
+    )
     of = job(2000, staging_s=5.0)
     found = simulated_behind(of, said, periods=60_000, seed=3)
     assert figures_of(of, said).goodput == pytest.approx(found, rel=0.004)
@@ -232,7 +234,7 @@ def test_erlang_loss_by_its_definition() -> None:
 # Laws
 
 
-BUSY = Upkeep(
+BUSY = JobOverheads(
     checkpoint_every=50,
     storage_bytes_per_s=5e9,
     restart_s=900.0,
@@ -260,20 +262,22 @@ NEVER_HELP: list[tuple[str, list[float]]] = [
 ]
 
 
-@pytest.mark.parametrize("upkeep", ALL_WAYS)
+@pytest.mark.parametrize("overheads", ALL_WAYS)
 @pytest.mark.parametrize(("name", "values"), NEVER_HELP, ids=[name for name, _ in NEVER_HELP])
-def test_more_of_what_is_lost_never_raises_goodput(upkeep: Upkeep, name: str, values: list[float]) -> None:
+def test_more_of_what_is_lost_never_raises_goodput(
+    overheads: JobOverheads, name: str, values: list[float]
+) -> None:
     run = job(tokens=10**12)
-    found = [goodput(run, upkeep, **{name: value}) for value in values]
+    found = [goodput(run, overheads, **{name: value}) for value in values]
     assert all(more <= less + 1e-12 for less, more in itertools.pairwise(found))
     assert found[-1] < found[0]
 
 
-@pytest.mark.parametrize("upkeep", ALL_WAYS)
-def test_more_nodes_never_raise_goodput_and_spares_never_lower_it(upkeep: Upkeep) -> None:
-    found = [goodput(job(nodes), upkeep) for nodes in (1, 2, 8, 64, 512, 4096)]
+@pytest.mark.parametrize("overheads", ALL_WAYS)
+def test_more_nodes_never_raise_goodput_and_spares_never_lower_it(overheads: JobOverheads) -> None:
+    found = [goodput(job(nodes), overheads) for nodes in (1, 2, 8, 64, 512, 4096)]
     assert found == sorted(found, reverse=True) and 0 < found[-1] < found[0] < 1
-    spared = [figures_of(job(512, tokens=10**12), dataclasses.replace(upkeep, spares=n)) for n in range(9)]
+    spared = [figures_of(job(512, tokens=10**12), dataclasses.replace(overheads, spares=n)) for n in range(9)]
     assert all(a.goodput < b.goodput for a, b in itertools.pairwise(spared))
     assert all((b.days or 0) < (a.days or 0) for a, b in itertools.pairwise(spared))
 
@@ -289,7 +293,7 @@ def test_no_interval_is_better_than_the_best(seed: int, later: bool) -> None:
         staging_s=draw.choice([0.0, 10 ** draw.uniform(-1, 2)]),
         tokens=draw.choice([None, 4_000_000 * draw.randint(1, 300)]),
     )
-    upkeep = Upkeep(
+    overheads = JobOverheads(
         checkpoint_every=BEST,
         checkpoint_async=later,
         storage_bytes_per_s=10 ** draw.uniform(8.5, 12),
@@ -299,21 +303,21 @@ def test_no_interval_is_better_than_the_best(seed: int, later: bool) -> None:
         preemptions_per_1000_node_days=draw.choice([None, 100.0]),
         preemption_notice_s=draw.choice([0.0, 120.0]),
     )
-    best = figures_of(run, upkeep)
+    best = figures_of(run, overheads)
     assert best.checkpoint_every == best.best_checkpoint_every is not None
-    others = [goodput(run, upkeep, checkpoint_every=every) for every in range(1, 3000)]
+    others = [goodput(run, overheads, checkpoint_every=every) for every in range(1, 3000)]
     assert best.goodput >= max(others) * (1 - 1e-12)
     if best.checkpoint_every < 3000:
         assert best.goodput == pytest.approx(max(others), rel=1e-12)
     if later and math.isinf(run.steps):
-        assert upkeep.storage_bytes_per_s is not None
-        assert best.checkpoint_every * run.step_s * 26 >= run.checkpoint_bytes / upkeep.storage_bytes_per_s
+        assert overheads.storage_bytes_per_s is not None
+        assert best.checkpoint_every * run.step_s * 26 >= run.checkpoint_bytes / overheads.storage_bytes_per_s
 
 
 def test_goodput_is_a_share_whatever_happens() -> None:
     for nodes, rate, seconds in itertools.product((1, 10**5), (0.0, 4.0, 1e6), (0.0, 1e3, 1e9)):
         for later, every in itertools.product((False, True), (1, 10**6, BEST)):
-            said = Upkeep(
+            said = JobOverheads(
                 checkpoint_every=every,
                 checkpoint_async=later,
                 storage_bytes_per_s=1e9,
@@ -328,7 +332,7 @@ def test_goodput_is_a_share_whatever_happens() -> None:
 
 
 def test_where_nothing_fails_the_best_interval_is_none() -> None:
-    said = Upkeep(checkpoint_every=BEST, storage_bytes_per_s=1e9, failures_per_1000_node_days=0.0)
+    said = JobOverheads(checkpoint_every=BEST, storage_bytes_per_s=1e9, failures_per_1000_node_days=0.0)
     figures = figures_of(job(), said)
     assert (figures.checkpoint_every, figures.checkpoint_stall_s, figures.goodput) == (None, 0.0, 1.0)
 
@@ -336,12 +340,12 @@ def test_where_nothing_fails_the_best_interval_is_none() -> None:
 # Parts of it
 
 
-def figures(upkeep: Upkeep, **more: Any) -> JobFigures:
-    return figures_of(job(tokens=4 * 10**12, **more), upkeep)
+def figures(overheads: JobOverheads, **more: Any) -> JobFigures:
+    return figures_of(job(tokens=4 * 10**12, **more), overheads)
 
 
 def test_a_restart_is_detection_loading_and_warm_up_unless_it_is_said() -> None:
-    said = Upkeep(checkpoint_every=100, ramp_up_s=300.0)
+    said = JobOverheads(checkpoint_every=100, ramp_up_s=300.0)
     fixed_s = failure_file().restart.fixed_s
     assert figures(said).restart_s == fixed_s + 300
     stored = dataclasses.replace(said, storage_bytes_per_s=1e10)
@@ -350,17 +354,17 @@ def test_a_restart_is_detection_loading_and_warm_up_unless_it_is_said() -> None:
 
 
 def test_ramp_up_comes_once_and_evaluation_every_so_many_steps() -> None:
-    plain = figures(Upkeep(ramp_up_s=0.0))
+    plain = figures(JobOverheads(ramp_up_s=0.0))
     assert plain.days is not None and plain.goodput == 1.0
-    begun = figures(Upkeep(ramp_up_s=3 * HOUR_S))
+    begun = figures(JobOverheads(ramp_up_s=3 * HOUR_S))
     assert begun.days == pytest.approx(plain.days + 0.125)
     assert begun.goodput == pytest.approx(plain.days / begun.days)
-    evaluated = figures(Upkeep(eval_every=100, eval_s=50.0))
+    evaluated = figures(JobOverheads(eval_every=100, eval_s=50.0))
     assert evaluated.evaluation_s == 0.5 and evaluated.goodput == pytest.approx(10 / 10.5)
 
 
 def test_a_notice_that_lasts_for_saving_spares_the_steps() -> None:
-    said = Upkeep(
+    said = JobOverheads(
         checkpoint_every=500,
         storage_bytes_per_s=1e10,
         failures_per_1000_node_days=0.0,
@@ -378,7 +382,7 @@ def test_a_notice_that_lasts_for_saving_spares_the_steps() -> None:
 
 
 def test_spare_nodes_are_paid_and_idle() -> None:
-    said = Upkeep(checkpoint_every=100, repair_s=DAY_S, failures_per_1000_node_days=4.0)
+    said = JobOverheads(checkpoint_every=100, repair_s=DAY_S, failures_per_1000_node_days=4.0)
     without, spared = figures(said), figures(dataclasses.replace(said, spares=10))
     assert without.waiting_share > 0.25 and spared.waiting_share < 1e-3
     for found, nodes in ((without, 100), (spared, 110)):
@@ -389,4 +393,4 @@ def test_spare_nodes_are_paid_and_idle() -> None:
 
 
 def test_dollars_are_unknown_without_a_price() -> None:
-    assert figures(Upkeep(ramp_up_s=1.0), usd_per_hour=None).cost_usd is None
+    assert figures(JobOverheads(ramp_up_s=1.0), usd_per_hour=None).cost_usd is None

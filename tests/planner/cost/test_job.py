@@ -16,7 +16,7 @@ from planner.cost.not_modelled import not_modelled
 from planner.foundation.units import GIB
 from planner.hardware.catalog import load_model
 from planner.hardware.cluster_text import parse_cluster
-from planner.job.problem import NOTHING_SAID, PlanningProblem, Upkeep
+from planner.job.problem import NO_OVERHEADS, JobOverheads, PlanningProblem
 from planner.model.workload import AdapterModules, Adapters, Method, Optimizer, Precision, Workload
 from planner.strategy.estimate import JobFigures
 from planner.strategy.plan import decode_plan
@@ -26,7 +26,7 @@ DEGREES = Degrees(pp=2, dp_shard=8, zero=Zero.OPTIMIZER, num_micro_batches=4)
 
 
 def problem(
-    upkeep: Upkeep = NOTHING_SAID, cluster: str = "2x8:a100-sxm-80gb", **workload: object
+    overheads: JobOverheads = NO_OVERHEADS, cluster: str = "2x8:a100-sxm-80gb", **workload: object
 ) -> PlanningProblem:
     return PlanningProblem(
         model=load_model("llama-3-8b"),
@@ -34,7 +34,7 @@ def problem(
         cluster=parse_cluster(cluster),
         profile=None,
         memory_limit_bytes=1000 * GIB,
-        upkeep=upkeep,
+        overheads=overheads,
     )
 
 
@@ -42,36 +42,36 @@ def strategy(degrees: Degrees = DEGREES) -> Strategy:
     return Strategy(degrees=degrees, stages=even_stages(32, degrees.stages))
 
 
-def evaluated(upkeep: Upkeep, degrees: Degrees = DEGREES) -> Evaluation:
-    return CostModel(problem(upkeep)).evaluate(strategy(degrees))
+def evaluated(overheads: JobOverheads, degrees: Degrees = DEGREES) -> Evaluation:
+    return CostModel(problem(overheads)).evaluate(strategy(degrees))
 
 
-def job(upkeep: Upkeep, degrees: Degrees = DEGREES) -> JobFigures:
-    figures = evaluated(upkeep, degrees).estimate.job
+def job(overheads: JobOverheads, degrees: Degrees = DEGREES) -> JobFigures:
+    figures = evaluated(overheads, degrees).estimate.job
     assert figures is not None
     return figures
 
 
-STEP_S = evaluated(Upkeep()).estimate.step_time_s
+STEP_S = evaluated(JobOverheads()).estimate.step_time_s
 RATE = 4096 * 32 / STEP_S
 
 
 def test_where_nothing_is_said_nothing_is_counted() -> None:
-    assert evaluated(Upkeep()).estimate.job is None
-    assert evaluated(Upkeep(storage_bytes_per_s=1e9)).estimate.job is None
+    assert evaluated(JobOverheads()).estimate.job is None
+    assert evaluated(JobOverheads(storage_bytes_per_s=1e9)).estimate.job is None
 
 
 def test_upkeep_never_changes_the_step() -> None:
-    said = Upkeep(data_tokens_per_s=1.0, checkpoint_every=1, storage_bytes_per_s=1.0, device_spread=0.5)
+    said = JobOverheads(data_tokens_per_s=1.0, checkpoint_every=1, storage_bytes_per_s=1.0, device_spread=0.5)
     assert evaluated(said).estimate.step_time_s == STEP_S
 
 
 def test_a_loader_that_keeps_up_costs_nothing_and_a_slow_one_the_rest() -> None:
-    assert job(Upkeep(data_tokens_per_s=RATE * 1.01)).data_stall_s == 0.0
-    slow = job(Upkeep(data_tokens_per_s=RATE / 3))
+    assert job(JobOverheads(data_tokens_per_s=RATE * 1.01)).data_stall_s == 0.0
+    slow = job(JobOverheads(data_tokens_per_s=RATE / 3))
     assert slow.data_stall_s == pytest.approx(2 * STEP_S)
     assert slow.goodput == pytest.approx(1 / 3)
-    plain = evaluated(Upkeep()).estimate
+    plain = evaluated(JobOverheads()).estimate
     assert slow.days is not None and plain.days is not None
     assert slow.days == pytest.approx(3 * plain.days)
 
@@ -86,9 +86,9 @@ def test_the_largest_of_normals() -> None:
 
 
 def test_stragglers_grow_with_their_spread_and_not_on_one_device() -> None:
-    some, more = (job(Upkeep(device_spread=spread)).straggler_s for spread in (0.01, 0.02))
+    some, more = (job(JobOverheads(device_spread=spread)).straggler_s for spread in (0.01, 0.02))
     assert more == pytest.approx(2 * some) and some > 0
-    done = CostModel(problem(Upkeep(device_spread=0.1), "1x1:a100-sxm-80gb")).evaluate(
+    done = CostModel(problem(JobOverheads(device_spread=0.1), "1x1:a100-sxm-80gb")).evaluate(
         strategy(Degrees(num_micro_batches=32))
     )
     assert done.estimate.job is not None and done.estimate.job.straggler_s == 0.0
@@ -111,11 +111,11 @@ def test_a_checkpoint_holds_every_weight_once_whatever_the_degrees() -> None:
 
 def test_checkpoints_wait_for_the_slower_of_storage_and_host_link() -> None:
     def wait_s(**more: object) -> float:
-        found = job(Upkeep(checkpoint_every=100, **more)).checkpoint_wait_s  # type: ignore[arg-type]
+        found = job(JobOverheads(checkpoint_every=100, **more)).checkpoint_wait_s  # type: ignore[arg-type]
         assert found is not None
         return found
 
-    size = job(Upkeep(checkpoint_every=100)).checkpoint_bytes
+    size = job(JobOverheads(checkpoint_every=100)).checkpoint_bytes
     assert wait_s(storage_bytes_per_s=1e9) == pytest.approx(size / 1e9)
     link = host_link_bytes_per_s(problem())
     assert link is not None
@@ -135,7 +135,7 @@ def test_checkpoints_wait_for_the_slower_of_storage_and_host_link() -> None:
 
 
 def test_failures_cost_a_restart_and_half_an_interval() -> None:
-    said = Upkeep(checkpoint_every=1000, failures_per_1000_node_days=4.0, restart_s=600.0)
+    said = JobOverheads(checkpoint_every=1000, failures_per_1000_node_days=4.0, restart_s=600.0)
     figures = job(said)
     between_s = 1000 * 86400 / 4.0 / 2  # two nodes
     assert figures.between_failures_s == pytest.approx(between_s)
@@ -148,7 +148,7 @@ def test_failures_cost_a_restart_and_half_an_interval() -> None:
 
 
 def test_the_best_interval_loses_less_than_its_neighbours() -> None:
-    said = Upkeep(checkpoint_every=1, storage_bytes_per_s=1e9, failures_per_1000_node_days=1000.0)
+    said = JobOverheads(checkpoint_every=1, storage_bytes_per_s=1e9, failures_per_1000_node_days=1000.0)
     best = job(dataclasses.replace(said, checkpoint_every=500)).best_checkpoint_every
     assert best is not None
 
@@ -162,7 +162,9 @@ def test_the_best_interval_loses_less_than_its_neighbours() -> None:
 @pytest.mark.parametrize("storage", [1.0, 1e9, 1e15])
 def test_goodput_is_a_share(every: int, storage: float) -> None:
     for later in (False, True):
-        figures = job(Upkeep(checkpoint_every=every, storage_bytes_per_s=storage, checkpoint_async=later))
+        figures = job(
+            JobOverheads(checkpoint_every=every, storage_bytes_per_s=storage, checkpoint_async=later)
+        )
         assert 0 <= figures.goodput <= 1 and math.isfinite(figures.checkpoint_stall_s)
 
 
@@ -174,7 +176,9 @@ def listed(given: PlanningProblem, degrees: Degrees = DEGREES) -> str:
 
 
 def test_what_is_counted_is_not_listed() -> None:
-    all_said = Upkeep(data_tokens_per_s=1e9, checkpoint_every=1, storage_bytes_per_s=1e9, device_spread=0.0)
+    all_said = JobOverheads(
+        data_tokens_per_s=1e9, checkpoint_every=1, storage_bytes_per_s=1e9, device_spread=0.0
+    )
     all_said = dataclasses.replace(all_said, ramp_up_s=0.0, eval_every=1, eval_s=0.0)
     for flag in ("--data-rate", "--checkpoint-every", "--device-spread", "--ramp-up", "--eval-every"):
         assert flag in listed(problem()) and flag not in listed(problem(all_said))
@@ -184,7 +188,9 @@ def test_what_is_counted_is_not_listed() -> None:
     behind = dataclasses.replace(stopped, checkpoint_async=True)
     assert "run meanwhile" in listed(problem(behind)) and "run meanwhile" not in listed(problem(stopped))
     assert "--repair" not in listed(problem(stopped)) and "--preemptions" not in listed(problem(stopped))
-    assert "--storage" in listed(problem(Upkeep(checkpoint_every=5))) and "--storage" not in listed(problem())
+    assert "--storage" in listed(problem(JobOverheads(checkpoint_every=5))) and "--storage" not in listed(
+        problem()
+    )
 
 
 @pytest.mark.parametrize(
@@ -295,7 +301,7 @@ def test_a_run_without_a_price_costs_an_unknown_sum() -> None:
 
 
 def test_another_upkeep_needs_no_other_evaluation() -> None:
-    said = Upkeep(checkpoint_every=200, storage_bytes_per_s=1e9, device_spread=0.02, repair_s=600.0)
+    said = JobOverheads(checkpoint_every=200, storage_bytes_per_s=1e9, device_spread=0.02, repair_s=600.0)
     model = CostModel(problem())
     again = model.job(model.evaluate(strategy()))
     assert figures_of(again, said) == job(said)

@@ -97,7 +97,7 @@ def label(shape: LayerShape) -> str:
 def prices() -> dict[str, list[float | str]]:
     """Each layer's figures and origin, and each plan's step time and peak memory."""
     asked = problem()
-    layers = LayerModel(asked, physics_of(asked.profile, asked.stack))
+    layers = LayerModel(asked, physics_of(asked.profile, asked.engine_settings))
     figures = operator.attrgetter(*FIGURES)
     found = {label(shape): list(figures(layers.cost(shape))) for shape in shapes()}
     for degrees in PLANS:

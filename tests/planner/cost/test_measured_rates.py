@@ -18,18 +18,18 @@ from planner.cost.stage.layer_cost import LayerModel
 from planner.cost.stage.offload import COPIED_BYTES
 from planner.cost.time_constants import usual_physics
 from planner.foundation.decode import decode, decode_json, to_json
-from planner.job.engine_settings import Engine, Stack
+from planner.job.engine_settings import Engine, EngineSettings
 from planner.job.problem import PlanningProblem
 from planner.model.feed_forward import Activation, Experts, Mlp
 from planner.model.spec import ModelSpec
 from planner.model.sublayer import Recompute
 from planner.model.workload import Precision
-from planner.profile.profile import Constant, LayerKind, LayerSample, Profile, RateKind, shape_key
+from planner.profile.profile import Constant, LayerKind, LayerSample, OperatorKind, Profile, shape_key
 from planner.strategy.strategy import Degrees
 from tests.planner import instances, sweeps
 
 HIDDEN, HEADS, VOCAB, SEQ = 1024, 8, 8192, 512
-GEMM = RateKind.GEMM
+GEMM = OperatorKind.GEMM
 MODEL = instances.model(hidden=HIDDEN, heads=HEADS, vocab=VOCAB)
 SHAPE = LayerShape(
     kind=LayerKind.BLOCK,
@@ -42,13 +42,15 @@ SHAPE = LayerShape(
 )
 
 
-def problem(profile: Profile | None, stack: Stack | None = None, **changes: object) -> PlanningProblem:
+def problem(
+    profile: Profile | None, settings: EngineSettings | None = None, **changes: object
+) -> PlanningProblem:
     made = instances.problem(of=MODEL, seq=SEQ)
-    return dataclasses.replace(made, profile=profile, stack=stack or Stack(), **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(made, profile=profile, engine_settings=settings or EngineSettings(), **changes)  # type: ignore[arg-type]
 
 
-def rates(profile: Profile | None, stack: Stack | None = None) -> DeviceRates:
-    of = problem(profile, stack)
+def rates(profile: Profile | None, settings: EngineSettings | None = None) -> DeviceRates:
+    of = problem(profile, settings)
     found = device_rates(of, usual_physics(of))
     assert found is not None
     return found
@@ -61,7 +63,7 @@ def cost(profile: Profile | None, shape: LayerShape = SHAPE, of: ModelSpec = MOD
 SWEPT = sweeps.profile(tuple(sweeps.samples()))
 
 
-def took(kind: RateKind, *dims: float, back: bool = False) -> float:
+def took(kind: OperatorKind, *dims: float, back: bool = False) -> float:
     return sweeps.seconds(kind, dims)[back]
 
 
@@ -74,13 +76,13 @@ def test_a_block_is_the_sum_of_its_operators() -> None:
         (tokens, HIDDEN, width),
     ]
     beside = [
-        (RateKind.ATTENTION, (2 * HEADS, SEQ, HIDDEN // HEADS)),
-        *[(RateKind.NORM, (tokens, HIDDEN))] * 2,
-        *[(RateKind.ROTARY, (tokens, HIDDEN))] * 2,
-        (RateKind.ACTIVATION, (tokens * width,)),
+        (OperatorKind.ATTENTION, (2 * HEADS, SEQ, HIDDEN // HEADS)),
+        *[(OperatorKind.NORM, (tokens, HIDDEN))] * 2,
+        *[(OperatorKind.ROTARY, (tokens, HIDDEN))] * 2,
+        (OperatorKind.ACTIVATION, (tokens * width,)),
     ]
-    each = [(RateKind.GEMM, dims) for dims in products] + beside
-    added = took(RateKind.ADD, tokens * HIDDEN)
+    each = [(OperatorKind.GEMM, dims) for dims in products] + beside
+    added = took(OperatorKind.ADD, tokens * HIDDEN)
     found = cost(SWEPT)
     assert found.origin == "fitted"
     assert found.forward_s == pytest.approx(sum(took(*a, *b) for *a, b in each) + 2 * added, rel=0.02)
@@ -92,10 +94,12 @@ def test_a_block_is_the_sum_of_its_operators() -> None:
 def test_ends_are_their_operators() -> None:
     tokens = 2 * SEQ
     head = cost(SWEPT, dataclasses.replace(SHAPE, kind=LayerKind.HEAD))
-    by_hand = took(RateKind.CROSS_ENTROPY, tokens, VOCAB, HIDDEN) + took(RateKind.NORM, tokens, HIDDEN)
+    by_hand = took(OperatorKind.CROSS_ENTROPY, tokens, VOCAB, HIDDEN) + took(
+        OperatorKind.NORM, tokens, HIDDEN
+    )
     assert head.forward_s == pytest.approx(by_hand, rel=0.02)
     embedding = cost(SWEPT, dataclasses.replace(SHAPE, kind=LayerKind.EMBEDDING))
-    by_hand = took(RateKind.EMBEDDING, tokens, VOCAB, HIDDEN)
+    by_hand = took(OperatorKind.EMBEDDING, tokens, VOCAB, HIDDEN)
     assert embedding.forward_s == pytest.approx(by_hand, rel=0.05)
 
 
@@ -107,11 +111,11 @@ def test_experts_are_one_grouped_product_each_way() -> None:
     of = instances.model(hidden=HIDDEN, blocks=[block] * 2)
     whole, shared = (cost(SWEPT, dataclasses.replace(SHAPE, ep=ep), of).forward_s for ep in (1, 4))
     tokens, rows = 2 * SEQ, 2 * SEQ * 4 / 16
-    up, down = (took(RateKind.GROUPED, 16, rows, *dims) for dims in ((512, HIDDEN), (HIDDEN, 512)))
-    router = took(RateKind.GEMM, tokens, 16, HIDDEN) + took(RateKind.ROUTING, tokens, 16, 4, HIDDEN)
-    experts = 2 * up + down + router + took(RateKind.ACTIVATION, 16 * rows * 512)
+    up, down = (took(OperatorKind.GROUPED, 16, rows, *dims) for dims in ((512, HIDDEN), (HIDDEN, 512)))
+    router = took(OperatorKind.GEMM, tokens, 16, HIDDEN) + took(OperatorKind.ROUTING, tokens, 16, 4, HIDDEN)
+    experts = 2 * up + down + router + took(OperatorKind.ACTIVATION, 16 * rows * 512)
     width = 3 * HIDDEN
-    dense = 3 * took(RateKind.GEMM, tokens, width, HIDDEN) + took(RateKind.ACTIVATION, tokens * width)
+    dense = 3 * took(OperatorKind.GEMM, tokens, width, HIDDEN) + took(OperatorKind.ACTIVATION, tokens * width)
     assert whole == pytest.approx(cost(SWEPT).forward_s - dense + experts, rel=0.03)
     assert shared > whole, "as many rows, but the slowest rank has more than its share"
 
@@ -157,10 +161,10 @@ def test_layers_that_were_measured_keep_priority() -> None:
 
 
 def test_other_engines_take_the_products_alone() -> None:
-    other = rates(SWEPT, Stack(engine=Engine.MEGATRON))
+    other = rates(SWEPT, EngineSettings(engine=Engine.MEGATRON))
     assert other.pieces(SHAPE) is None
     assert product_s(2048, 2048, 2048, other) == pytest.approx(
-        took(RateKind.GEMM, 2048, 2048, 2048), rel=0.05
+        took(OperatorKind.GEMM, 2048, 2048, 2048), rel=0.05
     )
     assert matrices_s(MODEL.segments[0].block, SHAPE, other) > 0  # type: ignore[arg-type]
 
@@ -168,15 +172,15 @@ def test_other_engines_take_the_products_alone() -> None:
 def test_rates_of_another_precision_say_nothing() -> None:
     assert measured_rates(SWEPT, Precision.FP32) is None
     swept = tuple(
-        dataclasses.replace(s, precision=Precision.FP8) for s in SWEPT.rates if s.kind is RateKind.GEMM
+        dataclasses.replace(s, precision=Precision.FP8) for s in SWEPT.rates if s.kind is OperatorKind.GEMM
     )
     both = measured_rates(sweeps.profile((*SWEPT.rates, *swept)), Precision.FP8)
-    assert both is not None and both.has(RateKind.GEMM, RateKind.NORM)
+    assert both is not None and both.has(OperatorKind.GEMM, OperatorKind.NORM)
 
 
 def test_noise_leaves_constants_of_the_device() -> None:
     noisy = MeasuredRates(list(sweeps.samples(noise=0.05)), Precision.BF16)
-    surface = noisy.surface(RateKind.GEMM)
+    surface = noisy.surface(OperatorKind.GEMM)
     assert surface is not None
     assert surface.coefficients[-1] == pytest.approx(2 / sweeps.FLOPS, rel=0.05)
     assert surface.held_out_error < 0.06
@@ -242,7 +246,7 @@ def test_rates_of_large_products_and_copies_follow_where_no_constant_says_them()
     found, constant = rates(SWEPT), 1e15
     large = max(2 * s.dims[0] * s.dims[1] * s.dims[2] / s.forward_s for s in SWEPT.rates if s.kind is GEMM)
     assert found.flops == pytest.approx(large)
-    assert found.memory_bytes_per_s == pytest.approx(2 * 2**28 / took(RateKind.COPY, 2**28))
+    assert found.memory_bytes_per_s == pytest.approx(2 * 2**28 / took(OperatorKind.COPY, 2**28))
     said = Constant(name="gemm_flops", value=constant, origin="test")
     assert rates(sweeps.profile(SWEPT.rates, constants=[said])).flops == constant
 
@@ -250,6 +254,6 @@ def test_rates_of_large_products_and_copies_follow_where_no_constant_says_them()
 def test_activations_and_norms_that_were_not_swept_take_the_nearest() -> None:
     sampled = MeasuredRates(SWEPT.rates, Precision.BF16)
     for variant in ("relu2", "gelu_tanh", "silu"):
-        alike = sampled.forward_s(RateKind.ACTIVATION, 2**20, variant=variant)
-        assert alike == sampled.forward_s(RateKind.ACTIVATION, 2**20, variant="gelu")
-    assert sampled.surface(RateKind.OPTIMIZER, "muon") is None
+        alike = sampled.forward_s(OperatorKind.ACTIVATION, 2**20, variant=variant)
+        assert alike == sampled.forward_s(OperatorKind.ACTIVATION, 2**20, variant="gelu")
+    assert sampled.surface(OperatorKind.OPTIMIZER, "muon") is None

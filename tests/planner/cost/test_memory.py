@@ -22,7 +22,7 @@ from planner.cost.memory.parameter_state import States, states_of
 from planner.cost.memory_constants import MEMORY_PRIORS, memory_constants, process_groups
 from planner.cost.stage.peak_memory import ErrorBand, memory_band, safe_peak_bytes, safe_tensor_bytes, verdict
 from planner.foundation.units import GIB
-from planner.job.engine_settings import Engine, Selective, Stack
+from planner.job.engine_settings import Engine, EngineSettings, Selective
 from planner.job.problem import PlanningProblem
 from planner.model.sublayer import AttentionKernel, Recompute
 from planner.model.workload import AdapterModules, Adapters, Method, Optimizer, Precision
@@ -40,7 +40,7 @@ def states(engine: Engine, zero: Zero, shards: int, framework: str = "", **workl
     problem = instances.problem()
     problem = dataclasses.replace(
         problem,
-        stack=Stack(engine=engine, framework=framework),
+        engine_settings=EngineSettings(engine=engine, framework=framework),
         workload=dataclasses.replace(problem.workload, **workload),  # type: ignore[arg-type]
     )
     replicate, shard = (shards, 1) if zero is Zero.NONE else (1, shards)
@@ -149,16 +149,16 @@ def test_fsdp2_is_predicted_from_first_principles() -> None:
 
 
 def bytes_kept(
-    stack: Stack,
+    settings: EngineSettings,
     recompute: Recompute,
     tp: int = 1,
     sequence_parallel: bool = False,
     precision: Precision = Precision.BF16,
 ) -> float:
-    problem = dataclasses.replace(instances.problem(), stack=stack)
+    problem = dataclasses.replace(instances.problem(), engine_settings=settings)
     shape = LayerShape(
         kind=LayerKind.BLOCK, tp=tp, sequence_parallel=sequence_parallel, micro_batch=2, seq=128,
-        precision=precision, recompute=recompute, kernel=stack.attention,
+        precision=precision, recompute=recompute, kernel=settings.attention,
     )  # fmt: skip
     model = CostModel(problem)
     return model.layers.cost(shape).saved_bytes
@@ -167,42 +167,46 @@ def bytes_kept(
 def test_a_compiled_block_keeps_one_mlp_width_less() -> None:
     """But for the own runtime's, whose plans have to fit without a compiler as well."""
     for framework, less in (("another", 2 * 2 * 128 * 3 * 64), ("", 0)):
-        each = (Stack(compiled=compiled, framework=framework) for compiled in (False, True))
-        eager, compiled = (bytes_kept(stack, Recompute.NONE) for stack in each)
+        each = (EngineSettings(compiled=compiled, framework=framework) for compiled in (False, True))
+        eager, compiled = (bytes_kept(settings, Recompute.NONE) for settings in each)
         assert eager - compiled == less
 
 
 def test_selective_recomputation_is_the_engines_own() -> None:
     """Of the core of attention it drops probabilities, of the MLP all between its norm and its result."""
-    fused = Stack(engine=Engine.MEGATRON, attention=AttentionKernel.FUSED)
+    fused = EngineSettings(engine=Engine.MEGATRON, attention=AttentionKernel.FUSED)
     core = bytes_kept(fused, Recompute.NONE) - bytes_kept(fused, Recompute.SELECTIVE)
     assert core == pytest.approx(MEMORY_PRIORS["probability_scale"].value * 2 * 2 * 128 * 4 * 128)
-    mlp = Stack(selective=Selective.MLP)
+    mlp = EngineSettings(selective=Selective.MLP)
     dropped = bytes_kept(mlp, Recompute.NONE) - bytes_kept(mlp, Recompute.SELECTIVE)
     assert dropped == 2 * 2 * 128 * 4 * 3 * 64
 
 
 def test_torchtitan_keeps_every_second_product() -> None:
     """And its input, attention's result and its 4 statistics: q, v, the first up projection, the last."""
-    kept = bytes_kept(Stack(engine=Engine.TORCHTITAN), Recompute.SELECTIVE)
+    kept = bytes_kept(EngineSettings(engine=Engine.TORCHTITAN), Recompute.SELECTIVE)
     values = 64 + 64 + (64 + 64 + 3 * 64 + 64)
     assert kept == 2 * 128 * (2 * values + 4 * 4)
 
 
 def test_torchtitan_keeps_no_product_in_fp8() -> None:
     """Its list of what is kept has mm, not the scaled products of fp8: input and attention's result stay."""
-    kept = bytes_kept(Stack(engine=Engine.TORCHTITAN), Recompute.SELECTIVE, precision=Precision.FP8)
+    kept = bytes_kept(EngineSettings(engine=Engine.TORCHTITAN), Recompute.SELECTIVE, precision=Precision.FP8)
     assert kept == 2 * 128 * (2 * (64 + 64) + 4 * 4)
 
 
 def test_a_fused_loss_takes_8_bytes_a_logit_and_megatron_a_weight_gradient() -> None:
-    fused = memory_constants(dataclasses.replace(instances.problem(), stack=Stack(fused_loss=True)))
+    fused = memory_constants(
+        dataclasses.replace(instances.problem(), engine_settings=EngineSettings(fused_loss=True))
+    )
     assert (fused.loss_bytes, memory_constants(instances.problem()).loss_bytes) == (8, 12)
     shape = LayerShape(
         kind=LayerKind.BLOCK, tp=2, sequence_parallel=False, micro_batch=2, seq=128, precision=Precision.BF16
     )
     megatron, deepspeed = (
-        CostModel(dataclasses.replace(instances.problem(), stack=Stack(engine=engine))).layers.cost(shape)
+        CostModel(
+            dataclasses.replace(instances.problem(), engine_settings=EngineSettings(engine=engine))
+        ).layers.cost(shape)
         for engine in (Engine.MEGATRON, Engine.DEEPSPEED)
     )
     more = megatron.backward_transient_bytes - deepspeed.backward_transient_bytes
@@ -211,7 +215,9 @@ def test_a_fused_loss_takes_8_bytes_a_logit_and_megatron_a_weight_gradient() -> 
 
 def test_liger_keeps_no_logits_but_gradients() -> None:
     """The loss over chunks: the gradient of the head's input and of its weights stay, and a chunk lives."""
-    problem = dataclasses.replace(instances.problem(), stack=Stack(engine=Engine.NATIVE, liger=True))
+    problem = dataclasses.replace(
+        instances.problem(), engine_settings=EngineSettings(engine=Engine.NATIVE, liger=True)
+    )
     model, tokens = problem.model, 2 * 128
     shape = LayerShape(
         kind=LayerKind.HEAD, tp=1, sequence_parallel=False, micro_batch=2, seq=128, precision=Precision.BF16
@@ -220,19 +226,19 @@ def test_liger_keeps_no_logits_but_gradients() -> None:
     stream = 2 * tokens * 2 * model.hidden
     assert cost.saved_bytes == stream + 2 * model.hidden * (tokens + model.vocab)
     assert cost.forward_transient_bytes == 12 * model.vocab * tokens / (model.vocab / model.hidden)
-    assert bytes_kept(Stack(), Recompute.NONE) - bytes_kept(Stack(liger=True), Recompute.NONE) == (
-        2 * 2 * 128 * 3 * 64
-    )
+    assert bytes_kept(EngineSettings(), Recompute.NONE) - bytes_kept(
+        EngineSettings(liger=True), Recompute.NONE
+    ) == (2 * 2 * 128 * 3 * 64)
 
 
 def own_head(micro_batch: int, tp: int = 1, compiled: bool = False, framework: str = "") -> LayerCost:
     """A head in bf16 on a device that runs this project's runtime, or another program alike."""
-    stack = Stack(compiled=compiled, framework=framework)
+    settings = EngineSettings(compiled=compiled, framework=framework)
     shape = LayerShape(
         kind=LayerKind.HEAD, tp=tp, sequence_parallel=False, micro_batch=micro_batch, seq=128,
         precision=Precision.BF16,
     )  # fmt: skip
-    return CostModel(dataclasses.replace(instances.problem(), stack=stack)).layers.cost(shape)
+    return CostModel(dataclasses.replace(instances.problem(), engine_settings=settings)).layers.cost(shape)
 
 
 def test_the_own_runtime_keeps_gradients_of_the_head_and_a_chunk_of_logits() -> None:
@@ -252,8 +258,8 @@ def test_the_own_runtime_keeps_gradients_of_the_head_and_a_chunk_of_logits() -> 
 @pytest.mark.parametrize("selective", Selective)
 def test_recomputing_more_never_keeps_more(engine: Engine, selective: Selective) -> None:
     for attention, tp in itertools.product(AttentionKernel, (1, 2)):
-        stack = Stack(engine=engine, selective=selective, attention=attention)
-        kept = [bytes_kept(stack, option, tp, tp > 1) for option in Recompute]
+        settings = EngineSettings(engine=engine, selective=selective, attention=attention)
+        kept = [bytes_kept(settings, option, tp, tp > 1) for option in Recompute]
         assert kept == sorted(kept, reverse=True)
 
 
@@ -264,12 +270,12 @@ def test_sequence_parallel_inputs_stay_whole_except_megatrons(engine: Engine) ->
     sharded = block.saved_bytes(2 * 128, 128, tp=2, sequence_parallel=True)
     gathered, fused = 2 * (2 * 128 * 64), 2 * 2 * 128 * 3 * 64 / 2
     more = -fused if engine is Engine.MEGATRON else gathered
-    assert bytes_kept(Stack(engine=engine), Recompute.NONE, 2, True) == sharded + more
+    assert bytes_kept(EngineSettings(engine=engine), Recompute.NONE, 2, True) == sharded + more
 
 
 def head_bytes(engine: Engine, tp: int) -> float:
     """What the head takes at the worst moment of its loss."""
-    problem = dataclasses.replace(instances.problem(), stack=Stack(engine=engine))
+    problem = dataclasses.replace(instances.problem(), engine_settings=EngineSettings(engine=engine))
     shape = LayerShape(
         kind=LayerKind.HEAD, tp=tp, sequence_parallel=False, micro_batch=2, seq=128,
         precision=Precision.BF16,
@@ -295,7 +301,7 @@ def test_only_fitted_constants_change_a_measured_layer() -> None:
         precision=Precision.BF16,
     )  # fmt: skip
     cost = CostModel(problem).layers.cost(shape)
-    again = engine_bytes(cost, problem.model, shape, problem.stack, memory_constants(problem))
+    again = engine_bytes(cost, problem.model, shape, problem.engine_settings, memory_constants(problem))
     assert again.saved_bytes == cost.saved_bytes == instances.dense_block(64).saved_bytes(256, 128)
 
 
@@ -314,7 +320,9 @@ DEGREES = [
 @pytest.mark.parametrize("degrees", DEGREES, ids=lambda d: d.label())
 def test_the_peak_covers_every_moment_and_observers_agree(engine: Engine, degrees: Degrees) -> None:
     """Tensors are within what is reserved, that within the driver's; no moment exceeds the peak."""
-    problem = dataclasses.replace(instances.problem(batch=degrees.batch), stack=Stack(engine=engine))
+    problem = dataclasses.replace(
+        instances.problem(batch=degrees.batch), engine_settings=EngineSettings(engine=engine)
+    )
     done = evaluated(problem, degrees)
     figures, peak = done.estimate.memory, done.estimate.peak_memory_bytes
     assert figures is not None
@@ -334,7 +342,9 @@ def test_more_tokens_never_take_less(engine: Engine) -> None:
     peaks = []
     for micro_batch in (1, 2, 4, 8):
         degrees = dataclasses.replace(DEGREES[1], micro_batch=micro_batch)
-        problem = dataclasses.replace(instances.problem(batch=degrees.batch), stack=Stack(engine=engine))
+        problem = dataclasses.replace(
+            instances.problem(batch=degrees.batch), engine_settings=EngineSettings(engine=engine)
+        )
         peaks.append(evaluated(problem, degrees).estimate.peak_memory_bytes)
     assert peaks == sorted(peaks)
 

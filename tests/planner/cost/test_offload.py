@@ -20,7 +20,7 @@ from planner.cost.not_modelled import not_modelled
 from planner.cost.stage.offload import WINDOW
 from planner.foundation.errors import InfeasibleError, InputError
 from planner.hardware.cluster_text import parse_cluster
-from planner.job.engine_settings import Engine, Stack
+from planner.job.engine_settings import Engine, EngineSettings
 from planner.job.problem import PlanningProblem
 from planner.model.feed_forward import Activation, Experts, Mlp
 from planner.model.sublayer import Recompute
@@ -57,7 +57,7 @@ def problem(engine: Engine = Engine.NATIVE, precision: Precision = Precision.BF1
         on=instances.cluster(nodes=2, per_node=2, of=device),
         precision=precision,
     )
-    return dataclasses.replace(found, stack=Stack(engine=engine))
+    return dataclasses.replace(found, engine_settings=EngineSettings(engine=engine))
 
 
 def evaluated(

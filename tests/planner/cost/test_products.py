@@ -12,7 +12,7 @@ from planner.cost.compute.products import cast_s, matrices_s, product_s
 from planner.cost.layer import LayerShape
 from planner.cost.time_constants import physics_of
 from planner.hardware.catalog import load_device
-from planner.job.engine_settings import Engine, Stack
+from planner.job.engine_settings import Engine, EngineSettings
 from planner.job.problem import PlanningProblem
 from planner.model.feed_forward import Activation, Experts, Mlp
 from planner.model.spec import Block
@@ -30,17 +30,17 @@ SHAPE = LayerShape(
 )
 
 
-def problem(precision: Precision, stack: Stack | None = None) -> PlanningProblem:
+def problem(precision: Precision, settings: EngineSettings | None = None) -> PlanningProblem:
     on = instances.cluster(of=load_device("h100-sxm-80gb").device())
     made = instances.problem(
         of=instances.model(hidden=4096, heads=32, vocab=65536), on=on, precision=precision
     )
-    return dataclasses.replace(made, stack=stack or Stack(engine=Engine.MEGATRON))
+    return dataclasses.replace(made, engine_settings=settings or EngineSettings(engine=Engine.MEGATRON))
 
 
-def rates(precision: Precision, stack: Stack | None = None, **constants: float) -> DeviceRates:
-    of = problem(precision, stack)
-    found = device_rates(of, dataclasses.replace(physics_of(None, of.stack), **constants))
+def rates(precision: Precision, settings: EngineSettings | None = None, **constants: float) -> DeviceRates:
+    of = problem(precision, settings)
+    found = device_rates(of, dataclasses.replace(physics_of(None, of.engine_settings), **constants))
     assert found is not None
     return found
 
@@ -87,7 +87,7 @@ def test_casts_move_four_bytes_a_value_of_each_operand() -> None:
 
 
 def test_products_of_one_input_are_one_where_the_engine_fuses_them() -> None:
-    fused, apart = rates(Precision.BF16), rates(Precision.BF16, Stack(engine=Engine.TORCHTITAN))
+    fused, apart = rates(Precision.BF16), rates(Precision.BF16, EngineSettings(engine=Engine.TORCHTITAN))
     few = dataclasses.replace(block(), mixer=instances.Attention(heads=32, kv_heads=2, head_dim=128))
     assert matrices_s(few, SHAPE, fused) < matrices_s(few, SHAPE, apart), "256 columns alone are slow"
     by_hand = [
@@ -118,7 +118,10 @@ def test_each_expert_of_a_device_takes_its_own_time_and_graphs_spare_most_of_it(
         more_s = forward_s(mixture(), shape, plain) - forward_s(mixture(), shape, none)
         assert more_s == pytest.approx(32 / ep * 1e-3, rel=1e-3)
     graphed = rates(
-        Precision.BF16, Stack(engine=Engine.MEGATRON, graphed=True), expert_s=1e-3, graphed_share=0.25
+        Precision.BF16,
+        EngineSettings(engine=Engine.MEGATRON, graphed=True),
+        expert_s=1e-3,
+        graphed_share=0.25,
     )
     spared_s = forward_s(mixture(), SHAPE, plain) - forward_s(mixture(), SHAPE, graphed)
     assert spared_s == pytest.approx(0.75 * 32e-3, rel=1e-2)
@@ -128,7 +131,7 @@ def test_an_activation_that_nothing_fuses_moves_more() -> None:
     """Experts with biases, unless a kernel of their own holds products and activation."""
     biased = mixture(expert=Mlp(width=1024, gated=True, activation=Activation.SILU, bias=True))
     own = rates(Precision.BF16)
-    fused = rates(Precision.BF16, Stack(engine=Engine.MEGATRON, fused_experts=True))
+    fused = rates(Precision.BF16, EngineSettings(engine=Engine.MEGATRON, fused_experts=True))
     assert forward_s(biased, SHAPE, own) > forward_s(biased, SHAPE, fused) * 1.1
     assert forward_s(mixture(), SHAPE, own) == forward_s(mixture(), SHAPE, fused)
 

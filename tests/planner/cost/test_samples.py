@@ -15,7 +15,7 @@ from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.stage.layer_cost import LayerModel, rates_of_run
 from planner.cost.stage.layer_samples import Run, SampleTable, distance, form_of
 from planner.cost.time_constants import physics_of
-from planner.job.engine_settings import NATIVE, Stack
+from planner.job.engine_settings import NATIVE, EngineSettings
 from planner.job.problem import PlanningProblem
 from planner.model.attention import CpExchange
 from planner.model.feed_forward import Activation, Experts, Mlp
@@ -43,15 +43,19 @@ def routed() -> ModelSpec:
 CONSTANTS = (Constant(name="cp_step_s", value=1e-4, origin="test"),)
 
 
-def problem(model: ModelSpec, samples: Sequence[LayerSample] = (), stack: Stack = NATIVE) -> PlanningProblem:
+def problem(
+    model: ModelSpec, samples: Sequence[LayerSample] = (), settings: EngineSettings = NATIVE
+) -> PlanningProblem:
     profile = instances.profile(layers=tuple(samples), constants=CONSTANTS)
     asked = instances.problem(of=model, seq=2048, precision=Precision.FP32)
-    return dataclasses.replace(asked, stack=stack, profile=profile if samples else None)
+    return dataclasses.replace(asked, engine_settings=settings, profile=profile if samples else None)
 
 
-def layers(model: ModelSpec, samples: Sequence[LayerSample] = (), stack: Stack = NATIVE) -> LayerModel:
-    asked = problem(model, samples, stack)
-    return LayerModel(asked, physics_of(asked.profile, asked.stack))
+def layers(
+    model: ModelSpec, samples: Sequence[LayerSample] = (), settings: EngineSettings = NATIVE
+) -> LayerModel:
+    asked = problem(model, samples, settings)
+    return LayerModel(asked, physics_of(asked.profile, asked.engine_settings))
 
 
 def shaped(**changes: object) -> LayerShape:
@@ -159,10 +163,10 @@ def test_compiled_samples_are_for_compiled_stacks() -> None:
     assert compiled.forward_s < eager.forward_s
     for samples in ([eager, compiled], [compiled, eager]):
         assert layers(dense(), samples).cost(shape).forward_s == eager.forward_s
-        cost = layers(dense(), samples, Stack(compiled=True)).cost(shape)
+        cost = layers(dense(), samples, EngineSettings(compiled=True)).cost(shape)
         assert (cost.forward_s, cost.origin) == (compiled.forward_s, "measured")
-    for sample, stack in ((eager, Stack(compiled=True)), (compiled, NATIVE)):
-        cost = layers(dense(), [sample], stack).cost(shape)
+    for sample, settings in ((eager, EngineSettings(compiled=True)), (compiled, NATIVE)):
+        cost = layers(dense(), [sample], settings).cost(shape)
         other = compiled if sample is eager else eager
         assert (cost.forward_s, cost.origin) == (pytest.approx(other.forward_s), "fitted")
 
@@ -170,7 +174,7 @@ def test_compiled_samples_are_for_compiled_stacks() -> None:
 def test_the_embedding_is_the_same_compiled() -> None:
     shape = shaped(kind=LayerKind.EMBEDDING)
     sample = taken(dense(), shape)
-    cost = layers(dense(), [sample], Stack(compiled=True)).cost(shape)
+    cost = layers(dense(), [sample], EngineSettings(compiled=True)).cost(shape)
     assert (cost.forward_s, cost.origin) == (sample.forward_s, "measured")
 
 

@@ -13,7 +13,7 @@ from planner.cost.layer import LayerShape
 from planner.cost.memory.parameter_state import states_of
 from planner.cost.stage.layer_cost import LayerModel
 from planner.cost.time_constants import usual_physics
-from planner.job.engine_settings import Engine, Stack
+from planner.job.engine_settings import Engine, EngineSettings
 from planner.profile.profile import LayerKind
 from planner.strategy.strategy import Degrees, Zero
 from tests import run_samples
@@ -62,7 +62,7 @@ def backward_s(run: Run, recompute: RunRecompute) -> float:
         seq=problem.workload.seq,
         precision=problem.workload.precision,
         recompute=setup.strategy.stages[0].recompute.options()[0],
-        kernel=problem.stack.attention,
+        kernel=problem.engine_settings.attention,
     )
     return LayerModel(problem, usual_physics(problem)).cost(shape).backward_s
 
@@ -99,7 +99,9 @@ def test_torchtitan_runs_every_second_product_again_and_in_fp8_all_but_the_last(
 
 def test_torchs_pipelines_keep_gradients_whole_until_the_last_micro_batch() -> None:
     """As torchtitan's 405B on 512 H100 shows, which peaks at 72.7 to 82.5 GiB of reserved memory."""
-    problem = dataclasses.replace(instances.problem(), stack=Stack(engine=Engine.TORCHTITAN))
+    problem = dataclasses.replace(
+        instances.problem(), engine_settings=EngineSettings(engine=Engine.TORCHTITAN)
+    )
     for zero in (Zero.GRADIENTS, Zero.PARAMETERS):
         flat = Degrees(dp_shard=4, zero=zero, num_micro_batches=4)
         piped = dataclasses.replace(flat, pp=2)

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import pytest
 
 from planner.cost.compute.measured_operators import FEWEST, TERMS, Surface
-from planner.profile.profile import RateKind
+from planner.profile.profile import OperatorKind
 
 RATE_FLOPS, BYTES_PER_S, LAUNCH_S = 400e12, 2e12, 4e-6
 TILE, WAVE = 96.0, 1024.0
-GEMM = TERMS[RateKind.GEMM]
+GEMM = TERMS[OperatorKind.GEMM]
 
 
 def additive(m: float, n: float, k: float) -> float:
@@ -115,6 +115,6 @@ def test_few_samples_are_a_form_alone() -> None:
 
 
 def test_one_sample_is_scaled() -> None:
-    of = Surface([(1024.0,)], [1e-3], TERMS[RateKind.ADD])
+    of = Surface([(1024.0,)], [1e-3], TERMS[OperatorKind.ADD])
     assert of.seconds(1024.0) == pytest.approx(1e-3)
     assert 1e-3 <= of.seconds(4096.0) <= 4e-3 * (1 + 1e-9)

@@ -9,7 +9,7 @@ import pytest
 
 from planner.cost.evaluate import CostModel
 from planner.hardware.catalog import load_model
-from planner.job.engine_settings import Engine, Stack
+from planner.job.engine_settings import Engine, EngineSettings
 from planner.job.problem import Limits, PlanningProblem
 from planner.model.spec import VOCAB_UNIT, ModelSpec
 from planner.search.bounds.layout_bounds import memory_bound_bytes
@@ -33,9 +33,11 @@ def test_a_shard_is_whole_or_padded_as_megatron_pads() -> None:
         assert padded % (VOCAB_UNIT * tp) == 0 and 0 < padded - vocab < VOCAB_UNIT * tp
 
 
-def problem(model: ModelSpec, stack: Stack) -> PlanningProblem:
+def problem(model: ModelSpec, settings: EngineSettings) -> PlanningProblem:
     on = instances.cluster(per_node=4, of=instances.device(flops=1e14, bandwidth=1e12))
-    return dataclasses.replace(instances.problem(of=model, on=on, limit_bytes=1 << 40), stack=stack)
+    return dataclasses.replace(
+        instances.problem(of=model, on=on, limit_bytes=1 << 40), engine_settings=settings
+    )
 
 
 @pytest.mark.parametrize("engine", Engine)
@@ -47,8 +49,8 @@ def test_it_costs_what_the_padded_one_does(engine: Engine, tied: bool, liger: bo
     model = dataclasses.replace(instances.model(vocab=1001), tied_embeddings=tied)
     degrees = Degrees(tp=2, pp=pp, dp_shard=2 // pp, zero=Zero(2 // pp - 1), num_micro_batches=4 * pp)
     strategy = Strategy(degrees=degrees, stages=even_stages(4, pp))
-    stack = Stack(engine=engine, liger=liger)
-    own, padded = (CostModel(problem(each, stack)) for each in (model, model.padded(2)))
+    settings = EngineSettings(engine=engine, liger=liger)
+    own, padded = (CostModel(problem(each, settings)) for each in (model, model.padded(2)))
     mine, theirs = (each.evaluate(strategy).estimate for each in (own, padded))
     assert mine.step_time_s == pytest.approx(theirs.step_time_s, rel=1e-12)
     assert mine.peak_memory_bytes == theirs.peak_memory_bytes
@@ -61,7 +63,7 @@ def test_no_engine_refuses() -> None:
     degrees = Degrees(tp=4, num_micro_batches=8)
     strategy = Strategy(degrees=degrees, stages=even_stages(model.layers, 1))
     for engine in (None, *Engine):
-        base = problem(model, Stack(engine=engine or Engine.NATIVE))
+        base = problem(model, EngineSettings(engine=engine or Engine.NATIVE))
         held = dataclasses.replace(base, limits=Limits(engine=engine))
         broken = {rejected.rule for rejected in broken_rules(held, strategy)}
         assert not broken & {"native_vocabulary", "tp_divides_widths"}

@@ -11,7 +11,7 @@ import pytest
 
 from planner.foundation.decode import decode, encode
 from planner.foundation.errors import InputError
-from planner.foundation.suggest import nearest, squash
+from planner.foundation.suggest import nearest_names, normalized
 from planner.foundation.units import GIB
 from planner.hardware import catalog
 from planner.hardware.device_file import DeviceFile, load_device_file
@@ -168,12 +168,12 @@ def test_the_sources_of_one_model_are_those_of_the_index() -> None:
 
 def test_names_and_aliases_are_unambiguous() -> None:
     devices = [catalog.load_device(name) for name in DEVICES]
-    device_names = [squash(n) for d in devices for n in {d.name, *d.aliases}]
+    device_names = [normalized(n) for d in devices for n in {d.name, *d.aliases}]
     assert len(device_names) == len(set(device_names))
-    reported = [squash(n) for d in devices for n in d.reported_names]
+    reported = [normalized(n) for d in devices for n in d.reported_names]
     assert len(reported) == len(set(reported))
     index = catalog.model_index()
-    model_names = [squash(n) for name, entry in index.items() for n in {name, *entry.aliases}]
+    model_names = [normalized(n) for name, entry in index.items() for n in {name, *entry.aliases}]
     assert len(model_names) == len(set(model_names))
 
 
@@ -361,9 +361,9 @@ def test_a_wrong_instance_row_names_line_and_column(tmp_path: Path, old: str, ne
 
 
 def test_a_dash_between_digits_counts() -> None:
-    assert squash("LLaMA_2-7B") == squash("llama2-7b") != squash("llama-27b")
+    assert normalized("LLaMA_2-7B") == normalized("llama2-7b") != normalized("llama-27b")
 
 
 def test_nearest_ignores_case_and_dashes() -> None:
-    assert nearest("GPT2XL", ["gpt-2-xl", "llama-7b"])[0] == "gpt-2-xl"
-    assert nearest("zzzz", ["gpt-2-xl"]) == []
+    assert nearest_names("GPT2XL", ["gpt-2-xl", "llama-7b"])[0] == "gpt-2-xl"
+    assert nearest_names("zzzz", ["gpt-2-xl"]) == []

@@ -7,15 +7,15 @@ import dataclasses
 import pytest
 
 from planner.commands.shared.options import ProblemOptions
-from planner.commands.shared.overhead_options import read_upkeep
+from planner.commands.shared.overhead_options import read_overheads
 from planner.foundation.decode import load_toml
 from planner.foundation.errors import Problem
 from planner.foundation.units import DAY_S
 from planner.hardware.catalog import data_folder, device_names, load_device
 from planner.hardware.cluster_text import parse_cluster
 from planner.hardware.failures import FailureFile, failure_file, rated_nodes, usual_failures_per_s
-from planner.job.problem import BEST, NOTHING_SAID, Upkeep
-from planner.sizing.usual_overheads import upkeep_assumptions, usual_storage_bytes_per_s, usual_upkeep
+from planner.job.problem import BEST, NO_OVERHEADS, JobOverheads
+from planner.sizing.usual_overheads import overhead_assumptions, usual_overheads, usual_storage_bytes_per_s
 
 FILE = failure_file()
 
@@ -74,11 +74,11 @@ def test_the_usual_storage_is_that_of_the_reference_architecture() -> None:
 
 
 def test_what_was_said_stays_and_the_rest_is_usual() -> None:
-    usual = usual_upkeep(256)
+    usual = usual_overheads(256)
     assert (usual.checkpoint_every, usual.checkpoint_async, usual.storage_bytes_per_s) == (BEST, True, 2e10)
     assert usual.failures_per_1000_node_days is usual.restart_s is usual.repair_s is None
-    assert usual_upkeep(256, spot=True).preemptions_per_1000_node_days == FILE.spot.per_1000_node_days
-    said = Upkeep(
+    assert usual_overheads(256, spot=True).preemptions_per_1000_node_days == FILE.spot.per_1000_node_days
+    said = JobOverheads(
         checkpoint_every=300,
         storage_bytes_per_s=1e9,
         failures_per_1000_node_days=0.0,
@@ -86,18 +86,18 @@ def test_what_was_said_stays_and_the_rest_is_usual() -> None:
         eval_every=5,
         eval_s=1.0,
     )
-    assert usual_upkeep(256, said, spot=True) == said
+    assert usual_overheads(256, said, spot=True) == said
 
 
 DEVICE = load_device("h100").device()
 
 
-def told(upkeep: Upkeep, said: Upkeep = NOTHING_SAID) -> set[str]:
-    return {each.flag for each in upkeep_assumptions(upkeep, DEVICE, said)}
+def told(overheads: JobOverheads, said: JobOverheads = NO_OVERHEADS) -> set[str]:
+    return {each.flag for each in overhead_assumptions(overheads, DEVICE, said)}
 
 
 def test_every_default_is_told_with_its_source_and_what_was_said_is_not() -> None:
-    spot = upkeep_assumptions(usual_upkeep(256, spot=True), DEVICE)
+    spot = overhead_assumptions(usual_overheads(256, spot=True), DEVICE)
     assert all(each.what and each.value and each.source and each.flag for each in spot)
     every = {each.flag for each in spot}
     assert every == {
@@ -111,8 +111,8 @@ def test_every_default_is_told_with_its_source_and_what_was_said_is_not() -> Non
         "--preemption-notice",
         "--preemption-restart",
     }
-    assert told(usual_upkeep(256)) == {flag for flag in every if "preemption" not in flag}
-    said = Upkeep(
+    assert told(usual_overheads(256)) == {flag for flag in every if "preemption" not in flag}
+    said = JobOverheads(
         checkpoint_every=300,
         storage_bytes_per_s=1e9,
         checkpoint_async=True,
@@ -120,16 +120,16 @@ def test_every_default_is_told_with_its_source_and_what_was_said_is_not() -> Non
         restart_s=1.0,
         repair_s=1.0,
     )
-    assert told(usual_upkeep(256, said), said) == set()
-    assert told(usual_upkeep(256, said, spot=True), said) == {flag for flag in every if "preempt" in flag}
-    assert told(NOTHING_SAID) == set()
+    assert told(usual_overheads(256, said), said) == set()
+    assert told(usual_overheads(256, said, spot=True), said) == {flag for flag in every if "preempt" in flag}
+    assert told(NO_OVERHEADS) == set()
 
 
 def test_a_rate_that_was_published_for_a_kin_says_so() -> None:
     sources = {}
     for name in ("h100", "h200", "mi300x"):
         device = load_device(name).device()
-        (rate,) = (a for a in upkeep_assumptions(usual_upkeep(64), device) if a.flag == "--failures")
+        (rate,) = (a for a in overhead_assumptions(usual_overheads(64), device) if a.flag == "--failures")
         sources[name] = rate.source
     assert sources["h100"].startswith("Llama 3")
     assert sources["h200"].startswith("assumed as for h100-sxm-80gb: Llama 3")
@@ -154,20 +154,20 @@ def test_options_that_need_others_count_alone_where_the_rest_is_filled_in() -> N
         preemptions="spot",
     )
     refused: list[Problem] = []
-    read_upkeep(options, refused)
+    read_overheads(options, refused)
     assert {problem.where for problem in refused} == {"--storage", "--failures", "--restart", "--preemptions"}
     kept: list[Problem] = []
-    said = read_upkeep(options, kept, completed=True)
+    said = read_overheads(options, kept, completed=True)
     assert not kept
-    usual = usual_upkeep(8, said)
+    usual = usual_overheads(8, said)
     assert (usual.failures_per_1000_node_days, usual.restart_s, usual.storage_bytes_per_s) == (
         2.0,
         300.0,
         1e9,
     )
     assert usual.checkpoint_every == BEST and usual.checkpoint_async
-    assert not usual_upkeep(8, dataclasses.replace(said, checkpoint_every=9)).checkpoint_async
-    read_upkeep(dataclasses.replace(options, spares=1, eval_every=3), kept, completed=True)
+    assert not usual_overheads(8, dataclasses.replace(said, checkpoint_every=9)).checkpoint_async
+    read_overheads(dataclasses.replace(options, spares=1, eval_every=3), kept, completed=True)
     assert {problem.where for problem in kept} == {"--spares", "--eval-every"}
 
 
@@ -175,6 +175,6 @@ def test_the_flags_that_are_told_are_those_of_the_command() -> None:
     from planner.commands.splitting.estimate import estimate
 
     names = {option for parameter in estimate.params for option in parameter.opts}
-    flags = told(usual_upkeep(8, spot=True))
+    flags = told(usual_overheads(8, spot=True))
     assert {flag for pair in flags for flag in pair.split(", ")} <= names
-    assert dataclasses.replace(usual_upkeep(8), spares=1) != usual_upkeep(8)
+    assert dataclasses.replace(usual_overheads(8), spares=1) != usual_overheads(8)

@@ -15,7 +15,7 @@ from planner.foundation.decode import decode, encode
 from planner.foundation.errors import InputError
 from planner.hardware import catalog, measured_rows
 from planner.hardware import measured_tables as measured
-from planner.hardware.measured_rows import MAX_PROBLEMS, Collective, LinkFigure, MeasuredTable, Product
+from planner.hardware.measured_rows import MAX_PROBLEMS, CollectiveRow, LinkFigure, MeasuredTable, ProductRow
 from planner.hardware.measured_tables import wire_factor
 from planner.profile.profile import Op
 
@@ -222,5 +222,5 @@ def test_a_table_that_is_wrong_throughout_lists_its_first_faults(tmp_path: Path)
 
 def test_each_kind_of_row_is_its_own() -> None:
     kinds = {name: type(load(FOLDER / name)[0]) for name, load in LOADERS.items()}
-    assert kinds["collectives.csv"] is Collective and kinds["gemm.csv"] is Product
+    assert kinds["collectives.csv"] is CollectiveRow and kinds["gemm.csv"] is ProductRow
     assert kinds["links.csv"] is LinkFigure

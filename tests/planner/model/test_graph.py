@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from planner.model.attention import CAUSAL, Attention, Reach, Span
+from planner.model.attention import CAUSAL, Attention, AttentionSpan, Reach
 from planner.model.feed_forward import Activation, Mlp
 from planner.model.spec import Block, ModelSpec, Norm, Segment
 from planner.model.traced_graph import (
@@ -22,7 +22,7 @@ from planner.model.traced_graph import (
     pieces,
     runs,
 )
-from planner.model.traced_layer import Product, TracedLayer
+from planner.model.traced_layer import MatrixProduct, TracedLayer
 from planner.model.traced_model import layer_pieces, traced_model
 
 # Repetition
@@ -84,7 +84,7 @@ class Draft:
         if weight:
             held = (len(self.parameters),)
             self.parameters.append(ParameterTensor(name=name, count=weight))
-        products = (Product(m=10.0, n=10.0, k=float(weight)),) if weight else ()
+        products = (MatrixProduct(m=10.0, n=10.0, k=float(weight)),) if weight else ()
         self.operators.append(
             Operator(
                 signature=name,
@@ -222,9 +222,9 @@ def test_a_graph_that_never_narrows_is_one_layer() -> None:
 # Layers of a ModelSpec
 
 
-def block(hidden: int, *, cross: bool = False, span: Span = CAUSAL) -> Block:
+def block(hidden: int, *, cross: bool = False, span: AttentionSpan = CAUSAL) -> Block:
     attention = Attention(heads=4, kv_heads=4, head_dim=hidden // 4, span=span)
-    every = Span(reach=Reach.ALL)
+    every = AttentionSpan(reach=Reach.ALL)
     return Block(
         hidden=hidden,
         norm=Norm.RMSNORM,
@@ -258,7 +258,7 @@ def test_a_chain_of_blocks_sends_its_stream() -> None:
 
 
 def test_behind_an_encoder_its_result_travels_along() -> None:
-    encoder = Segment(block=block(64, span=Span(reach=Reach.ALL)), count=3)
+    encoder = Segment(block=block(64, span=AttentionSpan(reach=Reach.ALL)), count=3)
     spec = model(encoder, Segment(block=block(64, cross=True), count=3), encoder_layers=3)
     assert boundary_values(spec) == (64, 64, 64, 128, 128)
     network = layer_network(spec)

@@ -8,7 +8,7 @@ import pytest
 
 from planner.foundation.errors import InputError
 from planner.hardware.catalog import load_model
-from planner.model.attention import CAUSAL, Attention, LatentAttention, QkNorm, Reach, Span
+from planner.model.attention import CAUSAL, Attention, AttentionSpan, LatentAttention, QkNorm, Reach
 from planner.model.feed_forward import Activation, Experts, Mlp
 from planner.model.huggingface import FAMILIES, WRAPPERS, read_config
 from planner.model.mixers import DeltaNet, LightningAttention, StateSpace
@@ -101,7 +101,7 @@ def test_null_means_derived_and_absence_means_the_class_default() -> None:
     assert attention(read("mixtral", num_attention_heads=16, num_key_value_heads=ABSENT)).kv_heads == 8
     assert attention(read("mixtral", num_attention_heads=16, num_key_value_heads=None)).kv_heads == 16
     assert "the class's default" in faults("qwen2", num_key_value_heads=ABSENT)
-    assert attention(read("mistral")).span == Span(reach=Reach.WINDOW, size=4096)
+    assert attention(read("mistral")).span == AttentionSpan(reach=Reach.WINDOW, size=4096)
     assert attention(read("mistral", sliding_window=None)).span == CAUSAL
 
 
@@ -204,7 +204,7 @@ def test_latent_attention_with_and_without_a_query_rank() -> None:
     default = first(read("deepseek_v2", **ROUTED)).mixer
     assert isinstance(default, LatentAttention) and default.query_rank == 1536
     chosen = first(read("deepseek_v32", **ROUTED)).mixer
-    assert isinstance(chosen, LatentAttention) and chosen.span == Span(reach=Reach.CHOSEN, size=2048)
+    assert isinstance(chosen, LatentAttention) and chosen.span == AttentionSpan(reach=Reach.CHOSEN, size=2048)
     assert chosen.indexer is not None
     shared = read("glm_moe_dsa", **ROUTED, indexer_types=["full", "shared", "shared", "full"])
     assert [block.mixer.indexer is not None for block in shared.blocks()] == [True, False, False, True]

@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 
-from planner.model.attention import CAUSAL, Attention, LatentAttention, QkNorm, Reach, Span
+from planner.model.attention import CAUSAL, Attention, AttentionSpan, LatentAttention, QkNorm, Reach
 from planner.model.feed_forward import Activation, Experts, Mlp
 from planner.model.mixers import DeltaNet, LightningAttention, Mixer, StateSpace
 from planner.model.spec import Block, ModelSpec, Norm, Segment
-from planner.model.sublayer import AttentionKernel, Matrix, Recompute, Split
+from planner.model.sublayer import AttentionKernel, Recompute, Split, WeightMatrix
 
 SWIGLU = Mlp(width=28, gated=True, activation=Activation.SILU)
 MIXERS: dict[str, Mixer] = {
@@ -36,7 +36,7 @@ def spec(*segments: Segment, hidden: int = 16, vocab: int = 100) -> ModelSpec:
     )  # fmt: skip
 
 
-def brute_mean_keys(span: Span, seq: int) -> float:
+def brute_mean_keys(span: AttentionSpan, seq: int) -> float:
     """Keys met, one query at a time."""
     met = 0
     for query in range(seq):
@@ -52,17 +52,17 @@ def brute_mean_keys(span: Span, seq: int) -> float:
     "span",
     [
         CAUSAL,
-        Span(reach=Reach.ALL),
-        *(Span(reach=r, size=n) for r in (Reach.WINDOW, Reach.CHUNK) for n in (1, 8, 50)),
+        AttentionSpan(reach=Reach.ALL),
+        *(AttentionSpan(reach=r, size=n) for r in (Reach.WINDOW, Reach.CHUNK) for n in (1, 8, 50)),
     ],
     ids=lambda span: f"{span.reach}{span.size}",
 )
-def test_mean_keys_are_those_that_a_mask_leaves(span: Span, seq: int) -> None:
+def test_mean_keys_are_those_that_a_mask_leaves(span: AttentionSpan, seq: int) -> None:
     assert span.mean_keys(seq) == pytest.approx(brute_mean_keys(span, seq))
 
 
 def test_chosen_keys_are_all_of_a_short_past_and_then_their_number() -> None:
-    span = Span(reach=Reach.CHOSEN, size=4)
+    span = AttentionSpan(reach=Reach.CHOSEN, size=4)
     assert span.mean_keys(4) == 2.5
     assert span.mean_keys(8) == (1 + 2 + 3 + 4 + 4 * 4) / 8
 
@@ -108,7 +108,7 @@ def test_experts_count_all_weights_and_compute_with_the_chosen() -> None:
 
 
 def test_a_matrix_counts_by_its_definition() -> None:
-    matrix = Matrix(inputs=4, outputs=6, bias=True, copies=3, used=2)
+    matrix = WeightMatrix(inputs=4, outputs=6, bias=True, copies=3, used=2)
     assert (matrix.params, matrix.params_active, matrix.flops_per_token) == (90, 60, 96)
     assert matrix.params_shard(2) == 3 * (4 * 3 + 3)
     across = dataclasses.replace(matrix, split=Split.INPUTS)
@@ -129,7 +129,7 @@ def test_keys_differ_where_costs_do() -> None:
     attention = Attention(heads=4, kv_heads=4, head_dim=8)
     for change in (
         {"qkv_bias": True}, {"out_bias": True}, {"qk_norm": QkNorm.HEAD}, {"qk_norm": QkNorm.WIDTH},
-        {"span": Span(reach=Reach.WINDOW, size=8)}, {"position_buckets": 4}, {"value_dim": 4},
+        {"span": AttentionSpan(reach=Reach.WINDOW, size=8)}, {"position_buckets": 4}, {"value_dim": 4},
     ):  # fmt: skip
         variants.append(block(dataclasses.replace(attention, **change)))
     plain = block(attention)

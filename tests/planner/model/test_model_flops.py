@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from planner.model.attention import Attention, LatentAttention, Reach, Span
+from planner.model.attention import Attention, AttentionSpan, LatentAttention, Reach
 from planner.model.huggingface import read_config
 from planner.model.mixers import Mixer
 from planner.model.spec import Block, ModelSpec
@@ -70,7 +70,7 @@ def is_attention(mixer: Mixer) -> bool:
 
 def whole_square(mixers: Iterable[Mixer]) -> float:
     """Our FLOPs of attention if nothing were masked, which is what an eager kernel computes."""
-    everything = Span(reach=Reach.ALL)
+    everything = AttentionSpan(reach=Reach.ALL)
     return SEQ * sum(
         dataclasses.replace(mixer, span=everything).core_flops(SEQ)
         for mixer in mixers

@@ -13,7 +13,7 @@ from planner.foundation.decode import encode
 from planner.foundation.errors import InputError
 from planner.hardware.catalog import load_model
 from planner.model.spec import ModelSpec, Norm, Segment
-from planner.model.traced_layer import Product, TracedLayer
+from planner.model.traced_layer import MatrixProduct, TracedLayer
 from planner.model.traced_model import TracedFile, read_traced_model, write_traced_model
 
 LAYER = TracedLayer(
@@ -21,7 +21,7 @@ LAYER = TracedLayer(
     tokens=8,
     params=100,
     tensors=2,
-    products=(Product(m=8.0, n=10.0, k=10.0),),
+    products=(MatrixProduct(m=8.0, n=10.0, k=10.0),),
     core_flops=5.0,
     moved_values=40.0,
     saved_values=80.0,
@@ -83,7 +83,7 @@ def with_layer(**changes: Any) -> ModelSpec:
         (with_layer(saved_values=-1.0), "segments.0.block.saved_values"),
         (with_layer(tokens=0), "segments.0.block.tokens"),
         (with_layer(tokens=9), "segments.0.block.tokens"),
-        (with_layer(products=(Product(m=0.0, n=1.0, k=1.0),)), "segments.0.block.products.0"),
+        (with_layer(products=(MatrixProduct(m=0.0, n=1.0, k=1.0),)), "segments.0.block.products.0"),
         (dataclasses.replace(MODEL, segments=()), "segments"),
         (dataclasses.replace(MODEL, segments=(Segment(block=LAYER, count=10**12),)), "segments.0.count"),
         (dataclasses.replace(MODEL, segments=(Segment(block=LAYER, count=0),)), "segments.0.count"),

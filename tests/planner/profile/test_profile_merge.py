@@ -19,7 +19,7 @@ from planner.profile.merge import (
     by_field,
     key_of,
     merge,
-    stack_of,
+    platform_of,
 )
 from planner.profile.profile import (
     PROFILE_SCHEMA,
@@ -174,14 +174,14 @@ def test_stacks_that_differ() -> None:
     other = dataclasses.replace(
         a, device="h100", device_title="An H100", versions={"torch": "2.12.1"}, backend="nccl"
     )
-    assert stack_of(a).differences(stack_of(a)) == []
-    assert stack_of(a).differences(stack_of(other)) == [
+    assert platform_of(a).differences(platform_of(a)) == []
+    assert platform_of(a).differences(platform_of(other)) == [
         "device cpu against h100",
         "device title A CPU against An H100",
         "backend gloo against nccl",
         "torch 2.13.0 against 2.12.1",
     ]
     unknown = dataclasses.replace(a, precision=None, layers=())
-    assert stack_of(a).differences(stack_of(unknown)) == []
+    assert platform_of(a).differences(platform_of(unknown)) == []
     half = dataclasses.replace(a, precision=Precision.BF16)
-    assert stack_of(half).differences(stack_of(a)) == ["precision bf16 against fp32"]
+    assert platform_of(half).differences(platform_of(a)) == ["precision bf16 against fp32"]

@@ -14,7 +14,7 @@ import pytest
 from planner.cost.goodput import Job, figures_of
 from planner.foundation.units import DAY_S
 from planner.job.objective import Goal, Minimise
-from planner.job.problem import BEST, Upkeep
+from planner.job.problem import BEST, JobOverheads
 from planner.report import options_bars as bars
 from planner.report import options_plot as plots
 from planner.report import options_tables as tables
@@ -267,11 +267,11 @@ def test_every_loss_of_the_goodput_model_has_its_share(usual: Comparison) -> Non
         tokens=samples.TOKENS, devices=1024, nodes=128, rated_nodes=128, usual_failures_per_s=5e-6,
         checkpoint_bytes=1e12, staging_s=3.0,
     )  # fmt: skip
-    upkeep = Upkeep(
+    overheads = JobOverheads(
         checkpoint_every=BEST, storage_bytes_per_s=4e10, device_spread=0.01, ramp_up_s=40_000.0,
         repair_s=30_000.0, eval_s=60.0, eval_every=500, preemptions_per_1000_node_days=9.0,
     )  # fmt: skip
-    figures = figures_of(job, upkeep)
+    figures = figures_of(job, overheads)
     shares = bars.loss_shares(dataclasses.replace(option, losses=figures, goodput=figures.goodput))
     assert shares is not None and figures.days is not None
     assert sum(shares.values()) == pytest.approx(1, abs=1e-9)

@@ -21,7 +21,14 @@ from planner.profile.coverage import (
     sampled_classes,
     width_text,
 )
-from planner.profile.profile import BlockResidual, BlockResiduals, BlockShape, LayerKind, Profile, RateKind
+from planner.profile.profile import (
+    BlockResidual,
+    BlockResiduals,
+    BlockShape,
+    LayerKind,
+    OperatorKind,
+    Profile,
+)
 from planner.report import curves as ticks
 from planner.report.profile_layers import MOST_CLASSES
 from planner.report.profile_lines import ProfileLines
@@ -209,12 +216,13 @@ def test_every_operator_is_drawn_and_told() -> None:
 
 
 def test_rates_of_operators_follow_from_their_sizes() -> None:
-    gemm = next(s for s in samples.rates() if s.kind is RateKind.GEMM)
+    gemm = next(s for s in samples.rates() if s.kind is OperatorKind.GEMM)
     m, n, k = gemm.dims
     assert rate_flops(gemm) == 2 * m * n * k
     best = {row[0]: row for row in best_rates(samples.rates()).rows}
     fastest = max(
-        (s for s in samples.rates() if s.kind is RateKind.GEMM), key=lambda s: math.prod(s.dims) / s.forward_s
+        (s for s in samples.rates() if s.kind is OperatorKind.GEMM),
+        key=lambda s: math.prod(s.dims) / s.forward_s,
     )
     assert best["gemm bf16"][2] == format_si(2 * math.prod(fastest.dims) / fastest.forward_s, "FLOP/s")
     assert best["copy bf16"][2].endswith("B/s") and best["add bf16"][2].endswith("values/s")

@@ -18,7 +18,7 @@ from planner.cost.goodput import Job, figures_of
 from planner.foundation.decode import write_atomic
 from planner.foundation.errors import InputError
 from planner.foundation.units import format_usd
-from planner.job.problem import Upkeep
+from planner.job.problem import JobOverheads
 from planner.profile.choose import ProfileUse
 from planner.report.charts import CAUSE_COLOURS, COLOURS, TENANT_COLOURS
 from planner.report.page import render_page
@@ -250,7 +250,7 @@ def test_the_whole_run_is_told_at_its_goodput_with_its_spare_nodes() -> None:
             staging_s=0.0,
             usd_per_hour=10.0,
         ),
-        Upkeep(checkpoint_every=100, restart_s=1000.0, repair_s=3600.0, spares=1),
+        JobOverheads(checkpoint_every=100, restart_s=1000.0, repair_s=3600.0, spares=1),
     )
     cluster = dataclasses.replace(sample.cluster, price_usd_per_hour=10.0)
     estimate = dataclasses.replace(sample.estimate, days=3.0, cost_usd=720.0, job=job)

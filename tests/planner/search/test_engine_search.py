@@ -10,12 +10,12 @@ import pytest
 
 from planner.advice.resolve import Clock, Effort, resolved
 from planner.advice.what_if import with_workload
-from planner.calibration.software import engine_stack, fitted_framework, priced_as
+from planner.calibration.software import fitted_framework, priced_as, settings_for_engine
 from planner.cost import constants
 from planner.cost.evaluate import CostModel
 from planner.foundation.errors import InfeasibleError, InputError
 from planner.hardware.cluster_text import parse_cluster
-from planner.job.engine_settings import Engine, Stack, own_stack
+from planner.job.engine_settings import Engine, EngineSettings, native_settings
 from planner.job.objective import Goal
 from planner.job.problem import Limits, PlanningProblem
 from planner.model.sublayer import Recompute
@@ -45,7 +45,9 @@ def pinned(*texts: str) -> SolveOptions:
 def on(problem: PlanningProblem, engine: Engine) -> PlanningProblem:
     """The problem for an engine, at its own prices."""
     return dataclasses.replace(
-        problem, stack=engine_stack(engine, None, problem.cluster), limits=Limits(engine=engine)
+        problem,
+        engine_settings=settings_for_engine(engine, None, problem.cluster),
+        limits=Limits(engine=engine),
     )
 
 
@@ -244,18 +246,24 @@ def test_an_engine_is_priced_by_constants_that_were_fitted_to_it() -> None:
     """One framework of the engine is taken; of several, or of Megatron-DeepSpeed, the family's hold."""
     known = profile(constant("step_s", "TorchTitan (FSDP2)"), constant("step_s", "NeMo / Megatron-Core"))
     assert fitted_framework(Engine.TORCHTITAN, known) == "TorchTitan (FSDP2)"
-    assert engine_stack(Engine.MEGATRON, known, CLUSTER).framework == "NeMo / Megatron-Core"
+    assert settings_for_engine(Engine.MEGATRON, known, CLUSTER).framework == "NeMo / Megatron-Core"
     assert fitted_framework(Engine.DEEPSPEED, known) == "" == fitted_framework(Engine.NATIVE, known)
-    assert "TorchTitan (FSDP2)" in priced_as(engine_stack(Engine.TORCHTITAN, known, CLUSTER), known)
+    assert "TorchTitan (FSDP2)" in priced_as(settings_for_engine(Engine.TORCHTITAN, known, CLUSTER), known)
     several = profile(constant("step_s", "Megatron-LM"), constant("step_s", "nanotron", "megatron"))
     assert fitted_framework(Engine.MEGATRON, several) == ""
-    assert "its family (megatron)" in priced_as(engine_stack(Engine.MEGATRON, several, CLUSTER), several)
+    assert "its family (megatron)" in priced_as(
+        settings_for_engine(Engine.MEGATRON, several, CLUSTER), several
+    )
     both = profile(constant("step_s", "Megatron-DeepSpeed"))
     assert fitted_framework(Engine.MEGATRON, both) == "" == fitted_framework(Engine.DEEPSPEED, None)
-    assert "no run was fitted" in priced_as(engine_stack(Engine.MEGATRON, both, CLUSTER), both)
+    assert "no run was fitted" in priced_as(settings_for_engine(Engine.MEGATRON, both, CLUSTER), both)
     on_cpu = parse_cluster("local:4")
-    assert engine_stack(Engine.NATIVE, known, CLUSTER) == own_stack(CLUSTER) == Stack(compiled=True)
-    assert engine_stack(Engine.NATIVE, known, on_cpu) == own_stack(on_cpu) == Stack()
+    assert (
+        settings_for_engine(Engine.NATIVE, known, CLUSTER)
+        == native_settings(CLUSTER)
+        == EngineSettings(compiled=True)
+    )
+    assert settings_for_engine(Engine.NATIVE, known, on_cpu) == native_settings(on_cpu) == EngineSettings()
 
 
 def test_layers_that_were_measured_elsewhere_are_told() -> None:
@@ -279,5 +287,5 @@ def test_layers_that_were_measured_elsewhere_are_told() -> None:
     )
     measured = dataclasses.replace(profile(), layers=(sample,))
     for engine in Engine:
-        told = "measured natively" in priced_as(engine_stack(engine, measured, CLUSTER), measured)
+        told = "measured natively" in priced_as(settings_for_engine(engine, measured, CLUSTER), measured)
         assert told == (engine in (Engine.MEGATRON, Engine.DEEPSPEED))

@@ -14,7 +14,7 @@ from planner.foundation.units import GIB
 from planner.hardware.catalog import load_model, profile_files
 from planner.hardware.cluster import ClusterSpec, DeviceGroup, Link
 from planner.hardware.cluster_text import parse_cluster
-from planner.job.problem import PlanningProblem, Upkeep
+from planner.job.problem import JobOverheads, PlanningProblem
 from planner.model.sublayer import Recompute
 from planner.model.workload import Workload
 from planner.profile.profile import Op, load_profile
@@ -442,17 +442,17 @@ def test_what_is_known_least_sets_the_interval() -> None:
 
 def test_what_a_job_loses_depends_on_the_devices_of_each_rank() -> None:
     """Groups of one device lose what a uniform cluster does; each rank copies over its own host link."""
-    said = Upkeep(checkpoint_every=100, storage_bytes_per_s=1e18, device_spread=0.01)
+    said = JobOverheads(checkpoint_every=100, storage_bytes_per_s=1e18, device_spread=0.01)
     degrees = Degrees(tp=8, pp=4, num_micro_batches=128)
     texts = ("4x8:h100", "2x8:h100+2x8:h100", "2x8:a100-sxm-80gb+2x8:h100", "4x8:a100-sxm-80gb")
-    jobs = [evaluated(named(text, upkeep=said), degrees, sized_stages((8, 30, 21, 21))) for text in texts]
+    jobs = [evaluated(named(text, overheads=said), degrees, sized_stages((8, 30, 21, 21))) for text in texts]
     fast, split, mixed, slow = (done.estimate.job for done in jobs)
     assert fast is not None and split == fast
     turned = dataclasses.replace(degrees, device_order=(1, 0))
     waits = [job.checkpoint_wait_s or 0.0 for job in (fast, mixed, slow) if job]
     assert 0 < waits[0] < waits[1] == waits[2], "an A100 holds the largest stage"
-    light = evaluated(named(texts[2], upkeep=said), turned, sized_stages((36, 36, 4, 4))).estimate.job
-    heavy = evaluated(named(texts[2], upkeep=said), degrees, sized_stages((36, 36, 4, 4))).estimate.job
+    light = evaluated(named(texts[2], overheads=said), turned, sized_stages((36, 36, 4, 4))).estimate.job
+    heavy = evaluated(named(texts[2], overheads=said), degrees, sized_stages((36, 36, 4, 4))).estimate.job
     assert light and heavy and light.checkpoint_wait_s and heavy.checkpoint_wait_s
     assert light.checkpoint_wait_s < 0.7 * heavy.checkpoint_wait_s
 

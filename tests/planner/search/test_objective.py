@@ -18,7 +18,7 @@ from planner.foundation.units import DAY_S
 from planner.hardware.cluster import ClusterSpec
 from planner.job.engine_settings import Engine
 from planner.job.objective import Goal, Minimise, Objective
-from planner.job.problem import NOTHING_SAID, Limits, PlanningProblem, Upkeep
+from planner.job.problem import NO_OVERHEADS, JobOverheads, Limits, PlanningProblem
 from planner.model.sublayer import Recompute
 from planner.search.engine_search import solve_for_engine
 from planner.search.solve import solve
@@ -33,8 +33,8 @@ from tests.planner.search.test_solver import EXACT
 
 NODES = 4
 COST = Minimise.COST
-BUSY = Upkeep(data_tokens_per_s=5e5, checkpoint_every=50, storage_bytes_per_s=1e9, device_spread=0.05)
-STOPPED = Upkeep(
+BUSY = JobOverheads(data_tokens_per_s=5e5, checkpoint_every=50, storage_bytes_per_s=1e9, device_spread=0.05)
+STOPPED = JobOverheads(
     checkpoint_every="best",
     checkpoint_async=True,
     storage_bytes_per_s=1e6,
@@ -51,7 +51,7 @@ FEW = dataclasses.replace(EXACT, pins=parse_fixed_choices(("schedule=1f1b", "seq
 """A smaller space, so that many numbers of nodes can be searched."""
 
 
-def priced(seed: int, upkeep: Upkeep = NOTHING_SAID) -> PlanningProblem:
+def priced(seed: int, overheads: JobOverheads = NO_OVERHEADS) -> PlanningProblem:
     """A small problem on several nodes at a price, with tokens for the whole run.
 
     Its memory is what the leanest plan needs on a number of nodes that the seed draws, or ample; so on fewer
@@ -65,7 +65,7 @@ def priced(seed: int, upkeep: Upkeep = NOTHING_SAID) -> PlanningProblem:
     on = dataclasses.replace(on, name=f"{NODES}x2:device", price_usd_per_hour=8.0)
     base = instances.problem(of=spec, on=on, seq=2048, batch=12, limit_bytes=1 << 40)
     workload = dataclasses.replace(base.workload, tokens=10**10)
-    problem = dataclasses.replace(base, workload=workload, upkeep=upkeep)
+    problem = dataclasses.replace(base, workload=workload, overheads=overheads)
     fits = draw.choice([1, 2, 3, 4, None])
     if fits is None:
         return problem
@@ -91,9 +91,9 @@ class Alone(NamedTuple):
 
 
 @functools.cache
-def every_count(seed: int, upkeep: Upkeep = NOTHING_SAID) -> list[Alone]:
+def every_count(seed: int, overheads: JobOverheads = NO_OVERHEADS) -> list[Alone]:
     """What each number of nodes does, searched for itself; numbers without a plan are left out."""
-    found, problem = [], priced(seed, upkeep)
+    found, problem = [], priced(seed, overheads)
     for nodes in node_counts(problem.cluster, problem.workload.batch):
         part = dataclasses.replace(problem, cluster=part_of(problem.cluster, nodes))
         try:
@@ -115,11 +115,11 @@ SEEDS = (0, 1, 2, 6, 7, 9, 10, 14, 18, 22)
 """Instances in which one, two or three nodes are the cheapest, and in which some have no plan."""
 
 
-@pytest.mark.parametrize("upkeep", [NOTHING_SAID, BUSY], ids=["silent", "busy"])
+@pytest.mark.parametrize("overheads", [NO_OVERHEADS, BUSY], ids=["silent", "busy"])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_least_cost_equals_a_search_of_every_number_of_nodes(seed: int, upkeep: Upkeep) -> None:
-    problem = priced(seed, upkeep)
-    each = every_count(seed, upkeep)
+def test_least_cost_equals_a_search_of_every_number_of_nodes(seed: int, overheads: JobOverheads) -> None:
+    problem = priced(seed, overheads)
+    each = every_count(seed, overheads)
     cheapest = min(each, key=lambda alone: (alone.usd, alone.nodes))
     plan = solve_for(problem, FEW, Goal(minimise=COST))
     objective = of(plan)
@@ -191,11 +191,11 @@ def test_a_tighter_deadline_is_never_cheaper(seed: int) -> None:
         last = cost_usd
 
 
-@pytest.mark.parametrize("upkeep", [NOTHING_SAID, BUSY, STOPPED], ids=["silent", "busy", "stopped"])
-def test_no_run_beats_its_bound(upkeep: Upkeep) -> None:
+@pytest.mark.parametrize("overheads", [NO_OVERHEADS, BUSY, STOPPED], ids=["silent", "busy", "stopped"])
+def test_no_run_beats_its_bound(overheads: JobOverheads) -> None:
     """The bound of a part lies below what its best plan takes, stalls and failures included."""
     for seed in SEEDS[::2]:
-        problem = priced(seed, upkeep)
+        problem = priced(seed, overheads)
         bounds = StepBounds(FEW.pins)
         for nodes in node_counts(problem.cluster, problem.workload.batch):
             part = dataclasses.replace(problem, cluster=part_of(problem.cluster, nodes))

@@ -72,8 +72,8 @@ def test_what_fits_keeps_every_row(pipe: tuple[str, int]) -> None:
 def test_the_moments_are_those_of_the_table(pipe: tuple[str, int]) -> None:
     """Of every rank; where one has fewer, its last again."""
     for _, space in cases(pipe, range(2)):
-        d, stack = space.degrees, space.model.problem.stack
-        flights = in_flight(d.schedule, d.pp, d.chunks, d.num_micro_batches, most_waits(stack, d))
+        d, settings = space.degrees, space.model.problem.engine_settings
+        flights = in_flight(d.schedule, d.pp, d.chunks, d.num_micro_batches, most_waits(settings, d))
         alive, waiting, begun, messages = bounds_of(space).ranks.parts.moments
         for rank, stages in enumerate(space.stages_of):
             own = [*flights[rank], *flights[rank][-1:] * (alive.shape[1] - len(flights[rank]))]

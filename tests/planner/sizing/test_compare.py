@@ -17,7 +17,7 @@ import pytest
 from planner.commands.hardware.sizing_document import comparison_document, options_csv
 from planner.foundation.units import DAY_S
 from planner.job.objective import Goal
-from planner.job.problem import Upkeep
+from planner.job.problem import JobOverheads
 from planner.model.workload import AdapterModules, Adapters, Method, Workload
 from planner.sizing.comparison import Comparison, Option, Pricing
 from planner.sizing.offers import Wanted, find_offers
@@ -80,7 +80,7 @@ def test_spares_are_paid_like_nodes_in_use() -> None:
     none = compared(asked).options
     spare = {
         (o.nodes, o.rate.pricing): o
-        for o in compared(dataclasses.replace(asked, upkeep=Upkeep(spares=2))).options
+        for o in compared(dataclasses.replace(asked, overheads=JobOverheads(spares=2))).options
     }
     for option in none:
         other = spare[option.nodes, option.rate.pricing]

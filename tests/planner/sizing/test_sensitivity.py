@@ -15,7 +15,7 @@ from planner.hardware.prices import on_premises_inputs
 from planner.job.objective import Goal, Minimise
 from planner.sizing.comparison import Option, Pricing, Rate, Sensitivity, SizedPlan
 from planner.sizing.sensitivity import best_of, failure_factor, owned, sensitivities
-from planner.sizing.usual_overheads import usual_upkeep
+from planner.sizing.usual_overheads import usual_overheads
 from planner.strategy.estimate import Coverage, JobFigures, TimeBreakdown, Verdict
 from planner.strategy.strategy import Degrees, RecomputeCounts, Stage, Strategy
 
@@ -151,7 +151,7 @@ def test_failures_as_the_goodput_model_has_them(factor: float, devices: int, asy
         checkpoint_bytes=1e12,
         staging_s=2.0,
     )
-    said = dataclasses.replace(usual_upkeep(devices), failures_per_1000_node_days=rate, device_spread=0.01)
+    said = dataclasses.replace(usual_overheads(devices), failures_per_1000_node_days=rate, device_spread=0.01)
     said = dataclasses.replace(said, checkpoint_async=asynchronous)
     now = figures_of(job, said)
     assert now.checkpoint_every is not None and now.days is not None

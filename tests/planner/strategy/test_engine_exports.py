@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from planner.advice.what_if import with_workload
-from planner.calibration.software import engine_stack
+from planner.calibration.software import settings_for_engine
 from planner.export.targets import TARGETS, refusals
 from planner.foundation.errors import InfeasibleError
 from planner.job.engine_settings import Engine
@@ -63,8 +63,8 @@ def asked(seed: int, engine: Engine) -> tuple[PlanningProblem, tuple[str, ...]]:
     problem = with_workload(problem, precision=draw.choice(PRECISIONS), optimizer=draw.choice(OPTIMIZERS))
     if draw.random() < 0.1:
         problem = with_workload(problem, method=Method.LORA, adapters=LORA)
-    stack = engine_stack(engine, None, cluster)
-    held = dataclasses.replace(problem, stack=stack, limits=Limits(engine=engine))
+    settings = settings_for_engine(engine, None, cluster)
+    held = dataclasses.replace(problem, engine_settings=settings, limits=Limits(engine=engine))
     return held, draw.choice(PINS)
 
 

@@ -109,7 +109,9 @@ def test_changes_that_an_engine_accepts(case: ProblemCase) -> None:
     changes = list(accepted(case.illegal))
     assert not any(problem_refused(change.problem) for change in changes)
     assert {change.flag for change in changes} >= FLAGS.get(case.rule, set())
-    assert all(change.problem.stack.engine is change.problem.limits.engine for change in changes[-1:])
+    assert all(
+        change.problem.engine_settings.engine is change.problem.limits.engine for change in changes[-1:]
+    )
     assert not list(accepted(case.legal))
 
 

@@ -14,7 +14,7 @@ from planner.cost.stage.sharded_layers import accumulate_s
 from planner.cost.stage.stage import LayoutModel
 from planner.cost.time_constants import physics_of
 from planner.hardware.cluster_text import parse_cluster
-from planner.job.engine_settings import NATIVE, Engine, Stack
+from planner.job.engine_settings import NATIVE, Engine, EngineSettings
 from planner.job.problem import PlanningProblem
 from planner.model.sublayer import AttentionKernel, Recompute
 from planner.model.workload import Precision
@@ -23,14 +23,14 @@ from planner.strategy.strategy import Degrees, Schedule, Zero
 from tests.planner import instances
 
 CLUSTER = parse_cluster("4x8:a100-sxm-80gb@hdr200x8", "test")
-MEGATRON = Stack(engine=Engine.MEGATRON)
-SCALING = Stack(engine=Engine.DEEPSPEED, framework="AA-Scaling (Aleph Alpha)")
+MEGATRON = EngineSettings(engine=Engine.MEGATRON)
+SCALING = EngineSettings(engine=Engine.DEEPSPEED, framework="AA-Scaling (Aleph Alpha)")
 
 
-def problem(stack: Stack, precision: Precision = Precision.BF16) -> PlanningProblem:
+def problem(settings: EngineSettings, precision: Precision = Precision.BF16) -> PlanningProblem:
     of = instances.model(layers=8, hidden=4096, heads=32, vocab=32_000)
     found = instances.problem(of=of, on=CLUSTER, seq=2048, batch=64, precision=precision)
-    return dataclasses.replace(found, stack=stack)
+    return dataclasses.replace(found, engine_settings=settings)
 
 
 def degrees(**changes: object) -> Degrees:
@@ -48,8 +48,10 @@ def degrees(**changes: object) -> Degrees:
     return dataclasses.replace(usual, **changes)  # type: ignore[arg-type]
 
 
-def shape(stack: Stack, of: Degrees | None = None, precision: Precision = Precision.BF16) -> LayoutModel:
-    return CostModel(problem(stack, precision)).layout(of or degrees())
+def shape(
+    settings: EngineSettings, of: Degrees | None = None, precision: Precision = Precision.BF16
+) -> LayoutModel:
+    return CostModel(problem(settings, precision)).layout(of or degrees())
 
 
 def test_ranks_that_hold_a_result_whole_send_shares_of_it_where_the_engine_does() -> None:
@@ -71,28 +73,28 @@ def test_a_whole_reduction_sums_every_gradient_in_fp32() -> None:
     messages = own.messages
     whole_s = messages.seconds(Op.ALL_REDUCE, 4 * unit.trained, messages.shard_group())
     assert own.reduces[unit].dp_s == pytest.approx(whole_s)
-    usual = shape(Stack(engine=Engine.DEEPSPEED))
+    usual = shape(EngineSettings(engine=Engine.DEEPSPEED))
     scatter_s = messages.seconds(Op.REDUCE_SCATTER, 2 * unit.trained, messages.shard_group())
     assert usual.reduces[unit].dp_s == pytest.approx(scatter_s)
 
 
 @pytest.mark.parametrize(
-    ("stack", "precision", "moved"),
+    ("settings", "precision", "moved"),
     [
         (dataclasses.replace(MEGATRON, attention=AttentionKernel.FUSED), Precision.FP16, 10),
-        (Stack(engine=Engine.DEEPSPEED), Precision.BF16, 6),
+        (EngineSettings(engine=Engine.DEEPSPEED), Precision.BF16, 6),
         (NATIVE, Precision.BF16, 12),
         (MEGATRON, Precision.BF16, 0),
     ],
 )
 def test_a_gradient_is_added_to_that_of_earlier_micro_batches(
-    stack: Stack, precision: Precision, moved: int
+    settings: EngineSettings, precision: Precision, moved: int
 ) -> None:
-    own = shape(stack, precision=precision)
+    own = shape(settings, precision=precision)
     rates = own.layer_model.rates
     assert rates is not None
     assert accumulate_s(own.messages, rates) == pytest.approx(moved / rates.memory_bytes_per_s)
-    once, often = (shape(stack, degrees(num_micro_batches=n), precision) for n in (1, 8))
+    once, often = (shape(settings, degrees(num_micro_batches=n), precision) for n in (1, 8))
     key, unit = next(iter(own.block_units.items()))
     more_s = often.passes(key, Recompute.NONE)[1].host_s - once.passes(key, Recompute.NONE)[1].host_s
     assert more_s == pytest.approx(7 / 8 * moved * unit.trained / rates.memory_bytes_per_s)
@@ -135,7 +137,9 @@ def test_a_processor_that_launches_and_computes_by_turns_is_never_idle() -> None
 
 def test_gradients_that_are_summed_beside_themselves_are_reduced_whole() -> None:
     """DeepSpeed's BF16_Optimizer: set to zero, added to, added to fp32; fp16 has none of it."""
-    beside = Stack(engine=Engine.MEGATRON, framework="Megatron-DeepSpeed", attention=AttentionKernel.FUSED)
+    beside = EngineSettings(
+        engine=Engine.MEGATRON, framework="Megatron-DeepSpeed", attention=AttentionKernel.FUSED
+    )
     own = shape(beside)
     rates = own.layer_model.rates
     assert rates is not None
@@ -148,16 +152,18 @@ def test_gradients_that_are_summed_beside_themselves_are_reduced_whole() -> None
     assert half.reduces[unit].dp_s == pytest.approx(scatter_s)
 
 
-@pytest.mark.parametrize(("stack", "share"), [(MEGATRON, 0.5), (NATIVE, 1.0)])
-def test_what_ranks_gather_for_products_in_fp8_is_cast_before_it_is_sent(stack: Stack, share: float) -> None:
+@pytest.mark.parametrize(("settings", "share"), [(MEGATRON, 0.5), (NATIVE, 1.0)])
+def test_what_ranks_gather_for_products_in_fp8_is_cast_before_it_is_sent(
+    settings: EngineSettings, share: float
+) -> None:
     def messages(precision: Precision) -> dict[Op, float]:
-        own = shape(stack, degrees(sequence_parallel=True), precision).messages
+        own = shape(settings, degrees(sequence_parallel=True), precision).messages
         return {
             op: own.over_tp(op, operands=op is Op.ALL_GATHER) for op in (Op.ALL_GATHER, Op.REDUCE_SCATTER)
         }
 
     fp8, bf16 = messages(Precision.FP8), messages(Precision.BF16)
-    of = shape(stack, degrees(sequence_parallel=True), Precision.FP8).messages
+    of = shape(settings, degrees(sequence_parallel=True), Precision.FP8).messages
     alone = of.seconds(Op.ALL_GATHER, share * of.hidden_bytes(), of.tp_group())
     assert fp8[Op.ALL_GATHER] == pytest.approx(of.physics.tp_scale * alone)
     assert fp8[Op.REDUCE_SCATTER] == bf16[Op.REDUCE_SCATTER]

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from planner.foundation.errors import InputError
 from planner.model.arithmetic import Arithmetic
-from planner.model.attention import CAUSAL, CpExchange, Reach, Span
+from planner.model.attention import CAUSAL, AttentionSpan, CpExchange, Reach
 from planner.model.sublayer import Recompute
 from planner.strategy.plan import Plan
 from planner.strategy.strategy import Degrees, OffloadCounts, RecomputeCounts, Schedule, Stage, Zero
@@ -45,7 +45,7 @@ from tests.runtime.ranks import (
 
 LLAMA, GPT2, MLA, EXPERTS = tiny_llama(), tiny_gpt2(), tiny_mla(), tiny_deepseek_experts()
 _, GATHER, ALL_TO_ALL = CpExchange
-WINDOW = Span(reach=Reach.WINDOW, size=5)
+WINDOW = AttentionSpan(reach=Reach.WINDOW, size=5)
 BEGINS = torch.tensor([[0] * 5 + [5] + [6] * 12 + [18] * 14, [0] * 32, [*range(4)] * 1 + [4] * 28])
 """Of three sequences: four documents, of which one of one token; a single one; four of one token and one."""
 
@@ -68,7 +68,7 @@ def alone(begins: Tensor) -> list[tuple[int, int, int]]:
 @pytest.mark.parametrize("span", [CAUSAL, WINDOW], ids=["full", "window"])
 @pytest.mark.parametrize("widths", [(8, 8), (8, 6)], ids=str)
 def test_attention_is_that_of_each_document_alone(
-    span: Span, cap: float | None, widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    span: AttentionSpan, cap: float | None, widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Results and gradients, with chunks of queries that documents go over."""
     monkeypatch.setattr("runtime.model.attention.LEAST_CHUNK", 7)

@@ -8,7 +8,7 @@ import pytest
 
 from planner.foundation.errors import InputError
 from planner.model.arithmetic import Arithmetic, RopeKind, RopeScaling
-from planner.model.attention import Attention, CpExchange, LatentAttention, QkNorm, Reach, Span
+from planner.model.attention import Attention, AttentionSpan, CpExchange, LatentAttention, QkNorm, Reach
 from planner.model.feed_forward import Activation, Mlp
 from planner.model.spec import Block, ModelSpec, Norm, Segment
 from planner.model.sublayer import Recompute
@@ -34,7 +34,7 @@ def block(mixer: Attention | LatentAttention, **facts: object) -> Block:
     return Block(hidden=32, norm=Norm.RMSNORM, mixer=mixer, mlp=MLP, **facts)  # type: ignore[arg-type]
 
 
-WINDOW = replace(NORMED, span=Span(reach=Reach.WINDOW, size=5))
+WINDOW = replace(NORMED, span=AttentionSpan(reach=Reach.WINDOW, size=5))
 GEMMA = model(
     block(WINDOW, norms=4),
     block(NORMED, norms=4),

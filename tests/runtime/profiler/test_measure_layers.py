@@ -10,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from planner.foundation.decode import decode, decode_json, to_json
-from planner.model.attention import Attention, CpExchange, Reach, Span
+from planner.model.attention import Attention, AttentionSpan, CpExchange, Reach
 from planner.model.spec import Block, ModelSpec, Segment
 from planner.model.sublayer import Recompute
 from planner.model.workload import Precision
@@ -32,7 +32,7 @@ def hybrid() -> ModelSpec:
     dense, routed = tiny_llama(layers=1), tiny_mixtral(layers=2)
     block = dense.block(0)
     assert isinstance(block, Block) and isinstance(block.mixer, Attention)
-    mixer = dataclasses.replace(block.mixer, span=Span(reach=Reach.WINDOW, size=8))
+    mixer = dataclasses.replace(block.mixer, span=AttentionSpan(reach=Reach.WINDOW, size=8))
     windowed = Segment(block=dataclasses.replace(block, mixer=mixer), count=1)
     segments = (*dense.segments, *routed.segments, windowed)
     return dataclasses.replace(routed, name="hybrid", segments=segments)

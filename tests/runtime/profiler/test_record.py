@@ -12,14 +12,16 @@ pytest.importorskip("torch")
 
 from planner.foundation.errors import InputError
 from planner.model.workload import Precision
-from planner.profile.merge import Stack
+from planner.profile.merge import Platform
 from planner.profile.profile import CommSample, Constant, Op
 from runtime.profiler import scheduler as record_module
 from runtime.profiler.profile_cases import Reading
 from runtime.profiler.scheduler import RECORD_SCHEMA, Header, Record, open_record
 
-STACK = Stack(device="cpu", device_title="A CPU", backend="gloo", torch="2.13.0", precision=Precision.FP32)
-HEADER = Header(record_schema=RECORD_SCHEMA, stack=STACK, quick=False, models={"m": "sha256:abc"})
+PLATFORM = Platform(
+    device="cpu", device_title="A CPU", backend="gloo", torch="2.13.0", precision=Precision.FP32
+)
+HEADER = Header(record_schema=RECORD_SCHEMA, stack=PLATFORM, quick=False, models={"m": "sha256:abc"})
 COMM = CommSample(op=Op.ALL_REDUCE, ranks=2, groups=1, bytes=4096, seconds=1e-3, spread=0.1, samples=3)
 RATE = Constant(name="gemm_flops", value=1e11, origin="measured")
 MEASURED = Reading(samples=(COMM, RATE))
@@ -73,12 +75,12 @@ def test_a_cut_header_is_begun_anew(tmp_path: Path) -> None:
     assert opened(path).kept == 2
 
 
-def test_another_stack_or_model_of_that_name_is_refused(tmp_path: Path) -> None:
+def test_another_platform_or_model_of_that_name_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "p.partial"
     written(path)
     other = dataclasses.replace(
         HEADER,
-        stack=dataclasses.replace(STACK, torch="2.12.1"),
+        stack=dataclasses.replace(PLATFORM, torch="2.12.1"),
         quick=True,
         models={"m": "sha256:def", "n": "sha256:123"},
     )

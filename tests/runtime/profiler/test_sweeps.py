@@ -15,7 +15,7 @@ from planner.cost.compute.measured_operators import TERMS, Surface, measured_rat
 from planner.foundation.decode import decode
 from planner.hardware.catalog import load_model
 from planner.model.workload import Precision
-from planner.profile.profile import Profile, RateKind, RateSample
+from planner.profile.profile import OperatorKind, OperatorSample, Profile
 from runtime.model.fp8 import LEAST_CAPABILITY
 from runtime.profiler.device import OF_CUDA
 from runtime.profiler.host import CONSTANTS, CommunicatorFamily, HostFamily, measure_host
@@ -41,26 +41,26 @@ from tests.runtime.profiler.test_profiler import Silence, scope
 ONCE = Effort(warmup=1, least=2, most=2, budget_s=0.0)
 CPU = torch.device("cpu")
 FP32 = Precision.FP32
-SMALL: dict[RateKind, tuple[int, ...]] = {
-    RateKind.GEMM: (8, 12, 16),
-    RateKind.GROUPED: (3, 8, 16, 16),
-    RateKind.ROUTING: (16, 4, 2, 8),
-    RateKind.ATTENTION: (2, 16, 8),
-    RateKind.ADD: (64,),
-    RateKind.ACTIVATION: (64,),
-    RateKind.NORM: (8, 16),
-    RateKind.ROTARY: (8, 16),
-    RateKind.CROSS_ENTROPY: (8, 32, 16),
-    RateKind.EMBEDDING: (8, 32, 16),
-    RateKind.OPTIMIZER: (2, 16),
-    RateKind.COPY: (256,),
+SMALL: dict[OperatorKind, tuple[int, ...]] = {
+    OperatorKind.GEMM: (8, 12, 16),
+    OperatorKind.GROUPED: (3, 8, 16, 16),
+    OperatorKind.ROUTING: (16, 4, 2, 8),
+    OperatorKind.ATTENTION: (2, 16, 8),
+    OperatorKind.ADD: (64,),
+    OperatorKind.ACTIVATION: (64,),
+    OperatorKind.NORM: (8, 16),
+    OperatorKind.ROTARY: (8, 16),
+    OperatorKind.CROSS_ENTROPY: (8, 32, 16),
+    OperatorKind.EMBEDDING: (8, 32, 16),
+    OperatorKind.OPTIMIZER: (2, 16),
+    OperatorKind.COPY: (256,),
 }
 """Of each kind that a CPU has."""
 
 VARIANTS = {
-    RateKind.ACTIVATION: ("silu-gated", "gelu"),
-    RateKind.NORM: ("rmsnorm", "layernorm"),
-    RateKind.OPTIMIZER: ("adamw", "clip"),
+    OperatorKind.ACTIVATION: ("silu-gated", "gelu"),
+    OperatorKind.NORM: ("rmsnorm", "layernorm"),
+    OperatorKind.OPTIMIZER: ("adamw", "clip"),
 }
 
 
@@ -74,8 +74,8 @@ def small_cases() -> list[RateCase]:
 
 def test_every_kind_of_a_cpu_is_swept_and_has_a_form() -> None:
     assert {sweep.kind for sweep in SWEEPS["cpu"]} == set(SMALL)
-    assert {sweep.kind for sweep in SWEEPS["cuda"]} == set(RateKind)
-    assert sorted(kind for kinds in SORTS.values() for kind in kinds) == sorted(RateKind)
+    assert {sweep.kind for sweep in SWEEPS["cuda"]} == set(OperatorKind)
+    assert sorted(kind for kinds in SORTS.values() for kind in kinds) == sorted(OperatorKind)
     for sweep in (*SWEEPS["cpu"], *SWEEPS["cuda"]):
         assert all(len(exponents) == len(sweep.axes) for exponents in TERMS[sweep.kind])
 
@@ -95,17 +95,17 @@ def test_a_piece_runs_both_ways_and_leaves_nothing(case: RateCase) -> None:
 
 def test_small_samples_in_a_process_of_their_own() -> None:
     cases = small_cases()
-    found = [decode(RateSample, each, source="test") for each in measure_sweeps(cases, "cpu", ONCE)]
+    found = [decode(OperatorSample, each, source="test") for each in measure_sweeps(cases, "cpu", ONCE)]
     assert [(s.kind, s.dims, s.variant) for s in found] == [(c.kind, c.dims, c.variant) for c in cases]
-    one_way = (RateKind.ADD, RateKind.OPTIMIZER, RateKind.COPY)
+    one_way = (OperatorKind.ADD, OperatorKind.OPTIMIZER, OperatorKind.COPY)
     for sample in found:
         assert sample.forward_s > 0 and sample.reference_s
         assert (sample.backward_s is None) == (sample.kind in one_way)
 
 
 def test_a_case_without_memory_is_skipped_and_the_next_is_measured() -> None:
-    add = RateCase(kind=RateKind.ADD, dims=(64,), precision=FP32)
-    huge = RateCase(kind=RateKind.ADD, dims=(1 << 50,), precision=FP32)
+    add = RateCase(kind=OperatorKind.ADD, dims=(64,), precision=FP32)
+    huge = RateCase(kind=OperatorKind.ADD, dims=(1 << 50,), precision=FP32)
     first, second = measure_sweeps([huge, add], "cpu", ONCE)
     assert "not enough memory" in first["skipped"] and str(1 << 50) in first["skipped"]
     assert second["dims"] == [64]
@@ -126,7 +126,7 @@ def test_cases_are_within_limits_apart_and_as_many_as_wanted(device: str, few: b
 
 
 def test_the_first_cases_span_what_the_others_lie_between() -> None:
-    sweep = next(sweep for sweep in SWEEPS["cpu"] if sweep.kind is RateKind.NORM)
+    sweep = next(sweep for sweep in SWEEPS["cpu"] if sweep.kind is OperatorKind.NORM)
     cases = cases_of(sweep, "rmsnorm", FP32, LIMITS["cpu"], 12)
 
     def least_apart(count: int) -> float:
@@ -138,13 +138,13 @@ def test_the_first_cases_span_what_the_others_lie_between() -> None:
 
 
 def family(few: bool = False) -> RateFamily:
-    sweep = Sweep(kind=RateKind.ADD, axes=((2**8, 2**14),), count=8, few=4)
+    sweep = Sweep(kind=OperatorKind.ADD, axes=((2**8, 2**14),), count=8, few=4)
     return RateFamily("sums", [Operator(sweep=sweep, variant="", precision=FP32)], "cpu", ONCE, few=few)
 
 
-def made_up(case: RateCase) -> RateSample:
+def made_up(case: RateCase) -> OperatorSample:
     seconds = 1e-6 + 1e-10 * case.dims[0]
-    return RateSample(
+    return OperatorSample(
         kind=case.kind, dims=case.dims, precision=FP32, forward_s=seconds, spread=0.01, samples=3
     )
 
@@ -174,8 +174,8 @@ def test_few_cases_are_smaller_and_none_are_none() -> None:
 @pytest.fixture
 def two_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
     small = (
-        Sweep(kind=RateKind.GEMM, axes=((16, 64), (16, 64), (16, 64)), count=8, few=8),
-        Sweep(kind=RateKind.ADD, axes=((2**8, 2**12),), count=4, few=4),
+        Sweep(kind=OperatorKind.GEMM, axes=((16, 64), (16, 64), (16, 64)), count=8, few=8),
+        Sweep(kind=OperatorKind.ADD, axes=((2**8, 2**12),), count=4, few=4),
     )
     monkeypatch.setitem(SWEEPS, "cpu", small)
 
@@ -186,34 +186,34 @@ def test_a_profile_holds_its_sweeps() -> None:
 
     wanted = dataclasses.replace(scope((1,)), sweeps=Sweeps.FEW, sweep_effort=ONCE, micro_batches=(1,))
     profile: Profile = take_profile([tiny_llama()], local_cluster(1), FP32, wanted, Silence())
-    assert {sample.kind for sample in profile.rates} == {RateKind.GEMM, RateKind.ADD}
+    assert {sample.kind for sample in profile.rates} == {OperatorKind.GEMM, OperatorKind.ADD}
     assert len(profile.rates) == 12 and all(sample.taken for sample in profile.rates)
     sampled = measured_rates(profile, FP32)
     assert sampled is not None
-    small, large = (sampled.forward_s(RateKind.GEMM, n, n, n) for n in (16.0, 4096.0))
+    small, large = (sampled.forward_s(OperatorKind.GEMM, n, n, n) for n in (16.0, 4096.0))
     assert 0 < small < large
 
 
 CUDA_SMALL = SMALL | {
-    RateKind.GEMM: (64, 64, 64),
-    RateKind.GROUPED: (4, 32, 64, 64),
-    RateKind.ATTENTION: (2, 128, 64),
-    RateKind.TO_DEVICE: (4096,),
-    RateKind.TO_HOST: (4096,),
+    OperatorKind.GEMM: (64, 64, 64),
+    OperatorKind.GROUPED: (4, 32, 64, 64),
+    OperatorKind.ATTENTION: (2, 128, 64),
+    OperatorKind.TO_DEVICE: (4096,),
+    OperatorKind.TO_HOST: (4096,),
 }
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
 def test_every_kind_is_swept_on_an_accelerator() -> None:
-    host = dict.fromkeys((RateKind.TO_DEVICE, RateKind.TO_HOST), ("pinned", "pageable"))
+    host = dict.fromkeys((OperatorKind.TO_DEVICE, OperatorKind.TO_HOST), ("pinned", "pageable"))
     cases = [
         RateCase(kind=kind, dims=dims, precision=Precision.BF16, variant=variant)
         for kind, dims in CUDA_SMALL.items()
         for variant in (VARIANTS | host).get(kind, ("",))
     ]
     if torch.cuda.get_device_capability() >= LEAST_CAPABILITY:
-        cases.append(RateCase(kind=RateKind.GEMM, dims=(64, 64, 64), precision=Precision.FP8))
-    found = [decode(RateSample, each, source="test") for each in measure_sweeps(cases, "cuda", ONCE)]
+        cases.append(RateCase(kind=OperatorKind.GEMM, dims=(64, 64, 64), precision=Precision.FP8))
+    found = [decode(OperatorSample, each, source="test") for each in measure_sweeps(cases, "cuda", ONCE)]
     assert len(found) == len(cases)
     assert all(sample.forward_s > 0 and sample.reference_s is None for sample in found)
 
@@ -243,11 +243,11 @@ def tiled_s(m: float, n: float, k: float) -> float:
 
 def test_cases_of_a_gpu_tell_of_shards_of_real_models() -> None:
     """Products of blocks of 0.1 to 405 billion parameters, in up to eight shards."""
-    sweep = next(sweep for sweep in SWEEPS["cuda"] if sweep.kind is RateKind.GEMM)
+    sweep = next(sweep for sweep in SWEEPS["cuda"] if sweep.kind is OperatorKind.GEMM)
     cases = cases_of(sweep, "", Precision.BF16, LIMITS["cuda"], sweep.count)
     noise = random.Random(0)
     seconds = [tiled_s(*case.dims) * math.exp(noise.gauss(0, 0.02)) for case in cases]
-    surface = Surface([case.dims for case in cases], seconds, TERMS[RateKind.GEMM])
+    surface = Surface([case.dims for case in cases], seconds, TERMS[OperatorKind.GEMM])
     products, blocks = [], []
     for name, tp in itertools.product(("gpt2", "llama-3.2-1b", "llama-3-70b", "llama-3.1-405b"), (1, 2, 8)):
         block = load_model(name).segments[0].block

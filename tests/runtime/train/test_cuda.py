@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from planner.model.attention import CAUSAL, Reach, Span
+from planner.model.attention import CAUSAL, AttentionSpan, Reach
 from planner.model.sublayer import Recompute
 from planner.model.workload import Precision
 from planner.strategy.rehearsal import RehearsalMode
@@ -63,7 +63,7 @@ def test_fp32_within_documents_equals_one_process_on_the_cpu(device: torch.devic
 @pytest.mark.parametrize("window", [0, 40])
 @pytest.mark.parametrize("cap", [None, 5.0])
 def test_bf16_attention_within_documents_is_that_of_each_alone(window: int, cap: float | None) -> None:
-    span = Span(reach=Reach.WINDOW, size=window) if window else CAUSAL
+    span = AttentionSpan(reach=Reach.WINDOW, size=window) if window else CAUSAL
     core, ends = Core(span, None, cap), [0, 1, 100, 229, 256]
     q, k, v = (
         torch.randn(1, 256, heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)

@@ -16,7 +16,7 @@ from planner.cli import cli
 from planner.commands.shared.options import ProblemInputs
 from planner.commands.shared.problem import asked_of, held_to_trainer
 from planner.hardware.cluster_text import parse_cluster
-from planner.job.problem import NOTHING_SAID
+from planner.job.problem import NO_OVERHEADS
 from planner.model.spec import Block, ModelSpec, Segment
 from planner.model.workload import Precision, Workload
 from planner.search.solve import SolveOptions, solve
@@ -58,7 +58,7 @@ def solved(model: ModelSpec, *fixed: str) -> Plan:
     """The plan of a model on four processes of this machine."""
     cluster = parse_cluster("local:4")
     workload = Workload(seq=16, batch=8, precision=Precision.FP32, tokens=STEPS * 16 * 8)
-    inputs = ProblemInputs(model, workload, cluster, None, None, NOTHING_SAID)
+    inputs = ProblemInputs(model, workload, cluster, None, None, NO_OVERHEADS)
     problem = held_to_trainer(asked_of(inputs), "").problem
     plan = solve(problem, SolveOptions(pins=parse_fixed_choices(fixed, cluster), reproducible=True))
     return with_price(plan)
