@@ -11,10 +11,10 @@ from collections import Counter
 from typing import NamedTuple
 
 from planner.cost.communication.collectives import FREE, CommCost, CommModel, Group
+from planner.cost.constants import problem_time_constants
 from planner.cost.stage.layer_cost import LayerModel
 from planner.cost.stage.sharded_layers import SharedCosts
 from planner.cost.stage.stage import LayoutModel
-from planner.cost.time_constants import usual_physics
 from planner.hardware.cluster import ClusterSpec, Device, DeviceGroup, Link
 from planner.job.engine_settings import EngineSettings
 from planner.job.problem import PlanningProblem
@@ -56,7 +56,7 @@ def charged_messages(plan: Plan) -> tuple[Counter[Message], ...]:
     """What one step of each pipeline rank is charged for: how often for each message."""
     problem = _somewhere(plan)
     comms = _OneKind(problem)
-    layers = LayerModel(problem, usual_physics(problem))
+    layers = LayerModel(problem, problem_time_constants(problem))
 
     def layout() -> LayoutModel:
         return LayoutModel(problem, plan.strategy.degrees, layers, comms, 1.0, SharedCosts())

@@ -28,8 +28,8 @@ from typing import Any
 import click
 
 from planner.cost.compute.analytic import analytic_cost, device_rates
+from planner.cost.constants import problem_time_constants
 from planner.cost.layer import LayerShape
-from planner.cost.time_constants import usual_physics
 from planner.foundation.decode import decode, to_json, write_atomic
 from planner.foundation.frozen import frozen
 from planner.hardware.cluster_text import parse_cluster
@@ -182,7 +182,7 @@ def predicted(case: Case, sample: LayerSample, profile: Profile) -> tuple[float,
         precision=sample.precision,
         rotary=case.model.rotary,
     )
-    cost = analytic_cost(case.model, shape, device_rates(problem, usual_physics(problem)))
+    cost = analytic_cost(case.model, shape, device_rates(problem, problem_time_constants(problem)))
     return cost.forward_s, cost.backward_s
 
 

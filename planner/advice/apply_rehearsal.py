@@ -19,11 +19,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from planner.cost import constants
-from planner.cost.evaluate import CostModel, memory_of_ranks, time_breakdown
+from planner.cost.evaluate import TIME_ERROR, CostModel, memory_of_ranks, time_breakdown
 from planner.cost.layer import Pass
 from planner.cost.stage.layer_samples import usual_reference_s
-from planner.cost.stage.peak_memory import ErrorBand, RankMemory, verdict
+from planner.cost.stage.peak_memory import REHEARSED_MEMORY_ERROR, ErrorBand, RankMemory, verdict
 from planner.cost.stage.stage import LayoutModel, StageCost
 from planner.job.problem import PlanningProblem
 from planner.strategy.estimate import TimeBreakdown, Verdict
@@ -54,7 +53,7 @@ def refine(
     step_s = replayed.step_time_s
     error = _time_error(plan, measured_share)
     peak, limit = _fullest(ranks, memory_of_ranks(shapes, table, modelled), shapes)
-    error_of_memory = constants.REHEARSED_MEMORY_ERROR[mode]
+    error_of_memory = REHEARSED_MEMORY_ERROR[mode]
     band = ErrorBand(lower=error_of_memory, upper=error_of_memory)
     fits = Verdict.NO if any(rank.ran_out for rank in ranks) else verdict(peak, limit, band)
     return Refined(
@@ -154,7 +153,7 @@ def _time_error(plan: Plan, measured_share: float) -> float:
     """Half width of the interval: the plan's own for what is modelled, a measurement's for the rest."""
     low_s, high_s = plan.estimate.step_time_interval_s
     modelled = (high_s - low_s) / 2 / plan.estimate.step_time_s if plan.estimate.step_time_s else 0.0
-    known = min(constants.TIME_ERROR["measured"], modelled)
+    known = min(TIME_ERROR["measured"], modelled)
     return measured_share * known + (1 - measured_share) * modelled
 
 

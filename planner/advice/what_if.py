@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 
 from planner.calibration.software import settings_for_engine
 from planner.cost.communication.collectives import CommModel, Group
-from planner.cost.time_constants import usual_physics
+from planner.cost.constants import problem_time_constants
 from planner.foundation.errors import InputError
 from planner.foundation.frozen import frozen
 from planner.hardware.cluster import ClusterSpec, Device
@@ -136,12 +136,12 @@ def faster_links(problem: PlanningProblem, factor: float, degrees: Degrees) -> P
     cluster = problem.cluster
     if cluster.intra.bytes_per_s is None or cluster.devices_per_node == 1:
         return None
-    physics = usual_physics(problem)
+    constants = problem_time_constants(problem)
     if sum(group.nodes for group in cluster.groups) == 1:
         gains = dict.fromkeys(ON_ONE_NODE, factor)
     else:
         gains = {"tp_scale": factor, "dp_scale": _ring_gain(problem, factor, degrees)}
-    return _with_constants(problem, {name: getattr(physics, name) / gain for name, gain in gains.items()})
+    return _with_constants(problem, {name: getattr(constants, name) / gain for name, gain in gains.items()})
 
 
 def _ring_gain(problem: PlanningProblem, factor: float, degrees: Degrees) -> float:

@@ -34,9 +34,9 @@ from planner.calibration.memory_fit import MemoryFit, calibrate_memory
 from planner.calibration.predict import LayersKey, Measured, step_time_s, with_constants
 from planner.calibration.run_setup import RunSetup, Setups
 from planner.calibration.runs import Run, Status
+from planner.cost.constants import time_constants_of
 from planner.cost.evaluate import CostModel
 from planner.cost.stage.layer_cost import LayerModel, block_shape, likeness, placed
-from planner.cost.time_constants import physics_of
 from planner.foundation.errors import InputError, Problem
 from planner.profile.choose import check_device
 from planner.profile.profile import (
@@ -170,10 +170,10 @@ def _blocks(runs: Sequence[Measured], profile: Profile) -> tuple[list[BlockShape
     for run in runs:
         problem, strategy = run.setup.problem, run.setup.strategy
         if run.layers_key not in layers:
-            physics = physics_of(
+            constants = time_constants_of(
                 profile, problem.engine_settings, problem.device.name, problem.cluster.network
             )
-            layers[run.layers_key] = LayerModel(problem, physics, _Slower())
+            layers[run.layers_key] = LayerModel(problem, constants, _Slower())
         model = CostModel(problem, layers[run.layers_key])
         taken: Any = step_time_s(model, strategy)
         shares.append(math.log(taken[1] / taken[0]) / math.log1p(STEP))

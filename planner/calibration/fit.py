@@ -24,9 +24,9 @@ from statistics import fmean
 from typing import Any
 
 from planner.calibration.predict import LayersKey, Measured, ProblemKey, step_time_s
+from planner.cost.constants import TIME_SPECS, TimeConstants, stack_prior, time_constants_of
 from planner.cost.evaluate import CostModel
 from planner.cost.stage.layer_cost import LayerModel
-from planner.cost.time_constants import PRIORS, Physics, physics_of, prior_of
 from planner.job.engine_settings import EngineSettings
 from planner.profile.profile import Constant, Profile
 
@@ -87,11 +87,11 @@ class Unknown:
     @property
     def spread(self) -> float:
         """How far from its start one expects it, as its prior's spread is meant."""
-        return PRIORS[self.name].spread * (KINSHIP if self.told else 1.0)
+        return TIME_SPECS[self.name].spread * (KINSHIP if self.told else 1.0)
 
     def value(self, x: float) -> float:
         """The constant at `x` spreads from its start, within its bounds."""
-        prior = PRIORS[self.name]
+        prior = TIME_SPECS[self.name]
         raw = self.start * math.exp(self.spread * x) if prior.logarithmic else self.start + self.spread * x
         return min(max(raw, prior.low), prior.high)
 
@@ -103,7 +103,7 @@ class Unknown:
 
     def bounds(self) -> tuple[float, float]:
         """The range of x that its bounds leave."""
-        prior = PRIORS[self.name]
+        prior = TIME_SPECS[self.name]
         if prior.logarithmic:
             low, high = (math.log(end / self.start) / self.spread for end in (prior.low, prior.high))
         else:
@@ -143,7 +143,7 @@ class Scope:
             value=value,
             origin=origin,
             kernels=unknown.kernels,
-            **self.named("" if PRIORS[unknown.name].device else family),
+            **self.named("" if TIME_SPECS[unknown.name].device else family),
         )
 
 
@@ -269,7 +269,7 @@ def unknowns_of(runs: Sequence[Measured], scope: Scope, base: Profile) -> list[U
     stacks = {run.kernels: run.setup.problem.engine_settings for run in runs}
     usual = dataclasses.replace(runs[0].setup.problem.engine_settings, kernels="")
     found: list[Unknown] = []
-    for name in PRIORS:
+    for name in TIME_SPECS:
         own = len(found)
         start, told = _start(name, usual, scope, base)
         found.append(Unknown(name, "", start, None, told))
@@ -291,7 +291,7 @@ def _start(name: str, settings: EngineSettings, scope: Scope, base: Profile) -> 
         kernels=settings.kernels,
         engine=settings.engine.family,
     )
-    return (prior_of(name, settings) if known is None else known), known is not None
+    return (stack_prior(name, settings) if known is None else known), known is not None
 
 
 def values_of(unknowns: Sequence[Unknown], sets: Any) -> list[Any]:
@@ -340,18 +340,18 @@ class _Problem:
             first = self.runs[places[0]]
             key = first.layers_key
             if key not in layers:
-                layers[key] = LayerModel(first.setup.problem, self._physics(first, values))
+                layers[key] = LayerModel(first.setup.problem, self._constants(first, values))
             model = CostModel(first.setup.problem, layers[key])
             for place in places:
                 run = self.runs[place]
                 found[place] = step_time_s(model, run.setup.strategy) / run.step_time_s
         return np.log(found) / self.error
 
-    def _physics(self, run: Measured, values: Sequence[Any]) -> Physics:
+    def _constants(self, run: Measured, values: Sequence[Any]) -> TimeConstants:
         """The constants of a run's problem, where the unknowns have these values."""
         problem = run.setup.problem
         cluster = problem.cluster
-        own = physics_of(self._base, problem.engine_settings, problem.device.name, cluster.network)
+        own = time_constants_of(self._base, problem.engine_settings, problem.device.name, cluster.network)
         pairs = zip(self.unknowns, values, strict=True)
         told = {unknown.name: value for unknown, value in pairs if unknown.kernels in ("", run.kernels)}
         return dataclasses.replace(own, **told)

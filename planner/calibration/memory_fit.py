@@ -33,11 +33,9 @@ from typing import Any
 from planner.calibration.predict import with_constants
 from planner.calibration.run_setup import RunSetup, Setups
 from planner.calibration.runs import MemoryKind, Run, Status
-from planner.cost import constants
+from planner.cost.constants import MEMORY_SPECS, ConstantSpec, fitted_constant, kernel_constant, stack_prior
 from planner.cost.evaluate import CostModel, memory_of_ranks
-from planner.cost.memory_constants import MEMORY_PRIORS, constant_name, fitted_constant, memory_prior
-from planner.cost.stage.peak_memory import RankMemory
-from planner.cost.time_constants import Prior
+from planner.cost.stage.peak_memory import MEMORY_ERROR, RankMemory
 from planner.foundation.units import GIB
 from planner.job.engine_settings import Engine
 from planner.job.problem import PlanningProblem
@@ -61,7 +59,7 @@ def memory_band(
         ends["upper"] = max(above) + MARGIN
     if below:
         ends["lower"] = _quantile(below)
-    widest = constants.MEMORY_ERROR["datasheet"]  # few groups never teach less than no calibration
+    widest = MEMORY_ERROR["datasheet"]  # few groups never teach less than no calibration
     origin = f"{told}, each predicted from the other groups and from the other models"
     return tuple(
         Constant(name=f"memory_error_{name}", value=min(value, widest), origin=origin, framework=framework)
@@ -140,7 +138,7 @@ class _Unknown:
     """A constant of a fit and the value that it starts from and is held to."""
 
     name: str
-    prior: Prior
+    prior: ConstantSpec
     start: float
 
 
@@ -230,7 +228,7 @@ def _unknowns(runs: Sequence[MemoryRun], base: Profile) -> list[_Unknown]:
         if name == "allocator_slack" and not any(run.kind in RESERVING for run in runs):
             continue
         if told:
-            found.append(_Unknown(name, MEMORY_PRIORS[name], _start(told[0], name, base)))
+            found.append(_Unknown(name, MEMORY_SPECS[name], _start(told[0], name, base)))
     return found
 
 
@@ -243,16 +241,16 @@ def _tells(problem: PlanningProblem, name: str) -> bool:
         case "gathered_logits_bytes":
             return settings.gathers_logits
         case "norm_bytes" | "unfused_norm_bytes":
-            return constant_name("norm_bytes", settings) == name
+            return kernel_constant("norm_bytes", settings) == name
         case "probability_scale" | "eager_probability_scale":
             unfused = settings.attention is not AttentionKernel.FLASH
-            return unfused and constant_name("probability_scale", settings) == name
+            return unfused and kernel_constant("probability_scale", settings) == name
     return True
 
 
 def _start(problem: PlanningProblem, name: str, base: Profile) -> float:
     fitted = fitted_constant(dataclasses.replace(problem, profile=base), name)
-    return memory_prior(name, problem.engine_settings) if fitted is None else fitted
+    return stack_prior(name, problem.engine_settings) if fitted is None else fitted
 
 
 class _Linear:

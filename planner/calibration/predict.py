@@ -57,7 +57,7 @@ def step_time_s(model: CostModel, strategy: Strategy) -> float:
     """The longest bounding path of the schedule, between the once-a-step work at both ends.
 
     For even stages this is the replay's step time; for uneven ones a little less. An array where a constant
-    of the model's physics is one.
+    of the model's constants is one.
     """
     degrees = strategy.degrees
     shape = model.layout(degrees)
@@ -71,7 +71,7 @@ def step_time_s(model: CostModel, strategy: Strategy) -> float:
     held = costs[:: degrees.pp]
     ends_s = sum(cost.unshard_s + cost.reduce_s for cost in held)
     optimizers = [sum(cost.optimizer_s for cost in costs[rank :: degrees.pp]) for rank in range(degrees.pp)]
-    return span_s + ends_s + larger(*optimizers) + shape.physics.step_s
+    return span_s + ends_s + larger(*optimizers) + shape.constants.step_s
 
 
 def with_constants(base: Profile, constants: Sequence[Constant]) -> Profile:

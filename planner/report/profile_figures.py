@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planner.cost.constant_docs import told_value, usual_value
+from planner.cost.constants import spec_of
 from planner.foundation.units import format_bytes, format_seconds, format_si
 from planner.hardware.measured_tables import wire_factor
 from planner.profile.coverage import (
@@ -107,13 +107,13 @@ def constant_figure(profile: Profile) -> Figure | None:
     """Fitted constants over their usual values, a row a constant: how far the runs moved them."""
     rows = []
     for row in dict.fromkeys(constant.name for constant in profile.constants):
-        usual = usual_value(row)
+        usual = spec_of(row).prior
         moved = [
             Dot(
                 x=c.value / usual,
                 y=0.0,
-                tip=f"{row} = {told_value(row, c.value)} for {scope_text(c)}, usually "
-                f"{told_value(row, usual)}; {c.origin}",
+                tip=f"{row} = {spec_of(row).text(c.value)} for {scope_text(c)}, usually "
+                f"{spec_of(row).text(usual)}; {c.origin}",
             )
             for c in profile.constants
             if usual and c.name == row and c.value > 0 and c.origin.startswith("fitted")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from planner.cost.communication.collectives import CommModel, Group
+from planner.cost.constants import problem_time_constants
 from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.stage.layer_cost import LayerModel
-from planner.cost.time_constants import usual_physics
 from planner.hardware.catalog import device_names, load_device, load_model
 from planner.hardware.cluster import ClusterSpec, Device, DeviceGroup, Link, unknown_device
 from planner.job.engine_settings import EngineSettings
@@ -61,7 +61,7 @@ class ProfileLines:
             profile = self.profile if sampled else dataclasses.replace(self.profile, layers=())
             problem = self._problem(model, sample.precision, sample.seq, profile)
             problem = dataclasses.replace(problem, engine_settings=EngineSettings(compiled=sample.compiled))
-            self._layers[key] = LayerModel(problem, usual_physics(problem))
+            self._layers[key] = LayerModel(problem, problem_time_constants(problem))
         return self._layers[key]
 
     def _problem(self, model: ModelSpec, precision: Precision, seq: int, profile: Profile) -> PlanningProblem:

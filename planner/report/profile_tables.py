@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from planner.cost.constant_docs import meaning_of, told_value, usual_value
+from planner.cost.constants import spec_of
 from planner.cost.stage.layer_cost import Residuals
 from planner.foundation.frozen import frozen
 from planner.foundation.units import format_bytes, format_seconds, format_si
@@ -150,12 +150,12 @@ def constant_rows(profile: Profile) -> tuple[ConstantRow, ...]:
 
 
 def _constant_row(name: str, constants: Sequence[Constant]) -> ConstantRow:
-    usual = usual_value(name)
+    usual = spec_of(name).prior
     return ConstantRow(
         name=name,
-        meaning=meaning_of(name),
-        usual="" if usual is None else told_value(name, usual),
-        values=tuple((told_value(name, c.value), scope_text(c), c.origin) for c in constants),
+        meaning=spec_of(name).description,
+        usual="" if usual is None else spec_of(name).text(usual),
+        values=tuple((spec_of(name).text(c.value), scope_text(c), c.origin) for c in constants),
     )
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from statistics import median
 
-from planner.cost.constant_docs import told_value
+from planner.cost.constants import spec_of
 from planner.hardware.local_machine import Clocks
 from planner.profile.choose import OLD_MONTHS, months_old, told_age
 from planner.profile.coverage import ClassKey, SampledClass, covered_models, noisy, timed
@@ -266,7 +266,7 @@ CONSTANT_TILES = (
 
 def _constant_tiles(profile: Profile) -> tuple[Tile, ...]:
     return tuple(
-        Tile(title=title, value=told_value(name, value), detail=detail)
+        Tile(title=title, value=spec_of(name).text(value), detail=detail)
         for name, title, detail in CONSTANT_TILES
         if (value := profile.constant(name)) is not None
     )

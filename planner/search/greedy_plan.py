@@ -44,13 +44,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from planner.cost.communication.collectives import overlap_of
 from planner.cost.communication.messages import Messages
+from planner.cost.constants import TimeConstants, problem_time_constants
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.cost.goodput import Job
 from planner.cost.stage.layer_cost import LayerModel
 from planner.cost.stage.peak_memory import safe_tensor_bytes
 from planner.cost.stage.sharded_layers import layer_sharding
 from planner.cost.stage.stage import LayoutModel
-from planner.cost.time_constants import Physics, usual_physics
 from planner.foundation.units import format_bytes
 from planner.hardware.cluster import ClusterSpec
 from planner.job.problem import PlanningProblem
@@ -235,7 +235,7 @@ def _sent_s(model: CostModel, base: Degrees) -> tuple[float, float]:
     if base.replicas == 1:
         return 0.0, 0.0
     layers = model.layers
-    messages = Messages(model.problem, base, model.comms, layers.physics, layers.stream_width)
+    messages = Messages(model.problem, base, model.comms, layers.constants, layers.stream_width)
     units = layers.all_units(base)
     gathers = sum(messages.gather(u.dense_params, u.routed_params).total_s * count for u, count in units)
     reduces = sum(messages.reduce(u).total_s * count for u, count in units)
@@ -272,7 +272,7 @@ class Shared:
 
     def __init__(self, pins: FixedChoices, *known: LayerModel) -> None:
         self.pins = pins
-        self._layers: dict[Physics, LayerModel] = {layers.physics: layers for layers in known}
+        self._layers: dict[TimeConstants, LayerModel] = {layers.constants: layers for layers in known}
         self._spaces: dict[tuple[int, int], Space] = {}
         self._states: dict[Cell, float] = {}
 
@@ -296,10 +296,10 @@ class Shared:
 
     def layers(self, problem: PlanningProblem) -> LayerModel:
         """The costs of layers on a cluster."""
-        physics = usual_physics(problem)
-        if physics not in self._layers:
-            self._layers[physics] = LayerModel(problem, physics)
-        return self._layers[physics]
+        constants = problem_time_constants(problem)
+        if constants not in self._layers:
+            self._layers[constants] = LayerModel(problem, constants)
+        return self._layers[constants]
 
 
 class Learned:

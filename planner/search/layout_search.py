@@ -500,7 +500,7 @@ class ShapeSearch:
             hop_s=self.shape.messages.p2p_s(),
             limits_bytes=tuple(limit - book.shape.runtime_bytes for limit, book in each),
             transient_bytes=lambda s, c, flight: space.books[space.rank_of[s]].transient_bytes(c, flight),
-            step_s=self.shape.physics.step_s,
+            step_s=self.shape.constants.step_s,
             to_beat_s=to_beat_s,
             work_scale=sharing.slowdown(per_rank) if sharing else 1.0,
             optimizer_scale=sharing.slowdown(degrees.world) if sharing else 1.0,

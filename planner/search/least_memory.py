@@ -29,12 +29,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
-from planner.cost import constants
+from planner.cost.constants import fitted_constant
 from planner.cost.evaluate import CostModel, memory_of_ranks
-from planner.cost.memory_constants import fitted_constant
 from planner.cost.stage.memory_timeline import StageMemory
 from planner.cost.stage.offload import with_offload
-from planner.cost.stage.peak_memory import RankMemory, memory_band
+from planner.cost.stage.peak_memory import MEMORY_ERROR, RankMemory, memory_band
 from planner.cost.stage.stage import LayoutModel
 from planner.foundation.frozen import frozen
 from planner.foundation.units import MIB
@@ -153,7 +152,7 @@ class _Least:
         self.problem, self.pins = problem, pins
         self.model = CostModel(problem)
         fitted = fitted_constant(problem, "memory_error_upper")
-        self._least_error = min(constants.MEMORY_ERROR.values()) if fitted is None else fitted
+        self._least_error = min(MEMORY_ERROR.values()) if fitted is None else fitted
         self._states: dict[tuple[object, ...], float] = {}
         self._more: dict[tuple[int, tuple[int, ...]], float] = {}
         self.most_more_bytes = max(self.model.limits_bytes) - problem.memory_limit_bytes

@@ -17,10 +17,10 @@ import statistics
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
+from planner.cost.constants import time_constants_of
 from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.stage.layer_cost import LayerModel
 from planner.cost.stage.layer_samples import SampleTable, at_usual_speed, distance, form_of
-from planner.cost.time_constants import physics_of
 from planner.hardware.cluster import Device
 from planner.job.engine_settings import EngineSettings
 from planner.job.problem import PlanningProblem
@@ -56,7 +56,7 @@ class LayerPrediction:
     def __init__(self, model: ModelSpec, precision: Precision, device: Device) -> None:
         self.model, self.precision = model, precision
         problem = _problem(model, precision, device)
-        self._layers = LayerModel(problem, physics_of(None, problem.engine_settings))
+        self._layers = LayerModel(problem, time_constants_of(None, problem.engine_settings))
 
     def cost(self, case: LayerCase, samples: Sequence[LayerSample]) -> LayerCost | None:
         """What the samples tell of a case; None where none is of its class."""

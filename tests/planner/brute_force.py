@@ -7,10 +7,9 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from planner.cost import constants
 from planner.cost.evaluate import CostModel
 from planner.cost.memory.activations import most_waits
-from planner.cost.stage.peak_memory import RankMemory, band, rank_memory
+from planner.cost.stage.peak_memory import MEMORY_ERROR, RankMemory, band, rank_memory
 from planner.cost.stage.stage import StageCost
 from planner.foundation.errors import InfeasibleError
 from planner.foundation.suggest import divisors
@@ -126,7 +125,7 @@ class _Shape:
         self.shape, self.shapes = model.layout(degrees), model.rank_layouts(degrees)
         self.table = build_table(degrees.schedule, degrees.pp, degrees.chunks, degrees.num_micro_batches)
         self.limits = tuple(
-            shape.problem.memory_limit_bytes / (1 + band(constants.MEMORY_ERROR, model.coverage(shape)))
+            shape.problem.memory_limit_bytes / (1 + band(MEMORY_ERROR, model.coverage(shape)))
             for shape in self.shapes
         )
         self.bound_s = BaseBound(model, self.shapes, options, self.limits).of(degrees)

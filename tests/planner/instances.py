@@ -7,9 +7,10 @@ import random
 from itertools import groupby
 from typing import Any
 
-from planner.cost import constants
+from planner.cost.constants import spec_of
 from planner.cost.layer import LayerShape, Pass
 from planner.cost.stage.layer_cost import block_shape
+from planner.cost.stage.peak_memory import MEMORY_ERROR
 from planner.cost.stage.stage import StageCost
 from planner.hardware.cluster import ClusterSpec, Device, DeviceGroup, Link
 from planner.job.problem import PlanningProblem
@@ -194,8 +195,10 @@ def random_problem(seed: int, *, layers: int = 4, mixed: bool = False) -> Planni
 def _limit_bytes(need_bytes: float, devices: int) -> int:
     """A limit of each device, where all together need about so much besides their communicators."""
     groups = 2 if devices == 4 else 1  # axes over which a device talks, of the tightest shapes
-    each = need_bytes / devices**0.5 + groups * constants.COMMUNICATOR_BYTES
-    return int(each * (1 + constants.MEMORY_ERROR["datasheet"]))
+    communicator_bytes = spec_of("communicator_bytes").prior
+    assert communicator_bytes is not None
+    each = need_bytes / devices**0.5 + groups * communicator_bytes
+    return int(each * (1 + MEMORY_ERROR["datasheet"]))
 
 
 def told_problem(seed: int) -> PlanningProblem:

@@ -250,7 +250,7 @@ FITS_A_TABLE = 7
 def _constants_text(fits: Sequence[Fit]) -> str:
     """What each fit determined, what that means, and what stayed at its prior everywhere."""
     from planner.commands.shared.text import WIDTH, pairs, table, wrapped_table
-    from planner.cost.time_constants import PRIORS
+    from planner.cost.constants import TIME_SPECS
 
     labels = dict.fromkeys(unknown.label for fit in fits for unknown in fit.unknowns)
     priors = {unknown.label: unknown.start for fit in reversed(fits) for unknown in fit.unknowns}
@@ -268,7 +268,9 @@ def _constants_text(fits: Sequence[Fit]) -> str:
         header = ("constant", "prior", *columns[some])
         if rows:
             shown.append(table(header, rows, numbers=range(1, len(header))))
-    meanings = [(name, PRIORS[name].meaning) for name in dict.fromkeys(names[label] for label in known)]
+    meanings = [
+        (name, TIME_SPECS[name].description) for name in dict.fromkeys(names[label] for label in known)
+    ]
     stayed = ", ".join(label for label in labels if label not in known)
     parts = shown
     if any("*" in value for fit in found for value in fit.values()):
@@ -281,12 +283,12 @@ def _constants_text(fits: Sequence[Fit]) -> str:
 
 def _determined(fit: Fit) -> dict[str, str]:
     """The values that a fit determined, marked where they lie at the end of their range."""
-    from planner.cost.time_constants import PRIORS
+    from planner.cost.constants import TIME_SPECS
 
     found = {}
     for index, unknown in enumerate(fit.unknowns):
         if fit.determined(index):
-            value, prior = fit.values[index], PRIORS[unknown.name]
+            value, prior = fit.values[index], TIME_SPECS[unknown.name]
             at_end = value != unknown.start and value in (prior.low, prior.high)
             found[unknown.label] = f"{value:.4g}" + "*" * at_end
     return found

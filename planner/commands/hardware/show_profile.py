@@ -68,14 +68,14 @@ def show_profile(
 
 def profile_document(profile: Profile, classes: Classes, today: datetime.date) -> dict[str, Any]:
     """The profile as its file has it, with what its classes are and what is to be said of it."""
-    from planner.cost.constant_docs import meaning_of
+    from planner.cost.constants import spec_of
     from planner.foundation.decode import encode
     from planner.profile.coverage import bus_bytes_per_s, covered_models, noisy
     from planner.report.profile_words import warnings
 
     document: dict[str, Any] = encode(profile)
     for constant in document["constants"]:
-        constant["meaning"] = meaning_of(constant["name"])
+        constant["meaning"] = spec_of(constant["name"]).description
     for sample, own in zip(profile.layers, document["layers"], strict=True):
         found = classes[sample.kind, sample.shape_key]
         own |= {"class": found.title, "flops_per_s": found.flops_per_s(sample)}

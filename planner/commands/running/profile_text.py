@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def describe(profile: Profile, output: Path, wall_s: float) -> str:
     """What was measured, for people."""
     from planner.commands.shared.text import pairs
-    from planner.cost.constant_docs import told_value
+    from planner.cost.constants import spec_of
     from planner.foundation.units import format_seconds
 
     flops, copy = profile.constant("gemm_flops"), profile.constant("memory_bytes_per_s")
@@ -24,8 +24,8 @@ def describe(profile: Profile, output: Path, wall_s: float) -> str:
         ("operators", f"{len(profile.rates)} samples" if profile.rates else None),
         ("collectives", f"{len(profile.comms)} samples"),
         ("constants", str(len(profile.constants))),
-        ("products", f"{told_value('gemm_flops', flops)} a rank" if flops else None),
-        ("copies", told_value("memory_bytes_per_s", copy) if copy else None),
+        ("products", f"{spec_of('gemm_flops').text(flops)} a rank" if flops else None),
+        ("copies", spec_of("memory_bytes_per_s").text(copy) if copy else None),
         ("contention", ", ".join(f"{c.active}: {c.slowdown:.2f}x" for c in profile.contention)),
         *(("known to", _fit_text(fit, fit.error)) for fit in profile.fits if fit.error is not None),
         ("clocks", _clocks_text(profile.clocks) if profile.clocks else None),

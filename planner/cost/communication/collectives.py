@@ -41,13 +41,16 @@ import dataclasses
 import math
 from typing import Any
 
-from planner.cost import constants
+from planner.cost.constants import OVERLAP_SLOWDOWN
 from planner.foundation.arrays import smaller
 from planner.foundation.frozen import frozen
 from planner.hardware.cluster import ClusterSpec, Link
 from planner.hardware.measured_tables import CollectiveCurves, curves_of, rising, wire_factor
 from planner.job.problem import PlanningProblem
 from planner.profile.profile import NOISY_SPREAD, CommSample, Op, Profile
+
+DEFAULT_LATENCY_S = 10e-6
+"""Latency of one hop where a link states none: launch and handshake of one NCCL step."""
 
 
 @frozen
@@ -204,7 +207,7 @@ def _rounds(op: Op) -> int:
 
 
 def _latency_s(link: Link) -> float:
-    return link.latency_s or constants.DEFAULT_LATENCY_S
+    return link.latency_s or DEFAULT_LATENCY_S
 
 
 def _rate(link: Link) -> float:
@@ -292,6 +295,6 @@ def overlap_of(profile: Profile | None) -> Overlap:
     work = profile.constant("overlap_slowdown") if profile else None
     message = profile.constant("overlap_message_slowdown") if profile else None
     return Overlap(
-        work_slowdown=constants.OVERLAP_SLOWDOWN if work is None else work,
+        work_slowdown=OVERLAP_SLOWDOWN if work is None else work,
         message_slowdown=message or 0.0,
     )

@@ -64,7 +64,7 @@ class ExpertPass:
 
 def expert_pass(messages: Messages, experts: Experts, hidden: int) -> ExpertPass:
     """What dispatch, combine and gathering of one micro-batch show, and what ranks tell each other."""
-    degrees, physics, size = messages.degrees, messages.physics, messages.value_bytes
+    degrees, constants, size = messages.degrees, messages.constants, messages.value_bytes
     if not degrees.spreads_experts and degrees.cp == 1:
         return ExpertPass()
     values = messages.tokens / (degrees.tp if degrees.sequence_parallel else 1) * (experts.latent or hidden)
@@ -74,13 +74,13 @@ def expert_pass(messages: Messages, experts: Experts, hidden: int) -> ExpertPass
     if degrees.ep > 1:
         dispatched = messages.problem.engine_settings.dispatch_bytes or size
         sent_s = sum(_sending_s(messages, experts, values * each) for each in (dispatched, size))
-        imbalance = 1.0 if messages.problem.engine_settings.balanced else physics.expert_imbalance
+        imbalance = 1.0 if messages.problem.engine_settings.balanced else constants.expert_imbalance
         shown = (
-            physics.ep_overlapped
+            constants.ep_overlapped
             if messages.problem.engine_settings.overlaps_dispatch
-            else physics.ep_exposed
+            else constants.ep_exposed
         )
-        sent_s *= physics.ep_scale * imbalance * shown
+        sent_s *= constants.ep_scale * imbalance * shown
     return ExpertPass(
         forward_s=sent_s + told.forward_s,
         beside_s=gathered_s + told.beside_s,
@@ -130,7 +130,7 @@ def _gathering_s(messages: Messages, experts: Experts, row_bytes: float) -> floa
     copies = experts.topk if degrees.ep > 1 else 1
     whole, group = degrees.expert_tp * copies * row_bytes, messages.expert_tp_group()
     both_s = sum(messages.seconds(op, whole, group) for op in (Op.ALL_GATHER, Op.REDUCE_SCATTER))
-    return messages.physics.tp_scale * both_s
+    return messages.constants.tp_scale * both_s
 
 
 def _sending_s(messages: Messages, experts: Experts, row_bytes: float) -> float:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from planner.cost.communication.collectives import CommCost, CommModel, Group
+from planner.cost.constants import TimeConstants
 from planner.cost.layer import Pass, Unit
-from planner.cost.time_constants import Physics
 from planner.job.engine_settings import Engine
 from planner.job.problem import PlanningProblem
 from planner.model.workload import Precision
@@ -23,11 +23,11 @@ class Messages:
         problem: PlanningProblem,
         degrees: Degrees,
         comms: CommModel,
-        physics: Physics,
+        constants: TimeConstants,
         stream_width: int,
     ) -> None:
         self.problem, self.degrees, self.comm_model = problem, degrees, comms
-        self.physics, self.stream_width = physics, stream_width
+        self.constants, self.stream_width = constants, stream_width
         self._groups: dict[tuple[int, int], Group] = {}
         self._over_tp_s: dict[tuple[Op, bool], float] = {}
         self.wrapper = "replicate" if degrees.zero is Zero.NONE else "fsdp"
@@ -105,7 +105,7 @@ class Messages:
         if op is Op.P2P:
             pairs = group.groups * group.ranks // 2
             group = Group(ranks=2, groups=pairs, spans_nodes=group.spans_nodes, stride=group.stride)
-        return self.physics.cp_scale * self.seconds(op, size_bytes, group)
+        return self.constants.cp_scale * self.seconds(op, size_bytes, group)
 
     def spread_origin(self) -> str:
         """Where the figures of context- or expert-parallel messages come from."""
@@ -164,13 +164,13 @@ class Messages:
         share = precision.operand_bytes / precision.compute_bytes if cast else 1.0
         seconds = self.seconds(op, share * self.hidden_bytes(), self.tp_group())
         half = 1.0 if op is Op.ALL_REDUCE else 0.5
-        late_s = half * self._late_s(self.physics.tp_rank_s, self.degrees.tp, seconds)
-        return late_s + self.physics.tp_scale * seconds
+        late_s = half * self._late_s(self.constants.tp_rank_s, self.degrees.tp, seconds)
+        return late_s + self.constants.tp_scale * seconds
 
     def over_copies_s(self, size_bytes: float, copies: int) -> float:
         """Seconds of summing gradients over neighbours that have copies of the same weights."""
         group = self._group(copies, copies)
-        return self.physics.tp_scale * self.seconds(Op.ALL_REDUCE, size_bytes, group)
+        return self.constants.tp_scale * self.seconds(Op.ALL_REDUCE, size_bytes, group)
 
     @staticmethod
     def _late_s(rank_s: float, ranks: int, seconds: float) -> float:
@@ -193,10 +193,10 @@ class Messages:
             stride=self.degrees.world // self.degrees.pp,
         )
         if self.degrees.sequence_parallel or not self.problem.engine_settings.scatters_boundaries:
-            return self.physics.pp_scale * self.seconds(Op.P2P, self.boundary_bytes(), group)
+            return self.constants.pp_scale * self.seconds(Op.P2P, self.boundary_bytes(), group)
         share_s = self.seconds(Op.P2P, self.message_bytes() / self.degrees.tp, group)
         whole_s = self.seconds(Op.ALL_GATHER, self.message_bytes(), self.tp_group())
-        return self.physics.pp_scale * share_s + self.physics.tp_scale * whole_s
+        return self.constants.pp_scale * share_s + self.constants.tp_scale * whole_s
 
     def gather(self, dense_params: float, routed_params: float = 0.0) -> Pass:
         """All-gather of a unit's parameters in the compute precision, with copies in and out.
@@ -262,5 +262,5 @@ class Messages:
 
     def _data_parallel_s(self, seconds: float, ranks: int) -> float:
         """A message between data ranks that takes `seconds` alone: the more ranks, the slower and later."""
-        crowded: float = self.physics.dp_scale * ranks**self.physics.dp_congestion
-        return self._late_s(self.physics.dp_rank_s, ranks, seconds) + crowded * seconds
+        crowded: float = self.constants.dp_scale * ranks**self.constants.dp_congestion
+        return self._late_s(self.constants.dp_rank_s, ranks, seconds) + crowded * seconds

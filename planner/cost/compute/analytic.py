@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
-from planner.cost import constants
+from planner.cost.compute import fixed
 from planner.cost.compute.attention_core import attention_core_s
 from planner.cost.compute.elementwise_time import between_products, widest_values
 from planner.cost.compute.gemm import GemmModel
@@ -19,8 +19,8 @@ from planner.cost.compute.operator_time import BothWays, Pieces
 from planner.cost.compute.products import cast_s, matrices_s, product_s, products_of
 from planner.cost.compute.recompute_time import selected_s, spared_s
 from planner.cost.compute.weight_gradients import Trained, beside_frozen, without_lowest
+from planner.cost.constants import TimeConstants, fitted_to_runs
 from planner.cost.layer import NOTHING, LayerCost, LayerShape, block_saved_bytes
-from planner.cost.time_constants import Physics, fitted_to_runs
 from planner.foundation.arrays import larger
 from planner.foundation.errors import InputError, Problem
 from planner.foundation.frozen import frozen
@@ -56,7 +56,7 @@ class DeviceRates:
     memory_bytes_per_s: float
     attention_flops: float
     unaligned_flops: float
-    physics: Physics
+    constants: TimeConstants
     precise: GemmModel | None = None
     compiled: bool = False
     compiled_experts: bool = False
@@ -84,13 +84,13 @@ class DeviceRates:
         return Pieces(shape, self.sampled, self.imbalance)
 
 
-def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | None:
+def device_rates(problem: PlanningProblem, constants: TimeConstants) -> DeviceRates | None:
     """Rates of the cluster's device from the profile or the datasheet; None where neither knows them."""
     device = problem.device
     peak = device.peak_flops(problem.workload.precision)
-    flops = peak * constants.GEMM_EFFICIENCY if peak else None
+    flops = peak * fixed.GEMM_EFFICIENCY if peak else None
     bandwidth = device.memory_bandwidth_bytes_per_s
-    memory = bandwidth * constants.MEMORY_EFFICIENCY if bandwidth else None
+    memory = bandwidth * fixed.MEMORY_EFFICIENCY if bandwidth else None
     precision = problem.workload.precision
     sampled = measured_rates(problem.profile, precision)
     measured = problem.profile.constant("gemm_flops") if problem.profile else None
@@ -107,24 +107,24 @@ def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | No
     whole = device.peak_flops(between) or peak
     own = problem.engine_settings.own and sampled is not None
     if measured or whole is None:
-        whole = flops / constants.GEMM_EFFICIENCY
+        whole = flops / fixed.GEMM_EFFICIENCY
     return DeviceRates(
         flops=flops,
         by_shape=None if measured else GemmModel(device, precision),
         precise=None if measured else GemmModel(device, precise),
         memory_bytes_per_s=memory,
-        attention_flops=physics.attention_share
+        attention_flops=constants.attention_share
         * whole
         * _flash_carried(problem.engine_settings, device.name),
-        unaligned_flops=min(flops, constants.GEMM_EFFICIENCY * (device.peak_fp32_flops or peak or flops)),
-        physics=physics,
+        unaligned_flops=min(flops, fixed.GEMM_EFFICIENCY * (device.peak_fp32_flops or peak or flops)),
+        constants=constants,
         compiled=problem.engine_settings.compiled,
         compiled_experts=problem.engine_settings.compiles_experts,
         graphed=problem.engine_settings.graphed,
         fused_experts=problem.engine_settings.fused_experts,
         fused=problem.engine_settings.engine is Engine.MEGATRON,
         fp8=precision is Precision.FP8,
-        imbalance=1.0 if problem.engine_settings.balanced else physics.expert_imbalance,
+        imbalance=1.0 if problem.engine_settings.balanced else constants.expert_imbalance,
         origin="fitted"
         if own or fitted_to_runs(problem.profile, problem.engine_settings, device.name)
         else "datasheet",
@@ -139,8 +139,8 @@ def device_rates(problem: PlanningProblem, physics: Physics) -> DeviceRates | No
 
 def _flash_carried(settings: EngineSettings, device: str) -> float:
     """What a flash kernel keeps of its share of the peak on devices newer than it was written for."""
-    newer = architecture_of(device).startswith(constants.AFTER_AMPERE)
-    return constants.AMPERE_FLASH_KEEPS if settings.ampere_flash and newer else 1.0
+    newer = architecture_of(device).startswith(fixed.AFTER_AMPERE)
+    return fixed.AMPERE_FLASH_KEEPS if settings.ampere_flash and newer else 1.0
 
 
 def analytic_cost(
@@ -263,10 +263,10 @@ def _key(shape: LayerShape) -> tuple[object, ...]:
 
 
 def _alike(block: Block, shape: LayerShape, rates: DeviceRates) -> Alike:
-    layer_s = rates.physics.layer_s * launches(block, shape)
+    layer_s = rates.constants.layer_s * launches(block, shape)
     if isinstance(block.mlp, Experts) and rates.pieces(shape) is None:
-        own_s = rates.physics.expert_s * block.mlp.count / shape.ep
-        layer_s += own_s * (rates.physics.graphed_share if rates.graphed else 1.0)
+        own_s = rates.constants.expert_s * block.mlp.count / shape.ep
+        layer_s += own_s * (rates.constants.graphed_share if rates.graphed else 1.0)
     return Alike(
         products_s=matrices_s(block, shape, rates),
         attention_s=attention_core_s(block, shape, rates),
@@ -286,18 +286,18 @@ def _block_cost(
     stream = block.hidden / (tp if shape.sequence_parallel else 1)
     key = (*_key(shape), stream)
     between = _remembered(known, key, lambda: between_products(block, shape, stream, rates))
-    beside_s = size * tokens * rates.physics.elementwise_scale / rates.memory_bytes_per_s
+    beside_s = size * tokens * rates.constants.elementwise_scale / rates.memory_bytes_per_s
     casts_s, casts_backward_s = alike.casts_s
     if rates.compiles(block):
-        between = between.times(rates.physics.compiled_elementwise_share)
-        beside_s *= rates.physics.compiled_elementwise_share
-    again_host_s = constants.RECOMPUTE_HOST * host_s
+        between = between.times(rates.constants.compiled_elementwise_share)
+        beside_s *= rates.constants.compiled_elementwise_share
+    again_host_s = fixed.RECOMPUTE_HOST * host_s
     beside_forward_s = casts_s + more.forward_products_s + more.forward_values * beside_s
     beside_backward_s = casts_backward_s + more.backward_values * beside_s
     busy_s = layer_s + products_s + attention_s + between.forward_s + beside_forward_s
     forward_s = _launched_s(busy_s, host_s * (1 + more.forward_launches), rates)
     turned_s = products_s + more.backward_products_s + attention_backward_s
-    busy_backward_s = 2 * layer_s + rates.physics.backward_scale * turned_s
+    busy_backward_s = 2 * layer_s + rates.constants.backward_scale * turned_s
     busy_backward_s += between.backward_s + beside_backward_s
     backward_s = _launched_s(busy_backward_s, host_s * (2 + more.backward_launches), rates)
     again_busy_s, again_s = 0.0, 0.0
@@ -331,15 +331,15 @@ def _launched_s(busy_s: float, host_s: float, rates: DeviceRates) -> float:
 
 def _host_s(block: Block, shape: LayerShape, rates: DeviceRates) -> float:
     """Least seconds in which the host launches a block's forward, by the operators that it has."""
-    physics = rates.physics
+    constants = rates.constants
     # Times of operators on a CPU have their launches in them.
-    eager_s = 0.0 if rates.serial else physics.host_block_forward_s * launches(block, shape)
+    eager_s = 0.0 if rates.serial else constants.host_block_forward_s * launches(block, shape)
     if shape.tp > 1:
         modules = len(block.matrices()) + block.norms
-        eager_s += physics.host_tp_forward_s * modules / constants.SHARDED_MODULES
+        eager_s += constants.host_tp_forward_s * modules / fixed.SHARDED_MODULES
     if rates.graphed:
-        return eager_s * physics.graphed_share
-    return eager_s * (physics.compiled_host_share if rates.compiles(block) else 1.0)
+        return eager_s * constants.graphed_share
+    return eager_s * (constants.compiled_host_share if rates.compiles(block) else 1.0)
 
 
 def _traced_cost(layer: TracedLayer, shape: LayerShape, rates: DeviceRates) -> LayerCost:
@@ -354,7 +354,7 @@ def _traced_cost(layer: TracedLayer, shape: LayerShape, rates: DeviceRates) -> L
     )
     products_s += samples * layer.core_flops / rates.attention_flops
     moved_s = samples * size * layer.moved_values / rates.memory_bytes_per_s
-    host_s = rates.physics.host_block_forward_s * layer.operators / constants.BLOCK_LAUNCHES
+    host_s = rates.constants.host_block_forward_s * layer.operators / fixed.BLOCK_LAUNCHES
     forward_s = larger(products_s + moved_s, host_s)
     whole = samples * size * layer.saved_values
     full = shape.recompute is Recompute.FULL
@@ -376,11 +376,11 @@ def _head_cost(model: ModelSpec, shape: LayerShape, rates: DeviceRates, *, froze
     tokens, vocab, size = shape.tokens, model.vocab_shard(shape.tp), shape.precision.compute_bytes
     measured = None if frozen else _measured_head(model, shape, rates)
     projection_s = product_s(tokens, vocab, model.token_width, rates, precise=True)
-    logits_s = rates.physics.head_scale * 4.0 * tokens * vocab * 4 / rates.memory_bytes_per_s
+    logits_s = rates.constants.head_scale * 4.0 * tokens * vocab * 4 / rates.memory_bytes_per_s
     stream = model.hidden / (shape.tp if shape.sequence_parallel else 1)
     logits_bytes = tokens * vocab * (4.0 + (size if size < 4 else 0))
     turned_s = (1 if frozen else 2) * projection_s + logits_s
-    slower = rates.physics.unaligned_head_scale if vocab % constants.ALIGNED_VALUES else 1.0
+    slower = rates.constants.unaligned_head_scale if vocab % fixed.ALIGNED_VALUES else 1.0
     return LayerCost(
         forward_s=measured.forward_s if measured else slower * (projection_s + logits_s),
         backward_s=measured.backward_s if measured else slower * turned_s,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from planner.cost import constants
+from planner.cost.compute import fixed
 from planner.cost.compute.operator_time import BothWays
 from planner.cost.layer import LayerShape
 from planner.model.attention import Attention, LatentAttention
@@ -46,15 +46,15 @@ def _moved_values(block: Block, shape: LayerShape, stream: float, rates: DeviceR
     values += sum(2 * k.products + 2.5 * k.elementwise for k in mixing) / shape.tp
     values += 2 * sum(k.whole for k in mixing + feeding)
     activated = sum(2.5 * k.elementwise for k in feeding) / shape.tp
-    turned, physics = 2 * _rotated_values(block, shape), rates.physics
-    moved = 2 * norms * stream * physics.norm_scale
-    moved += values * physics.elementwise_scale + turned * physics.rotary_scale
+    turned, constants = 2 * _rotated_values(block, shape), rates.constants
+    moved = 2 * norms * stream * constants.norm_scale
+    moved += values * constants.elementwise_scale + turned * constants.rotary_scale
     if not isinstance(block.mlp, Experts):
-        return moved + activated * physics.elementwise_scale
+        return moved + activated * constants.elementwise_scale
     unfused = block.mlp.expert.bias and not rates.fused_experts
     rows = 2 * sum(k.routed for k in feeding) * shape.expert_tp / shape.tp
-    rows += activated * (constants.UNFUSED_ACTIVATION if unfused else 1)
-    return moved + rows * physics.routed_scale
+    rows += activated * (fixed.UNFUSED_ACTIVATION if unfused else 1)
+    return moved + rows * constants.routed_scale
 
 
 def _rotated_values(block: Block, shape: LayerShape) -> float:

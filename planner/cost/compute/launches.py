@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.cost import constants
+from planner.cost.compute import fixed
 from planner.cost.layer import LayerShape
 from planner.model.attention import Attention, LatentAttention
 from planner.model.feed_forward import Experts, FeedForward
@@ -20,10 +20,10 @@ def launches(block: Block, shape: LayerShape) -> float:
     operators += _activation_operators(block.mlp)
     for mixer in block.mixers:
         operators += 1 if shape.kernel is AttentionKernel.FLASH else 3
-        operators += constants.EAGER_LAUNCHES if shape.kernel is AttentionKernel.EAGER else 0
+        operators += fixed.EAGER_LAUNCHES if shape.kernel is AttentionKernel.EAGER else 0
         if shape.rotary and isinstance(mixer, (Attention, LatentAttention)) and mixer.rotated:
-            operators += constants.ROTARY_OPERATORS
-    return operators / constants.BLOCK_OPERATORS
+            operators += fixed.ROTARY_OPERATORS
+    return operators / fixed.BLOCK_OPERATORS
 
 
 def _activation_operators(mlp: FeedForward | None) -> int:
@@ -31,5 +31,5 @@ def _activation_operators(mlp: FeedForward | None) -> int:
     if mlp is None:
         return 0
     if isinstance(mlp, Experts):
-        return constants.ROUTING_OPERATORS + mlp.expert.up_projections
+        return fixed.ROUTING_OPERATORS + mlp.expert.up_projections
     return mlp.up_projections

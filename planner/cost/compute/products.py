@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from planner.cost import constants
+from planner.cost.compute import fixed
 from planner.cost.layer import LayerShape
 from planner.model.spec import Block
 from planner.model.sublayer import Split, WeightMatrix
@@ -24,13 +24,13 @@ def product_s(m: float, n: float, k: float, rates: DeviceRates, *, precise: bool
     """
     sampled = rates.sampled_precise if precise else rates.sampled
     if sampled is not None:
-        return sampled.forward_s(OperatorKind.GEMM, m, n, k) / rates.physics.gemm_scale
+        return sampled.forward_s(OperatorKind.GEMM, m, n, k) / rates.constants.gemm_scale
     shapes = rates.precise if precise else rates.by_shape
     rate = shapes.rate_flops(m, n, k) if shapes else None
     if rate is not None:
-        own = rates.physics.fp8_scale if rates.fp8 and not precise else 1.0
-        return 2.0 * m * n * k / (rate[0] * own * rates.physics.gemm_scale)
-    half = constants.GEMM_HALF_DIM
+        own = rates.constants.fp8_scale if rates.fp8 and not precise else 1.0
+        return 2.0 * m * n * k / (rate[0] * own * rates.constants.gemm_scale)
+    half = fixed.GEMM_HALF_DIM
     return 2.0 * m * n * k * (1 + half / n) * (1 + half / k) / rates.flops
 
 
@@ -86,7 +86,7 @@ def cast_s(block: Block, shape: LayerShape, rates: DeviceRates) -> tuple[float, 
         rows = matrix.used * shape.expert_tp / shape.tp if matrix.routed else 1.0
         own_inputs, own_outputs = matrix.shard(shards)
         inputs, outputs = inputs + rows * own_inputs, outputs + rows * own_outputs
-    value_s = 4.0 * rates.physics.cast_scale * shape.tokens / rates.memory_bytes_per_s
+    value_s = 4.0 * rates.constants.cast_scale * shape.tokens / rates.memory_bytes_per_s
     return inputs * value_s, outputs * value_s
 
 
@@ -101,8 +101,8 @@ def routed_s(matrix: WeightMatrix, shape: LayerShape, rates: DeviceRates) -> flo
     inputs, outputs = matrix.shard(shape.expert_tp)
     own = matrix.copies / shape.ep
     rows = shape.tokens * shape.ep * shape.expert_tp / shape.tp * matrix.used / matrix.copies
-    together = min(own, constants.GROUPED_PRODUCTS)
+    together = min(own, fixed.GROUPED_PRODUCTS)
     seconds = (
-        own / together * product_s(rows * together, outputs, inputs, rates) / rates.physics.grouped_scale
+        own / together * product_s(rows * together, outputs, inputs, rates) / rates.constants.grouped_scale
     )
     return seconds * rates.imbalance if shape.ep > 1 else seconds

@@ -40,7 +40,7 @@ def selected_s(
 def _mlp_s(block: Block, shape: LayerShape, stream: float, rates: DeviceRates) -> float:
     """The MLP with its norm, without its last product where recomputation stops when all is there again."""
     alone = replaced(block, mixer=None, cross=None, norms=1)
-    share = rates.physics.compiled_elementwise_share if rates.compiles(block) else 1.0
+    share = rates.constants.compiled_elementwise_share if rates.compiles(block) else 1.0
     beside_s = share * between_products(alone, shape, stream, rates).forward_s
     again_s = matrices_s(alone, shape, rates) + cast_s(alone, shape, rates)[0] + beside_s
     return again_s - spared_s(block, shape, rates)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from planner.cost.constants import BLOCK_LAUNCHES
+from planner.cost.compute.fixed import BLOCK_LAUNCHES
 from planner.cost.layer import LayerShape
 from planner.foundation.frozen import frozen
 from planner.model.lora import adapted

@@ -48,8 +48,8 @@ from collections.abc import Sequence
 from planner.cost.communication.context_parallel import both_sides_bytes, traded_bytes
 from planner.cost.compute.elementwise_time import formed_values, widest_values
 from planner.cost.compute.recompute_time import keeps_every_second
+from planner.cost.constants import MemoryConstants
 from planner.cost.layer import LayerCost, LayerShape, block_saved_bytes
-from planner.cost.memory_constants import MemoryConstants
 from planner.foundation.frozen import replaced
 from planner.job.engine_settings import Engine, EngineSettings, Selective
 from planner.model.attention import Attention

@@ -39,7 +39,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from planner.cost.memory_constants import memory_constants
+from planner.cost.constants import memory_constants
 from planner.foundation.frozen import frozen
 from planner.job.engine_settings import Engine
 from planner.job.problem import PlanningProblem

@@ -25,15 +25,13 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from planner.cost import constants
 from planner.cost.communication.context_parallel import with_context_buffers
 from planner.cost.compute.analytic import DeviceRates, Known, analytic_cost, core_s, device_rates
 from planner.cost.compute.measured_operators import matern
+from planner.cost.constants import TimeConstants, memory_constants
 from planner.cost.layer import LayerCost, LayerShape, Unit
 from planner.cost.memory.activations import engine_bytes
-from planner.cost.memory_constants import memory_constants, process_groups
 from planner.cost.stage.layer_samples import Run, SampleTable, at_usual_speed
-from planner.cost.time_constants import Physics
 from planner.foundation.arrays import larger, smaller
 from planner.foundation.frozen import frozen
 from planner.job.problem import PlanningProblem
@@ -46,6 +44,13 @@ from planner.strategy.strategy import Degrees
 
 if TYPE_CHECKING:
     from planner.foundation.arrays import Floats, Ints
+
+FUSED_SOFTMAX_BATCHES = 4
+"""Megatron-LM's fused softmax takes a multiple of so many (sequence, head) pairs; for others it falls back
+to separate operators (megatron/core/fusions/fused_softmax.py, is_kernel_available)."""
+
+FUSED_SOFTMAX_KEYS = 4096
+"""And rows of at most so many keys."""
 
 
 PARAMS_OF_WIDTH = 12
@@ -236,17 +241,26 @@ TIMES = ("forward_s", "backward_s", "forward_idle_s", "backward_idle_s")
 ORIGINS = ("measured", "interpolated", "fitted", "datasheet")
 
 
+def process_groups(degrees: Degrees, copied: int = 0) -> int:
+    """Number of communicators of a device: one for each axis of more than one rank, and one for each of
+    `copied` numbers of key-value heads that tensor-parallel neighbours hold copies of."""
+    axes = (degrees.tp, degrees.pp, degrees.dp_shard, degrees.dp_replicate, degrees.cp, degrees.ep)
+    return sum(size > 1 for size in axes) + copied
+
+
 class LayerModel:
     """Layer costs of one planning problem, remembered by shape.
 
     `classes` are the model's layer classes by key, `keys` the class of each layer.
     """
 
-    def __init__(self, problem: PlanningProblem, physics: Physics, ratios: Ratios | None = None) -> None:
-        self.problem, self.physics = problem, physics
+    def __init__(
+        self, problem: PlanningProblem, constants: TimeConstants, ratios: Ratios | None = None
+    ) -> None:
+        self.problem, self.constants = problem, constants
         self.ratios = ratios or residuals_of(problem.profile, problem)
         self.samples = at_usual_speed(problem.profile.layers) if problem.profile else []
-        self.rates = device_rates(problem, physics)
+        self.rates = device_rates(problem, constants)
         precision, curved = problem.workload.precision, self.rates is not None
         self.table = SampleTable(self.samples, precision, self.analytic, curved=curved)
         self.memory = memory_constants(problem)
@@ -305,10 +319,7 @@ class LayerModel:
         if kernel is not AttentionKernel.FUSED or self.attention is None:
             return kernel
         pairs = degrees.micro_batch * self.attention.heads // degrees.tp
-        taken = (
-            pairs % constants.FUSED_SOFTMAX_BATCHES == 0
-            and self.problem.workload.seq <= constants.FUSED_SOFTMAX_KEYS
-        )
+        taken = pairs % FUSED_SOFTMAX_BATCHES == 0 and self.problem.workload.seq <= FUSED_SOFTMAX_KEYS
         return kernel if taken else AttentionKernel.EAGER
 
     def cost(self, shape: LayerShape) -> LayerCost:
@@ -429,8 +440,8 @@ class LayerModel:
 
 def rates_of_run(rates: DeviceRates, run: Run) -> DeviceRates:
     """The rates under which a layer runs as samples of it did."""
-    physics = rates.physics
+    constants = rates.constants
     if run.apart:
-        physics = dataclasses.replace(physics, host_block_forward_s=0.0, host_tp_forward_s=0.0)
+        constants = dataclasses.replace(constants, host_block_forward_s=0.0, host_tp_forward_s=0.0)
     imbalance = 1.0 if run.balanced else rates.imbalance
-    return dataclasses.replace(rates, compiled=run.compiled, imbalance=imbalance, physics=physics)
+    return dataclasses.replace(rates, compiled=run.compiled, imbalance=imbalance, constants=constants)

@@ -57,7 +57,7 @@ class HostMemory:
     """Copies to and from host memory, and updates there, under a layout's degrees."""
 
     def __init__(self, layout: LayoutModel) -> None:
-        self.layout, self.physics = layout, layout.physics
+        self.layout, self.constants = layout, layout.constants
         self.size = layout.problem.workload.precision.compute_bytes
         self.every_pass = layout.degrees.zero >= Zero.GRADIENTS
         links = [group.device.host_link_bytes_per_s for group in layout.problem.cluster.groups]
@@ -65,7 +65,7 @@ class HostMemory:
         assert len(known) == len(links), "rules.offload_possible asks for it"
         rates = layout.layer_model.rates
         copied = rates.sampled.copies_bytes_per_s(COPIED_BYTES) if rates and rates.sampled else None
-        self.bytes_per_s = copied or min(known) * layout.physics.host_link_share
+        self.bytes_per_s = copied or min(known) * layout.constants.host_link_share
 
     def copy_s(self, bytes_: float) -> float:
         """Seconds of a copy over the host link, one way; the other way runs beside it."""
@@ -87,7 +87,7 @@ class HostMemory:
         block, _ = state_rates(problem.workload.optimizer, problem.model)
         traffic = (UPDATE_BYTES + 2 * block) / (UPDATE_BYTES + 2 * 8)
         node_params = devices * self.own_params(params)
-        return larger(node_params * traffic * self.physics.cpu_update_s, self.shard_s(params))
+        return larger(node_params * traffic * self.constants.cpu_update_s, self.shard_s(params))
 
 
 def with_offload(layout: LayoutModel, stage: Stage, cost: StageCost) -> StageCost:

@@ -46,8 +46,7 @@ from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
-from planner.cost import constants
-from planner.cost.memory_constants import fitted_constant, memory_constants
+from planner.cost.constants import fitted_constant, memory_constants
 from planner.cost.stage.memory_timeline import StageMemory, idle_apart, resident, step_temporaries_bytes
 from planner.cost.stage.stage import LayoutModel, StageCost
 from planner.foundation.frozen import frozen
@@ -55,6 +54,15 @@ from planner.job.engine_settings import Engine
 from planner.job.problem import PlanningProblem
 from planner.strategy.estimate import Coverage, MemoryBreakdown, MemoryFigures, MomentMemory, Verdict
 from planner.strategy.schedule.table import Flights, InFlight
+
+MEMORY_ERROR = {"measured": 0.05, "interpolated": 0.08, "fitted": 0.12, "datasheet": 0.15}
+"""Half width of the memory band by origin, as a share; the verdict is SAFE only beyond it."""
+
+REHEARSED_MEMORY_ERROR = {"device": 0.02, "processor": 0.02, "fake tensors": 0.05}
+"""Half width of the memory band of a rehearsed rank, as a share, by what it ran on. Tensors of a rank alone
+and of the same rank among others differ by less than 0.1 % (bench/results/*-rehearsal.json); the rest is what
+other ranks or another allocator add. Shapes alone are traced with a CPU's kernels, which keep other bytes
+than an accelerator's."""
 
 
 def rank_memory(
@@ -279,7 +287,7 @@ def _fitted_errors(problem: PlanningProblem) -> tuple[float | None, float | None
 
 
 def _band(lower: float | None, upper: float | None, coverage: Coverage) -> ErrorBand:
-    prior = band(constants.MEMORY_ERROR, coverage)
+    prior = band(MEMORY_ERROR, coverage)
     return ErrorBand(
         lower=prior if lower is None else lower,
         upper=prior if upper is None else upper,

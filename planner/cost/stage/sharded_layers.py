@@ -20,10 +20,10 @@ from planner.cost.communication.context_parallel import ContextCost, Exchanged
 from planner.cost.communication.expert_parallel import ExpertPass, expert_pass, spreads_experts
 from planner.cost.communication.messages import Messages
 from planner.cost.compute.analytic import DeviceRates
+from planner.cost.constants import TimeConstants
 from planner.cost.layer import LayerCost, LayerShape, Pass, Unit
 from planner.cost.memory.activations import most_waits, waiting_bytes
 from planner.cost.stage.layer_cost import LayerModel, Units
-from planner.cost.time_constants import Physics
 from planner.foundation.arrays import larger, smaller
 from planner.job.engine_settings import Engine, EngineSettings, Selective
 from planner.job.problem import PlanningProblem
@@ -122,7 +122,10 @@ def exchanged(layer: Layer, shape: LayerShape, messages: Messages, layers: Layer
     """
     if shape.cp == 1 or not isinstance(layer, Block):
         return Exchanged()
-    bandwidth, step_s = layers.rates.memory_bytes_per_s if layers.rates else None, messages.physics.cp_step_s
+    bandwidth, step_s = (
+        layers.rates.memory_bytes_per_s if layers.rates else None,
+        messages.constants.cp_step_s,
+    )
     if layers.exchange_measured(shape):
         bandwidth, step_s = None, 0.0
     overlap = overlap_of(layers.problem.profile)
@@ -141,7 +144,7 @@ UPDATE_BYTES = 28.0
 """AdamW reads parameter, gradient and two moments, and writes three of them, all in fp32."""
 
 
-def update_s(messages: Messages, rates: DeviceRates | None, physics: Physics) -> tuple[float, float]:
+def update_s(messages: Messages, rates: DeviceRates | None, constants: TimeConstants) -> tuple[float, float]:
     """Seconds a tensor, and a parameter: of a profile's sweep, else its constants, else by bytes."""
     swept = rates.sampled.update_s() if rates and rates.sampled and rates.own else None
     if swept is not None:
@@ -150,7 +153,7 @@ def update_s(messages: Messages, rates: DeviceRates | None, physics: Physics) ->
     each = constant("optimizer_s_per_param") + constant("clip_s_per_param")
     per_tensor = constant("optimizer_s_per_tensor") + constant("clip_s_per_tensor")
     if each == 0.0 and rates is not None:
-        each = physics.optimizer_scale * UPDATE_BYTES / rates.memory_bytes_per_s
+        each = constants.optimizer_scale * UPDATE_BYTES / rates.memory_bytes_per_s
     return per_tensor, each
 
 
@@ -282,7 +285,7 @@ class ShardedLayers:
             tp_forward_s = larger(tp_forward_s - cost.forward_idle_s, 0.0)
             tp_backward_s = larger(tp_backward_s - cost.backward_idle_s, 0.0)
         extra_s = larger(cost.backward_s - plain.backward_s, 0.0)
-        again_s = self.messages.physics.recompute_scale * extra_s
+        again_s = self.messages.constants.recompute_scale * extra_s
         cp, ep = self.exchanged(key), self.experts(key)
         cp_again = cp_sent_again(option, self.problem.engine_settings, self.degrees.cp_exchange)
         ep_s = ep.forward_s + ep.beside_s

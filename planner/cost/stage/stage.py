@@ -125,8 +125,8 @@ class LayoutModel:
     ) -> None:
         self.problem, self.degrees, self.slow = problem, degrees, slow
         self.layer_model = layers
-        self.physics, self.memory = layers.physics, layers.memory
-        self.messages = Messages(problem, degrees, comms, layers.physics, layers.stream_width)
+        self.constants, self.memory = layers.constants, layers.memory
+        self.messages = Messages(problem, degrees, comms, layers.constants, layers.stream_width)
         self.runtime_bytes = layers.runtime_bytes(degrees)
         self.classes = layers.classes
         units = layers.units(degrees)
@@ -290,8 +290,8 @@ class LayoutModel:
     def action(self) -> Pass:
         """What a pass takes besides its layers."""
         pp_action_s = self.messages.constant("pp_action_s") if self.degrees.pp > 1 else 0.0
-        standing_s = self.physics.pp_exposed * self.messages.p2p_s()
-        return Pass(host_s=pp_action_s + self.physics.action_s + standing_s)
+        standing_s = self.constants.pp_exposed * self.messages.p2p_s()
+        return Pass(host_s=pp_action_s + self.constants.action_s + standing_s)
 
     def stage(self, stage: Stage) -> StageCost:
         """The cost of a stage: its blocks with their options, and the ends that it holds."""
@@ -350,7 +350,7 @@ class LayoutModel:
         """Counts of `chosen` may be arrays; what is asked of them holds for one and for many."""
         forward, backward = self.action, self.action
         again = sum(count for (_, option), count in chosen if option is not Recompute.NONE)
-        backward += Pass(recompute_s=self.physics.recompute_pass_s * (again > 0))
+        backward += Pass(recompute_s=self.constants.recompute_pass_s * (again > 0))
         for choice, count in chosen:
             one_forward, one_backward = self.passes(*choice)
             forward, backward = forward + one_forward * count, backward + one_backward * count
@@ -416,7 +416,7 @@ class LayoutModel:
         if not self.overlaps:
             return total_s
         first_s = larger(*(seconds for seconds, _ in each))
-        return first_s + self.physics.dp_exposed * (total_s - first_s)
+        return first_s + self.constants.dp_exposed * (total_s - first_s)
 
     def _reduce_s(self, units: list[tuple[Unit, int]], backward_s: float) -> float:
         """ZeRO 0 and 1 reduce each unit once a step, behind the last backward where it overlaps."""
@@ -427,16 +427,16 @@ class LayoutModel:
         if not self.overlaps:
             return total_s
         behind_s = larger(total_s - backward_s, *(seconds for seconds, _ in each))
-        return behind_s + self.physics.dp_exposed * (total_s - behind_s)
+        return behind_s + self.constants.dp_exposed * (total_s - behind_s)
 
     def optimizer_s(self, units: list[tuple[Unit, int]]) -> float:
         """Clipping and the update of this device's shard: a cost a parameter and a cost a tensor.
 
-        What a step takes besides, once for all stages of a rank, is `physics.step_s`.
+        What a step takes besides, once for all stages of a rank, is `constants.step_s`.
         """
         params = sum(self._sharded(unit) * count for unit, count in units)
         tensors = sum(unit.tensors * count for unit, count in units)
-        per_tensor, each = update_s(self.messages, self.layer_model.rates, self.physics)
+        per_tensor, each = update_s(self.messages, self.layer_model.rates, self.constants)
         return params * each + tensors * per_tensor
 
 

@@ -291,7 +291,7 @@ class PathGame:
             own_s = [each.figures @ self._weights[stages].ravel() for stages, each in stages_of]
             fastest = list(map(fastest_of, own_s, choices))
             least_s, chosen = least(fastest, space.layers)
-            fixed_s = self._hops * self.hop_s + space.shape.physics.step_s
+            fixed_s = self._hops * self.hop_s + space.shape.constants.step_s
             bound_s = max(bound_s, least_s + fixed_s)
             near = best_s < (1 + NEAR) * to_beat_s or bound_s > (1 - NEAR) * to_beat_s
             if chosen is None or bound_s >= min(to_beat_s, best_s) or not (thorough or near or number < FEW):

@@ -370,7 +370,7 @@ def schedule_factor(degrees: Degrees) -> float:
 def _optimizer_bound_s(model: CostModel, shape: LayoutModel) -> float:
     """The slowest rank's optimizer step is no faster than the mean over ranks."""
     slow = model.sharing.slowdown(shape.degrees.world) if model.sharing else 1.0
-    return (shape.physics.step_s + shape.optimizer_s(shape.all_units()) / shape.degrees.pp) * slow
+    return (shape.constants.step_s + shape.optimizer_s(shape.all_units()) / shape.degrees.pp) * slow
 
 
 def memory_bound_bytes(shape: LayoutModel) -> float:

@@ -175,7 +175,7 @@ def _figures(book: RecipeBook, options: tuple[Recompute, ...]) -> tuple[Floats, 
     import numpy as np
 
     shape, zero = book.shape, book.shape.degrees.zero
-    shown = shape.physics.dp_exposed if shape.overlaps else 1.0
+    shown = shape.constants.dp_exposed if shape.overlaps else 1.0
     gathers, reduces = zero in (Zero.OPTIMIZER, Zero.GRADIENTS), zero in (Zero.NONE, Zero.OPTIMIZER)
     once = np.asarray(
         [

@@ -213,6 +213,6 @@ def _sent_s(model: CostModel, base: Degrees) -> list[tuple[float, float]]:
     units, layers = model.layers.units(base).all(), model.layers
     if base.zero < Zero.GRADIENTS or base.replicas == 1:
         return [(0.0, 0.0)] * len(units)
-    messages = Messages(model.problem, base, model.comms, layers.physics, layers.stream_width)
+    messages = Messages(model.problem, base, model.comms, layers.constants, layers.stream_width)
     sent, gathers = model.shared.sent(messages, layers.units(base)), base.zero is Zero.PARAMETERS
     return [(sent.gathers[unit].total_s if gathers else 0.0, sent.reduces[unit].total_s) for unit in units]

@@ -273,7 +273,7 @@ class RankParts:
         more_s = (option_s - fastest_s)[:, None, None]
         quick = np.where(more_s > 0, np.inf, room.held).min(axis=-1)
         over = self._least_sum(quick, blocks) - free
-        pass_s = self._of(attrgetter("shape.physics.recompute_pass_s"))
+        pass_s = self._of(attrgetter("shape.constants.recompute_pass_s"))
         with np.errstate(divide="ignore", invalid="ignore"):
             freed = np.where(more_s > 0, (quick[..., None] - room.held) / more_s, 0.0).max(axis=(-2, -1))
             again_s = over / freed[:, :, None] + pass_s[:, None, None]

@@ -231,7 +231,7 @@ class Dealer:
             np.array([once[:, stages, figure].sum(axis=1) for stages in self.ranks]) for figure in range(3)
         )
         ends_s = many_row_ends_s(action_order(space.table), cells, unshard_s, shape.messages.p2p_s())
-        steps = (ends_s + reduce_s).max(axis=0) + optimizer_s.max(axis=0) + shape.physics.step_s
+        steps = (ends_s + reduce_s).max(axis=0) + optimizer_s.max(axis=0) + shape.constants.step_s
         return [float(step) for step in steps]
 
     def best(self, start: Deal, within_s: float) -> tuple[tuple[Column, ...], float] | None:

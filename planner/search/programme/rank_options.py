@@ -295,7 +295,7 @@ class RankFloor:
             return dict.fromkeys(firsts, blocks * min(self.block_s.values()))
         full, selective, seconds = self._pairs(blocks)
         recomputing = np.ceil((full + selective) / max(most, *others))
-        seconds = seconds + self.shape.physics.recompute_pass_s * recomputing
+        seconds = seconds + self.shape.constants.recompute_pass_s * recomputing
         fits = np.repeat(seconds[None] < float("inf"), len(firsts), axis=0)
         for flights in vectors:
             standing, forward, freed = self._standing_bytes(flights, ends)

@@ -23,9 +23,8 @@ from functools import cache, cached_property
 from operator import le
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner.cost import constants
 from planner.cost.layer import Pass
-from planner.cost.replay import kind_passes
+from planner.cost.replay import SPLIT_RECOMPUTES, kind_passes
 from planner.cost.stage.memory_timeline import StageMemory, least_pass_bytes, reducing_bytes, stage_pass_bytes
 from planner.cost.stage.offload import with_offload
 from planner.cost.stage.stage import LayoutModel, StageCost
@@ -175,7 +174,7 @@ def split_again_s(shape: LayoutModel, key: str, option: Recompute) -> float:
         return 0.0
     if shape.problem.engine_settings.recomputes_once:
         return shape.deferrable_s[key]
-    return shape.passes(key, option)[1].recompute_s * (constants.SPLIT_RECOMPUTES - 1)
+    return shape.passes(key, option)[1].recompute_s * (SPLIT_RECOMPUTES - 1)
 
 
 MAX_MIXES = 16

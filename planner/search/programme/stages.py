@@ -295,7 +295,7 @@ class StageSpace:
         """The slowest rank's optimizer step is no faster than the mean over ranks."""
         shapes = {id(book): book.shape for book in self.books}.values()
         least_s = min(shape.optimizer_s(shape.all_units()) for shape in shapes)
-        return self.shape.physics.step_s + least_s / self.degrees.pp
+        return self.shape.constants.step_s + least_s / self.degrees.pp
 
     # Ranks
 

@@ -14,11 +14,11 @@ from planner.calibration.calibrate import TIME_ERROR, calibrate, usable
 from planner.calibration.runs import Run
 from planner.calibration.validate import Validation, validate
 from planner.cli import cli
-from planner.cost import constants
-from planner.cost.evaluate import CostModel
+from planner.cost import evaluate
+from planner.cost.constants import problem_time_constants
+from planner.cost.evaluate import NINE_IN_TEN, CostModel
 from planner.cost.layer import LayerShape
 from planner.cost.stage.layer_cost import LayerModel, block_shape
-from planner.cost.time_constants import usual_physics
 from planner.foundation.decode import encode
 from planner.foundation.errors import InputError
 from planner.job.problem import PlanningProblem
@@ -61,7 +61,10 @@ def problem(told: float = SLOW, of: LayerShape | None = None, **scope: str) -> P
 
 def ratio(of: PlanningProblem, asked: LayerShape) -> float:
     """The time of a layer over what it is without what runs told."""
-    both = [LayerModel(p, usual_physics(p)).cost(asked) for p in (of, dataclasses.replace(of, profile=None))]
+    both = [
+        LayerModel(p, problem_time_constants(p)).cost(asked)
+        for p in (of, dataclasses.replace(of, profile=None))
+    ]
     told, priced = (cost.forward_s + cost.backward_s for cost in both)
     return told / priced
 
@@ -91,7 +94,7 @@ def test_recomputation_is_another_kind_and_never_quicker_than_none() -> None:
     assert ratio(problem(), full) == pytest.approx(math.exp(SLOW / 2), rel=1e-3)
     quick = problem(-1.0, of=full)
     assert ratio(quick, full) < 0.85
-    layers = LayerModel(quick, usual_physics(quick))
+    layers = LayerModel(quick, problem_time_constants(quick))
     whole, none = layers.cost(full), layers.cost(shape())
     assert whole.forward_s == pytest.approx(none.forward_s) and whole.backward_s >= none.backward_s
 
@@ -122,7 +125,7 @@ def test_blocks_unlike_all_that_ran_widen_the_interval(micro_batch: int, doubt: 
     estimate = CostModel(told).evaluate(strategy).estimate
     width = (estimate.step_time_interval_s[1] / estimate.step_time_s - 1) / estimate.coverage.fitted
     assert estimate.coverage.fitted > 0
-    assert width == pytest.approx(math.hypot(0.05, constants.NINE_IN_TEN * doubt), rel=0.1)
+    assert width == pytest.approx(math.hypot(0.05, NINE_IN_TEN * doubt), rel=0.1)
 
 
 # From runs
@@ -255,5 +258,5 @@ def test_a_device_that_no_run_was_on_has_a_wider_interval(tmp_path: Path) -> Non
         low, high = estimate.step_time_interval_s
         return (high - low) / estimate.step_time_s
 
-    assert width("h100-sxm-80gb") > 2 * constants.TIME_ERROR["fitted"] - 1e-9
-    assert width("a100-sxm-80gb") < constants.TIME_ERROR["fitted"]
+    assert width("h100-sxm-80gb") > 2 * evaluate.TIME_ERROR["fitted"] - 1e-9
+    assert width("a100-sxm-80gb") < evaluate.TIME_ERROR["fitted"]

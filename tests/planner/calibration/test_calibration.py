@@ -16,8 +16,8 @@ from planner.calibration.fit import MAX_RUNS, Scope, Unknown, evenly, fit
 from planner.calibration.predict import Measured, step_time_s, with_constants
 from planner.calibration.runs import Run, read_runs
 from planner.cli import cli
+from planner.cost.constants import TIME_SPECS, TimeConstants, time_constants_of
 from planner.cost.evaluate import CostModel
-from planner.cost.time_constants import PRIORS, Physics, physics_of
 from planner.foundation.errors import InputError
 from planner.job.engine_settings import NATIVE, Engine, EngineSettings
 from planner.profile.profile import PROFILE_SCHEMA, Constant, Profile, load_profile
@@ -177,14 +177,14 @@ def test_a_cluster_stands_on_its_own_where_that_predicts_it_better(tmp_path: Pat
 
 
 def test_constants_stay_within_their_bounds() -> None:
-    for name, prior in PRIORS.items():
-        unknown = Unknown(name, "", prior.value)
+    for name, prior in TIME_SPECS.items():
+        unknown = Unknown(name, "", prior.prior)
         low, high = unknown.bounds()
-        assert unknown.value(0.0) == pytest.approx(prior.value)
+        assert unknown.value(0.0) == pytest.approx(prior.prior)
         assert prior.low <= unknown.value(low) <= unknown.value(high) <= prior.high
         assert low < 0 < high
-        assert prior.low <= prior.value <= prior.high and prior.spread > 0 and prior.meaning
-    assert set(PRIORS) == set(Physics.__dataclass_fields__)
+        assert prior.low <= prior.prior <= prior.high and prior.spread > 0 and prior.meaning
+    assert set(TIME_SPECS) == set(TimeConstants.__dataclass_fields__)
 
 
 def test_the_narrowest_constant_speaks() -> None:
@@ -206,9 +206,9 @@ def test_the_narrowest_constant_speaks() -> None:
     ]
     for framework, kernels, device, expected in cases:
         settings = EngineSettings(framework=framework, kernels=kernels)
-        assert physics_of(profile, settings, device).gemm_scale == expected
-    assert physics_of(None, NATIVE).gemm_scale == PRIORS["gemm_scale"].value
-    assert physics_of(None, EngineSettings(engine=Engine.MEGATRON)).dp_exposed == 1.0
+        assert time_constants_of(profile, settings, device).gemm_scale == expected
+    assert time_constants_of(None, NATIVE).gemm_scale == TIME_SPECS["gemm_scale"].prior
+    assert time_constants_of(None, EngineSettings(engine=Engine.MEGATRON)).dp_exposed == 1.0
 
 
 def test_scopes_go_from_the_general_to_the_particular(tmp_path: Path) -> None:

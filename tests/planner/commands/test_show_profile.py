@@ -15,9 +15,7 @@ from click.testing import CliRunner, Result
 
 from planner.cli import cli
 from planner.commands.hardware.show_profile import MOST_ROWS, find_profile
-from planner.cost.constant_docs import MEANINGS, meaning_of, told_value
-from planner.cost.memory_constants import MEMORY_PRIORS
-from planner.cost.time_constants import PRIORS
+from planner.cost.constants import MEASURED, MEMORY_SPECS, TIME_SPECS, spec_of
 from planner.foundation.decode import to_json
 from planner.hardware.catalog import load_model, profile_files
 from planner.profile.coverage import noisy
@@ -56,7 +54,7 @@ def test_every_shipped_profile_is_shown_whole(name: str) -> None:
     assert max(map(len, text.splitlines())) <= WIDTH
     assert profile.name in text and profile.created in text
     for constant in profile.constants:
-        assert constant.name in text and told_value(constant.name, constant.value) in text
+        assert constant.name in text and spec_of(constant.name).text(constant.value) in text
     document = document_of("show", "profile", name)
     assert len(document["layers"]) == len(profile.layers)
     assert document["measured"] == profile.measured
@@ -220,15 +218,15 @@ def test_the_list_says_what_each_speaks_for() -> None:
 
 
 def test_every_constant_that_a_profile_can_hold_has_a_meaning() -> None:
-    names = {*PRIORS, *MEMORY_PRIORS, *MEANINGS}
-    assert all(meaning_of(name) for name in names)
-    assert not set(MEANINGS) & {*PRIORS, *MEMORY_PRIORS}
-    assert meaning_of("unheard_of") == ""
+    names = {*TIME_SPECS, *MEMORY_SPECS, *MEASURED}
+    assert all(spec_of(name).description for name in names)
+    assert not set(MEASURED) & {*TIME_SPECS, *MEMORY_SPECS}
+    assert spec_of("unheard_of").description == ""
     root = Path(__file__).parents[3]
     asked = re.compile(r"constant\(\s*\"([a-z_]+)\"")
     sources = [path for folder in ("planner", "runtime") for path in (root / folder).rglob("*.py")]
     found = {name for path in sources for name in asked.findall(path.read_text(encoding="utf-8"))}
-    assert "gemm_flops" in found and all(meaning_of(name) for name in found)
+    assert "gemm_flops" in found and all(spec_of(name).description for name in found)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +243,7 @@ def test_every_constant_that_a_profile_can_hold_has_a_meaning() -> None:
     ],
 )
 def test_constants_are_told_in_their_units(name: str, value: float, told: str) -> None:
-    assert told_value(name, value) == told
+    assert spec_of(name).text(value) == told
 
 
 def test_the_doctor_says_whether_a_profile_speaks_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,10 @@ import pytest
 
 from planner.cost.communication.collectives import CommModel, Group
 from planner.cost.compute.gemm import GemmModel
+from planner.cost.constants import time_constants_of
 from planner.cost.evaluate import CostModel
 from planner.cost.layer import LayerShape
 from planner.cost.stage.layer_cost import LayerModel
-from planner.cost.time_constants import physics_of
 from planner.hardware import measured_tables as measured
 from planner.hardware.catalog import load_device, load_model
 from planner.hardware.cluster_text import parse_cluster
@@ -144,7 +144,7 @@ def profiled(lengths: tuple[int, ...]) -> LayerModel:
         )
     )
     problem = dataclasses.replace(problem, profile=instances.profile(layers=samples))
-    return LayerModel(problem, physics_of(problem.profile, problem.engine_settings))
+    return LayerModel(problem, time_constants_of(problem.profile, problem.engine_settings))
 
 
 @pytest.mark.parametrize("lengths", [(256,), (128, 1024), (64, 256, 300, 2048)])

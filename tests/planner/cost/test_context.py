@@ -9,10 +9,10 @@ import pytest
 
 from planner.cost.communication.collectives import overlap_of
 from planner.cost.communication.context_parallel import copies_of_heads, exchange_of, widths_of
+from planner.cost.constants import TIME_SPECS, time_constants_of
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.cost.layer import LayerShape
 from planner.cost.stage.layer_cost import LayerModel
-from planner.cost.time_constants import PRIORS, physics_of
 from planner.job.problem import PlanningProblem
 from planner.model.attention import Attention, AttentionSpan, CpExchange, Reach
 from planner.model.mixers import StateSpace
@@ -64,7 +64,7 @@ def test_one_rank_exchanges_nothing_whatever_the_way(exchange: CpExchange) -> No
 @pytest.mark.parametrize("cp", [2, 4, 8])
 def test_flops_over_ranks_add_up_and_attention_is_balanced(cp: int) -> None:
     """cp ranks with 1/cp of the tokens each: attention takes 1/cp of the whole, products no less."""
-    layers = LayerModel(problem(), physics_of(None, problem().engine_settings))
+    layers = LayerModel(problem(), time_constants_of(None, problem().engine_settings))
     shape = LayerShape(
         kind=LayerKind.BLOCK, tp=1, sequence_parallel=False, micro_batch=1, seq=SEQ, precision=Precision.BF16
     )
@@ -215,12 +215,12 @@ def test_a_recurrent_state_is_not_passed_along_the_sequence() -> None:
 def test_constants_of_the_exchange_move_it() -> None:
     """What a fit would move: the scale of messages, and what each hop takes besides."""
     of, degrees = problem(link_bytes_per_s=1e9), shared(4)
-    base = physics_of(None, of.engine_settings)
+    base = time_constants_of(None, of.engine_settings)
     for name, value in (("cp_scale", 2.0), ("cp_step_s", 1e-3)):
         moved = dataclasses.replace(base, **{name: value})
-        shapes = [CostModel(of, LayerModel(of, physics)).layout(degrees) for physics in (base, moved)]
+        shapes = [CostModel(of, LayerModel(of, constants)).layout(degrees) for constants in (base, moved)]
         plain, more = (shape.passes(next(iter(shape.classes)), Recompute.NONE) for shape in shapes)
-        assert name in PRIORS
+        assert name in TIME_SPECS
         assert all(b.cp_s > a.cp_s for a, b in zip(plain, more, strict=True))
 
 

@@ -10,9 +10,9 @@ import random
 import pytest
 
 from planner.cost.communication.expert_parallel import distinct_parts, expert_pass
+from planner.cost.constants import time_constants_of
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.cost.stage.layer_cost import LayerModel
-from planner.cost.time_constants import physics_of
 from planner.job.engine_settings import Dispatch, Engine, EngineSettings
 from planner.job.problem import PlanningProblem
 from planner.model.feed_forward import Activation, Experts, Mlp
@@ -122,7 +122,7 @@ def test_products_of_experts_over_ranks_are_those_of_all_tokens(degrees: Degrees
 
     settings = EngineSettings(engine=Engine.MEGATRON, balanced=True)
     of = problem(settings=settings)
-    layers = LayerModel(of, physics_of(None, settings))
+    layers = LayerModel(of, time_constants_of(None, settings))
     assert layers.rates is not None
     rates = dataclasses.replace(layers.rates, by_shape=None)
     block = mixture().segments[0].block

@@ -10,9 +10,9 @@ from collections import Counter
 import pytest
 
 from planner.cost.communication.collectives import CommModel, Group
+from planner.cost.constants import time_constants_of
 from planner.cost.evaluate import CostModel, Evaluation
 from planner.cost.stage.layer_cost import LayerModel, LayerShape
-from planner.cost.time_constants import physics_of
 from planner.hardware.cluster import Link
 from planner.job.problem import PlanningProblem
 from planner.model.sublayer import Recompute
@@ -121,7 +121,7 @@ def scaled(factor: float) -> PlanningProblem:
 def test_speeds_times_k_are_times_over_k(factor: float) -> None:
     """Homogeneity: devices, links and the host k times as fast divide every cause by k, bytes stay."""
     fast = scaled(factor)
-    usual = physics_of(None, PROBLEM.engine_settings)
+    usual = time_constants_of(None, PROBLEM.engine_settings)
     seconds = [name for name in usual.__dataclass_fields__ if name.endswith("_s")]
     quick = dataclasses.replace(usual, **{name: getattr(usual, name) / factor for name in seconds})
     assert len(seconds) >= 5
@@ -201,7 +201,7 @@ def test_recomputing_trades_time_for_memory() -> None:
     """None, selective, full: never faster, never larger, for blocks of every width and precision."""
     for precision, (tp, sp) in itertools.product(Precision, [(1, False), (2, False), (2, True), (4, True)]):
         problem = instances.problem(precision=precision)
-        layers = LayerModel(problem, physics_of(None, problem.engine_settings))
+        layers = LayerModel(problem, time_constants_of(None, problem.engine_settings))
         costs = [
             layers.cost(
                 LayerShape(

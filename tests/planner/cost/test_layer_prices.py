@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from planner.cost.constants import time_constants_of
 from planner.cost.evaluate import CostModel
 from planner.cost.layer import LayerShape
 from planner.cost.stage.layer_cost import LayerModel
-from planner.cost.time_constants import physics_of
 from planner.hardware.catalog import load_model
 from planner.hardware.cluster_text import parse_cluster
 from planner.job.problem import PlanningProblem
@@ -97,7 +97,7 @@ def label(shape: LayerShape) -> str:
 def prices() -> dict[str, list[float | str]]:
     """Each layer's figures and origin, and each plan's step time and peak memory."""
     asked = problem()
-    layers = LayerModel(asked, physics_of(asked.profile, asked.engine_settings))
+    layers = LayerModel(asked, time_constants_of(asked.profile, asked.engine_settings))
     figures = operator.attrgetter(*FIGURES)
     found = {label(shape): list(figures(layers.cost(shape))) for shape in shapes()}
     for degrees in PLANS:

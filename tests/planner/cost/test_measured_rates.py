@@ -12,11 +12,11 @@ from planner.advice.what_if import faster_devices
 from planner.cost.compute.analytic import DeviceRates, analytic_cost, device_rates
 from planner.cost.compute.measured_operators import MeasuredRates, at_usual_speed, measured_rates
 from planner.cost.compute.products import matrices_s, product_s
+from planner.cost.constants import problem_time_constants
 from planner.cost.evaluate import CostModel
 from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.stage.layer_cost import LayerModel
 from planner.cost.stage.offload import COPIED_BYTES
-from planner.cost.time_constants import usual_physics
 from planner.foundation.decode import decode, decode_json, to_json
 from planner.job.engine_settings import Engine, EngineSettings
 from planner.job.problem import PlanningProblem
@@ -51,7 +51,7 @@ def problem(
 
 def rates(profile: Profile | None, settings: EngineSettings | None = None) -> DeviceRates:
     of = problem(profile, settings)
-    found = device_rates(of, usual_physics(of))
+    found = device_rates(of, problem_time_constants(of))
     assert found is not None
     return found
 
@@ -128,8 +128,8 @@ def test_an_old_profile_loads_and_prices_as_before() -> None:
     assert measured_rates(old, Precision.BF16) is None
     assert rates(old).origin == rates(None).origin and rates(old).sampled is None
     by_host = sweeps.NO_HOST.value
-    physics = dataclasses.replace(rates(None).physics, host_block_forward_s=by_host)
-    assert cost(old) == analytic_cost(MODEL, SHAPE, dataclasses.replace(rates(None), physics=physics))
+    constants = dataclasses.replace(rates(None).constants, host_block_forward_s=by_host)
+    assert cost(old) == analytic_cost(MODEL, SHAPE, dataclasses.replace(rates(None), constants=constants))
     assert decode_json(Profile, to_json(SWEPT), source="test") == SWEPT
 
 
@@ -152,7 +152,7 @@ def test_layers_that_were_measured_keep_priority() -> None:
         samples=3,
     )
     of = problem(sweeps.profile(SWEPT.rates, [sample]))
-    model = LayerModel(of, usual_physics(of))
+    model = LayerModel(of, problem_time_constants(of))
     assert model.cost(SHAPE).forward_s == 0.5
     # A length that was not measured scales as the operators say.
     longer = dataclasses.replace(SHAPE, seq=2 * SEQ, micro_batch=1)
@@ -214,7 +214,7 @@ def test_a_device_twice_as_slow_takes_twice_as_long() -> None:
 
 def test_a_faster_device_has_faster_operators() -> None:
     of = faster_devices(problem(SWEPT), 2.0)
-    found = device_rates(of, usual_physics(of))
+    found = device_rates(of, problem_time_constants(of))
     assert analytic_cost(MODEL, SHAPE, found).forward_s == pytest.approx(cost(SWEPT).forward_s / 2, rel=1e-6)
 
 

@@ -15,11 +15,12 @@ from planner.calibration.predict import with_constants
 from planner.calibration.run_setup import RunSetup, run_problem
 from planner.calibration.runs import MemoryKind, Run, Status, read_runs
 from planner.calibration.validate import validate
+from planner.cost.constants import MEMORY_SPECS, memory_constants
 from planner.cost.evaluate import CostModel, Evaluation, predicted_memory_bytes
 from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.memory.activations import engine_bytes
 from planner.cost.memory.parameter_state import States, states_of
-from planner.cost.memory_constants import MEMORY_PRIORS, memory_constants, process_groups
+from planner.cost.stage.layer_cost import process_groups
 from planner.cost.stage.peak_memory import ErrorBand, memory_band, safe_peak_bytes, safe_tensor_bytes, verdict
 from planner.foundation.units import GIB
 from planner.job.engine_settings import Engine, EngineSettings, Selective
@@ -176,7 +177,7 @@ def test_selective_recomputation_is_the_engines_own() -> None:
     """Of the core of attention it drops probabilities, of the MLP all between its norm and its result."""
     fused = EngineSettings(engine=Engine.MEGATRON, attention=AttentionKernel.FUSED)
     core = bytes_kept(fused, Recompute.NONE) - bytes_kept(fused, Recompute.SELECTIVE)
-    assert core == pytest.approx(MEMORY_PRIORS["probability_scale"].value * 2 * 2 * 128 * 4 * 128)
+    assert core == pytest.approx(MEMORY_SPECS["probability_scale"].prior * 2 * 2 * 128 * 4 * 128)
     mlp = EngineSettings(selective=Selective.MLP)
     dropped = bytes_kept(mlp, Recompute.NONE) - bytes_kept(mlp, Recompute.SELECTIVE)
     assert dropped == 2 * 2 * 128 * 4 * 3 * 64

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from planner.cost.time_constants import physics_of
+from planner.cost.constants import time_constants_of
 from planner.foundation.errors import InfeasibleError
 from planner.hardware.cluster import ClusterSpec, DeviceGroup, Link
 from planner.job.engine_settings import Engine
@@ -131,7 +131,7 @@ def timed(of: PlanningProblem, factor: float) -> PlanningProblem:
     cluster = dataclasses.replace(
         of.cluster, groups=groups, intra=quick(of.cluster.intra), inter=quick(of.cluster.inter)
     )
-    usual = physics_of(None, of.engine_settings)
+    usual = time_constants_of(None, of.engine_settings)
     seconds = {n: getattr(usual, n) / factor for n in usual.__dataclass_fields__ if n.endswith("_s")}
     profile = Profile(
         schema_version=PROFILE_SCHEMA, name="host", device="device", device_title="", backend="", created="",

@@ -9,8 +9,8 @@ import pytest
 from planner.cost.compute.analytic import DeviceRates, analytic_cost, device_rates
 from planner.cost.compute.gemm import FP8_SHARE, GemmModel
 from planner.cost.compute.products import cast_s, matrices_s, product_s
+from planner.cost.constants import time_constants_of
 from planner.cost.layer import LayerShape
-from planner.cost.time_constants import physics_of
 from planner.hardware.catalog import load_device
 from planner.job.engine_settings import Engine, EngineSettings
 from planner.job.problem import PlanningProblem
@@ -40,7 +40,7 @@ def problem(precision: Precision, settings: EngineSettings | None = None) -> Pla
 
 def rates(precision: Precision, settings: EngineSettings | None = None, **constants: float) -> DeviceRates:
     of = problem(precision, settings)
-    found = device_rates(of, dataclasses.replace(physics_of(None, of.engine_settings), **constants))
+    found = device_rates(of, dataclasses.replace(time_constants_of(None, of.engine_settings), **constants))
     assert found is not None
     return found
 

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import pytest
 
+from planner.cost.constants import time_constants_of
 from planner.cost.evaluate import CostModel
 from planner.cost.layer import LayerCost, LayerShape
 from planner.cost.stage.layer_cost import LayerModel, rates_of_run
 from planner.cost.stage.layer_samples import Run, SampleTable, distance, form_of
-from planner.cost.time_constants import physics_of
 from planner.job.engine_settings import NATIVE, EngineSettings
 from planner.job.problem import PlanningProblem
 from planner.model.attention import CpExchange
@@ -55,7 +55,7 @@ def layers(
     model: ModelSpec, samples: Sequence[LayerSample] = (), settings: EngineSettings = NATIVE
 ) -> LayerModel:
     asked = problem(model, samples, settings)
-    return LayerModel(asked, physics_of(asked.profile, asked.engine_settings))
+    return LayerModel(asked, time_constants_of(asked.profile, asked.engine_settings))
 
 
 def shaped(**changes: object) -> LayerShape:

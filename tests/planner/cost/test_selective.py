@@ -9,10 +9,10 @@ import pytest
 
 from planner.calibration.runs import Run, RunRecompute, read_runs
 from planner.calibration.validate import validate
+from planner.cost.constants import problem_time_constants
 from planner.cost.layer import LayerShape
 from planner.cost.memory.parameter_state import states_of
 from planner.cost.stage.layer_cost import LayerModel
-from planner.cost.time_constants import usual_physics
 from planner.job.engine_settings import Engine, EngineSettings
 from planner.profile.profile import LayerKind
 from planner.strategy.strategy import Degrees, Zero
@@ -64,7 +64,7 @@ def backward_s(run: Run, recompute: RunRecompute) -> float:
         recompute=setup.strategy.stages[0].recompute.options()[0],
         kernel=problem.engine_settings.attention,
     )
-    return LayerModel(problem, usual_physics(problem)).cost(shape).backward_s
+    return LayerModel(problem, problem_time_constants(problem)).cost(shape).backward_s
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

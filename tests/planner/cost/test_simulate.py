@@ -9,9 +9,8 @@ import random
 import networkx
 import pytest
 
-from planner.cost import constants
 from planner.cost.layer import Pass
-from planner.cost.replay import Sharing, kind_passes, replay, split_backward
+from planner.cost.replay import SPLIT_RECOMPUTES, Sharing, kind_passes, replay, split_backward
 from planner.cost.stage.stage import StageCost
 from planner.search.bounds.layout_bounds import even_factor
 from planner.strategy.schedule import longest_path
@@ -173,7 +172,7 @@ def test_the_two_halves_of_a_backward_add_up() -> None:
     assert weights.fixed_s == 0.0 and weights.compute_s == 1.0
     again = dataclasses.replace(plain, backward=plain.backward + Pass(recompute_s=0.5))
     inputs, weights = split_backward(again)
-    assert inputs.recompute_s + weights.recompute_s == pytest.approx(0.5 * constants.SPLIT_RECOMPUTES)
+    assert inputs.recompute_s + weights.recompute_s == pytest.approx(0.5 * SPLIT_RECOMPUTES)
 
 
 def test_shared_cores_conserve_work() -> None:

@@ -11,8 +11,8 @@ import pytest
 from planner.advice.resolve import Clock, Effort, resolved
 from planner.advice.what_if import with_workload
 from planner.calibration.software import fitted_framework, priced_as, settings_for_engine
-from planner.cost import constants
 from planner.cost.evaluate import CostModel
+from planner.cost.stage.peak_memory import MEMORY_ERROR
 from planner.foundation.errors import InfeasibleError, InputError
 from planner.hardware.cluster_text import parse_cluster
 from planner.job.engine_settings import Engine, EngineSettings, native_settings
@@ -72,7 +72,7 @@ def asked(seed: int, engine: Engine) -> PlanningProblem:
         solve_for_engine(problem, pinned(f"recompute={option}", "micro_batch=1")).estimate.peak_memory_bytes
         for option in ("full", "none")
     )
-    limit = (low + draw.uniform(0.1, 1.1) * (high - low)) * (1 + constants.MEMORY_ERROR["datasheet"])
+    limit = (low + draw.uniform(0.1, 1.1) * (high - low)) * (1 + MEMORY_ERROR["datasheet"])
     return dataclasses.replace(problem, memory_limit_bytes=int(limit))
 
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import pytest
 
 from planner.commands.shared.objective_text import objective_text
-from planner.cost import constants
 from planner.cost.evaluate import CostModel
+from planner.cost.stage.peak_memory import MEMORY_ERROR
 from planner.foundation.errors import InfeasibleError
 from planner.foundation.units import DAY_S
 from planner.hardware.cluster import ClusterSpec
@@ -70,7 +70,7 @@ def priced(seed: int, overheads: JobOverheads = NO_OVERHEADS) -> PlanningProblem
     if fits is None:
         return problem
     need = leanest_bytes(dataclasses.replace(problem, cluster=part_of(on, fits)))
-    limit = int(need * draw.uniform(1.0, 1.1) * (1 + constants.MEMORY_ERROR["datasheet"])) + 1
+    limit = int(need * draw.uniform(1.0, 1.1) * (1 + MEMORY_ERROR["datasheet"])) + 1
     return dataclasses.replace(problem, memory_limit_bytes=limit)
 
 

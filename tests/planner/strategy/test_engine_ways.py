@@ -8,11 +8,11 @@ import pytest
 
 from planner.cost.communication.collectives import Group
 from planner.cost.compute.analytic import analytic_cost
+from planner.cost.constants import time_constants_of
 from planner.cost.evaluate import CostModel
 from planner.cost.stage.layer_cost import LayerModel
 from planner.cost.stage.sharded_layers import accumulate_s
 from planner.cost.stage.stage import LayoutModel
-from planner.cost.time_constants import physics_of
 from planner.hardware.cluster_text import parse_cluster
 from planner.job.engine_settings import NATIVE, Engine, EngineSettings
 from planner.job.problem import PlanningProblem
@@ -103,8 +103,10 @@ def test_a_gradient_is_added_to_that_of_earlier_micro_batches(
 def block_s(host_s: float, tp_scale: float, option: Recompute) -> tuple[float, float]:
     """Forward and backward of a block where launching and messages take so long."""
     own = problem(MEGATRON)
-    physics = dataclasses.replace(physics_of(None, MEGATRON), host_block_forward_s=host_s, tp_scale=tp_scale)
-    layers = LayerModel(own, physics)
+    constants = dataclasses.replace(
+        time_constants_of(None, MEGATRON), host_block_forward_s=host_s, tp_scale=tp_scale
+    )
+    layers = LayerModel(own, constants)
     passes = CostModel(own, layers).layout(degrees()).passes(layers.keys[0], option)
     return passes[0].total_s, passes[1].total_s
 
@@ -125,7 +127,9 @@ def test_a_processor_that_launches_and_computes_by_turns_is_never_idle() -> None
     own = shape(NATIVE, degrees(tp=1, dp_shard=16))
     rates = own.layer_model.rates
     assert rates is not None
-    slow = dataclasses.replace(rates, physics=dataclasses.replace(rates.physics, host_block_forward_s=1.0))
+    slow = dataclasses.replace(
+        rates, constants=dataclasses.replace(rates.constants, host_block_forward_s=1.0)
+    )
     asked = own.shape_of(LayerKind.BLOCK, block=own.layer_model.keys[0])
     waiting, by_turns = (
         analytic_cost(own.problem.model, asked, each)
@@ -165,7 +169,7 @@ def test_what_ranks_gather_for_products_in_fp8_is_cast_before_it_is_sent(
     fp8, bf16 = messages(Precision.FP8), messages(Precision.BF16)
     of = shape(settings, degrees(sequence_parallel=True), Precision.FP8).messages
     alone = of.seconds(Op.ALL_GATHER, share * of.hidden_bytes(), of.tp_group())
-    assert fp8[Op.ALL_GATHER] == pytest.approx(of.physics.tp_scale * alone)
+    assert fp8[Op.ALL_GATHER] == pytest.approx(of.constants.tp_scale * alone)
     assert fp8[Op.REDUCE_SCATTER] == bf16[Op.REDUCE_SCATTER]
     whole = of.seconds(Op.ALL_GATHER, of.hidden_bytes(), of.tp_group())
-    assert bf16[Op.ALL_GATHER] == pytest.approx(of.physics.tp_scale * whole)
+    assert bf16[Op.ALL_GATHER] == pytest.approx(of.constants.tp_scale * whole)
